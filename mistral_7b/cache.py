@@ -1,0 +1,313 @@
+"""What lies between RoPE and wo: all state of the model, in two verbs.
+
+    cache.extend(tokens) -> positions    once per forward: makes room, says where the tokens stand
+    memory.attend(q, k, v) -> out        once per layer: remembers k and v, attends
+
+A cache hands its layers' memories out in `cache.layers`, which the model zips with its own layers: no
+layer knows its index. Keys are remembered already rotated, and each with its absolute position, so
+nothing is ever un-rotated, and what is visible is decided by position alone (attention.py).
+
+    B sequences · T new tokens · S keys held · G key/value heads · K head width · W window
+
+A ring of W = 4 slots after six tokens, position p in slot p mod W (paper, figure 3):
+
+    slot        0   1   2   3
+    position    4   5   2   3      token 6 goes to slot 2, where position 2 has just left the window
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .attention import Band, attention, banded_attention, bands, visible
+from .errors import CacheError
+
+EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
+
+
+class Memory(Protocol):
+    """One layer's share of a cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Remember k, v (..., T, G, K), and return what q (..., T, H, K) sees: (..., T, H, K)."""
+        ...
+
+
+class Cache(Protocol):
+    """What the model asks of a cache."""
+
+    @property
+    def layers(self) -> Iterable[Memory]: ...
+
+    def writable(self) -> Cache:
+        """The cache to go on with: a copy where a cache is a value, itself where it is a place."""
+        ...
+
+    def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+        """Make room for tokens (..., T) and return their absolute positions, broadcastable to them."""
+        ...
+
+
+def run_positions(sequence_ids: Tensor) -> Tensor:
+    """For each token the number of earlier ones with its id: (..., T) ids to (..., T) positions."""
+    sorted_ids, order = torch.sort(sequence_ids, dim=-1, stable=True)
+    place = torch.arange(sorted_ids.shape[-1], device=sorted_ids.device).expand_as(sorted_ids)
+    starts = torch.searchsorted(sorted_ids, sorted_ids)  # where each id's run begins
+    return torch.empty_like(place).scatter(-1, order, place - starts)
+
+
+class Stateless:
+    """Causal, windowed attention that keeps nothing: for training, and for one forward alone.
+
+    `sequence_ids` (in `extend`, of the tokens' shape) isolate documents packed into one row: each id
+    must lie in one run (documents one after another, never interleaved). Positions restart with each.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.plan: list[Band] = []
+
+    @property
+    def layers(self) -> Iterable[Memory]:
+        return repeat(self)
+
+    def writable(self) -> Stateless:
+        return self
+
+    def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+        if sequence_ids is None:
+            positions = torch.arange(tokens.shape[-1], device=tokens.device)
+        else:
+            positions = run_positions(sequence_ids)
+        self.plan = bands(
+            positions, positions, self.window, sequence_ids, sequence_ids, consecutive=sequence_ids is None
+        )
+        return positions
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return banded_attention(q, k, v, self.plan)
+
+
+class GrowingCache:
+    """Keeps k and v and concatenates; with a window, no more than the last W of them.
+
+    A value: `model(tokens, cache)` leaves the cache it was given as it was, so that one prefix can be
+    continued twice. Holds a rectangle (B, T), whose rows march together, or packed tokens (T,) with a
+    sequence id each, in any order and mixture.
+    """
+
+    def __init__(self, n_layers: int, window: int | None) -> None:
+        self.window = window
+        self.length = 0  # tokens seen so far, those included that have left the window
+        self.positions: Tensor | None = None  # (S,)
+        self.sequence_ids: Tensor | None = None  # (S,), packed only
+        self.layers: list[_GrowingMemory] = [_GrowingMemory(self) for _ in range(n_layers)]
+        self.plan: list[Band] = []
+        self.kept = slice(None)
+
+    def writable(self) -> GrowingCache:
+        copy = GrowingCache(0, self.window)
+        copy.length, copy.positions, copy.sequence_ids = self.length, self.positions, self.sequence_ids
+        copy.layers = [_GrowingMemory(copy, m.k, m.v) for m in self.layers]
+        return copy
+
+    def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+        if self.positions is not None and (sequence_ids is None) != (self.sequence_ids is None):
+            raise CacheError(
+                "this cache was begun {} sequence ids and must go on so".format(
+                    "without" if self.sequence_ids is None else "with"
+                )
+            )
+        if sequence_ids is not None and tokens.dim() != 1:
+            raise CacheError("sequence ids go with packed tokens (T,); the rows of a rectangle need none")
+        old_p, old_s = self.positions, self.sequence_ids
+        if sequence_ids is None:
+            new_p = torch.arange(self.length, self.length + tokens.shape[-1], device=tokens.device)
+        else:
+            new_p = run_positions(sequence_ids)
+            if old_p is not None and old_s is not None:
+                same = sequence_ids[:, None] == old_s  # (T, S)
+                new_p = new_p + torch.where(same, old_p + 1, 0).amax(-1)
+        p = new_p if old_p is None else torch.cat([old_p, new_p])
+        s = sequence_ids if old_s is None or sequence_ids is None else torch.cat([old_s, sequence_ids])
+        packed = sequence_ids is not None
+        self.plan = bands(new_p, p, self.window, sequence_ids, s, ordered=not packed, consecutive=not packed)
+        self.kept = slice(None)
+        if self.window is not None and not packed:
+            self.kept = slice(max(0, p.shape[0] - self.window), None)
+        self.positions = p[self.kept]
+        self.sequence_ids = s
+        self.length += tokens.shape[-1]
+        return new_p
+
+    def rollback(self, n: int) -> None:
+        """Forget the last n tokens, in place. CacheError if keys that they pushed out are needed."""
+        held = 0 if self.positions is None else self.positions.shape[0]
+        if self.sequence_ids is not None:
+            raise CacheError("a packed cache cannot be rolled back: its sequences end in different places")
+        if not 0 <= n <= held or (held < self.length and n > 0):
+            raise CacheError(
+                f"cannot roll back {n} of {self.length} tokens: the keys before them have left the window"
+            )
+        if n and self.positions is not None:
+            self.positions = self.positions[: held - n]
+            self.length -= n
+            for m in self.layers:
+                assert m.k is not None and m.v is not None
+                m.k, m.v = m.k[..., : held - n, :, :], m.v[..., : held - n, :, :]
+
+
+class _GrowingMemory:
+    """One layer of a GrowingCache: k and v of shape (..., S, G, K)."""
+
+    def __init__(self, cache: GrowingCache, k: Tensor | None = None, v: Tensor | None = None) -> None:
+        self.cache, self.k, self.v = cache, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.k is not None and self.v is not None:
+            k, v = torch.cat([self.k, k], dim=-3), torch.cat([self.v, v], dim=-3)
+        kept = self.cache.kept
+        self.k, self.v = k[..., kept, :, :], v[..., kept, :, :]
+        return banded_attention(q, k, v, self.cache.plan)
+
+
+class RollingCache:
+    """A ring of slots for each of B sequences, written in place: memory stays flat however long they run.
+
+    Position p lies in slot p mod slots. With a window there are W slots and the ring goes round for
+    ever; without one there are `max_seq_len`, and what would not fit is refused. Rows may differ in
+    length: prefill them with `rows(i, j)` and decode all together with tokens (B, 1).
+
+    `static` is for compiled or graph-captured decode: every step touches every slot and asks the device
+    for nothing, so shapes never change; whether there is room is then for the caller to check.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        *,
+        batch: int = 1,
+        max_seq_len: int = 32768,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        static: bool = False,
+    ) -> None:
+        self.window, self.static = window, static
+        self.slots = max_seq_len if window is None else min(window, max_seq_len)
+        self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)
+        shape = (batch, self.slots, n_kv_heads, head_dim)
+        self.layers: list[_RollingMemory] = [
+            _RollingMemory(self, *(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"))
+            for _ in range(n_layers)
+        ]
+        self._new_forward()
+
+    def _new_forward(self) -> None:
+        self.plan: list[Band] = []  # prefill: old keys, oldest first, then the new
+        self.mask: Tensor | None = None  # decode: over the ring as it lies
+        self.filled = self.slots
+        self.old: Tensor | slice | None = None  # the slots of the old keys, None: there are none
+        self.slot = self.length  # (B, m): where the last m of the new tokens go
+        self.decoding = False
+
+    def writable(self) -> RollingCache:
+        return self
+
+    def rows(self, start: int, stop: int) -> RollingCache:
+        """The sequences start..stop as a cache of their own, on the same memory."""
+        part = object.__new__(RollingCache)
+        part.window, part.static, part.slots = self.window, self.static, self.slots
+        part.positions, part.length = self.positions[start:stop], self.length[start:stop]
+        part.layers = [_RollingMemory(part, m.k[start:stop], m.v[start:stop]) for m in self.layers]
+        part._new_forward()
+        return part
+
+    def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+        if tokens.dim() != 2 or tokens.shape[0] != self.length.shape[0] or sequence_ids is not None:
+            raise CacheError(
+                f"this rolling cache holds {self.length.shape[0]} rows and takes tokens (B, T) without "
+                f"sequence ids, not {tuple(tokens.shape)}; packed tokens go with GrowingCache"
+            )
+        T, slots = tokens.shape[1], self.slots
+        self._new_forward()
+        new_p = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
+        self.decoding = T == 1
+        lengths = [] if self.static and self.decoding else self.length.tolist()
+        if lengths and self.window is None and max(lengths) + T > slots:
+            raise CacheError(
+                f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}: "
+                f"make the cache with max_seq_len >= {max(lengths) + T}"
+            )
+        equal = bool(lengths) and min(lengths) == max(lengths)
+        # A prefill longer than the ring leaves only its last tokens there: the rest would collide.
+        m = min(T, slots)
+        self.slot = new_p[:, T - m :] % slots
+        if self.decoding:
+            self.positions.scatter_(1, self.slot, new_p)
+            if lengths:
+                self.filled = min(max(lengths) + 1, slots)
+            if not equal:
+                self.mask = visible(new_p, self.positions[:, : self.filled], self.window)
+        else:
+            if equal:
+                n = lengths[0]
+                held = min(n, slots)
+                old_p = torch.arange(n - held, n, device=new_p.device)
+                self.old = old_p % slots if held else None
+                p_q = torch.arange(n, n + T, device=new_p.device)
+                self.plan = bands(p_q, torch.cat([old_p, p_q]), self.window, consecutive=True)
+            else:  # rows out of step: the ring as it lies, what is visible told by position alone
+                self.old = slice(None)
+                p_k = torch.cat([self.positions, new_p], dim=1)
+                self.plan = bands(new_p, p_k, self.window, ordered=False)
+            self.positions.scatter_(1, self.slot, new_p[:, T - m :])
+        self.length += T
+        return new_p
+
+    def rollback(self, n: int) -> None:
+        """Forget the last n tokens of every row. CacheError if keys that they overwrote are needed."""
+        shortest, longest = int(self.length.min()), int(self.length.max())
+        if not 0 <= n <= shortest or (n and longest > self.slots):
+            raise CacheError(
+                f"cannot roll back {n} tokens of {shortest}..{longest} in a ring of {self.slots}: "
+                f"the keys they overwrote are gone"
+            )
+        self.length -= n
+        self.positions.masked_fill_(self.positions >= self.length[:, None], EMPTY)
+
+
+class _RollingMemory:
+    """One layer of a RollingCache: k and v of shape (B, slots, G, K)."""
+
+    def __init__(self, cache: RollingCache, k: Tensor, v: Tensor) -> None:
+        self.cache, self.k, self.v = cache, k, v
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        slot = self.cache.slot  # (B, m)
+        m = slot.shape[1]
+        row = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        self.k[row, slot] = k[:, k.shape[1] - m :]
+        self.v[row, slot] = v[:, v.shape[1] - m :]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = self.cache
+        if cache.decoding:  # the new key takes the place of the one that has just left the window
+            self._write(k, v)
+            return attention(q, self.k[:, : cache.filled], self.v[:, : cache.filled], cache.mask)
+        # A chunk's first queries still see keys that its last ones overwrite: attend, then write.
+        if cache.old is None:
+            out = banded_attention(q, k, v, cache.plan)
+        else:
+            old_k, old_v = self.k[:, cache.old], self.v[:, cache.old]
+            out = banded_attention(q, torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), cache.plan)
+        self._write(k, v)
+        return out

@@ -1,0 +1,40 @@
+"""What the package raises on purpose: one root, so that `except Mistral7BError` catches it all.
+
+A message says what was wrong, where (file, tensor, field) and what to do.
+"""
+
+
+class Mistral7BError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ConfigError(Mistral7BError):
+    """A model configuration that cannot be, or whose fields contradict each other."""
+
+
+class CacheError(Mistral7BError):
+    """A cache asked for what it cannot hold: too long a context, or a rollback past its window."""
+
+
+class CheckpointError(Mistral7BError):
+    """A file of weights that is damaged, incomplete, unknown or unsafe."""
+
+
+class HubError(Mistral7BError):
+    """A download that could not be made: offline, gated, missing, or cut off."""
+
+
+class TokenizerError(Mistral7BError):
+    """A tokenizer file or a conversation that cannot be encoded."""
+
+
+class SamplingError(Mistral7BError):
+    """A sampling parameter out of its range."""
+
+
+class GenerationError(Mistral7BError):
+    """A prompt that cannot be continued: empty, or longer than the context."""
+
+
+class TrainingError(Mistral7BError):
+    """Training data or a training state that cannot be used."""

@@ -1,0 +1,130 @@
+"""A conversation as the OpenAI API writes it, to mistral-common's message objects.
+
+mistral-common's own converter refuses null fields and ids such as "call_6kZ..."; this one takes what
+clients send: missing and null fields, list content, either kind of id, results without a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.chunk import TextChunk
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
+from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
+
+from .errors import TokenizerError
+
+# What mistral-common says no with; RuntimeError is SentencePiece at a text that cannot be UTF-8.
+REFUSALS = (MistralCommonException, ValueError, AssertionError, RuntimeError)
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]], version: str) -> list[Any]:
+    """mistral-common's objects for OpenAI's dictionaries; TokenizerError names the message at fault."""
+    return _Reader(version).read(messages)
+
+
+def tool_call_id(name: str) -> str:
+    """A tool call's id as Mistral's templates want it: 9 letters or digits.
+
+    One that has this form is kept. Any other ("call_6kZ...") always gives the same 9 characters, so that
+    a call and its result meet, and a conversation sent again gives the same tokens.
+    """
+    if re.fullmatch("[a-zA-Z0-9]{9}", name):
+        return name
+    number = int.from_bytes(hashlib.sha256(name.encode()).digest())
+    alphabet = string.ascii_letters + string.digits
+    return "".join(alphabet[number // 62**i % 62] for i in range(9))
+
+
+class _Reader:
+    """OpenAI's message dictionaries to mistral-common's objects, for one conversation."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        self.open_calls: list[ToolCall] = []  # of the assistant's last turn, not answered yet
+
+    def read(self, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+        if isinstance(messages, (str, Mapping)) or not messages:
+            raise TokenizerError("messages must be a list of at least one {'role': ..., 'content': ...}")
+        chat = []
+        for i, message in enumerate(messages):
+            try:
+                chat.append(self._message(i, message))
+                if message.get("prefix") and i + 1 < len(messages):
+                    raise TokenizerError('only the last message can have "prefix": true')
+            except (*REFUSALS, KeyError, TypeError, TokenizerError) as e:
+                raise TokenizerError(f"messages[{i}]: {reason(e)}") from e
+        return chat
+
+    def _message(self, index: int, message: Mapping[str, Any]) -> Any:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise TokenizerError(f"not a dictionary with a role: {message!r:.80}")
+        role, content = message["role"], _content(message.get("content"))
+        if role == "assistant":
+            calls = [self._call(f"{index}.{k}", c) for k, c in enumerate(message.get("tool_calls") or ())]
+            self.open_calls = list(calls)
+            if calls and isinstance(content, str) and not content.strip():
+                content = None
+            if not calls and not content:
+                raise TokenizerError("an assistant's message needs content or tool_calls")
+            return AssistantMessage(
+                content=content, tool_calls=calls or None, prefix=bool(message.get("prefix", False))
+            )
+        if content is None:
+            raise TokenizerError(f"a message with role {role!r} needs content")
+        if role == "tool":
+            return self._result(message, content)
+        if role == "user":
+            return UserMessage(content=content)
+        if role in ("system", "developer"):
+            return SystemMessage(content=content)
+        raise TokenizerError(f"unknown role {role!r}; known are system, developer, user, assistant, tool")
+
+    def _call(self, place: str, call: Mapping[str, Any]) -> ToolCall:
+        if self.version == "v1":
+            raise TokenizerError("this tokenizer (v1) knows no tool calls; Mistral 7B v0.3 does")
+        function = call["function"]
+        return ToolCall(
+            id=tool_call_id(call.get("id") or place),
+            function=FunctionCall(name=function["name"], arguments=function.get("arguments")),
+        )
+
+    def _result(self, message: Mapping[str, Any], content: Any) -> ToolMessage:
+        """A tool's result; without an id it answers the first call that is still open."""
+        given = message.get("tool_call_id")
+        if not given and not self.open_calls:
+            raise TokenizerError("a tool's message needs a tool_call_id")
+        name = tool_call_id(given) if given else self.open_calls[0].id
+        call = next((c for c in self.open_calls if c.id == name), None)
+        if call is not None:
+            self.open_calls.remove(call)
+        known = call.function.name if call is not None else None  # the v2 template writes the name
+        return ToolMessage(content=content, tool_call_id=name, name=message.get("name") or known)
+
+
+def _content(content: Any) -> Any:
+    """A text, or text chunks, from OpenAI's content. TokenizerError for parts that are no text."""
+    if isinstance(content, str):
+        content.encode()  # a lone surrogate has no UTF-8: refused here with a reason
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise TokenizerError(f"content must be a text or a list of parts, not {type(content).__name__}")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise TokenizerError(f"content part of type {kind!r}: Mistral 7B reads text only")
+    return [TextChunk(text=part["text"]) for part in content]
+
+
+def reason(error: Exception) -> str:
+    """What a refusal says, on one line and without pydantic's links."""
+    if isinstance(error, KeyError):
+        return f"field {error} is missing"
+    lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
+    return "; ".join(lines) or type(error).__name__

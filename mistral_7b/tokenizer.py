@@ -1,0 +1,307 @@
+"""Text to token ids and back, chats to token ids, and text a token at a time.
+
+mistral-common does the encoding, so that ids are Mistral's own; this file gives it a small face, finds
+the right file and template, and takes chats as the OpenAI API writes them.
+
+    version   releases                 a chat with a system text becomes
+    v1        7B v0.1, v0.2            <s>[INST] system\\n\\nuser [/INST]answer</s>   markers are plain text
+    v3        7B v0.3                  <s>[INST] system\\n\\nuser[/INST] answer</s>   markers are control ids
+
+A control id can only come from this file's own hand: SentencePiece never yields one for text, so a user
+who writes "[INST]" or "</s>" has written six or four harmless characters.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from mistral_common.protocol.instruct.normalize import get_normalizer
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import Tool
+from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
+from mistral_common.tokens.tokenizers.instruct import (
+    InstructTokenizerV1,
+    InstructTokenizerV2,
+    InstructTokenizerV3,
+    InstructTokenizerV7,
+)
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+from .errors import TokenizerError
+from .messages import REFUSALS, read_messages, reason
+
+TEMPLATES = {
+    "v1": InstructTokenizerV1,
+    "v2": InstructTokenizerV2,
+    "v3": InstructTokenizerV3,
+    "v7": InstructTokenizerV7,
+}
+FILE_NAME = re.compile(r"tokenizer\.model(\.v(?P<version>\d+)(m\d+)?)?")
+SPACE = "\u2581"  # how SentencePiece writes a space inside a piece; text that holds it reads as a space
+
+
+class Tokenizer:
+    """One SentencePiece vocabulary and the chat template that belongs to it.
+
+    `version` None reads the template from the vocabulary itself. Raises TokenizerError for a file that
+    is missing, is no SentencePiece model, or lacks the control tokens that its template needs.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], version: str | None = None) -> None:
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise TokenizerError(f"{self.path}: no such tokenizer file")
+        try:  # a version must be named here, or mistral-common guesses one from the file's name
+            self._pieces = SentencePieceTokenizer(self.path, tokenizer_version=TokenizerVersion.v1)
+        except RuntimeError as e:
+            raise TokenizerError(
+                f"{self.path} is not a SentencePiece model ({e}); fetch tokenizer.model again "
+                f"(a file of some hundred bytes is a git-lfs pointer, not the file)"
+            ) from e
+        self.version = version or self._detect_version()
+        if self.version not in TEMPLATES:
+            raise TokenizerError(f"no chat template {self.version!r}; known are {', '.join(TEMPLATES)}")
+        if self.version != "v1" and not self._controls(("[INST]", "[/INST]")):
+            raise TokenizerError(
+                f"{self.path} has no control tokens [INST] and [/INST]: it cannot be {self.version}"
+            )
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise TokenizerError(f"{self.path} defines no beginning or end of sequence (<s>, </s>)")
+        self._pieces = SentencePieceTokenizer(self.path, tokenizer_version=TokenizerVersion(self.version))
+        self._chat = self._template(ValidationMode.test)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str] = "demo") -> Tokenizer:
+        """The tokenizer of a model: its folder, a file in it, a hub id, or "demo"."""
+        from .checkpoint.hub import resolve
+
+        path = pathlib.Path(resolve(source))
+        if path.is_file() and FILE_NAME.fullmatch(path.name):
+            return cls(path)
+        return cls(_find(path.parent if path.is_file() else path))
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer in one SentencePiece file, whatever its name."""
+        return cls(path)
+
+    @classmethod
+    def v1(cls) -> Tokenizer:
+        """As released with Mistral 7B v0.1 and v0.2: 32000 tokens, no control tokens but <s> and </s>."""
+        return cls(MistralTokenizer._data_path() / "tokenizer.model.v1", "v1")
+
+    @classmethod
+    def v2(cls) -> Tokenizer:
+        """32768 tokens, with control tokens. No Mistral 7B speaks v2; v0.3 has this vocabulary but speaks v3."""
+        return cls(MistralTokenizer._data_path() / "mistral_instruct_tokenizer_240216.model.v2", "v2")
+
+    @classmethod
+    def v3(cls) -> Tokenizer:
+        """As Mistral 7B v0.3 speaks: 32768 tokens, tool calls with ids."""
+        return cls(MistralTokenizer._data_path() / "mistral_instruct_tokenizer_240323.model.v3", "v3")
+
+    def _controls(self, names: Iterable[str]) -> bool:
+        return all(self._pieces.is_special(name) for name in names)
+
+    def _detect_version(self) -> str:
+        """Which template the vocabulary was made for: its control tokens tell.
+
+        v2 and v3 have the same ones; of the two only v3 was ever released for a 7B model, so v2 has to
+        be asked for, by `version` or by the ending `.v2` of the file's name.
+        """
+        if not self._controls(["[INST]"]):
+            return "v1"
+        if self._controls(["[SYSTEM_PROMPT]"]):
+            return "v7"
+        return "v2" if self.path.name.endswith(".v2") else "v3"
+
+    def _template(self, mode: ValidationMode) -> MistralTokenizer:
+        version = TokenizerVersion(self.version)
+        return MistralTokenizer(
+            TEMPLATES[self.version](self._pieces), get_validator(version, mode=mode), get_normalizer(version)
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self._pieces.n_words
+
+    @property
+    def bos_id(self) -> int:
+        return self._pieces.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        return self._pieces.eos_id
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Ids of plain text; no character of it can become a control token."""
+        try:
+            return self._pieces.encode(text, bos=bos, eos=eos)
+        except (RuntimeError, AssertionError) as e:
+            raise TokenizerError(f"not a text that can be written as UTF-8: {text!r:.80}") from e
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without control tokens; bytes that are no UTF-8 become U+FFFD, one each."""
+        try:
+            return self._pieces.decode(list(ids))
+        except IndexError as e:
+            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise TokenizerError(self._outside(bad)) from e
+
+    def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for ids that come one at a time, and follow upon the ids `after`.
+
+        The first word of a text is written with a space before it that decoding drops. If `after` ends
+        in text, then what comes is no first word, and its space is kept.
+        """
+        return StreamDecoder(self, keep_space=bool(after) and not self.is_control(after[-1]))
+
+    def is_control(self, token: int) -> bool:
+        """Whether an id is a control token, such as <s>, </s> or [TOOL_CALLS]."""
+        return self.surface(token) is None
+
+    def piece(self, token: int) -> str:
+        """One id as a person should see it: " the", "[INST]", or "<0xE2>" for a byte that is no character."""
+        surface = self.surface(token)
+        if isinstance(surface, bytes) and surface.isascii():
+            return surface.decode()
+        return surface.replace(SPACE, " ") if isinstance(surface, str) else self._pieces.id_to_piece(token)
+
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes that one id adds to a text; none for a control token."""
+        surface = self.surface(token)
+        if isinstance(surface, str):
+            return surface.replace(SPACE, " ").encode()
+        return surface or b""
+
+    def surface(self, token: int) -> str | bytes | None:
+        """What stands in the vocabulary: a piece with SPACE for spaces, a single byte, None for control."""
+        if not 0 <= token < self.vocab_size:
+            raise TokenizerError(self._outside(token))
+        return self._surfaces[token]
+
+    def _outside(self, token: int) -> str:
+        return f"token {token} lies outside the vocabulary of {self.path.name}, 0..{self.vocab_size - 1}"
+
+    @cached_property
+    def _surfaces(self) -> list[str | bytes | None]:
+        model, pieces = self._pieces._model, self._pieces.vocab()
+        surfaces: list[str | bytes | None] = list(pieces)
+        for i, piece in enumerate(pieces):
+            if model.IsControl(i):
+                surfaces[i] = None
+            elif model.IsByte(i):  # type: ignore[attr-defined]  # not among mistral-common's declared methods
+                surfaces[i] = bytes([int(piece[1:-1], 16)])
+        surfaces[self._pieces.unk_id] = " \u2047 "
+        return surfaces
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids of a conversation up to where the assistant speaks, beginning with one BOS.
+
+        `messages` and `tools` are OpenAI's: roles system (or developer), user, assistant, tool; content
+        a text or a list of text parts; tool_calls. A last message of the assistant with "prefix": True
+        is gone on with. Raises TokenizerError naming the message that cannot be encoded.
+        """
+        if tools and self.version == "v1":
+            raise TokenizerError("this tokenizer (v1) knows no tools; Mistral 7B v0.3 does")
+        chat = read_messages(messages, self.version)
+        if not any(m.role == "user" for m in chat):
+            raise TokenizerError("the conversation has no message with role 'user' to answer")
+        try:
+            offered = [Tool.from_openai(dict(t)) for t in tools or ()] or None
+            if offered:
+                self._chat._chat_completion_request_validator._validate_tools(offered)
+        except REFUSALS as e:
+            raise TokenizerError(f"tools: {reason(e)}") from e
+        try:
+            return self._apply(self._chat, chat, offered)
+        except REFUSALS as e:
+            raise TokenizerError(f"messages[{self._at_fault(chat)}]: {reason(e)}") from e
+
+    @staticmethod
+    def _apply(template: MistralTokenizer, chat: list[Any], tools: list[Tool] | None) -> list[int]:
+        request: ChatCompletionRequest = ChatCompletionRequest(messages=chat, tools=tools)
+        return template.encode_chat_completion(request).tokens
+
+    def _at_fault(self, chat: list[Any]) -> int:
+        """The first message with which a refused conversation cannot be encoded any more."""
+        lenient = self._template(ValidationMode.agnostic)  # lets any role be the last
+        for i in range(len(chat)):
+            try:
+                self._apply(lenient, chat[: i + 1], None)
+            except REFUSALS:
+                return i
+        return len(chat) - 1
+
+
+class StreamDecoder:
+    """Text of tokens that come one by one: what is pushed and flushed, joined, is `decode` of them all.
+
+    Text is given out as soon as no later token can change it: the bytes of a character wait for its last.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, keep_space: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._at_start = not keep_space  # the next piece is a text's first, and loses its space
+        self._pending = bytearray()
+
+    def push(self, token: int) -> str:
+        """The text that is certain now that `token` has come."""
+        surface = self._tokenizer.surface(token)
+        if isinstance(surface, bytes):
+            self._at_start = False
+            self._pending += surface
+            return self._settle()
+        text = self.flush()  # a byte that another piece follows will never be completed
+        if surface is None:
+            return text
+        if self._at_start and surface.startswith(SPACE):
+            surface = surface[1:]
+        self._at_start = False
+        return text + surface.replace(SPACE, " ")
+
+    def flush(self) -> str:
+        """The text still held back, when no more tokens come."""
+        return self._settle(final=True)
+
+    def _settle(self, final: bool = False) -> str:
+        text = ""
+        while self._pending:
+            size = _utf8_size(self._pending[0])
+            head = bytes(self._pending[:size])
+            try:
+                text += head.decode()
+            except UnicodeDecodeError as e:
+                if e.reason == "unexpected end of data" and not final:
+                    break  # a character begun well: wait for the rest
+                text, size = text + "\ufffd", 1
+            del self._pending[:size]
+        return text
+
+
+def _utf8_size(first: int) -> int:
+    """Bytes of the UTF-8 character that begins with the byte `first` (1 where none does)."""
+    return 1 if first < 0xC0 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+
+
+def _find(folder: pathlib.Path) -> pathlib.Path:
+    """The tokenizer file of a folder: of several, the one whose name has the highest version."""
+    files = [f for f in folder.iterdir() if FILE_NAME.fullmatch(f.name)] if folder.is_dir() else []
+    if files:
+        return max(files, key=lambda f: int(FILE_NAME.fullmatch(f.name)["version"] or 0))  # type: ignore[index]
+    others = [n for n in ("tokenizer.json", "tekken.json") if (folder / n).is_file()]
+    raise TokenizerError(
+        f"{folder} holds no tokenizer.model or tokenizer.model.v3"
+        + (f" ({others[0]} is of another kind)" if others else "")
+        + "; fetch it from the model's repository on the hub: tokenizer.model for v0.1 and v0.2,"
+        " tokenizer.model.v3 for v0.3"
+    )

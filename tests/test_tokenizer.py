@@ -1,0 +1,340 @@
+"""The tokenizer against mistral-common called directly, against literal ids, and against itself."""
+
+import json
+import random
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mistral_common.protocol.instruct import messages as mc
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, Tool, ToolCall
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from mistral_7b.errors import TokenizerError
+from mistral_7b.messages import tool_call_id
+from mistral_7b.tokenizer import Tokenizer
+
+VERSIONS = ("v1", "v2", "v3")
+OURS = {v: getattr(Tokenizer, v)() for v in VERSIONS}
+THEIRS = {v: getattr(MistralTokenizer, v)() for v in VERSIONS}
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": " See you. \n"},
+    {"role": "user", "content": "One more: 日本語 🙂\n"},
+]
+CALLS = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "abcDEF123", "type": "function", "function": {"name": "get", "arguments": '{"at": "Paris é"}'}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "abcDEF123", "name": "get", "content": '{"degrees": 21}'},
+]
+SCHEMA = {"type": "object", "properties": {"at": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "get", "description": "Weather", "parameters": SCHEMA}}]
+
+tokenizers = pytest.mark.parametrize("version", VERSIONS)
+
+
+def theirs(version, messages, tools=None):
+    """The ids of mistral-common, its objects written out by hand."""
+    objects = []
+    for m in messages:
+        if m["role"] == "assistant":
+            calls = [
+                ToolCall(id=c["id"], function=FunctionCall(**c["function"])) for c in m.get("tool_calls") or []
+            ]
+            objects.append(mc.AssistantMessage(content=m["content"], tool_calls=calls or None))
+        else:
+            kind = {"system": mc.SystemMessage, "user": mc.UserMessage, "tool": mc.ToolMessage}[m["role"]]
+            objects.append(kind(**{k: v for k, v in m.items() if k != "role"}))
+    offered = [Tool(function=Function(**t["function"])) for t in tools or []] or None
+    return THEIRS[version].encode_chat_completion(ChatCompletionRequest(messages=objects, tools=offered)).tokens
+
+
+@tokenizers
+@pytest.mark.parametrize("turns", [1, 3, 5])
+@pytest.mark.parametrize("system", [0, 1, 2])
+@pytest.mark.parametrize("tools", [False, True])
+def test_trap_16_chat_ids_are_those_of_mistral_common(version, turns, system, tools):
+    messages = [SYSTEM] * min(system, 1) + TURNS[:turns] + [SYSTEM] * (system == 2)
+    if version == "v1" and tools:
+        with pytest.raises(TokenizerError, match="no tools"):
+            OURS[version].encode_chat(messages, TOOLS)
+        return
+    offered = TOOLS if tools else None
+    assert OURS[version].encode_chat(messages, offered) == theirs(version, messages, offered)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.parametrize(
+    "after", [[], [{"role": "assistant", "content": "Warm"}, {"role": "user", "content": "?"}]]
+)
+@pytest.mark.parametrize("system", [[], [SYSTEM]])
+def test_trap_16_tool_calls_and_results(version, after, system):
+    messages = system + CALLS + after
+    assert OURS[version].encode_chat(messages, TOOLS) == theirs(version, messages, TOOLS)
+
+
+def test_trap_16_literal_ids():
+    chat = [SYSTEM, *TURNS[:3]]
+    # v1: plain text, the system text joins the first turn.  [ INST ] Be brief . \n \n Hi [ / INST ] ...
+    assert OURS["v1"].encode_chat(chat) == [
+        1, 733, 16289, 28793, 1739, 6817, 28723, 13, 13, 23809, 733, 28748, 16289, 28793, 22557, 2,
+        733, 16289, 28793, 2463, 28706, 733, 28748, 16289, 28793,
+    ]  # fmt: skip
+    # v2 and v3: control ids 3 and 4, the system text joins the last turn, tools (6 ... 7) just before it.
+    last = [3, 2507, 7585, 29491, 781, 781, 2698, 29474, 4]
+    assert OURS["v2"].encode_chat(chat) == OURS["v3"].encode_chat(chat) == [1, 3, 16127, 4, 23325, 2, *last]
+    with_tools = OURS["v3"].encode_chat(chat, TOOLS)
+    assert with_tools[:7] == [1, 3, 16127, 4, 23325, 2, 6]
+    assert with_tools[-10:] == [7, *last]
+    call = {"function": {"name": "f", "arguments": '{"x": 1}'}, "id": "A2345678z"}
+    result = {"role": "tool", "content": "2", "tool_call_id": "A2345678z"}
+    chat = [TURNS[0], {"role": "assistant", "tool_calls": [call]}, result]
+    text = [OURS["v3"].piece(i) for i in OURS["v3"].encode_chat(chat)]
+    assert "".join(text) == (
+        '<s>[INST] Hi[/INST][TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}, "id": "A2345678z"}]</s>'
+        '[TOOL_RESULTS] {"content": 2, "call_id": "A2345678z"}[/TOOL_RESULTS]'
+    )
+
+
+def test_trap_16_tool_call_ids_become_nine_alphanumerics():
+    assert tool_call_id("abcDEF123") == "abcDEF123"
+    made = {tool_call_id(f"call_{i}") for i in range(1000)} | {tool_call_id("abcDEF12é")}
+    assert len(made) == 1001
+    assert all(len(i) == 9 and i.isascii() and i.isalnum() for i in made)
+    foreign = json.loads(json.dumps(CALLS).replace("abcDEF123", "call_6kZ-1"))
+    mapped = json.loads(json.dumps(CALLS).replace("abcDEF123", tool_call_id("call_6kZ-1")))
+    assert OURS["v3"].encode_chat(foreign) == theirs("v3", mapped)
+
+
+def test_openai_clients_habits_are_understood():
+    v3, plain = OURS["v3"], theirs("v3", [SYSTEM, *CALLS])
+    loose = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}], "name": None},
+        CALLS[0],
+        {**CALLS[1], "content": "", "refusal": None, "audio": None, "function_call": None},
+        {**CALLS[2], "name": None},
+    ]
+    assert v3.encode_chat(loose) == plain
+    as_dict = {**CALLS[1]["tool_calls"][0]["function"], "arguments": {"at": "Paris é"}}
+    loose[2] = {"role": "assistant", "tool_calls": [{"id": "abcDEF123", "function": as_dict}]}
+    assert v3.encode_chat(loose) == plain
+    # without ids: results answer the calls in order
+    nameless = [{"function": {"name": n, "arguments": None}} for n in ("a", "b")]
+    results = [{"role": "tool", "content": c} for c in ("one", "two")]
+    text = v3.decode(v3.encode_chat([CALLS[0], {"role": "assistant", "tool_calls": nameless}, *results]))
+    first, second = tool_call_id("1.0"), tool_call_id("1.1")
+    assert f'"one", "call_id": "{first}"' in text
+    assert f'"two", "call_id": "{second}"' in text
+    # the v2 template writes a result's name, which OpenAI's clients leave out
+    assert OURS["v2"].encode_chat([*CALLS[:2], {**CALLS[2], "name": None}]) == theirs("v2", CALLS)
+
+
+def test_a_prefix_of_the_answer_is_gone_on_with():
+    chat = [TURNS[0], {"role": "assistant", "content": "Well,", "prefix": True}]
+    ids = OURS["v3"].encode_chat(chat)
+    assert ids == [*OURS["v3"].encode_chat(chat[:1]), *OURS["v3"].encode("Well,", bos=False)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "at least one"),
+        ("hello", "at least one"),
+        ([{"content": "x"}], r"messages\[0\].*role"),
+        ([TURNS[0], {"role": "bot", "content": "x"}], r"messages\[1\].*'bot'"),
+        ([TURNS[0], {"role": "user"}], r"messages\[1\].*content"),
+        ([{"role": "user", "content": 3}], r"messages\[0\].*int"),
+        ([{"role": "user", "content": "\ud800"}], r"messages\[0\].*utf-8"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\].*image_url"),
+        (TURNS[:2], r"messages\[1\].*last role"),
+        ([SYSTEM], "no message with role 'user'"),
+        ([TURNS[0], {"role": "assistant", "content": ""}, TURNS[2]], r"messages\[1\].*content or tool_calls"),
+        ([TURNS[0], {**CALLS[1], "content": "both"}, CALLS[2]], r"messages\[1\].*not both"),
+        ([TURNS[0], CALLS[2], *TURNS[:3]], r"messages\[1\].*'tool' after role 'user'"),
+        ([TURNS[0], {"role": "assistant", "tool_calls": [{"id": "x"}]}], r"messages\[1\].*function.*missing"),
+        ([*TURNS[:3], {"role": "assistant", "content": "a", "prefix": True}, TURNS[0]], r"messages\[3\].*prefix"),
+    ],
+)
+def test_a_bad_conversation_is_refused_by_its_place(messages, said):
+    with pytest.raises(TokenizerError, match=said):
+        OURS["v3"].encode_chat(messages)
+
+
+def test_bad_tools_are_refused():
+    for tool in ({"type": "function"}, {"function": {"name": "a b", "parameters": {}}}, "x"):
+        with pytest.raises(TokenizerError, match=r"^tools: "):
+            OURS["v3"].encode_chat(TURNS[:1], [tool])
+    with pytest.raises(TokenizerError, match=r"messages\[1\].*no tool calls"):
+        OURS["v1"].encode_chat(CALLS)
+
+
+@tokenizers
+def test_trap_17_exactly_one_bos_on_every_path(version):
+    t = OURS[version]
+    spelled = "<s> <s>a"
+    paths = [
+        t.encode(""),
+        t.encode(spelled),
+        t.encode_chat(TURNS),
+        t.encode_chat([{"role": "user", "content": spelled}]),
+    ]
+    paths += [t.encode_chat([SYSTEM, *CALLS], TOOLS)] if version != "v1" else []
+    for ids in paths:
+        assert ids[0] == t.bos_id == 1
+        assert ids.count(1) == 1
+    assert t.encode("a", bos=False) == t.encode("a")[1:]
+    assert t.encode("a", eos=True) == [*t.encode("a"), 2]
+
+
+@tokenizers
+def test_trap_18_text_that_spells_a_control_token_stays_text(version):
+    t = OURS[version]
+    names = "[INST] [/INST] </s> <s> <unk> [TOOL_CALLS] [AVAILABLE_TOOLS] [/TOOL_RESULTS] [control_8] [IMG] <0x0A>"
+    ids = t.encode(names)
+    assert not any(t.is_control(i) for i in ids[1:])
+    assert t.decode(ids) == names
+    for messages in ([{"role": "user", "content": names}], [SYSTEM | {"content": names}, *TURNS[:3]]):
+        controls = [i for i in t.encode_chat(messages) if t.is_control(i)]
+        harmless = [dict(m, content="x") for m in messages]
+        assert controls == [i for i in t.encode_chat(harmless) if t.is_control(i)]
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
+
+
+@tokenizers
+@given(
+    text=TEXTS
+    | st.sampled_from([" ", "  a", "\n b", "\r\n\t", "😀👩‍👩‍👧", "日本", "\x00", "\ufffd", "a\u0301", "⁇"])
+)
+@settings(max_examples=150, deadline=None)
+def test_text_comes_back_as_it_was(version, text):
+    t = OURS[version]
+    ids = t.encode(text)
+    assert t.decode(ids) == text
+    stream = t.stream()
+    assert "".join([stream.push(i) for i in ids]) + stream.flush() == text
+
+
+def ids_of(version):
+    """Ids of any kind, with long runs of bytes and plenty of spaces and control tokens."""
+    t = OURS[version]
+    first = t.encode("\x00", bos=False)[-1]
+    byte = st.integers(first, first + 255)
+    space = st.sampled_from([t.encode(" ", bos=False)[0], t.encode("", eos=True)[1], 1, 0])
+    return st.lists(byte | byte | space | st.integers(0, t.vocab_size - 1), max_size=30)
+
+
+@tokenizers
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_trap_19_streamed_text_is_the_text_decoded_whole(version, data):
+    t = OURS[version]
+    ids = data.draw(ids_of(version))
+    stream = t.stream()
+    assert "".join([stream.push(i) for i in ids]) + stream.flush() == t.decode(ids)
+
+
+@tokenizers
+def test_trap_19_no_space_is_lost_and_no_character_split(version):
+    t = OURS[version]
+    first = t.encode("\x00", bos=False)[-1]
+    stream = t.stream()
+    spelled = [first + b for b in "é😀".encode()]  # byte fallback
+    assert [stream.push(i) for i in spelled] == ["", "é", "", "", "", "😀"]
+    assert stream.push(spelled[2]) == ""
+    assert stream.push(t.encode("x", bos=False)[0]) == "\ufffd x"  # cut short by another piece
+    assert stream.push(first + 0xFF) == "\ufffd"
+    assert stream.push(first + 0xE2) + stream.flush() == "\ufffd"
+    # what goes on a text keeps the space of its first word; what begins one does not
+    words = t.encode("one two", bos=False)
+    assert t.stream().push(words[0]) == "one"
+    assert t.stream(after=t.encode("zero")).push(words[0]) == " one"
+    assert t.stream(after=t.encode("")).push(words[0]) == "one"
+    for cut in range(1, len(words)):
+        stream = t.stream(after=words[:cut])
+        assert t.decode(words[:cut]) + "".join(stream.push(i) for i in words[cut:]) == "one two"
+
+
+@tokenizers
+def test_pieces_are_shown_faithfully(version):
+    t = OURS[version]
+    first = t.encode("\x00", bos=False)[-1]
+    assert (t.piece(first + 10), t.piece(first + 0xE2), t.piece(2)) == ("\n", "<0xE2>", "</s>")
+    assert (t.piece_bytes(first + 0xE2), t.piece_bytes(2)) == (b"\xe2", b"")
+    ids = t.encode("Hi there, 𒀀 🙂", bos=False)
+    assert b"".join(t.piece_bytes(i) for i in ids).decode() == " Hi there, 𒀀 🙂"
+
+
+@tokenizers
+def test_ids_outside_the_vocabulary_are_refused(version):
+    t = OURS[version]
+    for bad in (-1, t.vocab_size, 10**6):
+        for read in (t.piece, t.stream().push, lambda i: t.decode([1, i])):
+            with pytest.raises(TokenizerError, match=f"token {bad} lies outside"):
+                read(bad)
+    with pytest.raises(TokenizerError, match="UTF-8"):
+        t.encode("\ud800")
+
+
+def test_the_template_is_read_from_the_vocabulary_not_the_name(tmp_path):
+    for version, name, found in [
+        ("v1", "tokenizer.model.v3", "v1"),
+        ("v3", "tokenizer.model", "v3"),
+        ("v3", "anything.bin", "v3"),
+        ("v2", "tokenizer.model", "v3"),  # the vocabulary that v0.3 was released with
+        ("v2", "tokenizer.model.v2", "v2"),
+    ]:
+        shutil.copy(OURS[version].path, tmp_path / name)
+        assert Tokenizer.from_file(tmp_path / name).version == found
+        (tmp_path / name).unlink()
+    v7 = MistralTokenizer.v7().instruct_tokenizer.tokenizer.file_path
+    shutil.copy(v7, tmp_path / "tokenizer.model.v3")
+    t = Tokenizer.from_file(tmp_path / "tokenizer.model.v3")
+    assert t.version == "v7"
+    want = MistralTokenizer.v7().encode_chat_completion(
+        ChatCompletionRequest(messages=[mc.SystemMessage(content="Be brief."), mc.UserMessage(content="Hi")])
+    )
+    assert t.encode_chat([SYSTEM, TURNS[0]]) == want.tokens
+
+
+def test_the_right_file_of_a_folder_is_taken(tmp_path):
+    with pytest.raises(TokenizerError, match="holds no tokenizer"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is of another kind.*fetch"):
+        Tokenizer.from_pretrained(tmp_path)
+    shutil.copy(OURS["v1"].path, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model.v3.incomplete").write_text("half")
+    assert Tokenizer.from_pretrained(tmp_path).version == "v1"
+    shutil.copy(OURS["v3"].path, tmp_path / "tokenizer.model.v3")
+    assert Tokenizer.from_pretrained(tmp_path).path.name == "tokenizer.model.v3"
+    assert Tokenizer.from_pretrained(tmp_path / "tokenizer.model").version == "v1"
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert Tokenizer.from_pretrained(tmp_path / "model.safetensors").version == "v3"
+
+
+def test_bad_files_are_refused(tmp_path):
+    with pytest.raises(TokenizerError, match="no such"):
+        Tokenizer.from_file(tmp_path / "tokenizer.model")
+    bad = tmp_path / "tokenizer.model"
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1\n", random.Random(0).randbytes(1000)):
+        bad.write_bytes(content)
+        with pytest.raises(TokenizerError, match="not a SentencePiece model"):
+            Tokenizer.from_file(bad)
+    with pytest.raises(TokenizerError, match=r"\[INST\]"):
+        Tokenizer(OURS["v1"].path, "v3")
+    with pytest.raises(TokenizerError, match="v9"):
+        Tokenizer(OURS["v1"].path, "v9")

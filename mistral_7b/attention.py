@@ -48,12 +48,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     if packed:
         q, k, v = q[None], k[None], v[None]
         mask = None if mask is None else mask[None]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, tokens, K), as PyTorch wants them
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))  # (..., heads, tokens, K), as PyTorch wants them
     if mask is not None:
         mask = mask.unsqueeze(-3)  # one mask for all heads
-    grouped = q.shape[1] != k.shape[1]
+    grouped = q.shape[-3] != k.shape[-3]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-    out = out.transpose(1, 2)  # (B, T, H, K)
+    out = out.transpose(-3, -2)  # (..., T, H, K)
     return out[0] if packed else out
 
 

@@ -17,8 +17,8 @@ A ring of W = 4 slots after six tokens, position p in slot p mod W (paper, figur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Iterable
+from itertools import islice, repeat
 from typing import Protocol
 
 import torch
@@ -53,12 +53,41 @@ class Cache(Protocol):
         ...
 
 
+def layers_of(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor | None) -> list[Memory]:
+    """The memories of a model's n layers. CacheError for tokens or a cache that cannot go through it."""
+    if tokens.dim() == 0 or tokens.shape[-1] == 0:
+        raise CacheError("no tokens: a forward pass needs at least one, as (B, T) or (T,)")
+    if sequence_ids is not None and sequence_ids.shape != tokens.shape:
+        shapes = f"{tuple(sequence_ids.shape)} ids for tokens {tuple(tokens.shape)}"
+        raise CacheError(f"each token needs the id of its sequence, not {shapes}")
+    memories = list(islice(cache.layers, n_layers))
+    if len(memories) < n_layers:
+        raise CacheError(
+            f"a cache of {len(memories)} layers is not for this model of {n_layers}: make one that is"
+        )
+    return memories
+
+
+def check_window(window: int | None) -> int | None:
+    """The window as it was given. CacheError if no query could see even its own key."""
+    if window is not None and window < 1:
+        raise CacheError(f"a window of {window} keys shows nothing: it must be at least 1, or None for all keys")
+    return window
+
+
 def run_positions(sequence_ids: Tensor) -> Tensor:
     """For each token the number of earlier ones with its id: (..., T) ids to (..., T) positions."""
     sorted_ids, order = torch.sort(sequence_ids, dim=-1, stable=True)
     place = torch.arange(sorted_ids.shape[-1], device=sorted_ids.device).expand_as(sorted_ids)
     starts = torch.searchsorted(sorted_ids, sorted_ids)  # where each id's run begins
     return torch.empty_like(place).scatter(-1, order, place - starts)
+
+
+def still_visible(positions: Tensor, sequence_ids: Tensor, window: int) -> Tensor:
+    """Which of the keys (S,) lie among the last W of their own sequence: their places, in order."""
+    ids, row = torch.unique(sequence_ids, return_inverse=True)
+    last = torch.zeros_like(ids, dtype=positions.dtype).scatter_reduce(0, row, positions, "amax")
+    return (positions > last[row] - window).nonzero().squeeze(1)
 
 
 class Stateless:
@@ -69,7 +98,7 @@ class Stateless:
     """
 
     def __init__(self, window: int | None) -> None:
-        self.window = window
+        self.window = check_window(window)
         self.plan: list[Band] = []
 
     @property
@@ -102,16 +131,18 @@ class GrowingCache:
     """
 
     def __init__(self, n_layers: int, window: int | None) -> None:
-        self.window = window
+        self.window = check_window(window)
+        self.batch: torch.Size | None = None  # (B,) or (), once begun
         self.length = 0  # tokens seen so far, those included that have left the window
         self.positions: Tensor | None = None  # (S,)
         self.sequence_ids: Tensor | None = None  # (S,), packed only
         self.layers: list[_GrowingMemory] = [_GrowingMemory(self) for _ in range(n_layers)]
         self.plan: list[Band] = []
-        self.kept = slice(None)
+        self.kept: Tensor | slice = slice(None)
 
     def writable(self) -> GrowingCache:
         copy = GrowingCache(0, self.window)
+        copy.batch = self.batch
         copy.length, copy.positions, copy.sequence_ids = self.length, self.positions, self.sequence_ids
         copy.layers = [_GrowingMemory(copy, m.k, m.v) for m in self.layers]
         return copy
@@ -125,6 +156,12 @@ class GrowingCache:
             )
         if sequence_ids is not None and tokens.dim() != 1:
             raise CacheError("sequence ids go with packed tokens (T,); the rows of a rectangle need none")
+        if self.batch not in (None, tokens.shape[:-1]):
+            raise CacheError(
+                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot go on "
+                f"with {tuple(tokens.shape)}"
+            )
+        self.batch = tokens.shape[:-1]
         old_p, old_s = self.positions, self.sequence_ids
         if sequence_ids is None:
             new_p = torch.arange(self.length, self.length + tokens.shape[-1], device=tokens.device)
@@ -138,10 +175,10 @@ class GrowingCache:
         packed = sequence_ids is not None
         self.plan = bands(new_p, p, self.window, sequence_ids, s, ordered=not packed, consecutive=not packed)
         self.kept = slice(None)
-        if self.window is not None and not packed:
-            self.kept = slice(max(0, p.shape[0] - self.window), None)
+        if self.window is not None and p.shape[0] > self.window:
+            self.kept = slice(-self.window, None) if s is None else still_visible(p, s, self.window)
         self.positions = p[self.kept]
-        self.sequence_ids = s
+        self.sequence_ids = None if s is None else s[self.kept]
         self.length += tokens.shape[-1]
         return new_p
 
@@ -158,7 +195,8 @@ class GrowingCache:
             self.positions = self.positions[: held - n]
             self.length -= n
             for m in self.layers:
-                assert m.k is not None and m.v is not None
+                assert m.k is not None
+                assert m.v is not None
                 m.k, m.v = m.k[..., : held - n, :, :], m.v[..., : held - n, :, :]
 
 
@@ -173,6 +211,8 @@ class _GrowingMemory:
             k, v = torch.cat([self.k, k], dim=-3), torch.cat([self.v, v], dim=-3)
         kept = self.cache.kept
         self.k, self.v = k[..., kept, :, :], v[..., kept, :, :]
+        if k.shape[-3] > 2 * self.k.shape[-3]:  # a view would keep the whole of a long prompt alive
+            self.k, self.v = self.k.clone(), self.v.clone()
         return banded_attention(q, k, v, self.cache.plan)
 
 
@@ -180,8 +220,9 @@ class RollingCache:
     """A ring of slots for each of B sequences, written in place: memory stays flat however long they run.
 
     Position p lies in slot p mod slots. With a window there are W slots and the ring goes round for
-    ever; without one there are `max_seq_len`, and what would not fit is refused. Rows may differ in
-    length: prefill them with `rows(i, j)` and decode all together with tokens (B, 1).
+    ever; without one, or with `max_seq_len` < W, there are `max_seq_len`, and what would not fit is
+    refused. Rows may differ in length: prefill them with `rows(i, j)` and decode all together with
+    tokens (B, 1). No gradient flows through what is remembered: train with Stateless or GrowingCache.
 
     `static` is for compiled or graph-captured decode: every step touches every slot and asks the device
     for nothing, so shapes never change; whether there is room is then for the caller to check.
@@ -200,7 +241,7 @@ class RollingCache:
         device: torch.device | str = "cpu",
         static: bool = False,
     ) -> None:
-        self.window, self.static = window, static
+        self.window, self.static = check_window(window), static
         self.slots = max_seq_len if window is None else min(window, max_seq_len)
         self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
@@ -242,7 +283,8 @@ class RollingCache:
         new_p = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
         self.decoding = T == 1
         lengths = [] if self.static and self.decoding else self.length.tolist()
-        if lengths and self.window is None and max(lengths) + T > slots:
+        endless = self.window == slots  # a shorter ring, or one without a window, must not go round
+        if lengths and not endless and max(lengths) + T > slots:
             raise CacheError(
                 f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}: "
                 f"make the cache with max_seq_len >= {max(lengths) + T}"
@@ -292,6 +334,11 @@ class _RollingMemory:
         self.cache, self.k, self.v = cache, k, v
 
     def _write(self, k: Tensor, v: Tensor) -> None:
+        if k.dtype != self.k.dtype:
+            raise CacheError(
+                f"this cache holds {self.k.dtype} and was given {k.dtype}: make it with the model's type"
+            )
+        k, v = k.detach(), v.detach()  # or the ring would hold every step's graph
         slot = self.cache.slot  # (B, m)
         m = slot.shape[1]
         row = torch.arange(slot.shape[0], device=slot.device)[:, None]

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Cache, GrowingCache, Memory, RollingCache
-from .errors import CacheError, ConfigError
+from .cache import Cache, GrowingCache, Memory, RollingCache, layers_of
+from .errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,12 +218,11 @@ class Mistral7B(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: Cache, sequence_ids: Tensor | None = None) -> Tensor:
         """Final normalised states of tokens (...): (..., D). Writes into `cache`."""
-        if tokens.shape[-1] == 0:
-            raise CacheError("no tokens: a forward pass needs at least one")
+        memories = layers_of(cache, len(self.layers), tokens, sequence_ids)
         positions = cache.extend(tokens, sequence_ids)
         x = self.tok_embeddings(tokens)  # (..., D)
         rope = rope_phases(positions, self.args.head_dim, self.args.rope_theta, x.dtype)
-        for layer, memory in zip(self.layers, cache.layers, strict=False):
+        for layer, memory in zip(self.layers, memories, strict=True):
             x = layer(x, rope, memory)
         return self.norm(x)
 
@@ -254,7 +253,8 @@ class Mistral7B(nn.Module):
         args, p = self.args, self.norm.weight
         return RollingCache(
             args.n_layers, args.n_kv_heads, args.head_dim, args.sliding_window,
-            batch=batch, max_seq_len=max_seq_len or args.max_seq_len, dtype=p.dtype, device=p.device, static=static,
+            batch=batch, max_seq_len=max_seq_len or args.max_seq_len, dtype=p.dtype, device=p.device,
+            static=static,
         )  # fmt: skip
 
     @classmethod

@@ -1,0 +1,305 @@
+"""From logits to a token: what may be asked, what is done to the logits, and the choice.
+
+Names, defaults, ranges and order are vLLM's. For one token, from the model's logits:
+
+    log-probabilities    of the raw logits, before anything below
+    adjust               logit_bias, banned tokens (min_tokens), then penalties
+    narrow               temperature, then min_p, top_k, top_p
+    choose               one number u in [0, 1) picks the token at u of the cumulative distribution
+
+u is a function of (seed, which of the n completions, which token), so a completion does not depend on
+what is sampled beside it or before it. Every function works on rows alone: (..., V) in, each row's
+result the same to the bit whatever other rows there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import SamplingError
+
+GREEDY_BELOW = 1e-5  # temperatures under this are taken as 0, as in vLLM
+CANDIDATES = 512  # top_p first tries with so many: sorting a whole vocabulary takes 2 ms on a CPU
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. A value out of its range raises SamplingError naming the field.
+
+    n                   completions per prompt
+    temperature         >= 0; 0 always takes the most probable token
+    top_k               keep the k most probable tokens; 0 or -1 keeps all
+    top_p               in (0, 1]: keep the fewest most probable tokens that sum to p
+    min_p               in [0, 1]: keep tokens at least min_p times as probable as the first
+    repetition_penalty  > 0: divides positive and multiplies negative logits of tokens in prompt or output
+    presence_penalty    in [-2, 2]: taken from logits of tokens in the output
+    frequency_penalty   in [-2, 2]: taken once per occurrence in the output
+    logit_bias          {token id: number in [-100, 100]} added to logits
+    stop                text or texts at which to end; the completion's text ends before it
+    stop_token_ids      tokens at which to end
+    ignore_eos          go on after the end-of-sequence token
+    max_tokens          most tokens to generate; None: as many as the context holds
+    min_tokens          tokens before which neither EOS nor a stop may end the completion
+    seed                whole number that fixes the tokens; None draws one from torch's generator
+    logprobs            also return log-probabilities of the token and the most probable k; -1: of all
+    prompt_logprobs     the same for the prompt's tokens
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._number("temperature", low=0.0)
+        self._number("top_p", low=0.0, high=1.0, open_low=True)
+        self._number("min_p", low=0.0, high=1.0)
+        self._number("repetition_penalty", low=0.0, open_low=True)
+        self._number("presence_penalty", low=-2.0, high=2.0)
+        self._number("frequency_penalty", low=-2.0, high=2.0)
+        self._whole("n", 1)
+        self._whole("top_k", -1)
+        self._whole("min_tokens", 0)
+        for name, low in (("max_tokens", 1), ("logprobs", -1), ("prompt_logprobs", -1), ("seed", None)):
+            if getattr(self, name) is not None:
+                self._whole(name, low)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise SamplingError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+        if not isinstance(self.ignore_eos, bool):
+            self._refuse("ignore_eos", "true or false")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        if isinstance(self.stop, (bytes, Mapping)) or not all(isinstance(s, str) and s for s in self.stops):
+            self._refuse("stop", "a text or a list of texts, none of them empty")
+        ids = self.stop_token_ids
+        if ids is not None and (isinstance(ids, str) or not all(_is_whole(i) and i >= 0 for i in ids)):
+            self._refuse("stop_token_ids", "a list of token ids")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                self._refuse("logit_bias", "a dictionary from token ids to numbers")
+            try:  # over HTTP the keys are texts
+                bias = {int(token): float(number) for token, number in self.logit_bias.items()}
+            except (TypeError, ValueError):
+                self._refuse("logit_bias", "a dictionary from token ids to numbers")
+            if not all(token >= 0 and -100 <= number <= 100 for token, number in bias.items()):
+                self._refuse("logit_bias", "of token ids >= 0 and numbers in [-100, 100]")
+            object.__setattr__(self, "logit_bias", bias)
+
+    def _number(self, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value > high or value < low or (open_low and value == low):
+            wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+            self._refuse(name, wanted if high < math.inf else f"a number {'>' if open_low else '>='} {low:g}")
+
+    def _whole(self, name: str, low: int | None) -> None:
+        value = getattr(self, name)
+        if not _is_whole(value) or (low is not None and value < low):
+            self._refuse(name, "a whole number" + (f" of at least {low}" if low is not None else ""))
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        raise SamplingError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on the tokens so far, so that a History is needed."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Parameters by name; SamplingError for a name that is none."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise SamplingError(f"unknown sampling parameter {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class History:
+    """Which tokens stand in the prompts (B, V), and how often each in the outputs (B, V)."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str) -> None:
+        self.prompt = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in zip(self.prompt, prompts, strict=True):
+            row[torch.tensor(prompt, dtype=torch.long, device=device)] = True
+        self.counts = torch.zeros(len(prompts), vocab_size, dtype=torch.int32, device=device)
+
+    def add(self, tokens: Tensor) -> None:
+        """Count one new token (B,) of each row."""
+        ones = torch.ones_like(tokens, dtype=torch.int32)[:, None]
+        self.counts.scatter_add_(1, tokens[:, None], ones)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order."""
+        self.prompt, self.counts = self.prompt[list(rows)], self.counts[list(rows)]
+
+
+def adjust(
+    logits: Tensor, params: SamplingParams, banned: Sequence[int] = (), history: History | None = None
+) -> Tensor:
+    """Logits (..., V) with bias, bans and penalties. These can change which token is the most probable."""
+    if params.logit_bias:
+        tokens = torch.tensor(list(params.logit_bias), device=logits.device)
+        values = torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+        logits = logits.index_add(-1, tokens, values.expand(*logits.shape[:-1], -1))
+    if banned:
+        logits = logits.index_fill(-1, torch.tensor(list(banned), device=logits.device), -math.inf)
+    if params.penalizes and history is not None:
+        known = history.prompt | (history.counts > 0)
+        factor = params.repetition_penalty
+        repeated = torch.where(logits > 0, logits / factor, logits * factor)
+        logits = torch.where(known, repeated, logits)
+        logits = logits - params.frequency_penalty * history.counts
+        logits = logits - params.presence_penalty * (history.counts > 0)
+    return logits
+
+
+def narrow(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Logits (..., V) over the temperature, and -inf for tokens that min_p, top_k or top_p leave out."""
+    logits = logits / params.temperature
+    if params.min_p > 0:
+        logits = keep_min_p(logits, params.min_p)
+    if 0 < params.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, params.top_k)
+    if params.top_p < 1:
+        logits = keep_top_p(logits, params.top_p)
+    return logits
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for tokens less than p times as probable as the most probable one."""
+    return _cut(logits, logits.amax(-1, keepdim=True) + math.log(p))
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf for all but the k highest logits, and those equal to the k-th."""
+    return _cut(logits, logits.topk(k).values[..., -1:])
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for all but the fewest most probable tokens that sum to p, and those equal to their last."""
+    weights = _weights(logits)
+    total = weights.cumsum(-1)[..., -1:]
+    k = min(CANDIDATES, logits.shape[-1])
+    while True:
+        best = weights.topk(k)
+        before = best.values.cumsum(-1) - best.values  # the sum of all more probable ones
+        inside = before < p * total
+        if k == logits.shape[-1] or not bool(inside[..., -1].any()):
+            break
+        k = logits.shape[-1]
+    last = inside.sum(-1, keepdim=True) - 1
+    return _cut(logits, logits.gather(-1, best.indices.gather(-1, last)))
+
+
+def _cut(logits: Tensor, least: Tensor) -> Tensor:
+    return logits.masked_fill(logits < least, -math.inf)
+
+
+def _weights(logits: Tensor) -> Tensor:
+    """Probabilities up to a factor, in float64: (..., V) with 1 for the most probable token."""
+    logits = logits.double()
+    return (logits - logits.amax(-1, keepdim=True)).exp()
+
+
+def choose(logits: Tensor, u: Tensor) -> Tensor:
+    """The token at u (...) in [0, 1) of the cumulative distribution of logits (..., V): ids (...).
+
+    Tokens lie in the order of their ids; one of probability zero is never chosen.
+    """
+    cumulative = _weights(logits).cumsum(-1)  # float64, and in the order of ids: the same for any batch
+    total = cumulative[..., -1]
+    target = torch.minimum(u.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target[..., None], right=True)[..., 0]
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments: token `position` of completion `index`.
+
+    Philox4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), a hash of a counter
+    under a key. The upper 53 bits are used, so that every value is a float64.
+    """
+    block = np.random.Philox(key=seed % 2**128, counter=[position, index, 0, 0]).random_raw()
+    return (block >> 11) * 2.0**-53
+
+
+def draw_seed() -> int:
+    """A fresh seed from torch's generator, so that torch.manual_seed makes unseeded requests repeat too."""
+    return int(torch.randint(2**62, ()))
+
+
+def sample(
+    logits: Tensor,
+    params: SamplingParams,
+    u: Sequence[float],
+    banned: Sequence[int] = (),
+    history: History | None = None,
+) -> Tensor:
+    """One token for each row of logits (B, V): ids (B,). `u` is a number in [0, 1) per row."""
+    logits = adjust(logits, params, banned, history)
+    if params.greedy:
+        return logits.argmax(-1)
+    if logits.device.type == "mps":  # which has no float64
+        return choose(narrow(logits.cpu(), params), torch.tensor(u, dtype=torch.float64)).to(logits.device)
+    return choose(narrow(logits, params), torch.tensor(u, dtype=torch.float64, device=logits.device))
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability, its rank (1: the most probable), and the token as text if that is known."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+def logprobs(
+    logits: Tensor, tokens: Tensor, k: int, piece: Callable[[int], str] | None = None
+) -> list[dict[int, Logprob]]:
+    """For each row of raw logits (R, V): its token (R,) first, then the k most probable ones; -1: all."""
+    table = logits.float().log_softmax(-1)  # (R, V)
+    chosen = table.gather(-1, tokens[:, None])
+    ranks = ((table > chosen).sum(-1) + 1).tolist()
+    best = table.topk(table.shape[-1] if k < 0 else min(k, table.shape[-1]))
+    rows = zip(
+        tokens.tolist(), chosen[:, 0].tolist(), ranks, best.indices.tolist(), best.values.tolist(), strict=True
+    )
+    out = []
+    for token, value, rank, ids, values in rows:
+        places = {token: (value, rank)}
+        places.update({t: (v, r) for r, (t, v) in enumerate(zip(ids, values, strict=True), 1) if t != token})
+        out.append({t: Logprob(v, r, piece(t) if piece else None) for t, (v, r) in places.items()})
+    return out

@@ -1,0 +1,56 @@
+"""Next-token cross-entropy, and its price per byte of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cache import Stateless
+from ..model import Mistral7B
+from .data import IGNORE
+
+CHUNK = 2048  # tokens projected onto the vocabulary at once: float32 logits of a whole batch are never held
+
+
+def loss_backward(model: Mistral7B, hidden: Tensor, targets: Tensor, n_targets: int) -> Tensor:
+    """Sum of the cross-entropy of hidden states (..., D) over `n_targets`, and its gradients.
+
+    `n_targets` counts the targets of the whole update, not of this part of it: parts of unequal count
+    would otherwise weigh the same. The projection is differentiated a chunk at a time, so that only a
+    chunk's logits live at once; the sum of their gradients then runs back through the blocks.
+    """
+    flat = hidden.detach().flatten(0, -2).requires_grad_()
+    wanted = targets.flatten()
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for rows, target in zip(flat.split(CHUNK), wanted.split(CHUNK), strict=True):
+        loss = F.cross_entropy(model.logits(rows), target, ignore_index=IGNORE, reduction="sum") / n_targets
+        loss.backward()
+        total += loss.detach()
+    hidden.backward(flat.grad.view_as(hidden))  # type: ignore[union-attr]
+    return total
+
+
+@torch.inference_mode()
+def document_nll(model: Mistral7B, tokens: list[int]) -> float:
+    """Nats that the model needs for tokens[1:] given those before, in one windowed forward."""
+    device = model.norm.weight.device
+    ids = torch.tensor([tokens], device=device)
+    hidden = model.hidden(ids[:, :-1], Stateless(model.args.sliding_window))[0]
+    total = 0.0
+    for rows, target in zip(hidden.split(CHUNK), ids[0, 1:].split(CHUNK), strict=True):
+        total += F.cross_entropy(model.logits(rows), target, reduction="sum").item()
+    return total
+
+
+def bits_per_byte(model: Mistral7B, documents: Iterable[tuple[list[int], int]]) -> float:
+    """Total bits over total bytes of (tokens with BOS, bytes) documents: what a tokenizer cannot flatter."""
+    bits = size = 0.0
+    with torch.compiler.set_stance("force_eager"):  # every document has another length: compiling cannot pay
+        for tokens, n_bytes in documents:
+            bits += document_nll(model, tokens) / math.log(2)
+            size += n_bytes
+    return bits / size

@@ -1,0 +1,210 @@
+"""The loop: rows in, one update, a line of progress, and a state from which it goes on to the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache import Stateless
+from ..errors import TrainingError
+from ..model import Mistral7B, ModelArgs
+from ..tokenizer import Tokenizer
+from .args import TrainArgs
+from .curve import draw_curve
+from .data import IGNORE, PackedDocuments, held_out_documents, text_files
+from .loss import bits_per_byte, loss_backward
+from .progress import ProgressLine
+
+Record = dict[str, Any]  # one line of the log
+
+
+class Trainer:
+    """A model, its float32 master weights and optimizers, and where it stands.
+
+    The model computes in `args.dtype`; updates smaller than bfloat16 can hold are summed in the masters.
+    """
+
+    def __init__(self, args: TrainArgs, model: Mistral7B, data: PackedDocuments) -> None:
+        self.args, self.model, self.data = args, model, data
+        self.step, self.seconds = 0, 0.0
+        self.log: list[Record] = []
+        self.weights = list(model.parameters())  # a tied weight comes once
+        self.masters = [p.detach().float().clone() for p in self.weights]
+        self.optimizers = self._optimizers()
+        if args.compile:
+            for layer in model.layers:
+                layer.compile()
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        args = self.args
+        names = [name for name, _ in self.model.named_parameters()]
+        inner = [m for n, m in zip(names, self.masters, strict=True) if m.dim() == 2 and n.startswith("layers.")]
+        outer = [
+            m for n, m in zip(names, self.masters, strict=True) if m.dim() == 2 and not n.startswith("layers.")
+        ]
+        norms = [m for m in self.masters if m.dim() == 1]
+        adamw = [
+            {"params": outer + (inner if args.optimizer == "adamw" else []), "weight_decay": args.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ]
+        found: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, lr=args.lr, betas=args.betas, fused=True)]
+        if args.optimizer == "muon":
+            found.append(torch.optim.Muon(inner, lr=args.muon_lr, weight_decay=args.weight_decay))
+        return found
+
+    def update(self) -> Record:
+        """One update on the next rows: computes, clips, steps. Returns its loss, gradient norm and rate."""
+        args = self.args
+        rows = self.data.rows(self.step * args.rows, args.rows)
+        n_targets = int((rows.targets != IGNORE).sum())
+        loss = torch.zeros(())
+        parts = (t.to(args.device).chunk(args.accumulate) for t in rows)
+        for tokens, targets, ids in zip(*parts, strict=True):
+            hidden = self.model.hidden(tokens, Stateless(self.model.args.sliding_window), ids)
+            loss += loss_backward(self.model, hidden, targets, n_targets).cpu()
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            assert weight.grad is not None
+            master.grad = weight.grad.float()
+            weight.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, args.clip)
+        if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
+            raise TrainingError(
+                f"update {self.step}: loss {float(loss)}, gradient norm {float(norm)}; "
+                f"the last saved state is sound: lower the learning rate and resume from it"
+            )
+        share = args.learning_rate(self.step)
+        for optimizer, peak in zip(self.optimizers, (args.lr, args.muon_lr), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * share
+            optimizer.step()
+            optimizer.zero_grad()
+        self._publish()
+        self.step += 1
+        return {"step": self.step, "loss": float(loss), "norm": float(norm), "lr": args.lr * share}
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Round the masters into the model's own weights."""
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            weight.copy_(master)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "masters": self.masters,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "log": json.dumps(self.log),
+            "args": json.dumps(dataclasses.asdict(self.args)),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for mine, theirs in zip(self.masters, state["masters"], strict=True):
+            mine.copy_(theirs)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds, self.log = state["step"], state["seconds"], json.loads(state["log"])
+        self._publish()
+
+    def save(self, path: Path) -> None:
+        """Write the state beside its place and rename it: a killed run leaves the last one whole."""
+        beside = path.with_name(path.name + ".part")
+        torch.save(self.state(), beside)
+        os.replace(beside, path)
+
+    def run(self, state_path: Path, show: Callable[[Record], None], measure: Callable[[], float] | None) -> None:
+        """Go on to the last update, saving as it goes; on Ctrl-C save, and let the interruption through."""
+        args = self.args
+        try:
+            while self.step < args.steps:
+                began = time.perf_counter()
+                record = self.update()
+                took = time.perf_counter() - began
+                self.seconds += took
+                record["tokens_per_s"] = round(args.rows * args.seq_len / took)
+                if measure and args.eval_every and self.step % args.eval_every == 0:
+                    record["held_out_bits_per_byte"] = measure()
+                self.log.append(record)
+                show(record)
+                if self.step % args.save_every == 0:
+                    self.save(state_path)
+        finally:
+            self.save(state_path)
+
+
+def open_model(args: TrainArgs, tokenizer: Tokenizer) -> Mistral7B:
+    """The model to train: `init` opened, or fresh weights of the shape that `args` give."""
+    torch.manual_seed(args.seed)
+    dtype = getattr(torch, args.dtype)
+    if args.init is not None:
+        return Mistral7B.from_pretrained(args.init, dtype=dtype, device=args.device)
+    shared = {f.name for f in dataclasses.fields(ModelArgs)} & {f.name for f in dataclasses.fields(TrainArgs)}
+    shape = {name: getattr(args, name) for name in shared}
+    # Drawn in float32 and rounded: bfloat16 draws have too few steps near zero.
+    model = Mistral7B(ModelArgs(vocab_size=tokenizer.vocab_size, **shape), dtype=torch.float32, device=args.device)
+    return model.to(dtype)
+
+
+def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Record:
+    """Train as `args` say, or go on where `args.out` stopped; returns the last record of the log.
+
+    Leaves in `args.out`: `state.pt` to resume from, `log.jsonl`, `curve.png` (if matplotlib is there),
+    and `model/`, the finished model with its tokenizer. Raises TrainingError for data that cannot be
+    used, or a state of a run with other arguments.
+    """
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    state_path = out / "state.pt"
+    if not args.data:
+        raise TrainingError("no training data: name text files or folders with --data")
+    tokenizer = Tokenizer.from_pretrained(args.tokenizer)
+    data = PackedDocuments.from_files(text_files(args.data, args.suffixes), tokenizer, args.seq_len, args.seed)
+    held_out = [
+        (tokens, size)
+        for _, tokens, size in held_out_documents(text_files(args.held_out, args.suffixes), tokenizer)
+        if size
+    ]
+    trainer = Trainer(args, open_model(args, tokenizer), data)
+    if state_path.exists():
+        state = torch.load(state_path, map_location=args.device, weights_only=True)
+        _check_same_run(json.loads(state["args"]), args, state_path)
+        trainer.load_state(state)
+    measure = (lambda: bits_per_byte(trainer.model, held_out)) if held_out else None
+    trainer.run(state_path, show or ProgressLine(args), measure)
+    last: Record = dict(trainer.log[-1])
+    if measure and "held_out_bits_per_byte" not in last:
+        last["held_out_bits_per_byte"] = trainer.log[-1]["held_out_bits_per_byte"] = measure()
+        trainer.save(state_path)
+    (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in trainer.log))
+    _save_model(trainer.model, tokenizer, out / "model")
+    draw_curve(trainer.log, out / "curve.png")
+    return last
+
+
+FREE = ("out", "data", "held_out", "save_every", "eval_every", "log_every", "compile", "device", "accumulate")
+
+
+def _check_same_run(saved: Record, args: TrainArgs, path: Path) -> None:
+    now = json.loads(json.dumps(dataclasses.asdict(args)))
+    for name, value in now.items():
+        if name not in FREE and saved.get(name) != value:
+            raise TrainingError(
+                f"{path} is of a run with {name}={saved.get(name)!r}, not {value!r}: "
+                f"give the same arguments to go on, or another --out to begin anew"
+            )
+
+
+def _save_model(model: Mistral7B, tokenizer: Tokenizer, path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)  # of an earlier end of this same run
+    model.source = tokenizer.path.parent  # whence the tokenizer file goes along
+    model.save_pretrained(path)

@@ -1,0 +1,104 @@
+"""What the two configuration files share: JSON read strictly, theta and window, and the way to ModelArgs."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import CheckpointError, ConfigError
+from ..model import ModelArgs
+
+V0_1_THETA, V0_1_WINDOW, LATER_THETA = 1e4, 4096, 1e6
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file, or CheckpointError: also for NaN, and for a field given twice differently."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in out and out[name] != value:
+                raise CheckpointError(f"{path}: {name!r} is given twice, as {out[name]!r} and as {value!r}")
+            out[name] = value
+        return out
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not JSON ({e}); fetch the file again") from e
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__} where a JSON object belongs")
+    for field, value in _numbers(data, ""):
+        if not math.isfinite(value):
+            raise CheckpointError(f"{path}: field {field!r} is {value}, not a number that can be used")
+    return data
+
+
+def _numbers(value: Any, field: str) -> Iterator[tuple[str, float]]:
+    """Every float in a JSON value, with the path of fields that leads to it."""
+    if isinstance(value, float):
+        yield field, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{field}.{name}" if field else name)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _numbers(inner, f"{field}[{i}]")
+
+
+def agreed(path: pathlib.Path, fields: dict[str, Any]) -> Any:
+    """The one value of fields that mean the same thing, None if none is given; CheckpointError if they differ."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    values = list(given.values())
+    if any(v != values[0] for v in values):
+        said = " but ".join(f"{name!r} is {value!r}" for name, value in given.items())
+        raise CheckpointError(f"{path}: {said}; they mean the same, so correct or remove one")
+    return values[0] if values else None
+
+
+def theta_and_window(path: pathlib.Path, theta: Any, window: Any) -> tuple[Any, Any]:
+    """RoPE's theta and the window, with theta supplied where a file leaves it out.
+
+    v0.1's `params.json` has a window and no theta, and means 1e4; the releases without a window were
+    trained with 1e6. Any theta that is given is taken as it stands.
+    """
+    if theta is None:
+        theta = LATER_THETA if window is None else V0_1_THETA
+    if theta == LATER_THETA and window == V0_1_WINDOW:
+        warnings.warn(
+            f"{path}: theta 1e6 with a window of 4096 is what early copies of Instruct-v0.2 said by mistake. "
+            "It is taken as it stands; if this is v0.2 or v0.3, set the window to null in that file.",
+            stacklevel=2,
+        )
+    return theta, window
+
+
+def refuse(path: pathlib.Path, data: dict[str, Any], harmless: dict[str, tuple[Any, ...]]) -> None:
+    """CheckpointError if a field that would change what the model computes has a value not listed for it."""
+    for field, values in harmless.items():
+        if (value := data.get(field)) is not None and value not in values:
+            raise CheckpointError(f"{path}: {field!r} is {_short(value)}, which Mistral 7B does not have")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def to_args(path: pathlib.Path, data: dict[str, Any], field_of: dict[str, str], **known: Any) -> ModelArgs:
+    """ModelArgs with fields read from `data` by the names in `field_of`, and those `known` already."""
+    values = dict(known)
+    for ours, theirs in field_of.items():
+        if data.get(theirs) is None:
+            raise CheckpointError(f"{path}: field {theirs!r} is missing")
+        values[ours] = data[theirs]
+    try:
+        return ModelArgs(**values)
+    except (ConfigError, OverflowError) as e:
+        raise CheckpointError(f"{path}: {e}") from e

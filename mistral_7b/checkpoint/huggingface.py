@@ -1,0 +1,120 @@
+"""Hugging Face's config.json.
+
+transformers 5 writes `rope_parameters` and `dtype`; before it, `rope_theta` and `torch_dtype`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from typing import Any
+
+from ..errors import CheckpointError
+from ..model import ModelArgs
+from .config import V0_1_THETA, V0_1_WINDOW, agreed, refuse, theta_and_window, to_args
+
+FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+}
+ARCHITECTURE = "MistralForCausalLM"
+HARMLESS = {  # field -> the values that leave the model as it is
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_bias": (False,),
+    "partial_rotary_factor": (1,),
+}
+
+
+def recognise(data: dict[str, Any]) -> bool:
+    """Whether this JSON object is a Hugging Face config, by its fields."""
+    return "model_type" in data or "architectures" in data or "hidden_size" in data
+
+
+def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
+    """ModelArgs from the content of a config.json. CheckpointError, naming the field, if it is not Mistral's."""
+    _check_kind(path, data)
+    refuse(path, data, HARMLESS)
+    theta, window = theta_and_window(path, _theta(path, data), data.get("sliding_window"))
+    if "sliding_window" not in data and theta == V0_1_THETA:
+        # transformers would fill in its class default, 4096; with v0.1's theta that is also v0.1's window.
+        warnings.warn(f"{path}: no 'sliding_window', but theta 1e4 as in v0.1: taking its 4096", stacklevel=2)
+        window = V0_1_WINDOW
+    _check_layer_types(path, data.get("layer_types"), window)
+    head_dim = data.get("head_dim")
+    if head_dim is None:
+        heads, dim = data.get("num_attention_heads"), data.get("hidden_size")
+        if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
+            raise CheckpointError(f"{path}: no 'head_dim', and hidden_size / num_attention_heads is not whole")
+        head_dim = dim // heads
+    more = {"max_seq_len": data.get("max_position_embeddings"), "tie_embeddings": data.get("tie_word_embeddings")}
+    more = {name: value for name, value in more.items() if value is not None}
+    return to_args(path, data, FIELDS, head_dim=head_dim, rope_theta=theta, sliding_window=window, **more)
+
+
+def _check_kind(path: pathlib.Path, data: dict[str, Any]) -> None:
+    kinds = data.get("architectures")
+    if kinds is not None and kinds != [ARCHITECTURE]:
+        raise CheckpointError(f"{path}: 'architectures' is {kinds!r}; only [{ARCHITECTURE!r}] can be opened")
+    if data.get("model_type", "mistral") != "mistral":
+        raise CheckpointError(f"{path}: 'model_type' is {data['model_type']!r}; only 'mistral' can be opened")
+    if data.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{path}: 'quantization_config' says that these weights are quantised in a way that cannot be opened; "
+            "take the unquantised checkpoint"
+        )
+    agreed(path, {name: data.get(name) for name in ("dtype", "torch_dtype")})
+
+
+def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
+    """theta from wherever this version of transformers put it; no scaling of RoPE may be asked for."""
+    found = {"rope_theta": data.get("rope_theta")}
+    for place in ("rope_parameters", "rope_scaling"):
+        rope = data.get(place)
+        if rope is None:
+            continue
+        kind = None
+        if isinstance(rope, dict):
+            kind = agreed(path, {f"{place}.{name}": rope.get(name) for name in ("rope_type", "type")}) or "default"
+            refuse(path, rope, {"partial_rotary_factor": (1,)})
+        if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
+            raise CheckpointError(f"{path}: {place!r} asks for a rotary embedding that Mistral 7B does not have")
+        found[f"{place}.rope_theta"] = rope.get("rope_theta")
+    return agreed(path, found)
+
+
+def _check_layer_types(path: pathlib.Path, kinds: Any, window: Any) -> None:
+    wanted = "full_attention" if window is None else "sliding_attention"
+    if kinds is not None and not (isinstance(kinds, list) and all(kind == wanted for kind in kinds)):
+        raise CheckpointError(f"{path}: 'layer_types' must all be {wanted!r}: every layer of Mistral 7B is alike")
+
+
+def config(args: ModelArgs, dtype: str) -> dict[str, Any]:
+    """The content of config.json, for transformers 5 and before; `dtype` as in "bfloat16"."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "mistral",
+        **{theirs: getattr(args, ours) for ours, theirs in FIELDS.items()},
+        "head_dim": args.head_dim,
+        "max_position_embeddings": args.max_seq_len,
+        "rope_theta": args.rope_theta,
+        "rope_parameters": {"rope_theta": args.rope_theta, "rope_type": "default"},
+        "sliding_window": args.sliding_window,
+        "tie_word_embeddings": args.tie_embeddings,
+        "torch_dtype": dtype,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+GENERATION = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}  # generation_config.json

@@ -1,0 +1,63 @@
+"""Mistral's own params.json, as mistral-inference reads it."""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from typing import Any
+
+from ..model import ModelArgs
+from .config import agreed, refuse, theta_and_window, to_args
+
+FIELDS = {
+    name: name
+    for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
+}
+HARMLESS: dict[str, tuple[Any, ...]] = {  # field -> the values that leave the model as it is
+    "model_type": ("transformer",),
+    "moe": (),
+    "vision_encoder": (),
+    "multimodal": (),
+    "lora": (),
+    "quantization": (),
+    "yarn": (),
+    "llama_4_scaling": (),
+    "use_biases": (False,),
+    "use_scale_emb": (False,),
+    "causal": (True,),
+}
+OTHER = {
+    "rope_theta", "sliding_window", "_sliding_window", "max_seq_len", "max_position_embeddings",
+    "tied_embeddings", "max_batch_size",
+}  # fmt: skip
+
+
+def recognise(data: dict[str, Any]) -> bool:
+    """Whether this JSON object is a params.json, by its fields."""
+    return "dim" in data and "n_layers" in data
+
+
+def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
+    """ModelArgs from the content of a params.json. CheckpointError, naming the field, if it does not fit."""
+    refuse(path, data, HARMLESS)
+    if strange := sorted(data.keys() - FIELDS.keys() - HARMLESS.keys() - OTHER):
+        warnings.warn(f"{path}: fields {', '.join(map(repr, strange))} are not known and not used", stacklevel=2)
+    window = agreed(path, {name: data.get(name) for name in ("sliding_window", "_sliding_window")})
+    theta, window = theta_and_window(path, data.get("rope_theta"), window)
+    longest = agreed(path, {name: data.get(name) for name in ("max_seq_len", "max_position_embeddings")})
+    more = {"max_seq_len": longest, "tie_embeddings": data.get("tied_embeddings")}
+    more = {name: value for name, value in more.items() if value is not None}
+    return to_args(path, data, FIELDS, rope_theta=theta, sliding_window=window, **more)
+
+
+def params(args: ModelArgs) -> dict[str, Any]:
+    """The content of params.json. Theta is always written: left out, mistral-inference would take 1e6."""
+    out: dict[str, Any] = {name: getattr(args, name) for name in FIELDS}
+    out["rope_theta"] = args.rope_theta
+    if args.sliding_window is not None:
+        out["sliding_window"] = args.sliding_window
+    if args.max_seq_len != ModelArgs.max_seq_len:
+        out["max_seq_len"] = args.max_seq_len
+    if args.tie_embeddings:
+        out["tied_embeddings"] = True
+    return out

@@ -1,0 +1,205 @@
+"""A folder or a file -> a Checkpoint whose every tensor has been checked, unread -> a model.
+
+Formats are told by content: a configuration by its fields, weights by the names of their tensors.
+File names only say where to look first, in the order in which transformers looks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..model import Mistral7B, ModelArgs
+from . import config, hub, huggingface, mistral
+from .names import DERIVED, EMBEDDING, OUTPUT, expected, interleaved, layout_of, rename, rotated_heads
+from .stored import Stored, read_file
+
+CONFIGS = {"huggingface": "config.json", "mistral": "params.json"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk that fit their configuration; nothing of them has been read yet."""
+
+    folder: pathlib.Path
+    args: ModelArgs
+    format: str  # the layout of the weights: "huggingface" or "mistral"
+    tensors: Mapping[str, Stored]  # by Mistral's names
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor in Mistral's layout: a view of the mapped file where nothing has to change, else a copy.
+
+        Of what was copied nothing stays in memory but the copy.
+        """
+        stored = self.tensors[name]
+        view = stored.view()
+        heads = rotated_heads(name, self.args) if self.format == "huggingface" else None
+        tensor = (view if heads is None else interleaved(view, heads)).to(device=device, dtype=dtype)
+        if tensor is not view:
+            stored.release()
+        return tensor
+
+    def nbytes(self) -> int:
+        """The size of all weights, in bytes."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def load(
+    source: str | os.PathLike[str] = "demo",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> Mistral7B:
+    """The model in a folder or file, or of a hub id, with its weights as `dtype` on `device`.
+
+    On a CPU, weights whose type and layout are those of the file stay mapped: they are read when first
+    used and shared between processes (the file may be replaced meanwhile, but not written into). All
+    others are copied one at a time, so that loading never holds the model twice. Raises CheckpointError
+    for whatever is wrong with the files, HubError for a download; there is no partial model.
+    """
+    checkpoint = open_checkpoint(hub.resolve(source))
+    model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
+    weights = {name: checkpoint.read(name, dtype, device) for name in checkpoint.tensors}
+    if checkpoint.args.tie_embeddings:
+        weights[OUTPUT] = weights[EMBEDDING]
+    model.load_state_dict(weights, assign=True)
+    model.tie()
+    model.source = checkpoint.folder
+    return model
+
+
+def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
+    """The configuration in a folder (or beside a file) and the name of its format; no weights are read."""
+    path = _existing(path)
+    return _read_config(path if path.is_dir() else path.parent)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Find and check the weights and configuration in a folder, or of one file with its configuration beside it."""
+    path = _existing(path)
+    folder = path if path.is_dir() else path.parent
+    raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
+    layout = layout_of(raw)
+    if layout not in CONFIGS:
+        name = next(iter(raw), None)
+        raise CheckpointError(f"{path}: no tensor has a name of Mistral 7B's (the first is {name!r})")
+    args, _ = _read_config(folder, prefer=layout)
+    return Checkpoint(folder, args, layout, _fit(path, raw, layout, args))
+
+
+def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    return path
+
+
+def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[ModelArgs, str]:
+    """The configuration in a folder; of two, that which goes with weights of format `prefer`."""
+    found = [folder / name for name in CONFIGS.values() if (folder / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{folder}: holds neither config.json nor params.json, so it is not a checkpoint")
+    configs = {}
+    for path in found:
+        data = config.read_json(path)
+        if mistral.recognise(data):
+            configs["mistral"] = (path, data)
+        elif huggingface.recognise(data):
+            configs["huggingface"] = (path, data)
+        else:
+            raise CheckpointError(f"{path}: neither Hugging Face's nor Mistral's configuration of a model")
+    format = prefer if prefer in configs else next(iter(configs))
+    reader = mistral if format == "mistral" else huggingface
+    return reader.read(*configs[format]), format
+
+
+def _find_weights(folder: pathlib.Path) -> dict[str, Stored]:
+    """The weights of a folder. Of the two copies in v0.3's repositories, the first that is whole."""
+    groups = hub.weight_groups(entry.name for entry in folder.iterdir())
+    if not groups:
+        raise CheckpointError(
+            f"{folder}: holds no weights (safetensors, consolidated.00.pth or pytorch_model.bin)"
+        )
+    group = next(
+        (g for g in groups if hub.is_whole(folder, g)), groups[0]
+    )  # if none is, the error says what lacks
+    return _read_weights(folder / group.door)
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    """Tensor -> the file in the same folder that holds it."""
+    table = config.read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
+        raise CheckpointError(f"{path}: no 'weight_map' from tensors to files")
+    for tensor, file in table.items():
+        if file != os.path.basename(file) or file in ("", ".", "..") or "\\" in file or "\0" in file:
+            raise CheckpointError(f"{path}: puts tensor {tensor!r} in {file!r}, outside its own folder")
+    return table
+
+
+def _read_weights(path: pathlib.Path) -> dict[str, Stored]:
+    """All tensors of one file, or of the shards that an index names."""
+    if not path.name.endswith(".json"):
+        return read_file(path)
+    index = _read_index(path)
+    out: dict[str, Stored] = {}
+    for shard in dict.fromkeys(index.values()):
+        if not (path.parent / shard).is_file():
+            first = next(tensor for tensor, file in index.items() if file == shard)
+            raise CheckpointError(f"{path.parent / shard}: missing, with tensor {first!r}; {path.name} names it")
+        for name, stored in read_file(path.parent / shard).items():
+            if name in out:
+                raise CheckpointError(f"{stored.path}: tensor {name!r} is in {out[name].path.name} too")
+            if index.get(name) != shard:
+                raise CheckpointError(f"{stored.path}: holds tensor {name!r}, of which {path.name} says otherwise")
+            out[name] = stored
+    for name, shard in index.items():
+        if name not in out:
+            raise CheckpointError(
+                f"{path.parent / shard}: tensor {name!r} is not in it, though {path.name} says so"
+            )
+    return out
+
+
+def _fit(path: pathlib.Path, raw: dict[str, Stored], layout: str, args: ModelArgs) -> dict[str, Stored]:
+    """The tensors by Mistral's names, in the order of the forward pass, each there and of the right shape."""
+    have = {}
+    for name, stored in raw.items():
+        if DERIVED.fullmatch(name):
+            continue
+        ours = rename(name, layout, "mistral")
+        if ours is None:
+            raise CheckpointError(f"{stored.path}: tensor {name!r} is unknown: this is not a plain Mistral 7B")
+        have[ours] = stored
+    out = {}
+    for ours, shape in expected(args):
+        stored = have.pop(ours, None)
+        if stored is None:
+            if ours == OUTPUT and args.tie_embeddings:
+                continue
+            raise CheckpointError(f"{path}: tensor {rename(ours, 'mistral', layout)!r} is missing")
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.path}: tensor {stored.name!r} is of shape {stored.shape}; its configuration says {shape}"
+            )
+        out[ours] = stored
+    if have:
+        stored = next(iter(have.values()))
+        raise CheckpointError(
+            f"{stored.path}: tensor {stored.name!r} lies beyond the {args.n_layers} layers of its configuration"
+        )
+    if args.tie_embeddings and OUTPUT in out:
+        extra = out.pop(OUTPUT)
+        if not torch.equal(extra.view(), out[EMBEDDING].view()):
+            raise CheckpointError(
+                f"{extra.path}: tensor {extra.name!r} differs from the embedding, though its configuration ties them"
+            )
+        extra.release()
+        out[EMBEDDING].release()
+    return out

@@ -1,0 +1,174 @@
+"""Tensors where they lie in their files: name, type, shape and place are known, bytes are not read.
+
+A file is mapped once, privately (writing to a tensor never reaches the file), and a tensor is a view of
+the map. Its pages come into memory when touched and leave when `release` is called, so that copying a
+checkpoint tensor by tensor never holds it twice. Both containers are the same in this view:
+
+    safetensors                    an 8-byte length, a JSON header of names and offsets, the bytes
+    PyTorch's pickle in a zip      opened with `weights_only=True` on the meta device, which runs no code
+                                   from the file and gives each storage's offset in it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import mmap
+import pathlib
+import struct
+import zipfile
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class MappedFile:
+    """A file of weights, mapped when its first tensor is read."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+
+    def map(self) -> mmap.mmap:
+        if self._map is None:
+            try:
+                with self.path.open("rb") as f:
+                    self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as e:
+                raise CheckpointError(f"{self.path}: cannot be mapped into memory ({e})") from e
+        return self._map
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: MappedFile
+    name: str  # as the file calls it
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the file's beginning
+    stride: tuple[int, ...] | None = None  # in elements; None: contiguous
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self.file.path
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor's values, in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def _elements(self) -> int:
+        """How many elements of the file the tensor reaches over."""
+        if self.stride is None:
+            return torch.Size(self.shape).numel()
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+
+    def view(self) -> Tensor:
+        """The tensor as a view of the mapped file (writable, but never back to the file)."""
+        mapped = self.file.map()
+        count = self._elements()
+        if self.offset + count * self.dtype.itemsize > len(mapped):
+            raise CheckpointError(f"{self.path}: ends before tensor {self.name!r} does; fetch the file again")
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=count * self.dtype.itemsize, offset=self.offset)
+        if raw.data_ptr() % self.dtype.itemsize:  # a file whose header is padded to no boundary
+            raw = raw.clone()
+            self.release()
+        flat = raw.view(self.dtype)
+        return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
+
+    def release(self) -> None:
+        """Let the system take the tensor's pages back; touched again, they are read again."""
+        mapped = self.file.map()
+        if hasattr(mapped, "madvise"):
+            begin = self.offset - self.offset % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, begin, self.offset + self.nbytes - begin)
+
+
+def read_file(path: pathlib.Path) -> dict[str, Stored]:
+    """What a file of weights holds, by its content whatever it is called. CheckpointError if it is damaged."""
+    try:
+        with path.open("rb") as f:
+            head = f.read(8)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e})") from e
+    return _read_pickle(path) if head[:2] == b"PK" else _read_safetensors(path, head)
+
+
+def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
+    if head[:1] == b"\x80":
+        raise CheckpointError(
+            f"{path}: a bare pickle, older than PyTorch 1.6; it is not opened, save it as safetensors"
+        )
+    try:
+        with safetensors.safe_open(path, "pt"):  # checks header, offsets and the file's length
+            pass
+        with path.open("rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            header: dict[str, Any] = json.loads(f.read(length), object_pairs_hook=_no_name_twice)
+    except CheckpointError as e:
+        raise CheckpointError(f"{path}: {e}") from e
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError, struct.error) as e:
+        raise CheckpointError(f"{path}: damaged or cut short ({e}); fetch the file again") from e
+    header.pop("__metadata__", None)
+    file, out = MappedFile(path), {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, not a plain float")
+        begin = 8 + length + entry["data_offsets"][0]
+        out[name] = Stored(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
+    return out
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise CheckpointError(f"tensor {next(n for n in names if names.count(n) > 1)!r} is named twice")
+    return out
+
+
+def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
+    try:
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+        starts = _storage_offsets(path)
+    # Damaged pickles fail in every way there is; what is certain is that nothing in them was run.
+    except Exception as e:
+        reason = str(e).split("\n")[0]
+        raise CheckpointError(
+            f"{path}: refused. It is damaged, or holds more than tensors, which could run code on your machine "
+            f"({type(e).__name__}: {reason}). Use a safetensors file"
+        ) from e
+    file, out = MappedFile(path), {}
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{path}: holds a {type(tensors).__name__} where a table of tensors belongs")
+    for name, tensor in tensors.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in CODES):
+            raise CheckpointError(f"{path}: entry {str(name)[:80]!r} is not a tensor of plain floats")
+        start = tensor.untyped_storage()._checkpoint_offset
+        if start not in starts:
+            raise CheckpointError(f"{path}: tensor {name!r} is not stored plainly; save it again with torch.save")
+        offset = start + tensor.storage_offset() * tensor.dtype.itemsize
+        stride = None if tensor.is_contiguous() else tensor.stride()
+        out[name] = Stored(file, name, tensor.dtype, tuple(tensor.shape), offset, stride)
+    return out
+
+
+def _storage_offsets(path: pathlib.Path) -> set[int]:
+    """Where the uncompressed entries of a zip file begin, in bytes."""
+    out = set()
+    with zipfile.ZipFile(path) as archive, path.open("rb") as f:
+        for entry in archive.infolist():
+            if entry.compress_type == zipfile.ZIP_STORED:
+                f.seek(entry.header_offset + 26)  # the local header: 30 bytes, then name and padding
+                name, extra = struct.unpack("<HH", f.read(4))
+                out.add(entry.header_offset + 30 + name + extra)
+    return out

@@ -1,0 +1,135 @@
+"""What may be asked of sampling. Imports no torch: the command line and the HTTP protocol read this file.
+
+Names, defaults and ranges are vLLM's; what is done with them stands in sampling.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import SamplingError
+
+GREEDY_BELOW = 1e-5  # temperatures under this are taken as 0, as in vLLM
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. A value out of its range raises SamplingError naming the field.
+
+    n                   completions per prompt
+    temperature         >= 0; 0 always takes the most probable token
+    top_k               keep the k most probable tokens; 0 or -1 keeps all
+    top_p               in (0, 1]: keep the fewest most probable tokens that sum to p
+    min_p               in [0, 1]: keep tokens at least min_p times as probable as the first
+    repetition_penalty  > 0: divides positive and multiplies negative logits of tokens in prompt or output
+    presence_penalty    in [-2, 2]: taken from logits of tokens in the output
+    frequency_penalty   in [-2, 2]: taken once per occurrence in the output
+    logit_bias          {token id: number in [-100, 100]} added to logits
+    stop                text or texts at which to end; the completion's text ends before it
+    stop_token_ids      tokens at which to end
+    ignore_eos          go on after the end-of-sequence token
+    max_tokens          most tokens to generate; None: as many as the context holds
+    min_tokens          tokens before which neither EOS nor a stop may end the completion
+    seed                whole number that fixes the tokens; None draws one from torch's generator
+    logprobs            also return log-probabilities of the token and the most probable k; -1: of all
+    prompt_logprobs     the same for the prompt's tokens
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._number("temperature", low=0.0)
+        self._number("top_p", low=0.0, high=1.0, open_low=True)
+        self._number("min_p", low=0.0, high=1.0)
+        self._number("repetition_penalty", low=0.0, open_low=True)
+        self._number("presence_penalty", low=-2.0, high=2.0)
+        self._number("frequency_penalty", low=-2.0, high=2.0)
+        self._whole("n", 1)
+        self._whole("top_k", -1)
+        self._whole("min_tokens", 0)
+        for name, low in (("max_tokens", 1), ("logprobs", -1), ("prompt_logprobs", -1), ("seed", None)):
+            if getattr(self, name) is not None:
+                self._whole(name, low)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise SamplingError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+        if not isinstance(self.ignore_eos, bool):
+            self._refuse("ignore_eos", "true or false")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        if isinstance(self.stop, (bytes, Mapping)) or not all(isinstance(s, str) and s for s in self.stops):
+            self._refuse("stop", "a text or a list of texts, none of them empty")
+        ids = self.stop_token_ids
+        if ids is not None and (isinstance(ids, str) or not all(_is_whole(i) and i >= 0 for i in ids)):
+            self._refuse("stop_token_ids", "a list of token ids")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                self._refuse("logit_bias", "a dictionary from token ids to numbers")
+            try:  # over HTTP the keys are texts
+                bias = {int(token): float(number) for token, number in self.logit_bias.items()}
+            except (TypeError, ValueError):
+                self._refuse("logit_bias", "a dictionary from token ids to numbers")
+            if not all(token >= 0 and -100 <= number <= 100 for token, number in bias.items()):
+                self._refuse("logit_bias", "of token ids >= 0 and numbers in [-100, 100]")
+            object.__setattr__(self, "logit_bias", bias)
+
+    def _number(self, name: str, low: float, high: float = math.inf, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value > high or value < low or (open_low and value == low):
+            wanted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+            self._refuse(name, wanted if high < math.inf else f"a number {'>' if open_low else '>='} {low:g}")
+
+    def _whole(self, name: str, low: int | None) -> None:
+        value = getattr(self, name)
+        if not _is_whole(value) or (low is not None and value < low):
+            self._refuse(name, "a whole number" + (f" of at least {low}" if low is not None else ""))
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        raise SamplingError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on the tokens so far, so that a History is needed."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Parameters by name; SamplingError for a name that is none."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise SamplingError(f"unknown sampling parameter {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

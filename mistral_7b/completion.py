@@ -1,0 +1,195 @@
+"""One completion as it grows: a token in, certain text out, and when and why it ends.
+
+Knows nothing of models or batches, so whatever produces tokens can use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .sampling import Logprob, SamplingParams, uniform
+from .tokenizer import Tokenizer
+
+EOS = 2  # of every Mistral vocabulary, for when there is no tokenizer to ask
+
+
+@dataclass
+class CompletionOutput:
+    """A finished completion, with vLLM's names.
+
+    text               without special tokens, and ending before the stop text
+    token_ids          all tokens generated, the one that ended it included
+    cumulative_logprob sum of the tokens' log-probabilities, where `logprobs` were asked for
+    logprobs           for each token a dictionary of Logprobs, itself first
+    finish_reason      "stop" (EOS or a stop) or "length"
+    stop_reason        the stop text or stop token that ended it, None for EOS
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt with its completions. `prompt_logprobs` has None for the first token, which nothing precedes."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """Text that has just become certain, of completion `index`, with the tokens since its last piece.
+
+    `finish_reason` is set on a completion's last piece. `str(piece)` is the text.
+    """
+
+    text: str
+    index: int = 0
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class StopTexts:
+    """Holds back text that may be the beginning of a stop text, and finds the stop that comes first."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.found: str | None = None
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The text that is certain now. After `found` is set nothing more comes."""
+        text = self._held + text
+        hits = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
+        if hits:
+            place, self.found = min(hits)
+            self._held = ""
+            return text[:place]
+        held = max((_overlap(text, stop) for stop in self.stops), default=0)
+        certain = len(text) - held
+        self._held = text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        """What is still held back, when no more text comes."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` begin `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if stop.startswith(text[len(text) - n :])), 0)
+
+
+@dataclass
+class Completion:
+    """The state of one completion of one prompt.
+
+    `max_tokens` is the params' own, or what the context leaves. Without a tokenizer there is no text.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    index: int = 0
+    tokenizer: Tokenizer | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.eos = self.tokenizer.eos_id if self.tokenizer else EOS
+        self._decoder = self.tokenizer.stream(after=self.prompt[-1:]) if self.tokenizer else None
+        self._stops = StopTexts(self.params.stops)
+        self._endings = frozenset(self.params.stop_token_ids or ())
+        self._parts: list[str] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def text(self) -> str:
+        """All text that is certain so far."""
+        return "".join(self._parts)
+
+    @property
+    def banned(self) -> tuple[int, ...]:
+        """Tokens that must not come next: what would end the completion before `min_tokens`."""
+        if len(self.token_ids) >= self.params.min_tokens:
+            return ()
+        return tuple(sorted(self._endings if self.params.ignore_eos else self._endings | {self.eos}))
+
+    @property
+    def u(self) -> float:
+        """The random number that chooses the next token."""
+        return 0.0 if self.params.greedy else uniform(self.seed, self.index, len(self.token_ids))
+
+    @property
+    def piece(self) -> Callable[[int], str] | None:
+        """How a token is shown to a person, if that is known."""
+        return self.tokenizer.piece if self.tokenizer else None
+
+    def push(self, token: int, logprobs: dict[int, Logprob] | None = None) -> str:
+        """Take the next token; return the text that is certain now."""
+        assert not self.finished, "a finished completion takes no more tokens"
+        self.token_ids.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        text = ""
+        if token == self.eos and not self.params.ignore_eos:
+            self.finish_reason = "stop"
+        elif token in self._endings:
+            self.finish_reason, self.stop_reason = "stop", token
+        elif self._decoder is not None:
+            text = self._filter(self._decoder.push(token))
+        if not self.finished and len(self.token_ids) >= self.max_tokens:
+            self.finish_reason = "length"
+        if self.finished and self._stops.found is None and self._decoder is not None:
+            text += self._filter(self._decoder.flush())
+            text += self._stops.flush() if self._stops.found is None else ""
+        if text:
+            self._parts.append(text)
+        return text
+
+    def _filter(self, text: str) -> str:
+        """Text before a stop text, whose finding ends the completion; min_tokens' own text is not searched."""
+        if not self.params.stops or len(self.token_ids) <= self.params.min_tokens:
+            return text
+        text = self._stops.push(text)
+        if self._stops.found is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stops.found
+        return text
+
+    def output(self) -> CompletionOutput:
+        """The completion as it stands."""
+        wanted = self.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=list(self.token_ids),
+            cumulative_logprob=sum(
+                entry[token].logprob for token, entry in zip(self.token_ids, self.logprobs, strict=True)
+            )
+            if wanted
+            else None,
+            logprobs=list(self.logprobs) if wanted else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )

@@ -1,0 +1,321 @@
+"""The single-user loop: prefill each prompt, decode all rows together, and let text out as it comes.
+
+    prompts  --prefill, each alone, in chunks-->  rows of one rolling cache
+    rows     --decode, one token each a step-->   logits (B, V)  --sampling.py-->  tokens  --completion.py-->  text
+
+Prompts are ragged and there is no padding: every row of the cache has its own length, and what it sees
+is decided by position. A row that finishes is replaced by the last one, so that no step is spent on it
+and nothing of it can come back. Memory stays flat beyond the window: a ring of W slots per row.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .cache import EMPTY, RollingCache
+from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
+from .errors import GenerationError, SamplingError, TokenizerError
+from .model import Mistral7B
+from .sampling import History, Logprob, SamplingParams, draw_seed, logprobs, sample
+from .tokenizer import Tokenizer
+
+__all__ = ["CompletionOutput", "RequestOutput", "TextPiece", "generate", "stream"]
+
+PREFILL_CHUNK = 512  # prompt tokens per forward
+LOGPROB_ROWS = 64  # prompt tokens whose logits exist at once: 8 MB for 32768 tokens of vocabulary
+FIRST_SLOTS = 256  # slots for new tokens at the start; doubled when used up, unless the window comes first
+
+Prompt = str | Sequence[int]
+
+
+def generate(
+    model: Mistral7B,
+    prompts: Prompt | Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    batch_size: int = 16,
+) -> list[RequestOutput]:
+    """Continue one or many prompts, texts or token ids, in any mixture of lengths.
+
+    params      for all prompts, or one for each; none is SamplingParams(), which is 16 tokens
+    tokenizer   needed for text prompts and text output; none takes the one beside the model's files
+    batch_size  completions decoded together; memory grows with it, what comes out does not change
+
+    Raises GenerationError, naming the prompt, for one that is empty or does not fit the context.
+    """
+    requests = _read_requests(model, prompts, params, tokenizer)
+    for wave in _waves(requests, batch_size):
+        batch = _Batch(model, wave)
+        while batch.rows:
+            batch.step()
+    return [request.output() for request in requests]
+
+
+def stream(
+    model: Mistral7B,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Iterator[TextPiece]:
+    """Continue one prompt, giving out text as soon as it is certain; closing the iterator frees everything.
+
+    The pieces of a completion, joined, are the text that `generate` returns. Errors are raised by the
+    call itself, before the first piece is asked for.
+    """
+    requests = _read_requests(model, prompt, params, tokenizer)
+    if len(requests) != 1:
+        raise GenerationError(f"stream takes one prompt, not {len(requests)}; use generate for many")
+    return _pieces(model, requests[0])
+
+
+def _pieces(model: Mistral7B, request: _Request) -> Iterator[TextPiece]:
+    batch = _Batch(model, [request])
+    given = [0] * len(request.completions)  # tokens already handed out, per completion
+    while batch.rows:
+        for c, text in batch.step():
+            if text or c.finished:
+                fresh = tuple(c.token_ids[given[c.index] :])
+                given[c.index] += len(fresh)
+                yield TextPiece(text, c.index, fresh, c.finish_reason, c.stop_reason)
+
+
+@dataclass
+class _Request:
+    """One prompt and its n completions."""
+
+    prompt: str | None
+    ids: list[int]
+    params: SamplingParams
+    completions: list[Completion]
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
+
+    def output(self) -> RequestOutput:
+        wanted = self.params.prompt_logprobs is not None
+        outputs = [c.output() for c in self.completions]
+        return RequestOutput(self.prompt, self.ids, outputs, self.prompt_logprobs if wanted else None)
+
+
+class _Batch:
+    """Completions that decode together, each in a row of one rolling cache."""
+
+    def __init__(self, model: Mistral7B, requests: Sequence[_Request]) -> None:
+        self.model, self.requests = model, requests
+        self.rows = [c for r in requests for c in r.completions]
+        self.longest = max(len(r.ids) for r in requests)  # tokens held by the longest row
+        self.need = max(len(c.prompt) + c.max_tokens for c in self.rows)
+        self.cache = model.rolling_cache(len(self.rows), min(self.need, self.longest + FIRST_SLOTS))
+        self.device = self.cache.positions.device
+        self.history: History | None = None
+        if any(r.params.penalizes for r in requests):
+            self.history = History([c.prompt for c in self.rows], model.args.vocab_size, self.device)
+        self.started = False
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Completion, str]]:
+        """One more token for every row; returns the completions with the text that is now certain."""
+        logits = self._decode() if self.started else self._prefill()  # (B, V)
+        self.started = True
+        if not bool(logits.amax(-1).isfinite().all()):  # amax hands NaN on
+            raise GenerationError("the model gives logits that are not finite (float16 overflows; try bfloat16)")
+        tokens, entries = self._sample(logits)
+        taken = [(c, c.push(t, e)) for c, t, e in zip(self.rows, tokens, entries, strict=True)]
+        self._drop_finished()
+        return taken
+
+    def _prefill(self) -> Tensor:
+        """Read every prompt into its row; the logits after each, once per completion: (B, V)."""
+        logits, row = [], 0
+        for request in self.requests:
+            last = self._read(request, self.cache.rows(row, row + 1))
+            n = len(request.completions)
+            for target in range(row + 1, row + n):
+                _copy_row(self.cache, row, target)
+            logits.append(last.expand(n, -1))
+            row += n
+        return torch.cat(logits)
+
+    def _read(self, request: _Request, cache: RollingCache) -> Tensor:
+        """One prompt into a cache of one row, a chunk at a time; only the last token is projected: (1, V)."""
+        k = request.params.prompt_logprobs
+        ids = torch.tensor(request.ids, device=self.device)
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            hidden = self.model.hidden(ids[None, start : start + PREFILL_CHUNK], cache)  # (1, T, D)
+            if k is not None:
+                following = ids[start + 1 : start + 1 + hidden.shape[1]]
+                request.prompt_logprobs += self._prompt_logprobs(hidden[0], following, k, request)
+        return self.model.logits(hidden[:, -1])
+
+    def _prompt_logprobs(self, hidden: Tensor, ids: Tensor, k: int, request: _Request) -> list[dict[int, Logprob]]:
+        """Log-probabilities of ids (T,) after hidden (T or T+1, D): the whole (T, V) never exists."""
+        out: list[dict[int, Logprob]] = []
+        for h, t in zip(hidden[: len(ids)].split(LOGPROB_ROWS), ids.split(LOGPROB_ROWS), strict=True):
+            out += logprobs(self.model.logits(h), t, k, request.completions[0].piece)
+        return out
+
+    def _decode(self) -> Tensor:
+        """Feed every row's newest token: logits (B, V)."""
+        window = self.model.args.sliding_window
+        if self.longest == self.cache.slots < (window or self.need):
+            _enlarge(self.cache, min(2 * self.cache.slots, self.need, window or self.need))
+        self.longest += 1
+        newest = torch.tensor([[c.token_ids[-1]] for c in self.rows], device=self.device)  # (B, 1)
+        return self.model.logits(self.model.hidden(newest, self.cache)[:, -1])
+
+    def _sample(self, logits: Tensor) -> tuple[list[int], list[dict[int, Logprob] | None]]:
+        """A token for every row, and its log-probabilities where they are asked for."""
+        tokens = torch.empty(len(self.rows), dtype=torch.long, device=self.device)
+        entries: list[dict[int, Logprob] | None] = [None] * len(self.rows)
+        for rows in self._same_params():
+            first = self.rows[rows[0]]
+            alone = len(rows) == len(self.rows)  # the usual case: one kind of request, nothing to gather
+            part = logits if alone else logits[rows]
+            history = self.history if alone or self.history is None else self.history.select(rows)
+            chosen = sample(part, first.params, [self.rows[row].u for row in rows], first.banned, history)
+            tokens[rows] = chosen
+            if first.params.logprobs is not None:
+                found = logprobs(part, chosen, first.params.logprobs, first.piece)
+                for row, entry in zip(rows, found, strict=True):
+                    entries[row] = entry
+        if self.history is not None:
+            self.history.add(tokens)
+        return tokens.tolist(), entries
+
+    def _same_params(self) -> list[list[int]]:
+        """Rows in groups that are sampled alike. All rows have equally many tokens, so equal bans too."""
+        groups: dict[int, list[int]] = {}
+        for row, c in enumerate(self.rows):
+            groups.setdefault(id(c.params), []).append(row)
+        return list(groups.values())
+
+    def _drop_finished(self) -> None:
+        """The last row takes the place of each one that has finished."""
+        order = list(range(len(self.rows)))
+        for row in reversed(range(len(self.rows))):
+            if self.rows[row].finished:
+                last = len(order) - 1
+                if row != last:
+                    _copy_row(self.cache, last, row)
+                    order[row] = order[last]
+                order.pop()
+        if len(order) < len(self.rows):
+            self.rows = [self.rows[i] for i in order]
+            self.cache = self.cache.rows(0, len(order))
+            if self.history is not None:
+                self.history = self.history.select(order)
+
+
+def _copy_row(cache: RollingCache, source: int, target: int) -> None:
+    """Make one row of a cache hold what another holds."""
+    cache.positions[target] = cache.positions[source]
+    cache.length[target] = cache.length[source]
+    for memory in cache.layers:
+        memory.k[target] = memory.k[source]
+        memory.v[target] = memory.v[source]
+
+
+def _enlarge(cache: RollingCache, slots: int) -> None:
+    """Give every row more slots. A ring that has not wrapped has position p in slot p: only copy."""
+
+    def grown(t: Tensor, value: int) -> Tensor:
+        return torch.cat([t, t.new_full((t.shape[0], slots - t.shape[1], *t.shape[2:]), value)], dim=1)
+
+    cache.positions, cache.slots = grown(cache.positions, EMPTY), slots
+    for memory in cache.layers:  # one layer at a time, so that no more than one exists twice
+        memory.k, memory.v = grown(memory.k, 0), grown(memory.v, 0)
+
+
+def _read_requests(
+    model: Mistral7B,
+    prompts: Prompt | Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    tokenizer: Tokenizer | None,
+) -> list[_Request]:
+    """Check everything that can be checked before the first token is computed."""
+    several = _as_list(prompts)
+    each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
+    if len(each) != len(several):
+        raise GenerationError(f"{len(several)} prompts with {len(each)} SamplingParams; give one, or one for each")
+    if tokenizer is None and model.source is not None:
+        tokenizer = _tokenizer_beside(model.source)
+    return [_read_request(model, i, p, sp, tokenizer) for i, (p, sp) in enumerate(zip(several, each, strict=True))]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One text or one list of ids is one prompt."""
+    if isinstance(prompts, Tensor):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _read_request(
+    model: Mistral7B, i: int, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None
+) -> _Request:
+    args = model.args
+    if tokenizer is None and (isinstance(prompt, str) or params.stops):
+        raise GenerationError(f"prompt {i}: text needs a tokenizer; pass tokenizer=..., or token ids and no stop")
+    if isinstance(prompt, str):
+        assert tokenizer is not None  # seen to just above
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = list(prompt)
+    if not ids:
+        raise GenerationError(f"prompt {i} is empty; it needs one token at least, such as BOS")
+    for place, token in enumerate(ids):
+        if not isinstance(token, int) or not 0 <= token < args.vocab_size:
+            raise GenerationError(
+                f"prompt {i}: {token!r} at place {place} is no token of a vocabulary of {args.vocab_size}"
+            )
+    named = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]
+    if named and max(named) >= args.vocab_size:
+        raise SamplingError(
+            f"token {max(named)} in logit_bias or stop_token_ids: the vocabulary has {args.vocab_size}"
+        )
+    room = _room(model, i, len(ids), params)
+    seed = draw_seed() if params.seed is None else params.seed
+    completions = [Completion(ids, params, room, seed, k, tokenizer) for k in range(params.n)]
+    return _Request(prompt if isinstance(prompt, str) else None, ids, params, completions)
+
+
+def _room(model: Mistral7B, i: int, length: int, params: SamplingParams) -> int:
+    """How many tokens may be generated. With a window the context has no end, so `max_tokens` alone rules."""
+    context, left = model.args.max_seq_len, model.args.max_seq_len - length
+    if params.max_tokens is None and left < 1:
+        raise GenerationError(f"prompt {i} has {length} tokens and fills the context of {context}: shorten it")
+    if params.max_tokens is not None and params.max_tokens > left and model.args.sliding_window is None:
+        raise GenerationError(
+            f"prompt {i} has {length} tokens, and max_tokens={params.max_tokens} more do not fit the context of "
+            f"{context}: shorten it, or lower max_tokens (None takes what is left)"
+        )
+    return left if params.max_tokens is None else params.max_tokens
+
+
+def _waves(requests: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
+    """Requests in groups of at most `size` completions (one request is never divided)."""
+    if size < 1:
+        raise GenerationError(f"batch_size must be at least 1, not {size}")
+    wave: list[_Request] = []
+    for request in requests:
+        if wave and sum(len(r.completions) for r in [*wave, request]) > size:
+            yield wave
+            wave = []
+        wave.append(request)
+    if wave:
+        yield wave
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer_beside(source: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer in a model's folder; None where there is none, which ids as prompts can do without."""
+    try:
+        return Tokenizer.from_pretrained(source)
+    except TokenizerError:
+        return None

@@ -25,7 +25,7 @@ FORMATS = ("mistral", "huggingface", "gguf")
 
 
 class Row(NamedTuple):
-    """One kind of tensor: its name in three formats ({} is the layer, ".weight" goes without saying) and its shape."""
+    """One kind of tensor: its shape, and its names without ".weight" in three formats ({} is the layer)."""
 
     mistral: str
     huggingface: str
@@ -59,7 +59,7 @@ _ROWS = {fmt: {getattr(row, fmt): row for row in TABLE} for fmt in FORMATS}
 def _split(name: str) -> tuple[str, str]:
     """A tensor's name as the table has it, and its layer's number ("" if it has none)."""
     name, suffix, rest = name.rpartition(".weight")
-    if not suffix or rest:
+    if not suffix or rest or "{" in name:
         return "", ""
     found = _LAYER.search(name)
     if found is None:

@@ -81,7 +81,7 @@ def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Find and check the weights and configuration in a folder, or of one file with its configuration beside it."""
+    """Find and check the weights and configuration in a folder, or of a file and its configuration beside it."""
     path = _existing(path)
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
@@ -124,11 +124,10 @@ def _find_weights(folder: pathlib.Path) -> dict[str, Stored]:
     groups = hub.weight_groups(entry.name for entry in folder.iterdir())
     if not groups:
         raise CheckpointError(
-            f"{folder}: holds no weights (safetensors, consolidated.00.pth or pytorch_model.bin)"
+            f"{folder}: holds no weights (*.safetensors, consolidated.00.pth, pytorch_model.bin)"
         )
-    group = next(
-        (g for g in groups if hub.is_whole(folder, g)), groups[0]
-    )  # if none is, the error says what lacks
+    # If none is whole, opening the first says what it lacks.
+    group = next((g for g in groups if hub.is_whole(folder, g)), groups[0])
     return _read_weights(folder / group.door)
 
 
@@ -161,9 +160,7 @@ def _read_weights(path: pathlib.Path) -> dict[str, Stored]:
             out[name] = stored
     for name, shard in index.items():
         if name not in out:
-            raise CheckpointError(
-                f"{path.parent / shard}: tensor {name!r} is not in it, though {path.name} says so"
-            )
+            raise CheckpointError(f"{path.parent / shard}: lacks tensor {name!r}, which {path.name} says it holds")
     return out
 
 
@@ -179,11 +176,11 @@ def _fit(path: pathlib.Path, raw: dict[str, Stored], layout: str, args: ModelArg
         have[ours] = stored
     out = {}
     for ours, shape in expected(args):
-        stored = have.pop(ours, None)
-        if stored is None:
+        if ours not in have:
             if ours == OUTPUT and args.tie_embeddings:
                 continue
             raise CheckpointError(f"{path}: tensor {rename(ours, 'mistral', layout)!r} is missing")
+        stored = have.pop(ours)
         if stored.shape != shape:
             raise CheckpointError(
                 f"{stored.path}: tensor {stored.name!r} is of shape {stored.shape}; its configuration says {shape}"
@@ -198,7 +195,7 @@ def _fit(path: pathlib.Path, raw: dict[str, Stored], layout: str, args: ModelArg
         extra = out.pop(OUTPUT)
         if not torch.equal(extra.view(), out[EMBEDDING].view()):
             raise CheckpointError(
-                f"{extra.path}: tensor {extra.name!r} differs from the embedding, though its configuration ties them"
+                f"{extra.path}: tensor {extra.name!r} differs from the embedding, to which it should be tied"
             )
         extra.release()
         out[EMBEDDING].release()

@@ -156,7 +156,7 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
         start = tensor.untyped_storage()._checkpoint_offset
         if start not in starts:
             raise CheckpointError(f"{path}: tensor {name!r} is not stored plainly; save it again with torch.save")
-        offset = start + tensor.storage_offset() * tensor.dtype.itemsize
+        offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
         stride = None if tensor.is_contiguous() else tensor.stride()
         out[name] = Stored(file, name, tensor.dtype, tuple(tensor.shape), offset, stride)
     return out

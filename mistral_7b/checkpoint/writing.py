@@ -69,9 +69,7 @@ def save(
     plain = dict(expected(model.args))
     for name, value in state.items():
         if name not in plain or tuple(value.shape) != plain[name]:
-            raise CheckpointError(
-                f"{name!r} {tuple(value.shape)} is no weight of a plain Mistral 7B: cannot be saved"
-            )
+            raise CheckpointError(f"{name!r} {tuple(value.shape)} is no weight of a plain Mistral 7B; not saved")
         if value.is_meta:
             raise CheckpointError(f"{name!r} is on the meta device and has no data to save")
         if value.dtype not in CODES:
@@ -178,7 +176,7 @@ def _write_weights(
     limit: int,
     progress: Progress | None,
 ) -> None:
-    """All tensors: one file in Mistral's layout; in Hugging Face's, as many of at most `limit` bytes as it takes."""
+    """All tensors: one file in Mistral's layout, in Hugging Face's shards of at most `limit` bytes."""
     tell = _teller(outgoing, progress)
     if format == "mistral":
         _write_safetensors(folder / "consolidated.safetensors", args, format, outgoing, tell)
@@ -232,7 +230,7 @@ def _write_safetensors(
             value = t.fetch().cpu()
             heads = rotated_heads(t.name, args) if format == "huggingface" else None
             value = value if heads is None else half_split(value, heads)
-            f.write(value.contiguous().flatten().view(torch.uint8).numpy())
+            f.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
             t.release()
             tell(t)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .cache import EMPTY, RollingCache
 from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
-from .errors import GenerationError, SamplingError, TokenizerError
+from .errors import GenerationError, Mistral7BError, SamplingError
 from .model import Mistral7B
 from .sampling import History, Logprob, SamplingParams, draw_seed, logprobs, sample
 from .tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def _pieces(model: Mistral7B, request: _Request) -> Iterator[TextPiece]:
     given = [0] * len(request.completions)  # tokens already handed out, per completion
     while batch.rows:
         for c, text in batch.step():
-            if text or c.finished:
+            if text or c.finished or c.tokenizer is None:
                 fresh = tuple(c.token_ids[given[c.index] :])
                 given[c.index] += len(fresh)
                 yield TextPiece(text, c.index, fresh, c.finish_reason, c.stop_reason)
@@ -242,8 +242,14 @@ def _read_requests(
     each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
     if len(each) != len(several):
         raise GenerationError(f"{len(several)} prompts with {len(each)} SamplingParams; give one, or one for each")
-    if tokenizer is None and model.source is not None:
-        tokenizer = _tokenizer_beside(model.source)
+    why = ""
+    if tokenizer is None:
+        tokenizer, why = _tokenizer_beside(model)
+    for i, (prompt, sp) in enumerate(zip(several, each, strict=True)):
+        if tokenizer is None and (isinstance(prompt, str) or sp.stops):
+            raise GenerationError(
+                f"prompt {i}: text prompts and stop texts need a tokenizer, and {why}; pass tokenizer=..."
+            )
     return [_read_request(model, i, p, sp, tokenizer) for i, (p, sp) in enumerate(zip(several, each, strict=True))]
 
 
@@ -260,10 +266,8 @@ def _read_request(
     model: Mistral7B, i: int, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None
 ) -> _Request:
     args = model.args
-    if tokenizer is None and (isinstance(prompt, str) or params.stops):
-        raise GenerationError(f"prompt {i}: text needs a tokenizer; pass tokenizer=..., or token ids and no stop")
     if isinstance(prompt, str):
-        assert tokenizer is not None  # seen to just above
+        assert tokenizer is not None  # seen to by the caller
         ids = tokenizer.encode(prompt)
     else:
         ids = list(prompt)
@@ -313,9 +317,15 @@ def _waves(requests: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer_beside(source: pathlib.Path) -> Tokenizer | None:
-    """The tokenizer in a model's folder; None where there is none, which ids as prompts can do without."""
+def _tokenizer_at(source: pathlib.Path) -> Tokenizer:
+    return Tokenizer.from_pretrained(source)
+
+
+def _tokenizer_beside(model: Mistral7B) -> tuple[Tokenizer | None, str]:
+    """The tokenizer in the model's folder, or why there is none: ids as prompts can do without."""
+    if model.source is None:
+        return None, "this model was not opened from a folder that could hold one"
     try:
-        return Tokenizer.from_pretrained(source)
-    except TokenizerError:
-        return None
+        return _tokenizer_at(model.source), ""
+    except Mistral7BError as e:
+        return None, str(e)

@@ -19,23 +19,24 @@ GREEDY_BELOW = 1e-5  # temperatures under this are taken as 0, as in vLLM
 class SamplingParams:
     """How to continue a prompt. A value out of its range raises SamplingError naming the field.
 
-    n                   completions per prompt
-    temperature         >= 0; 0 always takes the most probable token
-    top_k               keep the k most probable tokens; 0 or -1 keeps all
-    top_p               in (0, 1]: keep the fewest most probable tokens that sum to p
-    min_p               in [0, 1]: keep tokens at least min_p times as probable as the first
-    repetition_penalty  > 0: divides positive and multiplies negative logits of tokens in prompt or output
-    presence_penalty    in [-2, 2]: taken from logits of tokens in the output
-    frequency_penalty   in [-2, 2]: taken once per occurrence in the output
-    logit_bias          {token id: number in [-100, 100]} added to logits
-    stop                text or texts at which to end; the completion's text ends before it
-    stop_token_ids      tokens at which to end
-    ignore_eos          go on after the end-of-sequence token
-    max_tokens          most tokens to generate; None: as many as the context holds
-    min_tokens          tokens before which neither EOS nor a stop may end the completion
-    seed                whole number that fixes the tokens; None draws one from torch's generator
-    logprobs            also return log-probabilities of the token and the most probable k; -1: of all
-    prompt_logprobs     the same for the prompt's tokens
+    Attributes:
+        n: completions per prompt
+        temperature: >= 0; 0 always takes the most probable token
+        top_k: keep the k most probable tokens; 0 or -1 keeps all
+        top_p: in (0, 1]: keep the fewest most probable tokens that sum to p
+        min_p: in [0, 1]: keep tokens at least min_p times as probable as the first
+        repetition_penalty: > 0: divides positive and multiplies negative logits of tokens in prompt or output
+        presence_penalty: in [-2, 2]: taken from logits of tokens in the output
+        frequency_penalty: in [-2, 2]: taken once per occurrence in the output
+        logit_bias: {token id: number in [-100, 100]} added to logits
+        stop: text or texts at which to end; the completion's text ends before it
+        stop_token_ids: tokens at which to end
+        ignore_eos: go on after the end-of-sequence token
+        max_tokens: most tokens to generate; None: as many as the context holds
+        min_tokens: tokens before which neither EOS nor a stop may end the completion
+        seed: whole number that fixes the tokens; None draws one from torch's generator
+        logprobs: also return log-probabilities of the token and the most probable k; -1: of all
+        prompt_logprobs: the same for the prompt's tokens
     """
 
     n: int = 1

@@ -1,0 +1,109 @@
+"""The command `mistral-7b`: one subcommand a module, each with `run(argv) -> exit code`.
+
+Only the module of the command that was asked for is imported, and none imports torch before its flags
+are read: `--help` answers in a quarter of a second.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 141 the reader of our output has gone.
+MISTRAL_7B_DEBUG=1 shows the traceback behind a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+
+from .. import __version__
+from ..errors import HubError, Mistral7BError
+
+COMMANDS = {
+    "generate": "continue a text",
+    "chat": "talk with an instruction-tuned model",
+    "info": "what a checkpoint is, and the memory it needs",
+    "convert": "rewrite a checkpoint in another format",
+    "pull": "download a model from the Hugging Face hub",
+    "train": "train a model on text files",
+}
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `mistral-7b` with these arguments (default: those of the process) and return its exit code."""
+    debug = os.environ.get("MISTRAL_7B_DEBUG", "") not in ("", "0")
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where a reader that has gone is noticed quietly
+        return code
+    except SystemExit as exit:  # from reading flags, which has said why
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # the terminal has written ^C
+        return INTERRUPTED
+    except BrokenPipeError:
+        _forget_stdout()
+        return BROKEN_PIPE
+    except Exception as error:
+        if debug:
+            raise
+        return _report(error)
+
+
+def _dispatch(argv: list[str]) -> int:
+    command = argv[0] if argv else ""
+    if command in COMMANDS:
+        return importlib.import_module(f".{command}", __name__).run(argv[1:])
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        print(f"mistral-7b {__version__}")
+        return 0
+    if not command:
+        print(_help(), file=sys.stderr)
+        return 2
+    close = difflib.get_close_matches(command, COMMANDS, n=1)
+    print(
+        f"mistral-7b: there is no command {command!r}"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+        + f"\nThe commands are: {', '.join(COMMANDS)}.",
+        file=sys.stderr,
+    )
+    return 2
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    return (
+        "usage: mistral-7b [-h] [--version] COMMAND ...\n\n"
+        "Mistral 7B in PyTorch: readable, exact and fast at once.\n\n"
+        f"commands:\n{commands}\n\n"
+        "`mistral-7b COMMAND --help` tells the rest. Wherever a MODEL is named it is a folder, a hub id\n"
+        '(owner/name), or "demo": the small model of Python code that is bundled, and the default.'
+    )
+
+
+def _report(error: Exception) -> int:
+    """Say in one message what went wrong, and give the exit code for it."""
+    hint = ""
+    bad_input = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+    if isinstance(error, Mistral7BError):
+        bad_input, text = not isinstance(error, HubError), str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        text = f"out of memory: {error}. `mistral-7b info MODEL --context N` says what is needed"
+    else:
+        text = f"{type(error).__name__}: {error}"
+        hint = "\n(this should not happen: MISTRAL_7B_DEBUG=1 shows the traceback, please report it)"
+    print(f"mistral-7b: {text}{hint}", file=sys.stderr)
+    return 2 if bad_input else 1
+
+
+def _forget_stdout() -> None:
+    """Point standard output at nothing, so that flushing it at exit does not complain a second time."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,84 @@
+"""A conversation: messages in OpenAI's form, and the file they are kept in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from .inputs import UsageError, read_text
+
+Message = dict[str, Any]
+
+
+class Conversation:
+    """Whole turns only: a question is added together with its answer, so that nothing is left hanging."""
+
+    def __init__(self, system: str = "") -> None:
+        self.system = system
+        self.turns: list[Message] = []
+
+    def asking(self, question: str) -> list[Message]:
+        """The messages with one more question, as the model should see them."""
+        return [*self.messages, {"role": "user", "content": question}]
+
+    def answered(self, question: str, answer: str) -> None:
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    @property
+    def messages(self) -> list[Message]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *self.turns]
+
+    def save(self, path: str) -> None:
+        """Write `{"messages": [...]}`, beside the place and renamed. Only a conversation is written over."""
+        target = pathlib.Path(path).expanduser()
+        if target.exists():
+            try:
+                read_messages(target)
+            except UsageError as error:
+                raise UsageError(f"{error}; it is not written over, choose another name") from error
+        text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
+        handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(beside, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+
+    @classmethod
+    def load(cls, path: str) -> Conversation:
+        """Read a file that `save` has written, or a bare list of messages."""
+        messages = read_messages(pathlib.Path(path).expanduser())
+        conversation = cls()
+        if messages and messages[0]["role"] == "system":
+            conversation.system, messages = messages[0]["content"], messages[1:]
+        for i, message in enumerate(messages):
+            wanted = "assistant" if i % 2 else "user"
+            if message["role"] != wanted:
+                raise UsageError(f"{path}: turn {i + 1} is by {message['role']!r} where {wanted!r} should speak")
+        if len(messages) % 2:
+            raise UsageError(f"{path} ends with a question: its answer is missing")
+        conversation.turns = messages
+        return conversation
+
+
+def read_messages(path: pathlib.Path) -> list[Message]:
+    """The messages in a JSON file, each with a role and a text. UsageError if it holds anything else."""
+    try:
+        data = json.loads(read_text(str(path)))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    messages = data.get("messages") if isinstance(data, dict) else data
+    if not isinstance(messages, list):
+        raise UsageError(f'{path} is not a conversation: it has no list of "messages"')
+    for i, message in enumerate(messages):
+        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+            raise UsageError(f'{path}: message {i + 1} is not {{"role": text, "content": text}}')
+    return [{"role": m["role"], "content": m["content"]} for m in messages]

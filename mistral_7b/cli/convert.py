@@ -1,0 +1,47 @@
+"""`mistral-7b convert`: a checkpoint in one format, written in another, a tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from .inputs import read_flags
+
+Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write a checkpoint in another format. Values keep their bits; no half-written folder ever opens."""
+
+    source: Source
+    """A folder, a file, a hub id or "demo"."""
+    out: Folder
+    """The folder to make."""
+    to: Literal["huggingface", "mistral"]
+    """huggingface: config.json and model*.safetensors; mistral: params.json and consolidated.safetensors."""
+    max_shard_size: str = "5GB"
+    """Of a file in Hugging Face's format; Mistral's is one file."""
+
+
+def run(argv: list[str]) -> int:
+    args = read_flags(Convert, "convert", argv)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..checkpoint import convert
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("opening", total=None)
+
+        def told(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        convert(args.source, args.out, to=args.to, max_shard_size=args.max_shard_size, progress=told)
+    print(f"{args.source} is written to {args.out} in {args.to} format", file=sys.stderr)
+    return 0

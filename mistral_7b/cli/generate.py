@@ -1,0 +1,187 @@
+"""`mistral-7b generate`: continue one text. Text on stdout as it comes, statistics on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..sampling_params import SamplingParams
+from .inputs import ModelName, ModelOptions, UsageError, read_flags, read_text
+
+if TYPE_CHECKING:
+    from ..generate import TextPiece
+    from ..model import Mistral7B
+    from ..tokenizer import Tokenizer
+
+DEMO_PROMPT = "def fibonacci(n):\n    "  # the bundled model knows Python
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate(ModelOptions):
+    """Continue a text. Without a prompt it is read from standard input; the bundled model has one of its own."""
+
+    model: ModelName = "demo"
+    """A folder, a file, a hub id or "demo"."""
+    prompt: str = ""
+    """The text to continue; --prompt="..." for one that begins with a dash."""
+    prompt_file: str = ""
+    """A file that holds it; - is standard input."""
+    echo: Literal["auto", "always", "never"] = "auto"
+    """Print the prompt before its continuation; auto: on a terminal, or if nobody gave one."""
+    json: bool = False
+    """Print one JSON object at the end: text, token ids, log-probabilities, statistics."""
+    sampling: SamplingParams = dataclasses.field(
+        default_factory=lambda: SamplingParams(temperature=0.7, max_tokens=256)
+    )
+    """How tokens are chosen."""
+
+
+def run(argv: list[str]) -> int:
+    args = read_flags(Generate, "generate", argv)
+    params = args.sampling
+    scored = params.logprobs is not None or params.prompt_logprobs is not None
+    if scored and not args.json:
+        raise UsageError("--logprobs and --prompt-logprobs are part of the JSON output: add --json")
+    prompt = given_prompt(args)
+    echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
+    prompt = prompt or DEMO_PROMPT
+    model, tokenizer = args.open(args.model)
+    from ..sampling import draw_seed
+
+    params = dataclasses.replace(params, seed=draw_seed() if params.seed is None else params.seed)
+    ids = tokenizer.encode(prompt)
+    written = Written(params.n, len(ids), live=params.n == 1 and not args.json)
+    if echo and not args.json:
+        _show(prompt)
+    if scored:
+        facts, code = score(model, ids, params, tokenizer, written), 0
+    else:
+        code = write(model, ids, params, tokenizer, written)
+        facts = {"outputs": written.outputs}
+    if args.json:
+        known = {"model": args.model, "prompt": prompt, "prompt_token_ids": ids, "seed": params.seed}
+        print(json.dumps({**known, **facts, "stats": written.stats()}))
+    else:
+        written.show_rest()
+        if code == 0:
+            print(written.summary(), file=sys.stderr)
+    return code
+
+
+def given_prompt(args: Generate) -> str:
+    """The prompt that was given, by flag, file or pipe; "" where the bundled model may use its own."""
+    if args.prompt and args.prompt_file:
+        raise UsageError("--prompt and --prompt-file exclude each other")
+    prompt = args.prompt
+    if args.prompt_file:
+        prompt = read_text(args.prompt_file)
+    elif not prompt and not sys.stdin.isatty():
+        prompt = read_text("-")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the prompt is not UTF-8 text") from error
+    if not prompt and args.model != "demo":
+        raise UsageError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
+    return prompt
+
+
+class Written:
+    """What has been generated so far: shown as it comes if `live`, counted and timed."""
+
+    def __init__(self, n: int, prompt_tokens: int, live: bool) -> None:
+        self.outputs: list[dict[str, Any]] = [
+            {"index": i, "text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": None}
+            for i in range(n)
+        ]
+        self.prompt_tokens, self.live = prompt_tokens, live
+        self.tokens = 0
+        self.began = self.ended = time.perf_counter()
+        self.first: float | None = None  # seconds until the first token
+
+    def push(self, piece: TextPiece) -> None:
+        """Take the next piece of one of the completions."""
+        self.count(len(piece.token_ids))
+        output = self.outputs[piece.index]
+        output["text"] += piece.text
+        output["token_ids"] += piece.token_ids
+        if piece.finish_reason:
+            output.update(finish_reason=piece.finish_reason, stop_reason=piece.stop_reason)
+        if self.live:
+            _show(piece.text)
+
+    def count(self, tokens: int) -> None:
+        """Note that so many more tokens have come just now."""
+        self.ended = time.perf_counter()
+        if self.first is None:
+            self.first = self.ended - self.began
+        self.tokens += tokens
+
+    def show_rest(self) -> None:
+        """End the live text with a line break, or print what was not shown yet."""
+        if self.live:
+            _show("\n")
+            return
+        for output in self.outputs:
+            _show(f"--- {output['index'] + 1} of {len(self.outputs)} ---\n{output['text']}\n")
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, and times in seconds; the model's loading is not among them."""
+        seconds = self.ended - self.began
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.tokens,
+            "seconds": round(seconds, 4),
+            "seconds_to_first_token": None if self.first is None else round(self.first, 4),
+            "tokens_per_second": round(self.tokens / seconds, 2) if seconds else None,
+        }
+
+    def summary(self) -> str:
+        """The statistics in a line."""
+        s = self.stats()
+        return (
+            f"{s['prompt_tokens']} tokens of prompt, {s['completion_tokens']} generated in {s['seconds']:.2f} s: "
+            f"{s['tokens_per_second'] or 0:.1f} tokens/s, the first after {s['seconds_to_first_token'] or 0:.2f} s"
+        )
+
+
+def write(model: Mistral7B, ids: list[int], params: SamplingParams, tokenizer: Tokenizer, written: Written) -> int:
+    """Stream into `written`; the exit code. Ctrl-C ends it, and what has come stays."""
+    from ..generate import stream
+
+    written.began = time.perf_counter()
+    try:
+        for piece in stream(model, ids, params, tokenizer):
+            written.push(piece)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def score(
+    model: Mistral7B, ids: list[int], params: SamplingParams, tokenizer: Tokenizer, written: Written
+) -> dict[str, Any]:
+    """Generate with log-probabilities; what the JSON output says of it."""
+    from ..generate import generate
+
+    written.began = time.perf_counter()
+    request = generate(model, [ids], params, tokenizer)[0]
+    written.count(sum(len(c.token_ids) for c in request.outputs))
+    written.first = None  # all came at once
+    outputs = [{**vars(c), "logprobs": _named(c.logprobs)} for c in request.outputs]
+    return {"outputs": outputs, "prompt_logprobs": _named(request.prompt_logprobs)}
+
+
+def _named(places: Any) -> Any:
+    """Log-probabilities with their fields' names, which JSON would drop from a named tuple."""
+    if places is None:
+        return None
+    return [place and {token: entry._asdict() for token, entry in place.items()} for place in places]
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,144 @@
+"""`mistral-7b info`: what a checkpoint is and what it needs, from its configuration alone."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from .inputs import DType, ModelName, UsageError, read_flags
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..model import ModelArgs
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a checkpoint is: release, shape, sizes, and the memory that it needs. Loads no weights."""
+
+    model: ModelName = "demo"
+    """A folder, a file, a hub id or "demo"."""
+    context: int | None = None
+    """Tokens for which the cache is reckoned; none: all that the model can hold."""
+    dtype: DType = "bfloat16"
+    """Of weights and cache."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def run(argv: list[str]) -> int:
+    args = read_flags(Info, "info", argv)
+    if args.context is not None and args.context < 1:
+        raise UsageError(f"--context must be at least 1, not {args.context}")
+    from ..checkpoint import read_args
+
+    path = configuration(args.model)
+    model_args, form = read_args(path)
+    facts = describe(model_args, args.context or model_args.max_seq_len, args.dtype)
+    facts = {"model": args.model, "path": str(path), "format": form, "disk_bytes": disk_bytes(path), **facts}
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    from rich.console import Console
+
+    Console().print(table(facts))
+    return 0
+
+
+def configuration(source: str) -> pathlib.Path:
+    """The folder or file of a model; of one on the hub that is not here, the configuration alone is fetched."""
+    from ..checkpoint import hub
+
+    if source != "demo" and not pathlib.Path(source).expanduser().exists() and hub.REPO_ID.fullmatch(source):
+        import huggingface_hub
+
+        with contextlib.suppress(Exception):  # whatever it was, `resolve` meets it too and says it well
+            return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=list(hub.CONFIG_FILES)))
+    return hub.resolve(source)
+
+
+def release(args: ModelArgs) -> str:
+    """The release whose shape this is, or what is unlike any."""
+    from ..model import ModelArgs
+
+    for name in ("v0_1", "v0_2", "v0_3"):
+        known: ModelArgs = getattr(ModelArgs, name)()
+        if dataclasses.replace(args, max_seq_len=known.max_seq_len) == known:
+            return f"Mistral 7B {name.replace('_', '.')}"
+    return "custom"
+
+
+def describe(args: ModelArgs, context: int, dtype: str) -> dict[str, Any]:
+    """Sizes in bytes of weights and of one sequence's cache after `context` tokens."""
+    from ..model import Mistral7B
+
+    size = BYTES[dtype]
+    parameters = sum(p.numel() for p in Mistral7B(args, device="meta").parameters())
+    per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * size  # a key and a value
+    ring = context if args.sliding_window is None else min(context, args.sliding_window)
+    return {
+        "release": release(args),
+        "args": dataclasses.asdict(args),
+        "parameters": parameters,
+        "dtype": dtype,
+        "weights_bytes": parameters * size,
+        "context": context,
+        "cache_bytes_per_token": per_token,
+        "cache_tokens": ring,
+        "cache_bytes": per_token * ring,
+        "cache_bytes_without_window": per_token * context,
+    }
+
+
+def disk_bytes(path: pathlib.Path) -> int:
+    """Bytes of a file, or of the files in a folder; links count as what they point to."""
+    files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
+    return sum(f.stat().st_size for f in files)
+
+
+def table(facts: dict[str, Any]) -> Table:
+    """The facts for a person."""
+    from rich.table import Table
+    from rich.text import Text
+
+    a = facts["args"]
+    window = a["sliding_window"]
+    rows = {
+        "release": facts["release"],
+        "path": facts["path"],
+        "format": facts["format"],
+        "on disk": readable(facts["disk_bytes"]),
+        "parameters": f"{facts['parameters']:,}",
+        "window": f"{window:,} tokens a layer" if window else "none: full causal attention",
+        **{name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in a.items()
+           if name not in ("sliding_window", "tie_embeddings")},
+        "tie_embeddings": "yes" if a["tie_embeddings"] else "no",
+        f"weights in {facts['dtype']}": readable(facts["weights_bytes"]),
+        f"cache at {facts['context']:,} tokens": f"{readable(facts['cache_bytes'])}"
+        f" ({facts['cache_tokens']:,} x {readable(facts['cache_bytes_per_token'])})",
+    }  # fmt: skip
+    if window and facts["cache_bytes_without_window"] > facts["cache_bytes"]:
+        rows["    without the window"] = readable(facts["cache_bytes_without_window"])
+    rows["weights and cache"] = readable(facts["weights_bytes"] + facts["cache_bytes"])
+    out = Table(title=Text(facts["model"]), show_header=False, title_justify="left")
+    out.add_column(style="bold", no_wrap=True)
+    out.add_column(overflow="fold")
+    for name, value in rows.items():
+        out.add_row(name, Text(value))
+    return out
+
+
+def readable(n: int) -> str:
+    """A count of bytes in the unit that suits it: 14.5 GB is 14.5e9."""
+    size = float(n)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{n} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

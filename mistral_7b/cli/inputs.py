@@ -1,0 +1,109 @@
+"""What the commands have in common: flags from dataclasses, the model that is meant, text from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import tyro
+
+from ..errors import ConfigError, Mistral7BError, TokenizerError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..model import Mistral7B
+    from ..tokenizer import Tokenizer
+
+T = TypeVar("T")
+ModelName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")]
+DType = Literal["bfloat16", "float16", "float32"]
+
+
+class UsageError(Mistral7BError):
+    """A command line that cannot be carried out."""
+
+
+def read_flags(kind: type[T], command: str, argv: list[str]) -> T:
+    """Make `kind` from the flags of one command; SystemExit after --help (0) and bad flags (2)."""
+    return tyro.cli(kind, prog=f"mistral-7b {command}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Where and how the model runs."""
+
+    dtype: DType = "bfloat16"
+    """Of the weights and of the arithmetic."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps...; auto: the first accelerator there is."""
+    threads: int | None = None
+    """CPU threads; none: as many as PyTorch takes by itself."""
+    tokenizer: str | None = None
+    """A tokenizer file, or a folder or model that has one; none: that of the model."""
+
+    def open(self, source: str) -> tuple[Mistral7B, Tokenizer]:
+        """Load the model that `source` names, and its tokenizer."""
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads must be at least 1, not {self.threads}")
+        with busy(f"opening {source}"):
+            import torch
+
+            from ..model import Mistral7B
+            from ..tokenizer import Tokenizer
+
+            torch.seed()  # two runs differ, unless they are given a --seed
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
+            device = pick_device(self.device)
+            model = Mistral7B.from_pretrained(source, dtype=getattr(torch, self.dtype), device=device)
+            tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
+        if tokenizer.vocab_size > model.args.vocab_size:
+            raise TokenizerError(
+                f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but the model {source} knows "
+                f"{model.args.vocab_size}: the tokenizer belongs to another model"
+            )
+        return model, tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device that is meant. ConfigError if there is none such on this machine."""
+    import torch
+
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used here: {reason}") from error
+    return device
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Show on a terminal's stderr that something goes on; nothing is left of it."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def read_text(path: str) -> str:
+    """The text of a UTF-8 file, or of standard input for "-"."""
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        name = "standard input" if path == "-" else path
+        raise UsageError(f"{name} is not UTF-8 text (byte {error.start})") from error

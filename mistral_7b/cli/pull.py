@@ -1,0 +1,36 @@
+"""`mistral-7b pull`: download a model, so that it can be named from then on, also without a connection."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from .inputs import UsageError, read_flags
+
+RepoId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pull:
+    """Download a model from the Hugging Face hub: one copy of the weights, configuration, tokenizer.
+
+    It resumes what was begun, and prints the folder at the end. HF_HOME says where files go, HF_ENDPOINT
+    whence they come, HF_TOKEN who asks (for gated models).
+    """
+
+    repo_id: RepoId
+    """The model, such as mistralai/Mistral-7B-Instruct-v0.3."""
+    revision: str = "main"
+    """Branch, tag or commit."""
+
+
+def run(argv: list[str]) -> int:
+    args = read_flags(Pull, "pull", argv)
+    from ..checkpoint import hub
+
+    if not hub.REPO_ID.fullmatch(args.repo_id):
+        raise UsageError(f"{args.repo_id!r} is no name of a model on the hub: owner/name is wanted")
+    print(hub.pull(args.repo_id, revision=args.revision))
+    return 0

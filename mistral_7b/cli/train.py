@@ -1,0 +1,65 @@
+"""`mistral-7b train`: every field of TrainArgs is a flag, and a key of the configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from ..training.args import TrainArgs
+from .inputs import UsageError, read_flags, read_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model on text files, from fresh weights or from a saved model."""
+
+    config: pathlib.Path | None = None
+    """JSON file whose keys are the flags below without their dashes; flags given here come before it."""
+    training: TrainArgs = dataclasses.field(default_factory=TrainArgs)
+    """What is trained, on what, and how."""
+
+
+def run(argv: list[str]) -> int:
+    # The file becomes flags that stand before those given: one reader checks both, and the last one wins.
+    args = read_flags(Train, "train", [*_config_flags(argv), *argv])
+    from .. import training
+
+    training.train(args.training)
+    return 0
+
+
+def _config_flags(argv: list[str]) -> list[str]:
+    path = None
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            path = argv[i + 1]
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+    if path is None or "-h" in argv or "--help" in argv:
+        return []
+    try:
+        config = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} must hold a JSON object of training options, not a {type(config).__name__}")
+    known = sorted(f.name for f in dataclasses.fields(TrainArgs))
+    for name in config:
+        if name not in known:
+            raise UsageError(f"{path}: unknown training option {name!r}; known are {', '.join(known)}")
+    return [flag for name, value in config.items() for flag in _flags(path, name, value)]
+
+
+def _flags(path: str, name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    match value:
+        case bool():
+            return [flag if value else f"--no-{flag[2:]}"]
+        case list():
+            return [flag, *(str(item) for item in value)]
+        case dict():
+            raise UsageError(f"{path}: {name} must be a single value or a list, not an object")
+        case _:
+            return [f"{flag}={value}"]

@@ -1,0 +1,42 @@
+"""Small models on disk, and the command in a process of its own."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import torch
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from mistral_7b import Mistral7B, ModelArgs
+
+SHAPE = {
+    "dim": 24,
+    "n_layers": 2,
+    "head_dim": 10,
+    "hidden_dim": 40,
+    "n_heads": 6,
+    "n_kv_heads": 3,
+    "vocab_size": 32768,
+}
+
+
+def write_model(folder: pathlib.Path, **changes: object) -> pathlib.Path:
+    torch.manual_seed(3)
+    args = ModelArgs(**{**SHAPE, **changes})  # type: ignore[arg-type]
+    Mistral7B(args, device="cpu").save_pretrained(folder)
+    data = MistralTokenizer._data_path()
+    shutil.copyfile(data / "mistral_instruct_tokenizer_240323.model.v3", folder / "tokenizer.model.v3")
+    return folder
+
+
+def start(*argv: str, **options: object) -> subprocess.Popen[bytes]:
+    """The real command in a process of its own, whose Ctrl-C works whatever that of this one does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mistral_7b", *argv],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options,
+    )  # fmt: skip

@@ -1,0 +1,45 @@
+"""Models that the tests share, and the command as a function that returns what it printed."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+from command import write_model
+
+from mistral_7b.cli import main
+
+
+@pytest.fixture(scope="session")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with a window of 8, whose text may go on for ever."""
+    return str(write_model(tmp_path_factory.mktemp("models") / "windowed", sliding_window=8))
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model without a window, whose context is 64 tokens."""
+    folder = tmp_path_factory.mktemp("models") / "short"
+    return str(write_model(folder, sliding_window=None, rope_theta=1e6, max_seq_len=64))
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`run("generate", ..., stdin="...")`: the command in this process."""
+
+    def call(*argv: str, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = main(list(argv))
+        return Result(code, *capsys.readouterr())
+
+    return call

@@ -100,14 +100,10 @@ def read_file(path: pathlib.Path) -> dict[str, Stored]:
             head = f.read(8)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror or e})") from e
-    return _read_pickle(path) if head[:2] == b"PK" else _read_safetensors(path, head)
+    return _read_pickle(path) if head[:4] == b"PK\x03\x04" else _read_safetensors(path, head)
 
 
 def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
-    if head[:1] == b"\x80":
-        raise CheckpointError(
-            f"{path}: a bare pickle, older than PyTorch 1.6; it is not opened, save it as safetensors"
-        )
     try:
         with safetensors.safe_open(path, "pt"):  # checks header, offsets and the file's length
             pass
@@ -117,6 +113,8 @@ def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError, struct.error) as e:
+        if head[:1] == b"\x80" and head[2:] != bytes(6):  # no header's length: how pickles begin
+            raise CheckpointError(f"{path}: a pickle of PyTorch before 1.6; save it as safetensors") from e
         raise CheckpointError(f"{path}: damaged or cut short ({e}); fetch the file again") from e
     header.pop("__metadata__", None)
     file, out = MappedFile(path), {}

@@ -75,9 +75,7 @@ def save(
         if value.dtype not in CODES:
             raise CheckpointError(f"{name!r} is of type {value.dtype}: cannot be saved")
     if missing := [name for name in plain if name not in state]:
-        raise CheckpointError(
-            f"{missing[0]!r} is missing from the model: quantised or adapted, it cannot be saved"
-        )
+        raise CheckpointError(f"the model lacks {missing[0]!r}: quantised or adapted, it cannot be saved")
     outgoing = [
         Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
         for name, shape in plain.items()

@@ -1,0 +1,167 @@
+"""Trap 8: what each release's configuration means, and which ones are refused."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import warnings
+from typing import Any
+
+import pytest
+from releases import RELEASES, V1, V2, transformers_5
+
+from mistral_7b import CheckpointError, ModelArgs
+from mistral_7b.checkpoint import huggingface, mistral, read_args
+
+HF_V1 = RELEASES["v0.1 base, Hugging Face"][1]
+HF_V2 = RELEASES["v0.2 base, Hugging Face"][1]
+PARAMS = RELEASES["v0.2 without theta, Mistral"][1]
+
+
+def args_of(folder: pathlib.Path, data: dict[str, Any] | str, file: str = "config.json") -> ModelArgs:
+    (folder / file).write_text(data if isinstance(data, str) else json.dumps(data))
+    return read_args(folder)[0]
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_trap_08_golden_configs_of_every_release(tmp_path: pathlib.Path, name: str) -> None:
+    file, data, wanted = RELEASES[name]
+    (tmp_path / file).write_text(json.dumps(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_args(tmp_path) == (wanted, "huggingface" if file == "config.json" else "mistral")
+
+
+@pytest.mark.parametrize("name", [name for name in RELEASES if "Hugging" in name])
+def test_trap_08_golden_configs_as_transformers_5_writes_them(tmp_path: pathlib.Path, name: str) -> None:
+    _, data, wanted = RELEASES[name]
+    assert args_of(tmp_path, transformers_5(data)) == wanted
+
+
+@pytest.mark.parametrize("window", [4096, None, 1000])
+def test_trap_08_theta_left_out_follows_the_window(tmp_path: pathlib.Path, window: int | None) -> None:
+    data = {k: v for k, v in HF_V1.items() if k != "rope_theta"} | {"sliding_window": window}
+    assert args_of(tmp_path, data).rope_theta == (1e6 if window is None else 1e4)
+
+
+def test_trap_08_another_theta_is_a_fine_tune_and_stands(tmp_path: pathlib.Path) -> None:
+    assert args_of(tmp_path, {**HF_V1, "rope_theta": 123456.0}).rope_theta == 123456.0
+    assert args_of(tmp_path, {**HF_V1, "sliding_window": None}).rope_theta == 1e4
+
+
+def test_trap_08_instruct_v0_2_copies_that_still_name_a_window_are_warned_of(tmp_path: pathlib.Path) -> None:
+    with pytest.warns(UserWarning, match=r"config\.json.*Instruct-v0.2.*null"):
+        args = args_of(tmp_path, {**HF_V2, "sliding_window": 4096})
+    assert (args.rope_theta, args.sliding_window) == (1e6, 4096)
+
+
+def test_trap_08_a_window_left_out_of_a_config_with_theta_of_v0_1_is_v0_1s(tmp_path: pathlib.Path) -> None:
+    data = {k: v for k, v in HF_V1.items() if k != "sliding_window"}
+    with pytest.warns(UserWarning, match="sliding_window"):
+        assert args_of(tmp_path, data) == V1
+    assert args_of(tmp_path, {**data, "rope_theta": 1e6}) == V2
+
+
+DISAGREEING = {
+    "theta twice": {**HF_V1, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    "dtype twice": {**HF_V1, "dtype": "float16"},
+    "rope type twice": {**HF_V1, "rope_parameters": {"rope_type": "default", "type": "linear"}},
+}
+
+
+@pytest.mark.parametrize("data", DISAGREEING.values(), ids=DISAGREEING)
+def test_trap_08_two_fields_that_disagree_are_refused(tmp_path: pathlib.Path, data: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json.* but .*correct or remove one"):
+        args_of(tmp_path, data)
+
+
+def test_trap_08_two_windows_that_disagree_are_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match=r"params\.json.*'sliding_window' is 8 but '_sliding_window' is 16"):
+        args_of(tmp_path, {**PARAMS, "sliding_window": 8, "_sliding_window": 16}, "params.json")
+    assert (
+        args_of(tmp_path, {**PARAMS, "sliding_window": 8, "_sliding_window": 8}, "params.json").sliding_window == 8
+    )
+
+
+def test_trap_08_one_field_given_twice_is_refused(tmp_path: pathlib.Path) -> None:
+    text = json.dumps(HF_V1)[:-1] + ', "rope_theta": 1000000.0}'
+    with pytest.raises(CheckpointError, match=r"config\.json: 'rope_theta' is given twice"):
+        args_of(tmp_path, text)
+
+
+def test_fields_that_agree_in_old_and_new_style_are_fine(tmp_path: pathlib.Path) -> None:
+    assert args_of(tmp_path, {**HF_V2, **transformers_5(HF_V2)}) == V2
+
+
+REFUSED = {
+    "NaN": ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' is nan"),
+    "NaN inside": ({"rope_parameters": {"rope_theta": float("inf")}}, "'rope_parameters.rope_theta' is inf"),
+    "overflow": ({"rope_theta": 10**400}, r"config\.json"),
+    "text for a number": ({"hidden_size": "4096"}, "head_dim"),
+    "float for a whole number": ({"num_hidden_layers": 32.5}, "n_layers"),
+    "negative": ({"intermediate_size": -1}, "hidden_dim"),
+    "window of none": ({"sliding_window": 0}, "sliding_window"),
+    "heads that do not divide": ({"num_key_value_heads": 5}, "n_kv_heads"),
+    "no eps": ({"rms_norm_eps": None}, "'rms_norm_eps' is missing"),
+    "another architecture": ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*MistralForCausalLM"),
+    "a classifier": ({"architectures": ["MistralForSequenceClassification"]}, "architectures"),
+    "another model": ({"model_type": "mixtral"}, "mixtral"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    "scaled RoPE": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    "YaRN": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters"),
+    "RoPE as text": ({"rope_parameters": "default"}, "rope_parameters"),
+    "RoPE a layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
+    "partly rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "bias": ({"attention_bias": True}, "attention_bias"),
+    "mixed layers": ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_configs_that_cannot_be_are_refused_by_name(
+    tmp_path: pathlib.Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        args_of(tmp_path, {**HF_V1, **change})
+    assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"moe": {"num_experts": 8}}, {"vision_encoder": {}}, {"dim": None}])
+def test_params_that_cannot_be_are_refused(tmp_path: pathlib.Path, change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=rf"params\.json.*{next(iter(change))}"):
+        args_of(tmp_path, {**PARAMS, **change}, "params.json")
+
+
+def test_unknown_params_are_warned_of(tmp_path: pathlib.Path) -> None:
+    with pytest.warns(UserWarning, match="'something_new'"):
+        args_of(tmp_path, {**PARAMS, "something_new": 1}, "params.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", '{"a": 1}', "[" * 100_000])
+def test_what_is_no_config_is_refused(tmp_path: pathlib.Path, text: str) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        args_of(tmp_path, text)
+
+
+def test_a_config_is_told_by_its_content_and_not_by_its_name(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**PARAMS, "sliding_window": 4096}))
+    assert read_args(tmp_path) == (V1, "mistral")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        V1,
+        V2,
+        ModelArgs.v0_3(),
+        ModelArgs(dim=24, n_heads=6, n_kv_heads=2, head_dim=10, rope_theta=5e5, max_seq_len=99),
+        ModelArgs(tie_embeddings=True, sliding_window=17, norm_eps=1e-6),
+    ],
+)
+def test_configs_written_are_read_back(args: ModelArgs) -> None:
+    path = pathlib.Path("x.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert huggingface.read(path, json.loads(json.dumps(huggingface.config(args, "bfloat16")))) == args
+        assert mistral.read(path, json.loads(json.dumps(mistral.params(args)))) == args

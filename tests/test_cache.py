@@ -1,0 +1,309 @@
+"""What a cache promises beyond right logits: values, places, flat memory, rollback, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
+from torch import Tensor
+
+from mistral_7b.cache import EMPTY, GrowingCache, RollingCache, Stateless
+from mistral_7b.errors import CacheError
+from mistral_7b.model import Mistral7B
+
+W = 8
+
+
+@pytest.fixture(scope="module")
+def model() -> Mistral7B:
+    return tiny_model(dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def unwindowed() -> Mistral7B:
+    return tiny_model(tiny_args(sliding_window=None), torch.float64)
+
+
+def tensors_of(cache: object) -> list[Tensor]:
+    """All tensors that a cache and its layers hold on to."""
+    found = [t for t in vars(cache).values() if isinstance(t, Tensor)]
+    for memory in getattr(cache, "layers"):  # noqa: B009
+        found += [t for t in vars(memory).values() if isinstance(t, Tensor)]
+    return found
+
+
+def bytes_of(cache: object) -> int:
+    """Bytes of the storages behind a cache: a view counts with all that it keeps alive."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(cache)}.values())
+
+
+def greedy(model: Mistral7B, prompt: Tensor, cache: object, steps: int) -> list[int]:
+    logits, cache = model(prompt, cache)  # type: ignore[arg-type]
+    out = []
+    for _ in range(steps):
+        out.append(int(logits[0, -1].argmax()))
+        logits, cache = model(torch.tensor([[out[-1]]]), cache)
+    return out
+
+
+# --- GrowingCache: a value ---
+
+
+@pytest.mark.parametrize("prefix", [3, W, 2 * W + 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_prefix_is_continued_twice(model: Mistral7B, prefix: int, packed: bool) -> None:
+    one, two = tokens_of((prefix + 5,)), tokens_of((prefix + 5,), seed=2)
+    two[:prefix] = one[:prefix]
+    ids = torch.arange(prefix + 5) % 2 if packed else None
+
+    def part(tokens: Tensor, piece: slice, cache: object = None) -> tuple[Tensor, object]:
+        return model(tokens[piece], cache, None if ids is None else ids[piece])  # type: ignore[arg-type]
+
+    _, cache = part(one, slice(0, prefix))
+    before = [t.clone() for t in tensors_of(cache)]
+    for tokens in (one, two, one):
+        wanted = truth(model, tokens, ids)[prefix:]
+        first, later = part(tokens, slice(prefix, prefix + 2), cache)
+        second, _ = part(tokens, slice(prefix + 2, None), later)
+        close(torch.cat([first, second]), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(cache), strict=True))
+
+
+def test_a_growing_cache_is_flat_past_the_window(model: Mistral7B) -> None:
+    _, cache = model(tokens_of((1, 20 * W)))
+    assert cache.layers[0].k.shape == (1, W, TINY.n_kv_heads, TINY.head_dim)
+    a_window = W * (2 * 2 * TINY.n_kv_heads * TINY.head_dim * 8 + 8)  # k and v of two layers, and positions
+    assert bytes_of(cache) <= 21 * W * 8 + a_window  # the long prompt is not kept alive by a view
+    sizes = set()
+    for token in tokens_of((3 * W,)):
+        _, cache = model(token[None, None], cache)
+        sizes.add(bytes_of(cache))
+    assert len(sizes) == 1
+    assert cache.length == 23 * W
+
+
+def test_a_packed_growing_cache_keeps_no_more_than_a_window_of_each_sequence(model: Mistral7B) -> None:
+    cache = None
+    for step in range(10):
+        ids = torch.tensor([1, 2, 1, 2, 1, 3, 3]) if step else torch.tensor([1, 2, 1, 2, 1, 3, 9])
+        _, cache = model(tokens_of((7,), seed=step), cache, ids)
+    assert cache is not None
+    kept = {int(i): int((cache.sequence_ids == i).sum()) for i in cache.sequence_ids.unique()}
+    assert kept == {1: W, 2: W, 3: W, 9: 1}
+    assert cache.layers[0].k.shape[0] == 3 * W + 1
+
+
+def test_without_a_window_a_growing_cache_keeps_everything(unwindowed: Mistral7B) -> None:
+    _, cache = unwindowed(tokens_of((1, 5 * W)))
+    assert cache.layers[1].v.shape[1] == 5 * W
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+def test_a_growing_cache_is_rolled_back(unwindowed: Mistral7B, model: Mistral7B, n: int) -> None:
+    for m, length in ((unwindowed, 3 * W), (model, W)):
+        tokens = tokens_of((1, length + 6))
+        wanted = truth(m, tokens)
+        junk = torch.cat([tokens[:, : length - n], tokens_of((1, n), seed=9)], dim=1) if n else tokens[:, :length]
+        _, cache = m(junk)
+        cache.rollback(n)
+        close(m(tokens[:, length - n :], cache)[0], wanted[:, length - n :])
+
+
+def test_a_growing_cache_is_not_rolled_back_past_what_it_holds(model: Mistral7B) -> None:
+    _, cache = model(tokens_of((1, W)))
+    for n in (-1, W + 1):
+        with pytest.raises(CacheError, match="cannot roll back"):
+            cache.rollback(n)
+    _, wrapped = model(tokens_of((1, 2 * W + 3)))
+    with pytest.raises(CacheError, match="have left the window"):
+        wrapped.rollback(1)
+    wrapped.rollback(0)
+    with pytest.raises(CacheError, match="cannot roll back"):
+        GrowingCache(2, W).rollback(1)
+    _, packed = model(tokens_of((3,)), None, torch.tensor([1, 1, 2]))
+    with pytest.raises(CacheError, match="packed"):
+        packed.rollback(1)
+
+
+# --- RollingCache: a place ---
+
+
+@pytest.mark.parametrize("chunks", [[1] * 23, [3, 1, 1], [5, 6], [8, 1], [9, 1, 2], [30, 1, 1], [2, 17, 1, 3]])
+@pytest.mark.parametrize("static", [False, True])
+def test_trap_04_each_position_lies_in_its_slot(chunks: list[int], static: bool) -> None:
+    """Positions are stored as keys, and every slot is looked at after every chunk."""
+    ring = RollingCache(1, 1, 2, W, dtype=torch.float64, static=static)
+    n = 0
+    for T in chunks:
+        p = ring.extend(torch.zeros(1, T, dtype=torch.long))
+        assert p.tolist() == [list(range(n, n + T))]
+        k = p.double()[..., None, None].expand(1, T, 1, 2)
+        ring.layers[0].attend(torch.zeros(1, T, 2, 2, dtype=torch.float64), k, 100 + k)
+        n += T
+        wanted = [max((p for p in range(n) if p % W == slot), default=EMPTY) for slot in range(W)]
+        assert ring.positions[0].tolist() == wanted
+        assert ring.length.tolist() == [n]
+        full = [slot for slot in range(W) if wanted[slot] != EMPTY]
+        assert ring.layers[0].k[0, full, 0, 0].tolist() == [wanted[slot] for slot in full]
+        assert ring.layers[0].v[0, full, 0, 1].tolist() == [100 + wanted[slot] for slot in full]
+
+
+def test_trap_04_a_slot_that_is_empty_is_never_seen(model: Mistral7B) -> None:
+    """Poison in slots that were never written must not reach the logits."""
+    for static in (False, True):
+        ring = model.rolling_cache(static=static)
+        for memory in ring.layers:
+            memory.k.fill_(1e3)
+            memory.v.fill_(1e3)
+        tokens = tokens_of((1, 6))
+        got = torch.cat([model(tokens[:, :4], ring)[0], model(tokens[:, 4:5], ring)[0]], dim=1)
+        close(got, truth(model, tokens)[:, :5])
+        close(model(tokens[:, 5:], ring)[0], truth(model, tokens)[:, 5:])
+
+
+@pytest.mark.parametrize("prompt", [3, W, W + 1, 2 * W + 3])
+def test_trap_05_warm_is_cold_greedy_after_the_wrap(model: Mistral7B, prompt: int) -> None:
+    tokens = tokens_of((1, prompt))
+    cold: list[int] = []
+    for _ in range(3 * W):  # no cache: the whole text every time
+        text = torch.cat([tokens, torch.tensor([cold], dtype=torch.long)], dim=1)
+        cold.append(int(model(text, Stateless(W))[0][0, -1].argmax()))
+    assert greedy(model, tokens, model.rolling_cache(), 3 * W) == cold
+    assert greedy(model, tokens, model.rolling_cache(static=True), 3 * W) == cold
+    assert greedy(model, tokens, None, 3 * W) == cold
+
+
+@pytest.mark.parametrize(("length", "n"), [(W, 1), (W, 5), (6, 6), (5, 0)])
+def test_trap_05_a_ring_is_rolled_back_before_the_wrap(model: Mistral7B, length: int, n: int) -> None:
+    tokens = tokens_of((2, length + 2 * W))
+    ring = model.rolling_cache(2)
+    kept = length - n
+    model(torch.cat([tokens[:, :kept], tokens_of((2, n), seed=9)], dim=1), ring)
+    ring.rollback(n)
+    assert ring.length.tolist() == [kept, kept]
+    assert int((ring.positions != EMPTY).sum()) == 2 * kept
+    got = [model(tokens[:, i : i + 1], ring)[0] for i in range(kept, length + 2 * W)]
+    close(torch.cat(got, dim=1), truth(model, tokens)[:, kept:])
+
+
+def test_trap_05_an_impossible_rollback_of_a_ring_is_refused(model: Mistral7B, unwindowed: Mistral7B) -> None:
+    ring = model.rolling_cache()
+    model(tokens_of((1, W)), ring)
+    for n in (-1, W + 1):
+        with pytest.raises(CacheError, match="cannot roll back"):
+            ring.rollback(n)
+    model(tokens_of((1, W)), ring)
+    with pytest.raises(CacheError, match="overwrote are gone"):
+        ring.rollback(1)
+    ring.rollback(0)
+    ragged = unwindowed.rolling_cache(2)
+    unwindowed(tokens_of((1, 5)), ragged.rows(0, 1))
+    unwindowed(tokens_of((1, 2)), ragged.rows(1, 2))
+    with pytest.raises(CacheError, match=r"cannot roll back 3 tokens of 2\.\.5"):
+        ragged.rollback(3)
+    assert ragged.length.tolist() == [5, 2]  # refused, and nothing changed
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_ring_is_flat_for_three_windows_of_decode(gradients: bool) -> None:
+    """The same places in memory throughout, and no autograd graph of the steps behind them."""
+    model = tiny_model().requires_grad_(gradients)
+    ring = model.rolling_cache()
+    lasting = [ring.positions, ring.length, *(t for m in ring.layers for t in (m.k, m.v))]
+    places = [(t.data_ptr(), t.untyped_storage().nbytes()) for t in lasting]
+    for tokens in (tokens_of((1, 2 * W + 3)), *tokens_of((3 * W, 1, 1))):
+        model(tokens, ring)
+        assert not any(t.requires_grad for t in tensors_of(ring))
+        assert bytes_of(ring) - sum(size for _, size in places) <= 8 * 8 * W  # this forward's slot numbers
+    lasting = [ring.positions, ring.length, *(t for m in ring.layers for t in (m.k, m.v))]
+    assert [(t.data_ptr(), t.untyped_storage().nbytes()) for t in lasting] == places
+
+
+def test_rows_are_the_same_memory(model: Mistral7B) -> None:
+    ring = model.rolling_cache(3)
+    model(tokens_of((1, 4)), ring.rows(1, 2))
+    assert ring.length.tolist() == [0, 4, 0]
+    assert ring.positions[1, :4].tolist() == [0, 1, 2, 3]
+    assert ring.layers[0].k[1, :4].abs().min() > 0
+    assert ring.layers[0].k[[0, 2]].abs().max() == 0
+
+
+# --- every refusal ---
+
+
+def test_no_tokens_are_refused(model: Mistral7B) -> None:
+    for tokens in (torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.tensor(3)):
+        for cache in (None, Stateless(W), model.rolling_cache()):
+            with pytest.raises(CacheError, match="no tokens"):
+                model(tokens, cache)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4,), (1, 5), (2, 5)])
+def test_sequence_ids_of_another_shape_are_refused(model: Mistral7B, shape: tuple[int, ...]) -> None:
+    for cache in (None, Stateless(W)):
+        with pytest.raises(CacheError, match="the id of its sequence"):
+            model(tokens_of((5,)), cache, torch.zeros(shape, dtype=torch.long))
+
+
+def test_a_cache_of_another_model_is_refused(model: Mistral7B) -> None:
+    for cache in (GrowingCache(1, W), RollingCache(1, 3, 10, W, dtype=torch.float64)):
+        with pytest.raises(CacheError, match="1 layers is not for this model of 2"):
+            model(tokens_of((1, 5)), cache)
+    with pytest.raises(CacheError, match=r"holds torch\.bfloat16 and was given torch\.float64"):
+        model(tokens_of((1, 5)), RollingCache(2, 3, 10, W))
+
+
+def test_a_growing_cache_goes_on_as_it_was_begun(model: Mistral7B) -> None:
+    ids = torch.tensor([1, 1, 2])
+    _, packed = model(tokens_of((3,)), None, ids)
+    with pytest.raises(CacheError, match="begun with sequence ids"):
+        model(tokens_of((3,)), packed)
+    _, plain = model(tokens_of((3,)))
+    with pytest.raises(CacheError, match="begun without sequence ids"):
+        model(tokens_of((3,)), plain, ids)
+    with pytest.raises(CacheError, match="packed tokens"):
+        model(tokens_of((1, 3)), None, ids[None])
+    _, rectangle = model(tokens_of((2, 3)))
+    for other in ((1, 3), (3, 3), (3,)):
+        with pytest.raises(CacheError, match=r"begun with tokens \(2, T\)"):
+            model(tokens_of(other), rectangle)
+    close(model(tokens_of((2, 3)), rectangle)[0], model(tokens_of((2, 3)).repeat(1, 2))[0][:, 3:])  # still valid
+
+
+def test_a_ring_takes_its_own_rows_only(model: Mistral7B) -> None:
+    ring = model.rolling_cache(2)
+    for tokens, ids in (
+        (tokens_of((1, 3)), None),
+        (tokens_of((3,)), None),
+        (tokens_of((2, 3)), torch.zeros(2, 3)),
+    ):
+        with pytest.raises(CacheError, match="holds 2 rows"):
+            model(tokens, ring, ids)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_a_full_context_is_refused_before_anything_is_written(
+    unwindowed: Mistral7B, static: bool, chunk: int
+) -> None:
+    ring = unwindowed.rolling_cache(max_seq_len=6, static=static)
+    tokens = tokens_of((1, 6))
+    first, _ = unwindowed(tokens[:, :5], ring)
+    before = [t.clone() for t in tensors_of(ring)]
+    with pytest.raises(CacheError, match=f"max_seq_len >= {5 + chunk}"):
+        unwindowed(tokens_of((1, chunk)), ring)
+    assert all(torch.equal(a, b) for a, b in zip(before[:2], tensors_of(ring)[:2], strict=True))
+    last, _ = unwindowed(tokens[:, 5:], ring)
+    close(torch.cat([first, last], dim=1), truth(unwindowed, tokens))
+    if not static:  # a static step asks the device for nothing: there the caller counts
+        with pytest.raises(CacheError, match="do not fit a context of 6"):
+            unwindowed(tokens[:, :1], ring)
+
+
+def test_a_ring_shorter_than_its_window_does_not_go_round(model: Mistral7B) -> None:
+    ring = model.rolling_cache(max_seq_len=5)
+    tokens = tokens_of((1, 5))
+    got = [model(tokens[:, i : i + 1], ring)[0] for i in range(5)]
+    close(torch.cat(got, dim=1), truth(model, tokens))
+    with pytest.raises(CacheError, match="do not fit a context of 5"):
+        model(tokens[:, :1], ring)

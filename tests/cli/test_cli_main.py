@@ -94,7 +94,7 @@ def test_ctrl_c_ends_with_what_was_produced(windowed: str) -> None:
     assert process.stdout is not None
     begun = process.stdout.read(10)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert len(begun) == 10
     assert process.returncode == 130
     assert out.endswith(b"\n")
@@ -107,7 +107,7 @@ def test_a_reader_that_leaves_is_no_error(windowed: str) -> None:
     assert process.stderr is not None
     process.stdout.read(10)
     process.stdout.close()
-    assert process.wait(timeout=30) == 141
+    assert process.wait(timeout=120) == 141
     assert process.stderr.read() == b""
 
 

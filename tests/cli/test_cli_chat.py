@@ -1,0 +1,113 @@
+"""`mistral-7b chat` with a model: through pipes, and on a terminal."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import pexpect
+import pytest
+
+from mistral_7b.generate import generate
+from mistral_7b.model import Mistral7B
+from mistral_7b.sampling import SamplingParams
+from mistral_7b.tokenizer import Tokenizer
+
+
+def test_answers_are_those_of_the_chat_template(run, windowed: str) -> None:
+    flags = ("--temperature", "0", "--max-tokens", "20", "--system", "be brief")
+    code, out, err = run("chat", windowed, *flags, stdin="hello\n/exit\n")
+    assert code == 0
+    tokenizer = Tokenizer.from_pretrained(windowed)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    ids = tokenizer.encode_chat(messages)
+    params = SamplingParams(temperature=0, max_tokens=20)
+    wanted = generate(Mistral7B.from_pretrained(windowed), [ids], params, tokenizer)[0].outputs[0].text
+    assert out == wanted + "\n"
+    assert "cut off after 20 tokens; --max-tokens allows more" in err
+
+
+def test_a_full_context_loses_nothing(run, short: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "talk.json"
+    lines = f"hello\n{'many words ' * 60}\n/save {file}\n"
+    code, out, err = run("chat", short, "--max-tokens", "8", "--ignore-eos", stdin=lines)
+    assert code == 0
+    assert "the model holds 64: the question is not kept, all else is" in err
+    saved = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert [m["role"] for m in saved] == ["user", "assistant"]
+    assert saved[0]["content"] == "hello"
+    assert out.strip() == saved[1]["content"]
+
+
+def test_an_answer_may_fill_the_context(run, short: str) -> None:
+    code, _, err = run("chat", short, "--max-tokens", "None", "--ignore-eos", stdin="hello\n")
+    assert code == 0
+    assert "the context is full: /save FILE, then /reset" in err
+
+
+def test_goes_on_with_a_saved_conversation(run, windowed: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "talk.json"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file.write_text(json.dumps({"messages": turns}))
+    code, _, _ = run("chat", windowed, "--load", str(file), "--max-tokens", "4", stdin=f"c\n/save {file}\n")
+    assert code == 0
+    saved = json.loads(file.read_text(encoding="utf-8"))["messages"]
+    assert saved[:2] == turns
+    assert saved[2] == {"role": "user", "content": "c"}
+
+
+def test_the_bundled_model_says_what_it_is(run, windowed: str, monkeypatch) -> None:
+    monkeypatch.setattr("mistral_7b.checkpoint.hub.DEMO", pathlib.Path(windowed))
+    _, _, err = run("chat", stdin="one\ntwo\n")
+    assert err.count("base model of Python code") == 1
+    assert "base model" not in run("chat", windowed + "/../windowed/.", stdin="").out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n", "2"], "one answer at a time"),
+        (["--load", "/nowhere/x.json"], "/nowhere/x.json: No such file"),
+        (["--system-file", "/nowhere/x"], "/nowhere/x: No such file"),
+        (["--temperature", "-2"], "temperature must be"),
+    ],
+)
+def test_what_is_refused(run, windowed: str, flags: list[str], message: str) -> None:
+    code, out, err = run("chat", windowed, *flags)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_on_a_terminal(windowed: str, tmp_path: pathlib.Path, plain: bool) -> None:
+    """Ctrl-C stops the answer and not the program, at the prompt it clears the line, Ctrl-D leaves."""
+    env = {"PATH": "/usr/bin:/bin", "TERM": "xterm", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "s")}
+    argv = ["-m", "mistral_7b", "chat", windowed, "--max-tokens", "1000000", "--ignore-eos"]
+    argv += ["--plain"] if plain else []
+    child = pexpect.spawn(sys.executable, argv, env=env, timeout=120, dimensions=(24, 80), encoding="utf-8")
+    child.expect("/help lists the commands")
+    child.expect("> ")
+    child.sendline("hello")
+    child.expect(r"hello\r\n")
+    child.expect(r"(\w+\W+){8}")  # the answer is on its way, and would not end by itself
+    child.sendintr()
+    child.expect(r"\(stopped\)")
+    child.expect("> ")
+    child.send("half a li")
+    child.expect("half a li")
+    child.sendintr()
+    child.expect(r"\(Ctrl-D or /exit leaves\)")
+    child.expect("> ")
+    child.sendline(f"/save {tmp_path}/talk.json")
+    child.expect(r"\(saved to ")
+    child.expect("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert (child.exitstatus, child.signalstatus) == (0, None)
+    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    assert [m["role"] for m in saved] == ["user", "assistant"]
+    history = (tmp_path / "s" / "mistral-7b" / "chat_history").read_text()
+    assert "hello\n" in history
+    assert (tmp_path / "s" / "mistral-7b" / "chat_history").stat().st_mode & 0o077 == 0

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROMPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint gpu-check
+.PHONY: help run test lint gpu-check demo
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
@@ -21,6 +21,12 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check: $(STAMP)  ## the tests, exactness and speed on the accelerator that is present; a table last
+	$(BIN)/python benchmarks/gpu_check.py
+
+demo: $(STAMP)  ## make the bundled model again from the standard library (hours); puts it in place
+	$(BIN)/python examples/make_demo.py --install
 
 export PROMPT
 

@@ -7,17 +7,26 @@ on where it stopped. Everything lies in --out until the model is whole; then --i
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import lzma
+import os
 import platform
 import re
+import shutil
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from mistral_7b.training import TrainArgs
+import mistral_7b
+from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.training import TrainArgs, train
+from mistral_7b.training.data import PackedDocuments
+from mistral_7b.training.vocabulary import train_vocabulary
 
 HELD_OUT = 25  # one file in so many
 FEWEST_LINES = 10  # distinct ones
@@ -108,22 +117,104 @@ def training(files: list[File], out: Path, steps: int) -> TrainArgs:
     )  # fmt: skip
 
 
-def main(out: Path = Path("runs/demo"), steps: int = 2000) -> None:
+def xz_bits_per_byte(files: list[File]) -> tuple[float, float]:
+    """What `xz -9e` needs for the held-out files: alone, and with all that was trained on in view."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 27}]
+    seen, held = (b"".join(f.text.encode() for f in files if f.fate == fate) for fate in ("train", "held_out"))
+    size = [len(lzma.compress(data, filters=filters)) for data in (held, seen + held, seen)]
+    return 8 * size[0] / len(held), 8 * (size[1] - size[2]) / len(held)
+
+
+CARD = """\
+# The bundled model
+
+A small Mistral: {parameters:.2f} million parameters (bfloat16, input and output embeddings shared), {n_layers}
+layers of width {dim}, {n_heads} query heads on {n_kv_heads} key heads, a sliding window of {window} tokens, a
+vocabulary of {vocabulary} tokens in the format of Mistral's v3 tokenizer. It is a base model of Python source:
+it continues code, answers no questions, and knows nothing but what one reads in the standard library.
+
+Made from nothing by `make demo`, on {date}, on {cpus} cores ({machine}), in {hours:.1f} hours of updates.
+
+| | |
+|---|---|
+| data | source of the standard library of CPython {python} (PSF-2.0), {train_files} files, {train_mb:.1f} MB |
+| held out | {held_files} files, {held_mb:.2f} MB, by hash of name; near copies not trained on |
+| tokens seen | {tokens:.1f} million, {epochs:.1f} epochs |
+| **held-out bits per byte** | **{bits:.3f}** |
+| `xz -9e` on the same files | {xz_alone:.3f} alone, {xz_seen:.3f} with all the training files in view |
+
+[manifest.json](manifest.json) names every file with its SHA-256 and whether it was seen.
+
+![loss](curve.png)
+
+What it writes (temperature 0.5, seed 0):
+
+{samples}
+"""
+PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self):\n", "import os\n\ndef main(argv):\n")
+
+
+def write_card(files: list[File], out: Path, log: list[dict[str, Any]], args: TrainArgs) -> None:
+    """The model card, each figure of it measured or counted here."""
+    from mistral_7b import Mistral7B, SamplingParams
+    from mistral_7b.generate import generate
+
+    model = Mistral7B.from_pretrained(out / "model")
+    params = SamplingParams(temperature=0.5, max_tokens=120, seed=0)
+    samples = "\n\n".join(
+        f"```python\n{r.prompt}{r.outputs[0].text}\n```" for r in generate(model, PROMPTS, params)
+    )
+    alone, seen = xz_bits_per_byte(files)
+    size = {
+        fate: sum(len(f.text.encode()) for f in files if f.fate == fate) / 1e6 for fate in ("train", "held_out")
+    }
+    tokens = args.steps * args.rows * args.seq_len
+    per_epoch = PackedDocuments.from_files(
+        [f.path for f in files if f.fate == "train"], Tokenizer.from_pretrained(out / "model"), args.seq_len, 0
+    ).total
+    card = CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        n_layers=args.n_layers, dim=args.dim, n_heads=args.n_heads, n_kv_heads=args.n_kv_heads,
+        window=args.sliding_window, vocabulary=model.args.vocab_size,
+        date=datetime.date.today().isoformat(), cpus=os.cpu_count(), machine=cpu_name(),
+        hours=sum(args.rows * args.seq_len / r["tokens_per_s"] for r in log) / 3600,
+        python=platform.python_version(),
+        train_files=sum(f.fate == "train" for f in files), train_mb=size["train"],
+        held_files=sum(f.fate == "held_out" for f in files), held_mb=size["held_out"],
+        tokens=tokens / 1e6, epochs=tokens / per_epoch,
+        bits=log[-1]["held_out_bits_per_byte"], xz_alone=alone, xz_seen=seen, samples=samples,
+    )  # fmt: skip
+    (out / "model" / "README.md").write_text(card)
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def main(out: Path = Path("runs/demo"), steps: int = 2400, install: bool = False) -> None:
     """Make the bundled model in `out`.
 
     Args:
         out: Folder of the run.
         steps: Updates of 8192 tokens each.
+        install: Then put it in place of the one in the package.
     """
-    from mistral_7b.training import train
-    from mistral_7b.training.vocabulary import train_vocabulary
-
     out.mkdir(parents=True, exist_ok=True)
     files = corpus()
     write_manifest(files, out / "manifest.json")
     if not (out / "tokenizer.model.v3").exists():
         train_vocabulary((f.text for f in files if f.fate == "train"), VOCABULARY, out / "tokenizer.model.v3")
-    train(training(files, out, steps), show=lambda r: print(json.dumps(r), flush=True))
+    args = training(files, out, steps)
+    train(args)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for name in ("manifest.json", "curve.png"):
+        shutil.copy(out / name, out / "model" / name)
+    write_card(files, out, log, args)
+    if install:
+        place = Path(mistral_7b.__file__).parent / "demo"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(out / "model", place)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .errors import Mistral7BError as Mistral7BError
     from .model import Mistral7B as Mistral7B
     from .model import ModelArgs as ModelArgs
+    from .sampling_params import SamplingParams as SamplingParams
+    from .tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 
@@ -16,6 +18,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Mistral7B": "model",
     "ModelArgs": "model",
+    "Tokenizer": "tokenizer",
+    "SamplingParams": "sampling_params",
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",

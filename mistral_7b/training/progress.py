@@ -10,7 +10,7 @@ from .args import TrainArgs
 
 
 class ProgressLine:
-    """Called with each record of the log: rewrites one line on a terminal, prints every `log_every`-th elsewhere."""
+    """Called with each record of the log: rewrites one line on a terminal, else prints every `log_every`-th."""
 
     def __init__(self, args: TrainArgs, file: TextIO | None = None) -> None:
         self.args, self.file = args, file or sys.stderr

@@ -190,7 +190,19 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     return last
 
 
-FREE = ("out", "data", "held_out", "save_every", "eval_every", "log_every", "compile", "device", "accumulate")
+# What may differ when a run goes on; with other `steps` the schedule is that of the new number.
+FREE = (
+    "steps",
+    "out",
+    "data",
+    "held_out",
+    "save_every",
+    "eval_every",
+    "log_every",
+    "compile",
+    "device",
+    "accumulate",
+)
 
 
 def _check_same_run(saved: Record, args: TrainArgs, path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..errors import CheckpointError, HubError
 
 DEMO = pathlib.Path(__file__).parent.parent / "demo"
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 TOKENIZER_FILES = re.compile(
     r"tokenizer\.model(\.v\w+)?|tokenizer\.json|tekken\.json|tokenizer_config\.json|special_tokens_map\.json"
@@ -81,7 +81,7 @@ def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
     if source == "demo":
         return DEMO
     path = pathlib.Path(source).expanduser()
-    if path.exists():
+    if source != "" and path.exists():
         return path
     if not isinstance(source, str) or not REPO_ID.fullmatch(source):
         raise CheckpointError(f"{source}: no such file or folder (a model on the hub is named owner/name)")

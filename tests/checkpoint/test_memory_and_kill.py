@@ -1,0 +1,156 @@
+"""What loading and converting hold in memory, and what a killed conversion leaves behind."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import tiny_args, tiny_model
+
+from mistral_7b import CheckpointError, Mistral7B, ModelArgs
+from mistral_7b.checkpoint import convert, writing
+
+# 88 MB in 84 tensors, the largest of 4 MB.
+BIG = ModelArgs(
+    dim=512, n_layers=9, head_dim=64, hidden_dim=2048, n_heads=8, n_kv_heads=2, vocab_size=4000, sliding_window=32
+)
+MEASURE = """
+import json, pathlib, sys, torch
+from mistral_7b.checkpoint import convert, load
+
+def act(what, source, out, target):
+    if what == "convert":
+        convert(source, out, to=target)
+        return None
+    model = load(source, dtype=getattr(torch, target))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sum()  # touch every page
+    return model
+
+def resident(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+folder = pathlib.Path(sys.argv[1])
+for i, (what, source, target) in enumerate(json.loads(sys.argv[2])):
+    # Whatever the libraries load on first use is not ours to count.
+    act(what, folder / "tiny", folder / f"warm{i}", target)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    model = act(what, folder / source, folder / f"out{i}", target)
+    print(json.dumps([resident("VmHWM") - before, resident("VmRSS") - before]))
+    del model
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("sources")
+    model = Mistral7B(BIG)
+    model.save_pretrained(folder / "huggingface", max_shard_size="40MB")
+    model.save_pretrained(folder / "mistral", format="mistral")
+    (folder / "pickle").mkdir()
+    (folder / "pickle" / "params.json").write_bytes((folder / "mistral" / "params.json").read_bytes())
+    torch.save(model.state_dict(), folder / "pickle" / "consolidated.00.pth")
+    tiny_model(tiny_args(), torch.bfloat16).save_pretrained(folder / "tiny")
+    return folder
+
+
+BOUNDS = {  # (what, source, target) -> peak, as a share of the weights' size
+    ("load", "huggingface", "bfloat16"): 1.1,
+    ("load", "mistral", "bfloat16"): 1.1,
+    ("load", "pickle", "float16"): 1.1,
+    ("load", "huggingface", "float16"): 1.1,
+    ("convert", "huggingface", "mistral"): 0.2,
+    ("convert", "mistral", "huggingface"): 0.2,
+    ("convert", "pickle", "huggingface"): 0.2,
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory from Linux's /proc")
+def test_peak_memory(sources: pathlib.Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, sources, json.dumps(list(BOUNDS))], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    size = sum(p.numel() * 2 for p in Mistral7B(BIG, device="meta").parameters())
+    for line, (case, bound) in zip(run.stdout.splitlines(), BOUNDS.items(), strict=True):
+        peak, after = json.loads(line)
+        assert peak <= bound * size, case
+        if case[0] == "load":
+            assert after >= 0.9 * size, case  # it was really there, and counted
+
+
+CONVERT_AND_HANG = """
+import sys, time
+from mistral_7b.checkpoint import convert
+
+def progress(done, total, name):
+    if done > 0.7 * total:
+        print("here", flush=True)
+        time.sleep(600)
+
+convert(sys.argv[1], sys.argv[2], to=sys.argv[3], max_shard_size="30KB", progress=progress)
+"""
+
+
+@pytest.mark.parametrize("to", ["huggingface", "mistral"])
+def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path: pathlib.Path, to: str) -> None:
+    tiny_model().save_pretrained(tmp_path / "source")
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", CONVERT_AND_HANG, tmp_path / "source", out, to], stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "here\n"
+        run.kill()
+    assert not out.exists()
+    (rest,) = [path for path in tmp_path.iterdir() if path.name != "source"]
+    assert rest.name.startswith(".out.partial-")
+    assert any(rest.glob("*.safetensors"))  # it was in the middle of writing
+    for path in (rest, *rest.iterdir()):
+        with pytest.raises(CheckpointError):
+            Mistral7B.from_pretrained(path)
+    convert(tmp_path / "source", out, to=to)  # and what it left is in nobody's way
+    assert Mistral7B.from_pretrained(out).args == tiny_args()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ValueError])
+def test_a_failed_conversion_cleans_up_after_itself(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException]
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "source")
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(writing, "_copy_beside", fail)
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
+        convert(tmp_path / "source", tmp_path / "out", to="mistral")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_where_there_is_no_room_nothing_is_begun(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().save_pretrained(tmp_path / "source")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="GB are needed"):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_counts_every_byte_once(tmp_path: pathlib.Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "source")
+    told: list[tuple[int, int, str]] = []
+    convert(tmp_path / "source", tmp_path / "out", to="mistral", progress=lambda *now: told.append(now))
+    size = sum(p.numel() * 4 for p in model.parameters())
+    assert [name for _, _, name in told] == list(model.state_dict())
+    assert {total for _, total, _ in told} == {size}
+    assert [done for done, _, _ in told] == sorted({done for done, _, _ in told})
+    assert told[-1][0] == size

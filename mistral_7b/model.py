@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -208,13 +209,24 @@ class Mistral7B(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights, uniform of deviation 0.02; those that write to the residual stream smaller."""
-        for name, p in self.named_parameters():
+        """Draw fresh weights, uniform of deviation 0.02; those that write to the residual stream smaller.
+
+        Each tensor has a generator of its own, seeded from torch's: so threads can share 7 billion draws.
+        """
+        weights = [(name, p) for name, p in self.named_parameters() if p.dim() == 2]
+        seeds = torch.randint(2**62, (len(weights),), device="cpu").tolist()
+
+        def draw(named: tuple[str, nn.Parameter], seed: int) -> None:
+            name, p = named
+            std = 0.02 / math.sqrt(2 * self.args.n_layers) if name.endswith(RESIDUAL) else 0.02
+            bound = std * math.sqrt(3)
+            nn.init.uniform_(p, -bound, bound, generator=torch.Generator(p.device).manual_seed(seed))
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(draw, weights, seeds))
+        for p in self.parameters():
             if p.dim() == 1:
                 nn.init.ones_(p)
-            else:
-                std = 0.02 / math.sqrt(2 * self.args.n_layers) if name.endswith(RESIDUAL) else 0.02
-                nn.init.uniform_(p, -std * math.sqrt(3), std * math.sqrt(3))
 
     def hidden(self, tokens: Tensor, cache: Cache, sequence_ids: Tensor | None = None) -> Tensor:
         """Final normalised states of tokens (...): (..., D). Writes into `cache`."""

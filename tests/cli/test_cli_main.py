@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 import resource
@@ -87,6 +88,14 @@ def test_an_error_is_one_message(run, monkeypatch, error: Exception, code: int, 
     monkeypatch.setenv("MISTRAL_7B_DEBUG", "1")
     with pytest.raises(type(error)):
         run("info")
+
+
+def test_a_character_that_the_output_lacks_is_replaced(monkeypatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr("mistral_7b.cli.info.run", lambda argv: print("a \N{SNOWMAN}") or 0)
+    assert cli.main(["info"]) == 0
+    assert written.getvalue() == b"a ?\n"
 
 
 def test_ctrl_c_ends_with_what_was_produced(windowed: str) -> None:

@@ -207,7 +207,7 @@ def drawn(text: str, render: Callable[[str], object], pieces: int) -> list[str]:
     screen.set_mode(pyte.modes.LNM)
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=60, height=12, legacy_windows=False)
-    size = -(-len(text) // pieces)
+    size = max(1, -(-len(text) // pieces))
     with live_text(console, render) as live:  # type: ignore[arg-type]
         for start in range(0, len(text), size):
             live._due = 0.0  # draw every time

@@ -40,8 +40,9 @@ def test_a_full_context_loses_nothing(run, short: str, tmp_path: pathlib.Path) -
     assert out.strip() == saved[1]["content"]
 
 
-def test_an_answer_may_fill_the_context(run, short: str) -> None:
-    code, _, err = run("chat", short, "--max-tokens", "None", "--ignore-eos", stdin="hello\n")
+@pytest.mark.parametrize("limit", ["None", "1000"])
+def test_an_answer_may_fill_the_context(run, short: str, limit: str) -> None:
+    code, _, err = run("chat", short, "--max-tokens", limit, "--ignore-eos", stdin="hello\n")
     assert code == 0
     assert "the context is full: /save FILE, then /reset" in err
 

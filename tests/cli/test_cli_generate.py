@@ -113,6 +113,8 @@ def test_runs_differ_unless_seeded(run, windowed: str) -> None:
     command = ("generate", windowed, "--prompt", PROMPT, "--max-tokens", "12")
     assert run(*command).out != run(*command).out
     assert run(*command, "--seed", "3").out == run(*command, "--seed", "3").out
+    told = json.loads(run(*command, "--json").out)  # the seed that was drawn brings the text back
+    assert run(*command, "--seed", str(told["seed"])).out == told["outputs"][0]["text"] + "\n"
 
 
 def test_dtype_and_threads(run, windowed: str, monkeypatch) -> None:

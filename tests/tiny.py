@@ -33,7 +33,8 @@ def tiny_model(args: ModelArgs = TINY, dtype: torch.dtype = torch.float32, seed:
         if p.dim() == 1:
             p.copy_(1 + 0.3 * noise)
         elif name == "tok_embeddings.weight":
-            p.copy_(noise)
+            # As the output too, it would give logits of size 10 and the rounding that goes with them.
+            p.copy_(noise / math.sqrt(p.shape[1]) if args.tie_embeddings else noise)
         else:
             sharp = 2.0 if name.endswith(("wq.weight", "wk.weight")) else 1.0
             p.copy_(noise * sharp / math.sqrt(p.shape[1]))

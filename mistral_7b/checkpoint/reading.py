@@ -153,10 +153,8 @@ def _read_weights(path: pathlib.Path) -> dict[str, Stored]:
             first = next(tensor for tensor, file in index.items() if file == shard)
             raise CheckpointError(f"{path.parent / shard}: missing, with tensor {first!r}; {path.name} names it")
         for name, stored in read_file(path.parent / shard).items():
-            if name in out:
-                raise CheckpointError(f"{stored.path}: tensor {name!r} is in {out[name].path.name} too")
-            if index.get(name) != shard:
-                raise CheckpointError(f"{stored.path}: holds tensor {name!r}, of which {path.name} says otherwise")
+            if (place := index.get(name)) != shard:  # in two shards, or in none by the index
+                raise CheckpointError(f"{stored.path}: holds tensor {name!r}, which {path.name} puts in {place!r}")
             out[name] = stored
     for name, shard in index.items():
         if name not in out:

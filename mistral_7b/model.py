@@ -220,7 +220,8 @@ class Mistral7B(nn.Module):
             name, p = named
             std = 0.02 / math.sqrt(2 * self.args.n_layers) if name.endswith(RESIDUAL) else 0.02
             bound = std * math.sqrt(3)
-            nn.init.uniform_(p, -bound, bound, generator=torch.Generator(p.device).manual_seed(seed))
+            with torch.inference_mode(p.is_inference()):  # a mode does not reach the caller's threads
+                nn.init.uniform_(p, -bound, bound, generator=torch.Generator(p.device).manual_seed(seed))
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(draw, weights, seeds))

@@ -244,6 +244,17 @@ def test_fresh_weights() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_built_and_run_in_any_mode(mode: type[torch.no_grad]) -> None:
+    with mode():
+        model, tokens = Mistral7B(TINY), tokens_of((1, 2 * W + 3))
+        logits, cache = model(tokens)
+        assert torch.equal(model(tokens[:, -1:], cache)[0], model(tokens[:, -1:], cache)[0])
+        model(tokens, model.rolling_cache())
+    assert torch.isfinite(logits).all()
+    assert not logits.requires_grad
+
+
 def test_tied_embeddings_are_one_tensor_wherever_they_go() -> None:
     args = tiny_args(tie_embeddings=True)
     model = tiny_model(args, torch.float64)

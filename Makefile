@@ -12,7 +12,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
 run: $(STAMP)  ## generate text with the bundled model; PROMPT="..." to choose how it begins
-	@$(BIN)/mistral-7b generate demo $(if $(PROMPT),--prompt "$$PROMPT")
+	@$(BIN)/mistral-7b generate demo $(if $(PROMPT),--prompt="$$PROMPT") </dev/null
 
 test: $(STAMP)  ## run the whole test suite
 	$(BIN)/python -m pytest

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..model import Mistral7B
     from ..tokenizer import Tokenizer
 
-DEMO_PROMPT = "def fibonacci(n):\n    "  # the bundled model knows Python
+DEMO_PROMPT = "class TestParser(unittest.TestCase):\n"  # the bundled model has read many of these
 
 
 @dataclasses.dataclass(frozen=True)

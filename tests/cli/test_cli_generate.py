@@ -49,7 +49,7 @@ def test_the_bundled_model_has_a_prompt_of_its_own(run, windowed: str, monkeypat
     monkeypatch.setattr("mistral_7b.checkpoint.hub.DEMO", pathlib.Path(windowed))
     code, out, err = run("generate", "--max-tokens", "3")
     assert code == 0, err
-    assert out.startswith("def fibonacci(n):\n    ")
+    assert out.startswith("class TestParser(unittest.TestCase):\n")
 
 
 def test_every_sampling_flag_arrives(run, windowed: str) -> None:

@@ -315,6 +315,27 @@ class RollingCache:
         self.length += T
         return new_p
 
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` hold what row `source` holds."""
+        self.positions[target] = self.positions[source]
+        self.length[target] = self.length[source]
+        for memory in self.layers:
+            memory.k[target] = memory.k[source]
+            memory.v[target] = memory.v[source]
+
+    def enlarge(self, slots: int) -> None:
+        """Give every row more slots. CacheError once a row has gone round: its slots then mean other positions."""
+        held = int(self.length.max())
+        if held > self.slots or not self.slots <= slots <= (self.window or slots):
+            raise CacheError(f"a ring of {self.slots} slots holding {held} tokens cannot become one of {slots}")
+
+        def grown(t: Tensor, value: int) -> Tensor:
+            return torch.cat([t, t.new_full((t.shape[0], slots - t.shape[1], *t.shape[2:]), value)], dim=1)
+
+        self.positions, self.slots = grown(self.positions, EMPTY), slots
+        for memory in self.layers:  # one layer at a time, so that no more than one exists twice
+            memory.k, memory.v = grown(memory.k, 0), grown(memory.v, 0)
+
     def rollback(self, n: int) -> None:
         """Forget the last n tokens of every row. CacheError if keys that they overwrote are needed."""
         shortest, longest = int(self.length.min()), int(self.length.max())

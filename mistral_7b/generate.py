@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cache import EMPTY, RollingCache
+from .cache import RollingCache
 from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
 from .errors import GenerationError, Mistral7BError, SamplingError
 from .model import Mistral7B
@@ -136,7 +136,7 @@ class _Batch:
             last = self._read(request, self.cache.rows(row, row + 1))
             n = len(request.completions)
             for target in range(row + 1, row + n):
-                _copy_row(self.cache, row, target)
+                self.cache.copy_row(row, target)
             logits.append(last.expand(n, -1))
             row += n
         return torch.cat(logits)
@@ -163,7 +163,7 @@ class _Batch:
         """Feed every row's newest token: logits (B, V)."""
         window = self.model.args.sliding_window
         if self.longest == self.cache.slots < (window or self.need):
-            _enlarge(self.cache, min(2 * self.cache.slots, self.need, window or self.need))
+            self.cache.enlarge(min(2 * self.cache.slots, self.need, window or self.need))
         self.longest += 1
         newest = torch.tensor([[c.token_ids[-1]] for c in self.rows], device=self.device)  # (B, 1)
         return self.model.logits(self.model.hidden(newest, self.cache)[:, -1])
@@ -201,7 +201,7 @@ class _Batch:
             if self.rows[row].finished:
                 last = len(order) - 1
                 if row != last:
-                    _copy_row(self.cache, last, row)
+                    self.cache.copy_row(last, row)
                     order[row] = order[last]
                 order.pop()
         if len(order) < len(self.rows):
@@ -209,26 +209,6 @@ class _Batch:
             self.cache = self.cache.rows(0, len(order))
             if self.history is not None:
                 self.history = self.history.select(order)
-
-
-def _copy_row(cache: RollingCache, source: int, target: int) -> None:
-    """Make one row of a cache hold what another holds."""
-    cache.positions[target] = cache.positions[source]
-    cache.length[target] = cache.length[source]
-    for memory in cache.layers:
-        memory.k[target] = memory.k[source]
-        memory.v[target] = memory.v[source]
-
-
-def _enlarge(cache: RollingCache, slots: int) -> None:
-    """Give every row more slots. A ring that has not wrapped has position p in slot p: only copy."""
-
-    def grown(t: Tensor, value: int) -> Tensor:
-        return torch.cat([t, t.new_full((t.shape[0], slots - t.shape[1], *t.shape[2:]), value)], dim=1)
-
-    cache.positions, cache.slots = grown(cache.positions, EMPTY), slots
-    for memory in cache.layers:  # one layer at a time, so that no more than one exists twice
-        memory.k, memory.v = grown(memory.k, 0), grown(memory.v, 0)
 
 
 def _read_requests(

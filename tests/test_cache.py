@@ -308,3 +308,24 @@ def test_a_ring_shorter_than_its_window_does_not_go_round(model: Mistral7B) -> N
     close(torch.cat(got, dim=1), truth(model, tokens))
     with pytest.raises(CacheError, match="do not fit a context of 5"):
         model(tokens[:, :1], ring)
+
+
+def test_a_ring_enlarged_or_copied_goes_on_as_if_it_had_been_so(model: Mistral7B) -> None:
+    tokens = tokens_of((1, 3 * W))
+    wanted = truth(model, tokens)
+    ring = model.rolling_cache(2, max_seq_len=W // 2)
+    model(tokens[:, : W // 2], ring.rows(0, 1))
+    ring.enlarge(W)
+    ring.copy_row(0, 1)
+    for i in range(W // 2, 3 * W):
+        logits, _ = model(tokens[:, i : i + 1].expand(2, 1), ring)
+        close(logits, wanted[:, i : i + 1].expand(2, 1, -1))
+
+
+def test_a_ring_that_has_gone_round_or_would_outgrow_its_window_is_not_enlarged(model: Mistral7B) -> None:
+    ring = model.rolling_cache()
+    with pytest.raises(CacheError, match=f"cannot become one of {W + 1}"):
+        ring.enlarge(W + 1)
+    model(tokens_of((1, W + 1)), ring)
+    with pytest.raises(CacheError, match="cannot become"):
+        ring.enlarge(W)

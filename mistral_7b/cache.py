@@ -83,6 +83,15 @@ def run_positions(sequence_ids: Tensor) -> Tensor:
     return torch.empty_like(place).scatter(-1, order, place - starts)
 
 
+def interleaved(sequence_ids: Tensor) -> bool:
+    """Whether any of the ids (..., T) comes back after another, so that its tokens are not one run."""
+
+    def runs(ids: Tensor) -> Tensor:
+        return (ids[..., 1:] != ids[..., :-1]).sum(-1)
+
+    return bool((runs(sequence_ids) != runs(sequence_ids.sort(-1).values)).any())
+
+
 def still_visible(positions: Tensor, sequence_ids: Tensor, window: int) -> Tensor:
     """Which of the keys (S,) lie among the last W of their own sequence: their places, in order."""
     ids, row = torch.unique(sequence_ids, return_inverse=True)
@@ -112,6 +121,12 @@ class Stateless:
         if sequence_ids is None:
             positions = torch.arange(tokens.shape[-1], device=tokens.device)
         else:
+            # Asked of the values, which a compiled graph cannot do: there it is the caller's promise.
+            if self.window is not None and not torch.compiler.is_compiling() and interleaved(sequence_ids):
+                raise CacheError(
+                    "sequence ids come back after another: with Stateless the tokens of one sequence must lie "
+                    "together; GrowingCache takes them in any order"
+                )
             positions = run_positions(sequence_ids)
         self.plan = bands(
             positions, positions, self.window, sequence_ids, sequence_ids, consecutive=sequence_ids is None

@@ -329,3 +329,13 @@ def test_a_ring_that_has_gone_round_or_would_outgrow_its_window_is_not_enlarged(
     model(tokens_of((1, W + 1)), ring)
     with pytest.raises(CacheError, match="cannot become"):
         ring.enlarge(W)
+
+
+def test_interleaved_sequences_are_refused_where_they_would_be_cut_apart(model: Mistral7B) -> None:
+    tokens = tokens_of((6,))
+    with pytest.raises(CacheError, match="must lie together"):
+        model(tokens, Stateless(W), torch.tensor([0, 0, 1, 1, 0, 2]))
+    with pytest.raises(CacheError, match="must lie together"):
+        model(tokens.expand(2, 6), Stateless(W), torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 2, 2]]))
+    ids = torch.tensor([5, 5, 1, 1, 3, 3])
+    close(model(tokens, Stateless(W), ids)[0], truth(model, tokens, ids))

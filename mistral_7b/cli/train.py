@@ -26,7 +26,11 @@ def run(argv: list[str]) -> int:
     args = read_flags(Train, "train", [*_config_flags(argv), *argv])
     from .. import training
 
-    training.train(args.training)
+    last = training.train(args.training)
+    measured = last.get("held_out_bits_per_byte")
+    if measured is not None:
+        print(f"held out: {measured:.4f} bits per byte")
+    print(f"the model is in {args.training.out}/model, its log.jsonl and curve.png beside it")
     return 0
 
 

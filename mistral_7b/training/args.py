@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import TrainingError
 
@@ -89,15 +89,6 @@ class TrainArgs:
             )
         if not 0 <= self.warmup <= self.steps:
             raise TrainingError(f"TrainArgs.warmup must lie in 0..steps ({self.steps}), not {self.warmup}")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainArgs:
-        """From a configuration file's fields; unknown names are refused."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise TrainingError(f"unknown training option {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**given)
 
     def learning_rate(self, step: int) -> float:
         """Share of the peak rate at update `step` (from 0): linear warm-up, then cosine to `final_lr`."""

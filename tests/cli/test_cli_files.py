@@ -70,7 +70,12 @@ def test_pull_refuses_what_is_no_id_and_fails_offline(run, monkeypatch, tmp_path
 def trained(monkeypatch) -> list[TrainArgs]:
     """Training stands still; what it was called with is kept."""
     calls: list[TrainArgs] = []
-    monkeypatch.setattr("mistral_7b.training.trainer.train", calls.append)
+
+    def train(args: TrainArgs) -> dict[str, float]:
+        calls.append(args)
+        return {"loss": 2.0, "held_out_bits_per_byte": 1.23456}
+
+    monkeypatch.setattr("mistral_7b.training.trainer.train", train)
     return calls
 
 
@@ -89,7 +94,9 @@ def test_train_flags(run, trained: list[TrainArgs]) -> None:
         "0.8",
         "0.9",
     )
-    assert run("train", *flags, "--compile").code == 0
+    done = run("train", *flags, "--compile")
+    assert done.code == 0
+    assert "held out: 1.2346 bits per byte" in done.out
     wanted = TrainArgs(steps=7, warmup=2, data=("a", "b"), sliding_window=None, betas=(0.8, 0.9), compile=True)
     assert trained == [wanted]
 

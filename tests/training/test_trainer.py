@@ -218,12 +218,6 @@ def test_arguments_that_cannot_be_are_refused_by_name(changes: dict, message: st
         dataclasses.replace(TINY, **changes)
 
 
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(TrainingError, match="unknown training option 'learning_rate'"):
-        TrainArgs.from_dict({"learning_rate": 1})
-    assert TrainArgs.from_dict({"data": ["a"], "steps": 5, "warmup": 0}).data == ("a",)
-
-
 def test_no_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no training data"):
         train(dataclasses.replace(TINY, out=str(tmp_path)))

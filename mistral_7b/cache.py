@@ -272,7 +272,7 @@ class RollingCache:
         self.mask: Tensor | None = None  # decode: over the ring as it lies
         self.filled = self.slots
         self.old: Tensor | slice | None = None  # the slots of the old keys, None: there are none
-        self.slot = self.length  # (B, m): where the last m of the new tokens go
+        self.slot = self.row = self.length  # (B, m), (B, 1): where the last m of the new tokens go
         self.decoding = False
 
     def writable(self) -> RollingCache:
@@ -308,6 +308,7 @@ class RollingCache:
         # A prefill longer than the ring leaves only its last tokens there: the rest would collide.
         m = min(T, slots)
         self.slot = new_p[:, T - m :] % slots
+        self.row = torch.arange(self.slot.shape[0], device=self.slot.device)[:, None]
         if self.decoding:
             self.positions.scatter_(1, self.slot, new_p)
             if lengths:
@@ -377,7 +378,7 @@ class _RollingMemory:
         k, v = k.detach(), v.detach()  # or the ring would hold every step's graph
         slot = self.cache.slot  # (B, m)
         m = slot.shape[1]
-        row = torch.arange(slot.shape[0], device=slot.device)[:, None]
+        row = self.cache.row
         self.k[row, slot] = k[:, k.shape[1] - m :]
         self.v[row, slot] = v[:, v.shape[1] - m :]
 

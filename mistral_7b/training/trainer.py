@@ -162,8 +162,9 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     used, or a state of a run with other arguments.
     """
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     state_path = out / "state.pt"
+    if (out / "model").exists() and not state_path.exists():
+        raise TrainingError(f"{out / 'model'} is there already, and of no run in {out}: name another --out")
     if not args.data:
         raise TrainingError("no training data: name text files or folders with --data")
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
@@ -178,6 +179,7 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
         state = torch.load(state_path, map_location=args.device, weights_only=True)
         _check_same_run(json.loads(state["args"]), args, state_path)
         trainer.load_state(state)
+    out.mkdir(parents=True, exist_ok=True)
     measure = (lambda: bits_per_byte(trainer.model, held_out)) if held_out else None
     trainer.run(state_path, show or ProgressLine(args), measure)
     last: Record = dict(trainer.log[-1])

@@ -220,7 +220,16 @@ def test_arguments_that_cannot_be_are_refused_by_name(changes: dict, message: st
 
 def test_no_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no training data"):
-        train(dataclasses.replace(TINY, out=str(tmp_path)))
+        train(dataclasses.replace(TINY, out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_no_run_here_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").touch()
+    with pytest.raises(TrainingError, match="name another --out"):
+        train(run_args(folder, tmp_path))
+    assert (tmp_path / "model" / "mine").exists()
 
 
 def test_the_vocabulary_is_one_of_mistrals_v3(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The other parts of a block through the kernels: the model's own modules, computed in fewer passes over memory.
 
 Each takes the place of a module of model.py and keeps its parameters and children, by the same names; only
-`forward` is another. They are what quantised models use: after its products are fast, half of a step would be this.
+`forward` is another. Quantised models use them: once its products are fast, this would be half of a step.
 """
 
 from __future__ import annotations
@@ -53,4 +53,3 @@ def fuse(model: Mistral7B) -> None:
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
     model.requires_grad_(False)
-

@@ -41,10 +41,13 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return int8_linear(x, self.codes, self.scale, self.out_features)
 
+    def integers(self) -> Tensor:
+        """The int8 weights, (N, K)."""
+        return int_weight(self.codes, None)[: self.out_features, : self.in_features]
+
     def dequantized(self) -> Tensor:
         """The weight that it stands for, float32 (N, K)."""
-        weight = int_weight(self.codes, None)[: self.out_features, : self.in_features]
-        return weight * self.scale[: self.out_features, None]
+        return self.integers() * self.scale[: self.out_features, None]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int8"
@@ -87,10 +90,13 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return int4_linear(x, self.codes, self.groups, self.scale, self.out_features, self.group_size)
 
+    def integers(self) -> Tensor:
+        """The int8 weights that the codes stand for, (N, K)."""
+        return int_weight(self.codes, self.groups, self.group_size)[: self.out_features, : self.in_features]
+
     def dequantized(self) -> Tensor:
         """The weight that it stands for, float32 (N, K)."""
-        weight = int_weight(self.codes, self.groups, self.group_size)[: self.out_features, : self.in_features]
-        return weight * self.scale[: self.out_features, None]
+        return self.integers() * self.scale[: self.out_features, None]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int4 in groups of {self.group_size}"
@@ -140,7 +146,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.deterministic = deterministic
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to_mkldnn(), self.ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         if not self.deterministic:

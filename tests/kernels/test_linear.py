@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from mistral_7b.kernels import compiler, layout
-from mistral_7b.kernels.linear import int4_linear, int8_linear, int_weight, linear_twin, quantize_rows
+from mistral_7b.kernels.linear import (
+    block_linear_twin,
+    int4_linear,
+    int8_linear,
+    int_weight,
+    linear_twin,
+    quantize_rows,
+)
+from mistral_7b.quantization.linear import BlockLinear
 
 ROWS = (1, 2, 3, 4, 5, 16, 17, 64, 300)
 # N no multiple of 16, K no multiple of 64 or of a group; one tile, and more than one AMX block of each.
@@ -48,6 +56,25 @@ def test_int4_and_the_int8_that_it_stands_for_are_the_twin(n: int, k: int, group
         assert wanted.dtype == dtype
         assert torch.equal(int4_linear(x, codes, groups, scale, n, group), wanted)
         assert torch.equal(int8_linear(x, as_int8, scale, n), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (33, 96), (67, 1120)])
+def test_blocks_are_their_twin(n: int, k: int, bits: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(n)
+    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=draw)
+    d = torch.randn(n, k // 32, generator=draw).half()
+    d[0, 0] = 2e-7  # below the normal numbers of float16
+    linear = BlockLinear(d, q, bits)
+    for m in ROWS:
+        x = activations(m, k, dtype)
+        wanted = block_linear_twin(x, linear.codes, linear.d, n)
+        assert torch.equal(linear(x), wanted)
+    weight = (q.float() - (8 if bits == 4 else 128)).unflatten(1, (-1, 32)) * d.float()[..., None]
+    assert torch.equal(linear.dequantized(), weight.flatten(1))
+    exact = x.double() @ weight.flatten(1).double().T
+    assert (linear(x) - exact).norm() < 0.01 * exact.norm()
 
 
 def test_the_twin_is_a_product() -> None:

@@ -189,7 +189,7 @@ class Mistral7B(nn.Module):
     ) -> None:
         super().__init__()
         self.args = args = args or ModelArgs()
-        self.source: pathlib.Path | None = None  # the folder it was opened from: its tokenizer lies there
+        self.source: pathlib.Path | None = None  # the folder, or GGUF file, that it was opened from: its tokenizer lies there
         # Built on meta, so that 7 billion numbers are drawn once and not twice.
         factory: dict[str, Any] = {"dtype": dtype, "device": "meta"}
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, **factory)
@@ -295,12 +295,16 @@ class Mistral7B(nn.Module):
         return load(source, dtype=dtype, device=device)
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], format: str = "huggingface", max_shard_size: int | str = "5GB"
+        self,
+        path: str | os.PathLike[str],
+        format: str = "huggingface",
+        max_shard_size: int | str = "5GB",
+        type: str | None = None,
     ) -> None:
         """Write the model as others load it; see `checkpoint.save`."""
         from .checkpoint import save
 
-        save(self, path, format=format, max_shard_size=max_shard_size)
+        save(self, path, format=format, max_shard_size=max_shard_size, type=type)
 
 
 RESIDUAL = ("wo.weight", "w2.weight")  # the projections that write to the residual stream

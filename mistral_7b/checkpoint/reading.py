@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..model import Mistral7B, ModelArgs
-from . import config, hub, huggingface, mistral
+from . import config, gguf, gguf_blocks, hub, huggingface, mistral
+from .gguf_file import is_gguf
 from .names import DERIVED, EMBEDDING, OUTPUT, expected, interleaved, layout_of, rename, rotated_heads
 from .stored import Stored, read_file
 
@@ -27,9 +28,9 @@ CONFIGS = {"huggingface": "config.json", "mistral": "params.json"}
 class Checkpoint:
     """Weights on disk that fit their configuration; nothing of them has been read yet."""
 
-    folder: pathlib.Path
+    folder: pathlib.Path  # where the tokenizer lies too: of GGUF, the file itself
     args: ModelArgs
-    format: str  # the layout of the weights: "huggingface" or "mistral"
+    format: str  # the layout of the weights: "huggingface", "mistral" or "gguf"
     tensors: Mapping[str, Stored]  # by Mistral's names
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -38,12 +39,26 @@ class Checkpoint:
         Of what was copied nothing stays in memory but the copy.
         """
         stored = self.tensors[name]
+        if isinstance(stored, gguf.StoredBlocks):
+            return stored.values(dtype or stored.dtype).to(device)
         view = stored.view()
         heads = rotated_heads(name, self.args) if self.format == "huggingface" else None
         tensor = (view if heads is None else interleaved(view, heads)).to(device=device, dtype=dtype)
         if tensor is not view:
             stored.release()
         return tensor
+
+    def blocks(self, name: str) -> tuple[str, Tensor, Tensor] | None:
+        """What a GGUF file holds of a tensor (N, K) in "Q8_0" or "Q4_0": w = d (q - z), z 128 or 8.
+
+        Returns the kind, d (N, K/32) float16 and q (N, K) uint8, copies; None if it is stored otherwise.
+        """
+        stored = self.tensors[name]
+        if not isinstance(stored, gguf.StoredBlocks) or stored.kind.name not in gguf_blocks.ZERO_POINTS:
+            return None
+        d, q = gguf_blocks.codes(stored.kind, stored.raw())
+        stored.release()
+        return stored.kind.name, d, q
 
     def nbytes(self) -> int:
         """The size of all weights, in bytes."""
@@ -77,12 +92,17 @@ def load(
 def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
     """The configuration in a folder (or beside a file) and the name of its format; no weights are read."""
     path = _existing(path)
+    if file := _gguf_of(path):
+        checkpoint = _open_gguf(file)
+        return checkpoint.args, checkpoint.format
     return _read_config(path if path.is_dir() else path.parent)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Find and check the weights and configuration in a folder, or of a file and its configuration beside it."""
     path = _existing(path)
+    if file := _gguf_of(path):
+        return _open_gguf(file)
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
     layout = layout_of(raw)
@@ -91,6 +111,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: no tensor has a name of Mistral 7B's (the first is {name!r})")
     args, _ = _read_config(folder, prefer=layout)
     return Checkpoint(folder, args, layout, _fit(path, raw, layout, args))
+
+
+def _gguf_of(path: pathlib.Path) -> pathlib.Path | None:
+    """The GGUF file that is meant: `path` by its content, or the only weights in that folder."""
+    if path.is_dir() and (groups := hub.weight_groups(entry.name for entry in path.iterdir())):
+        path = path / groups[0].door
+    return path if path.is_file() and is_gguf(path) else None
+
+
+def _open_gguf(path: pathlib.Path) -> Checkpoint:
+    args, raw = gguf.read(path)
+    return Checkpoint(path, args, "gguf", _fit(path, raw, "gguf", args))
 
 
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:

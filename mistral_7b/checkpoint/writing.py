@@ -1,4 +1,4 @@
-"""A model or a checkpoint -> a folder that others open, a tensor at a time.
+"""A model or a checkpoint -> a folder (or GGUF's one file) that others open, a tensor at a time.
 
 The folder is written beside its place and renamed when it is whole; its configuration is written last,
 so that what an interrupted run leaves behind opens for nobody.
@@ -25,10 +25,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..model import Mistral7B, ModelArgs
-from . import hub, huggingface, mistral
+from . import gguf, gguf_tokenizer, gguf_writing, hub, huggingface, mistral
+from .gguf_file import is_gguf
+from .gguf_file import read as read_gguf
 from .names import EMBEDDING, OUTPUT, expected, half_split, rename, rotated_heads
 from .reading import open_checkpoint
-from .stored import CODES
+from .stored import CODES, Stored
 
 Progress = Callable[[int, int, str], None]  # bytes written, bytes in all, the tensor just written
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -44,6 +46,7 @@ class Outgoing:
     shape: tuple[int, ...]
     fetch: Callable[[], Tensor]  # in Mistral's layout
     release: Callable[[], None] = lambda: None  # called when it has been written
+    stored: Stored | None = None  # where it lies in a file, if it does: quantised blocks are copied from there
 
     @property
     def nbytes(self) -> int:
@@ -57,11 +60,13 @@ def save(
     format: str = "huggingface",
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
+    type: str | None = None,
 ) -> None:
-    """Write a model as transformers ("huggingface") or mistral-inference ("mistral") loads it.
+    """Write a model as transformers ("huggingface"), mistral-inference ("mistral") or llama.cpp ("gguf") loads it.
 
-    `path` must not exist, or be an empty folder. `max_shard_size` is in bytes or like "5GB"; Mistral's
-    layout is one file whatever its size. Tokenizer files are copied from where the model was opened.
+    `path` must not exist, or be an empty folder; GGUF is one file, `type` that of its matrices: "f32", "f16",
+    "bf16", "q8_0", "q4_0", or None for the model's own. `max_shard_size` is in bytes or like "5GB"; Mistral's
+    layout is one file whatever its size. The tokenizer is taken along from where the model was opened.
     Raises CheckpointError if a weight has no data, or is not one of a plain Mistral 7B (merge an
     adapter, or save before quantising).
     """
@@ -80,7 +85,7 @@ def save(
         Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
         for name, shape in plain.items()
     ]
-    _write_folder(pathlib.Path(path), model.args, format, outgoing, max_shard_size, model.source, progress)
+    _write(pathlib.Path(path), model.args, format, outgoing, max_shard_size, model.source, progress, type)
 
 
 def convert(
@@ -89,20 +94,41 @@ def convert(
     to: str = "huggingface",
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
+    type: str | None = None,
 ) -> None:
-    """Write the checkpoint `source` (folder, file or hub id) as format `to` into the folder `out`.
+    """Write the checkpoint `source` (folder, file or hub id) as format `to` into the folder (or file) `out`.
 
-    Values keep their type and bits. No more than a tensor or two is in memory at a time. `out` must not
-    exist, or be empty. `progress(done, total, name)` is called after each tensor, in bytes.
+    Values keep their type and bits, but for what GGUF's `type` asks (see `save`) and for quantised tensors,
+    of which other formats get the values they stand for. No more than a tensor or two is in memory at a
+    time. `out` must not exist, or be empty. `progress(done, total, name)` is called after each tensor, in bytes.
     """
     checkpoint = open_checkpoint(hub.resolve(source))
     outgoing = []
     for name, shape in expected(checkpoint.args):
         held = name if name in checkpoint.tensors else EMBEDDING  # a tied output is stored once
         stored = checkpoint.tensors[held]
-        fetch = functools.partial(checkpoint.read, held)
-        outgoing.append(Outgoing(name, stored.dtype, shape, fetch, stored.release))
-    _write_folder(pathlib.Path(out), checkpoint.args, to, outgoing, max_shard_size, checkpoint.folder, progress)
+        dtype = stored.dtype if checkpoint.format != "gguf" else gguf.plain_dtype(stored, checkpoint.tensors)
+        fetch = functools.partial(checkpoint.read, held, dtype)
+        outgoing.append(Outgoing(name, dtype, shape, fetch, stored.release, stored))
+    _write(pathlib.Path(out), checkpoint.args, to, outgoing, max_shard_size, checkpoint.folder, progress, type)
+
+
+def _write(
+    out: pathlib.Path,
+    args: ModelArgs,
+    format: str,
+    outgoing: list[Outgoing],
+    max_shard_size: int | str,
+    source: pathlib.Path | None,
+    progress: Progress | None,
+    type: str | None,
+) -> None:
+    if format == "gguf":
+        gguf_writing.write(out, args, outgoing, type, source, _teller(outgoing, progress))
+    elif type is not None:
+        raise CheckpointError(f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights")
+    else:
+        _write_folder(out, args, format, outgoing, max_shard_size, source, progress)
 
 
 def _write_folder(
@@ -115,7 +141,7 @@ def _write_folder(
     progress: Progress | None,
 ) -> None:
     if format not in ("huggingface", "mistral"):
-        raise CheckpointError(f"format {format!r} is not known: 'huggingface' or 'mistral'")
+        raise CheckpointError(f"format {format!r} is not known: 'huggingface', 'mistral' or 'gguf'")
     limit = _bytes(max_shard_size)
     if format == "huggingface" and args.tie_embeddings:
         outgoing = [t for t in outgoing if t.name != OUTPUT]
@@ -235,6 +261,11 @@ def _write_safetensors(
 
 def _copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
     """Tokenizer files, and generation_config.json where it belongs, from where the model came."""
+    if source is not None and is_gguf(source):
+        metadata = read_gguf(source).metadata
+        if metadata.get(gguf_tokenizer.MODEL) == "llama":
+            name = gguf_tokenizer.file_name(metadata[gguf_tokenizer.TOKENS])
+            (folder / name).write_bytes(gguf_tokenizer.sentencepiece_model(source, metadata))
     if source is None or not source.is_dir():
         return
     for entry in sorted(source.iterdir()):

@@ -189,7 +189,7 @@ class Mistral7B(nn.Module):
     ) -> None:
         super().__init__()
         self.args = args = args or ModelArgs()
-        self.source: pathlib.Path | None = None  # the folder, or GGUF file, that it was opened from: its tokenizer lies there
+        self.source: pathlib.Path | None = None  # the folder or file it was opened from, tokenizer and all
         # Built on meta, so that 7 billion numbers are drawn once and not twice.
         factory: dict[str, Any] = {"dtype": dtype, "device": "meta"}
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, **factory)

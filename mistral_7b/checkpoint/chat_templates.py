@@ -37,23 +37,23 @@ V3 = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'user' -%}
 {%- if loop.index0 == joined.last and tools -%}
-{{- '[AVAILABLE_TOOLS]' + (tools | tojson) + '[/AVAILABLE_TOOLS]' -}}
+{{- '[AVAILABLE_TOOLS]' -}}{{- tools | tojson -}}{{- '[/AVAILABLE_TOOLS]' -}}
 {%- endif -%}
 {{- '[INST]' + (joined.system if loop.index0 == joined.last else '') + message['content'] + '[/INST]' -}}
 {%- elif message['role'] == 'assistant' and message['tool_calls'] -%}
 {{- '[TOOL_CALLS][' -}}
 {%- for call in message['tool_calls'] -%}
 {%- set arguments = call['function']['arguments'] -%}
-{{- '{"name": ' + (call['function']['name'] | tojson) + ', "arguments": ' -}}
-{{- (arguments if arguments is string else arguments | tojson) -}}
-{{- ', "id": ' + (call['id'] | tojson) + '}' + ('' if loop.last else ', ') -}}
+{{- '{"name": ' -}}{{- call['function']['name'] | tojson -}}{{- ', "arguments": ' -}}
+{%- if arguments is string -%}{{- arguments -}}{%- else -%}{{- arguments | tojson -}}{%- endif -%}
+{{- ', "id": ' -}}{{- call['id'] | tojson -}}{{- '}' if loop.last else '}, ' -}}
 {%- endfor -%}
 {{- ']' + eos_token -}}
 {%- elif message['role'] == 'assistant' -%}
 {{- message['content'] + eos_token -}}
 {%- elif message['role'] == 'tool' -%}
-{{- '[TOOL_RESULTS]{"content": ' + (message['content'] | tojson) + ', "call_id": ' -}}
-{{- (message['tool_call_id'] | tojson) + '}[/TOOL_RESULTS]' -}}
+{{- '[TOOL_RESULTS]{"content": ' -}}{{- message['content'] | tojson -}}
+{{- ', "call_id": ' -}}{{- message['tool_call_id'] | tojson -}}{{- '}[/TOOL_RESULTS]' -}}
 {%- elif message['role'] != 'system' -%}
 {{- raise_exception('Mistral 7B v0.3 knows the roles system, user, assistant and tool') -}}
 {%- endif -%}

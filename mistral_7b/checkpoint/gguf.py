@@ -68,6 +68,11 @@ class StoredBlocks(Stored):
     kind: Kind = gguf_file.KINDS["Q8_0"]
 
     @property
+    def kept(self) -> bool:
+        """Whether this is a matrix whose blocks can be used as they are."""
+        return len(self.shape) == 2 and self.kind.name in gguf_blocks.ZERO_POINTS
+
+    @property
     def nbytes(self) -> int:
         """The size of the blocks, in bytes."""
         return math.prod(self.shape) // self.kind.block * self.kind.size
@@ -96,7 +101,7 @@ def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, Stored]]:
     contents = gguf_file.read(path)
     tensors = _tensors(contents)
     if frequencies := tensors.pop(FREQUENCIES, None):
-        if not bool((frequencies.view() == 1).all()):
+        if frequencies.nbytes > 1 << 16 or not bool((frequencies.view() == 1).all()):
             raise CheckpointError(f"{path}: {FREQUENCIES!r} scales the rotary embedding; Mistral 7B's is not")
         frequencies.release()
     return _args(contents, tied=rename(OUTPUT, "mistral", "gguf") not in tensors), tensors
@@ -162,7 +167,7 @@ def _head_dim(path: pathlib.Path, data: Mapping[str, Any]) -> Any:
     widths = list(given.values())
     if not set(WIDTHS) & given.keys():  # then it is dim / heads, and that is all of it to be rotated
         if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
-            raise CheckpointError(f"{path}: embedding_length {dim!r} / attention.head_count {heads!r} is not whole")
+            raise CheckpointError(f"{path}: embedding_length {dim!r} / head_count {heads!r} is not whole")
         widths.append(dim // heads)
     if any(width != widths[0] for width in widths):
         raise CheckpointError(f"{path}: heads of different widths ({given}), or not rotated whole")

@@ -216,6 +216,8 @@ def _entry(cursor: _Cursor, alignment: int) -> Entry:
     if not 1 <= rank <= 4:
         raise cursor.fault(f"tensor {name!r} has {rank} dimensions")
     sizes = [cursor.number(10) for _ in range(rank)]
+    if not all(sizes):
+        raise cursor.fault(f"tensor {name!r} has no elements")
     code: int = cursor.number(UINT32)
     offset: int = cursor.number(10)
     if code not in _BY_CODE:

@@ -186,12 +186,12 @@ def metadata(path: pathlib.Path, vocab_size: int) -> dict[str, Any]:
         raise TokenizerError(f"{path} is not a SentencePiece model ({e}); fetch it again") from e
     size = model.vocab_size()
     if size > vocab_size:
-        raise TokenizerError(f"{path}: {size} tokens, but the model knows {vocab_size}: it belongs to another model")
+        raise TokenizerError(f"{path}: {size} tokens, but the model knows {vocab_size}: it is of another model")
     if model.normalize(UNTOUCHED) != SPACE + UNTOUCHED.replace(" ", SPACE):
         raise TokenizerError(f"{path}: changes text before it cuts it, which GGUF's 'llama' tokenizer does not")
     tokens, scores, types = [], [], []
     for piece in (_fields(content) for field, content in _fields(model.serialized_model_proto()) if field == 1):
-        entry = {1: b"", 2: bytes(4), 3: NORMAL} | dict(piece)
+        entry: dict[int, Any] = {1: b"", 2: bytes(4), 3: NORMAL} | dict(piece)
         tokens.append(entry[1].decode())
         scores.append(struct.unpack("<f", entry[2])[0])
         types.append(entry[3])

@@ -79,10 +79,12 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
     if len(tensor.shape) == 1:
         return KINDS["F32"]
     if type is None:
-        if isinstance(tensor.stored, gguf.StoredBlocks) and tensor.stored.kind.name in gguf_blocks.ZERO_POINTS:
+        if isinstance(tensor.stored, gguf.StoredBlocks) and tensor.stored.kept:
             return tensor.stored.kind
         if tensor.dtype not in _KIND_OF:
-            raise CheckpointError(f"tensor {tensor.name!r} is {tensor.dtype}, for which GGUF has no type; give one")
+            raise CheckpointError(
+                f"tensor {tensor.name!r} is {tensor.dtype}, for which GGUF has no type; give one"
+            )
         return _KIND_OF[tensor.dtype]
     output = EMBEDDING if args.tie_embeddings else OUTPUT
     return KINDS["Q8_0" if type == "q4_0" and tensor.name == output else type.upper()]
@@ -100,10 +102,10 @@ def _nbytes(tensor: Outgoing, kind: Kind) -> int:
     return torch.Size(tensor.shape).numel() // kind.block * kind.size
 
 
-def _metadata(
-    args: ModelArgs, plan: list[tuple[Outgoing, Kind]], source: pathlib.Path | None
-) -> dict[str, Any]:
-    kinds = [kind.name for tensor, kind in plan if len(tensor.shape) > 1 and tensor.name not in (EMBEDDING, OUTPUT)]
+def _metadata(args: ModelArgs, plan: list[tuple[Outgoing, Kind]], source: pathlib.Path | None) -> dict[str, Any]:
+    kinds = [
+        kind.name for tensor, kind in plan if len(tensor.shape) > 1 and tensor.name not in (EMBEDDING, OUTPUT)
+    ]
     name = source.stem if source is not None and source.is_file() else source.name if source else "Mistral 7B"
     head: dict[str, Any] = {
         "general.architecture": "llama",
@@ -112,17 +114,20 @@ def _metadata(
     }
     if any(kind.block > 1 for _, kind in plan):
         head["general.quantization_version"] = QUANTIZATION_VERSION
-    return head | gguf.metadata(args) | _tokenizer(source, args.vocab_size)
+    return head | gguf.metadata(args) | _from_source(source, args.vocab_size)
 
 
-def _tokenizer(source: pathlib.Path | None, vocab_size: int) -> dict[str, Any]:
-    """The tokenizer's keys: those of a GGUF source as they are, or from the SentencePiece file beside weights."""
+def _from_source(source: pathlib.Path | None, vocab_size: int) -> dict[str, Any]:
+    """Name and tokenizer: of a GGUF source as they are, or from the SentencePiece file beside the weights."""
     if source is not None and is_gguf(source):
-        metadata = read_gguf(source).metadata
-        return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+        return {
+            k: v for k, v in read_gguf(source).metadata.items() if k.startswith(("tokenizer.", "general.name"))
+        }
     file = hub.sentencepiece_file(source) if source is not None and source.is_dir() else None
     if file is None:
-        warnings.warn(f"{source}: no tokenizer.model beside the weights, so the file has no tokenizer", stacklevel=4)
+        warnings.warn(
+            "no tokenizer.model lies beside the weights, so the GGUF file has no tokenizer", stacklevel=2
+        )
         return {gguf_tokenizer.MODEL: "none"}
     return gguf_tokenizer.metadata(file, vocab_size)
 
@@ -136,7 +141,10 @@ def _header(metadata: dict[str, Any], plan: list[tuple[Outgoing, Kind]]) -> byte
         name = rename(tensor.name, "mistral", "gguf")
         assert name is not None, f"{tensor.name} is not in the table"
         out += [_text(name), struct.pack("<I", len(tensor.shape))]
-        out += [struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)), struct.pack("<IQ", kind.code, offset)]
+        out += [
+            struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)),
+            struct.pack("<IQ", kind.code, offset),
+        ]
         size = _nbytes(tensor, kind)
         offset += size + -size % ALIGNMENT
     raw = b"".join(out)

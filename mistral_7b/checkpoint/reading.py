@@ -54,7 +54,7 @@ class Checkpoint:
         Returns the kind, d (N, K/32) float16 and q (N, K) uint8, copies; None if it is stored otherwise.
         """
         stored = self.tensors[name]
-        if not isinstance(stored, gguf.StoredBlocks) or stored.kind.name not in gguf_blocks.ZERO_POINTS:
+        if not isinstance(stored, gguf.StoredBlocks) or not stored.kept:
             return None
         d, q = gguf_blocks.codes(stored.kind, stored.raw())
         stored.release()

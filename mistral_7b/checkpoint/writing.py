@@ -126,7 +126,9 @@ def _write(
     if format == "gguf":
         gguf_writing.write(out, args, outgoing, type, source, _teller(outgoing, progress))
     elif type is not None:
-        raise CheckpointError(f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights")
+        raise CheckpointError(
+            f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights"
+        )
     else:
         _write_folder(out, args, format, outgoing, max_shard_size, source, progress)
 

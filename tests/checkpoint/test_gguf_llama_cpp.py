@@ -117,8 +117,8 @@ def test_we_read_their_quantised_files_as_they_do(tmp_path: pathlib.Path, wide: 
 
 
 TEXTS = (
-    "def f(x):\n    return x  # na\u00efve", "  two  spaces ", "\u4f60\u597d \U0001f600", "[INST] </s> <s>", "\n\n\t", "a", "",
-    "x = {'k': [1, 22, 333]}\r\n", "\u2581 \u2047 <0x0A>",
+    "def f(x):\n    return x  # na\u00efve", "  two  spaces ", "\u4f60\u597d \U0001f600", "[INST] </s> <s>",
+    "\n\n\t", "a", "", "x = {'k': [1, 22, 333]}\r\n", "\u2581 \u2047 <0x0A>",
 )  # fmt: skip
 CHATS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello"}],
@@ -131,7 +131,9 @@ CHATS: tuple[list[dict[str, str]], ...] = (
 
 
 @pytest.fixture(scope="module", params=["v1", "v3", "demo"])
-def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, object]:
+def vocabulary(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, object]:
     """A tokenizer of ours, and llama.cpp's from a file that we wrote with it."""
     folder = tmp_path_factory.mktemp("vocabulary")
     ours = Tokenizer.from_pretrained() if request.param == "demo" else getattr(Tokenizer, request.param)()

@@ -48,6 +48,8 @@ class Fuzzer:
         self.tried = self.opened = 0
         self.slowest, self.begun = 0.0, time.perf_counter()
         self.seeds = seeds()
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+        self.commit = git.stdout.strip()
 
     def try_one(self, raw: bytes) -> None:
         self.path.write_bytes(raw)
@@ -78,12 +80,11 @@ class Fuzzer:
             self.try_one(self.mutate(draw.choice(self.seeds), 1 << 20, draw.getrandbits(63)))
 
     def report(self) -> None:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
         with open("/proc/cpuinfo") as f:
             cpu = next((line.split(":")[1].strip() for line in f if "model name" in line), platform.machine())
         record = {
             "what": "GGUF reader fuzzed", "date": datetime.date.today().isoformat(), "hardware": cpu,
-            "commit": git.stdout.strip(), "command": shlex.join(["python", "tests/fuzz_gguf.py", *sys.argv[1:]]),
+            "commit": self.commit, "command": shlex.join(["python", "tests/fuzz_gguf.py", *sys.argv[1:]]),
             "python": platform.python_version(), "torch": torch.__version__,
             "guided_by": "atheris (coverage)" if atheris else "chance",
             "inputs": self.tried, "opened": self.opened, "refused": self.tried - self.opened, "failures": 0,

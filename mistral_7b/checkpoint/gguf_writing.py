@@ -48,8 +48,6 @@ def write(
         raise CheckpointError(f"type {type!r} is not known: {', '.join(map(repr, TYPES))}")
     if path.exists():
         raise CheckpointError(f"{path}: exists already; name a new file, or remove that one")
-    if args.tie_embeddings:
-        outgoing = [t for t in outgoing if t.name != OUTPUT]
     plan = [(t, _kind(t, type, args)) for t in outgoing]
     for tensor, kind in plan:
         _check(tensor, kind)

@@ -123,6 +123,8 @@ def _write(
     progress: Progress | None,
     type: str | None,
 ) -> None:
+    if format in ("huggingface", "gguf") and args.tie_embeddings:
+        outgoing = [t for t in outgoing if t.name != OUTPUT]
     if format == "gguf":
         gguf_writing.write(out, args, outgoing, type, source, _teller(outgoing, progress))
     elif type is not None:
@@ -145,8 +147,6 @@ def _write_folder(
     if format not in ("huggingface", "mistral"):
         raise CheckpointError(f"format {format!r} is not known: 'huggingface', 'mistral' or 'gguf'")
     limit = _bytes(max_shard_size)
-    if format == "huggingface" and args.tie_embeddings:
-        outgoing = [t for t in outgoing if t.name != OUTPUT]
     _check_room(out, sum(t.nbytes for t in outgoing))
     partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
     try:

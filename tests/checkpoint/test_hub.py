@@ -93,9 +93,10 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     (both / "tokenizer.model.v3").write_bytes(b"a tokenizer")
     (both / "README.md").write_text("hello")
     (folder / "gguf").mkdir()
+    narrow = tiny_model(tiny_args(dim=64, head_dim=32, hidden_dim=96))
     for type in ("f16", "q8_0"):
-        narrow = tiny_model(tiny_args(dim=64, head_dim=32, hidden_dim=96))
-        narrow.save_pretrained(folder / "gguf" / f"x.{type}.gguf", format="gguf", type=type)
+        with pytest.warns(UserWarning, match="has no tokenizer"):
+            narrow.save_pretrained(folder / "gguf" / f"x.{type}.gguf", format="gguf", type=type)
     return {REPO: both, GATED: both, "someone/own": folder / "own", "someone/gguf": folder / "gguf"}
 
 

@@ -12,7 +12,9 @@ import torch
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import CheckpointError, Mistral7B, ModelArgs
-from mistral_7b.checkpoint import convert, writing
+from mistral_7b.checkpoint import convert, gguf_writing, writing
+
+pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer.model lies beside")
 
 # 126 MB, the largest tensor 2 MB: the proportion of the 7B model's 14.5 GB and 0.26 GB.
 BIG = ModelArgs(
@@ -61,6 +63,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (folder / "pickle").mkdir()
     (folder / "pickle" / "params.json").write_bytes((folder / "mistral" / "params.json").read_bytes())
     torch.save(model.state_dict(), folder / "pickle" / "consolidated.00.pth")
+    model.save_pretrained(folder / "bf16.gguf", format="gguf")
+    model.save_pretrained(folder / "q4_0.gguf", format="gguf", type="q4_0")
     tiny_model(tiny_args(), torch.bfloat16).save_pretrained(folder / "tiny")
     return folder
 
@@ -70,9 +74,14 @@ BOUNDS = {  # (what, source, target) -> peak, as a share of the weights' size
     ("load", "mistral", "bfloat16"): 1.1,
     ("load", "pickle", "float16"): 1.1,
     ("load", "huggingface", "float16"): 1.1,
+    ("load", "bf16.gguf", "bfloat16"): 1.1,
+    ("load", "q4_0.gguf", "bfloat16"): 1.3,  # 20 MB of scratch whatever the size, large only beside 126 MB
     ("convert", "huggingface", "mistral"): 0.2,
     ("convert", "mistral", "huggingface"): 0.2,
     ("convert", "pickle", "huggingface"): 0.2,
+    ("convert", "huggingface", "gguf"): 0.2,
+    ("convert", "bf16.gguf", "mistral"): 0.2,
+    ("convert", "q4_0.gguf", "huggingface"): 0.35,
 }
 
 
@@ -103,7 +112,7 @@ convert(sys.argv[1], sys.argv[2], to=sys.argv[3], max_shard_size="30KB", progres
 """
 
 
-@pytest.mark.parametrize("to", ["huggingface", "mistral"])
+@pytest.mark.parametrize("to", ["huggingface", "mistral", "gguf"])
 def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path: pathlib.Path, to: str) -> None:
     tiny_model().save_pretrained(tmp_path / "source")
     out = tmp_path / "out"
@@ -116,17 +125,19 @@ def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path: pathlib.Path, t
     assert not out.exists()
     (rest,) = [path for path in tmp_path.iterdir() if path.name != "source"]
     assert rest.name.startswith(".out.partial-")
-    assert any(rest.glob("*.safetensors"))  # it was in the middle of writing
-    for path in (rest, *rest.iterdir()):
+    written = list(rest.iterdir()) if rest.is_dir() else [rest]
+    assert any(path.suffix == ".safetensors" or to == "gguf" for path in written)  # it was in the middle of it
+    for path in (rest, *written):
         with pytest.raises(CheckpointError):
             Mistral7B.from_pretrained(path)
     convert(tmp_path / "source", out, to=to)  # and what it left is in nobody's way
     assert Mistral7B.from_pretrained(out).args == tiny_args()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ValueError])
+@pytest.mark.parametrize("to", ["mistral", "gguf"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ZeroDivisionError])
 def test_a_failed_conversion_cleans_up_after_itself(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException]
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException], to: str
 ) -> None:
     tiny_model().save_pretrained(tmp_path / "source")
 
@@ -134,8 +145,9 @@ def test_a_failed_conversion_cleans_up_after_itself(
         raise error
 
     monkeypatch.setattr(writing, "_copy_beside", fail)
+    monkeypatch.setattr(gguf_writing, "_encoded", fail)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
-        convert(tmp_path / "source", tmp_path / "out", to="mistral")
+        convert(tmp_path / "source", tmp_path / "out", to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -148,13 +160,18 @@ def test_where_there_is_no_room_nothing_is_begun(tmp_path: pathlib.Path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_counts_every_byte_once(tmp_path: pathlib.Path) -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("to", ["huggingface", "mistral", "gguf"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_progress_counts_every_byte_once(tmp_path: pathlib.Path, to: str, tied: bool) -> None:
+    model = tiny_model(tiny_args(tie_embeddings=tied))
     model.save_pretrained(tmp_path / "source")
     told: list[tuple[int, int, str]] = []
-    convert(tmp_path / "source", tmp_path / "out", to="mistral", progress=lambda *now: told.append(now))
-    size = sum(p.numel() * 4 for p in model.parameters())
-    assert [name for _, _, name in told] == list(model.state_dict())
+    convert(tmp_path / "source", tmp_path / "out", to=to, progress=lambda *now: told.append(now))
+    state = model.state_dict()
+    if tied and to != "mistral":
+        del state["output.weight"]
+    size = sum(p.numel() * 4 for p in state.values())
+    assert [name for _, _, name in told] == list(state)
     assert {total for _, total, _ in told} == {size}
     assert [done for done, _, _ in told] == sorted({done for done, _, _ in told})
     assert told[-1][0] == size

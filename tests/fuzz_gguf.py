@@ -1,9 +1,9 @@
-"""A million hostile GGUF files against the reader: python tests/fuzz_gguf.py [--inputs N] [--seed S] [--out FILE]
+"""A million hostile GGUF files against the reader: python tests/fuzz_gguf.py [--inputs N] [--seed S]
 
 With atheris (`pip install atheris`) installed, coverage of the reader guides which inputs are kept and damaged
 further; without it, they are drawn blindly. Either way the structure-aware hand of gguf_inputs.py damages
 them, and an input in three is grown by the grammar. Memory is limited by the system, so that a huge allocation
-fails here and not on someone's machine; an input that takes a second is a hang. The first that is neither
+fails here and not on someone's machine; an input that takes a second of the processor is a hang. The first that is neither
 opened nor refused is left in fuzz-failure.gguf. A run is repeated with the same seed.
 """
 
@@ -36,7 +36,10 @@ import torch  # noqa: E402 - before instrumentation: its code is not what is loo
 with atheris.instrument_imports(include=["mistral_7b.checkpoint"]) if atheris else contextlib.nullcontext():
     from gguf_inputs import grown, mutated, seeds, survives
 
-SLOWEST, MOST_MEMORY = 1.0, 256 << 20  # seconds an input; bytes beyond what the process has when it begins
+SLOWEST, MOST_MEMORY = (
+    1.0,
+    256 << 20,
+)  # seconds of the processor an input; bytes beyond what the process has when it begins
 LOADED = 50  # of those that open every how many-th is made a model of
 
 
@@ -53,16 +56,16 @@ class Fuzzer:
 
     def try_one(self, raw: bytes) -> None:
         self.path.write_bytes(raw)
-        begin = time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, SLOWEST)
+        begin = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, SLOWEST)
         try:
             self.opened += survives(self.path, load=self.opened % LOADED == 0)
         except BaseException:
             pathlib.Path("fuzz-failure.gguf").write_bytes(raw)
             raise
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        self.slowest = max(self.slowest, time.perf_counter() - begin)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        self.slowest = max(self.slowest, time.process_time() - begin)
         self.tried += 1
         if self.tried % 50_000 == 0:
             print(f"{self.tried} tried, {self.opened} opened", file=sys.stderr, flush=True)
@@ -88,7 +91,7 @@ class Fuzzer:
             "python": platform.python_version(), "torch": torch.__version__,
             "guided_by": "atheris (coverage)" if atheris else "chance",
             "inputs": self.tried, "opened": self.opened, "refused": self.tried - self.opened, "failures": 0,
-            "seconds": round(time.perf_counter() - self.begun), "slowest_input_s": round(self.slowest, 4),
+            "seconds": round(time.perf_counter() - self.begun), "slowest_input_cpu_s": round(self.slowest, 4),
             "memory_limit_bytes_beyond_start": MOST_MEMORY,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }  # fmt: skip
@@ -105,10 +108,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--corpus", help="a folder that keeps what atheris found worth keeping, for a next run")
     parser.add_argument("--out", help="a JSON file for the result")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, hang)
+    signal.signal(signal.SIGPROF, hang)
     shared = "/dev/shm" if pathlib.Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         fuzzer = Fuzzer(options, folder)
@@ -121,8 +125,8 @@ def main() -> None:
         if atheris is None:
             fuzzer.blindly()
             return
-        corpus = pathlib.Path(folder, "corpus")
-        corpus.mkdir()
+        corpus = pathlib.Path(options.corpus or pathlib.Path(folder, "corpus"))
+        corpus.mkdir(exist_ok=True)
         for i, raw in enumerate(fuzzer.seeds):
             (corpus / str(i)).write_bytes(raw)
         flags = [

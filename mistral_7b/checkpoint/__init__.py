@@ -1,13 +1,18 @@
-"""Open any format, save any: Hugging Face's and Mistral's own (names.py has GGUF's names ready).
+"""Open any format, save any: Hugging Face's, Mistral's own, GGUF.
 
-names         one table of tensor names, and the order of q's and k's rows
-config        what both configuration files share: strict JSON, theta and window
-huggingface   config.json
-mistral       params.json
-stored        tensors where they lie in files, mapped and not read
-reading       a folder or file -> a checked Checkpoint -> a model
-writing       a model or Checkpoint -> a folder, a tensor at a time
-hub           a name -> a folder, downloading what is needed (imports no torch)
+names           one table of tensor names, and the order of q's and k's rows
+config          what both configuration files share: strict JSON, theta and window
+huggingface     config.json
+mistral         params.json
+stored          tensors where they lie in files, mapped and not read
+gguf_file       GGUF's container: header, metadata, table of tensors (imports no torch)
+gguf_blocks     its quantised blocks, to values and back
+gguf            its keys -> ModelArgs, and its tensors where they lie
+gguf_tokenizer  the tokenizer inside it, as a SentencePiece model and back (imports no torch)
+gguf_writing    the one file, a tensor at a time; chat_templates has what llama.cpp wants in it
+reading         a folder or file -> a checked Checkpoint -> a model
+writing         a model or Checkpoint -> a folder or file, a tensor at a time
+hub             a name -> a folder or file, downloading what is needed (imports no torch)
 """
 
 from __future__ import annotations

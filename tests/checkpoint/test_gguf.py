@@ -342,6 +342,22 @@ def test_lengths_beyond_the_file_cost_an_error_and_no_memory(
             open_checkpoint(tmp_path / name)
 
 
+def test_more_of_anything_than_a_file_can_mean_is_refused_at_its_number(
+    tmp_path: pathlib.Path, raw: bytes
+) -> None:
+    """Before any is read: what a file holds becomes Python objects, which are larger than it."""
+    head = raw[:8] + struct.pack("<QQ", 1, 1)
+    for name, content in {
+        "65536": raw[:8] + struct.pack("<QQ", (1 << 16) + 1, 0),
+        "4096": raw[:16] + struct.pack("<Q", 4097),
+        "1048576": head + struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 0, (1 << 20) + 1),
+        "64": raw[:8] + struct.pack("<QQQ", 1, 0, 65),
+    }.items():
+        (tmp_path / "x.gguf").write_bytes(content + bytes(2 << 20))
+        with pytest.raises(CheckpointError, match=f"no file has more than {name} "):
+            open_checkpoint(tmp_path / "x.gguf")
+
+
 def test_tensors_named_twice_or_one_over_another(tmp_path: pathlib.Path, raw: bytes) -> None:
     (tmp_path / "twice.gguf").write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"))
     with pytest.raises(CheckpointError, match=r"'blk.0.ffn_up.weight' is named twice"):

@@ -3,8 +3,8 @@
 With atheris (`pip install atheris`) installed, coverage of the reader guides which inputs are kept and damaged
 further; without it, they are drawn blindly. Either way the structure-aware hand of gguf_inputs.py damages
 them, and an input in three is grown by the grammar. Memory is limited by the system, so that a huge allocation
-fails here and not on someone's machine; an input that takes a second of the processor is a hang. The first that is neither
-opened nor refused is left in fuzz-failure.gguf. A run is repeated with the same seed.
+fails here and not on someone's machine; an input that takes a second of the processor is a hang. The first that
+is neither opened nor refused is left in fuzz-failure.gguf. Without a corpus, a seed gives the same run again.
 """
 
 from __future__ import annotations

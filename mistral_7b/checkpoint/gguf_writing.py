@@ -68,6 +68,8 @@ def write(
         os.replace(partial, path)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be written ({e.strerror or e}); nothing was left there") from e
+    except (struct.error, OverflowError) as e:  # a number of the configuration, or of a source's tokenizer
+        raise CheckpointError(f"{path}: not written, for GGUF's keys cannot hold what they should ({e})") from e
     finally:
         partial.unlink(missing_ok=True)
 

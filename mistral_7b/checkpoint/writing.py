@@ -266,8 +266,8 @@ def _copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str)
     if source is not None and is_gguf(source):
         metadata = read_gguf(source).metadata
         if metadata.get(gguf_tokenizer.MODEL) == "llama":
-            name = gguf_tokenizer.file_name(metadata[gguf_tokenizer.TOKENS])
-            (folder / name).write_bytes(gguf_tokenizer.sentencepiece_model(source, metadata))
+            vocabulary = gguf_tokenizer.sentencepiece_model(source, metadata)
+            (folder / gguf_tokenizer.file_name(metadata[gguf_tokenizer.TOKENS])).write_bytes(vocabulary)
     if source is None or not source.is_dir():
         return
     for entry in sorted(source.iterdir()):

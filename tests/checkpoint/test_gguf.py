@@ -20,7 +20,7 @@ import torch
 from gguf.quants import dequantize, quantize
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
 
-from mistral_7b import CheckpointError, Mistral7B, ModelArgs
+from mistral_7b import CheckpointError, Mistral7B, ModelArgs, TokenizerError
 from mistral_7b.checkpoint import convert, gguf_blocks, read_args
 from mistral_7b.checkpoint.gguf_file import KINDS
 from mistral_7b.checkpoint.names import expected, rename
@@ -396,6 +396,16 @@ def test_what_a_type_cannot_hold_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"):
         convert(tmp_path / "a", tmp_path / "there.gguf", to="gguf")
     assert {p.name for p in tmp_path.iterdir()} == {"a", "there.gguf"}
+
+
+def test_a_source_whose_keys_cannot_be_written_again_is_refused(tmp_path: pathlib.Path) -> None:
+    their_file(tmp_path / "x.gguf", NARROW, lambda w: w.add_int64("tokenizer.ggml.odd", -1))
+    with pytest.raises(CheckpointError, match=r"y.gguf: not written, for GGUF's keys"):
+        convert(tmp_path / "x.gguf", tmp_path / "y.gguf", to="gguf")
+    their_file(tmp_path / "z.gguf", NARROW, lambda w: w.add_tokenizer_model("llama"))
+    with pytest.raises(TokenizerError, match=r"z.gguf: 'tokenizer.ggml.tokens' is missing"):
+        convert(tmp_path / "z.gguf", tmp_path / "out", to="mistral")
+    assert {p.name for p in tmp_path.iterdir()} == {"x.gguf", "z.gguf"}
 
 
 def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ from gguf_inputs import BLOCKS, built, grown, mutated, pairs_of, seeds, survives
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mistral_7b import CheckpointError
 from mistral_7b.checkpoint.gguf_file import KINDS
 from mistral_7b.checkpoint.reading import open_checkpoint
 
@@ -45,6 +46,28 @@ def test_a_vector_in_blocks_is_read_but_not_handed_out_as_a_matrix(tmp_path: pat
     assert tuple(checkpoint.read("norm.weight").shape) == (32,)
     assert checkpoint.blocks("norm.weight") is None
     assert checkpoint.blocks("output.weight") is not None
+
+
+def test_rows_that_are_no_whole_blocks_are_refused_and_not_rounded_down(tmp_path: pathlib.Path) -> None:
+    tensors = tensors_of(BLOCKS, random.Random(0), ["Q8_0"])
+    name, (width, *rest), kind, offset, data = tensors[-1]
+    for wrong in (width + 1, width + 16, 1):
+        (tmp_path / "x.gguf").write_bytes(
+            built(pairs_of(BLOCKS), [*tensors[:-1], (name, (wrong, *rest), kind, offset, data)])
+        )
+        with pytest.raises(CheckpointError, match=f"has rows of {wrong}, no multiple of Q8_0's 32"):
+            open_checkpoint(tmp_path / "x.gguf")
+
+
+def test_a_tensor_of_nothing_is_refused(tmp_path: pathlib.Path) -> None:
+    """Also the one that is looked at before shapes are."""
+    tensors = tensors_of(BLOCKS, random.Random(0), ["F32"])
+    for sizes in ((0,), (0, 4), (4, 0)):
+        (tmp_path / "x.gguf").write_bytes(
+            built(pairs_of(BLOCKS), [*tensors, ("rope_freqs.weight", sizes, 0, 1 << 16, b"")])
+        )
+        with pytest.raises(CheckpointError, match=r"'rope_freqs.weight' has no elements"):
+            open_checkpoint(tmp_path / "x.gguf")
 
 
 @QUICK

@@ -23,7 +23,7 @@ LAYERS = (
     ("model",),
     ("surgery", "checkpoint", "quantization"),
     ("tokenizer", "sampling"),
-    ("training", "completion"),
+    ("training", "completion", "speculation"),
     ("generate", "engine"),
     ("server", "evaluation", "visualization", "benchmark"),
     ("cli",),

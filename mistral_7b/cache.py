@@ -357,7 +357,7 @@ class RollingCache:
 
     def enlarge(self, slots: int) -> None:
         """Give every row more slots. CacheError once a row has gone round: its slots then mean other positions."""
-        held = int(self.end.max())
+        held = int(self.length.max())
         widest = slots if self.window is None else self.window + self.slack
         if held > self.slots or not self.slots <= slots <= widest:
             raise CacheError(f"a ring of {self.slots} slots holding {held} tokens cannot become one of {slots}")

@@ -23,7 +23,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
-            "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
+            "TokenizerError", "SamplingError", "GenerationError", "TrainingError", "BenchmarkError",
         ),
         "errors",
     ),

@@ -35,12 +35,16 @@ class Ceilings:
         Never below that of a more exact type, which could do the same work: on a CPU without bf16
         instructions float32 is faster.
         """
-        kinds = [self.fp32]
-        if scheme not in ("float32",):
-            kinds.append(self.bf16 or 0.0)
-        if scheme in ("int4", "int8", "Q4_0", "Q8_0"):
-            kinds.append(self.int8 or 0.0)
-        return max(kinds)
+        integers = scheme in ("int4", "int8", "Q4_0", "Q8_0")
+        return max(self.fp32, self.bf16 or 0, (self.int8 or 0) if integers else 0)
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The better of two measurements of one machine, by each figure."""
+        return Ceilings(
+            max(self.read_bandwidth, other.read_bandwidth), max(self.fp32, other.fp32),
+            max(self.bf16 or 0, other.bf16 or 0) or None, max(self.int8 or 0, other.int8 or 0) or None,
+            self.threads,
+        )  # fmt: skip
 
 
 def measure(threads: int | None = None, quick: bool = False) -> Ceilings:
@@ -58,7 +62,7 @@ def measure(threads: int | None = None, quick: bool = False) -> Ceilings:
 
 
 def buffer_bytes() -> int:
-    """Four times the last cache and 2 GB at least, so that it holds next to nothing; a quarter of memory at most."""
+    """Four times the last cache and 2 GB at least, so that it holds little; a quarter of free memory at most."""
     wanted = max(2 << 30, 4 * last_level_cache())
     free = memory()[1] or 4 << 30
     return max(64 << 20, min(wanted, free // 4)) >> 20 << 20

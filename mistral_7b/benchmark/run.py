@@ -72,11 +72,15 @@ class Plan:
         )  # fmt: skip
 
 
-def run(plan: Plan, ceilings: Ceilings, tell: Callable[[str], None] = lambda text: None) -> list[Record]:
-    """Measure everything in the plan. What one engine cannot do here is told, and left out.
+def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Record]:
+    """Measure everything in the plan, and the ceilings before and after it: the better ones count.
 
+    All engines get as many threads as the ceilings had. What a peer cannot do here is told, and left out.
     Raises BenchmarkError if one of our own jobs failed.
     """
+    tell("measuring this machine's ceilings")
+    ceilings = measure_ceilings(plan.threads, plan.quick)
+    plan = dataclasses.replace(plan, threads=ceilings.threads)
     found: dict[tuple[str, str, str], tuple[Job, list[Measured]]] = {}
     missing: set[tuple[str, str]] = set()
     with tempfile.TemporaryDirectory(prefix="mistral-7b-bench-") as folder:
@@ -96,6 +100,8 @@ def run(plan: Plan, ceilings: Ceilings, tell: Callable[[str], None] = lambda tex
                     missing.add((job.engine, job.scheme))
                     continue
                 found.setdefault((job.engine, job.scheme, job.what), (job, []))[1].extend(runs)
+    if not plan.quick:
+        ceilings = ceilings.best(measure_ceilings(plan.threads))
     cpu, date, commit = machine.cpu_name(), datetime.date.today().isoformat(), machine.commit()
     return [
         record(job, runs, ceilings, cpu=cpu, date=date, commit=commit, model=plan.model)
@@ -103,7 +109,7 @@ def run(plan: Plan, ceilings: Ceilings, tell: Callable[[str], None] = lambda tex
     ]
 
 
-def measure_ceilings(threads: int | None, quick: bool) -> Ceilings:
+def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceilings:
     """The ceilings, in a process of its own: it takes gigabytes for a moment."""
     return Ceilings(**_call(sys.executable, "ceilings", json.dumps([threads, quick])))
 

@@ -23,7 +23,8 @@ _HOMES = {
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
-            "TokenizerError", "SamplingError", "GenerationError", "TrainingError", "BenchmarkError",
+            "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
+            "BenchmarkError",
         ),
         "errors",
     ),

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
 
 from ..generate import PREFILL_CHUNK, stream
+from ..kernels import describe
 from ..model import Mistral7B, ModelArgs
+from ..quantization.schemes import compressed_bytes, quantize, random_model
 from ..sampling_params import SamplingParams
 from .jobs import WARM_UP, Job
-from .machine import kernel_facts
 
 
 class Engine:
@@ -25,11 +24,10 @@ class Engine:
         self.job = job
         self.model = build(job).eval()
         self.tokens = torch.randint(0, self.model.args.vocab_size, (job.rows, job.prompt))
-        self.weight_bytes = weight_bytes(self.model)
+        self.weight_bytes = compressed_bytes(self.model)
         self.kv_token_bytes = kv_token_bytes(self.model)
         self.threads = torch.get_num_threads()
-        facts = kernel_facts() if job.scheme != "none" else {}
-        self.path = facts.get("path", f"PyTorch operators ({torch.backends.cpu.get_cpu_capability()})")
+        self.path = f"kernels: {describe()['running']}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
         self.versions = {"torch": torch.__version__, "python": platform.python_version()}
 
     @torch.inference_mode()
@@ -65,30 +63,11 @@ def build(job: Job) -> Mistral7B:
     """The model of a job: opened where it has a source, otherwise of random weights, made in memory."""
     scheme = None if job.scheme == "none" else job.scheme
     if job.source is not None:
-        if scheme is None:
-            return Mistral7B.from_pretrained(job.source)
-        return Mistral7B.from_pretrained(job.source, quantization=scheme)
-    if scheme is None:
-        return Mistral7B(ModelArgs(**job.args), device="cpu")
-    from ..quantization import random_model
-
+        model = Mistral7B.from_pretrained(job.source)
+        return model if scheme is None else quantize(model, scheme)
     return random_model(ModelArgs(**job.args), scheme)
-
-
-def weight_bytes(model: Mistral7B) -> int:
-    """Bytes of weights that one pass reads: all but the embedding, of which it reads a row a token."""
-    return sum(_size(_tensors(part)) for part in (model.layers, model.norm, model.output))
 
 
 def kv_token_bytes(model: Mistral7B) -> int:
     """Bytes of one token's keys and values in all layers of a rolling cache."""
-    layers = model.rolling_cache(1, 1).layers
-    return sum(_size((layer.k, layer.v)) for layer in layers)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(layer.k.nbytes + layer.v.nbytes for layer in model.rolling_cache(1, 1).layers)

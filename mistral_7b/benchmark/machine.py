@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import platform
 import re
-import shutil
 import subprocess
 
 # Flag of the CPU -> what people call it, in the order of how much it brings. Linux's names.
@@ -18,7 +16,6 @@ X86 = {
     "avx512_bf16": "AVX-512 bf16", "amx_int8": "AMX int8", "amx_bf16": "AMX bf16",
 }  # fmt: skip
 ARM = {"asimd": "NEON", "asimddp": "dot product", "i8mm": "int8 matrices", "bf16": "bf16", "sve": "SVE"}
-COMPILERS = ("c++", "g++", "clang++")
 
 
 def cpu_name() -> str:
@@ -95,30 +92,12 @@ def peak_memory() -> int:
     return peak if platform.system() == "Darwin" else peak << 10
 
 
-def compiler() -> str | None:
-    """The C++ compiler there is, with its version; None: none was found."""
-    for name in (os.environ.get("CXX", ""), *COMPILERS):
-        path = shutil.which(name) if name else None
-        if path:
-            return f"{path} ({(_output(path, '--version') or 'no version').splitlines()[0]})"
-    return None
-
-
 def version(package: str) -> str | None:
     """The installed version of a package, without importing it; None: it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def kernel_facts() -> dict[str, str]:
-    """What the package's own kernels say of themselves: which are compiled, and which path runs."""
-    if importlib.util.find_spec("mistral_7b.kernels") is None:
-        return {"path": "PyTorch operators"}
-    from ..kernels import describe
-
-    return describe()
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import warnings
 from typing import Any
 
 from .inputs import busy, read_flags
@@ -67,10 +68,9 @@ def examine(measure: bool) -> dict[str, Any]:
         "memory_free_bytes": free,
         "python": platform.python_version(),
         "packages": {name: machine.version(name) for name in ("torch", "triton", *PACKAGES)},
-        "compiler": machine.compiler(),
     }
     facts["torch"] = _attempt(torch_facts)
-    facts["kernels"] = _attempt(machine.kernel_facts)
+    facts["kernels"] = _attempt(kernel_facts)
     facts["ceilings"] = _attempt(ceilings) if measure else {"skipped": "--no-measure"}
     return {**facts, "advice": advice(facts)}
 
@@ -90,6 +90,15 @@ def torch_facts() -> dict[str, Any]:
         "mkldnn": torch.backends.mkldnn.is_available(),
         "gpu": gpu,
     }
+
+
+def kernel_facts() -> dict[str, str]:
+    """What the package's own kernels say of themselves; they are compiled for it if they were not."""
+    from ..kernels import describe
+
+    with warnings.catch_warnings():  # that there is no compiler becomes advice
+        warnings.simplefilter("ignore")
+        return describe()
 
 
 def ceilings() -> dict[str, Any]:
@@ -113,10 +122,16 @@ def advice(facts: dict[str, Any]) -> list[str]:
     for part in ("torch", "kernels", "ceilings"):
         if "error" in facts[part]:
             out.append(f"{part} could not be looked at: {facts[part]['error']}")
-    if facts["compiler"] is None:
+    kernels = facts["kernels"]
+    if kernels.get("compiler") == "none":
         out.append(
             "There is no C++ compiler, so the package's own kernels cannot be built and PyTorch's operators run: "
             "install one (apt install g++, dnf install gcc-c++, xcode-select --install)."
+        )
+    elif kernels.get("library") == "none" and kernels.get("asked for") != "off":
+        out.append(
+            f"The kernels could not be built with {kernels['compiler']}, so PyTorch's operators run: "
+            "`mistral-7b bench --shape tiny --quick` shows what the compiler said."
         )
     sets = facts["instruction_sets"]
     if not any(sets.values()):
@@ -157,7 +172,6 @@ def rows(facts: dict[str, Any]) -> dict[str, str]:
         or f"{torch['version']}, {torch['threads']} threads, {torch['cpu_capability']}"
         + ("" if torch["mkldnn"] else ", without oneDNN"),
         "GPU": torch.get("gpu") or "none",
-        "compiler": facts["compiler"] or "none",
         **{f"kernels: {name}": str(value) for name, value in facts["kernels"].items()},
         "optional": ", ".join(f"{name} {v or 'absent'}" for name, v in packages.items()),
     }

@@ -11,12 +11,13 @@ import torch
 from bench_samples import ARGS, CEILINGS, SHAPE, job_of, measured, record_of
 
 from mistral_7b.benchmark import records, work
-from mistral_7b.benchmark.engine_ours import kv_token_bytes, weight_bytes
+from mistral_7b.benchmark.engine_ours import kv_token_bytes
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job
 from mistral_7b.benchmark.report import ratios
 from mistral_7b.benchmark.roofline import Ceilings
 from mistral_7b.cache import Stateless
 from mistral_7b.model import Mistral7B, ModelArgs
+from mistral_7b.quantization.schemes import compressed_bytes
 
 FIELDS = {  # the format that others may rely on
     "engine", "scheme", "what", "tokens_per_s", "bytes_per_s", "ceiling_fraction", "peak_rss_bytes", "context",
@@ -28,8 +29,8 @@ def test_bytes_of_a_step_by_hand() -> None:
     # A layer: wq 64x64, wk and wv 32x64, wo 64x64, three of 96x64; two norms of 64. bfloat16 is 2 bytes.
     layer = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64 + 2 * 64
     model = Mistral7B(SHAPE)
-    assert weight_bytes(model) == 2 * (2 * layer + 64 + 160 * 64)  # norm and output; the embedding is not read
-    assert weight_bytes(Mistral7B(dataclasses.replace(SHAPE, tie_embeddings=True))) == weight_bytes(model)
+    assert compressed_bytes(model) == 2 * (2 * layer + 64 + 160 * 64)  # norm and output; the embedding is not read
+    assert compressed_bytes(Mistral7B(dataclasses.replace(SHAPE, tie_embeddings=True))) == compressed_bytes(model)
     assert kv_token_bytes(model) == 2 * 2 * 2 * 16 * 2  # layers, k and v, heads, width, bytes
     assert work.layer_weights(ARGS) == 2 * (layer - 2 * 64)
     # Three rows that hold 6 tokens, or 50 of which the window of 8 is seen.

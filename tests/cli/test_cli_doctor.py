@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
+from mistral_7b import kernels
 from mistral_7b.benchmark import machine
 from mistral_7b.cli import doctor
 from mistral_7b.errors import BenchmarkError
 
 GOOD = {
-    "torch": {"threads": 4, "gpu": None}, "kernels": {}, "ceilings": {}, "compiler": "g++", "cores": 4,
+    "torch": {"threads": 4, "gpu": None}, "ceilings": {}, "cores": 4,
+    "kernels": {"compiler": "/usr/bin/g++", "asked for": "native", "running": "AVX2", "library": "/a.so"},
     "instruction_sets": {"AVX2": True, "AVX-512 VNNI": True}, "memory_free_bytes": 20e9,
     "packages": {"triton": None},
 }  # fmt: skip
@@ -27,14 +29,23 @@ def test_json_has_the_facts(run) -> None:
     assert facts["cores"] == machine.cores()
     assert 1e9 < facts["ceilings"]["read_bandwidth"] < 1e13
     assert 1e9 < facts["ceilings"]["fp32"] < 1e15
-    assert facts["kernels"]["path"]
+    assert facts["kernels"]["running"]
     assert facts["memory_bytes"] >= facts["memory_free_bytes"] > 0
 
 
 def test_table_for_a_person(run) -> None:
     code, out, _ = run("doctor", "--no-measure")
     assert code == 0
-    for text in ("CPU", "it can", "memory", "PyTorch", "GPU", "compiler", "kernels: path", "not measured"):
+    for text in (
+        "CPU",
+        "it can",
+        "memory",
+        "PyTorch",
+        "GPU",
+        "kernels: compiler",
+        "kernels: running",
+        "not measured",
+    ):
         assert text in out
 
 
@@ -45,7 +56,11 @@ def test_nothing_is_missing_on_a_good_machine() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"compiler": None}, "no C++ compiler"),
+        ({"kernels": {"compiler": "none", "asked for": "native", "library": "none"}}, "no C++ compiler"),
+        (
+            {"kernels": {"compiler": "/cc", "asked for": "native", "library": "none"}},
+            "could not be built with /cc",
+        ),
         ({"instruction_sets": {"AVX2": True, "AMX int8": False}}, "no integer dot product"),
         ({"instruction_sets": {"AVX2": False}}, "instruction sets cannot be read"),
         ({"torch": {"threads": 1, "gpu": None}}, "OMP_NUM_THREADS"),
@@ -69,7 +84,7 @@ def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
         raise BenchmarkError("killed")
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
-    monkeypatch.setattr(machine, "kernel_facts", broken)
+    monkeypatch.setattr(kernels, "describe", broken)
     monkeypatch.setattr("mistral_7b.benchmark.run.measure_ceilings", unmeasured)
     monkeypatch.setattr(machine, "_read", lambda path: "")
     monkeypatch.setattr(machine, "_output", lambda *command: "")

@@ -133,6 +133,23 @@ def test_engine_in_a_process_of_its_own(engine: str, what: str) -> None:
     assert (found.generate_tokens_per_s is not None) == (engine == OURS and what == "decode")
 
 
+@pytest.mark.parametrize("scheme", ["int4", "int8", "bf16"])
+def test_every_scheme_runs_and_its_bytes_are_those_of_its_name(scheme: str) -> None:
+    from mistral_7b.benchmark.engine_ours import Engine
+    from mistral_7b.benchmark.work import BITS, layer_weights, table_weights
+
+    args = {**ARGS, "dim": 256, "hidden_dim": 512, "head_dim": 64}  # whole groups, so that nothing is padded
+    engine = Engine(dataclasses.replace(job_of(scheme=scheme, rows=2, threads=1), args=args))
+    engine.begin()
+    before = engine.logits
+    engine.step()
+    assert engine.logits.shape == before.shape == (2, 1, 160)
+    assert not engine.logits.equal(before)
+    table = table_weights(args) * (1 if scheme == "int4" else BITS[scheme] / 8)  # int4 keeps the output in int8
+    wanted = layer_weights(args) * BITS[scheme] / 8 + table
+    assert engine.weight_bytes == pytest.approx(wanted, rel=0.02)  # scales and norms
+
+
 def test_engines_of_one_shape_read_equally_many_bytes() -> None:
     from mistral_7b.benchmark.engine_ours import Engine as Ours
     from mistral_7b.benchmark.engine_transformers import Engine as Transformers

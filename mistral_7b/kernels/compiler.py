@@ -38,8 +38,12 @@ VARIABLE = "MISTRAL_7B_KERNELS"
 
 PTR, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {
-    # bf16, x, M, K, bits, codes, groups, group, scale, N, Kp, threads, out
+    # the order of arguments is that of cpu.cpp
     "m7b_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, PTR, LONG, LONG, INT, PTR),
+    "m7b_rms_norm": (INT, PTR, PTR, LONG, LONG, ctypes.c_float, INT, PTR),
+    "m7b_silu_mul": (INT, PTR, PTR, LONG, INT, PTR),
+    "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
+    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 11, LONG, PTR, LONG, LONG, LONG, INT, PTR),
 }
 
 
@@ -80,18 +84,25 @@ def library() -> ctypes.CDLL | None:
     name = chosen()
     if name == "off":
         return None
-    path, why = _build(name)
-    if path is None:
-        warnings.warn(
-            f"the CPU kernels are not compiled ({why}), so PyTorch's operators stand in, many times slower; "
-            "install g++ (Debian: apt-get install g++), or set MISTRAL_7B_KERNELS=off to silence this",
-            stacklevel=2,
-        )
-        return None
+    why = ""
+    for instructions in dict.fromkeys((name, "avx512")):  # where a system knows of AMX and does not grant it
+        path, why = _build(instructions)
+        lib = None if path is None else _load(path)
+        if lib is not None and lib.m7b_path():
+            return lib
+        why = why or f"{path} cannot be loaded; remove it to have it compiled again"
+    warnings.warn(
+        f"the CPU kernels are not compiled ({why}), so PyTorch's operators stand in, many times slower; "
+        "install g++ (Debian: apt-get install g++), or set MISTRAL_7B_KERNELS=off to silence this",
+        stacklevel=2,
+    )
+    return None
+
+
+def _load(path: pathlib.Path) -> ctypes.CDLL | None:
     try:
         lib = ctypes.CDLL(str(path))
-    except OSError as e:
-        warnings.warn(f"{path} cannot be loaded ({e}); remove it to have it compiled again", stacklevel=2)
+    except OSError:
         return None
     for function, arguments in SIGNATURES.items():
         getattr(lib, function).argtypes = arguments

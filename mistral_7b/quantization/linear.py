@@ -140,7 +140,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.deterministic = deterministic
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to_mkldnn(), self.ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         if not self.deterministic:

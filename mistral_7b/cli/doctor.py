@@ -93,12 +93,16 @@ def torch_facts() -> dict[str, Any]:
 
 
 def kernel_facts() -> dict[str, str]:
-    """What the package's own kernels say of themselves; they are compiled for it if they were not."""
+    """What the package's own kernels say of themselves; they are compiled for it if they were not.
+
+    The warning that they could not be becomes the fact "missing".
+    """
     from ..kernels import describe
 
-    with warnings.catch_warnings():  # that there is no compiler becomes advice
-        warnings.simplefilter("ignore")
-        return describe()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        facts = describe()
+    return {**facts, "missing": str(caught[0].message)} if caught else facts
 
 
 def ceilings() -> dict[str, Any]:
@@ -122,17 +126,8 @@ def advice(facts: dict[str, Any]) -> list[str]:
     for part in ("torch", "kernels", "ceilings"):
         if "error" in facts[part]:
             out.append(f"{part} could not be looked at: {facts[part]['error']}")
-    kernels = facts["kernels"]
-    if kernels.get("compiler") == "none":
-        out.append(
-            "There is no C++ compiler, so the package's own kernels cannot be built and PyTorch's operators run: "
-            "install one (apt install g++, dnf install gcc-c++, xcode-select --install)."
-        )
-    elif kernels.get("library") == "none" and kernels.get("asked for") != "off":
-        out.append(
-            f"The kernels could not be built with {kernels['compiler']}, so PyTorch's operators run: "
-            "`mistral-7b bench --shape tiny --quick` shows what the compiler said."
-        )
+    if "missing" in facts["kernels"]:
+        out.append(facts["kernels"]["missing"])
     sets = facts["instruction_sets"]
     if not any(sets.values()):
         out.append(

@@ -56,11 +56,7 @@ def test_nothing_is_missing_on_a_good_machine() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"kernels": {"compiler": "none", "asked for": "native", "library": "none"}}, "no C++ compiler"),
-        (
-            {"kernels": {"compiler": "/cc", "asked for": "native", "library": "none"}},
-            "could not be built with /cc",
-        ),
+        ({"kernels": {"missing": "the CPU kernels are not compiled"}}, "kernels are not compiled"),
         ({"instruction_sets": {"AVX2": True, "AMX int8": False}}, "no integer dot product"),
         ({"instruction_sets": {"AVX2": False}}, "instruction sets cannot be read"),
         ({"torch": {"threads": 1, "gpu": None}}, "OMP_NUM_THREADS"),
@@ -74,6 +70,16 @@ def test_nothing_is_missing_on_a_good_machine() -> None:
 def test_what_is_missing_is_told(change: dict[str, object], text: str) -> None:
     (told,) = doctor.advice({**GOOD, **change})
     assert text in told
+
+
+def test_kernels_that_cannot_be_built_are_advice_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mistral_7b.kernels import compiler
+
+    monkeypatch.setattr(compiler, "compiler", lambda: None)
+    monkeypatch.setattr(compiler, "library", compiler.library.__wrapped__)
+    facts = doctor.kernel_facts()
+    assert (facts["running"], facts["library"]) == ("PyTorch operators", "none")
+    assert "no C++ compiler was found" in facts["missing"]
 
 
 def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:

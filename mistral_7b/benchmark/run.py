@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -75,14 +76,14 @@ class Plan:
 def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Record]:
     """Measure everything in the plan, and the ceilings before and after it: the better ones count.
 
-    All engines get as many threads as the ceilings had. What a peer cannot do here is told, and left out.
-    Raises BenchmarkError if one of our own jobs failed.
+    All engines get as many threads as the ceilings had. What cannot be done here is told, and left out.
+    Raises BenchmarkError if that is everything.
     """
     tell("measuring this machine's ceilings")
     ceilings = measure_ceilings(plan.threads, plan.quick)
     plan = dataclasses.replace(plan, threads=ceilings.threads)
     found: dict[tuple[str, str, str], tuple[Job, list[Measured]]] = {}
-    missing: set[tuple[str, str]] = set()
+    missing: dict[tuple[str, str], BenchmarkError] = {}
     with tempfile.TemporaryDirectory(prefix="mistral-7b-bench-") as folder:
         files = PeerFiles(plan, plan.files or folder, tell)
         for turn in range(plan.rounds):
@@ -94,12 +95,12 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
                     check_memory(job)
                     runs = measure(files.placed(job), plan.peer_python)
                 except BenchmarkError as error:
-                    if job.engine == OURS:
-                        raise
                     tell(f"left out: {job.engine} {job.scheme}: {error}")
-                    missing.add((job.engine, job.scheme))
+                    missing[job.engine, job.scheme] = error
                     continue
                 found.setdefault((job.engine, job.scheme, job.what), (job, []))[1].extend(runs)
+    if not found:
+        raise next(iter(missing.values()))
     if not plan.quick:
         ceilings = ceilings.best(measure_ceilings(plan.threads))
     cpu, date, commit = machine.cpu_name(), datetime.date.today().isoformat(), machine.commit()
@@ -159,6 +160,12 @@ class PeerFiles:
         if not path.exists():
             self.tell(f"writing {path.name}, random weights")
             self.folder.mkdir(parents=True, exist_ok=True)
+            size, free = work.weight_memory(job.args, job.scheme), shutil.disk_usage(self.folder).free
+            if size > free:
+                raise BenchmarkError(
+                    f"{path.name} takes {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f}: "
+                    f"--keep names a folder with more room"
+                )
             beside = path.with_suffix(".part")
             try:
                 _python(self.plan.peer_python, "llama_file", str(beside), job.scheme, json.dumps(job.args))

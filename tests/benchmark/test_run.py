@@ -78,11 +78,22 @@ def test_a_peer_that_fails_is_told_once_and_left_out(measure: list[Job], monkeyp
     ]  # fmt: skip
 
 
-def test_our_own_failure_is_an_error(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_to_show_is_an_error(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.machine, "memory", lambda: (2 << 30, 1 << 30))
     with pytest.raises(BenchmarkError, match=r"int4 weights of this shape take 0\.0 GB and 1\.1 GB are free"):
         run.run(PLAN)
     assert measure == []
+
+
+def test_what_does_not_fit_does_not_spoil_the_rest(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(job: Job) -> None:
+        if job.scheme == "none":
+            raise BenchmarkError("too large")
+
+    monkeypatch.setattr(run, "check_memory", check)
+    told: list[str] = []
+    assert {r.scheme for r in run.run(PLAN, told.append)} == {"int4", "Q4_0", "bf16", "BF16"}
+    assert [t for t in told if "left out" in t] == ["left out: mistral_7b none: too large"]
 
 
 def test_the_better_ceilings_of_before_and_after_count(
@@ -172,6 +183,14 @@ def test_transformers_of_random_weights_is_whole() -> None:
     logits = model(torch.arange(20)[None]).logits
     assert logits.isfinite().all()
     assert logits.std() > 0
+
+
+def test_a_full_disk_is_seen_before_the_file_is_begun(tmp_path: pathlib.Path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "_imports", lambda python, *modules: True)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: run.shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(BenchmarkError, match=r"BF16.gguf takes .* has 0\.0: --keep names a folder"):
+        run.PeerFiles(PLAN, str(tmp_path), lambda text: None).placed(PLAN.job(LLAMA, "BF16", "decode"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")

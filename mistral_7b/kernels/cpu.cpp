@@ -736,7 +736,7 @@ struct Attend {
     const float *old_ks, *old_vs;
     const int64_t* start;    // (B): position of the first query
     const int64_t* held;     // (B): how many positions before it are remembered
-    int64_t slots;           // position p of sequence b lies at row b * slots + p % slots ...
+    int64_t slots, origin;   // position p of sequence b lies at row b * slots + (p - origin) % slots ...
     const int64_t* table;    // ... or, in pages, at table[b * columns + p / page] * page + p % page
     int64_t columns, page;
     int64_t window;          // 0: none
@@ -754,7 +754,7 @@ struct Room {  // what one thread works in
 };
 
 inline int64_t slot_of(const Attend& a, int64_t b, int64_t p) {
-    return a.table ? a.table[b * a.columns + p / a.page] * a.page + p % a.page : b * a.slots + p % a.slots;
+    return a.table ? a.table[b * a.columns + p / a.page] * a.page + p % a.page : b * a.slots + (p - a.origin) % a.slots;
 }
 
 // Key or value of one position as bfloat16 (int8's whole numbers are exact in it), with its scale.
@@ -1043,9 +1043,9 @@ void m7b_rotate(int bf16, const void* x, const float* cos, const float* sin, int
 
 void m7b_attend(int int8, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, const void* q, const void* k, const void* v,
                 const float* ks, const float* vs, const void* old_k, const void* old_v, const float* old_ks, const float* old_vs,
-                const int64_t* start, const int64_t* held, int64_t slots, const int64_t* table, int64_t columns, int64_t page,
+                const int64_t* start, const int64_t* held, int64_t slots, int64_t origin, const int64_t* table, int64_t columns, int64_t page,
                 int64_t window, int threads, void* out) {
-    attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, start, held, slots, table, columns,
+    attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, start, held, slots, origin, table, columns,
             page, window, int8 != 0, (uint16_t*)out}, threads);
 }
 

@@ -50,6 +50,7 @@ def _run(
 ) -> Tensor:
     lib = compiler.library()
     if lib is None:
+        compiler.warn_if_missing()
         weight = int_weight(codes, groups, group_size)[:n, : x.shape[-1]]
         return linear_twin(x, weight, scale[:n])
     if x.dtype not in FLOATS:

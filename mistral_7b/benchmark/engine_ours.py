@@ -70,4 +70,4 @@ def build(job: Job) -> Mistral7B:
 
 def kv_token_bytes(model: Mistral7B) -> int:
     """Bytes of one token's keys and values in all layers of a rolling cache."""
-    return sum(layer.k.nbytes + layer.v.nbytes for layer in model.rolling_cache(1, 1).layers)
+    return sum(entry.nbytes for layer in model.rolling_cache(1, 1).layers for entry in layer.entries)

@@ -26,6 +26,8 @@ COMMANDS = {
     "convert": "rewrite a checkpoint in another format",
     "pull": "download a model from the Hugging Face hub",
     "train": "train a model on text files",
+    "bench": "measure speed and memory beside the machine's ceilings and other engines",
+    "doctor": "look at this machine: what it has, what runs, what is missing",
 }
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them

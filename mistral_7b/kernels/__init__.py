@@ -1,0 +1,1 @@
+"""What PyTorch has no fast operator for, each with a plain PyTorch twin."""

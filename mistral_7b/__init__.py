@@ -23,7 +23,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
-            "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
+            "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
         ),
         "errors",
     ),

@@ -13,6 +13,9 @@ A ring of W = 4 slots after six tokens, position p in slot p mod W (paper, figur
 
     slot        0   1   2   3
     position    4   5   2   3      token 6 goes to slot 2, where position 2 has just left the window
+
+With `slack` more slots than the window needs, the last `slack` tokens can be taken back: what they
+overwrote is older than anything that a query in their place could see.
 """
 
 from __future__ import annotations
@@ -234,10 +237,14 @@ class _GrowingMemory:
 class RollingCache:
     """A ring of slots for each of B sequences, written in place: memory stays flat however long they run.
 
-    Position p lies in slot p mod slots. With a window there are W slots and the ring goes round for
-    ever; without one, or with `max_seq_len` < W, there are `max_seq_len`, and what would not fit is
-    refused. Rows may differ in length: prefill them with `rows(i, j)` and decode all together with
-    tokens (B, 1). No gradient flows through what is remembered: train with Stateless or GrowingCache.
+    Position p lies in slot p mod slots. With a window there are W + `slack` slots and the ring goes
+    round for ever; without one, or with `max_seq_len` < W, there are `max_seq_len` + `slack`, and what
+    would not fit is refused. Rows may differ in length: prefill them with `rows(i, j)` and decode all
+    together with tokens (B, T). No gradient flows through what is remembered: train with Stateless or
+    GrowingCache.
+
+    `slack` tokens at least can be rolled back at any time, and up to slack + 1 new ones are written
+    before they are attended to: decode of length one is what a ring without slack has of that.
 
     `static` is for compiled or graph-captured decode: every step touches every slot and asks the device
     for nothing, so shapes never change; whether there is room is then for the caller to check.
@@ -255,11 +262,15 @@ class RollingCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         static: bool = False,
+        slack: int = 0,
     ) -> None:
-        self.window, self.static = check_window(window), static
-        self.slots = max_seq_len if window is None else min(window, max_seq_len)
+        if slack < 0:
+            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}")
+        self.window, self.static, self.slack = check_window(window), static, slack
+        self.slots = (max_seq_len if window is None else min(window, max_seq_len)) + slack
         self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
+        self.end = self.length.clone()  # one past the last position ever written: what lies a ring before is gone
         shape = (batch, self.slots, n_kv_heads, head_dim)
         self.layers: list[_RollingMemory] = [
             _RollingMemory(self, *(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"))
@@ -281,8 +292,9 @@ class RollingCache:
     def rows(self, start: int, stop: int) -> RollingCache:
         """The sequences start..stop as a cache of their own, on the same memory."""
         part = object.__new__(RollingCache)
-        part.window, part.static, part.slots = self.window, self.static, self.slots
+        part.window, part.static, part.slack, part.slots = self.window, self.static, self.slack, self.slots
         part.positions, part.length = self.positions[start:stop], self.length[start:stop]
+        part.end = self.end[start:stop]
         part.layers = [_RollingMemory(part, m.k[start:stop], m.v[start:stop]) for m in self.layers]
         part._new_forward()
         return part
@@ -296,9 +308,10 @@ class RollingCache:
         T, slots = tokens.shape[1], self.slots
         self._new_forward()
         new_p = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
-        self.decoding = T == 1
+        self.decoding = self.slack + 1 >= T  # what the new tokens overwrite has left the window of them all
         lengths = [] if self.static and self.decoding else self.length.tolist()
-        endless = self.window == slots  # a shorter ring, or one without a window, must not go round
+        # A shorter ring, or one without a window, must not go round.
+        endless = self.window is not None and slots == self.window + self.slack
         if lengths and not endless and max(lengths) + T > slots:
             raise CacheError(
                 f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}: "
@@ -312,13 +325,14 @@ class RollingCache:
         if self.decoding:
             self.positions.scatter_(1, self.slot, new_p)
             if lengths:
-                self.filled = min(max(lengths) + 1, slots)
-            if not equal:
+                self.filled = min(max(lengths) + T, slots)
+            # In step, one token sees all that is there, until a ring with slack holds more than its window.
+            if not (equal and T == 1 and (self.slack == 0 or self.window is None or lengths[0] < self.window)):
                 self.mask = visible(new_p, self.positions[:, : self.filled], self.window)
         else:
             if equal:
                 n = lengths[0]
-                held = min(n, slots)
+                held = min(n, self.window or slots)
                 old_p = torch.arange(n - held, n, device=new_p.device)
                 self.old = old_p % slots if held else None
                 p_q = torch.arange(n, n + T, device=new_p.device)
@@ -329,20 +343,23 @@ class RollingCache:
                 self.plan = bands(new_p, p_k, self.window, ordered=False)
             self.positions.scatter_(1, self.slot, new_p[:, T - m :])
         self.length += T
+        torch.maximum(self.end, self.length, out=self.end)
         return new_p
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
         self.positions[target] = self.positions[source]
         self.length[target] = self.length[source]
+        self.end[target] = self.end[source]
         for memory in self.layers:
             memory.k[target] = memory.k[source]
             memory.v[target] = memory.v[source]
 
     def enlarge(self, slots: int) -> None:
         """Give every row more slots. CacheError once a row has gone round: its slots then mean other positions."""
-        held = int(self.length.max())
-        if held > self.slots or not self.slots <= slots <= (self.window or slots):
+        held = int(self.end.max())
+        widest = slots if self.window is None else self.window + self.slack
+        if held > self.slots or not self.slots <= slots <= widest:
             raise CacheError(f"a ring of {self.slots} slots holding {held} tokens cannot become one of {slots}")
 
         def grown(t: Tensor, value: int) -> Tensor:
@@ -352,15 +369,23 @@ class RollingCache:
         for memory in self.layers:  # one layer at a time, so that no more than one exists twice
             memory.k, memory.v = grown(memory.k, 0), grown(memory.v, 0)
 
-    def rollback(self, n: int) -> None:
-        """Forget the last n tokens of every row. CacheError if keys that they overwrote are needed."""
-        shortest, longest = int(self.length.min()), int(self.length.max())
-        if not 0 <= n <= shortest or (n and longest > self.slots):
+    def rollback(self, n: int | Tensor) -> None:
+        """Forget the last n tokens of every row, or n[b] of row b: (B,).
+
+        CacheError, and nothing changed, if keys that they overwrote are needed. Up to `slack` tokens can
+        always be taken back, counted from the furthest that a row has ever been.
+        """
+        counts = torch.as_tensor(n, device=self.length.device).expand_as(self.length)
+        kept = self.length - counts
+        gone = self.end - self.slots  # positions below have been overwritten
+        needed = (kept - (self.window or 0)).clamp(min=0)  # without a window nothing is ever gone
+        if bool(((counts < 0) | (kept < 0) | ((counts > 0) & (needed < gone))).any()):
+            shortest, longest = int(self.length.min()), int(self.length.max())
             raise CacheError(
-                f"cannot roll back {n} tokens of {shortest}..{longest} in a ring of {self.slots}: "
-                f"the keys they overwrote are gone"
+                f"cannot roll back {n if isinstance(n, int) else n.tolist()} tokens of {shortest}..{longest} in a "
+                f"ring of {self.slots}: the keys they overwrote are gone; it was made with slack={self.slack}"
             )
-        self.length -= n
+        self.length -= counts
         self.positions.masked_fill_(self.positions >= self.length[:, None], EMPTY)
 
 
@@ -384,7 +409,7 @@ class _RollingMemory:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache
-        if cache.decoding:  # the new key takes the place of the one that has just left the window
+        if cache.decoding:  # the new keys take the places of such as have left the window
             self._write(k, v)
             return attention(q, self.k[:, : cache.filled], self.v[:, : cache.filled], cache.mask)
         # A chunk's first queries still see keys that its last ones overwrite: attend, then write.

@@ -20,6 +20,10 @@ class CheckpointError(Mistral7BError):
     """A file of weights that is damaged, incomplete, unknown or unsafe."""
 
 
+class QuantizationError(Mistral7BError):
+    """A scheme that there is none of, or weights that it cannot hold."""
+
+
 class HubError(Mistral7BError):
     """A download that could not be made: offline, gated, missing, or cut off."""
 

@@ -21,7 +21,9 @@ LAYERS = (
     ("attention",),
     ("cache",),
     ("model",),
-    ("surgery", "checkpoint", "quantization"),
+    ("surgery",),
+    ("quantization",),
+    ("checkpoint",),
     ("tokenizer", "sampling"),
     ("training", "completion"),
     ("generate", "engine"),
@@ -30,7 +32,11 @@ LAYERS = (
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-PEERS = ({"surgery", "checkpoint", "quantization", "training"},)  # told apart above, and yet strangers
+PEERS = (
+    {"surgery", "training"},
+    {"quantization", "training"},
+    {"checkpoint", "training"},
+)  # told apart above, and yet strangers
 # Deferred imports upwards: where a user's object is the natural door to a room above it.
 DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained", "checkpoint")}
 # Read for --help, or at the HTTP door, before anyone needs torch.

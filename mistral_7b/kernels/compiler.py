@@ -1,0 +1,157 @@
+"""cpu.cpp, compiled on first use with the machine's own compiler, kept, and loaded.
+
+The library lies in `$XDG_CACHE_HOME/mistral-7b/kernels` under a hash of everything that it depends on: the
+source, the flags, the compiler and the CPU. Without a compiler this is said once, and every function of this
+room runs its PyTorch twin.
+
+MISTRAL_7B_KERNELS chooses the instructions: native (the default), avx512 (no AMX), avx2, scalar, or off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+import warnings
+
+SOURCE = pathlib.Path(__file__).with_name("cpu.cpp")
+COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP is the one that PyTorch has loaded already
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=off",  # or a sum would depend on the instructions
+)  # fmt: skip
+INSTRUCTIONS = {
+    "native": ("-march=native",),
+    "avx512": ("-march=native", "-mno-amx-int8", "-mno-amx-bf16", "-mno-amx-tile"),
+    "avx2": ("-march=haswell",),
+    "scalar": (),
+    "off": (),
+}
+VARIABLE = "MISTRAL_7B_KERNELS"
+
+PTR, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+SIGNATURES = {
+    # the order of arguments is that of cpu.cpp
+    "m7b_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, PTR, LONG, LONG, INT, PTR),
+    "m7b_rms_norm": (INT, PTR, PTR, LONG, LONG, ctypes.c_float, INT, PTR),
+    "m7b_silu_mul": (INT, PTR, PTR, LONG, INT, PTR),
+    "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
+    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 11, LONG, PTR, LONG, LONG, LONG, INT, PTR),
+}
+
+
+def chosen() -> str:
+    """Which instructions the environment asks for. ValueError for a name that is none."""
+    name = os.environ.get(VARIABLE, "native") or "native"
+    if name not in INSTRUCTIONS:
+        raise ValueError(f"{VARIABLE}={name} is not known: it can be {', '.join(INSTRUCTIONS)}")
+    return name
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The compiler: $CXX, or the first of COMPILERS that is installed."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else list(COMPILERS)
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@functools.cache
+def cpu() -> str:
+    """What tells this CPU from another for a compiler: its architecture and features."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def cache_folder() -> pathlib.Path:
+    """Where compiled libraries are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "mistral-7b" / "kernels"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where there are none to be had (said once, in a warning)."""
+    name = chosen()
+    if name == "off":
+        return None
+    why = ""
+    for instructions in dict.fromkeys((name, "avx512")):  # where a system knows of AMX and does not grant it
+        path, why = _build(instructions)
+        lib = None if path is None else _load(path)
+        if lib is not None and lib.m7b_path():
+            return lib
+        why = why or f"{path} cannot be loaded; remove it to have it compiled again"
+    warnings.warn(
+        f"the CPU kernels are not compiled ({why}), so PyTorch's operators stand in, many times slower; "
+        "install g++ (Debian: apt-get install g++), or set MISTRAL_7B_KERNELS=off to silence this",
+        stacklevel=2,
+    )
+    return None
+
+
+def _load(path: pathlib.Path) -> ctypes.CDLL | None:
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    for function, arguments in SIGNATURES.items():
+        getattr(lib, function).argtypes = arguments
+        getattr(lib, function).restype = None
+    lib.m7b_path.restype = ctypes.c_char_p
+    return lib
+
+
+def _build(name: str) -> tuple[pathlib.Path | None, str]:
+    """The library for these instructions, from the cache or compiled; or None and why."""
+    cxx = compiler()
+    if cxx is None:
+        return None, "no C++ compiler was found"
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
+    flags = [*FLAGS, *INSTRUCTIONS[name]]
+    what = "\0".join([SOURCE.read_text(encoding="utf-8"), *flags, cxx, version, cpu(), sys.platform])
+    folder = cache_folder()
+    path = folder / f"cpu-{name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path, ""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    said = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for openmp in (["-fopenmp"], []):  # without it on one thread: better than not at all
+            done = subprocess.run(
+                [cxx, *flags, *openmp, str(SOURCE), "-o", str(partial)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode == 0:
+                os.replace(partial, path)  # two processes may compile at once: either result will do
+                return path, ""
+            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+    except OSError as e:
+        return None, f"{folder}: {e.strerror}"
+    finally:
+        partial.unlink(missing_ok=True)
+    return None, f"{cxx} failed: {said}"
+
+
+def describe() -> dict[str, str]:
+    """What there is of kernels on this machine, for a person: compiler, library, instructions."""
+    lib = library()
+    path = lib.m7b_path().decode() if lib else "PyTorch operators"
+    return {
+        "compiler": compiler() or "none",
+        "asked for": chosen(),
+        "running": path,
+        "library": lib._name if lib else "none",
+    }

@@ -1,0 +1,94 @@
+"""y = x W^T with quantised W: the kernels of cpu.cpp as PyTorch operators, and what they compute in plain PyTorch.
+
+    int8    w[n, k] = scale[n] * (q[n, k] - 128)
+    int4    w[n, k] = scale[n] * m[n, g] * (q[n, k] - z[n, g])     an int8 weight, compressed: |m (q - z)| <= 127
+
+Activations become int8 a row at a time, and the sum over k is an integer: exact, whatever the order. So the twin
+and every kernel agree bit for bit, and a row's result does not depend on what other rows there are.
+
+... any leading dimensions · N outputs · K inputs · G groups
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import compiler, layout
+
+OPS = torch.library.Library("mistral_7b", "DEF")
+FLOATS = (torch.float32, torch.bfloat16)  # what the kernels read and write; others go by way of float32
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (..., K) as whole numbers -127..127 in float32, and their scales (..., 1): x is nearly q * scale."""
+    x = x.float()
+    top = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)
+    q = (x * inverse).round()
+    return torch.where(inverse.isfinite() & top.isfinite(), q, 0.0), top / 127
+
+
+def int_weight(codes: Tensor, groups: Tensor | None, group_size: int = 0) -> Tensor:
+    """The integers -128..127 that tiles of int8 or int4 codes stand for: int8 (N, K), padding included."""
+    if groups is None:
+        return (layout.untile_int8(codes).short() - 128).to(torch.int8)
+    q = layout.untile_int4(codes).unflatten(1, (-1, group_size)).short()  # (N, G, group)
+    m, z = (t.short()[..., None] for t in layout.untile_groups(groups))
+    return (m * (q - z)).flatten(1).to(torch.int8)
+
+
+def linear_twin(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The product in plain PyTorch: x (..., K), weight int8 (N, K), scale (N,): (..., N) of x's type."""
+    q, sx = quantize_rows(x)
+    sums = (q.double() @ weight.double().T).float()  # exact: whole numbers far below 2^53
+    return (sums * sx * scale).to(x.dtype)
+
+
+def _run(
+    x: Tensor, bits: int, codes: Tensor, groups: Tensor | None, group_size: int, scale: Tensor, n: int
+) -> Tensor:
+    lib = compiler.library()
+    if lib is None:
+        weight = int_weight(codes, groups, group_size)[:n, : x.shape[-1]]
+        return linear_twin(x, weight, scale[:n])
+    if x.dtype not in FLOATS:
+        return _run(x.float(), bits, codes, groups, group_size, scale, n).to(x.dtype)
+    x = x.contiguous()
+    K = x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], n))
+    if x.numel():
+        lib.m7b_linear(
+            x.dtype == torch.bfloat16, x.data_ptr(), x.numel() // K, K, bits, codes.data_ptr(),
+            0 if groups is None else groups.data_ptr(), group_size, scale.data_ptr(), n,
+            codes.shape[1] * (32 // bits), torch.get_num_threads(), out.data_ptr(),
+        )  # fmt: skip
+    return out
+
+
+def _int8(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
+    return _run(x, 8, codes, None, 0, scale, n)
+
+
+def _int4(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
+    return _run(x, 4, codes, groups, group_size, scale, n)
+
+
+OPS.define("int8_linear(Tensor x, Tensor codes, Tensor scale, int n) -> Tensor")
+OPS.define("int4_linear(Tensor x, Tensor codes, Tensor groups, Tensor scale, int n, int group_size) -> Tensor")
+OPS.impl("int8_linear", _int8, "CPU")
+OPS.impl("int4_linear", _int4, "CPU")
+torch.library.register_fake("mistral_7b::int8_linear", lambda x, codes, scale, n: x.new_empty((*x.shape[:-1], n)))
+torch.library.register_fake(
+    "mistral_7b::int4_linear", lambda x, codes, groups, scale, n, group_size: x.new_empty((*x.shape[:-1], n))
+)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
+    """x (..., K) by int8 codes (N/16, K/4, 16, 4) and scale (N,): the first n outputs (..., n), of x's type."""
+    return torch.ops.mistral_7b.int8_linear(x, codes, scale, n)
+
+
+def int4_linear(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
+    """x (..., K) by int4 codes (N/16, K/8, 16, 4), groups (N/16, G, 16) and scale (N,): (..., n), of x's type."""
+    return torch.ops.mistral_7b.int4_linear(x, codes, groups, scale, n, group_size)

@@ -1,0 +1,159 @@
+"""What takes a Linear's place: the same product with compressed weights.
+
+Each keeps the contract of surgery.py: `in_features`, `out_features` and `forward`. Weights lie in the tiles of
+kernels/layout.py, on disk as in memory, so that opening a file maps it and no more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import layout
+from ..kernels.linear import int4_linear, int8_linear, int_weight
+from .rounding import Int4Codes, Int8Codes, round_int8
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T with int8 weights, a float scale for each output, and activations that become int8 by row."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        rows, columns = layout.padded(out_features, layout.TILE), layout.padded(in_features, layout.WIDE)
+        shape = (rows // layout.TILE, columns // 4, layout.TILE, 4)
+        self.register_buffer("codes", torch.empty(shape, dtype=torch.uint8, device=device))
+        self.register_buffer("scale", torch.empty(rows, device=device))
+
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def from_codes(cls, q: Int8Codes) -> Int8Linear:
+        """A Linear of what `round_int8` returns."""
+        out, made = cls(q.q.shape[1], q.q.shape[0], "meta"), {}
+        rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 4
+        made["codes"] = layout.tile_int8(layout.pad(q.q, rows, columns, 128))
+        made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
+        out.load_state_dict(made, assign=True)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return int8_linear(x, self.codes, self.scale, self.out_features)
+
+    def dequantized(self) -> Tensor:
+        """The weight that it stands for, float32 (N, K)."""
+        weight = int_weight(self.codes, None)[: self.out_features, : self.in_features]
+        return weight * self.scale[: self.out_features, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, int8"
+
+
+class Int4Linear(nn.Module):
+    """y = x W^T with int4 weights in groups, each an int8 weight in compressed form (rounding.py)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, group_size: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        rows = layout.padded(out_features, layout.TILE)
+        columns = layout.padded(in_features, max(group_size, layout.WIDE))
+        tiles = rows // layout.TILE
+        codes = torch.empty(tiles, columns // 8, layout.TILE, 4, dtype=torch.uint8, device=device)
+        groups = torch.empty(tiles, columns // group_size, layout.TILE, dtype=torch.uint8, device=device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("groups", groups)
+        self.register_buffer("scale", torch.empty(rows, device=device))
+
+    codes: Tensor
+    groups: Tensor
+    scale: Tensor
+
+    @classmethod
+    def from_codes(cls, q: Int4Codes, in_features: int) -> Int4Linear:
+        """A Linear of what `round_int4` returns; `in_features` is K without its padding."""
+        group_size = q.q.shape[1] // q.m.shape[1]
+        out, made = cls(in_features, q.q.shape[0], group_size, "meta"), {}
+        rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 8
+        made["codes"] = layout.tile_int4(layout.pad(q.q, rows, columns, 8))
+        m, z = (layout.pad(t, rows, columns // group_size, value) for t, value in ((q.m, 1), (q.z, 8)))
+        made["groups"] = layout.tile_groups(m, z)
+        made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
+        out.load_state_dict(made, assign=True)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return int4_linear(x, self.codes, self.groups, self.scale, self.out_features, self.group_size)
+
+    def dequantized(self) -> Tensor:
+        """The weight that it stands for, float32 (N, K)."""
+        weight = int_weight(self.codes, self.groups, self.group_size)[: self.out_features, : self.in_features]
+        return weight * self.scale[: self.out_features, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, int4 in groups of {self.group_size}"
+
+
+class Int8Embedding(nn.Module):
+    """Rows of int8 with a scale each, gathered as they lie and widened after."""
+
+    def __init__(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.dtype = rows, dim, dtype
+        self.register_buffer("codes", torch.empty(rows, dim, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.empty(rows, device=device))
+
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def from_weight(cls, weight: Tensor) -> Int8Embedding:
+        """Of an embedding's weight (V, D), whose type is that of what comes out."""
+        q = round_int8(weight)
+        out = cls(weight.shape[0], weight.shape[1], weight.dtype, "meta")
+        out.load_state_dict({"codes": q.integers(), "scale": q.scale}, assign=True)
+        return out
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (...) -> (..., D)
+        return (self.codes[tokens] * self.scale[tokens][..., None]).to(self.dtype)
+
+    def dequantized(self) -> Tensor:
+        """The weight that it stands for, float32 (V, D)."""
+        return self.codes * self.scale[:, None]
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, int8"
+
+
+class PackedLinear(nn.Module):
+    """A bfloat16 Linear whose weight is packed once for oneDNN; `F.linear` packs it again at every call.
+
+    A product's last bits depend on the number of rows, as oneDNN chooses its kernel by it. `deterministic`
+    works on 32 rows at a time, filled up with zeros: then they do not.
+    """
+
+    ROWS = 32
+
+    def __init__(self, weight: Tensor, deterministic: bool = False) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.deterministic = deterministic
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to_mkldnn(), self.ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        if not self.deterministic:
+            return self._product(x)
+        flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        parts = []
+        for rows in flat.split(self.ROWS):
+            full = nn.functional.pad(rows, (0, 0, 0, self.ROWS - len(rows)))
+            parts.append(self._product(full)[: len(rows)])
+        return torch.cat(parts).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, packed bfloat16"

@@ -1,0 +1,131 @@
+"""The names of quantisation, and a model in them.
+
+    int8    a float scale for each output; half the bytes of bfloat16
+    int4    groups of 128 or 32 inputs, symmetric or not; the output projection and the embedding are int8
+    bf16    nothing is rounded: bfloat16 weights packed once for the CPU's matrix unit
+
+Activations are int8 by row in int8 and int4. Norms keep the model's type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QuantizationError
+from ..model import Mistral7B, ModelArgs
+from ..surgery import replace_linears
+from .linear import Int4Linear, Int8Embedding, Int8Linear, PackedLinear
+from .rounding import round_int4, round_int8
+
+NAMES = ("int8", "int4", "bf16")
+GROUPS = (32, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How weights are stored. QuantizationError for what there is none of."""
+
+    name: str = "int4"
+    group_size: int = 128  # of int4
+    symmetric: bool = True  # of int4
+    deterministic: bool = False  # of bf16: rows do not depend on the batch, at a price
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise QuantizationError(f"quantisation {self.name!r} is not known: it can be {', '.join(NAMES)}")
+        if self.group_size not in GROUPS:
+            raise QuantizationError(f"group_size must be {' or '.join(map(str, GROUPS))}, not {self.group_size}")
+
+    @classmethod
+    def of(cls, scheme: str | Scheme) -> Scheme:
+        """A scheme by its name, or itself."""
+        return scheme if isinstance(scheme, Scheme) else cls(scheme)
+
+    def linear(self, weight: Tensor, name: str) -> nn.Module:
+        """What stands for the Linear `name` (Mistral's, as "layers.0.attention.wq") with this weight (N, K)."""
+        if self.name == "bf16":
+            return PackedLinear(weight.bfloat16(), self.deterministic)
+        if self.name == "int8" or name == "output":
+            return Int8Linear.from_codes(round_int8(weight))
+        return Int4Linear.from_codes(round_int4(weight, self.group_size, self.symmetric), weight.shape[1])
+
+    def empty_linear(self, in_features: int, out_features: int, name: str) -> Int8Linear | Int4Linear:
+        """The same on the meta device, to be filled from a file."""
+        if self.name == "int8" or name == "output":
+            return Int8Linear(in_features, out_features, "meta")
+        return Int4Linear(in_features, out_features, self.group_size, "meta")
+
+
+def quantize(model: Mistral7B, scheme: str | Scheme, progress: Callable[[str], None] | None = None) -> Mistral7B:
+    """Round a model's weights in place, one Linear after another, each freed before the next; returns it."""
+    scheme = Scheme.of(scheme)
+
+    def build(linear: nn.Module, name: str) -> nn.Module:
+        assert isinstance(linear, nn.Linear)
+        out = scheme.linear(linear.weight.detach(), name)
+        if progress is not None:
+            progress(name)
+        return out
+
+    replace_linears(model, build)
+    if scheme.name != "bf16":
+        model.set_submodule("tok_embeddings", Int8Embedding.from_weight(model.tok_embeddings.weight.detach()))
+    return model
+
+
+def empty_model(args: ModelArgs, scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> Mistral7B:
+    """A model of int8 or int4 modules on the meta device, to be filled from a file."""
+    model = Mistral7B(args, dtype=dtype, device="meta")
+    replace_linears(model, lambda old, name: scheme.empty_linear(old.in_features, old.out_features, name))  # type: ignore[arg-type]
+    model.set_submodule("tok_embeddings", Int8Embedding(args.vocab_size, args.dim, dtype, "meta"))
+    return model
+
+
+def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtype = torch.bfloat16) -> Mistral7B:
+    """A model of random weights, made compressed and in seconds: for measuring speed and memory at full size."""
+    if scheme is None:
+        return Mistral7B(args, dtype=dtype).requires_grad_(False)
+    scheme = Scheme.of(scheme)
+    if scheme.name == "bf16":
+        return quantize(Mistral7B(args, dtype=torch.bfloat16).requires_grad_(False), scheme)
+    model = empty_model(args, scheme, dtype)
+    draw = torch.Generator().manual_seed(0)
+    block = torch.randint(0, 256, (2**22,), dtype=torch.uint8, generator=draw)  # repeated: drawing takes longer
+    for module in model.modules():
+        for name, value in list(module.named_buffers(recurse=False)):
+            setattr(module, name, _random(name, value, block))
+        for name, value in list(module.named_parameters(recurse=False)):  # of norms
+            setattr(module, name, nn.Parameter(torch.ones(value.shape, dtype=dtype), requires_grad=False))
+    return model
+
+
+def _random(name: str, like: Tensor, block: Tensor) -> Tensor:
+    """Codes at random; multipliers 3..6 about a middle zero point; scales that keep activations of size 1."""
+    out = torch.empty(like.shape, dtype=like.dtype)
+    if name == "scale":
+        return out.fill_(2e-4)
+    flat = out.view(torch.uint8).view(-1)
+    for part in flat.split(len(block)):
+        part.copy_(block[: len(part)])
+    if name == "groups":
+        flat.remainder_(4).add_(3 | 8 << 4)
+    return out
+
+
+def compressed_bytes(model: Mistral7B) -> int:
+    """Bytes of weights that one step of decoding reads: all but the embedding table."""
+    return sum(_bytes(model, "tok_embeddings"))
+
+
+def _bytes(model: nn.Module, without: str) -> Iterator[int]:
+    for name, module in model.named_modules():
+        if name.split(".")[0] == without:
+            continue
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        yield sum(t.numel() * t.element_size() for t in tensors)
+        if isinstance(module, PackedLinear):
+            yield module.in_features * module.out_features * 2

@@ -36,10 +36,10 @@ class History:
             row[torch.tensor(prompt, dtype=torch.long, device=device)] = True
         self.counts = torch.zeros(len(prompts), vocab_size, dtype=torch.int32, device=device)
 
-    def add(self, tokens: Tensor) -> None:
-        """Count one new token (B,) of each row."""
-        ones = torch.ones_like(tokens, dtype=torch.int32)[:, None]
-        self.counts.scatter_add_(1, tokens[:, None], ones)
+    def add(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Count one new token (B,) of each row, or of these rows."""
+        at = torch.arange(len(self.counts)) if rows is None else torch.tensor(rows)
+        self.counts[at.to(tokens.device), tokens] += 1
 
     def select(self, rows: Sequence[int]) -> History:
         """The history of these rows, in this order."""

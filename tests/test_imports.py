@@ -25,7 +25,7 @@ LAYERS = (
     ("quantization",),
     ("checkpoint",),
     ("tokenizer", "sampling"),
-    ("training", "completion"),
+    ("training", "completion", "speculation"),
     ("generate", "engine"),
     ("server", "evaluation", "visualization", "benchmark"),
     ("cli",),

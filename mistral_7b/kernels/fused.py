@@ -1,7 +1,7 @@
-"""What lies between the matrix products, fused on a GPU: RMSNorm, SiLU x mul, RoPE, attention of one token.
+"""What lies between the matrix products on a GPU: elementwise.py's operators there, and attention of one token.
 
-Where Triton cannot run, on a CPU or for float64, each is its twin in plain PyTorch (`rms_norm_twin`, ...),
-which is also what the model itself computes. Nothing here has a gradient: it is for decoding.
+Written for Triton and compared with the twins in its interpreter; where Triton cannot run, without it, for
+float64 or for a gradient, the twin does the work.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .elementwise import rms_norm_twin, rotate_twin, silu_mul_twin
+from .linear import OPS
+
 KINDS = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once as well
 SPLIT = 256  # keys that one program attends to, whatever the batch: so no row's sums depend on others
 BLOCK_S = 64  # of which at once
 
@@ -32,11 +35,13 @@ def triton_module(name: str) -> ModuleType | None:
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether Triton can work on x: on a CUDA device, or anywhere in Triton's interpreter, but for no gradient."""
-    here = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    if not here or x.dtype not in KINDS or (x.requires_grad and torch.is_grad_enabled()):
+    """Whether Triton can work on x: on a CUDA device, or anywhere in Triton's interpreter, but for no gradient.
+
+    Not under torch.compile, which has kernels of its own for what the twins do.
+    """
+    if not (x.is_cuda or INTERPRETED) or x.dtype not in KINDS or torch.compiler.is_compiling():
         return False
-    return triton_module("triton_fused") is not None
+    return not (x.requires_grad and torch.is_grad_enabled()) and triton_module("triton_fused") is not None
 
 
 def launch(module: str, kernel: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **how: Any) -> None:
@@ -56,12 +61,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` in plain PyTorch."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape and type."""
     if not runs_kernels(gate) or not gate.numel():
@@ -70,11 +69,6 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     _launch("silu_mul", (-(-gate.numel() // 1024),), gate, up, out, gate.numel(), BLOCK=1024)
     return out
-
-
-def silu_mul_twin(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu_mul` in plain PyTorch."""
-    return F.silu(gate) * up
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,12 +86,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     grid = (x.numel() // (2 * half * heads), -(-heads // block_h))
     _launch("rotate", grid, x, cos, sin, out, heads, half, BLOCK_H=block_h, BLOCK_P=_power(half))
     return out
-
-
-def rotate_twin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` in plain PyTorch."""
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
@@ -149,3 +137,7 @@ _launch = functools.partial(launch, "triton_fused")
 def _power(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+for name, kernel in (("rms_norm", rms_norm), ("silu_mul", silu_mul), ("rotate", rotate)):
+    OPS.impl(name, kernel, "CUDA")

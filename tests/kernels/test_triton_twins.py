@@ -74,7 +74,7 @@ def test_gradients_reach_the_activations() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_fused_twins_are_what_the_model_computes(dtype: torch.dtype) -> None:
+def test_without_a_gpu_the_fused_steps_are_what_the_model_computes(dtype: torch.dtype) -> None:
     model = tiny_model(TINY, dtype)
     x = torch.randn(2, 5, TINY.dim).to(dtype)
     norm, forward = model.layers[0].ffn_norm, model.layers[0].feed_forward
@@ -85,6 +85,11 @@ def test_fused_twins_are_what_the_model_computes(dtype: torch.dtype) -> None:
     heads = torch.randn(2, 5, 6, 10).to(dtype)
     rope = rope_phases(torch.arange(5), 10, TINY.rope_theta, dtype)
     assert torch.equal(fused.rotate(heads, *rope), rotate(heads, rope))
+
+
+def test_the_operators_know_the_gpu() -> None:
+    for name in ("rms_norm", "silu_mul", "rotate"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mistral_7b::{name}", "CUDA")
 
 
 def test_decode_attention_is_attention() -> None:

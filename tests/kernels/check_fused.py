@@ -8,7 +8,7 @@ from interpreter import DEVICE
 from tiny import tiny_args, tiny_model, tokens_of
 from torch import Tensor
 
-from mistral_7b.attention import visible
+from mistral_7b.attention import attention, visible
 from mistral_7b.cache import Stateless
 from mistral_7b.kernels import elementwise, fused
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .attention import Band, attention, banded_attention, bands, visible
 from .errors import CacheError
+from .kernels.attend import Remembered, attend, available, quantize_kv
 
 EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
 
@@ -102,6 +103,38 @@ def still_visible(positions: Tensor, sequence_ids: Tensor, window: int) -> Tenso
     return (positions > last[row] - window).nonzero().squeeze(1)
 
 
+Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scales (..., S, G, 1)
+
+
+def check_kv_dtype(kv_dtype: torch.dtype | None) -> bool:
+    """Whether keys and values are kept in int8. CacheError for a type that they cannot be kept in."""
+    if kv_dtype not in (None, torch.int8):
+        raise CacheError(f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}")
+    return kv_dtype == torch.int8
+
+
+def compressed(k: Tensor, v: Tensor, int8: bool) -> Entries:
+    """Keys and values (..., T, G, K) as they are kept."""
+    if not int8:
+        return k, v
+    (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
+    return k, v, k_scale, v_scale
+
+
+def expanded(entries: Entries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are attended to."""
+    if len(entries) == 2:
+        return entries[0], entries[1]
+    k, v, k_scale, v_scale = entries
+    return (k * k_scale).to(dtype), (v * v_scale).to(dtype)
+
+
+def fast(q: Tensor) -> bool:
+    """Whether the kernel attends for these queries: bfloat16 on a CPU, when no gradient is wanted."""
+    wanted = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    return wanted and not (q.requires_grad and torch.is_grad_enabled()) and available()
+
+
 class Stateless:
     """Causal, windowed attention that keeps nothing: for training, and for one forward alone.
 
@@ -148,8 +181,8 @@ class GrowingCache:
     sequence id each, in any order and mixture.
     """
 
-    def __init__(self, n_layers: int, window: int | None) -> None:
-        self.window = check_window(window)
+    def __init__(self, n_layers: int, window: int | None, kv_dtype: torch.dtype | None = None) -> None:
+        self.window, self.int8 = check_window(window), check_kv_dtype(kv_dtype)
         self.batch: torch.Size | None = None  # (B,) or (), once begun
         self.length = 0  # tokens seen so far, those included that have left the window
         self.positions: Tensor | None = None  # (S,)
@@ -157,12 +190,14 @@ class GrowingCache:
         self.layers: list[_GrowingMemory] = [_GrowingMemory(self) for _ in range(n_layers)]
         self.plan: list[Band] = []
         self.kept: Tensor | slice = slice(None)
+        self.start = self.held = torch.empty(0)  # (B,): the first new position, and how many are held before it
+        self.origin = 0  # the position of the first key held
 
     def writable(self) -> GrowingCache:
-        copy = GrowingCache(0, self.window)
+        copy = GrowingCache(0, self.window, torch.int8 if self.int8 else None)
         copy.batch = self.batch
         copy.length, copy.positions, copy.sequence_ids = self.length, self.positions, self.sequence_ids
-        copy.layers = [_GrowingMemory(copy, m.k, m.v) for m in self.layers]
+        copy.layers = [_GrowingMemory(copy, m.entries) for m in self.layers]
         return copy
 
     def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
@@ -192,6 +227,10 @@ class GrowingCache:
         s = sequence_ids if old_s is None or sequence_ids is None else torch.cat([old_s, sequence_ids])
         packed = sequence_ids is not None
         self.plan = bands(new_p, p, self.window, sequence_ids, s, ordered=not packed, consecutive=not packed)
+        B, held = tokens.shape[:-1].numel(), 0 if old_p is None else len(old_p)
+        self.origin = self.length - held
+        self.start = torch.full((B,), self.length, device=tokens.device)
+        self.held = torch.full((B,), held, device=tokens.device)
         self.kept = slice(None)
         if self.window is not None and p.shape[0] > self.window:
             self.kept = slice(-self.window, None) if s is None else still_visible(p, s, self.window)
@@ -213,25 +252,56 @@ class GrowingCache:
             self.positions = self.positions[: held - n]
             self.length -= n
             for m in self.layers:
-                assert m.k is not None
-                assert m.v is not None
-                m.k, m.v = m.k[..., : held - n, :, :], m.v[..., : held - n, :, :]
+                m.entries = tuple(t[..., : held - n, :, :] for t in m.entries)
 
 
-class _GrowingMemory:
-    """One layer of a GrowingCache: k and v of shape (..., S, G, K)."""
+class _Entries:
+    """The keys and values of one layer."""
 
-    def __init__(self, cache: GrowingCache, k: Tensor | None = None, v: Tensor | None = None) -> None:
-        self.cache, self.k, self.v = cache, k, v
+    entries: Entries
+
+    @property
+    def k(self) -> Tensor:
+        """Keys as they are kept, (..., S, G, K)."""
+        return self.entries[0]
+
+    @property
+    def v(self) -> Tensor:
+        """Values likewise."""
+        return self.entries[1]
+
+
+class _GrowingMemory(_Entries):
+    """One layer of a GrowingCache: entries (..., S, G, K), none at first."""
+
+    def __init__(self, cache: GrowingCache, entries: Entries = ()) -> None:
+        self.cache, self.entries = cache, entries
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.k is not None and self.v is not None:
-            k, v = torch.cat([self.k, k], dim=-3), torch.cat([self.v, v], dim=-3)
-        kept = self.cache.kept
-        self.k, self.v = k[..., kept, :, :], v[..., kept, :, :]
-        if k.shape[-3] > 2 * self.k.shape[-3]:  # a view would keep the whole of a long prompt alive
-            self.k, self.v = self.k.clone(), self.v.clone()
-        return banded_attention(q, k, v, self.cache.plan)
+        cache, old = self.cache, self.entries
+        new = compressed(k, v, cache.int8)
+        held = tuple(torch.cat(pair, dim=-3) for pair in zip(old, new, strict=True)) if old else new
+        if cache.sequence_ids is None and fast(q):
+            out = self._attend_fast(q, new, old or new)
+        else:
+            out = banded_attention(q, *expanded(held, q.dtype), cache.plan)
+        self.entries = tuple(t[..., cache.kept, :, :] for t in held)
+        if held[0].shape[-3] > 2 * self.entries[0].shape[-3]:  # a view would keep a long prompt alive
+            self.entries = tuple(t.clone() for t in self.entries)
+        return out
+
+    def _attend_fast(self, q: Tensor, new: Entries, old: Entries) -> Tensor:
+        cache = self.cache
+        if q.dim() == 3:
+            return self._attend_fast(q[None], *(tuple(t[None] for t in e) for e in (new, old)))[0]
+        old = tuple(t.contiguous() for t in old)  # what was kept of a batch is a view
+        where = Remembered(*_four(old), cache.start, cache.held, old[0].shape[1], cache.origin)
+        return attend(q, *_four(new), where, cache.window)
+
+
+def _four(entries: Entries) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """k, v and their scales, None where they have none."""
+    return entries if len(entries) == 4 else (*entries, None, None)  # type: ignore[return-value]
 
 
 class RollingCache:
@@ -263,6 +333,7 @@ class RollingCache:
         device: torch.device | str = "cpu",
         static: bool = False,
         slack: int = 0,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if slack < 0:
             raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}")
@@ -271,16 +342,17 @@ class RollingCache:
         self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.end = self.length.clone()  # one past the last position ever written: what lies a ring before is gone
-        shape = (batch, self.slots, n_kv_heads, head_dim)
+        empty = torch.zeros(batch, self.slots, n_kv_heads, head_dim, dtype=dtype, device=device)
+        blank = compressed(empty, empty, check_kv_dtype(kv_dtype))
         self.layers: list[_RollingMemory] = [
-            _RollingMemory(self, *(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"))
-            for _ in range(n_layers)
+            _RollingMemory(self, tuple(t.clone() for t in blank), dtype) for _ in range(n_layers)
         ]
         self._new_forward()
 
     def _new_forward(self) -> None:
         self.plan: list[Band] = []  # prefill: old keys, oldest first, then the new
         self.mask: Tensor | None = None  # decode: over the ring as it lies
+        self.start = self.held = self.length  # (B,): the first new position, and how many are held before it
         self.filled = self.slots
         self.old: Tensor | slice | None = None  # the slots of the old keys, None: there are none
         self.slot = self.row = self.length  # (B, m), (B, 1): where the last m of the new tokens go
@@ -295,7 +367,7 @@ class RollingCache:
         part.window, part.static, part.slack, part.slots = self.window, self.static, self.slack, self.slots
         part.positions, part.length = self.positions[start:stop], self.length[start:stop]
         part.end = self.end[start:stop]
-        part.layers = [_RollingMemory(part, m.k[start:stop], m.v[start:stop]) for m in self.layers]
+        part.layers = [_RollingMemory(part, tuple(t[start:stop] for t in m.entries), m.dtype) for m in self.layers]
         part._new_forward()
         return part
 
@@ -318,6 +390,8 @@ class RollingCache:
                 f"make the cache with max_seq_len >= {max(lengths) + T}"
             )
         equal = bool(lengths) and min(lengths) == max(lengths)
+        self.start = self.length.clone()
+        self.held = self.start - (self.end - slots).clamp(min=0)
         # A prefill longer than the ring leaves only its last tokens there: the rest would collide.
         m = min(T, slots)
         self.slot = new_p[:, T - m :] % slots
@@ -336,7 +410,8 @@ class RollingCache:
                 old_p = torch.arange(n - held, n, device=new_p.device)
                 self.old = old_p % slots if held else None
                 p_q = torch.arange(n, n + T, device=new_p.device)
-                self.plan = bands(p_q, torch.cat([old_p, p_q]), self.window, consecutive=True)
+                p_k = torch.cat([old_p, p_q])
+                self.plan = bands(p_q, p_k, self.window, consecutive=True)
             else:  # rows out of step: the ring as it lies, what is visible told by position alone
                 self.old = slice(None)
                 p_k = torch.cat([self.positions, new_p], dim=1)
@@ -352,8 +427,8 @@ class RollingCache:
         self.length[target] = self.length[source]
         self.end[target] = self.end[source]
         for memory in self.layers:
-            memory.k[target] = memory.k[source]
-            memory.v[target] = memory.v[source]
+            for t in memory.entries:
+                t[target] = t[source]
 
     def enlarge(self, slots: int) -> None:
         """Give every row more slots. CacheError once a row has gone round: its slots then mean other positions."""
@@ -367,7 +442,7 @@ class RollingCache:
 
         self.positions, self.slots = grown(self.positions, EMPTY), slots
         for memory in self.layers:  # one layer at a time, so that no more than one exists twice
-            memory.k, memory.v = grown(memory.k, 0), grown(memory.v, 0)
+            memory.entries = tuple(grown(t, 0) for t in memory.entries)
 
     def rollback(self, n: int | Tensor) -> None:
         """Forget the last n tokens of every row, or n[b] of row b: (B,).
@@ -389,34 +464,40 @@ class RollingCache:
         self.positions.masked_fill_(self.positions >= self.length[:, None], EMPTY)
 
 
-class _RollingMemory:
-    """One layer of a RollingCache: k and v of shape (B, slots, G, K)."""
+class _RollingMemory(_Entries):
+    """One layer of a RollingCache: entries (B, slots, G, K), for a model whose type is `dtype`."""
 
-    def __init__(self, cache: RollingCache, k: Tensor, v: Tensor) -> None:
-        self.cache, self.k, self.v = cache, k, v
+    def __init__(self, cache: RollingCache, entries: Entries, dtype: torch.dtype) -> None:
+        self.cache, self.entries, self.dtype = cache, entries, dtype
 
-    def _write(self, k: Tensor, v: Tensor) -> None:
-        if k.dtype != self.k.dtype:
-            raise CacheError(
-                f"this cache holds {self.k.dtype} and was given {k.dtype}: make it with the model's type"
-            )
-        k, v = k.detach(), v.detach()  # or the ring would hold every step's graph
-        slot = self.cache.slot  # (B, m)
+    def _write(self, new: Entries) -> None:
+        slot, row = self.cache.slot, self.cache.row  # (B, m)
         m = slot.shape[1]
-        row = self.cache.row
-        self.k[row, slot] = k[:, k.shape[1] - m :]
-        self.v[row, slot] = v[:, v.shape[1] - m :]
+        for held, t in zip(self.entries, new, strict=True):
+            held[row, slot] = t[:, t.shape[1] - m :]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.cache
-        if cache.decoding:  # the new keys take the places of such as have left the window
-            self._write(k, v)
-            return attention(q, self.k[:, : cache.filled], self.v[:, : cache.filled], cache.mask)
+        if k.dtype != self.dtype:
+            raise CacheError(
+                f"this cache holds {self.dtype} and was given {k.dtype}: make it with the model's type"
+            )
+        cache, held = self.cache, self.entries
+        new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
+        if fast(q):
+            where = Remembered(*_four(held), cache.start, cache.held, cache.slots)
+            out = attend(q, *_four(new), where, cache.window)
+            self._write(new)
+            return out
+        if cache.decoding:  # the new key takes the place of the one that has just left the window
+            self._write(new)
+            return attention(q, *expanded(tuple(t[:, : cache.filled] for t in held), q.dtype), cache.mask)
         # A chunk's first queries still see keys that its last ones overwrite: attend, then write.
+        own = (k, v) if len(held) == 2 else expanded(new, q.dtype)
         if cache.old is None:
-            out = banded_attention(q, k, v, cache.plan)
+            out = banded_attention(q, *own, cache.plan)
         else:
-            old_k, old_v = self.k[:, cache.old], self.v[:, cache.old]
-            out = banded_attention(q, torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), cache.plan)
-        self._write(k, v)
+            old = expanded(tuple(t[:, cache.old] for t in held), q.dtype)
+            k, v = (torch.cat(pair, 1) for pair in zip(old, own, strict=True))
+            out = banded_attention(q, k, v, cache.plan)
+        self._write(new)
         return out

@@ -262,17 +262,23 @@ class Mistral7B(nn.Module):
         return self.logits(self.hidden(tokens, cache, sequence_ids)), cache
 
     def rolling_cache(
-        self, batch: int = 1, max_seq_len: int | None = None, static: bool = False, slack: int = 0
+        self,
+        batch: int = 1,
+        max_seq_len: int | None = None,
+        static: bool = False,
+        slack: int = 0,
+        kv_dtype: torch.dtype | None = None,
     ) -> RollingCache:
         """An empty ring for `batch` sequences of up to `max_seq_len` tokens (endless with a window).
 
-        Up to `slack` tokens can be taken back from it at any time.
+        Up to `slack` tokens can be taken back from it at any time. With `kv_dtype` torch.int8, keys and
+        values are kept in half the bytes.
         """
         args, p = self.args, self.norm.weight
         return RollingCache(
             args.n_layers, args.n_kv_heads, args.head_dim, args.sliding_window,
             batch=batch, max_seq_len=max_seq_len or args.max_seq_len, dtype=p.dtype, device=p.device,
-            static=static, slack=slack,
+            static=static, slack=slack, kv_dtype=kv_dtype,
         )  # fmt: skip
 
     @classmethod

@@ -25,44 +25,46 @@ class Remembered(NamedTuple):
 
     start   (B,) int64, the position of each sequence's first new token
     held    (B,) int64, how many positions before it are remembered
-    slots   position p of sequence b lies in row b * slots + p % slots
+    slots   position p of sequence b lies in row b * slots + (p - origin) % slots
     table   (B, columns) int64, or instead in pages: row table[b, p // page] * page + p % page
     """
 
     k: Tensor  # (rows, G, K), or of any leading shape in that order
     v: Tensor
-    k_scale: Tensor | None  # (rows, G), for int8
+    k_scale: Tensor | None  # (rows, G, 1), for int8
     v_scale: Tensor | None
     start: Tensor
     held: Tensor
     slots: int
+    origin: int = 0
     table: Tensor | None = None
     page: int = 1
 
 
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether the kernel is compiled on this machine."""
     return compiler.library() is not None
 
 
 def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys or values (..., K) to int8 with a float32 scale (...) for each head of each token."""
+    """Keys or values (..., K) to int8 with a float32 scale (..., 1) for each head of each token."""
     wide = x.float()
     top = wide.abs().amax(-1, keepdim=True)
     q = (wide * torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)).round_()
-    return q.to(torch.int8), (top / 127)[..., 0]
+    return q.to(torch.int8), top / 127
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
     old_k: Tensor, old_v: Tensor, old_k_scale: Tensor | None, old_v_scale: Tensor | None,
-    start: Tensor, held: Tensor, slots: int, table: Tensor | None, page: int, window: int,
+    start: Tensor, held: Tensor, slots: int, origin: int, table: Tensor | None, page: int, window: int,
 ) -> Tensor:  # fmt: skip
     lib = compiler.library()
     if lib is None or q.dtype != torch.bfloat16:
         return attend_twin(
             q, k, v, k_scale, v_scale,
-            Remembered(old_k, old_v, old_k_scale, old_v_scale, start, held, slots, table, page), window,
+            Remembered(old_k, old_v, old_k_scale, old_v_scale, start, held, slots, origin, table, page), window,
         )  # fmt: skip
     B, T, H, K = q.shape
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -70,8 +72,8 @@ def _attend(
     lib.m7b_attend(
         k.dtype == torch.int8, B, T, H, k.shape[-2], K, q.data_ptr(), k.data_ptr(), v.data_ptr(),
         _at(k_scale), _at(v_scale), old_k.data_ptr(), old_v.data_ptr(), _at(old_k_scale), _at(old_v_scale),
-        start.data_ptr(), held.data_ptr(), slots, _at(table), 0 if table is None else table.shape[1], page, window,
-        torch.get_num_threads() if B * T * int(held.shape[0]) else 1, out.data_ptr(),
+        start.data_ptr(), held.data_ptr(), slots, origin, _at(table), 0 if table is None else table.shape[1], page,
+        window, torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -82,8 +84,8 @@ def _at(t: Tensor | None) -> int:
 
 OPS.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor old_k, Tensor old_v, "
-    "Tensor? old_k_scale, Tensor? old_v_scale, Tensor start, Tensor held, int slots, Tensor? table, int page, "
-    "int window) -> Tensor"
+    "Tensor? old_k_scale, Tensor? old_v_scale, Tensor start, Tensor held, int slots, int origin, "
+    "Tensor? table, int page, int window) -> Tensor"
 )
 OPS.impl("attend", _attend, "CPU")
 torch.library.register_fake("mistral_7b::attend", lambda q, *rest: torch.empty_like(q))
@@ -95,11 +97,11 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention of bfloat16 q (B, T, H, K) over its own k, v (B, T, G, K) and those remembered: (B, T, H, K).
 
-    k and v are bfloat16, or int8 with scales (B, T, G); what is remembered is of the same kind.
+    k and v are bfloat16, or int8 with scales (B, T, G, 1); what is remembered is of the same kind.
     """
     return torch.ops.mistral_7b.attend(
         q, k, v, k_scale, v_scale, old.k, old.v, old.k_scale, old.v_scale, old.start, old.held, old.slots,
-        old.table, old.page, window or 0,
+        old.origin, old.table, old.page, window or 0,
     )  # fmt: skip
 
 
@@ -114,14 +116,14 @@ def attend_twin(
         start, held = int(old.start[b]), int(old.held[b])
         positions = torch.arange(start - held, start)
         if old.table is None:
-            rows = b * old.slots + positions % old.slots
+            rows = b * old.slots + (positions - old.origin) % old.slots
         else:
             rows = old.table[b, positions // old.page] * old.page + positions % old.page
         keys, values = (
             torch.cat([_wide(now, now_scale, b), _wide(then, then_scale, rows)])
             for now, now_scale, then, then_scale in (
-                (k, k_scale, old.k.flatten(0, -3), None if old.k_scale is None else old.k_scale.flatten(0, -2)),
-                (v, v_scale, old.v.flatten(0, -3), None if old.v_scale is None else old.v_scale.flatten(0, -2)),
+                (k, k_scale, old.k.flatten(0, -3), None if old.k_scale is None else old.k_scale.flatten(0, -3)),
+                (v, v_scale, old.v.flatten(0, -3), None if old.v_scale is None else old.v_scale.flatten(0, -3)),
             )
         )  # (T + held, G, K)
         p_q = torch.arange(start, start + q.shape[1])
@@ -135,4 +137,4 @@ def attend_twin(
 
 def _wide(x: Tensor, scale: Tensor | None, rows: Tensor | int) -> Tensor:
     wide = x[rows].double()
-    return wide if scale is None else wide * scale[rows].double()[..., None]
+    return wide if scale is None else wide * scale[rows].double()

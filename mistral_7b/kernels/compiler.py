@@ -40,10 +40,11 @@ PTR, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {
     # the order of arguments is that of cpu.cpp
     "m7b_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, PTR, LONG, LONG, INT, PTR),
+    "m7b_block_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, INT, PTR),
     "m7b_rms_norm": (INT, PTR, PTR, LONG, LONG, ctypes.c_float, INT, PTR),
     "m7b_silu_mul": (INT, PTR, PTR, LONG, INT, PTR),
     "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
-    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 11, LONG, PTR, LONG, LONG, LONG, INT, PTR),
+    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 11, LONG, LONG, PTR, LONG, LONG, LONG, INT, PTR),
 }
 
 
@@ -80,23 +81,31 @@ def cache_folder() -> pathlib.Path:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there are none to be had (said once, in a warning)."""
+    """The compiled kernels, or None where there are none to be had."""
     name = chosen()
     if name == "off":
         return None
-    why = ""
     for instructions in dict.fromkeys((name, "avx512")):  # where a system knows of AMX and does not grant it
         path, why = _build(instructions)
         lib = None if path is None else _load(path)
         if lib is not None and lib.m7b_path():
             return lib
-        why = why or f"{path} cannot be loaded; remove it to have it compiled again"
-    warnings.warn(
-        f"the CPU kernels are not compiled ({why}), so PyTorch's operators stand in, many times slower; "
-        "install g++ (Debian: apt-get install g++), or set MISTRAL_7B_KERNELS=off to silence this",
-        stacklevel=2,
-    )
+        _WHY.append(why or f"{path} cannot be loaded; remove it to have it compiled again")
     return None
+
+
+_WHY: list[str] = []
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Say once that PyTorch's operators stand in, where that was not asked for."""
+    if library() is None and _WHY:
+        warnings.warn(
+            f"the CPU kernels are not compiled ({_WHY[0]}), so PyTorch's operators stand in, many times slower; "
+            "install g++ (Debian: apt-get install g++), or set MISTRAL_7B_KERNELS=off to silence this",
+            stacklevel=2,
+        )
 
 
 def _load(path: pathlib.Path) -> ctypes.CDLL | None:

@@ -658,6 +658,67 @@ inline F16 exponential(F16 x) {
     return e < -126 ? F16{} : p * power;
 }
 
+// ---------------------------------------------------------------- products with blocks of 32 (GGUF's Q8_0 and Q4_0)
+
+// R rows by one tile: each block's integer sum times its two scales, added in the order of the blocks.
+template <class T, int R>
+void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, void* out) {
+    F16 y[R] = {};
+    const uint8_t* codes = w.codes + tile * w.Kp * 2 * w.bits;
+    const uint16_t* d = w.d + tile * (w.Kp / BLOCK) * TILE_N;
+    const int64_t G = w.Kp / BLOCK;
+    for (int64_t g = 0; g < G; g++, d += TILE_N) {
+        Sums s[R];
+        for (auto& v : s) v = zero();
+        const int8_t* x = r.q + row * r.Kp + g * BLOCK;
+        for (int64_t k = 0; k < BLOCK; codes += LINE) {
+            __builtin_prefetch(codes + PREFETCH);
+            const Line line = load(codes);
+            if (w.bits == 8) {
+                for (int i = 0; i < R; i++) s[i] = dot8(s[i], line, x + i * r.Kp + k);
+                k += 4;
+            } else {
+                const Line lo = low(line), hi = high(line);
+                for (int i = 0; i < R; i++) s[i] = dot4(dot4(s[i], lo, x + i * r.Kp + k), hi, x + i * r.Kp + k + 4);
+                k += 8;
+            }
+        }
+        F16 scale;
+        for (int n = 0; n < 16; n++) scale[n] = from_half(d[n]);
+        for (int i = 0; i < R; i++) {
+            I16 v;
+            store(reinterpret_cast<int32_t*>(&v), s[i]);
+            v -= (w.bits == 8 ? 128 : 8) * r.sum[(row + i) * G + g];
+            y[i] += __builtin_convertvector(v, F16) * (scale * r.scale[(row + i) * G + g]);
+        }
+    }
+    for (int i = 0; i < R; i++)
+        give(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, y[i], w.N - tile * TILE_N);
+}
+
+template <class T>
+void block_linear(const void* x, int64_t M, const Weights& w, int threads, void* out) {
+    static thread_local Scratch<int8_t> codes_of;
+    static thread_local Scratch<float> scale_of;
+    static thread_local Scratch<int32_t> sum_of;
+    const int64_t G = w.Kp / BLOCK, tiles = (w.N + 15) / 16;
+    const Rows r{M, w.Kp, w.Kp, BLOCK, BLOCK, codes_of.get(M * w.Kp), scale_of.get(M * G), sum_of.get(M * G)};
+    if (M * w.N * w.Kp < 1 << 18) threads = 1;
+    const auto* rows = static_cast<const typename T::Store*>(x);
+    parallel(M < 4 ? 1 : threads, [&](int t, int n) {
+        const Span mine = share(M, t, n);
+        for (int64_t m = mine.begin; m < mine.end; m++) quantise_row<T>(r, m, rows + m * w.Kp);
+    });
+    parallel(threads, [&](int t, int n) {
+        const Span mine = share(tiles, t, n);
+        for (int64_t tile = mine.begin; tile < mine.end; tile++) {
+            int64_t row = 0;
+            for (; row + 4 <= M; row += 4) block_tile<T, 4>(r, w, row, tile, out);
+            for (; row < M; row++) block_tile<T, 1>(r, w, row, tile, out);
+        }
+    });
+}
+
 // ---------------------------------------------------------------- what lies between the products
 
 // y = cast(x / sqrt(mean(x^2) + eps)) * weight, a row at a time; sums in one order whatever the batch.
@@ -736,7 +797,7 @@ struct Attend {
     const float *old_ks, *old_vs;
     const int64_t* start;    // (B): position of the first query
     const int64_t* held;     // (B): how many positions before it are remembered
-    int64_t slots;           // position p of sequence b lies at row b * slots + p % slots ...
+    int64_t slots, origin;   // position p of sequence b lies at row b * slots + (p - origin) % slots ...
     const int64_t* table;    // ... or, in pages, at table[b * columns + p / page] * page + p % page
     int64_t columns, page;
     int64_t window;          // 0: none
@@ -754,7 +815,7 @@ struct Room {  // what one thread works in
 };
 
 inline int64_t slot_of(const Attend& a, int64_t b, int64_t p) {
-    return a.table ? a.table[b * a.columns + p / a.page] * a.page + p % a.page : b * a.slots + p % a.slots;
+    return a.table ? a.table[b * a.columns + p / a.page] * a.page + p % a.page : b * a.slots + (p - a.origin) % a.slots;
 }
 
 // Key or value of one position as bfloat16 (int8's whole numbers are exact in it), with its scale.
@@ -1024,6 +1085,13 @@ void m7b_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const u
     bf16 ? linear<BF16>(x, M, K, w, threads, out) : linear<F32>(x, M, K, w, threads, out);
 }
 
+// y (M, N) = x (M, K) w^T with GGUF's blocks of 8 or 4 bits, K a multiple of 32; d: half floats [N/16][K/32][16].
+void m7b_block_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const uint8_t* codes, const uint16_t* d,
+                      int64_t N, int threads, void* out) {
+    const Weights w{N, K, BLOCK, codes, nullptr, nullptr, d, bits};
+    bf16 ? block_linear<BF16>(x, M, w, threads, out) : block_linear<F32>(x, M, w, threads, out);
+}
+
 void m7b_rms_norm(int bf16, const void* x, const void* weight, int64_t M, int64_t D, float eps, int threads, void* y) {
     bf16 ? rms_norm<BF16>((const uint16_t*)x, (const uint16_t*)weight, M, D, eps, threads, (uint16_t*)y)
          : rms_norm<F32>((const float*)x, (const float*)weight, M, D, eps, threads, (float*)y);
@@ -1043,9 +1111,9 @@ void m7b_rotate(int bf16, const void* x, const float* cos, const float* sin, int
 
 void m7b_attend(int int8, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, const void* q, const void* k, const void* v,
                 const float* ks, const float* vs, const void* old_k, const void* old_v, const float* old_ks, const float* old_vs,
-                const int64_t* start, const int64_t* held, int64_t slots, const int64_t* table, int64_t columns, int64_t page,
+                const int64_t* start, const int64_t* held, int64_t slots, int64_t origin, const int64_t* table, int64_t columns, int64_t page,
                 int64_t window, int threads, void* out) {
-    attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, start, held, slots, table, columns,
+    attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, start, held, slots, origin, table, columns,
             page, window, int8 != 0, (uint16_t*)out}, threads);
 }
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import QuantizationError
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
+from .fused import fuse
 from .linear import Int4Linear, Int8Embedding, Int8Linear, PackedLinear
 from .rounding import round_int4, round_int8
 
@@ -74,6 +75,7 @@ def quantize(model: Mistral7B, scheme: str | Scheme, progress: Callable[[str], N
     replace_linears(model, build)
     if scheme.name != "bf16":
         model.set_submodule("tok_embeddings", Int8Embedding.from_weight(model.tok_embeddings.weight.detach()))
+    fuse(model)
     return model
 
 
@@ -82,6 +84,7 @@ def empty_model(args: ModelArgs, scheme: Scheme, dtype: torch.dtype = torch.bflo
     model = Mistral7B(args, dtype=dtype, device="meta")
     replace_linears(model, lambda old, name: scheme.empty_linear(old.in_features, old.out_features, name))  # type: ignore[arg-type]
     model.set_submodule("tok_embeddings", Int8Embedding(args.vocab_size, args.dim, dtype, "meta"))
+    fuse(model)
     return model
 
 

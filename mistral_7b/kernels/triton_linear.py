@@ -108,10 +108,13 @@ def tile8(
     x, w, scale, x_scale, out, M, N, K, span,
     FP8: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows x (M, K) by w (N, K), a tile of 16 rows a program; x is e4m3 with x_scale (M,) where w is."""
+    """Rows x (M, K) by w (N, K), 16 rows a program; x is e4m3 with x_scale (M,) where w is.
+
+    Tiles of rows come first in the grid, so that they meet a weight while it is in the cache.
+    """
     kind: tl.constexpr = tl.bfloat16 if FP8 else x.dtype.element_ty  # e4m3 fits bfloat16 exactly
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = w + n.to(tl.int64)[None, :] * K
     begin = tl.program_id(1) * span
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -131,8 +134,8 @@ def tile4(
 ):  # fmt: skip
     """Rows x (M, K) by nibbles (N, K/2), a group a step: even inputs meet low nibbles, odd ones high."""
     kind: tl.constexpr = x.dtype.element_ty
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = packed + n.to(tl.int64)[None, :] * pitch
     begin = tl.program_id(1) * span
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -182,3 +185,15 @@ def expand4(packed, m, z, scale, out, N, K, G, pitch, GROUP: tl.constexpr, BLOCK
     k = g * GROUP + tl.arange(0, GROUP)
     value = tl.interleave(low, high) * tl.load(scale + n, mask=n < N, other=0.0)[:, None]
     tl.store(out + row * K + k[None, :], value.to(out.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def round_fp8(x, q, scale, K, BLOCK: tl.constexpr):
+    """A row of x (M, K) a program, as e4m3 q with its scale: the largest becomes 448. Divisions are exact ones."""
+    at = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * K
+    wide = tl.load(x + row + at, mask=at < K, other=0.0).to(tl.float32)
+    unit = tl.maximum(tl.div_rn(tl.max(tl.abs(wide), 0), 448.0), 1e-12)
+    value = tl.minimum(tl.maximum(tl.div_rn(wide, tl.zeros_like(wide) + unit), -448.0), 448.0)
+    tl.store(q + row + at, value.to(q.dtype.element_ty), mask=at < K)
+    tl.store(scale + tl.program_id(0), unit)

@@ -129,7 +129,7 @@ def int4_linear(
         blocks = {"BLOCK_M": TILE["BLOCK_M"], "BLOCK_N": TILE["BLOCK_N"]}
         splits, span = _split(N, K, blocks["BLOCK_N"], group)
         target, how = _shares(out, splits), {"GROUP": group, "SPLITS": splits, **blocks}
-        grid = (-(-N // blocks["BLOCK_N"]), splits, -(-M // blocks["BLOCK_M"]))
+        grid = (-(-M // blocks["BLOCK_M"]), splits, -(-N // blocks["BLOCK_N"]))
         _launch("tile4", grid, rows, packed, m, z, scale, target, M, N, K, G, pitch, span, **how)
     return _combined(target, scale, scale, out, scaled=False).unflatten(0, x.shape[:-1])
 
@@ -158,6 +158,17 @@ def fp8_linear(x: Tensor, q: Tensor, scale: Tensor, *, invariant: bool = False) 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, K) as e4m3 (M, K) with a float32 scale for each row (M,), so that its largest value is 448."""
+    if not runs_kernels(x) or not x.numel() or (x.is_cuda and not has_fp8(x.device)):
+        return to_fp8_twin(x)
+    x = x.contiguous()
+    q, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
+    K = x.shape[1]
+    _launch("round_fp8", (len(x),), x, q, scale, K, BLOCK=1 << (K - 1).bit_length(), num_warps=8)
+    return q, scale
+
+
+def to_fp8_twin(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`to_fp8` in plain PyTorch."""
     wide = x.float()
     scale = (wide.abs().amax(-1) / E4M3_MAX).clamp(min=1e-12)
     return (wide / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
@@ -175,7 +186,7 @@ def int4_twin(x: Tensor, packed: Tensor, m: Tensor, z: Tensor, scale: Tensor, gr
 
 def fp8_twin(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """`fp8_linear` in plain PyTorch."""
-    rows, x_scale = to_fp8(x.reshape(-1, x.shape[-1]))
+    rows, x_scale = to_fp8_twin(x.reshape(-1, x.shape[-1]))
     out = F.linear(rows.float(), q.float()) * scale * x_scale[:, None]
     return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
@@ -212,7 +223,7 @@ def _eight(x: Tensor, q: Tensor, scale: Tensor, x_scale: Tensor, dtype: torch.dt
     if alone:
         _launch("matvec8", (columns, splits), x, q, scale, x_scale, target, N, K, span, **how)
     else:
-        grid = (columns, splits, -(-M // blocks["BLOCK_M"]))
+        grid = (-(-M // blocks["BLOCK_M"]), splits, columns)
         _launch("tile8", grid, x, q, scale, x_scale, target, M, N, K, span, **how)
     return _combined(target, scale, x_scale, out, scaled=fp8)
 

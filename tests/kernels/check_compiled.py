@@ -66,6 +66,9 @@ def test_fp8(capability: int) -> None:
     pointers = {"x": "fp8e4nv", "w": "fp8e4nv", "scale": "fp32", "x_scale": "fp32", "out": "bf16"}
     assembly(triton_linear.matvec8, capability, pointers, {"FP8": True, "SPLITS": 1, **w.MATVEC})
     assert "mma.sync" in assembly(triton_linear.tile8, capability, pointers, {"FP8": True, "SPLITS": 1, **w.TILE})
+    for kind in KINDS:
+        rounded = {"x": kind, "q": "fp8e4nv", "scale": "fp32"}
+        assert "e4m3x2" in assembly(triton_linear.round_fp8, capability, rounded, {"BLOCK": 4096})
     expand = {"w": "fp8e4nv", "scale": "fp32", "out": "fp32"}
     assembly(triton_linear.expand8, capability, expand, {"FP8": True, "BLOCK_N": 8, "BLOCK_K": 512})
     combine = {"parts": "fp32", "scale": "fp32", "x_scale": "fp32", "out": "bf16"}

@@ -107,6 +107,16 @@ def test_fp8_is_near_its_twin(M: int, dtype: torch.dtype) -> None:
         assert far < {torch.float32: 1e-6}.get(dtype, 2.0**-8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_rounds_as_its_twin(dtype: torch.dtype) -> None:
+    x = (torch.randn(17, 300, device=DEVICE) * torch.logspace(-4, 4, 17, device=DEVICE)[:, None]).to(dtype)
+    x[5] = 0
+    (q, scale), (wanted, wanted_scale) = w.to_fp8(x), w.to_fp8_twin(x)
+    assert torch.equal(scale, wanted_scale)
+    assert torch.equal(q.view(torch.uint8), wanted.view(torch.uint8))
+    assert launched == ["round_fp8"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_the_same_whatever_rows_there_are(dtype: torch.dtype) -> None:
     """Real activations: within 2 to 64 rows as it comes, from 1 to 100 with `invariant`."""

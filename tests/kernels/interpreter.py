@@ -1,7 +1,8 @@
 """Where the checks run: on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter, its bfloat16 mended.
 
 Seen in Triton 3.6.0: the interpreter keeps bfloat16 as its bits, cuts where a GPU rounds to nearest even,
-and `tl.dot` multiplies the bits. Kernels are not changed for that; here the two operations are.
+and `tl.dot` multiplies the bits; e4m3 it rounds wrongly. Kernels are not changed for that; here these three
+operations are.
 """
 
 from __future__ import annotations
@@ -34,12 +35,21 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 cast_as_it_was = Builder.cast_impl
 dot_as_it_was = Builder.create_dot
+narrower_as_it_was = Builder.create_fp_to_fp
 
 
 def cast(self: Any, value: Any, kind: Any) -> Any:
     if value.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
         return Handle(rounded(value.data), tl.bfloat16)
     return cast_as_it_was(self, value, kind)
+
+
+def to_narrower(self: Any, value: Any, kind: Any, rounding_mode: Any) -> Any:
+    """float32 to e4m3, to nearest even as a GPU does (the interpreter rounds halves up and loses the carry)."""
+    if value.dtype.scalar == tl.float32 and kind.scalar == tl.float8e4nv:
+        narrow = torch.from_numpy(np.ascontiguousarray(value.data)).to(torch.float8_e4m3fn)
+        return Handle(narrow.view(torch.uint8).numpy(), tl.float8e4nv)
+    return narrower_as_it_was(self, value, kind, rounding_mode)
 
 
 def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
@@ -55,3 +65,4 @@ def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_impreci
 if INTERPRETED:
     Builder.cast_impl = cast
     Builder.create_dot = dot
+    Builder.create_fp_to_fp = to_narrower

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from . import captured
 from .cache import RollingCache
 from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
 from .errors import GenerationError, Mistral7BError, SamplingError
@@ -37,6 +38,8 @@ __all__ = ["CompletionOutput", "RequestOutput", "Speculation", "TextPiece", "gen
 PREFILL_CHUNK = 512  # prompt tokens per forward
 LOGPROB_ROWS = 64  # prompt tokens whose logits exist at once: 8 MB for 32768 tokens of vocabulary
 FIRST_SLOTS = 256  # slots for new tokens at the start; doubled when used up, unless the window comes first
+
+NOT_FINITE = "the model gives logits that are not finite (float16 overflows; try bfloat16)"
 
 Prompt = str | Sequence[int]
 
@@ -63,7 +66,7 @@ def generate(
     if speculate is not None:
         speculate.check(model.args.vocab_size)
     for wave in _waves(requests, batch_size):
-        batch = _Batch(model, wave, speculate)
+        batch = _batch(model, wave, speculate)
         while batch.rows:
             batch.step()
     return [request.output() for request in requests]
@@ -91,7 +94,7 @@ def stream(
 
 
 def _pieces(model: Mistral7B, request: _Request, speculate: Speculation | None) -> Iterator[TextPiece]:
-    batch = _Batch(model, [request], speculate)
+    batch = _batch(model, [request], speculate)
     silent = request.completions[0].tokenizer is None
     waiting: dict[int, tuple[int, ...]] = defaultdict(tuple)  # tokens whose text was not certain, per completion
     while batch.rows:
@@ -191,9 +194,7 @@ class _Batch:
             everything = len(alive) == len(logits)  # the usual case: nothing to gather
             part = logits if everything else logits[[first[row] + place for row in alive]]
             if not bool(part.amax(-1).isfinite().all()):  # amax hands NaN on
-                raise GenerationError(
-                    "the model gives logits that are not finite (float16 overflows; try bfloat16)"
-                )
+                raise GenerationError(NOT_FINITE)
             tokens, entries = self._sample(part, alive)
             held = []
             for row, token, entry in zip(alive, tokens, entries, strict=True):
@@ -295,6 +296,38 @@ class _Batch:
             self.cache = self.cache.rows(0, len(order))
             if self.history is not None:
                 self.history = self.history.select(order)
+
+
+class _CapturedBatch(_Batch):
+    """The same on a GPU, where steps after the first are replayed from one graph (captured.py)."""
+
+    def __init__(self, model: Mistral7B, requests: Sequence[_Request]) -> None:
+        super().__init__(model, requests, None)
+        self.cache.static = True
+        self.decoder: captured.CapturedDecode | None = None
+
+    @torch.inference_mode()
+    def step(self) -> list[TextPiece]:
+        if not self.started:
+            return super().step()
+        if self.decoder is None:
+            self.decoder = captured.CapturedDecode(self.model, self.cache, self.rows, self.need)
+        pieces = []
+        for c, token in zip(self.rows, self.decoder.next(), strict=True):
+            if token < 0:
+                raise GenerationError(NOT_FINITE)
+            text = c.push(token)
+            pieces.append(TextPiece(text, c.index, (token,), c.finish_reason, c.stop_reason))
+        going_on = [row for row, c in enumerate(self.rows) if not c.finished]
+        self.decoder.keep(going_on)
+        self.rows = [self.rows[row] for row in going_on]
+        return pieces
+
+
+def _batch(model: Mistral7B, requests: Sequence[_Request], speculate: Speculation | None) -> _Batch:
+    if speculate is None and captured.supports(model, [c for r in requests for c in r.completions]):
+        return _CapturedBatch(model, requests)
+    return _Batch(model, requests, speculate)
 
 
 def _read_requests(

@@ -26,6 +26,7 @@ LAYERS = (
     ("checkpoint",),
     ("tokenizer", "sampling"),
     ("training", "completion", "speculation"),
+    ("captured",),
     ("generate", "engine"),
     ("server", "evaluation", "visualization", "benchmark"),
     ("cli",),

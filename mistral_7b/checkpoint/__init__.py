@@ -1,4 +1,4 @@
-"""Open any format, save any: Hugging Face's and Mistral's own (names.py has GGUF's names ready).
+"""Open any format, save any: Hugging Face's, Mistral's own, and quantised (names.py has GGUF's names ready).
 
 names         one table of tensor names, and the order of q's and k's rows
 config        what both configuration files share: strict JSON, theta and window
@@ -7,6 +7,8 @@ mistral       params.json
 stored        tensors where they lie in files, mapped and not read
 reading       a folder or file -> a checked Checkpoint -> a model
 writing       a model or Checkpoint -> a folder, a tensor at a time
+quantized     what a quantised folder holds, and opening it
+quantizing    a model or Checkpoint -> a quantised folder, a layer at a time, and its distance from the original
 hub           a name -> a folder, downloading what is needed (imports no torch)
 """
 
@@ -16,13 +18,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .quantized import read_record as read_record
+    from .quantizing import quantize as quantize
     from .reading import load as load
     from .reading import read_args as read_args
     from .writing import convert as convert
     from .writing import save as save
 
-_HOMES = {"load": "reading", "read_args": "reading", "save": "writing", "convert": "writing"}
-__all__ = ["convert", "load", "read_args", "save"]
+_HOMES = {
+    "load": "reading",
+    "read_args": "reading",
+    "read_record": "quantized",
+    "save": "writing",
+    "convert": "writing",
+    "quantize": "quantizing",
+}
+__all__ = ["convert", "load", "quantize", "read_args", "read_record", "save"]
 
 
 def __getattr__(name: str) -> Any:  # lazy: `checkpoint.hub` is used where torch is not wanted

@@ -12,11 +12,14 @@ import pathlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs
-from . import config, hub, huggingface, mistral
+from ..quantization.linear import Int8Embedding
+from ..quantization.schemes import Scheme
+from ..surgery import replace_linears
+from . import config, hub, huggingface, mistral, quantized
 from .names import DERIVED, EMBEDDING, OUTPUT, expected, interleaved, layout_of, rename, rotated_heads
 from .stored import Stored, read_file
 
@@ -55,15 +58,26 @@ def load(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    quantization: str | Scheme | None = None,
 ) -> Mistral7B:
     """The model in a folder or file, or of a hub id, with its weights as `dtype` on `device`.
+
+    `quantization` ("int8", "int4", "bf16") rounds the weights while they are read. A folder that
+    `mistral-7b quantize` wrote is opened as what it is, and `dtype` is then that of the arithmetic.
 
     On a CPU, weights whose type and layout are those of the file stay mapped: they are read when first
     used and shared between processes (the file may be replaced meanwhile, but not written into). All
     others are copied one at a time, so that loading never holds the model twice. Raises CheckpointError
-    for whatever is wrong with the files, HubError for a download; there is no partial model.
+    for whatever is wrong with the files, HubError for a download, QuantizationError for a scheme that cannot
+    be had; there is no partial model.
     """
-    checkpoint = open_checkpoint(hub.resolve(source))
+    path = hub.resolve(source)
+    if (record := quantized.read_record(path)) is not None:
+        quantized.check_asked(path, record, quantization)
+        return _map_quantized(path, record, dtype, device)
+    checkpoint = open_checkpoint(path)
+    if quantization is not None:
+        return _quantize(checkpoint, Scheme.of(quantization), dtype, device)
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
     weights = {name: checkpoint.read(name, dtype, device) for name in checkpoint.tensors}
     if checkpoint.args.tie_embeddings:
@@ -74,15 +88,58 @@ def load(
     return model
 
 
+def _map_quantized(
+    path: pathlib.Path, record: quantized.Record, dtype: torch.dtype, device: torch.device | str
+) -> Mistral7B:
+    """The model of a quantised folder, or of a file of weights in one."""
+    folder = path if path.is_dir() else path.parent
+    args, _ = _read_config(folder)
+    raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
+    model = quantized.build(path, args, record.scheme, raw, dtype, device)
+    model.source = folder
+    return model
+
+
+def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device: torch.device | str) -> Mistral7B:
+    """The model of a checkpoint, each weight rounded when it is read and let go before the next."""
+    if scheme.name == "bf16" and dtype != torch.bfloat16:
+        raise QuantizationError(f"quantisation 'bf16' computes in bfloat16, and not in {dtype}")
+    model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
+
+    def build(linear: nn.Module, name: str) -> nn.Module:
+        held = f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else EMBEDDING  # a tied output
+        out = scheme.linear(checkpoint.read(held), name).to(device)
+        checkpoint.tensors[held].release()
+        return out
+
+    replace_linears(model, build)
+    if scheme.name != "bf16":
+        embedding = Int8Embedding.from_weight(checkpoint.read(EMBEDDING, dtype))
+        model.set_submodule("tok_embeddings", embedding.to(device))
+        checkpoint.tensors[EMBEDDING].release()
+    left = [name for name, value in model.state_dict().items() if value.is_meta]  # norms, and what is not rounded
+    weights = {name: checkpoint.read(name, dtype, device) for name in left}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.source = checkpoint.folder
+    return model
+
+
 def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
-    """The configuration in a folder (or beside a file) and the name of its format; no weights are read."""
+    """The configuration in a folder (or beside a file) and the name of its format; no weights are read.
+
+    The format is "huggingface", "mistral", or "quantized" (`quantized.read_record` tells more of that).
+    """
     path = _existing(path)
+    if quantized.read_record(path) is not None:
+        return _read_config(path if path.is_dir() else path.parent)[0], "quantized"
     return _read_config(path if path.is_dir() else path.parent)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Find and check the weights and configuration in a folder, or of a file and its configuration beside it."""
     path = _existing(path)
+    if (record := quantized.read_record(path)) is not None:
+        raise CheckpointError(f"{path}: is quantised, as {record.scheme}: take the original, which lost nothing")
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
     layout = layout_of(raw)
@@ -179,6 +236,8 @@ def _fit(path: pathlib.Path, raw: dict[str, Stored], layout: str, args: ModelArg
                 continue
             raise CheckpointError(f"{path}: tensor {rename(ours, 'mistral', layout)!r} is missing")
         stored = have.pop(ours)
+        if not stored.dtype.is_floating_point:
+            raise CheckpointError(f"{stored.path}: tensor {stored.name!r} is of {stored.dtype}, no plain float")
         if stored.shape != shape:
             raise CheckpointError(
                 f"{stored.path}: tensor {stored.name!r} is of shape {stored.shape}; its configuration says {shape}"

@@ -39,6 +39,8 @@ class ModelOptions:
 
     dtype: DType = "bfloat16"
     """Of the weights and of the arithmetic."""
+    quantization: Literal["int8", "int4", "bf16"] | None = None
+    """Round the weights while they are read; bf16: packed for the CPU's matrix unit. None: as they are stored."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps...; auto: the first accelerator there is."""
     threads: int | None = None
@@ -60,7 +62,8 @@ class ModelOptions:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
             device = pick_device(self.device)
-            model = Mistral7B.from_pretrained(source, dtype=getattr(torch, self.dtype), device=device)
+            dtype = getattr(torch, self.dtype)
+            model = Mistral7B.from_pretrained(source, dtype=dtype, device=device, quantization=self.quantization)
             tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(

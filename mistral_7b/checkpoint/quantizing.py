@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from ..cache import Stateless
 from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
-from ..quantization.distance import Distance
+from ..quantization.distance import Comparison
+from ..quantization.fused import FusedRMSNorm, fuse
 from ..quantization.linear import Int8Embedding
 from ..quantization.schemes import Scheme, empty_model, scheme_of
 from ..surgery import replace_linears
@@ -35,6 +35,7 @@ from .writing import ALIGNMENT, Progress, copy_beside, header_of, new_folder, wr
 
 Put = Callable[[str, Tensor], None]
 ROWS = 256  # of logits at a time
+NORMS = (RMSNorm, FusedRMSNorm)  # of the original, and of the quantised
 
 
 def save_quantized(
@@ -88,8 +89,8 @@ def quantize(
     size = sum(t.nbytes for t in tensors.values())
     with new_folder(pathlib.Path(out), size) as folder:
         with _tensor_file(folder / "model.safetensors", tensors, progress) as put, torch.inference_mode():
-            distance = _Stream(checkpoint, scheme, dtype, tokens, put).run()
-        record = Record(scheme, distance.result(text), size)
+            comparison = _Stream(checkpoint, scheme, dtype, tokens, put).run()
+        record = Record(scheme, comparison.result(text), size)
         _write_rest(folder, checkpoint.args, dtype, record, checkpoint.folder)
     return record
 
@@ -104,7 +105,7 @@ class _Stream:
     tokens: Tensor  # (R, T)
     put: Put
 
-    def run(self) -> Distance:
+    def run(self) -> Comparison:
         args = self.checkpoint.args
         memory = Stateless(args.sliding_window)
         rope = rope_phases(memory.extend(self.tokens), args.head_dim, args.rope_theta, self.dtype)
@@ -124,38 +125,37 @@ class _Stream:
         keys = list(block.state_dict())
         block.load_state_dict({k: self.checkpoint.read(f"{name}.{k}", self.dtype) for k in keys}, assign=True)
         x = block(x, rope, memory)
-        replace_linears(block, functools.partial(self._round, name))
-        for norm in ("attention_norm", "ffn_norm"):
-            self.put(f"{name}.{norm}.weight", block.get_parameter(f"{norm}.weight"))
+        replace_linears(block, self._rounded)
+        fuse(block)
+        self._put_all(name, block)
         for key in keys:
             self.checkpoint.tensors[f"{name}.{key}"].release()
         return x, block(y, rope, memory)
 
-    def _round(self, prefix: str, linear: nn.Module, name: str) -> nn.Module:
+    def _rounded(self, linear: nn.Module, name: str) -> nn.Module:
         assert isinstance(linear, nn.Linear)
-        name = f"{prefix}.{name}" if prefix else name
-        out = self.scheme.linear(linear.weight, name)
-        self._put_all(name, out)
-        return out
+        return self.scheme.linear(linear.weight, name)
 
-    def _head(self, x: Tensor, y: Tensor) -> Distance:
+    def _head(self, x: Tensor, y: Tensor) -> Comparison:
         """The last norm and the output, and from the logits of both the distance."""
         args = self.checkpoint.args
-        norm = RMSNorm(args.dim, args.norm_eps, dtype=self.dtype, device="meta")
+        norm, fused = (kind(args.dim, args.norm_eps, dtype=self.dtype, device="meta") for kind in NORMS)
         weight = self.checkpoint.read("norm.weight", self.dtype)
-        norm.load_state_dict({"weight": weight}, assign=True)
+        for each in (norm, fused):
+            each.load_state_dict({"weight": weight}, assign=True)
         self.put("norm.weight", weight)
         linear = nn.Linear(args.dim, args.vocab_size, bias=False, dtype=self.dtype, device="meta")
         held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # a tied output
         linear.load_state_dict({"weight": self.checkpoint.read(held, self.dtype)}, assign=True)
-        rounded = self._round("", linear, "output")
-        distance = Distance()
+        rounded = self._rounded(linear, "output")
+        self._put_all("output", rounded)
+        comparison = Comparison()
         last = x.shape[1] - 1  # the last token of a row has nothing to predict
         places = (t[:, :last].flatten(0, 1).split(ROWS) for t in (x, y, self.tokens[:, 1:, None]))
         for a, b, targets in zip(*places, strict=True):
-            distance.add(linear(norm(a)), rounded(norm(b)), targets[:, 0])
+            comparison.add(linear(norm(a)), rounded(fused(b)), targets[:, 0])
         self.checkpoint.tensors[held].release()
-        return distance
+        return comparison
 
     def _put_all(self, prefix: str, module: nn.Module) -> None:
         for name, value in module.state_dict().items():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs
+from ..quantization.fused import fuse
 from ..quantization.linear import Int8Embedding
 from ..quantization.schemes import Scheme
 from ..surgery import replace_linears
@@ -120,6 +121,7 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
     left = [name for name, value in model.state_dict().items() if value.is_meta]  # norms, and what is not rounded
     weights = {name: checkpoint.read(name, dtype, device) for name in left}
     model.load_state_dict(weights, strict=False, assign=True)
+    fuse(model)
     model.source = checkpoint.folder
     return model
 

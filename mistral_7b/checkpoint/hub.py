@@ -22,6 +22,12 @@ TOKENIZER_FILES = re.compile(
     r"tokenizer\.model(\.v\w+)?|tokenizer\.json|tekken\.json|tokenizer_config\.json|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.jinja"
 )
+STEMS = (  # of weights, those that are preferred first
+    ("model", "safetensors"),
+    ("consolidated", "safetensors"),
+    ("pytorch_model", "bin"),
+    ("quantized", "safetensors"),
+)
 CONFIG_FILES = ("config.json", "params.json", "generation_config.json")
 
 
@@ -39,7 +45,7 @@ def weight_groups(names: Iterable[str]) -> list[WeightGroup]:
     """
     names = sorted(names)
     groups = []
-    for stem, suffix in (("model", "safetensors"), ("consolidated", "safetensors"), ("pytorch_model", "bin")):
+    for stem, suffix in STEMS:
         if stem == "pytorch_model" and "consolidated.00.pth" in names:
             groups.append(WeightGroup("consolidated.00.pth", ["consolidated.00.pth"]))
         if f"{stem}.{suffix}" in names:

@@ -1,10 +1,11 @@
 """Quantised checkpoints: the very tensors of the modules in quantization/linear.py, where they lie.
 
-    model.safetensors   layers.0.attention.wq.codes, .groups, .scale, ..., tok_embeddings.codes, norm.weight
-    config.json         Hugging Face's fields, and in `quantization_config` what was done and what it cost
+    quantized.safetensors   layers.0.attention.wq.codes, .groups, .scale, ..., tok_embeddings.codes, norm.weight
+    config.json             Hugging Face's fields, and in `quantization_config` what was done and what it cost
 
 Names and order of rows are Mistral's. The tiles are the same on every machine and in memory, so that opening
-is mapping: nothing is packed and nothing copied. Other readers do not know the method, and refuse.
+is mapping: nothing is packed and nothing copied. The file is not called model.safetensors, because transformers 5
+only warns of a method that it does not know, and would then draw at random all weights whose names it misses.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from . import config
 from .huggingface import OURS
 from .stored import Stored
 
-FORMAT = 1
+FORMAT, WEIGHTS = 1, "quantized.safetensors"
 DISTANCE = ("kl", "top1_agreement", "perplexity_original", "perplexity", "tokens")  # numbers, and "text" a name
 HOW = (
     "give distance={'kl', 'top1_agreement', 'perplexity_original', 'perplexity', 'tokens', 'text'} as measured "

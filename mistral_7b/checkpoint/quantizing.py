@@ -29,7 +29,7 @@ from ..quantization.schemes import Scheme, empty_model, scheme_of
 from ..surgery import replace_linears
 from . import hub, huggingface
 from .names import EMBEDDING, OUTPUT
-from .quantized import Record
+from .quantized import WEIGHTS, Record
 from .reading import Checkpoint, open_checkpoint
 from .writing import ALIGNMENT, Progress, copy_beside, header_of, new_folder, write_json
 
@@ -54,7 +54,7 @@ def save_quantized(
         raise CheckpointError(f"{meta[0]!r} is on the meta device and has no data to save")
     record = Record(scheme, distance or {}, sum(t.nbytes for t in state.values()), calibration)
     with new_folder(pathlib.Path(path), record.nbytes) as folder:
-        with _tensor_file(folder / "model.safetensors", state, progress) as put:
+        with _tensor_file(folder / WEIGHTS, state, progress) as put:
             for name, value in state.items():
                 put(name, value)
         _write_rest(folder, model.args, model.norm.weight.dtype, record, model.source)
@@ -88,7 +88,7 @@ def quantize(
     tensors = empty_model(checkpoint.args, scheme, dtype).state_dict()
     size = sum(t.nbytes for t in tensors.values())
     with new_folder(pathlib.Path(out), size) as folder:
-        with _tensor_file(folder / "model.safetensors", tensors, progress) as put, torch.inference_mode():
+        with _tensor_file(folder / WEIGHTS, tensors, progress) as put, torch.inference_mode():
             comparison = _Stream(checkpoint, scheme, dtype, tokens, put).run()
         record = Record(scheme, comparison.result(text), size)
         _write_rest(folder, checkpoint.args, dtype, record, checkpoint.folder)

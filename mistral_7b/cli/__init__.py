@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "talk with an instruction-tuned model",
     "info": "what a checkpoint is, and the memory it needs",
     "convert": "rewrite a checkpoint in another format",
+    "quantize": "round a checkpoint to int8 or int4",
     "pull": "download a model from the Hugging Face hub",
     "train": "train a model on text files",
     "bench": "measure speed and memory beside the machine's ceilings and other engines",

@@ -39,6 +39,8 @@ class ModelOptions:
 
     dtype: DType = "bfloat16"
     """Of the weights and of the arithmetic."""
+    quantization: Literal["int8", "int4", "bf16"] | None = None
+    """Round the weights while they are read; bf16: packed for the CPU's matrix unit. None: as they are stored."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps...; auto: the first accelerator there is."""
     threads: int | None = None
@@ -78,7 +80,8 @@ class ModelOptions:
         from ..model import Mistral7B
 
         device = pick_device(self.device)
-        return Mistral7B.from_pretrained(source, dtype=getattr(torch, self.dtype), device=device)
+        dtype = getattr(torch, self.dtype)
+        return Mistral7B.from_pretrained(source, dtype=dtype, device=device, quantization=self.quantization)
 
 
 def pick_device(name: str) -> torch.device:

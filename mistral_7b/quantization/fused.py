@@ -53,4 +53,3 @@ def fuse(model: Mistral7B) -> None:
         if type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
     model.requires_grad_(False)
-

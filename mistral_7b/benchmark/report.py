@@ -18,6 +18,8 @@ TITLES = {
     "load": "load, to the first token (pages of the file in memory)",
 }
 
+QUIET = 0.2  # spread of the seconds; on an idle machine it is below a tenth
+
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
@@ -86,6 +88,16 @@ def ratio_table(compared: list[Ratio]) -> Table:
         cells = [f"{r.times[p]:.2f}{'*' if p == r.best_peer else ' '}" if p in r.times else "" for p in peers]
         table.add_row(r.what, r.scheme, *cells)
     return table
+
+
+def doubt(records: list[Record]) -> str:
+    """Why these figures should not be believed: times that scatter; empty if they do not."""
+    wide = [f"{r.what} {r.engine} {r.scheme}" for r in records if r.spread > QUIET]
+    if not wide:
+        return ""
+    return (
+        f"spread above {QUIET:.0%}, so something else was running and they are not to be quoted: {', '.join(wide)}"
+    )
 
 
 def paths(records: list[Record]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import signal
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +76,7 @@ def run(argv: list[str]) -> int:
         from ..benchmark.plot import matplotlib_classes
 
         matplotlib_classes()  # missing matplotlib is told now, not after an hour
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # files of peers are removed
     records = measure_all(plan, tell)
     if args.json:
         write_json(args.json, records)
@@ -84,6 +86,8 @@ def run(argv: list[str]) -> int:
         console.print(table)
     for name, path in report.paths(records).items():
         console.print(f"{name} ran on: {path}", highlight=False)
+    if doubt := report.doubt(records):
+        tell(doubt)
     if args.plot:
         from ..benchmark.plot import draw
 

@@ -13,7 +13,7 @@ from bench_samples import ARGS, CEILINGS, SHAPE, job_of, measured, record_of
 from mistral_7b.benchmark import records, work
 from mistral_7b.benchmark.engine_ours import kv_token_bytes
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job
-from mistral_7b.benchmark.report import ratios
+from mistral_7b.benchmark.report import doubt, ratios
 from mistral_7b.benchmark.roofline import Ceilings
 from mistral_7b.cache import Stateless
 from mistral_7b.model import Mistral7B, ModelArgs
@@ -136,6 +136,15 @@ def test_ratios_are_to_peers_of_the_same_work() -> None:
     (only,) = ratios(made)
     assert (only.what, only.scheme, only.best_peer) == ("decode", "int4", "llama.cpp Q4_0")
     assert only.times == pytest.approx({"llama.cpp Q4_0": 2.0, "transformers bf16": 4.0})
+
+
+def test_times_that_scatter_are_doubted() -> None:
+    calm, wild = (
+        record_of(job_of(), [measured([1.0, 1.1])]),
+        record_of(job_of(LLAMA, "Q4_0"), [measured([1.0, 2.0])]),
+    )
+    assert doubt([calm]) == ""
+    assert doubt([calm, wild]).endswith("not to be quoted: decode llama.cpp Q4_0")
 
 
 def test_a_job_survives_the_way_to_its_process() -> None:

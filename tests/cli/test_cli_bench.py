@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 
 import pytest
+from command import start
 
 from mistral_7b.benchmark.records import read_json
 from mistral_7b.cli.bench import Bench, plan_of
@@ -42,6 +44,17 @@ def test_bundled_model_end_to_end(run, tmp_path: pathlib.Path) -> None:
     assert load["tokens_per_s"] == pytest.approx(1 / load["seconds"])
     assert load["bytes_per_s"] * load["seconds"] == pytest.approx(2 * 8e6, rel=0.3)  # 8 million parameters
     assert "load, to the first token" in out
+
+
+def test_a_terminated_bench_leaves_no_files(tmp_path: pathlib.Path) -> None:
+    process = start("bench", "--shape", "tiny", "--threads", "1", env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert process.stderr is not None
+    while b"decode" not in (said := process.stderr.readline()):
+        assert said
+    assert list(tmp_path.iterdir())
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -428,6 +428,18 @@ def test_guessing_that_does_not_pay_is_turned_off_and_tried_again() -> None:
     )  # right, and yet too dear
 
 
+def test_a_wrong_guess_is_counted_and_an_end_is_none() -> None:
+    for came, right, wrong in (([1, 2, 3, 1], 3, 0), ([1, 2, 9], 2, 1), ([9], 0, 1), ([1, 2], 2, 0)):
+        drafter, pace = PromptLookup(2, 1), Pace(3)
+        drafter.extend([1, 2, 3, 1, 2, 3])
+        guesser = Guesser(drafter, pace, Tally())
+        before = pace.right, pace.wrong
+        assert guesser.guess(3, linear(FREE), no_choice) == [1, 2, 3]
+        guesser.take(came)
+        assert (pace.right, pace.wrong) == pytest.approx((0.8 * before[0] + right, 0.8 * before[1] + wrong))
+        assert guesser.tally == Tally(1, len(came), 3, right)
+
+
 def test_a_trial_waits_for_something_to_try() -> None:
     pace = Pace(8)
     pace.right, pace.wrong = 0.0, 1.0

@@ -105,7 +105,7 @@ def test_tokens_are_those_without_speculation(model: Mistral7B, small: Mistral7B
     """Alone and in a ragged batch, far beyond the window."""
     params = SamplingParams(**{"max_tokens": 60, "ignore_eos": True, **MANY[name]})
     prompts = [repeating(5, 4), repeating(11, 1, 1), repeating(2, 2, 2), [3]]
-    for max_draft in (1, 4, 9):
+    for max_draft in (1, 6):
         speculate = Speculation(small if kind == "draft" else None, max_draft, 3, 1, row_cost=FREE)
         same(model, prompts, params, speculate)
         same(model, prompts[0], params, speculate)
@@ -126,6 +126,16 @@ def test_rows_that_differ_in_all_share_a_batch(small: Mistral7B, window: int | N
     same(model, prompts, params, speculate)
     same(model, prompts[::-1], params[::-1], speculate)
     assert speculate.tally.accepted > 0
+
+
+@pytest.mark.parametrize("window", [20, None])
+def test_a_cache_that_grows_has_room_for_guesses(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mistral_7b.generate.FIRST_SLOTS", 1)
+    model = tiny_model(tiny_args(sliding_window=window, max_seq_len=100), torch.float64)
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=70, ignore_eos=True)
+    speculate = Speculation(model, 7, row_cost=FREE)
+    same(model, [repeating(3, 2), repeating(5, 1)], params, speculate)
+    assert speculate.tally.accepted > 50
 
 
 class Oracle:
@@ -354,6 +364,10 @@ def test_a_draft_model_that_is_the_model_is_always_right(model: Mistral7B) -> No
     speculate = Speculation(model, 4, row_cost=FREE)
     same(model, repeating(9, 1), params, speculate)
     assert speculate.tally.drafted == speculate.tally.accepted > 50
+    ends = {"stop_token_ids": [9], "logit_bias": {9: 100.0}, "min_tokens": 18, "max_tokens": 40}
+    speculate = Speculation(model, 4, row_cost=FREE)
+    same(model, repeating(9, 1), SamplingParams(temperature=0, ignore_eos=True, **ends), speculate)
+    assert speculate.tally.accepted == 4 * 3 + 3  # the last of them is the end, once it may come
 
 
 def test_agreeing_counts_the_common_beginning() -> None:
@@ -412,6 +426,18 @@ def test_guessing_that_does_not_pay_is_turned_off_and_tried_again() -> None:
     assert (
         sum(dear.length(linear(2.0)) and not dear.learn(2, 0) for _ in range(300)) < 20
     )  # right, and yet too dear
+
+
+def test_a_wrong_guess_is_counted_and_an_end_is_none() -> None:
+    for came, right, wrong in (([1, 2, 3, 1], 3, 0), ([1, 2, 9], 2, 1), ([9], 0, 1), ([1, 2], 2, 0)):
+        drafter, pace = PromptLookup(2, 1), Pace(3)
+        drafter.extend([1, 2, 3, 1, 2, 3])
+        guesser = Guesser(drafter, pace, Tally())
+        before = pace.right, pace.wrong
+        assert guesser.guess(3, linear(FREE), no_choice) == [1, 2, 3]
+        guesser.take(came)
+        assert (pace.right, pace.wrong) == pytest.approx((0.8 * before[0] + right, 0.8 * before[1] + wrong))
+        assert guesser.tally == Tally(1, len(came), 3, right)
 
 
 def test_a_trial_waits_for_something_to_try() -> None:

@@ -42,3 +42,7 @@ class GenerationError(Mistral7BError):
 
 class TrainingError(Mistral7BError):
     """Training data or a training state that cannot be used."""
+
+
+class BenchmarkError(Mistral7BError):
+    """A measurement that cannot be made here: no memory for it, no such engine, or a process that failed."""

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -288,11 +289,15 @@ class Mistral7B(nn.Module):
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        quantization: str | None = None,
     ) -> Mistral7B:
-        """Open a folder, file or hub id in any known format; see `checkpoint.load`."""
+        """Open a folder, file or hub id in any known format; see `checkpoint.load`.
+
+        `quantization` ("int8", "int4", "bf16") rounds the weights while they are read.
+        """
         from .checkpoint import load  # the one door upwards: files know the model, not the other way
 
-        return load(source, dtype=dtype, device=device)
+        return load(source, dtype=dtype, device=device, quantization=quantization)
 
     def save_pretrained(
         self,
@@ -300,11 +305,15 @@ class Mistral7B(nn.Module):
         format: str = "huggingface",
         max_shard_size: int | str = "5GB",
         type: str | None = None,
+        distance: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the model as others load it; see `checkpoint.save`."""
+        """Write the model as others load it, or "quantized"; see `checkpoint.save`."""
         from .checkpoint import save
 
-        save(self, path, format=format, max_shard_size=max_shard_size, type=type)
+        save(
+            self, path, format, max_shard_size, type=type, distance=distance, calibration=calibration,
+        )  # fmt: skip
 
 
 RESIDUAL = ("wo.weight", "w2.weight")  # the projections that write to the residual stream

@@ -24,6 +24,12 @@ TOKENIZER_FILES = re.compile(
     r"|added_tokens\.json|chat_template\.jinja"
 )
 SENTENCEPIECE = re.compile(r"tokenizer\.model(\.v(?P<version>\d+)(m\d+)?)?")
+STEMS = (  # of weights, those that are preferred first
+    ("model", "safetensors"),
+    ("consolidated", "safetensors"),
+    ("pytorch_model", "bin"),
+    ("quantized", "safetensors"),
+)
 CONFIG_FILES = ("config.json", "params.json", "generation_config.json")
 
 
@@ -41,7 +47,7 @@ def weight_groups(names: Iterable[str]) -> list[WeightGroup]:
     """
     names = sorted(names)
     groups = []
-    for stem, suffix in (("model", "safetensors"), ("consolidated", "safetensors"), ("pytorch_model", "bin")):
+    for stem, suffix in STEMS:
         if stem == "pytorch_model" and "consolidated.00.pth" in names:
             groups.append(WeightGroup("consolidated.00.pth", ["consolidated.00.pth"]))
         if f"{stem}.{suffix}" in names:

@@ -25,8 +25,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U8": torch.uint8, "I8": torch.int8,  # of quantised weights
+}  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATS = {dtype for dtype in CODES if dtype.is_floating_point}  # of weights that are not quantised
 
 
 class MappedFile:
@@ -120,7 +124,7 @@ def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
     file, out = MappedFile(path), {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, not a plain float")
+            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, which no weight is of")
         begin = 8 + length + entry["data_offsets"][0]
         out[name] = Stored(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
     return out
@@ -149,7 +153,7 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__} where a table of tensors belongs")
     for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in CODES):
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in FLOATS):
             raise CheckpointError(f"{path}: entry {str(name)[:80]!r} is not a tensor of plain floats")
         start = tensor.untyped_storage()._checkpoint_offset
         if start not in starts:

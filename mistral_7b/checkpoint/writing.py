@@ -6,6 +6,7 @@ so that what an interrupted run leaves behind opens for nobody.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,7 +18,7 @@ import secrets
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..model import Mistral7B, ModelArgs
+from ..quantization.schemes import scheme_of
 from . import gguf, gguf_tokenizer, gguf_writing, hub, huggingface, mistral
 from .gguf_file import is_gguf
 from .gguf_file import read as read_gguf
@@ -61,15 +63,32 @@ def save(
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
     type: str | None = None,
+    distance: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model as transformers ("huggingface"), mistral-inference ("mistral") or llama.cpp ("gguf") loads it.
+    """Write a model as transformers ("huggingface"), mistral-inference ("mistral") or llama.cpp ("gguf") loads it,
+    or "quantized".
 
     `path` must not exist, or be an empty folder; GGUF is one file, `type` that of its matrices: "f32", "f16",
     "bf16", "q8_0", "q4_0", or None for the model's own. `max_shard_size` is in bytes or like "5GB"; Mistral's
     layout is one file whatever its size. The tokenizer is taken along from where the model was opened.
     Raises CheckpointError if a weight has no data, or is not one of a plain Mistral 7B (merge an
     adapter, or save before quantising).
+
+    A model of int8 or int4 modules is "quantized", one file too, with its measured `distance` from the original
+    and how it was calibrated (see quantized.Record); QuantizationError without.
     """
+    if format == "quantized":
+        from .quantizing import save_quantized  # which stands on this module
+
+        save_quantized(model, path, distance, calibration, progress)
+        return
+    if distance is not None or calibration is not None:
+        raise CheckpointError(f"format {format!r} has no place for a distance or calibration: 'quantized' has")
+    if scheme_of(model) is not None:
+        raise CheckpointError(
+            f"the model is quantised, which format {format!r} cannot say: save it as 'quantized'"
+        )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     plain = dict(expected(model.args))
     for name, value in state.items():
@@ -145,15 +164,25 @@ def _write_folder(
     progress: Progress | None,
 ) -> None:
     if format not in ("huggingface", "mistral"):
-        raise CheckpointError(f"format {format!r} is not known: 'huggingface', 'mistral' or 'gguf'")
+        raise CheckpointError(f"format {format!r} is not known: 'huggingface', 'mistral', 'gguf' or 'quantized'")
     limit = _bytes(max_shard_size)
-    _check_room(out, sum(t.nbytes for t in outgoing))
+    with new_folder(out, sum(t.nbytes for t in outgoing)) as partial:
+        _write_weights(partial, args, format, outgoing, limit, progress)
+        copy_beside(source, partial, format)
+        _write_configs(partial, args, format, outgoing)
+
+
+@contextlib.contextmanager
+def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
+    """A folder beside `out` to write `needed` bytes into; it becomes `out` when all is well, else it goes.
+
+    CheckpointError if `out` is there and not empty, if there is no room, or if writing fails.
+    """
+    _check_room(out, needed)
     partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
-        _write_weights(partial, args, format, outgoing, limit, progress)
-        _copy_beside(source, partial, format)
-        _write_configs(partial, args, format, outgoing)
+        yield partial
         if out.exists():
             out.rmdir()  # empty, as checked; not everywhere can a folder be renamed onto another
         os.replace(partial, out)
@@ -220,7 +249,7 @@ def _write_weights(
         "total_parameters": sum(math.prod(t.shape) for t in outgoing),
         "total_size": sum(t.nbytes for t in outgoing),
     }
-    _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
 
 
 def _shards(outgoing: list[Outgoing], limit: int) -> list[list[Outgoing]]:
@@ -241,17 +270,10 @@ def _write_safetensors(
 ) -> None:
     """One safetensors file, its tensors fetched, written and let go one after another."""
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # stable; wide ones first keeps all aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for t in tensors:
-        begin, end = end, end + t.nbytes
-        name = rename(t.name, "mistral", format)
-        assert name is not None, f"{t.name} is not in the table"
-        header[name] = {"dtype": CODES[t.dtype], "shape": t.shape, "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    names = [rename(t.name, "mistral", format) for t in tensors]
+    assert None not in names, "a tensor is not in the table"
     with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(raw)) + raw)
+        f.write(header_of(zip(names, (t.dtype for t in tensors), (t.shape for t in tensors), strict=True)))
         for t in tensors:
             value = t.fetch().cpu()
             heads = rotated_heads(t.name, args) if format == "huggingface" else None
@@ -261,7 +283,19 @@ def _write_safetensors(
             tell(t)
 
 
-def _copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
+def header_of(tensors: Iterable[tuple[str | None, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """How a safetensors file begins that holds tensors of these names, types and shapes, in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[str(name)] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
     """Tokenizer files, and generation_config.json where it belongs, from where the model came."""
     if source is not None and is_gguf(source):
         metadata = read_gguf(source).metadata
@@ -278,13 +312,13 @@ def _copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str)
 
 def _write_configs(folder: pathlib.Path, args: ModelArgs, format: str, outgoing: list[Outgoing]) -> None:
     if format == "mistral":
-        _write_json(folder / "params.json", mistral.params(args))
+        write_json(folder / "params.json", mistral.params(args))
         return
     if not (folder / "generation_config.json").exists():
-        _write_json(folder / "generation_config.json", huggingface.GENERATION)
+        write_json(folder / "generation_config.json", huggingface.GENERATION)
     dtype = Counter(t.dtype for t in outgoing).most_common(1)[0][0]
-    _write_json(folder / "config.json", huggingface.config(args, str(dtype).removeprefix("torch.")))
+    write_json(folder / "config.json", huggingface.config(args, str(dtype).removeprefix("torch.")))
 
 
-def _write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..cache import Memory
 from ..kernels.elementwise import rms_norm, rotate, silu_mul
-from ..model import Attention, FeedForward, Mistral7B, RMSNorm, Rope
+from ..model import Attention, FeedForward, RMSNorm, Rope
 
 
 class FusedRMSNorm(RMSNorm):
@@ -44,8 +44,8 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def fuse(model: Mistral7B) -> None:
-    """Let every norm, attention and feed-forward of a model run through the kernels, in place.
+def fuse(model: nn.Module) -> None:
+    """Let every norm, attention and feed-forward of a model or block run through the kernels, in place.
 
     The kernels know no gradients: for inference alone.
     """

@@ -46,6 +46,11 @@ class Scheme:
         """A scheme by its name, or itself."""
         return scheme if isinstance(scheme, Scheme) else cls(scheme)
 
+    def __str__(self) -> str:
+        if self.name != "int4":
+            return self.name
+        return f"int4 in groups of {self.group_size}, {'symmetric' if self.symmetric else 'asymmetric'}"
+
     def linear(self, weight: Tensor, name: str) -> nn.Module:
         """What stands for the Linear `name` (Mistral's, as "layers.0.attention.wq") with this weight (N, K)."""
         if self.name == "bf16":
@@ -86,6 +91,25 @@ def empty_model(args: ModelArgs, scheme: Scheme, dtype: torch.dtype = torch.bflo
     model.set_submodule("tok_embeddings", Int8Embedding(args.vocab_size, args.dim, dtype, "meta"))
     fuse(model)
     return model
+
+
+def scheme_of(model: Mistral7B) -> Scheme | None:
+    """The scheme of a model whose every tensor is as `empty_model` has it; None if it is in none.
+
+    What is symmetric is read from the zero points, so that whoever rounded the weights, it is true.
+    """
+    kinds = {type(m): m for m in model.modules()}
+    int4 = kinds.get(Int4Linear)
+    if isinstance(int4, Int4Linear):
+        groups = (m.groups for m in model.modules() if isinstance(m, Int4Linear))
+        symmetric = all(g.is_meta or bool((g >> 4 == 8).all()) for g in groups)
+        scheme = Scheme("int4", int4.group_size, symmetric)
+    elif Int8Linear in kinds:
+        scheme = Scheme("int8")
+    else:
+        return None
+    wanted = {name: t.shape for name, t in empty_model(model.args, scheme).state_dict().items()}
+    return scheme if {name: t.shape for name, t in model.state_dict().items()} == wanted else None
 
 
 def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtype = torch.bfloat16) -> Mistral7B:

@@ -12,6 +12,7 @@ import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import Tokenizer, TokenizerError
@@ -176,6 +177,16 @@ def test_one_clear_error(key: str, value: Any, said: str) -> None:
         gguf_tokenizer.sentencepiece_model(path, {**GOOD, f"tokenizer.ggml.{key}": value})
     assert said in str(error.value)
     assert "x.gguf" in str(error.value)
+
+
+def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces() -> None:
+    """So converters write them; SentencePiece finds one in a text only with its own sign for a space."""
+    keys = {
+        **GOOD, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b c"],
+        "tokenizer.ggml.scores": [0.0] * 5, "tokenizer.ggml.token_type": [2, 3, 3, 1, 4],
+    }  # fmt: skip
+    model = SentencePieceProcessor(model_proto=gguf_tokenizer.sentencepiece_model(pathlib.Path("x.gguf"), keys))
+    assert model.encode("ab ca")[-3:] == [3, 4, 3]
 
 
 def test_a_file_without_a_tokenizer_says_so(tmp_path: pathlib.Path) -> None:

@@ -25,6 +25,7 @@ from mistral_7b.checkpoint import convert, gguf_blocks, read_args
 from mistral_7b.checkpoint.gguf_file import KINDS
 from mistral_7b.checkpoint.names import expected, rename
 from mistral_7b.checkpoint.reading import open_checkpoint
+from mistral_7b.quantization.linear import BlockLinear
 
 # All sizes different, and rows of 32's multiples, so that every type of block fits but the K ones.
 NARROW = tiny_args(dim=64, head_dim=32, n_heads=4, n_kv_heads=2, hidden_dim=96)
@@ -45,8 +46,15 @@ def opened(path: pathlib.Path, dtype: torch.dtype = torch.float32) -> Mistral7B:
     return Mistral7B.from_pretrained(path, dtype=dtype)
 
 
+def weights_of(model: Mistral7B) -> dict[str, torch.Tensor]:
+    """All weights by Mistral's names; of blocks that are kept, the values that they stand for."""
+    out = {name: value for name, value in model.state_dict().items() if name.endswith("weight")}
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, BlockLinear)}
+    return out | {f"{name}.weight": m.dequantized().to(model.norm.weight.dtype) for name, m in blocks.items()}
+
+
 def same_bits(a: Mistral7B, b: Mistral7B) -> bool:
-    one, two = a.state_dict(), b.state_dict()
+    one, two = weights_of(a), weights_of(b)
     return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
@@ -94,7 +102,7 @@ def test_the_gguf_package_reads_what_we_write(tmp_path: pathlib.Path, type: str)
     reader = gguf.GGUFReader(tmp_path / "x.gguf")
     values = {tensor.name: tensor for tensor in reader.tensors}
     assert list(values) == [rename(name, "mistral", "gguf") for name, _ in expected(NARROW)]
-    for name, weight in model.state_dict().items():
+    for name, weight in weights_of(model).items():
         theirs = values[rename(name, "mistral", "gguf")]
         assert theirs.data_offset % 32 == 0
         kind = (
@@ -136,7 +144,7 @@ def their_file(
         add = {float: writer.add_float32, str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
         if value is not None:
             add.get(type(value), writer.add_uint32)(f"{arch}.{key}", value)
-    for name, weight in model.state_dict().items():
+    for name, weight in weights_of(model).items():
         kind = gguf.GGMLQuantizationType[kinds(name) if weight.dim() > 1 else "F32"]
         if name != "output.weight" or not args.tie_embeddings:
             data = quantize(weight.numpy(), kind)
@@ -171,7 +179,7 @@ def test_blocks_are_handed_out_as_they_lie(tmp_path: pathlib.Path) -> None:
         if blocks:
             assert blocks[0] == kind
             d, q = blocks[1].float(), blocks[2].float() - gguf_blocks.ZERO_POINTS[kind]
-            assert torch.equal(d.repeat_interleave(32, 1) * q, model.state_dict()[name])
+            assert torch.equal(d.repeat_interleave(32, 1) * q, weights_of(model)[name])
     assert checkpoint.blocks("norm.weight") is None
     convert("demo", tmp_path / "hf", to="huggingface")
     assert open_checkpoint(tmp_path / "hf").blocks("norm.weight") is None
@@ -192,7 +200,7 @@ def test_converting_to_gguf_keeps_blocks_to_the_bit(tmp_path: pathlib.Path, kind
     assert [(t.name, t.tensor_type, t.data.tobytes()) for t in one] == [
         (t.name, t.tensor_type, t.data.tobytes()) for t in two
     ]
-    again = opened(tmp_path / "x.gguf").state_dict()["output.weight"]
+    again = weights_of(opened(tmp_path / "x.gguf"))["output.weight"]
     requantised = gguf_blocks.quantise(KINDS[kind], again)
     assert requantised.numpy().tobytes() != one[-1].data.tobytes()  # or this would prove nothing
 

@@ -110,7 +110,7 @@ def test_peak_memory(sources: pathlib.Path) -> None:
         peak, after = json.loads(line)
         print(*case, f"peak {peak / size:.3f}, after {after / size:.3f} of the weights' size")
         assert peak <= bound * size, case
-        if case[0] == "load" and case[1] != "int4":
+        if case[0] == "load" and case[1] not in ("int4", "q4_0.gguf"):  # which stay compressed
             assert after >= 0.9 * size, case  # it was really there, and counted
 
 

@@ -290,14 +290,16 @@ class Mistral7B(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         quantization: str | None = None,
+        mmap: bool = True,
     ) -> Mistral7B:
         """Open a folder, file or hub id in any known format; see `checkpoint.load`.
 
-        `quantization` ("int8", "int4", "bf16") rounds the weights while they are read.
+        `quantization` ("int8", "int4", "bf16") rounds the weights while they are read. `mmap=False` copies
+        quantised ones from their file into memory, for speed.
         """
         from .checkpoint import load  # the one door upwards: files know the model, not the other way
 
-        return load(source, dtype=dtype, device=device, quantization=quantization)
+        return load(source, dtype=dtype, device=device, quantization=quantization, mmap=mmap)
 
     def save_pretrained(
         self,

@@ -24,7 +24,7 @@ from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import Scheme, empty_model
 from . import config
 from .huggingface import OURS
-from .stored import Stored
+from .stored import Arena, Stored
 
 FORMAT, WEIGHTS = 1, "quantized.safetensors"
 DISTANCE = ("kl", "top1_agreement", "perplexity_original", "perplexity", "tokens")  # numbers, and "text" a name
@@ -118,11 +118,13 @@ def build(
     raw: Mapping[str, Stored],
     dtype: torch.dtype,
     device: torch.device | str,
+    mmap: bool,
 ) -> Mistral7B:
-    """The model whose tensors `raw` holds, mapped and not copied. CheckpointError for one that does not fit."""
+    """The model whose tensors `raw` holds, mapped or copied. CheckpointError for one that does not fit."""
     model = empty_model(args, scheme, dtype)
     wanted = model.state_dict()
     weights = {}
+    arena = None if mmap else Arena(like.nbytes for like in wanted.values())
     for name, like in wanted.items():
         if name not in raw:
             raise CheckpointError(f"{path}: tensor {name!r} is missing")
@@ -136,6 +138,9 @@ def build(
         if stored.dtype != like.dtype and not (norm and stored.dtype.is_floating_point):
             raise CheckpointError(f"{stored.path}: tensor {name!r} is of type {stored.dtype}, not {like.dtype}")
         weights[name] = stored.view().to(device=device, dtype=like.dtype)
+        if arena is not None:
+            weights[name] = arena.copy(weights[name])
+            stored.release()
     if unknown := [name for name in raw if name not in wanted]:
         raise CheckpointError(f"{raw[unknown[0]].path}: tensor {unknown[0]!r} is unknown: {scheme} has none such")
     model.load_state_dict(weights, assign=True)

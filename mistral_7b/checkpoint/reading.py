@@ -80,11 +80,15 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     quantization: str | Scheme | None = None,
+    mmap: bool = True,
 ) -> Mistral7B:
     """The model in a folder or file, or of a hub id, with its weights as `dtype` on `device`.
 
     `quantization` ("int8", "int4", "bf16") rounds the weights while they are read. A folder that
     `mistral-7b quantize` wrote is opened as what it is, and `dtype` is then that of the arithmetic.
+
+    `mmap=False` copies quantised weights from their file into huge pages (stored.Arena): a CPU reads those faster,
+    but opening takes seconds, and processes share nothing.
 
     On a CPU, weights whose type and layout are those of the file stay mapped: they are read when first
     used and shared between processes (the file may be replaced meanwhile, but not written into). All
@@ -95,7 +99,8 @@ def load(
     path = hub.resolve(source)
     if (record := quantized.read_record(path)) is not None:
         quantized.check_asked(path, record, quantization)
-        return _map_quantized(path, record, dtype, device)
+        on_cpu = torch.device(device).type == "cpu"
+        return _open_quantized(path, record, dtype, device, mmap or not on_cpu)
     checkpoint = open_checkpoint(path)
     if quantization is not None:
         return _quantize(checkpoint, Scheme.of(quantization), dtype, device)
@@ -131,14 +136,14 @@ def _keep_blocks(model: Mistral7B, checkpoint: Checkpoint) -> set[str]:
     return {f"{name}.weight" for name in replace_linears(model, build, kept)}
 
 
-def _map_quantized(
-    path: pathlib.Path, record: quantized.Record, dtype: torch.dtype, device: torch.device | str
+def _open_quantized(
+    path: pathlib.Path, record: quantized.Record, dtype: torch.dtype, device: torch.device | str, mmap: bool
 ) -> Mistral7B:
     """The model of a quantised folder, or of a file of weights in one."""
     folder = path if path.is_dir() else path.parent
     args, _ = _read_config(folder)
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
-    model = quantized.build(path, args, record.scheme, raw, dtype, device)
+    model = quantized.build(path, args, record.scheme, raw, dtype, device, mmap)
     model.source = folder
     return model
 

@@ -41,6 +41,8 @@ class ModelOptions:
     """Of the weights and of the arithmetic."""
     quantization: Literal["int8", "int4", "bf16"] | None = None
     """Round the weights while they are read; bf16: packed for the CPU's matrix unit. None: as they are stored."""
+    mmap: bool = True
+    """Read quantised weights where they lie in their file; copied first, they are read faster, seconds later."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps...; auto: the first accelerator there is."""
     threads: int | None = None
@@ -81,7 +83,9 @@ class ModelOptions:
 
         device = pick_device(self.device)
         dtype = getattr(torch, self.dtype)
-        return Mistral7B.from_pretrained(source, dtype=dtype, device=device, quantization=self.quantization)
+        return Mistral7B.from_pretrained(
+            source, dtype=dtype, device=device, quantization=self.quantization, mmap=self.mmap
+        )
 
 
 def pick_device(name: str) -> torch.device:

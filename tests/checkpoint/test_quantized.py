@@ -52,7 +52,7 @@ def copy(folders: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 def logits(model: Mistral7B) -> torch.Tensor:
     with torch.inference_mode():
-        return model(tokens_of((2, 20)))[0]
+        return model(tokens_of((2, 20), model.args))[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -98,6 +98,11 @@ def test_weights_are_mapped_and_begin_at_lines(tmp_path: pathlib.Path) -> None:
             assert any(begin <= tensor.data_ptr() < end for begin, end in spans), key
             if args is ordinary:
                 assert tensor.data_ptr() % 64 == 0, key
+        copied = load(out, mmap=False)
+        for key, tensor in copied.state_dict().items():
+            assert not any(begin <= tensor.data_ptr() < end for begin, end in spans), key
+            assert tensor.data_ptr() % 64 == 0, key
+        assert torch.equal(logits(copied), logits(model))
 
 
 def test_shards_open_too(folders: pathlib.Path, copy: pathlib.Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import warnings
 from typing import Any
 
 from .inputs import busy, read_flags
@@ -93,16 +92,10 @@ def torch_facts() -> dict[str, Any]:
 
 
 def kernel_facts() -> dict[str, str]:
-    """What the package's own kernels say of themselves; they are compiled for it if they were not.
-
-    The warning that they could not be becomes the fact "missing".
-    """
+    """What the package's own kernels say of themselves; they are compiled for it if they were not."""
     from ..kernels import describe
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        facts = describe()
-    return {**facts, "missing": str(caught[0].message)} if caught else facts
+    return describe()
 
 
 def ceilings() -> dict[str, Any]:

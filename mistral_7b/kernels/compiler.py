@@ -94,18 +94,24 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-_WHY: list[str] = []
+_WHY: list[str] = []  # what was in the way, if anything was
+
+
+def missing() -> str:
+    """What to say where the kernels were wanted and could not be had; "" where all is well."""
+    if library() is not None or not _WHY:
+        return ""
+    return (
+        f"the CPU kernels are not compiled ({_WHY[-1]}), so PyTorch's operators stand in, many times slower; "
+        f"install g++ (Debian: apt-get install g++), or set {VARIABLE}=off to silence this"
+    )
 
 
 @functools.cache
 def warn_if_missing() -> None:
-    """Say once that PyTorch's operators stand in, where that was not asked for."""
-    if library() is None and _WHY:
-        warnings.warn(
-            f"the CPU kernels are not compiled ({_WHY[0]}), so PyTorch's operators stand in, many times slower; "
-            "install g++ (Debian: apt-get install g++), or set MISTRAL_7B_KERNELS=off to silence this",
-            stacklevel=2,
-        )
+    """Say so once."""
+    if why := missing():
+        warnings.warn(why, stacklevel=2)
 
 
 def _load(path: pathlib.Path) -> ctypes.CDLL | None:
@@ -155,12 +161,12 @@ def _build(name: str) -> tuple[pathlib.Path | None, str]:
 
 
 def describe() -> dict[str, str]:
-    """What there is of kernels on this machine, for a person: compiler, library, instructions."""
+    """What there is of kernels on this machine, for a person: compiler, instructions, library, what is missing."""
     lib = library()
-    path = lib.m7b_path().decode() if lib else "PyTorch operators"
-    return {
+    facts = {
         "compiler": compiler() or "none",
         "asked for": chosen(),
-        "running": path,
+        "running": lib.m7b_path().decode() if lib else "PyTorch operators",
         "library": lib._name if lib else "none",
     }
+    return facts | ({"missing": missing()} if missing() else {})

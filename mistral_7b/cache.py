@@ -485,9 +485,7 @@ class _RollingMemory(_Entries):
         new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
         if fast(q):
             where = Remembered(*_four(held), cache.start, cache.held, cache.slots)
-            out = attend(q, *_four(new), where, cache.window)
-            self._write(new)
-            return out
+            return attend(q, *_four(new), where, cache.window, keep=True)
         if cache.decoding:  # the new key takes the place of the one that has just left the window
             self._write(new)
             return attention(q, *expanded(tuple(t[:, : cache.filled] for t in held), q.dtype), cache.mask)

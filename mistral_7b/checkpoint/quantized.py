@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, QuantizationError
+from ..kernels import pages
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import Scheme, empty_model
 from . import config
 from .huggingface import OURS
-from .stored import Arena, Stored
+from .stored import Stored
 
 FORMAT, WEIGHTS = 1, "quantized.safetensors"
 DISTANCE = ("kl", "top1_agreement", "perplexity_original", "perplexity", "tokens")  # numbers, and "text" a name
@@ -124,7 +125,6 @@ def build(
     model = empty_model(args, scheme, dtype)
     wanted = model.state_dict()
     weights = {}
-    arena = None if mmap else Arena(like.nbytes for like in wanted.values())
     for name, like in wanted.items():
         if name not in raw:
             raise CheckpointError(f"{path}: tensor {name!r} is missing")
@@ -138,8 +138,8 @@ def build(
         if stored.dtype != like.dtype and not (norm and stored.dtype.is_floating_point):
             raise CheckpointError(f"{stored.path}: tensor {name!r} is of type {stored.dtype}, not {like.dtype}")
         weights[name] = stored.view().to(device=device, dtype=like.dtype)
-        if arena is not None:
-            weights[name] = arena.copy(weights[name])
+        if not mmap:  # a tensor at a time, so that none is held twice
+            weights[name] = pages.copied(weights[name])
             stored.release()
     if unknown := [name for name in raw if name not in wanted]:
         raise CheckpointError(f"{raw[unknown[0]].path}: tensor {unknown[0]!r} is unknown: {scheme} has none such")

@@ -87,8 +87,8 @@ def load(
     `quantization` ("int8", "int4", "bf16") rounds the weights while they are read. A folder that
     `mistral-7b quantize` wrote is opened as what it is, and `dtype` is then that of the arithmetic.
 
-    `mmap=False` copies quantised weights from their file into huge pages (stored.Arena): a CPU reads those faster,
-    but opening takes seconds, and processes share nothing.
+    `mmap=False` copies quantised weights from their file into huge pages (kernels/pages.py): a CPU reads those
+    faster, but opening takes seconds, and processes share nothing.
 
     On a CPU, weights whose type and layout are those of the file stay mapped: they are read when first
     used and shared between processes (the file may be replaced meanwhile, but not written into). All

@@ -58,22 +58,20 @@ def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
     old_k: Tensor, old_v: Tensor, old_k_scale: Tensor | None, old_v_scale: Tensor | None,
-    start: Tensor, held: Tensor, slots: int, origin: int, table: Tensor | None, page: int, window: int,
+    start: Tensor, held: Tensor, slots: int, origin: int, table: Tensor | None, page: int, window: int, keep: bool,
 ) -> Tensor:  # fmt: skip
     lib = compiler.library()
     if lib is None or q.dtype != torch.bfloat16:
-        return attend_twin(
-            q, k, v, k_scale, v_scale,
-            Remembered(old_k, old_v, old_k_scale, old_v_scale, start, held, slots, origin, table, page), window,
-        )  # fmt: skip
+        where = Remembered(old_k, old_v, old_k_scale, old_v_scale, start, held, slots, origin, table, page)
+        return attend_twin(q, k, v, k_scale, v_scale, where, window, keep)
     B, T, H, K = q.shape
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     lib.m7b_attend(
         k.dtype == torch.int8, B, T, H, k.shape[-2], K, q.data_ptr(), k.data_ptr(), v.data_ptr(),
         _at(k_scale), _at(v_scale), old_k.data_ptr(), old_v.data_ptr(), _at(old_k_scale), _at(old_v_scale),
-        start.data_ptr(), held.data_ptr(), slots, origin, _at(table), 0 if table is None else table.shape[1], page,
-        window, torch.get_num_threads(), out.data_ptr(),
+        keep, start.data_ptr(), held.data_ptr(), slots, origin, _at(table),
+        0 if table is None else table.shape[1], page, window, torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -83,9 +81,9 @@ def _at(t: Tensor | None) -> int:
 
 
 OPS.define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor old_k, Tensor old_v, "
-    "Tensor? old_k_scale, Tensor? old_v_scale, Tensor start, Tensor held, int slots, int origin, "
-    "Tensor? table, int page, int window) -> Tensor"
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor(a!) old_k, Tensor(b!) old_v, "
+    "Tensor(c!)? old_k_scale, Tensor(d!)? old_v_scale, Tensor start, Tensor held, int slots, int origin, "
+    "Tensor? table, int page, int window, bool keep) -> Tensor"
 )
 OPS.impl("attend", _attend, "CPU")
 torch.library.register_fake("mistral_7b::attend", lambda q, *rest: torch.empty_like(q))
@@ -93,48 +91,54 @@ torch.library.register_fake("mistral_7b::attend", lambda q, *rest: torch.empty_l
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, old: Remembered,
-    window: int | None,
+    window: int | None, keep: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attention of bfloat16 q (B, T, H, K) over its own k, v (B, T, G, K) and those remembered: (B, T, H, K).
 
     k and v are bfloat16, or int8 with scales (B, T, G, 1); what is remembered is of the same kind.
+    With `keep` the new ones are then written to their places among the remembered, in place.
     """
     return torch.ops.mistral_7b.attend(
         q, k, v, k_scale, v_scale, old.k, old.v, old.k_scale, old.v_scale, old.start, old.held, old.slots,
-        old.origin, old.table, old.page, window or 0,
+        old.origin, old.table, old.page, window or 0, keep,
     )  # fmt: skip
 
 
 def attend_twin(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, old: Remembered,
-    window: int | None,
+    window: int | None, keep: bool = False,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch: every key gathered, sums in float64, one sequence after another."""
     out = torch.empty_like(q)
     repeat, root = q.shape[2] // k.shape[2], math.sqrt(q.shape[3])
+    new = [t for t in (k, v, k_scale, v_scale) if t is not None]
+    held = [t.flatten(0, -3) for t in (old.k, old.v, old.k_scale, old.v_scale) if t is not None]  # (rows, G, ...)
     for b in range(len(q)):
-        start, held = int(old.start[b]), int(old.held[b])
-        positions = torch.arange(start - held, start)
-        if old.table is None:
-            rows = b * old.slots + (positions - old.origin) % old.slots
-        else:
-            rows = old.table[b, positions // old.page] * old.page + positions % old.page
-        keys, values = (
-            torch.cat([_wide(now, now_scale, b), _wide(then, then_scale, rows)])
-            for now, now_scale, then, then_scale in (
-                (k, k_scale, old.k.flatten(0, -3), None if old.k_scale is None else old.k_scale.flatten(0, -3)),
-                (v, v_scale, old.v.flatten(0, -3), None if old.v_scale is None else old.v_scale.flatten(0, -3)),
-            )
-        )  # (T + held, G, K)
-        p_q = torch.arange(start, start + q.shape[1])
+        start, T = int(old.start[b]), q.shape[1]
+        positions = torch.arange(start - int(old.held[b]), start)
+        rows = _rows(old, b, positions)
+        keys, values = (torch.cat([a, z]) for a, z in zip(_wide(new, b), _wide(held, rows), strict=True))
+        p_q = torch.arange(start, start + T)
         distance = p_q[:, None] - torch.cat([p_q, positions])  # (T, T + held)
         hidden = (distance < 0) | (distance >= (window or 2**62))
         scores = torch.einsum("thk,shk->hts", q[b].double(), keys.repeat_interleave(repeat, 1)) / root
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         out[b] = torch.einsum("hts,shk->thk", weights, values.repeat_interleave(repeat, 1)).to(q.dtype)
+        if keep:
+            last = T if old.table is not None else min(T, old.slots)
+            for place, t in zip(held, new, strict=True):
+                place[_rows(old, b, p_q[T - last :])] = t[b, T - last :]
     return out
 
 
-def _wide(x: Tensor, scale: Tensor | None, rows: Tensor | int) -> Tensor:
-    wide = x[rows].double()
-    return wide if scale is None else wide * scale[rows].double()
+def _rows(old: Remembered, b: int, positions: Tensor) -> Tensor:
+    """The rows in which positions of sequence b lie."""
+    if old.table is None:
+        return b * old.slots + (positions - old.origin) % old.slots
+    return old.table[b, positions // old.page] * old.page + positions % old.page
+
+
+def _wide(entries: list[Tensor], rows: Tensor | int) -> list[Tensor]:
+    """Keys and values of these rows, in float64."""
+    k, v = (t[rows].double() for t in entries[:2])
+    return [k, v] if len(entries) == 2 else [k * entries[2][rows].double(), v * entries[3][rows].double()]

@@ -44,7 +44,9 @@ SIGNATURES = {
     "m7b_rms_norm": (INT, PTR, PTR, LONG, LONG, ctypes.c_float, INT, PTR),
     "m7b_silu_mul": (INT, PTR, PTR, LONG, INT, PTR),
     "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
-    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 11, LONG, LONG, PTR, LONG, LONG, LONG, INT, PTR),
+    "m7b_project": (PTR, INT, PTR, LONG, PTR, PTR, LONG, INT, PTR, PTR, PTR),
+    "m7b_finish_block": (PTR, INT, PTR, PTR, LONG, INT, PTR),
+    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 9, INT, *(PTR,) * 2, LONG, LONG, PTR, LONG, LONG, LONG, INT, PTR),
 }
 
 

@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 
@@ -542,31 +543,34 @@ void amx_linear(const Rows& r, const Weights& w, int threads, void* out) {
 
 #endif
 
+// M rows made int8, in scratch that the next call takes again: a scale for `block` inputs, a sum for `group`.
 template <class T>
-void linear(const void* x, int64_t M, int64_t K, const Weights& w, int threads, void* out) {
+Rows quantise(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, int64_t group, int threads) {
     static thread_local Scratch<int8_t> codes_of;
     static thread_local Scratch<float> scale_of;
     static thread_local Scratch<int32_t> sum_of;
-    const int64_t padded = (M + 15) / 16 * 16, G = w.Kp / w.group;
-    Rows r{M, K, w.Kp, w.Kp, w.group, codes_of.get(padded * w.Kp), scale_of.get(M), sum_of.get(M * G)};
-    if (M * w.N * w.Kp < 1 << 18) threads = 1;  // waking another thread would take longer
+    const int64_t padded = (M + 15) / 16 * 16;
+    const Rows r{M, K, Kp, block, group, codes_of.get(padded * Kp), scale_of.get(M * (Kp / block)), sum_of.get(M * (Kp / group))};
     const auto* rows = static_cast<const typename T::Store*>(x);
     parallel(M < 4 ? 1 : threads, [&](int t, int n) {
         const Span mine = share(M, t, n);
         for (int64_t m = mine.begin; m < mine.end; m++) quantise_row<T>(r, m, rows + m * K);
     });
+    std::memset(r.q + M * Kp, 0, (padded - M) * Kp);
+    return r;
+}
+
+// out (M, N) = rows w8^T.
+template <class T>
+void product(const Rows& r, const Weights& w, int threads, void* out) {
 #if defined(WITH_AMX)
-    if (M > FEW) {
-        std::memset(r.q + M * w.Kp, 0, (padded - M) * w.Kp);
-        amx_linear<T>(r, w, threads, out);
-        return;
-    }
+    if (r.M > FEW) return amx_linear<T>(r, w, threads, out);
 #endif
     const int64_t tiles = (w.N + 15) / 16;
     parallel(threads, [&](int t, int n) {
         static thread_local Scratch<uint8_t> wide_of;
         const Span mine = share(tiles, t, n);
-        uint8_t* wide = w.bits == 4 && M > FEW ? wide_of.get(w.Kp * TILE_N + 2048) : nullptr;
+        uint8_t* wide = w.bits == 4 && r.M > FEW ? wide_of.get(w.Kp * TILE_N + 2048) : nullptr;
         for (int64_t tile = mine.begin; tile < mine.end; tile++) {
             if (wide) widen_tile(w, tile, 0, w.Kp, wide);
             any_rows<T>(r, w, tile, wide, out);
@@ -697,26 +701,29 @@ void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, void
 }
 
 template <class T>
-void block_linear(const void* x, int64_t M, const Weights& w, int threads, void* out) {
-    static thread_local Scratch<int8_t> codes_of;
-    static thread_local Scratch<float> scale_of;
-    static thread_local Scratch<int32_t> sum_of;
-    const int64_t G = w.Kp / BLOCK, tiles = (w.N + 15) / 16;
-    const Rows r{M, w.Kp, w.Kp, BLOCK, BLOCK, codes_of.get(M * w.Kp), scale_of.get(M * G), sum_of.get(M * G)};
-    if (M * w.N * w.Kp < 1 << 18) threads = 1;
-    const auto* rows = static_cast<const typename T::Store*>(x);
-    parallel(M < 4 ? 1 : threads, [&](int t, int n) {
-        const Span mine = share(M, t, n);
-        for (int64_t m = mine.begin; m < mine.end; m++) quantise_row<T>(r, m, rows + m * w.Kp);
-    });
+void block_product(const Rows& r, const Weights& w, int threads, void* out) {
+    const int64_t tiles = (w.N + 15) / 16;
     parallel(threads, [&](int t, int n) {
         const Span mine = share(tiles, t, n);
         for (int64_t tile = mine.begin; tile < mine.end; tile++) {
             int64_t row = 0;
-            for (; row + 4 <= M; row += 4) block_tile<T, 4>(r, w, row, tile, out);
-            for (; row < M; row++) block_tile<T, 1>(r, w, row, tile, out);
+            for (; row + 4 <= r.M; row += 4) block_tile<T, 4>(r, w, row, tile, out);
+            for (; row < r.M; row++) block_tile<T, 1>(r, w, row, tile, out);
         }
     });
+}
+
+// One x (M, K) by several weights; they share its int8 form where theirs allows it.
+template <class T>
+void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const Weights*> weights, int threads, std::initializer_list<void*> outs) {
+    Rows r{};
+    auto out = outs.begin();
+    for (const Weights* w : weights) {
+        const int most = M * w->N * w->Kp < 1 << 18 ? 1 : threads;  // waking another thread would take longer
+        const int64_t block = w->d ? BLOCK : w->Kp;
+        if (r.Kp != w->Kp || r.block != block || r.group != w->group) r = quantise<T>(x, M, K, w->Kp, block, w->group, most);
+        w->d ? block_product<T>(r, *w, most, *out++) : product<T>(r, *w, most, *out++);
+    }
 }
 
 // ---------------------------------------------------------------- what lies between the products
@@ -761,6 +768,16 @@ void silu_mul(const typename T::Store* gate, const typename T::Store* up, int64_
     });
 }
 
+// a + b, rounded to its type.
+template <class T>
+void add(const typename T::Store* a, const typename T::Store* b, int64_t n, int threads, typename T::Store* y) {
+    const int64_t lines = (n + 15) / 16;
+    parallel(n < 1 << 16 ? 1 : threads, [&](int t, int of) {
+        const Span mine = share(lines, t, of);
+        for (int64_t i = mine.begin * 16; i < std::min(n, mine.end * 16); i += 16) give(y + i, take(a + i, n - i) + take(b + i, n - i), n - i);
+    });
+}
+
 // Neighbours (2i, 2i + 1) of each head turned by the angle whose cos and sin stand at its row: (M, heads, D).
 template <class T>
 void rotate(const typename T::Store* x, const float* cos, const float* sin, int64_t M, int64_t angles, int64_t heads, int64_t D, int threads, typename T::Store* y) {
@@ -793,8 +810,9 @@ struct Attend {
     const uint16_t* q;       // (B, T, H, D)
     const void *k, *v;       // (B, T, G, D): the queries' own keys and values, bfloat16 or int8
     const float *ks, *vs;    // (B, T, G): their scales, int8 only
-    const void *old_k, *old_v;    // (slots in all, G, D): what is remembered
-    const float *old_ks, *old_vs;
+    void *old_k, *old_v;          // (slots in all, G, D): what is remembered, and where the new goes if `keep`
+    float *old_ks, *old_vs;
+    bool keep;
     const int64_t* start;    // (B): position of the first query
     const int64_t* held;     // (B): how many positions before it are remembered
     int64_t slots, origin;   // position p of sequence b lies at row b * slots + (p - origin) % slots ...
@@ -1043,6 +1061,21 @@ void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t
     }
 }
 
+// The new keys and values to their places among the remembered: of a chunk longer than a ring, its end.
+void remember(const Attend& a) {
+    const int64_t row = a.G * a.D * (a.int8 ? 1 : 2), first = a.table ? 0 : std::max(int64_t(0), a.T - a.slots);
+    for (int64_t b = 0; b < a.B; b++)
+        for (int64_t t = first; t < a.T; t++) {
+            const int64_t to = slot_of(a, b, a.start[b] + t), from = b * a.T + t;
+            std::memcpy(static_cast<char*>(a.old_k) + to * row, static_cast<const char*>(a.k) + from * row, row);
+            std::memcpy(static_cast<char*>(a.old_v) + to * row, static_cast<const char*>(a.v) + from * row, row);
+            if (a.int8) {
+                std::memcpy(a.old_ks + to * a.G, a.ks + from * a.G, a.G * 4);
+                std::memcpy(a.old_vs + to * a.G, a.vs + from * a.G, a.G * 4);
+            }
+        }
+}
+
 void attend(const Attend& a, int threads) {
     const int64_t D32 = (a.D + 31) / 32 * 32, R = a.H / a.G, queries = std::max(int64_t(1), MOST_ROWS / R);
     const int64_t parts = (a.T + queries - 1) / queries, units = a.B * a.G * parts, most = (std::min(queries, a.T) * R + 15) / 16 * 16;
@@ -1072,6 +1105,49 @@ void attend(const Attend& a, int threads) {
         _tile_release();
 #endif
     });
+    if (a.keep) remember(a);
+}
+
+// ---------------------------------------------------------------- a block of the model, but for its attention
+
+// Everything of a transformer block on either side of attention, in two calls: between calls of its parts, one by
+// one, the interpreter would take a tenth of a step of decoding, its own memory being cold after each weight.
+struct Block {
+    Weights wq, wk, wv, wo, w1, w2, w3;
+    const void *attention_norm, *ffn_norm;
+    int64_t dim, head_dim;
+    float eps;
+};
+
+template <class T>
+typename T::Store* room(int which, int64_t n) {
+    static thread_local Scratch<typename T::Store> rooms[4];
+    return rooms[which].get(n);
+}
+
+// q, k, v = rotated projections of the normed x (M, D).
+template <class T>
+void project(const Block& b, const void* x, int64_t M, const float* cos, const float* sin, int64_t angles, int threads, void* q, void* k, void* v) {
+    using S = typename T::Store;
+    S *h = room<T>(0, M * b.dim), *heads[] = {static_cast<S*>(q), static_cast<S*>(k)};
+    rms_norm<T>(static_cast<const S*>(x), static_cast<const S*>(b.attention_norm), M, b.dim, b.eps, threads, h);
+    linears<T>(h, M, b.dim, {&b.wq, &b.wk, &b.wv}, threads, {q, k, v});
+    for (int i = 0; i < 2; i++)
+        rotate<T>(heads[i], cos, sin, M, angles, (i ? b.wk : b.wq).N / b.head_dim, b.head_dim, threads, heads[i]);
+}
+
+// y = z + feed_forward(norm(z)), z = x + wo(attended).
+template <class T>
+void finish_block(const Block& b, const void* x, const void* attended, int64_t M, int threads, void* y) {
+    using S = typename T::Store;
+    S *h = room<T>(0, M * b.dim), *gate = room<T>(1, M * b.w1.N), *up = room<T>(2, M * b.w1.N), *z = room<T>(3, M * b.dim);
+    linears<T>(attended, M, b.wq.N, {&b.wo}, threads, {h});
+    add<T>(static_cast<const S*>(x), h, M * b.dim, threads, z);
+    rms_norm<T>(z, static_cast<const S*>(b.ffn_norm), M, b.dim, b.eps, threads, h);
+    linears<T>(h, M, b.dim, {&b.w1, &b.w3}, threads, {gate, up});
+    silu_mul<T>(gate, up, M * b.w1.N, threads, gate);
+    linears<T>(gate, M, b.w1.N, {&b.w2}, threads, {h});
+    add<T>(z, h, M * b.dim, threads, static_cast<S*>(y));
 }
 
 }  // namespace
@@ -1082,14 +1158,25 @@ extern "C" {
 void m7b_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const uint8_t* codes, const uint8_t* groups,
                 int64_t group, const float* scale, int64_t N, int64_t Kp, int threads, void* out) {
     const Weights w{N, Kp, bits == 4 ? group : Kp, codes, groups, scale, nullptr, bits};
-    bf16 ? linear<BF16>(x, M, K, w, threads, out) : linear<F32>(x, M, K, w, threads, out);
+    bf16 ? linears<BF16>(x, M, K, {&w}, threads, {out}) : linears<F32>(x, M, K, {&w}, threads, {out});
 }
 
 // y (M, N) = x (M, K) w^T with GGUF's blocks of 8 or 4 bits, K a multiple of 32; d: half floats [N/16][K/32][16].
 void m7b_block_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const uint8_t* codes, const uint16_t* d,
                       int64_t N, int threads, void* out) {
     const Weights w{N, K, BLOCK, codes, nullptr, nullptr, d, bits};
-    bf16 ? block_linear<BF16>(x, M, w, threads, out) : block_linear<F32>(x, M, w, threads, out);
+    bf16 ? linears<BF16>(x, M, K, {&w}, threads, {out}) : linears<F32>(x, M, K, {&w}, threads, {out});
+}
+
+void m7b_project(const void* block, int bf16, const void* x, int64_t M, const float* cos, const float* sin, int64_t angles,
+                 int threads, void* q, void* k, void* v) {
+    const Block& b = *static_cast<const Block*>(block);
+    bf16 ? project<BF16>(b, x, M, cos, sin, angles, threads, q, k, v) : project<F32>(b, x, M, cos, sin, angles, threads, q, k, v);
+}
+
+void m7b_finish_block(const void* block, int bf16, const void* x, const void* attended, int64_t M, int threads, void* y) {
+    const Block& b = *static_cast<const Block*>(block);
+    bf16 ? finish_block<BF16>(b, x, attended, M, threads, y) : finish_block<F32>(b, x, attended, M, threads, y);
 }
 
 void m7b_rms_norm(int bf16, const void* x, const void* weight, int64_t M, int64_t D, float eps, int threads, void* y) {
@@ -1110,10 +1197,10 @@ void m7b_rotate(int bf16, const void* x, const float* cos, const float* sin, int
 }
 
 void m7b_attend(int int8, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, const void* q, const void* k, const void* v,
-                const float* ks, const float* vs, const void* old_k, const void* old_v, const float* old_ks, const float* old_vs,
+                const float* ks, const float* vs, void* old_k, void* old_v, float* old_ks, float* old_vs, int keep,
                 const int64_t* start, const int64_t* held, int64_t slots, int64_t origin, const int64_t* table, int64_t columns, int64_t page,
                 int64_t window, int threads, void* out) {
-    attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, start, held, slots, origin, table, columns,
+    attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, keep != 0, start, held, slots, origin, table, columns,
             page, window, int8 != 0, (uint16_t*)out}, threads);
 }
 

@@ -6,11 +6,16 @@ Each takes the place of a module of model.py and keeps its parameters and childr
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from ..cache import Memory
+from ..kernels.block import Block, finish, project, usable
 from ..kernels.elementwise import rms_norm, rotate, silu_mul
-from ..model import Attention, FeedForward, RMSNorm, Rope
+from ..model import Attention, FeedForward, RMSNorm, Rope, TransformerBlock
+from .linear import Compressed
 
 
 class FusedRMSNorm(RMSNorm):
@@ -37,10 +42,49 @@ class FusedFeedForward(FeedForward):
         return self.w2(silu_mul(self.w1(x), self.w3(x)))
 
 
+class FusedBlock(TransformerBlock):
+    """A block in three calls: what comes before attention, attention, and what comes after.
+
+    Where a part of it is another than a quantised Linear (an adapter, say), it is computed part by part.
+    """
+
+    _block: tuple[list[Tensor], Block] | None = None
+
+    def forward(self, x: Tensor, rope: Rope, memory: Memory) -> Tensor:  # (..., D)
+        cos, sin = rope
+        # A table of angles serves rows that come round again: (T,) positions for tokens (B, T).
+        regular = cos.dtype == torch.float32 and cos.shape[:-2] == x.shape[x.dim() + 1 - cos.dim() : -1]
+        block = self._described() if regular and usable(x) and x.dtype == self.ffn_norm.weight.dtype else None
+        if block is None or x.shape[-1] != block.dim:
+            return super().forward(x, rope, memory)
+        q, k, v = project(block, x, cos.contiguous(), sin.contiguous())
+        return finish(block, x, memory.attend(q, k, v))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_block": None}  # addresses are of no use to a copy
+
+    def _described(self) -> Block | None:
+        """The block's weights for the kernels, described anew when one of them is another tensor."""
+        a, f = self.attention, self.feed_forward
+        linears: tuple[Any, ...] = (a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3)
+        if not all(isinstance(m, Compressed) for m in linears):
+            return None
+        norms = [self.attention_norm.weight, self.ffn_norm.weight]
+        tensors = norms + [t for m in linears for t in m._buffers.values() if t is not None]
+        if self._block is None or any(x is not y for x, y in zip(tensors, self._block[0], strict=False)):
+            of = Block(
+                *(m.described() for m in linears), norms[0].data_ptr(), norms[1].data_ptr(),
+                a.wq.in_features, a.head_dim, self.ffn_norm.eps,
+            )  # fmt: skip
+            self._block = (tensors, of)
+        return self._block[1]
+
+
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     RMSNorm: FusedRMSNorm,
     Attention: FusedAttention,
     FeedForward: FusedFeedForward,
+    TransformerBlock: FusedBlock,
 }
 
 

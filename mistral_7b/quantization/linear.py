@@ -9,12 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import layout
+from ..kernels import layout, pages
+from ..kernels.block import Weights
 from ..kernels.linear import block_linear, int4_linear, int8_linear, int_weight
 from .rounding import Int4Codes, Int8Codes, round_int8
 
 
-class Int8Linear(nn.Module):
+class Compressed(nn.Module):
+    """A Linear whose weight the kernels multiply with as it is compressed."""
+
+    in_features: int
+    out_features: int
+
+    def described(self) -> Weights:
+        """Itself for kernels/block.py."""
+        raise NotImplementedError
+
+    def dequantized(self) -> Tensor:
+        """The weight that it stands for, float32 (N, K)."""
+        raise NotImplementedError
+
+
+class Int8Linear(Compressed):
     """y = x W^T with int8 weights, a float scale for each output, and activations that become int8 by row."""
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
@@ -33,7 +49,7 @@ class Int8Linear(nn.Module):
         """A Linear of what `round_int8` returns."""
         out, made = cls(q.q.shape[1], q.q.shape[0], "meta"), {}
         rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 4
-        made["codes"] = layout.tile_int8(layout.pad(q.q, rows, columns, 128))
+        made["codes"] = pages.copied(layout.tile_int8(layout.pad(q.q, rows, columns, 128)))
         made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
         out.load_state_dict(made, assign=True)
         return out
@@ -49,11 +65,15 @@ class Int8Linear(nn.Module):
         """The weight that it stands for, float32 (N, K)."""
         return self.integers() * self.scale[: self.out_features, None]
 
+    def described(self) -> Weights:
+        n, columns = self.out_features, self.codes.shape[1] * 4
+        return Weights(n, columns, columns, self.codes.data_ptr(), 0, self.scale.data_ptr(), 0, 8)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int8"
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(Compressed):
     """y = x W^T with int4 weights in groups, each an int8 weight in compressed form (rounding.py)."""
 
     def __init__(
@@ -80,7 +100,7 @@ class Int4Linear(nn.Module):
         group_size = q.q.shape[1] // q.m.shape[1]
         out, made = cls(in_features, q.q.shape[0], group_size, "meta"), {}
         rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 8
-        made["codes"] = layout.tile_int4(layout.pad(q.q, rows, columns, 8))
+        made["codes"] = pages.copied(layout.tile_int4(layout.pad(q.q, rows, columns, 8)))
         m, z = (layout.pad(t, rows, columns // group_size, value) for t, value in ((q.m, 1), (q.z, 8)))
         made["groups"] = layout.tile_groups(m, z)
         made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
@@ -98,11 +118,24 @@ class Int4Linear(nn.Module):
         """The weight that it stands for, float32 (N, K)."""
         return self.integers() * self.scale[: self.out_features, None]
 
+    def described(self) -> Weights:
+        n, codes, groups = self.out_features, self.codes, self.groups
+        return Weights(
+            n,
+            codes.shape[1] * 8,
+            self.group_size,
+            codes.data_ptr(),
+            groups.data_ptr(),
+            self.scale.data_ptr(),
+            0,
+            4,
+        )
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int4 in groups of {self.group_size}"
 
 
-class BlockLinear(nn.Module):
+class BlockLinear(Compressed):
     """y = x W^T with GGUF's Q8_0 or Q4_0 as they stand: codes of 8 or 4 bits, a float16 scale for 32 inputs."""
 
     def __init__(self, d: Tensor, q: Tensor, bits: int) -> None:
@@ -112,7 +145,7 @@ class BlockLinear(nn.Module):
         self.bits = bits
         rows = layout.padded(self.out_features, layout.TILE)
         q = layout.pad(q, rows, self.in_features, 128 if bits == 8 else 8)
-        self.register_buffer("codes", layout.tile_int8(q) if bits == 8 else layout.tile_int4(q))
+        self.register_buffer("codes", pages.copied(layout.tile_int8(q) if bits == 8 else layout.tile_int4(q)))
         d = nn.functional.pad(d, (0, 0, 0, rows - self.out_features))
         self.register_buffer("d", d.unflatten(0, (-1, layout.TILE)).transpose(1, 2).contiguous())
 
@@ -129,6 +162,10 @@ class BlockLinear(nn.Module):
         d = self.d.transpose(1, 2).flatten(0, 1).float()
         weight = (q.unflatten(1, (-1, 32)) * d[..., None]).flatten(1)
         return weight[: self.out_features]
+
+    def described(self) -> Weights:
+        n, k = self.out_features, self.in_features
+        return Weights(n, k, 32, self.codes.data_ptr(), 0, 0, self.d.data_ptr(), self.bits)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {'Q8_0' if self.bits == 8 else 'Q4_0'}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
+from ..kernels import pages
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
 from .fused import fuse
@@ -132,7 +133,7 @@ def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtyp
 
 def _random(name: str, like: Tensor, block: Tensor) -> Tensor:
     """Codes at random; multipliers 3..6 about a middle zero point; scales that keep activations of size 1."""
-    out = torch.empty(like.shape, dtype=like.dtype)
+    out = pages.empty(like.shape, like.dtype)
     if name == "scale":
         return out.fill_(2e-4)
     flat = out.view(torch.uint8).view(-1)

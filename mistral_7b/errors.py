@@ -42,3 +42,7 @@ class GenerationError(Mistral7BError):
 
 class TrainingError(Mistral7BError):
     """Training data or a training state that cannot be used."""
+
+
+class EvaluationError(Mistral7BError):
+    """A text on which nothing can be measured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def nats_by_reference(model: Mistral7B, ids: list[int]) -> float:
 
 @pytest.mark.parametrize("chunk", [1, WINDOW - 1, WINDOW + 1, 512])
 def test_nats_are_the_references_however_it_is_chunked(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mistral_7b.evaluation.perplexity.CHUNK", chunk)
+    monkeypatch.setattr(importlib.import_module("mistral_7b.evaluation.perplexity"), "CHUNK", chunk)
     model = tiny_model(dtype=torch.float64)
     found = perplexity(model, [LONG, [1, 5, 7]])
     wanted = nats_by_reference(model, LONG) + nats_by_reference(model, [1, 5, 7])

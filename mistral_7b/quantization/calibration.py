@@ -4,14 +4,16 @@ Each block is rescaled (rescaling.py), then rounded with feedback (feedback.py),
 data passes them: so that each is fitted to inputs as the rounded ones before it make them. Both are measured
 against inputs that become int8 as in use. benchmarks/results/2026-11-24-calibration.md says what each gives.
 
-At 7B it holds at most, for C tokens of calibration (16384), in bfloat16:
+At 7B it holds at most, in bfloat16, for C = 16384 tokens of calibration in documents of 2048:
 
-    one block's weights                                0.44 GB
-    the same quantised                                 0.12
-    H of w2's inputs and its factor, 2 x 14336^2 x 4   1.64
-    ROWS of w2 in float32, seven times                 0.41
-    activations: block's input, attention's output, their sum, the next block's input, 4 x C x 4096 x 2   0.54
-    one document's hidden layer in feed_forward, 3 x 2048 x 14336 x 2   0.18
+    0.44 GB   one block's weights
+    0.12      the same quantised
+    1.64      H of w2's inputs and its factor: 2 x 14336 x 14336 x 4 bytes
+    0.41      1024 rows of w2 in float32, seven times
+    0.40      the block's inputs, what wo is given or the block's outputs, and the stream between: 3 x C x 4096 x 2
+    0.18      one document inside feed_forward: 3 x 2048 x 14336 x 2
+
+which is 3.2 GB; a block of this size with C = 4096 peaked at 2.3 GiB, the interpreter and PyTorch included.
 
 T tokens of one document · D width
 """

@@ -222,11 +222,13 @@ def test_what_cannot_be_calibrated_is_refused_and_left_as_it_was() -> None:
 
 
 def demo_documents(fate: str, tokens: int, every: int) -> list[list[int]]:
+    """Tokens from the middle of every so many-th file that the bundled model's manifest gives this fate."""
     manifest = json.loads((Path(mistral_7b.__file__).parent / "demo/manifest.json").read_text())
     tokenizer, root = Tokenizer.from_pretrained("demo"), Path(sysconfig.get_paths()["stdlib"])
     files = [root / f["file"] for f in manifest["files"] if f["fate"] == fate]
     texts = [p.read_text(encoding="utf-8") for p in files[::every] if p.exists()]
-    return [tokenizer.encode(text, bos=True)[:tokens] for text in texts]
+    encoded = [tokenizer.encode(text) for text in texts]
+    return [[1, *ids[len(ids) // 3 :][: tokens - 1]] for ids in encoded]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from ..errors import QuantizationError
 from ..model import Mistral7B, ModelArgs, RMSNorm, TransformerBlock, rope_phases
 from .feedback import Feedback
 from .linear import Int4Linear, Int8Embedding, Int8Linear
-from .rescaling import multiply, sample, search
+from .rescaling import multiply, put, sample, search
 from .schemes import Scheme
 
 
@@ -72,7 +72,8 @@ def calibrate_block(
     """Quantise a block's Linears in place; returns what it then makes of `inputs`: those of the next block.
 
     `inputs` are one (T, D) for each document, whose first row stands at position 0, in the type of the block's
-    weights; norms may change with the weights. QuantizationError as `calibrate`.
+    weights; norms may change with the weights. What held
+    the weights is not written to, so that they may be mapped from a file. QuantizationError as `calibrate`.
     """
     rescale_block(block, inputs, args, scheme)
     return round_block(block, inputs, args, scheme)
@@ -97,18 +98,18 @@ def round_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs, 
 def calibrate_output(norm: RMSNorm, output: nn.Module, inputs: list[Tensor], scheme: Scheme) -> nn.Module:
     """What takes the place of the projection onto the vocabulary, after the last block's outputs (T, D) each.
 
-    `norm` and `output` may be rescaled in place: with tied embeddings, quantise the embedding before.
+    `norm` and `output` may get rescaled weights, and others keep theirs: an embedding that was tied to the output.
     """
     assert isinstance(output, nn.Linear)
     s = search({"output": output}, norm(sample(inputs)), scheme)
-    norm.weight.div_(s)
-    output.weight.mul_(s)
+    put(norm, norm.weight / s)
+    put(output, output.weight * s)
     return scheme.linear(output.weight, "output")
 
 
 @torch.no_grad()
 def rescale_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs, scheme: Scheme) -> None:
-    """The first half of `calibrate_block`: norms and weights rescaled in place, by powers of two.
+    """The first half of `calibrate_block`: norms and weights rescaled by powers of two.
 
     The block's function stays as it was.
     """
@@ -121,22 +122,22 @@ def rescale_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs
 
     s = search(_pick(a, "wq", "wk", "wv"), block.attention_norm(sample(inputs)), scheme)
     multiply(_pick(a, "wq", "wk", "wv"), s)
-    block.attention_norm.weight.div_(s)
+    put(block.attention_norm, block.attention_norm.weight / s)
 
     heads = [_attended(block, x, args) for x in inputs]
     s = search(_pick(a, "wo"), sample(heads), scheme, shared)
     middle = [x + a.wo(h) for x, h in zip(inputs, heads, strict=True)]
     del heads
     multiply(_pick(a, "wo"), s)
-    a.wv.weight.div_(s.view(args.n_kv_heads, -1, width)[:, 0].reshape(-1, 1))
+    put(a.wv, a.wv.weight / s.view(args.n_kv_heads, -1, width)[:, 0].reshape(-1, 1))
 
     s = search(_pick(f, "w1", "w3"), block.ffn_norm(sample(middle)), scheme)
     multiply(_pick(f, "w1", "w3"), s)
-    block.ffn_norm.weight.div_(s)
+    put(block.ffn_norm, block.ffn_norm.weight / s)
 
     s = search(_pick(f, "w2"), _gated(block, sample(middle)), scheme)
     multiply(_pick(f, "w2"), s)
-    f.w3.weight.div_(s[:, None])
+    put(f.w3, f.w3.weight / s[:, None])
 
 
 def _check(inputs: list[Tensor], scheme: Scheme) -> None:

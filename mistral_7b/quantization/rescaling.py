@@ -58,6 +58,11 @@ def search(
 
 
 def multiply(linears: dict[str, nn.Linear], s: Tensor) -> None:
-    """Multiply the Linears' columns, in place."""
+    """Multiply the Linears' columns."""
     for linear in linears.values():
-        linear.weight.mul_(s)
+        put(linear, linear.weight * s)
+
+
+def put(module: nn.Module, weight: Tensor) -> None:
+    """Give a module another weight. Never written in place: it may be mapped from a file, or tied to another."""
+    module.weight = nn.Parameter(weight, requires_grad=False)

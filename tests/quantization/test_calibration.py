@@ -153,10 +153,11 @@ def test_rescaling_keeps_the_function(dtype: torch.dtype) -> None:
     block = model.layers[0]
     before = copy.deepcopy(block)
     inputs = [torch.randn(25, TINY.dim, dtype=dtype) for _ in range(3)]
-    wanted = run(block, inputs)
+    wanted, held = run(block, inputs), list(block.parameters())
     rescale_block(block, inputs, TINY, Scheme("int4", 32))
     for a, b in zip(run(block, inputs), wanted, strict=True):
         assert a.equal(b)
+    assert all(p.equal(q) for p, q in zip(held, before.parameters(), strict=True))  # mapped files stay as they are
     changed = {n for n, p in block.named_parameters() if not p.equal(before.get_parameter(n))}
     assert {"attention_norm.weight", "ffn_norm.weight"} < changed
     assert {f"attention.{n}.weight" for n in ("wq", "wk", "wv", "wo")} < changed

@@ -29,11 +29,12 @@ from torch import Tensor
 import mistral_7b
 from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.cache import Stateless
-from mistral_7b.evaluation.fidelity import Comparison, Distance
+from mistral_7b.evaluation import Distance
 from mistral_7b.evaluation.perplexity import scored
 from mistral_7b.model import rope_phases
 from mistral_7b.quantization import Scheme, quantize
 from mistral_7b.quantization.calibration import calibrate, calibrate_output, rescale_block, round_block
+from mistral_7b.quantization.distance import Comparison
 from mistral_7b.quantization.linear import Int8Embedding
 from mistral_7b.surgery import replace_linears
 
@@ -116,7 +117,7 @@ class Held:
         for ids, parts in zip(self.texts, self.logits, strict=True):
             for (hidden, targets), logits in zip(scored(model, ids), parts, strict=True):
                 comparison.add(logits, model.logits(hidden), targets)
-        return comparison.distance()
+        return Distance.of(comparison)
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -128,7 +129,7 @@ def table(records: list[dict[str, Any]]) -> str:
             for o in records
             if o["model"] == "outliers" and (o["scheme"], o["method"]) == (r["scheme"], r["method"])
         )
-        cells = [f"{d['kl']:.5f} | {d['top1']:.2%} | {d['ratio'] - 1:+.2%}" for d in (r, other)]
+        cells = [f"{d['kl']:.5f} | {d['top1_agreement']:.2%} | {d['ratio'] - 1:+.2%}" for d in (r, other)]
         rows.append(f"| {r['scheme']} | {r['method']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -1,23 +1,24 @@
 """`make gpu-check`: the tests, then exactness and speed on whatever accelerator is present; a table last.
 
-Without an accelerator the same is measured on the CPU, and the table says so. The size is that of
-Mistral 7B where the memory holds it (random weights: speed does not depend on their values), the bundled
-model's otherwise. Results also go to --json FILE.
+Without an accelerator the same is measured on the CPU, what needs CUDA is left out, and the table says so.
+The size is that of Mistral 7B where the memory holds it (random weights: speed does not depend on their
+values), the bundled model's otherwise. Results also go to --json FILE; gpu_measures.py says what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_measures import kernels, same_tokens, speeds
 
 from mistral_7b import Mistral7B, ModelArgs
 from mistral_7b.cache import Stateless
@@ -41,11 +42,6 @@ def name_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine() if device.type == "cpu" else device.type
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 @torch.inference_mode()
@@ -73,46 +69,25 @@ def distances(device: torch.device) -> list[dict[str, Any]]:
     return records
 
 
-@torch.inference_mode()
-def speed(device: torch.device, args: ModelArgs, prompt: int, new: int) -> list[dict[str, Any]]:
-    """Prefill and decode of one sequence in bfloat16 through the rolling cache: median tokens per second."""
-    model = Mistral7B(args, device=device)
-    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "tok_emb" not in n)
-    tokens = torch.randint(0, args.vocab_size, (1, prompt), device=device)
-
-    def timed(work) -> float:
-        times = []
-        for _ in range(5):
-            synchronize(device)
-            began = time.perf_counter()
-            work()
-            synchronize(device)
-            times.append(time.perf_counter() - began)
-        return sorted(times[1:])[len(times) // 2 - 1]  # the first warms up
-
-    def prefill() -> None:
-        cache = model.rolling_cache(1, prompt + new)
-        model.logits(model.hidden(tokens, cache)[:, -1])
-
-    def prefill_and_decode() -> None:
-        cache = model.rolling_cache(1, prompt + new)
-        token = model.logits(model.hidden(tokens, cache)[:, -1:]).argmax(-1)
-        for _ in range(new):
-            token = model.logits(model.hidden(token, cache)).argmax(-1)
-
-    first = timed(prefill)
-    step = (timed(prefill_and_decode) - first) / new
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}B bf16"
-    return [
-        {"what": f"prefill of {prompt}, {size} (tokens/s)", "value": prompt / first},
-        {"what": f"decode after {prompt}, {size} (tokens/s)", "value": 1 / step},
-        {"what": "decode: weights read (GB/s)", "value": weights / step / 1e9},
-    ]
-
-
 def memory_of(device: torch.device) -> int:
     """Bytes that the device can hold now."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def line_of(record: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "skipped" in record:
+        return f"{record['what']:<62}  not run: {record['skipped']}"
+    verdict = {True: "ok", False: "FAILED", None: ""}[record.get("ok")]
+    share = f"{record['of_ceiling']:.0%} of the ceiling" if "of_ceiling" in record else ""
+    return f"{record['what']:<62}{record['value']:>14.4g} {record.get('unit', ''):<8}{share}{verdict}"
+
+
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> int:
@@ -127,8 +102,10 @@ def main() -> int:
         passed = subprocess.run([sys.executable, "-m", "pytest"], cwd=root, check=False).returncode == 0
         records.append({"what": "test suite", "value": float(passed), "ok": passed})
     records += distances(device)
-    big = memory_of(device) > 20e9
-    records += speed(device, ModelArgs() if big else SMALL, prompt=512, new=64)
+    args = ModelArgs() if memory_of(device) > 20e9 else SMALL
+    records += kernels(device, args)
+    records += same_tokens(device, TINY)
+    records += speeds(device, args, prompt=512 if device.type == "cuda" else 64)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -138,6 +115,7 @@ def main() -> int:
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "torch": torch.__version__,
+        "triton": triton_version(),
         "command": "make gpu-check",
     }
     if options.json:
@@ -146,8 +124,7 @@ def main() -> int:
     if not header["accelerator"]:
         print("No accelerator was found: these are figures of the CPU.")
     for r in records:
-        verdict = {True: "ok", False: "FAILED", None: ""}[r.get("ok")]
-        print(f"{r['what']:<48}{r['value']:>14.4g}  {verdict}")
+        print(line_of(r))
     return int(any(r.get("ok") is False for r in records))
 
 

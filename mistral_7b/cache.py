@@ -13,6 +13,9 @@ A ring of W = 4 slots after six tokens, position p in slot p mod W (paper, figur
 
     slot        0   1   2   3
     position    4   5   2   3      token 6 goes to slot 2, where position 2 has just left the window
+
+With `slack` more slots than the window needs, the last `slack` tokens can be taken back: what they
+overwrote is older than anything that a query in their place could see.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from .attention import Band, attention, banded_attention, bands, visible
 from .errors import CacheError
+from .kernels.attend import Remembered, attend, available, quantize_kv
 
 EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
 
@@ -99,6 +103,38 @@ def still_visible(positions: Tensor, sequence_ids: Tensor, window: int) -> Tenso
     return (positions > last[row] - window).nonzero().squeeze(1)
 
 
+Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scales (..., S, G, 1)
+
+
+def check_kv_dtype(kv_dtype: torch.dtype | None) -> bool:
+    """Whether keys and values are kept in int8. CacheError for a type that they cannot be kept in."""
+    if kv_dtype not in (None, torch.int8):
+        raise CacheError(f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}")
+    return kv_dtype == torch.int8
+
+
+def compressed(k: Tensor, v: Tensor, int8: bool) -> Entries:
+    """Keys and values (..., T, G, K) as they are kept."""
+    if not int8:
+        return k, v
+    (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
+    return k, v, k_scale, v_scale
+
+
+def expanded(entries: Entries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are attended to."""
+    if len(entries) == 2:
+        return entries[0], entries[1]
+    k, v, k_scale, v_scale = entries
+    return (k * k_scale).to(dtype), (v * v_scale).to(dtype)
+
+
+def fast(q: Tensor) -> bool:
+    """Whether the kernel attends for these queries: bfloat16 on a CPU, when no gradient is wanted."""
+    wanted = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    return wanted and not (q.requires_grad and torch.is_grad_enabled()) and available()
+
+
 class Stateless:
     """Causal, windowed attention that keeps nothing: for training, and for one forward alone.
 
@@ -145,8 +181,8 @@ class GrowingCache:
     sequence id each, in any order and mixture.
     """
 
-    def __init__(self, n_layers: int, window: int | None) -> None:
-        self.window = check_window(window)
+    def __init__(self, n_layers: int, window: int | None, kv_dtype: torch.dtype | None = None) -> None:
+        self.window, self.int8 = check_window(window), check_kv_dtype(kv_dtype)
         self.batch: torch.Size | None = None  # (B,) or (), once begun
         self.length = 0  # tokens seen so far, those included that have left the window
         self.positions: Tensor | None = None  # (S,)
@@ -154,12 +190,14 @@ class GrowingCache:
         self.layers: list[_GrowingMemory] = [_GrowingMemory(self) for _ in range(n_layers)]
         self.plan: list[Band] = []
         self.kept: Tensor | slice = slice(None)
+        self.start = self.held = torch.empty(0)  # (B,): the first new position, and how many are held before it
+        self.origin = 0  # the position of the first key held
 
     def writable(self) -> GrowingCache:
-        copy = GrowingCache(0, self.window)
+        copy = GrowingCache(0, self.window, torch.int8 if self.int8 else None)
         copy.batch = self.batch
         copy.length, copy.positions, copy.sequence_ids = self.length, self.positions, self.sequence_ids
-        copy.layers = [_GrowingMemory(copy, m.k, m.v) for m in self.layers]
+        copy.layers = [_GrowingMemory(copy, m.entries) for m in self.layers]
         return copy
 
     def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
@@ -189,6 +227,10 @@ class GrowingCache:
         s = sequence_ids if old_s is None or sequence_ids is None else torch.cat([old_s, sequence_ids])
         packed = sequence_ids is not None
         self.plan = bands(new_p, p, self.window, sequence_ids, s, ordered=not packed, consecutive=not packed)
+        B, held = tokens.shape[:-1].numel(), 0 if old_p is None else len(old_p)
+        self.origin = self.length - held
+        self.start = torch.full((B,), self.length, device=tokens.device)
+        self.held = torch.full((B,), held, device=tokens.device)
         self.kept = slice(None)
         if self.window is not None and p.shape[0] > self.window:
             self.kept = slice(-self.window, None) if s is None else still_visible(p, s, self.window)
@@ -210,34 +252,69 @@ class GrowingCache:
             self.positions = self.positions[: held - n]
             self.length -= n
             for m in self.layers:
-                assert m.k is not None
-                assert m.v is not None
-                m.k, m.v = m.k[..., : held - n, :, :], m.v[..., : held - n, :, :]
+                m.entries = tuple(t[..., : held - n, :, :] for t in m.entries)
 
 
-class _GrowingMemory:
-    """One layer of a GrowingCache: k and v of shape (..., S, G, K)."""
+class _Entries:
+    """The keys and values of one layer."""
 
-    def __init__(self, cache: GrowingCache, k: Tensor | None = None, v: Tensor | None = None) -> None:
-        self.cache, self.k, self.v = cache, k, v
+    entries: Entries
+
+    @property
+    def k(self) -> Tensor:
+        """Keys as they are kept, (..., S, G, K)."""
+        return self.entries[0]
+
+    @property
+    def v(self) -> Tensor:
+        """Values likewise."""
+        return self.entries[1]
+
+
+class _GrowingMemory(_Entries):
+    """One layer of a GrowingCache: entries (..., S, G, K), none at first."""
+
+    def __init__(self, cache: GrowingCache, entries: Entries = ()) -> None:
+        self.cache, self.entries = cache, entries
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.k is not None and self.v is not None:
-            k, v = torch.cat([self.k, k], dim=-3), torch.cat([self.v, v], dim=-3)
-        kept = self.cache.kept
-        self.k, self.v = k[..., kept, :, :], v[..., kept, :, :]
-        if k.shape[-3] > 2 * self.k.shape[-3]:  # a view would keep the whole of a long prompt alive
-            self.k, self.v = self.k.clone(), self.v.clone()
-        return banded_attention(q, k, v, self.cache.plan)
+        cache, old = self.cache, self.entries
+        new = compressed(k, v, cache.int8)
+        held = tuple(torch.cat(pair, dim=-3) for pair in zip(old, new, strict=True)) if old else new
+        if cache.sequence_ids is None and fast(q):
+            out = self._attend_fast(q, new, old or new)
+        else:
+            out = banded_attention(q, *expanded(held, q.dtype), cache.plan)
+        self.entries = tuple(t[..., cache.kept, :, :] for t in held)
+        if held[0].shape[-3] > 2 * self.entries[0].shape[-3]:  # a view would keep a long prompt alive
+            self.entries = tuple(t.clone() for t in self.entries)
+        return out
+
+    def _attend_fast(self, q: Tensor, new: Entries, old: Entries) -> Tensor:
+        cache = self.cache
+        if q.dim() == 3:
+            return self._attend_fast(q[None], *(tuple(t[None] for t in e) for e in (new, old)))[0]
+        old = tuple(t.contiguous() for t in old)  # what was kept of a batch is a view
+        where = Remembered(*_four(old), cache.start, cache.held, old[0].shape[1], cache.origin)
+        return attend(q, *_four(new), where, cache.window)
+
+
+def _four(entries: Entries) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """k, v and their scales, None where they have none."""
+    return entries if len(entries) == 4 else (*entries, None, None)  # type: ignore[return-value]
 
 
 class RollingCache:
     """A ring of slots for each of B sequences, written in place: memory stays flat however long they run.
 
-    Position p lies in slot p mod slots. With a window there are W slots and the ring goes round for
-    ever; without one, or with `max_seq_len` < W, there are `max_seq_len`, and what would not fit is
-    refused. Rows may differ in length: prefill them with `rows(i, j)` and decode all together with
-    tokens (B, 1). No gradient flows through what is remembered: train with Stateless or GrowingCache.
+    Position p lies in slot p mod slots. With a window there are W + `slack` slots and the ring goes
+    round for ever; without one, or with `max_seq_len` < W, there are `max_seq_len` + `slack`, and what
+    would not fit is refused. Rows may differ in length: prefill them with `rows(i, j)` and decode all
+    together with tokens (B, T). No gradient flows through what is remembered: train with Stateless or
+    GrowingCache.
+
+    `slack` tokens at least can be rolled back at any time, and up to slack + 1 new ones are written
+    before they are attended to: decode of length one is what a ring without slack has of that.
 
     `static` is for compiled or graph-captured decode: every step touches every slot and asks the device
     for nothing, so shapes never change; whether there is room is then for the caller to check.
@@ -255,21 +332,27 @@ class RollingCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         static: bool = False,
+        slack: int = 0,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
-        self.window, self.static = check_window(window), static
-        self.slots = max_seq_len if window is None else min(window, max_seq_len)
+        if slack < 0:
+            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}")
+        self.window, self.static, self.slack = check_window(window), static, slack
+        self.slots = (max_seq_len if window is None else min(window, max_seq_len)) + slack
         self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
-        shape = (batch, self.slots, n_kv_heads, head_dim)
+        self.end = self.length.clone()  # one past the last position ever written: what lies a ring before is gone
+        empty = torch.zeros(batch, self.slots, n_kv_heads, head_dim, dtype=dtype, device=device)
+        blank = compressed(empty, empty, check_kv_dtype(kv_dtype))
         self.layers: list[_RollingMemory] = [
-            _RollingMemory(self, *(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"))
-            for _ in range(n_layers)
+            _RollingMemory(self, tuple(t.clone() for t in blank), dtype) for _ in range(n_layers)
         ]
         self._new_forward()
 
     def _new_forward(self) -> None:
         self.plan: list[Band] = []  # prefill: old keys, oldest first, then the new
         self.mask: Tensor | None = None  # decode: over the ring as it lies
+        self.start = self.held = self.length  # (B,): the first new position, and how many are held before it
         self.filled = self.slots
         self.old: Tensor | slice | None = None  # the slots of the old keys, None: there are none
         self.slot = self.row = self.length  # (B, m), (B, 1): where the last m of the new tokens go
@@ -281,9 +364,10 @@ class RollingCache:
     def rows(self, start: int, stop: int) -> RollingCache:
         """The sequences start..stop as a cache of their own, on the same memory."""
         part = object.__new__(RollingCache)
-        part.window, part.static, part.slots = self.window, self.static, self.slots
+        part.window, part.static, part.slack, part.slots = self.window, self.static, self.slack, self.slots
         part.positions, part.length = self.positions[start:stop], self.length[start:stop]
-        part.layers = [_RollingMemory(part, m.k[start:stop], m.v[start:stop]) for m in self.layers]
+        part.end = self.end[start:stop]
+        part.layers = [_RollingMemory(part, tuple(t[start:stop] for t in m.entries), m.dtype) for m in self.layers]
         part._new_forward()
         return part
 
@@ -296,15 +380,18 @@ class RollingCache:
         T, slots = tokens.shape[1], self.slots
         self._new_forward()
         new_p = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
-        self.decoding = T == 1
+        self.decoding = self.slack + 1 >= T  # what the new tokens overwrite has left the window of them all
         lengths = [] if self.static and self.decoding else self.length.tolist()
-        endless = self.window == slots  # a shorter ring, or one without a window, must not go round
+        # A shorter ring, or one without a window, must not go round.
+        endless = self.window is not None and slots == self.window + self.slack
         if lengths and not endless and max(lengths) + T > slots:
             raise CacheError(
                 f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}: "
                 f"make the cache with max_seq_len >= {max(lengths) + T}"
             )
         equal = bool(lengths) and min(lengths) == max(lengths)
+        self.start = self.length.clone()
+        self.held = self.start - (self.end - slots).clamp(min=0)
         # A prefill longer than the ring leaves only its last tokens there: the rest would collide.
         m = min(T, slots)
         self.slot = new_p[:, T - m :] % slots
@@ -312,37 +399,42 @@ class RollingCache:
         if self.decoding:
             self.positions.scatter_(1, self.slot, new_p)
             if lengths:
-                self.filled = min(max(lengths) + 1, slots)
-            if not equal:
+                self.filled = min(max(lengths) + T, slots)
+            # In step, one token sees all that is there, until a ring with slack holds more than its window.
+            if not (equal and T == 1 and (self.slack == 0 or self.window is None or lengths[0] < self.window)):
                 self.mask = visible(new_p, self.positions[:, : self.filled], self.window)
         else:
             if equal:
                 n = lengths[0]
-                held = min(n, slots)
+                held = min(n, self.window or slots)
                 old_p = torch.arange(n - held, n, device=new_p.device)
                 self.old = old_p % slots if held else None
                 p_q = torch.arange(n, n + T, device=new_p.device)
-                self.plan = bands(p_q, torch.cat([old_p, p_q]), self.window, consecutive=True)
+                p_k = torch.cat([old_p, p_q])
+                self.plan = bands(p_q, p_k, self.window, consecutive=True)
             else:  # rows out of step: the ring as it lies, what is visible told by position alone
                 self.old = slice(None)
                 p_k = torch.cat([self.positions, new_p], dim=1)
                 self.plan = bands(new_p, p_k, self.window, ordered=False)
             self.positions.scatter_(1, self.slot, new_p[:, T - m :])
         self.length += T
+        torch.maximum(self.end, self.length, out=self.end)
         return new_p
 
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
         self.positions[target] = self.positions[source]
         self.length[target] = self.length[source]
+        self.end[target] = self.end[source]
         for memory in self.layers:
-            memory.k[target] = memory.k[source]
-            memory.v[target] = memory.v[source]
+            for t in memory.entries:
+                t[target] = t[source]
 
     def enlarge(self, slots: int) -> None:
         """Give every row more slots. CacheError once a row has gone round: its slots then mean other positions."""
-        held = int(self.length.max())
-        if held > self.slots or not self.slots <= slots <= (self.window or slots):
+        held = int(self.end.max())
+        widest = slots if self.window is None else self.window + self.slack
+        if held > self.slots or not self.slots <= slots <= widest:
             raise CacheError(f"a ring of {self.slots} slots holding {held} tokens cannot become one of {slots}")
 
         def grown(t: Tensor, value: int) -> Tensor:
@@ -350,48 +442,62 @@ class RollingCache:
 
         self.positions, self.slots = grown(self.positions, EMPTY), slots
         for memory in self.layers:  # one layer at a time, so that no more than one exists twice
-            memory.k, memory.v = grown(memory.k, 0), grown(memory.v, 0)
+            memory.entries = tuple(grown(t, 0) for t in memory.entries)
 
-    def rollback(self, n: int) -> None:
-        """Forget the last n tokens of every row. CacheError if keys that they overwrote are needed."""
-        shortest, longest = int(self.length.min()), int(self.length.max())
-        if not 0 <= n <= shortest or (n and longest > self.slots):
+    def rollback(self, n: int | Tensor) -> None:
+        """Forget the last n tokens of every row, or n[b] of row b: (B,).
+
+        CacheError, and nothing changed, if keys that they overwrote are needed. Up to `slack` tokens can
+        always be taken back, counted from the furthest that a row has ever been.
+        """
+        counts = torch.as_tensor(n, device=self.length.device).expand_as(self.length)
+        kept = self.length - counts
+        gone = self.end - self.slots  # positions below have been overwritten
+        needed = (kept - (self.window or 0)).clamp(min=0)  # without a window nothing is ever gone
+        if bool(((counts < 0) | (kept < 0) | ((counts > 0) & (needed < gone))).any()):
+            shortest, longest = int(self.length.min()), int(self.length.max())
             raise CacheError(
-                f"cannot roll back {n} tokens of {shortest}..{longest} in a ring of {self.slots}: "
-                f"the keys they overwrote are gone"
+                f"cannot roll back {n if isinstance(n, int) else n.tolist()} tokens of {shortest}..{longest} in a "
+                f"ring of {self.slots}: the keys they overwrote are gone; it was made with slack={self.slack}"
             )
-        self.length -= n
+        self.length -= counts
         self.positions.masked_fill_(self.positions >= self.length[:, None], EMPTY)
 
 
-class _RollingMemory:
-    """One layer of a RollingCache: k and v of shape (B, slots, G, K)."""
+class _RollingMemory(_Entries):
+    """One layer of a RollingCache: entries (B, slots, G, K), for a model whose type is `dtype`."""
 
-    def __init__(self, cache: RollingCache, k: Tensor, v: Tensor) -> None:
-        self.cache, self.k, self.v = cache, k, v
+    def __init__(self, cache: RollingCache, entries: Entries, dtype: torch.dtype) -> None:
+        self.cache, self.entries, self.dtype = cache, entries, dtype
 
-    def _write(self, k: Tensor, v: Tensor) -> None:
-        if k.dtype != self.k.dtype:
-            raise CacheError(
-                f"this cache holds {self.k.dtype} and was given {k.dtype}: make it with the model's type"
-            )
-        k, v = k.detach(), v.detach()  # or the ring would hold every step's graph
-        slot = self.cache.slot  # (B, m)
+    def _write(self, new: Entries) -> None:
+        slot, row = self.cache.slot, self.cache.row  # (B, m)
         m = slot.shape[1]
-        row = self.cache.row
-        self.k[row, slot] = k[:, k.shape[1] - m :]
-        self.v[row, slot] = v[:, v.shape[1] - m :]
+        for held, t in zip(self.entries, new, strict=True):
+            held[row, slot] = t[:, t.shape[1] - m :]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self.cache
+        if k.dtype != self.dtype:
+            raise CacheError(
+                f"this cache holds {self.dtype} and was given {k.dtype}: make it with the model's type"
+            )
+        cache, held = self.cache, self.entries
+        new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
+        if fast(q):
+            where = Remembered(*_four(held), cache.start, cache.held, cache.slots)
+            out = attend(q, *_four(new), where, cache.window)
+            self._write(new)
+            return out
         if cache.decoding:  # the new key takes the place of the one that has just left the window
-            self._write(k, v)
-            return attention(q, self.k[:, : cache.filled], self.v[:, : cache.filled], cache.mask)
+            self._write(new)
+            return attention(q, *expanded(tuple(t[:, : cache.filled] for t in held), q.dtype), cache.mask)
         # A chunk's first queries still see keys that its last ones overwrite: attend, then write.
+        own = (k, v) if len(held) == 2 else expanded(new, q.dtype)
         if cache.old is None:
-            out = banded_attention(q, k, v, cache.plan)
+            out = banded_attention(q, *own, cache.plan)
         else:
-            old_k, old_v = self.k[:, cache.old], self.v[:, cache.old]
-            out = banded_attention(q, torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), cache.plan)
-        self._write(k, v)
+            old = expanded(tuple(t[:, cache.old] for t in held), q.dtype)
+            k, v = (torch.cat(pair, 1) for pair in zip(old, own, strict=True))
+            out = banded_attention(q, k, v, cache.plan)
+        self._write(new)
         return out

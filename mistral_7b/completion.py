@@ -129,17 +129,15 @@ class Completion:
         """All text that is certain so far."""
         return "".join(self._parts)
 
-    @property
-    def banned(self) -> tuple[int, ...]:
-        """Tokens that must not come next: what would end the completion before `min_tokens`."""
-        if len(self.token_ids) >= self.params.min_tokens:
+    def banned(self, ahead: int = 0) -> tuple[int, ...]:
+        """Tokens that must not come next, or `ahead` later: what would end the completion before `min_tokens`."""
+        if len(self.token_ids) + ahead >= self.params.min_tokens:
             return ()
         return tuple(sorted(self._endings if self.params.ignore_eos else self._endings | {self.eos}))
 
-    @property
-    def u(self) -> float:
-        """The random number that chooses the next token."""
-        return 0.0 if self.params.greedy else uniform(self.seed, self.index, len(self.token_ids))
+    def u(self, ahead: int = 0) -> float:
+        """The random number that chooses the next token, or the one `ahead` later."""
+        return 0.0 if self.params.greedy else uniform(self.seed, self.index, len(self.token_ids) + ahead)
 
     @property
     def piece(self) -> Callable[[int], str] | None:

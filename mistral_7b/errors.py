@@ -46,3 +46,7 @@ class TrainingError(Mistral7BError):
 
 class EvaluationError(Mistral7BError):
     """A text on which nothing can be measured."""
+
+
+class BenchmarkError(Mistral7BError):
+    """A measurement that cannot be made here: no memory for it, no such engine, or a process that failed."""

@@ -3,6 +3,9 @@
     prompts  --prefill, each alone, in chunks-->  rows of one rolling cache
     rows     --decode, one token each a step-->   logits (B, V)  --sampling.py-->  tokens  --completion.py-->  text
 
+With speculation a step is fed the tokens that each row is guessed to go on with as well (speculation.py);
+its logits are sampled one after another while the guesses hold, and the cache takes back the rest.
+
 Prompts are ragged and there is no padding: every row of the cache has its own length, and what it sees
 is decided by position. A row that finishes is replaced by the last one, so that no step is spent on it
 and nothing of it can come back. Memory stays flat beyond the window: a ring of W slots per row.
@@ -11,25 +14,32 @@ and nothing of it can come back. Memory stays flat beyond the window: a ring of 
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
+import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from . import captured
 from .cache import RollingCache
 from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
 from .errors import GenerationError, Mistral7BError, SamplingError
 from .model import Mistral7B
 from .sampling import History, Logprob, SamplingParams, draw_seed, logprobs, sample
+from .speculation import Guesser, Speculation, StepTime
 from .tokenizer import Tokenizer
 
-__all__ = ["CompletionOutput", "RequestOutput", "TextPiece", "generate", "stream"]
+__all__ = ["CompletionOutput", "RequestOutput", "Speculation", "TextPiece", "generate", "stream"]
 
 PREFILL_CHUNK = 512  # prompt tokens per forward
 LOGPROB_ROWS = 64  # prompt tokens whose logits exist at once: 8 MB for 32768 tokens of vocabulary
 FIRST_SLOTS = 256  # slots for new tokens at the start; doubled when used up, unless the window comes first
+
+NOT_FINITE = "the model gives logits that are not finite (float16 overflows; try bfloat16)"
 
 Prompt = str | Sequence[int]
 
@@ -41,18 +51,22 @@ def generate(
     tokenizer: Tokenizer | None = None,
     *,
     batch_size: int = 16,
+    speculate: Speculation | None = None,
 ) -> list[RequestOutput]:
     """Continue one or many prompts, texts or token ids, in any mixture of lengths.
 
     params      for all prompts, or one for each; none is SamplingParams(), which is 16 tokens
     tokenizer   needed for text prompts and text output; none takes the one beside the model's files
     batch_size  completions decoded together; memory grows with it, what comes out does not change
+    speculate   guess tokens ahead, which makes steps fewer; what comes out does not change
 
     Raises GenerationError, naming the prompt, for one that is empty or does not fit the context.
     """
     requests = _read_requests(model, prompts, params, tokenizer)
+    if speculate is not None:
+        speculate.check(model.args.vocab_size)
     for wave in _waves(requests, batch_size):
-        batch = _Batch(model, wave)
+        batch = _batch(model, wave, speculate)
         while batch.rows:
             batch.step()
     return [request.output() for request in requests]
@@ -63,6 +77,8 @@ def stream(
     prompt: Prompt,
     params: SamplingParams | None = None,
     tokenizer: Tokenizer | None = None,
+    *,
+    speculate: Speculation | None = None,
 ) -> Iterator[TextPiece]:
     """Continue one prompt, giving out text as soon as it is certain; closing the iterator frees everything.
 
@@ -72,18 +88,20 @@ def stream(
     requests = _read_requests(model, prompt, params, tokenizer)
     if len(requests) != 1:
         raise GenerationError(f"stream takes one prompt, not {len(requests)}; use generate for many")
-    return _pieces(model, requests[0])
+    if speculate is not None:
+        speculate.check(model.args.vocab_size)
+    return _pieces(model, requests[0], speculate)
 
 
-def _pieces(model: Mistral7B, request: _Request) -> Iterator[TextPiece]:
-    batch = _Batch(model, [request])
-    given = [0] * len(request.completions)  # tokens already handed out, per completion
+def _pieces(model: Mistral7B, request: _Request, speculate: Speculation | None) -> Iterator[TextPiece]:
+    batch = _batch(model, [request], speculate)
+    silent = request.completions[0].tokenizer is None
+    waiting: dict[int, tuple[int, ...]] = defaultdict(tuple)  # tokens whose text was not certain, per completion
     while batch.rows:
-        for c, text in batch.step():
-            if text or c.finished or c.tokenizer is None:
-                fresh = tuple(c.token_ids[given[c.index] :])
-                given[c.index] += len(fresh)
-                yield TextPiece(text, c.index, fresh, c.finish_reason, c.stop_reason)
+        for piece in batch.step():
+            waiting[piece.index] += piece.token_ids
+            if piece.text or piece.finish_reason or silent:
+                yield replace(piece, token_ids=waiting.pop(piece.index))
 
 
 @dataclass
@@ -105,29 +123,88 @@ class _Request:
 class _Batch:
     """Completions that decode together, each in a row of one rolling cache."""
 
-    def __init__(self, model: Mistral7B, requests: Sequence[_Request]) -> None:
+    def __init__(self, model: Mistral7B, requests: Sequence[_Request], speculate: Speculation | None) -> None:
         self.model, self.requests = model, requests
         self.rows = [c for r in requests for c in r.completions]
-        self.longest = max(len(r.ids) for r in requests)  # tokens held by the longest row
+        self.slack = speculate.max_draft if speculate else 0
         self.need = max(len(c.prompt) + c.max_tokens for c in self.rows)
-        self.cache = model.rolling_cache(len(self.rows), min(self.need, self.longest + FIRST_SLOTS))
+        slots = min(self.need, max(len(r.ids) for r in requests) + FIRST_SLOTS)
+        self.cache = model.rolling_cache(len(self.rows), slots, slack=self.slack)
         self.device = self.cache.positions.device
         self.history: History | None = None
         if any(r.params.penalizes for r in requests):
             self.history = History([c.prompt for c in self.rows], model.args.vocab_size, self.device)
+        self.guessers: list[Guesser] = []  # one for each row, or none at all
+        if speculate:
+            self.guessers = [speculate.guesser(c.prompt, len(c.prompt) + c.max_tokens) for c in self.rows]
+        self.time = StepTime(speculate.row_cost if speculate else None)
         self.started = False
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Completion, str]]:
-        """One more token for every row; returns the completions with the text that is now certain."""
-        logits = self._decode() if self.started else self._prefill()  # (B, V)
+    def step(self) -> list[TextPiece]:
+        """One more token for every row, or several where guesses hold; each with the text that is now certain."""
+        began = time.perf_counter()
+        drafts = self._guess()
+        longest = max(map(len, drafts))
+        fed = len(self.rows) * (1 + longest)
+        logits = self._decode(drafts, longest) if self.started else self._prefill()
+        before = [len(c.token_ids) for c in self.rows]
+        pieces = self._take(logits, drafts)
+        came = [c.token_ids[n:] for c, n in zip(self.rows, before, strict=True)]
+        if longest:  # in the cache each row keeps what was fed before its last new token
+            self.cache.rollback(torch.tensor([1 + longest - len(tokens) for tokens in came], device=self.device))
+        if self.guessers and self.started:
+            self.time.add(fed, time.perf_counter() - began)
+        for guesser, tokens in zip(self.guessers, came, strict=False):
+            guesser.take(tokens)
         self.started = True
-        if not bool(logits.amax(-1).isfinite().all()):  # amax hands NaN on
-            raise GenerationError("the model gives logits that are not finite (float16 overflows; try bfloat16)")
-        tokens, entries = self._sample(logits)
-        taken = [(c, c.push(t, e)) for c, t, e in zip(self.rows, tokens, entries, strict=True)]
         self._drop_finished()
-        return taken
+        return pieces
+
+    def _guess(self) -> list[list[int]]:
+        """Tokens with which each row may go on after its newest, as long as there is use for them."""
+        if not self.guessers or not self.started or not self.time.known:
+            return [[] for _ in self.rows]
+
+        def seconds(n: int) -> float:
+            return self.time(len(self.rows) * (1 + n))
+
+        drafts = []
+        for row, (c, guesser) in enumerate(zip(self.rows, self.guessers, strict=True)):
+            left = c.max_tokens - len(c.token_ids) - 1  # besides the one that comes anyhow
+            drafts.append(guesser.guess(left, seconds, functools.partial(self._choose, row)))
+        return drafts
+
+    def _choose(self, row: int, logits: Tensor, ahead: Sequence[int]) -> int:
+        """What a row's sampler would take from logits (1, V) if the tokens `ahead` had come first."""
+        c, n = self.rows[row], len(ahead)
+        history = None
+        if self.history is not None and c.params.penalizes:
+            history = self.history.select([row])
+            for token in ahead:
+                history.add(torch.tensor([token], device=self.device))
+        return int(sample(logits.to(self.device), c.params, [c.u(n)], c.banned(n), history))
+
+    def _take(self, logits: Tensor, drafts: list[list[int]]) -> list[TextPiece]:
+        """Sample from logits (R, V), those of the first row's tokens before those of the second's."""
+        first = [0, *itertools.accumulate(1 + len(draft) for draft in drafts)]
+        pieces, place = [], 0
+        alive = list(range(len(self.rows)))  # rows whose guesses have held so far
+        while alive:
+            everything = len(alive) == len(logits)  # the usual case: nothing to gather
+            part = logits if everything else logits[[first[row] + place for row in alive]]
+            if not bool(part.amax(-1).isfinite().all()):  # amax hands NaN on
+                raise GenerationError(NOT_FINITE)
+            tokens, entries = self._sample(part, alive)
+            held = []
+            for row, token, entry in zip(alive, tokens, entries, strict=True):
+                c = self.rows[row]
+                text = c.push(token, entry)
+                pieces.append(TextPiece(text, c.index, (token,), c.finish_reason, c.stop_reason))
+                if not c.finished and drafts[row][place : place + 1] == [token]:
+                    held.append(row)
+            alive, place = held, place + 1
+        return pieces
 
     def _prefill(self) -> Tensor:
         """Read every prompt into its row; the logits after each, once per completion: (B, V)."""
@@ -159,39 +236,48 @@ class _Batch:
             out += logprobs(self.model.logits(h), t, k, request.completions[0].piece)
         return out
 
-    def _decode(self) -> Tensor:
-        """Feed every row's newest token: logits (B, V)."""
-        window = self.model.args.sliding_window
-        if self.longest == self.cache.slots < (window or self.need):
-            self.cache.enlarge(min(2 * self.cache.slots, self.need, window or self.need))
-        self.longest += 1
-        newest = torch.tensor([[c.token_ids[-1]] for c in self.rows], device=self.device)  # (B, 1)
-        return self.model.logits(self.model.hidden(newest, self.cache)[:, -1])
+    def _decode(self, drafts: list[list[int]], longest: int) -> Tensor:
+        """Feed every row's newest token and its draft: logits (R, V) after each of them, row by row."""
+        held = max(len(c.prompt) + len(c.token_ids) for c in self.rows) - 1
+        widest = min(self.need, self.model.args.sliding_window or self.need) + self.slack
+        if held + 1 + longest > self.cache.slots < widest:
+            self.cache.enlarge(min(2 * self.cache.slots, widest))
+        fed = [[c.token_ids[-1], *draft] for c, draft in zip(self.rows, drafts, strict=True)]
+        padded = [row + row[-1:] * (1 + longest - len(row)) for row in fed]  # what follows a draft is taken back
+        hidden = self.model.hidden(torch.tensor(padded, device=self.device), self.cache)  # (B, T, D)
+        if all(len(row) == 1 + longest for row in fed):
+            return self.model.logits(hidden.flatten(0, 1))
+        meant = [(r, i) for r, row in enumerate(fed) for i in range(len(row))]
+        rows, places = torch.tensor(meant, device=self.device).unbind(1)
+        return self.model.logits(hidden[rows, places])
 
-    def _sample(self, logits: Tensor) -> tuple[list[int], list[dict[int, Logprob] | None]]:
-        """A token for every row, and its log-probabilities where they are asked for."""
-        tokens = torch.empty(len(self.rows), dtype=torch.long, device=self.device)
-        entries: list[dict[int, Logprob] | None] = [None] * len(self.rows)
-        for rows in self._same_params():
-            first = self.rows[rows[0]]
-            alone = len(rows) == len(self.rows)  # the usual case: one kind of request, nothing to gather
-            part = logits if alone else logits[rows]
-            history = self.history if alone or self.history is None else self.history.select(rows)
-            chosen = sample(part, first.params, [self.rows[row].u for row in rows], first.banned, history)
-            tokens[rows] = chosen
+    def _sample(self, logits: Tensor, rows: list[int]) -> tuple[list[int], list[dict[int, Logprob] | None]]:
+        """A token for each of these rows from logits (len(rows), V), and log-probabilities where asked for."""
+        tokens = torch.empty(len(rows), dtype=torch.long, device=self.device)
+        entries: list[dict[int, Logprob] | None] = [None] * len(rows)
+        for places in self._sampled_alike(rows):
+            group = [self.rows[rows[place]] for place in places]
+            first = group[0]
+            part = logits if len(places) == len(rows) else logits[places]
+            history = self.history
+            if history is not None and len(places) < len(self.rows):
+                history = history.select([rows[place] for place in places])
+            chosen = sample(part, first.params, [c.u() for c in group], first.banned(), history)
+            tokens[places] = chosen
             if first.params.logprobs is not None:
                 found = logprobs(part, chosen, first.params.logprobs, first.piece)
-                for row, entry in zip(rows, found, strict=True):
-                    entries[row] = entry
+                for place, entry in zip(places, found, strict=True):
+                    entries[place] = entry
         if self.history is not None:
-            self.history.add(tokens)
+            self.history.add(tokens, rows)
         return tokens.tolist(), entries
 
-    def _same_params(self) -> list[list[int]]:
-        """Rows in groups that are sampled alike. All rows have equally many tokens, so equal bans too."""
-        groups: dict[int, list[int]] = {}
-        for row, c in enumerate(self.rows):
-            groups.setdefault(id(c.params), []).append(row)
+    def _sampled_alike(self, rows: list[int]) -> list[list[int]]:
+        """Places in `rows` in groups with the same parameters and the same bans."""
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for place, row in enumerate(rows):
+            c = self.rows[row]
+            groups.setdefault((id(c.params), bool(c.banned())), []).append(place)
         return list(groups.values())
 
     def _drop_finished(self) -> None:
@@ -206,9 +292,42 @@ class _Batch:
                 order.pop()
         if len(order) < len(self.rows):
             self.rows = [self.rows[i] for i in order]
+            self.guessers = [self.guessers[i] for i in order] if self.guessers else []
             self.cache = self.cache.rows(0, len(order))
             if self.history is not None:
                 self.history = self.history.select(order)
+
+
+class _CapturedBatch(_Batch):
+    """The same on a GPU, where steps after the first are replayed from one graph (captured.py)."""
+
+    def __init__(self, model: Mistral7B, requests: Sequence[_Request]) -> None:
+        super().__init__(model, requests, None)
+        self.cache.static = True
+        self.decoder: captured.CapturedDecode | None = None
+
+    @torch.inference_mode()
+    def step(self) -> list[TextPiece]:
+        if not self.started:
+            return super().step()
+        if self.decoder is None:
+            self.decoder = captured.CapturedDecode(self.model, self.cache, self.rows, self.need)
+        pieces = []
+        for c, token in zip(self.rows, self.decoder.next(), strict=True):
+            if token < 0:
+                raise GenerationError(NOT_FINITE)
+            text = c.push(token)
+            pieces.append(TextPiece(text, c.index, (token,), c.finish_reason, c.stop_reason))
+        going_on = [row for row, c in enumerate(self.rows) if not c.finished]
+        self.decoder.keep(going_on)
+        self.rows = [self.rows[row] for row in going_on]
+        return pieces
+
+
+def _batch(model: Mistral7B, requests: Sequence[_Request], speculate: Speculation | None) -> _Batch:
+    if speculate is None and captured.supports(model, [c for r in requests for c in r.completions]):
+        return _CapturedBatch(model, requests)
+    return _Batch(model, requests, speculate)
 
 
 def _read_requests(

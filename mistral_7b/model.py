@@ -14,6 +14,7 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -189,7 +190,7 @@ class Mistral7B(nn.Module):
     ) -> None:
         super().__init__()
         self.args = args = args or ModelArgs()
-        self.source: pathlib.Path | None = None  # the folder it was opened from: its tokenizer lies there
+        self.source: pathlib.Path | None = None  # the folder or file it was opened from, tokenizer and all
         # Built on meta, so that 7 billion numbers are drawn once and not twice.
         factory: dict[str, Any] = {"dtype": dtype, "device": "meta"}
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, **factory)
@@ -261,13 +262,24 @@ class Mistral7B(nn.Module):
         cache = cache.writable()
         return self.logits(self.hidden(tokens, cache, sequence_ids)), cache
 
-    def rolling_cache(self, batch: int = 1, max_seq_len: int | None = None, static: bool = False) -> RollingCache:
-        """An empty ring for `batch` sequences of up to `max_seq_len` tokens (endless with a window)."""
+    def rolling_cache(
+        self,
+        batch: int = 1,
+        max_seq_len: int | None = None,
+        static: bool = False,
+        slack: int = 0,
+        kv_dtype: torch.dtype | None = None,
+    ) -> RollingCache:
+        """An empty ring for `batch` sequences of up to `max_seq_len` tokens (endless with a window).
+
+        Up to `slack` tokens can be taken back from it at any time. With `kv_dtype` torch.int8, keys and
+        values are kept in half the bytes.
+        """
         args, p = self.args, self.norm.weight
         return RollingCache(
             args.n_layers, args.n_kv_heads, args.head_dim, args.sliding_window,
             batch=batch, max_seq_len=max_seq_len or args.max_seq_len, dtype=p.dtype, device=p.device,
-            static=static,
+            static=static, slack=slack, kv_dtype=kv_dtype,
         )  # fmt: skip
 
     @classmethod
@@ -277,19 +289,33 @@ class Mistral7B(nn.Module):
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        quantization: str | None = None,
+        mmap: bool = True,
     ) -> Mistral7B:
-        """Open a folder, file or hub id in any known format; see `checkpoint.load`."""
+        """Open a folder, file or hub id in any known format; see `checkpoint.load`.
+
+        `quantization` ("int8", "int4", "bf16") rounds the weights while they are read. `mmap=False` copies
+        quantised ones from their file into memory, for speed.
+        """
         from .checkpoint import load  # the one door upwards: files know the model, not the other way
 
-        return load(source, dtype=dtype, device=device)
+        return load(source, dtype=dtype, device=device, quantization=quantization, mmap=mmap)
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], format: str = "huggingface", max_shard_size: int | str = "5GB"
+        self,
+        path: str | os.PathLike[str],
+        format: str = "huggingface",
+        max_shard_size: int | str = "5GB",
+        type: str | None = None,
+        distance: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the model as others load it; see `checkpoint.save`."""
+        """Write the model as others load it, or "quantized"; see `checkpoint.save`."""
         from .checkpoint import save
 
-        save(self, path, format=format, max_shard_size=max_shard_size)
+        save(
+            self, path, format, max_shard_size, type=type, distance=distance, calibration=calibration,
+        )  # fmt: skip
 
 
 RESIDUAL = ("wo.weight", "w2.weight")  # the projections that write to the residual stream

@@ -36,10 +36,10 @@ class History:
             row[torch.tensor(prompt, dtype=torch.long, device=device)] = True
         self.counts = torch.zeros(len(prompts), vocab_size, dtype=torch.int32, device=device)
 
-    def add(self, tokens: Tensor) -> None:
-        """Count one new token (B,) of each row."""
-        ones = torch.ones_like(tokens, dtype=torch.int32)[:, None]
-        self.counts.scatter_add_(1, tokens[:, None], ones)
+    def add(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Count one new token (B,) of each row, or of these rows."""
+        at = torch.arange(len(self.counts)) if rows is None else torch.tensor(rows)
+        self.counts[at.to(tokens.device), tokens] += 1
 
     def select(self, rows: Sequence[int]) -> History:
         """The history of these rows, in this order."""
@@ -68,7 +68,7 @@ def adjust(
     return logits
 
 
-def narrow(logits: Tensor, params: SamplingParams) -> Tensor:
+def narrow(logits: Tensor, params: SamplingParams, candidates: int = CANDIDATES) -> Tensor:
     """Logits (..., V) over the temperature, and -inf for tokens that min_p, top_k or top_p leave out."""
     logits = logits / params.temperature
     if params.min_p > 0:
@@ -76,7 +76,7 @@ def narrow(logits: Tensor, params: SamplingParams) -> Tensor:
     if 0 < params.top_k < logits.shape[-1]:
         logits = keep_top_k(logits, params.top_k)
     if params.top_p < 1:
-        logits = keep_top_p(logits, params.top_p)
+        logits = keep_top_p(logits, params.top_p, candidates)
     return logits
 
 
@@ -90,11 +90,14 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return _cut(logits, logits.topk(k).values[..., -1:])
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """-inf for all but the fewest most probable tokens that sum to p, and those equal to their last."""
+def keep_top_p(logits: Tensor, p: float, candidates: int = CANDIDATES) -> Tensor:
+    """-inf for all but the fewest most probable tokens that sum to p, and those equal to their last.
+
+    Tries with so many `candidates` first; with V of them the device is asked for nothing.
+    """
     weights = _weights(logits)
     total = weights.cumsum(-1)[..., -1:]
-    k = min(CANDIDATES, logits.shape[-1])
+    k = min(candidates, logits.shape[-1])
     while True:
         best = weights.topk(k)
         before = best.values.cumsum(-1) - best.values  # the sum of all more probable ones

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -34,6 +33,9 @@ from mistral_common.tokens.tokenizers.instruct import (
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from .checkpoint.gguf_file import is_gguf
+from .checkpoint.gguf_tokenizer import extract
+from .checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from .errors import TokenizerError
 from .messages import REFUSALS, read_messages, reason
 
@@ -43,7 +45,6 @@ TEMPLATES = {
     "v3": InstructTokenizerV3,
     "v7": InstructTokenizerV7,
 }
-FILE_NAME = re.compile(r"tokenizer\.model(\.v(?P<version>\d+)(m\d+)?)?")
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece; text that holds it reads as a space
 
 
@@ -79,11 +80,11 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] = "demo") -> Tokenizer:
-        """The tokenizer of a model: its folder, a file in it, a hub id, or "demo"."""
-        from .checkpoint.hub import resolve
-
-        path = pathlib.Path(resolve(source))
-        if path.is_file() and FILE_NAME.fullmatch(path.name):
+        """The tokenizer of a model: its folder, a file in it, a GGUF file, a hub id, or "demo"."""
+        path = resolve(source)
+        if path.is_file() and is_gguf(path):
+            return cls(extract(path))
+        if path.is_file() and SENTENCEPIECE.fullmatch(path.name):
             return cls(path)
         return cls(_find(path.parent if path.is_file() else path))
 
@@ -294,10 +295,12 @@ def _utf8_size(first: int) -> int:
 
 
 def _find(folder: pathlib.Path) -> pathlib.Path:
-    """The tokenizer file of a folder: of several, the one whose name has the highest version."""
-    files = [f for f in folder.iterdir() if FILE_NAME.fullmatch(f.name)] if folder.is_dir() else []
-    if files:
-        return max(files, key=lambda f: int(FILE_NAME.fullmatch(f.name)["version"] or 0))  # type: ignore[index]
+    """The tokenizer file of a folder: its own, or that within its only GGUF file."""
+    if file := sentencepiece_file(folder):
+        return file
+    inside = [f for f in folder.glob("*.gguf") if is_gguf(f)]
+    if len(inside) == 1:
+        return extract(inside[0])
     others = [n for n in ("tokenizer.json", "tekken.json") if (folder / n).is_file()]
     raise TokenizerError(
         f"{folder} holds no tokenizer.model or tokenizer.model.v3"

@@ -205,6 +205,100 @@ def test_trap_05_an_impossible_rollback_of_a_ring_is_refused(model: Mistral7B, u
     assert ragged.length.tolist() == [5, 2]  # refused, and nothing changed
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("window", [1, 3, W])
+@pytest.mark.parametrize("slack", [1, 4, 11])
+def test_trap_05_a_ring_with_slack_is_rolled_back_after_the_wrap(window: int, slack: int, static: bool) -> None:
+    """Junk of every length up to the slack is written and taken back, in chunks of it, all the way round."""
+    model = tiny_model(tiny_args(sliding_window=window), torch.float64)
+    length = 3 * (window + slack) + 2
+    tokens = tokens_of((2, length))
+    wanted = truth(model, tokens)
+    for n in sorted({1, slack // 2, slack} - {0}):
+        for begin in (1, window, window + slack, 2 * (window + slack) + 1):
+            ring = model.rolling_cache(2, static=static, slack=slack)
+            assert ring.slots == window + slack
+            got, at = [model(tokens[:, :begin], ring)[0]], begin
+            while at < length:
+                right = min(1 + at % 2, length - at)  # tokens that stay, before n that do not
+                fed = torch.cat([tokens[:, at : at + right], tokens_of((2, n), seed=at)], dim=1)
+                parts = fed.split(1 + at % 3, dim=1) if at % 5 == 0 else [fed]
+                got.append(torch.cat([model(part, ring)[0] for part in parts], dim=1)[:, :right])
+                ring.rollback(n // 2)
+                ring.rollback(n - n // 2)
+                at += right
+                assert ring.length.tolist() == [at, at]
+            close(torch.cat(got, dim=1), wanted)
+
+
+def test_trap_05_rows_are_rolled_back_by_themselves(model: Mistral7B) -> None:
+    slack, step = 4, 0
+    rows = [tokens_of((90,), seed=i) for i in range(3)]
+    wanted = [truth(model, row) for row in rows]
+    ring = model.rolling_cache(3, slack=slack)
+    at = [3, W, 2 * W + 5]
+    for i, n in enumerate(at):
+        model(rows[i][None, :n], ring.rows(i, i + 1))
+    while max(at) < 80:
+        step += 1
+        fed = tokens_of((3, slack + 1), seed=100 + step)
+        right = [1 + (step + i) % (slack + 1) for i in range(3)]  # how many of each row's tokens are its own
+        for i in range(3):
+            fed[i, : right[i]] = rows[i][at[i] : at[i] + right[i]]
+        logits, _ = model(fed, ring)
+        for i in range(3):
+            close(logits[i, : right[i]], wanted[i][at[i] : at[i] + right[i]])
+            at[i] += right[i]
+        ring.rollback(torch.tensor([slack + 1 - n for n in right]))
+        assert ring.length.tolist() == at
+    with pytest.raises(CacheError, match=r"cannot roll back \[0, 5, 0\]"):
+        ring.rollback(torch.tensor([0, 5, 0]))
+    assert ring.length.tolist() == at  # refused, and nothing changed
+    ring.copy_row(2, 0)
+    spent = slack - (slack + 1 - right[2])  # what row 2 may still take back, and so its copy
+    with pytest.raises(CacheError, match="cannot roll back"):
+        ring.rollback(torch.tensor([spent + 1, 0, 0]))
+    ring.rollback(torch.tensor([spent, 0, 0]))
+
+
+def test_trap_05_slack_counts_from_the_furthest_that_a_row_has_been(model: Mistral7B) -> None:
+    ring = model.rolling_cache(slack=3)
+    model(tokens_of((1, 3 * W)), ring)
+    ring.rollback(2)
+    with pytest.raises(CacheError, match="overwrote are gone; it was made with slack=3"):
+        ring.rollback(2)  # four back from the furthest
+    ring.rollback(1)
+    for _ in range(3):  # back to where it was: nothing more has been overwritten, nothing less
+        model(tokens_of((1, 1)), ring)
+    ring.rollback(3)
+    model(tokens_of((1, 4)), ring)
+    with pytest.raises(CacheError, match="overwrote are gone"):
+        ring.rollback(4)
+    with pytest.raises(CacheError, match="slack is the number"):
+        model.rolling_cache(slack=-1)
+
+
+def test_a_ring_with_slack_is_enlarged_and_filled(model: Mistral7B, unwindowed: Mistral7B) -> None:
+    tokens = tokens_of((1, 3 * W))
+    wanted = truth(model, tokens)
+    ring = model.rolling_cache(max_seq_len=3, slack=2)
+    model(tokens[:, :3], ring)
+    model(tokens_of((1, 2)), ring)
+    with pytest.raises(CacheError, match="do not fit a context of 5"):
+        model(tokens[:, :1], ring)
+    ring.rollback(2)
+    with pytest.raises(CacheError, match=f"cannot become one of {W + 3}"):
+        ring.enlarge(W + 3)
+    ring.enlarge(W + 2)
+    for i in range(3, 3 * W):
+        close(model(tokens[:, i : i + 1], ring)[0], wanted[:, i : i + 1])
+    full = unwindowed.rolling_cache(max_seq_len=6, slack=2)
+    unwindowed(tokens[:, :6], full)
+    unwindowed(tokens_of((1, 2)), full)
+    full.rollback(5)  # more than its slack: without a window nothing is overwritten
+    close(unwindowed(tokens[:, 3:6], full)[0], truth(unwindowed, tokens[:, :6])[:, 3:])
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_ring_is_flat_for_three_windows_of_decode(gradients: bool) -> None:
     """The same places in memory throughout, and no autograd graph of the steps behind them."""

@@ -326,7 +326,7 @@ def test_a_piece_is_given_out_before_the_next_is_computed(monkeypatch):
 def test_closing_a_stream_frees_its_cache(monkeypatch):
     model, caches = tiny(), []
     plain = model.rolling_cache
-    monkeypatch.setattr(model, "rolling_cache", lambda *a: caches.append(plain(*a)) or caches[-1])
+    monkeypatch.setattr(model, "rolling_cache", lambda *a, **k: caches.append(plain(*a, **k)) or caches[-1])
     pieces = stream(model, prompts_of(5)[0], GREEDY)
     assert len(next(pieces).token_ids) == 1
     alive = weakref.ref(caches.pop().positions)

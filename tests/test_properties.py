@@ -145,6 +145,39 @@ def test_trap_05_a_rollback_is_exact_or_refused(window: int, length: int, n: int
 
 
 @checked
+@given(st.integers(1, 9), st.integers(0, 6), st.booleans(), st.booleans(), st.data())
+def test_trap_05_any_course_of_a_ring_with_slack_is_exact_or_refused(
+    window: int, slack: int, windowed: bool, static: bool, data: st.DataObject
+) -> None:
+    """Two rows go on together and are taken back apart; each always sees what it would alone."""
+    args = ModelArgs(dim=8, n_layers=2, head_dim=4, hidden_dim=6, n_heads=2, n_kv_heads=1, vocab_size=19,
+                     sliding_window=window if windowed else None, max_seq_len=400)  # fmt: skip
+    model = tiny_model(args, torch.float64)
+    ring = model.rolling_cache(2, static=static, slack=slack)
+    rows: list[list[int]] = [[], []]
+    furthest = [0, 0]
+    for step in range(data.draw(st.integers(1, 8))):
+        fed = tokens_of((2, data.draw(st.integers(1, 2 * window + slack))), args, seed=step)
+        got, _ = model(fed, ring)
+        for i, row in enumerate(rows):
+            row += fed[i].tolist()
+            close(got[i], truth(model, torch.tensor(row))[-fed.shape[1] :])
+            furthest[i] = max(furthest[i], len(row))
+        counts = [data.draw(st.integers(0, min(len(row), slack + 2))) for row in rows]
+        possible = not windowed or all(
+            n == 0 or end <= ring.slots or len(row) - n >= end - slack
+            for n, row, end in zip(counts, rows, furthest, strict=True)
+        )
+        try:
+            ring.rollback(torch.tensor(counts))
+        except CacheError:
+            assert not possible
+            continue
+        assert possible
+        rows = [row[: len(row) - n] for n, row in zip(counts, rows, strict=True)]
+
+
+@checked
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40))
 def test_run_positions_is_the_count_of_earlier_equals(ids: list[int]) -> None:
     assert run_positions(torch.tensor(ids)).tolist() == [ids[:i].count(ids[i]) for i in range(len(ids))]

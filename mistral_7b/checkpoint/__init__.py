@@ -1,13 +1,20 @@
-"""Open any format, save any: Hugging Face's and Mistral's own (names.py has GGUF's names ready).
+"""Open any format, save any: Hugging Face's, Mistral's own, GGUF, quantised.
 
-names         one table of tensor names, and the order of q's and k's rows
-config        what both configuration files share: strict JSON, theta and window
-huggingface   config.json
-mistral       params.json
-stored        tensors where they lie in files, mapped and not read
-reading       a folder or file -> a checked Checkpoint -> a model
-writing       a model or Checkpoint -> a folder, a tensor at a time
-hub           a name -> a folder, downloading what is needed (imports no torch)
+names           one table of tensor names, and the order of q's and k's rows
+config          what both configuration files share: strict JSON, theta and window
+huggingface     config.json
+mistral         params.json
+stored          tensors where they lie in files, mapped and not read
+gguf_file       GGUF's container: header, metadata, table of tensors (imports no torch)
+gguf_blocks     its quantised blocks, to values and back
+gguf            its keys -> ModelArgs, and its tensors where they lie
+gguf_tokenizer  the tokenizer inside it, as a SentencePiece model and back (imports no torch)
+gguf_writing    the one file, a tensor at a time; chat_templates has what llama.cpp wants in it
+reading         a folder or file -> a checked Checkpoint -> a model
+writing         a model or Checkpoint -> a folder or file, a tensor at a time
+quantized       what a quantised folder holds, and opening it
+quantizing      a model or Checkpoint -> a quantised folder, a layer at a time, and its distance from the original
+hub             a name -> a folder or file, downloading what is needed (imports no torch)
 """
 
 from __future__ import annotations
@@ -16,13 +23,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .quantized import read_record as read_record
+    from .quantizing import quantize as quantize
     from .reading import load as load
     from .reading import read_args as read_args
     from .writing import convert as convert
     from .writing import save as save
 
-_HOMES = {"load": "reading", "read_args": "reading", "save": "writing", "convert": "writing"}
-__all__ = ["convert", "load", "read_args", "save"]
+_HOMES = {
+    "load": "reading",
+    "read_args": "reading",
+    "read_record": "quantized",
+    "save": "writing",
+    "convert": "writing",
+    "quantize": "quantizing",
+}
+__all__ = ["convert", "load", "quantize", "read_args", "read_record", "save"]
 
 
 def __getattr__(name: str) -> Any:  # lazy: `checkpoint.hub` is used where torch is not wanted

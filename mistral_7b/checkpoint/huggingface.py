@@ -23,6 +23,7 @@ FIELDS = {
     "vocab_size": "vocab_size",
 }
 ARCHITECTURE = "MistralForCausalLM"
+OURS = "mistral_7b"  # the quantisation method of checkpoints that this package wrote (quantized.py)
 HARMLESS = {  # field -> the values that leave the model as it is
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -64,7 +65,10 @@ def _check_kind(path: pathlib.Path, data: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: 'architectures' is {kinds!r}; only [{ARCHITECTURE!r}] can be opened")
     if data.get("model_type", "mistral") != "mistral":
         raise CheckpointError(f"{path}: 'model_type' is {data['model_type']!r}; only 'mistral' can be opened")
-    if data.get("quantization_config") is not None:
+    quantization = data.get("quantization_config")
+    if quantization is not None and not (
+        isinstance(quantization, dict) and quantization.get("quant_method") == OURS
+    ):
         raise CheckpointError(
             f"{path}: 'quantization_config' says that these weights are quantised in a way that cannot be opened; "
             "take the unquantised checkpoint"

@@ -12,11 +12,16 @@ import pathlib
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs
-from . import config, hub, huggingface, mistral
+from ..quantization.fused import fuse
+from ..quantization.linear import BlockLinear, Int8Embedding
+from ..quantization.schemes import Scheme
+from ..surgery import replace_linears
+from . import config, gguf, gguf_blocks, hub, huggingface, mistral, quantized
+from .gguf_file import is_gguf
 from .names import DERIVED, EMBEDDING, OUTPUT, expected, interleaved, layout_of, rename, rotated_heads
 from .stored import Stored, read_file
 
@@ -27,9 +32,9 @@ CONFIGS = {"huggingface": "config.json", "mistral": "params.json"}
 class Checkpoint:
     """Weights on disk that fit their configuration; nothing of them has been read yet."""
 
-    folder: pathlib.Path
+    folder: pathlib.Path  # where the tokenizer lies too: of GGUF, the file itself
     args: ModelArgs
-    format: str  # the layout of the weights: "huggingface" or "mistral"
+    format: str  # the layout of the weights: "huggingface", "mistral" or "gguf"
     tensors: Mapping[str, Stored]  # by Mistral's names
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -38,12 +43,31 @@ class Checkpoint:
         Of what was copied nothing stays in memory but the copy.
         """
         stored = self.tensors[name]
+        if isinstance(stored, gguf.StoredBlocks):
+            return stored.values(dtype or stored.dtype).to(device)
         view = stored.view()
         heads = rotated_heads(name, self.args) if self.format == "huggingface" else None
         tensor = (view if heads is None else interleaved(view, heads)).to(device=device, dtype=dtype)
         if tensor is not view:
             stored.release()
         return tensor
+
+    def blocks(self, name: str) -> tuple[str, Tensor, Tensor] | None:
+        """What a GGUF file holds of a tensor (N, K) in "Q8_0" or "Q4_0": w = d (q - z), z 128 or 8.
+
+        Returns the kind, d (N, K/32) float16 and q (N, K) uint8, copies; None if it is stored otherwise.
+        """
+        stored = self.tensors[name]
+        if not isinstance(stored, gguf.StoredBlocks) or not self.keeps_blocks(name):
+            return None
+        d, q = gguf_blocks.codes(stored.kind, stored.raw())
+        stored.release()
+        return stored.kind.name, d, q
+
+    def keeps_blocks(self, name: str) -> bool:
+        """Whether `blocks` would give any."""
+        stored = self.tensors[name]
+        return isinstance(stored, gguf.StoredBlocks) and stored.kept
 
     def nbytes(self) -> int:
         """The size of all weights, in bytes."""
@@ -55,34 +79,121 @@ def load(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    quantization: str | Scheme | None = None,
+    mmap: bool = True,
 ) -> Mistral7B:
     """The model in a folder or file, or of a hub id, with its weights as `dtype` on `device`.
+
+    `quantization` ("int8", "int4", "bf16") rounds the weights while they are read. A folder that
+    `mistral-7b quantize` wrote is opened as what it is, and `dtype` is then that of the arithmetic.
+
+    `mmap=False` copies quantised weights from their file into huge pages (stored.Arena): a CPU reads those faster,
+    but opening takes seconds, and processes share nothing.
 
     On a CPU, weights whose type and layout are those of the file stay mapped: they are read when first
     used and shared between processes (the file may be replaced meanwhile, but not written into). All
     others are copied one at a time, so that loading never holds the model twice. Raises CheckpointError
-    for whatever is wrong with the files, HubError for a download; there is no partial model.
+    for whatever is wrong with the files, HubError for a download, QuantizationError for a scheme that cannot
+    be had; there is no partial model.
     """
-    checkpoint = open_checkpoint(hub.resolve(source))
+    path = hub.resolve(source)
+    if (record := quantized.read_record(path)) is not None:
+        quantized.check_asked(path, record, quantization)
+        on_cpu = torch.device(device).type == "cpu"
+        return _open_quantized(path, record, dtype, device, mmap or not on_cpu)
+    checkpoint = open_checkpoint(path)
+    if quantization is not None:
+        return _quantize(checkpoint, Scheme.of(quantization), dtype, device)
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
-    weights = {name: checkpoint.read(name, dtype, device) for name in checkpoint.tensors}
-    if checkpoint.args.tie_embeddings:
+    kept = _keep_blocks(model, checkpoint) if torch.device(device).type == "cpu" else set()
+    weights = {name: checkpoint.read(name, dtype, device) for name in checkpoint.tensors if name not in kept}
+    if checkpoint.args.tie_embeddings and OUTPUT not in kept:
         weights[OUTPUT] = weights[EMBEDDING]
-    model.load_state_dict(weights, assign=True)
-    model.tie()
+    model.load_state_dict(weights, strict=not kept, assign=True)
+    if kept:
+        fuse(model)
+    else:
+        model.tie()
+    model.source = checkpoint.folder
+    return model
+
+
+def _keep_blocks(model: Mistral7B, checkpoint: Checkpoint) -> set[str]:
+    """Put GGUF's blocks, with which the kernels multiply as they stand, in the Linears' place: their names."""
+
+    def held(name: str) -> str:
+        return f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else EMBEDDING  # a tied output
+
+    def build(linear: nn.Module, name: str) -> nn.Module:
+        blocks = checkpoint.blocks(held(name))
+        assert blocks is not None  # as picked below
+        kind, d, q = blocks
+        return BlockLinear(d, q, 8 if kind == "Q8_0" else 4)
+
+    def kept(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and checkpoint.keeps_blocks(held(name))
+
+    return {f"{name}.weight" for name in replace_linears(model, build, kept)}
+
+
+def _open_quantized(
+    path: pathlib.Path, record: quantized.Record, dtype: torch.dtype, device: torch.device | str, mmap: bool
+) -> Mistral7B:
+    """The model of a quantised folder, or of a file of weights in one."""
+    folder = path if path.is_dir() else path.parent
+    args, _ = _read_config(folder)
+    raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
+    model = quantized.build(path, args, record.scheme, raw, dtype, device, mmap)
+    model.source = folder
+    return model
+
+
+def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device: torch.device | str) -> Mistral7B:
+    """The model of a checkpoint, each weight rounded when it is read and let go before the next."""
+    if scheme.name == "bf16" and dtype != torch.bfloat16:
+        raise QuantizationError(f"quantisation 'bf16' computes in bfloat16, and not in {dtype}")
+    model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
+
+    def build(linear: nn.Module, name: str) -> nn.Module:
+        held = f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else EMBEDDING  # a tied output
+        out = scheme.linear(checkpoint.read(held), name).to(device)
+        checkpoint.tensors[held].release()
+        return out
+
+    replace_linears(model, build)
+    if scheme.name != "bf16":
+        embedding = Int8Embedding.from_weight(checkpoint.read(EMBEDDING, dtype))
+        model.set_submodule("tok_embeddings", embedding.to(device))
+        checkpoint.tensors[EMBEDDING].release()
+    left = [name for name, value in model.state_dict().items() if value.is_meta]  # norms, and what is not rounded
+    weights = {name: checkpoint.read(name, dtype, device) for name in left}
+    model.load_state_dict(weights, strict=False, assign=True)
+    fuse(model)
     model.source = checkpoint.folder
     return model
 
 
 def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
-    """The configuration in a folder (or beside a file) and the name of its format; no weights are read."""
+    """The configuration in a folder (or beside a file) and the name of its format; no weights are read.
+
+    The format is "huggingface", "mistral", or "quantized" (`quantized.read_record` tells more of that).
+    """
     path = _existing(path)
+    if file := _gguf_of(path):
+        checkpoint = _open_gguf(file)
+        return checkpoint.args, checkpoint.format
+    if quantized.read_record(path) is not None:
+        return _read_config(path if path.is_dir() else path.parent)[0], "quantized"
     return _read_config(path if path.is_dir() else path.parent)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Find and check the weights and configuration in a folder, or of a file and its configuration beside it."""
     path = _existing(path)
+    if file := _gguf_of(path):
+        return _open_gguf(file)
+    if (record := quantized.read_record(path)) is not None:
+        raise CheckpointError(f"{path}: is quantised, as {record.scheme}: take the original, which lost nothing")
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
     layout = layout_of(raw)
@@ -91,6 +202,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: no tensor has a name of Mistral 7B's (the first is {name!r})")
     args, _ = _read_config(folder, prefer=layout)
     return Checkpoint(folder, args, layout, _fit(path, raw, layout, args))
+
+
+def _gguf_of(path: pathlib.Path) -> pathlib.Path | None:
+    """The GGUF file that is meant: `path` by its content, or the only weights in that folder."""
+    if path.is_dir() and (groups := hub.weight_groups(entry.name for entry in path.iterdir())):
+        path = path / groups[0].door
+    return path if path.is_file() and is_gguf(path) else None
+
+
+def _open_gguf(path: pathlib.Path) -> Checkpoint:
+    args, raw = gguf.read(path)
+    return Checkpoint(path, args, "gguf", _fit(path, raw, "gguf", args))
 
 
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -179,6 +302,8 @@ def _fit(path: pathlib.Path, raw: dict[str, Stored], layout: str, args: ModelArg
                 continue
             raise CheckpointError(f"{path}: tensor {rename(ours, 'mistral', layout)!r} is missing")
         stored = have.pop(ours)
+        if not stored.dtype.is_floating_point:
+            raise CheckpointError(f"{stored.path}: tensor {stored.name!r} is of {stored.dtype}, no plain float")
         if stored.shape != shape:
             raise CheckpointError(
                 f"{stored.path}: tensor {stored.name!r} is of shape {stored.shape}; its configuration says {shape}"

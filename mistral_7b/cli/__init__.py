@@ -24,8 +24,11 @@ COMMANDS = {
     "chat": "talk with an instruction-tuned model",
     "info": "what a checkpoint is, and the memory it needs",
     "convert": "rewrite a checkpoint in another format",
+    "quantize": "round a checkpoint to int8 or int4",
     "pull": "download a model from the Hugging Face hub",
     "train": "train a model on text files",
+    "bench": "measure speed and memory beside the machine's ceilings and other engines",
+    "doctor": "look at this machine: what it has, what runs, what is missing",
 }
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them

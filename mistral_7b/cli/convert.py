@@ -21,9 +21,12 @@ class Convert:
     source: Source
     """A folder, a file, a hub id or "demo"."""
     out: Folder
-    """The folder to make."""
-    to: Literal["huggingface", "mistral"]
-    """huggingface: config.json and model*.safetensors; mistral: params.json and consolidated.safetensors."""
+    """The folder to make; of GGUF, the file."""
+    to: Literal["huggingface", "mistral", "gguf"]
+    """huggingface: config.json and model*.safetensors; mistral: params.json and consolidated.safetensors;
+    gguf: one file with tokenizer and all, as llama.cpp reads it."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
+    """Of the matrices in a GGUF file; none: as they are. q8_0 and q4_0 quantise, in blocks of 32 values."""
     max_shard_size: str = "5GB"
     """Of a file in Hugging Face's format; Mistral's is one file."""
 
@@ -42,6 +45,8 @@ def run(argv: list[str]) -> int:
         def told(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
-        convert(args.source, args.out, to=args.to, max_shard_size=args.max_shard_size, progress=told)
+        convert(
+            args.source, args.out, to=args.to, max_shard_size=args.max_shard_size, progress=told, type=args.type
+        )
     print(f"{args.source} is written to {args.out} in {args.to} format", file=sys.stderr)
     return 0

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from ..sampling_params import SamplingParams
 from .inputs import ModelName, ModelOptions, UsageError, read_flags, read_text
@@ -14,8 +16,10 @@ from .inputs import ModelName, ModelOptions, UsageError, read_flags, read_text
 if TYPE_CHECKING:
     from ..generate import TextPiece
     from ..model import Mistral7B
+    from ..speculation import Speculation, Tally
     from ..tokenizer import Tokenizer
 
+PROMPT_LOOKUP = "prompt-lookup"
 DEMO_PROMPT = "class TestParser(unittest.TestCase):\n"  # the bundled model has read many of these
 
 
@@ -33,6 +37,10 @@ class Generate(ModelOptions):
     """Print the prompt before its continuation; auto: on a terminal, or if nobody gave one."""
     json: bool = False
     """Print one JSON object at the end: text, token ids, log-probabilities, statistics."""
+    speculate: Annotated[str, tyro.conf.arg(metavar="prompt-lookup|MODEL")] = ""
+    """Guess tokens ahead, from repetitions in the text or by a smaller model of the same vocabulary."""
+    max_draft: int | None = None
+    """Most tokens guessed at once; none: 10. How many are, follows from how many prove right."""
     sampling: SamplingParams = dataclasses.field(
         default_factory=lambda: SamplingParams(temperature=0.7, max_tokens=256)
     )
@@ -49,17 +57,18 @@ def run(argv: list[str]) -> int:
     echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
     prompt = prompt or DEMO_PROMPT
     model, tokenizer = args.open(args.model)
+    speculate = speculation(args)
     from ..sampling import draw_seed
 
     params = dataclasses.replace(params, seed=draw_seed() if params.seed is None else params.seed)
     ids = tokenizer.encode(prompt)
-    written = Written(params.n, len(ids), live=params.n == 1 and not args.json)
+    written = Written(params.n, len(ids), params.n == 1 and not args.json, speculate.tally if speculate else None)
     if echo and not args.json:
         _show(prompt)
     if scored:
-        facts, code = score(model, ids, params, tokenizer, written), 0
+        facts, code = score(model, ids, params, tokenizer, written, speculate), 0
     else:
-        code = write(model, ids, params, tokenizer, written)
+        code = write(model, ids, params, tokenizer, written, speculate)
         facts = {"outputs": written.outputs}
     if args.json:
         known = {"model": args.model, "prompt": prompt, "prompt_token_ids": ids, "seed": params.seed}
@@ -69,6 +78,18 @@ def run(argv: list[str]) -> int:
         if code == 0:
             print(written.summary(), file=sys.stderr)
     return code
+
+
+def speculation(args: Generate) -> Speculation | None:
+    """How tokens are to be guessed ahead, if at all; opens the model that guesses."""
+    if not args.speculate:
+        if args.max_draft is not None:
+            raise UsageError("--max-draft goes with --speculate")
+        return None
+    from ..speculation import Speculation
+
+    model = None if args.speculate == PROMPT_LOOKUP else args.open_model(args.speculate)
+    return Speculation(model) if args.max_draft is None else Speculation(model, max_draft=args.max_draft)
 
 
 def given_prompt(args: Generate) -> str:
@@ -92,12 +113,12 @@ def given_prompt(args: Generate) -> str:
 class Written:
     """What has been generated so far: shown as it comes if `live`, counted and timed."""
 
-    def __init__(self, n: int, prompt_tokens: int, live: bool) -> None:
+    def __init__(self, n: int, prompt_tokens: int, live: bool, tally: Tally | None = None) -> None:
         self.outputs: list[dict[str, Any]] = [
             {"index": i, "text": "", "token_ids": [], "finish_reason": "abort", "stop_reason": None}
             for i in range(n)
         ]
-        self.prompt_tokens, self.live = prompt_tokens, live
+        self.prompt_tokens, self.live, self.tally = prompt_tokens, live, tally
         self.tokens = 0
         self.began = self.ended = time.perf_counter()
         self.first: float | None = None  # seconds until the first token
@@ -131,30 +152,51 @@ class Written:
     def stats(self) -> dict[str, Any]:
         """Counts, and times in seconds; the model's loading is not among them."""
         seconds = self.ended - self.began
-        return {
+        facts: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.tokens,
             "seconds": round(seconds, 4),
             "seconds_to_first_token": None if self.first is None else round(self.first, 4),
             "tokens_per_second": round(self.tokens / seconds, 2) if seconds else None,
         }
+        if self.tally is not None:
+            facts["speculation"] = {
+                **vars(self.tally),
+                "acceptance": round(self.tally.acceptance, 4),
+                "tokens_per_step": round(self.tally.tokens_per_step, 4),
+            }
+        return facts
 
     def summary(self) -> str:
         """The statistics in a line."""
         s = self.stats()
+        guessed = ""
+        if self.tally is not None:
+            guessed = (
+                f"; {self.tally.tokens_per_step:.2f} tokens a step, "
+                f"{self.tally.accepted} of {self.tally.drafted} guesses right"
+            )
         return (
             f"{s['prompt_tokens']} tokens of prompt, {s['completion_tokens']} generated in {s['seconds']:.2f} s: "
             f"{s['tokens_per_second'] or 0:.1f} tokens/s, the first after {s['seconds_to_first_token'] or 0:.2f} s"
+            f"{guessed}"
         )
 
 
-def write(model: Mistral7B, ids: list[int], params: SamplingParams, tokenizer: Tokenizer, written: Written) -> int:
+def write(
+    model: Mistral7B,
+    ids: list[int],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    written: Written,
+    speculate: Speculation | None = None,
+) -> int:
     """Stream into `written`; the exit code. Ctrl-C ends it, and what has come stays."""
     from ..generate import stream
 
     written.began = time.perf_counter()
     try:
-        for piece in stream(model, ids, params, tokenizer):
+        for piece in stream(model, ids, params, tokenizer, speculate=speculate):
             written.push(piece)
     except KeyboardInterrupt:
         return 130
@@ -162,13 +204,18 @@ def write(model: Mistral7B, ids: list[int], params: SamplingParams, tokenizer: T
 
 
 def score(
-    model: Mistral7B, ids: list[int], params: SamplingParams, tokenizer: Tokenizer, written: Written
+    model: Mistral7B,
+    ids: list[int],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    written: Written,
+    speculate: Speculation | None = None,
 ) -> dict[str, Any]:
     """Generate with log-probabilities; what the JSON output says of it."""
     from ..generate import generate
 
     written.began = time.perf_counter()
-    request = generate(model, [ids], params, tokenizer)[0]
+    request = generate(model, [ids], params, tokenizer, speculate=speculate)[0]
     written.count(sum(len(c.token_ids) for c in request.outputs))
     written.first = None  # all came at once
     outputs = [{**vars(c), "logprobs": _named(c.logprobs)} for c in request.outputs]

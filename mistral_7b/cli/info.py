@@ -36,12 +36,14 @@ def run(argv: list[str]) -> int:
     args = read_flags(Info, "info", argv)
     if args.context is not None and args.context < 1:
         raise UsageError(f"--context must be at least 1, not {args.context}")
-    from ..checkpoint import read_args
+    from ..checkpoint import read_args, read_record
 
     path = configuration(args.model)
     model_args, form = read_args(path)
     facts = describe(model_args, args.context or model_args.max_seq_len, args.dtype)
     facts = {"model": args.model, "path": str(path), "format": form, "disk_bytes": disk_bytes(path), **facts}
+    if (record := read_record(path)) is not None:
+        facts |= {"weights_bytes": record.nbytes, "quantization": record.config()}
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -107,7 +109,8 @@ def table(facts: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    a = facts["args"]
+    a, said = facts["args"], facts.get("quantization")
+    stored = said["scheme"] if said else facts["dtype"]
     window = a["sliding_window"]
     rows = {
         "release": facts["release"],
@@ -119,7 +122,8 @@ def table(facts: dict[str, Any]) -> Table:
         **{name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in a.items()
            if name not in ("sliding_window", "tie_embeddings")},
         "tie_embeddings": "yes" if a["tie_embeddings"] else "no",
-        f"weights in {facts['dtype']}": readable(facts["weights_bytes"]),
+        **(quantization_rows(said) if said else {}),
+        f"weights in {stored}": readable(facts["weights_bytes"]),
         f"cache at {facts['context']:,} tokens": f"{readable(facts['cache_bytes'])}"
         f" ({facts['cache_tokens']:,} x {readable(facts['cache_bytes_per_token'])})",
     }  # fmt: skip
@@ -132,6 +136,21 @@ def table(facts: dict[str, Any]) -> Table:
     for name, value in rows.items():
         out.add_row(name, Text(value))
     return out
+
+
+def quantization_rows(said: dict[str, Any]) -> dict[str, str]:
+    """Rows on how a checkpoint was quantised, and what that cost, from its `quantization_config`."""
+    d, kind = said["distance"], said["scheme"]
+    calibration = said["calibration"] or {"none": "rounded to nearest"}
+    if said["group_size"]:
+        kind += f", groups of {said['group_size']}, {'symmetric' if said['symmetric'] else 'asymmetric'}"
+    return {
+        "quantised": kind,
+        "calibration": ", ".join(f"{name}: {value}" for name, value in calibration.items()),
+        "distance": f"KL {d['kl']:.4g}, top-1 agreement {d['top1_agreement']:.1%}, perplexity "
+        f"{d['perplexity_original']:.4g} -> {d['perplexity']:.4g}",
+        "    measured on": f"{d['tokens']:,} tokens of {d['text']}",
+    }
 
 
 def readable(n: int) -> str:

@@ -39,6 +39,10 @@ class ModelOptions:
 
     dtype: DType = "bfloat16"
     """Of the weights and of the arithmetic."""
+    quantization: Literal["int8", "int4", "bf16"] | None = None
+    """Round the weights while they are read; bf16: packed for the CPU's matrix unit. None: as they are stored."""
+    mmap: bool = True
+    """Read quantised weights where they lie in their file; copied first, they are read faster, seconds later."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps...; auto: the first accelerator there is."""
     threads: int | None = None
@@ -53,14 +57,12 @@ class ModelOptions:
         with busy(f"opening {source}"):
             import torch
 
-            from ..model import Mistral7B
             from ..tokenizer import Tokenizer
 
             torch.seed()  # two runs differ, unless they are given a --seed
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
-            device = pick_device(self.device)
-            model = Mistral7B.from_pretrained(source, dtype=getattr(torch, self.dtype), device=device)
+            model = self._load(source)
             tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(
@@ -68,6 +70,22 @@ class ModelOptions:
                 f"{model.args.vocab_size}: the tokenizer belongs to another model"
             )
         return model, tokenizer
+
+    def open_model(self, source: str) -> Mistral7B:
+        """Load a model besides the first, of the same type and in the same place."""
+        with busy(f"opening {source}"):
+            return self._load(source)
+
+    def _load(self, source: str) -> Mistral7B:
+        import torch
+
+        from ..model import Mistral7B
+
+        device = pick_device(self.device)
+        dtype = getattr(torch, self.dtype)
+        return Mistral7B.from_pretrained(
+            source, dtype=dtype, device=device, quantization=self.quantization, mmap=self.mmap
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ class Pull:
     """
 
     repo_id: RepoId
-    """The model, such as mistralai/Mistral-7B-Instruct-v0.3."""
+    """The model, such as mistralai/Mistral-7B-Instruct-v0.3, or one file of it: owner/name/FILE.gguf."""
     revision: str = "main"
     """Branch, tag or commit."""
 
@@ -30,6 +30,9 @@ def run(argv: list[str]) -> int:
     args = read_flags(Pull, "pull", argv)
     from ..checkpoint import hub
 
+    if named := hub.FILE_ID.fullmatch(args.repo_id):
+        print(hub.pull(named["repo"], revision=args.revision, file=named["file"]))
+        return 0
     if not hub.REPO_ID.fullmatch(args.repo_id):
         raise UsageError(f"{args.repo_id!r} is no name of a model on the hub: owner/name is wanted")
     print(hub.pull(args.repo_id, revision=args.revision))

@@ -38,8 +38,13 @@ VARIABLE = "MISTRAL_7B_KERNELS"
 
 PTR, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {
-    # bf16, x, M, K, bits, codes, groups, group, scale, N, Kp, threads, out
+    # the order of arguments is that of cpu.cpp
     "m7b_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, PTR, LONG, LONG, INT, PTR),
+    "m7b_block_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, INT, PTR),
+    "m7b_rms_norm": (INT, PTR, PTR, LONG, LONG, ctypes.c_float, INT, PTR),
+    "m7b_silu_mul": (INT, PTR, PTR, LONG, INT, PTR),
+    "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
+    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 11, LONG, LONG, PTR, LONG, LONG, LONG, INT, PTR),
 }
 
 
@@ -76,22 +81,43 @@ def cache_folder() -> pathlib.Path:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there are none to be had (said once, in a warning)."""
+    """The compiled kernels, or None where there are none to be had."""
     name = chosen()
     if name == "off":
         return None
-    path, why = _build(name)
-    if path is None:
-        warnings.warn(
-            f"the CPU kernels are not compiled ({why}), so PyTorch's operators stand in, many times slower; "
-            "install g++ (Debian: apt-get install g++), or set MISTRAL_7B_KERNELS=off to silence this",
-            stacklevel=2,
-        )
-        return None
+    for instructions in dict.fromkeys((name, "avx512")):  # where a system knows of AMX and does not grant it
+        path, why = _build(instructions)
+        lib = None if path is None else _load(path)
+        if lib is not None and lib.m7b_path():
+            return lib
+        _WHY.append(why or f"{path} cannot be loaded; remove it to have it compiled again")
+    return None
+
+
+_WHY: list[str] = []  # what was in the way, if anything was
+
+
+def missing() -> str:
+    """What to say where the kernels were wanted and could not be had; "" where all is well."""
+    if library() is not None or not _WHY:
+        return ""
+    return (
+        f"the CPU kernels are not compiled ({_WHY[-1]}), so PyTorch's operators stand in, many times slower; "
+        f"install g++ (Debian: apt-get install g++), or set {VARIABLE}=off to silence this"
+    )
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Say so once."""
+    if why := missing():
+        warnings.warn(why, stacklevel=2)
+
+
+def _load(path: pathlib.Path) -> ctypes.CDLL | None:
     try:
         lib = ctypes.CDLL(str(path))
-    except OSError as e:
-        warnings.warn(f"{path} cannot be loaded ({e}); remove it to have it compiled again", stacklevel=2)
+    except OSError:
         return None
     for function, arguments in SIGNATURES.items():
         getattr(lib, function).argtypes = arguments
@@ -135,12 +161,12 @@ def _build(name: str) -> tuple[pathlib.Path | None, str]:
 
 
 def describe() -> dict[str, str]:
-    """What there is of kernels on this machine, for a person: compiler, library, instructions."""
+    """What there is of kernels on this machine, for a person: compiler, instructions, library, what is missing."""
     lib = library()
-    path = lib.m7b_path().decode() if lib else "PyTorch operators"
-    return {
+    facts = {
         "compiler": compiler() or "none",
         "asked for": chosen(),
-        "running": path,
+        "running": lib.m7b_path().decode() if lib else "PyTorch operators",
         "library": lib._name if lib else "none",
     }
+    return facts | ({"missing": missing()} if missing() else {})

@@ -33,7 +33,8 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512VNNI__) && defined(__linux__)
+#define WITH_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -393,14 +394,9 @@ void any_rows(const Rows& r, const Weights& w, int64_t tile, const uint8_t* wide
 
 // ---------------------------------------------------------------- AMX: tiles of 16 rows by 16 outputs by 64 inputs
 
-#if defined(__AMX_INT8__)
+#if defined(WITH_AMX)
 
 constexpr int64_t NB = 16, KB = 1024, MB = 512;  // a block: 256 outputs (256 KB of codes in L2), 1024 inputs, 512 rows
-
-bool amx_allowed() {
-    static const bool yes = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-    return yes;
-}
 
 void configure_tiles() {
     struct alignas(64) {
@@ -559,8 +555,8 @@ void linear(const void* x, int64_t M, int64_t K, const Weights& w, int threads, 
         const Span mine = share(M, t, n);
         for (int64_t m = mine.begin; m < mine.end; m++) quantise_row<T>(r, m, rows + m * K);
     });
-#if defined(__AMX_INT8__)
-    if (M > FEW && amx_allowed()) {
+#if defined(WITH_AMX)
+    if (M > FEW) {
         std::memset(r.q + M * w.Kp, 0, (padded - M) * w.Kp);
         amx_linear<T>(r, w, threads, out);
         return;
@@ -578,6 +574,506 @@ void linear(const void* x, int64_t M, int64_t K, const Weights& w, int threads, 
     });
 }
 
+// ---------------------------------------------------------------- sixteen floats at once
+
+using F16 = float __attribute__((vector_size(64)));
+using I16 = int32_t __attribute__((vector_size(64)));
+using H16 = uint16_t __attribute__((vector_size(32)));
+
+inline F16 all(float v) { return v - F16{}; }
+inline F16 larger(F16 a, F16 b) { return a > b ? a : b; }
+inline F16 take(const float* p) {
+    F16 v;
+    std::memcpy(&v, p, 64);
+    return v;
+}
+inline void give(float* p, F16 v) { std::memcpy(p, &v, 64); }
+inline F16 widened(H16 h) { return reinterpret_cast<F16>(__builtin_convertvector(h, I16) << 16); }
+inline H16 narrowed(F16 v) {  // to bfloat16, to nearest even; NaN stays NaN
+    I16 bits = reinterpret_cast<I16>(v);
+    I16 round = bits + 0x7fff + ((bits >> 16) & 1);
+    round = v == v ? round : I16{} + 0x7fc00000;
+    return __builtin_convertvector((round >> 16) & 0xffff, H16);
+}
+inline F16 take(const uint16_t* p) {
+    H16 h;
+    std::memcpy(&h, p, 32);
+    return widened(h);
+}
+inline void give(uint16_t* p, F16 v) {
+    H16 h = narrowed(v);
+    std::memcpy(p, &h, 32);
+}
+inline F16 take(const int8_t* p) {
+    int8_t __attribute__((vector_size(16))) b;
+    std::memcpy(&b, p, 16);
+    return __builtin_convertvector(__builtin_convertvector(b, I16), F16);
+}
+// The first n of sixteen, the rest zero: one way for the end of a row and for its middle.
+template <class P>
+F16 take(const P* p, int64_t n) {
+    if (n >= 16) return take(p);
+    P some[16] = {};
+    std::memcpy(some, p, n * sizeof(P));
+    return take(some);
+}
+template <class P>
+void give(P* p, F16 v, int64_t n) {
+    if (n >= 16) return give(p, v);
+    P some[16];
+    give(some, v);
+    std::memcpy(p, some, n * sizeof(P));
+}
+inline float total(F16 v) {
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return v[0];
+}
+inline float largest(F16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+    float top = v[0];
+    for (int i = 1; i < 16; i++) top = v[i] > top ? v[i] : top;
+    return top;
+#endif
+}
+
+// e^x, to 2 units in the last place; 0 below -87, exactly 1 at 0.
+inline F16 exponential(F16 x) {
+    const F16 magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    x = larger(x, all(-150.0f));
+    x = x < 88.0f ? x : all(88.0f);
+    F16 n = (x * 1.44269504088896341f + magic) - magic;
+    F16 f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    F16 p = all(1.9875691500e-4f);  // Cephes' expf
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * (f * f) + f + 1.0f;
+    I16 e = __builtin_convertvector(n, I16);
+    F16 power = reinterpret_cast<F16>((e + 127) << 23);
+    return e < -126 ? F16{} : p * power;
+}
+
+// ---------------------------------------------------------------- products with blocks of 32 (GGUF's Q8_0 and Q4_0)
+
+// R rows by one tile: each block's integer sum times its two scales, added in the order of the blocks.
+template <class T, int R>
+void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, void* out) {
+    F16 y[R] = {};
+    const uint8_t* codes = w.codes + tile * w.Kp * 2 * w.bits;
+    const uint16_t* d = w.d + tile * (w.Kp / BLOCK) * TILE_N;
+    const int64_t G = w.Kp / BLOCK;
+    for (int64_t g = 0; g < G; g++, d += TILE_N) {
+        Sums s[R];
+        for (auto& v : s) v = zero();
+        const int8_t* x = r.q + row * r.Kp + g * BLOCK;
+        for (int64_t k = 0; k < BLOCK; codes += LINE) {
+            __builtin_prefetch(codes + PREFETCH);
+            const Line line = load(codes);
+            if (w.bits == 8) {
+                for (int i = 0; i < R; i++) s[i] = dot8(s[i], line, x + i * r.Kp + k);
+                k += 4;
+            } else {
+                const Line lo = low(line), hi = high(line);
+                for (int i = 0; i < R; i++) s[i] = dot4(dot4(s[i], lo, x + i * r.Kp + k), hi, x + i * r.Kp + k + 4);
+                k += 8;
+            }
+        }
+        F16 scale;
+        for (int n = 0; n < 16; n++) scale[n] = from_half(d[n]);
+        for (int i = 0; i < R; i++) {
+            I16 v;
+            store(reinterpret_cast<int32_t*>(&v), s[i]);
+            v -= (w.bits == 8 ? 128 : 8) * r.sum[(row + i) * G + g];
+            y[i] += __builtin_convertvector(v, F16) * (scale * r.scale[(row + i) * G + g]);
+        }
+    }
+    for (int i = 0; i < R; i++)
+        give(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, y[i], w.N - tile * TILE_N);
+}
+
+template <class T>
+void block_linear(const void* x, int64_t M, const Weights& w, int threads, void* out) {
+    static thread_local Scratch<int8_t> codes_of;
+    static thread_local Scratch<float> scale_of;
+    static thread_local Scratch<int32_t> sum_of;
+    const int64_t G = w.Kp / BLOCK, tiles = (w.N + 15) / 16;
+    const Rows r{M, w.Kp, w.Kp, BLOCK, BLOCK, codes_of.get(M * w.Kp), scale_of.get(M * G), sum_of.get(M * G)};
+    if (M * w.N * w.Kp < 1 << 18) threads = 1;
+    const auto* rows = static_cast<const typename T::Store*>(x);
+    parallel(M < 4 ? 1 : threads, [&](int t, int n) {
+        const Span mine = share(M, t, n);
+        for (int64_t m = mine.begin; m < mine.end; m++) quantise_row<T>(r, m, rows + m * w.Kp);
+    });
+    parallel(threads, [&](int t, int n) {
+        const Span mine = share(tiles, t, n);
+        for (int64_t tile = mine.begin; tile < mine.end; tile++) {
+            int64_t row = 0;
+            for (; row + 4 <= M; row += 4) block_tile<T, 4>(r, w, row, tile, out);
+            for (; row < M; row++) block_tile<T, 1>(r, w, row, tile, out);
+        }
+    });
+}
+
+// ---------------------------------------------------------------- what lies between the products
+
+// y = cast(x / sqrt(mean(x^2) + eps)) * weight, a row at a time; sums in one order whatever the batch.
+template <class T>
+void rms_norm(const typename T::Store* x, const typename T::Store* weight, int64_t M, int64_t D, float eps, int threads, typename T::Store* y) {
+    parallel(M * D < 1 << 16 ? 1 : threads, [&](int t, int n) {
+        const Span mine = share(M, t, n);
+        for (int64_t m = mine.begin; m < mine.end; m++) {
+            const auto* row = x + m * D;
+            auto* out = y + m * D;
+            F16 sum[4] = {};
+            for (int64_t d = 0; d < D; d += 64)
+                for (int u = 0; u < 4 && d + 16 * u < D; u++) {
+                    F16 v = take(row + d + 16 * u, D - d - 16 * u);
+                    sum[u] += v * v;
+                }
+            const float mean = total((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(D);
+            const F16 r = all(1.0f / __builtin_sqrtf(mean + eps));
+            for (int64_t d = 0; d < D; d += 16) {
+                typename T::Store cast[16];
+                give(cast, take(row + d, D - d) * r);
+                give(out + d, take(cast) * take(weight + d, D - d), D - d);
+            }
+        }
+    });
+}
+
+// silu(gate) * up, each rounded to its type as PyTorch does.
+template <class T>
+void silu_mul(const typename T::Store* gate, const typename T::Store* up, int64_t n, int threads, typename T::Store* y) {
+    const int64_t lines = (n + 15) / 16;
+    parallel(n < 1 << 15 ? 1 : threads, [&](int t, int of) {
+        const Span mine = share(lines, t, of);
+        for (int64_t i = mine.begin * 16; i < std::min(n, mine.end * 16); i += 16) {
+            F16 g = take(gate + i, n - i);
+            typename T::Store cast[16];
+            give(cast, g / (1.0f + exponential(-g)));
+            give(y + i, take(cast) * take(up + i, n - i), n - i);
+        }
+    });
+}
+
+// Neighbours (2i, 2i + 1) of each head turned by the angle whose cos and sin stand at its row: (M, heads, D).
+template <class T>
+void rotate(const typename T::Store* x, const float* cos, const float* sin, int64_t M, int64_t angles, int64_t heads, int64_t D, int threads, typename T::Store* y) {
+    parallel(M * heads * D < 1 << 16 ? 1 : threads, [&](int t, int n) {
+        const Span mine = share(M, t, n);
+        for (int64_t m = mine.begin; m < mine.end; m++) {
+            const float *c = cos + m % angles * (D / 2), *s = sin + m % angles * (D / 2);
+            for (int64_t h = 0; h < heads; h++) {
+                const auto* in = x + (m * heads + h) * D;
+                auto* out = y + (m * heads + h) * D;
+                for (int64_t i = 0; i < D / 2; i++) {
+                    const float even = T::get(in, 2 * i), odd = T::get(in, 2 * i + 1);
+                    T::put(out, 2 * i, even * c[i] - odd * s[i]);
+                    T::put(out, 2 * i + 1, even * s[i] + odd * c[i]);
+                }
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------- attention
+
+// Softmax(Q K^T / sqrt(D)) V of bfloat16 queries, where a key is visible if 0 <= p_q - p_k < window.
+//
+// Keys are worked through in blocks of 64 positions that begin at multiples of 64, and each row keeps its own
+// maximum and sum: so a row's result depends on its keys alone, not on the chunk it came in, on where its keys
+// lie, or on the rows beside it. A row for which a block shows nothing is left as it is, to the bit.
+struct Attend {
+    int64_t B, T, H, G, D;   // sequences, queries of each, query heads, key heads, width
+    const uint16_t* q;       // (B, T, H, D)
+    const void *k, *v;       // (B, T, G, D): the queries' own keys and values, bfloat16 or int8
+    const float *ks, *vs;    // (B, T, G): their scales, int8 only
+    const void *old_k, *old_v;    // (slots in all, G, D): what is remembered
+    const float *old_ks, *old_vs;
+    const int64_t* start;    // (B): position of the first query
+    const int64_t* held;     // (B): how many positions before it are remembered
+    int64_t slots, origin;   // position p of sequence b lies at row b * slots + (p - origin) % slots ...
+    const int64_t* table;    // ... or, in pages, at table[b * columns + p / page] * page + p % page
+    int64_t columns, page;
+    int64_t window;          // 0: none
+    bool int8;
+    uint16_t* out;           // (B, T, H, D)
+};
+
+constexpr int64_t KEYS = 64, MOST_ROWS = 128;
+
+struct Room {  // what one thread works in
+    int64_t D32;
+    uint16_t *k, *v, *q, *p, *line;  // AMX's layouts: k (D/2, 64, 2), v (32, D, 2), q (rows, D), p (rows, 64)
+    float *kf, *vf;                  // else: k (D, 64), v (64, D)
+    float *s, *o, *top, *sum, *ks, *vs;
+};
+
+inline int64_t slot_of(const Attend& a, int64_t b, int64_t p) {
+    return a.table ? a.table[b * a.columns + p / a.page] * a.page + p % a.page : b * a.slots + (p - a.origin) % a.slots;
+}
+
+// Key or value of one position as bfloat16 (int8's whole numbers are exact in it), with its scale.
+inline float read_row(const Attend& a, bool value, int64_t b, int64_t g, int64_t p, uint16_t* out) {
+    const bool own = p >= a.start[b];
+    const int64_t row = (own ? b * a.T + p - a.start[b] : slot_of(a, b, p)) * a.G + g;
+    const void* from = own ? (value ? a.v : a.k) : (value ? a.old_v : a.old_k);
+    if (!a.int8) {
+        std::memcpy(out, static_cast<const uint16_t*>(from) + row * a.D, a.D * 2);
+        return 1.0f;
+    }
+    const int8_t* codes = static_cast<const int8_t*>(from) + row * a.D;
+    for (int64_t d = 0; d < a.D; d += 16) give(out + d, take(codes + d, a.D - d), a.D - d);
+    return (own ? (value ? a.vs : a.ks) : (value ? a.old_vs : a.old_ks))[row];
+}
+
+#if defined(WITH_AMX)
+
+// 16 rows of 16 dwords turned over: out[i][j] = in[j][i].
+inline void turn(const uint32_t* in, int64_t stride, uint32_t* out, int64_t out_stride) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * out_stride, r[i]);
+}
+
+// Two rows of 32 to pairs: (a0, b0, a1, b1, ...).
+inline void pair_rows(const uint16_t* a, const uint16_t* b, uint16_t* out) {
+    alignas(64) static const struct Order {
+        uint16_t first[32], second[32];
+        Order() {
+            for (int i = 0; i < 16; i++) {
+                first[2 * i] = i, first[2 * i + 1] = 32 + i;
+                second[2 * i] = 16 + i, second[2 * i + 1] = 48 + i;
+            }
+        }
+    } order;
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.first), y));
+    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.second), y));
+}
+
+void place_block(const Room& r) {  // r.line (2, 64, D32): keys, then values
+    for (int64_t j = 0; j < KEYS; j += 16)
+        for (int64_t d = 0; d < r.D32; d += 32)
+            turn(reinterpret_cast<uint32_t*>(r.line + j * r.D32 + d), r.D32 / 2, reinterpret_cast<uint32_t*>(r.k) + d / 2 * KEYS + j, KEYS);
+    const uint16_t* values = r.line + KEYS * r.D32;
+    for (int64_t j = 0; j < KEYS; j += 2)
+        for (int64_t d = 0; d < r.D32; d += 32)
+            pair_rows(values + j * r.D32 + d, values + (j + 1) * r.D32 + d, r.v + j * r.D32 + 2 * d);
+}
+
+// C (16, 64) = A (16, depth) B: A by rows of lda, B (depth / 2, columns, 2) with `ldb` columns; added to C unless first.
+void product(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool first, int64_t count) {
+    fence();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (!first) {
+        _tile_loadd(0, c, ldc * 4);
+        if (count > 1) _tile_loadd(1, c + 16, ldc * 4);
+        if (count > 2) _tile_loadd(2, c + 32, ldc * 4);
+        if (count > 3) _tile_loadd(3, c + 48, ldc * 4);
+    }
+    for (int64_t i = 0; i < depth; i += 32) {
+        const uint16_t* at = b + i * ldb;
+        _tile_loadd(4, a + i, lda * 2);
+        _tile_loadd(5, at, ldb * 4);
+        _tile_dpbf16ps(0, 4, 5);
+        if (count > 1) {
+            _tile_loadd(6, at + 32, ldb * 4);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if (count > 2) {
+            _tile_loadd(7, at + 64, ldb * 4);
+            _tile_dpbf16ps(2, 4, 7);
+        }
+        if (count > 3) {
+            _tile_loadd(5, at + 96, ldb * 4);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+    _tile_stored(0, c, ldc * 4);
+    if (count > 1) _tile_stored(1, c + 16, ldc * 4);
+    if (count > 2) _tile_stored(2, c + 32, ldc * 4);
+    if (count > 3) _tile_stored(3, c + 48, ldc * 4);
+    fence();
+}
+
+void scores(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows; m += 16) product(r.q + m * r.D32, r.D32, r.k, KEYS, r.D32, r.s + m * KEYS, KEYS, true, 4);
+}
+
+void add_values(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows; m += 16)
+        for (int64_t d = 0; d < r.D32; d += 64)
+            product(r.p + m * KEYS, KEYS, r.v + 2 * d, r.D32, KEYS, r.o + m * r.D32 + d, r.D32, false, (r.D32 - d) / 16);
+}
+
+#else
+
+void place_block(const Room& r) {
+    const uint16_t* values = r.line + KEYS * r.D32;
+    for (int64_t j = 0; j < KEYS; j++)
+        for (int64_t d = 0; d < r.D32; d++) {
+            r.kf[d * KEYS + j] = from_bf16(r.line[j * r.D32 + d]);
+            r.vf[j * r.D32 + d] = from_bf16(values[j * r.D32 + d]);
+        }
+}
+
+void scores(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows; m++) {
+        F16 s[4] = {};
+        for (int64_t d = 0; d < r.D32; d++) {
+            const float q = from_bf16(r.q[m * r.D32 + d]);
+            for (int i = 0; i < 4; i++) s[i] += q * take(r.kf + d * KEYS + 16 * i);
+        }
+        for (int i = 0; i < 4; i++) give(r.s + m * KEYS + 16 * i, s[i]);
+    }
+}
+
+void add_values(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t d = 0; d < r.D32; d += 16) {
+            F16 o = take(r.o + m * r.D32 + d);
+            for (int64_t j = 0; j < KEYS; j++) o += from_bf16(r.p[m * KEYS + j]) * take(r.vf + j * r.D32 + d);
+            give(r.o + m * r.D32 + d, o);
+        }
+}
+
+#endif
+
+// Scores of one row, keys first..last of the block visible: to probabilities, with the row's maximum and sum.
+void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) {
+    if (first >= last) {
+        std::memset(r.p + m * KEYS, 0, KEYS * 2);
+        return;
+    }
+    float* row = r.s + m * KEYS;
+    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    F16 s[4], top = all(-3.0e38f);
+    for (int i = 0; i < 4; i++) {
+        s[i] = take(row + 16 * i) * scale * take(r.ks + 16 * i);
+        const I16 key = lane + 16 * i;
+        s[i] = (key >= int32_t(first)) & (key < int32_t(last)) ? s[i] : all(-3.0e38f);
+        top = larger(top, s[i]);
+    }
+    const float before = r.top[m], now = std::max(before, largest(top));
+    if (now > before) {
+        const F16 shrink = exponential(all(before - now));
+        float* o = r.o + m * r.D32;
+        for (int64_t d = 0; d < r.D32; d += 16) give(o + d, take(o + d) * shrink);
+        give(r.sum + 16 * m, take(r.sum + 16 * m) * shrink);
+        r.top[m] = now;
+    }
+    F16 sum = take(r.sum + 16 * m);
+    for (int i = 0; i < 4; i++) {
+        const F16 e = exponential(s[i] - now);
+        sum += e;
+        give(r.p + m * KEYS + 16 * i, e * take(r.vs + 16 * i));
+    }
+    give(r.sum + 16 * m, sum);
+}
+
+// Queries t0..t1 of sequence b, for the query heads of key head g.
+void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t0, int64_t t1) {
+    const int64_t R = a.H / a.G, rows = (t1 - t0) * R, padded = (rows + 15) / 16 * 16;
+    const float scale = 1.0f / __builtin_sqrtf(float(a.D));
+    std::memset(r.q, 0, padded * r.D32 * 2);
+    for (int64_t m = 0; m < rows; m++)
+        std::memcpy(r.q + m * r.D32, a.q + ((b * a.T + t0 + m / R) * a.H + g * R + m % R) * a.D, a.D * 2);
+    std::memset(r.o, 0, padded * r.D32 * 4);
+    std::memset(r.sum, 0, padded * 64);
+    std::memset(r.p, 0, padded * KEYS * 2);
+    for (int64_t m = 0; m < rows; m++) r.top[m] = -3.0e38f;
+    const int64_t oldest = a.start[b] - a.held[b];
+    auto first_of = [&](int64_t p) { return std::max(oldest, a.window ? p - a.window + 1 : oldest); };
+    const int64_t end = a.start[b] + t1, begin = std::max(int64_t(0), first_of(a.start[b] + t0));
+    for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS) {
+        for (int64_t j = 0; j < KEYS; j++) {
+            uint16_t *key = r.line + j * r.D32, *value = key + KEYS * r.D32;
+            if (block + j >= begin && block + j < end) {
+                r.ks[j] = read_row(a, false, b, g, block + j, key);
+                r.vs[j] = read_row(a, true, b, g, block + j, value);
+            } else {  // what is not there must be no NaN
+                std::memset(key, 0, a.D * 2);
+                std::memset(value, 0, a.D * 2);
+                r.ks[j] = r.vs[j] = 0.0f;
+            }
+        }
+        place_block(r);
+        scores(r, padded);
+        for (int64_t m = 0; m < rows; m++) {
+            const int64_t p = a.start[b] + t0 + m / R;
+            soften(r, m, std::max(int64_t(0), first_of(p) - block), std::min(KEYS, p + 1 - block), scale);
+        }
+        add_values(r, padded);
+    }
+    for (int64_t m = 0; m < rows; m++) {
+        uint16_t* out = a.out + ((b * a.T + t0 + m / R) * a.H + g * R + m % R) * a.D;
+        const F16 sum = all(total(take(r.sum + 16 * m)));
+        for (int64_t d = 0; d < a.D; d += 16) give(out + d, take(r.o + m * r.D32 + d) / sum, a.D - d);
+    }
+}
+
+void attend(const Attend& a, int threads) {
+    const int64_t D32 = (a.D + 31) / 32 * 32, R = a.H / a.G, queries = std::max(int64_t(1), MOST_ROWS / R);
+    const int64_t parts = (a.T + queries - 1) / queries, units = a.B * a.G * parts, most = (std::min(queries, a.T) * R + 15) / 16 * 16;
+    parallel(threads, [&](int thread, int n) {
+        static thread_local Scratch<float> room_of;
+        // In floats: k, v and line are bfloat16 (or k, v float), q and p too.
+        const int64_t block = KEYS * D32, sizes[] = {block, block, block, most * D32 / 2, most * KEYS / 2, most * KEYS, most * D32, most, most * 16, KEYS, KEYS};
+        int64_t all_sizes = 0;
+        for (int64_t size : sizes) all_sizes += (size + 15) / 16 * 16;
+        float *at = room_of.get(all_sizes), *place[11];
+        for (int i = 0; i < 11; i++) {
+            place[i] = at;
+            at += (sizes[i] + 15) / 16 * 16;
+        }
+        auto half = [&](int i) { return reinterpret_cast<uint16_t*>(place[i]); };
+        const Room r{D32, half(0), half(1), half(3), half(4), half(2), place[0], place[1], place[5], place[6], place[7], place[8], place[9], place[10]};
+        std::memset(r.line, 0, 2 * block * 2);  // the padding of D stays zero
+#if defined(WITH_AMX)
+        configure_tiles();
+#endif
+        const Span mine = share(units, thread, n);
+        for (int64_t u = mine.begin; u < mine.end; u++) {
+            const int64_t b = u / (a.G * parts), g = u / parts % a.G, t0 = u % parts * queries;
+            attend_rows(a, r, b, g, t0, std::min(t0 + queries, a.T));
+        }
+#if defined(WITH_AMX)
+        _tile_release();
+#endif
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -589,9 +1085,42 @@ void m7b_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const u
     bf16 ? linear<BF16>(x, M, K, w, threads, out) : linear<F32>(x, M, K, w, threads, out);
 }
 
+// y (M, N) = x (M, K) w^T with GGUF's blocks of 8 or 4 bits, K a multiple of 32; d: half floats [N/16][K/32][16].
+void m7b_block_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const uint8_t* codes, const uint16_t* d,
+                      int64_t N, int threads, void* out) {
+    const Weights w{N, K, BLOCK, codes, nullptr, nullptr, d, bits};
+    bf16 ? block_linear<BF16>(x, M, w, threads, out) : block_linear<F32>(x, M, w, threads, out);
+}
+
+void m7b_rms_norm(int bf16, const void* x, const void* weight, int64_t M, int64_t D, float eps, int threads, void* y) {
+    bf16 ? rms_norm<BF16>((const uint16_t*)x, (const uint16_t*)weight, M, D, eps, threads, (uint16_t*)y)
+         : rms_norm<F32>((const float*)x, (const float*)weight, M, D, eps, threads, (float*)y);
+}
+
+void m7b_silu_mul(int bf16, const void* gate, const void* up, int64_t n, int threads, void* y) {
+    bf16 ? silu_mul<BF16>((const uint16_t*)gate, (const uint16_t*)up, n, threads, (uint16_t*)y)
+         : silu_mul<F32>((const float*)gate, (const float*)up, n, threads, (float*)y);
+}
+
+// x (M, heads, D); cos and sin (angles, D / 2), repeated if M is a multiple of `angles`.
+void m7b_rotate(int bf16, const void* x, const float* cos, const float* sin, int64_t M, int64_t angles, int64_t heads,
+                int64_t D, int threads, void* y) {
+    bf16 ? rotate<BF16>((const uint16_t*)x, cos, sin, M, angles, heads, D, threads, (uint16_t*)y)
+         : rotate<F32>((const float*)x, cos, sin, M, angles, heads, D, threads, (float*)y);
+}
+
+void m7b_attend(int int8, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, const void* q, const void* k, const void* v,
+                const float* ks, const float* vs, const void* old_k, const void* old_v, const float* old_ks, const float* old_vs,
+                const int64_t* start, const int64_t* held, int64_t slots, int64_t origin, const int64_t* table, int64_t columns, int64_t page,
+                int64_t window, int threads, void* out) {
+    attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, start, held, slots, origin, table, columns,
+            page, window, int8 != 0, (uint16_t*)out}, threads);
+}
+
+// The instructions that run here; "" if the system does not grant them, and this library must not be used.
 const char* m7b_path() {
-#if defined(__AMX_INT8__)
-    return amx_allowed() ? "AMX" : "AVX-512 VNNI (AMX not granted)";
+#if defined(WITH_AMX)
+    return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0 ? "AMX" : "";
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
     return "AVX-512 VNNI";
 #elif defined(__AVX2__)

@@ -6,6 +6,12 @@
 Activations become int8 a row at a time, and the sum over k is an integer: exact, whatever the order. So the twin
 and every kernel agree bit for bit, and a row's result does not depend on what other rows there are.
 
+GGUF's blocks, Q8_0 and Q4_0, have a float scale d for every 32 inputs, and activations get one likewise:
+
+    block   w[n, k] = d[n, b] * (q[n, k] - 128), or - 8 in four bits
+
+Their integer sums are added as float32 in the order of the blocks: always the same one, so again bit for bit.
+
 ... any leading dimensions · N outputs · K inputs · G groups
 """
 
@@ -50,6 +56,7 @@ def _run(
 ) -> Tensor:
     lib = compiler.library()
     if lib is None:
+        compiler.warn_if_missing()
         weight = int_weight(codes, groups, group_size)[:n, : x.shape[-1]]
         return linear_twin(x, weight, scale[:n])
     if x.dtype not in FLOATS:
@@ -92,3 +99,46 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
 def int4_linear(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
     """x (..., K) by int4 codes (N/16, K/8, 16, 4), groups (N/16, G, 16) and scale (N,): (..., n), of x's type."""
     return torch.ops.mistral_7b.int4_linear(x, codes, groups, scale, n, group_size)
+
+
+BLOCK = 32
+
+
+def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int) -> Tensor:
+    """The product with blocks in plain PyTorch, a block after another: see `block_linear`."""
+    bits = 4 if codes.shape[1] * 8 == d.shape[1] * BLOCK else 8
+    q = layout.untile_int4(codes).double() - 8 if bits == 4 else layout.untile_int8(codes).double() - 128
+    scale = d.transpose(1, 2).flatten(0, 1).float()  # (N, K/32)
+    xq, sx = quantize_rows(x.unflatten(-1, (-1, BLOCK)))  # (..., K/32, 32), (..., K/32, 1)
+    sums = torch.einsum("...bk,nbk->...bn", xq.double(), q.unflatten(1, (-1, BLOCK))).float()
+    out = torch.zeros(*x.shape[:-1], len(q))
+    for b in range(scale.shape[1]):
+        out = out + sums[..., b, :] * (scale[:, b] * sx[..., b, :])
+    return out[..., :n].to(x.dtype)
+
+
+def _block(x: Tensor, codes: Tensor, d: Tensor, n: int) -> Tensor:
+    lib = compiler.library()
+    if lib is None:
+        compiler.warn_if_missing()
+        return block_linear_twin(x, codes, d, n)
+    if x.dtype not in FLOATS:
+        return _block(x.float(), codes, d, n).to(x.dtype)
+    x, K = x.contiguous(), x.shape[-1]
+    out = x.new_empty((*x.shape[:-1], n))
+    if x.numel():
+        lib.m7b_block_linear(
+            x.dtype == torch.bfloat16, x.data_ptr(), x.numel() // K, K, 4 if codes.shape[1] * 8 == K else 8,
+            codes.data_ptr(), d.data_ptr(), n, torch.get_num_threads(), out.data_ptr(),
+        )  # fmt: skip
+    return out
+
+
+OPS.define("block_linear(Tensor x, Tensor codes, Tensor d, int n) -> Tensor")
+OPS.impl("block_linear", _block, "CPU")
+torch.library.register_fake("mistral_7b::block_linear", lambda x, codes, d, n: x.new_empty((*x.shape[:-1], n)))
+
+
+def block_linear(x: Tensor, codes: Tensor, d: Tensor, n: int) -> Tensor:
+    """x (..., K) by blocks: codes in tiles of int8 or int4, d float16 (N/16, K/32, 16): (..., n), of x's type."""
+    return torch.ops.mistral_7b.block_linear(x, codes, d, n)

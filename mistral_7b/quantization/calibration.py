@@ -29,6 +29,7 @@ from ..cache import Stateless
 from ..errors import QuantizationError
 from ..model import Mistral7B, ModelArgs, RMSNorm, TransformerBlock, rope_phases
 from .feedback import Feedback
+from .fused import fuse
 from .linear import Int4Linear, Int8Embedding, Int8Linear
 from .rescaling import multiply, put, sample, search
 from .schemes import Scheme
@@ -62,6 +63,7 @@ def calibrate(
     model.set_submodule("output", calibrate_output(model.norm, model.output, inputs, scheme))
     if progress is not None:
         progress("output")
+    fuse(model)
     return model
 
 
@@ -72,8 +74,8 @@ def calibrate_block(
     """Quantise a block's Linears in place; returns what it then makes of `inputs`: those of the next block.
 
     `inputs` are one (T, D) for each document, whose first row stands at position 0, in the type of the block's
-    weights; norms may change with the weights. What held
-    the weights is not written to, so that they may be mapped from a file. QuantizationError as `calibrate`.
+    weights. Norms change with the weights; the tensors that held them are not written to, so that they may be
+    mapped from a file. QuantizationError as `calibrate`.
     """
     rescale_block(block, inputs, args, scheme)
     return round_block(block, inputs, args, scheme)

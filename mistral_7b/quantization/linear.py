@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import layout
-from ..kernels.linear import int4_linear, int8_linear, int_weight
+from ..kernels.linear import block_linear, int4_linear, int8_linear, int_weight
 from .rounding import Int4Codes, Int8Codes, round_int8
 
 
@@ -41,10 +41,13 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return int8_linear(x, self.codes, self.scale, self.out_features)
 
+    def integers(self) -> Tensor:
+        """The int8 weights, (N, K)."""
+        return int_weight(self.codes, None)[: self.out_features, : self.in_features]
+
     def dequantized(self) -> Tensor:
         """The weight that it stands for, float32 (N, K)."""
-        weight = int_weight(self.codes, None)[: self.out_features, : self.in_features]
-        return weight * self.scale[: self.out_features, None]
+        return self.integers() * self.scale[: self.out_features, None]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int8"
@@ -87,13 +90,48 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return int4_linear(x, self.codes, self.groups, self.scale, self.out_features, self.group_size)
 
+    def integers(self) -> Tensor:
+        """The int8 weights that the codes stand for, (N, K)."""
+        return int_weight(self.codes, self.groups, self.group_size)[: self.out_features, : self.in_features]
+
     def dequantized(self) -> Tensor:
         """The weight that it stands for, float32 (N, K)."""
-        weight = int_weight(self.codes, self.groups, self.group_size)[: self.out_features, : self.in_features]
-        return weight * self.scale[: self.out_features, None]
+        return self.integers() * self.scale[: self.out_features, None]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int4 in groups of {self.group_size}"
+
+
+class BlockLinear(nn.Module):
+    """y = x W^T with GGUF's Q8_0 or Q4_0 as they stand: codes of 8 or 4 bits, a float16 scale for 32 inputs."""
+
+    def __init__(self, d: Tensor, q: Tensor, bits: int) -> None:
+        """From d float16 (N, K/32) and q uint8 (N, K), whose zero is 128 or 8."""
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.bits = bits
+        rows = layout.padded(self.out_features, layout.TILE)
+        q = layout.pad(q, rows, self.in_features, 128 if bits == 8 else 8)
+        self.register_buffer("codes", layout.tile_int8(q) if bits == 8 else layout.tile_int4(q))
+        d = nn.functional.pad(d, (0, 0, 0, rows - self.out_features))
+        self.register_buffer("d", d.unflatten(0, (-1, layout.TILE)).transpose(1, 2).contiguous())
+
+    codes: Tensor
+    d: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return block_linear(x, self.codes, self.d, self.out_features)
+
+    def dequantized(self) -> Tensor:
+        """The weight that it stands for, float32 (N, K)."""
+        untiled = layout.untile_int8(self.codes) if self.bits == 8 else layout.untile_int4(self.codes)
+        q = untiled.float() - (128 if self.bits == 8 else 8)
+        d = self.d.transpose(1, 2).flatten(0, 1).float()
+        weight = (q.unflatten(1, (-1, 32)) * d[..., None]).flatten(1)
+        return weight[: self.out_features]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {'Q8_0' if self.bits == 8 else 'Q4_0'}"
 
 
 class Int8Embedding(nn.Module):
@@ -140,7 +178,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.deterministic = deterministic
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to_mkldnn(), self.ROWS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         if not self.deterministic:

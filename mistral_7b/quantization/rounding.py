@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels.layout import padded
 
 CLIPS = (1.0, 0.94, 0.88, 0.82)  # of a group's range, tried for the least error
-ROWS = 256  # rows rounded at once: what is worked on stays in the cache
+ROWS = 32  # rounded at once: what is worked on stays in the cache
 TINY = 1e-30
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import QuantizationError
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
+from .fused import fuse
 from .linear import Int4Linear, Int8Embedding, Int8Linear, PackedLinear
 from .rounding import round_int4, round_int8
 
@@ -44,6 +45,11 @@ class Scheme:
     def of(cls, scheme: str | Scheme) -> Scheme:
         """A scheme by its name, or itself."""
         return scheme if isinstance(scheme, Scheme) else cls(scheme)
+
+    def __str__(self) -> str:
+        if self.name != "int4":
+            return self.name
+        return f"int4 in groups of {self.group_size}, {'symmetric' if self.symmetric else 'asymmetric'}"
 
     def linear(self, weight: Tensor, name: str) -> nn.Module:
         """What stands for the Linear `name` (Mistral's, as "layers.0.attention.wq") with this weight (N, K)."""
@@ -74,6 +80,7 @@ def quantize(model: Mistral7B, scheme: str | Scheme, progress: Callable[[str], N
     replace_linears(model, build)
     if scheme.name != "bf16":
         model.set_submodule("tok_embeddings", Int8Embedding.from_weight(model.tok_embeddings.weight.detach()))
+    fuse(model)
     return model
 
 
@@ -82,7 +89,27 @@ def empty_model(args: ModelArgs, scheme: Scheme, dtype: torch.dtype = torch.bflo
     model = Mistral7B(args, dtype=dtype, device="meta")
     replace_linears(model, lambda old, name: scheme.empty_linear(old.in_features, old.out_features, name))  # type: ignore[arg-type]
     model.set_submodule("tok_embeddings", Int8Embedding(args.vocab_size, args.dim, dtype, "meta"))
+    fuse(model)
     return model
+
+
+def scheme_of(model: Mistral7B) -> Scheme | None:
+    """The scheme of a model whose every tensor is as `empty_model` has it; None if it is in none.
+
+    What is symmetric is read from the zero points, so that whoever rounded the weights, it is true.
+    """
+    kinds = {type(m): m for m in model.modules()}
+    int4 = kinds.get(Int4Linear)
+    if isinstance(int4, Int4Linear):
+        groups = (m.groups for m in model.modules() if isinstance(m, Int4Linear))
+        symmetric = all(g.is_meta or bool((g >> 4 == 8).all()) for g in groups)
+        scheme = Scheme("int4", int4.group_size, symmetric)
+    elif Int8Linear in kinds:
+        scheme = Scheme("int8")
+    else:
+        return None
+    wanted = {name: t.shape for name, t in empty_model(model.args, scheme).state_dict().items()}
+    return scheme if {name: t.shape for name, t in model.state_dict().items()} == wanted else None
 
 
 def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtype = torch.bfloat16) -> Mistral7B:

@@ -51,7 +51,9 @@ def test_of_a_repository_only_what_is_needed() -> None:
     }  # fmt: skip
     own = ["params.json", "consolidated.00.pth", "tokenizer.model", "README.md"]
     assert names.needed_files(own) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
-    assert names.needed_files(["config.json", "x.Q4_K_M.gguf", "README.md"]) == []
+    assert names.needed_files(["config.json", "x.Q4_K_M.gguf", "README.md"]) == ["config.json", "x.Q4_K_M.gguf"]
+    assert names.needed_files(["x.Q4_K_M.gguf", "x.Q8_0.gguf", "README.md"]) == []
+    assert names.needed_files(["model.safetensors", "x.Q8_0.gguf"]) == ["model.safetensors"]
     assert names.needed_files(["config.json", "one.safetensors"]) == ["config.json", "one.safetensors"]
     assert names.needed_files(["config.json", "one.safetensors", "two.safetensors"]) == []
 
@@ -91,7 +93,10 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     (both / "tokenizer.model.v3").write_bytes(b"a tokenizer")
     (both / "README.md").write_text("hello")
     (folder / "gguf").mkdir()
-    (folder / "gguf" / "x.gguf").write_bytes(b"GGUF")
+    narrow = tiny_model(tiny_args(dim=64, head_dim=32, hidden_dim=96))
+    for type in ("f16", "q8_0"):
+        with pytest.warns(UserWarning, match="has no tokenizer"):
+            narrow.save_pretrained(folder / "gguf" / f"x.{type}.gguf", format="gguf", type=type)
     return {REPO: both, GATED: both, "someone/own": folder / "own", "someone/gguf": folder / "gguf"}
 
 
@@ -163,7 +168,20 @@ def test_what_is_not_there_says_so(tmp_path: pathlib.Path, hub: Hub) -> None:
     assert "no such model" in pull(tmp_path, hub.url, "someone/nothing")
     assert f"{REPO} has no revision 'v9'" in pull(tmp_path, hub.url, REPO, "v9")
     said = pull(tmp_path, hub.url, "someone/gguf")
-    assert said == "HubError: someone/gguf holds no weights that can be opened here; it holds x.gguf"
+    assert said == "HubError: someone/gguf holds 2 GGUF files: name one, such as someone/gguf/x.f16.gguf"
+    said = pull(tmp_path, hub.url, "someone/gguf", "main", "y.gguf")
+    assert "someone/gguf holds no y.gguf; it holds x.f16.gguf, x.q8_0.gguf" in said
+
+
+def test_one_file_of_many_by_its_name(tmp_path: pathlib.Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pathlib.Path(pull(tmp_path, hub.url, "someone/gguf", "main", "x.q8_0.gguf"))
+    assert found.read_bytes() == (hub.repos["someone/gguf"] / "x.q8_0.gguf").read_bytes()
+    assert hub.downloads() == ["x.q8_0.gguf"]
+    assert pull(tmp_path, hub.url, "someone/gguf", "main", "x.q8_0.gguf", HF_HUB_OFFLINE="1") == str(found)
+    asked = []
+    monkeypatch.setattr(names, "pull", lambda repo, file: asked.append((repo, file)) or found)
+    assert Mistral7B.from_pretrained("someone/gguf/deep/x.gguf").args.dim == 64
+    assert asked == [("someone/gguf", "deep/x.gguf")]
 
 
 def test_offline_and_out_of_reach_say_what_to_do(tmp_path: pathlib.Path, hub: Hub) -> None:

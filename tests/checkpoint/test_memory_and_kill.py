@@ -12,7 +12,9 @@ import torch
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import CheckpointError, Mistral7B, ModelArgs
-from mistral_7b.checkpoint import convert, writing
+from mistral_7b.checkpoint import convert, gguf_writing, quantize, writing
+
+pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer.model lies beside")
 
 # 126 MB, the largest tensor 2 MB: the proportion of the 7B model's 14.5 GB and 0.26 GB.
 BIG = ModelArgs(
@@ -20,15 +22,23 @@ BIG = ModelArgs(
 )
 MEASURE = """
 import json, os, pathlib, sys, torch
-from mistral_7b.checkpoint import convert, load
+from mistral_7b.checkpoint import convert, load, quantize
 
 def act(what, source, out, target):
     if what == "convert":
         convert(source, out, to=target)
         return None
-    model = load(source, dtype=getattr(torch, target))
+    if what == "quantize":
+        quantize(source, out, target, torch.ones(1, 9, dtype=torch.long), "ones")
+        return None
+    if what == "round":
+        return load(source, quantization=target)
+    if what == "copy":
+        model = load(source, mmap=False)
+    else:
+        model = load(source, dtype=getattr(torch, target))
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.state_dict().values():
             p.sum()  # touch every page
     return model
 
@@ -43,7 +53,7 @@ for i, (what, source, target) in enumerate(json.loads(sys.argv[2])):
         assert os.waitpid(child, 0)[1] == 0
         continue
     # Whatever the libraries load on first use is not ours to count.
-    act(what, folder / "tiny", folder / f"warm{i}", target)
+    act(what, folder / ("tiny-int4" if source == "int4" else "tiny"), folder / f"warm{i}", target)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = resident("VmRSS")
     model = act(what, folder / source, folder / f"out{i}", target)
@@ -61,7 +71,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (folder / "pickle").mkdir()
     (folder / "pickle" / "params.json").write_bytes((folder / "mistral" / "params.json").read_bytes())
     torch.save(model.state_dict(), folder / "pickle" / "consolidated.00.pth")
+    model.save_pretrained(folder / "bf16.gguf", format="gguf")
+    model.save_pretrained(folder / "q4_0.gguf", format="gguf", type="q4_0")
     tiny_model(tiny_args(), torch.bfloat16).save_pretrained(folder / "tiny")
+    for name, plain in (("int4", "huggingface"), ("tiny-int4", "tiny")):
+        quantize(folder / plain, folder / name, "int4", torch.ones(1, 9, dtype=torch.long), "ones")
     return folder
 
 
@@ -70,9 +84,19 @@ BOUNDS = {  # (what, source, target) -> peak, as a share of the weights' size
     ("load", "mistral", "bfloat16"): 1.1,
     ("load", "pickle", "float16"): 1.1,
     ("load", "huggingface", "float16"): 1.1,
+    ("load", "bf16.gguf", "bfloat16"): 1.1,
+    ("load", "q4_0.gguf", "bfloat16"): 1.3,  # 20 MB of scratch whatever the size, large only beside 126 MB
     ("convert", "huggingface", "mistral"): 0.2,
     ("convert", "mistral", "huggingface"): 0.2,
     ("convert", "pickle", "huggingface"): 0.2,
+    ("convert", "huggingface", "gguf"): 0.2,
+    ("convert", "bf16.gguf", "mistral"): 0.2,
+    ("convert", "q4_0.gguf", "huggingface"): 0.35,
+    # Once in memory, int4 is 0.33 of bfloat16 (its embedding and output are int8).
+    ("load", "int4", "bfloat16"): 0.37,
+    ("copy", "int4", "bfloat16"): 0.37,
+    ("round", "huggingface", "int4"): 0.5,
+    ("quantize", "huggingface", "int4"): 0.3,
 }
 
 
@@ -86,7 +110,7 @@ def test_peak_memory(sources: pathlib.Path) -> None:
         peak, after = json.loads(line)
         print(*case, f"peak {peak / size:.3f}, after {after / size:.3f} of the weights' size")
         assert peak <= bound * size, case
-        if case[0] == "load":
+        if case[0] == "load" and case[1] not in ("int4", "q4_0.gguf"):  # which stay compressed
             assert after >= 0.9 * size, case  # it was really there, and counted
 
 
@@ -103,7 +127,7 @@ convert(sys.argv[1], sys.argv[2], to=sys.argv[3], max_shard_size="30KB", progres
 """
 
 
-@pytest.mark.parametrize("to", ["huggingface", "mistral"])
+@pytest.mark.parametrize("to", ["huggingface", "mistral", "gguf"])
 def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path: pathlib.Path, to: str) -> None:
     tiny_model().save_pretrained(tmp_path / "source")
     out = tmp_path / "out"
@@ -116,26 +140,29 @@ def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path: pathlib.Path, t
     assert not out.exists()
     (rest,) = [path for path in tmp_path.iterdir() if path.name != "source"]
     assert rest.name.startswith(".out.partial-")
-    assert any(rest.glob("*.safetensors"))  # it was in the middle of writing
-    for path in (rest, *rest.iterdir()):
+    written = list(rest.iterdir()) if rest.is_dir() else [rest]
+    assert any(path.suffix == ".safetensors" or to == "gguf" for path in written)  # it was in the middle of it
+    for path in (rest, *written):
         with pytest.raises(CheckpointError):
             Mistral7B.from_pretrained(path)
     convert(tmp_path / "source", out, to=to)  # and what it left is in nobody's way
     assert Mistral7B.from_pretrained(out).args == tiny_args()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ValueError])
+@pytest.mark.parametrize("to", ["mistral", "gguf"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ZeroDivisionError])
 def test_a_failed_conversion_cleans_up_after_itself(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException]
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException], to: str
 ) -> None:
     tiny_model().save_pretrained(tmp_path / "source")
 
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(writing, "_copy_beside", fail)
+    monkeypatch.setattr(writing, "copy_beside", fail)
+    monkeypatch.setattr(gguf_writing, "_encoded", fail)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
-        convert(tmp_path / "source", tmp_path / "out", to="mistral")
+        convert(tmp_path / "source", tmp_path / "out", to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -148,13 +175,18 @@ def test_where_there_is_no_room_nothing_is_begun(tmp_path: pathlib.Path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_progress_counts_every_byte_once(tmp_path: pathlib.Path) -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("to", ["huggingface", "mistral", "gguf"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_progress_counts_every_byte_once(tmp_path: pathlib.Path, to: str, tied: bool) -> None:
+    model = tiny_model(tiny_args(tie_embeddings=tied))
     model.save_pretrained(tmp_path / "source")
     told: list[tuple[int, int, str]] = []
-    convert(tmp_path / "source", tmp_path / "out", to="mistral", progress=lambda *now: told.append(now))
-    size = sum(p.numel() * 4 for p in model.parameters())
-    assert [name for _, _, name in told] == list(model.state_dict())
+    convert(tmp_path / "source", tmp_path / "out", to=to, progress=lambda *now: told.append(now))
+    state = model.state_dict()
+    if tied and to != "mistral":
+        del state["output.weight"]
+    size = sum(p.numel() * 4 for p in state.values())
+    assert [name for _, _, name in told] == list(state)
     assert {total for _, total, _ in told} == {size}
     assert [done for done, _, _ in told] == sorted({done for done, _, _ in told})
     assert told[-1][0] == size

@@ -77,6 +77,43 @@ def test_every_sampling_flag_arrives(run, windowed: str) -> None:
     assert run("generate", windowed, "--prompt", PROMPT, *words).out == wanted[0] + "\n"
 
 
+def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> None:
+    """The same text, by lookup and by a draft model, with what came of it in both kinds of output."""
+    prompt, flags = "a b a b a b a b", ["--max-tokens", "40", "--seed", "5", "--dtype", "float32"]
+    flags += ["--logit-bias", "1032", "90"]  # one token over and over: there is something to guess
+    plain = run("generate", windowed, "--prompt", prompt, *flags).out
+    for how in ("prompt-lookup", windowed):
+        result = run("generate", windowed, "--prompt", prompt, *flags, "--speculate", how, "--max-draft", "3")
+        assert (result.code, result.out) == (0, plain)
+        found = re.search(r"; (\d\.\d\d) tokens a step, (\d+) of (\d+) guesses right\n$", result.err)
+        assert found
+        assert 0 < int(found[2]) <= int(found[3])
+        facts = json.loads(
+            run(
+                "generate", windowed, "--prompt", prompt, *flags, "--speculate", how, "--json", "--logprobs", "0"
+            ).out
+        )
+        told = facts["stats"]["speculation"]
+        assert facts["outputs"][0]["text"] + "\n" == plain
+        assert (told["tokens"], told["steps"]) == (40, 40 - told["accepted"])
+        assert told["tokens_per_step"] == round(40 / told["steps"], 4)
+        assert told["acceptance"] == round(told["accepted"] / told["drafted"], 4)
+    other = write_model(tmp_path / "other", vocab_size=32769)
+    for words, message in (
+        (["--max-draft", "3"], "--max-draft goes with --speculate"),
+        (["--speculate", "prompt-lookup", "--max-draft", "0"], "max_draft must be at least 1"),
+        (["--speculate", "./nowhere/at-all"], "./nowhere/at-all"),
+        (["--speculate", str(other)], "must share one vocabulary"),
+    ):
+        code, out, err = run("generate", windowed, "--prompt", prompt, *words)
+        assert (code, out) == (2, "")
+        assert message in err
+    assert (
+        "speculation"
+        not in json.loads(run("generate", short, "--prompt", "x", "--max-tokens", "3", "--json").out)["stats"]
+    )
+
+
 def test_several_completions(run, windowed: str) -> None:
     out = run("generate", windowed, "--prompt", PROMPT, "--n", "2", "--max-tokens", "9", "--seed", "1").out
     first, second = expected(windowed, n=2, max_tokens=9, seed=1, temperature=0.7)
@@ -121,7 +158,7 @@ def test_dtype_and_threads(run, windowed: str, monkeypatch) -> None:
     seen: dict[str, object] = {}
     monkeypatch.setattr(torch, "set_num_threads", lambda n: seen.update(threads=n))
 
-    def spy(model, *rest):
+    def spy(model, *rest, **options):
         seen.update(dtype=model.output.weight.dtype, device=model.output.weight.device.type)
         return iter(())
 

@@ -1,0 +1,283 @@
+"""What `make gpu-check` measures: ceilings, kernels against their twins, decode and prefill by scheme.
+
+Records are dictionaries {what, value, unit, of_ceiling?, ok?}, or {what, skipped} where something is missing.
+A decode step reads every weight but the embedding's once, and the keys and values it attends to: its ceiling
+is the bandwidth of a large copy, counting what is read and what is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mistral_7b import Mistral7B, ModelArgs, SamplingParams, captured
+from mistral_7b.attention import visible
+from mistral_7b.completion import Completion
+from mistral_7b.generate import generate
+from mistral_7b.kernels import elementwise, fused
+from mistral_7b.kernels import weight_only as w
+from mistral_7b.quantization.fused import fuse
+from mistral_7b.quantization.gpu import Fp8Linear, GpuInt4Linear, GpuInt8Linear
+from mistral_7b.surgery import replace_linears
+
+Record = dict[str, Any]
+SCHEMES = ("bf16", "int8", "int4", "fp8")
+GROUP = 128
+ROWS = (1, 2, 3, 16, 17, 64, 300)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds(work: Callable[[], object], device: torch.device, times: int = 7, warm: int = 2) -> float:
+    """Median wall time of `work`, after some runs that do not count."""
+    taken = []
+    for i in range(warm + times):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        if i >= warm:
+            taken.append(time.perf_counter() - began)
+    return sorted(taken)[times // 2]
+
+
+def ceilings(device: torch.device) -> tuple[float, float, list[Record]]:
+    """Bytes a second of a large copy, and operations a second of a large bfloat16 product."""
+    big = device.type != "cpu"
+    source = torch.empty(2**30 if big else 2**26, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    bandwidth = 20 * 2 * source.numel() / seconds(lambda: [target.copy_(source) for _ in range(20)], device)
+    n = 8192 if big else 512
+    a = torch.randn(n, n, device=device).bfloat16()
+    b = torch.randn(n, n, device=device).bfloat16()
+    peak = 10 * 2 * n**3 / seconds(lambda: [a @ b for _ in range(10)], device)
+    return (
+        bandwidth,
+        peak,
+        [
+            {"what": "ceiling: copy, read and written", "value": bandwidth / 1e9, "unit": "GB/s"},
+            {"what": f"ceiling: bf16 product of {n}", "value": peak / 1e12, "unit": "TFLOP/s"},
+        ],
+    )
+
+
+def random_linear(linear: nn.Module, name: str, scheme: str) -> nn.Module:
+    """A Linear of that shape and scheme with random codes, made on the device; speed does not see the values."""
+    device, (N, K) = linear.weight.device, linear.weight.shape
+    if scheme == "fp8":
+        return Fp8Linear.from_weight(linear.weight)
+    if scheme == "int8" or name == "output":
+        q = torch.randint(0, 256, (N, K), dtype=torch.uint8, device=device)
+        return GpuInt8Linear(q, torch.full((N,), 3e-4, device=device))
+    packed = torch.randint(0, 256, (N, -(-K // 32) * 16), dtype=torch.uint8, device=device)
+    G = -(-K // GROUP)
+    m, z = (torch.full((N, G), value, dtype=torch.uint8, device=device) for value in (9, 8))
+    return GpuInt4Linear(packed, m, z, torch.full((N,), 5e-4, device=device), GROUP, K)
+
+
+def model_of(scheme: str, args: ModelArgs, device: torch.device) -> Mistral7B:
+    model = Mistral7B(args, device=device)
+    if scheme != "bf16":
+        replace_linears(model, functools.partial(random_linear, scheme=scheme))
+    fuse(model)
+    return model
+
+
+def weight_bytes(model: Mistral7B) -> int:
+    """What a decode step reads of the model."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return sum(t.numel() * t.element_size() for n, t in tensors.items() if not n.startswith("tok_embeddings"))
+
+
+def decode(model: Mistral7B, label: str, prompt: int, batch: int, bandwidth: float) -> Record:
+    """Tokens a second of `batch` rows after `prompt` tokens, as `generate` decodes them, reading back included."""
+    device, args = model.norm.weight.device, model.args
+    new, times, warm = 4 * captured.CHUNK, 5, 1
+    params = SamplingParams(temperature=0, max_tokens=2 + new * (times + warm), ignore_eos=True)
+    need = prompt + params.max_tokens  # type: ignore[operator]
+    cache = model.rolling_cache(batch, need, static=True)
+    rows = []
+    for row in range(batch):
+        tokens = torch.randint(3, args.vocab_size, (1, prompt), device=device)
+        model.hidden(tokens, cache.rows(row, row + 1))
+        rows.append(Completion(tokens[0].tolist(), params, need - prompt, seed=0))
+        rows[-1].push(5)
+    decoder = captured.CapturedDecode(model, cache, rows, need)
+
+    def several() -> None:
+        for _ in range(new):
+            for c, token in zip(rows, decoder.next(), strict=True):
+                c.push(token)
+
+    step = seconds(several, device, times, warm) / new
+    held = min(prompt + need // 2, args.sliding_window or need)
+    cached = batch * held * args.n_layers * args.n_kv_heads * args.head_dim * 2 * 2
+    of = (weight_bytes(model) + cached) / step / bandwidth
+    what = f"decode {label}, {batch} after {prompt}, " + ("one graph" if device.type == "cuda" else "not captured")
+    return {"what": what, "value": batch / step, "unit": "tok/s", "of_ceiling": of}
+
+
+def decode_by_steps(model: Mistral7B, label: str, prompt: int, bandwidth: float) -> Record:
+    """The same for one row, every kernel launched by itself."""
+    device, new = model.norm.weight.device, 32
+    cache = model.rolling_cache(1, prompt + 8 * new)
+    token = model.logits(model.hidden(torch.full((1, prompt), 5, device=device), cache)[:, -1:]).argmax(-1)
+
+    def several() -> None:
+        for _ in range(new):
+            model.logits(model.hidden(token, cache)).argmax(-1)
+
+    step = seconds(several, device, 5, 1) / new
+    of = weight_bytes(model) / step / bandwidth
+    return {"what": f"decode {label}, 1 by steps", "value": 1 / step, "unit": "tok/s", "of_ceiling": of}
+
+
+def prefill(model: Mistral7B, label: str, prompt: int, peak: float) -> Record:
+    """Tokens a second of one prompt in one chunk; the ceiling counts the products and not attention."""
+    device, args = model.norm.weight.device, model.args
+    tokens = torch.randint(3, args.vocab_size, (1, prompt), device=device)
+
+    def run() -> None:
+        cache = model.rolling_cache(1, prompt)
+        model.logits(model.hidden(tokens, cache)[:, -1])
+
+    taken = seconds(run, device)
+    block = args.dim * args.head_dim * 2 * (args.n_heads + args.n_kv_heads) + 3 * args.dim * args.hidden_dim
+    of = 2 * prompt * args.n_layers * block / taken / peak
+    return {"what": f"prefill {label} of {prompt}", "value": prompt / taken, "unit": "tok/s", "of_ceiling": of}
+
+
+@torch.inference_mode()
+def speeds(device: torch.device, args: ModelArgs, prompt: int) -> list[Record]:
+    """Every scheme: prefill, decode of one row and of 16 as a graph, and of one row by steps."""
+    bandwidth, peak, records = ceilings(device)
+    for scheme in SCHEMES:
+        if scheme == "fp8" and device.type == "cuda" and not w.has_fp8(device):
+            records.append({"what": "fp8", "skipped": "this GPU has none: it takes compute capability 8.9"})
+            continue
+        model = model_of(scheme, args, device)
+        kernels_run = scheme == "bf16" or fused.runs_kernels(model.norm.weight)
+        label = scheme if kernels_run else f"{scheme} twin"
+        records += [prefill(model, label, n, peak) for n in (prompt, 4 * prompt)]
+        records += [decode(model, label, prompt, batch, bandwidth) for batch in (1, 16)]
+        records.append(decode_by_steps(model, label, prompt, bandwidth))
+        del model
+    return records
+
+
+def kernels(device: torch.device, args: ModelArgs) -> list[Record]:
+    """Every kernel against its twin on this device, at the model's shapes and at odd ones."""
+    if not fused.runs_kernels(torch.empty(1, device=device)):
+        why = (
+            "needs a CUDA device and Triton; tests/kernels run them in Triton's interpreter, where it is installed"
+        )
+        return [{"what": "kernels against their twins", "skipped": why}]
+    records = []
+    for N, K in ((args.hidden_dim, args.dim), (args.dim, args.hidden_dim), (333, 1100)):
+        records += linears(device, N, K)
+    records += betweens(device, args)
+    return records
+
+
+@torch.inference_mode()
+def linears(device: torch.device, N: int, K: int) -> list[Record]:
+    """Whole-number activations, whose sums are exact: to the bit. Real ones: a row whatever rows there are."""
+    scale = 2.0 ** torch.randint(-9, -3, (N,), device=device).float()
+    q = torch.randint(0, 256, (N, K), dtype=torch.uint8, device=device)
+    fp8 = w.to_fp8(torch.randn(N, K, device=device))
+    ways: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
+        "int8": (lambda x, **how: w.int8_linear(x, q, scale, **how), lambda x: w.int8_twin(x, q, scale))
+    }
+    for group in (32, 128):
+        G = -(-K // group)
+        z = torch.randint(0, 16, (N, G), dtype=torch.uint8, device=device)
+        four = (w.pack_int4(q & 15), 127 // torch.maximum(z, 15 - z), z, scale, group)
+        ways[f"int4 g{group}"] = (
+            lambda x, four=four, **how: w.int4_linear(x, *four, **how),
+            lambda x, four=four: w.int4_twin(x, *four),
+        )
+    if w.has_fp8(device):
+        ways["fp8"] = (lambda x, **how: w.fp8_linear(x, *fp8, **how), lambda x: w.fp8_twin(x, *fp8))
+    records = []
+    for name, (linear, twin) in ways.items():
+        far, alike = 0.0, True
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for M in ROWS:
+                x = torch.randint(-2, 3, (M, K), device=device).to(dtype)
+                wanted = twin(x).double()
+                far = max(far, float((linear(x).double() - wanted).abs().max() / wanted.abs().max()))
+            x = torch.randn(max(ROWS), K, device=device).to(dtype)
+            rows = linear(x, invariant=True)
+            alike &= all(torch.equal(linear(x[:M], invariant=True), rows[:M]) for M in ROWS)
+            alike &= all(torch.equal(linear(x[:M]), rows[:M]) for M in ROWS if 2 <= M <= w.TILE_ROWS)
+        bound = 2.0**-7  # of bfloat16; what should be exact is seen in the value
+        records.append({"what": f"{name} {N}x{K} against its twin", "value": far, "unit": "", "ok": far < bound})
+        records.append(
+            {"what": f"{name} {N}x{K}: rows the same in any batch", "value": alike, "unit": "", "ok": alike}
+        )
+    return records
+
+
+@torch.inference_mode()
+def betweens(device: torch.device, args: ModelArgs) -> list[Record]:
+    """RMSNorm, SiLU x mul, RoPE and attention of one token, bfloat16 at the model's shapes."""
+    D, H, G, K = args.dim, args.n_heads, args.n_kv_heads, args.head_dim
+    draw = functools.partial(torch.randn, device=device)
+    x, y, weight = draw(17, D).bfloat16(), draw(17, D).bfloat16(), draw(D).bfloat16()
+    heads, angle = draw(17, H, K).bfloat16(), draw(17, 1, K // 2)
+    S = args.sliding_window or 4096
+    q, k, v = draw(3, 1, H, K).bfloat16(), draw(3, S, G, K).bfloat16(), draw(3, S, G, K).bfloat16()
+    seen = visible(torch.tensor([[0], [300], [S]], device=device), torch.arange(S, device=device).expand(3, -1), S)
+    hidden = ~seen[:, 0, :, None, None]
+    pairs = {
+        "RMSNorm": (fused.rms_norm(x, weight, 1e-5), elementwise.rms_norm_twin(x, weight, 1e-5)),
+        "SiLU x mul": (fused.silu_mul(x, y), elementwise.silu_mul_twin(x, y)),
+        "RoPE": (
+            fused.rotate(heads, angle.cos(), angle.sin()),
+            elementwise.rotate_twin(heads, angle.cos(), angle.sin()),
+        ),
+        "attention of one token": (
+            fused.decode_attention(q, *(t.masked_fill(hidden, float("nan")) for t in (k, v)), seen),
+            fused.decode_attention_twin(q, k, v, seen),
+        ),
+    }
+    records = []
+    for name, (got, wanted) in pairs.items():
+        far = float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+        records.append({"what": f"{name} against its twin", "value": far, "unit": "", "ok": far < 2.0**-7})
+    return records
+
+
+def same_tokens(device: torch.device, args: ModelArgs) -> list[Record]:
+    """Rows out of step, several times round the ring: as a graph (on CUDA) and by steps, greedy and sampled."""
+    records, chosen = [], captured.supports
+    how = "one graph" if device.type == "cuda" else "not captured"
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = Mistral7B(args, dtype=dtype, device=device).requires_grad_(False)
+        for p in model.parameters():
+            p.normal_(0, 0.3 if p.dim() == 2 else 1.0)
+        prompts = [torch.randint(3, args.vocab_size, (n,)).tolist() for n in (1, 5, 9, 40)]
+        for sampling in (SamplingParams(temperature=0), SamplingParams(temperature=1.3, top_p=0.8, seed=1)):
+            params = dataclasses.replace(sampling, max_tokens=100, ignore_eos=True)
+            tokens = []
+            for captures in (True, False):
+                captured.supports = lambda model, rows, captures=captures: captures  # type: ignore[assignment]
+                try:
+                    tokens.append([o.outputs[0].token_ids for o in generate(model, prompts, params)])
+                finally:
+                    captured.supports = chosen
+            same = tokens[0] == tokens[1]
+            kind = "greedy" if params.greedy else "sampled"
+            what = f"tokens {how} as by steps: {dtype}, {kind}".replace("torch.", "")
+            records.append({"what": what, "value": same, "unit": "", "ok": same})
+    return records

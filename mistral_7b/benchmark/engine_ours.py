@@ -1,0 +1,73 @@
+"""This package under a Job, through its public functions alone."""
+
+from __future__ import annotations
+
+import platform
+import time
+
+import torch
+
+from ..generate import PREFILL_CHUNK, stream
+from ..kernels import describe
+from ..model import Mistral7B, ModelArgs
+from ..quantization.schemes import compressed_bytes, quantize, random_model
+from ..sampling_params import SamplingParams
+from .jobs import WARM_UP, Job
+
+
+class Engine:
+    """Prefill in chunks as `generate` does it, decode with one token a row, both into one rolling cache."""
+
+    def __init__(self, job: Job) -> None:
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self.job = job
+        self.model = build(job).eval()
+        self.tokens = torch.randint(0, self.model.args.vocab_size, (job.rows, job.prompt))
+        self.weight_bytes = compressed_bytes(self.model)
+        self.kv_token_bytes = kv_token_bytes(self.model)
+        self.threads = torch.get_num_threads()
+        self.path = f"kernels: {describe()['running']}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
+        self.versions = {"torch": torch.__version__, "python": platform.python_version()}
+
+    @torch.inference_mode()
+    def begin(self) -> None:
+        job = self.job
+        self.cache = self.model.rolling_cache(job.rows, job.prompt + job.room)
+        for chunk in self.tokens.split(max(1, PREFILL_CHUNK // job.rows), dim=1):
+            hidden = self.model.hidden(chunk, self.cache)  # (B, T, D)
+        self.logits = self.model.logits(hidden[:, -1:])  # (B, 1, V)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        self.logits = self.model.logits(self.model.hidden(self.logits.argmax(-1), self.cache))
+
+    def generated(self, seconds: float) -> float:
+        """Tokens a second of `generate`, sampling and text included, after the job's prompt: the median."""
+        params = SamplingParams(temperature=0, max_tokens=self.job.room, ignore_eos=True)
+        times: list[float] = []
+        pieces = stream(self.model, self.tokens[0].tolist(), params)
+        began = time.perf_counter()
+        for n, piece in enumerate(pieces):
+            now = time.perf_counter()
+            if n >= WARM_UP and piece.token_ids:
+                times.append((now - began) / len(piece.token_ids))
+                if sum(times) > seconds:
+                    break
+            began = now if piece.token_ids else began
+        pieces.close()  # type: ignore[attr-defined]
+        return 1 / sorted(times)[len(times) // 2]
+
+
+def build(job: Job) -> Mistral7B:
+    """The model of a job: opened where it has a source, otherwise of random weights, made in memory."""
+    scheme = None if job.scheme == "none" else job.scheme
+    if job.source is not None:
+        model = Mistral7B.from_pretrained(job.source)
+        return model if scheme is None else quantize(model, scheme)
+    return random_model(ModelArgs(**job.args), scheme)
+
+
+def kv_token_bytes(model: Mistral7B) -> int:
+    """Bytes of one token's keys and values in all layers of a rolling cache."""
+    return sum(entry.nbytes for layer in model.rolling_cache(1, 1).layers for entry in layer.entries)

@@ -1,0 +1,92 @@
+"""A GGUF file of random weights, in any shape and type, written as fast as the disk takes it.
+
+Speed does not depend on the weights' values, but a file that llama.cpp opens needs every tensor, and blocks
+whose scales are sane. All tensors are cut out of one pool of random blocks. There is no vocabulary in it.
+
+Runs under the Python that has gguf: python -m mistral_7b.benchmark.llama_file FILE TYPE ARGS-AS-JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import gguf
+import numpy as np
+
+from .work import BITS
+
+WEIGHT = 0.02  # standard deviation of the weights
+BLOCK = 32
+
+
+def random_blocks(kind: str, weights: int) -> np.ndarray[Any, Any]:
+    """Bytes of so many weights (a multiple of 32) of type Q4_0, Q8_0 or BF16."""
+    draw = np.random.default_rng(0)
+    if kind == "BF16":
+        # bfloat16 is the upper half of float32
+        wide = draw.uniform(-WEIGHT, WEIGHT, weights).astype(np.float32)
+        return (wide.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    size, spread = {"Q4_0": (BLOCK // 2, 4.6), "Q8_0": (BLOCK, 73.9)}[kind]  # spread: deviation of the codes
+    blocks = np.empty(weights // BLOCK, dtype=[("d", "<f2"), ("q", "u1", size)])
+    blocks["d"] = WEIGHT / spread
+    blocks["q"] = np.frombuffer(draw.bytes(blocks["q"].size), np.uint8).reshape(-1, size)
+    return blocks.view(np.uint8)
+
+
+def write(path: str, kind: str, args: dict[str, Any]) -> None:
+    """Write the file. ValueError if a row is no whole number of blocks."""
+    D, F, V, K = args["dim"], args["hidden_dim"], args["vocab_size"], args["head_dim"]
+    q, kv = args["n_heads"] * K, args["n_kv_heads"] * K
+    if any(n % BLOCK for n in (D, F, q)):
+        raise ValueError(f"rows of {D}, {F} and {q} weights must be whole blocks of {BLOCK}")
+    writer = gguf.GGUFWriter(path, "llama")
+    add_facts(writer, args)
+    pool = random_blocks(kind, max(D * V, D * F))
+    quantised = gguf.GGMLQuantizationType[kind]
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        width = round(columns * BITS[kind] / 8)  # bytes of a row
+        writer.add_tensor(f"{name}.weight", pool[: rows * width].reshape(rows, width), raw_dtype=quantised)
+
+    def norm(name: str) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(D, np.float32))
+
+    matrix("token_embd", V, D)
+    for n in range(args["n_layers"]):
+        at = f"blk.{n}."
+        norm(at + "attn_norm")
+        norm(at + "ffn_norm")
+        for name, rows, columns in (
+            ("attn_q", q, D), ("attn_k", kv, D), ("attn_v", kv, D), ("attn_output", D, q),
+            ("ffn_gate", F, D), ("ffn_up", F, D), ("ffn_down", D, F),
+        ):  # fmt: skip
+            matrix(at + name, rows, columns)
+    norm("output_norm")
+    if not args["tie_embeddings"]:
+        matrix("output", V, D)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_facts(writer: Any, args: dict[str, Any]) -> None:
+    writer.add_context_length(args["max_seq_len"])
+    writer.add_embedding_length(args["dim"])
+    writer.add_block_count(args["n_layers"])
+    writer.add_feed_forward_length(args["hidden_dim"])
+    writer.add_head_count(args["n_heads"])
+    writer.add_head_count_kv(args["n_kv_heads"])
+    writer.add_key_length(args["head_dim"])
+    writer.add_value_length(args["head_dim"])
+    writer.add_rope_dimension_count(args["head_dim"])
+    writer.add_rope_freq_base(args["rope_theta"])
+    writer.add_layer_norm_rms_eps(args["norm_eps"])
+    writer.add_vocab_size(args["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+
+
+if __name__ == "__main__":
+    write(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

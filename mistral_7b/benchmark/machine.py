@@ -1,0 +1,125 @@
+"""What this machine is, read from the system; what cannot be read is left out."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import subprocess
+
+# Flag of the CPU -> what people call it, in the order of how much it brings. Linux's names.
+X86 = {
+    "avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI",
+    "avx512_bf16": "AVX-512 bf16", "amx_int8": "AMX int8", "amx_bf16": "AMX bf16",
+}  # fmt: skip
+ARM = {"asimd": "NEON", "asimddp": "dot product", "i8mm": "int8 matrices", "bf16": "bf16", "sve": "SVE"}
+
+
+def cpu_name() -> str:
+    """As the maker calls it; the architecture where no name is to be had."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    if found:
+        return found[1].strip()
+    name = _output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else ""
+    return name or platform.processor() or platform.machine() or "unknown CPU"
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets by Linux's names; empty where they cannot be read."""
+    if platform.system() == "Darwin":
+        known = _output("sysctl", "-a", "hw.optional").lower()
+        arm = {"asimd": "neon", "asimddp": "feat_dotprod", "i8mm": "feat_i8mm", "bf16": "feat_bf16"}
+        return {flag for flag, key in arm.items() if re.search(rf"\.{key}: 1", known)}
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def instruction_sets() -> dict[str, bool]:
+    """Those that matter to this package, by name, and whether this CPU has them."""
+    known = ARM if platform.machine().lower() in ("arm64", "aarch64") else X86
+    flags = cpu_flags()
+    return {name: flag in flags for flag, name in known.items()}
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the CPU; 0 where it is not told."""
+    sizes = [0]
+    for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KMG]?)", _read(path).strip())
+        if found:
+            sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
+    return max(sizes)
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory in all, and those that can be had now; a container's limit counts."""
+    facts = {k: int(v) << 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)}
+    if not facts:
+        try:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, OSError, ValueError):
+            return 0, 0
+        return total, total
+    total, free = facts["MemTotal"], facts.get("MemAvailable", facts["MemTotal"])
+    group = pathlib.Path("/sys/fs/cgroup")
+    limit, used = (_read(group / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
+    return total, free
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most, mapped files included.
+
+    Of Linux's two counters VmHWM is the one that a large parent does not show through.
+    """
+    found = re.search(r"^VmHWM:\s+(\d+) kB", _read("/proc/self/status"), re.MULTILINE)
+    if found:
+        return int(found[1]) << 10
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak << 10
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, without importing it; None: it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout that runs, with "-dirty" if it was changed; None: it runs from elsewhere."""
+    here = pathlib.Path(__file__).parent
+    git = ("git", "-C", str(here))
+    if not _output(*git, "ls-files", "__init__.py"):  # an environment may lie within a foreign checkout
+        return None
+    return _output(*git, "describe", "--always", "--dirty", "--exclude", "*") or None
+
+
+def _read(path: str | pathlib.Path) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,42 @@
+"""One job in a process of its own: python -m mistral_7b.benchmark.process JOB-AS-JSON
+
+The last line of what it prints is the result as JSON; a failure is one line on stderr and exit code 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+
+from ..errors import Mistral7BError
+from .jobs import LLAMA, OURS, STEPS, TRANSFORMERS, Job
+from .timing import measure
+
+ENGINES = {OURS: "engine_ours", LLAMA: "engine_llama", TRANSFORMERS: "engine_transformers"}
+
+
+def main(argv: list[str]) -> int:
+    if argv[0] == "ceilings":
+        from . import roofline
+
+        threads, quick = json.loads(argv[1])
+        print(json.dumps(dataclasses.asdict(roofline.measure(threads, quick))))
+        return 0
+    job = Job.from_json(argv[0])
+    try:
+        engine = importlib.import_module(f".{ENGINES[job.engine]}", __package__).Engine(job)
+        found = measure(engine, job)
+        if job.engine == OURS and job.what == "decode":
+            rate = engine.generated(STEPS[job.quick].seconds)
+            found = dataclasses.replace(found, generate_tokens_per_s=rate)
+    except (Mistral7BError, ImportError, MemoryError) as error:
+        print(f"{type(error).__name__}: {error}" if not str(error) else error, file=sys.stderr)
+        return 1
+    print(json.dumps(dataclasses.asdict(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""Records: what a benchmark leaves behind, one for each engine, scheme and kind of work."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+from typing import Any
+
+from . import work
+from .jobs import Job, Measured
+from .roofline import Ceilings
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One measurement. Rates are medians over all repetitions and rounds.
+
+    tokens_per_s      of all rows together; for load, loads a second (1 / seconds to the first token)
+    bytes_per_s       weights and cache that the work has to read, over the time it took
+    ceiling_fraction  the time it would take at this machine's ceilings, over the time it took
+    context           tokens each row held at the start; for prefill, those that were read
+    spread            (90th percentile - 10th) / median of the seconds
+    """
+
+    engine: str
+    scheme: str
+    what: str
+    tokens_per_s: float
+    bytes_per_s: float
+    ceiling_fraction: float
+    peak_rss_bytes: int
+    context: int
+    threads: int
+    cpu: str
+    date: str
+    commit: str | None
+    versions: dict[str, str]
+    model: str
+    rows: int
+    operations_per_s: float
+    read_bandwidth: float  # the ceilings measured in the same run
+    matrix_peak: float
+    seconds: float  # median
+    spread: float
+    repetitions: int
+    path: str
+    generate_tokens_per_s: float | None = None
+
+    @property
+    def intensity(self) -> float:
+        """Operations for each byte read: where it stands below the roofline."""
+        return self.operations_per_s / self.bytes_per_s
+
+
+def record(
+    job: Job, found: list[Measured], ceilings: Ceilings, *, cpu: str, date: str, commit: str | None, model: str
+) -> Record:
+    """What several processes measured of one job, as one Record."""
+    times = [s for m in found for s in m.seconds]
+    seconds, last = statistics.median(times), found[-1]
+    ops, size = demand(job, last)
+    peak = ceilings.peak(job.scheme)
+    rates = [m.generate_tokens_per_s for m in found if m.generate_tokens_per_s]
+    return Record(
+        engine=job.engine, scheme=job.scheme, what=job.what,
+        tokens_per_s=last.tokens / seconds, bytes_per_s=size / seconds,
+        ceiling_fraction=work.least_seconds(ops, size, peak, ceilings.read_bandwidth) / seconds,
+        peak_rss_bytes=max(m.peak_rss_bytes for m in found), context=job.prompt, threads=last.threads,
+        cpu=cpu, date=date, commit=commit, versions=last.versions, model=model, rows=job.rows,
+        operations_per_s=ops / seconds, read_bandwidth=ceilings.read_bandwidth, matrix_peak=peak,
+        seconds=seconds, spread=spread(times), repetitions=len(times), path=last.path,
+        generate_tokens_per_s=statistics.median(rates) if rates else None,
+    )  # fmt: skip
+
+
+def demand(job: Job, found: Measured) -> tuple[int, int]:
+    """Operations and bytes of one repetition of a job: what it cannot do without."""
+    if job.what in ("prefill", "load"):
+        new, held = job.prompt, 0
+    else:
+        new, held = 1, job.prompt + len(found.seconds) // 2  # in the middle of the steps that were timed
+    ops = work.operations(job.args, job.rows, held, new)
+    size = work.bytes_read(job.args, found.weight_bytes, found.kv_token_bytes, job.rows, held + new)
+    return ops, size
+
+
+def spread(times: list[float]) -> float:
+    """Distance of the 90th percentile from the 10th, over the median: 0 for a single time."""
+    if len(times) < 2:
+        return 0.0
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return (deciles[-1] - deciles[0]) / statistics.median(times)
+
+
+def write_json(path: str | os.PathLike[str], records: list[Record]) -> None:
+    """Write a list of records, beside the place and renamed: nothing half-written is ever seen there."""
+    target = pathlib.Path(path).expanduser()
+    text = json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n"
+    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(beside, 0o644)
+        os.replace(beside, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def read_json(path: str | os.PathLike[str]) -> list[Record]:
+    """Records that `write_json` has written."""
+    data: list[dict[str, Any]] = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    return [Record(**fields) for fields in data]

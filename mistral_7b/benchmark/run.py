@@ -1,0 +1,215 @@
+"""Jobs in turn, each in a process of its own, and the records of them.
+
+Engines take turns within each kind of work (ours, peer, ours, peer ...), so that a machine which drifts
+drifts for all of them. The parent holds no model: what a process needs, nobody else takes from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..errors import BenchmarkError
+from . import machine, work
+from .jobs import BATCH, BATCH_PROMPT, LLAMA, LOADS, OURS, TRANSFORMERS, Job, Measured
+from .records import Record, record
+from .roofline import Ceilings
+
+PACKAGE = pathlib.Path(__file__).parent.parent
+# The peers of each of our schemes: the same bits a weight, or the nearest they have.
+PEERS = {
+    "int4": ((LLAMA, "Q4_0"),),
+    "int8": ((LLAMA, "Q8_0"),),
+    "bf16": ((LLAMA, "BF16"), (TRANSFORMERS, "bf16")),
+    "none": ((TRANSFORMERS, "bf16"),),
+}
+SPARE = 1 << 30  # bytes beside weights and cache: activations, libraries
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be measured. `args` are the fields of ModelArgs, `model` the name in the records."""
+
+    model: str
+    args: dict[str, Any]
+    source: str | None
+    schemes: tuple[str, ...]
+    whats: tuple[str, ...]
+    context: int = 512
+    prompt: int = 512
+    threads: int | None = None
+    quick: bool = False
+    rounds: int = 1
+    peers: bool = False
+    peer_python: str = sys.executable
+    files: str | None = None  # a folder that keeps the peers' files
+
+    def jobs(self) -> Iterator[Job]:
+        """In the order in which they run."""
+        for what in self.whats:
+            seen = []
+            for scheme in self.schemes:
+                for engine, kind in ((OURS, scheme), *(PEERS[scheme] if self.peers else ())):
+                    if (engine, kind) in seen or (what == "load" and engine == TRANSFORMERS):
+                        continue  # transformers would need the model in a format of its own on disk
+                    seen.append((engine, kind))
+                    yield self.job(engine, kind, what)
+
+    def job(self, engine: str, scheme: str, what: str) -> Job:
+        prompt = {"decode": self.context, "prefill": self.prompt, "batch16": BATCH_PROMPT, "load": 1}[what]
+        return Job(
+            engine, scheme, what, self.args, self.source if engine == OURS else None,
+            rows=BATCH if what == "batch16" else 1, prompt=prompt, threads=self.threads, quick=self.quick,
+        )  # fmt: skip
+
+
+def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Record]:
+    """Measure everything in the plan, and the ceilings before and after it: the better ones count.
+
+    All engines get as many threads as the ceilings had. What cannot be done here is told, and left out.
+    Raises BenchmarkError if that is everything.
+    """
+    tell("measuring this machine's ceilings")
+    ceilings = measure_ceilings(plan.threads, plan.quick)
+    plan = dataclasses.replace(plan, threads=ceilings.threads)
+    found: dict[tuple[str, str, str], tuple[Job, list[Measured]]] = {}
+    missing: dict[tuple[str, str], BenchmarkError] = {}
+    with tempfile.TemporaryDirectory(prefix="mistral-7b-bench-") as folder:
+        files = PeerFiles(plan, plan.files or folder, tell)
+        for turn in range(plan.rounds):
+            for job in plan.jobs():
+                if (job.engine, job.scheme) in missing:
+                    continue
+                tell(f"{job.what}: {job.engine} {job.scheme}" + (f", round {turn + 1}" if plan.rounds > 1 else ""))
+                try:
+                    check_memory(job)
+                    runs = measure(files.placed(job), plan.peer_python)
+                except BenchmarkError as error:
+                    tell(f"left out: {job.engine} {job.scheme}: {error}")
+                    missing[job.engine, job.scheme] = error
+                    continue
+                found.setdefault((job.engine, job.scheme, job.what), (job, []))[1].extend(runs)
+    if not found:
+        raise next(iter(missing.values()))
+    if not plan.quick:
+        ceilings = ceilings.best(measure_ceilings(plan.threads))
+    cpu, date, commit = machine.cpu_name(), datetime.date.today().isoformat(), machine.commit()
+    return [
+        record(job, runs, ceilings, cpu=cpu, date=date, commit=commit, model=plan.model)
+        for job, runs in found.values()
+    ]
+
+
+def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceilings:
+    """The ceilings, in a process of its own: it takes gigabytes for a moment."""
+    return Ceilings(**_call(sys.executable, "ceilings", json.dumps([threads, quick])))
+
+
+def measure(job: Job, peer_python: str) -> list[Measured]:
+    """Run a job: one process, or for load several, of which the first warms the page cache."""
+    python = sys.executable if job.engine == OURS else peer_python
+    if job.engine == TRANSFORMERS and not _imports(python, "transformers"):
+        python = sys.executable  # the peer's Python may hold llama.cpp alone
+    runs = []
+    for n in range(1 + LOADS[job.quick] if job.what == "load" else 1):
+        now = dataclasses.replace(job, started=time.time()) if job.what == "load" else job
+        runs.append(Measured(**_call(python, now.to_json())))
+        if job.what == "load" and n == 0:
+            runs.clear()
+    return runs
+
+
+def check_memory(job: Job) -> None:
+    """BenchmarkError if the machine would have to swap, or to kill."""
+    weights = work.weight_memory(job.args, job.scheme)
+    need, free = weights + SPARE, machine.memory()[1]
+    if free and need > free:
+        raise BenchmarkError(
+            f"{job.scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
+            f"close other programs, or take fewer --layers"
+        )
+
+
+class PeerFiles:
+    """The GGUF files of random weights that llama.cpp reads: one a type, made when first needed."""
+
+    def __init__(self, plan: Plan, folder: str, tell: Callable[[str], None]) -> None:
+        self.plan, self.folder, self.tell = plan, pathlib.Path(folder).expanduser(), tell
+
+    def placed(self, job: Job) -> Job:
+        """The job with the file that it needs."""
+        if job.engine != LLAMA:
+            return job
+        if not _imports(self.plan.peer_python, "llama_cpp", "gguf"):
+            raise BenchmarkError(
+                f"{self.plan.peer_python} has no llama_cpp and gguf: pip install llama-cpp-python gguf, or name "
+                f"with --peer-python the Python that has them"
+            )
+        shape = "-".join(str(job.args[k]) for k in ("n_layers", "dim", "hidden_dim", "vocab_size"))
+        path = self.folder / f"random-{shape}-{job.scheme}.gguf"
+        if not path.exists():
+            self.tell(f"writing {path.name}, random weights")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            size, free = work.weight_memory(job.args, job.scheme), shutil.disk_usage(self.folder).free
+            if size > free:
+                raise BenchmarkError(
+                    f"{path.name} takes {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f}: "
+                    f"--keep names a folder with more room"
+                )
+            beside = path.with_suffix(".part")
+            try:
+                _python(self.plan.peer_python, "llama_file", str(beside), job.scheme, json.dumps(job.args))
+                beside.rename(path)
+            finally:
+                beside.unlink(missing_ok=True)
+        return dataclasses.replace(job, source=str(path))
+
+
+def _call(python: str, *argv: str) -> dict[str, Any]:
+    said = _python(python, "process", *argv).strip()
+    if not said:
+        raise BenchmarkError("the process ended without a result")
+    out: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return out
+
+
+def _python(python: str, module: str, *argv: str) -> str:
+    """Run a module of this room under any Python: the package alone is put on its path, none of our libraries.
+
+    BenchmarkError with the last line that it said if it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="mistral-7b-path-") as path:
+        (pathlib.Path(path) / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
+        before = os.environ.get("PYTHONPATH")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([path, *([before] if before else [])])}
+        command = [python, "-m", f"mistral_7b.benchmark.{module}", *argv]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        except OSError as error:
+            raise BenchmarkError(f"{python} cannot be run: {error.strerror}") from error
+    if done.returncode < 0:
+        why = " (out of memory?)" if done.returncode == -9 else ""
+        raise BenchmarkError(f"the process was killed by signal {-done.returncode}{why}")
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise BenchmarkError(said[-1] if said else f"the process ended with code {done.returncode}")
+    return done.stdout
+
+
+def _imports(python: str, *modules: str) -> bool:
+    """Whether this Python finds the modules."""
+    code = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, {modules!r})))"
+    try:
+        return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
+    except OSError as error:
+        raise BenchmarkError(f"--peer-python {python} cannot be run: {error.strerror}") from error

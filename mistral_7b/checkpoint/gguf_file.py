@@ -1,0 +1,232 @@
+"""The GGUF container: header, metadata and the table of tensors, read strictly. Imports no torch.
+
+    "GGUF"  version  tensors  pairs      4 bytes, uint32, 2 x uint64
+    pairs                                key, type, value; an array is its elements' type, their number, they
+    tensors                              name, sizes (the innermost first), type, offset
+    padding to the alignment, then the data, from which the offsets count
+
+Nothing in a file is believed: every length is checked against what is left of the file before anything of
+that length is made, so that a damaged or hostile one costs an error and no more. Source: ggml's gguf.h.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import CheckpointError
+
+MAGIC = b"GGUF"
+ALIGNMENT = 32  # bytes, unless `general.alignment` says otherwise
+VERSIONS = (2, 3)  # 1 had 32-bit lengths and no one writes it; 3 is 2 with a name for big-endian files
+
+
+class Kind(NamedTuple):
+    """A type of tensor: `block` values of a row lie together in `size` bytes."""
+
+    code: int
+    name: str
+    block: int
+    size: int
+
+
+_KINDS = (
+    Kind(0, "F32", 1, 4), Kind(1, "F16", 1, 2), Kind(30, "BF16", 1, 2),
+    Kind(2, "Q4_0", 32, 18), Kind(3, "Q4_1", 32, 20), Kind(6, "Q5_0", 32, 22), Kind(7, "Q5_1", 32, 24),
+    Kind(8, "Q8_0", 32, 34), Kind(12, "Q4_K", 256, 144), Kind(13, "Q5_K", 256, 176), Kind(14, "Q6_K", 256, 210),
+)  # fmt: skip
+KINDS = {kind.name: kind for kind in _KINDS}
+_BY_CODE = {kind.code: kind for kind in _KINDS}
+_OTHERS = {  # of which no more than the name is known here
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
+
+# Codes of values in the metadata, and how struct and numpy call them.
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+NUMBERS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?",
+    10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+_BYTES = {code: struct.calcsize(form) for code, form in NUMBERS.items()}
+_NUMPY = {code: np.dtype(form if code != BOOL else "u1") for code, form in NUMBERS.items()}
+
+# Far above any model's, and what they bound is made of Python objects, which are larger than their bytes.
+MOST_PAIRS, MOST_TENSORS, MOST_ELEMENTS, LONGEST_NAME, LONGEST_KEY = 4096, 1 << 16, 1 << 20, 64, 1 << 16
+LONGEST_HEADER = 1 << 27
+
+Value = Any  # int, float, bool, str, or a list of one of these
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of the table; its bytes are known to lie within the file."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]  # as PyTorch has it: the innermost size last
+    offset: int  # bytes from the file's beginning
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the tensor in the file, in bytes."""
+        return math.prod(self.shape) // self.kind.block * self.kind.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What stands before a file's data."""
+
+    path: pathlib.Path
+    metadata: Mapping[str, Value]
+    entries: Mapping[str, Entry]
+
+
+class _Cursor:
+    """A place in the file's header, that moves only over bytes which are there."""
+
+    def __init__(self, path: pathlib.Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at = path, data, 0
+        self.end = min(len(data), LONGEST_HEADER)
+
+    def fault(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what} (byte {self.at})")
+
+    def take(self, size: int) -> int:
+        """Go on by `size` bytes, and say where they begin."""
+        begin = self.at
+        if size > self.end - begin:
+            raise self.fault(
+                f"damaged or cut short: {size} bytes should follow and {self.end - begin} do; fetch the file again"
+            )
+        self.at = begin + size
+        return begin
+
+    def number(self, code: int) -> Any:
+        value = struct.unpack_from(NUMBERS[code], self.data, self.take(_BYTES[code]))[0]
+        if code == BOOL and self.data[self.at - 1] > 1:
+            raise self.fault(f"a truth value is {self.data[self.at - 1]}")
+        return float(str(np.float32(value))) if code == FLOAT32 else value  # 1e-5, not 9.99999974e-06
+
+    def count(self, most: int, what: str) -> int:
+        number: int = self.number(10)
+        if number > most:
+            raise self.fault(f"damaged: {number} {what}, and no file has more than {most}")
+        return number
+
+    def text(self, most: int, what: str) -> str:
+        size = self.count(most, f"bytes of {what}")
+        begin = self.take(size)
+        try:
+            return self.data[begin : begin + size].decode()
+        except UnicodeDecodeError as e:
+            raise self.fault(f"{what} is not UTF-8") from e
+
+    def value(self, key: str) -> Value:
+        code: int = self.number(UINT32)
+        if code == STRING:
+            return self.text(self.end, f"{key!r}")
+        if code in NUMBERS:
+            return self.number(code)
+        if code != ARRAY:
+            raise self.fault(f"{key!r} is of type {code}, which is none")
+        code = self.number(UINT32)
+        size = self.count(MOST_ELEMENTS, f"elements of {key!r}")
+        if code == STRING:
+            return [self.text(self.end, f"an element of {key!r}") for _ in range(size)]
+        if code not in NUMBERS:
+            raise self.fault(f"{key!r} is an array of type {code}, which no array here is made of")
+        begin = self.take(size * _BYTES[code])
+        return np.frombuffer(self.data, _NUMPY[code], size, begin).tolist()
+
+
+def is_gguf(path: pathlib.Path) -> bool:
+    """Whether a file begins as a GGUF file does."""
+    try:
+        with path.open("rb") as f:
+            return f.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def read(path: pathlib.Path) -> Contents:
+    """Metadata and table of a file. CheckpointError if anything in it cannot be, or lies outside the file."""
+    try:
+        with path.open("rb") as f:
+            if f.read(4) != MAGIC:
+                raise CheckpointError(f"{path}: no GGUF file")
+            data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: cannot be read ({e})") from e
+    with data:
+        return _contents(_Cursor(path, data))
+
+
+def _contents(cursor: _Cursor) -> Contents:
+    cursor.take(len(MAGIC))
+    version: int = cursor.number(UINT32)
+    if version not in VERSIONS:
+        big = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
+        raise cursor.fault(
+            "a big-endian GGUF file; convert it to little-endian" if big
+            else f"GGUF of version {version}; {' and '.join(map(str, VERSIONS))} can be read"
+        )  # fmt: skip
+    tensors = cursor.count(MOST_TENSORS, "tensors")
+    pairs = cursor.count(MOST_PAIRS, "metadata")
+    metadata: dict[str, Value] = {}
+    for _ in range(pairs):
+        key = cursor.text(LONGEST_KEY, "a key")
+        if not key or key in metadata:
+            raise cursor.fault(f"the key {key!r} is given twice" if key else "a key is empty")
+        metadata[key] = cursor.value(key)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise cursor.fault(f"'general.alignment' is {alignment!r}, no power of two")
+    table = [_entry(cursor, alignment) for _ in range(tensors)]
+    start = cursor.at + -cursor.at % alignment
+    entries: dict[str, Entry] = {}
+    end = start
+    for entry in sorted(table, key=lambda entry: entry.offset):
+        entry = dataclasses.replace(entry, offset=start + entry.offset)
+        if entry.name in entries:
+            raise cursor.fault(f"tensor {entry.name!r} is named twice")
+        if entry.offset < end:
+            raise cursor.fault(f"tensor {entry.name!r} lies over another")
+        end = entry.offset + entry.nbytes
+        if end > len(cursor.data):
+            raise cursor.fault(
+                f"cut short: tensor {entry.name!r} would end at byte {end} of {len(cursor.data)}; fetch it again"
+            )
+        entries[entry.name] = entry
+    return Contents(cursor.path, metadata, entries)
+
+
+def _entry(cursor: _Cursor, alignment: int) -> Entry:
+    """One line of the table, its offset still counted from where the data begins."""
+    name = cursor.text(LONGEST_NAME, "a tensor's name")
+    rank: int = cursor.number(UINT32)
+    if not 1 <= rank <= 4:
+        raise cursor.fault(f"tensor {name!r} has {rank} dimensions")
+    sizes = [cursor.number(10) for _ in range(rank)]
+    if not all(sizes):
+        raise cursor.fault(f"tensor {name!r} has no elements")
+    code: int = cursor.number(UINT32)
+    offset: int = cursor.number(10)
+    if code not in _BY_CODE:
+        raise cursor.fault(
+            f"tensor {name!r} is of type {_OTHERS.get(code, code)}; those that can be read are {', '.join(KINDS)}"
+        )
+    kind = _BY_CODE[code]
+    if sizes[0] % kind.block:
+        raise cursor.fault(f"tensor {name!r} has rows of {sizes[0]}, no multiple of {kind.name}'s {kind.block}")
+    if offset % alignment:
+        raise cursor.fault(f"tensor {name!r} begins at {offset}, no multiple of the alignment {alignment}")
+    return Entry(name, kind, tuple(reversed(sizes)), offset)

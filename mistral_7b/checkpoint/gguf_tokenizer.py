@@ -1,0 +1,211 @@
+"""The tokenizer inside a GGUF file, as a SentencePiece model and back. Imports no torch.
+
+GGUF has the pieces, their scores and types, and what little else decides how a `llama` (SentencePiece,
+byte-pair) tokenizer cuts text. That is enough to write the model file that mistral-common opens. It is kept
+in the user's cache under the hash of its content, so that it is the same file however often it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pathlib
+import re
+import secrets
+import struct
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import CheckpointError, TokenizerError
+from . import gguf_file
+from .chat_templates import TEMPLATES
+
+MODEL = "tokenizer.ggml.model"
+TOKENS, SCORES, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # in both formats
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "\u2581"  # how SentencePiece writes a space in a piece
+BPE = 2  # SentencePiece's number for the kind of model
+UNTOUCHED = " \ufb01  \uff21"  # a ligature, two spaces, a wide letter: what normalisation would change
+
+
+def extract(path: pathlib.Path) -> pathlib.Path:
+    """The SentencePiece model of a GGUF file, written to the cache; TokenizerError if it has none that fits."""
+    try:
+        metadata = gguf_file.read(path).metadata
+    except CheckpointError as e:
+        raise TokenizerError(str(e)) from e
+    model = sentencepiece_model(path, metadata)
+    name = file_name(metadata[TOKENS])
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = root / "mistral-7b" / "tokenizers" / hashlib.sha256(model).hexdigest()[:32]
+    try:
+        return _kept(folder / name, model)
+    except OSError:  # no home that can be written to: this process has the file for itself
+        return _kept(pathlib.Path(tempfile.mkdtemp(prefix="mistral-7b-")) / name, model)
+
+
+def file_name(tokens: list[str]) -> str:
+    """What a release would call this vocabulary's file: its control tokens tell v3 from v1."""
+    return "tokenizer.model.v3" if "[INST]" in tokens else "tokenizer.model"
+
+
+def _kept(path: pathlib.Path, content: bytes) -> pathlib.Path:
+    """The file with this content: as it lies there already, or written and renamed."""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            beside.write_bytes(content)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    return path
+
+
+def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
+    """A SentencePiece model (a protobuf message) with the pieces of a file's metadata."""
+    kind = metadata.get(MODEL)
+    if kind != "llama":
+        raise TokenizerError(
+            f"{path}: its tokenizer is {kind!r}, and Mistral 7B's is 'llama' (SentencePiece); "
+            "name another with --tokenizer, or Tokenizer.from_pretrained"
+        )
+    tokens, scores, types = _pieces(path, metadata)
+    ids = {
+        name: metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+        for name, default in (("unknown", 0), ("bos", 1), ("eos", 2))
+    }
+    for name, token in ids.items():
+        if not isinstance(token, int) or not 0 <= token < len(tokens):
+            raise TokenizerError(f"{path}: 'tokenizer.ggml.{name}_token_id' is {token!r}, of {len(tokens)} tokens")
+    flags = {
+        name: metadata.get(f"tokenizer.ggml.{name}", default)
+        for name, default in (("add_space_prefix", True), ("remove_extra_whitespaces", False))
+    }
+    pieces = (
+        _message(1, _message(1, t.encode()) + _tag(2, 5) + struct.pack("<f", s) + _number(3, k))
+        for t, s, k in zip(tokens, scores, types, strict=True)
+    )
+    names = ((45, "unknown"), (46, "bos"), (47, "eos"))
+    trainer = (
+        _number(3, BPE)
+        + _number(4, len(tokens))
+        + _number(35, BYTE in types)
+        + b"".join(_number(field - 5, ids[name]) for field, name in names)
+        + b"".join(_message(field, tokens[ids[name]].encode()) for field, name in names)
+    )
+    normaliser = (
+        _message(1, b"identity")
+        + _number(3, flags["add_space_prefix"] is True)
+        + _number(4, flags["remove_extra_whitespaces"] is True)
+        + _number(5, True)
+    )
+    return b"".join(pieces) + _message(2, trainer) + _message(3, normaliser)
+
+
+def _pieces(path: pathlib.Path, metadata: Any) -> tuple[list[str], list[float], list[int]]:
+    """Tokens, scores and types, each such that SentencePiece takes it."""
+    tokens, scores, types = (metadata.get(key) for key in (TOKENS, SCORES, TYPES))
+    for key, values, wanted in ((TOKENS, tokens, str), (SCORES, scores, float), (TYPES, types, int)):
+        if not isinstance(values, list) or not all(type(v) is wanted for v in values):
+            raise TokenizerError(f"{path}: {key!r} is missing, or of the wrong type")
+    if not len(tokens) == len(scores) == len(types):
+        raise TokenizerError(f"{path}: {len(tokens)} tokens, {len(scores)} scores, {len(types)} types")
+    tokens = [t.replace(" ", SPACE) if k == USER_DEFINED else t for t, k in zip(tokens, types, strict=True)]
+    seen: set[str] = set()
+    for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
+        if not token or token in seen or "\0" in token:
+            raise TokenizerError(f"{path}: token {i} {token!r:.40} is empty, or there already")
+        if not math.isfinite(score) or not NORMAL <= kind <= BYTE:
+            raise TokenizerError(f"{path}: token {i} has score {score} and type {kind}")
+        if kind == BYTE and not BYTE_PIECE.fullmatch(token):
+            raise TokenizerError(f"{path}: token {i} {token!r:.40} is to be a byte, such as '<0x0A>'")
+        seen.add(token)
+    count = {kind: types.count(kind) for kind in (UNKNOWN, BYTE)}
+    if count[UNKNOWN] != 1 or count[BYTE] not in (0, 256):
+        raise TokenizerError(
+            f"{path}: {count[UNKNOWN]} tokens for the unknown and {count[BYTE]} bytes; there are 1, and 256 or 0"
+        )
+    return tokens, scores, types
+
+
+# A protobuf message is a sequence of fields: a tag, and a varint (0), 4 bytes (5), or a length and bytes (2).
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _tag(field: int, wire: int) -> bytes:
+    return _varint(field << 3 | wire)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _tag(field, 0) + _varint(int(value))
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _tag(field, 2) + _varint(len(content)) + content
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a message that protobuf itself has read before: a varint's number, or the bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+        else:
+            size = {1: 8, 5: 4}.get(tag & 7) or varint()
+            at += size
+            yield tag >> 3, message[at - size : at]
+
+
+def metadata(path: pathlib.Path, vocab_size: int) -> dict[str, Any]:
+    """GGUF's keys for the tokenizer in a SentencePiece file, filled up with unused tokens to `vocab_size`."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as e:
+        raise TokenizerError(f"{path} is not a SentencePiece model ({e}); fetch it again") from e
+    size = model.vocab_size()
+    if size > vocab_size:
+        raise TokenizerError(f"{path}: {size} tokens, but the model knows {vocab_size}: it is of another model")
+    if model.normalize(UNTOUCHED) != SPACE + UNTOUCHED.replace(" ", SPACE):
+        raise TokenizerError(f"{path}: changes text before it cuts it, which GGUF's 'llama' tokenizer does not")
+    tokens, scores, types = [], [], []
+    for piece in (_fields(content) for field, content in _fields(model.serialized_model_proto()) if field == 1):
+        entry: dict[int, Any] = {1: b"", 2: bytes(4), 3: NORMAL} | dict(piece)
+        tokens.append(entry[1].decode())
+        scores.append(struct.unpack("<f", entry[2])[0])
+        types.append(entry[3])
+    more = vocab_size - size
+    return {
+        MODEL: "llama",
+        "tokenizer.ggml.pre": "default",
+        TOKENS: tokens + [f"[PAD{size + i}]" for i in range(more)],
+        SCORES: scores + [-10000.0] * more,
+        TYPES: types + [UNUSED] * more,
+        "tokenizer.ggml.unknown_token_id": model.unk_id(),
+        "tokenizer.ggml.bos_token_id": model.bos_id(),
+        "tokenizer.ggml.eos_token_id": model.eos_id(),
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.chat_template": TEMPLATES["v3" if "[INST]" in tokens else "v1"],
+    }

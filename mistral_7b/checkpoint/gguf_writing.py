@@ -1,0 +1,201 @@
+"""One GGUF file as llama.cpp reads it: header, tokenizer, and the tensors, each in its turn."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import secrets
+import shutil
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..model import ModelArgs
+from . import gguf, gguf_blocks, gguf_tokenizer, hub
+from .gguf_file import ALIGNMENT, ARRAY, BOOL, FLOAT32, INT32, KINDS, MAGIC, STRING, UINT32, Kind, is_gguf
+from .gguf_file import read as read_gguf
+from .names import EMBEDDING, OUTPUT, rename
+
+if TYPE_CHECKING:
+    from .writing import Outgoing
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's names for a whole file
+TYPES = tuple(name.lower() for name in FILE_TYPES)
+VERSION, QUANTIZATION_VERSION = 3, 2
+_KIND_OF = {dtype: KINDS[name] for name, dtype in gguf_blocks.FLOATS.items()}
+
+
+def write(
+    path: pathlib.Path,
+    args: ModelArgs,
+    outgoing: list[Outgoing],
+    type: str | None,
+    source: pathlib.Path | None,
+    tell: Callable[[Outgoing], None],
+) -> None:
+    """Write the file `path`, which must not exist: beside its place, and renamed when it is whole.
+
+    `type` is that of the matrices; None leaves each as it is, and blocks of Q8_0 and Q4_0 to the bit.
+    Vectors are float32, as llama.cpp wants them. With "q4_0" the output is Q8_0, for it is the matrix that
+    suffers most. Raises CheckpointError, naming the tensor, for what a type cannot hold.
+    """
+    if type is not None and type not in TYPES:
+        raise CheckpointError(f"type {type!r} is not known: {', '.join(map(repr, TYPES))}")
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; name a new file, or remove that one")
+    plan = [(t, _kind(t, type, args)) for t in outgoing]
+    for tensor, kind in plan:
+        _check(tensor, kind)
+    needed = sum(_nbytes(t, kind) for t, kind in plan)
+    place = next(p for p in path.absolute().parents if p.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise CheckpointError(f"{path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+    partial = path.absolute().with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as f:
+            f.write(_header(_metadata(args, plan, source), plan))
+            for tensor, kind in plan:
+                f.write(bytes(-f.tell() % ALIGNMENT))
+                _write_tensor(f, tensor, kind)
+                tell(tensor)
+            f.write(bytes(-f.tell() % ALIGNMENT))
+        os.replace(partial, path)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be written ({e.strerror or e}); nothing was left there") from e
+    except (struct.error, OverflowError) as e:  # a number of the configuration, or of a source's tokenizer
+        raise CheckpointError(f"{path}: not written, for GGUF's keys cannot hold what they should ({e})") from e
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
+    """The type that a tensor has in the file."""
+    if len(tensor.shape) == 1:
+        return KINDS["F32"]
+    if type is None:
+        if isinstance(tensor.stored, gguf.StoredBlocks) and tensor.stored.kept:
+            return tensor.stored.kind
+        if tensor.dtype not in _KIND_OF:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} is {tensor.dtype}, for which GGUF has no type; give one"
+            )
+        return _KIND_OF[tensor.dtype]
+    output = EMBEDDING if args.tie_embeddings else OUTPUT
+    return KINDS["Q8_0" if type == "q4_0" and tensor.name == output else type.upper()]
+
+
+def _check(tensor: Outgoing, kind: Kind) -> None:
+    if tensor.shape[-1] % kind.block:
+        raise CheckpointError(
+            f"tensor {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of the {kind.block} values that "
+            f"a block of {kind.name} has; take 'bf16' or 'f16'"
+        )
+
+
+def _nbytes(tensor: Outgoing, kind: Kind) -> int:
+    return torch.Size(tensor.shape).numel() // kind.block * kind.size
+
+
+def _metadata(args: ModelArgs, plan: list[tuple[Outgoing, Kind]], source: pathlib.Path | None) -> dict[str, Any]:
+    kinds = [
+        kind.name for tensor, kind in plan if len(tensor.shape) > 1 and tensor.name not in (EMBEDDING, OUTPUT)
+    ]
+    name = source.stem if source is not None and source.is_file() else source.name if source else "Mistral 7B"
+    head: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.name": name or "Mistral 7B",
+        "general.file_type": FILE_TYPES[max(set(kinds), key=kinds.count)],
+    }
+    if any(kind.block > 1 for _, kind in plan):
+        head["general.quantization_version"] = QUANTIZATION_VERSION
+    return head | gguf.metadata(args) | _from_source(source, args.vocab_size)
+
+
+def _from_source(source: pathlib.Path | None, vocab_size: int) -> dict[str, Any]:
+    """Name and tokenizer: of a GGUF source as they are, or from the SentencePiece file beside the weights."""
+    if source is not None and is_gguf(source):
+        return {
+            k: v for k, v in read_gguf(source).metadata.items() if k.startswith(("tokenizer.", "general.name"))
+        }
+    file = hub.sentencepiece_file(source) if source is not None and source.is_dir() else None
+    if file is None:
+        warnings.warn(
+            "no tokenizer.model lies beside the weights, so the GGUF file has no tokenizer", stacklevel=2
+        )
+        return {gguf_tokenizer.MODEL: "none"}
+    return gguf_tokenizer.metadata(file, vocab_size)
+
+
+def _header(metadata: dict[str, Any], plan: list[tuple[Outgoing, Kind]]) -> bytes:
+    out = [MAGIC, struct.pack("<IQQ", VERSION, len(plan), len(metadata))]
+    for key, value in metadata.items():
+        out += [_text(key), *_value(value)]
+    offset = 0
+    for tensor, kind in plan:
+        name = rename(tensor.name, "mistral", "gguf")
+        assert name is not None, f"{tensor.name} is not in the table"
+        out += [_text(name), struct.pack("<I", len(tensor.shape))]
+        out += [
+            struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)),
+            struct.pack("<IQ", kind.code, offset),
+        ]
+        size = _nbytes(tensor, kind)
+        offset += size + -size % ALIGNMENT
+    raw = b"".join(out)
+    return raw + bytes(-len(raw) % ALIGNMENT)
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Any) -> Iterator[bytes]:
+    """A value with its type before it: whole numbers are uint32 alone, and int32 in arrays, as in ggml."""
+    if isinstance(value, list):
+        first = value[0] if value else 0
+        code, form = {str: (STRING, ""), float: (FLOAT32, "f")}.get(type(first), (INT32, "i"))
+        yield struct.pack("<IIQ", ARRAY, code, len(value))
+        yield b"".join(map(_text, value)) if code == STRING else struct.pack(f"<{len(value)}{form}", *value)
+    elif isinstance(value, str):
+        yield struct.pack("<I", STRING) + _text(value)
+    elif isinstance(value, bool):
+        yield struct.pack("<I?", BOOL, value)
+    elif isinstance(value, float):
+        yield struct.pack("<If", FLOAT32, value)
+    else:
+        yield struct.pack("<II", UINT32, value)
+
+
+def _write_tensor(f: BinaryIO, tensor: Outgoing, kind: Kind) -> None:
+    """Fetch one tensor, write it as `kind` some rows at a time, and let it go."""
+    stored = tensor.stored
+    if isinstance(stored, gguf.StoredBlocks) and stored.kind == kind:
+        f.write(stored.raw().numpy().data)
+    else:
+        values = tensor.fetch().cpu()
+        rows = values.reshape(-1, values.shape[-1])
+        step = max(1, gguf_blocks.VALUES_AT_ONCE // rows.shape[1])
+        for begin in range(0, len(rows), step):
+            raw = _encoded(tensor.name, rows[begin : begin + step], kind)
+            f.write(raw.contiguous().view(torch.uint8).numpy().data)
+    tensor.release()
+
+
+def _encoded(name: str, values: Tensor, kind: Kind) -> Tensor:
+    """Rows of values as `kind` has them."""
+    try:
+        if kind.block > 1:
+            return gguf_blocks.quantise(kind, values)
+    except ValueError as e:
+        raise CheckpointError(f"tensor {name!r} holds {e}: it cannot be {kind.name}") from e
+    out = values.to(gguf_blocks.FLOATS[kind.name])
+    if bool((out.isinf() & values.isfinite()).any()):
+        raise CheckpointError(f"tensor {name!r} holds values too large for {kind.name}; take 'bf16'")
+    return out

@@ -1,0 +1,205 @@
+"""A model or a checkpoint -> a quantised folder (quantized.py), with its measured distance from the original.
+
+A checkpoint goes through a layer at a time: the original block and the quantised one run side by side on the
+same text, each on what its own predecessors made of it, so that the distance is that of whole models and yet
+no more than a layer of either is in memory.
+
+R rows · T tokens · D width · V vocabulary
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import Stateless
+from ..errors import CheckpointError, QuantizationError
+from ..model import Mistral7B, ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
+from ..quantization.distance import Comparison
+from ..quantization.fused import FusedRMSNorm, fuse
+from ..quantization.linear import Int8Embedding
+from ..quantization.schemes import Scheme, empty_model, scheme_of
+from ..surgery import replace_linears
+from . import hub, huggingface
+from .names import EMBEDDING, OUTPUT
+from .quantized import WEIGHTS, Record
+from .reading import Checkpoint, open_checkpoint
+from .writing import ALIGNMENT, Progress, copy_beside, header_of, new_folder, write_json
+
+Put = Callable[[str, Tensor], None]
+ROWS = 256  # of logits at a time
+NORMS = (RMSNorm, FusedRMSNorm)  # of the original, and of the quantised
+
+
+def save_quantized(
+    model: Mistral7B,
+    path: str | os.PathLike[str],
+    distance: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a model of int8 or int4 modules. QuantizationError if it is none, or without a measured distance."""
+    scheme = scheme_of(model)
+    if scheme is None:
+        raise QuantizationError("the model is not wholly of int8 or int4 modules: quantise it, or save it plain")
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    if meta := [name for name, value in state.items() if value.is_meta]:
+        raise CheckpointError(f"{meta[0]!r} is on the meta device and has no data to save")
+    record = Record(scheme, distance or {}, sum(t.nbytes for t in state.values()), calibration)
+    with new_folder(pathlib.Path(path), record.nbytes) as folder:
+        with _tensor_file(folder / WEIGHTS, state, progress) as put:
+            for name, value in state.items():
+                put(name, value)
+        _write_rest(folder, model.args, model.norm.weight.dtype, record, model.source)
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    scheme: str | Scheme,
+    tokens: Tensor,
+    text: str,
+    progress: Progress | None = None,
+) -> Record:
+    """Round the checkpoint `source` (folder, file or hub id) to nearest, into the folder `out`.
+
+    tokens      (R, T) ids on which the distance is measured; each row is read by itself
+    text        what they are, for the record
+    progress    called as progress(done, total, name) after each tensor, in bytes
+
+    `out` must not exist, or be empty; it is there whole or not at all. Raises CheckpointError and
+    QuantizationError as `load` does.
+    """
+    scheme = Scheme.of(scheme)
+    if scheme.name == "bf16":
+        raise QuantizationError(
+            "'bf16' rounds nothing, so nothing has to be written: open with quantization='bf16'"
+        )
+    checkpoint = open_checkpoint(hub.resolve(source))
+    held = checkpoint.tensors[EMBEDDING].dtype
+    dtype = torch.bfloat16 if held.itemsize == 2 else torch.float32
+    tensors = empty_model(checkpoint.args, scheme, dtype).state_dict()
+    size = sum(t.nbytes for t in tensors.values())
+    with new_folder(pathlib.Path(out), size) as folder:
+        with _tensor_file(folder / WEIGHTS, tensors, progress) as put, torch.inference_mode():
+            comparison = _Stream(checkpoint, scheme, dtype, tokens, put).run()
+        record = Record(scheme, comparison.result(text), size)
+        _write_rest(folder, checkpoint.args, dtype, record, checkpoint.folder)
+    return record
+
+
+@dataclasses.dataclass
+class _Stream:
+    """A checkpoint's layers, one after another, into `put`; and a text through both models."""
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    dtype: torch.dtype
+    tokens: Tensor  # (R, T)
+    put: Put
+
+    def run(self) -> Comparison:
+        args = self.checkpoint.args
+        memory = Stateless(args.sliding_window)
+        rope = rope_phases(memory.extend(self.tokens), args.head_dim, args.rope_theta, self.dtype)
+        weight = self.checkpoint.read(EMBEDDING, self.dtype)
+        embedding = Int8Embedding.from_weight(weight)
+        self._put_all("tok_embeddings", embedding)
+        x, y = weight[self.tokens], embedding(self.tokens)  # (R, T, D) of the original, and of the quantised
+        self.checkpoint.tensors[EMBEDDING].release()
+        for layer in range(args.n_layers):
+            x, y = self._block(layer, x, y, rope, memory)
+        return self._head(x, y)
+
+    def _block(self, layer: int, x: Tensor, y: Tensor, rope: Rope, memory: Stateless) -> tuple[Tensor, Tensor]:
+        """The layer's outputs, of the original for x and, once its weights are rounded, of the quantised for y."""
+        name = f"layers.{layer}"
+        block = TransformerBlock(self.checkpoint.args, dtype=self.dtype, device="meta")
+        keys = list(block.state_dict())
+        block.load_state_dict({k: self.checkpoint.read(f"{name}.{k}", self.dtype) for k in keys}, assign=True)
+        x = block(x, rope, memory)
+        replace_linears(block, self._rounded)
+        fuse(block)
+        self._put_all(name, block)
+        for key in keys:
+            self.checkpoint.tensors[f"{name}.{key}"].release()
+        return x, block(y, rope, memory)
+
+    def _rounded(self, linear: nn.Module, name: str) -> nn.Module:
+        assert isinstance(linear, nn.Linear)
+        return self.scheme.linear(linear.weight, name)
+
+    def _head(self, x: Tensor, y: Tensor) -> Comparison:
+        """The last norm and the output, and from the logits of both the distance."""
+        args = self.checkpoint.args
+        norm, fused = (kind(args.dim, args.norm_eps, dtype=self.dtype, device="meta") for kind in NORMS)
+        weight = self.checkpoint.read("norm.weight", self.dtype)
+        for each in (norm, fused):
+            each.load_state_dict({"weight": weight}, assign=True)
+        self.put("norm.weight", weight)
+        linear = nn.Linear(args.dim, args.vocab_size, bias=False, dtype=self.dtype, device="meta")
+        held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # a tied output
+        linear.load_state_dict({"weight": self.checkpoint.read(held, self.dtype)}, assign=True)
+        rounded = self._rounded(linear, "output")
+        self._put_all("output", rounded)
+        comparison = Comparison()
+        last = x.shape[1] - 1  # the last token of a row has nothing to predict
+        places = (t[:, :last].flatten(0, 1).split(ROWS) for t in (x, y, self.tokens[:, 1:, None]))
+        for a, b, targets in zip(*places, strict=True):
+            comparison.add(linear(norm(a)), rounded(fused(b)), targets[:, 0])
+        self.checkpoint.tensors[held].release()
+        return comparison
+
+    def _put_all(self, prefix: str, module: nn.Module) -> None:
+        for name, value in module.state_dict().items():
+            self.put(f"{prefix}.{name}", value)
+
+
+@contextlib.contextmanager
+def _tensor_file(path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Progress | None) -> Iterator[Put]:
+    """A safetensors file for tensors like these (of meta or not); what is yielded puts one in its place.
+
+    In any order: places are known from the start. Those that fill whole lines of 64 bytes come first, so that all
+    of them, and in a model of ordinary sizes all there are, begin with one.
+    """
+    order = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT != 0, -tensors[n].dtype.itemsize))
+    header = header_of((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order)
+    begins, total = {}, len(header)
+    for name in order:
+        begins[name] = total
+        total += tensors[name].nbytes
+    total -= len(header)
+    left, done = dict(tensors), 0
+    with path.open("wb") as f:
+        f.write(header)
+
+        def put(name: str, value: Tensor) -> None:
+            nonlocal done
+            like = left.pop(name)
+            assert (value.shape, value.dtype) == (like.shape, like.dtype), name
+            f.seek(begins[name])
+            f.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            done += value.nbytes
+            if progress is not None:
+                progress(done, total, name)
+
+        yield put
+    assert not left, f"{next(iter(left))} was not written"
+
+
+def _write_rest(
+    folder: pathlib.Path, args: ModelArgs, dtype: torch.dtype, record: Record, source: pathlib.Path | None
+) -> None:
+    """All but the weights; the configuration last, without which nothing opens."""
+    copy_beside(source, folder, "huggingface")
+    if not (folder / "generation_config.json").exists():
+        write_json(folder / "generation_config.json", huggingface.GENERATION)
+    config = huggingface.config(args, str(dtype).removeprefix("torch."))
+    write_json(folder / "config.json", {**config, "quantization_config": record.config()})

@@ -1,0 +1,147 @@
+"""`mistral-7b bench`: how fast, beside what this machine could do at best and what others do on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+from .inputs import ModelName, UsageError, read_flags
+
+if TYPE_CHECKING:
+    from ..benchmark.run import Plan
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": {},
+    "tiny": {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 128, "n_heads": 4, "n_kv_heads": 2,
+             "vocab_size": 256},
+}  # fmt: skip
+Scheme = Literal["int4", "int8", "bf16", "none"]
+What = Literal["decode", "prefill", "batch16", "load"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure speed and memory, each figure beside its ceiling on this machine, and beside other engines."""
+
+    model: ModelName = ""
+    """A folder, a file, a hub id or "demo"; not with --shape. None: demo."""
+    shape: Literal["7b", "tiny"] | None = None
+    """Random weights of this shape instead, made in memory: speed does not depend on their values."""
+    layers: int | None = None
+    """With --shape: so many layers and no more, where memory is short."""
+    scheme: tuple[Scheme, ...] = ("int4", "int8", "bf16")
+    """How the weights are held; none: as they are, by PyTorch's own operators."""
+    what: tuple[What, ...] = ("decode", "prefill", "batch16", "load")
+    """decode: one token after another; prefill: reading a prompt; batch16: sixteen rows decoding
+    together; load: from the start of the process to the first token (not with --shape)."""
+    context: int = 512
+    """Tokens that are held when decoding begins."""
+    prompt: int = 512
+    """Tokens that are read in prefill."""
+    threads: int | None = None
+    """CPU threads, for every engine; none: as many as PyTorch takes by itself."""
+    peers: bool = False
+    """Measure llama.cpp and transformers too, on random weights of the same shape, in turn."""
+    peer_python: str = sys.executable
+    """The Python that has llama_cpp and gguf, if it is another: a build for this CPU is worth its trouble."""
+    keep: str | None = None
+    """A folder for the peers' files of random weights, kept for next time; none: a temporary one."""
+    rounds: int = 1
+    """Go through all of it so many times, and take the medians."""
+    quick: bool = False
+    """A few repetitions of everything: to see that it runs, not to quote."""
+    json: str | None = None
+    """Write the records to this file."""
+    plot: str | None = None
+    """Draw the roofline into this file (.png, .pdf, .svg)."""
+
+
+def run(argv: list[str]) -> int:
+    args = read_flags(Bench, "bench", argv)
+    plan = plan_of(args)
+    from rich.console import Console
+
+    from ..benchmark import report
+    from ..benchmark.records import write_json
+    from ..benchmark.run import run as measure_all
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if args.plot:
+        from ..benchmark.plot import matplotlib_classes
+
+        matplotlib_classes()  # missing matplotlib is told now, not after an hour
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # files of peers are removed
+    records = measure_all(plan, tell)
+    if args.json:
+        write_json(args.json, records)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.heading(records), highlight=False)
+    for table in report.tables(records):
+        console.print(table)
+    for name, path in report.paths(records).items():
+        console.print(f"{name} ran on: {path}", highlight=False)
+    if doubt := report.doubt(records):
+        tell(doubt)
+    if args.plot:
+        from ..benchmark.plot import draw
+
+        draw(args.plot, records)
+    return 0
+
+
+def plan_of(args: Bench) -> Plan:
+    """The plan that the flags ask for. UsageError, naming the flag, for one that cannot be."""
+    for name in ("context", "prompt", "threads", "rounds", "layers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, not {value}")
+    for name in ("json", "plot"):
+        value = getattr(args, name)
+        if value and not pathlib.Path(value).expanduser().absolute().parent.is_dir():
+            raise UsageError(f"--{name} {value}: there is no folder {os.path.dirname(value)}")
+    if args.shape and args.model:
+        raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other")
+    if args.layers and not args.shape:
+        raise UsageError("--layers goes with --shape: a model has the layers it has")
+    whats = tuple(dict.fromkeys(args.what))
+    if args.shape:
+        if whats == ("load",):
+            raise UsageError("--what load opens files: name a model instead of --shape")
+        whats = tuple(w for w in whats if w != "load")
+
+    from ..benchmark.run import Plan
+
+    name, source, model_args = subject(args)
+    return Plan(
+        name, model_args, source, tuple(dict.fromkeys(args.scheme)), whats,
+        context=args.context, prompt=args.prompt, threads=args.threads,
+        quick=args.quick, rounds=args.rounds, peers=args.peers, peer_python=args.peer_python,
+        files=args.keep,
+    )  # fmt: skip
+
+
+def subject(args: Bench) -> tuple[str, str | None, dict[str, Any]]:
+    """Name, place (none for a shape) and ModelArgs as a dict of what is to be measured."""
+    from ..model import ModelArgs
+
+    if args.shape:
+        fields = dict(SHAPES[args.shape])
+        if args.layers:
+            fields["n_layers"] = args.layers
+        name = f"random {args.shape}" + (f", {args.layers} layers" if args.layers else "")
+        source, model_args = None, ModelArgs(**fields)
+    else:
+        from ..checkpoint import hub, read_args
+
+        path = hub.resolve(args.model or "demo")
+        name, source, model_args = args.model or "demo", str(path), read_args(path)[0]
+    longest = max(args.context, args.prompt)
+    if longest > model_args.max_seq_len and model_args.sliding_window is None:
+        raise UsageError(f"--context and --prompt: {name} holds {model_args.max_seq_len} tokens, not {longest}")
+    return name, source, dataclasses.asdict(model_args)

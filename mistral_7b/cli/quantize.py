@@ -1,0 +1,116 @@
+"""`mistral-7b quantize`: a checkpoint in int8 or int4, with the distance from its original, a layer at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from .inputs import UsageError, read_flags, read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..checkpoint.quantized import Record
+    from ..tokenizer import Tokenizer
+
+Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
+
+ROW = 512  # tokens that are read together
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Round a checkpoint's weights, and measure on a text how far that takes it from the original.
+
+    The folder opens wherever a MODEL is named. No half-written folder ever opens.
+    """
+
+    source: Source
+    """A folder, a file, a hub id or "demo"."""
+    out: Folder
+    """The folder to make."""
+    scheme: Literal["int8", "int4"] = "int4"
+    """int8: half of bfloat16's bytes, nearly exact; int4: a quarter."""
+    group_size: Literal[32, 128] = 128
+    """Of int4: inputs that share a multiplier; 32 is closer to the original and 5% larger."""
+    asymmetric: bool = False
+    """Of int4: groups have a zero point of their own."""
+    text: str = ""
+    """A file on which the distance is measured; without one it is this package's own source."""
+    tokens: int = 4096
+    """How many tokens of the text, at most."""
+    tokenizer: str | None = None
+    """A tokenizer file, or a folder or model that has one; none: that of the model."""
+    threads: int | None = None
+    """CPU threads; none: as many as PyTorch takes by itself."""
+
+
+def run(argv: list[str]) -> int:
+    args = read_flags(Quantize, "quantize", argv)
+    if args.scheme == "int8" and (args.group_size != 128 or args.asymmetric):
+        raise UsageError("--group-size and --asymmetric belong to int4: int8 has a scale for each output")
+    if args.tokens < 2:
+        raise UsageError(f"--tokens must be at least 2, not {args.tokens}")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads must be at least 1, not {args.threads}")
+    name, text = (args.text, read_text(args.text)) if args.text else own_source()
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("opening", total=None)
+
+        def told(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        import torch
+
+        from ..checkpoint import hub, quantize, read_args
+        from ..quantization import Scheme
+        from ..tokenizer import Tokenizer
+
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        folder = hub.resolve(args.source)
+        longest = min(ROW, read_args(folder)[0].max_seq_len)
+        tokenizer = Tokenizer.from_pretrained(args.tokenizer or folder)
+        tokens = rows(tokenizer, text, args.tokens, longest)
+        scheme = Scheme(args.scheme, args.group_size, not args.asymmetric)
+        record = quantize(folder, args.out, scheme, tokens, name, progress=told)
+    print(f"{args.source} is written to {args.out}: {summary(record)}", file=sys.stderr)
+    return 0
+
+
+def own_source() -> tuple[str, str]:
+    """A name and a text that is always at hand: the modules at the root of this package."""
+    root = pathlib.Path(__file__).parent.parent
+    return "the source of mistral_7b", "".join(f.read_text(encoding="utf-8") for f in sorted(root.glob("*.py")))
+
+
+def rows(tokenizer: Tokenizer, text: str, most: int, length: int) -> Tensor:
+    """At most so many tokens of a text as rows (R, T <= length), each begun anew with <s>."""
+    import torch
+
+    ids = tokenizer.encode(text, bos=False)[:most]
+    width = min(length - 1, len(ids))
+    if width < 1:
+        raise UsageError("the text for the distance is empty: there is nothing to measure on")
+    whole = torch.tensor(ids[: len(ids) // width * width]).view(-1, width)
+    return torch.nn.functional.pad(whole, (1, 0), value=tokenizer.bos_id)
+
+
+def summary(record: Record) -> str:
+    """What a quantised checkpoint is and what it lost, in a line."""
+    d = record.distance
+    lost = d["perplexity"] / d["perplexity_original"] - 1
+    return (
+        f"{record.scheme}, {record.nbytes / 1e9:.2f} GB. On {d['tokens']:,} tokens of {d['text']}: KL "
+        f"{d['kl']:.4f}, top-1 agreement {d['top1_agreement']:.1%}, perplexity {d['perplexity_original']:.3f} -> "
+        f"{d['perplexity']:.3f} ({lost:+.2%})"
+    )

@@ -1,0 +1,135 @@
+"""Linears for a GPU: weights as integers or e4m3, activations as they are (fp8: rounded too).
+
+The stored tiles (kernels/layout.py) are made for CPUs. `to_gpu` lays the same codes out row by row, a module at
+a time, so that a quantised file is good here as well; the numbers it stands for are the same to the bit.
+On the CPU activations become int8 and here they do not, so logits differ by that rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import layout
+from ..kernels.weight_only import (
+    expand_int4,
+    expand_int8,
+    fp8_linear,
+    int4_linear,
+    int8_linear,
+    pack_int4,
+    to_fp8,
+)  # fmt: skip
+from ..surgery import replace_linears
+from .linear import Int4Linear, Int8Linear
+
+
+class GpuInt8Linear(nn.Module):
+    """y = x W^T, w = scale[n] * (q - 128), for x of any floating type."""
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        """q uint8 (N, K), scale float32 (N,)."""
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+
+    q: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, linear: Int8Linear) -> GpuInt8Linear:
+        """The same weight, row by row."""
+        q = layout.untile_int8(linear.codes)[: linear.out_features, : linear.in_features]
+        return cls(q.contiguous(), linear.scale[: linear.out_features].clone())
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return int8_linear(x, self.q, self.scale)
+
+    def dequantized(self) -> Tensor:
+        """The weight that it stands for, float32 (N, K)."""
+        return expand_int8(self.q, self.scale, torch.float32)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, int8"
+
+
+class GpuInt4Linear(nn.Module):
+    """y = x W^T, w = scale[n] * m * (q - z) in groups, for x of any floating type."""
+
+    def __init__(
+        self, packed: Tensor, m: Tensor, z: Tensor, scale: Tensor, group_size: int, in_features: int
+    ) -> None:
+        """packed as by pack_int4, m and z uint8 (N, G), scale float32 (N,)."""
+        super().__init__()
+        self.out_features, self.in_features, self.group_size = m.shape[0], in_features, group_size
+        for name, t in (("packed", packed), ("m", m), ("z", z), ("scale", scale)):
+            self.register_buffer(name, t)
+
+    packed: Tensor
+    m: Tensor
+    z: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, linear: Int4Linear) -> GpuInt4Linear:
+        """The same weight, row by row."""
+        N, K = linear.out_features, linear.in_features
+        q = layout.untile_int4(linear.codes)[:N, :K]
+        m, z = (t[:N, : -(-K // linear.group_size)].contiguous() for t in layout.untile_groups(linear.groups))
+        return cls(pack_int4(q), m, z, linear.scale[:N].clone(), linear.group_size, K)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return int4_linear(x, self.packed, self.m, self.z, self.scale, self.group_size)
+
+    def dequantized(self) -> Tensor:
+        """The weight that it stands for, float32 (N, K)."""
+        return expand_int4(
+            self.packed, self.m, self.z, self.scale, self.group_size, self.in_features, torch.float32
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, int4 in groups of {self.group_size}"
+
+
+class Fp8Linear(nn.Module):
+    """y = x W^T with both rounded to e4m3: w with a scale for each output, x with one for each row."""
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        """q float8_e4m3fn (N, K), scale float32 (N,)."""
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+
+    q: Tensor
+    scale: Tensor
+
+    @classmethod
+    def from_weight(cls, weight: Tensor) -> Fp8Linear:
+        """Of a weight (N, K), each output scaled so that its largest weight is e4m3's largest number."""
+        return cls(*to_fp8(weight.detach()))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return fp8_linear(x, self.q, self.scale)
+
+    def dequantized(self) -> Tensor:
+        """The weight that it stands for, float32 (N, K)."""
+        return expand_int8(self.q, self.scale, torch.float32)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, fp8"
+
+
+def to_gpu(model: nn.Module, device: torch.device | str) -> list[str]:
+    """Move a model of int8 or int4 Linears to a GPU, one after another; the names of those laid out anew."""
+
+    def build(linear: nn.Module, name: str) -> nn.Module:
+        if isinstance(linear, Int8Linear):
+            return GpuInt8Linear.of(linear).to(device)
+        assert isinstance(linear, Int4Linear)
+        return GpuInt4Linear.of(linear).to(device)
+
+    names = replace_linears(model, build, lambda name, module: isinstance(module, (Int8Linear, Int4Linear)))
+    model.to(device)
+    return names

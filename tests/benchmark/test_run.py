@@ -1,0 +1,228 @@
+"""Jobs in turn and in processes of their own, peers that are missing, and machines that are too small."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+import pytest
+from bench_samples import ARGS, CEILINGS, job_of, measured
+
+from mistral_7b.benchmark import run
+from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job, Measured
+from mistral_7b.errors import BenchmarkError
+
+PLAN = run.Plan(
+    "small", ARGS, None, ("int4", "bf16", "none"), ("decode", "prefill"), context=6, prompt=20, peers=True
+)
+PEER_PYTHON = os.environ.get("MISTRAL_7B_PEER_PYTHON", sys.executable)  # the Python that has llama_cpp and gguf
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """No processes: every job takes a second; those asked for are listed."""
+    asked: list[Job] = []
+
+    def one(job: Job, peer_python: str) -> list[Measured]:
+        asked.append(job)
+        return [measured([1.0])]
+
+    monkeypatch.setattr(run, "measure", one)
+    monkeypatch.setattr(run, "measure_ceilings", lambda threads=None, quick=False: CEILINGS)
+    monkeypatch.setattr(run.PeerFiles, "placed", lambda self, job: job)
+    return asked
+
+
+def test_engines_take_turns_within_each_kind_of_work() -> None:
+    order = [(j.what, j.engine, j.scheme) for j in PLAN.jobs()]
+    turn = [
+        (OURS, "int4"), (LLAMA, "Q4_0"), (OURS, "bf16"), (LLAMA, "BF16"), (TRANSFORMERS, "bf16"), (OURS, "none"),
+    ]  # fmt: skip
+    assert order == [(what, *who) for what in ("decode", "prefill") for who in turn]
+    assert [j.engine for j in dataclasses.replace(PLAN, peers=False).jobs()] == [OURS] * 6
+
+
+def test_everybody_gets_the_same_work() -> None:
+    plan = dataclasses.replace(PLAN, whats=("decode", "prefill", "batch16", "load"), threads=2, source="/a model")
+    for what, rows, prompt in (("decode", 1, 6), ("prefill", 1, 20), ("batch16", 16, 32), ("load", 1, 1)):
+        jobs = [j for j in plan.jobs() if j.what == what]
+        assert {(j.rows, j.prompt, j.threads) for j in jobs} == {(rows, prompt, 2)}
+        assert {(j.engine, j.source) for j in jobs if j.engine == OURS} == {(OURS, "/a model")}
+        assert not [j for j in jobs if j.engine != OURS and j.source]
+    assert not [j for j in plan.jobs() if j.what == "load" and j.engine == TRANSFORMERS]
+
+
+def test_rounds_repeat_all_of_it(measure: list[Job]) -> None:
+    records = run.run(dataclasses.replace(PLAN, rounds=3))
+    once = list(dataclasses.replace(PLAN, threads=CEILINGS.threads).jobs())
+    assert measure == once * 3
+    assert [(r.engine, r.scheme, r.what) for r in records] == [(j.engine, j.scheme, j.what) for j in once]
+    assert {r.repetitions for r in records} == {3}
+
+
+def test_a_peer_that_fails_is_told_once_and_left_out(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    def placed(self: run.PeerFiles, job: Job) -> Job:
+        if job.engine == LLAMA:
+            raise BenchmarkError("no llama here")
+        return job
+
+    monkeypatch.setattr(run.PeerFiles, "placed", placed)
+    told: list[str] = []
+    records = run.run(PLAN, told.append)
+    assert {r.engine for r in records} == {OURS, TRANSFORMERS}
+    assert [t for t in told if "left out" in t] == [
+        "left out: llama.cpp Q4_0: no llama here", "left out: llama.cpp BF16: no llama here",
+    ]  # fmt: skip
+
+
+def test_nothing_to_show_is_an_error(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.machine, "memory", lambda: (2 << 30, 1 << 30))
+    with pytest.raises(BenchmarkError, match=r"int4 weights of this shape take 0\.0 GB and 1\.1 GB are free"):
+        run.run(PLAN)
+    assert measure == []
+
+
+def test_what_does_not_fit_does_not_spoil_the_rest(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(job: Job) -> None:
+        if job.scheme == "none":
+            raise BenchmarkError("too large")
+
+    monkeypatch.setattr(run, "check_memory", check)
+    told: list[str] = []
+    assert {r.scheme for r in run.run(PLAN, told.append)} == {"int4", "Q4_0", "bf16", "BF16"}
+    assert [t for t in told if "left out" in t] == ["left out: mistral_7b none: too large"]
+
+
+def test_the_better_ceilings_of_before_and_after_count(
+    measure: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = iter([CEILINGS, dataclasses.replace(CEILINGS, read_bandwidth=3e9)])
+    monkeypatch.setattr(run, "measure_ceilings", lambda threads=None, quick=False: next(both))
+    assert {r.read_bandwidth for r in run.run(PLAN)} == {3e9}
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        ("/no/such/python", "/no/such/python cannot be run"),
+        ("#!/bin/sh\nkill -9 $$", "killed by signal 9 (out of memory?)"),
+        ("#!/bin/sh\necho first >&2; echo what was wrong >&2; exit 3", "^what was wrong$"),
+        ("#!/bin/sh\nexit 3", "ended with code 3"),
+        ("#!/bin/sh\nexit 0", "ended without a result"),
+    ],
+)
+def test_a_process_that_fails_is_one_message(tmp_path: pathlib.Path, python: str, message: str) -> None:
+    if python.startswith("#!"):
+        script = tmp_path / "python"
+        script.write_text(python)
+        script.chmod(0o755)
+        python = str(script)
+    with pytest.raises(BenchmarkError, match=message.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")):
+        run._call(python, "{}")
+
+
+def test_the_package_alone_is_on_the_path_of_a_peer() -> None:
+    """Its Python must not see this one's libraries."""
+    told = run._python(sys.executable, "process", "ceilings", "[1, true]")
+    assert set(run.Ceilings(**run.json.loads(told)).__dict__) >= {"read_bandwidth", "int8"}
+    assert os.environ.get("PYTHONPATH", "") == os.environ.get("PYTHONPATH", "")
+
+
+@pytest.mark.parametrize("what", ["decode", "prefill", "batch16"])
+@pytest.mark.parametrize("engine", [OURS, TRANSFORMERS])
+def test_engine_in_a_process_of_its_own(engine: str, what: str) -> None:
+    job = job_of(engine, "none" if engine == OURS else "bf16", what, prompt=5, threads=1, quick=True)
+    job = dataclasses.replace(job, rows=16 if what == "batch16" else 1)
+    (found,) = run.measure(job, sys.executable)
+    assert found.tokens == {"decode": 1, "prefill": 5, "batch16": 16}[what]
+    assert min(found.seconds) > 0
+    assert (found.threads, found.kv_token_bytes) == (1, 256)
+    assert 50e6 < found.peak_rss_bytes < 3e9
+    assert (found.generate_tokens_per_s is not None) == (engine == OURS and what == "decode")
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "bf16"])
+def test_every_scheme_runs_and_its_bytes_are_those_of_its_name(scheme: str) -> None:
+    from mistral_7b.benchmark.engine_ours import Engine
+    from mistral_7b.benchmark.work import BITS, layer_weights, table_weights
+
+    args = {**ARGS, "dim": 256, "hidden_dim": 512, "head_dim": 64}  # whole groups, so that nothing is padded
+    engine = Engine(dataclasses.replace(job_of(scheme=scheme, rows=2, threads=1), args=args))
+    engine.begin()
+    before = engine.logits
+    engine.step()
+    assert engine.logits.shape == before.shape == (2, 1, 160)
+    assert not engine.logits.equal(before)
+    table = table_weights(args) * (1 if scheme == "int4" else BITS[scheme] / 8)  # int4 keeps the output in int8
+    wanted = layer_weights(args) * BITS[scheme] / 8 + table
+    assert engine.weight_bytes == pytest.approx(wanted, rel=0.02)  # scales and norms
+
+
+def test_engines_of_one_shape_read_equally_many_bytes() -> None:
+    from mistral_7b.benchmark.engine_ours import Engine as Ours
+    from mistral_7b.benchmark.engine_transformers import Engine as Transformers
+
+    for args in (ARGS, {**ARGS, "tie_embeddings": True}):
+        job = dataclasses.replace(job_of(scheme="none", threads=1), args=args)
+        assert Ours(job).weight_bytes == Transformers(job).weight_bytes
+
+
+def test_transformers_of_random_weights_is_whole() -> None:
+    """Nothing is left as it came from meta: logits are finite, and rotary angles those of a model made plainly."""
+    import torch
+    import transformers
+
+    from mistral_7b.benchmark.engine_transformers import build
+
+    model = build(ARGS)
+    plain = transformers.MistralForCausalLM(model.config)
+    assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    logits = model(torch.arange(20)[None]).logits
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+
+
+def test_a_full_disk_is_seen_before_the_file_is_begun(tmp_path: pathlib.Path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "_imports", lambda python, *modules: True)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: run.shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(BenchmarkError, match=r"BF16.gguf takes .* has 0\.0: --keep names a folder"):
+        run.PeerFiles(PLAN, str(tmp_path), lambda text: None).placed(PLAN.job(LLAMA, "BF16", "decode"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def with_llama() -> Callable[[Job], Job]:
+    if not run._imports(PEER_PYTHON, "llama_cpp", "gguf"):
+        pytest.skip("no llama_cpp and gguf here; MISTRAL_7B_PEER_PYTHON names a Python that has them")
+    return lambda job: job
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "BF16"])
+def test_llama_reads_the_file_made_for_it(with_llama: object, tmp_path: pathlib.Path, kind: str) -> None:
+    plan = dataclasses.replace(PLAN, peer_python=PEER_PYTHON, whats=("batch16",), threads=1, quick=True)
+    files = run.PeerFiles(plan, str(tmp_path), lambda text: None)
+    job = files.placed(plan.job(LLAMA, kind, "batch16"))
+    assert [p.name for p in tmp_path.iterdir()] == [pathlib.Path(str(job.source)).name]
+    (found,) = run.measure(job, PEER_PYTHON)
+    bits = {"Q4_0": 4.5, "Q8_0": 8.5, "BF16": 16}[kind]
+    matrices = 2 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 96 * 64) + 160 * 64
+    assert found.weight_bytes == matrices * bits / 8 + 5 * 64 * 4  # norms are float32
+    assert "AMX" in found.path
+    assert found.tokens == 16
+
+
+def test_random_blocks_are_weights_of_a_sane_size() -> None:
+    pytest.importorskip("gguf")
+    import gguf
+    import numpy as np
+
+    from mistral_7b.benchmark.llama_file import random_blocks
+
+    for kind in ("Q4_0", "Q8_0", "BF16"):
+        blocks = random_blocks(kind, 32 * 4096)
+        weights = gguf.quants.dequantize(blocks.reshape(-1), gguf.GGMLQuantizationType[kind])
+        assert weights.size == 32 * 4096
+        assert 0.01 < np.std(weights) < 0.03

@@ -1,0 +1,108 @@
+"""A few hundred hostile GGUF files: an error or a model, at once. `tests/fuzz_gguf.py` does a million by hand."""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import time
+import tracemalloc
+
+import pytest
+from gguf_inputs import BLOCKS, built, grown, mutated, pairs_of, seeds, survives, tensors_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mistral_7b import CheckpointError
+from mistral_7b.checkpoint.gguf_file import KINDS
+from mistral_7b.checkpoint.reading import open_checkpoint
+
+SEEDS = seeds()
+QUICK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def endured(path: pathlib.Path, raw: bytes) -> bool:
+    path.write_bytes(raw)
+    begin = time.perf_counter()
+    opened = survives(path)
+    assert time.perf_counter() - begin < 2
+    return opened
+
+
+def test_the_seeds_open(tmp_path: pathlib.Path) -> None:
+    """And so do some of what is made of them, but not all: or the tests below would look at nothing."""
+    assert all(endured(tmp_path / "x.gguf", raw) for raw in SEEDS)
+    draw = random.Random(1)
+    for make in (lambda: mutated(draw.choice(SEEDS), draw), lambda: grown(draw)):
+        assert 3 < sum(endured(tmp_path / "x.gguf", make()) for _ in range(100)) < 97
+
+
+def test_a_vector_in_blocks_is_read_but_not_handed_out_as_a_matrix(tmp_path: pathlib.Path) -> None:
+    """Found by fuzzing: no one writes such a file, and blocks() said (1, K)."""
+    tensors = tensors_of(BLOCKS, random.Random(0), ["Q8_0"])
+    name, sizes, _, offset, _ = tensors[-2]
+    tensors[-2] = (name, sizes, KINDS["Q8_0"].code, offset, bytes(KINDS["Q8_0"].size))
+    assert endured(tmp_path / "x.gguf", built(pairs_of(BLOCKS), tensors))
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
+    assert tuple(checkpoint.read("norm.weight").shape) == (32,)
+    assert checkpoint.blocks("norm.weight") is None
+    assert checkpoint.blocks("output.weight") is not None
+
+
+def test_rows_that_are_no_whole_blocks_are_refused_and_not_rounded_down(tmp_path: pathlib.Path) -> None:
+    tensors = tensors_of(BLOCKS, random.Random(0), ["Q8_0"])
+    name, (width, *rest), kind, offset, data = tensors[-1]
+    for wrong in (width + 1, width + 16, 1):
+        (tmp_path / "x.gguf").write_bytes(
+            built(pairs_of(BLOCKS), [*tensors[:-1], (name, (wrong, *rest), kind, offset, data)])
+        )
+        with pytest.raises(CheckpointError, match=f"has rows of {wrong}, no multiple of Q8_0's 32"):
+            open_checkpoint(tmp_path / "x.gguf")
+
+
+def test_a_tensor_of_nothing_is_refused(tmp_path: pathlib.Path) -> None:
+    """Also the one that is looked at before shapes are."""
+    tensors = tensors_of(BLOCKS, random.Random(0), ["F32"])
+    for sizes in ((0,), (0, 4), (4, 0)):
+        (tmp_path / "x.gguf").write_bytes(
+            built(pairs_of(BLOCKS), [*tensors, ("rope_freqs.weight", sizes, 0, 1 << 16, b"")])
+        )
+        with pytest.raises(CheckpointError, match=r"'rope_freqs.weight' has no elements"):
+            open_checkpoint(tmp_path / "x.gguf")
+
+
+@QUICK
+@given(seed=st.integers(0, 2**63), which=st.integers(0, len(SEEDS) - 1))
+def test_damaged_files(tmp_path: pathlib.Path, seed: int, which: int) -> None:
+    endured(tmp_path / "x.gguf", mutated(SEEDS[which], random.Random(seed)))
+
+
+@QUICK
+@given(seed=st.integers(0, 2**63))
+def test_well_formed_files_that_say_anything(tmp_path: pathlib.Path, seed: int) -> None:
+    endured(tmp_path / "x.gguf", grown(random.Random(seed)))
+
+
+@QUICK
+@given(raw=st.binary(max_size=400), version=st.sampled_from([2, 3]))
+def test_any_bytes(tmp_path: pathlib.Path, raw: bytes, version: int) -> None:
+    assert not endured(tmp_path / "x.gguf", b"GGUF" + bytes([version, 0, 0, 0]) + raw)
+
+
+@pytest.mark.parametrize("make", [grown, lambda draw: mutated(draw.choice(SEEDS), draw)], ids=["grown", "damaged"])
+def test_no_file_of_kilobytes_costs_megabytes(tmp_path: pathlib.Path, make) -> None:  # type: ignore[no-untyped-def]
+    draw = random.Random(2)
+    inputs = [make(draw) for _ in range(100)]
+    survives(_written(tmp_path, SEEDS[0]))  # what is imported and cached on first use is no file's fault
+    tracemalloc.start()
+    try:
+        for raw in inputs:
+            survives(_written(tmp_path, raw), load=False)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def _written(folder: pathlib.Path, raw: bytes) -> pathlib.Path:
+    path = folder / "x.gguf"
+    path.write_bytes(raw)
+    return path

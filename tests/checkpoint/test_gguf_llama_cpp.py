@@ -1,0 +1,173 @@
+"""GGUF files against llama.cpp itself: each reads what the other writes, and computes the same.
+
+Needs llama-cpp-python (`pip install llama-cpp-python`, which builds llama.cpp; benchmarks use its source tree
+too); without it these tests are skipped. llama.cpp has no sliding window for the architecture `llama`, so
+prompts stay within it. Its arithmetic rounds activations to the type of the weights (to bfloat16, float16, or
+8 bits in blocks of 32 or 256) before every product, and this package's in float32 does not: that, and not the
+files, is what the tolerances are for. With float32 weights nothing is rounded, and they are tight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import shutil
+from typing import Any
+
+import jinja2
+import pytest
+import torch
+from tiny import tiny_args, tiny_model
+from torch import Tensor
+
+from mistral_7b import Mistral7B, Tokenizer
+from mistral_7b.checkpoint import convert
+from mistral_7b.checkpoint.gguf_file import read
+from mistral_7b.checkpoint.hub import DEMO
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python to compare with llama.cpp")
+
+# The largest |difference| of logits over their standard deviation, and the largest KL of a token, in nats.
+# Measured on an AMX Xeon: f32 and f16 1.2e-5, bf16 0.017, q8_0 0.052, q4_0 0.064; QUANTISED_THERE 0.16 to 0.31.
+EXACT = (2e-4, 1e-5)
+TOLERANCES = {"f32": EXACT, "f16": EXACT, "bf16": (0.05, 2e-4), "q8_0": (0.15, 2e-3), "q4_0": (0.15, 2e-3)}
+ROUNDED = (0.6, 1e-2)  # random weights with sharp attention make more of the same rounding
+QUANTISED_THERE = {  # llama.cpp's number for a whole file
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18,
+}  # fmt: skip
+WIDE = tiny_args(  # rows of 256 and 512, as the K types need
+    dim=256, n_layers=2, head_dim=64, hidden_dim=512, n_heads=4, n_kv_heads=2, vocab_size=4096,
+    sliding_window=None, rope_theta=1e6, max_seq_len=512,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    @llama_cpp.llama_log_callback
+    def nothing(level: int, text: bytes, data: ctypes.c_void_p) -> None: ...
+
+    _quiet.keep = nothing  # type: ignore[attr-defined]
+    llama_cpp.llama_log_set(nothing, ctypes.c_void_p(0))
+
+
+def their_logits(path: pathlib.Path, tokens: list[int]) -> Tensor:
+    """llama.cpp's logits of every token, (T, V) float32; keys and values kept in float32."""
+    model = llama_cpp.Llama(
+        str(path), n_ctx=512, n_batch=512, n_ubatch=512, logits_all=True, n_threads=2, n_threads_batch=2,
+        type_k=0, type_v=0, flash_attn=False, verbose=False,
+    )  # fmt: skip
+    model.eval(tokens)
+    out = torch.tensor(model.scores[: len(tokens)])
+    model.close()
+    return out
+
+
+def compared(path: pathlib.Path, theirs: Tensor, tokens: list[int], most: float, most_kl: float) -> None:
+    """Our logits in float32 of the file at `path` are near `theirs`."""
+    ours = Mistral7B.from_pretrained(path, dtype=torch.float32)(torch.tensor(tokens)[None])[0][0].detach()
+    off = float((ours - theirs).abs().max() / theirs.std())
+    kl = float((theirs.log_softmax(-1).exp() * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).max())
+    agreed = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
+    print(f"{path.name}: off by {off:.2e} standard deviations, KL {kl:.1e}, top-1 {agreed:.1%}")
+    assert off <= most
+    assert kl <= most_kl
+
+
+def prompt() -> list[int]:
+    source = pathlib.Path(torch.__file__).parent.joinpath("_utils.py").read_text()
+    return Tokenizer.from_pretrained("demo").encode(source)[:240]  # the demo's window is 256
+
+
+@pytest.mark.parametrize("type", TOLERANCES)
+def test_llama_cpp_computes_from_our_files_what_we_do(tmp_path: pathlib.Path, type: str) -> None:
+    convert("demo", tmp_path / f"{type}.gguf", to="gguf", type=type)
+    path, tokens = tmp_path / f"{type}.gguf", prompt()
+    compared(path, their_logits(path, tokens), tokens, *TOLERANCES[type])
+
+
+def quantised(source: pathlib.Path, out: pathlib.Path, file_type: int) -> None:
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.allow_requantize = file_type, 2, True
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A model with rows wide enough for every type, in float32, with a tokenizer that llama.cpp wants."""
+    model = tiny_model(WIDE)
+    model.source = DEMO
+    path = tmp_path_factory.mktemp("wide") / "f32.gguf"
+    model.save_pretrained(path, format="gguf")
+    return path
+
+
+@pytest.mark.parametrize("name", QUANTISED_THERE)
+def test_we_read_their_quantised_files_as_they_do(tmp_path: pathlib.Path, wide: pathlib.Path, name: str) -> None:
+    theirs, again, tokens = tmp_path / f"{name}.gguf", tmp_path / "again.gguf", prompt()
+    quantised(wide, theirs, QUANTISED_THERE[name])
+    kinds = {entry.kind.name for entry in read(theirs).entries.values()}
+    assert any(kind.startswith(name.removesuffix("_M")) for kind in kinds)
+    quantised(theirs, again, 0)  # back to float32, by llama.cpp
+    plain = tmp_path / "plain.gguf"
+    convert(theirs, plain, to="gguf", type="f32")  # and by us: what is opened as it stands would keep its blocks
+    ours = Mistral7B.from_pretrained(plain, dtype=torch.float32).state_dict()
+    for tensor, value in Mistral7B.from_pretrained(again, dtype=torch.float32).state_dict().items():
+        # Equal here; a compiler that fuses d q + m rounds once less.
+        torch.testing.assert_close(ours[tensor], value, rtol=1e-6, atol=1e-7 * float(value.abs().max()))
+    compared(plain, their_logits(again, tokens), tokens, *EXACT)
+    compared(theirs, their_logits(theirs, tokens), tokens, *ROUNDED)
+
+
+TEXTS = (
+    "def f(x):\n    return x  # na\u00efve", "  two  spaces ", "\u4f60\u597d \U0001f600", "[INST] </s> <s>",
+    "\n\n\t", "a", "", "x = {'k': [1, 22, 333]}\r\n", "\u2581 \u2047 <0x0A>",
+)  # fmt: skip
+CHATS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?  And how?"}],
+    [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Two."}, {"role": "user", "content": "Three\nfour"},
+    ],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["v1", "v3", "demo"])
+def vocabulary(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, object]:
+    """A tokenizer of ours, and llama.cpp's from a file that we wrote with it."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    ours = Tokenizer.from_pretrained() if request.param == "demo" else getattr(Tokenizer, request.param)()
+    shutil.copyfile(ours.path, folder / ("tokenizer.model" if request.param == "v1" else "tokenizer.model.v3"))
+    model = tiny_model(tiny_args(vocab_size=ours.vocab_size))
+    model.source = folder
+    model.save_pretrained(folder / "it.gguf", format="gguf")
+    return ours, llama_cpp.Llama(str(folder / "it.gguf"), vocab_only=True, verbose=False)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_llama_cpp_cuts_text_as_we_do(vocabulary: tuple[Tokenizer, Any], text: str) -> None:
+    ours, theirs = vocabulary
+    assert theirs.tokenize(text.encode(), add_bos=True, special=False) == ours.encode(text)
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=len)
+def test_trap_16_llama_cpp_gives_chats_the_ids_that_we_do(
+    vocabulary: tuple[Tokenizer, Any], chat: list[dict[str, str]]
+) -> None:
+    ours, theirs = vocabulary
+    template = jinja2.Environment().from_string(theirs.metadata["tokenizer.chat_template"])
+    text = template.render(messages=chat, bos_token="<s>", eos_token="</s>")
+    assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ours.encode_chat(chat)
+
+
+def test_llama_cpp_knows_the_templates_without_jinja(vocabulary: tuple[Tokenizer, Any]) -> None:
+    """By their texts: v1 puts spaces outside of [INST], v3 does not."""
+    ours, theirs = vocabulary
+    role, content = b"user", b"Hello"
+    message = llama_cpp.llama_chat_message(role, content)
+    out = ctypes.create_string_buffer(200)
+    template = theirs.metadata["tokenizer.chat_template"].encode()
+    size = llama_cpp.llama_chat_apply_template(template, ctypes.byref(message), 1, True, out, 200)
+    assert out.raw[:size] == (b" [INST] Hello [/INST]" if ours.version == "v1" else b"[INST] Hello[/INST]")

@@ -1,0 +1,196 @@
+"""The tokenizer in a GGUF file: the ids of the SentencePiece file that it was made from, and its errors."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import gguf
+import jinja2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from tiny import tiny_args, tiny_model
+
+from mistral_7b import Tokenizer, TokenizerError
+from mistral_7b.checkpoint import chat_templates, gguf_tokenizer
+
+NAMES = {"v1": "tokenizer.model", "v3": "tokenizer.model.v3", "demo": "tokenizer.model.v3"}
+TEXTS = (
+    pathlib.Path(__file__).read_text(), "", " ", "  a  b ", "\n\n", "\t\r\n",
+    "na\u00efve \u4f60\u597d \U0001f600 \u0000 \ufffd", "3.14159 1e-5", "x" * 3000,
+    "[INST] [/INST] </s> <s> <unk> <0x0A>", "[REFERENCE_DOC_1]x", "\u2581x \u2047 \ufb01 \uff21",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, Tokenizer, Any]:
+    """A tokenizer, that which came back from a GGUF file, and the file."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    name = request.param
+    original = Tokenizer.from_pretrained() if name == "demo" else getattr(Tokenizer, name)()
+    shutil.copyfile(original.path, folder / NAMES[name])
+    model = tiny_model(tiny_args(vocab_size=original.vocab_size))
+    model.source = folder
+    model.save_pretrained(folder / "x.gguf", format="gguf")
+    return original, Tokenizer.from_pretrained(folder / "x.gguf"), folder / "x.gguf"
+
+
+def test_pieces_kinds_and_template_are_the_original_s(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
+    original, back, _ = pair
+    assert back.version == original.version
+    assert (back.vocab_size, back.bos_id, back.eos_id) == (original.vocab_size, original.bos_id, original.eos_id)
+    every = range(original.vocab_size)
+    assert [back.surface(i) for i in every] == [original.surface(i) for i in every]
+    assert [back._pieces._model.get_score(i) for i in every] == [
+        original._pieces._model.get_score(i) for i in every
+    ]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_ids_are_the_original_s(pair: tuple[Tokenizer, Tokenizer, Any], text: str) -> None:
+    original, back, _ = pair
+    assert back.encode(text) == original.encode(text)
+    assert back.decode(back.encode(text)) == original.decode(original.encode(text))
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
+@settings(max_examples=200, deadline=None)
+def test_ids_of_any_text_are_the_original_s(pair: tuple[Tokenizer, Tokenizer, Any], text: str) -> None:
+    original, back, _ = pair
+    assert back.encode(text) == original.encode(text)
+
+
+def test_the_gguf_package_reads_pieces_as_converters_write_them(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
+    original, _, path = pair
+    reader = gguf.GGUFReader(path)
+    field = {
+        key.removeprefix("tokenizer."): reader.get_field(key).contents() for key in reader.fields if "token" in key
+    }
+    model = original._pieces._model
+    every = range(original.vocab_size)
+    assert field["ggml.tokens"] == [model.id_to_piece(i) for i in every]
+    assert field["ggml.scores"] == [model.get_score(i) for i in every]
+    kinds = field["ggml.token_type"]
+    assert [k == gguf.TokenType.CONTROL for k in kinds] == [model.IsControl(i) for i in every]
+    assert [k == gguf.TokenType.BYTE for k in kinds] == [model.IsByte(i) for i in every]
+    assert [i for i in every if kinds[i] == gguf.TokenType.UNKNOWN] == [0]
+    assert kinds.count(gguf.TokenType.USER_DEFINED) == (
+        20 if "v3" in str(original.path) and len(kinds) > 32000 else 0
+    )
+    assert (field["ggml.model"], field["ggml.bos_token_id"], field["ggml.eos_token_id"]) == ("llama", 1, 2)
+    assert field["ggml.add_bos_token"] is True
+    assert field["chat_template"] == chat_templates.TEMPLATES[original.version]
+
+
+CALL = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+
+
+def test_the_template_of_v3_spells_tools_as_mistral_does() -> None:
+    chat: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "two", "tool_call_id": "a1b2c3d4e"}, {"role": "assistant", "content": "Two"},
+        {"role": "user", "content": "Three"},
+    ]  # fmt: skip
+    jinja = jinja2.Environment()
+    jinja.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    text = jinja.from_string(chat_templates.V3).render(
+        messages=chat, tools=[TOOL], bos_token="<s>", eos_token="</s>"
+    )
+    ids = Tokenizer.v3().encode_chat(chat, [TOOL])
+    spelled = "".join(Tokenizer.v3().piece(i) for i in ids)
+    # A control token here is followed by the text, which llama.cpp and SentencePiece begin with a space.
+    for control in ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"):
+        spelled = spelled.replace(control + " ", control)
+    assert spelled.replace("<0x0A>", "\n") == text
+
+
+def test_the_file_is_kept_once_and_mended(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
+    _, back, path = pair
+    assert Tokenizer.from_pretrained(path).path == back.path
+    content = back.path.read_bytes()
+    back.path.write_bytes(b"damaged")
+    assert Tokenizer.from_pretrained(path).path.read_bytes() == content
+    assert sorted(p.name for p in back.path.parent.iterdir()) == [back.path.name]
+
+
+def test_without_a_cache_it_still_works(
+    pair: tuple[Tokenizer, Tokenizer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    assert Tokenizer.from_pretrained(pair[2]).encode("a b") == pair[0].encode("a b")
+
+
+def test_more_rows_than_tokens_are_filled_up(tmp_path: pathlib.Path) -> None:
+    demo = Tokenizer.from_pretrained()
+    keys = gguf_tokenizer.metadata(demo.path, demo.vocab_size + 3)
+    (tmp_path / "tokenizer.model.v3").write_bytes(gguf_tokenizer.sentencepiece_model(tmp_path, keys))
+    more = Tokenizer(tmp_path / "tokenizer.model.v3")
+    assert more.vocab_size == demo.vocab_size + 3
+    assert more.encode("[PAD4096] x") == demo.encode("[PAD4096] x")
+    with pytest.raises(TokenizerError, match="4096 tokens, but the model knows 4095"):
+        gguf_tokenizer.metadata(demo.path, 4095)
+
+
+GOOD = {
+    "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a"],
+    "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -1.0], "tokenizer.ggml.token_type": [2, 3, 3, 1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model", "gpt2", "its tokenizer is 'gpt2', and Mistral 7B's is 'llama'"),
+        ("model", None, "its tokenizer is None"),
+        ("tokens", None, "'tokenizer.ggml.tokens' is missing"),
+        ("tokens", ["<unk>", "<s>", "</s>", ""], "token 3 '' is empty"),
+        ("tokens", ["<unk>", "<s>", "</s>", "<s>"], "there already"),
+        ("tokens", ["<unk>", "<s>", "</s>"], "3 tokens, 4 scores, 4 types"),
+        ("scores", [0, 0, 0, 1], "'tokenizer.ggml.scores' is missing, or of the wrong type"),
+        ("scores", [0.0, 0.0, 0.0, float("nan")], "token 3 has score nan"),
+        ("token_type", [2, 3, 3, 7], "token 3 has score -1.0 and type 7"),
+        ("token_type", [2, 3, 3, 6], "is to be a byte"),
+        ("token_type", [1, 3, 3, 1], "0 tokens for the unknown"),
+        ("bos_token_id", 4, "'tokenizer.ggml.bos_token_id' is 4, of 4 tokens"),
+        ("eos_token_id", "2", "'tokenizer.ggml.eos_token_id' is '2'"),
+    ],
+)
+def test_one_clear_error(key: str, value: Any, said: str) -> None:
+    path = pathlib.Path("x.gguf")
+    gguf_tokenizer.sentencepiece_model(path, GOOD)
+    with pytest.raises(TokenizerError) as error:
+        gguf_tokenizer.sentencepiece_model(path, {**GOOD, f"tokenizer.ggml.{key}": value})
+    assert said in str(error.value)
+    assert "x.gguf" in str(error.value)
+
+
+def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces() -> None:
+    """So converters write them; SentencePiece finds one in a text only with its own sign for a space."""
+    keys = {
+        **GOOD, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b c"],
+        "tokenizer.ggml.scores": [0.0] * 5, "tokenizer.ggml.token_type": [2, 3, 3, 1, 4],
+    }  # fmt: skip
+    model = SentencePieceProcessor(model_proto=gguf_tokenizer.sentencepiece_model(pathlib.Path("x.gguf"), keys))
+    assert model.encode("ab ca")[-3:] == [3, 4, 3]
+
+
+def test_a_file_without_a_tokenizer_says_so(tmp_path: pathlib.Path) -> None:
+    with pytest.warns(UserWarning, match="has no tokenizer"):
+        tiny_model().save_pretrained(tmp_path / "x.gguf", format="gguf")
+    with pytest.raises(TokenizerError, match="its tokenizer is 'none'"):
+        Tokenizer.from_pretrained(tmp_path / "x.gguf")

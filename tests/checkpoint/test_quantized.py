@@ -1,0 +1,377 @@
+"""Quantised folders: what is written is what is opened, mapped as it lies, and nothing else opens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import TINY, tiny_args, tiny_model, tokens_of
+
+from mistral_7b import CheckpointError, Mistral7B, QuantizationError
+from mistral_7b.checkpoint import convert, load, quantize, read_args, read_record
+from mistral_7b.quantization import quantize as quantize_model
+from mistral_7b.quantization.schemes import Scheme
+
+SCHEMES = [Scheme("int8"), Scheme("int4"), Scheme("int4", 32, symmetric=False)]
+WEIGHTS = "quantized.safetensors"
+TEXT = tokens_of((3, 20))
+DISTANCE = {
+    "kl": 0.01, "top1_agreement": 0.9, "perplexity_original": 5.0, "perplexity": 5.1, "tokens": 100,
+    "text": "a text",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """`plain`, the original in bfloat16, and `int4`, quantised from it."""
+    folder = tmp_path_factory.mktemp("quantized")
+    tiny_model(dtype=torch.bfloat16).save_pretrained(folder / "plain")
+    (folder / "plain" / "tokenizer_config.json").write_text("{}")
+    quantize(folder / "plain", folder / "int4", "int4", TEXT, "random tokens")
+    return folder
+
+
+@pytest.fixture
+def copy(folders: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A quantised folder to damage."""
+    return pathlib.Path(shutil.copytree(folders / "int4", tmp_path / "copy"))
+
+
+def logits(model: Mistral7B) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(tokens_of((2, 20), model.args))[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", ["huggingface", "mistral"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_four_ways_to_one_model(tmp_path: pathlib.Path, scheme: Scheme, layout: str, tied: bool) -> None:
+    """Quantised in memory, while loading, on disk, and from memory to disk: the same bits."""
+    tiny_model(tiny_args(tie_embeddings=tied), torch.bfloat16).save_pretrained(tmp_path / "plain", format=layout)
+    record = quantize(tmp_path / "plain", tmp_path / "disk", scheme, TEXT, "random tokens")
+    model = quantize_model(load(tmp_path / "plain"), scheme)
+    model.save_pretrained(tmp_path / "memory", format="quantized", distance=record.distance)
+    wanted = logits(model)
+    assert torch.equal(logits(load(tmp_path / "plain", quantization=scheme)), wanted)
+    assert torch.equal(logits(Mistral7B.from_pretrained(tmp_path / "disk")), wanted)
+    assert torch.equal(logits(load(tmp_path / "disk" / WEIGHTS, quantization=scheme.name)), wanted)
+    for name in (WEIGHTS, "config.json"):
+        assert (tmp_path / "disk" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
+    assert read_record(tmp_path / "memory") == record
+    assert record.scheme == scheme
+
+
+def test_bf16_while_loading_is_the_packed_model(folders: pathlib.Path) -> None:
+    wanted = logits(quantize_model(load(folders / "plain"), "bf16"))
+    assert torch.equal(logits(load(folders / "plain", quantization="bf16")), wanted)
+    with pytest.raises(QuantizationError, match="float32"):
+        load(folders / "plain", quantization="bf16", dtype=torch.float32)
+    with pytest.raises(QuantizationError, match="'int3' is not known"):
+        load(folders / "plain", quantization="int3")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the map of memory from Linux's /proc")
+def test_weights_are_mapped_and_begin_at_lines(tmp_path: pathlib.Path) -> None:
+    """Of ordinary sizes all begin at 64 bytes; no tensor of whatever size is a copy."""
+    ordinary = tiny_args(dim=64, head_dim=16, n_heads=4, n_kv_heads=4, hidden_dim=128, vocab_size=96)
+    for name, args in (("ordinary", ordinary), ("odd", TINY)):
+        tiny_model(args, torch.bfloat16).save_pretrained(tmp_path / name)
+        out = tmp_path / f"{name}-int4"
+        quantize(tmp_path / name, out, "int4", TEXT, "random tokens")
+        model = load(out)
+        lines = [line.split() for line in pathlib.Path("/proc/self/maps").read_text().splitlines()]
+        spans = [[int(n, 16) for n in f[0].split("-")] for f in lines if f[-1] == str(out / WEIGHTS)]
+        for key, tensor in model.state_dict().items():
+            assert any(begin <= tensor.data_ptr() < end for begin, end in spans), key
+            if args is ordinary:
+                assert tensor.data_ptr() % 64 == 0, key
+        copied = load(out, mmap=False)
+        for key, tensor in copied.state_dict().items():
+            assert not any(begin <= tensor.data_ptr() < end for begin, end in spans), key
+            assert tensor.data_ptr() % 64 == 0, key
+        assert torch.equal(logits(copied), logits(model))
+
+
+def test_shards_open_too(folders: pathlib.Path, copy: pathlib.Path) -> None:
+    tensors = load_file(copy / WEIGHTS)
+    (copy / WEIGHTS).unlink()
+    table = {}
+    for i, names in enumerate((list(tensors)[:20], list(tensors)[20:]), start=1):
+        table.update(dict.fromkeys(names, f"quantized-0000{i}-of-00002.safetensors"))
+        save_file({name: tensors[name] for name in names}, copy / table[names[0]])
+    (copy / "quantized.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    assert torch.equal(logits(load(copy)), logits(load(folders / "int4")))
+
+
+def test_what_the_folder_says(folders: pathlib.Path) -> None:
+    args, form = read_args(folders / "int4")
+    assert (args, form) == (TINY, "quantized")
+    said = json.loads((folders / "int4" / "config.json").read_text())["quantization_config"]
+    with safe_open(folders / "int4" / WEIGHTS, "pt") as file:
+        names = set(file.keys())
+    distance, nbytes = said.pop("distance"), said.pop("bytes")
+    assert said == {
+        "quant_method": "mistral_7b", "format": 1, "scheme": "int4", "group_size": 128, "symmetric": True,
+        "calibration": None,
+    }  # fmt: skip
+    assert distance == read_record(folders / "int4").distance
+    assert nbytes == sum(t.nbytes for t in load(folders / "int4").state_dict().values())
+    assert {"layers.0.attention.wq.codes", "layers.1.feed_forward.w2.groups", "output.scale"} <= names
+    assert (folders / "int4" / "tokenizer_config.json").is_file()
+    assert read_record(folders / "plain") is None
+
+
+def test_the_distance_is_that_of_the_two_models(tmp_path: pathlib.Path) -> None:
+    """By the definitions, from two whole models; the text's rows are longer than two windows."""
+    tiny_model().save_pretrained(tmp_path / "plain")
+    found = quantize(tmp_path / "plain", tmp_path / "int4", "int4", TEXT, "a text").distance
+    models = load(tmp_path / "plain", dtype=torch.float32), load(tmp_path / "int4", dtype=torch.float32)
+    with torch.inference_mode():
+        log_p, log_q = (m(TEXT)[0][:, :-1].double().log_softmax(-1) for m in models)
+    targets = TEXT[:, 1:].flatten()
+    wanted = {
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item(),
+        "perplexity_original": F.cross_entropy(log_p.flatten(0, 1), targets).exp().item(),
+        "perplexity": F.cross_entropy(log_q.flatten(0, 1), targets).exp().item(),
+        "tokens": len(targets),
+    }
+    assert found.pop("text") == "a text"
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert 0.001 < found["kl"] < 1  # there was something to measure
+
+
+@pytest.mark.parametrize("kernels", ["off", "scalar"])
+def test_the_folder_is_the_same_on_every_machine(tmp_path: pathlib.Path, kernels: str) -> None:
+    """Written and opened where other instructions run: the same file, and the same products."""
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
+    quantize(tmp_path / "plain", tmp_path / "here", "int4", TEXT, "a text")
+    code = (
+        "import hashlib, pathlib, sys, torch\n"
+        "from mistral_7b.checkpoint import load, quantize\n"
+        "tokens = torch.tensor(eval(sys.argv[2])); folder = pathlib.Path(sys.argv[1])\n"
+        "quantize(folder / 'plain', folder / 'there', 'int4', tokens, 'a text')\n"
+        "model = load(folder / 'here')\n"
+        "x = torch.linspace(-1, 1, 40).bfloat16().expand(3, 40)\n"
+        "print(hashlib.sha256(model.layers[0].attention.wq(x).view(torch.uint8).numpy().tobytes()).hexdigest())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, str(TEXT.tolist())],
+        env={**os.environ, "MISTRAL_7B_KERNELS": kernels}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "here" / WEIGHTS).read_bytes() == (tmp_path / "there" / WEIGHTS).read_bytes()
+    out = load(tmp_path / "here").layers[0].attention.wq(torch.linspace(-1, 1, 40).bfloat16().expand(3, 40))
+    assert run.stdout.strip() == hashlib.sha256(out.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def test_transformers_refuses_rather_than_draws_weights(folders: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for door in (transformers.AutoModelForCausalLM, transformers.MistralForCausalLM):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+            door.from_pretrained(folders / "int4")
+
+
+def test_another_scheme_is_not_to_be_had(folders: pathlib.Path) -> None:
+    for asked in ("int8", "bf16", Scheme("int4", 32)):
+        with pytest.raises(QuantizationError, match="already, as int4 in groups of 128"):
+            load(folders / "int4", quantization=asked)
+    assert load(folders / "int4", quantization=Scheme("int4")).args == TINY
+
+
+def test_what_is_quantised_is_not_taken_for_an_original(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for act in (
+        lambda: convert(folders / "int4", tmp_path / "out", to="mistral"),
+        lambda: quantize(folders / "int4", tmp_path / "out", "int8", TEXT, "a text"),
+    ):
+        with pytest.raises(CheckpointError, match="is quantised, as int4 in groups of 128"):
+            act()
+    with pytest.raises(QuantizationError, match="rounds nothing"):
+        quantize(folders / "plain", tmp_path / "out", "bf16", TEXT, "a text")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [None, {}, {**DISTANCE, "kl": float("nan")}, {**DISTANCE, "text": None}, {**DISTANCE, "tokens": True}],
+)
+def test_no_saving_without_a_measured_distance(
+    folders: pathlib.Path, tmp_path: pathlib.Path, distance: dict[str, Any] | None
+) -> None:
+    with pytest.raises(QuantizationError, match="mistral-7b quantize"):
+        load(folders / "int4").save_pretrained(tmp_path / "out", format="quantized", distance=distance)
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_and_models_that_do_not_go_together(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    quantised, plain = load(folders / "int4"), load(folders / "plain")
+    with pytest.raises(CheckpointError, match="save it as 'quantized'"):
+        quantised.save_pretrained(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no place for a distance"):
+        plain.save_pretrained(tmp_path / "out", distance=DISTANCE)
+    with pytest.raises(QuantizationError, match="not wholly of int8 or int4"):
+        plain.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
+    quantised.layers[1].attention.wo = plain.layers[1].attention.wo
+    with pytest.raises(QuantizationError, match="not wholly of int8 or int4"):
+        quantised.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
+    assert not list(tmp_path.iterdir())
+
+
+Q1 = "layers.1.attention.wq.codes"
+
+
+def _drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[Q1]
+
+
+def _transpose(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q1] = tensors[Q1].transpose(0, 1)
+
+
+def _sign(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[Q1] = tensors[Q1].view(torch.int8)
+
+
+def _narrow(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["output.scale"] = tensors["output.scale"].bfloat16()
+
+
+def _whole(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["norm.weight"] = tensors["norm.weight"].to(torch.uint8)
+
+
+def _add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["layers.0.attention.wq.weight"] = torch.zeros(60, 40)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_drop, f"tensor '{Q1}' is missing"),
+        (_transpose, f"tensor '{Q1}' is of shape"),
+        (_sign, f"tensor '{Q1}' is of type torch.int8, not torch.uint8"),
+        (_narrow, "'output.scale' is of type torch.bfloat16, not torch.float32"),
+        (_whole, "'norm.weight' is of type torch.uint8"),
+        (_add, "'layers.0.attention.wq.weight' is unknown"),
+    ],
+)
+def test_damaged_weights(copy: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], None], said: str) -> None:
+    tensors = load_file(copy / WEIGHTS)
+    change(tensors)
+    save_file({k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}, copy / WEIGHTS)
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        load(copy)
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_truncated_weights(copy: pathlib.Path, keep: int) -> None:
+    raw = (copy / WEIGHTS).read_bytes()
+    (copy / WEIGHTS).write_bytes(raw[:keep])
+    with pytest.raises(CheckpointError, match=r"quantized\.safetensors: damaged or cut short"):
+        load(copy)
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="no weights"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("format", 2, "format 2"),
+        ("format", None, "format None"),
+        ("scheme", "int3", "no scheme"),
+        ("scheme", "bf16", "no scheme"),
+        ("scheme", "int8", "is unknown: int8 has none such"),
+        ("group_size", 32, "is of shape"),
+        ("group_size", 64, "group_size must be"),
+        ("group_size", None, "'quantization_config.group_size'"),
+        ("symmetric", "yes", "'quantization_config.symmetric'"),
+        ("bytes", "many", "'quantization_config.bytes'"),
+        ("calibration", 3, "calibration"),
+        ("distance", None, "'quantization_config.distance'"),
+        ("distance", {"kl": 0.1}, "top1_agreement"),
+        ("quant_method", "gptq", "cannot be opened"),
+    ],
+)
+def test_damaged_configuration(copy: pathlib.Path, field: str, value: object, said: str) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"][field] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        load(copy)
+    assert said in str(error.value)
+
+
+def test_codes_under_a_plain_name_are_no_weight(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(folders / "plain", tmp_path / "plain")
+    path = tmp_path / "plain" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.uint8)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' is of torch.uint8, no plain float"):
+        load(tmp_path / "plain")
+
+
+QUANTIZE_AND_HANG = """
+import sys, time, torch
+from mistral_7b.checkpoint import quantize
+
+def progress(done, total, name):
+    if name.startswith("layers.1"):
+        print("here", flush=True)
+        time.sleep(600)
+
+quantize(sys.argv[1], sys.argv[2], "int4", torch.ones(1, 9, dtype=torch.long), "ones", progress)
+"""
+
+
+def test_killed_it_leaves_nothing_that_opens(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", QUANTIZE_AND_HANG, folders / "plain", out], stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "here\n"
+        run.kill()
+    assert not out.exists()
+    (rest,) = tmp_path.iterdir()
+    assert rest.name.startswith(".out.partial-")
+    assert [path.name for path in rest.iterdir()] == [WEIGHTS]  # it was in the middle of writing
+    for path in (rest, rest / WEIGHTS):
+        with pytest.raises(CheckpointError):
+            load(path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ValueError])
+def test_failed_it_cleans_up_after_itself(
+    folders: pathlib.Path, tmp_path: pathlib.Path, error: BaseException | type[BaseException]
+) -> None:
+    def fail(done: int, total: int, name: str) -> None:
+        if name.startswith("layers.1"):
+            raise error
+
+    with pytest.raises(CheckpointError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
+        quantize(folders / "plain", tmp_path / "out", "int4", TEXT, "a text", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_counts_every_byte_once(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    told: list[tuple[int, int, str]] = []
+    record = quantize(folders / "plain", tmp_path / "out", "int8", TEXT, "a text", lambda *now: told.append(now))
+    assert [done for done, _, _ in told] == sorted({done for done, _, _ in told})
+    assert {total for _, total, _ in told} == {record.nbytes}
+    assert told[-1][0] == record.nbytes
+    assert {name for _, _, name in told} == set(load(tmp_path / "out").state_dict())

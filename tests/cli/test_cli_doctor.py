@@ -1,0 +1,100 @@
+"""`mistral-7b doctor`: facts and advice, on this machine and on odd ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mistral_7b import kernels
+from mistral_7b.benchmark import machine
+from mistral_7b.cli import doctor
+from mistral_7b.errors import BenchmarkError
+
+GOOD = {
+    "torch": {"threads": 4, "gpu": None}, "ceilings": {}, "cores": 4,
+    "kernels": {"compiler": "/usr/bin/g++", "asked for": "native", "running": "AVX2", "library": "/a.so"},
+    "instruction_sets": {"AVX2": True, "AVX-512 VNNI": True}, "memory_free_bytes": 20e9,
+    "packages": {"triton": None},
+}  # fmt: skip
+
+
+def test_json_has_the_facts(run) -> None:
+    code, out, err = run("doctor", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["torch"]["version"] == torch.__version__
+    assert facts["torch"]["threads"] >= 1
+    assert facts["cores"] == machine.cores()
+    assert 1e9 < facts["ceilings"]["read_bandwidth"] < 1e13
+    assert 1e9 < facts["ceilings"]["fp32"] < 1e15
+    assert facts["kernels"]["running"]
+    assert facts["memory_bytes"] >= facts["memory_free_bytes"] > 0
+
+
+def test_table_for_a_person(run) -> None:
+    code, out, _ = run("doctor", "--no-measure")
+    assert code == 0
+    for text in (
+        "CPU",
+        "it can",
+        "memory",
+        "PyTorch",
+        "GPU",
+        "kernels: compiler",
+        "kernels: running",
+        "not measured",
+    ):
+        assert text in out
+
+
+def test_nothing_is_missing_on_a_good_machine() -> None:
+    assert doctor.advice(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"kernels": {"missing": "the CPU kernels are not compiled"}}, "kernels are not compiled"),
+        ({"instruction_sets": {"AVX2": True, "AMX int8": False}}, "no integer dot product"),
+        ({"instruction_sets": {"AVX2": False}}, "instruction sets cannot be read"),
+        ({"torch": {"threads": 1, "gpu": None}}, "OMP_NUM_THREADS"),
+        ({"memory_free_bytes": 9e9}, "--quantization int8 fits"),
+        ({"memory_free_bytes": 6e9}, "--quantization int4 fits"),
+        ({"memory_free_bytes": 2e9}, "close other programs"),
+        ({"torch": {"threads": 4, "gpu": "NVIDIA H200"}}, "no Triton"),
+        ({"ceilings": {"error": "no memory"}}, "ceilings could not be looked at: no memory"),
+    ],
+)
+def test_what_is_missing_is_told(change: dict[str, object], text: str) -> None:
+    (told,) = doctor.advice({**GOOD, **change})
+    assert text in told
+
+
+def test_kernels_that_cannot_be_built_are_advice_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mistral_7b.kernels import compiler
+
+    monkeypatch.setattr(compiler, "compiler", lambda: None)
+    monkeypatch.setattr(compiler, "library", compiler.library.__wrapped__)
+    facts = doctor.kernel_facts()
+    assert (facts["running"], facts["library"]) == ("PyTorch operators", "none")
+    assert "no C++ compiler was found" in facts["missing"]
+
+
+def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("an odd machine\nwith details")
+
+    def unmeasured(*args: object) -> None:
+        raise BenchmarkError("killed")
+
+    monkeypatch.setattr(torch, "get_num_threads", broken)
+    monkeypatch.setattr(kernels, "describe", broken)
+    monkeypatch.setattr("mistral_7b.benchmark.run.measure_ceilings", unmeasured)
+    monkeypatch.setattr(machine, "_read", lambda path: "")
+    monkeypatch.setattr(machine, "_output", lambda *command: "")
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert "torch could not be looked at: RuntimeError: an odd machine" in " ".join(out.split())
+    assert "ceilings could not be looked at: BenchmarkError: killed" in " ".join(out.split())

@@ -1,0 +1,99 @@
+"""`mistral-7b quantize`, and what the other commands make of its folders."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import torch
+
+from mistral_7b.checkpoint import load, read_record
+from mistral_7b.cli.quantize import own_source, rows
+from mistral_7b.tokenizer import Tokenizer
+
+FAST = ("--tokens", "40")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("It was a bright cold day in April, and the clocks were striking thirteen. " * 20)
+    return str(path)
+
+
+def test_quantise_inform_and_generate(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
+    out = str(tmp_path / "int4")
+    code, stdout, err = run(
+        "quantize", windowed, out, "--scheme", "int4", "--group-size", "32", "--asymmetric", "--text", text, *FAST
+    )
+    assert (code, stdout) == (0, "")
+    for words in (f"written to {out}", "int4 in groups of 32, asymmetric", "40 tokens of", "KL", "perplexity"):
+        assert words in " ".join(err.split()), words
+    record = read_record(out)
+    assert record is not None
+    assert record.distance["text"] == text
+
+    shown = run("info", out).out
+    for words in ("quantized", "int4, groups of 32, asymmetric", "none: rounded to nearest", "40 tokens", "KL"):
+        assert words in shown, words
+    facts = json.loads(run("info", out, "--json").out)
+    assert (facts["format"], facts["weights_bytes"]) == ("quantized", record.nbytes)
+    assert facts["quantization"] == record.config()
+
+    words = ("--prompt", "def f(", "--max-tokens", "5", "--temperature", "0", "--json", "--device", "cpu")
+    made = json.loads(run("generate", out, *words).out)
+    assert len(made["outputs"][0]["token_ids"]) == 5
+    code, _, err = run("generate", out, *words, "--quantization", "int8")
+    assert code == 2
+    assert "already, as int4 in groups of 32" in err
+
+
+def test_quantise_while_loading_is_the_same_model(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
+    out = str(tmp_path / "int8")
+    assert run("quantize", windowed, out, "--scheme", "int8", "--text", text, *FAST).code == 0
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            load(out).state_dict().values(), load(windowed, quantization="int8").state_dict().values(), strict=True
+        )
+    )
+    words = ("--prompt", "x", "--max-tokens", "6", "--temperature", "0", "--json", "--device", "cpu")
+    first = json.loads(run("generate", out, *words).out)["outputs"]
+    assert first == json.loads(run("generate", windowed, *words, "--quantization", "int8").out)["outputs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{model}", "{tmp}/out", "--scheme", "int3"], "int3"),
+        (["{model}", "{tmp}/out", "--group-size", "64"], "64"),
+        (["{model}", "{tmp}/out", "--scheme", "int8", "--group-size", "32"], "belong to int4"),
+        (["{model}", "{tmp}/out", "--scheme", "int8", "--asymmetric"], "belong to int4"),
+        (["{model}", "{tmp}/out", "--tokens", "1"], "at least 2"),
+        (["{model}", "{tmp}/out", "--threads", "0"], "at least 1"),
+        (["{model}", "{tmp}/out", "--text", "{tmp}/none"], "none"),
+        (["{model}", "{tmp}/out", "--text", "/dev/null"], "is empty"),
+        (["{model}", "{tmp}"], "exists already"),
+        (["/nowhere", "{tmp}/out"], "/nowhere"),
+    ],
+)
+def test_quantise_refuses(run, windowed: str, tmp_path: pathlib.Path, words: list[str], message: str) -> None:
+    (tmp_path / "kept").write_text("x")
+    code, out, err = run("quantize", *(w.format(model=windowed, tmp=tmp_path) for w in words))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert [f.name for f in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_text_becomes_rows_that_each_begin_anew() -> None:
+    tokenizer = Tokenizer.v3()
+    name, text = own_source()
+    ids = tokenizer.encode(text, bos=False)
+    assert "mistral_7b" in name
+    assert len(ids) > 4096  # enough for the default
+    made = rows(tokenizer, text, 4096, 512)
+    assert made.shape == (8, 512)
+    assert (made[:, 0] == tokenizer.bos_id).all()
+    assert made[:, 1:].flatten().tolist() == ids[: 8 * 511]
+    assert rows(tokenizer, "a few words", 4096, 512).tolist() == [tokenizer.encode("a few words")]

@@ -1,0 +1,92 @@
+"""Every kernel compiled down to machine code for GPUs that are not here; run by test_triton_kernels.py.
+
+The interpreter lets pass what the compiler refuses: shapes, types, masks. Block sizes are those in use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from mistral_7b.kernels import fused, triton_fused, triton_linear
+from mistral_7b.kernels import weight_only as w
+
+KINDS = ("bf16", "fp16", "fp32")
+WHOLE = ("N", "K", "M", "G", "pitch", "span", "D")  # multiples of 16 in a real model, which Triton is told
+
+
+def assembly(kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any]) -> str:
+    """PTX of a kernel with these types of pointers; other arguments are int32, but eps and scale by name."""
+    rest = [a for a in kernel.arg_names if a not in pointers and a not in constants]
+    floats = {"eps", "scale"}
+    types = {**{a: "fp32" if a in floats else "i32" for a in rest}, **{a: f"*{t}" for a, t in pointers.items()}}
+    signature = {a: types.get(a, "constexpr") for a in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in pointers or a in WHOLE
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    built = compile(source, target=GPUTarget("cuda", capability, 32))
+    assert len(built.asm["cubin"]) > 0
+    return built.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_and_int4(kind: str, capability: int) -> None:
+    for splits, result in ((1, kind), (4, "fp32")):
+        eight = {"x": kind, "w": "u8", "scale": "fp32", "x_scale": "fp32", "out": result}
+        ptx = assembly(triton_linear.matvec8, capability, eight, {"FP8": False, "SPLITS": splits, **w.MATVEC})
+        assert "ld.global.v4.b32" in ptx  # 16 bytes a thread
+        ptx = assembly(triton_linear.tile8, capability, eight, {"FP8": False, "SPLITS": splits, **w.TILE})
+        # 16 rows take mma.sync, whose sums run in one order; wgmma, from 64 rows on, must not come in.
+        assert ("mma.sync" in ptx) == (kind != "fp32")
+        assert "wgmma" not in ptx
+        assert "tf32" not in ptx
+    combine = {"parts": "fp32", "scale": "fp32", "x_scale": "fp32", "out": kind}
+    assembly(triton_linear.combine, capability, combine, {"SPLITS": 4, "SCALED": False, "BLOCK": 256})
+    expand = {"w": "u8", "scale": "fp32", "out": kind}
+    assembly(triton_linear.expand8, capability, expand, {"FP8": False, "BLOCK_N": 8, "BLOCK_K": 512})
+    for group in (32, 128):
+        four = {"x": kind, "packed": "i32", "m": "u8", "z": "u8", "scale": "fp32", "out": kind}
+        blocks = {"BLOCK_N": w.MATVEC4["BLOCK_N"], "BLOCK_G": w.MATVEC4["BLOCK_K"] // group}
+        assembly(triton_linear.matvec4, capability, four, {"GROUP": group, "SPLITS": 1, **blocks})
+        four["packed"] = "u8"
+        blocks = {"BLOCK_M": w.TILE["BLOCK_M"], "BLOCK_N": w.TILE["BLOCK_N"]}
+        ptx = assembly(triton_linear.tile4, capability, four, {"GROUP": group, "SPLITS": 1, **blocks})
+        assert ("mma.sync" in ptx) == (kind != "fp32")
+        del four["x"]
+        assembly(triton_linear.expand4, capability, four, {"GROUP": group, "BLOCK_N": 4096 // group})
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_fp8(capability: int) -> None:
+    pointers = {"x": "fp8e4nv", "w": "fp8e4nv", "scale": "fp32", "x_scale": "fp32", "out": "bf16"}
+    assembly(triton_linear.matvec8, capability, pointers, {"FP8": True, "SPLITS": 1, **w.MATVEC})
+    assert "mma.sync" in assembly(triton_linear.tile8, capability, pointers, {"FP8": True, "SPLITS": 1, **w.TILE})
+    for kind in KINDS:
+        rounded = {"x": kind, "q": "fp8e4nv", "scale": "fp32"}
+        assert "e4m3x2" in assembly(triton_linear.round_fp8, capability, rounded, {"BLOCK": 4096})
+    expand = {"w": "fp8e4nv", "scale": "fp32", "out": "fp32"}
+    assembly(triton_linear.expand8, capability, expand, {"FP8": True, "BLOCK_N": 8, "BLOCK_K": 512})
+    combine = {"parts": "fp32", "scale": "fp32", "x_scale": "fp32", "out": "bf16"}
+    assembly(triton_linear.combine, capability, combine, {"SPLITS": 4, "SCALED": True, "BLOCK": 256})
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused(kind: str, capability: int) -> None:
+    f = triton_fused
+    assembly(f.rms_norm, capability, {"x": kind, "weight": kind, "out": kind}, {"BLOCK": 4096})
+    assembly(f.silu_mul, capability, {"gate": kind, "up": kind, "out": kind}, {"BLOCK": 1024})
+    rope = {"x": kind, "cos": "fp32", "sin": "fp32", "out": kind}
+    assembly(f.rotate, capability, rope, {"BLOCK_H": 8, "BLOCK_P": 64})
+    shares = {"tops": "fp32", "totals": "fp32", "sums": "fp32"}
+    for masked in (True, False):
+        blocks = {"SPLIT": fused.SPLIT, "BLOCK_S": fused.BLOCK_S, "BLOCK_R": 16, "BLOCK_K": 128}
+        pointers = {"q": kind, "k": kind, "v": kind, "seen": "u8", **shares}
+        ptx = assembly(f.attend_split, capability, pointers, {"MASKED": masked, **blocks})
+        assert ("mma.sync" in ptx) == (kind != "fp32")
+    assembly(f.attend_merge, capability, {**shares, "out": kind}, {"BLOCK_SPLITS": 16, "BLOCK_K": 128})

@@ -1,0 +1,54 @@
+"""The names of quantisation, and whether a model is in one of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import TINY, tiny_args, tiny_model
+
+from mistral_7b import QuantizationError
+from mistral_7b.quantization import Scheme, quantize
+from mistral_7b.quantization.schemes import empty_model, random_model, scheme_of
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [(("int3",), "'int3' is not known"), (("int4", 64), "32 or 128, not 64"), (("int4", 0), "32 or 128, not 0")],
+)
+def test_there_is_no_such_scheme(values: tuple, message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        Scheme(*values)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int8"), Scheme("int4"), Scheme("int4", 32), Scheme("int4", 128, symmetric=False)], ids=str
+)
+def test_a_model_tells_its_scheme_and_fits_the_empty_one(scheme: Scheme, tied: bool) -> None:
+    args = tiny_args(tie_embeddings=tied)
+    model = quantize(tiny_model(args, torch.bfloat16), scheme)
+    assert scheme_of(model) == scheme
+    empty = empty_model(args, scheme)
+    assert all(t.is_meta for t in empty.state_dict().values())
+    wanted = {name: (t.shape, t.dtype) for name, t in empty.state_dict().items()}
+    assert {name: (t.shape, t.dtype) for name, t in model.state_dict().items()} == wanted
+
+
+def test_a_model_in_no_scheme_or_in_two() -> None:
+    assert scheme_of(tiny_model()) is None
+    assert scheme_of(quantize(tiny_model(dtype=torch.bfloat16), "bf16")) is None
+    four, eight = (quantize(tiny_model(), name) for name in ("int4", "int8"))
+    four.layers[0].feed_forward.w1 = eight.layers[0].feed_forward.w1
+    assert scheme_of(four) is None
+    eight.tok_embeddings = tiny_model().tok_embeddings
+    assert scheme_of(eight) is None
+
+
+def test_random_models_are_in_their_scheme() -> None:
+    for name in ("int8", "int4"):
+        assert scheme_of(random_model(TINY, name)) == Scheme(name)
+
+
+def test_a_scheme_says_what_it_is() -> None:
+    said = [str(s) for s in (Scheme("int8"), Scheme(), Scheme("int4", 32, symmetric=False))]
+    assert said == ["int8", "int4 in groups of 128, symmetric", "int4 in groups of 32, asymmetric"]

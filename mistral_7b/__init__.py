@@ -24,7 +24,7 @@ _HOMES = {
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
             "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
-            "BenchmarkError",
+            "EvaluationError", "BenchmarkError",
         ),
         "errors",
     ),

@@ -44,5 +44,9 @@ class TrainingError(Mistral7BError):
     """Training data or a training state that cannot be used."""
 
 
+class EvaluationError(Mistral7BError):
+    """A text on which nothing can be measured."""
+
+
 class BenchmarkError(Mistral7BError):
     """A measurement that cannot be made here: no memory for it, no such engine, or a process that failed."""

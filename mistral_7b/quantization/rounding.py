@@ -49,10 +49,15 @@ class Int4Codes(NamedTuple):
         return (self.m.short()[..., None] * (grouped - self.z.short()[..., None])).flatten(1).to(torch.int8)
 
 
+def int8_scale(weight: Tensor) -> Tensor:
+    """The scales of `round_int8`: (N,)."""
+    return weight.abs().amax(1) / 127
+
+
 def round_int8(weight: Tensor) -> Int8Codes:
     """A weight (N, K) of any float type, each row by its own scale, absmax / 127."""
     weight = weight.float()
-    scale = weight.abs().amax(1) / 127
+    scale = int8_scale(weight)
     q = (weight / scale.clamp_min(TINY)[:, None]).round_()
     return Int8Codes((q + 128).to(torch.uint8), scale)
 

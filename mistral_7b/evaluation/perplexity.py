@@ -1,0 +1,100 @@
+"""What a model pays for texts: nats a token, bits a byte.
+
+    perplexity = exp(-1/T sum_t log p(x_t | x_<t))          bits per byte = -sum_t log2 p(x_t | x_<t) / bytes
+
+T tokens · D width · V vocabulary. Every document begins with BOS, which is given and not asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import EvaluationError
+from ..model import Mistral7B
+from ..tokenizer import Tokenizer
+
+CHUNK = 512  # tokens in one forward: logits of more are never held
+BOS = 1  # of every Mistral vocabulary
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`nats` in all for `tokens` tokens, which stand for `bytes` bytes (0: not known)."""
+
+    tokens: int
+    nats: float
+    bytes: int = 0
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean nats a token."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """What no tokenizer can flatter; None where the bytes are not known."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts and what follows from them, for a file."""
+        return asdict(self) | {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Mistral7B, documents: Iterable[str | Sequence[int]], tokenizer: Tokenizer | None = None
+) -> Perplexity:
+    """The price of documents, each a text or token ids (BOS is put before those that lack it).
+
+    Texts need the model's `tokenizer`. The window slides as in generation, so a document's length is free; a
+    model without a window takes it in pieces of `max_seq_len`. EvaluationError if nothing is left to predict.
+    """
+    tokens, nats, size = 0, 0.0, 0
+    known = True
+    for document in documents:
+        if isinstance(document, str):
+            size += len(document.encode())
+        else:
+            known = False
+        for ids in pieces(encode(document, tokenizer), model):
+            for hidden, targets in scored(model, ids):
+                nats += F.cross_entropy(model.logits(hidden), targets, reduction="sum").item()
+                tokens += len(targets)
+    if not tokens:
+        raise EvaluationError("there is nothing to predict in these documents: each is empty but for BOS")
+    return Perplexity(tokens, nats, size if known else 0)
+
+
+def encode(document: str | Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids with BOS first."""
+    if isinstance(document, str):
+        if tokenizer is None:
+            raise EvaluationError("a text needs the model's tokenizer: pass it, or pass token ids")
+        return tokenizer.encode(document, bos=True)
+    ids = list(document)
+    return ids if ids[:1] == [BOS] else [BOS, *ids]
+
+
+def pieces(ids: list[int], model: Mistral7B) -> Iterator[list[int]]:
+    """The document whole, or without a window cut into what the context holds, BOS before each."""
+    room = model.args.max_seq_len if model.args.sliding_window is None else len(ids)
+    body = ids[1:]
+    for start in range(0, len(body), max(1, room - 1)):
+        yield [ids[0], *body[start : start + room - 1]]
+
+
+@torch.inference_mode()
+def scored(model: Mistral7B, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (t, D) and the tokens that follow them (t,), chunk by chunk; the last token predicts none."""
+    tokens = torch.tensor(ids, device=model.norm.weight.device)
+    cache = model.rolling_cache(max_seq_len=max(1, len(ids) - 1))
+    for part, targets in zip(tokens[:-1].split(CHUNK), tokens[1:].split(CHUNK), strict=True):
+        if len(part):
+            yield model.hidden(part[None], cache)[0], targets

@@ -42,7 +42,7 @@
 
 namespace {
 
-constexpr int64_t TILE_N = 16, LINE = 64, BLOCK = 32, PREFETCH = 1536;
+constexpr int64_t TILE_N = 16, LINE = 64, BLOCK = 32;
 
 // ---------------------------------------------------------------- numbers
 
@@ -298,49 +298,47 @@ void finish(const Rows& r, const Weights& w, int64_t row, int64_t tile, const in
     for (int64_t i = 0; i < n; i++) T::put(y, i, float(sums[i]) * sx * scale[i]);
 }
 
-// R rows by one tile of 16 outputs, codes of 8 bits (128 is zero): the matrix-vector product of int8.
-template <int R>
-void dot_tile8(const Rows& r, int64_t row, const uint8_t* codes, Sums* out) {
-    constexpr int U = R == 1 ? 4 : 1;  // chains of sums: an instruction takes five cycles
-    Sums s[R][U];
-    for (auto& chain : s)
-        for (auto& v : chain) v = zero();
+// Bytes ahead of a load at which memory is asked for: with two streams in each of two threads nothing was faster.
+constexpr int64_t AHEAD = 4096;
+
+// R rows by W tiles of 16 outputs, whose codes of 8 bits (128 is zero) lie `stride` apart.
+template <int R, int W>
+void dot_tiles8(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride, Sums (*out)[W]) {
+    for (int i = 0; i < R; i++)
+        for (int t = 0; t < W; t++) out[i][t] = zero();
     const int8_t* x = r.q + row * r.Kp;
-    for (int64_t k = 0; k < r.Kp; k += 4 * U) {
-        for (int u = 0; u < U; u++) {
-            __builtin_prefetch(codes + PREFETCH);
-            const Line line = load(codes);
-            codes += LINE;
-            for (int i = 0; i < R; i++) s[i][u] = dot8(s[i][u], line, x + i * r.Kp + k + 4 * u);
+    for (int64_t k = 0; k < r.Kp; k += 4, codes += LINE)
+        for (int t = 0; t < W; t++) {
+            __builtin_prefetch(codes + t * stride + AHEAD);
+            const Line line = load(codes + t * stride);
+            for (int i = 0; i < R; i++) out[i][t] = dot8(out[i][t], line, x + i * r.Kp + k);
         }
-    }
-    for (int i = 0; i < R; i++) {
-        out[i] = s[i][0];
-        for (int u = 1; u < U; u++) out[i] = add(out[i], s[i][u]);
-    }
 }
 
-template <int R>
-void dot_tile4(const Rows& r, int64_t row, const uint8_t* codes, const uint8_t* groups, Sums* out) {
-    for (int i = 0; i < R; i++) out[i] = zero();
+// The same from codes of 4 bits: sums of a group, then the group's multiplier and zero point.
+template <int R, int W>
+void dot_tiles4(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride, const uint8_t* groups, Sums (*out)[W]) {
+    for (int i = 0; i < R; i++)
+        for (int t = 0; t < W; t++) out[i][t] = zero();
     const int8_t* x = r.q + row * r.Kp;
     const int64_t G = r.Kp / r.group;
-    for (int64_t g = 0; g < G; g++) {
-        Sums a[R], b[R];
-        for (int i = 0; i < R; i++) a[i] = b[i] = zero();
-        for (int64_t k = 0; k < r.group; k += 8) {
-            __builtin_prefetch(codes + PREFETCH);
-            const Line line = load(codes), lo = low(line), hi = high(line);
-            codes += LINE;
-            for (int i = 0; i < R; i++) {
-                a[i] = dot4(a[i], lo, x + i * r.Kp + k);
-                b[i] = dot4(b[i], hi, x + i * r.Kp + k + 4);
-            }
-        }
+    for (int64_t g = 0; g < G; g++, x += r.group, groups += TILE_N) {
+        Sums a[R][W], b[R][W];
         for (int i = 0; i < R; i++)
-            out[i] = fold(out[i], add(a[i], b[i]), groups, r.sum[(row + i) * G + g]);
-        groups += TILE_N;
-        x += r.group;
+            for (int t = 0; t < W; t++) a[i][t] = b[i][t] = zero();
+        for (int t = 0; t < W; t++) __builtin_prefetch(groups + t * G * TILE_N + AHEAD / 16);
+        for (int64_t k = 0; k < r.group; k += 8, codes += LINE)
+            for (int t = 0; t < W; t++) {
+                __builtin_prefetch(codes + t * stride + AHEAD);
+                const Line line = load(codes + t * stride), lo = low(line), hi = high(line);
+                for (int i = 0; i < R; i++) {
+                    a[i][t] = dot4(a[i][t], lo, x + i * r.Kp + k);
+                    b[i][t] = dot4(b[i][t], hi, x + i * r.Kp + k + 4);
+                }
+            }
+        for (int i = 0; i < R; i++)
+            for (int t = 0; t < W; t++)
+                out[i][t] = fold(out[i][t], add(a[i][t], b[i][t]), groups + t * G * TILE_N, r.sum[(row + i) * G + g]);
     }
 }
 
@@ -350,7 +348,9 @@ void widen_tile(const Weights& w, int64_t tile, int64_t begin, int64_t end, uint
     const uint8_t* groups = w.groups + tile * (w.Kp / w.group) * TILE_N;
     for (int64_t k = begin; k < end;) {
         const Widening widen(groups + k / w.group * TILE_N);
+        __builtin_prefetch(groups + k / w.group * TILE_N + AHEAD / 16);
         for (const int64_t stop = std::min(end, (k / w.group + 1) * w.group); k < stop; k += 8) {
+            __builtin_prefetch(codes + AHEAD);
             const Line line = load(codes);
             widen.put(out, low(line));
             widen.put(out + LINE, high(line));
@@ -362,33 +362,36 @@ void widen_tile(const Weights& w, int64_t tile, int64_t begin, int64_t end, uint
 
 constexpr int64_t FEW = 4;  // rows up to which weights are used as they lie, and beyond which int4 is widened first
 
-template <class T, int R>
+// `wide`: the codes of this one tile, widened; null: W tiles as they are stored.
+template <class T, int R, int W>
 void few_rows(const Rows& r, const Weights& w, int64_t row, int64_t tile, const uint8_t* wide, void* out) {
-    Sums s[R];
+    Sums s[R][W];
     int32_t v[16];
-    if (wide || w.bits == 8)
-        dot_tile8<R>(r, row, wide ? wide : w.codes + tile * w.Kp * TILE_N, s);
+    const bool eight = wide || w.bits == 8;
+    const int64_t G = r.Kp / r.group, stride = w.Kp * TILE_N;
+    if (eight)
+        dot_tiles8<R, W>(r, row, wide ? wide : w.codes + tile * stride, stride, s);
     else
-        dot_tile4<R>(r, row, w.codes + tile * w.Kp * 8, w.groups + tile * (w.Kp / w.group) * TILE_N, s);
+        dot_tiles4<R, W>(r, row, w.codes + tile * stride / 2, stride / 2, w.groups + tile * G * TILE_N, s);
     for (int i = 0; i < R; i++) {
-        store(v, s[i]);
-        if (wide || w.bits == 8) {
-            int32_t sum = 0;
-            for (int64_t g = 0; g < r.Kp / r.group; g++) sum += r.sum[(row + i) * (r.Kp / r.group) + g];
+        int32_t sum = 0;
+        for (int64_t g = 0; eight && g < G; g++) sum += r.sum[(row + i) * G + g];
+        for (int t = 0; t < W; t++) {
+            store(v, s[i][t]);
             for (auto& n : v) n -= 128 * sum;
+            finish<T>(r, w, row + i, tile + t, v, out);
         }
-        finish<T>(r, w, row + i, tile, v, out);
     }
 }
 
-template <class T>
+template <class T, int W>
 void any_rows(const Rows& r, const Weights& w, int64_t tile, const uint8_t* wide, void* out) {
     int64_t row = 0;
-    for (; row + FEW <= r.M; row += FEW) few_rows<T, FEW>(r, w, row, tile, wide, out);
+    for (; row + FEW <= r.M; row += FEW) few_rows<T, FEW, W>(r, w, row, tile, wide, out);
     switch (r.M - row) {
-        case 3: few_rows<T, 3>(r, w, row, tile, wide, out); break;
-        case 2: few_rows<T, 2>(r, w, row, tile, wide, out); break;
-        case 1: few_rows<T, 1>(r, w, row, tile, wide, out); break;
+        case 3: few_rows<T, 3, W>(r, w, row, tile, wide, out); break;
+        case 2: few_rows<T, 2, W>(r, w, row, tile, wide, out); break;
+        case 1: few_rows<T, 1, W>(r, w, row, tile, wide, out); break;
         default: break;
     }
 }
@@ -571,9 +574,11 @@ void product(const Rows& r, const Weights& w, int threads, void* out) {
         static thread_local Scratch<uint8_t> wide_of;
         const Span mine = share(tiles, t, n);
         uint8_t* wide = w.bits == 4 && r.M > FEW ? wide_of.get(w.Kp * TILE_N + 2048) : nullptr;
-        for (int64_t tile = mine.begin; tile < mine.end; tile++) {
+        int64_t tile = mine.begin;
+        for (; !wide && tile + 2 <= mine.end; tile += 2) any_rows<T, 2>(r, w, tile, nullptr, out);
+        for (; tile < mine.end; tile++) {
             if (wide) widen_tile(w, tile, 0, w.Kp, wide);
-            any_rows<T>(r, w, tile, wide, out);
+            any_rows<T, 1>(r, w, tile, wide, out);
         }
     });
 }
@@ -676,7 +681,7 @@ void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, void
         for (auto& v : s) v = zero();
         const int8_t* x = r.q + row * r.Kp + g * BLOCK;
         for (int64_t k = 0; k < BLOCK; codes += LINE) {
-            __builtin_prefetch(codes + PREFETCH);
+            __builtin_prefetch(codes + AHEAD);
             const Line line = load(codes);
             if (w.bits == 8) {
                 for (int i = 0; i < R; i++) s[i] = dot8(s[i], line, x + i * r.Kp + k);

@@ -361,6 +361,11 @@ class RollingCache:
     def writable(self) -> RollingCache:
         return self
 
+    def is_fast(self) -> bool:
+        """Whether the kernel attends, for a model without gradients."""
+        memory = self.layers[0]
+        return memory.dtype == torch.bfloat16 and memory.k.device.type == "cpu" and available()
+
     def rows(self, start: int, stop: int) -> RollingCache:
         """The sequences start..stop as a cache of their own, on the same memory."""
         part = object.__new__(RollingCache)

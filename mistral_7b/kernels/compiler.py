@@ -46,6 +46,7 @@ SIGNATURES = {
     "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
     "m7b_project": (PTR, INT, PTR, LONG, PTR, PTR, LONG, INT, PTR, PTR, PTR),
     "m7b_finish_block": (PTR, INT, PTR, PTR, LONG, INT, PTR),
+    "m7b_layers": (PTR, LONG, PTR, INT, *(LONG,) * 5, PTR, PTR, LONG, LONG, PTR, PTR, LONG, INT, PTR),
     "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 9, INT, *(PTR,) * 2, LONG, LONG, PTR, LONG, LONG, LONG, INT, PTR),
 }
 

@@ -342,13 +342,14 @@ void dot_tiles4(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride
     }
 }
 
-// The codes of one tile from int4 to int8, inputs begin..end.
-void widen_tile(const Weights& w, int64_t tile, int64_t begin, int64_t end, uint8_t* out) {
+// The codes of one tile from int4 to int8, inputs begin..end, both multiples of 32.
+inline void widen_tile(const Weights& w, int64_t tile, int64_t begin, int64_t end, uint8_t* out) {
     const uint8_t* codes = w.codes + tile * w.Kp * 8 + begin / 8 * LINE;
     const uint8_t* groups = w.groups + tile * (w.Kp / w.group) * TILE_N;
     for (int64_t k = begin; k < end;) {
-        const Widening widen(groups + k / w.group * TILE_N);
-        __builtin_prefetch(groups + k / w.group * TILE_N + AHEAD / 16);
+        const uint8_t* group = groups + k / w.group * TILE_N;
+        const Widening widen(group);
+        __builtin_prefetch(group + AHEAD / 16);
         for (const int64_t stop = std::min(end, (k / w.group + 1) * w.group); k < stop; k += 8) {
             __builtin_prefetch(codes + AHEAD);
             const Line line = load(codes);
@@ -400,7 +401,7 @@ void any_rows(const Rows& r, const Weights& w, int64_t tile, const uint8_t* wide
 
 #if defined(WITH_AMX)
 
-constexpr int64_t NB = 16, KB = 1024, MB = 512;  // a block: 256 outputs (256 KB of codes in L2), 1024 inputs, 512 rows
+constexpr int64_t NB = 16, KB = 1024, MB = 512;  // of a block: tiles of outputs, inputs (256 KB of codes in L2), rows
 
 void configure_tiles() {
     struct alignas(64) {
@@ -414,21 +415,17 @@ void configure_tiles() {
 // The macros of tiles do not tell the compiler that they touch memory.
 inline void fence() { __asm__ volatile("" ::: "memory"); }
 
-// C (32 rows, 32 outputs) += A B over `steps` tiles of inputs; first: C begins at zero.
-void block_2x2(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int32_t* c, int64_t ldc, bool first) {
+inline void clear_tiles() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Tiles 0..3 += A B over `steps` tiles of inputs: 32 rows by up to 2 tiles of outputs.
+inline void steps_2x2(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int64_t count) {
     fence();
-    int32_t* below = c + 16 * ldc;
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, c, ldc * 4);
-        _tile_loadd(1, c + 16, ldc * 4);
-        _tile_loadd(2, below, ldc * 4);
-        _tile_loadd(3, below + 16, ldc * 4);
-    }
+    if (count < 2) ldb = 0;  // the one tile twice: its second result is not used
     for (int64_t i = 0; i < steps; i++) {
         _tile_loadd(4, a + i * 64, lda);
         _tile_loadd(6, b + i * 1024, 64);
@@ -439,26 +436,12 @@ void block_2x2(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int6
         _tile_dpbsud(2, 5, 6);
         _tile_dpbsud(3, 5, 7);
     }
-    _tile_stored(0, c, ldc * 4);
-    _tile_stored(1, c + 16, ldc * 4);
-    _tile_stored(2, below, ldc * 4);
-    _tile_stored(3, below + 16, ldc * 4);
     fence();
 }
 
-// C (16 rows, 16 times `count` outputs) likewise, count up to 4: for the last rows, or no more than 16.
-void block_1x4(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int32_t* c, int64_t ldc, bool first, int64_t count) {
+// The same for 16 rows by up to 4 tiles of outputs.
+inline void steps_1x4(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int64_t count) {
     fence();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    if (!first) {
-        _tile_loadd(0, c, ldc * 4);
-        if (count > 1) _tile_loadd(1, c + 16, ldc * 4);
-        if (count > 2) _tile_loadd(2, c + 32, ldc * 4);
-        if (count > 3) _tile_loadd(3, c + 48, ldc * 4);
-    }
     for (int64_t i = 0; i < steps; i++) {
         _tile_loadd(4, a + i * 64, lda);
         _tile_loadd(5, b + i * 1024, 64);
@@ -476,10 +459,25 @@ void block_1x4(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int6
             _tile_dpbsud(3, 4, 5);
         }
     }
+    fence();
+}
+
+// Tiles 0..3 from memory, or back to it: C (32 rows, 32 outputs) if `two`, else (16, 16 times count).
+inline void load_sums(const int32_t* c, int64_t ldc, bool two, int64_t count) {
+    fence();
+    const int64_t second = 16, third = two ? 16 * ldc : 32, fourth = two ? 16 * ldc + 16 : 48;
+    _tile_loadd(0, c, ldc * 4);
+    if (count > 1) _tile_loadd(1, c + second, ldc * 4);
+    if (two || count > 2) _tile_loadd(2, c + third, ldc * 4);
+    if (two ? count > 1 : count > 3) _tile_loadd(3, c + fourth, ldc * 4);
+}
+inline void store_sums(int32_t* c, int64_t ldc, bool two, int64_t count) {
+    fence();
+    const int64_t second = 16, third = two ? 16 * ldc : 32, fourth = two ? 16 * ldc + 16 : 48;
     _tile_stored(0, c, ldc * 4);
-    if (count > 1) _tile_stored(1, c + 16, ldc * 4);
-    if (count > 2) _tile_stored(2, c + 32, ldc * 4);
-    if (count > 3) _tile_stored(3, c + 48, ldc * 4);
+    if (count > 1) _tile_stored(1, c + second, ldc * 4);
+    if (two || count > 2) _tile_stored(2, c + third, ldc * 4);
+    if (two ? count > 1 : count > 3) _tile_stored(3, c + fourth, ldc * 4);
     fence();
 }
 
@@ -501,15 +499,16 @@ void amx_block(const Rows& r, const Weights& w, Span rows, Span tiles, uint8_t* 
         const int64_t width = tiles.end - tiles.begin;
         for (int64_t m = 0; m < padded;) {
             const int8_t* a = r.q + (rows.begin + m) * r.Kp + k;
-            if (padded - m >= 32 && width % 2 == 0) {
-                for (int64_t t = 0; t < width; t += 2)
-                    block_2x2(a, r.Kp, b + t * ldb, ldb, steps, c + m * ldc + t * 16, ldc, k == 0);
-                m += 32;
-            } else {
-                for (int64_t t = 0; t < width; t += 4)
-                    block_1x4(a, r.Kp, b + t * ldb, ldb, steps, c + m * ldc + t * 16, ldc, k == 0, width - t);
-                m += 16;
+            const bool two = padded - m >= 32;
+            for (int64_t t = 0; t < width; t += two ? 2 : 4) {
+                const int64_t count = std::min(width - t, int64_t(two ? 2 : 4));
+                int32_t* at = c + m * ldc + t * 16;
+                clear_tiles();
+                if (k) load_sums(at, ldc, two, count);
+                two ? steps_2x2(a, r.Kp, b + t * ldb, ldb, steps, count) : steps_1x4(a, r.Kp, b + t * ldb, ldb, steps, count);
+                store_sums(at, ldc, two, count);
             }
+            m += two ? 32 : 16;
         }
     }
     for (int64_t m = rows.begin; m < rows.end; m++) {
@@ -523,9 +522,58 @@ void amx_block(const Rows& r, const Weights& w, Span rows, Span tiles, uint8_t* 
     }
 }
 
+// Up to 16 MT rows by `count` tiles of outputs (up to 4 / MT), all inputs: codes are widened just before they are
+// used, while the matrix unit still works on those before.
+template <class T, int MT>
+void amx_few(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t count, void* out) {
+    constexpr int64_t CHUNK = 128;
+    alignas(64) uint8_t room[4 / MT * CHUNK * TILE_N];
+    alignas(64) int32_t c[16 * MT * 64 / MT];
+    constexpr int64_t ldc = 64 / MT;
+    const int8_t* a = r.q + row * r.Kp;
+    for (int64_t k = 0; k < w.Kp; k += CHUNK) {
+        const int64_t depth = std::min(CHUNK, w.Kp - k);
+        const uint8_t* b = w.codes + tile * w.Kp * TILE_N + k * TILE_N;
+        int64_t ldb = w.Kp * TILE_N;
+        if (w.bits == 4) {
+            ldb = depth * TILE_N;
+            for (int64_t t = 0; t < count; t++) widen_tile(w, tile + t, k, k + depth, room + t * ldb);
+            b = room;
+        } else {
+            for (int64_t t = 0; t < count; t++)
+                for (int64_t i = 0; i < depth * TILE_N; i += LINE) __builtin_prefetch(b + t * ldb + i + AHEAD);
+        }
+        if (k == 0) clear_tiles();
+        MT == 1 ? steps_1x4(a + k, r.Kp, b, ldb, depth / 64, count) : steps_2x2(a + k, r.Kp, b, ldb, depth / 64, count);
+    }
+    store_sums(c, ldc, MT == 2, count);
+    for (int64_t m = 0; m < std::min(int64_t(16 * MT), r.M - row); m++) {
+        int32_t sum = 0;
+        for (int64_t g = 0; g < r.Kp / r.group; g++) sum += r.sum[(row + m) * (r.Kp / r.group) + g];
+        for (int64_t t = 0; t < count; t++) {
+            int32_t* v = c + m * ldc + t * 16;
+            for (int i = 0; i < 16; i++) v[i] -= 128 * sum;
+            finish<T>(r, w, row + m, tile + t, v, out);
+        }
+    }
+}
+
 template <class T>
 void amx_linear(const Rows& r, const Weights& w, int threads, void* out) {
     const int64_t tiles = (w.N + 15) / 16;
+    if (r.M <= 32) {
+        const int64_t width = r.M <= 16 ? 4 : 2, blocks = (tiles + width - 1) / width;
+        parallel(threads, [&](int t, int n) {
+            configure_tiles();
+            const Span mine = share(blocks, t, n);
+            for (int64_t b = mine.begin; b < mine.end; b++) {
+                const int64_t tile = b * width, count = std::min(width, tiles - tile);
+                width == 4 ? amx_few<T, 1>(r, w, 0, tile, count, out) : amx_few<T, 2>(r, w, 0, tile, count, out);
+            }
+            _tile_release();
+        });
+        return;
+    }
     // Blocks of outputs, smaller where there would be too few to share.
     int64_t width = NB;
     while (width > 4 && (tiles + width - 1) / width < 4 * threads) width /= 2;
@@ -563,22 +611,38 @@ Rows quantise(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, in
     return r;
 }
 
-// out (M, N) = rows w8^T.
+// Tiles begin..end of out (M, N) = rows w8^T, by one thread and without AMX.
 template <class T>
-void product(const Rows& r, const Weights& w, int threads, void* out) {
+void product_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
+    static thread_local Scratch<uint8_t> wide_of;
+    uint8_t* wide = w.bits == 4 && r.M > FEW ? wide_of.get(w.Kp * TILE_N) : nullptr;
+    int64_t tile = tiles.begin;
+    for (; !wide && tile + 2 <= tiles.end; tile += 2) any_rows<T, 2>(r, w, tile, nullptr, out);
+    for (; tile < tiles.end; tile++) {
+        if (wide) widen_tile(w, tile, 0, w.Kp, wide);
+        any_rows<T, 1>(r, w, tile, wide, out);
+    }
+}
+
+// The same rows by several weights of one form. Their tiles are shared out together: a thread waits but once.
+template <class T>
+void products(const Rows& r, const Weights* const* weights, int64_t n, int threads, void* const* outs) {
 #if defined(WITH_AMX)
-    if (r.M > FEW) return amx_linear<T>(r, w, threads, out);
+    if (r.M > FEW) {
+        for (int64_t i = 0; i < n; i++) amx_linear<T>(r, *weights[i], threads, outs[i]);
+        return;
+    }
 #endif
-    const int64_t tiles = (w.N + 15) / 16;
-    parallel(threads, [&](int t, int n) {
-        static thread_local Scratch<uint8_t> wide_of;
-        const Span mine = share(tiles, t, n);
-        uint8_t* wide = w.bits == 4 && r.M > FEW ? wide_of.get(w.Kp * TILE_N + 2048) : nullptr;
-        int64_t tile = mine.begin;
-        for (; !wide && tile + 2 <= mine.end; tile += 2) any_rows<T, 2>(r, w, tile, nullptr, out);
-        for (; tile < mine.end; tile++) {
-            if (wide) widen_tile(w, tile, 0, w.Kp, wide);
-            any_rows<T, 1>(r, w, tile, wide, out);
+    int64_t all = 0;
+    for (int64_t i = 0; i < n; i++) all += (weights[i]->N + 15) / 16;
+    parallel(threads, [&](int t, int of) {
+        const Span mine = share(all, t, of);
+        int64_t first = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t tiles = (weights[i]->N + 15) / 16;
+            const Span part{std::max(mine.begin - first, int64_t(0)), std::min(mine.end - first, tiles)};
+            if (part.begin < part.end) product_tiles<T>(r, *weights[i], part, outs[i]);
+            first += tiles;
         }
     });
 }
@@ -718,16 +782,22 @@ void block_product(const Rows& r, const Weights& w, int threads, void* out) {
     });
 }
 
-// One x (M, K) by several weights; they share its int8 form where theirs allows it.
+// One x (M, K) by several weights; those of one form share its int8 form, and the threads' work.
 template <class T>
 void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const Weights*> weights, int threads, std::initializer_list<void*> outs) {
-    Rows r{};
-    auto out = outs.begin();
-    for (const Weights* w : weights) {
-        const int most = M * w->N * w->Kp < 1 << 18 ? 1 : threads;  // waking another thread would take longer
-        const int64_t block = w->d ? BLOCK : w->Kp;
-        if (r.Kp != w->Kp || r.block != block || r.group != w->group) r = quantise<T>(x, M, K, w->Kp, block, w->group, most);
-        w->d ? block_product<T>(r, *w, most, *out++) : product<T>(r, *w, most, *out++);
+    const Weights* const* w = weights.begin();
+    void* const* out = outs.begin();
+    for (const auto* end = weights.end(); w != end;) {
+        int64_t n = 1;
+        while (w + n != end && w[n]->Kp == w[0]->Kp && w[n]->group == w[0]->group && w[n]->bits == w[0]->bits && !w[n]->d == !w[0]->d) n++;
+        const int most = M * w[0]->N * w[0]->Kp < 1 << 18 ? 1 : threads;  // waking another thread would take longer
+        const Rows r = quantise<T>(x, M, K, w[0]->Kp, w[0]->d ? BLOCK : w[0]->Kp, w[0]->group, most);
+        if (w[0]->d)
+            for (int64_t i = 0; i < n; i++) block_product<T>(r, *w[i], most, out[i]);
+        else
+            products<T>(r, w, n, most, out);
+        w += n;
+        out += n;
     }
 }
 
@@ -853,6 +923,16 @@ inline float read_row(const Attend& a, bool value, int64_t b, int64_t g, int64_t
     const int8_t* codes = static_cast<const int8_t*>(from) + row * a.D;
     for (int64_t d = 0; d < a.D; d += 16) give(out + d, take(codes + d, a.D - d), a.D - d);
     return (own ? (value ? a.vs : a.ks) : (value ? a.old_vs : a.old_ks))[row];
+}
+
+// Rows of one head lie far apart, which the CPU's own prefetchers do not follow.
+inline void ask_for_row(const Attend& a, int64_t b, int64_t g, int64_t p) {
+    if (p >= a.start[b]) return;
+    const int64_t bytes = a.D * (a.int8 ? 1 : 2), at = (slot_of(a, b, p) * a.G + g) * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(static_cast<const char*>(a.old_k) + at + i);
+        __builtin_prefetch(static_cast<const char*>(a.old_v) + at + i);
+    }
 }
 
 #if defined(WITH_AMX)
@@ -1043,6 +1123,7 @@ void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t
         for (int64_t j = 0; j < KEYS; j++) {
             uint16_t *key = r.line + j * r.D32, *value = key + KEYS * r.D32;
             if (block + j >= begin && block + j < end) {
+                ask_for_row(a, b, g, block + j + KEYS);
                 r.ks[j] = read_row(a, false, b, g, block + j, key);
                 r.vs[j] = read_row(a, true, b, g, block + j, value);
             } else {  // what is not there must be no NaN
@@ -1155,6 +1236,39 @@ void finish_block(const Block& b, const void* x, const void* attended, int64_t M
     add<T>(z, h, M * b.dim, threads, static_cast<S*>(y));
 }
 
+// Keys or values (rows, D) of heads to int8, each with its own scale.
+void quantise_heads(const uint16_t* x, int64_t rows, int64_t D, int8_t* q, float* scale) {
+    int32_t sum;
+    for (int64_t i = 0; i < rows; i++) {
+        const Rows r{1, D, D, D, D, q + i * D, scale + i, &sum};
+        quantise_row<BF16>(r, 0, x + i * D);
+    }
+}
+
+// All blocks of a model over a ring: `a` says where it lies and how far it is filled, and keeps what is new.
+void run_layers(const Block* blocks, int64_t n_layers, void* const* old, Attend a, uint16_t* x, const float* cos, const float* sin, int64_t angles, int threads) {
+    static thread_local Scratch<uint16_t> qkv_of;
+    static thread_local Scratch<int8_t> codes_of;
+    static thread_local Scratch<float> scales_of;
+    const int64_t M = a.B * a.T, nq = M * a.H * a.D, nk = M * a.G * a.D;
+    uint16_t *q = qkv_of.get(2 * nq + 2 * nk), *k = q + nq, *v = k + nk, *out = v + nk;
+    int8_t* codes = codes_of.get(a.int8 ? 2 * nk : 1);
+    float* scales = scales_of.get(a.int8 ? 2 * M * a.G : 1);
+    a.q = q, a.k = k, a.v = v, a.out = out, a.keep = true;
+    for (int64_t n = 0; n < n_layers; n++) {
+        project<BF16>(blocks[n], x, M, cos, sin, angles, threads, q, k, v);
+        a.old_k = *old++, a.old_v = *old++;
+        if (a.int8) {
+            a.old_ks = static_cast<float*>(*old++), a.old_vs = static_cast<float*>(*old++);
+            quantise_heads(k, M * a.G, a.D, codes, scales);
+            quantise_heads(v, M * a.G, a.D, codes + nk, scales + M * a.G);
+            a.k = codes, a.v = codes + nk, a.ks = scales, a.vs = scales + M * a.G;
+        }
+        attend(a, threads);
+        finish_block<BF16>(blocks[n], x, out, M, threads, x);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -1207,6 +1321,16 @@ void m7b_attend(int int8, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D,
                 int64_t window, int threads, void* out) {
     attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, keep != 0, start, held, slots, origin, table, columns,
             page, window, int8 != 0, (uint16_t*)out}, threads);
+}
+
+// x (B, T, D) bfloat16 through all blocks, in place. old: for each layer its keys and values, in int8 their scales too.
+void m7b_layers(const void* blocks, int64_t n_layers, void* const* old, int int8, int64_t B, int64_t T, int64_t H, int64_t G,
+                int64_t D, const int64_t* start, const int64_t* held, int64_t slots, int64_t window, const float* cos,
+                const float* sin, int64_t angles, int threads, void* x) {
+    Attend a{};
+    a.B = B, a.T = T, a.H = H, a.G = G, a.D = D, a.start = start, a.held = held, a.slots = slots, a.page = 1, a.window = window;
+    a.int8 = int8 != 0;
+    run_layers(static_cast<const Block*>(blocks), n_layers, old, a, static_cast<uint16_t*>(x), cos, sin, angles, threads);
 }
 
 // The instructions that run here; "" if the system does not grant them, and this library must not be used.

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .attention import Band, attention, banded_attention, bands, visible
 from .errors import CacheError
+from .kernels import pages
 from .kernels.attend import Remembered, attend, available, quantize_kv
 
 EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
@@ -345,7 +346,7 @@ class RollingCache:
         empty = torch.zeros(batch, self.slots, n_kv_heads, head_dim, dtype=dtype, device=device)
         blank = compressed(empty, empty, check_kv_dtype(kv_dtype))
         self.layers: list[_RollingMemory] = [
-            _RollingMemory(self, tuple(t.clone() for t in blank), dtype) for _ in range(n_layers)
+            _RollingMemory(self, tuple(pages.copied(t) for t in blank), dtype) for _ in range(n_layers)
         ]
         self._new_forward()
 

@@ -239,6 +239,90 @@ struct Span {
 };
 Span share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
 
+// ---------------------------------------------------------------- sixteen floats at once
+
+using F16 = float __attribute__((vector_size(64)));
+using I16 = int32_t __attribute__((vector_size(64)));
+using H16 = uint16_t __attribute__((vector_size(32)));
+
+inline F16 all(float v) { return v - F16{}; }
+inline F16 larger(F16 a, F16 b) { return a > b ? a : b; }
+inline F16 take(const float* p) {
+    F16 v;
+    std::memcpy(&v, p, 64);
+    return v;
+}
+inline void give(float* p, F16 v) { std::memcpy(p, &v, 64); }
+inline F16 widened(H16 h) { return reinterpret_cast<F16>(__builtin_convertvector(h, I16) << 16); }
+inline H16 narrowed(F16 v) {  // to bfloat16, to nearest even; NaN stays NaN
+    I16 bits = reinterpret_cast<I16>(v);
+    I16 round = bits + 0x7fff + ((bits >> 16) & 1);
+    round = v == v ? round : I16{} + 0x7fc00000;
+    return __builtin_convertvector((round >> 16) & 0xffff, H16);
+}
+inline F16 take(const uint16_t* p) {
+    H16 h;
+    std::memcpy(&h, p, 32);
+    return widened(h);
+}
+inline void give(uint16_t* p, F16 v) {
+    H16 h = narrowed(v);
+    std::memcpy(p, &h, 32);
+}
+inline F16 take(const int8_t* p) {
+    int8_t __attribute__((vector_size(16))) b;
+    std::memcpy(&b, p, 16);
+    return __builtin_convertvector(__builtin_convertvector(b, I16), F16);
+}
+// The first n of sixteen, the rest zero: one way for the end of a row and for its middle.
+template <class P>
+F16 take(const P* p, int64_t n) {
+    if (n >= 16) return take(p);
+    P some[16] = {};
+    std::memcpy(some, p, n * sizeof(P));
+    return take(some);
+}
+template <class P>
+void give(P* p, F16 v, int64_t n) {
+    if (n >= 16) return give(p, v);
+    P some[16];
+    give(some, v);
+    std::memcpy(p, some, n * sizeof(P));
+}
+inline float total(F16 v) {
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return v[0];
+}
+inline float largest(F16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+    float top = v[0];
+    for (int i = 1; i < 16; i++) top = v[i] > top ? v[i] : top;
+    return top;
+#endif
+}
+
+// e^x, to 2 units in the last place; 0 below -87, exactly 1 at 0.
+inline F16 exponential(F16 x) {
+    const F16 magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    x = larger(x, all(-150.0f));
+    x = x < 88.0f ? x : all(88.0f);
+    F16 n = (x * 1.44269504088896341f + magic) - magic;
+    F16 f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    F16 p = all(1.9875691500e-4f);  // Cephes' expf
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * (f * f) + f + 1.0f;
+    I16 e = __builtin_convertvector(n, I16);
+    F16 power = reinterpret_cast<F16>((e + 127) << 23);
+    return e < -126 ? F16{} : p * power;
+}
+
 // ---------------------------------------------------------------- activations
 
 // Rows of int8 with a scale for every `block` inputs and, per `group` inputs, the sum of their codes.
@@ -290,34 +374,41 @@ struct Weights {
     int bits;
 };
 
+// y = float(sums) * sx * scale, for the 16 outputs of a tile or what there is of them.
 template <class T>
-void finish(const Rows& r, const Weights& w, int64_t row, int64_t tile, const int32_t* sums, void* out) {
-    typename T::Store* y = static_cast<typename T::Store*>(out) + row * w.N + tile * TILE_N;
-    const int64_t n = std::min(TILE_N, w.N - tile * TILE_N);
-    const float sx = r.scale[row], *scale = w.scale + tile * TILE_N;
-    for (int64_t i = 0; i < n; i++) T::put(y, i, float(sums[i]) * sx * scale[i]);
+inline void finish(const Rows& r, const Weights& w, int64_t row, int64_t tile, const int32_t* sums, void* out) {
+    I16 v;
+    std::memcpy(&v, sums, 64);
+    const F16 y = __builtin_convertvector(v, F16) * r.scale[row] * take(w.scale + tile * TILE_N);
+    give(static_cast<typename T::Store*>(out) + row * w.N + tile * TILE_N, y, w.N - tile * TILE_N);
 }
 
 // Bytes ahead of a load at which memory is asked for: with two streams in each of two threads nothing was faster.
 constexpr int64_t AHEAD = 4096;
 
-// R rows by W tiles of 16 outputs, whose codes of 8 bits (128 is zero) lie `stride` apart.
+// R rows by W tiles of 16 outputs, whose codes of 8 bits (128 is zero) lie `stride` bytes apart.
 template <int R, int W>
 void dot_tiles8(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride, Sums (*out)[W]) {
+    Sums s[R][W];  // a local, which stays in registers
     for (int i = 0; i < R; i++)
-        for (int t = 0; t < W; t++) out[i][t] = zero();
+        for (int t = 0; t < W; t++) s[i][t] = zero();
     const int8_t* x = r.q + row * r.Kp;
-    for (int64_t k = 0; k < r.Kp; k += 4, codes += LINE)
+    for (int64_t k = 0; k < r.Kp; k += 4, codes += LINE) {
+        Line line[W];
         for (int t = 0; t < W; t++) {
             __builtin_prefetch(codes + t * stride + AHEAD);
-            const Line line = load(codes + t * stride);
-            for (int i = 0; i < R; i++) out[i][t] = dot8(out[i][t], line, x + i * r.Kp + k);
+            line[t] = load(codes + t * stride);
         }
+        for (int t = 0; t < W; t++)
+            for (int i = 0; i < R; i++) s[i][t] = dot8(s[i][t], line[t], x + i * r.Kp + k);
+    }
+    for (int i = 0; i < R; i++)
+        for (int t = 0; t < W; t++) out[i][t] = s[i][t];
 }
 
 // The same from codes of 4 bits: sums of a group, then the group's multiplier and zero point.
 template <int R, int W>
-void dot_tiles4(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride, const uint8_t* groups, Sums (*out)[W]) {
+void dot_tiles4(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride, const uint8_t* groups, int64_t group_stride, Sums (*out)[W]) {
     for (int i = 0; i < R; i++)
         for (int t = 0; t < W; t++) out[i][t] = zero();
     const int8_t* x = r.q + row * r.Kp;
@@ -326,19 +417,22 @@ void dot_tiles4(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride
         Sums a[R][W], b[R][W];
         for (int i = 0; i < R; i++)
             for (int t = 0; t < W; t++) a[i][t] = b[i][t] = zero();
-        for (int t = 0; t < W; t++) __builtin_prefetch(groups + t * G * TILE_N + AHEAD / 16);
-        for (int64_t k = 0; k < r.group; k += 8, codes += LINE)
+        for (int t = 0; t < W; t++) __builtin_prefetch(groups + t * group_stride + AHEAD / 16);
+        for (int64_t k = 0; k < r.group; k += 8, codes += LINE) {
+            Line line[W];
             for (int t = 0; t < W; t++) {
                 __builtin_prefetch(codes + t * stride + AHEAD);
-                const Line line = load(codes + t * stride), lo = low(line), hi = high(line);
-                for (int i = 0; i < R; i++) {
-                    a[i][t] = dot4(a[i][t], lo, x + i * r.Kp + k);
-                    b[i][t] = dot4(b[i][t], hi, x + i * r.Kp + k + 4);
-                }
+                line[t] = load(codes + t * stride);
             }
+            for (int t = 0; t < W; t++)
+                for (int i = 0; i < R; i++) {
+                    a[i][t] = dot4(a[i][t], low(line[t]), x + i * r.Kp + k);
+                    b[i][t] = dot4(b[i][t], high(line[t]), x + i * r.Kp + k + 4);
+                }
+        }
         for (int i = 0; i < R; i++)
             for (int t = 0; t < W; t++)
-                out[i][t] = fold(out[i][t], add(a[i][t], b[i][t]), groups + t * G * TILE_N, r.sum[(row + i) * G + g]);
+                out[i][t] = fold(out[i][t], add(a[i][t], b[i][t]), groups + t * group_stride, r.sum[(row + i) * G + g]);
     }
 }
 
@@ -363,36 +457,36 @@ inline void widen_tile(const Weights& w, int64_t tile, int64_t begin, int64_t en
 
 constexpr int64_t FEW = 4;  // rows up to which weights are used as they lie, and beyond which int4 is widened first
 
-// `wide`: the codes of this one tile, widened; null: W tiles as they are stored.
+// Tile `tile`, and with W = 2 the one `apart` tiles on. wide: the codes of a single tile, widened; else null.
 template <class T, int R, int W>
-void few_rows(const Rows& r, const Weights& w, int64_t row, int64_t tile, const uint8_t* wide, void* out) {
+void few_rows(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t apart, const uint8_t* wide, void* out) {
     Sums s[R][W];
     int32_t v[16];
     const bool eight = wide || w.bits == 8;
-    const int64_t G = r.Kp / r.group, stride = w.Kp * TILE_N;
+    const int64_t G = r.Kp / r.group, size = w.Kp * TILE_N;  // bytes of a tile in 8 bits
     if (eight)
-        dot_tiles8<R, W>(r, row, wide ? wide : w.codes + tile * stride, stride, s);
+        dot_tiles8<R, W>(r, row, wide ? wide : w.codes + tile * size, apart * size, s);
     else
-        dot_tiles4<R, W>(r, row, w.codes + tile * stride / 2, stride / 2, w.groups + tile * G * TILE_N, s);
+        dot_tiles4<R, W>(r, row, w.codes + tile * size / 2, apart * size / 2, w.groups + tile * G * TILE_N, apart * G * TILE_N, s);
     for (int i = 0; i < R; i++) {
         int32_t sum = 0;
         for (int64_t g = 0; eight && g < G; g++) sum += r.sum[(row + i) * G + g];
         for (int t = 0; t < W; t++) {
             store(v, s[i][t]);
             for (auto& n : v) n -= 128 * sum;
-            finish<T>(r, w, row + i, tile + t, v, out);
+            finish<T>(r, w, row + i, tile + t * apart, v, out);
         }
     }
 }
 
 template <class T, int W>
-void any_rows(const Rows& r, const Weights& w, int64_t tile, const uint8_t* wide, void* out) {
+void any_rows(const Rows& r, const Weights& w, int64_t tile, int64_t apart, const uint8_t* wide, void* out) {
     int64_t row = 0;
-    for (; row + FEW <= r.M; row += FEW) few_rows<T, FEW, W>(r, w, row, tile, wide, out);
+    for (; row + FEW <= r.M; row += FEW) few_rows<T, FEW, W>(r, w, row, tile, apart, wide, out);
     switch (r.M - row) {
-        case 3: few_rows<T, 3, W>(r, w, row, tile, wide, out); break;
-        case 2: few_rows<T, 2, W>(r, w, row, tile, wide, out); break;
-        case 1: few_rows<T, 1, W>(r, w, row, tile, wide, out); break;
+        case 3: few_rows<T, 3, W>(r, w, row, tile, apart, wide, out); break;
+        case 2: few_rows<T, 2, W>(r, w, row, tile, apart, wide, out); break;
+        case 1: few_rows<T, 1, W>(r, w, row, tile, apart, wide, out); break;
         default: break;
     }
 }
@@ -617,10 +711,14 @@ void product_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
     static thread_local Scratch<uint8_t> wide_of;
     uint8_t* wide = w.bits == 4 && r.M > FEW ? wide_of.get(w.Kp * TILE_N) : nullptr;
     int64_t tile = tiles.begin;
-    for (; !wide && tile + 2 <= tiles.end; tile += 2) any_rows<T, 2>(r, w, tile, nullptr, out);
+    if (!wide) {  // two streams, one through each half: what is asked for ahead is always what comes next
+        const int64_t half = (tiles.end - tiles.begin) / 2;
+        for (; tile < tiles.begin + half; tile++) any_rows<T, 2>(r, w, tile, half, nullptr, out);
+        tile += half;
+    }
     for (; tile < tiles.end; tile++) {
         if (wide) widen_tile(w, tile, 0, w.Kp, wide);
-        any_rows<T, 1>(r, w, tile, wide, out);
+        any_rows<T, 1>(r, w, tile, 0, wide, out);
     }
 }
 
@@ -645,90 +743,6 @@ void products(const Rows& r, const Weights* const* weights, int64_t n, int threa
             first += tiles;
         }
     });
-}
-
-// ---------------------------------------------------------------- sixteen floats at once
-
-using F16 = float __attribute__((vector_size(64)));
-using I16 = int32_t __attribute__((vector_size(64)));
-using H16 = uint16_t __attribute__((vector_size(32)));
-
-inline F16 all(float v) { return v - F16{}; }
-inline F16 larger(F16 a, F16 b) { return a > b ? a : b; }
-inline F16 take(const float* p) {
-    F16 v;
-    std::memcpy(&v, p, 64);
-    return v;
-}
-inline void give(float* p, F16 v) { std::memcpy(p, &v, 64); }
-inline F16 widened(H16 h) { return reinterpret_cast<F16>(__builtin_convertvector(h, I16) << 16); }
-inline H16 narrowed(F16 v) {  // to bfloat16, to nearest even; NaN stays NaN
-    I16 bits = reinterpret_cast<I16>(v);
-    I16 round = bits + 0x7fff + ((bits >> 16) & 1);
-    round = v == v ? round : I16{} + 0x7fc00000;
-    return __builtin_convertvector((round >> 16) & 0xffff, H16);
-}
-inline F16 take(const uint16_t* p) {
-    H16 h;
-    std::memcpy(&h, p, 32);
-    return widened(h);
-}
-inline void give(uint16_t* p, F16 v) {
-    H16 h = narrowed(v);
-    std::memcpy(p, &h, 32);
-}
-inline F16 take(const int8_t* p) {
-    int8_t __attribute__((vector_size(16))) b;
-    std::memcpy(&b, p, 16);
-    return __builtin_convertvector(__builtin_convertvector(b, I16), F16);
-}
-// The first n of sixteen, the rest zero: one way for the end of a row and for its middle.
-template <class P>
-F16 take(const P* p, int64_t n) {
-    if (n >= 16) return take(p);
-    P some[16] = {};
-    std::memcpy(some, p, n * sizeof(P));
-    return take(some);
-}
-template <class P>
-void give(P* p, F16 v, int64_t n) {
-    if (n >= 16) return give(p, v);
-    P some[16];
-    give(some, v);
-    std::memcpy(p, some, n * sizeof(P));
-}
-inline float total(F16 v) {
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) v[i] += v[i + n];
-    return v[0];
-}
-inline float largest(F16 v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
-#else
-    float top = v[0];
-    for (int i = 1; i < 16; i++) top = v[i] > top ? v[i] : top;
-    return top;
-#endif
-}
-
-// e^x, to 2 units in the last place; 0 below -87, exactly 1 at 0.
-inline F16 exponential(F16 x) {
-    const F16 magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-    x = larger(x, all(-150.0f));
-    x = x < 88.0f ? x : all(88.0f);
-    F16 n = (x * 1.44269504088896341f + magic) - magic;
-    F16 f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    F16 p = all(1.9875691500e-4f);  // Cephes' expf
-    p = p * f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * (f * f) + f + 1.0f;
-    I16 e = __builtin_convertvector(n, I16);
-    F16 power = reinterpret_cast<F16>((e + 127) << 23);
-    return e < -126 ? F16{} : p * power;
 }
 
 // ---------------------------------------------------------------- products with blocks of 32 (GGUF's Q8_0 and Q4_0)
@@ -926,12 +940,14 @@ inline float read_row(const Attend& a, bool value, int64_t b, int64_t g, int64_t
 }
 
 // Rows of one head lie far apart, which the CPU's own prefetchers do not follow.
-inline void ask_for_row(const Attend& a, int64_t b, int64_t g, int64_t p) {
-    if (p >= a.start[b]) return;
-    const int64_t bytes = a.D * (a.int8 ? 1 : 2), at = (slot_of(a, b, p) * a.G + g) * bytes;
-    for (int64_t i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(static_cast<const char*>(a.old_k) + at + i);
-        __builtin_prefetch(static_cast<const char*>(a.old_v) + at + i);
+inline void ask_for_block(const Attend& a, int64_t b, int64_t g, int64_t block, int64_t end) {
+    const int64_t bytes = a.D * (a.int8 ? 1 : 2), oldest = a.start[b] - a.held[b];
+    for (int64_t p = std::max(block, oldest); p < std::min({block + KEYS, end, a.start[b]}); p++) {
+        const int64_t at = (slot_of(a, b, p) * a.G + g) * bytes;
+        for (int64_t i = 0; i < bytes; i += 64) {
+            __builtin_prefetch(static_cast<const char*>(a.old_k) + at + i, 0, 2);
+            __builtin_prefetch(static_cast<const char*>(a.old_v) + at + i, 0, 2);
+        }
     }
 }
 
@@ -1109,6 +1125,10 @@ void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) 
 void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t0, int64_t t1) {
     const int64_t R = a.H / a.G, rows = (t1 - t0) * R, padded = (rows + 15) / 16 * 16;
     const float scale = 1.0f / __builtin_sqrtf(float(a.D));
+    const int64_t oldest = a.start[b] - a.held[b];
+    auto first_of = [&](int64_t p) { return std::max(oldest, a.window ? p - a.window + 1 : oldest); };
+    const int64_t end = a.start[b] + t1, begin = std::max(int64_t(0), first_of(a.start[b] + t0));
+    ask_for_block(a, b, g, begin / KEYS * KEYS, end);
     std::memset(r.q, 0, padded * r.D32 * 2);
     for (int64_t m = 0; m < rows; m++)
         std::memcpy(r.q + m * r.D32, a.q + ((b * a.T + t0 + m / R) * a.H + g * R + m % R) * a.D, a.D * 2);
@@ -1116,14 +1136,10 @@ void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t
     std::memset(r.sum, 0, padded * 64);
     std::memset(r.p, 0, padded * KEYS * 2);
     for (int64_t m = 0; m < rows; m++) r.top[m] = -3.0e38f;
-    const int64_t oldest = a.start[b] - a.held[b];
-    auto first_of = [&](int64_t p) { return std::max(oldest, a.window ? p - a.window + 1 : oldest); };
-    const int64_t end = a.start[b] + t1, begin = std::max(int64_t(0), first_of(a.start[b] + t0));
     for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS) {
         for (int64_t j = 0; j < KEYS; j++) {
             uint16_t *key = r.line + j * r.D32, *value = key + KEYS * r.D32;
             if (block + j >= begin && block + j < end) {
-                ask_for_row(a, b, g, block + j + KEYS);
                 r.ks[j] = read_row(a, false, b, g, block + j, key);
                 r.vs[j] = read_row(a, true, b, g, block + j, value);
             } else {  // what is not there must be no NaN
@@ -1132,6 +1148,7 @@ void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t
                 r.ks[j] = r.vs[j] = 0.0f;
             }
         }
+        ask_for_block(a, b, g, block + KEYS, end);
         place_block(r);
         scores(r, padded);
         for (int64_t m = 0; m < rows; m++) {

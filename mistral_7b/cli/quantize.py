@@ -39,8 +39,8 @@ class Quantize:
     """int8: half of bfloat16's bytes, nearly exact; int4: a quarter."""
     group_size: Literal[32, 128] = 128
     """Of int4: inputs that share a multiplier; 32 is closer to the original and 5% larger."""
-    asymmetric: bool = False
-    """Of int4: groups have a zero point of their own."""
+    symmetric: bool = False
+    """Of int4: the middle code is zero in every group. It saves nothing, and is further from the original."""
     text: str = ""
     """A file on which the distance is measured; without one it is this package's own source."""
     tokens: int = 4096
@@ -58,8 +58,8 @@ class Quantize:
 
 def run(argv: list[str]) -> int:
     args = read_flags(Quantize, "quantize", argv)
-    if args.scheme == "int8" and (args.group_size != 128 or args.asymmetric):
-        raise UsageError("--group-size and --asymmetric belong to int4: int8 has a scale for each output")
+    if args.scheme == "int8" and (args.group_size != 128 or args.symmetric):
+        raise UsageError("--group-size and --symmetric belong to int4: int8 has a scale for each output")
     for flag, value, least in (
         ("tokens", args.tokens, 2),
         ("calibration-tokens", args.calibration_tokens, 2),
@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
         longest = min(ROW, read_args(folder)[0].max_seq_len)
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or folder)
         tokens = rows(tokenizer, text, args.tokens, longest)
-        scheme = Scheme(args.scheme, args.group_size, not args.asymmetric)
+        scheme = Scheme(args.scheme, args.group_size, args.symmetric)
         guide = None if guides is None else documents(tokenizer, guides, args.calibration_tokens, longest)
         record = quantize(
             folder, args.out, scheme, tokens, name, told, calibration_tokens=guide, calibration_text=args.calibrate

@@ -26,7 +26,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_quantise_inform_and_generate(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int4")
     code, stdout, err = run(
-        "quantize", windowed, out, "--scheme", "int4", "--group-size", "32", "--asymmetric", "--text", text, *FAST
+        "quantize", windowed, out, "--scheme", "int4", "--group-size", "32", "--text", text, *FAST
     )
     assert (code, stdout) == (0, "")
     for words in (f"written to {out}", "int4 in groups of 32, asymmetric", "40 tokens of", "KL", "perplexity"):
@@ -85,7 +85,7 @@ def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.
         (["{model}", "{tmp}/out", "--scheme", "int3"], "int3"),
         (["{model}", "{tmp}/out", "--group-size", "64"], "64"),
         (["{model}", "{tmp}/out", "--scheme", "int8", "--group-size", "32"], "belong to int4"),
-        (["{model}", "{tmp}/out", "--scheme", "int8", "--asymmetric"], "belong to int4"),
+        (["{model}", "{tmp}/out", "--scheme", "int8", "--symmetric"], "belong to int4"),
         (["{model}", "{tmp}/out", "--tokens", "1"], "at least 2"),
         (["{model}", "{tmp}/out", "--threads", "0"], "at least 1"),
         (["{model}", "{tmp}/out", "--text", "{tmp}/none"], "none"),

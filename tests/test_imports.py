@@ -43,7 +43,8 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 # Read for --help, or at the HTTP door, before anyone needs torch.
 WITHOUT_TORCH = (
     "", "errors", "cli", "sampling_params", "messages", "tokenizer", "checkpoint", "checkpoint.hub",
-    "training", "training.args", "server.protocol",
+    "training", "training.args", "server.protocol", "kernels.compiler", "checkpoint.gguf_file",
+    "checkpoint.gguf_tokenizer", "benchmark.run", "benchmark.report", "benchmark.plot", "benchmark.machine",
 )  # fmt: skip
 
 Import = tuple[str, str, int]  # the room imported, the function it stands in ("" at the top), the line

@@ -87,26 +87,25 @@ def test_on_a_terminal(windowed: str, tmp_path: pathlib.Path, plain: bool) -> No
     env = {"PATH": "/usr/bin:/bin", "TERM": "xterm", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "s")}
     argv = ["-m", "mistral_7b", "chat", windowed, "--max-tokens", "1000000", "--ignore-eos"]
     argv += ["--plain"] if plain else []
-    child = pexpect.spawn(sys.executable, argv, env=env, timeout=120, dimensions=(24, 80), encoding="utf-8")
-    child.expect("/help lists the commands")
-    child.expect("> ")
-    child.sendline("hello")
-    child.expect(r"hello\r\n")
-    child.expect(r"(\w+\W+){30}")  # the answer is on its way, and would not end by itself
-    child.sendintr()
-    child.expect(r"\(stopped\)")
-    child.expect("> ")
-    child.send("half a li")
-    child.expect("half a li")
-    child.sendintr()
-    child.expect(r"\(Ctrl-D or /exit leaves\)")
-    child.expect("> ")
-    child.sendline(f"/save {tmp_path}/talk.json")
-    child.expect(r"\(saved to ")
-    child.expect("> ")
-    child.sendeof()
-    child.expect(pexpect.EOF)
-    child.close()
+    with pexpect.spawn(sys.executable, argv, env=env, timeout=120, dimensions=(24, 80), encoding="utf-8") as child:
+        child.expect("/help lists the commands")
+        child.expect("> ")
+        child.sendline("hello")
+        child.expect(r"hello\r\n")
+        child.expect(r"(\w+\W+){30}")  # the answer is on its way, and would not end by itself
+        child.sendintr()
+        child.expect(r"\(stopped\)")
+        child.expect("> ")
+        child.send("half a li")
+        child.expect("half a li")
+        child.sendintr()
+        child.expect(r"\(Ctrl-D or /exit leaves\)")
+        child.expect("> ")
+        child.sendline(f"/save {tmp_path}/talk.json")
+        child.expect(r"\(saved to ")
+        child.expect("> ")
+        child.sendeof()
+        child.expect(pexpect.EOF)
     assert (child.exitstatus, child.signalstatus) == (0, None)
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
     assert [m["role"] for m in saved] == ["user", "assistant"]

@@ -25,6 +25,8 @@ from mistral_7b.quantization.linear import BlockLinear
 ROWS = (1, 2, 3, 4, 5, 16, 17, 64, 300)
 # N no multiple of 16, K no multiple of 64 or of a group; one tile, and more than one AMX block of each.
 SHAPES = [(1, 1), (5, 7), (16, 64), (33, 100), (48, 320), (67, 130), (130, 1100), (300, 2050)]
+if os.environ.get(compiler.VARIABLE):  # a path other than the machine's best: its loops, and no AMX blocks
+    SHAPES = [(1, 1), (33, 100), (67, 330)]
 
 
 def weights(n: int, k: int, group: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +166,7 @@ def test_compiled_models_see_through_the_operators() -> None:
 @pytest.mark.skipif(compiler.compiler() is None, reason="no C++ compiler on this machine")
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "scalar", "off"])
 def test_every_path_gives_the_same_bits(instructions: str) -> None:
-    """This file again, in a process for which the kernels are compiled otherwise."""
+    """This file again, with fewer shapes, in a process for which the kernels are compiled otherwise."""
     if os.environ.get(compiler.VARIABLE):
         pytest.skip("this is that process")
     if instructions in ("avx2", "avx512") and instructions not in Path("/proc/cpuinfo").read_text():

@@ -118,10 +118,9 @@ def build(
     scheme: Scheme,
     raw: Mapping[str, Stored],
     dtype: torch.dtype,
-    device: torch.device | str,
     mmap: bool,
 ) -> Mistral7B:
-    """The model whose tensors `raw` holds, mapped or copied. CheckpointError for one that does not fit."""
+    """On a CPU the model that `raw` holds, mapped or copied. CheckpointError for one that does not fit."""
     model = empty_model(args, scheme, dtype)
     wanted = model.state_dict()
     weights = {}
@@ -137,7 +136,7 @@ def build(
         norm = name.endswith(".weight")  # the only tensors whose type is the model's
         if stored.dtype != like.dtype and not (norm and stored.dtype.is_floating_point):
             raise CheckpointError(f"{stored.path}: tensor {name!r} is of type {stored.dtype}, not {like.dtype}")
-        weights[name] = stored.view().to(device=device, dtype=like.dtype)
+        weights[name] = stored.view().to(like.dtype)
         if not mmap:  # a tensor at a time, so that none is held twice
             weights[name] = pages.copied(weights[name])
             stored.release()

@@ -85,9 +85,9 @@ def quantize(
     vocabulary.
     """
     scheme = Scheme.of(scheme)
-    if scheme.name == "bf16":
+    if not scheme.whole:
         raise QuantizationError(
-            "'bf16' rounds nothing, so nothing has to be written: open with quantization='bf16'"
+            f"files hold int8 and int4; {scheme} is made when a model is opened, with quantization='{scheme}'"
         )
     checkpoint = open_checkpoint(hub.resolve(source))
     guide = None if calibration_tokens is None else [torch.as_tensor(ids) for ids in calibration_tokens]

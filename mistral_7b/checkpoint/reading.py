@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs
 from ..quantization.fused import fuse
+from ..quantization.gpu import to_gpu
 from ..quantization.linear import BlockLinear, Int8Embedding
 from ..quantization.schemes import Scheme
 from ..surgery import replace_linears
@@ -84,8 +85,9 @@ def load(
 ) -> Mistral7B:
     """The model in a folder or file, or of a hub id, with its weights as `dtype` on `device`.
 
-    `quantization` ("int8", "int4", "bf16") rounds the weights while they are read. A folder that
-    `mistral-7b quantize` wrote is opened as what it is, and `dtype` is then that of the arithmetic.
+    `quantization` ("int8", "int4", "bf16", "fp8") rounds the weights while they are read; schemes.py says what
+    each is and where it runs. A folder that `mistral-7b quantize` wrote is opened as what it is, on a GPU too,
+    and `dtype` is then that of the arithmetic.
 
     `mmap=False` copies quantised weights from their file into huge pages (kernels/pages.py): a CPU reads those
     faster, but opening takes seconds, and processes share nothing.
@@ -99,8 +101,8 @@ def load(
     path = hub.resolve(source)
     if (record := quantized.read_record(path)) is not None:
         quantized.check_asked(path, record, quantization)
-        on_cpu = torch.device(device).type == "cpu"
-        return _open_quantized(path, record, dtype, device, mmap or not on_cpu)
+        record.scheme.check_device(device)
+        return _open_quantized(path, record, dtype, device, mmap)
     checkpoint = open_checkpoint(path)
     if quantization is not None:
         return _quantize(checkpoint, Scheme.of(quantization), dtype, device)
@@ -143,29 +145,34 @@ def _open_quantized(
     folder = path if path.is_dir() else path.parent
     args, _ = _read_config(folder)
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
-    model = quantized.build(path, args, record.scheme, raw, dtype, device, mmap)
+    on_cpu = torch.device(device).type == "cpu"
+    model = quantized.build(path, args, record.scheme, raw, dtype, mmap or not on_cpu)
+    if not on_cpu:
+        to_gpu(model, device)
     model.source = folder
     return model
 
 
 def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device: torch.device | str) -> Mistral7B:
     """The model of a checkpoint, each weight rounded when it is read and let go before the next."""
+    scheme.check_device(device)
     if scheme.name == "bf16" and dtype != torch.bfloat16:
         raise QuantizationError(f"quantisation 'bf16' computes in bfloat16, and not in {dtype}")
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
 
     def build(linear: nn.Module, name: str) -> nn.Module:
         held = f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else EMBEDDING  # a tied output
-        out = scheme.linear(checkpoint.read(held), name).to(device)
+        out = scheme.linear(checkpoint.read(held), name, device)
         checkpoint.tensors[held].release()
         return out
 
-    replace_linears(model, build)
-    if scheme.name != "bf16":
+    made = {f"{name}.weight" for name in replace_linears(model, build)}
+    if scheme.whole:
         embedding = Int8Embedding.from_weight(checkpoint.read(EMBEDDING, dtype))
         model.set_submodule("tok_embeddings", embedding.to(device))
         checkpoint.tensors[EMBEDDING].release()
-    left = [name for name, value in model.state_dict().items() if value.is_meta]  # norms, and what is not rounded
+    # Norms, and an embedding that is not rounded
+    left = [name for name in model.state_dict() if name in checkpoint.tensors and name not in made]
     weights = {name: checkpoint.read(name, dtype, device) for name in left}
     model.load_state_dict(weights, strict=False, assign=True)
     fuse(model)

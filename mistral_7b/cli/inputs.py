@@ -39,8 +39,9 @@ class ModelOptions:
 
     dtype: DType = "bfloat16"
     """Of the weights and of the arithmetic."""
-    quantization: Literal["int8", "int4", "bf16"] | None = None
-    """Round the weights while they are read; bf16: packed for the CPU's matrix unit. None: as they are stored."""
+    quantization: Literal["int8", "int4", "bf16", "fp8"] | None = None
+    """Round the weights while they are read; bf16: packed for the CPU's matrix unit; fp8: on GPUs from Ada on.
+    None: as they are stored."""
     mmap: bool = True
     """Read quantised weights where they lie in their file; copied first, they are read faster, seconds later."""
     device: str = "auto"

@@ -1,7 +1,8 @@
-"""Fewer bytes a weight: int8, int4, and bfloat16 packed for the CPU.
+"""Fewer bytes a weight: int8, int4 and fp8; and bfloat16 packed for the CPU.
 
 rounding      weights to integers
 linear        what takes a Linear's place
+gpu           the same for a GPU
 schemes       the names, and a model in them
 calibration   the same, guided by what flows through the model: rescaling, then rounding with feedback
 """

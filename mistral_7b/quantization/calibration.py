@@ -45,8 +45,8 @@ def calibrate(
     """Quantise a model in place for what `documents` (token ids each, BOS first) make it compute; returns it.
 
     `progress` is called with the name of every part that is done. Some 16,000 tokens of what the model is used
-    for are enough; more take time in proportion. QuantizationError if there are none, or for "bf16", which
-    rounds nothing.
+    for are enough; more take time in proportion. QuantizationError if there are none, or for a scheme
+    other than int8 and int4.
     """
     scheme = Scheme.of(scheme)
     ids = [torch.as_tensor(document, device=model.norm.weight.device) for document in documents]
@@ -143,8 +143,8 @@ def rescale_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs
 
 
 def _check(inputs: list[Tensor], scheme: Scheme) -> None:
-    if scheme.name == "bf16":
-        raise QuantizationError("bf16 rounds nothing, so there is nothing to calibrate: quantise without")
+    if not scheme.whole:
+        raise QuantizationError(f"calibration is for int8 and int4, not for {scheme}: quantise without")
     if not inputs:
         raise QuantizationError("no text to calibrate on: pass documents of token ids, or quantise without")
 

@@ -121,14 +121,18 @@ class Fp8Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, fp8"
 
 
+def row_by_row(linear: Int8Linear | Int4Linear, device: torch.device | str) -> GpuInt8Linear | GpuInt4Linear:
+    """The same weight for a GPU, and on it."""
+    made = GpuInt8Linear.of(linear) if isinstance(linear, Int8Linear) else GpuInt4Linear.of(linear)
+    return made.to(device)
+
+
 def to_gpu(model: nn.Module, device: torch.device | str) -> list[str]:
     """Move a model of int8 or int4 Linears to a GPU, one after another; the names of those laid out anew."""
 
     def build(linear: nn.Module, name: str) -> nn.Module:
-        if isinstance(linear, Int8Linear):
-            return GpuInt8Linear.of(linear).to(device)
-        assert isinstance(linear, Int4Linear)
-        return GpuInt4Linear.of(linear).to(device)
+        assert isinstance(linear, (Int8Linear, Int4Linear))
+        return row_by_row(linear, device)
 
     names = replace_linears(model, build, lambda name, module: isinstance(module, (Int8Linear, Int4Linear)))
     model.to(device)

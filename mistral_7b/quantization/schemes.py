@@ -4,8 +4,10 @@
     int4    groups of 128 or 32 inputs, with zero points of their own (or symmetric: all the middle); the output
             projection and the embedding are int8
     bf16    nothing is rounded: bfloat16 weights packed once for the CPU's matrix unit
+    fp8     e4m3 with a float scale for each output, on GPUs that multiply it; made when a model is opened
 
-Activations are int8 by row in int8 and int4. Norms keep the model's type.
+On a CPU activations become int8 by row in int8 and int4; on a GPU they are left as they are, and the same weights
+lie row by row (gpu.py). In fp8 they become e4m3. Norms keep the model's type.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from torch import Tensor, nn
 
 from ..errors import QuantizationError
 from ..kernels import pages
+from ..kernels.weight_only import has_fp8
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
 from .fused import fuse
+from .gpu import Fp8Linear, row_by_row
 from .linear import Int4Linear, Int8Embedding, Int8Linear, PackedLinear
 from .rounding import round_int4, round_int8
 
-NAMES = ("int8", "int4", "bf16")
+NAMES = ("int8", "int4", "bf16", "fp8")
 GROUPS = (32, 128)
 
 
@@ -53,13 +57,44 @@ class Scheme:
             return self.name
         return f"int4 in groups of {self.group_size}, {'symmetric' if self.symmetric else 'asymmetric'}"
 
-    def linear(self, weight: Tensor, name: str) -> nn.Module:
-        """What stands for the Linear `name` (Mistral's, as "layers.0.attention.wq") with this weight (N, K)."""
+    @property
+    def whole(self) -> bool:
+        """Whether weights become whole numbers, which a file can hold."""
+        return self.name in ("int8", "int4")
+
+    def check_device(self, device: torch.device | str) -> None:
+        """QuantizationError for a device on which there are no products in this scheme."""
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda", "meta"):
+            raise QuantizationError(
+                f"quantised models run on a CPU or an NVIDIA GPU, not on {device}: take the device 'cpu', or a "
+                "model that is not quantised"
+            )
+        if self.name == "fp8" and not has_fp8(device):
+            raise QuantizationError(
+                f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), and {device} is none: "
+                "take int8, whose weights are as small"
+            )
+
+    def linear(self, weight: Tensor, name: str, device: torch.device | str = "cpu") -> nn.Module:
+        """What stands for the Linear `name` (Mistral's, as "layers.0.attention.wq") with this weight (N, K).
+
+        Rounded where the weight is, and then laid out for `device` and put there. QuantizationError for one that
+        does not know the scheme.
+        """
+        self.check_device(device)
+        on_cpu = torch.device(device).type == "cpu"
+        if self.name == "fp8":
+            return Fp8Linear.from_weight(weight).to(device)
         if self.name == "bf16":
-            return PackedLinear(weight.bfloat16(), self.deterministic)
+            return PackedLinear(weight.bfloat16(), self.deterministic) if on_cpu else _plain(weight, device)
+        made: Int8Linear | Int4Linear
         if self.name == "int8" or name == "output":
-            return Int8Linear.from_codes(round_int8(weight))
-        return Int4Linear.from_codes(round_int4(weight, self.group_size, self.symmetric), weight.shape[1])
+            made = Int8Linear.from_codes(round_int8(weight))
+        else:
+            codes = round_int4(weight, self.group_size, self.symmetric)
+            made = Int4Linear.from_codes(codes, weight.shape[1])
+        return made if on_cpu else row_by_row(made, device)
 
     def empty_linear(self, in_features: int, out_features: int, name: str) -> Int8Linear | Int4Linear:
         """The same on the meta device, to be filled from a file."""
@@ -68,19 +103,29 @@ class Scheme:
         return Int4Linear(in_features, out_features, self.group_size, "meta")
 
 
+def _plain(weight: Tensor, device: torch.device | str) -> nn.Linear:
+    out = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16, device="meta")
+    out.load_state_dict({"weight": weight.to(device, torch.bfloat16)}, assign=True)
+    return out
+
+
 def quantize(model: Mistral7B, scheme: str | Scheme, progress: Callable[[str], None] | None = None) -> Mistral7B:
-    """Round a model's weights in place, one Linear after another, each freed before the next; returns it."""
+    """Round a model's weights in place, one Linear after another, each freed before the next; returns it.
+
+    QuantizationError, and the model is as it was, where its device does not know the scheme.
+    """
     scheme = Scheme.of(scheme)
+    scheme.check_device(model.norm.weight.device)
 
     def build(linear: nn.Module, name: str) -> nn.Module:
         assert isinstance(linear, nn.Linear)
-        out = scheme.linear(linear.weight.detach(), name)
+        out = scheme.linear(linear.weight.detach(), name, linear.weight.device)
         if progress is not None:
             progress(name)
         return out
 
     replace_linears(model, build)
-    if scheme.name != "bf16":
+    if scheme.whole:
         model.set_submodule("tok_embeddings", Int8Embedding.from_weight(model.tok_embeddings.weight.detach()))
     fuse(model)
     return model
@@ -119,7 +164,8 @@ def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtyp
     if scheme is None:
         return Mistral7B(args, dtype=dtype).requires_grad_(False)
     scheme = Scheme.of(scheme)
-    if scheme.name == "bf16":
+    scheme.check_device("cpu")
+    if not scheme.whole:
         return quantize(Mistral7B(args, dtype=torch.bfloat16).requires_grad_(False), scheme)
     model = empty_model(args, scheme, dtype)
     draw = torch.Generator().manual_seed(0)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .attention import Band, attention, banded_attention, bands, visible
 from .errors import CacheError
+from .kernels import pages
 from .kernels.attend import Remembered, attend, available, quantize_kv
 
 EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
@@ -345,7 +346,7 @@ class RollingCache:
         empty = torch.zeros(batch, self.slots, n_kv_heads, head_dim, dtype=dtype, device=device)
         blank = compressed(empty, empty, check_kv_dtype(kv_dtype))
         self.layers: list[_RollingMemory] = [
-            _RollingMemory(self, tuple(t.clone() for t in blank), dtype) for _ in range(n_layers)
+            _RollingMemory(self, tuple(pages.copied(t) for t in blank), dtype) for _ in range(n_layers)
         ]
         self._new_forward()
 
@@ -360,6 +361,11 @@ class RollingCache:
 
     def writable(self) -> RollingCache:
         return self
+
+    def is_fast(self) -> bool:
+        """Whether the kernel attends, for a model without gradients."""
+        memory = self.layers[0]
+        return memory.dtype == torch.bfloat16 and memory.k.device.type == "cpu" and available()
 
     def rows(self, start: int, stop: int) -> RollingCache:
         """The sequences start..stop as a cache of their own, on the same memory."""

@@ -10,7 +10,7 @@ import torch
 from ..generate import PREFILL_CHUNK, stream
 from ..kernels import describe
 from ..model import Mistral7B, ModelArgs
-from ..quantization.schemes import compressed_bytes, quantize, random_model
+from ..quantization.schemes import compressed_bytes, random_model
 from ..sampling_params import SamplingParams
 from .jobs import WARM_UP, Job
 
@@ -63,8 +63,8 @@ def build(job: Job) -> Mistral7B:
     """The model of a job: opened where it has a source, otherwise of random weights, made in memory."""
     scheme = None if job.scheme == "none" else job.scheme
     if job.source is not None:
-        model = Mistral7B.from_pretrained(job.source)
-        return model if scheme is None else quantize(model, scheme)
+        # A quantised file is copied to huge pages for what runs long, and mapped where opening counts.
+        return Mistral7B.from_pretrained(job.source, quantization=scheme, mmap=job.what == "load")
     return random_model(ModelArgs(**job.args), scheme)
 
 

@@ -66,7 +66,7 @@ class Record:
             "format": FORMAT,
             "scheme": self.scheme.name,
             "group_size": self.scheme.group_size if grouped else None,
-            "symmetric": self.scheme.symmetric,
+            "symmetric": self.scheme.symmetric or not grouped,
             "calibration": None if self.calibration is None else dict(self.calibration),
             "distance": dict(self.distance),
             "bytes": self.nbytes,

@@ -2,7 +2,7 @@
 
 A checkpoint goes through a layer at a time: the original block and the quantised one run side by side on the
 same text, each on what its own predecessors made of it, so that the distance is that of whole models and yet
-no more than a layer of either is in memory.
+no more than a layer of either is in memory. With a text to calibrate on, that goes along in the same pass.
 
 R rows · T tokens · D width · V vocabulary
 """
@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ..cache import Stateless
 from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
+from ..quantization.calibration import calibrate_block, calibrate_output
 from ..quantization.distance import Comparison
-from ..quantization.fused import FusedRMSNorm, fuse
+from ..quantization.fused import fuse
 from ..quantization.linear import Int8Embedding
 from ..quantization.schemes import Scheme, empty_model, scheme_of
 from ..surgery import replace_linears
@@ -35,7 +36,6 @@ from .writing import ALIGNMENT, Progress, copy_beside, header_of, new_folder, wr
 
 Put = Callable[[str, Tensor], None]
 ROWS = 256  # of logits at a time
-NORMS = (RMSNorm, FusedRMSNorm)  # of the original, and of the quantised
 
 
 def save_quantized(
@@ -67,15 +67,22 @@ def quantize(
     tokens: Tensor,
     text: str,
     progress: Progress | None = None,
+    *,
+    calibration_tokens: Iterable[Sequence[int] | Tensor] | None = None,
+    calibration_text: str = "",
 ) -> Record:
-    """Round the checkpoint `source` (folder, file or hub id) to nearest, into the folder `out`.
+    """Round the checkpoint `source` (folder, file or hub id), into the folder `out`.
 
-    tokens      (R, T) ids on which the distance is measured; each row is read by itself
-    text        what they are, for the record
-    progress    called as progress(done, total, name) after each tensor, in bytes
+    tokens              (R, T) ids on which the distance is measured; each row is read by itself
+    text                what they are, for the record
+    progress            called as progress(done, total, name) after each tensor, in bytes
+    calibration_tokens  rows of ids, BOS first, that guide the rounding as in `quantization.calibrate`, to the
+                        same bits; none: to the nearest
+    calibration_text    what those are, for the record
 
     `out` must not exist, or be empty; it is there whole or not at all. Raises CheckpointError and
-    QuantizationError as `load` does.
+    QuantizationError as `load` does, and QuantizationError for nothing to calibrate on or an id beyond the
+    vocabulary.
     """
     scheme = Scheme.of(scheme)
     if scheme.name == "bf16":
@@ -83,27 +90,47 @@ def quantize(
             "'bf16' rounds nothing, so nothing has to be written: open with quantization='bf16'"
         )
     checkpoint = open_checkpoint(hub.resolve(source))
+    guide = None if calibration_tokens is None else [torch.as_tensor(ids) for ids in calibration_tokens]
+    _check_ids(checkpoint, tokens.flatten(), *(guide or ()))
+    guide = None if guide is None else [ids for ids in guide if len(ids)]
+    if guide == []:
+        raise QuantizationError("no text to calibrate on: pass rows of token ids, or quantise without")
     held = checkpoint.tensors[EMBEDDING].dtype
     dtype = torch.bfloat16 if held.itemsize == 2 else torch.float32
     tensors = empty_model(checkpoint.args, scheme, dtype).state_dict()
     size = sum(t.nbytes for t in tensors.values())
     with new_folder(pathlib.Path(out), size) as folder:
         with _tensor_file(folder / WEIGHTS, tensors, progress) as put, torch.inference_mode():
-            comparison = _Stream(checkpoint, scheme, dtype, tokens, put).run()
-        record = Record(scheme, comparison.result(text), size)
+            comparison = _Stream(checkpoint, scheme, dtype, tokens, put, guide).run()
+        calibration = None
+        if guide is not None:
+            count = sum(map(len, guide))
+            calibration = {"method": "rescaling, feedback", "tokens": count, "text": calibration_text}
+        record = Record(scheme, comparison.result(text), size, calibration)
         _write_rest(folder, checkpoint.args, dtype, record, checkpoint.folder)
     return record
 
 
+def _check_ids(checkpoint: Checkpoint, *rows: Tensor) -> None:
+    """QuantizationError for a token that the model does not know."""
+    most = max((int(ids.max()) for ids in rows if len(ids)), default=0)
+    if most >= checkpoint.args.vocab_size:
+        raise QuantizationError(
+            f"{checkpoint.folder}: token {most} is beyond the vocabulary of {checkpoint.args.vocab_size}: the "
+            "tokenizer belongs to another model"
+        )
+
+
 @dataclasses.dataclass
 class _Stream:
-    """A checkpoint's layers, one after another, into `put`; and a text through both models."""
+    """A checkpoint's layers, one after another, into `put`; and texts through both models."""
 
     checkpoint: Checkpoint
     scheme: Scheme
     dtype: torch.dtype
     tokens: Tensor  # (R, T)
     put: Put
+    guide: list[Tensor] | None = None  # rows (T,) to calibrate on
 
     def run(self) -> Comparison:
         args = self.checkpoint.args
@@ -113,6 +140,8 @@ class _Stream:
         embedding = Int8Embedding.from_weight(weight)
         self._put_all("tok_embeddings", embedding)
         x, y = weight[self.tokens], embedding(self.tokens)  # (R, T, D) of the original, and of the quantised
+        # What each row of the guide has become before the next block: (T, D)
+        self.calibration = None if self.guide is None else [embedding(ids) for ids in self.guide]
         self.checkpoint.tensors[EMBEDDING].release()
         for layer in range(args.n_layers):
             x, y = self._block(layer, x, y, rope, memory)
@@ -125,7 +154,10 @@ class _Stream:
         keys = list(block.state_dict())
         block.load_state_dict({k: self.checkpoint.read(f"{name}.{k}", self.dtype) for k in keys}, assign=True)
         x = block(x, rope, memory)
-        replace_linears(block, self._rounded)
+        if self.calibration is None:
+            replace_linears(block, self._rounded)
+        else:  # which changes the norms too
+            self.calibration = calibrate_block(block, self.calibration, self.checkpoint.args, self.scheme)
         fuse(block)
         self._put_all(name, block)
         for key in keys:
@@ -138,16 +170,15 @@ class _Stream:
 
     def _head(self, x: Tensor, y: Tensor) -> Comparison:
         """The last norm and the output, and from the logits of both the distance."""
-        args = self.checkpoint.args
-        norm, fused = (kind(args.dim, args.norm_eps, dtype=self.dtype, device="meta") for kind in NORMS)
-        weight = self.checkpoint.read("norm.weight", self.dtype)
-        for each in (norm, fused):
-            each.load_state_dict({"weight": weight}, assign=True)
-        self.put("norm.weight", weight)
-        linear = nn.Linear(args.dim, args.vocab_size, bias=False, dtype=self.dtype, device="meta")
         held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # a tied output
-        linear.load_state_dict({"weight": self.checkpoint.read(held, self.dtype)}, assign=True)
-        rounded = self._rounded(linear, "output")
+        weights = [self.checkpoint.read(name, self.dtype) for name in ("norm.weight", held)]
+        (norm, linear), (fused, plain) = self._last(*weights), self._last(*weights)
+        if self.calibration is None:
+            rounded = self._rounded(plain, "output")
+        else:
+            rounded = calibrate_output(fused, plain, self.calibration, self.scheme)
+        fuse(fused)
+        self._put_all("norm", fused)
         self._put_all("output", rounded)
         comparison = Comparison()
         last = x.shape[1] - 1  # the last token of a row has nothing to predict
@@ -156,6 +187,17 @@ class _Stream:
             comparison.add(linear(norm(a)), rounded(fused(b)), targets[:, 0])
         self.checkpoint.tensors[held].release()
         return comparison
+
+    def _last(self, norm: Tensor, output: Tensor) -> tuple[RMSNorm, nn.Linear]:
+        """The last norm and the output with these weights."""
+        args = self.checkpoint.args
+        made = (
+            RMSNorm(args.dim, args.norm_eps, dtype=self.dtype, device="meta"),
+            nn.Linear(args.dim, args.vocab_size, bias=False, dtype=self.dtype, device="meta"),
+        )
+        for module, weight in zip(made, (norm, output), strict=True):
+            module.load_state_dict({"weight": weight}, assign=True)
+        return made
 
     def _put_all(self, prefix: str, module: nn.Module) -> None:
         for name, value in module.state_dict().items():

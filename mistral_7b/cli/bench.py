@@ -33,8 +33,9 @@ class Bench:
     """Random weights of this shape instead, made in memory: speed does not depend on their values."""
     layers: int | None = None
     """With --shape: so many layers and no more, where memory is short."""
-    scheme: tuple[Scheme, ...] = ("int4", "int8", "bf16")
-    """How the weights are held; none: as they are, by PyTorch's own operators."""
+    scheme: tuple[Scheme, ...] = ()
+    """How the weights are held; none: as they are, by PyTorch's own operators. Without the flag int4, int8 and
+    bf16, or of a quantised folder the one that it is in."""
     what: tuple[What, ...] = ("decode", "prefill", "batch16", "load")
     """decode: one token after another; prefill: reading a prompt; batch16: sixteen rows decoding
     together; load: from the start of the process to the first token (not with --shape)."""
@@ -119,11 +120,24 @@ def plan_of(args: Bench) -> Plan:
 
     name, source, model_args = subject(args)
     return Plan(
-        name, model_args, source, tuple(dict.fromkeys(args.scheme)), whats,
+        name, model_args, source, schemes(args, source), whats,
         context=args.context, prompt=args.prompt, threads=args.threads,
         quick=args.quick, rounds=args.rounds, peers=args.peers, peer_python=args.peer_python,
         files=args.keep,
     )  # fmt: skip
+
+
+def schemes(args: Bench, source: str | None) -> tuple[str, ...]:
+    """What was asked for, or of a quantised folder its own. UsageError if another is asked for than that."""
+    from ..checkpoint import read_record
+
+    asked = tuple(dict.fromkeys(args.scheme))
+    if source is None or (record := read_record(source)) is None:
+        return asked or ("int4", "int8", "bf16")
+    own = record.scheme.name
+    if asked not in ((), (own,)):
+        raise UsageError(f"--scheme {' '.join(asked)}: {args.model} is quantised already, as {own}; leave it out")
+    return (own,)
 
 
 def subject(args: Bench) -> tuple[str, str | None, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -38,12 +39,17 @@ class Quantize:
     """int8: half of bfloat16's bytes, nearly exact; int4: a quarter."""
     group_size: Literal[32, 128] = 128
     """Of int4: inputs that share a multiplier; 32 is closer to the original and 5% larger."""
-    asymmetric: bool = False
-    """Of int4: groups have a zero point of their own."""
+    symmetric: bool = False
+    """Of int4: the middle code is zero in every group. It saves nothing, and is further from the original."""
     text: str = ""
     """A file on which the distance is measured; without one it is this package's own source."""
     tokens: int = 4096
     """How many tokens of the text, at most."""
+    calibrate: str = ""
+    """A file like what the model is to read, plain or JSONL whose lines have a "text": the rounding is guided
+    by what it makes the model compute. Closer to the original, for a minute of a core a block of 7B."""
+    calibration_tokens: int = 8192
+    """How many tokens of that, at most."""
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model that has one; none: that of the model."""
     threads: int | None = None
@@ -52,13 +58,17 @@ class Quantize:
 
 def run(argv: list[str]) -> int:
     args = read_flags(Quantize, "quantize", argv)
-    if args.scheme == "int8" and (args.group_size != 128 or args.asymmetric):
-        raise UsageError("--group-size and --asymmetric belong to int4: int8 has a scale for each output")
-    if args.tokens < 2:
-        raise UsageError(f"--tokens must be at least 2, not {args.tokens}")
-    if args.threads is not None and args.threads < 1:
-        raise UsageError(f"--threads must be at least 1, not {args.threads}")
+    if args.scheme == "int8" and (args.group_size != 128 or args.symmetric):
+        raise UsageError("--group-size and --symmetric belong to int4: int8 has a scale for each output")
+    for flag, value, least in (
+        ("tokens", args.tokens, 2),
+        ("calibration-tokens", args.calibration_tokens, 2),
+        ("threads", args.threads, 1),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"--{flag} must be at least {least}, not {value}")
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
+    guides = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -81,8 +91,11 @@ def run(argv: list[str]) -> int:
         longest = min(ROW, read_args(folder)[0].max_seq_len)
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or folder)
         tokens = rows(tokenizer, text, args.tokens, longest)
-        scheme = Scheme(args.scheme, args.group_size, not args.asymmetric)
-        record = quantize(folder, args.out, scheme, tokens, name, progress=told)
+        scheme = Scheme(args.scheme, args.group_size, args.symmetric)
+        guide = None if guides is None else documents(tokenizer, guides, args.calibration_tokens, longest)
+        record = quantize(
+            folder, args.out, scheme, tokens, name, told, calibration_tokens=guide, calibration_text=args.calibrate
+        )
     print(f"{args.source} is written to {args.out}: {summary(record)}", file=sys.stderr)
     return 0
 
@@ -105,12 +118,52 @@ def rows(tokenizer: Tokenizer, text: str, most: int, length: int) -> Tensor:
     return torch.nn.functional.pad(whole, (1, 0), value=tokenizer.bos_id)
 
 
+def texts(name: str, content: str) -> list[str]:
+    """The texts of a file: of JSONL, which begins with an object that has a "text", one a line; else the whole."""
+    lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+    found = [content]
+    if lines and _text_of(lines[0][1]) is not None:
+        found = []
+        for n, line in lines:
+            if (text := _text_of(line)) is None:
+                raise UsageError(f'{name}, line {n}: not a JSON object with a "text", as the first line is')
+            found.append(text)
+    kept = [text for text in found if text.strip()]
+    if not kept:
+        raise UsageError(f"{name}: the text to calibrate on is empty")
+    return kept
+
+
+def _text_of(line: str) -> str | None:
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return None
+    text = said.get("text") if isinstance(said, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def documents(tokenizer: Tokenizer, texts: list[str], most: int, length: int) -> list[list[int]]:
+    """At most so many tokens of texts as rows of at most `length`, each begun anew with <s>, which counts."""
+    out: list[list[int]] = []
+    for text in texts:
+        ids = tokenizer.encode(text, bos=False)
+        for start in range(0, len(ids), length - 1):
+            row = [tokenizer.bos_id, *ids[start : start + length - 1]][:most]
+            most -= len(row)
+            if len(row) > 1:
+                out.append(row)
+    return out
+
+
 def summary(record: Record) -> str:
     """What a quantised checkpoint is and what it lost, in a line."""
     d = record.distance
     lost = d["perplexity"] / d["perplexity_original"] - 1
+    guide = record.calibration
+    guided = f"calibrated on {guide['tokens']:,} tokens of {guide['text']}" if guide else "rounded to nearest"
     return (
-        f"{record.scheme}, {record.nbytes / 1e9:.2f} GB. On {d['tokens']:,} tokens of {d['text']}: KL "
+        f"{record.scheme}, {guided}, {record.nbytes / 1e9:.2f} GB. On {d['tokens']:,} tokens of {d['text']}: KL "
         f"{d['kl']:.4f}, top-1 agreement {d['top1_agreement']:.1%}, perplexity {d['perplexity_original']:.3f} -> "
         f"{d['perplexity']:.3f} ({lost:+.2%})"
     )

@@ -1,7 +1,7 @@
-"""A transformer block on either side of its attention, in two calls of the kernels.
+"""A transformer block on either side of its attention in two calls of the kernels, or all blocks in one.
 
 Between calls of a block's parts, one by one, the interpreter takes a tenth of a step of decoding: each weight
-that streams by leaves its own memory cold. The twin is the block itself, part by part.
+that streams by leaves its own memory cold. The twin is the model itself, part by part.
 """
 
 from __future__ import annotations
@@ -72,3 +72,26 @@ def finish(block: Block, x: Tensor, attended: Tensor) -> Tensor:
         x.numel() // block.dim, torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def run_layers(
+    blocks: list[Block], x: Tensor, cos: Tensor, sin: Tensor, entries: list[tuple[Tensor, ...]],
+    start: Tensor, held: Tensor, slots: int, window: int | None,
+) -> Tensor:  # fmt: skip
+    """bfloat16 x (B, T, D) through all blocks, over a ring that is read and written: see `attend`.
+
+    entries     for each layer its keys and values (B, slots, G, K), in int8 their scales too
+    """
+    lib, first = compiler.library(), blocks[0]
+    assert lib is not None
+    x = x.contiguous().clone()
+    int8 = len(entries[0]) == 4
+    old = [t.data_ptr() for layer in entries for t in layer]
+    lib.m7b_layers(
+        (Block * len(blocks))(*blocks), len(blocks), (PTR * len(old))(*old), int8, *x.shape[:2],
+        first.wq.N // first.head_dim, first.wk.N // first.head_dim, first.head_dim,
+        start.data_ptr(), held.data_ptr(), slots, window or 0, cos.data_ptr(), sin.data_ptr(),
+        cos.numel() // (first.head_dim // 2),
+        torch.get_num_threads(), x.data_ptr(),
+    )  # fmt: skip
+    return x

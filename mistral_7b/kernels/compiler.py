@@ -46,8 +46,11 @@ SIGNATURES = {
     "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
     "m7b_project": (PTR, INT, PTR, LONG, PTR, PTR, LONG, INT, PTR, PTR, PTR),
     "m7b_finish_block": (PTR, INT, PTR, PTR, LONG, INT, PTR),
+    "m7b_layers": (PTR, LONG, PTR, INT, *(LONG,) * 5, PTR, PTR, LONG, LONG, PTR, PTR, LONG, INT, PTR),
     "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 9, INT, *(PTR,) * 2, LONG, LONG, PTR, LONG, LONG, LONG, INT, PTR),
+    "m7b_read": (PTR, LONG, INT),
 }
+RETURNS = {"m7b_read": LONG}  # the others nothing
 
 
 def chosen() -> str:
@@ -123,7 +126,7 @@ def _load(path: pathlib.Path) -> ctypes.CDLL | None:
         return None
     for function, arguments in SIGNATURES.items():
         getattr(lib, function).argtypes = arguments
-        getattr(lib, function).restype = None
+        getattr(lib, function).restype = RETURNS.get(function)
     lib.m7b_path.restype = ctypes.c_char_p
     return lib
 

@@ -42,7 +42,7 @@
 
 namespace {
 
-constexpr int64_t TILE_N = 16, LINE = 64, BLOCK = 32, PREFETCH = 1536;
+constexpr int64_t TILE_N = 16, LINE = 64, BLOCK = 32;
 
 // ---------------------------------------------------------------- numbers
 
@@ -239,345 +239,6 @@ struct Span {
 };
 Span share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
 
-// ---------------------------------------------------------------- activations
-
-// Rows of int8 with a scale for every `block` inputs and, per `group` inputs, the sum of their codes.
-struct Rows {
-    int64_t M, K, Kp, block, group;
-    int8_t* q;      // (M, Kp), padded with zeros; M itself is padded to 16 rows for AMX
-    float* scale;   // (M, Kp / block)
-    int32_t* sum;   // (M, Kp / group)
-};
-
-template <class T>
-void quantise_row(const Rows& r, int64_t row, const typename T::Store* x) {
-    int8_t* q = r.q + row * r.Kp;
-    for (int64_t b = 0; b * r.block < r.Kp; b++) {
-        const int64_t begin = b * r.block, end = std::max(begin, std::min(begin + r.block, r.K));
-        uint32_t top = 0;  // the largest bits are the largest magnitude; those of inf and NaN lie above all
-        for (int64_t k = begin; k < end; k++) {
-            float v = T::get(x, k);
-            uint32_t bits;
-            std::memcpy(&bits, &v, 4);
-            top = std::max(top, bits & 0x7fffffffu);
-        }
-        float absmax;
-        std::memcpy(&absmax, &top, 4);
-        r.scale[row * (r.Kp / r.block) + b] = absmax / 127.0f;
-        const float inverse = absmax > 0 ? 127.0f / absmax : 0.0f;
-        const bool finite = top < 0x7f800000u && inverse <= 3.0e38f;
-        if (finite)
-            for (int64_t k = begin; k < end; k++) q[k] = int8_t(int32_t(__builtin_rintf(T::get(x, k) * inverse)));
-        else  // the scale is 0, inf or NaN, and so will the products be
-            std::memset(q + begin, 0, end - begin);
-    }
-    std::memset(q + r.K, 0, r.Kp - r.K);
-    for (int64_t g = 0; g * r.group < r.Kp; g++) {
-        int32_t s = 0;
-        for (int64_t k = g * r.group; k < (g + 1) * r.group; k++) s += q[k];
-        r.sum[row * (r.Kp / r.group) + g] = s;
-    }
-}
-
-// ---------------------------------------------------------------- weights
-
-struct Weights {
-    int64_t N, Kp, group;  // group: inputs of an int4 group; Kp for int8
-    const uint8_t* codes;
-    const uint8_t* groups;    // int4 only
-    const float* scale;       // (N,)
-    const uint16_t* d;        // block formats only: half floats [N/16][K/32][16]
-    int bits;
-};
-
-template <class T>
-void finish(const Rows& r, const Weights& w, int64_t row, int64_t tile, const int32_t* sums, void* out) {
-    typename T::Store* y = static_cast<typename T::Store*>(out) + row * w.N + tile * TILE_N;
-    const int64_t n = std::min(TILE_N, w.N - tile * TILE_N);
-    const float sx = r.scale[row], *scale = w.scale + tile * TILE_N;
-    for (int64_t i = 0; i < n; i++) T::put(y, i, float(sums[i]) * sx * scale[i]);
-}
-
-// R rows by one tile of 16 outputs, codes of 8 bits (128 is zero): the matrix-vector product of int8.
-template <int R>
-void dot_tile8(const Rows& r, int64_t row, const uint8_t* codes, Sums* out) {
-    constexpr int U = R == 1 ? 4 : 1;  // chains of sums: an instruction takes five cycles
-    Sums s[R][U];
-    for (auto& chain : s)
-        for (auto& v : chain) v = zero();
-    const int8_t* x = r.q + row * r.Kp;
-    for (int64_t k = 0; k < r.Kp; k += 4 * U) {
-        for (int u = 0; u < U; u++) {
-            __builtin_prefetch(codes + PREFETCH);
-            const Line line = load(codes);
-            codes += LINE;
-            for (int i = 0; i < R; i++) s[i][u] = dot8(s[i][u], line, x + i * r.Kp + k + 4 * u);
-        }
-    }
-    for (int i = 0; i < R; i++) {
-        out[i] = s[i][0];
-        for (int u = 1; u < U; u++) out[i] = add(out[i], s[i][u]);
-    }
-}
-
-template <int R>
-void dot_tile4(const Rows& r, int64_t row, const uint8_t* codes, const uint8_t* groups, Sums* out) {
-    for (int i = 0; i < R; i++) out[i] = zero();
-    const int8_t* x = r.q + row * r.Kp;
-    const int64_t G = r.Kp / r.group;
-    for (int64_t g = 0; g < G; g++) {
-        Sums a[R], b[R];
-        for (int i = 0; i < R; i++) a[i] = b[i] = zero();
-        for (int64_t k = 0; k < r.group; k += 8) {
-            __builtin_prefetch(codes + PREFETCH);
-            const Line line = load(codes), lo = low(line), hi = high(line);
-            codes += LINE;
-            for (int i = 0; i < R; i++) {
-                a[i] = dot4(a[i], lo, x + i * r.Kp + k);
-                b[i] = dot4(b[i], hi, x + i * r.Kp + k + 4);
-            }
-        }
-        for (int i = 0; i < R; i++)
-            out[i] = fold(out[i], add(a[i], b[i]), groups, r.sum[(row + i) * G + g]);
-        groups += TILE_N;
-        x += r.group;
-    }
-}
-
-// The codes of one tile from int4 to int8, inputs begin..end.
-void widen_tile(const Weights& w, int64_t tile, int64_t begin, int64_t end, uint8_t* out) {
-    const uint8_t* codes = w.codes + tile * w.Kp * 8 + begin / 8 * LINE;
-    const uint8_t* groups = w.groups + tile * (w.Kp / w.group) * TILE_N;
-    for (int64_t k = begin; k < end;) {
-        const Widening widen(groups + k / w.group * TILE_N);
-        for (const int64_t stop = std::min(end, (k / w.group + 1) * w.group); k < stop; k += 8) {
-            const Line line = load(codes);
-            widen.put(out, low(line));
-            widen.put(out + LINE, high(line));
-            codes += LINE;
-            out += 2 * LINE;
-        }
-    }
-}
-
-constexpr int64_t FEW = 4;  // rows up to which weights are used as they lie, and beyond which int4 is widened first
-
-template <class T, int R>
-void few_rows(const Rows& r, const Weights& w, int64_t row, int64_t tile, const uint8_t* wide, void* out) {
-    Sums s[R];
-    int32_t v[16];
-    if (wide || w.bits == 8)
-        dot_tile8<R>(r, row, wide ? wide : w.codes + tile * w.Kp * TILE_N, s);
-    else
-        dot_tile4<R>(r, row, w.codes + tile * w.Kp * 8, w.groups + tile * (w.Kp / w.group) * TILE_N, s);
-    for (int i = 0; i < R; i++) {
-        store(v, s[i]);
-        if (wide || w.bits == 8) {
-            int32_t sum = 0;
-            for (int64_t g = 0; g < r.Kp / r.group; g++) sum += r.sum[(row + i) * (r.Kp / r.group) + g];
-            for (auto& n : v) n -= 128 * sum;
-        }
-        finish<T>(r, w, row + i, tile, v, out);
-    }
-}
-
-template <class T>
-void any_rows(const Rows& r, const Weights& w, int64_t tile, const uint8_t* wide, void* out) {
-    int64_t row = 0;
-    for (; row + FEW <= r.M; row += FEW) few_rows<T, FEW>(r, w, row, tile, wide, out);
-    switch (r.M - row) {
-        case 3: few_rows<T, 3>(r, w, row, tile, wide, out); break;
-        case 2: few_rows<T, 2>(r, w, row, tile, wide, out); break;
-        case 1: few_rows<T, 1>(r, w, row, tile, wide, out); break;
-        default: break;
-    }
-}
-
-// ---------------------------------------------------------------- AMX: tiles of 16 rows by 16 outputs by 64 inputs
-
-#if defined(WITH_AMX)
-
-constexpr int64_t NB = 16, KB = 1024, MB = 512;  // a block: 256 outputs (256 KB of codes in L2), 1024 inputs, 512 rows
-
-void configure_tiles() {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-}
-
-// The macros of tiles do not tell the compiler that they touch memory.
-inline void fence() { __asm__ volatile("" ::: "memory"); }
-
-// C (32 rows, 32 outputs) += A B over `steps` tiles of inputs; first: C begins at zero.
-void block_2x2(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int32_t* c, int64_t ldc, bool first) {
-    fence();
-    int32_t* below = c + 16 * ldc;
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, c, ldc * 4);
-        _tile_loadd(1, c + 16, ldc * 4);
-        _tile_loadd(2, below, ldc * 4);
-        _tile_loadd(3, below + 16, ldc * 4);
-    }
-    for (int64_t i = 0; i < steps; i++) {
-        _tile_loadd(4, a + i * 64, lda);
-        _tile_loadd(6, b + i * 1024, 64);
-        _tile_dpbsud(0, 4, 6);
-        _tile_loadd(7, b + ldb + i * 1024, 64);
-        _tile_dpbsud(1, 4, 7);
-        _tile_loadd(5, a + 16 * lda + i * 64, lda);
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-    }
-    _tile_stored(0, c, ldc * 4);
-    _tile_stored(1, c + 16, ldc * 4);
-    _tile_stored(2, below, ldc * 4);
-    _tile_stored(3, below + 16, ldc * 4);
-    fence();
-}
-
-// C (16 rows, 16 times `count` outputs) likewise, count up to 4: for the last rows, or no more than 16.
-void block_1x4(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int32_t* c, int64_t ldc, bool first, int64_t count) {
-    fence();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    if (!first) {
-        _tile_loadd(0, c, ldc * 4);
-        if (count > 1) _tile_loadd(1, c + 16, ldc * 4);
-        if (count > 2) _tile_loadd(2, c + 32, ldc * 4);
-        if (count > 3) _tile_loadd(3, c + 48, ldc * 4);
-    }
-    for (int64_t i = 0; i < steps; i++) {
-        _tile_loadd(4, a + i * 64, lda);
-        _tile_loadd(5, b + i * 1024, 64);
-        _tile_dpbsud(0, 4, 5);
-        if (count > 1) {
-            _tile_loadd(6, b + ldb + i * 1024, 64);
-            _tile_dpbsud(1, 4, 6);
-        }
-        if (count > 2) {
-            _tile_loadd(7, b + 2 * ldb + i * 1024, 64);
-            _tile_dpbsud(2, 4, 7);
-        }
-        if (count > 3) {
-            _tile_loadd(5, b + 3 * ldb + i * 1024, 64);
-            _tile_dpbsud(3, 4, 5);
-        }
-    }
-    _tile_stored(0, c, ldc * 4);
-    if (count > 1) _tile_stored(1, c + 16, ldc * 4);
-    if (count > 2) _tile_stored(2, c + 32, ldc * 4);
-    if (count > 3) _tile_stored(3, c + 48, ldc * 4);
-    fence();
-}
-
-// Rows begin..end by the tiles of one block of outputs, all inputs.
-template <class T>
-void amx_block(const Rows& r, const Weights& w, Span rows, Span tiles, uint8_t* panel, int32_t* c, void* out) {
-    constexpr int64_t ldc = NB * TILE_N;
-    const int64_t padded = (rows.end - rows.begin + 15) / 16 * 16;
-    for (int64_t k = 0; k < w.Kp; k += KB) {
-        const int64_t depth = std::min(KB, w.Kp - k), steps = depth / 64;
-        const uint8_t* b = w.codes + tiles.begin * w.Kp * TILE_N + k * TILE_N;
-        int64_t ldb = w.Kp * TILE_N;
-        if (w.bits == 4) {
-            for (int64_t t = tiles.begin; t < tiles.end; t++)
-                widen_tile(w, t, k, k + depth, panel + (t - tiles.begin) * depth * TILE_N);
-            b = panel;
-            ldb = depth * TILE_N;
-        }
-        const int64_t width = tiles.end - tiles.begin;
-        for (int64_t m = 0; m < padded;) {
-            const int8_t* a = r.q + (rows.begin + m) * r.Kp + k;
-            if (padded - m >= 32 && width % 2 == 0) {
-                for (int64_t t = 0; t < width; t += 2)
-                    block_2x2(a, r.Kp, b + t * ldb, ldb, steps, c + m * ldc + t * 16, ldc, k == 0);
-                m += 32;
-            } else {
-                for (int64_t t = 0; t < width; t += 4)
-                    block_1x4(a, r.Kp, b + t * ldb, ldb, steps, c + m * ldc + t * 16, ldc, k == 0, width - t);
-                m += 16;
-            }
-        }
-    }
-    for (int64_t m = rows.begin; m < rows.end; m++) {
-        int32_t sum = 0;
-        for (int64_t g = 0; g < r.Kp / r.group; g++) sum += r.sum[m * (r.Kp / r.group) + g];
-        for (int64_t t = tiles.begin; t < tiles.end; t++) {
-            int32_t* v = c + (m - rows.begin) * ldc + (t - tiles.begin) * 16;
-            for (int i = 0; i < 16; i++) v[i] -= 128 * sum;
-            finish<T>(r, w, m, t, v, out);
-        }
-    }
-}
-
-template <class T>
-void amx_linear(const Rows& r, const Weights& w, int threads, void* out) {
-    const int64_t tiles = (w.N + 15) / 16;
-    // Blocks of outputs, smaller where there would be too few to share.
-    int64_t width = NB;
-    while (width > 4 && (tiles + width - 1) / width < 4 * threads) width /= 2;
-    const int64_t blocks = (tiles + width - 1) / width;
-    parallel(threads, [&](int t, int n) {
-        static thread_local Scratch<uint8_t> panel_of;
-        static thread_local Scratch<int32_t> sums_of;
-        uint8_t* panel = panel_of.get(NB * TILE_N * KB);
-        int32_t* c = sums_of.get(MB * NB * TILE_N);
-        configure_tiles();
-        const Span mine = share(blocks, t, n);
-        for (int64_t b = mine.begin; b < mine.end; b++)
-            for (int64_t m = 0; m < r.M; m += MB)
-                amx_block<T>(r, w, {m, std::min(m + MB, r.M)}, {b * width, std::min((b + 1) * width, tiles)}, panel, c, out);
-        _tile_release();
-    });
-}
-
-#endif
-
-// M rows made int8, in scratch that the next call takes again: a scale for `block` inputs, a sum for `group`.
-template <class T>
-Rows quantise(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, int64_t group, int threads) {
-    static thread_local Scratch<int8_t> codes_of;
-    static thread_local Scratch<float> scale_of;
-    static thread_local Scratch<int32_t> sum_of;
-    const int64_t padded = (M + 15) / 16 * 16;
-    const Rows r{M, K, Kp, block, group, codes_of.get(padded * Kp), scale_of.get(M * (Kp / block)), sum_of.get(M * (Kp / group))};
-    const auto* rows = static_cast<const typename T::Store*>(x);
-    parallel(M < 4 ? 1 : threads, [&](int t, int n) {
-        const Span mine = share(M, t, n);
-        for (int64_t m = mine.begin; m < mine.end; m++) quantise_row<T>(r, m, rows + m * K);
-    });
-    std::memset(r.q + M * Kp, 0, (padded - M) * Kp);
-    return r;
-}
-
-// out (M, N) = rows w8^T.
-template <class T>
-void product(const Rows& r, const Weights& w, int threads, void* out) {
-#if defined(WITH_AMX)
-    if (r.M > FEW) return amx_linear<T>(r, w, threads, out);
-#endif
-    const int64_t tiles = (w.N + 15) / 16;
-    parallel(threads, [&](int t, int n) {
-        static thread_local Scratch<uint8_t> wide_of;
-        const Span mine = share(tiles, t, n);
-        uint8_t* wide = w.bits == 4 && r.M > FEW ? wide_of.get(w.Kp * TILE_N + 2048) : nullptr;
-        for (int64_t tile = mine.begin; tile < mine.end; tile++) {
-            if (wide) widen_tile(w, tile, 0, w.Kp, wide);
-            any_rows<T>(r, w, tile, wide, out);
-        }
-    });
-}
-
 // ---------------------------------------------------------------- sixteen floats at once
 
 using F16 = float __attribute__((vector_size(64)));
@@ -662,6 +323,428 @@ inline F16 exponential(F16 x) {
     return e < -126 ? F16{} : p * power;
 }
 
+// ---------------------------------------------------------------- activations
+
+// Rows of int8 with a scale for every `block` inputs and, per `group` inputs, the sum of their codes.
+struct Rows {
+    int64_t M, K, Kp, block, group;
+    int8_t* q;      // (M, Kp), padded with zeros; M itself is padded to 16 rows for AMX
+    float* scale;   // (M, Kp / block)
+    int32_t* sum;   // (M, Kp / group)
+};
+
+template <class T>
+void quantise_row(const Rows& r, int64_t row, const typename T::Store* x) {
+    int8_t* q = r.q + row * r.Kp;
+    for (int64_t b = 0; b * r.block < r.Kp; b++) {
+        const int64_t begin = b * r.block, end = std::max(begin, std::min(begin + r.block, r.K));
+        uint32_t top = 0;  // the largest bits are the largest magnitude; those of inf and NaN lie above all
+        for (int64_t k = begin; k < end; k++) {
+            float v = T::get(x, k);
+            uint32_t bits;
+            std::memcpy(&bits, &v, 4);
+            top = std::max(top, bits & 0x7fffffffu);
+        }
+        float absmax;
+        std::memcpy(&absmax, &top, 4);
+        r.scale[row * (r.Kp / r.block) + b] = absmax / 127.0f;
+        const float inverse = absmax > 0 ? 127.0f / absmax : 0.0f;
+        const bool finite = top < 0x7f800000u && inverse <= 3.0e38f;
+        if (finite)
+            for (int64_t k = begin; k < end; k++) q[k] = int8_t(int32_t(__builtin_rintf(T::get(x, k) * inverse)));
+        else  // the scale is 0, inf or NaN, and so will the products be
+            std::memset(q + begin, 0, end - begin);
+    }
+    std::memset(q + r.K, 0, r.Kp - r.K);
+    for (int64_t g = 0; g * r.group < r.Kp; g++) {
+        int32_t s = 0;
+        for (int64_t k = g * r.group; k < (g + 1) * r.group; k++) s += q[k];
+        r.sum[row * (r.Kp / r.group) + g] = s;
+    }
+}
+
+// ---------------------------------------------------------------- weights
+
+struct Weights {
+    int64_t N, Kp, group;  // group: inputs of an int4 group; Kp for int8
+    const uint8_t* codes;
+    const uint8_t* groups;    // int4 only
+    const float* scale;       // (N,)
+    const uint16_t* d;        // block formats only: half floats [N/16][K/32][16]
+    int bits;
+};
+
+// y = float(sums) * sx * scale, for the 16 outputs of a tile or what there is of them.
+template <class T>
+inline void finish(const Rows& r, const Weights& w, int64_t row, int64_t tile, const int32_t* sums, void* out) {
+    I16 v;
+    std::memcpy(&v, sums, 64);
+    const F16 y = __builtin_convertvector(v, F16) * r.scale[row] * take(w.scale + tile * TILE_N);
+    give(static_cast<typename T::Store*>(out) + row * w.N + tile * TILE_N, y, w.N - tile * TILE_N);
+}
+
+// Bytes ahead of a load at which memory is asked for: with two streams in each of two threads nothing was faster.
+constexpr int64_t AHEAD = 4096;
+
+// R rows by W tiles of 16 outputs, whose codes of 8 bits (128 is zero) lie `stride` bytes apart.
+template <int R, int W>
+void dot_tiles8(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride, Sums (*out)[W]) {
+    Sums s[R][W];  // a local, which stays in registers
+    for (int i = 0; i < R; i++)
+        for (int t = 0; t < W; t++) s[i][t] = zero();
+    const int8_t* x = r.q + row * r.Kp;
+    for (int64_t k = 0; k < r.Kp; k += 4, codes += LINE) {
+        Line line[W];
+        for (int t = 0; t < W; t++) {
+            __builtin_prefetch(codes + t * stride + AHEAD);
+            line[t] = load(codes + t * stride);
+        }
+        for (int t = 0; t < W; t++)
+            for (int i = 0; i < R; i++) s[i][t] = dot8(s[i][t], line[t], x + i * r.Kp + k);
+    }
+    for (int i = 0; i < R; i++)
+        for (int t = 0; t < W; t++) out[i][t] = s[i][t];
+}
+
+// The same from codes of 4 bits: sums of a group, then the group's multiplier and zero point.
+template <int R, int W>
+void dot_tiles4(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride, const uint8_t* groups, int64_t group_stride, Sums (*out)[W]) {
+    for (int i = 0; i < R; i++)
+        for (int t = 0; t < W; t++) out[i][t] = zero();
+    const int8_t* x = r.q + row * r.Kp;
+    const int64_t G = r.Kp / r.group;
+    for (int64_t g = 0; g < G; g++, x += r.group, groups += TILE_N) {
+        Sums a[R][W], b[R][W];
+        for (int i = 0; i < R; i++)
+            for (int t = 0; t < W; t++) a[i][t] = b[i][t] = zero();
+        for (int t = 0; t < W; t++) __builtin_prefetch(groups + t * group_stride + AHEAD / 16);
+        for (int64_t k = 0; k < r.group; k += 8, codes += LINE) {
+            Line line[W];
+            for (int t = 0; t < W; t++) {
+                __builtin_prefetch(codes + t * stride + AHEAD);
+                line[t] = load(codes + t * stride);
+            }
+            for (int t = 0; t < W; t++)
+                for (int i = 0; i < R; i++) {
+                    a[i][t] = dot4(a[i][t], low(line[t]), x + i * r.Kp + k);
+                    b[i][t] = dot4(b[i][t], high(line[t]), x + i * r.Kp + k + 4);
+                }
+        }
+        for (int i = 0; i < R; i++)
+            for (int t = 0; t < W; t++)
+                out[i][t] = fold(out[i][t], add(a[i][t], b[i][t]), groups + t * group_stride, r.sum[(row + i) * G + g]);
+    }
+}
+
+// The codes of one tile from int4 to int8, inputs begin..end, both multiples of 32.
+inline void widen_tile(const Weights& w, int64_t tile, int64_t begin, int64_t end, uint8_t* out) {
+    const uint8_t* codes = w.codes + tile * w.Kp * 8 + begin / 8 * LINE;
+    const uint8_t* groups = w.groups + tile * (w.Kp / w.group) * TILE_N;
+    for (int64_t k = begin; k < end;) {
+        const uint8_t* group = groups + k / w.group * TILE_N;
+        const Widening widen(group);
+        __builtin_prefetch(group + AHEAD / 16);
+        for (const int64_t stop = std::min(end, (k / w.group + 1) * w.group); k < stop; k += 8) {
+            __builtin_prefetch(codes + AHEAD);
+            const Line line = load(codes);
+            widen.put(out, low(line));
+            widen.put(out + LINE, high(line));
+            codes += LINE;
+            out += 2 * LINE;
+        }
+    }
+}
+
+constexpr int64_t FEW = 4;  // rows up to which weights are used as they lie, and beyond which int4 is widened first
+
+// Tile `tile`, and with W = 2 the one `apart` tiles on. wide: the codes of a single tile, widened; else null.
+template <class T, int R, int W>
+void few_rows(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t apart, const uint8_t* wide, void* out) {
+    Sums s[R][W];
+    int32_t v[16];
+    const bool eight = wide || w.bits == 8;
+    const int64_t G = r.Kp / r.group, size = w.Kp * TILE_N;  // bytes of a tile in 8 bits
+    if (eight)
+        dot_tiles8<R, W>(r, row, wide ? wide : w.codes + tile * size, apart * size, s);
+    else
+        dot_tiles4<R, W>(r, row, w.codes + tile * size / 2, apart * size / 2, w.groups + tile * G * TILE_N, apart * G * TILE_N, s);
+    for (int i = 0; i < R; i++) {
+        int32_t sum = 0;
+        for (int64_t g = 0; eight && g < G; g++) sum += r.sum[(row + i) * G + g];
+        for (int t = 0; t < W; t++) {
+            store(v, s[i][t]);
+            for (auto& n : v) n -= 128 * sum;
+            finish<T>(r, w, row + i, tile + t * apart, v, out);
+        }
+    }
+}
+
+template <class T, int W>
+void any_rows(const Rows& r, const Weights& w, int64_t tile, int64_t apart, const uint8_t* wide, void* out) {
+    int64_t row = 0;
+    for (; row + FEW <= r.M; row += FEW) few_rows<T, FEW, W>(r, w, row, tile, apart, wide, out);
+    switch (r.M - row) {
+        case 3: few_rows<T, 3, W>(r, w, row, tile, apart, wide, out); break;
+        case 2: few_rows<T, 2, W>(r, w, row, tile, apart, wide, out); break;
+        case 1: few_rows<T, 1, W>(r, w, row, tile, apart, wide, out); break;
+        default: break;
+    }
+}
+
+// ---------------------------------------------------------------- AMX: tiles of 16 rows by 16 outputs by 64 inputs
+
+#if defined(WITH_AMX)
+
+constexpr int64_t NB = 16, KB = 1024, MB = 512;  // of a block: tiles of outputs, inputs (256 KB of codes in L2), rows
+
+void configure_tiles() {
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+}
+
+// The macros of tiles do not tell the compiler that they touch memory.
+inline void fence() { __asm__ volatile("" ::: "memory"); }
+
+inline void clear_tiles() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Tiles 0..3 += A B over `steps` tiles of inputs: 32 rows by up to 2 tiles of outputs.
+inline void steps_2x2(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int64_t count) {
+    fence();
+    if (count < 2) ldb = 0;  // the one tile twice: its second result is not used
+    for (int64_t i = 0; i < steps; i++) {
+        _tile_loadd(4, a + i * 64, lda);
+        _tile_loadd(6, b + i * 1024, 64);
+        _tile_dpbsud(0, 4, 6);
+        _tile_loadd(7, b + ldb + i * 1024, 64);
+        _tile_dpbsud(1, 4, 7);
+        _tile_loadd(5, a + 16 * lda + i * 64, lda);
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+    }
+    fence();
+}
+
+// The same for 16 rows by up to 4 tiles of outputs.
+inline void steps_1x4(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int64_t count) {
+    fence();
+    for (int64_t i = 0; i < steps; i++) {
+        _tile_loadd(4, a + i * 64, lda);
+        _tile_loadd(5, b + i * 1024, 64);
+        _tile_dpbsud(0, 4, 5);
+        if (count > 1) {
+            _tile_loadd(6, b + ldb + i * 1024, 64);
+            _tile_dpbsud(1, 4, 6);
+        }
+        if (count > 2) {
+            _tile_loadd(7, b + 2 * ldb + i * 1024, 64);
+            _tile_dpbsud(2, 4, 7);
+        }
+        if (count > 3) {
+            _tile_loadd(5, b + 3 * ldb + i * 1024, 64);
+            _tile_dpbsud(3, 4, 5);
+        }
+    }
+    fence();
+}
+
+// Tiles 0..3 from memory, or back to it: C (32 rows, 32 outputs) if `two`, else (16, 16 times count).
+inline void load_sums(const int32_t* c, int64_t ldc, bool two, int64_t count) {
+    fence();
+    const int64_t second = 16, third = two ? 16 * ldc : 32, fourth = two ? 16 * ldc + 16 : 48;
+    _tile_loadd(0, c, ldc * 4);
+    if (count > 1) _tile_loadd(1, c + second, ldc * 4);
+    if (two || count > 2) _tile_loadd(2, c + third, ldc * 4);
+    if (two ? count > 1 : count > 3) _tile_loadd(3, c + fourth, ldc * 4);
+}
+inline void store_sums(int32_t* c, int64_t ldc, bool two, int64_t count) {
+    fence();
+    const int64_t second = 16, third = two ? 16 * ldc : 32, fourth = two ? 16 * ldc + 16 : 48;
+    _tile_stored(0, c, ldc * 4);
+    if (count > 1) _tile_stored(1, c + second, ldc * 4);
+    if (two || count > 2) _tile_stored(2, c + third, ldc * 4);
+    if (two ? count > 1 : count > 3) _tile_stored(3, c + fourth, ldc * 4);
+    fence();
+}
+
+// Rows begin..end by the tiles of one block of outputs, all inputs.
+template <class T>
+void amx_block(const Rows& r, const Weights& w, Span rows, Span tiles, uint8_t* panel, int32_t* c, void* out) {
+    constexpr int64_t ldc = NB * TILE_N;
+    const int64_t padded = (rows.end - rows.begin + 15) / 16 * 16;
+    for (int64_t k = 0; k < w.Kp; k += KB) {
+        const int64_t depth = std::min(KB, w.Kp - k), steps = depth / 64;
+        const uint8_t* b = w.codes + tiles.begin * w.Kp * TILE_N + k * TILE_N;
+        int64_t ldb = w.Kp * TILE_N;
+        if (w.bits == 4) {
+            for (int64_t t = tiles.begin; t < tiles.end; t++)
+                widen_tile(w, t, k, k + depth, panel + (t - tiles.begin) * depth * TILE_N);
+            b = panel;
+            ldb = depth * TILE_N;
+        }
+        const int64_t width = tiles.end - tiles.begin;
+        for (int64_t m = 0; m < padded;) {
+            const int8_t* a = r.q + (rows.begin + m) * r.Kp + k;
+            const bool two = padded - m >= 32;
+            for (int64_t t = 0; t < width; t += two ? 2 : 4) {
+                const int64_t count = std::min(width - t, int64_t(two ? 2 : 4));
+                int32_t* at = c + m * ldc + t * 16;
+                clear_tiles();
+                if (k) load_sums(at, ldc, two, count);
+                two ? steps_2x2(a, r.Kp, b + t * ldb, ldb, steps, count) : steps_1x4(a, r.Kp, b + t * ldb, ldb, steps, count);
+                store_sums(at, ldc, two, count);
+            }
+            m += two ? 32 : 16;
+        }
+    }
+    for (int64_t m = rows.begin; m < rows.end; m++) {
+        int32_t sum = 0;
+        for (int64_t g = 0; g < r.Kp / r.group; g++) sum += r.sum[m * (r.Kp / r.group) + g];
+        for (int64_t t = tiles.begin; t < tiles.end; t++) {
+            int32_t* v = c + (m - rows.begin) * ldc + (t - tiles.begin) * 16;
+            for (int i = 0; i < 16; i++) v[i] -= 128 * sum;
+            finish<T>(r, w, m, t, v, out);
+        }
+    }
+}
+
+// Up to 16 MT rows by `count` tiles of outputs (up to 4 / MT), all inputs: codes are widened just before they are
+// used, while the matrix unit still works on those before.
+template <class T, int MT>
+void amx_few(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t count, void* out) {
+    constexpr int64_t CHUNK = 128;
+    alignas(64) uint8_t room[4 / MT * CHUNK * TILE_N];
+    alignas(64) int32_t c[16 * MT * 64 / MT];
+    constexpr int64_t ldc = 64 / MT;
+    const int8_t* a = r.q + row * r.Kp;
+    for (int64_t k = 0; k < w.Kp; k += CHUNK) {
+        const int64_t depth = std::min(CHUNK, w.Kp - k);
+        const uint8_t* b = w.codes + tile * w.Kp * TILE_N + k * TILE_N;
+        int64_t ldb = w.Kp * TILE_N;
+        if (w.bits == 4) {
+            ldb = depth * TILE_N;
+            for (int64_t t = 0; t < count; t++) widen_tile(w, tile + t, k, k + depth, room + t * ldb);
+            b = room;
+        } else {
+            for (int64_t t = 0; t < count; t++)
+                for (int64_t i = 0; i < depth * TILE_N; i += LINE) __builtin_prefetch(b + t * ldb + i + AHEAD);
+        }
+        if (k == 0) clear_tiles();
+        MT == 1 ? steps_1x4(a + k, r.Kp, b, ldb, depth / 64, count) : steps_2x2(a + k, r.Kp, b, ldb, depth / 64, count);
+    }
+    store_sums(c, ldc, MT == 2, count);
+    for (int64_t m = 0; m < std::min(int64_t(16 * MT), r.M - row); m++) {
+        int32_t sum = 0;
+        for (int64_t g = 0; g < r.Kp / r.group; g++) sum += r.sum[(row + m) * (r.Kp / r.group) + g];
+        for (int64_t t = 0; t < count; t++) {
+            int32_t* v = c + m * ldc + t * 16;
+            for (int i = 0; i < 16; i++) v[i] -= 128 * sum;
+            finish<T>(r, w, row + m, tile + t, v, out);
+        }
+    }
+}
+
+template <class T>
+void amx_linear(const Rows& r, const Weights& w, int threads, void* out) {
+    const int64_t tiles = (w.N + 15) / 16;
+    if (r.M <= 32) {
+        const int64_t width = r.M <= 16 ? 4 : 2, blocks = (tiles + width - 1) / width;
+        parallel(threads, [&](int t, int n) {
+            configure_tiles();
+            const Span mine = share(blocks, t, n);
+            for (int64_t b = mine.begin; b < mine.end; b++) {
+                const int64_t tile = b * width, count = std::min(width, tiles - tile);
+                width == 4 ? amx_few<T, 1>(r, w, 0, tile, count, out) : amx_few<T, 2>(r, w, 0, tile, count, out);
+            }
+            _tile_release();
+        });
+        return;
+    }
+    // Blocks of outputs, smaller where there would be too few to share.
+    int64_t width = NB;
+    while (width > 4 && (tiles + width - 1) / width < 4 * threads) width /= 2;
+    const int64_t blocks = (tiles + width - 1) / width;
+    parallel(threads, [&](int t, int n) {
+        static thread_local Scratch<uint8_t> panel_of;
+        static thread_local Scratch<int32_t> sums_of;
+        uint8_t* panel = panel_of.get(NB * TILE_N * KB);
+        int32_t* c = sums_of.get(MB * NB * TILE_N);
+        configure_tiles();
+        const Span mine = share(blocks, t, n);
+        for (int64_t b = mine.begin; b < mine.end; b++)
+            for (int64_t m = 0; m < r.M; m += MB)
+                amx_block<T>(r, w, {m, std::min(m + MB, r.M)}, {b * width, std::min((b + 1) * width, tiles)}, panel, c, out);
+        _tile_release();
+    });
+}
+
+#endif
+
+// M rows made int8, in scratch that the next call takes again: a scale for `block` inputs, a sum for `group`.
+template <class T>
+Rows quantise(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, int64_t group, int threads) {
+    static thread_local Scratch<int8_t> codes_of;
+    static thread_local Scratch<float> scale_of;
+    static thread_local Scratch<int32_t> sum_of;
+    const int64_t padded = (M + 15) / 16 * 16;
+    const Rows r{M, K, Kp, block, group, codes_of.get(padded * Kp), scale_of.get(M * (Kp / block)), sum_of.get(M * (Kp / group))};
+    const auto* rows = static_cast<const typename T::Store*>(x);
+    parallel(M < 4 ? 1 : threads, [&](int t, int n) {
+        const Span mine = share(M, t, n);
+        for (int64_t m = mine.begin; m < mine.end; m++) quantise_row<T>(r, m, rows + m * K);
+    });
+    std::memset(r.q + M * Kp, 0, (padded - M) * Kp);
+    return r;
+}
+
+// Tiles begin..end of out (M, N) = rows w8^T, by one thread and without AMX.
+template <class T>
+void product_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
+    static thread_local Scratch<uint8_t> wide_of;
+    uint8_t* wide = w.bits == 4 && r.M > FEW ? wide_of.get(w.Kp * TILE_N) : nullptr;
+    int64_t tile = tiles.begin;
+    if (!wide) {  // two streams, one through each half: what is asked for ahead is always what comes next
+        const int64_t half = (tiles.end - tiles.begin) / 2;
+        for (; tile < tiles.begin + half; tile++) any_rows<T, 2>(r, w, tile, half, nullptr, out);
+        tile += half;
+    }
+    for (; tile < tiles.end; tile++) {
+        if (wide) widen_tile(w, tile, 0, w.Kp, wide);
+        any_rows<T, 1>(r, w, tile, 0, wide, out);
+    }
+}
+
+// The same rows by several weights of one form. Their tiles are shared out together: a thread waits but once.
+template <class T>
+void products(const Rows& r, const Weights* const* weights, int64_t n, int threads, void* const* outs) {
+#if defined(WITH_AMX)
+    if (r.M > FEW) {
+        for (int64_t i = 0; i < n; i++) amx_linear<T>(r, *weights[i], threads, outs[i]);
+        return;
+    }
+#endif
+    int64_t all = 0;
+    for (int64_t i = 0; i < n; i++) all += (weights[i]->N + 15) / 16;
+    parallel(threads, [&](int t, int of) {
+        const Span mine = share(all, t, of);
+        int64_t first = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t tiles = (weights[i]->N + 15) / 16;
+            const Span part{std::max(mine.begin - first, int64_t(0)), std::min(mine.end - first, tiles)};
+            if (part.begin < part.end) product_tiles<T>(r, *weights[i], part, outs[i]);
+            first += tiles;
+        }
+    });
+}
+
 // ---------------------------------------------------------------- products with blocks of 32 (GGUF's Q8_0 and Q4_0)
 
 // R rows by one tile: each block's integer sum times its two scales, added in the order of the blocks.
@@ -676,7 +759,7 @@ void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, void
         for (auto& v : s) v = zero();
         const int8_t* x = r.q + row * r.Kp + g * BLOCK;
         for (int64_t k = 0; k < BLOCK; codes += LINE) {
-            __builtin_prefetch(codes + PREFETCH);
+            __builtin_prefetch(codes + AHEAD);
             const Line line = load(codes);
             if (w.bits == 8) {
                 for (int i = 0; i < R; i++) s[i] = dot8(s[i], line, x + i * r.Kp + k);
@@ -713,16 +796,22 @@ void block_product(const Rows& r, const Weights& w, int threads, void* out) {
     });
 }
 
-// One x (M, K) by several weights; they share its int8 form where theirs allows it.
+// One x (M, K) by several weights; those of one form share its int8 form, and the threads' work.
 template <class T>
 void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const Weights*> weights, int threads, std::initializer_list<void*> outs) {
-    Rows r{};
-    auto out = outs.begin();
-    for (const Weights* w : weights) {
-        const int most = M * w->N * w->Kp < 1 << 18 ? 1 : threads;  // waking another thread would take longer
-        const int64_t block = w->d ? BLOCK : w->Kp;
-        if (r.Kp != w->Kp || r.block != block || r.group != w->group) r = quantise<T>(x, M, K, w->Kp, block, w->group, most);
-        w->d ? block_product<T>(r, *w, most, *out++) : product<T>(r, *w, most, *out++);
+    const Weights* const* w = weights.begin();
+    void* const* out = outs.begin();
+    for (const auto* end = weights.end(); w != end;) {
+        int64_t n = 1;
+        while (w + n != end && w[n]->Kp == w[0]->Kp && w[n]->group == w[0]->group && w[n]->bits == w[0]->bits && !w[n]->d == !w[0]->d) n++;
+        const int most = M * w[0]->N * w[0]->Kp < 1 << 18 ? 1 : threads;  // waking another thread would take longer
+        const Rows r = quantise<T>(x, M, K, w[0]->Kp, w[0]->d ? BLOCK : w[0]->Kp, w[0]->group, most);
+        if (w[0]->d)
+            for (int64_t i = 0; i < n; i++) block_product<T>(r, *w[i], most, out[i]);
+        else
+            products<T>(r, w, n, most, out);
+        w += n;
+        out += n;
     }
 }
 
@@ -848,6 +937,18 @@ inline float read_row(const Attend& a, bool value, int64_t b, int64_t g, int64_t
     const int8_t* codes = static_cast<const int8_t*>(from) + row * a.D;
     for (int64_t d = 0; d < a.D; d += 16) give(out + d, take(codes + d, a.D - d), a.D - d);
     return (own ? (value ? a.vs : a.ks) : (value ? a.old_vs : a.old_ks))[row];
+}
+
+// Rows of one head lie far apart, which the CPU's own prefetchers do not follow.
+inline void ask_for_block(const Attend& a, int64_t b, int64_t g, int64_t block, int64_t end) {
+    const int64_t bytes = a.D * (a.int8 ? 1 : 2), oldest = a.start[b] - a.held[b];
+    for (int64_t p = std::max(block, oldest); p < std::min({block + KEYS, end, a.start[b]}); p++) {
+        const int64_t at = (slot_of(a, b, p) * a.G + g) * bytes;
+        for (int64_t i = 0; i < bytes; i += 64) {
+            __builtin_prefetch(static_cast<const char*>(a.old_k) + at + i, 0, 2);
+            __builtin_prefetch(static_cast<const char*>(a.old_v) + at + i, 0, 2);
+        }
+    }
 }
 
 #if defined(WITH_AMX)
@@ -1024,6 +1125,10 @@ void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) 
 void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t0, int64_t t1) {
     const int64_t R = a.H / a.G, rows = (t1 - t0) * R, padded = (rows + 15) / 16 * 16;
     const float scale = 1.0f / __builtin_sqrtf(float(a.D));
+    const int64_t oldest = a.start[b] - a.held[b];
+    auto first_of = [&](int64_t p) { return std::max(oldest, a.window ? p - a.window + 1 : oldest); };
+    const int64_t end = a.start[b] + t1, begin = std::max(int64_t(0), first_of(a.start[b] + t0));
+    ask_for_block(a, b, g, begin / KEYS * KEYS, end);
     std::memset(r.q, 0, padded * r.D32 * 2);
     for (int64_t m = 0; m < rows; m++)
         std::memcpy(r.q + m * r.D32, a.q + ((b * a.T + t0 + m / R) * a.H + g * R + m % R) * a.D, a.D * 2);
@@ -1031,9 +1136,6 @@ void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t
     std::memset(r.sum, 0, padded * 64);
     std::memset(r.p, 0, padded * KEYS * 2);
     for (int64_t m = 0; m < rows; m++) r.top[m] = -3.0e38f;
-    const int64_t oldest = a.start[b] - a.held[b];
-    auto first_of = [&](int64_t p) { return std::max(oldest, a.window ? p - a.window + 1 : oldest); };
-    const int64_t end = a.start[b] + t1, begin = std::max(int64_t(0), first_of(a.start[b] + t0));
     for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS) {
         for (int64_t j = 0; j < KEYS; j++) {
             uint16_t *key = r.line + j * r.D32, *value = key + KEYS * r.D32;
@@ -1046,6 +1148,7 @@ void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t
                 r.ks[j] = r.vs[j] = 0.0f;
             }
         }
+        ask_for_block(a, b, g, block + KEYS, end);
         place_block(r);
         scores(r, padded);
         for (int64_t m = 0; m < rows; m++) {
@@ -1150,6 +1253,39 @@ void finish_block(const Block& b, const void* x, const void* attended, int64_t M
     add<T>(z, h, M * b.dim, threads, static_cast<S*>(y));
 }
 
+// Keys or values (rows, D) of heads to int8, each with its own scale.
+void quantise_heads(const uint16_t* x, int64_t rows, int64_t D, int8_t* q, float* scale) {
+    int32_t sum;
+    for (int64_t i = 0; i < rows; i++) {
+        const Rows r{1, D, D, D, D, q + i * D, scale + i, &sum};
+        quantise_row<BF16>(r, 0, x + i * D);
+    }
+}
+
+// All blocks of a model over a ring: `a` says where it lies and how far it is filled, and keeps what is new.
+void run_layers(const Block* blocks, int64_t n_layers, void* const* old, Attend a, uint16_t* x, const float* cos, const float* sin, int64_t angles, int threads) {
+    static thread_local Scratch<uint16_t> qkv_of;
+    static thread_local Scratch<int8_t> codes_of;
+    static thread_local Scratch<float> scales_of;
+    const int64_t M = a.B * a.T, nq = M * a.H * a.D, nk = M * a.G * a.D;
+    uint16_t *q = qkv_of.get(2 * nq + 2 * nk), *k = q + nq, *v = k + nk, *out = v + nk;
+    int8_t* codes = codes_of.get(a.int8 ? 2 * nk : 1);
+    float* scales = scales_of.get(a.int8 ? 2 * M * a.G : 1);
+    a.q = q, a.k = k, a.v = v, a.out = out, a.keep = true;
+    for (int64_t n = 0; n < n_layers; n++) {
+        project<BF16>(blocks[n], x, M, cos, sin, angles, threads, q, k, v);
+        a.old_k = *old++, a.old_v = *old++;
+        if (a.int8) {
+            a.old_ks = static_cast<float*>(*old++), a.old_vs = static_cast<float*>(*old++);
+            quantise_heads(k, M * a.G, a.D, codes, scales);
+            quantise_heads(v, M * a.G, a.D, codes + nk, scales + M * a.G);
+            a.k = codes, a.v = codes + nk, a.ks = scales, a.vs = scales + M * a.G;
+        }
+        attend(a, threads);
+        finish_block<BF16>(blocks[n], x, out, M, threads, x);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -1202,6 +1338,38 @@ void m7b_attend(int int8, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D,
                 int64_t window, int threads, void* out) {
     attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, keep != 0, start, held, slots, origin, table, columns,
             page, window, int8 != 0, (uint16_t*)out}, threads);
+}
+
+// x (B, T, D) bfloat16 through all blocks, in place. old: for each layer its keys and values, in int8 their scales too.
+void m7b_layers(const void* blocks, int64_t n_layers, void* const* old, int int8, int64_t B, int64_t T, int64_t H, int64_t G,
+                int64_t D, const int64_t* start, const int64_t* held, int64_t slots, int64_t window, const float* cos,
+                const float* sin, int64_t angles, int threads, void* x) {
+    Attend a{};
+    a.B = B, a.T = T, a.H = H, a.G = G, a.D = D, a.start = start, a.held = held, a.slots = slots, a.page = 1, a.window = window;
+    a.int8 = int8 != 0;
+    run_layers(static_cast<const Block*>(blocks), n_layers, old, a, static_cast<uint16_t*>(x), cos, sin, angles, threads);
+}
+
+// How fast memory can be read, to be timed: the sum of a buffer's 64-bit words, without what is left of 128 bytes.
+// Each thread reads two streams, a line of 64 bytes of each at a time, and asks for what comes 1024 bytes later.
+int64_t m7b_read(const void* p, int64_t nbytes, int threads) {
+    const std::unique_ptr<uint64_t[]> sums(new uint64_t[threads]());
+    parallel(threads, [&](int t, int n) {
+        const Span pairs = share(nbytes / 128, t, n);
+        const int64_t lines = pairs.end - pairs.begin;
+        const uint64_t* a = static_cast<const uint64_t*>(p) + pairs.begin * 16;
+        const uint64_t* b = a + lines * 8;
+        uint64_t sum[8] = {};
+        for (int64_t i = 0; i < lines; i++, a += 8, b += 8) {
+            __builtin_prefetch(a + 128);
+            __builtin_prefetch(b + 128);
+            for (int j = 0; j < 8; j++) sum[j] += a[j] + b[j];
+        }
+        for (int j = 0; j < 8; j++) sums[t] += sum[j];
+    });
+    uint64_t total = 0;
+    for (int t = 0; t < threads; t++) total += sums[t];
+    return static_cast<int64_t>(total);
 }
 
 // The instructions that run here; "" if the system does not grant them, and this library must not be used.

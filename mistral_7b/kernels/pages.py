@@ -30,5 +30,5 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def copied(value: Tensor) -> Tensor:
-    """A copy of a tensor on huge pages; one that is elsewhere than on a CPU, or holds nothing, is itself."""
-    return empty(value.shape, value.dtype).copy_(value) if value.device.type == "cpu" else value
+    """A copy of a tensor, on huge pages if it is on a CPU."""
+    return empty(value.shape, value.dtype).copy_(value) if value.device.type == "cpu" else value.clone()

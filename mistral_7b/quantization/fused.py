@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import Memory
-from ..kernels.block import Block, finish, project, usable
+from ..cache import Cache, Memory, RollingCache, layers_of
+from ..kernels.block import Block, finish, project, run_layers, usable
 from ..kernels.elementwise import rms_norm, rotate, silu_mul
-from ..model import Attention, FeedForward, RMSNorm, Rope, TransformerBlock
+from ..model import Attention, FeedForward, Mistral7B, RMSNorm, Rope, TransformerBlock, rope_phases
 from .linear import Compressed
 
 
@@ -80,11 +80,36 @@ class FusedBlock(TransformerBlock):
         return self._block[1]
 
 
+class FusedMistral7B(Mistral7B):
+    """A model whose blocks run in one call where a ring remembers: no Python between them."""
+
+    def hidden(self, tokens: Tensor, cache: Cache, sequence_ids: Tensor | None = None) -> Tensor:
+        """Final normalised states of tokens (...): (..., D). Writes into `cache`."""
+        if type(cache) is not RollingCache or not cache.is_fast() or (blocks := self._described()) is None:
+            return super().hidden(tokens, cache, sequence_ids)
+        memories = layers_of(cache, len(self.layers), tokens, sequence_ids)
+        positions = cache.extend(tokens, sequence_ids)
+        x = self.tok_embeddings(tokens)  # (B, T, D)
+        cos, sin = rope_phases(positions, self.args.head_dim, self.args.rope_theta, x.dtype)
+        entries = [m.entries for m in memories]  # type: ignore[attr-defined]
+        x = run_layers(blocks, x, cos, sin, entries, cache.start, cache.held, cache.slots, cache.window)
+        return self.norm(x)
+
+    def _described(self) -> list[Block] | None:
+        """All blocks' weights for the kernels, if these can have them."""
+        weight = self.norm.weight
+        if weight.dtype != torch.bfloat16 or not usable(weight):
+            return None
+        blocks = [layer._described() if isinstance(layer, FusedBlock) else None for layer in self.layers]
+        return None if None in blocks else blocks  # type: ignore[return-value]
+
+
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     RMSNorm: FusedRMSNorm,
     Attention: FusedAttention,
     FeedForward: FusedFeedForward,
     TransformerBlock: FusedBlock,
+    Mistral7B: FusedMistral7B,
 }
 
 

@@ -63,7 +63,7 @@ def round_int8(weight: Tensor) -> Int8Codes:
 
 
 def round_int4(
-    weight: Tensor, group_size: int = 128, symmetric: bool = True, importance: Tensor | None = None
+    weight: Tensor, group_size: int = 128, symmetric: bool = False, importance: Tensor | None = None
 ) -> Int4Codes:
     """A weight (N, K) of any float type; K is padded with zeros to whole groups.
 

@@ -1,7 +1,8 @@
 """The names of quantisation, and a model in them.
 
     int8    a float scale for each output; half the bytes of bfloat16
-    int4    groups of 128 or 32 inputs, symmetric or not; the output projection and the embedding are int8
+    int4    groups of 128 or 32 inputs, with zero points of their own (or symmetric: all the middle); the output
+            projection and the embedding are int8
     bf16    nothing is rounded: bfloat16 weights packed once for the CPU's matrix unit
 
 Activations are int8 by row in int8 and int4. Norms keep the model's type.
@@ -33,7 +34,7 @@ class Scheme:
 
     name: str = "int4"
     group_size: int = 128  # of int4
-    symmetric: bool = True  # of int4
+    symmetric: bool = False  # of int4
     deterministic: bool = False  # of bf16: rows do not depend on the batch, at a price
 
     def __post_init__(self) -> None:
@@ -125,14 +126,14 @@ def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtyp
     block = torch.randint(0, 256, (2**22,), dtype=torch.uint8, generator=draw)  # repeated: drawing takes longer
     for module in model.modules():
         for name, value in list(module.named_buffers(recurse=False)):
-            setattr(module, name, _random(name, value, block))
+            setattr(module, name, _random(name, value, block, scheme.symmetric))
         for name, value in list(module.named_parameters(recurse=False)):  # of norms
             setattr(module, name, nn.Parameter(torch.ones(value.shape, dtype=dtype), requires_grad=False))
     return model
 
 
-def _random(name: str, like: Tensor, block: Tensor) -> Tensor:
-    """Codes at random; multipliers 3..6 about a middle zero point; scales that keep activations of size 1."""
+def _random(name: str, like: Tensor, block: Tensor, symmetric: bool) -> Tensor:
+    """Codes at random; multipliers 3..6 about a zero point of 7 or 8; scales that keep activations of size 1."""
     out = pages.empty(like.shape, like.dtype)
     if name == "scale":
         return out.fill_(2e-4)
@@ -140,7 +141,10 @@ def _random(name: str, like: Tensor, block: Tensor) -> Tensor:
     for part in flat.split(len(block)):
         part.copy_(block[: len(part)])
     if name == "groups":
-        flat.remainder_(4).add_(3 | 8 << 4)
+        if symmetric:
+            flat.bitwise_and_(3).add_(3 | 8 << 4)
+        else:
+            flat.bitwise_and_(1 << 4 | 3).add_(3 | 7 << 4)
     return out
 
 

@@ -12,12 +12,31 @@ from mistral_7b.benchmark import machine, plot, roofline
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS
 from mistral_7b.benchmark.records import Record
 from mistral_7b.errors import BenchmarkError
+from mistral_7b.kernels import compiler
 
 
 def test_bandwidth_is_bytes_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way reads the whole buffer: with a clock that stands at 1/4 s a run, 64 MB are 256 MB/s."""
     monkeypatch.setattr(roofline, "_best", lambda work, seconds: work() is None or 0.25)
     assert roofline.read_bandwidth(64 << 20) == (64 << 20) / 0.25
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("nbytes", [0, 128, 384, 1 << 20])
+def test_what_is_timed_reads_everything(nbytes: int, threads: int) -> None:
+    library = compiler.library()
+    if library is None:
+        pytest.skip("without a compiler PyTorch's reductions are all there is")
+    words = torch.randint(-(2**62), 2**62, (nbytes // 8,))
+    assert library.m7b_read(words.data_ptr(), nbytes, threads) == words.sum().item()
+
+
+def test_bandwidth_is_that_of_the_fastest_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's reductions take a second; what returns a whole number is the kernel, and takes half of one."""
+    if compiler.library() is None:
+        pytest.skip("without a compiler PyTorch's reductions are all there is")
+    monkeypatch.setattr(roofline, "_best", lambda work, seconds: 0.5 if isinstance(work(), int) else 1.0)
+    assert roofline.read_bandwidth(64 << 20) == (64 << 20) / 0.5
 
 
 def test_peak_is_operations_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

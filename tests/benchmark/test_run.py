@@ -131,6 +131,20 @@ def test_the_package_alone_is_on_the_path_of_a_peer() -> None:
     assert os.environ.get("PYTHONPATH", "") == os.environ.get("PYTHONPATH", "")
 
 
+def test_peers_get_huge_pages_unless_the_user_has_settings(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, found = tmp_path / "python", dataclasses.asdict(measured([1.0]))
+    script.write_text(f"#!/bin/sh\necho '{run.json.dumps(found)}' | sed \"s/somewhere/$GLIBC_TUNABLES/\"")
+    script.chmod(0o755)
+    monkeypatch.setattr(run.sys, "executable", str(script))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for engine, wanted in ((OURS, ""), (LLAMA, "glibc.malloc.hugetlb=1")):
+        assert run.measure(job_of(engine), str(script))[0].path == wanted
+    monkeypatch.setenv("GLIBC_TUNABLES", "of the user")
+    assert run.measure(job_of(LLAMA), str(script))[0].path == "of the user"
+
+
 @pytest.mark.parametrize("what", ["decode", "prefill", "batch16"])
 @pytest.mark.parametrize("engine", [OURS, TRANSFORMERS])
 def test_engine_in_a_process_of_its_own(engine: str, what: str) -> None:
@@ -159,6 +173,26 @@ def test_every_scheme_runs_and_its_bytes_are_those_of_its_name(scheme: str) -> N
     table = table_weights(args) * (1 if scheme == "int4" else BITS[scheme] / 8)  # int4 keeps the output in int8
     wanted = layer_weights(args) * BITS[scheme] / 8 + table
     assert engine.weight_bytes == pytest.approx(wanted, rel=0.02)  # scales and norms
+
+
+@pytest.mark.parametrize("what", ["load", "decode"])
+def test_a_source_is_opened_in_its_scheme(tmp_path: pathlib.Path, what: str) -> None:
+    import torch
+
+    from mistral_7b import ModelArgs
+    from mistral_7b.benchmark.engine_ours import build
+    from mistral_7b.checkpoint import quantize
+    from mistral_7b.quantization.schemes import random_model, scheme_of
+
+    random_model(ModelArgs(**ARGS), None).save_pretrained(tmp_path / "plain")
+    quantize(tmp_path / "plain", tmp_path / "int8", "int8", torch.ones(1, 9, dtype=torch.long), "ones")
+    made = [
+        build(job_of(scheme=scheme, what=what, source=str(tmp_path / name)))
+        for name, scheme in (("plain", "int8"), ("int8", "int8"), ("plain", "none"))
+    ]
+    assert [str(scheme_of(m)) for m in made] == ["int8", "int8", "None"]
+    left, right = (m.state_dict() for m in made[:2])
+    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_engines_of_one_shape_read_equally_many_bytes() -> None:

@@ -11,6 +11,7 @@ from command import start
 
 from mistral_7b.benchmark.records import read_json
 from mistral_7b.cli.bench import Bench, plan_of
+from mistral_7b.cli.inputs import UsageError
 
 
 def test_shape_with_a_peer_end_to_end(run, tmp_path: pathlib.Path) -> None:
@@ -99,3 +100,16 @@ def test_a_shape_has_fewer_layers_and_no_file(windowed: str) -> None:
     assert plan.model == "random 7b, 4 layers"
     plan = plan_of(Bench(windowed, context=1000))
     assert (plan.source, plan.args["sliding_window"]) == (windowed, 8)
+    assert plan.schemes == ("int4", "int8", "bf16")
+
+
+def test_a_quantised_folder_is_measured_in_its_own_scheme(run, windowed: str, tmp_path: pathlib.Path) -> None:
+    out = str(tmp_path / "int8")
+    assert run("quantize", windowed, out, "--scheme", "int8", "--tokens", "20").code == 0
+    assert plan_of(Bench(out)).schemes == plan_of(Bench(out, scheme=("int8",))).schemes == ("int8",)
+    with pytest.raises(UsageError, match=r"--scheme int4 int8: .* is quantised already, as int8; leave it out"):
+        plan_of(Bench(out, scheme=("int4", "int8")))
+    path, flags = tmp_path / "r.json", ("--what", "decode", "--context", "20", "--threads", "1", "--quick")
+    assert run("bench", out, *flags, "--json", str(path)).code == 0
+    (record,) = read_json(path)
+    assert record.scheme == "int8"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mistral_7b.checkpoint import load, read_record
-from mistral_7b.cli.quantize import own_source, rows
+from mistral_7b.cli.inputs import UsageError
+from mistral_7b.cli.quantize import documents, own_source, rows, texts
 from mistral_7b.tokenizer import Tokenizer
 
 FAST = ("--tokens", "40")
@@ -25,7 +26,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_quantise_inform_and_generate(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int4")
     code, stdout, err = run(
-        "quantize", windowed, out, "--scheme", "int4", "--group-size", "32", "--asymmetric", "--text", text, *FAST
+        "quantize", windowed, out, "--scheme", "int4", "--group-size", "32", "--text", text, *FAST
     )
     assert (code, stdout) == (0, "")
     for words in (f"written to {out}", "int4 in groups of 32, asymmetric", "40 tokens of", "KL", "perplexity"):
@@ -63,17 +64,35 @@ def test_quantise_while_loading_is_the_same_model(run, windowed: str, text: str,
     assert first == json.loads(run("generate", windowed, *words, "--quantization", "int8").out)["outputs"]
 
 
+def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
+    out, guide = str(tmp_path / "int4"), tmp_path / "guide.jsonl"
+    guide.write_text("".join(json.dumps({"text": f"line {i} of those to read", "id": i}) + "\n" for i in range(9)))
+    words = ("--text", text, *FAST, "--calibrate", str(guide), "--calibration-tokens", "40")
+    code, _, err = run("quantize", windowed, out, *words)
+    assert code == 0
+    assert f"calibrated on 40 tokens of {guide}" in " ".join(err.split())
+    record = read_record(out)
+    assert record is not None
+    assert record.calibration == {"method": "rescaling, feedback", "tokens": 40, "text": str(guide)}
+    monospaced = "".join(run("info", out).out.split())
+    assert "method:rescaling,feedback,tokens:40" in monospaced
+    assert json.loads(run("info", out, "--json").out)["quantization"]["calibration"] == record.calibration
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["{model}", "{tmp}/out", "--scheme", "int3"], "int3"),
         (["{model}", "{tmp}/out", "--group-size", "64"], "64"),
         (["{model}", "{tmp}/out", "--scheme", "int8", "--group-size", "32"], "belong to int4"),
-        (["{model}", "{tmp}/out", "--scheme", "int8", "--asymmetric"], "belong to int4"),
+        (["{model}", "{tmp}/out", "--scheme", "int8", "--symmetric"], "belong to int4"),
         (["{model}", "{tmp}/out", "--tokens", "1"], "at least 2"),
         (["{model}", "{tmp}/out", "--threads", "0"], "at least 1"),
         (["{model}", "{tmp}/out", "--text", "{tmp}/none"], "none"),
         (["{model}", "{tmp}/out", "--text", "/dev/null"], "is empty"),
+        (["{model}", "{tmp}/out", "--calibrate", "{tmp}/none"], "none"),
+        (["{model}", "{tmp}/out", "--calibrate", "/dev/null"], "/dev/null: the text to calibrate on is empty"),
+        (["{model}", "{tmp}/out", "--calibration-tokens", "1"], "--calibration-tokens must be at least 2"),
         (["{model}", "{tmp}"], "exists already"),
         (["/nowhere", "{tmp}/out"], "/nowhere"),
     ],
@@ -97,3 +116,24 @@ def test_a_text_becomes_rows_that_each_begin_anew() -> None:
     assert (made[:, 0] == tokenizer.bos_id).all()
     assert made[:, 1:].flatten().tolist() == ids[: 8 * 511]
     assert rows(tokenizer, "a few words", 4096, 512).tolist() == [tokenizer.encode("a few words")]
+
+
+def test_a_file_to_calibrate_on_is_a_text_or_lines_of_json() -> None:
+    lines = [json.dumps({"text": "one\u2028two"}, ensure_ascii=False), "", json.dumps({"text": "three"})]
+    assert texts("f", "\n".join(lines)) == ["one\u2028two", "three"]
+    for plain in ("{\n}", '["text"]', '{"text": 3}\nx', "x\n" + lines[0]):
+        assert texts("f", plain) == [plain]
+    with pytest.raises(UsageError, match="f, line 3: not a JSON object"):
+        texts("f", f"{lines[0]}\n\n{lines[2]}x")
+    for empty in ("", " \n", '{"text": ""}\n{"text": " "}'):
+        with pytest.raises(UsageError, match="f: the text to calibrate on is empty"):
+            texts("f", empty)
+
+
+def test_texts_become_rows_that_each_begin_anew_and_do_not_mix() -> None:
+    tokenizer = Tokenizer.v3()
+    ids = [tokenizer.encode(t, bos=False) for t in ("one two three four five six", "and another")]
+    assert len(ids[0]) == 6
+    made = documents(tokenizer, ["one two three four five six", "and another"], 100, 5)
+    assert made == [[1, *ids[0][:4]], [1, *ids[0][4:]], [1, *ids[1]]]
+    assert documents(tokenizer, ["one two three four five six"], 6, 5) == made[:1]  # <s> alone says nothing

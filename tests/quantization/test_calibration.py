@@ -25,7 +25,7 @@ from mistral_7b.quantization.feedback import DAMPING, Feedback
 from mistral_7b.quantization.linear import Int8Embedding
 from mistral_7b.quantization.rounding import Int4Codes, round_int4, round_int8
 
-INT4 = (Scheme("int4", 128), Scheme("int4", 32), Scheme("int4", 128, False), Scheme("int4", 32, False))
+INT4 = tuple(Scheme("int4", group, symmetric) for group in (128, 32) for symmetric in (True, False))
 DOCUMENTS = [tokens_of((30,), seed=s).tolist() for s in range(8)]
 
 

@@ -21,7 +21,7 @@ SCHEMES = {
     "int8": Scheme("int8"),
     "int4": Scheme("int4"),
     "int4-32": Scheme("int4", 32),
-    "int4-asymmetric": Scheme("int4", 32, symmetric=False),
+    "int4-symmetric": Scheme("int4", 32, symmetric=True),
 }
 ROWS = (1, 2, 3, 16, 17, 64, 300)
 compiled = pytest.mark.skipif(not available(), reason="without the kernel PyTorch's operators attend")

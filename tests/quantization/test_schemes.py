@@ -22,7 +22,7 @@ def test_there_is_no_such_scheme(values: tuple, message: str) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "scheme", [Scheme("int8"), Scheme("int4"), Scheme("int4", 32), Scheme("int4", 128, symmetric=False)], ids=str
+    "scheme", [Scheme("int8"), Scheme("int4"), Scheme("int4", 32), Scheme("int4", 128, symmetric=True)], ids=str
 )
 def test_a_model_tells_its_scheme_and_fits_the_empty_one(scheme: Scheme, tied: bool) -> None:
     args = tiny_args(tie_embeddings=tied)
@@ -45,10 +45,10 @@ def test_a_model_in_no_scheme_or_in_two() -> None:
 
 
 def test_random_models_are_in_their_scheme() -> None:
-    for name in ("int8", "int4"):
-        assert scheme_of(random_model(TINY, name)) == Scheme(name)
+    for scheme in (Scheme("int8"), Scheme("int4"), Scheme("int4", 32, symmetric=True)):
+        assert scheme_of(random_model(TINY, scheme)) == scheme
 
 
 def test_a_scheme_says_what_it_is() -> None:
-    said = [str(s) for s in (Scheme("int8"), Scheme(), Scheme("int4", 32, symmetric=False))]
-    assert said == ["int8", "int4 in groups of 128, symmetric", "int4 in groups of 32, asymmetric"]
+    said = [str(s) for s in (Scheme("int8"), Scheme(), Scheme("int4", 32, symmetric=True))]
+    assert said == ["int8", "int4 in groups of 128, asymmetric", "int4 in groups of 32, symmetric"]

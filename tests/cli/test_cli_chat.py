@@ -10,6 +10,7 @@ import pexpect
 import pytest
 
 from mistral_7b.generate import generate
+from mistral_7b.kernels import compiler
 from mistral_7b.model import Mistral7B
 from mistral_7b.sampling import SamplingParams
 from mistral_7b.tokenizer import Tokenizer
@@ -85,6 +86,7 @@ def test_what_is_refused(run, windowed: str, flags: list[str], message: str) -> 
 def test_on_a_terminal(windowed: str, tmp_path: pathlib.Path, plain: bool) -> None:
     """Ctrl-C stops the answer and not the program, at the prompt it clears the line, Ctrl-D leaves."""
     env = {"PATH": "/usr/bin:/bin", "TERM": "xterm", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "s")}
+    env["XDG_CACHE_HOME"] = str(compiler.cache_folder().parent.parent)
     argv = ["-m", "mistral_7b", "chat", windowed, "--max-tokens", "1000000", "--ignore-eos"]
     argv += ["--plain"] if plain else []
     with pexpect.spawn(sys.executable, argv, env=env, timeout=120, dimensions=(24, 80), encoding="utf-8") as child:

@@ -255,6 +255,11 @@ inline F16 take(const float* p) {
 inline void give(float* p, F16 v) { std::memcpy(p, &v, 64); }
 inline F16 widened(H16 h) { return reinterpret_cast<F16>(__builtin_convertvector(h, I16) << 16); }
 inline H16 narrowed(F16 v) {  // to bfloat16, to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    // One instruction does it but for NaN, whose bits it keeps, and numbers below the normal ones, which it drops.
+    if (!_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(v), 0xa1))
+        return reinterpret_cast<H16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#endif
     I16 bits = reinterpret_cast<I16>(v);
     I16 round = bits + 0x7fff + ((bits >> 16) & 1);
     round = v == v ? round : I16{} + 0x7fc00000;
@@ -495,7 +500,7 @@ void any_rows(const Rows& r, const Weights& w, int64_t tile, int64_t apart, cons
 
 #if defined(WITH_AMX)
 
-constexpr int64_t NB = 16, KB = 1024, MB = 512;  // of a block: tiles of outputs, inputs (256 KB of codes in L2), rows
+constexpr int64_t NB = 16, KB = 4096, MB = 512;  // of a block: tiles of outputs, inputs (1 MB of codes in L2), rows
 
 void configure_tiles() {
     struct alignas(64) {
@@ -521,6 +526,10 @@ inline void steps_2x2(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ld
     fence();
     if (count < 2) ldb = 0;  // the one tile twice: its second result is not used
     for (int64_t i = 0; i < steps; i++) {
+        for (int64_t line = (i + 2) * 1024; line < (i + 3) * 1024; line += LINE) {
+            __builtin_prefetch(b + line);
+            __builtin_prefetch(b + ldb + line);
+        }
         _tile_loadd(4, a + i * 64, lda);
         _tile_loadd(6, b + i * 1024, 64);
         _tile_dpbsud(0, 4, 6);

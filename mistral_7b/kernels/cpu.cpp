@@ -934,28 +934,68 @@ inline int64_t slot_of(const Attend& a, int64_t b, int64_t p) {
     return a.table ? a.table[b * a.columns + p / a.page] * a.page + p % a.page : b * a.slots + (p - a.origin) % a.slots;
 }
 
-// Key or value of one position as bfloat16 (int8's whole numbers are exact in it), with its scale.
-inline float read_row(const Attend& a, bool value, int64_t b, int64_t g, int64_t p, uint16_t* out) {
-    const bool own = p >= a.start[b];
-    const int64_t row = (own ? b * a.T + p - a.start[b] : slot_of(a, b, p)) * a.G + g;
-    const void* from = own ? (value ? a.v : a.k) : (value ? a.old_v : a.old_k);
-    if (!a.int8) {
-        std::memcpy(out, static_cast<const uint16_t*>(from) + row * a.D, a.D * 2);
-        return 1.0f;
+// Where the keys of 64 positions lie: rows of (.., G, D), the first `old` of them remembered and the rest the chunk's own.
+struct Places {
+    int64_t first, last, old;  // of the block's keys, those that are there; from `old` on the queries' own
+    int64_t row[KEYS];
+};
+
+inline void find_block(const Attend& a, int64_t b, int64_t block, int64_t begin, int64_t end, Places& at) {
+    at.first = std::max(begin - block, int64_t(0));
+    at.last = std::max(at.first, std::min(end - block, KEYS));
+    at.old = std::min(std::max(a.start[b] - block, at.first), at.last);
+    for (int64_t j = at.first; j < at.old; j++) {  // a division for each would take longer than the rest
+        const bool next = j > at.first && (a.table ? (block + j) % a.page : at.row[j - 1] + 1 - b * a.slots) != (a.table ? 0 : a.slots);
+        at.row[j] = next ? at.row[j - 1] + 1 : slot_of(a, b, block + j);
     }
-    const int8_t* codes = static_cast<const int8_t*>(from) + row * a.D;
-    for (int64_t d = 0; d < a.D; d += 16) give(out + d, take(codes + d, a.D - d), a.D - d);
-    return (own ? (value ? a.vs : a.ks) : (value ? a.old_vs : a.old_ks))[row];
+    for (int64_t j = at.old; j < at.last; j++) at.row[j] = b * a.T + block + j - a.start[b];
 }
 
-// Rows of one head lie far apart, which the CPU's own prefetchers do not follow.
-inline void ask_for_block(const Attend& a, int64_t b, int64_t g, int64_t block, int64_t end) {
-    const int64_t bytes = a.D * (a.int8 ? 1 : 2), oldest = a.start[b] - a.held[b];
-    for (int64_t p = std::max(block, oldest); p < std::min({block + KEYS, end, a.start[b]}); p++) {
-        const int64_t at = (slot_of(a, b, p) * a.G + g) * bytes;
-        for (int64_t i = 0; i < bytes; i += 64) {
-            __builtin_prefetch(static_cast<const char*>(a.old_k) + at + i, 0, 2);
-            __builtin_prefetch(static_cast<const char*>(a.old_v) + at + i, 0, 2);
+// Asks for the remembered keys and values of heads g0..g1: rows lie too far apart for the CPU's own prefetchers.
+inline void ask_for_block(const Attend& a, const Places& at, int64_t g0, int64_t g1) {
+    const int64_t size = a.D * (a.int8 ? 1 : 2), bytes = (g1 - g0) * size;
+    for (int64_t j = at.first; j < at.old; j++)
+        for (int64_t i = 0, from = (at.row[j] * a.G + g0) * size; i < bytes; i += 64) {
+            __builtin_prefetch(static_cast<const char*>(a.old_k) + from + i, 0, 2);
+            __builtin_prefetch(static_cast<const char*>(a.old_v) + from + i, 0, 2);
+        }
+}
+
+// int8's whole numbers as bfloat16, in which they are exact.
+inline void read_codes(const int8_t* codes, int64_t n, uint16_t* out) {
+    int64_t d = 0;
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+    for (; d + 32 <= n; d += 32) {
+        const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + d)));
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(wide)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(wide, 1)));
+        _mm512_storeu_si512(out + d, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+    }
+#endif
+    for (; d < n; d++) out[d] = to_bf16(float(codes[d]));
+}
+
+// Keys or values of one head to rows of D32, with their scales; zeros where there are none, which must be no NaN.
+inline void read_block(const Attend& a, const Places& at, bool value, int64_t g, int64_t D32, uint16_t* line, float* scale) {
+    for (int64_t j = 0; j < KEYS; j++, line += D32) {
+        scale[j] = 0.0f;
+        if (j < at.first || j >= at.last) {
+            std::memset(line, 0, a.D * 2);
+            continue;
+        }
+        const bool own = j >= at.old;
+        const int64_t row = at.row[j] * a.G + g;
+        const void* from = own ? (value ? a.v : a.k) : (value ? a.old_v : a.old_k);
+        if (a.int8) {
+            read_codes(static_cast<const int8_t*>(from) + row * a.D, a.D, line);
+            scale[j] = (own ? (value ? a.vs : a.ks) : (value ? a.old_vs : a.old_ks))[row];
+        } else {
+            const uint16_t* numbers = static_cast<const uint16_t*>(from) + row * a.D;
+            if (a.D == 128)
+                std::memcpy(line, numbers, 256);  // of a size that is known, it is no call
+            else
+                std::memcpy(line, numbers, a.D * 2);
+            scale[j] = 1.0f;
         }
     }
 }
@@ -1130,47 +1170,53 @@ void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) 
     give(r.sum + 16 * m, sum);
 }
 
-// Queries t0..t1 of sequence b, for the query heads of key head g.
-void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g, int64_t t0, int64_t t1) {
+// Queries t0..t1 of sequence b, for the query heads of key heads g0..g1.
+void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g0, int64_t g1, int64_t t0, int64_t t1) {
     const int64_t R = a.H / a.G, rows = (t1 - t0) * R, padded = (rows + 15) / 16 * 16;
     const float scale = 1.0f / __builtin_sqrtf(float(a.D));
     const int64_t oldest = a.start[b] - a.held[b];
     auto first_of = [&](int64_t p) { return std::max(oldest, a.window ? p - a.window + 1 : oldest); };
     const int64_t end = a.start[b] + t1, begin = std::max(int64_t(0), first_of(a.start[b] + t0));
-    ask_for_block(a, b, g, begin / KEYS * KEYS, end);
-    std::memset(r.q, 0, padded * r.D32 * 2);
-    for (int64_t m = 0; m < rows; m++)
-        std::memcpy(r.q + m * r.D32, a.q + ((b * a.T + t0 + m / R) * a.H + g * R + m % R) * a.D, a.D * 2);
-    std::memset(r.o, 0, padded * r.D32 * 4);
-    std::memset(r.sum, 0, padded * 64);
+    auto head_of = [&](int64_t g) {  // each head has rows of its own in the room
+        Room own = r;
+        const int64_t first = (g - g0) * padded;
+        own.q += first * r.D32, own.o += first * r.D32, own.top += first, own.sum += first * 16;
+        return own;
+    };
+    auto query = [&](int64_t m, int64_t g) { return ((b * a.T + t0 + m / R) * a.H + g * R + m % R) * a.D; };
+    Places places[2];
+    Places *now = places, *next = places + 1;
+    find_block(a, b, begin / KEYS * KEYS, begin, end, *now);
+    ask_for_block(a, *now, g0, g1);
+    std::memset(r.q, 0, (g1 - g0) * padded * r.D32 * 2);
+    std::memset(r.o, 0, (g1 - g0) * padded * r.D32 * 4);
+    std::memset(r.sum, 0, (g1 - g0) * padded * 64);
     std::memset(r.p, 0, padded * KEYS * 2);
-    for (int64_t m = 0; m < rows; m++) r.top[m] = -3.0e38f;
-    for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS) {
-        for (int64_t j = 0; j < KEYS; j++) {
-            uint16_t *key = r.line + j * r.D32, *value = key + KEYS * r.D32;
-            if (block + j >= begin && block + j < end) {
-                r.ks[j] = read_row(a, false, b, g, block + j, key);
-                r.vs[j] = read_row(a, true, b, g, block + j, value);
-            } else {  // what is not there must be no NaN
-                std::memset(key, 0, a.D * 2);
-                std::memset(value, 0, a.D * 2);
-                r.ks[j] = r.vs[j] = 0.0f;
+    for (int64_t m = 0; m < (g1 - g0) * padded; m++) r.top[m] = -3.0e38f;
+    for (int64_t g = g0; g < g1; g++)
+        for (int64_t m = 0; m < rows; m++) std::memcpy(head_of(g).q + m * r.D32, a.q + query(m, g), a.D * 2);
+    for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS, std::swap(now, next)) {
+        find_block(a, b, block + KEYS, begin, end, *next);
+        for (int64_t g = g0; g < g1; g++) {
+            const Room own = head_of(g);
+            read_block(a, *now, false, g, r.D32, r.line, r.ks);
+            read_block(a, *now, true, g, r.D32, r.line + KEYS * r.D32, r.vs);
+            if (g == g0) ask_for_block(a, *next, g0, g1);
+            place_block(own);
+            scores(own, padded);
+            for (int64_t m = 0; m < rows; m++) {
+                const int64_t p = a.start[b] + t0 + m / R;
+                soften(own, m, std::max(int64_t(0), first_of(p) - block), std::min(KEYS, p + 1 - block), scale);
             }
+            add_values(own, padded);
         }
-        ask_for_block(a, b, g, block + KEYS, end);
-        place_block(r);
-        scores(r, padded);
+    }
+    for (int64_t g = g0; g < g1; g++)
         for (int64_t m = 0; m < rows; m++) {
-            const int64_t p = a.start[b] + t0 + m / R;
-            soften(r, m, std::max(int64_t(0), first_of(p) - block), std::min(KEYS, p + 1 - block), scale);
+            const Room own = head_of(g);
+            const F16 sum = all(total(take(own.sum + 16 * m)));
+            for (int64_t d = 0; d < a.D; d += 16) give(a.out + query(m, g) + d, take(own.o + m * r.D32 + d) / sum, a.D - d);
         }
-        add_values(r, padded);
-    }
-    for (int64_t m = 0; m < rows; m++) {
-        uint16_t* out = a.out + ((b * a.T + t0 + m / R) * a.H + g * R + m % R) * a.D;
-        const F16 sum = all(total(take(r.sum + 16 * m)));
-        for (int64_t d = 0; d < a.D; d += 16) give(out + d, take(r.o + m * r.D32 + d) / sum, a.D - d);
-    }
 }
 
 // The new keys and values to their places among the remembered: of a chunk longer than a ring, its end.
@@ -1190,11 +1236,15 @@ void remember(const Attend& a) {
 
 void attend(const Attend& a, int threads) {
     const int64_t D32 = (a.D + 31) / 32 * 32, R = a.H / a.G, queries = std::max(int64_t(1), MOST_ROWS / R);
-    const int64_t parts = (a.T + queries - 1) / queries, units = a.B * a.G * parts, most = (std::min(queries, a.T) * R + 15) / 16 * 16;
+    const int64_t parts = (a.T + queries - 1) / queries, most = (std::min(queries, a.T) * R + 15) / 16 * 16;
+    // Heads that a thread takes together, while there is work for all: what lies side by side is read together.
+    int64_t heads = a.G;
+    while (heads > 1 && (a.G % heads || a.B * parts * (a.G / heads) < threads || heads * most > MOST_ROWS)) heads--;
+    const int64_t units = a.B * (a.G / heads) * parts;
     parallel(threads, [&](int thread, int n) {
         static thread_local Scratch<float> room_of;
         // In floats: k, v and line are bfloat16 (or k, v float), q and p too.
-        const int64_t block = KEYS * D32, sizes[] = {block, block, block, most * D32 / 2, most * KEYS / 2, most * KEYS, most * D32, most, most * 16, KEYS, KEYS};
+        const int64_t block = KEYS * D32, sizes[] = {block, block, block, heads * most * D32 / 2, most * KEYS / 2, most * KEYS, heads * most * D32, heads * most, heads * most * 16, KEYS, KEYS};
         int64_t all_sizes = 0;
         for (int64_t size : sizes) all_sizes += (size + 15) / 16 * 16;
         float *at = room_of.get(all_sizes), *place[11];
@@ -1210,8 +1260,8 @@ void attend(const Attend& a, int threads) {
 #endif
         const Span mine = share(units, thread, n);
         for (int64_t u = mine.begin; u < mine.end; u++) {
-            const int64_t b = u / (a.G * parts), g = u / parts % a.G, t0 = u % parts * queries;
-            attend_rows(a, r, b, g, t0, std::min(t0 + queries, a.T));
+            const int64_t b = u / (a.G / heads * parts), g = u / parts % (a.G / heads) * heads, t0 = u % parts * queries;
+            attend_rows(a, r, b, g, g + heads, t0, std::min(t0 + queries, a.T));
         }
 #if defined(WITH_AMX)
         _tile_release();

@@ -47,6 +47,14 @@ def test_silu_at_its_ends() -> None:
     torch.testing.assert_close(got[1:8], wanted[1:8], rtol=1e-6, atol=1e-35)
 
 
+def test_numbers_below_the_normal_ones_are_rounded_as_pytorch_does() -> None:
+    gate = torch.full((64,), 1e-20, dtype=torch.bfloat16)
+    up = (torch.arange(64) * 1e-19 / 64).bfloat16()
+    product = silu_mul(gate, up)
+    assert 0 < float(product[-1]) < 1.2e-38
+    assert torch.equal(product, silu_mul_twin(gate, up))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [2, 10, 64, 128])
 def test_rotate_is_its_twin_to_the_bit(width: int, dtype: torch.dtype) -> None:

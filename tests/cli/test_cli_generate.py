@@ -114,11 +114,21 @@ def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> 
     )
 
 
-def test_int8_keys_and_values(run, windowed: str) -> None:
+def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
     """The flag arrives, with and without log-probabilities; in float32, where every machine rounds alike."""
     flags = ["--prompt", PROMPT, "--max-tokens", "60", "--seed", "5", "--dtype", "float32", "--kv", "int8"]
-    code, out, err = run("generate", windowed, *flags)
+    made: list[object] = []
+    plain_cache = Mistral7B.rolling_cache
+
+    def noted(model: Mistral7B, *args: object, **how: object) -> object:
+        made.append(how["kv_dtype"])
+        return plain_cache(model, *args, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:  # so few tokens may be the same in both types
+        patch.setattr(Mistral7B, "rolling_cache", noted)
+        code, out, err = run("generate", windowed, *flags)
     assert code == 0, err
+    assert made == [torch.int8]
     model, tokenizer = (
         Mistral7B.from_pretrained(windowed, dtype=torch.float32),
         Tokenizer.from_pretrained(windowed),

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import captured
-from .cache import RollingCache
+from .cache import RollingCache, check_kv_dtype
 from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
 from .errors import GenerationError, Mistral7BError, SamplingError
 from .model import Mistral7B
@@ -52,6 +52,7 @@ def generate(
     *,
     batch_size: int = 16,
     speculate: Speculation | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> list[RequestOutput]:
     """Continue one or many prompts, texts or token ids, in any mixture of lengths.
 
@@ -59,14 +60,17 @@ def generate(
     tokenizer   needed for text prompts and text output; none takes the one beside the model's files
     batch_size  completions decoded together; memory grows with it, what comes out does not change
     speculate   guess tokens ahead, which makes steps fewer; what comes out does not change
+    kv_dtype    torch.int8 keeps keys and values in about half of bfloat16's bytes, rounded; none: as they are
 
-    Raises GenerationError, naming the prompt, for one that is empty or does not fit the context.
+    Raises GenerationError, naming the prompt, for one that is empty or does not fit the context, and CacheError
+    for a kv_dtype that is neither.
     """
+    check_kv_dtype(kv_dtype)
     requests = _read_requests(model, prompts, params, tokenizer)
     if speculate is not None:
         speculate.check(model.args.vocab_size)
     for wave in _waves(requests, batch_size):
-        batch = _batch(model, wave, speculate)
+        batch = _batch(model, wave, speculate, kv_dtype)
         while batch.rows:
             batch.step()
     return [request.output() for request in requests]
@@ -79,22 +83,26 @@ def stream(
     tokenizer: Tokenizer | None = None,
     *,
     speculate: Speculation | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Iterator[TextPiece]:
     """Continue one prompt, giving out text as soon as it is certain; closing the iterator frees everything.
 
     The pieces of a completion, joined, are the text that `generate` returns. Errors are raised by the
     call itself, before the first piece is asked for.
     """
+    check_kv_dtype(kv_dtype)
     requests = _read_requests(model, prompt, params, tokenizer)
     if len(requests) != 1:
         raise GenerationError(f"stream takes one prompt, not {len(requests)}; use generate for many")
     if speculate is not None:
         speculate.check(model.args.vocab_size)
-    return _pieces(model, requests[0], speculate)
+    return _pieces(model, requests[0], speculate, kv_dtype)
 
 
-def _pieces(model: Mistral7B, request: _Request, speculate: Speculation | None) -> Iterator[TextPiece]:
-    batch = _batch(model, [request], speculate)
+def _pieces(
+    model: Mistral7B, request: _Request, speculate: Speculation | None, kv_dtype: torch.dtype | None
+) -> Iterator[TextPiece]:
+    batch = _batch(model, [request], speculate, kv_dtype)
     silent = request.completions[0].tokenizer is None
     waiting: dict[int, tuple[int, ...]] = defaultdict(tuple)  # tokens whose text was not certain, per completion
     while batch.rows:
@@ -123,13 +131,19 @@ class _Request:
 class _Batch:
     """Completions that decode together, each in a row of one rolling cache."""
 
-    def __init__(self, model: Mistral7B, requests: Sequence[_Request], speculate: Speculation | None) -> None:
+    def __init__(
+        self,
+        model: Mistral7B,
+        requests: Sequence[_Request],
+        speculate: Speculation | None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model, self.requests = model, requests
         self.rows = [c for r in requests for c in r.completions]
         self.slack = speculate.max_draft if speculate else 0
         self.need = max(len(c.prompt) + c.max_tokens for c in self.rows)
         slots = min(self.need, max(len(r.ids) for r in requests) + FIRST_SLOTS)
-        self.cache = model.rolling_cache(len(self.rows), slots, slack=self.slack)
+        self.cache = model.rolling_cache(len(self.rows), slots, slack=self.slack, kv_dtype=kv_dtype)
         self.device = self.cache.positions.device
         self.history: History | None = None
         if any(r.params.penalizes for r in requests):
@@ -301,8 +315,10 @@ class _Batch:
 class _CapturedBatch(_Batch):
     """The same on a GPU, where steps after the first are replayed from one graph (captured.py)."""
 
-    def __init__(self, model: Mistral7B, requests: Sequence[_Request]) -> None:
-        super().__init__(model, requests, None)
+    def __init__(
+        self, model: Mistral7B, requests: Sequence[_Request], kv_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(model, requests, None, kv_dtype)
         self.cache.static = True
         self.decoder: captured.CapturedDecode | None = None
 
@@ -324,10 +340,15 @@ class _CapturedBatch(_Batch):
         return pieces
 
 
-def _batch(model: Mistral7B, requests: Sequence[_Request], speculate: Speculation | None) -> _Batch:
+def _batch(
+    model: Mistral7B,
+    requests: Sequence[_Request],
+    speculate: Speculation | None,
+    kv_dtype: torch.dtype | None,
+) -> _Batch:
     if speculate is None and captured.supports(model, [c for r in requests for c in r.completions]):
-        return _CapturedBatch(model, requests)
-    return _Batch(model, requests, speculate)
+        return _CapturedBatch(model, requests, kv_dtype)
+    return _Batch(model, requests, speculate, kv_dtype)
 
 
 def _read_requests(

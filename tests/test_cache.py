@@ -7,8 +7,9 @@ import torch
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
 from torch import Tensor
 
-from mistral_7b.cache import EMPTY, GrowingCache, RollingCache, Stateless
+from mistral_7b.cache import EMPTY, Cache, GrowingCache, RollingCache, Stateless
 from mistral_7b.errors import CacheError
+from mistral_7b.kernels.attend import quantize_kv
 from mistral_7b.model import Mistral7B
 
 W = 8
@@ -321,6 +322,162 @@ def test_rows_are_the_same_memory(model: Mistral7B) -> None:
     assert ring.positions[1, :4].tolist() == [0, 1, 2, 3]
     assert ring.layers[0].k[1, :4].abs().min() > 0
     assert ring.layers[0].k[[0, 2]].abs().max() == 0
+
+
+# --- keys and values in int8 ---
+
+# Of 400 seeds that whose keys and values keep furthest from ties, 5e-4 of a step: rounded alike on any machine.
+INT8_TOKENS = tokens_of((2, 23), seed=188)
+
+
+def int8_cache(model: Mistral7B, kind: str, batch: int = 2) -> Cache:
+    if kind == "growing":
+        return GrowingCache(model.args.n_layers, model.args.sliding_window, torch.int8)
+    return model.rolling_cache(batch, 64, static=kind == "static", kv_dtype=torch.int8)
+
+
+def fed(model: Mistral7B, tokens: Tensor, cache: Cache, chunks: list[int]) -> Tensor:
+    """Logits (B, T, V) of tokens that come in chunks; what is left over comes one by one."""
+    chunks = chunks + [1] * (tokens.shape[1] - sum(chunks))
+    out = []
+    for part in tokens.split(chunks, dim=1):
+        logits, cache = model(part, cache)
+        out.append(logits)
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["growing", "rolling", "static"])
+@pytest.mark.parametrize("window", [W, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_int8_keys_are_the_same_in_chunks_of_any_size(kind: str, window: int | None, dtype: torch.dtype) -> None:
+    model = tiny_model(tiny_args(sliding_window=window), dtype)
+    uncut = fed(model, INT8_TOKENS, int8_cache(model, kind), [23])
+    for chunks in ([], [5, 6], [W, 1, 7], [W + 1, 2], [2, 17, 1, 3], [3, 20]):
+        close(fed(model, INT8_TOKENS, int8_cache(model, kind), chunks), uncut.double())
+
+
+@pytest.mark.parametrize("kind", ["growing", "rolling", "static"])
+@pytest.mark.parametrize("window", [W, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_int8_keys_cost_little_and_not_nothing(kind: str, window: int | None, dtype: torch.dtype) -> None:
+    model = tiny_model(tiny_args(sliding_window=window), dtype)
+    distance = (fed(model, INT8_TOKENS, int8_cache(model, kind), [7]) - truth(model, INT8_TOKENS)).abs()
+    assert distance[:, 0].mean() > 1e-4  # even a lone first token attends to itself as it will be remembered
+    assert distance.mean() < 0.02  # of logits whose size is 1
+    assert distance.max() < 0.2
+
+
+def test_int8_rows_out_of_step_are_those_alone(model: Mistral7B) -> None:
+    ring = model.rolling_cache(2, kv_dtype=torch.int8)
+    starts = [3, W + 3]
+    for i, n in enumerate(starts):
+        model(INT8_TOKENS[i : i + 1, :n], ring.rows(i, i + 1))
+    part = torch.stack([INT8_TOKENS[i, n : n + 5] for i, n in enumerate(starts)])
+    together = model(part, ring)[0]
+    for i, n in enumerate(starts):
+        close(together[i], fed(model, INT8_TOKENS[i : i + 1], int8_cache(model, "rolling", 1), [23])[0, n : n + 5])
+
+
+def keys_of(rows: int) -> Tensor:
+    """Keys (rows, 60, 3, 10), no two positions or heads of which have one scale."""
+    draw = torch.Generator().manual_seed(4)
+    size = 1 + torch.arange(rows * 60 * 3, dtype=torch.float64).reshape(rows, 60, 3, 1)
+    return size * torch.randn(rows, 60, 3, 10, dtype=torch.float64, generator=draw)
+
+
+def remember(cache: GrowingCache | RollingCache, keys: Tensor) -> None:
+    """Give the first layer of a cache keys (B, T, G, K), and their negatives as values."""
+    cache.extend(torch.zeros(keys.shape[:2], dtype=torch.long))
+    cache.layers[0].attend(torch.zeros(*keys.shape[:2], 6, 10, dtype=keys.dtype), keys, -keys)
+
+
+def check_held(ring: RollingCache, wanted: list[Tensor]) -> None:
+    """Whether each row holds the last of these keys (T, G, K), each code and each scale in its slot."""
+    k, v, k_scale, v_scale = ring.layers[0].entries
+    for row, keys in enumerate(wanted):
+        first = max(0, len(keys) - ring.slots)
+        assert sorted(p for p in ring.positions[row].tolist() if p != EMPTY) == list(range(first, len(keys)))
+        for p in range(first, len(keys)):
+            slot = p % ring.slots
+            codes, scale = quantize_kv(keys[p])
+            assert torch.equal(k[row, slot], codes)
+            assert torch.equal(v[row, slot], -codes)
+            assert torch.equal(k_scale[row, slot], scale)
+            assert torch.equal(v_scale[row, slot], scale)
+            assert ((k[row, slot] * k_scale[row, slot] - keys[p]).abs() <= scale * 0.5001).all()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_int8_ring_keeps_scales_with_their_codes(static: bool) -> None:
+    """Through rows, enlarge, the wrap, rollback and copy_row."""
+    keys = keys_of(4)
+    ring = RollingCache(
+        1, 3, 10, W, batch=3, max_seq_len=5, dtype=torch.float64, static=static, slack=2, kv_dtype=torch.int8
+    )
+    for row, n in enumerate((4, 2, 6)):
+        remember(ring.rows(row, row + 1), keys[row : row + 1, :n])
+    check_held(ring, [keys[0, :4], keys[1, :2], keys[2, :6]])
+    ring.enlarge(W + 2)
+    check_held(ring, [keys[0, :4], keys[1, :2], keys[2, :6]])
+    for row, n in enumerate((4, 2, 6)):  # the third goes round
+        remember(ring.rows(row, row + 1), keys[row : row + 1, n : n + 5])
+    check_held(ring, [keys[0, :9], keys[1, :7], keys[2, :11]])
+    remember(ring, keys[[3, 3, 3], :2])
+    ring.rollback(torch.tensor([2, 1, 2]))
+    one_kept = torch.cat([keys[1, :7], keys[3, :1]])
+    assert ring.length.tolist() == [9, 8, 11]
+    check_held(ring.rows(1, 2), [one_kept])
+    ring.copy_row(1, 2)
+    check_held(ring.rows(1, 3), [one_kept, one_kept])
+    remember(ring.rows(2, 3), keys[3:, 20:40])  # longer than the ring, and no other row's
+    check_held(ring.rows(1, 3), [one_kept, torch.cat([one_kept, keys[3, 20:40]])])
+
+
+@pytest.mark.parametrize("window", [W, None])
+def test_an_int8_growing_cache_keeps_scales_with_their_codes(window: int | None) -> None:
+    """Through continuation of a value, rollback and the window."""
+    keys, cache = keys_of(2), GrowingCache(1, window, torch.int8)
+    remember(cache, keys[:, :7])
+    cache.rollback(3)
+    other = cache.writable()
+    remember(other, keys[:, 20:22])
+    for got, wanted in ((cache, keys[:, :4]), (other, torch.cat([keys[:, :4], keys[:, 20:22]], 1))):
+        codes, scale = quantize_kv(wanted)
+        assert all(map(torch.equal, got.layers[0].entries, (codes, -codes, scale, scale)))
+    remember(cache, keys[:, 4:30])
+    codes, scale = quantize_kv(keys[:, (30 - W if window else 0) : 30])
+    assert all(map(torch.equal, cache.layers[0].entries, (codes, -codes, scale, scale)))
+
+
+def test_int8_takes_back_what_was_wrong(model: Mistral7B, unwindowed: Mistral7B) -> None:
+    """Junk, rolled back, leaves logits as they were: a ring past its window, a growing cache before it."""
+    for m, slack in ((model, 3), (unwindowed, 0)):
+        wanted = fed(m, INT8_TOKENS, int8_cache(m, "growing"), [23])
+        caches: list[RollingCache | GrowingCache] = [m.rolling_cache(2, 64, slack=slack, kv_dtype=torch.int8)]
+        caches += [] if m is model else [GrowingCache(2, None, torch.int8)]
+        for cache in caches:
+            _, after = m(torch.cat([INT8_TOKENS[:, :20], tokens_of((2, 3), seed=9)], dim=1), cache)
+            after.rollback(3)
+            close(m(INT8_TOKENS[:, 20:], after)[0], wanted[:, 20:])
+
+
+def test_an_int8_cache_is_smaller(model: Mistral7B) -> None:
+    """A byte a value and four a head, for eight a value."""
+    sizes = []
+    for kv_dtype in (None, torch.int8):
+        caches = (model.rolling_cache(2, kv_dtype=kv_dtype), GrowingCache(2, W, kv_dtype))
+        grown = [model(INT8_TOKENS, cache)[1] for cache in caches]
+        sizes.append([sum(t.nbytes for m in cache.layers for t in m.entries) for cache in grown])
+    assert sizes[0] == [2 * 2 * 2 * W * 3 * 10 * 8] * 2
+    assert sizes[1] == [2 * 2 * 2 * W * 3 * (10 + 4)] * 2
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float16, torch.uint8, torch.float64])
+def test_other_types_of_keys_are_refused(model: Mistral7B, kv_dtype: torch.dtype) -> None:
+    with pytest.raises(CacheError, match=f"kv_dtype is torch.int8, or None .* not {kv_dtype}"):
+        model.rolling_cache(kv_dtype=kv_dtype)
+    with pytest.raises(CacheError, match="kv_dtype is"):
+        GrowingCache(2, W, kv_dtype)
 
 
 # --- every refusal ---

@@ -67,6 +67,15 @@ def test_same_tokens_as_step_by_step(way: str, model: Mistral7B, captures: list[
     assert len(wanted[0].outputs[0].token_ids) == 50
 
 
+def test_int8_keys_and_values(captures: list[int]) -> None:
+    for model in (MODEL, FULL):
+        params = dataclasses.replace(WAYS["temperature"], ignore_eos=True)
+        wanted = ids(by_steps(model, PROMPTS, params, kv_dtype=torch.int8))
+        assert ids(generate(model, PROMPTS, params, kv_dtype=torch.int8)) == wanted
+        assert wanted != ids(by_steps(model, PROMPTS, params))
+    assert captures == [5, 5]
+
+
 def test_each_row_ends_for_its_own_reason(captures: list[int]) -> None:
     """By EOS, by a stop token, by its length, in the middle of a chunk; the ring closes up when half are gone."""
     some = by_steps(MODEL, PROMPTS, SamplingParams(temperature=0, ignore_eos=True, max_tokens=90))

@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mistral_7b.cache import Stateless
 from mistral_7b.completion import Completion, StopTexts
-from mistral_7b.errors import GenerationError, SamplingError
+from mistral_7b.errors import CacheError, GenerationError, SamplingError
 from mistral_7b.generate import FIRST_SLOTS, PREFILL_CHUNK, generate, stream
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.sampling import SamplingParams, sample, uniform
+from mistral_7b.speculation import Speculation
 from mistral_7b.tokenizer import Tokenizer
 
 WINDOW, V = 8, 97
@@ -334,6 +335,50 @@ def test_closing_a_stream_frees_its_cache(monkeypatch):
     pieces.close()
     gc.collect()
     assert alive() is None
+
+
+@torch.no_grad()
+def by_hand(model, prompt, n, seed, kv_dtype):
+    """Tokens sampled one by one from a cache of this type."""
+    cache = model.rolling_cache(1, len(prompt) + n, kv_dtype=kv_dtype)
+    ids, new = [], prompt
+    for step in range(n):
+        logits, _ = model(torch.tensor([new]), cache)
+        new = sample(logits[:, -1], SamplingParams(), [uniform(seed, 0, step)]).tolist()
+        ids += new
+    return ids
+
+
+@pytest.mark.parametrize("window", [WINDOW, None])
+def test_int8_keys_and_values_are_what_a_loop_over_such_a_cache_gives(window, monkeypatch):
+    """In a ragged batch, streamed, and with guesses; for a quarter of float64's bytes and less."""
+    model, sizes = tiny(window), []
+    prompts, n = prompts_of(1, 3, WINDOW + 1, 2 * WINDOW + 5), 40
+    params = SamplingParams(max_tokens=n, ignore_eos=True, seed=6)
+    wanted = [by_hand(model, p, n, 6, torch.int8) for p in prompts]
+    assert wanted != [by_hand(model, p, n, 6, None) for p in prompts]  # the rounding shows
+    plain = model.rolling_cache
+
+    def weighed(*args, **how):
+        cache = plain(*args, **how)
+        sizes.append(sum(t.nbytes for m in cache.layers for t in m.entries))
+        return cache
+
+    monkeypatch.setattr(model, "rolling_cache", weighed)
+    generate(model, prompts, params)
+    assert ids_of(generate(model, prompts, params, kv_dtype=torch.int8)) == wanted
+    assert sizes[1] * 4 < sizes[0]
+    assert ids_of(generate(model, prompts, params, kv_dtype=torch.int8, batch_size=1)) == wanted
+    guessing = Speculation(max_draft=3, row_cost=0.0)
+    assert ids_of(generate(model, prompts, params, kv_dtype=torch.int8, speculate=guessing)) == wanted
+    pieces = stream(model, prompts[2], params, kv_dtype=torch.int8)
+    assert [t for piece in pieces for t in piece.token_ids] == wanted[2]
+
+
+def test_keys_and_values_of_another_type_are_refused_at_once():
+    for call in (generate, stream):
+        with pytest.raises(CacheError, match=r"kv_dtype is torch\.int8, or None"):
+            call(tiny(), [3, 4], kv_dtype=torch.float16)
 
 
 def tensor_bytes():

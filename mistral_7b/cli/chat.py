@@ -13,6 +13,8 @@ from .conversation import Conversation, Message
 from .inputs import ModelName, ModelOptions, UsageError, read_flags, read_text
 
 if TYPE_CHECKING:
+    import torch
+
     from ..model import Mistral7B
     from ..tokenizer import Tokenizer
     from .render import Render
@@ -66,7 +68,7 @@ def run(argv: list[str]) -> int:
         from .render import as_markdown, as_python
 
         render = as_python if demo else as_markdown
-    repl = Repl(answers(model, tokenizer, args.sampling), conversation, render)
+    repl = Repl(answers(model, tokenizer, args.sampling, args.kv_dtype), conversation, render)
     if sys.stdin.isatty():
         with history():
             repl.loop()
@@ -82,7 +84,9 @@ def is_demo(model: Mistral7B) -> bool:
     return model.source is not None and model.source.resolve() == resolve("demo").resolve()
 
 
-def answers(model: Mistral7B, tokenizer: Tokenizer, params: SamplingParams) -> Answer:
+def answers(
+    model: Mistral7B, tokenizer: Tokenizer, params: SamplingParams, kv_dtype: torch.dtype | None = None
+) -> Answer:
     """How the model answers a conversation: pieces of text, within what is left of its context."""
     from ..generate import stream
 
@@ -98,7 +102,8 @@ def answers(model: Mistral7B, tokenizer: Tokenizer, params: SamplingParams) -> A
             )
         limit = min(params.max_tokens or room, room)
         finish = None
-        for piece in stream(model, ids, dataclasses.replace(params, max_tokens=limit), tokenizer):
+        limited = dataclasses.replace(params, max_tokens=limit)
+        for piece in stream(model, ids, limited, tokenizer, kv_dtype=kv_dtype):
             finish = piece.finish_reason
             yield piece.text
         if finish == "length":

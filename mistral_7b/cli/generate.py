@@ -14,6 +14,8 @@ from ..sampling_params import SamplingParams
 from .inputs import ModelName, ModelOptions, UsageError, read_flags, read_text
 
 if TYPE_CHECKING:
+    import torch
+
     from ..generate import TextPiece
     from ..model import Mistral7B
     from ..speculation import Speculation, Tally
@@ -66,9 +68,9 @@ def run(argv: list[str]) -> int:
     if echo and not args.json:
         _show(prompt)
     if scored:
-        facts, code = score(model, ids, params, tokenizer, written, speculate), 0
+        facts, code = score(model, ids, params, tokenizer, written, speculate, args.kv_dtype), 0
     else:
-        code = write(model, ids, params, tokenizer, written, speculate)
+        code = write(model, ids, params, tokenizer, written, speculate, args.kv_dtype)
         facts = {"outputs": written.outputs}
     if args.json:
         known = {"model": args.model, "prompt": prompt, "prompt_token_ids": ids, "seed": params.seed}
@@ -190,13 +192,14 @@ def write(
     tokenizer: Tokenizer,
     written: Written,
     speculate: Speculation | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> int:
     """Stream into `written`; the exit code. Ctrl-C ends it, and what has come stays."""
     from ..generate import stream
 
     written.began = time.perf_counter()
     try:
-        for piece in stream(model, ids, params, tokenizer, speculate=speculate):
+        for piece in stream(model, ids, params, tokenizer, speculate=speculate, kv_dtype=kv_dtype):
             written.push(piece)
     except KeyboardInterrupt:
         return 130
@@ -210,12 +213,13 @@ def score(
     tokenizer: Tokenizer,
     written: Written,
     speculate: Speculation | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Generate with log-probabilities; what the JSON output says of it."""
     from ..generate import generate
 
     written.began = time.perf_counter()
-    request = generate(model, [ids], params, tokenizer, speculate=speculate)[0]
+    request = generate(model, [ids], params, tokenizer, speculate=speculate, kv_dtype=kv_dtype)[0]
     written.count(sum(len(c.token_ids) for c in request.outputs))
     written.first = None  # all came at once
     outputs = [{**vars(c), "logprobs": _named(c.logprobs)} for c in request.outputs]

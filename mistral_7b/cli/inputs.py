@@ -44,12 +44,21 @@ class ModelOptions:
     None: as they are stored."""
     mmap: bool = True
     """Read quantised weights where they lie in their file; copied first, they are read faster, seconds later."""
+    kv: Literal["model", "int8"] = "model"
+    """Keys and values in the model's own type, or rounded to int8: about half the memory of bfloat16."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps...; auto: the first accelerator there is."""
     threads: int | None = None
     """CPU threads; none: as many as PyTorch takes by itself."""
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model that has one; none: that of the model."""
+
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        """What `generate` and `stream` are to keep keys and values in; None: as they are."""
+        import torch
+
+        return torch.int8 if self.kv == "int8" else None
 
     def open(self, source: str) -> tuple[Mistral7B, Tokenizer]:
         """Load the model that `source` names, and its tokenizer."""

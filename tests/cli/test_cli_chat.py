@@ -8,6 +8,7 @@ import sys
 
 import pexpect
 import pytest
+import torch
 
 from mistral_7b.generate import generate
 from mistral_7b.kernels import compiler
@@ -27,6 +28,22 @@ def test_answers_are_those_of_the_chat_template(run, windowed: str) -> None:
     wanted = generate(Mistral7B.from_pretrained(windowed), [ids], params, tokenizer)[0].outputs[0].text
     assert out == wanted + "\n"
     assert "cut off after 20 tokens; --max-tokens allows more" in err
+
+
+def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
+    made: list[object] = []
+    plain = Mistral7B.rolling_cache
+
+    def noted(model: Mistral7B, *args: object, **how: object) -> object:
+        made.append(how["kv_dtype"])
+        return plain(model, *args, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Mistral7B, "rolling_cache", noted)
+    for flags in ([], ["--kv", "int8"], ["--kv", "model"]):
+        code, out, err = run("chat", windowed, "--max-tokens", "4", *flags, stdin="hello\n")
+        assert code == 0, err
+        assert out
+    assert made == [None, torch.int8, None]
 
 
 def test_a_full_context_loses_nothing(run, short: str, tmp_path: pathlib.Path) -> None:

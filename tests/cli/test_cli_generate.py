@@ -114,6 +114,40 @@ def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> 
     )
 
 
+def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
+    """The flag arrives, with and without log-probabilities; in float32, where every machine rounds alike."""
+    flags = ["--prompt", PROMPT, "--max-tokens", "60", "--seed", "5", "--dtype", "float32", "--kv", "int8"]
+    made: list[object] = []
+    plain_cache = Mistral7B.rolling_cache
+
+    def noted(model: Mistral7B, *args: object, **how: object) -> object:
+        made.append(how["kv_dtype"])
+        return plain_cache(model, *args, **how)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:  # so few tokens may be the same in both types
+        patch.setattr(Mistral7B, "rolling_cache", noted)
+        code, out, err = run("generate", windowed, *flags)
+    assert code == 0, err
+    assert made == [torch.int8]
+    model, tokenizer = (
+        Mistral7B.from_pretrained(windowed, dtype=torch.float32),
+        Tokenizer.from_pretrained(windowed),
+    )
+    params = SamplingParams(max_tokens=60, seed=5, temperature=0.7, logprobs=0)
+    int8, plain = (
+        generate(model, PROMPT, params, tokenizer, kv_dtype=kv_dtype)[0].outputs[0]
+        for kv_dtype in (torch.int8, None)
+    )
+    assert out == int8.text + "\n"
+    facts = json.loads(run("generate", windowed, *flags, "--json", "--logprobs", "0").out)["outputs"][0]
+    assert facts["token_ids"] == int8.token_ids
+    told = [entry["logprob"] for place in facts["logprobs"] for entry in place.values()]
+    known, others = ([e.logprob for place in c.logprobs for e in place.values()] for c in (int8, plain))
+    assert told == pytest.approx(known, abs=1e-5)
+    assert told != pytest.approx(others, abs=1e-5)
+    assert run("generate", windowed, *flags[:-1], "int4").code == 2
+
+
 def test_several_completions(run, windowed: str) -> None:
     out = run("generate", windowed, "--prompt", PROMPT, "--n", "2", "--max-tokens", "9", "--seed", "1").out
     first, second = expected(windowed, n=2, max_tokens=9, seed=1, temperature=0.7)

@@ -1,0 +1,77 @@
+"""What keys and values in int8 cost the bundled model: its distance from itself with those of bfloat16.
+
+    python benchmarks/kv_cache.py --json-file benchmarks/results/2026-11-24-kv-int8.json
+
+Reads the beginnings of files that the model was not trained on into a rolling cache of each kind, a chunk at a
+time, so that most of what is attended to has been remembered; past the window the ring goes round.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from calibration import documents
+from torch import Tensor
+
+from mistral_7b import Mistral7B
+from mistral_7b.cache import RollingCache
+from mistral_7b.evaluation import Distance
+from mistral_7b.quantization.distance import Comparison
+
+
+def logits(model: Mistral7B, tokens: Tensor, chunk: int, kv_dtype: torch.dtype | None) -> Tensor:
+    """Those of tokens (T,) through a ring that is given a chunk of them at a time: (T, V)."""
+    ring = model.rolling_cache(max_seq_len=len(tokens), kv_dtype=kv_dtype)
+    return torch.cat([model(part[None], ring)[0][0] for part in tokens.split(chunk)])
+
+
+def token_bytes(ring: RollingCache) -> int:
+    """Bytes that one position takes in all layers, scales included."""
+    return sum(t.nbytes for memory in ring.layers for t in memory.entries) // ring.slots
+
+
+def main(json_file: Path | None = None, files: int = 20, tokens: int = 513, chunk: int = 128) -> None:
+    """Measure and print the distance.
+
+    Args:
+        json_file: Where to write it.
+        files: How many of the held-out files, evenly spread over their list.
+        tokens: Of each; the last is only predicted.
+        chunk: Tokens of one forward.
+    """
+    model = Mistral7B.from_pretrained("demo", dtype=torch.bfloat16).requires_grad_(False)
+    texts = documents("held_out", tokens)
+    files = min(files, len(texts))
+    texts = [texts[i * len(texts) // files] for i in range(files)]
+    comparison = Comparison()
+    for ids in map(torch.tensor, texts):
+        plain, int8 = (logits(model, ids[:-1], chunk, kv_dtype) for kv_dtype in (None, torch.int8))
+        comparison.add(plain, int8, ids[1:])
+    sizes = [token_bytes(model.rolling_cache(kv_dtype=kv_dtype)) for kv_dtype in (None, torch.int8)]
+    cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(), "commit": commit.stdout.strip(),
+        "command": "python " + " ".join(sys.argv), "cpu": cpu.split(":")[1].strip(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "files": files, "window": model.args.sliding_window, "chunk": chunk,
+        "bytes_a_token": dict(zip(("bfloat16", "int8"), sizes, strict=True)),
+        "distance": Distance.of(comparison).to_dict(),
+    }  # fmt: skip
+    print(json.dumps(record, indent=1))
+    if json_file is not None:
+        json_file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    tyro.cli(main)

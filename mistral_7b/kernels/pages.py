@@ -22,10 +22,10 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
     if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     held = mmap.mmap(-1, nbytes + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # taken as it is filled
-    with contextlib.suppress(OSError):  # a kernel without them
-        held.madvise(mmap.MADV_HUGEPAGE)
     flat = torch.frombuffer(held, dtype=torch.uint8)  # which holds on to the mapping
     begin = -flat.data_ptr() % HUGE
+    with contextlib.suppress(OSError):  # a kernel without them; what fills no huge page gets small ones
+        held.madvise(mmap.MADV_HUGEPAGE, begin, nbytes // HUGE * HUGE)
     return flat[begin : begin + nbytes].view(dtype).view(shape)
 
 

@@ -39,7 +39,7 @@ def act(what, source, out, target):
         model = load(source, dtype=getattr(torch, target))
     with torch.no_grad():
         for p in model.state_dict().values():
-            p.sum()  # touch every page
+            p.reshape(-1).view(torch.uint8)[::1024].max()  # touch every page, and make no copy as a sum of bytes does
     return model
 
 def resident(field):

@@ -39,7 +39,7 @@ def act(what, source, out, target):
         model = load(source, dtype=getattr(torch, target))
     with torch.no_grad():
         for p in model.state_dict().values():
-            p.reshape(-1).view(torch.uint8)[::1024].max()  # touch every page, and make no copy as a sum of bytes does
+            p.reshape(-1).view(torch.uint8)[::1024].max()  # every page, and no copy as of a sum
     return model
 
 def resident(field):

@@ -487,6 +487,11 @@ class _RollingMemory(_Entries):
             raise CacheError(
                 f"this cache holds {self.dtype} and was given {k.dtype}: make it with the model's type"
             )
+        if k.shape[-2:] != self.k.shape[-2:]:  # the kernel would write beside its place
+            raise CacheError(
+                f"this cache holds {tuple(self.k.shape[-2:])} keys (heads, width) and was given "
+                f"{tuple(k.shape[-2:])}: make it with the model's shape"
+            )
         cache, held = self.cache, self.entries
         new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
         if fast(q):

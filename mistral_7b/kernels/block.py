@@ -18,7 +18,7 @@ LONG, PTR = ctypes.c_int64, ctypes.c_void_p
 
 
 class Weights(ctypes.Structure):
-    """A quantised weight as cpu.cpp has it: see there. `keep` holds on to the tensors that are pointed at."""
+    """A quantised weight as cpu.cpp has it: see there. Whoever makes it holds on to the tensors pointed at."""
 
     _fields_ = (
         ("N", LONG), ("Kp", LONG), ("group", LONG), ("codes", PTR), ("groups", PTR), ("scale", PTR), ("d", PTR),

@@ -88,6 +88,8 @@ class FusedMistral7B(Mistral7B):
         if type(cache) is not RollingCache or not cache.is_fast() or (blocks := self._described()) is None:
             return super().hidden(tokens, cache, sequence_ids)
         memories = layers_of(cache, len(self.layers), tokens, sequence_ids)
+        if cache.layers[0].k.shape[-2:] != (self.args.n_kv_heads, self.args.head_dim):
+            return super().hidden(tokens, cache, sequence_ids)  # where the cache refuses
         positions = cache.extend(tokens, sequence_ids)
         x = self.tok_embeddings(tokens)  # (B, T, D)
         cos, sin = rope_phases(positions, self.args.head_dim, self.args.rope_theta, x.dtype)

@@ -9,6 +9,7 @@ import torch
 from tiny import TINY, tiny_args, tiny_model, tokens_of
 from torch import Tensor, nn
 
+from mistral_7b.errors import CacheError
 from mistral_7b.kernels.attend import available
 from mistral_7b.kernels.linear import linear_twin
 from mistral_7b.model import Mistral7B
@@ -153,3 +154,9 @@ def test_a_random_model_has_the_shape_and_size_of_a_quantised_one() -> None:
         assert made(tokens_of((1, 20)))[0].isfinite().all()
     assert random_model(ARGS, "bf16")(tokens_of((1, 20)))[0].isfinite().all()
     assert random_model(ARGS, None)(tokens_of((1, 20)))[0].isfinite().all()
+
+
+def test_a_ring_of_another_shape_is_refused_before_the_kernels_write() -> None:
+    other = tiny_model(tiny_args(n_kv_heads=1), torch.bfloat16).rolling_cache(1)
+    with pytest.raises(CacheError, match="make it with the model's shape"):
+        model_of("int4")(tokens_of((1, 5)), other)

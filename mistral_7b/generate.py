@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import pathlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,9 +26,10 @@ from torch import Tensor
 from . import captured
 from .cache import RollingCache, check_kv_dtype
 from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
-from .errors import GenerationError, Mistral7BError, SamplingError
+from .errors import GenerationError
 from .model import Mistral7B
-from .sampling import History, Logprob, SamplingParams, draw_seed, logprobs, sample
+from .prompts import Prompt, read_prompts
+from .sampling import History, Logprob, SamplingParams, logprobs, sample
 from .speculation import Guesser, Speculation, StepTime
 from .tokenizer import Tokenizer
 
@@ -40,8 +40,6 @@ LOGPROB_ROWS = 64  # prompt tokens whose logits exist at once: 8 MB for 32768 to
 FIRST_SLOTS = 256  # slots for new tokens at the start; doubled when used up, unless the window comes first
 
 NOT_FINITE = "the model gives logits that are not finite (float16 overflows; try bfloat16)"
-
-Prompt = str | Sequence[int]
 
 
 def generate(
@@ -357,69 +355,9 @@ def _read_requests(
     params: SamplingParams | Sequence[SamplingParams] | None,
     tokenizer: Tokenizer | None,
 ) -> list[_Request]:
-    """Check everything that can be checked before the first token is computed."""
-    several = _as_list(prompts)
-    each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
-    if len(each) != len(several):
-        raise GenerationError(f"{len(several)} prompts with {len(each)} SamplingParams; give one, or one for each")
-    why = ""
-    if tokenizer is None:
-        tokenizer, why = _tokenizer_beside(model)
-    for i, (prompt, sp) in enumerate(zip(several, each, strict=True)):
-        if tokenizer is None and (isinstance(prompt, str) or sp.stops):
-            raise GenerationError(
-                f"prompt {i}: text prompts and stop texts need a tokenizer, and {why}; pass tokenizer=..."
-            )
-    return [_read_request(model, i, p, sp, tokenizer) for i, (p, sp) in enumerate(zip(several, each, strict=True))]
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One text or one list of ids is one prompt."""
-    if isinstance(prompts, Tensor):
-        prompts = prompts.tolist()
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _read_request(
-    model: Mistral7B, i: int, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None
-) -> _Request:
-    args = model.args
-    if isinstance(prompt, str):
-        assert tokenizer is not None  # seen to by the caller
-        ids = tokenizer.encode(prompt)
-    else:
-        ids = list(prompt)
-    if not ids:
-        raise GenerationError(f"prompt {i} is empty; it needs one token at least, such as BOS")
-    for place, token in enumerate(ids):
-        if not isinstance(token, int) or not 0 <= token < args.vocab_size:
-            raise GenerationError(
-                f"prompt {i}: {token!r} at place {place} is no token of a vocabulary of {args.vocab_size}"
-            )
-    named = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]
-    if named and max(named) >= args.vocab_size:
-        raise SamplingError(
-            f"token {max(named)} in logit_bias or stop_token_ids: the vocabulary has {args.vocab_size}"
-        )
-    room = _room(model, i, len(ids), params)
-    seed = draw_seed() if params.seed is None else params.seed
-    completions = [Completion(ids, params, room, seed, k, tokenizer) for k in range(params.n)]
-    return _Request(prompt if isinstance(prompt, str) else None, ids, params, completions)
-
-
-def _room(model: Mistral7B, i: int, length: int, params: SamplingParams) -> int:
-    """How many tokens may be generated. With a window the context has no end, so `max_tokens` alone rules."""
-    context, left = model.args.max_seq_len, model.args.max_seq_len - length
-    if params.max_tokens is None and left < 1:
-        raise GenerationError(f"prompt {i} has {length} tokens and fills the context of {context}: shorten it")
-    if params.max_tokens is not None and params.max_tokens > left and model.args.sliding_window is None:
-        raise GenerationError(
-            f"prompt {i} has {length} tokens, and max_tokens={params.max_tokens} more do not fit the context of "
-            f"{context}: shorten it, or lower max_tokens (None takes what is left)"
-        )
-    return left if params.max_tokens is None else params.max_tokens
+    return [
+        _Request(r.prompt, r.ids, r.params, r.completions) for r in read_prompts(model, prompts, params, tokenizer)
+    ]
 
 
 def _waves(requests: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
@@ -434,18 +372,3 @@ def _waves(requests: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
         wave.append(request)
     if wave:
         yield wave
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer_at(source: pathlib.Path) -> Tokenizer:
-    return Tokenizer.from_pretrained(source)
-
-
-def _tokenizer_beside(model: Mistral7B) -> tuple[Tokenizer | None, str]:
-    """The tokenizer in the model's folder, or why there is none: ids as prompts can do without."""
-    if model.source is None:
-        return None, "this model was not opened from a folder that could hold one"
-    try:
-        return _tokenizer_at(model.source), ""
-    except Mistral7BError as e:
-        return None, str(e)

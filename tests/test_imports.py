@@ -26,7 +26,7 @@ LAYERS = (
     ("checkpoint",),
     ("tokenizer", "sampling"),
     ("training", "completion", "speculation"),
-    ("captured",),
+    ("captured", "prompts"),
     ("generate", "engine"),
     ("server", "evaluation", "visualization", "benchmark"),
     ("cli",),

@@ -19,7 +19,7 @@ import torch
 from .cache import RollingCache
 from .completion import Completion
 from .model import Mistral7B
-from .sampling import SamplingParams, Ways, pick
+from .sampling import SamplingParams, pick, ways_of
 
 CHUNK = 16  # steps between two looks at the tokens: at most so many are computed for nothing, per completion
 WARM_UP = 3  # uncaptured steps first: libraries and Triton set themselves up in them
@@ -112,7 +112,7 @@ class CapturedDecode:
         self.out = torch.zeros(CHUNK, B, dtype=torch.long, device=device)
         self.u = torch.zeros(CHUNK, B, dtype=torch.float64, device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # which step of the chunk
-        self.ways = Ways([c.params for c in self.rows], self.model.args.vocab_size, device)
+        self.ways = ways_of([c.params for c in self.rows], self.model.args.vocab_size, device)
 
     def _step(self) -> None:
         """One token for every row, from buffers to buffers: nothing here may ask the device for a value."""

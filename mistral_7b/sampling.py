@@ -17,6 +17,7 @@ R rows · D of them drawn at random, the others greedy · N of those narrowed by
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from .sampling_params import SamplingParams as SamplingParams  # where it can be read without torch
 
+ALL = (0, 0, 1)  # min_p, top_k and top_p that keep every token
+ROWS = 8  # rows a CPU samples at once: so much stays in its caches
 CANDIDATES = 1024  # tokens a row that are sorted first on a CPU: few rows need more, and all of them take longer
 
 
@@ -83,7 +86,10 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """
     if logits.device.type == "mps":  # which has no float64
         return sample_rows(logits.cpu(), rows).to(logits.device)
-    ways = Ways([row.params for row in rows], logits.shape[-1], logits.device)
+    if logits.device.type == "cpu" and len(rows) > ROWS:
+        parts = (rows[i : i + ROWS] for i in range(0, len(rows), ROWS))
+        return torch.cat([sample_rows(part, of) for part, of in zip(logits.split(ROWS), parts, strict=True)])
+    ways = ways_of([row.params for row in rows], logits.shape[-1], logits.device)
     return pick(adjust(logits, rows), ways, _put([row.u for row in rows], logits.device, np.float64))
 
 
@@ -135,31 +141,39 @@ def allow(logits: Tensor, masks: Tensor) -> Tensor:
     return logits.masked_fill(~allowed, -math.inf)
 
 
+def ways_of(params: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> Ways:
+    """The ways of these rows; of rows that were sampled so just before, the same tensors."""
+    return _ways(tuple(_asked(p, vocabulary) for p in params), device)
+
+
+def _asked(p: SamplingParams, vocabulary: int) -> tuple[float, ...]:
+    """Temperature, min_p, top_k and top_p; nothing of a greedy row."""
+    return () if p.greedy else (p.temperature, p.min_p, p.top_k if 0 < p.top_k < vocabulary else 0, p.top_p)
+
+
 class Ways:
     """How R rows are sampled, in tensors that stay in place: nothing in them is asked for on the host again.
 
     drawn     indices (D,) of the rows that are not greedy; temperature (D, 1)
-    narrowed  indices (N,) into drawn; min_p, top_k (V: all), top_p (N, 1)
+    narrowed  indices (N,) into drawn; min_p, top_k (0: all), top_p (N, 1)
 
     Indices of everything are a slice, so that rows which are all alike in this are not copied.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> None:
-        drawn = [i for i, p in enumerate(params) if not p.greedy]
-        kept = [params[i].top_k if 0 < params[i].top_k < vocabulary else vocabulary for i in drawn]
-        asked = [(params[i].temperature, params[i].min_p, params[i].top_p) for i in drawn]
-        narrowed = [
-            n for n, (k, (_, m, p)) in enumerate(zip(kept, asked, strict=True)) if k < vocabulary or m > 0 or p < 1
-        ]
-        self.draws, self.narrows = bool(drawn), bool(narrowed)
-        self.drawn = _indices(drawn, len(params), device)
+    def __init__(self, asked: Sequence[tuple[float, ...]], device: torch.device) -> None:
+        drawn = [i for i, row in enumerate(asked) if row]
+        narrowed = [n for n, i in enumerate(drawn) if asked[i][1:] != ALL]
+        self.draws, self.narrows, self.greedy = bool(drawn), bool(narrowed), len(drawn) < len(asked)
+        self.drawn = _indices(drawn, len(asked), device)
         self.narrowed = _indices(narrowed, len(drawn), device)
         if drawn:
-            self.temperature, min_p, top_p = _put(asked, device, np.float64).unbind(1)
-            self.temperature = self.temperature[:, None]
-        if narrowed:
-            self.min_p, self.top_p = min_p[self.narrowed, None], top_p[self.narrowed, None]
-            self.top_k = _put([kept[n] for n in narrowed], device)[:, None]
+            table = _put([asked[i] for i in drawn], device, np.float64)
+            self.temperature = table[:, :1]
+            self.min_p, top_k, self.top_p = table[self.narrowed, 1:].split(1, dim=1)
+            self.top_k = top_k.long()
+
+
+_ways = functools.lru_cache(maxsize=64)(Ways)  # a step's rows are mostly those of the step before
 
 
 def _indices(some: Sequence[int], n: int, device: torch.device) -> Tensor | slice:
@@ -174,7 +188,11 @@ def _put(values: Sequence[Any] | np.ndarray, device: torch.device, dtype: type =
 
 def pick(logits: Tensor, ways: Ways, u: Tensor) -> Tensor:
     """A token for each row of adjusted logits (R, V), by u (R,) float64: ids (R,), -1 as in sample_rows."""
-    best, tokens = logits.max(-1)  # the first of equals; NaN is handed on
+    if ways.greedy:
+        best, tokens = logits.max(-1)  # the first of equals; NaN is handed on
+    else:
+        best = logits.amax(-1)
+        tokens = torch.empty_like(best, dtype=torch.long)
     if ways.draws:
         tokens[ways.drawn] = choose(weigh(logits[ways.drawn], best[ways.drawn], ways), u[ways.drawn])
     return torch.where(best.isfinite(), tokens, -1)
@@ -190,9 +208,9 @@ def weigh(logits: Tensor, best: Tensor, ways: Ways) -> Tensor:
     exponents = (logits / t).double().sub_((best[:, None] / t).double())
     weights = exponents.exp_().mul_(_one(logits.shape[-1])).long()
     if ways.narrows:
-        part = weights[ways.narrowed]
-        least = _least(part, ways.min_p, ways.top_k, ways.top_p)
-        weights[ways.narrowed] = torch.where(part >= least, part, 0)
+        least = torch.zeros_like(weights[:, :1])
+        least[ways.narrowed] = _least(weights[ways.narrowed], ways.min_p, ways.top_k, ways.top_p)
+        weights *= torch.ge(weights, least, out=exponents.view(torch.long))  # quicker than where() on a CPU
     return weights
 
 
@@ -212,22 +230,19 @@ def _least(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, candida
     """
     V = weights.shape[-1]
     best = _highest(weights, min(candidates, V))  # (N, M)
-    M = best.shape[-1]
-    least = torch.where(top_k < V, best.gather(-1, (top_k - 1).clamp(max=M - 1)), 0)
+    least = best.gather(-1, (top_k - 1).clamp(0, best.shape[-1] - 1)) * (top_k > 0)
     least = least.maximum((min_p * _one(V)).long())
-    kept = torch.where(best >= least, best, 0)
+    kept = best * (best >= least)
     sums = kept.cumsum(-1)
-    others = weights.sum(-1, keepdim=True) - best.sum(-1, keepdim=True)
-    total = sums[:, -1:] + torch.where(least > 0, 0, others)
+    total = torch.where(least > 0, sums[:, -1:], weights.sum(-1, keepdim=True))
     inside = sums - kept < top_p * total  # where the sum of all more probable ones falls short
     last = kept.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
-    if M < V:
-        more = (best[:, -1:] >= least) & ((least > 0) | inside[:, -1:]) & (top_p < 1)
-        more = (more | (top_k > M) & (top_k < V))[:, 0]
-    least = torch.where(top_p < 1, least.maximum(last), least)
-    if M < V and bool(more.any()):
-        least[more] = _least(weights[more], min_p[more], top_k[more], top_p[more], V)
-    return least
+    cut = least.maximum(last)
+    if best.shape[-1] < V:
+        more = ((best[:, -1:] >= least) & (inside[:, -1:] | (least > 0)))[:, 0]  # of the rest some may be kept
+        if bool(more.any()):
+            cut[more] = _least(weights[more], min_p[more], top_k[more], top_p[more], V)
+    return cut
 
 
 def _highest(weights: Tensor, most: int) -> Tensor:
@@ -236,7 +251,9 @@ def _highest(weights: Tensor, most: int) -> Tensor:
         return weights.sort(-1, descending=True).values
     best = np.empty((len(weights), most), dtype=np.int64)
     for row, out in zip(weights.numpy(), best, strict=True):
-        if 2 * np.count_nonzero(row) > len(row):  # among many equals sorting is quick, but not partitioning
+        if (
+            2 * np.count_nonzero(row[::16]) > len(row) // 16
+        ):  # among many equals sorting is quick, but not partitioning
             row = np.partition(row, len(row) - most)[len(row) - most :]
         out[:] = np.sort(row)[: -most - 1 : -1]
     return torch.from_numpy(best)

@@ -17,7 +17,6 @@ from mistral_7b.sampling import (
     History,
     Row,
     SamplingParams,
-    Ways,
     adjust,
     choose,
     draw_seed,
@@ -25,6 +24,7 @@ from mistral_7b.sampling import (
     pick,
     sample_rows,
     uniforms,
+    ways_of,
     weigh,
 )
 
@@ -76,7 +76,7 @@ def twin(logits, p, banned=(), prompt=(), output=()):
 def weights_of(logits, *rows):
     """What the package draws from: (R, V) int64."""
     x = adjust(logits, rows)
-    return weigh(x, x.amax(-1), Ways([row.params for row in rows], x.shape[-1], x.device))
+    return weigh(x, x.amax(-1), ways_of([row.params for row in rows], x.shape[-1], x.device))
 
 
 def probabilities(logits, p, banned=(), prompt=(), output=()):
@@ -300,7 +300,7 @@ def test_logits_without_a_finite_highest_give_no_token():
 def test_captured_ways_are_those_of_the_rows():
     """The same ways with other logits and numbers, as a captured step replays them."""
     params = [SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(), SamplingParams(top_k=3)]
-    ways = Ways(params, V, torch.device("cpu"))
+    ways = ways_of(params, V, torch.device("cpu"))
     for seed in range(20):
         logits, u = random_logits(4, seed=seed), uniforms(seed, 0, 0, 4)
         want = sample_rows(logits, [Row(p, x) for p, x in zip(params, u, strict=True)])

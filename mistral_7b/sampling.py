@@ -79,6 +79,7 @@ class Row:
     allowed: np.ndarray | None = None
 
 
+@torch.no_grad()
 def sample_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """A token for each row of logits (R, V): ids (R,), -1 where the highest logit is NaN or infinite.
 

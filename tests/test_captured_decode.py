@@ -67,6 +67,16 @@ def test_same_tokens_as_step_by_step(way: str, model: Mistral7B, captures: list[
     assert len(wanted[0].outputs[0].token_ids) == 50
 
 
+def test_rows_that_ask_for_different_things(captures: list[int]) -> None:
+    params = [dataclasses.replace(p, n=1, ignore_eos=True) for p in [*list(WAYS.values())[:4], WAYS["all"]]]
+    wanted = ids(by_steps(MODEL, PROMPTS, params))
+    assert ids(generate(MODEL, PROMPTS, params)) == wanted
+    assert captures == [5]
+    assert wanted == [
+        row for p, prompt in zip(params, PROMPTS, strict=True) for row in ids(by_steps(MODEL, prompt, p))
+    ]
+
+
 def test_int8_keys_and_values(captures: list[int]) -> None:
     for model in (MODEL, FULL):
         params = dataclasses.replace(WAYS["temperature"], ignore_eos=True)

@@ -297,6 +297,14 @@ def test_logits_without_a_finite_highest_give_no_token():
     assert sample_rows(torch.full((len(rows), V), -math.inf), rows).tolist() == [-1] * len(rows)
 
 
+def test_rows_may_be_sampled_in_and_out_of_inference_mode():
+    """The tensors that are kept from one to the next serve both."""
+    logits, rows = random_logits(2, seed=11), [Row(SamplingParams(temperature=0.83, top_p=0.71), 0.4)] * 2
+    with torch.inference_mode():
+        want = sample_rows(logits, rows)
+    assert sample_rows(logits.requires_grad_(), rows).tolist() == want.tolist()
+
+
 def test_captured_ways_are_those_of_the_rows():
     """The same ways with other logits and numbers, as a captured step replays them."""
     params = [SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(), SamplingParams(top_k=3)]

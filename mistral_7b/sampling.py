@@ -267,7 +267,7 @@ def choose(weights: Tensor, u: Tensor) -> Tensor:
     """
     sums = weights.cumsum(-1)
     total = sums[:, -1]
-    target = (u * total).long().minimum(total - 1)
+    target = (u * total).long()  # below total: the greatest u takes off more than rounding adds
     chosen = torch.searchsorted(sums, target[:, None], right=True)[:, 0]
     return chosen.clamp(max=weights.shape[-1] - 1)  # past the end only where there is no distribution
 

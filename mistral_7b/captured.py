@@ -1,11 +1,11 @@
 """Decode on a GPU as one captured graph: a step's kernels are launched together, its token is chosen inside.
 
-    token (B, 1) --model over a static ring--> logits (B, V) --narrow, choose--> token (B, 1), out[step]
+    token (B, 1) --model over a static ring--> logits (B, V) --pick--> token (B, 1), out[step]
 
 A step of the 7B model is a thousand kernels; launched one by one they keep the GPU waiting. So one step is
 captured once and replayed CHUNK times, on buffers that stay where they are; then CHUNK tokens of every row
 are read back, and whatever ended a completion is found on the host, which drops the tokens after it. Random
-numbers are a function of seed, completion and place (sampling.uniform), so the host sets them out beforehand.
+numbers are a function of seed, completion and place (sampling.uniforms), so the host sets them out beforehand.
 
 Without CUDA the same step runs uncaptured, which is how it is tested: it was never yet replayed on a GPU.
 """
@@ -19,25 +19,20 @@ import torch
 from .cache import RollingCache
 from .completion import Completion
 from .model import Mistral7B
-from .sampling import SamplingParams, choose, narrow
+from .sampling import SamplingParams, pick, ways_of
 
 CHUNK = 16  # steps between two looks at the tokens: at most so many are computed for nothing, per completion
 WARM_UP = 3  # uncaptured steps first: libraries and Triton set themselves up in them
 
 
 def supports(model: Mistral7B, rows: Sequence[Completion]) -> bool:
-    """Whether these completions can be decoded so: on CUDA, alike in sampling, long enough to pay for a capture.
+    """Whether these completions can be decoded so: on CUDA, long enough to pay for a capture.
 
     What looks at a row's own tokens (penalties), bans some, or wants log-probabilities decodes step by step.
     """
     cuda = model.norm.weight.is_cuda
-    alike = len({_sampling(c.params) for c in rows}) == 1
     plain = all(_plain(c.params) for c in rows)
-    return cuda and alike and plain and max(c.max_tokens for c in rows) > 2 * CHUNK
-
-
-def _sampling(p: SamplingParams) -> tuple[float, ...]:
-    return (0.0,) if p.greedy else (p.temperature, p.top_k, p.top_p, p.min_p)
+    return cuda and plain and max(c.max_tokens for c in rows) > 2 * CHUNK
 
 
 def _plain(p: SamplingParams) -> bool:
@@ -77,11 +72,10 @@ class CapturedDecode:
         self._make_room()
         rows = [self.rows[row] for row in self.wanted]
         steps = min(CHUNK, max(c.max_tokens - len(c.token_ids) for c in rows))
-        if not self.greedy:
-            u = torch.zeros(CHUNK, len(self.rows), dtype=torch.float64)
-            for row, c in zip(self.wanted, rows, strict=True):
-                u[:steps, row] = torch.tensor([c.u(ahead) for ahead in range(steps)], dtype=torch.float64)
-            self.u.copy_(u)
+        u = torch.zeros(CHUNK, len(self.rows), dtype=torch.float64)
+        for row, c in zip(self.wanted, rows, strict=True):
+            u[:steps, row] = torch.tensor([c.u(ahead) for ahead in range(steps)], dtype=torch.float64)
+        self.u.copy_(u)
         self.at.zero_()
         if self.graph is None and self.token.is_cuda:
             self._capture()
@@ -118,28 +112,14 @@ class CapturedDecode:
         self.out = torch.zeros(CHUNK, B, dtype=torch.long, device=device)
         self.u = torch.zeros(CHUNK, B, dtype=torch.float64, device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # which step of the chunk
-
-    @property
-    def params(self) -> SamplingParams:
-        """How all rows are sampled."""
-        return self.rows[0].params
-
-    @property
-    def greedy(self) -> bool:
-        return self.params.greedy
+        self.ways = ways_of([c.params for c in self.rows], self.model.args.vocab_size, device)
 
     def _step(self) -> None:
         """One token for every row, from buffers to buffers: nothing here may ask the device for a value."""
         logits = self.model.logits(self.model.hidden(self.token, self.cache)[:, -1])  # (B, V)
-        if self.greedy:
-            token = logits.argmax(-1)
-        else:
-            u = self.u.index_select(0, self.at)[0]
-            vocabulary = logits.shape[-1]
-            token = choose(narrow(logits, self.params, candidates=vocabulary), u).clamp(max=vocabulary - 1)
-        finite = logits.amax(-1).isfinite()  # amax hands NaN on
-        self.out.index_copy_(0, self.at, torch.where(finite, token, -1)[None])
-        self.token.copy_(token[:, None])
+        token = pick(logits, self.ways, self.u.index_select(0, self.at)[0])
+        self.out.index_copy_(0, self.at, token[None])
+        self.token.copy_(token[:, None].clamp(min=0))
         self.at.add_(1)
 
     def _rehearse(self) -> None:

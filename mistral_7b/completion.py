@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .sampling import Logprob, SamplingParams, uniform
+from .sampling import History, Logprob, Row, SamplingParams, uniforms
 from .tokenizer import Tokenizer
 
 EOS = 2  # of every Mistral vocabulary, for when there is no tokenizer to ask
+NUMBERS = 64  # random numbers made at once: 64 take a CPU little longer than one
 
 
 @dataclass
@@ -119,6 +120,8 @@ class Completion:
         self._stops = StopTexts(self.params.stops)
         self._endings = frozenset(self.params.stop_token_ids or ())
         self._parts: list[str] = []
+        self._numbers: tuple[int, list[float]] = (-1, [])  # which NUMBERS of them, and these
+        self.history = History(self.prompt) if self.params.penalizes else None
 
     @property
     def finished(self) -> bool:
@@ -137,7 +140,19 @@ class Completion:
 
     def u(self, ahead: int = 0) -> float:
         """The random number that chooses the next token, or the one `ahead` later."""
-        return 0.0 if self.params.greedy else uniform(self.seed, self.index, len(self.token_ids) + ahead)
+        if self.params.greedy:
+            return 0.0
+        block, place = divmod(len(self.token_ids) + ahead, NUMBERS)
+        if block != self._numbers[0]:
+            self._numbers = block, uniforms(self.seed, self.index, block * NUMBERS, NUMBERS).tolist()
+        return self._numbers[1][place]
+
+    def row(self, ahead: Sequence[int] = ()) -> Row:
+        """What is asked of the logits of the next token, or of the one after the tokens `ahead`."""
+        history = self.history
+        if history is not None and ahead:
+            history = history.after(ahead)
+        return Row(self.params, self.u(len(ahead)), self.banned(len(ahead)), history)
 
     @property
     def piece(self) -> Callable[[int], str] | None:
@@ -148,6 +163,8 @@ class Completion:
         """Take the next token; return the text that is certain now."""
         assert not self.finished, "a finished completion takes no more tokens"
         self.token_ids.append(token)
+        if self.history is not None:
+            self.history.add(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         text = ""

@@ -4,7 +4,7 @@
     rows     --decode, one token each a step-->   logits (B, V)  --sampling.py-->  tokens  --completion.py-->  text
 
 With speculation a step is fed the tokens that each row is guessed to go on with as well (speculation.py);
-its logits are sampled one after another while the guesses hold, and the cache takes back the rest.
+its logits are all sampled, the tokens are taken while the guesses hold, and the cache takes back the rest.
 
 Prompts are ragged and there is no padding: every row of the cache has its own length, and what it sees
 is decided by position. A row that finishes is replaced by the last one, so that no step is spent on it
@@ -29,7 +29,7 @@ from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
 from .errors import GenerationError
 from .model import Mistral7B
 from .prompts import Prompt, read_prompts
-from .sampling import History, Logprob, SamplingParams, logprobs, sample
+from .sampling import Logprob, SamplingParams, logprobs, sample_rows
 from .speculation import Guesser, Speculation, StepTime
 from .tokenizer import Tokenizer
 
@@ -143,9 +143,6 @@ class _Batch:
         slots = min(self.need, max(len(r.ids) for r in requests) + FIRST_SLOTS)
         self.cache = model.rolling_cache(len(self.rows), slots, slack=self.slack, kv_dtype=kv_dtype)
         self.device = self.cache.positions.device
-        self.history: History | None = None
-        if any(r.params.penalizes for r in requests):
-            self.history = History([c.prompt for c in self.rows], model.args.vocab_size, self.device)
         self.guessers: list[Guesser] = []  # one for each row, or none at all
         if speculate:
             self.guessers = [speculate.guesser(c.prompt, len(c.prompt) + c.max_tokens) for c in self.rows]
@@ -189,28 +186,24 @@ class _Batch:
 
     def _choose(self, row: int, logits: Tensor, ahead: Sequence[int]) -> int:
         """What a row's sampler would take from logits (1, V) if the tokens `ahead` had come first."""
-        c, n = self.rows[row], len(ahead)
-        history = None
-        if self.history is not None and c.params.penalizes:
-            history = self.history.select([row])
-            for token in ahead:
-                history.add(torch.tensor([token], device=self.device))
-        return int(sample(logits.to(self.device), c.params, [c.u(n)], c.banned(n), history))
+        token = int(sample_rows(logits.to(self.device), [self.rows[row].row(ahead)]))
+        return max(token, 0)  # a draft model's logits that are not finite only make a bad guess
 
     def _take(self, logits: Tensor, drafts: list[list[int]]) -> list[TextPiece]:
-        """Sample from logits (R, V), those of the first row's tokens before those of the second's."""
+        """Sample from logits (R, V), those of the first row's tokens before those of the second's.
+
+        What follows a wrong guess is sampled in vain: all of them at once take less time than one by one.
+        """
         first = [0, *itertools.accumulate(1 + len(draft) for draft in drafts)]
+        tokens, entries = self._sample(logits, drafts)
         pieces, place = [], 0
         alive = list(range(len(self.rows)))  # rows whose guesses have held so far
         while alive:
-            everything = len(alive) == len(logits)  # the usual case: nothing to gather
-            part = logits if everything else logits[[first[row] + place for row in alive]]
-            if not bool(part.amax(-1).isfinite().all()):  # amax hands NaN on
-                raise GenerationError(NOT_FINITE)
-            tokens, entries = self._sample(part, alive)
             held = []
-            for row, token, entry in zip(alive, tokens, entries, strict=True):
-                c = self.rows[row]
+            for row in alive:
+                c, token, entry = self.rows[row], tokens[first[row] + place], entries[first[row] + place]
+                if token < 0:
+                    raise GenerationError(NOT_FINITE)
                 text = c.push(token, entry)
                 pieces.append(TextPiece(text, c.index, (token,), c.finish_reason, c.stop_reason))
                 if not c.finished and drafts[row][place : place + 1] == [token]:
@@ -263,34 +256,21 @@ class _Batch:
         rows, places = torch.tensor(meant, device=self.device).unbind(1)
         return self.model.logits(hidden[rows, places])
 
-    def _sample(self, logits: Tensor, rows: list[int]) -> tuple[list[int], list[dict[int, Logprob] | None]]:
-        """A token for each of these rows from logits (len(rows), V), and log-probabilities where asked for."""
-        tokens = torch.empty(len(rows), dtype=torch.long, device=self.device)
-        entries: list[dict[int, Logprob] | None] = [None] * len(rows)
-        for places in self._sampled_alike(rows):
-            group = [self.rows[rows[place]] for place in places]
-            first = group[0]
-            part = logits if len(places) == len(rows) else logits[places]
-            history = self.history
-            if history is not None and len(places) < len(self.rows):
-                history = history.select([rows[place] for place in places])
-            chosen = sample(part, first.params, [c.u() for c in group], first.banned(), history)
-            tokens[places] = chosen
-            if first.params.logprobs is not None:
-                found = logprobs(part, chosen, first.params.logprobs, first.piece)
-                for place, entry in zip(places, found, strict=True):
-                    entries[place] = entry
-        if self.history is not None:
-            self.history.add(tokens, rows)
+    def _sample(
+        self, logits: Tensor, drafts: list[list[int]]
+    ) -> tuple[list[int], list[dict[int, Logprob] | None]]:
+        """A token for each row of logits (R, V), laid out as in `_take`, and log-probabilities where asked for."""
+        told = [(c, draft[:n]) for c, draft in zip(self.rows, drafts, strict=True) for n in range(len(draft) + 1)]
+        tokens = sample_rows(logits, [c.row(ahead) for c, ahead in told])
+        entries: list[dict[int, Logprob] | None] = [None] * len(told)
+        asked = {i: c.params.logprobs for i, (c, _) in enumerate(told) if c.params.logprobs is not None}
+        if asked:
+            at = list(asked)
+            part, chosen = (logits, tokens) if len(at) == len(told) else (logits[at], tokens[at])
+            found = logprobs(part, chosen.clamp(min=0), list(asked.values()), told[0][0].piece)
+            for i, entry in zip(at, found, strict=True):
+                entries[i] = entry
         return tokens.tolist(), entries
-
-    def _sampled_alike(self, rows: list[int]) -> list[list[int]]:
-        """Places in `rows` in groups with the same parameters and the same bans."""
-        groups: dict[tuple[int, bool], list[int]] = {}
-        for place, row in enumerate(rows):
-            c = self.rows[row]
-            groups.setdefault((id(c.params), bool(c.banned())), []).append(place)
-        return list(groups.values())
 
     def _drop_finished(self) -> None:
         """The last row takes the place of each one that has finished."""
@@ -306,8 +286,6 @@ class _Batch:
             self.rows = [self.rows[i] for i in order]
             self.guessers = [self.guessers[i] for i in order] if self.guessers else []
             self.cache = self.cache.rows(0, len(order))
-            if self.history is not None:
-                self.history = self.history.select(order)
 
 
 class _CapturedBatch(_Batch):

@@ -2,11 +2,11 @@
 
     drafter   d1 d2 d3                  from a repetition in the text, or from a smaller model
     model     t  d1 d2 d3  ->  logits   after t, after t d1, after t d1 d2, after t d1 d2 d3
-    sampler   s1 s2 ...                 as ever, from the logits one after another: while s_i = d_i the
+    sampler   s1 s2 ...                 as ever, from each of the logits: while s_i = d_i the
                                         next logits hold; the first s_i that differs is itself the token
 
 Nothing of sampling is replaced: every token is the one that the ordinary sampler draws from the model's
-logits, with the random number of its own place (sampling.uniform). So greedy or sampled, with any
+logits, with the random number of its own place (sampling.uniforms). So greedy or sampled, with any
 parameters, the tokens are those without speculation, where the logits do not depend on how many rows are
 computed together. Rejection sampling (Leviathan et al., arXiv:2211.17192) has the same distribution but
 other tokens; here a drafter that samples gets the same random number, and so often draws the same token.

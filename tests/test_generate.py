@@ -13,7 +13,7 @@ from mistral_7b.completion import Completion, StopTexts
 from mistral_7b.errors import CacheError, GenerationError, SamplingError
 from mistral_7b.generate import FIRST_SLOTS, PREFILL_CHUNK, generate, stream
 from mistral_7b.model import Mistral7B, ModelArgs
-from mistral_7b.sampling import SamplingParams, sample, uniform
+from mistral_7b.sampling import Row, SamplingParams, sample_rows, uniforms
 from mistral_7b.speculation import Speculation
 from mistral_7b.tokenizer import Tokenizer
 
@@ -44,7 +44,8 @@ def slowly(model, prompt, n, params=None, seed=0, index=0):
     params, ids = params or GREEDY, list(prompt)
     for step in range(n):
         hidden = model.hidden(torch.tensor([ids]), Stateless(model.args.sliding_window))
-        ids += sample(model.logits(hidden[:, -1]), params, [uniform(seed, index, step)]).tolist()
+        row = Row(params, uniforms(seed, index, step, 1)[0])
+        ids += sample_rows(model.logits(hidden[:, -1]), [row]).tolist()
     return ids[len(prompt) :]
 
 
@@ -344,7 +345,7 @@ def by_hand(model, prompt, n, seed, kv_dtype):
     ids, new = [], prompt
     for step in range(n):
         logits, _ = model(torch.tensor([new]), cache)
-        new = sample(logits[:, -1], SamplingParams(), [uniform(seed, 0, step)]).tolist()
+        new = sample_rows(logits[:, -1], [Row(SamplingParams(), uniforms(seed, 0, step, 1)[0])]).tolist()
         ids += new
     return ids
 

@@ -1,5 +1,6 @@
 """Sampling against a plain numpy twin, against the distribution it claims, and at its edges."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,19 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mistral_7b import sampling
+from mistral_7b.completion import Completion
 from mistral_7b.errors import SamplingError
 from mistral_7b.sampling import (
     CANDIDATES,
     History,
+    Row,
     SamplingParams,
     adjust,
     choose,
     draw_seed,
-    keep_top_p,
     logprobs,
-    narrow,
-    sample,
-    uniform,
+    pick,
+    sample_rows,
+    uniforms,
+    ways_of,
+    weigh,
 )
 
 V = 97
@@ -68,13 +73,19 @@ def twin(logits, p, banned=(), prompt=(), output=()):
     return softmax(x)
 
 
+def weights_of(logits, *rows):
+    """What the package draws from: (R, V) int64."""
+    x = adjust(logits, rows)
+    return weigh(x, x.amax(-1), ways_of([row.params for row in rows], x.shape[-1], x.device))
+
+
 def probabilities(logits, p, banned=(), prompt=(), output=()):
     """The same through the package, for one row."""
-    history = History([prompt], len(logits), "cpu")
-    for token in output:
-        history.add(torch.tensor([token]))
-    x = adjust(logits[None], p, banned, history)
-    return torch.eye(x.shape[-1])[x.argmax()] if p.greedy else narrow(x, p).double().softmax(-1)[0]
+    row = Row(p, 0.0, banned, History(prompt).after(output))
+    if p.greedy:
+        return torch.eye(len(logits))[sample_rows(logits[None], [row])[0]]
+    weights = weights_of(logits[None], row)[0].double()
+    return weights / weights.sum()
 
 
 PARAMS = st.builds(
@@ -102,15 +113,30 @@ def test_each_step_agrees_with_the_numpy_twin(p, seed, banned, prompt, output):
 
 
 @pytest.mark.parametrize("p", [0.05, 0.7, 0.97])
-def test_top_p_over_a_large_vocabulary(p):
-    """Few candidates are tried first; a flat distribution must fall back to them all."""
+def test_a_large_vocabulary(p):
+    """Few candidates are sorted first; a flat distribution, or a large k, must fall back to them all."""
+    asked = [{}, {"top_k": 3000}, {"top_k": 30}, {"min_p": 1e-3}]
     for scale in (0.1, 8.0):
-        logits = random_logits(2, 9 * CANDIDATES + 5, seed=3, scale=scale).double()
-        kept = keep_top_p(logits, p)
-        for row in range(2):
-            want = twin(logits[row].numpy(), SamplingParams(top_p=p))
-            np.testing.assert_array_equal(kept[row].isfinite().numpy(), want > 0)
-        assert (kept.isfinite().sum(-1) > CANDIDATES).all() == (scale == 0.1 and p > 0.5)
+        logits = random_logits(len(asked), 9 * CANDIDATES + 5, seed=3, scale=scale).double()
+        rows = [Row(SamplingParams(top_p=p, **a)) for a in asked]
+        kept = weights_of(logits, *rows) > 0
+        for row in range(len(asked)):
+            want = twin(logits[row].numpy(), rows[row].params)
+            np.testing.assert_array_equal(kept[row].numpy(), want > 0)
+        assert (kept[0].sum() > CANDIDATES) == (scale == 0.1 and p > 0.5)
+
+
+def test_equals_are_kept_or_left_out_together():
+    """Far more of them than are sorted at first, and with the k-th among them."""
+    logits = torch.zeros(1, 4 * CANDIDATES)
+    logits[:, 5::4] = 1.0
+    logits[:, 1] = 2.0
+    for asked, kept in (
+        ({"top_k": 1}, 1), ({"top_k": 2}, CANDIDATES), ({"top_k": 3 * CANDIDATES}, 4 * CANDIDATES),
+        ({"top_k": 2, "top_p": 1e-6}, 1), ({"top_k": 2, "top_p": 0.5}, CANDIDATES), ({"min_p": 0.3}, CANDIDATES),
+        ({"top_p": 0.3}, CANDIDATES), ({"top_p": 0.9}, 4 * CANDIDATES),
+    ):  # fmt: skip
+        assert (weights_of(logits, Row(SamplingParams(**asked))) > 0).sum() == kept, asked
 
 
 @pytest.mark.parametrize(
@@ -125,8 +151,8 @@ def test_top_p_over_a_large_vocabulary(p):
 def test_tokens_come_with_their_probabilities(p):
     """Pearson's chi-squared of 20000 tokens from consecutive positions of one seed."""
     logits, n = random_logits(vocab=30, seed=1, scale=1.5), 20000
-    u = [uniform(1234, 0, i) for i in range(n)]
-    counts = np.bincount(sample(logits.expand(n, -1), p, u).numpy(), minlength=30)
+    rows = [Row(p, u) for u in uniforms(1234, 0, 0, n)]
+    counts = np.bincount(sample_rows(logits.expand(n, -1), rows).numpy(), minlength=30)
     want = twin(logits[0].numpy(), p) * n
     assert counts[want == 0].sum() == 0
     want, counts = want[want > 0], counts[want > 0]
@@ -137,29 +163,156 @@ def test_tokens_come_with_their_probabilities(p):
 def test_the_random_numbers_are_even_and_independent_of_each_other():
     n = 4000
     for numbers in (
-        [uniform(7, 0, i) for i in range(n)],
-        [uniform(7, i, 3) for i in range(n)],
-        [uniform(i, 0, 0) for i in range(n)],
+        uniforms(7, 0, 0, n),
+        np.array([uniforms(7, i, 3, 1)[0] for i in range(n)]),
+        np.array([uniforms(i, 0, 0, 1)[0] for i in range(n)]),
     ):
         assert all(0 <= u < 1 for u in numbers)
         counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
         assert ((counts - n / 20) ** 2 / (n / 20)).sum() < 19 + 4 * math.sqrt(38)
         assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 4 / math.sqrt(n)
-    assert uniform(7, 0, 3) == uniform(7, 0, 3)
-    assert len({uniform(s, i, t) for s in (-1, 0, 1, 2**80) for i in range(3) for t in range(3)}) == 36
+    assert len({u for s in (-1, 0, 1, 2**80) for i in range(3) for u in uniforms(s, i, 0, 3)}) == 36
 
 
-@given(p=PARAMS, vocab=st.sampled_from([5, 97, 1003]))
+def test_a_random_number_is_the_first_word_of_its_own_block():
+    """However many are made at once; 0 to 2^53 are all there is."""
+    for seed, index, first in ((7, 0, 0), (-3, 2, 60), (2**80, 1, 1000)):
+        blocks = [np.random.Philox(key=seed % 2**128, counter=[first + i, index, 0, 0]) for i in range(9)]
+        want = [(block.random_raw() >> 11) * 2.0**-53 for block in blocks]
+        assert uniforms(seed, index, first, 9).tolist() == want
+
+
+def test_a_completion_asks_for_its_own_place():
+    c = Completion([5, 7], SamplingParams(presence_penalty=1, min_tokens=2, max_tokens=200), 200, seed=9, index=3)
+    want = uniforms(9, 3, 0, 200)
+    for n in range(100):
+        row, later = c.row(), c.row([8, 7, 8])
+        assert (row.u, later.u) == (want[n], want[n + 3])
+        assert (bool(row.banned), bool(later.banned)) == (n < 2, False)
+        assert dict(zip(later.history.tokens, later.history.counts, strict=True)) == {5: n, 7: 1, 8: 2}
+        assert dict(zip(row.history.tokens, row.history.counts, strict=True)) == {5: n, 7: 0}
+        c.push(5)
+
+
+def bits_of(tokens, vocab):
+    """A grammar's mask that lets these tokens come."""
+    allowed = np.zeros(-(-vocab // 32) * 32, dtype=bool)
+    allowed[list(tokens)] = True
+    return np.packbits(allowed, bitorder="little").view(np.int32)
+
+
+ROWS = st.builds(
+    lambda p, u, banned, prompt, output, allowed: Row(
+        p,
+        u,
+        tuple(banned),
+        History(prompt).after(output) if p.penalizes else None,
+        allowed and bits_of(allowed, V),
+    ),
+    PARAMS,
+    st.sampled_from([0.0, 0.3, 0.77, 1 - 2**-53]),
+    TOKENS,
+    TOKENS,
+    TOKENS,
+    st.none() | st.sets(st.integers(0, V - 1), min_size=1, max_size=5),
+)
+
+
+@given(rows=st.lists(ROWS, min_size=1, max_size=9), vocab=st.sampled_from([V, 3 * CANDIDATES + 1]), data=st.data())
+@settings(max_examples=120, deadline=None)
+def test_a_row_is_sampled_the_same_to_the_bit_whatever_stands_beside_it(rows, vocab, data):
+    """Any mixture of rows: all together, in another order, and each alone."""
+    if vocab > V:
+        rows = [dataclasses.replace(row, allowed=None) for row in rows]
+    logits = random_logits(len(rows), vocab, seed=data.draw(st.integers(0, 10**6)))
+    logits[:, ::3] = logits[:, ::3].round()  # some equals
+    before = logits.clone()
+    together = sample_rows(logits, rows)
+    order = data.draw(st.permutations(range(len(rows))))
+    assert sample_rows(logits[order], [rows[i] for i in order]).tolist() == together[order].tolist()
+    for i, row in enumerate(rows):
+        assert sample_rows(logits[i : i + 1], [row]).item() == together[i]
+    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+    if drawn:
+        weights = weights_of(logits[drawn], *(rows[i] for i in drawn))
+        for place, i in enumerate(drawn):
+            assert torch.equal(weights_of(logits[i : i + 1], rows[i])[0], weights[place])
+    assert torch.equal(logits, before)
+
+
+@given(rows=st.lists(ROWS, min_size=1, max_size=9), seed=st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
-def test_a_row_is_sampled_the_same_to_the_bit_whatever_stands_beside_it(p, vocab):
-    p = SamplingParams(temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p)
-    logits = random_logits(7, vocab, seed=vocab)
-    u = [uniform(5, 0, i) for i in range(7)]
-    together = sample(logits, p, u)
-    for row in range(7):
-        assert sample(logits[row : row + 1], p, u[row : row + 1]).item() == together[row]
-        if not p.greedy:
-            assert torch.equal(narrow(logits[row : row + 1], p)[0], narrow(logits, p)[row])
+def test_where_everything_is_sorted_the_tokens_are_the_same(rows, seed):
+    """As on a GPU, which is not asked whether few candidates were enough."""
+    logits = random_logits(len(rows), 3 * CANDIDATES + 1, seed=seed)
+    rows = [dataclasses.replace(row, allowed=None) for row in rows]
+    few = sample_rows(logits, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_highest", lambda weights, most: weights.sort(-1, descending=True).values)
+        assert torch.equal(sample_rows(logits, rows), few)
+
+
+def test_no_device_is_asked_for_a_value():
+    """On meta there are no values to ask for: what would wait for the device fails there."""
+    rows = [
+        Row(SamplingParams(temperature=0)),
+        Row(SamplingParams(top_k=7, top_p=0.9, min_p=0.01), 0.5, (3,)),
+        Row(SamplingParams(presence_penalty=1, logit_bias={1: 1.0}), 0.5, (), History([1, 2])),
+        Row(SamplingParams(), 0.5, (), None, bits_of([4], V)),
+    ]
+    logits = torch.zeros(len(rows), V, device="meta")
+    assert sample_rows(logits, rows).shape == (len(rows),)
+    with pytest.raises(RuntimeError, match="meta"):  # the control
+        bool(sample_rows(logits, rows).any())
+
+
+def test_a_grammar_alone_decides_and_bias_and_penalties_choose_among_what_it_allows():
+    logits, vocab = random_logits(1, 70, seed=2, scale=0.5), 70
+    for allowed in ({0}, {31, 32}, {63, 64, 69}):
+        best = max(allowed, key=lambda t: logits[0, t])
+        mask = bits_of(allowed, vocab)
+        for p in (SamplingParams(temperature=0), SamplingParams(temperature=1e-4), SamplingParams(top_k=1)):
+            assert sample_rows(logits, [Row(p, 0.5, tuple(allowed), None, mask)]).item() == best
+        drawn = {
+            sample_rows(logits, [Row(SamplingParams(), u, (), None, mask)]).item() for u in uniforms(1, 0, 0, 200)
+        }
+        assert drawn == allowed
+        lifted = SamplingParams(temperature=0, logit_bias=dict.fromkeys({*range(vocab)} - {best}, 50.0))
+        assert sample_rows(logits, [Row(lifted, allowed=mask)]).item() == max(
+            allowed, key=lambda t: logits[0, t] + 50 * (t != best)
+        )
+
+
+def test_logits_without_a_finite_highest_give_no_token():
+    rows = [Row(SamplingParams(temperature=t, top_k=k), 0.5) for t in (0, 1) for k in (0, 3)]
+    for broken in (math.nan, math.inf):
+        logits = random_logits(len(rows), seed=4)
+        want = sample_rows(logits, rows)
+        for i in range(len(rows)):
+            bad = logits.clone()
+            bad[i, 7] = broken
+            got = sample_rows(bad, rows)
+            assert got[i] == -1
+            assert [*got[:i], *got[i + 1 :]] == [*want[:i], *want[i + 1 :]]
+    assert sample_rows(torch.full((len(rows), V), -math.inf), rows).tolist() == [-1] * len(rows)
+
+
+def test_rows_may_be_sampled_in_and_out_of_inference_mode():
+    """The tensors that are kept from one to the next serve both."""
+    logits, rows = random_logits(2, seed=11), [Row(SamplingParams(temperature=0.83, top_p=0.71), 0.4)] * 2
+    with torch.inference_mode():
+        want = sample_rows(logits, rows)
+    assert sample_rows(logits.requires_grad_(), rows).tolist() == want.tolist()
+
+
+def test_captured_ways_are_those_of_the_rows():
+    """The same ways with other logits and numbers, as a captured step replays them."""
+    params = [SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(), SamplingParams(top_k=3)]
+    ways = ways_of(params, V, torch.device("cpu"))
+    for seed in range(20):
+        logits, u = random_logits(4, seed=seed), uniforms(seed, 0, 0, 4)
+        want = sample_rows(logits, [Row(p, x) for p, x in zip(params, u, strict=True)])
+        assert torch.equal(pick(logits, ways, torch.from_numpy(u)), want)
 
 
 def test_extremes_take_the_most_probable_token():
@@ -173,20 +326,23 @@ def test_extremes_take_the_most_probable_token():
         SamplingParams(min_p=1),
     ):
         for u in (0.0, 0.5, 1 - 2**-53):
-            assert torch.equal(sample(logits, p, [u] * 4), best), p
+            assert torch.equal(sample_rows(logits, [Row(p, u)] * 4), best), p
     only = torch.full((1, V), -math.inf)
     only[0, 41] = -5
     for p in (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.3, top_k=4, min_p=0.5)):
         for u in (0.0, 0.5, 1 - 2**-53):
-            assert sample(only, p, [u]).item() == 41
+            assert sample_rows(only, [Row(p, u)]).item() == 41
     banned = [i for i in range(V) if i != 3]
-    assert sample(logits, SamplingParams(), [0.7] * 4, banned).tolist() == [3] * 4
+    assert sample_rows(logits, [Row(SamplingParams(), 0.7, banned)] * 4).tolist() == [3] * 4
 
 
 def test_a_token_of_no_probability_is_never_chosen():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
     for u, want in ((0.0, 1), (0.499, 1), (0.5, 3), (1 - 2**-53, 3)):
-        assert choose(logits, torch.tensor([u], dtype=torch.float64)).item() == want
+        assert sample_rows(logits, [Row(SamplingParams(), u)]).item() == want
+        for scale in (1, 2**60):
+            weights = torch.tensor([[0, scale, 0, scale, 0]])
+            assert choose(weights, torch.tensor([u], dtype=torch.float64)).item() == want
 
 
 def test_logprobs_are_those_of_the_raw_distribution():
@@ -203,13 +359,30 @@ def test_logprobs_are_those_of_the_raw_distribution():
                 assert (found.rank, found.decoded_token) == (order.index(t) + 1, str(t))
 
 
-def test_history_counts_tokens_and_follows_its_rows():
-    history = History([[1, 1], [2], [3]], 6, "cpu")
-    for step in ([4, 5, 5], [4, 4, 5]):
-        history.add(torch.tensor(step))
-    part = history.select([2, 0])
-    assert part.counts.tolist() == [[0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 2, 0]]
-    assert part.prompt.nonzero().tolist() == [[0, 3], [1, 1]]
+def test_rows_get_their_own_number_of_logprobs():
+    """Among many equals too, of which those with the lower ids come first."""
+    logits = random_logits(4, seed=4).round()
+    tokens, ks = torch.tensor([5, 0, 96, 7]), [3, 0, -1, 20]
+    together = logprobs(logits, tokens, ks, str)
+    for row, (k, entry) in enumerate(zip(ks, together, strict=True)):
+        assert [entry] == logprobs(logits[row : row + 1], tokens[row : row + 1], k, str)
+        order = sorted(range(V), key=lambda t: (-logits[row, t], t))[: V if k < 0 else k]
+        assert list(entry) == [tokens[row].item(), *(t for t in order if t != tokens[row])]
+    sure = torch.full((1, V), -math.inf)
+    sure[0, 3] = 0
+    assert list(logprobs(sure, torch.tensor([3]), 3)[0].items()) == [
+        (3, (0.0, 1, None)), (0, (-math.inf, 2, None)), (1, (-math.inf, 3, None)),
+    ]  # fmt: skip
+
+
+def test_history_counts_tokens_and_what_comes_later_leaves_it_alone():
+    history = History([3, 1, 1])
+    history.add(4)
+    later = history.after([1, 4, 0])
+    for h, want in ((history, {1: 0, 3: 0, 4: 1}), (later, {1: 1, 3: 0, 4: 2, 0: 1})):
+        assert dict(zip(h.tokens.tolist(), h.counts.tolist(), strict=True)) == want
+    history.add(0)
+    assert later.counts.tolist() == [1, 0, 2, 1]
 
 
 @pytest.mark.parametrize(

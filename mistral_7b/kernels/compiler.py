@@ -46,8 +46,8 @@ SIGNATURES = {
     "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
     "m7b_project": (PTR, INT, PTR, LONG, PTR, PTR, LONG, INT, PTR, PTR, PTR),
     "m7b_finish_block": (PTR, INT, PTR, PTR, LONG, INT, PTR),
-    "m7b_layers": (PTR, LONG, PTR, INT, *(LONG,) * 5, PTR, PTR, LONG, LONG, PTR, PTR, LONG, INT, PTR),
-    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 9, INT, *(PTR,) * 2, LONG, LONG, PTR, LONG, LONG, LONG, INT, PTR),
+    "m7b_layers": (PTR, LONG, PTR, PTR, INT, *(LONG,) * 3, PTR, PTR, LONG, INT, PTR),
+    "m7b_attend": (PTR, INT, *(LONG,) * 3, *(PTR,) * 9, INT, INT, PTR),
     "m7b_read": (PTR, LONG, INT),
 }
 RETURNS = {"m7b_read": LONG}  # the others nothing

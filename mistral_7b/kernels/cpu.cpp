@@ -21,6 +21,7 @@
 // The source is plain C++17 with a C interface: the widest instructions that the flags allow are taken.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -903,23 +904,40 @@ void rotate(const typename T::Store* x, const float* cos, const float* sin, int6
 // Keys are worked through in blocks of 64 positions that begin at multiples of 64, and each row keeps its own
 // maximum and sum: so a row's result depends on its keys alone, not on the chunk it came in, on where its keys
 // lie, or on the rows beside it. A row for which a block shows nothing is left as it is, to the bit.
-struct Attend {
-    int64_t B, T, H, G, D;   // sequences, queries of each, query heads, key heads, width
-    const uint16_t* q;       // (B, T, H, D)
-    const void *k, *v;       // (B, T, G, D): the queries' own keys and values, bfloat16 or int8
-    const float *ks, *vs;    // (B, T, G): their scales, int8 only
-    void *old_k, *old_v;          // (slots in all, G, D): what is remembered, and where the new goes if `keep`
-    float *old_ks, *old_vs;
-    bool keep;
-    const int64_t* start;    // (B): position of the first query
+//
+// The queries of all sequences lie one after another, as many of each as it has: a row of decoding beside a chunk of
+// a prompt. A rectangle is the case of equal numbers.
+
+// Which queries there are, and where what came before them lies: the same for all layers.
+struct Place {
+    int64_t B, N;            // sequences, queries of all together
+    const int64_t* offsets;  // (B + 1): those of sequence b are rows offsets[b]..offsets[b + 1]; null: N / B of each
+    const int64_t* start;    // (B): position of the first of them
     const int64_t* held;     // (B): how many positions before it are remembered
     int64_t slots, origin;   // position p of sequence b lies at row b * slots + (p - origin) % slots ...
     const int64_t* table;    // ... or, in pages, at table[b * columns + p / page] * page + p % page
     int64_t columns, page;
     int64_t window;          // 0: none
-    bool int8;
-    uint16_t* out;           // (B, T, H, D)
 };
+
+struct Attend : Place {
+    int64_t H, G, D;         // query heads, key heads, width
+    const uint16_t* q;       // (N, H, D)
+    const void *k, *v;       // (N, G, D): the queries' own keys and values, bfloat16 or int8
+    const float *ks, *vs;    // (N, G): their scales, int8 only
+    void *old_k, *old_v;     // (slots in all, G, D): what is remembered, and where the new goes if `keep`
+    float *old_ks, *old_vs;
+    bool keep, int8;
+    uint16_t* out;           // (N, H, D)
+};
+
+inline int64_t first_row(const Place& a, int64_t b) { return a.offsets ? a.offsets[b] : a.N / a.B * b; }
+
+// The first position that a query at position p sees, of those that are there.
+inline int64_t first_key(const Place& a, int64_t b, int64_t p) {
+    const int64_t oldest = std::max(int64_t(0), a.start[b] - a.held[b]);
+    return a.window ? std::max(oldest, p - a.window + 1) : oldest;
+}
 
 constexpr int64_t KEYS = 64, MOST_ROWS = 128;
 
@@ -930,7 +948,7 @@ struct Room {  // what one thread works in
     float *s, *o, *top, *sum, *ks, *vs;
 };
 
-inline int64_t slot_of(const Attend& a, int64_t b, int64_t p) {
+inline int64_t slot_of(const Place& a, int64_t b, int64_t p) {
     return a.table ? a.table[b * a.columns + p / a.page] * a.page + p % a.page : b * a.slots + (p - a.origin) % a.slots;
 }
 
@@ -940,7 +958,7 @@ struct Places {
     int64_t row[KEYS];
 };
 
-inline void find_block(const Attend& a, int64_t b, int64_t block, int64_t begin, int64_t end, Places& at) {
+inline void find_block(const Place& a, int64_t b, int64_t block, int64_t begin, int64_t end, Places& at) {
     at.first = std::max(begin - block, int64_t(0));
     at.last = std::max(at.first, std::min(end - block, KEYS));
     at.old = std::min(std::max(a.start[b] - block, at.first), at.last);
@@ -948,7 +966,7 @@ inline void find_block(const Attend& a, int64_t b, int64_t block, int64_t begin,
         const bool next = j > at.first && (a.table ? (block + j) % a.page : at.row[j - 1] + 1 - b * a.slots) != (a.table ? 0 : a.slots);
         at.row[j] = next ? at.row[j - 1] + 1 : slot_of(a, b, block + j);
     }
-    for (int64_t j = at.old; j < at.last; j++) at.row[j] = b * a.T + block + j - a.start[b];
+    for (int64_t j = at.old; j < at.last; j++) at.row[j] = first_row(a, b) + block + j - a.start[b];
 }
 
 // Asks for the remembered keys and values of heads g0..g1: rows lie too far apart for the CPU's own prefetchers.
@@ -1170,48 +1188,51 @@ void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) 
     give(r.sum + 16 * m, sum);
 }
 
-// Queries t0..t1 of sequence b, for the query heads of key heads g0..g1.
-void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g0, int64_t g1, int64_t t0, int64_t t1) {
-    const int64_t R = a.H / a.G, rows = (t1 - t0) * R, padded = (rows + 15) / 16 * 16;
+// A piece of work: queries t0..t1 of sequence b, for the query heads of key heads g0..g1.
+struct Unit {
+    int64_t b, t0, t1, g0, g1;
+    int64_t cost;  // of one of these heads, about
+};
+
+void attend_rows(const Attend& a, const Room& r, const Unit& u) {
+    const int64_t R = a.H / a.G, rows = (u.t1 - u.t0) * R, padded = (rows + 15) / 16 * 16, all_rows = (u.g1 - u.g0) * padded;
     const float scale = 1.0f / __builtin_sqrtf(float(a.D));
-    const int64_t oldest = a.start[b] - a.held[b];
-    auto first_of = [&](int64_t p) { return std::max(oldest, a.window ? p - a.window + 1 : oldest); };
-    const int64_t end = a.start[b] + t1, begin = std::max(int64_t(0), first_of(a.start[b] + t0));
+    const int64_t start = a.start[u.b], end = start + u.t1, begin = first_key(a, u.b, start + u.t0), query0 = first_row(a, u.b) + u.t0;
     auto head_of = [&](int64_t g) {  // each head has rows of its own in the room
         Room own = r;
-        const int64_t first = (g - g0) * padded;
+        const int64_t first = (g - u.g0) * padded;
         own.q += first * r.D32, own.o += first * r.D32, own.top += first, own.sum += first * 16;
         return own;
     };
-    auto query = [&](int64_t m, int64_t g) { return ((b * a.T + t0 + m / R) * a.H + g * R + m % R) * a.D; };
+    auto query = [&](int64_t m, int64_t g) { return ((query0 + m / R) * a.H + g * R + m % R) * a.D; };
     Places places[2];
     Places *now = places, *next = places + 1;
-    find_block(a, b, begin / KEYS * KEYS, begin, end, *now);
-    ask_for_block(a, *now, g0, g1);
-    std::memset(r.q, 0, (g1 - g0) * padded * r.D32 * 2);
-    std::memset(r.o, 0, (g1 - g0) * padded * r.D32 * 4);
-    std::memset(r.sum, 0, (g1 - g0) * padded * 64);
+    find_block(a, u.b, begin / KEYS * KEYS, begin, end, *now);
+    ask_for_block(a, *now, u.g0, u.g1);
+    std::memset(r.q, 0, all_rows * r.D32 * 2);
+    std::memset(r.o, 0, all_rows * r.D32 * 4);
+    std::memset(r.sum, 0, all_rows * 64);
     std::memset(r.p, 0, padded * KEYS * 2);
-    for (int64_t m = 0; m < (g1 - g0) * padded; m++) r.top[m] = -3.0e38f;
-    for (int64_t g = g0; g < g1; g++)
+    for (int64_t m = 0; m < all_rows; m++) r.top[m] = -3.0e38f;
+    for (int64_t g = u.g0; g < u.g1; g++)
         for (int64_t m = 0; m < rows; m++) std::memcpy(head_of(g).q + m * r.D32, a.q + query(m, g), a.D * 2);
     for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS, std::swap(now, next)) {
-        find_block(a, b, block + KEYS, begin, end, *next);
-        for (int64_t g = g0; g < g1; g++) {
+        find_block(a, u.b, block + KEYS, begin, end, *next);
+        for (int64_t g = u.g0; g < u.g1; g++) {
             const Room own = head_of(g);
             read_block(a, *now, false, g, r.D32, r.line, r.ks);
             read_block(a, *now, true, g, r.D32, r.line + KEYS * r.D32, r.vs);
-            if (g == g0) ask_for_block(a, *next, g0, g1);
+            if (g == u.g0) ask_for_block(a, *next, u.g0, u.g1);
             place_block(own);
             scores(own, padded);
-            for (int64_t m = 0; m < rows; m++) {
-                const int64_t p = a.start[b] + t0 + m / R;
-                soften(own, m, std::max(int64_t(0), first_of(p) - block), std::min(KEYS, p + 1 - block), scale);
+            for (int64_t p = start + u.t0, m = 0; p < end; p++) {
+                const int64_t first = std::max(int64_t(0), first_key(a, u.b, p) - block), last = std::min(KEYS, p + 1 - block);
+                for (const int64_t stop = m + R; m < stop; m++) soften(own, m, first, last, scale);
             }
             add_values(own, padded);
         }
     }
-    for (int64_t g = g0; g < g1; g++)
+    for (int64_t g = u.g0; g < u.g1; g++)
         for (int64_t m = 0; m < rows; m++) {
             const Room own = head_of(g);
             const F16 sum = all(total(take(own.sum + 16 * m)));
@@ -1220,31 +1241,71 @@ void attend_rows(const Attend& a, const Room& r, int64_t b, int64_t g0, int64_t 
 }
 
 // The new keys and values to their places among the remembered: of a chunk longer than a ring, its end.
-void remember(const Attend& a) {
-    const int64_t row = a.G * a.D * (a.int8 ? 1 : 2), first = a.table ? 0 : std::max(int64_t(0), a.T - a.slots);
-    for (int64_t b = 0; b < a.B; b++)
-        for (int64_t t = first; t < a.T; t++) {
-            const int64_t to = slot_of(a, b, a.start[b] + t), from = b * a.T + t;
-            std::memcpy(static_cast<char*>(a.old_k) + to * row, static_cast<const char*>(a.k) + from * row, row);
-            std::memcpy(static_cast<char*>(a.old_v) + to * row, static_cast<const char*>(a.v) + from * row, row);
-            if (a.int8) {
-                std::memcpy(a.old_ks + to * a.G, a.ks + from * a.G, a.G * 4);
-                std::memcpy(a.old_vs + to * a.G, a.vs + from * a.G, a.G * 4);
+void remember(const Attend& a, int threads) {
+    const int64_t row = a.G * a.D * (a.int8 ? 1 : 2);
+    parallel(a.N * row < 1 << 17 ? 1 : threads, [&](int thread, int n) {
+        const Span mine = share(a.N, thread, n);
+        for (int64_t b = 0; b < a.B; b++) {
+            const int64_t first = first_row(a, b), end = first_row(a, b + 1), kept = a.table ? first : std::max(first, end - a.slots);
+            for (int64_t from = std::max(mine.begin, kept); from < std::min(mine.end, end); from++) {
+                const int64_t to = slot_of(a, b, a.start[b] + from - first);
+                std::memcpy(static_cast<char*>(a.old_k) + to * row, static_cast<const char*>(a.k) + from * row, row);
+                std::memcpy(static_cast<char*>(a.old_v) + to * row, static_cast<const char*>(a.v) + from * row, row);
+                if (a.int8) {
+                    std::memcpy(a.old_ks + to * a.G, a.ks + from * a.G, a.G * 4);
+                    std::memcpy(a.old_vs + to * a.G, a.vs + from * a.G, a.G * 4);
+                }
             }
         }
+    });
 }
 
-void attend(const Attend& a, int threads) {
-    const int64_t D32 = (a.D + 31) / 32 * 32, R = a.H / a.G, queries = std::max(int64_t(1), MOST_ROWS / R);
-    const int64_t parts = (a.T + queries - 1) / queries, most = (std::min(queries, a.T) * R + 15) / 16 * 16;
-    // Heads that a thread takes together, while there is work for all: what lies side by side is read together.
-    int64_t heads = a.G;
-    while (heads > 1 && (a.G % heads || a.B * parts * (a.G / heads) < threads || heads * most > MOST_ROWS)) heads--;
-    const int64_t units = a.B * (a.G / heads) * parts;
-    parallel(threads, [&](int thread, int n) {
+struct Plan {
+    const Unit* units;
+    int64_t n;
+    int64_t head, rows;  // rows of queries, padded, of one head and of all heads: the most that a unit has
+};
+
+// All work in pieces, which threads take one after another: who takes what is of no account for the result.
+Plan make_plan(const Attend& a, int threads) {
+    static thread_local Scratch<Unit> units_of;
+    static thread_local Scratch<int64_t> loads_of;
+    const int64_t R = a.H / a.G, queries = std::max(int64_t(1), MOST_ROWS / R);
+    int64_t parts = 0, cost = 0, n = 0, head = 0, rows = 0;
+    for (int64_t b = 0; b < a.B; b++) parts += (first_row(a, b + 1) - first_row(a, b) + queries - 1) / queries;
+    Unit *units = units_of.get(parts * (a.G + 1)), *whole = units + parts * a.G, *end = whole;
+    auto padded = [&](const Unit& u) { return ((u.t1 - u.t0) * R + 15) / 16 * 16; };
+    for (int64_t b = 0; b < a.B; b++)
+        for (int64_t t0 = 0, T = first_row(a, b + 1) - first_row(a, b); t0 < T; t0 += queries) {
+            Unit u{b, t0, std::min(t0 + queries, T), 0, a.G, 0};
+            const int64_t blocks = (a.start[b] + u.t1 + KEYS - 1) / KEYS - first_key(a, b, a.start[b] + t0) / KEYS;
+            u.cost = blocks * (padded(u) + 32);  // laying a block out takes the time of some 32 rows
+            cost += u.cost * a.G;
+            *end++ = u;
+        }
+    std::stable_sort(whole, end, [](const Unit& u, const Unit& v) { return u.cost > v.cost; });
+    // The costliest first, each to the thread that has least. A unit is of many heads, since what lies side by side is
+    // read together, but of no more than fill that thread's share.
+    int64_t *loads = loads_of.get(threads), fair = (cost + threads - 1) / threads;
+    std::fill_n(loads, threads, 0);
+    for (const Unit* u = whole; u < end; u++)
+        for (int64_t g = 0; g < a.G;) {
+            int64_t& least = *std::min_element(loads, loads + threads);
+            const int64_t most = std::min(a.G - g, MOST_ROWS / padded(*u)), heads = std::max(int64_t(1), std::min(most, (fair - least) / u->cost));
+            units[n++] = {u->b, u->t0, u->t1, g, g + heads, u->cost};
+            least += heads * u->cost, g += heads;
+            head = std::max(head, padded(*u)), rows = std::max(rows, heads * padded(*u));
+        }
+    return {units, n, head, rows};
+}
+
+void attend(const Attend& a, const Plan& plan, int threads) {
+    const int64_t D32 = (a.D + 31) / 32 * 32;
+    std::atomic<int64_t> taken{0};
+    parallel(threads, [&](int, int) {
         static thread_local Scratch<float> room_of;
         // In floats: k, v and line are bfloat16 (or k, v float), q and p too.
-        const int64_t block = KEYS * D32, sizes[] = {block, block, block, heads * most * D32 / 2, most * KEYS / 2, most * KEYS, heads * most * D32, heads * most, heads * most * 16, KEYS, KEYS};
+        const int64_t block = KEYS * D32, sizes[] = {block, block, block, plan.rows * D32 / 2, plan.head * KEYS / 2, plan.head * KEYS, plan.rows * D32, plan.rows, plan.rows * 16, KEYS, KEYS};
         int64_t all_sizes = 0;
         for (int64_t size : sizes) all_sizes += (size + 15) / 16 * 16;
         float *at = room_of.get(all_sizes), *place[11];
@@ -1258,16 +1319,12 @@ void attend(const Attend& a, int threads) {
 #if defined(WITH_AMX)
         configure_tiles();
 #endif
-        const Span mine = share(units, thread, n);
-        for (int64_t u = mine.begin; u < mine.end; u++) {
-            const int64_t b = u / (a.G / heads * parts), g = u / parts % (a.G / heads) * heads, t0 = u % parts * queries;
-            attend_rows(a, r, b, g, g + heads, t0, std::min(t0 + queries, a.T));
-        }
+        for (int64_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < plan.n;) attend_rows(a, r, plan.units[i]);
 #if defined(WITH_AMX)
         _tile_release();
 #endif
     });
-    if (a.keep) remember(a);
+    if (a.keep) remember(a, threads);
 }
 
 // ---------------------------------------------------------------- a block of the model, but for its attention
@@ -1313,34 +1370,35 @@ void finish_block(const Block& b, const void* x, const void* attended, int64_t M
 }
 
 // Keys or values (rows, D) of heads to int8, each with its own scale.
-void quantise_heads(const uint16_t* x, int64_t rows, int64_t D, int8_t* q, float* scale) {
-    int32_t sum;
-    for (int64_t i = 0; i < rows; i++) {
-        const Rows r{1, D, D, D, D, q + i * D, scale + i, &sum};
-        quantise_row<BF16>(r, 0, x + i * D);
-    }
+void quantise_heads(const uint16_t* x, int64_t rows, int64_t D, int threads, int8_t* q, float* scale) {
+    parallel(rows * D < 1 << 16 ? 1 : threads, [&](int t, int n) {
+        const Span mine = share(rows, t, n);
+        int32_t sum;
+        for (int64_t i = mine.begin; i < mine.end; i++) quantise_row<BF16>({1, D, D, D, D, q + i * D, scale + i, &sum}, 0, x + i * D);
+    });
 }
 
-// All blocks of a model over a ring: `a` says where it lies and how far it is filled, and keeps what is new.
+// All blocks of a model over a ring or pages: `a` says where these lie and how far they are filled, and keeps what is new.
 void run_layers(const Block* blocks, int64_t n_layers, void* const* old, Attend a, uint16_t* x, const float* cos, const float* sin, int64_t angles, int threads) {
     static thread_local Scratch<uint16_t> qkv_of;
     static thread_local Scratch<int8_t> codes_of;
     static thread_local Scratch<float> scales_of;
-    const int64_t M = a.B * a.T, nq = M * a.H * a.D, nk = M * a.G * a.D;
+    const int64_t M = a.N, nq = M * a.H * a.D, nk = M * a.G * a.D;
     uint16_t *q = qkv_of.get(2 * nq + 2 * nk), *k = q + nq, *v = k + nk, *out = v + nk;
     int8_t* codes = codes_of.get(a.int8 ? 2 * nk : 1);
     float* scales = scales_of.get(a.int8 ? 2 * M * a.G : 1);
     a.q = q, a.k = k, a.v = v, a.out = out, a.keep = true;
+    const Plan plan = make_plan(a, threads);
     for (int64_t n = 0; n < n_layers; n++) {
         project<BF16>(blocks[n], x, M, cos, sin, angles, threads, q, k, v);
         a.old_k = *old++, a.old_v = *old++;
         if (a.int8) {
             a.old_ks = static_cast<float*>(*old++), a.old_vs = static_cast<float*>(*old++);
-            quantise_heads(k, M * a.G, a.D, codes, scales);
-            quantise_heads(v, M * a.G, a.D, codes + nk, scales + M * a.G);
+            quantise_heads(k, M * a.G, a.D, threads, codes, scales);
+            quantise_heads(v, M * a.G, a.D, threads, codes + nk, scales + M * a.G);
             a.k = codes, a.v = codes + nk, a.ks = scales, a.vs = scales + M * a.G;
         }
-        attend(a, threads);
+        attend(a, plan, threads);
         finish_block<BF16>(blocks[n], x, out, M, threads, x);
     }
 }
@@ -1391,21 +1449,20 @@ void m7b_rotate(int bf16, const void* x, const float* cos, const float* sin, int
          : rotate<F32>((const float*)x, cos, sin, M, angles, heads, D, threads, (float*)y);
 }
 
-void m7b_attend(int int8, int64_t B, int64_t T, int64_t H, int64_t G, int64_t D, const void* q, const void* k, const void* v,
+void m7b_attend(const void* place, int int8, int64_t H, int64_t G, int64_t D, const void* q, const void* k, const void* v,
                 const float* ks, const float* vs, void* old_k, void* old_v, float* old_ks, float* old_vs, int keep,
-                const int64_t* start, const int64_t* held, int64_t slots, int64_t origin, const int64_t* table, int64_t columns, int64_t page,
-                int64_t window, int threads, void* out) {
-    attend({B, T, H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs, keep != 0, start, held, slots, origin, table, columns,
-            page, window, int8 != 0, (uint16_t*)out}, threads);
+                int threads, void* out) {
+    const Attend a{*static_cast<const Place*>(place), H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs,
+                   keep != 0, int8 != 0, (uint16_t*)out};
+    attend(a, make_plan(a, threads), threads);
 }
 
-// x (B, T, D) bfloat16 through all blocks, in place. old: for each layer its keys and values, in int8 their scales too.
-void m7b_layers(const void* blocks, int64_t n_layers, void* const* old, int int8, int64_t B, int64_t T, int64_t H, int64_t G,
-                int64_t D, const int64_t* start, const int64_t* held, int64_t slots, int64_t window, const float* cos,
-                const float* sin, int64_t angles, int threads, void* x) {
+// x (N, D) bfloat16 through all blocks, in place. old: for each layer its keys and values, in int8 their scales too.
+void m7b_layers(const void* blocks, int64_t n_layers, void* const* old, const void* place, int int8, int64_t H, int64_t G,
+                int64_t D, const float* cos, const float* sin, int64_t angles, int threads, void* x) {
     Attend a{};
-    a.B = B, a.T = T, a.H = H, a.G = G, a.D = D, a.start = start, a.held = held, a.slots = slots, a.page = 1, a.window = window;
-    a.int8 = int8 != 0;
+    static_cast<Place&>(a) = *static_cast<const Place*>(place);
+    a.H = H, a.G = G, a.D = D, a.int8 = int8 != 0;
     run_layers(static_cast<const Block*>(blocks), n_layers, old, a, static_cast<uint16_t*>(x), cos, sin, angles, threads);
 }
 

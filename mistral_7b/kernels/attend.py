@@ -6,8 +6,8 @@ B sequences · T new tokens of each · N new tokens of all · H query heads · G
 
 New tokens come as a rectangle "..." = (B, T), or packed, "..." = (N,): as many of each sequence as it has, one
 sequence after another. A row's result depends on its keys alone: not on the chunk that it came in, on where its
-keys lie, or on the rows beside it. cpu.cpp says how. The twin gathers every key and value and does the sums in
-float64.
+keys lie, or on the rows beside it. cpu/attention.h says how. The twin gathers every key and value and does the
+sums in float64.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ LONG, PTR = ctypes.c_int64, ctypes.c_void_p
 
 
 class Where(ctypes.Structure):
-    """A Place as cpu.cpp has it: see there. It holds on to the tensors pointed at."""
+    """A Place as cpu/keys.h has it: see there. It holds on to the tensors pointed at."""
 
     _fields_ = (
         ("B", LONG), ("N", LONG), ("offsets", PTR), ("start", PTR), ("held", PTR),

@@ -17,7 +17,7 @@ from .linear import FLOATS
 
 
 class Weights(ctypes.Structure):
-    """A quantised weight as cpu.cpp has it: see there. Whoever makes it holds on to the tensors pointed at."""
+    """A quantised weight as cpu/weights.h has it. Whoever makes it holds on to the tensors pointed at."""
 
     _fields_ = (
         ("N", LONG), ("Kp", LONG), ("group", LONG), ("codes", PTR), ("groups", PTR), ("scale", PTR), ("d", PTR),

@@ -20,7 +20,8 @@ overwrote is older than anything that a query in their place could see.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from itertools import islice, repeat
 from typing import Protocol
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from .attention import Band, attention, banded_attention, bands, visible
 from .errors import CacheError
 from .kernels import pages
-from .kernels.attend import Remembered, attend, available, quantize_kv
+from .kernels.attend import Place, Remembered, attend, available, quantize_kv
 
 EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
 
@@ -256,8 +257,8 @@ class GrowingCache:
                 m.entries = tuple(t[..., : held - n, :, :] for t in m.entries)
 
 
-class _Entries:
-    """The keys and values of one layer."""
+class KeysAndValues(ABC):
+    """One layer's memory that is made of tensors: keys and values, in int8 their scales too."""
 
     entries: Entries
 
@@ -271,8 +272,11 @@ class _Entries:
         """Values likewise."""
         return self.entries[1]
 
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
-class _GrowingMemory(_Entries):
+
+class _GrowingMemory(KeysAndValues):
     """One layer of a GrowingCache: entries (..., S, G, K), none at first."""
 
     def __init__(self, cache: GrowingCache, entries: Entries = ()) -> None:
@@ -296,8 +300,8 @@ class _GrowingMemory(_Entries):
         if q.dim() == 3:
             return self._attend_fast(q[None], *(tuple(t[None] for t in e) for e in (new, old)))[0]
         old = tuple(t.contiguous() for t in old)  # what was kept of a batch is a view
-        where = Remembered(*_four(old), cache.start, cache.held, old[0].shape[1], cache.origin)
-        return attend(q, *_four(new), where, cache.window)
+        place = Place(cache.start, cache.held, old[0].shape[1], cache.origin)
+        return attend(q, *_four(new), Remembered(*_four(old), place), cache.window)
 
 
 def _four(entries: Entries) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -305,7 +309,29 @@ def _four(entries: Entries) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Non
     return entries if len(entries) == 4 else (*entries, None, None)  # type: ignore[return-value]
 
 
-class RollingCache:
+class KernelCache(ABC):
+    """A cache that the kernels read and write where it lies: all blocks can run over it in one call."""
+
+    window: int | None
+    layers: Sequence[KeysAndValues]
+
+    @property
+    @abstractmethod
+    def place(self) -> Place:
+        """Where the keys and values of every layer lie, for the tokens of the last `extend`."""
+
+    @abstractmethod
+    def is_fast(self) -> bool:
+        """Whether the kernels take it, for a model without gradients."""
+
+    @abstractmethod
+    def writable(self) -> KernelCache: ...
+
+    @abstractmethod
+    def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor: ...
+
+
+class RollingCache(KernelCache):
     """A ring of slots for each of B sequences, written in place: memory stays flat however long they run.
 
     Position p lies in slot p mod slots. With a window there are W + `slack` slots and the ring goes
@@ -362,8 +388,11 @@ class RollingCache:
     def writable(self) -> RollingCache:
         return self
 
+    @property
+    def place(self) -> Place:
+        return Place(self.start, self.held, self.slots)
+
     def is_fast(self) -> bool:
-        """Whether the kernel attends, for a model without gradients."""
         memory = self.layers[0]
         return memory.dtype == torch.bfloat16 and memory.k.device.type == "cpu" and available()
 
@@ -470,7 +499,7 @@ class RollingCache:
         self.positions.masked_fill_(self.positions >= self.length[:, None], EMPTY)
 
 
-class _RollingMemory(_Entries):
+class _RollingMemory(KeysAndValues):
     """One layer of a RollingCache: entries (B, slots, G, K), for a model whose type is `dtype`."""
 
     def __init__(self, cache: RollingCache, entries: Entries, dtype: torch.dtype) -> None:
@@ -495,8 +524,7 @@ class _RollingMemory(_Entries):
         cache, held = self.cache, self.entries
         new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
         if fast(q):
-            where = Remembered(*_four(held), cache.start, cache.held, cache.slots)
-            return attend(q, *_four(new), where, cache.window, keep=True)
+            return attend(q, *_four(new), Remembered(*_four(held), cache.place), cache.window, keep=True)
         if cache.decoding:  # the new key takes the place of the one that has just left the window
             self._write(new)
             return attention(q, *expanded(tuple(t[:, : cache.filled] for t in held), q.dtype), cache.mask)

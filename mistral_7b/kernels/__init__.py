@@ -1,6 +1,7 @@
 """What PyTorch has no fast operator for, each beside its twin in plain PyTorch.
 
-compiler              cpu.cpp compiled on first use, kept and loaded; `describe` says what runs
+cpu/                  the C++ behind them, entry.cpp first: it says in which order to read
+compiler              compiles it on first use, keeps and loads it; `describe` says what runs
 layout                the tiles in which quantised weights are stored
 linear                products with int8 and int4 weights
 elementwise, attend   what lies between the products

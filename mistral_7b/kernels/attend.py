@@ -2,14 +2,17 @@
 
     key j is visible to query i   <=>   0 <= p_i - p_j < window
 
-B sequences · T new tokens of each · H query heads · G key/value heads · K width · S slots
+B sequences · T new tokens of each · N new tokens of all · H query heads · G key/value heads · K width
 
-A row's result depends on its keys alone: not on the chunk that it came in, on where its keys lie, or on the
-rows beside it. cpu.cpp says how. The twin gathers every key and value and does the sums in float64.
+New tokens come as a rectangle "..." = (B, T), or packed, "..." = (N,): as many of each sequence as it has, one
+sequence after another. A row's result depends on its keys alone: not on the chunk that it came in, on where its
+keys lie, or on the rows beside it. cpu/attention.h says how. The twin gathers every key and value and does the
+sums in float64.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import NamedTuple
 
@@ -20,25 +23,55 @@ from . import compiler
 from .linear import OPS
 
 
-class Remembered(NamedTuple):
-    """Keys and values that came before, and where they lie.
+class Place(NamedTuple):
+    """Where the keys and values of a cache lie, in every layer alike; what is new is for a kernel to write there.
 
-    start   (B,) int64, the position of each sequence's first new token
-    held    (B,) int64, how many positions before it are remembered
-    slots   position p of sequence b lies in row b * slots + (p - origin) % slots
-    table   (B, columns) int64, or instead in pages: row table[b, p // page] * page + p % page
+    start    (B,) int64, the position of each sequence's first new token
+    held     (B,) int64, how many positions before it are remembered; what lies further back is never touched
+    slots    position p of sequence b lies in row b * slots + (p - origin) % slots
+    table    (B, columns) int64, or instead in pages: row table[b, p // page] * page + p % page
+    offsets  (B + 1,) int64, 0 first and N last: packed tokens offsets[b]..offsets[b + 1] are those of sequence b;
+             None: tokens are a rectangle, T of each
     """
 
-    k: Tensor  # (rows, G, K), or of any leading shape in that order
-    v: Tensor
-    k_scale: Tensor | None  # (rows, G, 1), for int8
-    v_scale: Tensor | None
     start: Tensor
     held: Tensor
     slots: int
     origin: int = 0
     table: Tensor | None = None
     page: int = 1
+    offsets: Tensor | None = None
+
+
+class Remembered(NamedTuple):
+    """One layer's keys and values that came before."""
+
+    k: Tensor  # (rows, G, K), or of any leading shape in that order
+    v: Tensor
+    k_scale: Tensor | None  # (rows, G, 1), for int8
+    v_scale: Tensor | None
+    place: Place
+
+
+LONG, PTR = ctypes.c_int64, ctypes.c_void_p
+
+
+class Where(ctypes.Structure):
+    """A Place as cpu/keys.h has it: see there. It holds on to the tensors pointed at."""
+
+    _fields_ = (
+        ("B", LONG), ("N", LONG), ("offsets", PTR), ("start", PTR), ("held", PTR),
+        ("slots", LONG), ("origin", LONG), ("table", PTR), ("columns", LONG), ("page", LONG), ("window", LONG),
+    )  # fmt: skip
+
+    def __init__(self, of: Place, rows: int, window: int) -> None:
+        start, held, table, offsets = self.tensors = [
+            None if t is None else t.contiguous() for t in (of.start, of.held, of.table, of.offsets)
+        ]
+        super().__init__(
+            of.start.shape[0], rows, _at(offsets), _at(start), _at(held), of.slots, of.origin,
+            _at(table), 0 if table is None else table.shape[1], of.page, window,
+        )  # fmt: skip
 
 
 @torch.compiler.assume_constant_result
@@ -58,20 +91,22 @@ def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
     old_k: Tensor, old_v: Tensor, old_k_scale: Tensor | None, old_v_scale: Tensor | None,
-    start: Tensor, held: Tensor, slots: int, origin: int, table: Tensor | None, page: int, window: int, keep: bool,
+    start: Tensor, held: Tensor, slots: int, origin: int, table: Tensor | None, page: int, offsets: Tensor | None,
+    window: int, keep: bool,
 ) -> Tensor:  # fmt: skip
+    place = Place(start, held, slots, origin, table, page, offsets)
     lib = compiler.library()
     if lib is None or q.dtype != torch.bfloat16:
-        where = Remembered(old_k, old_v, old_k_scale, old_v_scale, start, held, slots, origin, table, page)
-        return attend_twin(q, k, v, k_scale, v_scale, where, window, keep)
-    B, T, H, K = q.shape
+        old = Remembered(old_k, old_v, old_k_scale, old_v_scale, place)
+        return attend_twin(q, k, v, k_scale, v_scale, old, window, keep)
+    H, K = q.shape[-2:]
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    where = Where(place, q.numel() // (H * K), window)
     out = torch.empty_like(q)
     lib.m7b_attend(
-        k.dtype == torch.int8, B, T, H, k.shape[-2], K, q.data_ptr(), k.data_ptr(), v.data_ptr(),
+        ctypes.byref(where), k.dtype == torch.int8, H, k.shape[-2], K, q.data_ptr(), k.data_ptr(), v.data_ptr(),
         _at(k_scale), _at(v_scale), old_k.data_ptr(), old_v.data_ptr(), _at(old_k_scale), _at(old_v_scale),
-        keep, start.data_ptr(), held.data_ptr(), slots, origin, _at(table),
-        0 if table is None else table.shape[1], page, window, torch.get_num_threads(), out.data_ptr(),
+        keep, torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -83,7 +118,7 @@ def _at(t: Tensor | None) -> int:
 OPS.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor(a!) old_k, Tensor(b!) old_v, "
     "Tensor(c!)? old_k_scale, Tensor(d!)? old_v_scale, Tensor start, Tensor held, int slots, int origin, "
-    "Tensor? table, int page, int window, bool keep) -> Tensor"
+    "Tensor? table, int page, Tensor? offsets, int window, bool keep) -> Tensor"
 )
 OPS.impl("attend", _attend, "CPU")
 torch.library.register_fake("mistral_7b::attend", lambda q, *rest: torch.empty_like(q))
@@ -93,15 +128,14 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, old: Remembered,
     window: int | None, keep: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attention of bfloat16 q (B, T, H, K) over its own k, v (B, T, G, K) and those remembered: (B, T, H, K).
+    """Attention of bfloat16 q (..., H, K) over its own k, v (..., G, K) and those remembered: (..., H, K).
 
-    k and v are bfloat16, or int8 with scales (B, T, G, 1); what is remembered is of the same kind.
+    k and v are bfloat16, or int8 with scales (..., G, 1); what is remembered is of the same kind.
     With `keep` the new ones are then written to their places among the remembered, in place.
     """
     return torch.ops.mistral_7b.attend(
-        q, k, v, k_scale, v_scale, old.k, old.v, old.k_scale, old.v_scale, old.start, old.held, old.slots,
-        old.origin, old.table, old.page, window or 0, keep,
-    )  # fmt: skip
+        q, k, v, k_scale, v_scale, old.k, old.v, old.k_scale, old.v_scale, *old.place, window or 0, keep
+    )
 
 
 def attend_twin(
@@ -109,36 +143,40 @@ def attend_twin(
     window: int | None, keep: bool = False,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch: every key gathered, sums in float64, one sequence after another."""
-    out = torch.empty_like(q)
-    repeat, root = q.shape[2] // k.shape[2], math.sqrt(q.shape[3])
-    new = [t for t in (k, v, k_scale, v_scale) if t is not None]
+    place, out = old.place, torch.empty_like(q)
+    repeat, root = q.shape[-2] // k.shape[-2], math.sqrt(q.shape[-1])
+    queries, result = q.flatten(0, -3), out.view(-1, *q.shape[-2:])  # (N, H, K)
+    new = [t.flatten(0, -3) for t in (k, v, k_scale, v_scale) if t is not None]  # (N, G, ...)
     held = [t.flatten(0, -3) for t in (old.k, old.v, old.k_scale, old.v_scale) if t is not None]  # (rows, G, ...)
-    for b in range(len(q)):
-        start, T = int(old.start[b]), q.shape[1]
-        positions = torch.arange(start - int(old.held[b]), start)
-        rows = _rows(old, b, positions)
-        keys, values = (torch.cat([a, z]) for a, z in zip(_wide(new, b), _wide(held, rows), strict=True))
+    B = len(place.start)
+    offsets = torch.arange(B + 1) * (len(queries) // B) if place.offsets is None else place.offsets
+    for b, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        start, T = int(place.start[b]), end - first
+        positions = torch.arange(start - int(place.held[b]), start)
+        rows = _rows(place, b, positions)
+        own = slice(first, end)
+        keys, values = (torch.cat(pair) for pair in zip(_wide(new, own), _wide(held, rows), strict=True))
         p_q = torch.arange(start, start + T)
         distance = p_q[:, None] - torch.cat([p_q, positions])  # (T, T + held)
         hidden = (distance < 0) | (distance >= (window or 2**62))
-        scores = torch.einsum("thk,shk->hts", q[b].double(), keys.repeat_interleave(repeat, 1)) / root
+        scores = torch.einsum("thk,shk->hts", queries[own].double(), keys.repeat_interleave(repeat, 1)) / root
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        out[b] = torch.einsum("hts,shk->thk", weights, values.repeat_interleave(repeat, 1)).to(q.dtype)
+        result[own] = torch.einsum("hts,shk->thk", weights, values.repeat_interleave(repeat, 1)).to(q.dtype)
         if keep:
-            last = T if old.table is not None else min(T, old.slots)
-            for place, t in zip(held, new, strict=True):
-                place[_rows(old, b, p_q[T - last :])] = t[b, T - last :]
+            last = T if place.table is not None else min(T, place.slots)
+            for kept, t in zip(held, new, strict=True):
+                kept[_rows(place, b, p_q[T - last :])] = t[end - last : end]
     return out
 
 
-def _rows(old: Remembered, b: int, positions: Tensor) -> Tensor:
+def _rows(place: Place, b: int, positions: Tensor) -> Tensor:
     """The rows in which positions of sequence b lie."""
-    if old.table is None:
-        return b * old.slots + (positions - old.origin) % old.slots
-    return old.table[b, positions // old.page] * old.page + positions % old.page
+    if place.table is None:
+        return b * place.slots + (positions - place.origin) % place.slots
+    return place.table[b, positions // place.page] * place.page + positions % place.page
 
 
-def _wide(entries: list[Tensor], rows: Tensor | int) -> list[Tensor]:
+def _wide(entries: list[Tensor], rows: Tensor | slice) -> list[Tensor]:
     """Keys and values of these rows, in float64."""
     k, v = (t[rows].double() for t in entries[:2])
     return [k, v] if len(entries) == 2 else [k * entries[2][rows].double(), v * entries[3][rows].double()]

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from . import compiler
+from .attend import LONG, PTR, Place, Where
 from .linear import FLOATS
-
-LONG, PTR = ctypes.c_int64, ctypes.c_void_p
 
 
 class Weights(ctypes.Structure):
-    """A quantised weight as cpu.cpp has it: see there. Whoever makes it holds on to the tensors pointed at."""
+    """A quantised weight as cpu/weights.h has it. Whoever makes it holds on to the tensors pointed at."""
 
     _fields_ = (
         ("N", LONG), ("Kp", LONG), ("group", LONG), ("codes", PTR), ("groups", PTR), ("scale", PTR), ("d", PTR),
@@ -76,22 +75,22 @@ def finish(block: Block, x: Tensor, attended: Tensor) -> Tensor:
 
 def run_layers(
     blocks: list[Block], x: Tensor, cos: Tensor, sin: Tensor, entries: list[tuple[Tensor, ...]],
-    start: Tensor, held: Tensor, slots: int, window: int | None,
+    place: Place, window: int | None,
 ) -> Tensor:  # fmt: skip
-    """bfloat16 x (B, T, D) through all blocks, over a ring that is read and written: see `attend`.
+    """bfloat16 x (..., D) through all blocks, over a cache that is read and written: see `attend`.
 
-    entries     for each layer its keys and values (B, slots, G, K), in int8 their scales too
+    cos, sin    (..., 1, K/2) float32, repeated for leading dimensions that they lack
+    entries     for each layer its keys and values (..., G, K), in int8 their scales too, laid out as `place` says
     """
     lib, first = compiler.library(), blocks[0]
     assert lib is not None
     x = x.contiguous().clone()
-    int8 = len(entries[0]) == 4
     old = [t.data_ptr() for layer in entries for t in layer]
+    where = Where(place, x.numel() // first.dim, window or 0)
     lib.m7b_layers(
-        (Block * len(blocks))(*blocks), len(blocks), (PTR * len(old))(*old), int8, *x.shape[:2],
-        first.wq.N // first.head_dim, first.wk.N // first.head_dim, first.head_dim,
-        start.data_ptr(), held.data_ptr(), slots, window or 0, cos.data_ptr(), sin.data_ptr(),
-        cos.numel() // (first.head_dim // 2),
+        (Block * len(blocks))(*blocks), len(blocks), (PTR * len(old))(*old), ctypes.byref(where),
+        len(entries[0]) == 4, first.wq.N // first.head_dim, first.wk.N // first.head_dim, first.head_dim,
+        cos.data_ptr(), sin.data_ptr(), cos.numel() // (first.head_dim // 2),
         torch.get_num_threads(), x.data_ptr(),
     )  # fmt: skip
     return x

@@ -1,7 +1,7 @@
-"""cpu.cpp, compiled on first use with the machine's own compiler, kept, and loaded.
+"""The C++ in cpu/, compiled on first use with the machine's own compiler, kept, and loaded.
 
 The library lies in `$XDG_CACHE_HOME/mistral-7b/kernels` under a hash of everything that it depends on: the
-source, the flags, the compiler and the CPU. Without a compiler this is said once, and every function of this
+sources, the flags, the compiler and the CPU. Without a compiler this is said once, and every function of this
 room runs its PyTorch twin.
 
 MISTRAL_7B_KERNELS chooses the instructions: native (the default), avx512 (no AMX), avx2, scalar, or off.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import warnings
 
-SOURCE = pathlib.Path(__file__).with_name("cpu.cpp")
+SOURCE = pathlib.Path(__file__).with_name("cpu") / "entry.cpp"  # which includes all that lies beside it
 COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP is the one that PyTorch has loaded already
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
@@ -38,7 +38,7 @@ VARIABLE = "MISTRAL_7B_KERNELS"
 
 PTR, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES = {
-    # the order of arguments is that of cpu.cpp
+    # the order of arguments is that of cpu/entry.cpp
     "m7b_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, PTR, LONG, LONG, INT, PTR),
     "m7b_block_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, INT, PTR),
     "m7b_rms_norm": (INT, PTR, PTR, LONG, LONG, ctypes.c_float, INT, PTR),
@@ -46,8 +46,8 @@ SIGNATURES = {
     "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
     "m7b_project": (PTR, INT, PTR, LONG, PTR, PTR, LONG, INT, PTR, PTR, PTR),
     "m7b_finish_block": (PTR, INT, PTR, PTR, LONG, INT, PTR),
-    "m7b_layers": (PTR, LONG, PTR, INT, *(LONG,) * 5, PTR, PTR, LONG, LONG, PTR, PTR, LONG, INT, PTR),
-    "m7b_attend": (INT, *(LONG,) * 5, *(PTR,) * 9, INT, *(PTR,) * 2, LONG, LONG, PTR, LONG, LONG, LONG, INT, PTR),
+    "m7b_layers": (PTR, LONG, PTR, PTR, INT, *(LONG,) * 3, PTR, PTR, LONG, INT, PTR),
+    "m7b_attend": (PTR, INT, *(LONG,) * 3, *(PTR,) * 9, INT, INT, PTR),
     "m7b_read": (PTR, LONG, INT),
 }
 RETURNS = {"m7b_read": LONG}  # the others nothing
@@ -131,16 +131,26 @@ def _load(path: pathlib.Path) -> ctypes.CDLL | None:
     return lib
 
 
+def sources() -> list[pathlib.Path]:
+    """All files of the one piece that is compiled."""
+    return sorted(path for path in SOURCE.parent.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _fingerprint(cxx: str, flags: list[str]) -> str:
+    """A hash of all that a library depends on."""
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
+    texts = [f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sources()]
+    what = "\0".join([*texts, *flags, cxx, version, cpu(), sys.platform])
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
 def _build(name: str) -> tuple[pathlib.Path | None, str]:
     """The library for these instructions, from the cache or compiled; or None and why."""
     cxx = compiler()
     if cxx is None:
         return None, "no C++ compiler was found"
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
-    flags = [*FLAGS, *INSTRUCTIONS[name]]
-    what = "\0".join([SOURCE.read_text(encoding="utf-8"), *flags, cxx, version, cpu(), sys.platform])
-    folder = cache_folder()
-    path = folder / f"cpu-{name}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.so"
+    flags, folder = [*FLAGS, *INSTRUCTIONS[name]], cache_folder()
+    path = folder / f"cpu-{name}-{_fingerprint(cxx, flags)}.so"
     if path.exists():
         return path, ""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import Cache, Memory, RollingCache, layers_of
+from ..cache import Cache, KernelCache, Memory, layers_of
 from ..kernels.block import Block, finish, project, run_layers, usable
 from ..kernels.elementwise import rms_norm, rotate, silu_mul
 from ..model import Attention, FeedForward, Mistral7B, RMSNorm, Rope, TransformerBlock, rope_phases
@@ -81,20 +81,20 @@ class FusedBlock(TransformerBlock):
 
 
 class FusedMistral7B(Mistral7B):
-    """A model whose blocks run in one call where a ring remembers: no Python between them."""
+    """A model whose blocks run in one call over a ring or pages: no Python between them."""
 
     def hidden(self, tokens: Tensor, cache: Cache, sequence_ids: Tensor | None = None) -> Tensor:
         """Final normalised states of tokens (...): (..., D). Writes into `cache`."""
-        if type(cache) is not RollingCache or not cache.is_fast() or (blocks := self._described()) is None:
+        if not isinstance(cache, KernelCache) or not cache.is_fast() or (blocks := self._described()) is None:
             return super().hidden(tokens, cache, sequence_ids)
-        memories = layers_of(cache, len(self.layers), tokens, sequence_ids)
+        layers_of(cache, len(self.layers), tokens, sequence_ids)
         if cache.layers[0].k.shape[-2:] != (self.args.n_kv_heads, self.args.head_dim):
             return super().hidden(tokens, cache, sequence_ids)  # where the cache refuses
         positions = cache.extend(tokens, sequence_ids)
-        x = self.tok_embeddings(tokens)  # (B, T, D)
+        x = self.tok_embeddings(tokens)  # (..., D)
         cos, sin = rope_phases(positions, self.args.head_dim, self.args.rope_theta, x.dtype)
-        entries = [m.entries for m in memories]  # type: ignore[attr-defined]
-        x = run_layers(blocks, x, cos, sin, entries, cache.start, cache.held, cache.slots, cache.window)
+        entries = [memory.entries for memory in cache.layers[: len(blocks)]]
+        x = run_layers(blocks, x, cos, sin, entries, cache.place, cache.window)
         return self.norm(x)
 
     def _described(self) -> list[Block] | None:

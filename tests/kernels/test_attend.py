@@ -1,4 +1,7 @@
-"""Attention over a ring or pages against its twin, and rows against themselves in any chunk, place and company."""
+"""Attention over a ring or pages against its twin, and rows against themselves in any chunk, place and company.
+
+Here sequences come as a rectangle; test_attend_packed.py has them packed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from mistral_7b.attention import attention, visible
 from mistral_7b.kernels import compiler
-from mistral_7b.kernels.attend import Remembered, attend, attend_twin, available, quantize_kv
+from mistral_7b.kernels.attend import Place, Remembered, attend, attend_twin, available, quantize_kv
 
 compiled = pytest.mark.skipif(not available(), reason="without the kernel PyTorch's operators attend")
 
@@ -56,10 +59,8 @@ def chunk(cases: list[Case], starts: list[int], T: int, slots: int, window: int 
                 row = b * slots + p % slots if table is None else int(table[b, p // pages]) * pages + p % pages
                 laid[row] = t[p]
         old.append(forms(laid.nan_to_num() if int8 else laid, int8))
-    where = Remembered(
-        old[0][0], old[1][0], old[0][1], old[1][1], torch.tensor(starts), torch.tensor(held), slots, 0, table,
-        max(1, pages),
-    )  # fmt: skip
+    place = Place(torch.tensor(starts), torch.tensor(held), slots, 0, table, max(1, pages))
+    where = Remembered(old[0][0], old[1][0], old[0][1], old[1][1], place)
     args = (q, new[0][0], new[1][0], new[0][1], new[1][1], where, window)
     out, wanted = attend(*args), attend_twin(*args)
     torch.testing.assert_close(out.float(), wanted.float(), atol=0.02, rtol=0.01)
@@ -84,9 +85,8 @@ def test_the_twin_is_softmax_under_the_one_rule() -> None:
     case, p = sequence(40, 6, 3, 10), torch.arange(40)
     wanted = attention(case.q.double(), case.k.double(), case.v.double(), visible(p, p, 8))
     none = torch.zeros(0, 3, 10).bfloat16()
-    where = Remembered(
-        none, none, None, None, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), 1
-    )
+    zero = torch.zeros(1, dtype=torch.long)
+    where = Remembered(none, none, None, None, Place(zero, zero, 1))
     got = attend_twin(case.q[None], case.k[None], case.v[None], None, None, where, 8)
     torch.testing.assert_close(got[0].double(), wanted, atol=0.01, rtol=0.01)
     full = attention(case.q.double(), case.k.double(), case.v.double(), visible(p, p, None))

@@ -1,0 +1,57 @@
+// y = x w8^T for one x and several weights, whatever their form and the number of rows.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
+#include "few_rows.h"
+#include "gguf_blocks.h"
+#include "tiles.h"
+
+namespace {
+
+// The same rows by several weights of one form. Their tiles are shared out together: a thread waits but once.
+template <class T>
+void products(const Rows& r, const Weights* const* weights, int64_t n, int threads, void* const* outs) {
+#if defined(WITH_AMX)
+    if (r.M > FEW) {
+        for (int64_t i = 0; i < n; i++) amx_linear<T>(r, *weights[i], threads, outs[i]);
+        return;
+    }
+#endif
+    int64_t all = 0;
+    for (int64_t i = 0; i < n; i++) all += (weights[i]->N + 15) / 16;
+    parallel(threads, [&](int t, int of) {
+        const Span mine = share(all, t, of);
+        int64_t first = 0;
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t tiles = (weights[i]->N + 15) / 16;
+            const Span part{std::max(mine.begin - first, int64_t(0)), std::min(mine.end - first, tiles)};
+            if (part.begin < part.end) product_tiles<T>(r, *weights[i], part, outs[i]);
+            first += tiles;
+        }
+    });
+}
+
+// One x (M, K) by several weights; those of one form share its int8 form, and the threads' work.
+template <class T>
+void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const Weights*> weights, int threads, std::initializer_list<void*> outs) {
+    const Weights* const* w = weights.begin();
+    void* const* out = outs.begin();
+    for (const auto* end = weights.end(); w != end;) {
+        int64_t n = 1;
+        while (w + n != end && w[n]->Kp == w[0]->Kp && w[n]->group == w[0]->group && w[n]->bits == w[0]->bits && !w[n]->d == !w[0]->d) n++;
+        const int most = M * w[0]->N * w[0]->Kp < 1 << 18 ? 1 : threads;  // waking another thread would take longer
+        const Rows r = quantise<T>(x, M, K, w[0]->Kp, w[0]->d ? BLOCK : w[0]->Kp, w[0]->group, most);
+        if (w[0]->d)
+            for (int64_t i = 0; i < n; i++) block_product<T>(r, *w[i], most, out[i]);
+        else
+            products<T>(r, w, n, most, out);
+        w += n;
+        out += n;
+    }
+}
+
+}  // namespace

@@ -1,0 +1,193 @@
+// One block of keys and values against one head's rows of queries, in the room of one thread: scores, probabilities, and
+// the values' weighted sum. On AMX in its tiles, which round and sum in their own way.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "keys.h"
+#include "tiles.h"
+#include "vectors.h"
+
+namespace {
+
+struct Room {  // what one thread works in
+    int64_t D32;
+    uint16_t *k, *v, *q, *p, *line;  // AMX's layouts: k (D/2, 64, 2), v (32, D, 2), q (rows, D), p (rows, 64)
+    float *kf, *vf;                  // else: k (D, 64), v (64, D)
+    float *s, *o, *top, *sum, *ks, *vs;
+};
+
+#if defined(WITH_AMX)
+
+// 16 rows of 16 dwords turned over: out[i][j] = in[j][i].
+inline void turn(const uint32_t* in, int64_t stride, uint32_t* out, int64_t out_stride) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * out_stride, r[i]);
+}
+
+// Two rows of 32 to pairs: (a0, b0, a1, b1, ...).
+inline void pair_rows(const uint16_t* a, const uint16_t* b, uint16_t* out) {
+    alignas(64) static const struct Order {
+        uint16_t first[32], second[32];
+        Order() {
+            for (int i = 0; i < 16; i++) {
+                first[2 * i] = i, first[2 * i + 1] = 32 + i;
+                second[2 * i] = 16 + i, second[2 * i + 1] = 48 + i;
+            }
+        }
+    } order;
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.first), y));
+    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.second), y));
+}
+
+void place_block(const Room& r) {  // r.line (2, 64, D32): keys, then values
+    for (int64_t j = 0; j < KEYS; j += 16)
+        for (int64_t d = 0; d < r.D32; d += 32)
+            turn(reinterpret_cast<uint32_t*>(r.line + j * r.D32 + d), r.D32 / 2, reinterpret_cast<uint32_t*>(r.k) + d / 2 * KEYS + j, KEYS);
+    const uint16_t* values = r.line + KEYS * r.D32;
+    for (int64_t j = 0; j < KEYS; j += 2)
+        for (int64_t d = 0; d < r.D32; d += 32)
+            pair_rows(values + j * r.D32 + d, values + (j + 1) * r.D32 + d, r.v + j * r.D32 + 2 * d);
+}
+
+// C (16, 64) = A (16, depth) B: A by rows of lda, B (depth / 2, columns, 2) with `ldb` columns; added to C unless first.
+void product(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int64_t depth, float* c, int64_t ldc, bool first, int64_t count) {
+    fence();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (!first) {
+        _tile_loadd(0, c, ldc * 4);
+        if (count > 1) _tile_loadd(1, c + 16, ldc * 4);
+        if (count > 2) _tile_loadd(2, c + 32, ldc * 4);
+        if (count > 3) _tile_loadd(3, c + 48, ldc * 4);
+    }
+    for (int64_t i = 0; i < depth; i += 32) {
+        const uint16_t* at = b + i * ldb;
+        _tile_loadd(4, a + i, lda * 2);
+        _tile_loadd(5, at, ldb * 4);
+        _tile_dpbf16ps(0, 4, 5);
+        if (count > 1) {
+            _tile_loadd(6, at + 32, ldb * 4);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if (count > 2) {
+            _tile_loadd(7, at + 64, ldb * 4);
+            _tile_dpbf16ps(2, 4, 7);
+        }
+        if (count > 3) {
+            _tile_loadd(5, at + 96, ldb * 4);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+    _tile_stored(0, c, ldc * 4);
+    if (count > 1) _tile_stored(1, c + 16, ldc * 4);
+    if (count > 2) _tile_stored(2, c + 32, ldc * 4);
+    if (count > 3) _tile_stored(3, c + 48, ldc * 4);
+    fence();
+}
+
+void scores(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows; m += 16) product(r.q + m * r.D32, r.D32, r.k, KEYS, r.D32, r.s + m * KEYS, KEYS, true, 4);
+}
+
+void add_values(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows; m += 16)
+        for (int64_t d = 0; d < r.D32; d += 64)
+            product(r.p + m * KEYS, KEYS, r.v + 2 * d, r.D32, KEYS, r.o + m * r.D32 + d, r.D32, false, (r.D32 - d) / 16);
+}
+
+#else
+
+void place_block(const Room& r) {
+    const uint16_t* values = r.line + KEYS * r.D32;
+    for (int64_t j = 0; j < KEYS; j++)
+        for (int64_t d = 0; d < r.D32; d++) {
+            r.kf[d * KEYS + j] = from_bf16(r.line[j * r.D32 + d]);
+            r.vf[j * r.D32 + d] = from_bf16(values[j * r.D32 + d]);
+        }
+}
+
+void scores(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows; m++) {
+        F16 s[4] = {};
+        for (int64_t d = 0; d < r.D32; d++) {
+            const float q = from_bf16(r.q[m * r.D32 + d]);
+            for (int i = 0; i < 4; i++) s[i] += q * take(r.kf + d * KEYS + 16 * i);
+        }
+        for (int i = 0; i < 4; i++) give(r.s + m * KEYS + 16 * i, s[i]);
+    }
+}
+
+void add_values(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t d = 0; d < r.D32; d += 16) {
+            F16 o = take(r.o + m * r.D32 + d);
+            for (int64_t j = 0; j < KEYS; j++) o += from_bf16(r.p[m * KEYS + j]) * take(r.vf + j * r.D32 + d);
+            give(r.o + m * r.D32 + d, o);
+        }
+}
+
+#endif
+
+// Scores of one row, keys first..last of the block visible: to probabilities, with the row's maximum and sum.
+void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) {
+    if (first >= last) {
+        std::memset(r.p + m * KEYS, 0, KEYS * 2);
+        return;
+    }
+    float* row = r.s + m * KEYS;
+    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    F16 s[4], top = all(-3.0e38f);
+    for (int i = 0; i < 4; i++) {
+        s[i] = take(row + 16 * i) * scale * take(r.ks + 16 * i);
+        const I16 key = lane + 16 * i;
+        s[i] = (key >= int32_t(first)) & (key < int32_t(last)) ? s[i] : all(-3.0e38f);
+        top = larger(top, s[i]);
+    }
+    const float before = r.top[m], now = std::max(before, largest(top));
+    if (now > before) {
+        const F16 shrink = exponential(all(before - now));
+        float* o = r.o + m * r.D32;
+        for (int64_t d = 0; d < r.D32; d += 16) give(o + d, take(o + d) * shrink);
+        give(r.sum + 16 * m, take(r.sum + 16 * m) * shrink);
+        r.top[m] = now;
+    }
+    F16 sum = take(r.sum + 16 * m);
+    for (int i = 0; i < 4; i++) {
+        const F16 e = exponential(s[i] - now);
+        sum += e;
+        give(r.p + m * KEYS + 16 * i, e * take(r.vs + 16 * i));
+    }
+    give(r.sum + 16 * m, sum);
+}
+
+}  // namespace

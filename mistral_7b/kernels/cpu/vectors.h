@@ -1,0 +1,143 @@
+// Numbers of two and four bytes, and sixteen floats at once: sums in one order whatever the instructions.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+float from_bf16(uint16_t h) {
+    uint32_t bits = uint32_t(h) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+uint16_t to_bf16(float f) {  // round to nearest even, as PyTorch
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_half(uint16_t h) {
+    uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff, bits;
+    if (rest >= 0x7c00) {
+        bits = 0x7f800000 | (rest & 0x3ff) << 13;
+    } else {  // subnormals too: the exponent is put right by a product
+        bits = rest << 13;
+        float f;
+        std::memcpy(&f, &bits, 4);
+        f *= 5.192296858534828e33f;  // 2^112
+        std::memcpy(&bits, &f, 4);
+    }
+    bits |= sign;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+struct F32 {
+    using Store = float;
+    static float get(const float* p, int64_t i) { return p[i]; }
+    static void put(float* p, int64_t i, float v) { p[i] = v; }
+};
+struct BF16 {
+    using Store = uint16_t;
+    static float get(const uint16_t* p, int64_t i) { return from_bf16(p[i]); }
+    static void put(uint16_t* p, int64_t i, float v) { p[i] = to_bf16(v); }
+};
+
+using F16 = float __attribute__((vector_size(64)));
+using I16 = int32_t __attribute__((vector_size(64)));
+using H16 = uint16_t __attribute__((vector_size(32)));
+
+inline F16 all(float v) { return v - F16{}; }
+inline F16 larger(F16 a, F16 b) { return a > b ? a : b; }
+inline F16 take(const float* p) {
+    F16 v;
+    std::memcpy(&v, p, 64);
+    return v;
+}
+inline void give(float* p, F16 v) { std::memcpy(p, &v, 64); }
+inline F16 widened(H16 h) { return reinterpret_cast<F16>(__builtin_convertvector(h, I16) << 16); }
+inline H16 narrowed(F16 v) {  // to bfloat16, to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    // One instruction does it but for NaN, whose bits it keeps, and numbers below the normal ones, which it drops.
+    if (!_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(v), 0xa1))
+        return reinterpret_cast<H16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#endif
+    I16 bits = reinterpret_cast<I16>(v);
+    I16 round = bits + 0x7fff + ((bits >> 16) & 1);
+    round = v == v ? round : I16{} + 0x7fc00000;
+    return __builtin_convertvector((round >> 16) & 0xffff, H16);
+}
+inline F16 take(const uint16_t* p) {
+    H16 h;
+    std::memcpy(&h, p, 32);
+    return widened(h);
+}
+inline void give(uint16_t* p, F16 v) {
+    H16 h = narrowed(v);
+    std::memcpy(p, &h, 32);
+}
+inline F16 take(const int8_t* p) {
+    int8_t __attribute__((vector_size(16))) b;
+    std::memcpy(&b, p, 16);
+    return __builtin_convertvector(__builtin_convertvector(b, I16), F16);
+}
+// The first n of sixteen, the rest zero: one way for the end of a row and for its middle.
+template <class P>
+F16 take(const P* p, int64_t n) {
+    if (n >= 16) return take(p);
+    P some[16] = {};
+    std::memcpy(some, p, n * sizeof(P));
+    return take(some);
+}
+template <class P>
+void give(P* p, F16 v, int64_t n) {
+    if (n >= 16) return give(p, v);
+    P some[16];
+    give(some, v);
+    std::memcpy(p, some, n * sizeof(P));
+}
+inline float total(F16 v) {
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return v[0];
+}
+inline float largest(F16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+    float top = v[0];
+    for (int i = 1; i < 16; i++) top = v[i] > top ? v[i] : top;
+    return top;
+#endif
+}
+
+// e^x, to 2 units in the last place; 0 below -87, exactly 1 at 0.
+inline F16 exponential(F16 x) {
+    const F16 magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    x = larger(x, all(-150.0f));
+    x = x < 88.0f ? x : all(88.0f);
+    F16 n = (x * 1.44269504088896341f + magic) - magic;
+    F16 f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    F16 p = all(1.9875691500e-4f);  // Cephes' expf
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * (f * f) + f + 1.0f;
+    I16 e = __builtin_convertvector(n, I16);
+    F16 power = reinterpret_cast<F16>((e + 127) << 23);
+    return e < -126 ? F16{} : p * power;
+}
+
+}  // namespace

@@ -1,0 +1,47 @@
+"""The C++ sources: one piece, of which every file counts and every file is shipped."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mistral_7b.kernels import compiler
+
+
+def test_the_entry_includes_every_source() -> None:
+    seen, todo = set(), [compiler.SOURCE]
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo += [path.with_name(name) for name in re.findall(r'#include "(.+)"', path.read_text())]
+    assert sorted(seen) == compiler.sources()
+    order = re.findall(r"//   (\w+\.h) ", compiler.SOURCE.read_text())  # in which it says they are to be read
+    assert sorted([*order, "entry.cpp"]) == [path.name for path in compiler.sources()]
+    for i, name in enumerate(order):
+        included = re.findall(r'#include "(.+)"', compiler.SOURCE.with_name(name).read_text())
+        assert set(included) <= set(order[:i]), name
+
+
+def test_a_library_is_known_by_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(compiler.SOURCE.parent, tmp_path / "cpu")
+    monkeypatch.setattr(compiler, "SOURCE", tmp_path / "cpu" / "entry.cpp")
+    seen = {compiler._fingerprint("true", [])}
+    for path in compiler.sources():
+        path.write_text(path.read_text() + "\n")
+        seen.add(compiler._fingerprint("true", []))
+    assert len(seen) == len(compiler.sources()) + 1 > 10
+    assert compiler._fingerprint("true", ["-O3"]) not in seen
+
+
+def test_every_source_is_shipped() -> None:
+    root = Path(__file__).parents[2]
+    globs = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "mistral_7b"
+    ]
+    shipped = {path for glob in globs for path in (root / "mistral_7b").glob(glob)}
+    assert {root / "mistral_7b/kernels/cpu" / path.name for path in compiler.sources()} <= shipped

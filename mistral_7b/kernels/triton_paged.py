@@ -55,8 +55,8 @@ def _share(acc, total):
 def attend_tiles(
     q, k, v, k_scale, v_scale, old_k, old_v, old_k_scale, old_v_scale, start, held, offsets, table,
     out, tops, totals, sums, row_q, row_k, row_v, N, B, columns, slots, window, scale,
-    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr,
-    SHARED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHARED: tl.constexpr, G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_K: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """A tile of consecutive queries of one sequence, for the R heads of one key head, over all they see.
 
@@ -173,8 +173,8 @@ def merge_splits(
 
 @triton.jit(do_not_specialize=VARYING)
 def remember(
-    k, v, k_scale, v_scale, old_k, old_v, old_k_scale, old_v_scale, start, offsets, table, row_k, row_v, B, columns,
-    G: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr,
+    k, v, k_scale, v_scale, old_k, old_v, old_k_scale, old_v_scale, start, offsets, table, row_k, row_v,
+    B, columns, G: tl.constexpr, K: tl.constexpr, PAGE: tl.constexpr, INT8: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """The keys and values of one new token, to their place in the pages."""

@@ -16,18 +16,8 @@ from mistral_7b.kernels import fused, paged, triton_fused, triton_linear, triton
 from mistral_7b.kernels import weight_only as w
 
 KINDS = ("bf16", "fp16", "fp32")
-WHOLE = (
-    "N",
-    "K",
-    "M",
-    "G",
-    "pitch",
-    "span",
-    "D",
-    "row_q",
-    "row_k",
-    "row_v",
-)  # multiples of 16 in a real model, which Triton is told
+# Multiples of 16 in a real model, which Triton is told.
+WHOLE = ("N", "K", "M", "G", "pitch", "span", "D", "row_q", "row_k", "row_v")
 
 
 def assembly(kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any]) -> str:
@@ -40,9 +30,9 @@ def stages(
 ) -> dict[str, Any]:
     """All stages of a kernel with these types of pointers; other arguments are int32, but eps and scale by name.
 
-    What is a pointer, or named in WHOLE and not a constant of the kernel or one that it varies, is a multiple of 16.
+    Pointers are multiples of 16, and so is what WHOLE names, unless the kernel wants to know nothing of it.
     """
-    varied = {kernel.params[i].name for i in range(len(kernel.params)) if kernel.params[i].do_not_specialize}
+    varied = {p.name for p in kernel.params if p.do_not_specialize}
     rest = [a for a in kernel.arg_names if a not in pointers and a not in constants]
     floats = {"eps", "scale"}
     types = {**{a: "fp32" if a in floats else "i32" for a in rest}, **{a: f"*{t}" for a, t in pointers.items()}}

@@ -1,4 +1,4 @@
-"""Attention over pages on a GPU against attend.py's twin, and rows against themselves; run by test_triton_kernels.py.
+"""Attention over pages against its twin, and rows against themselves; run by test_triton_kernels.py.
 
 Splits, blocks and tiles are small here, so that short sequences have several of each.
 """
@@ -6,15 +6,15 @@ Splits, blocks and tiles are small here, so that short sequences have several of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED
 from torch import Tensor
 
-from mistral_7b.kernels import paged
-from mistral_7b.kernels.attend import Remembered, attend_twin, quantize_kv
+from mistral_7b.kernels import attend, paged
+from mistral_7b.kernels.attend import Place, Remembered, attend_twin, quantize_kv
 
 PAGE = 4
 ULP = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -28,6 +28,10 @@ def _small_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     launched.clear()
     real, empty = paged._launch, torch.empty
+
+    def poisoned(*size: object, **how: Any) -> Tensor:
+        return empty(*size, **how).fill_(NAN)  # type: ignore[call-overload]
+
     for name, value in {"SPLIT": 32, "BLOCK_M": 16, "BLOCK_S": 32}.items():
         monkeypatch.setattr(paged, name, value)
 
@@ -36,10 +40,8 @@ def _small_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         real(name, grid, *rest, **how)
 
     monkeypatch.setattr(paged, "_launch", launch)
-    monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(NAN))
-    monkeypatch.setattr(
-        torch, "empty_like", lambda t, **how: empty(t.shape, dtype=t.dtype, device=t.device).fill_(NAN)
-    )
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda t, **how: poisoned(t.shape, dtype=t.dtype, device=t.device))
 
 
 class Batch(NamedTuple):
@@ -119,18 +121,9 @@ def copied(given: Batch) -> Batch:
 
 
 def twin(given: Batch, window: int | None) -> Tensor:
-    """A sequence at a time, written to its pages as well: (rows that a sequence owns, H, K)."""
-    pages = (given.old_k, given.old_v, given.old_k_scale, given.old_v_scale)
-    parts = []
-    for b in range(len(given.start)):
-        rows = slice(int(given.offsets[b]), int(given.offsets[b + 1]))
-        new = (None if t is None else t[None, rows] for t in given[:5])
-        where = Remembered(
-            *pages, given.start[b : b + 1], given.held[b : b + 1], 0, 0, given.table[b : b + 1], PAGE
-        )
-        if rows.start < rows.stop:
-            parts.append(attend_twin(*new, where, window, keep=True)[0])
-    return torch.cat(parts)
+    """In float64, and written to the pages as well."""
+    place = Place(given.start, given.held, 1, 0, given.table, PAGE, given.offsets)
+    return attend_twin(*given[:5], Remembered(*given[5:9], place), window, keep=True)
 
 
 def near(actual: Tensor, wanted: Tensor) -> None:
@@ -168,7 +161,8 @@ def test_a_ragged_batch_is_the_twin(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None, int8: bool
 ) -> None:
     cases = [sequence(110, 4, 2, 10, dtype) for _ in RAGGED["starts"]]
-    given = batch(cases, **RAGGED, int8=int8)
+    held = [min(s, (window or 51) - 1) for s in RAGGED["starts"]]  # without a window, less than would be seen
+    given = batch(cases, **RAGGED, held=held, int8=int8)
     beside = copied(given)
     out, wanted = both_ways(monkeypatch, given, window), twin(beside, window)
     near(out, wanted)
@@ -181,8 +175,8 @@ def test_a_ragged_batch_is_the_twin(
         "merge_splits",
         "remember",
     ]
-    if window == 8:  # the negative control
-        assert (twin(copied(beside), None).double() - out.double()).abs().max() > 0.1
+    if window is None:  # the negative control
+        assert (twin(copied(beside), 8).double() - out.double()).abs().max() > 0.1
 
 
 def test_with_the_sizes_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,13 +203,13 @@ def test_a_row_is_the_same_in_any_chunk_place_and_company(
 ) -> None:
     length = 90  # more than two windows, and splits
     case, other = sequence(length, 2, 1, 10, dtype), sequence(length, 2, 1, 10, dtype)
-    whole = paged.paged_attend(*batch([case], [0], [length], int8=int8), window)
-    for start, T in ((0, 1), (89, 1), (64, 1), (31, 2), (29, 13), (1, 30)):
+    whole = paged.paged_attend(*batch([case], [0], [length], int8=int8), window, keep=False)
+    for start, T in ((0, 1), (89, 1), (64, 1), (31, 2), (29, 13)):
         held = start if window is None else min(start, window - 1)
-        given = batch([other, case, other], [40, start, 3], [1, T, 2], held=[40, held, 3], int8=int8)
-        beside = both_ways(monkeypatch, given, window)[1 : T + 1]
+        given = batch([other, case, other], [40, start, 3], [1, T, 1], held=[40, held, 3], int8=int8)
+        beside = both_ways(monkeypatch, given, window, keep=False)[1 : T + 1]
         assert torch.equal(beside, whole[start : start + T]), (start, T)
-    assert {name for name, _ in launched} == {"attend_tiles", "merge_splits", "remember"}
+    assert {name for name, _ in launched} == {"attend_tiles", "merge_splits"}
 
 
 def test_rows_that_no_sequence_owns_give_zeros_and_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +231,7 @@ def test_rows_that_no_sequence_owns_give_zeros_and_are_not_kept(monkeypatch: pyt
 
 def test_without_keep_pages_stay_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = sequence(70, 2, 1, 10)
-    given = batch([case, case], [60, 0], [9, 40])
+    given = batch([case, case], [60, 0], [9, 33])
     before = copied(given)
     out = both_ways(monkeypatch, given, None, keep=False)
     assert same(given.old_k, before.old_k)
@@ -257,6 +251,21 @@ def test_rows_of_a_wider_matrix_are_taken_as_they_lie() -> None:
     parted = copied(given)._replace(q=q, k=k, v=v)
     assert torch.equal(paged.paged_attend(*parted, 30), paged.paged_attend(*given, 30))
     assert same(parted.old_v, given.old_v)
+
+
+def test_the_operator_comes_here_for_pages_and_packed_rows() -> None:
+    """Called as a CUDA device calls it; for anything else the twin works, a rectangle over pages say."""
+    given = batch([sequence(40, 4, 2, 10) for _ in "ab"], [30, 5], [1, 1])
+    *tensors, start, held, offsets, table, page = given
+    wanted = paged.paged_attend(*copied(given), 20)
+    launched.clear()
+    out = attend._attend_cuda(*tensors, start, held, 1, 0, table, page, offsets, 20, True)
+    assert torch.equal(out, wanted)
+    assert [name for name, _ in launched] == ["attend_tiles", "remember"]
+    whole = [None if t is None else t[:, None] for t in tensors[:5]]
+    out = attend._attend_cuda(*whole, *tensors[5:], start, held, 1, 0, table, page, None, 20, True)
+    near(out[:, 0], wanted)
+    assert len(launched) == 2
 
 
 def test_what_is_launched_depends_on_sizes_alone() -> None:

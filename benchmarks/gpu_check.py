@@ -2,7 +2,8 @@
 
 Without an accelerator the same is measured on the CPU, what needs CUDA is left out, and the table says so.
 The size is that of Mistral 7B where the memory holds it (random weights: speed does not depend on their
-values), the bundled model's otherwise. Results also go to --json FILE; gpu_measures.py says what is measured.
+values), the bundled model's otherwise. Results also go to --json FILE; gpu_measures.py
+and gpu_pages.py say what is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from gpu_measures import kernels, same_tokens, speeds
+from gpu_pages import over_pages
 
 from mistral_7b import Mistral7B, ModelArgs
 from mistral_7b.cache import Stateless
@@ -104,6 +106,7 @@ def main() -> int:
     records += distances(device)
     args = ModelArgs() if memory_of(device) > 20e9 else SMALL
     records += kernels(device, args)
+    records += over_pages(device, args)
     records += same_tokens(device, TINY)
     records += speeds(device, args, prompt=512 if device.type == "cuda" else 64)
     commit = subprocess.run(

@@ -6,6 +6,7 @@ layout                the tiles in which quantised weights are stored
 linear                products with int8 and int4 weights
 elementwise, attend   what lies between the products
 weight_only, fused    the same for a GPU; triton_linear, triton_fused hold their kernels
+paged                 attention over pages for a GPU, with triton_paged
 """
 
 from .compiler import describe as describe

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from . import compiler
+from .fused import runs_kernels
 from .linear import OPS
+from .paged import paged_attend
 
 
 class Place(NamedTuple):
@@ -111,6 +113,20 @@ def _attend(
     return out
 
 
+def _attend_cuda(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
+    old_k: Tensor, old_v: Tensor, old_k_scale: Tensor | None, old_v_scale: Tensor | None,
+    start: Tensor, held: Tensor, slots: int, origin: int, table: Tensor | None, page: int, offsets: Tensor | None,
+    window: int, keep: bool,
+) -> Tensor:  # fmt: skip
+    if table is not None and offsets is not None and runs_kernels(q):
+        old = (old_k, old_v, old_k_scale, old_v_scale)
+        return paged_attend(q, k, v, k_scale, v_scale, *old, start, held, offsets, table, page, window, keep)
+    place = Place(start, held, slots, origin, table, page, offsets)
+    where = Remembered(old_k, old_v, old_k_scale, old_v_scale, place)
+    return attend_twin(q, k, v, k_scale, v_scale, where, window, keep)
+
+
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -121,6 +137,7 @@ OPS.define(
     "Tensor? table, int page, Tensor? offsets, int window, bool keep) -> Tensor"
 )
 OPS.impl("attend", _attend, "CPU")
+OPS.impl("attend", _attend_cuda, "CUDA")
 torch.library.register_fake("mistral_7b::attend", lambda q, *rest: torch.empty_like(q))
 
 
@@ -132,6 +149,7 @@ def attend(
 
     k and v are bfloat16, or int8 with scales (..., G, 1); what is remembered is of the same kind.
     With `keep` the new ones are then written to their places among the remembered, in place.
+    On a GPU, packed rows over pages (paged.py) may also be float16 or float32; what else there is takes the twin.
     """
     return torch.ops.mistral_7b.attend(
         q, k, v, k_scale, v_scale, old.k, old.v, old.k_scale, old.v_scale, *old.place, window or 0, keep
@@ -152,11 +170,11 @@ def attend_twin(
     offsets = torch.arange(B + 1) * (len(queries) // B) if place.offsets is None else place.offsets
     for b, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         start, T = int(place.start[b]), end - first
-        positions = torch.arange(start - int(place.held[b]), start)
+        positions = torch.arange(start - int(place.held[b]), start, device=q.device)
         rows = _rows(place, b, positions)
         own = slice(first, end)
         keys, values = (torch.cat(pair) for pair in zip(_wide(new, own), _wide(held, rows), strict=True))
-        p_q = torch.arange(start, start + T)
+        p_q = torch.arange(start, start + T, device=q.device)
         distance = p_q[:, None] - torch.cat([p_q, positions])  # (T, T + held)
         hidden = (distance < 0) | (distance >= (window or 2**62))
         scores = torch.einsum("thk,shk->hts", queries[own].double(), keys.repeat_interleave(repeat, 1)) / root

@@ -5,32 +5,47 @@ The interpreter lets pass what the compiler refuses: shapes, types, masks. Block
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from mistral_7b.kernels import fused, triton_fused, triton_linear
+from mistral_7b.kernels import fused, paged, triton_fused, triton_linear, triton_paged
 from mistral_7b.kernels import weight_only as w
 
 KINDS = ("bf16", "fp16", "fp32")
-WHOLE = ("N", "K", "M", "G", "pitch", "span", "D")  # multiples of 16 in a real model, which Triton is told
+# Multiples of 16 in a real model, which Triton is told.
+WHOLE = ("N", "K", "M", "G", "pitch", "span", "D", "row_q", "row_k", "row_v")
 
 
 def assembly(kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any]) -> str:
-    """PTX of a kernel with these types of pointers; other arguments are int32, but eps and scale by name."""
+    """PTX of a kernel, as `stages` makes it."""
+    return stages(kernel, capability, pointers, constants)["ptx"]
+
+
+def stages(
+    kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any], **how: Any
+) -> dict[str, Any]:
+    """All stages of a kernel with these types of pointers; other arguments are int32, but eps and scale by name.
+
+    Pointers are multiples of 16, and so is what WHOLE names, unless the kernel wants to know nothing of it.
+    """
+    varied = {p.name for p in kernel.params if p.do_not_specialize}
     rest = [a for a in kernel.arg_names if a not in pointers and a not in constants]
     floats = {"eps", "scale"}
     types = {**{a: "fp32" if a in floats else "i32" for a in rest}, **{a: f"*{t}" for a, t in pointers.items()}}
     signature = {a: types.get(a, "constexpr") for a in kernel.arg_names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in pointers or a in WHOLE
+        (i,): [["tt.divisibility", 16]]
+        for i, a in enumerate(kernel.arg_names)
+        if a in pointers or (a in WHOLE and a not in varied)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    built = compile(source, target=GPUTarget("cuda", capability, 32))
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options=how)
     assert len(built.asm["cubin"]) > 0
-    return built.asm["ptx"]
+    return {**built.asm, "shared": built.metadata.shared}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -90,3 +105,49 @@ def test_fused(kind: str, capability: int) -> None:
         ptx = assembly(f.attend_split, capability, pointers, {"MASKED": masked, **blocks})
         assert ("mma.sync" in ptx) == (kind != "fp32")
     assembly(f.attend_merge, capability, {**shares, "out": kind}, {"BLOCK_SPLITS": 16, "BLOCK_K": 128})
+
+
+def layouts_of_sums(ttgir: str) -> list[tuple[str, str]]:
+    """Shapes and layouts of what is reduced over columns: they decide in which order a row's numbers are added."""
+    named = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = re.findall(r"\}\) : \(tensor<(\d+x\d+xf32), (#\w+)>\)", ttgir)
+    return [(shape, named[layout]) for shape, layout in found]
+
+
+PAGED = {"G": 8, "R": 4, "K": 128}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("kind", "int8"), [("bf16", False), ("bf16", True), ("fp16", False), ("fp16", True), ("fp32", False)]
+)
+def test_paged(kind: str, int8: bool, capability: int) -> None:
+    t, kept, unit = triton_paged, "i8" if int8 else kind, "fp32" if int8 else kind
+    where = dict.fromkeys(("start", "held", "offsets", "table"), "i64")
+    parts = dict.fromkeys(("tops", "totals", "sums"), "fp32")
+    entries = {**dict.fromkeys(("k", "v", "old_k", "old_v"), kept)}
+    entries |= dict.fromkeys(("k_scale", "v_scale", "old_k_scale", "old_v_scale"), unit)
+    pages = {"PAGE": 16, "INT8": int8}
+    blocks = {"BLOCK_M": paged.BLOCK_M, "BLOCK_S": paged.BLOCK_S // (1 + (kind == "fp32")), "BLOCK_K": 128}
+    constants = {**PAGED, **pages, **blocks, "SPLIT": paged.SPLIT}
+    pointers = {"q": kind, "out": kind, **entries, **where, **parts}
+    layouts = []
+    for shared in (False, True):
+        built = stages(t.attend_tiles, capability, pointers, {**constants, "SHARED": shared}, **paged.HOW)
+        ptx = built["ptx"]
+        assert ("mma.sync" in ptx) == (kind != "fp32")
+        assert "wgmma" not in ptx
+        assert "tf32" not in ptx
+        assert built["shared"] <= 99 * 1024  # of any GPU from 8.0 on
+        # Keys and values come 16 bytes at a time, though each has two places to come from.
+        assert len(re.findall(r"cp\.async\.cg.*0x10", ptx)) >= 8
+        assert kind == "fp32" or "fma.rn.f32" not in ptx
+        layouts.append(layouts_of_sums(built["ttgir"]))
+    assert len(layouts[0]) == 2  # the maximum, and the sum
+    assert layouts[0] == layouts[1]
+    last = {"SPLIT": paged.SPLIT, "BLOCK_R": 4, "BLOCK_K": 128}
+    merge = {"out": kind, **{n: where[n] for n in ("start", "held", "offsets")}, **parts}
+    assert "fma.rn.f32" not in stages(t.merge_splits, capability, merge, {**PAGED, **last}, **paged.HOW)["ptx"]
+    kept_at = {**entries, **{n: where[n] for n in ("start", "offsets", "table")}}
+    sizes = {"G": 8, "K": 128, **pages, "BLOCK": 1024, "BLOCK_G": 8}
+    stages(t.remember, capability, kept_at, sizes, **paged.HOW)

@@ -20,7 +20,7 @@ WITHOUT = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="Triton is not installed: pip install --no-deps triton==3.6.0 runs these without a GPU",
 )
-CHECKS = ("check_linear.py", "check_fused.py")
+CHECKS = ("check_linear.py", "check_fused.py", "check_paged.py")
 
 
 def run(check: str, interpret: bool) -> None:

@@ -88,7 +88,7 @@ def test_without_a_gpu_the_fused_steps_are_what_the_model_computes(dtype: torch.
 
 
 def test_the_operators_know_the_gpu() -> None:
-    for name in ("rms_norm", "silu_mul", "rotate"):
+    for name in ("rms_norm", "silu_mul", "rotate", "attend"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mistral_7b::{name}", "CUDA")
 
 

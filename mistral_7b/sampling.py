@@ -3,6 +3,7 @@
 Names, defaults, ranges and order are vLLM's. For one token, from the model's logits:
 
     log-probabilities    of the raw logits, before anything below
+    allow                -inf for tokens that a grammar leaves out
     adjust               logit_bias, banned tokens (min_tokens), then penalties
     narrow               temperature, then min_p, top_k, top_p
     choose               one number u in [0, 1) picks the token at u of the cumulative distribution
@@ -66,6 +67,37 @@ def adjust(
         counts = history.counts.to(logits.dtype)
         logits = logits - params.frequency_penalty * counts - params.presence_penalty * counts.clamp(max=1)
     return logits
+
+
+def allow(logits: Tensor, masks: Sequence[np.ndarray | None]) -> Tensor:
+    """Logits (R, V) with -inf for tokens that a row's mask leaves out; a row without a mask stays as it is.
+
+    A mask (ceil(V / 32),) int32 holds a bit for each token, the lowest of the first number for token 0.
+    """
+    rows = [row for row, mask in enumerate(masks) if mask is not None]
+    if not rows:
+        return logits
+    packed = np.stack([mask for mask in masks if mask is not None]).view(
+        np.uint8
+    )  # 4 bytes a number, lowest first
+    bits = torch.from_numpy(packed).to(logits.device)[..., None] >> torch.arange(
+        8, dtype=torch.uint8, device=logits.device
+    )  # (len(rows), bytes, 8)
+    allowed = (bits & 1).flatten(1).bool()[:, : logits.shape[-1]]
+    if len(rows) == len(logits):
+        return logits.masked_fill(~allowed, -math.inf)
+    at = torch.tensor(rows, device=logits.device)
+    return logits.index_copy(0, at, logits[at].masked_fill(~allowed, -math.inf))
+
+
+def lift(banned: Sequence[int], mask: np.ndarray | None) -> Sequence[int]:
+    """The bans, or none where they would leave no token of a mask: a grammar comes before min_tokens."""
+    if mask is None or not banned:
+        return banned
+    left = mask.copy()
+    for token in banned:
+        left.view(np.uint8)[token // 8] &= 255 ^ (1 << token % 8)
+    return banned if left.any() else ()
 
 
 def narrow(logits: Tensor, params: SamplingParams, candidates: int = CANDIDATES) -> Tensor:

@@ -42,16 +42,17 @@ class StructuredOutputs:
                 f"structured_outputs takes exactly one of {names}, not {' and '.join(given) or 'none of them'}"
             )
         for name in ("regex", "grammar"):
-            if not isinstance(getattr(self, name), str | None):
-                self._refuse(name, "a text")
+            value = getattr(self, name)
+            if value is not None and not _is_text(value):
+                self._refuse(name, "a text that can be written as UTF-8")
         if not isinstance(self.json_object, bool):
             self._refuse("json_object", "true or false")
         if self.choice is not None:
             texts = self.choice
             if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
                 self._refuse("choice", "a list of at least one text")
-            if not all(isinstance(text, str) for text in texts):
-                self._refuse("choice", "a list of texts")
+            if not all(_is_text(text) for text in texts):
+                self._refuse("choice", "a list of texts that can be written as UTF-8")
             object.__setattr__(self, "choice", tuple(texts))
         if self.json is not None:
             self._read_schema()
@@ -201,6 +202,11 @@ class SamplingParams:
         if unknown:
             raise SamplingError(f"unknown sampling parameter {', '.join(sorted(unknown))}")
         return cls(**values)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text, and none with half a character in it."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _is_whole(value: Any) -> bool:

@@ -100,7 +100,7 @@ class GrammarState:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing may follow but EOS, as far as is known before the next masks() and exactly after them."""
+        """Whether nothing may follow but EOS; exactly known only once masks() have been asked for."""
         over = self._ended or self._known is self._vocabulary.only_eos
         return over or bool(self._matcher.is_stopped())
 

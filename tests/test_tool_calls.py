@@ -99,6 +99,8 @@ def test_whatever_comes_the_split_changes_nothing_and_nothing_is_lost(
     content, found, _ = whole
     for call in found:
         assert call.arguments in text or call.arguments == "{}"
+        if call is not found[-1]:
+            assert isinstance(json.loads(call.arguments), dict)
     assert text.endswith(content)
     if not found:
         assert content == text
@@ -114,6 +116,15 @@ def test_whatever_comes_the_split_changes_nothing_and_nothing_is_lost(
         ('[{"name": "f", "arguments": "{}"}]', ', "arguments": "{}"}]', [""]),
         ('[{"name": "f", "arguments": {"a": oops}}]', "oops}}]", ['{"a": ']),
         ('[{"name": "f", "arguments": {"a": 01}}]', "1}}]", ['{"a": 0']),
+        ('[{"name": "f", "arguments": {"a": }}]', "}}]", ['{"a": ']),
+        ('[{"name": "f", "arguments": {"a": -}}]', "}}]", ['{"a": -']),
+        ('[{"name": "f", "arguments": {"a": 1.}}]', "}}]", ['{"a": 1.']),
+        ('[{"name": "f", "arguments": {"a": 1e+}}]', "}}]", ['{"a": 1e+']),
+        ('[{"name": "f", "arguments": {"a": [1,]}}]', "]}}]", ['{"a": [1,']),
+        ('[{"name": "f", "arguments": {"a": 1,}}]', "}}]", ['{"a": 1,']),
+        ('[{"name": "f", "arguments": {"a": [1}}]', "}}]", ['{"a": [1']),
+        ('[{"name": "f", "arguments": {"a": "\t"}}]', '\t"}}]', ['{"a": "']),
+        ('[{"name": "f", "arguments": {"a": "\\x"}}]', 'x"}}]', ['{"a": "\\']),
         ('[{"name": "f", "arguments": {"a": 1', "", ['{"a": 1']),
         ('[{"name": "f", "arguments": {"a": 1}}, {"na', ', {"na', ['{"a": 1}']),
         ('[{"name": "f", "arguments": {}}, {"arguments": {"b": 2}}]', ', {"arguments": {"b": 2}}]', ["{}"]),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .model import Mistral7B as Mistral7B
     from .model import ModelArgs as ModelArgs
     from .sampling_params import SamplingParams as SamplingParams
+    from .sampling_params import StructuredOutputs as StructuredOutputs
     from .tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
@@ -20,11 +21,12 @@ _HOMES = {
     "ModelArgs": "model",
     "Tokenizer": "tokenizer",
     "SamplingParams": "sampling_params",
+    "StructuredOutputs": "sampling_params",
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
             "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
-            "EvaluationError", "BenchmarkError",
+            "EvaluationError", "BenchmarkError", "GrammarError",
         ),
         "errors",
     ),

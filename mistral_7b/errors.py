@@ -36,6 +36,10 @@ class SamplingError(Mistral7BError):
     """A sampling parameter out of its range."""
 
 
+class GrammarError(SamplingError):
+    """A schema, regex or grammar that cannot be used, or that asks for more than its limits."""
+
+
 class GenerationError(Mistral7BError):
     """A prompt that cannot be continued: empty, or longer than the context."""
 

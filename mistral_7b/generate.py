@@ -26,7 +26,7 @@ from torch import Tensor
 from . import captured
 from .cache import RollingCache, check_kv_dtype
 from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
-from .errors import GenerationError
+from .errors import GenerationError, SamplingError
 from .model import Mistral7B
 from .prompts import Prompt, read_prompts
 from .sampling import Logprob, SamplingParams, logprobs, sample_rows
@@ -333,9 +333,10 @@ def _read_requests(
     params: SamplingParams | Sequence[SamplingParams] | None,
     tokenizer: Tokenizer | None,
 ) -> list[_Request]:
-    return [
-        _Request(r.prompt, r.ids, r.params, r.completions) for r in read_prompts(model, prompts, params, tokenizer)
-    ]
+    read = read_prompts(model, prompts, params, tokenizer)
+    if any(r.params.structured_outputs is not None for r in read):
+        raise SamplingError("structured_outputs: generate and stream keep to no grammar; mistral_7b.LLM does")
+    return [_Request(r.prompt, r.ids, r.params, r.completions) for r in read]
 
 
 def _waves(requests: Sequence[_Request], size: int) -> Iterator[list[_Request]]:

@@ -66,7 +66,7 @@ class Row:
     """What is asked of one row of logits.
 
     u        number in [0, 1) that chooses; a greedy row needs none
-    banned   tokens that must not come, unless there is a grammar: then that alone decides
+    banned   tokens that must not come, unless a grammar lets nothing else
     history  of the sequence, where params penalizes; without it nothing is penalized
     allowed  bits of the tokens that a grammar lets come, (ceil(V / 32),) int32, bit t % 32 of number t // 32
              for token t; None: all
@@ -79,7 +79,6 @@ class Row:
     allowed: np.ndarray | None = None
 
 
-@torch.no_grad()
 def sample_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """A token for each row of logits (R, V): ids (R,), -1 where the highest logit is NaN or infinite.
 
@@ -97,7 +96,7 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """Logits (R, V) with bias, bans, penalties and masks. These can change which token is the most probable."""
     biased = [(i, row.params.logit_bias) for i, row in enumerate(rows) if row.params.logit_bias]
-    banned = [(i, row.banned) for i, row in enumerate(rows) if row.banned and row.allowed is None]
+    banned = [(i, tokens) for i, row in enumerate(rows) if (tokens := lift(row.banned, row.allowed))]
     penalized = [(i, row) for i, row in enumerate(rows) if row.history is not None and row.params.penalizes]
     ruled = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
     if not (biased or banned or penalized or ruled):
@@ -133,6 +132,16 @@ def _penalize(flat: Tensor, V: int, rows: Sequence[tuple[int, Row]]) -> None:
     x = flat[places]
     x = torch.where(x > 0, x / factor, x * factor)
     flat[places] = x - frequency * count - presence * count.clamp(max=1)
+
+
+def lift(banned: Sequence[int], mask: np.ndarray | None) -> Sequence[int]:
+    """The bans, or none where they would leave no token of a mask: a grammar comes before min_tokens."""
+    if mask is None or not banned:
+        return banned
+    left = mask.copy()
+    for token in banned:
+        left.view(np.uint8)[token // 8] &= 255 ^ (1 << token % 8)
+    return banned if left.any() else ()
 
 
 def allow(logits: Tensor, masks: Tensor) -> Tensor:
@@ -267,7 +276,7 @@ def choose(weights: Tensor, u: Tensor) -> Tensor:
     """
     sums = weights.cumsum(-1)
     total = sums[:, -1]
-    target = (u * total).long()  # below total: the greatest u takes off more than rounding adds
+    target = (u * total).long().minimum(total - 1)
     chosen = torch.searchsorted(sums, target[:, None], right=True)[:, 0]
     return chosen.clamp(max=weights.shape[-1] - 1)  # past the end only where there is no distribution
 

@@ -5,6 +5,7 @@ Names, defaults and ranges are vLLM's; what is done with them stands in sampling
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +14,70 @@ from typing import Any
 from .errors import SamplingError
 
 GREEDY_BELOW = 1e-5  # temperatures under this are taken as 0, as in vLLM
+
+
+@dataclass(frozen=True)
+class StructuredOutputs:
+    """What the text must look like; exactly one is given. The names are vLLM's.
+
+    Attributes:
+        json: a JSON schema, as a dictionary or as JSON text
+        json_object: any JSON object
+        regex: a regular expression that the whole text matches, as Rust's regex crate reads it
+        choice: the text is one of these
+        grammar: a context-free grammar, in Lark's notation as llguidance takes it, or in llama.cpp's GBNF
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
+        if len(given) != 1:
+            names = ", ".join(f.name for f in fields(self))
+            raise SamplingError(
+                f"structured_outputs takes exactly one of {names}, not {' and '.join(given) or 'none of them'}"
+            )
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and not _is_text(value):
+                self._refuse(name, "a text that can be written as UTF-8")
+        if not isinstance(self.json_object, bool):
+            self._refuse("json_object", "true or false")
+        if self.choice is not None:
+            texts = self.choice
+            if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
+                self._refuse("choice", "a list of at least one text")
+            if not all(_is_text(text) for text in texts):
+                self._refuse("choice", "a list of texts that can be written as UTF-8")
+            object.__setattr__(self, "choice", tuple(texts))
+        if self.json is not None:
+            self._read_schema()
+
+    def _read_schema(self) -> None:
+        """A schema given as text becomes the dictionary that it says."""
+        schema: Any = self.json
+        try:
+            schema = json.loads(schema if isinstance(schema, str) else json.dumps(schema))
+        except (ValueError, TypeError, RecursionError) as e:
+            raise SamplingError(f"structured_outputs.json is no JSON: {e}") from e
+        if not isinstance(schema, dict):
+            self._refuse("json", "a JSON schema, which is an object")
+        object.__setattr__(self, "json", schema)
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        raise SamplingError(f"structured_outputs.{name} must be {wanted}, not {getattr(self, name)!r:.80}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StructuredOutputs:
+        """By name, as they come over HTTP; SamplingError for a name that is none."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise SamplingError(f"structured_outputs has no {', '.join(sorted(map(str, unknown)))}")
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -37,6 +102,8 @@ class SamplingParams:
         seed: whole number that fixes the tokens; None draws one from torch's generator
         logprobs: also return log-probabilities of the token and the most probable k; -1: of all
         prompt_logprobs: the same for the prompt's tokens
+        structured_outputs: what the text must look like (a StructuredOutputs, or a dictionary of its fields);
+            the engine's alone, and `generate` refuses it
     """
 
     n: int = 1
@@ -56,6 +123,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         self._number("temperature", low=0.0)
@@ -75,6 +143,10 @@ class SamplingParams:
         if not isinstance(self.ignore_eos, bool):
             self._refuse("ignore_eos", "true or false")
         self._check_lists()
+        if isinstance(self.structured_outputs, Mapping):
+            object.__setattr__(self, "structured_outputs", StructuredOutputs.from_dict(self.structured_outputs))
+        if not isinstance(self.structured_outputs, StructuredOutputs | None):
+            self._refuse("structured_outputs", "a StructuredOutputs or a dictionary of its fields")
 
     def _check_lists(self) -> None:
         if isinstance(self.stop, (bytes, Mapping)) or not all(isinstance(s, str) and s for s in self.stops):
@@ -130,6 +202,11 @@ class SamplingParams:
         if unknown:
             raise SamplingError(f"unknown sampling parameter {', '.join(sorted(unknown))}")
         return cls(**values)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text, and none with half a character in it."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _is_whole(value: Any) -> bool:

@@ -141,6 +141,11 @@ class Tokenizer:
     def eos_id(self) -> int:
         return self._pieces.eos_id
 
+    @property
+    def unk_id(self) -> int:
+        """The token that stands for what has none; byte tokens leave nothing to it."""
+        return self._pieces.unk_id
+
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Ids of plain text; no character of it can become a control token."""
         try:

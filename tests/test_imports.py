@@ -17,7 +17,7 @@ ROOT = Path(mistral_7b.__file__).parent
 # From the ground up: a room imports from lines above its own, never from its own line or below.
 LAYERS = (
     ("errors",),
-    ("kernels", "messages", "sampling_params"),
+    ("kernels", "messages", "sampling_params", "tool_calls"),
     ("attention",),
     ("cache",),
     ("model",),
@@ -44,6 +44,7 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 WITHOUT_TORCH = (
     "", "errors", "cli", "sampling_params", "messages", "tokenizer", "checkpoint", "checkpoint.hub",
     "training", "training.args", "server.protocol", "kernels.compiler", "checkpoint.gguf_file",
+    "tool_calls", "engine.grammar",
     "checkpoint.gguf_tokenizer", "benchmark.run", "benchmark.report", "benchmark.plot", "benchmark.machine",
 )  # fmt: skip
 

@@ -30,7 +30,8 @@ class UsageError(Mistral7BError):
 
 def read_flags(kind: type[T], command: str, argv: list[str]) -> T:
     """Make `kind` from the flags of one command; SystemExit after --help (0) and bad flags (2)."""
-    return tyro.cli(kind, prog=f"mistral-7b {command}", args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)  # a None of several fields stays None
+    return tyro.cli(kind, prog=f"mistral-7b {command}", args=argv, config=config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""What is wanted of a text, written as a grammar in llguidance's Lark notation.
+
+    json      start: value          value: %json {...}
+    regex     start: TEXT           TEXT: /.../
+    choice    start: TEXT           TEXT: "yes" | "no"
+    tools     start: <TOOL_CALLS> calls, a list of objects that each hold a tool's name and its arguments
+
+A control token is written with its name in angle brackets: [TOOL_CALLS] is <TOOL_CALLS>, and </s> itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from ..errors import GrammarError
+from ..sampling_params import StructuredOutputs
+from .vocabulary import library
+
+LONGEST = 1 << 20  # characters of a grammar
+STEPS = 20_000  # a number's multiples are told apart by an automaton with as many states: time and memory
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # between the parts of JSON: room to indent, and an end to it
+# Every token that spells a text may be used, not only those of its usual encoding: the model knows best.
+OPTIONS = '%llguidance {"no_forcing": true}\n'
+AS_TRAINED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}  # Python's json.dumps
+
+
+def lark(spec: StructuredOutputs, spaced: bool) -> str:
+    """The grammar of a text. `spaced`: the model writes a space before a first word, and JSON may begin with it.
+
+    Raises GrammarError for what is too large, or is no grammar in either notation.
+    """
+    if spec.json is not None or spec.json_object:
+        text = _json(dict(spec.json) if isinstance(spec.json, Mapping) else {"type": "object"}, spaced)
+    elif spec.choice is not None:
+        text = "start: TEXT\nTEXT: " + " | ".join(json.dumps(choice) for choice in spec.choice)
+    elif spec.regex is not None:
+        # \d is 0 to 9, as in JSON schemas; \w and \s are Unicode's.
+        text = f"start: TEXT\nTEXT: /{library().regex_to_lark(spec.regex, 'd')}/" if spec.regex else 'start: ""'
+    else:
+        try:
+            text = library().grammar_from("grammar", spec.grammar)
+        except (ValueError, RecursionError) as e:
+            raise GrammarError(f"structured_outputs.grammar: {e}") from e
+    if len(text) > LONGEST:
+        raise GrammarError(f"structured_outputs has {len(text)} characters; at most {LONGEST} are taken")
+    _check_multiples(text)
+    return f"{text}\n{OPTIONS}"
+
+
+def _json(schema: dict[str, Any], spaced: bool) -> str:
+    schema["x-guidance"] = {"whitespace_pattern": WHITESPACE, **schema.get("x-guidance", {})}
+    start = 'start: SPACE? value\nSPACE: " "' if spaced else "start: value"
+    return f"{start}\nvalue: %json {json.dumps(schema)}"
+
+
+def _check_multiples(text: str) -> None:
+    """Refuse `multipleOf` where it would take seconds: llguidance has no limit of its own for it."""
+    plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
+    steps = 1
+    for number in re.findall(r'"multipleOf"\s*:\s*(\d[\d.eE+-]*)', plain):
+        try:
+            _, digits, exponent = Decimal(number).normalize().as_tuple()
+            value = int("".join(map(str, digits))) * 10 ** min(max(int(exponent), 0), 9)
+        except (ArithmeticError, ValueError):
+            continue  # no number: the compiler says so
+        steps = math.lcm(steps, max(value, 1))
+        if steps > STEPS:
+            raise GrammarError(f"structured_outputs: multipleOf {number} takes too long; give a rounder number")
+
+
+def tool_spec(
+    tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any] = "auto", parallel: bool = True
+) -> StructuredOutputs | None:
+    """The grammar that makes a model call a tool as OpenAI's `tool_choice` says; None where it is free.
+
+    "auto" and "none" leave it free; "required" and "any" ask for one call at least (one at most unless
+    `parallel`); {"type": "function", "function": {"name": ...}} asks for one call of this tool. The arguments
+    obey the tools' schemas. The text is spaced as the model was trained on it, like json.dumps.
+    Raises GrammarError for a tool_choice that is none of these, or names none of the tools.
+    """
+    if choice in ("auto", "none"):
+        return None
+    functions = [_function(i, tool) for i, tool in enumerate(tools or ())]
+    if isinstance(choice, Mapping):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        functions = [f for f in functions if f["name"] == name]
+        parallel = False
+        if not functions:
+            raise GrammarError(f"tool_choice names {name!r}, which is none of the tools")
+    elif choice not in ("required", "any"):
+        raise GrammarError(f"tool_choice must be auto, none, required or name a function, not {choice!r}")
+    if not functions:
+        raise GrammarError(f"tool_choice is {choice!r}, and there are no tools")
+    rules = [
+        "start: <TOOL_CALLS> SPACE? calls",
+        'SPACE: " "',
+        'calls: "[" call (", " call)* "]"' if parallel else 'calls: "[" call "]"',
+        "call: " + " | ".join(f"call_{i}" for i in range(len(functions))),
+    ]
+    for i, function in enumerate(functions):
+        head = json.dumps(f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": ')
+        schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
+        rules.append(f'call_{i}: {head} arguments_{i} "}}"')
+        rules.append(f"arguments_{i}: %json {json.dumps({**schema, 'x-guidance': AS_TRAINED})}")
+    return StructuredOutputs(grammar="\n".join(rules))
+
+
+def _function(place: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What stands in a tool of OpenAI's form."""
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise GrammarError(f"tools[{place}] has no function with a name")
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise GrammarError(f"tools[{place}]: parameters must be a JSON schema, not {parameters!r:.80}")
+    return function

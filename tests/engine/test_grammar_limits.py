@@ -1,0 +1,185 @@
+"""What is no grammar, what asks for too much, and what is shared between completions."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mistral_7b.engine import grammar as grammar_module
+from mistral_7b.engine.grammar import Grammars, GrammarState
+from mistral_7b.errors import GrammarError, SamplingError
+from mistral_7b.sampling_params import StructuredOutputs
+from mistral_7b.tokenizer import Tokenizer
+from tests.engine.drawing import SPECS, allowed, draw, opened
+
+
+@pytest.fixture(scope="module")
+def v3() -> tuple[Tokenizer, Grammars]:
+    return opened("v3")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"regex": "a("}, "unclosed group"),
+        ({"regex": "(?=a)b"}, "look-around"),
+        ({"json": {"type": "strin"}}, "Invalid type: strin"),
+        ({"json": {"type": "string", "format": "colour"}}, "Unknown format: colour"),
+        ({"json": {"$ref": "#/$defs/none"}}, "none"),
+        ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "nsatisfiable|no text obeys"),
+        ({"grammar": "start: rule"}, "rule"),
+        ({"grammar": "nonsense"}, "grammar"),
+        ({"grammar": "start: X\nX: /a/ & /b/"}, "no text obeys"),
+        ({"grammar": "root ::= other"}, "other"),
+        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text obeys"),
+    ],
+)
+def test_what_is_no_grammar_is_refused_at_once(
+    v3: tuple[Tokenizer, Grammars], spec: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(GrammarError, match=words) as e:
+        v3[1].start(StructuredOutputs(**spec), [1])
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 500
+    assert isinstance(e.value, SamplingError)
+
+
+DEEP: dict[str, Any] = {"type": "string"}
+for _ in range(300):
+    DEEP = {"type": "array", "items": DEEP}
+HOSTILE = {
+    "multiples": {"json": {"type": "integer", "multipleOf": 999983}},
+    "multiples of multiples": {"json": {"allOf": [{"multipleOf": 211}, {"multipleOf": 199}], "type": "integer"}},
+    "multiples in disguise": {"grammar": 'start: %json {"type": "integer", "multiple\\u004ff": 999983}'},
+    "deep": {"json": DEEP},
+    "long": {"regex": "a" * 2_000_000},
+    "many states": {"regex": r"(a|b)*a(a|b){40}c"},
+    "repeats": {"regex": "((a{1,1000}){1,1000}){1,1000}"},
+    "many rules": {"grammar": "start: x{1,10000}\nx: y{1,10000}\ny: z{1,10000}\nz: /a/"},
+    "intersections": {"grammar": "start: X\nX: /.*a.{15}.*/ & /.*b.{16}.*/ & /.*c.{17}.*/ & /.*d.{18}.*/"},
+    "products": {
+        "json": {"allOf": [{"anyOf": [{"properties": {f"k{i}{j}": {}}} for j in range(8)]} for i in range(8)]}
+    },
+    "many properties": {
+        "json": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}}
+    },
+    "parentheses": {"grammar": "start: " + "(" * 100_000 + '"a"' + ")" * 100_000},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_grammars_are_bounded(v3: tuple[Tokenizer, Grammars], name: str) -> None:
+    """They are refused, or followed as far as limits allow; and neither takes long."""
+    grammars = v3[1]
+    began = time.process_time()
+    with contextlib.suppress(GrammarError):
+        state = grammars.start(StructuredOutputs(**HOSTILE[name]), [1])
+        chance = random.Random(0)
+        for _ in range(50):
+            if state.finished:
+                break
+            state.accept(int(chance.choice(allowed(state.masks()[0][0]))))
+    assert time.process_time() - began < 6
+    if name.startswith("multiples"):
+        with pytest.raises(GrammarError, match="takes too long"):
+            grammars.start(StructuredOutputs(**HOSTILE[name]), [1])
+
+
+def test_many_choices_and_common_multiples_are_no_burden(v3: tuple[Tokenizer, Grammars]) -> None:
+    tokenizer, grammars = v3
+    many = [f"value {i}" for i in range(5000)]
+    assert draw(grammars.start(StructuredOutputs(choice=many), [1]), tokenizer, [1], random.Random(0))[1] in many
+    prices = {"type": "array", "items": {"type": "number", "multipleOf": 0.01, "minimum": 0, "maximum": 9}}
+    for multiple in (0.01, 5, 1000, 1e-6):
+        grammars.start(StructuredOutputs(json={"allOf": [prices, {"items": {"multipleOf": multiple}}]}), [1])
+
+
+def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer() -> None:
+    tokenizer = Tokenizer.from_pretrained()
+    spec = StructuredOutputs(regex=".*")
+    whole = allowed(Grammars(tokenizer, tokenizer.vocab_size).start(spec, [1]).masks()[0][0])
+    wide = allowed(Grammars(tokenizer, 9000).start(spec, [1]).masks()[0][0])
+    narrow = Grammars(tokenizer, 1001).start(spec, [1])
+    assert np.array_equal(whole, wide)
+    assert np.array_equal(allowed(narrow.masks()[0][0]), whole[whole < 1001])
+    with pytest.raises(GrammarError):
+        narrow.accept(2000)
+
+
+def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.from_pretrained()
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, kept=2)
+    compiled = []
+    original = grammars._compile
+    monkeypatch.setattr(grammars, "_compile", lambda text: compiled.append(text) or original(text))
+    for regex in "abacaab":  # b is out when it comes again
+        grammars.start(StructuredOutputs(regex=regex), [1])
+    assert [re.search("/(.)/", text)[1] for text in compiled] == list("abcb")  # type: ignore[index]
+    one, other = (grammars.start(StructuredOutputs(regex="bb"), [1]) for _ in range(2))
+    one.accept(tokenizer.encode("b")[-1])
+    assert np.array_equal(other.masks()[0][0], grammars.start(StructuredOutputs(regex="bb"), [1]).masks()[0][0])
+
+
+def test_no_completion_uses_up_what_another_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of a lexer are shared and limited: what runs out is made anew, and masks are the same."""
+    tokenizer = Tokenizer.from_pretrained()
+    spec = StructuredOutputs(regex="(a|b)*a(a|b){40}c")
+    letters = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size)}
+    free = Grammars(tokenizer, tokenizer.vocab_size)
+    monkeypatch.setattr(grammar_module, "STATES", 1000)
+    tight = Grammars(tokenizer, tokenizer.vocab_size)
+    with monkeypatch.context() as patched:
+        patched.setattr(grammar_module, "PROGRESS", 10**9)  # no renewal beyond the first
+        state = tight.start(spec, [])
+        with pytest.raises(GrammarError, match="too many states"):
+            walk([state], letters, 600)
+    for _ in range(3):
+        walk([tight.start(spec, []), free.start(spec, [])], letters, 250)
+    state = tight.start(spec, [])
+    walk([state], letters, 100)
+    draft = [letters[letter] for letter in random.Random(4).choices("ab", k=600)]
+    masks, count = state.masks(draft)
+    assert len(masks) == count + 1 < 600  # the draft ends where states do, and is no error
+    walk([state], letters, 10)
+
+
+def walk(states: list[GrammarState], letters: dict[str | bytes | None, int], n: int) -> None:
+    """Take n letters in all states, and see that their masks are the same."""
+    chance = random.Random(n)
+    for _ in range(n):
+        masks = [state.masks()[0][0] for state in states]
+        assert all(np.array_equal(mask, masks[0]) for mask in masks)
+        token = letters[chance.choice("ab")]
+        for state in states:
+            state.accept(token)
+
+
+def test_threads_may_share_grammars(v3: tuple[Tokenizer, Grammars]) -> None:
+    tokenizer, grammars = v3
+    texts: list[str] = []
+
+    def work(seed: int) -> None:
+        for spec, _ in SPECS.values():
+            texts.append(draw(grammars.start(spec, [1]), tokenizer, [1], random.Random(seed))[1])
+
+    threads = [threading.Thread(target=work, args=(7,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 4 * len(SPECS)
+    assert len(set(texts)) <= len(SPECS)
+
+
+def test_without_llguidance_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(GrammarError, match=r"pip install 'mistral-7b\[serve\]'"):
+        Grammars(Tokenizer.from_pretrained(), 4096)

@@ -1,0 +1,74 @@
+"""Tool calls that a grammar makes a model write."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import jsonschema
+import pytest
+
+from mistral_7b.engine.grammar import Grammars, tool_spec
+from mistral_7b.errors import GrammarError
+from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.tool_calls import ToolCallStream
+from tests.engine.drawing import draw, opened
+
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": {
+        "type": "object", "properties": {"city": {"enum": ["Rome", "Zürich"]}, "days": {"$ref": "#/$defs/n"}},
+        "required": ["city"], "additionalProperties": False, "$defs": {"n": {"type": "integer", "maximum": 9}}}}},
+    {"type": "function", "function": {"name": "say_hi", "parameters": {
+        "properties": {"to": {"type": "string", "maxLength": 6}}, "required": ["to"],
+        "additionalProperties": False}}},
+    {"type": "function", "function": {"name": "now"}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def v3() -> tuple[Tokenizer, Grammars]:
+    return opened("v3")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "say_hi"}}])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_tool_calls_are_forced_as_asked_for(
+    v3: tuple[Tokenizer, Grammars], choice: str | dict, parallel: bool
+) -> None:
+    tokenizer, grammars = v3
+    spec = tool_spec(TOOLS, choice, parallel)
+    assert spec is not None
+    control = tokenizer.encode_chat([{"role": "user", "content": "a"}], TOOLS)
+    schemas = {t["function"]["name"]: t["function"].get("parameters", {"maxProperties": 0}) for t in TOOLS}
+    counts, names, chance = set(), set(), random.Random(1)
+    for after in ([4], tokenizer.encode("Well,"), control):
+        for _ in range(12):
+            tokens, _ = draw(grammars.start(spec, after), tokenizer, after, chance, ending=1)
+            assert tokens[0] == 5
+            stream, decoder = ToolCallStream(5, str), tokenizer.stream(after)
+            content = [stream.push(t, decoder.push(t))[0] for t in tokens]
+            assert "".join(content) + stream.close() == ""
+            for call in stream.calls:
+                arguments = json.loads(call.arguments)
+                jsonschema.validate(arguments, schemas[call.name])
+                assert call.arguments == json.dumps(arguments, ensure_ascii=False)
+            counts.add(len(stream.calls))
+            names.update(call.name for call in stream.calls)
+    assert (max(counts) > 1) == (parallel and choice == "required")
+    assert names == (set(schemas) if choice == "required" else {"say_hi"})
+
+
+def test_what_tool_choice_cannot_be() -> None:
+    assert tool_spec(TOOLS, "auto") is None
+    assert tool_spec(TOOLS, "none") is None
+    with pytest.raises(GrammarError, match="'fly', which is none of the tools"):
+        tool_spec(TOOLS, {"type": "function", "function": {"name": "fly"}})
+    with pytest.raises(GrammarError, match="there are no tools"):
+        tool_spec([], "required")
+    with pytest.raises(GrammarError, match="must be auto, none, required"):
+        tool_spec(TOOLS, "sometimes")
+    with pytest.raises(GrammarError, match=r"tools\[0\] has no function with a name"):
+        tool_spec([{"type": "function"}], "any")
+    v1 = Tokenizer.v1()
+    with pytest.raises(GrammarError, match="TOOL_CALLS"):
+        Grammars(v1, 32000).start(tool_spec(TOOLS, "required"), [1])  # type: ignore[arg-type]

@@ -1,0 +1,98 @@
+"""What may be asked of a text, and what masks do to logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mistral_7b.errors import SamplingError
+from mistral_7b.generate import generate, stream
+from mistral_7b.sampling import Row, adjust, lift
+from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
+from tests.tiny import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "exactly one of json, json_object, regex, choice, grammar, not none of them"),
+        ({"json_object": False}, "none of them"),
+        ({"regex": "a", "choice": ["b"]}, "not regex and choice"),
+        ({"regex": 3}, "regex must be a text"),
+        ({"regex": "\ud800"}, "regex must be a text that can be written as UTF-8"),
+        ({"grammar": ["start: x"]}, "grammar must be a text"),
+        ({"choice": "yes"}, "choice must be a list of at least one text"),
+        ({"choice": []}, "choice must be a list of at least one text"),
+        ({"choice": ["a", 1]}, "choice must be a list of texts"),
+        ({"choice": ["\udfff"]}, "choice must be a list of texts that can be written as UTF-8"),
+        ({"json": "{"}, "json is no JSON: Expecting"),
+        ({"json": "[]"}, "json must be a JSON schema, which is an object"),
+        ({"json": {"enum": {1, 2}}}, "json is no JSON: Object of type set"),
+        ({"json_object": "yes"}, "json_object must be true or false"),
+        ({"jason": {}}, "structured_outputs has no jason"),
+    ],
+)
+def test_what_may_not_be_asked(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(SamplingError, match=words):
+        SamplingParams.from_dict({"structured_outputs": values})
+
+
+def test_what_may_be_asked() -> None:
+    params = SamplingParams(structured_outputs={"json": '{"type": "integer"}'})  # type: ignore[arg-type]
+    assert params.structured_outputs == StructuredOutputs(json={"type": "integer"})
+    assert StructuredOutputs(choice=["a", ""]).choice == ("a", "")
+    assert StructuredOutputs(json={}).json == {}
+    assert StructuredOutputs(regex="").regex == ""
+    with pytest.raises(SamplingError, match="structured_outputs must be a StructuredOutputs or a dictionary"):
+        SamplingParams(structured_outputs="json")  # type: ignore[arg-type]
+
+
+def packed(tokens: set[int], size: int) -> np.ndarray:
+    mask = np.zeros(-(-size // 32), dtype=np.int32)
+    for token in tokens:
+        mask[token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
+    return mask
+
+
+def adjusted(logits: torch.Tensor, masks: list[np.ndarray | None]) -> torch.Tensor:
+    return adjust(logits, [Row(SamplingParams(), allowed=mask) for mask in masks])
+
+
+@pytest.mark.parametrize("size", [31, 32, 33, 100])
+def test_allow_keeps_a_masks_tokens_and_rows_without_one(size: int) -> None:
+    logits = torch.randn(4, size, generator=torch.Generator().manual_seed(size))
+    before = logits.clone()
+    sets = [{0, 7, 30}, None, {size - 1}, {size // 2, 8}]
+    masks = [None if tokens is None else packed(tokens, size) for tokens in sets]
+    out = adjusted(logits, masks)
+    for row, tokens in enumerate(sets):
+        for token in range(size):
+            kept = tokens is None or token in tokens
+            assert out[row, token] == (logits[row, token] if kept else -math.inf)
+    assert torch.equal(logits, before)
+    assert adjusted(logits, [None] * 4) is logits
+    full = [masks[0], masks[2], masks[3]]
+    assert torch.equal(adjusted(logits[[0, 2, 3]], full), out[[0, 2, 3]])
+    assert torch.equal(adjusted(logits[2:3].bfloat16(), [masks[2]]).isinf(), out[2:3].isinf())
+
+
+def test_a_ban_that_leaves_nothing_is_lifted() -> None:
+    only_eos, more = packed({2}, 64), packed({2, 31, 63}, 64)
+    assert lift((2,), only_eos) == ()
+    assert lift((2, 5), only_eos) == ()
+    assert lift((2,), more) == (2,)
+    assert lift((2, 31), more) == (2, 31)
+    assert lift((2, 31, 63), more) == ()
+    assert lift((2,), None) == (2,)
+    assert np.array_equal(more, packed({2, 31, 63}, 64))
+
+
+def test_generate_refuses_what_only_the_engine_does() -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputs(choice=["a"]))
+    for call in (generate, stream):
+        with pytest.raises(SamplingError, match=r"mistral_7b\.LLM"):
+            call(tiny_model(), [1, 5, 6], params)

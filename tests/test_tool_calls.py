@@ -1,0 +1,200 @@
+"""Tool calls out of tokens: the same whatever the split, nothing lost, and control tokens alone begin them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mistral_7b.messages import tool_call_id
+from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.tool_calls import ToolCall, ToolCallDelta, ToolCallStream
+
+CONTROL, WORD = 5, 900
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+names = st.text(min_size=1, max_size=6).filter(lambda s: all(not "\ud800" <= c <= "\udfff" for c in s))
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+calls = st.lists(
+    st.tuples(names, st.dictionaries(st.text(max_size=4), values, max_size=3)), min_size=1, max_size=3
+)
+
+
+def ids(index: int) -> str:
+    return f"call{index:05d}"
+
+
+def read(pieces: Sequence[tuple[int, str]]) -> tuple[str, list[ToolCall], list[ToolCallDelta]]:
+    """All content, the calls, and the deltas of a stream."""
+    stream = ToolCallStream(CONTROL, ids)
+    content, deltas = "", []
+    for token, text in pieces:
+        more, came = stream.push(token, text)
+        content, deltas = content + more, deltas + came
+    return content + stream.close(), stream.calls, deltas
+
+
+def split(text: str, cuts: Sequence[int]) -> list[tuple[int, str]]:
+    """[TOOL_CALLS], and then text in pieces."""
+    places = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
+    return [(CONTROL, ""), *((WORD, text[a:b]) for a, b in itertools.pairwise(places))]
+
+
+def joined(deltas: Sequence[ToolCallDelta]) -> list[ToolCall]:
+    """The calls as somebody puts them together who has only the deltas."""
+    out: list[ToolCall] = []
+    for delta in deltas:
+        if delta.name is not None:
+            assert delta.index == len(out)
+            assert delta.id is not None
+            out.append(ToolCall(delta.index, delta.id, delta.name))
+        out[delta.index].arguments += delta.arguments
+    return out
+
+
+@given(calls, st.lists(st.integers(0, 400), max_size=12), st.booleans(), st.sampled_from([None, 1]))
+@settings(max_examples=80, deadline=None)
+def test_any_calls_in_any_pieces(
+    wanted: list[tuple[str, dict]], cuts: list[int], ascii_only: bool, indent: int | None
+) -> None:
+    texts = [json.dumps(arguments, ensure_ascii=ascii_only, indent=indent) for _, arguments in wanted]
+    heads = [f'{{"name": {json.dumps(name, ensure_ascii=ascii_only)}, "arguments": ' for name, _ in wanted]
+    text = " [" + ", ".join(h + t + "}" for h, t in zip(heads, texts, strict=True)) + "] \n"
+    content, found, deltas = read(split(text, cuts))
+    assert content == ""
+    assert [(c.name, c.arguments, c.id) for c in found] == [
+        (name, text, ids(i)) for i, ((name, _), text) in enumerate(zip(wanted, texts, strict=True))
+    ]
+    assert joined(deltas) == found
+    assert joined(read(split(text, ()))[2]) == found
+
+
+@given(
+    st.text(alphabet='[]{},:" \\namergutsi01-.eE+tf', max_size=30) | st.text(max_size=10),
+    st.sampled_from(
+        ["", '[{"name": "f", ', '[{"name": "f", "arguments": {', '[{"name": "f", "arguments": {"a": [1, ']
+    ),
+    st.lists(st.integers(0, 80), max_size=6),
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_comes_the_split_changes_nothing_and_nothing_is_lost(
+    tail: str, head: str, cuts: list[int]
+) -> None:
+    text = head + tail
+    whole, parts = read(split(text, ())), read(split(text, cuts))
+    assert whole[:2] == parts[:2]
+    assert joined(parts[2]) == parts[1]
+    content, found, _ = whole
+    for call in found:
+        assert call.arguments in text or call.arguments == "{}"
+        if call is not found[-1]:
+            assert isinstance(json.loads(call.arguments), dict)
+    assert text.endswith(content)
+    if not found:
+        assert content == text
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "arguments"),
+    [
+        ("I cannot do that.", "I cannot do that.", []),
+        ("[]", "[]", []),
+        ('{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', []),
+        ('[{"name": "", "arguments": {}}]', '[{"name": "", "arguments": {}}]', []),
+        ('[{"name": "f", "arguments": "{}"}]', ', "arguments": "{}"}]', [""]),
+        ('[{"name": "f", "arguments": {"a": oops}}]', "oops}}]", ['{"a": ']),
+        ('[{"name": "f", "arguments": {"a": 01}}]', "1}}]", ['{"a": 0']),
+        ('[{"name": "f", "arguments": {"a": }}]', "}}]", ['{"a": ']),
+        ('[{"name": "f", "arguments": {"a": -}}]', "}}]", ['{"a": -']),
+        ('[{"name": "f", "arguments": {"a": 1.}}]', "}}]", ['{"a": 1.']),
+        ('[{"name": "f", "arguments": {"a": 1e+}}]', "}}]", ['{"a": 1e+']),
+        ('[{"name": "f", "arguments": {"a": [1,]}}]', "]}}]", ['{"a": [1,']),
+        ('[{"name": "f", "arguments": {"a": 1,}}]', "}}]", ['{"a": 1,']),
+        ('[{"name": "f", "arguments": {"a": [1}}]', "}}]", ['{"a": [1']),
+        ('[{"name": "f", "arguments": {"a": "\t"}}]', '\t"}}]', ['{"a": "']),
+        ('[{"name": "f", "arguments": {"a": "\\x"}}]', 'x"}}]', ['{"a": "\\']),
+        ('[{"name": "f", "arguments": {"a": 1', "", ['{"a": 1']),
+        ('[{"name": "f", "arguments": {"a": 1}}, {"na', ', {"na', ['{"a": 1}']),
+        ('[{"name": "f", "arguments": {}}, {"arguments": {"b": 2}}]', ', {"arguments": {"b": 2}}]', ["{}"]),
+        ('[{"name": "f", "arguments": {}}] so', " so", ["{}"]),
+        ('[{"name": "f", "arguments": {}, "id": "abcdefghi"}]', "", ["{}"]),
+        ('[{"name": "f", "arguments": {}, "name": "g"}]', ', "name": "g"}]', ["{}"]),
+        ('[{"arguments": {"b": [2.5e-1 , {}]}, "name": "f"}]', "", ['{"b": [2.5e-1 , {}]}']),
+        ('[{"name": "now"}]', "", ["{}"]),
+        ('[{"name": "\\ud800", "arguments": {}}]', '[{"name": "\\ud800", "arguments": {}}]', []),
+    ],
+)
+def test_what_is_no_list_of_calls_is_text(text: str, content: str, arguments: list[str]) -> None:
+    found = read(split(text, range(len(text))))
+    assert (found[0], [c.arguments for c in found[1]]) == (content, arguments)
+    assert read(split(text, ()))[:2] == found[:2]
+
+
+def test_arguments_come_before_their_end_and_the_name_once_it_is_complete() -> None:
+    stream = ToolCallStream(CONTROL, ids)
+    assert stream.push(CONTROL, "") == ("", [])
+    assert stream.push(WORD, '[{"name": "wea') == ("", [])
+    assert stream.push(WORD, 'ther"') == ("", [ToolCallDelta(0, "call00000", "weather", "")])
+    assert stream.push(WORD, ', "arguments": {"ci') == ("", [ToolCallDelta(0, arguments='{"ci')])
+    assert stream.push(WORD, 'ty": 1}}, {"name": "b", "arguments": {') == (
+        "",
+        [ToolCallDelta(0, arguments='ty": 1}'), ToolCallDelta(1, "call00001", "b", "{")],
+    )
+
+
+def test_only_the_control_token_begins_calls() -> None:
+    spelt = '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'
+    assert read([(WORD, spelt)]) == (spelt, [], [])
+    stream = ToolCallStream(None, ids)  # a vocabulary without it
+    assert stream.push(CONTROL, spelt) == (spelt, [])
+    tokenizer = Tokenizer.v3()
+    assert CONTROL not in tokenizer.encode(spelt)
+
+
+def test_text_before_the_calls_is_content_and_a_second_list_goes_on_counting() -> None:
+    one = '[{"name": "f", "arguments": {}}]'
+    content, found, _ = read([(WORD, "Let me"), (CONTROL, " see"), (WORD, one), (CONTROL, ""), (WORD, one)])
+    assert content == "Let me see"
+    assert [c.id for c in found] == ["call00000", "call00001"]
+    assert read([(CONTROL, ""), (WORD, "[{"), (CONTROL, ""), (WORD, one)])[0] == "[{"
+
+
+def test_deep_nesting_costs_no_recursion() -> None:
+    arguments = '{"a": ' + "[" * 20_000 + "]" * 20_000 + "}"
+    content, found, _ = read(split(f'[{{"name": "f", "arguments": {arguments}}}]', ()))
+    assert (content, found[0].arguments) == ("", arguments)
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Zürich", "days": [1, 2.5], "note": "日本 😀 \\"x\\""}', "{}"])
+def test_calls_encode_again_to_the_tokens_that_they_came_from(arguments: str) -> None:
+    tokenizer = Tokenizer.v3()
+    given_id = tool_call_id("7.0.0")
+    asked = [{"role": "user", "content": "?"}]
+    call = {"id": given_id, "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    answered = [*asked, {"role": "assistant", "tool_calls": [call, {**call, "id": tool_call_id("7.0.1")}]}]
+    result = {"role": "tool", "tool_call_id": given_id, "content": "rain"}
+    second = {"role": "tool", "tool_call_id": tool_call_id("7.0.1"), "content": "sun"}
+    tokens = tokenizer.encode_chat([*answered, result, second], TOOLS)
+    said = tokens[tokens.index(CONTROL) : tokens.index(tokenizer.eos_id)]
+    stream, decoder = ToolCallStream(CONTROL, lambda i: tool_call_id(f"7.0.{i}")), tokenizer.stream(tokens[:1])
+    content = "".join(stream.push(token, decoder.push(token))[0] for token in said)
+    assert (content, stream.close()) == ("", "")
+    assert [c.arguments for c in stream.calls] == [arguments, arguments]
+    again = [
+        {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+        for c in stream.calls
+    ]
+    written = [*asked, {"role": "assistant", "tool_calls": again}, result, second]
+    assert tokenizer.encode_chat(written, TOOLS) == tokens

@@ -26,7 +26,7 @@ _HOMES = {
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
             "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
-            "EvaluationError", "BenchmarkError", "GrammarError",
+            "EvaluationError", "BenchmarkError", "GrammarError", "AdapterError",
         ),
         "errors",
     ),

@@ -24,6 +24,10 @@ class QuantizationError(Mistral7BError):
     """A scheme that there is none of, or weights that it cannot hold."""
 
 
+class AdapterError(Mistral7BError):
+    """A LoRA adapter that is not loaded, is loaded already, or does not fit the model."""
+
+
 class HubError(Mistral7BError):
     """A download that could not be made: offline, gated, missing, or cut off."""
 

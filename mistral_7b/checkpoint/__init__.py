@@ -14,6 +14,7 @@ reading         a folder or file -> a checked Checkpoint -> a model
 writing         a model or Checkpoint -> a folder or file, a tensor at a time
 quantized       what a quantised folder holds, and opening it
 quantizing      a model or Checkpoint -> a quantised folder, a layer at a time, and its distance from the original
+adapter         LoRA adapters: PEFT's folders, mistral-finetune's files, and writing them
 hub             a name -> a folder or file, downloading what is needed (imports no torch)
 """
 

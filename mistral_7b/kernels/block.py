@@ -21,7 +21,7 @@ class Weights(ctypes.Structure):
 
     _fields_ = (
         ("N", LONG), ("Kp", LONG), ("group", LONG), ("codes", PTR), ("groups", PTR), ("scale", PTR), ("d", PTR),
-        ("bits", ctypes.c_int),
+        ("bits", ctypes.c_int), ("adapters", PTR), ("mixture", PTR),
     )  # fmt: skip
 
 

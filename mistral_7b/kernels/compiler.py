@@ -41,6 +41,7 @@ SIGNATURES = {
     # the order of arguments is that of cpu/entry.cpp
     "m7b_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, PTR, LONG, LONG, INT, PTR),
     "m7b_block_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, INT, PTR),
+    "m7b_add_low_rank": (INT, PTR, LONG, LONG, LONG, PTR, PTR, INT, PTR),
     "m7b_rms_norm": (INT, PTR, PTR, LONG, LONG, ctypes.c_float, INT, PTR),
     "m7b_silu_mul": (INT, PTR, PTR, LONG, INT, PTR),
     "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),

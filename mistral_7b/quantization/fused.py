@@ -45,7 +45,7 @@ class FusedFeedForward(FeedForward):
 class FusedBlock(TransformerBlock):
     """A block in three calls: what comes before attention, attention, and what comes after.
 
-    Where a part of it is another than a quantised Linear (an adapter, say), it is computed part by part.
+    Where a part of it is another than a quantised Linear, it is computed part by part.
     """
 
     _block: tuple[list[Tensor], Block] | None = None
@@ -70,7 +70,7 @@ class FusedBlock(TransformerBlock):
         if not all(isinstance(m, Compressed) for m in linears):
             return None
         norms = [self.attention_norm.weight, self.ffn_norm.weight]
-        tensors = norms + [t for m in linears for t in m._buffers.values() if t is not None]
+        tensors = norms + [t for m in linears for t in m.described_by()]
         if self._block is None or any(x is not y for x, y in zip(tensors, self._block[0], strict=False)):
             of = Block(
                 *(m.described() for m in linears), norms[0].data_ptr(), norms[1].data_ptr(),

@@ -25,6 +25,10 @@ class Compressed(nn.Module):
         """Itself for kernels/block.py."""
         raise NotImplementedError
 
+    def described_by(self) -> list[Tensor]:
+        """The tensors at which that points: with others it is no longer true."""
+        return [t for t in self._buffers.values() if t is not None]
+
     def dequantized(self) -> Tensor:
         """The weight that it stands for, float32 (N, K)."""
         raise NotImplementedError

@@ -172,7 +172,7 @@ def test_every_path_gives_the_same_bits(instructions: str) -> None:
     if instructions in ("avx2", "avx512") and instructions not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {instructions}")
     here = Path(__file__).parent
-    names = ("linear", "elementwise", "attend", "attend_packed")
+    names = ("linear", "elementwise", "attend", "attend_packed", "low_rank")
     files = [str(here / f"test_{name}.py") for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],

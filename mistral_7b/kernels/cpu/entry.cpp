@@ -10,6 +10,7 @@
 //   few_rows.h       products with weights as they lie: decoding
 //   tiles.h          products of many rows, on AMX
 //   gguf_blocks.h    products with GGUF's blocks
+//   low_rank.h       what adapters add to a product, each to its own rows
 //   products.h       one x by several weights, of any form
 //   elementwise.h    norm, gate, sum and rotation
 //   keys.h           where keys and values lie: among the new ones, in a ring, in pages
@@ -32,15 +33,22 @@ extern "C" {
 // y (M, N) = x (M, K) w8^T with w8 of int8 or int4 codes. bf16: x and y are bfloat16, else float32.
 void m7b_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const uint8_t* codes, const uint8_t* groups,
                 int64_t group, const float* scale, int64_t N, int64_t Kp, int threads, void* out) {
-    const Weights w{N, Kp, bits == 4 ? group : Kp, codes, groups, scale, nullptr, bits};
+    const Weights w{N, Kp, bits == 4 ? group : Kp, codes, groups, scale, nullptr, bits, nullptr, nullptr};
     bf16 ? linears<BF16>(x, M, K, {&w}, threads, {out}) : linears<F32>(x, M, K, {&w}, threads, {out});
 }
 
 // y (M, N) = x (M, K) w^T with GGUF's blocks of 8 or 4 bits, K a multiple of 32; d: half floats [N/16][K/32][16].
 void m7b_block_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const uint8_t* codes, const uint16_t* d,
                       int64_t N, int threads, void* out) {
-    const Weights w{N, K, BLOCK, codes, nullptr, nullptr, d, bits};
+    const Weights w{N, K, BLOCK, codes, nullptr, nullptr, d, bits, nullptr, nullptr};
     bf16 ? linears<BF16>(x, M, K, {&w}, threads, {out}) : linears<F32>(x, M, K, {&w}, threads, {out});
+}
+
+// y (M, N) += what adapters make of x (M, K).
+void m7b_add_low_rank(int bf16, const void* x, int64_t M, int64_t K, int64_t N, const void* adapters, void* mixture,
+                      int threads, void* y) {
+    const Weights w{N, K, K, nullptr, nullptr, nullptr, nullptr, 0, static_cast<const LowRank*>(adapters), static_cast<Mixture*>(mixture)};
+    bf16 ? add_low_rank<BF16>(x, M, K, {&w}, threads, {y}) : add_low_rank<F32>(x, M, K, {&w}, threads, {y});
 }
 
 void m7b_project(const void* block, int bf16, const void* x, int64_t M, const float* cos, const float* sin, int64_t angles,

@@ -1,4 +1,4 @@
-// y = x w8^T for one x and several weights, whatever their form and the number of rows.
+// y = x w8^T for one x and several weights, whatever their form and the number of rows, and what adapters add.
 
 #pragma once
 
@@ -8,6 +8,7 @@
 
 #include "few_rows.h"
 #include "gguf_blocks.h"
+#include "low_rank.h"
 #include "tiles.h"
 
 namespace {
@@ -35,7 +36,7 @@ void products(const Rows& r, const Weights* const* weights, int64_t n, int threa
     });
 }
 
-// One x (M, K) by several weights; those of one form share its int8 form, and the threads' work.
+// One x (M, K) by several weights, and what adapters add. Weights of one form share x's int8 form, and the threads' work.
 template <class T>
 void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const Weights*> weights, int threads, std::initializer_list<void*> outs) {
     const Weights* const* w = weights.begin();
@@ -52,6 +53,7 @@ void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const We
         w += n;
         out += n;
     }
+    add_low_rank<T>(x, M, K, weights, threads, outs);
 }
 
 }  // namespace

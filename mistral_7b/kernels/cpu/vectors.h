@@ -111,6 +111,15 @@ inline float total(F16 v) {
         for (int i = 0; i < n; i++) v[i] += v[i + n];
     return v[0];
 }
+// a b + c, rounded once, on every CPU: so a sum does not depend on the instructions.
+inline F16 fused(F16 a, F16 b, F16 c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<F16>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#else
+    for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
 inline float largest(F16 v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));

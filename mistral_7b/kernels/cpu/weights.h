@@ -94,6 +94,8 @@ struct Weights {
     const float* scale;       // (N,)
     const uint16_t* d;        // block formats only: half floats [N/16][K/32][16]
     int bits;
+    const struct LowRank* adapters;  // or null: what each of the resident ones adds (low_rank.h)
+    struct Mixture* mixture;         // and which of them do, to which rows
 };
 
 // y = float(sums) * sx * scale, for the 16 outputs of a tile or what there is of them.

@@ -1,0 +1,281 @@
+"""LoRA adapters as others write them: PEFT's folders and mistral-finetune's files, to Mistral's names and layout.
+
+An adapter is, for some Linears of a model, two thin factors: W becomes W + scale * B A.
+
+    PEFT               adapter_config.json, adapter_model.safetensors (or .bin): base_model.model.{Hugging Face's
+                       name}.lora_A.weight; the rows of B for q and k lie in Hugging Face's order (names.py);
+                       scale alpha / r, or alpha / sqrt(r) with use_rslora
+    mistral-finetune   lora.safetensors: {Mistral's name}.lora_A.weight; scale 2, or that of params.json beside it
+
+r rank · K inputs · N outputs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..model import ModelArgs
+from . import mistral
+from .config import read_json
+from .names import EMBEDDING, expected, half_split, interleaved, rename, rotated_heads
+from .stored import Stored, read_file
+from .writing import header_of, new_folder, write_json
+
+CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "lora.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+MISTRAL_SCALE = 2.0
+
+# Of PEFT's configuration: what is read here, and what changes nothing about an adapter that is trained.
+READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+IRRELEVANT = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "parent_library",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+PLAIN = {  # field -> the values that mean plain LoRA, beside those of NOTHING
+    "bias": ("none",),
+    # Others ("pissa", "olora", ...) begin by changing the model's own weights.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+}
+NOTHING: tuple[Any, ...] = (None, False, {}, [])
+
+
+class Factors(NamedTuple):
+    """What is added to one Linear's weight (N, K): scale * b @ a."""
+
+    a: Tensor  # (r, K)
+    b: Tensor  # (N, r)
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in Mistral's names and layout."""
+
+    targets: Mapping[str, Factors]  # by the Linear's name, as "layers.0.attention.wq"
+    source: str = ""  # where it was read
+    base_model: str = ""  # what its configuration calls the model it was trained for
+
+    @property
+    def rank(self) -> int:
+        """The largest rank among its targets."""
+        return max(f.a.shape[0] for f in self.targets.values())
+
+
+def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
+    """The adapter in a folder, or a file of weights with its configuration beside it, for a model of this shape.
+
+    CheckpointError, naming the field or tensor, if it is another variant of LoRA, does not fit the model, or is
+    damaged. A pickle (.bin) is opened with `weights_only=True` alone.
+    """
+    file = _find(pathlib.Path(path).expanduser())
+    stored = read_file(file)
+    if any(name.startswith(PREFIX) for name in stored):
+        return _read_peft(file, stored, args)
+    beside = file.with_name("params.json")
+    lora = read_json(beside).get("lora") if beside.is_file() else None
+    scale = lora.get("scaling", MISTRAL_SCALE) if isinstance(lora, dict) else MISTRAL_SCALE
+    if not _is_number(scale):
+        raise CheckpointError(f"{beside}: 'lora.scaling' is {scale!r}, not a number")
+    return Adapter(_factors(file, stored, args, "mistral", lambda linear, r: float(scale)), str(path))
+
+
+def _find(path: pathlib.Path) -> pathlib.Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder; download the adapter and name where it lies")
+    found = [path / name for name in FILES if (path / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{path}: holds no adapter ({', '.join(FILES)})")
+    return found[0]
+
+
+def _read_peft(file: pathlib.Path, stored: dict[str, Stored], args: ModelArgs) -> Adapter:
+    path = file.with_name(CONFIG)
+    if not path.is_file():
+        raise CheckpointError(f"{file}: PEFT's weights without {CONFIG} beside them, which has their scale")
+    data = read_json(path)
+    if data.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: 'peft_type' is {data.get('peft_type')!r}; only 'LORA' can be opened")
+    for field, value in data.items():
+        if field in READ or field in IRRELEVANT or value in NOTHING or value in PLAIN.get(field, ()):
+            continue
+        raise CheckpointError(
+            f"{path}: {field!r} is {str(value)[:60]!r}: a variant of LoRA that cannot be opened; plain ones can"
+        )
+    ranks = _pattern(path, data, "rank_pattern", "r")
+    alphas = _pattern(path, data, "alpha_pattern", "lora_alpha")
+    rslora = data.get("use_rslora") is True
+
+    def scale(linear: str, r: int) -> float:
+        if ranks(linear) != r:
+            raise CheckpointError(f"{file}: {linear!r} is of rank {r}; {CONFIG} says {ranks(linear)}")
+        return alphas(linear) / (math.sqrt(r) if rslora else r)
+
+    targets = _factors(file, stored, args, "huggingface", scale)
+    return Adapter(targets, str(file), str(data.get("base_model_name_or_path") or ""))
+
+
+def _pattern(path: pathlib.Path, data: dict[str, Any], field: str, default: str) -> Callable[[str], float]:
+    """A Linear's number, by Hugging Face's name: that of the first pattern matching its end, else `default`."""
+    table = data.get(field) or {}
+    if not _is_number(data.get(default)):
+        raise CheckpointError(f"{path}: {default!r} is {data.get(default)!r}, not a number")
+    if not isinstance(table, dict) or not all(map(_is_number, table.values())):
+        raise CheckpointError(f"{path}: {field!r} must be a table from names to numbers")
+    compiled = []
+    for pattern, number in table.items():
+        # A search that turns back exponentially often needs a repeated group; four repeats are enough for names.
+        if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
+            raise CheckpointError(f"{path}: {field!r} has {pattern!r}, too involved a pattern: name the layers")
+        try:
+            compiled.append((re.compile(rf"(?:.*\.)?(?:{pattern})$"), number))
+        except (re.error, OverflowError) as e:
+            raise CheckpointError(f"{path}: {field!r} has {pattern!r}, which is no pattern ({e})") from e
+    return lambda name: next((number for p, number in compiled if p.match(name)), data[default])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def _factors(
+    file: pathlib.Path,
+    stored: dict[str, Stored],
+    args: ModelArgs,
+    layout: str,
+    scale: Callable[[str, int], float],
+) -> dict[str, Factors]:
+    """All tensors of an adapter by Mistral's names and layout, in the order of the forward pass."""
+    shapes = {name: shape for name, shape in expected(args) if len(shape) == 2}
+    halves: dict[str, dict[str, Stored]] = {}
+    for name, one in stored.items():
+        ours, half = _place(file, name, layout)
+        if ours not in shapes:
+            raise CheckpointError(f"{file}: tensor {name!r} lies beyond the {args.n_layers} layers of the model")
+        halves.setdefault(ours, {})[half] = one
+    if not halves:
+        raise CheckpointError(f"{file}: holds no tensor of an adapter")
+    out = {}
+    for ours, (outputs, inputs) in shapes.items():
+        if ours in halves:
+            a, b = _pair(file, ours, halves[ours], outputs, inputs)
+            linear = str(rename(ours, "mistral", layout)).removesuffix(".weight")
+            heads = rotated_heads(ours, args) if layout == "huggingface" else None
+            view = b if heads is None else interleaved(b, heads)
+            out[ours.removesuffix(".weight")] = Factors(a, view, scale(linear, a.shape[0]))
+    return out
+
+
+def _place(file: pathlib.Path, name: str, layout: str) -> tuple[str, str]:
+    """The weight to which a tensor of an adapter belongs, by Mistral's name, and which half it is, "A" or "B"."""
+    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", plain)
+    ours = rename(f"{found[1]}.weight", layout, "mistral") if found else None
+    if ours == EMBEDDING or "lora_embedding" in name:
+        raise CheckpointError(f"{file}: tensor {name!r} adapts the embedding; only Linears can be adapted")
+    if rename(plain, layout, "mistral") is not None:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} is a weight of the model itself, of which adapters cannot have their own "
+            "(PEFT leaves them out with save_embedding_layers=False)"
+        )
+    if found is None or ours is None:
+        raise CheckpointError(f"{file}: tensor {name!r} is no factor of a LoRA adapter of Mistral 7B")
+    return ours, found[2]
+
+
+def _pair(
+    file: pathlib.Path, ours: str, halves: dict[str, Stored], outputs: int, inputs: int
+) -> tuple[Tensor, Tensor]:
+    """A (r, K) and B (N, r) of one Linear, checked."""
+    if len(halves) < 2:
+        name = next(iter(halves.values())).name
+        raise CheckpointError(f"{file}: tensor {name!r} is there without its other half")
+    a, b = halves["A"], halves["B"]
+    r = a.shape[0] if a.shape else 0
+    for one, shape in ((a, (r, inputs)), (b, (outputs, r))):
+        if one.shape != shape or r == 0:
+            raise CheckpointError(
+                f"{file}: tensor {one.name!r} is of shape {one.shape}; the model's {ours!r} takes {shape}"
+            )
+        if not one.dtype.is_floating_point:
+            raise CheckpointError(f"{file}: tensor {one.name!r} is of {one.dtype}, no plain float")
+    return a.view(), b.view()
+
+
+def save_adapter(
+    adapter: Adapter, path: str | os.PathLike[str], args: ModelArgs, format: str = "peft", base_model: str = ""
+) -> None:
+    """Write an adapter into a new folder as PEFT ("peft") or mistral-finetune ("mistral") would.
+
+    Values keep their type and bits, but that mistral-finetune's scale is always 2: what differs goes into B.
+    `base_model` is the name of the model it belongs to, for PEFT's users. CheckpointError if `path` is there and
+    not empty, or cannot be written.
+    """
+    if format not in ("peft", "mistral"):
+        raise CheckpointError(f"an adapter's format {format!r} is not known: 'peft' or 'mistral'")
+    tensors: dict[str, Tensor] = {}
+    for linear, (a, b, scale) in adapter.targets.items():
+        name = linear
+        if format == "peft":
+            heads = rotated_heads(f"{linear}.", args)
+            b = b if heads is None else half_split(b, heads)
+            name = PREFIX + _theirs(linear)
+        elif scale != MISTRAL_SCALE:
+            b = (b * (scale / MISTRAL_SCALE)).to(b.dtype)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
+    with new_folder(pathlib.Path(path), sum(t.nbytes for t in tensors.values())) as folder:
+        _write(folder / (FILES[0] if format == "peft" else FILES[1]), tensors)
+        if format == "peft":
+            write_json(folder / CONFIG, _config(adapter, base_model or adapter.base_model))
+        else:
+            lora = {"enable": True, "rank": adapter.rank, "dropout": 0.0, "scaling": MISTRAL_SCALE}
+            write_json(folder / "params.json", {**mistral.params(args), "lora": lora})
+
+
+def _write(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
+    ordered = sorted(tensors.items(), key=lambda named: -named[1].dtype.itemsize)  # wide ones first: all aligned
+    with file.open("wb") as f:
+        f.write(header_of((name, t.dtype, tuple(t.shape)) for name, t in ordered))
+        for _, t in ordered:
+            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _theirs(linear: str) -> str:
+    """A Linear's name as Hugging Face has it."""
+    return str(rename(f"{linear}.weight", "mistral", "huggingface")).removesuffix(".weight")
+
+
+def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
+    """The content of adapter_config.json: the commonest rank and alpha, and patterns for whatever differs."""
+    ranks = {_theirs(linear): f.a.shape[0] for linear, f in adapter.targets.items()}
+    alphas = {_theirs(linear): f.scale * f.a.shape[0] for linear, f in adapter.targets.items()}
+    r, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model or None,
+        "r": r,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "rank_pattern": {re.escape(name): n for name, n in ranks.items() if n != r},
+        "alpha_pattern": {re.escape(name): n for name, n in alphas.items() if n != alpha},
+        "target_modules": list(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "inference_mode": True,
+    }

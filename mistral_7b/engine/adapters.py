@@ -1,0 +1,197 @@
+"""LoRA: many adapters of one model resident together, each row of a step with another, or with none.
+
+    adapters = Adapters(model)
+    adapters.load("sql", "path/of/an/adapter")
+    with adapters.over([("sql", 1), (None, 7), ("sql", 3)]) as adapted:  # eleven rows, in their order
+        hidden = adapted.hidden(tokens, batch)
+
+The model itself is never changed. Beside it stands a second tree of modules on the same weights, in which the
+Linears that any adapter has a part in are wrapped:
+
+    y = W x                           every row, to the bit as if there were no adapters
+    y[rows] += scale B (A x[rows])    for each adapter, its own rows
+
+Where no row has an adapter, the model itself runs, at its full speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from ..checkpoint.adapter import Adapter, read_adapter
+from ..errors import AdapterError
+from ..kernels.block import Weights
+from ..kernels.low_rank import LowRank, LowRanks, Mixture
+from ..model import Mistral7B
+from ..quantization.linear import Compressed
+from ..surgery import replace_linears
+
+Run = tuple[str | None, int]  # an adapter's name, None for the model alone, and a number of rows
+
+
+class LoraLinear(nn.Module):
+    """A Linear, and what adapters add to some of its rows."""
+
+    in_features: int
+    out_features: int
+
+    def __init__(self, base: nn.Module, adapters: LowRanks) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features  # type: ignore[assignment]
+        self.base, self.adapters = base, adapters
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        y = self.base(x)
+        self.adapters.add(x, y)
+        return y
+
+
+class CompressedLoraLinear(LoraLinear, Compressed):
+    """The same of a quantised Linear, which a block that is computed in one call takes as it takes that."""
+
+    base: Compressed
+
+    def described(self) -> Weights:
+        out = self.base.described()
+        out.adapters = ctypes.addressof(self.adapters.table)
+        out.mixture = ctypes.addressof(self.adapters.mixture.struct)
+        return out
+
+    def described_by(self) -> list[Tensor]:
+        return self.base.described_by()
+
+
+class Adapters:
+    """The LoRA adapters of one model: up to `max_adapters` at a time, each of a rank up to `max_rank`.
+
+    They are kept in the model's type, as it was when this was made, and on its device: in bfloat16 an adapter of
+    rank 16 for every Linear of Mistral 7B takes 84 MB. Not for several threads at once: `load` and `unload` come
+    between calls of the model.
+    """
+
+    def __init__(self, model: Mistral7B, max_adapters: int = 16, max_rank: int = 256) -> None:
+        self.model, self.max_adapters, self.max_rank = model, max_adapters, max_rank
+        self._held: dict[str, dict[str, LowRank]] = {}  # by name, then by Linear
+        self._loadings: dict[str, int] = {}
+        self._count = itertools.count(1)
+        self._mixture, self._adapted = Mixture(), model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that are loaded, in the order of loading."""
+        return tuple(self._held)
+
+    def loading(self, name: str | None) -> int:
+        """Which loading an adapter came by, 0 for the model alone: keys and values of another are not its own.
+
+        The same name has another number after it was unloaded and loaded again.
+        """
+        if name is None:
+            return 0
+        self._of(name)
+        return self._loadings[name]
+
+    def nbytes(self, name: str) -> int:
+        """The memory that an adapter takes, in bytes."""
+        return sum(low.nbytes for low in self._of(name).values())
+
+    def load(self, name: str, source: str | os.PathLike[str] | Adapter) -> None:
+        """Read an adapter (PEFT's or mistral-finetune's; see `read_adapter`) and keep it under `name`.
+
+        AdapterError, or CheckpointError for what is wrong with its files, and nothing has changed.
+        """
+        if not name or name in self._held:
+            why = "is loaded already: unload it first, or take another name" if name else "is no name"
+            raise AdapterError(f"adapter {name!r} {why}")
+        if len(self._held) >= self.max_adapters:
+            raise AdapterError(
+                f"{self.max_adapters} adapters are loaded, as many as there may be: unload one, or allow more"
+            )
+        adapter = source if isinstance(source, Adapter) else read_adapter(source, self.model.args)
+        if adapter.rank > self.max_rank:
+            raise AdapterError(
+                f"adapter {name!r} is of rank {adapter.rank}, and {self.max_rank} is allowed: allow more"
+            )
+        linears, norm, own = dict(self.model.named_modules()), self.model.norm.weight, {}
+        for target, (a, b, scale) in adapter.targets.items():
+            _check(name, target, a, b, linears.get(target))
+            own[target] = LowRank(a, b.double() * scale, norm.dtype, norm.device)
+        self._become({**self._held, name: own})
+        self._loadings[name] = next(self._count)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter. AdapterError if there is none of that name."""
+        self._of(name)
+        self._become({held: own for held, own in self._held.items() if held != name})
+
+    @contextlib.contextmanager
+    def over(self, runs: Sequence[Run]) -> Iterator[Mistral7B]:
+        """The model to call with rows that belong to these adapters, in this order.
+
+        The rows are those of one call: tokens (T,), or (B, T) row after row, for `hidden`. Where `logits` is
+        asked for fewer of them, that is a call of its own, with an `over` of its own. AdapterError for an unknown
+        name, within another `over`, and in the end if the model was given another number of rows.
+        """
+        rows: dict[int, list[int]] = {}
+        numbers, total, mixture = {name: i for i, name in enumerate(self._held)}, 0, self._mixture
+        for name, n in runs:
+            if name is not None and n:
+                self._of(name)
+                rows.setdefault(numbers[name], []).extend(range(total, total + n))
+            total += n
+        if len(mixture.which):
+            raise AdapterError("adapters are chosen for another call already: leave its `over` first")
+        if not rows:
+            yield self.model
+            return
+        mixture.choose(rows, total, self.model.norm.weight.device)
+        try:
+            yield self._adapted
+            if mixture.refused:
+                raise AdapterError(f"adapters were chosen for {total} rows, and the model got {mixture.refused}")
+        finally:
+            mixture.choose({}, 0, "cpu")
+
+    def _of(self, name: str) -> dict[str, LowRank]:
+        if name not in self._held:
+            raise AdapterError(f"no adapter {name!r} is loaded: there is {', '.join(self._held) or 'none'}")
+        return self._held[name]
+
+    def _become(self, held: dict[str, dict[str, LowRank]]) -> None:
+        """Hold these adapters: a new tree of the model's own parts takes the place of the last one."""
+
+        def build(linear: nn.Module, name: str) -> nn.Module:
+            adapters = LowRanks([own.get(name) for own in held.values()], self._mixture)
+            return (CompressedLoraLinear if isinstance(linear, Compressed) else LoraLinear)(linear, adapters)
+
+        adapted, targets = _shell(self.model), {target for own in held.values() for target in own}
+        replace_linears(adapted, build, lambda name, _: name in targets)
+        assert isinstance(adapted, Mistral7B)
+        self._held, self._adapted = held, adapted
+
+
+def _check(name: str, target: str, a: Tensor, b: Tensor, linear: nn.Module | None) -> None:
+    """AdapterError if the model has no such Linear, or one of another shape."""
+    if linear is None or not hasattr(linear, "in_features"):
+        raise AdapterError(f"adapter {name!r} has a part for {target!r}, which is no Linear of the model")
+    if a.shape[1:] != (linear.in_features,) or b.shape != (linear.out_features, a.shape[0]):
+        raise AdapterError(
+            f"adapter {name!r} has factors {tuple(a.shape)} and {tuple(b.shape)} for {target!r}, which takes "
+            f"{linear.in_features} to {linear.out_features}"
+        )
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """The same tree of modules on the same leaves, in which a leaf can be replaced and the model not notice."""
+    if not module._modules:
+        return module
+    out = copy.copy(module)
+    out._modules = {key: child and _shell(child) for key, child in module._modules.items()}
+    return out

@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.async_llm import AsyncLLM as AsyncLLM
+    from .engine.config import EngineConfig as EngineConfig
+    from .engine.llm import LLM as LLM
     from .errors import Mistral7BError as Mistral7BError
     from .model import Mistral7B as Mistral7B
     from .model import ModelArgs as ModelArgs
@@ -21,12 +24,15 @@ _HOMES = {
     "ModelArgs": "model",
     "Tokenizer": "tokenizer",
     "SamplingParams": "sampling_params",
+    "LLM": "engine.llm",
+    "AsyncLLM": "engine.async_llm",
+    "EngineConfig": "engine.config",
     "StructuredOutputs": "sampling_params",
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
             "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
-            "EvaluationError", "BenchmarkError", "GrammarError", "AdapterError",
+            "EvaluationError", "BenchmarkError", "EngineError", "QueueFullError", "GrammarError", "AdapterError",
         ),
         "errors",
     ),

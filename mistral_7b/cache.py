@@ -301,10 +301,10 @@ class _GrowingMemory(KeysAndValues):
             return self._attend_fast(q[None], *(tuple(t[None] for t in e) for e in (new, old)))[0]
         old = tuple(t.contiguous() for t in old)  # what was kept of a batch is a view
         place = Place(cache.start, cache.held, old[0].shape[1], cache.origin)
-        return attend(q, *_four(new), Remembered(*_four(old), place), cache.window)
+        return attend(q, *four(new), Remembered(*four(old), place), cache.window)
 
 
-def _four(entries: Entries) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def four(entries: Entries) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """k, v and their scales, None where they have none."""
     return entries if len(entries) == 4 else (*entries, None, None)  # type: ignore[return-value]
 
@@ -524,7 +524,7 @@ class _RollingMemory(KeysAndValues):
         cache, held = self.cache, self.entries
         new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
         if fast(q):
-            return attend(q, *_four(new), Remembered(*_four(held), cache.place), cache.window, keep=True)
+            return attend(q, *four(new), Remembered(*four(held), cache.place), cache.window, keep=True)
         if cache.decoding:  # the new key takes the place of the one that has just left the window
             self._write(new)
             return attention(q, *expanded(tuple(t[:, : cache.filled] for t in held), q.dtype), cache.mask)

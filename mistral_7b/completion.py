@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from .errors import Mistral7BError
 from .sampling import History, Logprob, Row, SamplingParams, uniforms
 from .tokenizer import Tokenizer
+from .tool_calls import ToolCall, ToolCallDelta, ToolCallStream
 
 EOS = 2  # of every Mistral vocabulary, for when there is no tokenizer to ask
+NO_TOKEN = -1
 NUMBERS = 64  # random numbers made at once: 64 take a CPU little longer than one
 
 
@@ -25,6 +28,7 @@ class CompletionOutput:
     logprobs           for each token a dictionary of Logprobs, itself first
     finish_reason      "stop" (EOS or a stop) or "length"
     stop_reason        the stop text or stop token that ended it, None for EOS
+    tool_calls         those that the model made, where tools were offered; they are no part of the text
     """
 
     index: int
@@ -34,23 +38,54 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+
+@dataclass
+class RequestMetrics:
+    """When what became of a request, in seconds of `time.perf_counter`; None: not yet."""
+
+    arrived: float
+    started: float | None = None  # its first token was given to the model
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from its arrival."""
+        return None if self.first_token is None else self.first_token - self.arrived
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds that it waited to begin."""
+        return None if self.started is None else self.started - self.arrived
 
 
 @dataclass
 class RequestOutput:
-    """A prompt with its completions. `prompt_logprobs` has None for the first token, which nothing precedes."""
+    """A prompt with its completions. `prompt_logprobs` has None for the first token, which nothing precedes.
+
+    From the engine also: whether that is all, how many tokens of the prompt were found computed, when what
+    happened, and the error that ended it before its time.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    request_id: str = ""
+    finished: bool = True
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    error: Mistral7BError | None = None
 
 
 @dataclass(frozen=True)
 class TextPiece:
     """Text that has just become certain, of completion `index`, with the tokens since its last piece.
 
-    `finish_reason` is set on a completion's last piece. `str(piece)` is the text.
+    `finish_reason` is set on a completion's last piece. `str(piece)` is the text. `logprobs` are the tokens'
+    own, where they were asked for, and `tool_calls` what has come of such: from the engine alone.
     """
 
     text: str
@@ -58,6 +93,8 @@ class TextPiece:
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: tuple[dict[int, Logprob], ...] = ()
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -100,7 +137,8 @@ def _overlap(text: str, stop: str) -> int:
 class Completion:
     """The state of one completion of one prompt.
 
-    `max_tokens` is the params' own, or what the context leaves. Without a tokenizer there is no text.
+    `max_tokens` is the params' own, or what the context leaves. Without a tokenizer there is no text. With
+    `calls`, tool calls are told apart from it.
     """
 
     prompt: Sequence[int]
@@ -109,6 +147,7 @@ class Completion:
     seed: int
     index: int = 0
     tokenizer: Tokenizer | None = None
+    calls: ToolCallStream | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
@@ -120,6 +159,7 @@ class Completion:
         self._stops = StopTexts(self.params.stops)
         self._endings = frozenset(self.params.stop_token_ids or ())
         self._parts: list[str] = []
+        self._deltas: list[ToolCallDelta] = []
         self._numbers: tuple[int, list[float]] = (-1, [])  # which NUMBERS of them, and these
         self.history = History(self.prompt) if self.params.penalizes else None
 
@@ -174,14 +214,44 @@ class Completion:
             self.finish_reason, self.stop_reason = "stop", token
         elif self._decoder is not None:
             text = self._filter(self._decoder.push(token))
+            if self.calls is not None and token == self.calls.control:
+                text += self._stops.flush()  # what was held back stands before the calls, and is no stop text
         if not self.finished and len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"
-        if self.finished and self._stops.found is None and self._decoder is not None:
-            text += self._filter(self._decoder.flush())
+        content = self._content(token, text)
+        return content + self._settle() if self.finished else content
+
+    def end(self) -> str:
+        """Let it end here, where nothing more may come; return the text that was still held back."""
+        assert not self.finished, "a completion ends once"
+        self.finish_reason = "stop"
+        return self._settle()
+
+    def _settle(self) -> str:
+        """The text that was held back and is certain because no more comes."""
+        text = ""
+        if self._stops.found is None and self._decoder is not None:
+            text = self._filter(self._decoder.flush())
             text += self._stops.flush() if self._stops.found is None else ""
+        content = self._content(NO_TOKEN, text)
+        if self.calls is not None and (broken_off := self.calls.close()):
+            self._parts.append(broken_off)
+            content += broken_off
+        return content
+
+    def _content(self, token: int, text: str) -> str:
+        """Of text that has become certain with a token, what is no tool call."""
+        if self.calls is not None:
+            text, deltas = self.calls.push(token, text)
+            self._deltas += deltas
         if text:
             self._parts.append(text)
         return text
+
+    def take_deltas(self) -> tuple[ToolCallDelta, ...]:
+        """What came of tool calls since this was last asked."""
+        deltas, self._deltas = tuple(self._deltas), []
+        return deltas
 
     def _filter(self, text: str) -> str:
         """Text before a stop text, whose finding ends the completion; min_tokens' own text is not searched."""
@@ -207,4 +277,5 @@ class Completion:
             logprobs=list(self.logprobs) if wanted else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            tool_calls=list(self.calls.calls) if self.calls is not None else [],
         )

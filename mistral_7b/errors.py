@@ -58,3 +58,11 @@ class EvaluationError(Mistral7BError):
 
 class BenchmarkError(Mistral7BError):
     """A measurement that cannot be made here: no memory for it, no such engine, or a process that failed."""
+
+
+class EngineError(Mistral7BError):
+    """A request that the engine cannot serve: it can never fit, or its step failed (`__cause__` says why)."""
+
+
+class QueueFullError(EngineError):
+    """So many requests are waiting already that this one was refused: try again later."""

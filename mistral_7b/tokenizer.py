@@ -169,6 +169,12 @@ class Tokenizer:
         """
         return StreamDecoder(self, keep_space=bool(after) and not self.is_control(after[-1]))
 
+    @cached_property
+    def tool_calls_id(self) -> int | None:
+        """The control token [TOOL_CALLS], with which a model begins to call tools; None: it knows none."""
+        name = "[TOOL_CALLS]"
+        return self._pieces.vocab().index(name) if self._controls([name]) else None
+
     def is_control(self, token: int) -> bool:
         """Whether an id is a control token, such as <s>, </s> or [TOOL_CALLS]."""
         return self.surface(token) is None

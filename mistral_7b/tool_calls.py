@@ -56,13 +56,13 @@ class ToolCallStream:
 
     def __init__(self, control: int | None, ids: Callable[[int], str]) -> None:
         self.calls: list[ToolCall] = []  # as far as they have come
-        self._control, self._ids = control, ids
+        self.control, self._ids = control, ids
         self._list: _CallList | None = None  # the one that is being read
 
     def push(self, token: int, text: str) -> tuple[str, list[ToolCallDelta]]:
         """Take a token and the text that is certain with it; what of it is content, and what came of calls."""
         content, deltas = self._read(text)
-        if token == self._control:  # the text that came with it was written before it
+        if token == self.control:  # the text that came with it was written before it
             content += self.close()
             self._list = _CallList()
         return content, deltas

@@ -10,6 +10,9 @@ import platform
 import re
 import subprocess
 
+from ..engine.memory import memory as memory
+from ..engine.memory import read
+
 # Flag of the CPU -> what people call it, in the order of how much it brings. Linux's names.
 X86 = {
     "avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI",
@@ -20,7 +23,7 @@ ARM = {"asimd": "NEON", "asimddp": "dot product", "i8mm": "int8 matrices", "bf16
 
 def cpu_name() -> str:
     """As the maker calls it; the architecture where no name is to be had."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", read("/proc/cpuinfo"), re.MULTILINE)
     if found:
         return found[1].strip()
     name = _output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else ""
@@ -33,7 +36,7 @@ def cpu_flags() -> set[str]:
         known = _output("sysctl", "-a", "hw.optional").lower()
         arm = {"asimd": "neon", "asimddp": "feat_dotprod", "i8mm": "feat_i8mm", "bf16": "feat_bf16"}
         return {flag for flag, key in arm.items() if re.search(rf"\.{key}: 1", known)}
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", read("/proc/cpuinfo"), re.MULTILINE)
     return set(found[1].split()) if found else set()
 
 
@@ -53,27 +56,10 @@ def last_level_cache() -> int:
     """Bytes of the largest cache of the CPU; 0 where it is not told."""
     sizes = [0]
     for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KMG]?)", _read(path).strip())
+        found = re.fullmatch(r"(\d+)([KMG]?)", read(path).strip())
         if found:
             sizes.append(int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]])
     return max(sizes)
-
-
-def memory() -> tuple[int, int]:
-    """Bytes of memory in all, and those that can be had now; a container's limit counts."""
-    facts = {k: int(v) << 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)}
-    if not facts:
-        try:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, OSError, ValueError):
-            return 0, 0
-        return total, total
-    total, free = facts["MemTotal"], facts.get("MemAvailable", facts["MemTotal"])
-    group = pathlib.Path("/sys/fs/cgroup")
-    limit, used = (_read(group / name).strip() for name in ("memory.max", "memory.current"))
-    if limit.isdigit() and used.isdigit():
-        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
-    return total, free
 
 
 def peak_memory() -> int:
@@ -81,7 +67,7 @@ def peak_memory() -> int:
 
     Of Linux's two counters VmHWM is the one that a large parent does not show through.
     """
-    found = re.search(r"^VmHWM:\s+(\d+) kB", _read("/proc/self/status"), re.MULTILINE)
+    found = re.search(r"^VmHWM:\s+(\d+) kB", read("/proc/self/status"), re.MULTILINE)
     if found:
         return int(found[1]) << 10
     try:
@@ -108,13 +94,6 @@ def commit() -> str | None:
     if not _output(*git, "ls-files", "__init__.py"):  # an environment may lie within a foreign checkout
         return None
     return _output(*git, "describe", "--always", "--dirty", "--exclude", "*") or None
-
-
-def _read(path: str | pathlib.Path) -> str:
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _output(*command: str) -> str:

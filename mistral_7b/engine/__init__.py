@@ -1,1 +1,17 @@
-"""Many requests at once."""
+"""Many requests at once. In the order of reading:
+
+config       what an engine may use
+pages        memory for keys and values in pages, shared by whoever begins alike
+request      a request, and the sequences that its completions are
+scheduler    who computes what in the next step
+batch        the cache of one step: packed tokens over pages
+engine       the loop: plan, compute, sample, hand out
+adapters     LoRA: many adapters, one forward
+grammar      output that a grammar allows; lark.py writes it down, vocabulary.py says what each token adds
+reading      what users ask, made requests
+llm          LLM: all prompts in, all texts out
+async_llm    AsyncLLM: requests come and go while the loop runs in a thread
+memory       how much memory there is, and how much of it goes to pages
+
+Imports nothing by itself: the command line reads `config` and `memory`, which need no torch.
+"""

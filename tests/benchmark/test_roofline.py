@@ -11,6 +11,7 @@ from bench_samples import job_of, measured, record_of
 from mistral_7b.benchmark import machine, plot, roofline
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS
 from mistral_7b.benchmark.records import Record
+from mistral_7b.engine import memory
 from mistral_7b.errors import BenchmarkError
 from mistral_7b.kernels import compiler
 
@@ -129,7 +130,8 @@ def test_what_cannot_be_drawn(tmp_path: pathlib.Path) -> None:
 
 
 def test_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_read", lambda path: "")
+    for place in (machine, memory):
+        monkeypatch.setattr(place, "read", lambda path: "")
     monkeypatch.setattr(machine, "_output", lambda *command: "")
     assert machine.cpu_name()
     assert not any(machine.instruction_sets().values())
@@ -146,7 +148,8 @@ def test_flags_and_memory_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "/sys/fs/cgroup/memory.current": "102400\n",
         "/proc/self/status": "VmHWM:\t   77 kB\n",
     }
-    monkeypatch.setattr(machine, "_read", lambda path: files.get(str(path), ""))
+    for place in (machine, memory):
+        monkeypatch.setattr(place, "read", lambda path: files.get(str(path), ""))
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
     assert machine.cpu_name() == "Some CPU"

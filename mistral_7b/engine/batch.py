@@ -1,0 +1,100 @@
+"""The cache of one step: packed tokens of many sequences, each of which remembers in pages of its own.
+
+    tokens   a a a b c c          (N,) of sequences a, b, c: 3, 1 and 2 new ones
+    offsets  0     3 4   6        where those of each begin
+    table    [[7, 2], [5, 0], [1, 4]]   page p // size of each sequence's position p
+
+The rule of what is visible is that of every cache: by position, and never across sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attention import banded_attention, bands
+from ..cache import Entries, KernelCache, KeysAndValues, compressed, expanded, fast, four
+from ..errors import CacheError
+from ..kernels.attend import Place, Remembered, attend, available
+from ..kernels.fused import runs_kernels
+from .pages import PagePool
+from .request import SequenceState
+
+
+class PagedBatch(KernelCache):
+    """Sequences with the number of tokens that each feeds; their pages must be there."""
+
+    def __init__(self, pool: PagePool, window: int | None, parts: Sequence[tuple[SequenceState, int]]) -> None:
+        self.pool, self.window = pool, window
+        self.layers = [_PagedMemory(self, entries) for entries in pool.layers]
+        device = pool.layers[0][0].device
+        columns = max(s.stop for s, _ in parts)
+        table = np.zeros((len(parts), columns), dtype=np.int64)
+        for row, (s, _) in zip(table, parts, strict=True):
+            row[: s.stop] = s.pages[: s.stop]
+        starts = [s.computed for s, _ in parts]
+        lengths = [n for _, n in parts]
+        self.runs = [(start, start - s.first * pool.page, n) for start, (s, n) in zip(starts, parts, strict=True)]
+        self.table = torch.from_numpy(table).to(device)
+        self._place = Place(
+            torch.tensor(starts, device=device),
+            torch.tensor([held for _, held, _ in self.runs], device=device),
+            slots=1, table=self.table, page=pool.page,
+            offsets=torch.tensor([0, *accumulate(lengths)], device=device),
+        )  # fmt: skip
+        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+        self.positions = torch.from_numpy(positions).to(device)
+
+    @property
+    def place(self) -> Place:
+        return self._place
+
+    def is_fast(self) -> bool:
+        """Whether the kernels attend, for a model without gradients."""
+        return self.pool.dtype == torch.bfloat16 and self.table.device.type == "cpu" and available()
+
+    def writable(self) -> PagedBatch:
+        return self
+
+    def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+        if tokens.shape != self.positions.shape or sequence_ids is not None:
+            raise CacheError(
+                f"this batch takes its {len(self.positions)} packed tokens, not {tuple(tokens.shape)}"
+            )
+        return self.positions
+
+    def rows(self, b: int, first: int, last: int) -> Tensor:
+        """The rows of pages, page * size + place, in which positions first..last of sequence b lie."""
+        p = torch.arange(first, last, device=self.table.device)
+        return self.table[b, p // self.pool.page] * self.pool.page + p % self.pool.page
+
+
+class _PagedMemory(KeysAndValues):
+    """One layer of the pages: entries (pages, page, G, K)."""
+
+    def __init__(self, batch: PagedBatch, entries: Entries) -> None:
+        self.batch, self.entries = batch, entries
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (N, H, K), (N, G, K)
+        batch = self.batch
+        new = compressed(k, v, batch.pool.int8)
+        if fast(q) or runs_kernels(q):  # on a CPU, on a GPU
+            old = Remembered(*four(self.entries), batch.place)
+            return attend(q, *four(new), old, batch.window, keep=True)
+        held = tuple(t.flatten(0, 1) for t in self.entries)  # (rows, G, K)
+        out, at = torch.empty_like(q), 0
+        for b, (start, before, n) in enumerate(batch.runs):
+            own = slice(at, at + n)
+            rows = batch.rows(b, start - before, start + n)
+            for t, fresh in zip(held, new, strict=True):
+                t[rows[before:]] = fresh[own]
+            keys, values = expanded(tuple(t[rows] for t in held), q.dtype)
+            p = torch.arange(start - before, start + n, device=q.device)
+            plan = bands(p[before:], p, batch.window, consecutive=True)
+            out[own] = banded_attention(q[own], keys, values, plan)
+            at += n
+        return out

@@ -1,0 +1,55 @@
+"""How an engine is set up. Imports no torch, so that the command line can show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..speculation import Speculation
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine may use. A value out of its range raises ConfigError naming the field.
+
+    Attributes:
+        max_sequences: completions computed together; more wait
+        max_batch_tokens: tokens of one step, those of prompts and of completions together. More make prompts
+            cheaper, and completions that run beside them slower.
+        max_waiting: requests that may wait; one more is refused with QueueFullError. None: any number
+        page_size: tokens to a page of keys and values; prefixes are shared in whole pages
+        kv_cache_bytes: memory for pages; None takes half of what is free once the model is there (nine tenths
+            on an accelerator), but never more than `max_sequences` contexts need
+        kv_dtype: "int8" keeps keys and values in about half of bfloat16's bytes, rounded
+        prefix_caching: begin a prompt where an earlier one that began alike has left off
+        deterministic: make a request's tokens the same to the bit whatever runs beside it. A model quantised
+            to int8 or int4 on a CPU is so by itself and pays nothing.
+        speculation: guess tokens ahead, for requests that do not say otherwise
+    """
+
+    max_sequences: int = 64
+    max_batch_tokens: int = 256
+    max_waiting: int | None = None
+    page_size: int = 16
+    kv_cache_bytes: int | None = None
+    kv_dtype: str | None = None
+    prefix_caching: bool = True
+    deterministic: bool = False
+    speculation: Speculation | None = None
+
+    def __post_init__(self) -> None:
+        lows = {"max_sequences": 1, "max_batch_tokens": 1, "page_size": 1, "max_waiting": 1, "kv_cache_bytes": 1}
+        for name, low in lows.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}")
+        if self.max_batch_tokens < self.max_sequences + self.page_size:
+            raise ConfigError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must leave room for a page of a prompt beside every "
+                f"sequence: at least max_sequences + page_size = {self.max_sequences + self.page_size}"
+            )
+        if self.kv_dtype not in (None, "int8"):
+            raise ConfigError(f'kv_dtype is "int8", or None for the model\'s own type, not {self.kv_dtype!r}')

@@ -1,0 +1,74 @@
+"""How much memory there is, and how much of it goes to pages. Imports no torch before pages are made."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from .config import EngineConfig
+
+if TYPE_CHECKING:
+    from ..model import Mistral7B
+    from .pages import PagePool
+
+CPU_SHARE, ACCELERATOR_SHARE = 0.5, 0.9  # of free memory, for pages
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory in all, and those that can be had now; a container's limit counts. 0, 0: unknown."""
+    facts = {k: int(v) << 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read("/proc/meminfo"), re.MULTILINE)}
+    if not facts:
+        try:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, OSError, ValueError):
+            return 0, 0
+        return total, total
+    total, free = facts["MemTotal"], facts.get("MemAvailable", facts["MemTotal"])
+    group = pathlib.Path("/sys/fs/cgroup")
+    limit, used = (read(group / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
+    return total, free
+
+
+def read(path: str | pathlib.Path) -> str:
+    """A file of the system as text, "" if it is not there."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def pool_for(model: Mistral7B, config: EngineConfig) -> PagePool:
+    """Pages for a model: as many as the configuration's memory holds. ConfigError if that is not even one context.
+
+    Unless it is said how much, never more than `max_sequences` sequences of the longest kind could hold.
+    """
+    import torch
+
+    from .pages import PagePool
+    from .scheduler import most_pages
+
+    args, p, page = model.args, model.norm.weight, config.page_size
+    int8 = config.kv_dtype == "int8"
+    row = args.head_dim + 4 if int8 else args.head_dim * p.dtype.itemsize  # of a head: a scale is a float32
+    page_bytes = 2 * args.n_layers * args.n_kv_heads * row * page
+    longest = most_pages(args.max_seq_len, args.sliding_window, config)
+    if config.kv_cache_bytes is not None:
+        n_pages = config.kv_cache_bytes // page_bytes
+    else:
+        cpu = p.device.type == "cpu"
+        free = memory()[1] if cpu else torch.cuda.mem_get_info(p.device)[0] if p.is_cuda else 0
+        share = (free or 4 << 30) * (CPU_SHARE if cpu else ACCELERATOR_SHARE)
+        n_pages = min(int(share) // page_bytes, longest * config.max_sequences)
+    if n_pages < 1:
+        raise ConfigError(
+            f"{config.kv_cache_bytes or 'the free'} bytes for keys and values hold no page of {page} tokens: "
+            f"raise kv_cache_bytes, each page takes {page_bytes}"
+        )
+    return PagePool(
+        args.n_layers, args.n_kv_heads, args.head_dim, n_pages, page, dtype=p.dtype, device=p.device, int8=int8
+    )

@@ -1,0 +1,150 @@
+"""Memory for keys and values in pages: who holds which, which are free, and which begin alike.
+
+    page    free   ->  held by 1 or more sequences  ->  free                     nobody knows what is in it
+                                  |   ^
+                                  v   | found again by its key
+                              idle: held by nobody, and still the keys and values of a known beginning
+
+A page that a sequence has filled gets a key, a hash of its tokens and of the key of the page before it: so a
+key stands for everything from the first token on. Whoever begins alike finds the page by it and shares it.
+Idle pages are taken for something else when no free one is left, the one that was used longest ago first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..cache import Entries, compressed
+from ..kernels import pages as huge_pages
+
+Key = bytes
+
+
+def first_key(*parts: str | None) -> Key:
+    """The key before the first page, which tells apart what must never be shared (tenants, adapters)."""
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def next_key(before: Key, tokens: Sequence[int]) -> Key:
+    """The key of a page that holds `tokens`, after the page of key `before`. SHA-256: nobody can forge one."""
+    return hashlib.sha256(before + array("I", tokens).tobytes()).digest()
+
+
+class PagePool:
+    """`n_pages` pages of `page` tokens each, for all layers of a model.
+
+    layers[n] holds keys and values of layer n, (n_pages + 1, page, G, K), in int8 their scales too. The last
+    page belongs to nobody: what must be written somewhere and is never read goes there.
+    """
+
+    def __init__(
+        self, n_layers: int, n_kv_heads: int, head_dim: int, n_pages: int, page: int,
+        *, dtype: torch.dtype, device: torch.device | str = "cpu", int8: bool = False,
+    ) -> None:  # fmt: skip
+        self.n_pages, self.page, self.dtype, self.int8 = n_pages, page, dtype, int8
+        self.layers: list[Entries] = [
+            _blank((n_pages + 1, page, n_kv_heads, head_dim), dtype, torch.device(device), int8)
+            for _ in range(n_layers)
+        ]
+        self.scratch = n_pages
+        self.holders = [0] * n_pages  # how many sequences hold each page
+        self._free = list(range(n_pages - 1, -1, -1))  # the last one is taken first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the one used longest ago first
+        self._page_of: dict[Key, int] = {}
+        self._key_of: dict[int, Key] = {}
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def held(self) -> int:
+        """Pages that some sequence holds."""
+        return self.n_pages - self.available
+
+    def take(self) -> int:
+        """A page for one holder; its contents are anything. There must be one `available`."""
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+        self.holders[page] = 1
+        return page
+
+    def share(self, page: int) -> int:
+        """The same page for one holder more."""
+        if self.holders[page] == 0:
+            del self._idle[page]
+        self.holders[page] += 1
+        return page
+
+    def release(self, pages: Iterable[int]) -> None:
+        """One holder less. Of pages released together the first is the first to be taken for something else."""
+        for page in pages:
+            assert self.holders[page] > 0, "a page is released that nobody holds"
+            self.holders[page] -= 1
+            if self.holders[page] == 0:
+                if page in self._key_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def know(self, page: int, key: Key) -> None:
+        """From now on this page, which is full and will not change, can be found. A key's first page keeps it."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key], self._key_of[page] = page, key
+
+    def find(self, key: Key) -> int | None:
+        """The page of this key, if it is still there."""
+        return self._page_of.get(key)
+
+    def is_idle(self, page: int) -> bool:
+        """Whether nobody holds the page."""
+        return self.holders[page] == 0
+
+    def copy(self, source: int) -> int:
+        """A page of one holder's own with what `source` holds; there must be one `available`."""
+        target = self.take()
+        for entries in self.layers:
+            for t in entries:
+                t[target] = t[source]
+        return target
+
+    def forget(self) -> None:
+        """Make every idle page free: nothing that was computed before will be found again."""
+        for page in [p for p in self._key_of if p in self._idle]:
+            del self._idle[page], self._page_of[self._key_of.pop(page)]
+            self._free.append(page)
+
+    def check(self, holders: Iterable[Iterable[int]]) -> None:
+        """AssertionError unless every page is free, idle, or held by just so many of these holders."""
+        counts = [0] * self.n_pages
+        for pages in holders:
+            for page in pages:
+                counts[page] += 1
+        assert counts == self.holders, "pages are held by other sequences than those that run"
+        free, idle = set(self._free), set(self._idle)
+        assert len(free) == len(self._free), "a page is free twice"
+        assert not free & idle, "a page is free and idle"
+        assert free | idle == {p for p, n in enumerate(counts) if n == 0}, "a page is lost"
+        assert idle <= set(self._key_of), "an idle page has no key"
+        assert not free & set(self._key_of), "a free page has a key"
+        assert {k: p for p, k in self._key_of.items()} == self._page_of, "keys and pages disagree"
+
+
+def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, int8: bool) -> Entries:
+    """Memory of one layer, on a CPU taken from the system only as it is filled."""
+    one = compressed(
+        torch.zeros(1, 1, 1, shape[-1], dtype=dtype), torch.zeros(1, 1, 1, shape[-1], dtype=dtype), int8
+    )
+    shapes = [(*shape[:-1], t.shape[-1]) for t in one]
+    if device.type == "cpu":
+        return tuple(huge_pages.empty(s, t.dtype) for s, t in zip(shapes, one, strict=True))
+    return tuple(torch.zeros(s, dtype=t.dtype, device=device) for s, t in zip(shapes, one, strict=True))

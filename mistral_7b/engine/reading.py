@@ -1,0 +1,151 @@
+"""What users ask, made requests: whatever can be refused is refused here, before anyone waits for it."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+from ..errors import EngineError, GenerationError
+from ..messages import tool_call_id
+from ..prompts import Prompt, read_prompt
+from ..sampling import SamplingParams
+from ..speculation import Speculation
+from ..tokenizer import Tokenizer
+from ..tool_calls import ToolCallStream
+from .engine import Engine
+from .grammar import Grammars, tool_spec
+from .pages import first_key
+from .request import Request, Sink
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+ToolChoice = str | Mapping[str, Any]
+POOLINGS = ("mean", "last")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What goes with any request.
+
+    Attributes:
+        request_id: its name, unique among those that run; none: one is made
+        priority: lower comes first
+        adapter: the LoRA adapter to use, by name; none: the model as it is
+        cache_salt: only requests of one salt share what was computed for their prompts (one a tenant)
+        speculation: guess tokens ahead; none: as the engine's configuration says
+    """
+
+    request_id: str | None = None
+    priority: int = 0
+    adapter: str | None = None
+    cache_salt: str | None = None
+    speculation: Speculation | None = None
+
+
+class Reader:
+    """Makes requests for one engine."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, why: str = "") -> None:
+        self.engine, self.tokenizer, self.why = engine, tokenizer, why
+        if engine.config.speculation is not None:
+            engine.config.speculation.check(engine.model.args.vocab_size)
+
+    def text(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        asked: Asked,
+        sink: Sink | None = None,
+        name: str = "the prompt",
+    ) -> Request:
+        """A request to continue a prompt. Raises what says why it cannot be served."""
+        args = self.engine.model.args
+        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why)
+        speculation = asked.speculation or self.engine.config.speculation
+        if speculation is not None:
+            speculation.check(args.vocab_size)
+        request = Request(
+            asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
+            asked.priority, asked.adapter, speculation, sink=sink,
+        )  # fmt: skip
+        self._bind(request, name)
+        return self._checked(request, name)
+
+    def chat(
+        self, messages: Messages, params: SamplingParams, asked: Asked, sink: Sink | None = None,
+        tools: Tools = None, tool_choice: ToolChoice = "auto", name: str = "the conversation",
+    ) -> Request:  # fmt: skip
+        """A request to answer a conversation; messages, tools and tool_choice are OpenAI's.
+
+        "required", or a named tool, makes the model call (grammar.tool_spec); with "none" it is shown no tools.
+        """
+        if self.tokenizer is None:
+            raise GenerationError(f"{name}: a conversation needs a tokenizer, and {self.why}; pass tokenizer=...")
+        if (spec := tool_spec(tools or (), tool_choice)) is not None:
+            if params.structured_outputs is not None:
+                raise GenerationError(
+                    f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other"
+                )
+            params = replace(params, structured_outputs=spec)
+        offered = None if tool_choice == "none" else tools
+        request = self.text(self.tokenizer.encode_chat(messages, offered), params, asked, sink, name)
+        for c in request.completions if offered else ():
+            c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
+        return request
+
+    def embedding(
+        self, prompt: Prompt, pooling: str, asked: Asked, sink: Sink | None = None, name: str = "the text"
+    ) -> Request:
+        """A request for a prompt's hidden state, "mean" or "last"."""
+        if pooling not in POOLINGS:
+            raise GenerationError(f"pooling is {' or '.join(map(repr, POOLINGS))}, not {pooling!r}")
+        params = SamplingParams(max_tokens=1, temperature=0)
+        args = self.engine.model.args
+        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why)
+        request = Request(
+            asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
+            asked.priority, asked.adapter, pooling=pooling, sink=sink,
+        )  # fmt: skip
+        return self._checked(request, name)
+
+    def _key(self, asked: Asked) -> bytes:
+        """What tells prefixes apart. AdapterError for an adapter that is not loaded."""
+        return first_key(asked.cache_salt, str(self.engine.adapters.loading(asked.adapter)))
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Those of the tokenizer; made when they are first asked for, as they need llguidance."""
+        assert self.tokenizer is not None  # as _bind has seen
+        return Grammars(self.tokenizer, self.engine.model.args.vocab_size)
+
+    def _bind(self, request: Request, name: str) -> None:
+        """A grammar state for each completion, if the output must obey one."""
+        spec = request.params.structured_outputs
+        if spec is None:
+            return
+        if self.tokenizer is None:
+            raise GenerationError(f"{name}: structured_outputs need a tokenizer, and {self.why}")
+        for s in request.sequences:
+            s.grammar = self.grammars.start(spec, request.ids)
+
+    def _checked(self, request: Request, name: str) -> Request:
+        try:
+            self.engine.scheduler.check(request)
+        except EngineError as e:
+            raise EngineError(f"{name}: {e}") from None
+        return request
+
+
+_numbers = itertools.count()
+
+
+def _call_id(seed: int, completion: int, call: int) -> str:
+    return tool_call_id(f"{seed}, {completion}, {call}")
+
+
+def _fresh_id() -> str:
+    return f"{next(_numbers)}-{uuid.uuid4().hex[:12]}"

@@ -204,7 +204,7 @@ def test_a_row_is_the_same_in_any_chunk_place_and_company(
     length = 90  # more than two windows, and splits
     case, other = sequence(length, 2, 1, 10, dtype), sequence(length, 2, 1, 10, dtype)
     whole = paged.paged_attend(*batch([case], [0], [length], int8=int8), window, keep=False)
-    for start, T in ((0, 1), (89, 1), (64, 1), (31, 2), (29, 13)):
+    for start, T in ((0, 1), (89, 1), (31, 2), (29, 13)):
         held = start if window is None else min(start, window - 1)
         given = batch([other, case, other], [40, start, 3], [1, T, 1], held=[40, held, 3], int8=int8)
         beside = both_ways(monkeypatch, given, window, keep=False)[1 : T + 1]

@@ -47,8 +47,10 @@ void attend_rows(const Attend& a, const Room& r, const Unit& u) {
     std::memset(r.sum, 0, all_rows * 64);
     std::memset(r.p, 0, padded * KEYS * 2);
     for (int64_t m = 0; m < all_rows; m++) r.top[m] = -3.0e38f;
-    for (int64_t g = u.g0; g < u.g1; g++)
+    for (int64_t g = u.g0; g < u.g1; g++) {
         for (int64_t m = 0; m < rows; m++) std::memcpy(head_of(g).q + m * r.D32, a.q + query(m, g), a.D * 2);
+        place_queries(head_of(g), padded);
+    }
     for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS, std::swap(now, next)) {
         find_block(a, u.b, block + KEYS, begin, end, *next);
         for (int64_t g = u.g0; g < u.g1; g++) {
@@ -56,7 +58,7 @@ void attend_rows(const Attend& a, const Room& r, const Unit& u) {
             read_block(a, *now, false, g, r.D32, r.line, r.ks);
             read_block(a, *now, true, g, r.D32, r.line + KEYS * r.D32, r.vs);
             if (g == u.g0) ask_for_block(a, *next, u.g0, u.g1);
-            place_block(own);
+            place_block(own, padded);
             scores(own, padded);
             for (int64_t p = start + u.t0, m = 0; p < end; p++) {
                 const int64_t first = std::max(int64_t(0), first_key(a, u.b, p) - block), last = std::min(KEYS, p + 1 - block);

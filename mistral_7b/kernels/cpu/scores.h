@@ -67,8 +67,22 @@ inline void pair_rows(const uint16_t* a, const uint16_t* b, uint16_t* out) {
     _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.second), y));
 }
 
-void place_block(const Room& r) {  // r.line (2, 64, D32): keys, then values
-    for (int64_t j = 0; j < KEYS; j += 16)
+// Up to so many rows, as in decoding, the keys are the left factor as they lie: a few queries and scores are turned over
+// and not 64 keys. Sums have the same terms in the same order, so a row has the same bits in any company.
+constexpr int64_t KEYS_LEFT = 32;
+
+// Queries as the right factor: 16 rows become (D / 2, 16, 2).
+void place_queries(const Room& r, int64_t rows) {
+    for (int64_t m = 0; m < rows && rows <= KEYS_LEFT; m += 16) {
+        uint16_t* q = r.q + m * r.D32;
+        std::memcpy(r.k, q, 16 * r.D32 * 2);
+        for (int64_t d = 0; d < r.D32; d += 32)
+            turn(reinterpret_cast<uint32_t*>(r.k + d), r.D32 / 2, reinterpret_cast<uint32_t*>(q) + d / 2 * 16, 16);
+    }
+}
+
+void place_block(const Room& r, int64_t rows) {  // r.line (2, 64, D32): keys, then values
+    for (int64_t j = 0; j < KEYS && rows > KEYS_LEFT; j += 16)
         for (int64_t d = 0; d < r.D32; d += 32)
             turn(reinterpret_cast<uint32_t*>(r.line + j * r.D32 + d), r.D32 / 2, reinterpret_cast<uint32_t*>(r.k) + d / 2 * KEYS + j, KEYS);
     const uint16_t* values = r.line + KEYS * r.D32;
@@ -115,8 +129,44 @@ void product(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int
     fence();
 }
 
+// C (64, 16) = A (64, depth) B: A by rows, B (depth / 2, 16, 2).
+void product_left(const uint16_t* a, const uint16_t* b, int64_t depth, float* c) {
+    fence();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < depth; i += 32) {
+        _tile_loadd(4, b + i * 16, 64);
+        _tile_loadd(5, a + i, depth * 2);
+        _tile_dpbf16ps(0, 5, 4);
+        _tile_loadd(6, a + 16 * depth + i, depth * 2);
+        _tile_dpbf16ps(1, 6, 4);
+        _tile_loadd(7, a + 32 * depth + i, depth * 2);
+        _tile_dpbf16ps(2, 7, 4);
+        _tile_loadd(5, a + 48 * depth + i, depth * 2);
+        _tile_dpbf16ps(3, 5, 4);
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + 256, 64);
+    _tile_stored(2, c + 512, 64);
+    _tile_stored(3, c + 768, 64);
+    fence();
+}
+
 void scores(const Room& r, int64_t rows) {
-    for (int64_t m = 0; m < rows; m += 16) product(r.q + m * r.D32, r.D32, r.k, KEYS, r.D32, r.s + m * KEYS, KEYS, true, 4);
+    for (int64_t m = 0; m < rows; m += 16) {
+        const uint16_t* q = r.q + m * r.D32;
+        float* s = r.s + m * KEYS;
+        if (rows > KEYS_LEFT) {
+            product(q, r.D32, r.k, KEYS, r.D32, s, KEYS, true, 4);
+            continue;
+        }
+        alignas(64) float turned[KEYS * 16];
+        product_left(r.line, q, r.D32, turned);
+        for (int64_t j = 0; j < KEYS; j += 16)
+            turn(reinterpret_cast<uint32_t*>(turned + j * 16), 16, reinterpret_cast<uint32_t*>(s + j), KEYS);
+    }
 }
 
 void add_values(const Room& r, int64_t rows) {
@@ -127,7 +177,9 @@ void add_values(const Room& r, int64_t rows) {
 
 #else
 
-void place_block(const Room& r) {
+void place_queries(const Room&, int64_t) {}
+
+void place_block(const Room& r, int64_t) {
     const uint16_t* values = r.line + KEYS * r.D32;
     for (int64_t j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < r.D32; d++) {

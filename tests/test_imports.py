@@ -46,6 +46,7 @@ WITHOUT_TORCH = (
     "training", "training.args", "server.protocol", "kernels.compiler", "checkpoint.gguf_file",
     "tool_calls", "engine.grammar",
     "checkpoint.gguf_tokenizer", "benchmark.run", "benchmark.report", "benchmark.plot", "benchmark.machine",
+    "benchmark.serving.run", "benchmark.serving.report", "benchmark.serving.plot",
 )  # fmt: skip
 
 Import = tuple[str, str, int]  # the room imported, the function it stands in ("" at the top), the line

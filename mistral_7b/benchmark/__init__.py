@@ -6,6 +6,7 @@
     engine_*.py    ours, llama.cpp, transformers: `begin` reads a prompt, `step` decodes one token a row
     process.py     one job in a process of its own, so that peak memory is its own
     run.py         jobs in turn, and records of them; report.py, plot.py  for people
+    serving/       many requests at once: rates of arrivals, and what comes of them
 
 Nothing here imports torch until something is measured.
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import re
 from typing import Any
 
 import llama_cpp
@@ -17,6 +16,7 @@ from llama_cpp import llama_cpp as c
 
 from ..errors import BenchmarkError
 from .jobs import Job
+from .machine import features
 from .work import BITS, table_weights
 
 CHUNK = 512  # tokens a call, llama.cpp's own default
@@ -90,9 +90,3 @@ class Engine:
                 for row in range(rows)
             ]
         )
-
-
-def features(system_info: str) -> str:
-    """What its build uses, from its own account: "AVX512, AMX_INT8, ..."; AMX missing is said too."""
-    on = re.findall(r"(\w+) = 1", system_info)
-    return ", ".join([*on, *([] if "AMX_INT8" in on else ["no AMX"])])

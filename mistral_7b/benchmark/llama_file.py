@@ -1,7 +1,8 @@
 """A GGUF file of random weights, in any shape and type, written as fast as the disk takes it.
 
 Speed does not depend on the weights' values, but a file that llama.cpp opens needs every tensor, and blocks
-whose scales are sane. All tensors are cut out of one pool of random blocks. There is no vocabulary in it.
+whose scales are sane. All tensors are cut out of one pool of random blocks. Its vocabulary is made up, a word
+a token, so that a server has something to send.
 
 Runs under the Python that has gguf: python -m mistral_7b.benchmark.llama_file FILE TYPE ARGS-AS-JSON
 """
@@ -85,7 +86,19 @@ def add_facts(writer: Any, args: dict[str, Any]) -> None:
     writer.add_rope_freq_base(args["rope_theta"])
     writer.add_layer_norm_rms_eps(args["norm_eps"])
     writer.add_vocab_size(args["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
+    add_vocabulary(writer, args["vocab_size"])
+
+
+def add_vocabulary(writer: Any, size: int) -> None:
+    """SentencePiece's three control tokens, and a word for each of the others."""
+    kind = gguf.TokenType
+    words = size - 3
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"\u2581w{n}" for n in range(words))])
+    writer.add_token_scores([0.0] * 3 + [-float(n) for n in range(words)])
+    writer.add_token_types([kind.UNKNOWN, kind.CONTROL, kind.CONTROL] + [kind.NORMAL] * words)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 if __name__ == "__main__":

@@ -62,14 +62,16 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
-def peak_memory() -> int:
-    """Bytes of memory that this process has held at most, mapped files included.
+def peak_memory(pid: int | None = None) -> int:
+    """Bytes of memory that this process, or another, has held at most, mapped files included; 0: unknown.
 
     Of Linux's two counters VmHWM is the one that a large parent does not show through.
     """
-    found = re.search(r"^VmHWM:\s+(\d+) kB", read("/proc/self/status"), re.MULTILINE)
+    found = re.search(r"^VmHWM:\s+(\d+) kB", read(f"/proc/{pid or 'self'}/status"), re.MULTILINE)
     if found:
         return int(found[1]) << 10
+    if pid is not None:
+        return 0
     try:
         import resource
     except ImportError:  # Windows
@@ -84,6 +86,12 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def features(system_info: str) -> str:
+    """What a build of llama.cpp uses, from its own account: "AVX512, AMX_INT8, ..."; AMX missing is said too."""
+    on = re.findall(r"(\w+) = 1", system_info)
+    return ", ".join([*on, *([] if "AMX_INT8" in on else ["no AMX"])])
 
 
 @functools.cache

@@ -43,6 +43,11 @@ def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
     axes = figure.add_subplot()
     roofs(axes, shown)
     points(axes, shown)
+    save(figure, path)
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure, renamed into place when it is whole; BenchmarkError for an ending that is unknown."""
     target = pathlib.Path(path).expanduser()
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         beside = pathlib.Path(folder) / target.name

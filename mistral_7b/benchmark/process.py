@@ -24,8 +24,13 @@ def main(argv: list[str]) -> int:
         threads, quick = json.loads(argv[1])
         print(json.dumps(dataclasses.asdict(roofline.measure(threads, quick))))
         return 0
-    job = Job.from_json(argv[0])
     try:
+        if argv[0] == "serving":
+            from .serving import ours, traffic
+
+            print(json.dumps(dataclasses.asdict(ours.serve(traffic.ServingJob.from_json(argv[1])))))
+            return 0
+        job = Job.from_json(argv[0])
         engine = importlib.import_module(f".{ENGINES[job.engine]}", __package__).Engine(job)
         found = measure(engine, job)
         if job.engine == OURS and job.what == "decode":

@@ -9,6 +9,7 @@ import os
 import pathlib
 import statistics
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from . import work
@@ -97,8 +98,8 @@ def spread(times: list[float]) -> float:
     return (deciles[-1] - deciles[0]) / statistics.median(times)
 
 
-def write_json(path: str | os.PathLike[str], records: list[Record]) -> None:
-    """Write a list of records, beside the place and renamed: nothing half-written is ever seen there."""
+def write_json(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
+    """Write records (dataclasses), beside the place and renamed: nothing half-written is ever seen there."""
     target = pathlib.Path(path).expanduser()
     text = json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n"
     handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)

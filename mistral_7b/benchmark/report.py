@@ -70,24 +70,24 @@ def figures(what: str, records: list[Record]) -> Table:
     """What was measured of one kind of work."""
     title = TITLES[what].format(context=records[0].context, rows=records[0].rows)
     rate = "seconds" if what == "load" else "tok/s"
-    table = _table(title, "engine", "scheme", rate, "spread", "GB/s", "Top/s", "of ceiling", "peak memory")
+    out = table(title, "engine", "scheme", rate, "spread", "GB/s", "Top/s", "of ceiling", "peak memory")
     for r in records:
-        table.add_row(
+        out.add_row(
             r.engine, r.scheme, _digits(r.seconds if what == "load" else r.tokens_per_s), f"{r.spread:.1%}",
             f"{r.bytes_per_s / 1e9:.1f}", f"{r.operations_per_s / 1e12:.3f}", f"{r.ceiling_fraction:.1%}",
             f"{r.peak_rss_bytes / 1e9:.2f} GB",
         )  # fmt: skip
-    return table
+    return out
 
 
 def ratio_table(compared: list[Ratio]) -> Table:
     """A row for each of our figures, a column for each peer; the best peer's is marked."""
     peers = list(dict.fromkeys(name for r in compared for name in r.times))
-    table = _table("ours over each peer (* the fastest peer of that work)", "work", "scheme", *peers)
+    out = table("ours over each peer (* the fastest peer of that work)", "work", "scheme", *peers)
     for r in compared:
         cells = [f"{r.times[p]:.2f}{'*' if p == r.best_peer else ' '}" if p in r.times else "" for p in peers]
-        table.add_row(r.what, r.scheme, *cells)
-    return table
+        out.add_row(r.what, r.scheme, *cells)
+    return out
 
 
 def doubt(records: list[Record]) -> str:
@@ -105,14 +105,15 @@ def paths(records: list[Record]) -> dict[str, str]:
     return {f"{r.engine} {r.scheme}": r.path for r in records}
 
 
-def _table(title: str, *columns: str) -> Table:
+def table(title: str, *columns: str) -> Table:
+    """An empty table in Markdown's lines, the first two columns to the left."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.MARKDOWN)
+    out = Table(title=title, title_justify="left", box=box.MARKDOWN)
     for n, column in enumerate(columns):
-        table.add_column(column, justify="left" if n < 2 else "right", no_wrap=True)
-    return table
+        out.add_column(column, justify="left" if n < 2 else "right", no_wrap=True)
+    return out
 
 
 def _digits(value: float) -> str:

@@ -88,14 +88,14 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
     found: dict[tuple[str, str, str], tuple[Job, list[Measured]]] = {}
     missing: dict[tuple[str, str], BenchmarkError] = {}
     with tempfile.TemporaryDirectory(prefix="mistral-7b-bench-") as folder:
-        files = PeerFiles(plan, plan.files or folder, tell)
+        files = PeerFiles(plan.peer_python, plan.files or folder, tell)
         for turn in range(plan.rounds):
             for job in plan.jobs():
                 if (job.engine, job.scheme) in missing:
                     continue
                 tell(f"{job.what}: {job.engine} {job.scheme}" + (f", round {turn + 1}" if plan.rounds > 1 else ""))
                 try:
-                    check_memory(job)
+                    check_memory(job.args, job.scheme)
                     runs = measure(files.placed(job), plan.peer_python)
                 except BenchmarkError as error:
                     tell(f"left out: {job.engine} {job.scheme}: {error}")
@@ -115,7 +115,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
 
 def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceilings:
     """The ceilings, in a process of its own: it takes gigabytes for a moment."""
-    return Ceilings(**_call(sys.executable, "ceilings", json.dumps([threads, quick])))
+    return Ceilings(**call(sys.executable, "ceilings", json.dumps([threads, quick])))
 
 
 def measure(job: Job, peer_python: str) -> list[Measured]:
@@ -126,19 +126,19 @@ def measure(job: Job, peer_python: str) -> list[Measured]:
     runs = []
     for n in range(1 + LOADS[job.quick] if job.what == "load" else 1):
         now = dataclasses.replace(job, started=time.time()) if job.what == "load" else job
-        runs.append(Measured(**_call(python, now.to_json(), **({} if job.engine == OURS else PEER_VARIABLES))))
+        runs.append(Measured(**call(python, now.to_json(), **({} if job.engine == OURS else PEER_VARIABLES))))
         if job.what == "load" and n == 0:
             runs.clear()
     return runs
 
 
-def check_memory(job: Job) -> None:
+def check_memory(args: dict[str, Any], scheme: str) -> None:
     """BenchmarkError if the machine would have to swap, or to kill."""
-    weights = work.weight_memory(job.args, job.scheme)
+    weights = work.weight_memory(args, scheme)
     need, free = weights + SPARE, machine.memory()[1]
     if free and need > free:
         raise BenchmarkError(
-            f"{job.scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
+            f"{scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
             f"close other programs, or take fewer --layers"
         )
 
@@ -146,24 +146,25 @@ def check_memory(job: Job) -> None:
 class PeerFiles:
     """The GGUF files of random weights that llama.cpp reads: one a type, made when first needed."""
 
-    def __init__(self, plan: Plan, folder: str, tell: Callable[[str], None]) -> None:
-        self.plan, self.folder, self.tell = plan, pathlib.Path(folder).expanduser(), tell
+    def __init__(self, python: str, folder: str, tell: Callable[[str], None]) -> None:
+        self.python, self.folder, self.tell = python, pathlib.Path(folder).expanduser(), tell
 
     def placed(self, job: Job) -> Job:
         """The job with the file that it needs."""
         if job.engine != LLAMA:
             return job
-        if not _imports(self.plan.peer_python, "llama_cpp", "gguf"):
-            raise BenchmarkError(
-                f"{self.plan.peer_python} has no llama_cpp and gguf: pip install llama-cpp-python gguf, or name "
-                f"with --peer-python the Python that has them"
-            )
-        shape = "-".join(str(job.args[k]) for k in ("n_layers", "dim", "hidden_dim", "vocab_size"))
-        path = self.folder / f"random-{shape}-{job.scheme}.gguf"
+        self._need("llama_cpp", "gguf")
+        return dataclasses.replace(job, source=self.gguf(job.args, job.scheme))
+
+    def gguf(self, args: dict[str, Any], scheme: str) -> str:
+        """The file of this shape and type; BenchmarkError if it cannot be made."""
+        shape = "-".join(str(args[k]) for k in ("n_layers", "dim", "hidden_dim", "vocab_size"))
+        path = self.folder / f"random-words-{shape}-{scheme}.gguf"
         if not path.exists():
+            self._need("gguf")
             self.tell(f"writing {path.name}, random weights")
             self.folder.mkdir(parents=True, exist_ok=True)
-            size, free = work.weight_memory(job.args, job.scheme), shutil.disk_usage(self.folder).free
+            size, free = work.weight_memory(args, scheme), shutil.disk_usage(self.folder).free
             if size > free:
                 raise BenchmarkError(
                     f"{path.name} takes {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f}: "
@@ -171,14 +172,21 @@ class PeerFiles:
                 )
             beside = path.with_suffix(".part")
             try:
-                _python(self.plan.peer_python, "llama_file", str(beside), job.scheme, json.dumps(job.args))
+                _python(self.python, "llama_file", str(beside), scheme, json.dumps(args))
                 beside.rename(path)
             finally:
                 beside.unlink(missing_ok=True)
-        return dataclasses.replace(job, source=str(path))
+        return str(path)
+
+    def _need(self, *modules: str) -> None:
+        if not _imports(self.python, *modules):
+            raise BenchmarkError(
+                f"{self.python} has no {' and '.join(modules)}: pip install llama-cpp-python gguf, or name "
+                f"with --peer-python the Python that has them"
+            )
 
 
-def _call(python: str, *argv: str, **variables: str) -> dict[str, Any]:
+def call(python: str, *argv: str, **variables: str) -> dict[str, Any]:
     said = _python(python, "process", *argv, **variables).strip()
     if not said:
         raise BenchmarkError("the process ended without a result")

@@ -7,8 +7,12 @@ import os
 import pathlib
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from .bench_serving import ServingOptions
+from .bench_serving import check as check_serving
 from .inputs import ModelName, UsageError, read_flags
 
 if TYPE_CHECKING:
@@ -58,17 +62,32 @@ class Bench:
     json: str | None = None
     """Write the records to this file."""
     plot: str | None = None
-    """Draw the roofline into this file (.png, .pdf, .svg)."""
+    """Draw the roofline, or of --serving throughput and times, into this file (.png, .pdf, .svg)."""
+    traffic: ServingOptions = dataclasses.field(default_factory=ServingOptions)
 
 
 def run(argv: list[str]) -> int:
     args = read_flags(Bench, "bench", argv)
+    if args.traffic.serving:
+        from . import bench_serving
+
+        return bench_serving.run(args, argv)
     plan = plan_of(args)
+    from ..benchmark import plot, report
+    from ..benchmark.run import run as measure_all
+
+    show(args, partial(measure_all, plan), report, plot.draw)
+    return 0
+
+
+def show(
+    args: Bench, measure: Callable[[Callable[[str], None]], list[Any]], report: Any,
+    draw: Callable[[str, list[Any]], None],
+) -> None:  # fmt: skip
+    """Measure, write the records, and show them as `report`, a module, has them."""
     from rich.console import Console
 
-    from ..benchmark import report
     from ..benchmark.records import write_json
-    from ..benchmark.run import run as measure_all
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -78,7 +97,7 @@ def run(argv: list[str]) -> int:
 
         matplotlib_classes()  # missing matplotlib is told now, not after an hour
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # files of peers are removed
-    records = measure_all(plan, tell)
+    records = measure(tell)
     if args.json:
         write_json(args.json, records)
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -90,14 +109,12 @@ def run(argv: list[str]) -> int:
     if doubt := report.doubt(records):
         tell(doubt)
     if args.plot:
-        from ..benchmark.plot import draw
-
         draw(args.plot, records)
-    return 0
 
 
-def plan_of(args: Bench) -> Plan:
-    """The plan that the flags ask for. UsageError, naming the flag, for one that cannot be."""
+def check(args: Bench) -> None:
+    """UsageError, naming the flag, for what cannot be, whatever is measured."""
+    check_serving(args)
     for name in ("context", "prompt", "threads", "rounds", "layers"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -110,6 +127,11 @@ def plan_of(args: Bench) -> Plan:
         raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other")
     if args.layers and not args.shape:
         raise UsageError("--layers goes with --shape: a model has the layers it has")
+
+
+def plan_of(args: Bench) -> Plan:
+    """The plan that the flags ask for. UsageError, naming the flag, for one that cannot be."""
+    check(args)
     whats = tuple(dict.fromkeys(args.what))
     if args.shape:
         if whats == ("load",):
@@ -118,7 +140,7 @@ def plan_of(args: Bench) -> Plan:
 
     from ..benchmark.run import Plan
 
-    name, source, model_args = subject(args)
+    name, source, model_args = subject(args, max(args.context, args.prompt), "--context and --prompt")
     return Plan(
         name, model_args, source, schemes(args, source), whats,
         context=args.context, prompt=args.prompt, threads=args.threads,
@@ -140,8 +162,11 @@ def schemes(args: Bench, source: str | None) -> tuple[str, ...]:
     return (own,)
 
 
-def subject(args: Bench) -> tuple[str, str | None, dict[str, Any]]:
-    """Name, place (none for a shape) and ModelArgs as a dict of what is to be measured."""
+def subject(args: Bench, longest: int, flags: str) -> tuple[str, str | None, dict[str, Any]]:
+    """Name, place (none for a shape) and ModelArgs as a dict of what is to be measured.
+
+    UsageError if it does not hold the longest context that is needed, naming the flags that ask for it.
+    """
     from ..model import ModelArgs
 
     if args.shape:
@@ -155,7 +180,6 @@ def subject(args: Bench) -> tuple[str, str | None, dict[str, Any]]:
 
         path = hub.resolve(args.model or "demo")
         name, source, model_args = args.model or "demo", str(path), read_args(path)[0]
-    longest = max(args.context, args.prompt)
     if longest > model_args.max_seq_len and model_args.sliding_window is None:
-        raise UsageError(f"--context and --prompt: {name} holds {model_args.max_seq_len} tokens, not {longest}")
+        raise UsageError(f"{flags}: {name} holds {model_args.max_seq_len} tokens, not {longest}")
     return name, source, dataclasses.asdict(model_args)

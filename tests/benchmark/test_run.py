@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from bench_samples import ARGS, CEILINGS, job_of, measured
@@ -86,8 +87,8 @@ def test_nothing_to_show_is_an_error(measure: list[Job], monkeypatch: pytest.Mon
 
 
 def test_what_does_not_fit_does_not_spoil_the_rest(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(job: Job) -> None:
-        if job.scheme == "none":
+    def check(args: dict[str, Any], scheme: str) -> None:
+        if scheme == "none":
             raise BenchmarkError("too large")
 
     monkeypatch.setattr(run, "check_memory", check)
@@ -121,7 +122,7 @@ def test_a_process_that_fails_is_one_message(tmp_path: pathlib.Path, python: str
         script.chmod(0o755)
         python = str(script)
     with pytest.raises(BenchmarkError, match=message.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")):
-        run._call(python, "{}")
+        run.call(python, "{}")
 
 
 def test_the_package_alone_is_on_the_path_of_a_peer() -> None:
@@ -223,7 +224,7 @@ def test_a_full_disk_is_seen_before_the_file_is_begun(tmp_path: pathlib.Path, mo
     monkeypatch.setattr(run, "_imports", lambda python, *modules: True)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: run.shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(BenchmarkError, match=r"BF16.gguf takes .* has 0\.0: --keep names a folder"):
-        run.PeerFiles(PLAN, str(tmp_path), lambda text: None).placed(PLAN.job(LLAMA, "BF16", "decode"))
+        run.PeerFiles(PLAN.peer_python, str(tmp_path), lambda text: None).placed(PLAN.job(LLAMA, "BF16", "decode"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,7 +238,7 @@ def with_llama() -> Callable[[Job], Job]:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "BF16"])
 def test_llama_reads_the_file_made_for_it(with_llama: object, tmp_path: pathlib.Path, kind: str) -> None:
     plan = dataclasses.replace(PLAN, peer_python=PEER_PYTHON, whats=("batch16",), threads=1, quick=True)
-    files = run.PeerFiles(plan, str(tmp_path), lambda text: None)
+    files = run.PeerFiles(plan.peer_python, str(tmp_path), lambda text: None)
     job = files.placed(plan.job(LLAMA, kind, "batch16"))
     assert [p.name for p in tmp_path.iterdir()] == [pathlib.Path(str(job.source)).name]
     (found,) = run.measure(job, PEER_PYTHON)
@@ -260,3 +261,15 @@ def test_random_blocks_are_weights_of_a_sane_size() -> None:
         weights = gguf.quants.dequantize(blocks.reshape(-1), gguf.GGMLQuantizationType[kind])
         assert weights.size == 32 * 4096
         assert 0.01 < np.std(weights) < 0.03
+
+
+def test_a_file_of_random_weights_has_a_word_for_every_token(tmp_path: pathlib.Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from mistral_7b.benchmark.llama_file import write
+
+    write(str(tmp_path / "x.gguf"), "Q4_0", ARGS)
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    words = fields["tokenizer.ggml.tokens"].contents()
+    assert len(words) == len(set(words)) == ARGS["vocab_size"]
+    assert words[:4] == ["<unk>", "<s>", "</s>", "\u2581w0"]
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 2

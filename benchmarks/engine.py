@@ -1,0 +1,236 @@
+"""What the engine costs beside the model: records in JSON, a line each on the terminal.
+
+    python benchmarks/engine.py --shape 7b --json FILE      some ten minutes, 8 GB
+
+overhead       of a step with 32 sequences decoding, the time outside the model, while 0 to 10,000 requests wait;
+               and what of it is choosing who computes, sampling, and making text
+one request    through the engine against `generate`: tokens a second of both, in turn
+prefix         time to the first token of a request that begins as an earlier one did, against that one's
+pages          keys and values held while a prompt of four windows is read, against a window and a step's tokens
+
+What is timed is the engine's own step: the model's `hidden` and `logits` are wrapped, everything else is outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mistral_7b.benchmark import machine
+from mistral_7b.benchmark.serving.ours import words_for
+from mistral_7b.cli.bench import SHAPES
+from mistral_7b.completion import Completion
+from mistral_7b.engine import engine as engine_module
+from mistral_7b.engine.config import EngineConfig
+from mistral_7b.engine.engine import Engine
+from mistral_7b.engine.llm import LLM
+from mistral_7b.engine.reading import Asked
+from mistral_7b.generate import generate
+from mistral_7b.kernels import describe
+from mistral_7b.model import Mistral7B, ModelArgs
+from mistral_7b.quantization import random_model
+from mistral_7b.sampling_params import SamplingParams
+
+BATCH = 32  # sequences that decode together
+WAITING = (0, 100, 1_000, 10_000)
+SAMPLERS: dict[str, dict[str, float]] = {"greedy": {"temperature": 0}, "top_p": {"temperature": 0.7, "top_p": 0.9}}
+STEPS = 24  # timed at each number of waiting requests
+PREFIX, OWN = 2_000, 16  # tokens that are shared, and that are not
+LONG = 4  # windows in the long prompt
+
+Tell = Callable[..., None]
+
+
+class Clock:
+    """Seconds spent in some methods of an object, summed up."""
+
+    def __init__(self, of: Any, *names: str) -> None:
+        self.of, self.methods, self.seconds = of, {name: getattr(of, name) for name in names}, 0.0
+
+    def __enter__(self) -> Clock:
+        for name, method in self.methods.items():
+            setattr(self.of, name, self._timed(method))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, method in self.methods.items():
+            setattr(self.of, name, method)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        return timed
+
+
+class Words:
+    """Prompts at random, each another."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.draw, self.tokens = random.Random(0), range(3, vocabulary)
+
+    def __call__(self, n: int) -> list[int]:
+        return self.draw.choices(self.tokens, k=n)
+
+
+def overhead(llm: LLM, words: Words, tell: Tell, name: str, waits: Sequence[int]) -> None:
+    """Steps of BATCH decoding sequences: in all, and outside the model, with ever more requests waiting.
+
+    Random weights give every token nearly the same chance, which is the most that top_p can have to do.
+    """
+    engine, waiting = llm.engine, []
+    params = SamplingParams(**SAMPLERS[name], max_tokens=1_000, ignore_eos=True, seed=0)
+
+    def add(n: int) -> None:
+        for _ in range(n):
+            request = llm.reader.text(words(32), params, Asked())
+            engine.add(request)
+            waiting.append(request.id)
+
+    add(BATCH)
+    running = [engine.requests[id].sequences[0] for id in waiting]
+    while not all(s.decoding for s in running):
+        engine.step()
+        if failed := next((s.request.error for s in running if s.request.error), None):
+            raise failed
+    for n in waits:
+        add(n - engine.scheduler.waiting)
+        found = timed_steps(engine)
+        assert engine.scheduler.waiting == n, "a request that was to wait has begun"
+        tell(f"step of {BATCH}, {name}, {n} waiting", **found, share=found["outside"] / found["step"])
+    for id in waiting:
+        engine.abort(id)
+
+
+def timed_steps(engine: Engine) -> dict[str, float]:
+    """Seconds of a step, of its parts outside the model, and of all that is outside: medians."""
+    clocks = {
+        "model": Clock(engine.model, "hidden", "logits"), "scheduling": Clock(engine.scheduler, "plan", "advance"),
+        "sampling": Clock(engine_module, "sample_rows"), "text": Clock(Completion, "push"),
+    }  # fmt: skip
+    rows: list[dict[str, float]] = []
+    with contextlib.ExitStack() as stack:
+        for clock in clocks.values():
+            stack.enter_context(clock)
+        for _ in range(STEPS + 1):
+            before, began = {name: clock.seconds for name, clock in clocks.items()}, time.perf_counter()
+            engine.step()
+            step = time.perf_counter() - began
+            parts = {name: clock.seconds - before[name] for name, clock in clocks.items()}
+            rows.append({"step": step, "outside": step - parts.pop("model"), **parts})
+    return {name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}
+
+
+def one_request(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:
+    """128 tokens read and 64 made, by the engine and by `generate`: each time a prompt that neither has seen."""
+    model, tokenizer = llm.engine.model, llm.tokenizer
+    params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=64, ignore_eos=True, seed=0)
+    runs: dict[str, Callable[[list[int]], Any]] = {
+        "engine": lambda prompt: llm.generate(prompt, params),
+        "generate": lambda prompt: generate(model, [prompt], params, tokenizer=tokenizer),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        prompt = words(128)
+        for name in sorted(runs, reverse=bool(turn % 2)):  # whoever comes second may find caches warm
+            began = time.perf_counter()
+            runs[name](prompt)
+            seconds[name].append(time.perf_counter() - began)
+    # The machine drifts more than they differ: of neighbours in time the ratio holds.
+    ratio = statistics.median(e / g for e, g in list(zip(seconds["engine"], seconds["generate"], strict=True))[1:])
+    ours, plain = (statistics.median(seconds[name][1:]) for name in ("engine", "generate"))
+    tell("one request of 128 + 64 tokens", engine=ours, generate=plain, engine_over_generate=ratio)
+
+
+def prefix(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:
+    """Seconds to the first token of a prompt that begins as an earlier one did, and of that one."""
+    params = SamplingParams(temperature=0, max_tokens=1)
+    first, second = [], []
+    for _ in range(rounds):
+        common = words(PREFIX)
+        for times in (first, second):
+            prompt = common + words(OWN)
+            began = time.perf_counter()
+            (output,) = llm.generate(prompt, params)
+            times.append(time.perf_counter() - began)
+        cached = output.num_cached_tokens
+    a, b = statistics.median(first), statistics.median(second)
+    name = f"first token, prompts of {PREFIX} + {OWN} tokens, {PREFIX} of them shared"
+    tell(name, first=a, second=b, second_over_first=b / a, cached=cached)
+
+
+def held_pages(llm: LLM, words: Words, tell: Tell) -> None:
+    """The most keys and values that a prompt of LONG windows holds at a time."""
+    engine, pool, model = llm.engine, llm.engine.pool, llm.engine.model
+    window = model.args.sliding_window
+    if window is None:
+        return
+    seen, began = [], time.perf_counter()
+    hook = model.norm.register_forward_hook(lambda *_: seen.append(pool.held))  # within a step, when most is held
+    llm.generate(words(LONG * window), SamplingParams(temperature=0, max_tokens=8))
+    hook.remove()
+    most = max(seen)
+    token_bytes = sum(t[0, 0].nbytes for entries in pool.layers for t in entries)
+    bound = window + engine.config.max_batch_tokens
+    tell(
+        f"pages of a prompt of {LONG * window} tokens, window {window}", seconds=time.perf_counter() - began,
+        most_pages=most, most_tokens=most * pool.page, most_bytes=most * pool.page * token_bytes,
+        window_and_step=bound, share=most * pool.page / bound,
+    )  # fmt: skip
+
+
+def build(shape: str, layers: int | None) -> Mistral7B:
+    """The bundled model, or one of random weights in int4."""
+    if shape == "demo":
+        return Mistral7B.from_pretrained("demo")
+    return random_model(ModelArgs(**{**SHAPES[shape], **({"n_layers": layers} if layers else {})}), "int4")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("tiny", "demo", "7b"), default="7b")
+    parser.add_argument("--layers", type=int, help="of random weights: so many and no more")
+    parser.add_argument("--rounds", type=int, default=5, help="of what is done in turn")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    records: list[dict[str, Any]] = []
+
+    def tell(what: str, **figures: float) -> None:
+        records.append({"what": what, **figures})
+        print(f"{what:<70}" + "  ".join(f"{name} {value:.5g}" for name, value in figures.items()), flush=True)
+
+    model = build(options.shape, options.layers).eval()
+    llm = LLM(model, EngineConfig(max_sequences=BATCH), tokenizer=words_for(model))
+    words = Words(model.args.vocab_size)
+    overhead(llm, words, tell, "greedy", WAITING)
+    overhead(llm, words, tell, "top_p", WAITING[:1])
+    one_request(llm, words, tell, options.rounds)
+    prefix(llm, words, tell, min(2, options.rounds))
+    held_pages(llm, words, tell)
+    llm.engine.check()
+    if options.json:
+        head = {
+            "date": datetime.date.today().isoformat(), "commit": machine.commit(), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "cpu": machine.cpu_name(), "kernels": describe()["running"],
+            "shape": options.shape, "layers": model.args.n_layers,
+            "command": f"python benchmarks/engine.py --shape {options.shape}",
+        }  # fmt: skip
+        options.json.write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""This package's engine under traffic, in its own process: the client's loop beside the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from collections.abc import AsyncIterator
+
+import torch
+
+from ...engine.async_llm import AsyncLLM
+from ...engine.config import EngineConfig
+from ...kernels import describe
+from ...model import Mistral7B, ModelArgs
+from ...quantization import random_model
+from ...sampling_params import SamplingParams
+from ...tokenizer import Tokenizer
+from ..machine import peak_memory
+from .client import Served, Trace, drive, warm_up
+from .traffic import Arrival, ServingJob
+
+
+class Ours:
+    """AsyncLLM as a Target."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self.llm = llm
+
+    async def stream(self, prompt: list[int], output: int) -> AsyncIterator[int]:
+        params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+        async for piece in self.llm.stream(prompt, params):
+            yield len(piece.token_ids)
+
+
+def serve(job: ServingJob) -> Served:
+    """Open or make the model of a job, and send it its traffic."""
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    model = build(job).eval()
+    config = EngineConfig(max_sequences=job.max_sequences, max_batch_tokens=job.max_batch_tokens)
+    traces, alone, cached = asyncio.run(_serve(model, config, job.traffic.draw(model.args.vocab_size)))
+    return Served(
+        traces, alone, torch.get_num_threads(), peak_memory(),
+        f"kernels: {describe()['running']}; PyTorch: {torch.backends.cpu.get_cpu_capability()}",
+        {"torch": torch.__version__, "python": platform.python_version()}, cached,
+    )  # fmt: skip
+
+
+async def _serve(
+    model: Mistral7B, config: EngineConfig, arrivals: list[Arrival]
+) -> tuple[list[Trace], float, int]:  # fmt: skip
+    async with AsyncLLM(model, config, tokenizer=words_for(model)) as llm:
+        target = Ours(llm)
+        alone = await warm_up(target, arrivals, model.args.vocab_size)
+        return await drive(target, arrivals), alone, llm.engine.counts.cached_tokens
+
+
+def build(job: ServingJob) -> Mistral7B:
+    """The model of a job: opened where it has a source, otherwise of random weights, made in memory."""
+    scheme = None if job.scheme == "none" else job.scheme
+    if job.source is not None:
+        return Mistral7B.from_pretrained(job.source, quantization=scheme, mmap=False)
+    return random_model(ModelArgs(**job.args), scheme)
+
+
+def words_for(model: Mistral7B) -> Tokenizer | None:
+    """For random weights the vocabulary of v0.1, so that tokens are made text as they would be; none if too small.
+
+    None for a model with a tokenizer of its own, too: the engine finds that.
+    """
+    return Tokenizer.v1() if model.source is None and model.args.vocab_size >= 32000 else None

@@ -1,0 +1,144 @@
+"""What serving comes to: throughput, the times that requests waited, and whether the engine kept up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ..records import spread
+from .client import Served, Trace
+from .traffic import ServingJob, Span
+
+PERCENTILES = (50, 95, 99)
+FEW = 10  # arrivals, of which nothing can be told
+Times = dict[str, float]  # "p50", "p95", "p99" -> seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingRecord:
+    """One engine at one rate. Rates are medians over rounds; times are of all rounds' requests together.
+
+    rate              arrivals a second, None: all at once
+    requests_per_s    that were answered in full, from the first arrival to the last token
+    tokens_per_s      of completions; total_tokens_per_s with those of prompts
+    first_token       seconds from the arrival to the first token
+    between_tokens    seconds from one token of a request to its next
+    latency           seconds from the arrival to the last token
+    unfinished        requests that were not answered in full when the last one arrived, of the worst round
+    kept_up           whether as many ended as arrived, chance aside; None: too short to tell, or all at once
+    failed            requests that were not answered in full at all
+    max_batch_tokens  of this package's engine; the peer decides itself
+    cached_tokens     of prompts, that had not to be computed
+    """
+
+    engine: str
+    scheme: str
+    what: str
+    rate: float | None
+    requests: int
+    requests_per_s: float
+    tokens_per_s: float
+    total_tokens_per_s: float
+    first_token: Times
+    between_tokens: Times
+    latency: Times
+    unfinished: int
+    kept_up: bool | None
+    failed: int
+    prompt: Span
+    output: Span
+    shared: float
+    seed: int
+    cached_tokens: int
+    max_sequences: int
+    max_batch_tokens: int
+    seconds: float
+    spread: float
+    rounds: int
+    peak_rss_bytes: int
+    threads: int
+    cpu: str
+    date: str
+    commit: str | None
+    command: str
+    versions: dict[str, str]
+    model: str
+    path: str
+
+    @property
+    def name(self) -> str:
+        """How many and how often, for people."""
+        return f"{self.requests} at once" if self.rate is None else f"{self.requests} at {self.rate:g}/s"
+
+
+@dataclasses.dataclass(frozen=True)
+class Circumstances:
+    """What all records of a run have in common."""
+
+    cpu: str
+    date: str
+    commit: str | None
+    command: str
+    model: str
+
+
+def record(job: ServingJob, rounds: Sequence[Served], here: Circumstances) -> ServingRecord:
+    """What several rounds of one job come to."""
+    answered = [[t for t in served.traces if not t.error] for served in rounds]
+    every, t, last = [t for traces in answered for t in traces], job.traffic, rounds[-1]
+    seconds = [max(t.tokens[-1] for t in traces) for traces in answered]
+    made = [sum(len(t.tokens) for t in traces) for traces in answered]
+    read = [sum(t.prompt for t in traces) for traces in answered]
+    told = [kept_up(s) if t.rate is not None else None for s in rounds]
+    return ServingRecord(
+        engine=job.engine, scheme=job.scheme, what="serving", rate=t.rate, requests=t.requests,
+        requests_per_s=statistics.median(len(a) / s for a, s in zip(answered, seconds, strict=True)),
+        tokens_per_s=statistics.median(n / s for n, s in zip(made, seconds, strict=True)),
+        total_tokens_per_s=statistics.median((n + p) / s for n, p, s in zip(made, read, seconds, strict=True)),
+        first_token=percentiles([t.tokens[0] - t.arrived for t in every]),
+        between_tokens=percentiles([after - before for t in every for before, after in pairwise(t.tokens)]),
+        latency=percentiles([t.tokens[-1] - t.arrived for t in every]),
+        unfinished=max(unfinished(s.traces) for s in rounds),
+        kept_up=None if None in told else all(told), failed=sum(bool(t.error) for s in rounds for t in s.traces),
+        prompt=t.prompt, output=t.output, shared=t.shared, seed=t.seed, cached_tokens=last.cached,
+        max_sequences=job.max_sequences, max_batch_tokens=job.max_batch_tokens,
+        seconds=statistics.median(seconds), spread=spread(seconds), rounds=len(rounds),
+        peak_rss_bytes=max(s.peak_rss_bytes for s in rounds), threads=last.threads, versions=last.versions,
+        path=last.path, **dataclasses.asdict(here),
+    )  # fmt: skip
+
+
+def percentiles(seconds: Sequence[float]) -> Times:
+    """Between neighbours evenly; 0 where nothing was measured."""
+    if len(seconds) < 2:
+        return {f"p{p}": seconds[0] if seconds else 0.0 for p in PERCENTILES}
+    hundredths = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {f"p{p}": hundredths[p - 1] for p in PERCENTILES}
+
+
+def unfinished(traces: Sequence[Trace]) -> int:
+    """Requests not answered in full at the moment when the last one arrived, itself included."""
+    last = max(t.arrived for t in traces)
+    return sum(t.error is not None or t.tokens[-1] > last for t in traces)
+
+
+def kept_up(served: Served) -> bool | None:
+    """Whether, in the second half of the time in which requests arrived, as many ended as came.
+
+    A queue that grows without bound is one that has grown by more than a tenth of those that came, and by more
+    than chance explains: two standard deviations of the difference of two Poisson numbers, of as many as are there
+    at a time at least (by Little's law arrivals a second times seconds of a request alone). None where that says
+    nothing: too few came, or a request alone takes more than half of the time.
+    """
+    traces = served.traces
+    last = max(t.arrived for t in traces)
+    came = sum(t.arrived > last / 2 for t in traces)
+    alone = min(served.alone, *(t.tokens[-1] - t.arrived for t in traces if not t.error))
+    if came < FEW or alone > last / 2:
+        return None
+    ended = sum(not t.error and last / 2 < t.tokens[-1] <= last for t in traces)
+    there = came * alone / (last / 2)
+    return came - ended <= max(0.1 * came, 2 * math.sqrt(2 * there))

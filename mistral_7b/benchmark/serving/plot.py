@@ -75,7 +75,6 @@ def times(axes: Axes, records: Sequence[ServingRecord], points: Sequence[str], n
     axes.set(yscale="log", ylabel=PANELS[name])
     for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         ticks(lambda value, _: f"{value:g}")  # 0.6, where matplotlib would write 6 x 10^-1
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.legend(loc="best", fontsize=9, frameon=False)
 
 

@@ -73,10 +73,11 @@ class Automaton(nn.Module):
         positions = batch.extend(tokens)
         held = pool.layers[0][0].flatten(0, 1)[:, 0, 0]
         numbers: list[int] = []
-        offsets = batch.offsets.tolist()
+        place = batch.place
+        offsets = place.offsets.tolist()
         assert offsets[-1] == len(tokens)
         assert 0 <= int(tokens.min()) <= int(tokens.max()) < V
-        for b, (start, seen) in enumerate(zip(batch.start.tolist(), batch.held.tolist(), strict=True)):
+        for b, (start, seen) in enumerate(zip(place.start.tolist(), place.held.tolist(), strict=True)):
             assert min(start, (W or start + 1) - 1) <= seen <= start, "something visible is gone"
             at = torch.arange(start - seen, start)
             past = held[batch.table[b, at // pool.page] * pool.page + at % pool.page].tolist()

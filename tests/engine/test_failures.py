@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from automaton import Automaton, Oracle, check, engine_of, request_of, run
@@ -171,6 +172,40 @@ def test_a_draft_model_whose_logits_are_not_finite_costs_nobody_anything() -> No
     engine = small(model)
     requests = add(engine, [1, 2, 3], [3, 2, 1], speculation=NotFinite(model))
     served(engine, *requests)
+
+
+class _BrokenGrammar:
+    """A grammar that fails after some tokens, and until then allows everything."""
+
+    finished = False
+
+    def __init__(self, error: Exception, after: int) -> None:
+        self.error, self.after = error, after
+
+    def masks(self, draft: Any) -> tuple[list[np.ndarray], int]:
+        if self.after == 0:
+            raise self.error
+        return [np.full(1, -1, dtype=np.int32)] * (1 + len(draft)), len(draft)
+
+    def accept(self, token: int) -> None:
+        self.after -= 1
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_grammar_that_fails_ends_its_own_request_alone(after: int, n: int) -> None:
+    engine = small()
+    (good,) = add(engine, [1, 2, 3, 4, 5])
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, n=n)
+    bad = request_of(engine, [5, 4, 3, 2, 1, 2, 3, 4, 5], params)
+    for s in bad.sequences:
+        s.grammar = _BrokenGrammar(GenerationError("no way on"), after)
+    engine.add(bad)
+    served(engine, good)
+    assert isinstance(bad.error, GenerationError)
+    assert "no way on" in str(bad.error)
+    again = add(engine, [5, 4, 3, 2, 1, 2, 3, 4, 5])
+    served(engine, *again)
 
 
 # ------------------------------------------------------------------ whoever takes the output fails

@@ -144,5 +144,5 @@ def alone(model: Automaton, request: Request) -> list[list[int]]:
 
 TestCourse = Course.TestCase
 TestCourse.settings = settings(
-    deadline=None, derandomize=True, max_examples=60, stateful_step_count=25, suppress_health_check=list(HealthCheck)
+    deadline=None, derandomize=True, max_examples=24, stateful_step_count=14, suppress_health_check=list(HealthCheck)
 )

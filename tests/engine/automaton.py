@@ -39,7 +39,8 @@ class Automaton(nn.Module):
         )  # fmt: skip
         self.source = None
         self.next: dict[tuple[int, int], int] = {}
-        self.before, self.token, self.length, self.mixed = [0], [-1], [0], [1]  # by number; 0 is the empty beginning
+        # By number; 0 is the empty beginning.
+        self.before, self.token, self.length, self.mixed = [0], [-1], [0], [1]
         self.keys = {0: first_key(None, None)}
         self.table = torch.randn(101, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         self.rows = 0
@@ -191,7 +192,7 @@ def check(engine: Engine) -> None:
     engine.model.check_keys(engine.pool)
     page, W, scheduler = engine.pool.page, engine.model.args.sliding_window, engine.scheduler
     for s in scheduler.running:
-        assert s.running and not s.ended and not s.waits
+        assert (s.running, s.ended, s.waits) == (True, False, False)
         assert len(s.held) <= scheduler.most_pages(len(s.request.ids) + s.completion.max_tokens)
         assert s.stop * page >= s.computed
         if W is not None:

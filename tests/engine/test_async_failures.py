@@ -1,4 +1,4 @@
-"""AsyncLLM when streams are left, cancelled, slow, closed or broken: pages come back, and nobody waits for ever."""
+"""AsyncLLM when streams are left, cancelled, slow or broken: pages come back, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -275,7 +276,7 @@ def test_outputs_grow_by_what_has_come_and_the_last_is_finished(open_llm: Callab
             outputs = [o async for o in llm.generate([1, 2, 3], params, speculation=Oracle(llm.engine.model))]
             wanted = llm.engine.model.greedy([1, 2, 3], 12)
             assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
-            for before, after in zip(outputs, outputs[1:], strict=False):
+            for before, after in pairwise(outputs):
                 for a, b in zip(before.outputs, after.outputs, strict=True):
                     assert b.token_ids[: len(a.token_ids)] == a.token_ids
             for output in outputs[-1].outputs:

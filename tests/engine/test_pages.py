@@ -1,4 +1,4 @@
-"""PagePool against a model of it: who holds what, what is found, what is thrown out, and what lies in the pages."""
+"""PagePool against a model of it: who holds what, what is found, what is thrown out, what lies in the pages."""
 
 from __future__ import annotations
 
@@ -116,8 +116,9 @@ class Pages(RuleBasedStateMachine):
 
 TestPages = Pages.TestCase
 TestPages.settings = settings(
-    deadline=None, derandomize=True, max_examples=60, stateful_step_count=30, suppress_health_check=list(HealthCheck)
-)
+    deadline=None, derandomize=True, max_examples=60, stateful_step_count=30,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
 
 
 def test_a_key_stands_for_everything_before_it() -> None:
@@ -129,7 +130,8 @@ def test_a_key_stands_for_everything_before_it() -> None:
                 key = next_key(key, tokens[at : at + 2])
             keys.add(key)
     assert len(keys) == 4 * 8
-    assert len({first_key("a", None), first_key(None, "a"), first_key("a"), first_key("a", "None"), first_key()}) == 5
+    firsts = {first_key(*parts) for parts in (("a", None), (None, "a"), ("a",), ("a", "None"), ())}
+    assert len(firsts) == 5
     assert next_key(next_key(first_key(), [1, 2]), [3]) != next_key(next_key(first_key(), [1]), [2, 3])
 
 

@@ -1,9 +1,10 @@
-"""Hypothesis looks for a course of events in which pages go wrong, or a request gets what it would not get alone."""
+"""Hypothesis looks for a course of events in which pages go wrong, or a request gets other tokens than alone."""
 
 from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from automaton import Automaton, Oracle, V, check, engine_of, request_of, run
 from hypothesis import HealthCheck, settings
@@ -32,11 +33,13 @@ class Course(RuleBasedStateMachine):
         spare=st.integers(0, 12),
         caching=st.booleans(),
     )
-    def begin(self, window: int | None, page: int, capacity: int, sequences: int, spare: int, caching: bool) -> None:
+    def begin(
+        self, window: int | None, page: int, capacity: int, sequences: int, spare: int, caching: bool
+    ) -> None:
         self.model = Automaton(window)
         self.engine: Engine = engine_of(
-            self.model, capacity // page, max_sequences=sequences, max_batch_tokens=sequences + page + spare, page_size=page,
-            prefix_caching=caching,
+            self.model, capacity // page, page_size=page, max_sequences=sequences,
+            max_batch_tokens=sequences + page + spare, prefix_caching=caching,
         )  # fmt: skip
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
@@ -142,7 +145,30 @@ def alone(model: Automaton, request: Request) -> list[list[int]]:
     return [c.token_ids for c in same.completions]
 
 
+@pytest.mark.parametrize(("window", "page"), [(8, 4), (8, 2), (8, 3), (2, 2), (16, 3), (None, 4)])
+def test_a_prefix_is_taken_only_where_all_that_is_visible_is_there(window: int | None, page: int) -> None:
+    """Pages are thrown out one after another, the oldest first: as long as the last window is there, it is enough."""
+    prompt = BASES[0][:41]
+    whole = 40 // page  # pages that may be found
+    needed = whole if window is None else whole - (whole * page - window + 1) // page
+    for gone in range(whole + 1):
+        engine = engine_of(Automaton(window), 60, max_sequences=2, max_batch_tokens=30, page_size=page)
+        first = request_of(engine, prompt, SamplingParams(max_tokens=1, temperature=0))
+        engine.add(first)
+        run(engine)
+        pool = engine.pool
+        taken = [pool.take() for _ in range(len(pool._free) + gone)]
+        pool.release(taken)
+        again = request_of(engine, prompt, SamplingParams(max_tokens=9, temperature=0, ignore_eos=True))
+        engine.add(again)
+        run(engine)
+        assert again.completions[0].token_ids == engine.model.greedy(prompt, 9)  # type: ignore[operator]
+        if gone == 0 or (window is not None and gone <= whole - needed):
+            assert again.cached == whole * page
+
+
 TestCourse = Course.TestCase
 TestCourse.settings = settings(
-    deadline=None, derandomize=True, max_examples=24, stateful_step_count=14, suppress_health_check=list(HealthCheck)
-)
+    deadline=None, derandomize=True, max_examples=24, stateful_step_count=14,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip

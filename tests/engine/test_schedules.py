@@ -1,8 +1,8 @@
 """Whatever runs beside a request, whenever it comes and however scarce pages are: it gets what it gets alone.
 
 Each schedule is drawn from a number: requests of a bank come between steps, are given up or not, over a pool that
-may hold but one of them. What they get must be what `generate` gives and an engine of their own: the same bits on the
-quantised path of a CPU and in deterministic mode, else the same tokens and log-probabilities up to rounding.
+may hold but one of them. What they get must be what `generate` gives, and an engine of their own: the same bits on
+the quantised path of a CPU and in deterministic mode, else the same tokens, and log-probabilities up to rounding.
 """
 
 from __future__ import annotations

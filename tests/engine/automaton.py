@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mistral_7b.engine.batch import PagedBatch
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
-from mistral_7b.engine.pages import PagePool, first_key, next_key
+from mistral_7b.engine.pages import Key, PagePool, first_key, next_key
 from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
 from mistral_7b.model import ModelArgs
@@ -41,7 +41,7 @@ class Automaton(nn.Module):
         self.next: dict[tuple[int, int], int] = {}
         # By number; 0 is the empty beginning.
         self.before, self.token, self.length, self.mixed = [0], [-1], [0], [1]
-        self.keys = {0: first_key(None, None)}
+        self.keys: dict[int, Key] = {}  # by number
         self.table = torch.randn(101, V, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         self.rows = 0
 
@@ -174,6 +174,7 @@ def engine_of(model: Automaton, n_pages: int, **config: object) -> Engine:
     pool = PagePool(1, 1, 2, n_pages, settings.page_size, dtype=torch.float64)
     engine = Engine(model, pool, settings)  # type: ignore[arg-type]
     engine._fail = _raise  # type: ignore[method-assign]
+    model.keys[0] = first_key(None, str(engine.adapters.loading(None)))  # of a request without salt or adapter
     return engine
 
 

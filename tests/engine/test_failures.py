@@ -16,7 +16,7 @@ from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.llm import LLM, RequestsFailedError
 from mistral_7b.engine.request import Request
-from mistral_7b.errors import ConfigError, EngineError, GenerationError, QueueFullError
+from mistral_7b.errors import AdapterError, ConfigError, EngineError, GenerationError, QueueFullError
 from mistral_7b.sampling import SamplingParams
 from mistral_7b.speculation import Speculation
 
@@ -298,7 +298,7 @@ def test_what_can_never_be_computed_is_refused_and_leaves_nothing() -> None:
         request_of(engine, [], fits)
     with pytest.raises(GenerationError, match="no token"):
         request_of(engine, [11], fits)
-    with pytest.raises(EngineError, match="no adapter called 'french'"):
+    with pytest.raises(AdapterError, match="no adapter 'french'"):
         request_of(engine, [1], fits, adapter="french")
     with pytest.raises(GenerationError, match="need a tokenizer"):
         request_of(engine, [1], SamplingParams(stop="x"))

@@ -14,7 +14,7 @@ from mistral_7b.engine.pages import Key, PagePool, first_key, next_key
 class Pages(RuleBasedStateMachine):
     """The model: pages' holders, keys and marks in plain lists and dictionaries, written from the docstrings."""
 
-    @initialize(n=st.integers(1, 7), int8=st.booleans())
+    @initialize(n=st.integers(1, 5), int8=st.booleans())
     def begin(self, n: int, int8: bool) -> None:
         self.pool = PagePool(2, 1, 4, n, 3, dtype=torch.float32, int8=int8)
         self.held: list[int] = []  # one entry for each holder
@@ -79,6 +79,14 @@ class Pages(RuleBasedStateMachine):
         self.pool.know(page, key)
         if key not in self.keys and page not in self.keys.values():
             self.keys[key] = page
+
+    @precondition(lambda self: self.pool.available)
+    @rule(name=st.integers(0, 5))
+    def leave(self, name: int) -> None:
+        """A page is filled, made known and given back: what a request leaves behind."""
+        self.take()
+        self.know(len(self.held) - 1, name)
+        self.release([len(self.held) - 1])
 
     @precondition(lambda self: self.held and self.pool.available)
     @rule(which=st.integers(0, 99))

@@ -147,7 +147,7 @@ def alone(model: Automaton, request: Request) -> list[list[int]]:
 
 @pytest.mark.parametrize(("window", "page"), [(8, 4), (8, 2), (8, 3), (2, 2), (16, 3), (None, 4)])
 def test_a_prefix_is_taken_only_where_all_that_is_visible_is_there(window: int | None, page: int) -> None:
-    """Pages are thrown out one after another, the oldest first: as long as the last window is there, it is enough."""
+    """Pages are thrown out one after another, the oldest first: while the last window is there, it is enough."""
     prompt = BASES[0][:41]
     whole = 40 // page  # pages that may be found
     needed = whole if window is None else whole - (whole * page - window + 1) // page

@@ -1,71 +1,22 @@
-"""AsyncLLM when streams are left, cancelled, slow or broken: pages come back, and nobody waits for ever."""
+"""AsyncLLM when streams are left, cancelled, refused or slow: pages come back, and nobody loses anything."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
-from collections.abc import Callable, Coroutine, Iterator
 from itertools import pairwise
-from typing import Any
 
 import pytest
-from automaton import Automaton, Oracle, check, engine_of
-from torch import Tensor
+from automaton import Oracle
+from scenes import GREEDY, LONG, no_thread_is_left, open_llm, play, settled, tokens_of  # noqa: F401
 
+from mistral_7b.completion import Completion
 from mistral_7b.engine import async_llm
-from mistral_7b.engine.async_llm import AsyncLLM
-from mistral_7b.engine.engine import Engine
-from mistral_7b.engine.reading import Reader
 from mistral_7b.errors import EngineError, GenerationError, QueueFullError
 from mistral_7b.sampling import SamplingParams
 
-GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-LONG = SamplingParams(max_tokens=3000, temperature=0, ignore_eos=True)
 
-
-@pytest.fixture
-def open_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., AsyncLLM]]:
-    """`open_llm(max_sequences=...)`: an AsyncLLM over an automaton; after the test no thread of it may be left."""
-    made: list[AsyncLLM] = []
-
-    def make(**config: Any) -> AsyncLLM:
-        engine = engine_of(
-            Automaton(8), 100, **{"max_sequences": 4, "max_batch_tokens": 16, "page_size": 4, **config}
-        )
-        engine._fail = Engine._fail.__get__(engine)  # type: ignore[method-assign]
-        monkeypatch.setattr(async_llm, "open_engine", lambda *a, **k: Reader(engine, None, "there is none here"))
-        made.append(AsyncLLM())
-        return made[-1]
-
-    yield make
-    left = [llm._thread for llm in made if llm._thread.is_alive()]
-    for llm in made:
-        llm._commands.put(None)
-    assert not left, "the engine's thread goes on"
-
-
-def play(scene: Coroutine[Any, Any, None]) -> None:
-    """Run it; whoever waits for ever is found out."""
-
-    async def timed() -> None:
-        await asyncio.wait_for(scene, 20)
-
-    asyncio.run(timed())
-
-
-async def tokens_of(llm: AsyncLLM, prompt: list[int], params: SamplingParams = GREEDY, **asked: Any) -> list[int]:
-    return [t async for piece in llm.stream(prompt, params, **asked) for t in piece.token_ids]
-
-
-async def settled(llm: AsyncLLM) -> int:
-    """Pages that are held after what was asked until now has been done, and one step more."""
-    await llm.call(lambda: None)
-    await llm.call(lambda: check(llm.engine))
-    return await llm.call(lambda: llm.engine.pool.held)
-
-
-def test_fifty_streams_get_what_each_gets_alone(open_llm: Callable[..., AsyncLLM]) -> None:
+def test_fifty_streams_get_what_each_gets_alone() -> None:
     async def scene() -> None:
         async with open_llm() as llm:
             prompts = [[i % 11, i % 7, i % 5] for i in range(50)]
@@ -78,7 +29,7 @@ def test_fifty_streams_get_what_each_gets_alone(open_llm: Callable[..., AsyncLLM
 
 @pytest.mark.parametrize("how", ["abort", "aclose", "cancel", "break"])
 @pytest.mark.parametrize("face", ["stream", "generate"])
-def test_who_is_left_gives_its_pages_back(open_llm: Callable[..., AsyncLLM], how: str, face: str) -> None:
+def test_who_is_left_gives_its_pages_back(how: str, face: str) -> None:
     async def scene() -> None:
         async with open_llm() as llm:
             other = asyncio.create_task(tokens_of(llm, [7, 8, 9], GREEDY))
@@ -115,7 +66,7 @@ def test_who_is_left_gives_its_pages_back(open_llm: Callable[..., AsyncLLM], how
     play(scene())
 
 
-def test_a_task_may_be_cancelled_at_any_moment(open_llm: Callable[..., AsyncLLM]) -> None:
+def test_a_task_may_be_cancelled_at_any_moment() -> None:
     async def scene() -> None:
         async with open_llm() as llm:
             tasks = []
@@ -138,7 +89,7 @@ def test_a_task_may_be_cancelled_at_any_moment(open_llm: Callable[..., AsyncLLM]
     play(scene())
 
 
-def test_who_gives_up_a_name_that_another_has_does_not_end_the_other(open_llm: Callable[..., AsyncLLM]) -> None:
+def test_who_gives_up_a_name_that_another_has_does_not_end_the_other() -> None:
     async def scene() -> None:
         async with open_llm() as llm:
             first = llm.stream([1, 2, 3], LONG, request_id="same")
@@ -162,27 +113,7 @@ def test_who_gives_up_a_name_that_another_has_does_not_end_the_other(open_llm: C
     play(scene())
 
 
-def test_closing_ends_whoever_runs_waits_or_comes(open_llm: Callable[..., AsyncLLM]) -> None:
-    async def scene() -> None:
-        llm = open_llm(max_sequences=1)
-        streams = [asyncio.create_task(tokens_of(llm, [i], LONG)) for i in range(4)]
-        while not llm.engine.scheduler.running:
-            await asyncio.sleep(0.001)
-        await llm.close()
-        for stream in await asyncio.gather(*streams, return_exceptions=True):
-            assert isinstance(stream, EngineError)
-            assert "closed" in str(stream)
-        for again in (tokens_of(llm, [1]), llm.call(lambda: None)):
-            with pytest.raises(EngineError, match="closed"):
-                await again
-        await llm.close()
-        assert llm.engine.pool.held == 0
-        check(llm.engine)
-
-    play(scene())
-
-
-def test_two_event_loops_share_an_engine(open_llm: Callable[..., AsyncLLM]) -> None:
+def test_two_event_loops_share_an_engine() -> None:
     llm = open_llm()
     got: dict[int, list[list[int]]] = {}
 
@@ -201,60 +132,7 @@ def test_two_event_loops_share_an_engine(open_llm: Callable[..., AsyncLLM]) -> N
     play(llm.close())
 
 
-def test_an_event_loop_that_ends_takes_its_requests_along(open_llm: Callable[..., AsyncLLM]) -> None:
-    llm = open_llm()
-    left = []
-
-    async def leave() -> None:
-        left.append(llm.stream([1, 2], LONG, request_id="left"))
-        await anext(left[0])
-        left.append(asyncio.create_task(tokens_of(llm, [3], LONG)))
-        await asyncio.sleep(0.01)
-
-    async def after() -> None:
-        assert await settled(llm) == 0
-        assert await tokens_of(llm, [5]) == llm.engine.model.greedy([5], 12)
-        await llm.close()
-
-    play(leave())
-    play(after())
-
-
-def test_a_loop_that_is_closed_without_a_word_hurts_nobody_else(open_llm: Callable[..., AsyncLLM]) -> None:
-    llm = open_llm()
-    loop = asyncio.new_event_loop()
-    generator = llm.stream([1, 2], LONG)
-    loop.run_until_complete(anext(generator))
-    loop.close()
-
-    async def after() -> None:
-        assert await tokens_of(llm, [5]) == llm.engine.model.greedy([5], 12)
-        await llm.close()
-
-    play(after())
-    del generator
-    gc.collect()
-
-
-def test_a_loop_that_closes_while_it_is_told_hurts_nobody_else(open_llm: Callable[..., AsyncLLM]) -> None:
-    class Closing:
-        def is_closed(self) -> bool:
-            return False
-
-        def call_soon_threadsafe(self, *_: object) -> None:
-            raise RuntimeError("Event loop is closed")
-
-    async def scene() -> None:
-        async with open_llm() as llm:
-            mailbox = async_llm._Mailbox()
-            mailbox.loop = Closing()  # type: ignore[assignment]
-            llm._touched[mailbox] = None
-            assert await tokens_of(llm, [5]) == llm.engine.model.greedy([5], 12)
-
-    play(scene())
-
-
-def test_a_slow_reader_holds_up_nobody_and_loses_nothing(open_llm: Callable[..., AsyncLLM]) -> None:
+def test_a_slow_reader_holds_up_nobody_and_loses_nothing() -> None:
     async def scene() -> None:
         async with open_llm() as llm:
             slow = llm.stream([1, 2, 3], GREEDY)
@@ -268,7 +146,7 @@ def test_a_slow_reader_holds_up_nobody_and_loses_nothing(open_llm: Callable[...,
     play(scene())
 
 
-def test_outputs_grow_by_what_has_come_and_the_last_is_finished(open_llm: Callable[..., AsyncLLM]) -> None:
+def test_outputs_grow_by_what_has_come_and_the_last_is_finished() -> None:
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, n=2, logprobs=1)
 
     async def scene() -> None:
@@ -287,11 +165,10 @@ def test_outputs_grow_by_what_has_come_and_the_last_is_finished(open_llm: Callab
     play(scene())
 
 
-def test_outputs_are_made_of_pieces_and_never_of_what_the_thread_is_writing(
-    open_llm: Callable[..., AsyncLLM], monkeypatch: pytest.MonkeyPatch
+def test_outputs_are_made_of_pieces_never_of_what_the_thread_writes(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A completion's tokens and log-probabilities are appended one after the other: between them it is torn."""
-    from mistral_7b.completion import Completion
 
     def torn(self: Completion) -> None:
         raise AssertionError("a completion is read by another thread than the one that writes it")
@@ -305,7 +182,7 @@ def test_outputs_are_made_of_pieces_and_never_of_what_the_thread_is_writing(
     play(scene())
 
 
-def test_the_queue_refuses_at_once_and_forgets_nobody(open_llm: Callable[..., AsyncLLM]) -> None:
+def test_the_queue_refuses_at_once_and_forgets_nobody() -> None:
     async def scene() -> None:
         async with open_llm(max_sequences=1, max_waiting=3) as llm:
             running = asyncio.create_task(tokens_of(llm, [1, 2], LONG, request_id="long"))
@@ -327,7 +204,7 @@ def test_the_queue_refuses_at_once_and_forgets_nobody(open_llm: Callable[..., As
     play(scene())
 
 
-def test_errors_come_before_the_first_piece(open_llm: Callable[..., AsyncLLM]) -> None:
+def test_errors_come_before_the_first_piece() -> None:
     async def scene() -> None:
         async with open_llm() as llm:
             for prompt, params, kind in (([], GREEDY, GenerationError), ([1], SamplingParams(n=5), EngineError)):
@@ -338,107 +215,3 @@ def test_errors_come_before_the_first_piece(open_llm: Callable[..., AsyncLLM]) -
             assert llm.engine.idle
 
     play(scene())
-
-
-# ------------------------------------------------------------------ the engine itself breaks
-
-
-def test_a_step_that_fails_is_raised_where_it_is_waited_for(open_llm: Callable[..., AsyncLLM]) -> None:
-    async def scene() -> None:
-        async with open_llm() as llm:
-            hidden = llm.engine.model.hidden
-
-            def failing(tokens: Tensor, batch: Any) -> Tensor:
-                if 9 in tokens.tolist():
-                    raise RuntimeError("the model broke")
-                return hidden(tokens, batch)
-
-            llm.engine.model.hidden = failing
-            with pytest.raises(EngineError, match="the model broke") as caught:
-                await tokens_of(llm, [9], GREEDY)
-            assert isinstance(caught.value.__cause__, RuntimeError)
-            llm.engine.model.hidden = hidden
-            assert await tokens_of(llm, [5]) == llm.engine.model.greedy([5], 12)
-            assert await settled(llm) == 0
-
-    play(scene())
-
-
-def test_a_bug_in_the_engine_ends_every_stream_and_hangs_none(open_llm: Callable[..., AsyncLLM]) -> None:
-    async def scene() -> None:
-        llm = open_llm(max_sequences=1)
-        streams = [asyncio.create_task(tokens_of(llm, [i], LONG)) for i in range(3)]
-        while not llm.engine.scheduler.running:
-            await asyncio.sleep(0.001)
-
-        def plan() -> None:
-            raise ZeroDivisionError("a bug")
-
-        llm.engine.scheduler.plan = plan  # type: ignore
-        for error in await asyncio.gather(*streams, return_exceptions=True):
-            assert isinstance(error, EngineError)
-            assert "a bug" in str(error)
-        with pytest.raises(EngineError):
-            await tokens_of(llm, [1])
-        with pytest.raises(EngineError):
-            await llm.call(lambda: None)
-        await llm.close()
-        assert llm.engine.pool.held == 0
-
-    play(scene())
-
-
-def test_a_command_that_fails_is_raised_by_its_caller_alone(open_llm: Callable[..., AsyncLLM]) -> None:
-    async def scene() -> None:
-        async with open_llm() as llm:
-            with pytest.raises(ZeroDivisionError):
-                await llm.call(lambda: 1 // 0)
-            assert await llm.call(lambda: threading.current_thread().name) == "engine"
-            assert await tokens_of(llm, [5]) == llm.engine.model.greedy([5], 12)
-
-    play(scene())
-
-
-def test_nobody_is_lost_who_comes_when_it_has_just_closed(open_llm: Callable[..., AsyncLLM]) -> None:
-    """The thread would end between the look whether it runs and the request: but for the lock."""
-
-    async def scene(ask: Callable[[AsyncLLM], Any]) -> None:
-        llm = open_llm()
-        check_open, closing = llm._check_open, threading.Thread(target=lambda: asyncio.run(llm.close()))
-
-        def slowly() -> None:
-            check_open()
-            closing.start()
-            threading.Event().wait(0.05)
-
-        llm._check_open = slowly  # type: ignore[method-assign]
-        (ended,) = await asyncio.gather(ask(llm), return_exceptions=True)
-        assert isinstance(ended, (list, EngineError)), ended
-        await asyncio.to_thread(closing.join)
-
-    play(scene(lambda llm: tokens_of(llm, [1])))
-    play(scene(lambda llm: llm.call(list)))
-
-
-def test_nobody_is_lost_who_comes_while_it_closes(open_llm: Callable[..., AsyncLLM]) -> None:
-    """From other threads, at whatever moment: each stream ends, well or with the error that says why."""
-    for delay in range(8):
-        llm = open_llm()
-        ended: list[object] = []
-
-        def come(llm: AsyncLLM = llm, ended: list[object] = ended) -> None:
-            async def scene() -> None:
-                for i in range(12):
-                    ended.append((await asyncio.gather(tokens_of(llm, [i % 11]), return_exceptions=True))[0])
-
-            play(scene())
-
-        threads = [threading.Thread(target=come) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        threading.Event().wait(delay * 0.003)
-        play(llm.close())
-        for thread in threads:
-            thread.join(20)
-        assert len(ended) == 36
-        assert all(isinstance(e, (list, EngineError)) for e in ended), ended

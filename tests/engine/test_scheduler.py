@@ -167,6 +167,20 @@ def test_a_prefix_is_taken_only_where_all_that_is_visible_is_there(window: int |
             assert again.cached == whole * page
 
 
+def test_only_requests_of_one_salt_share_pages() -> None:
+    model = Automaton(8)
+    engine = engine_of(model, 60, max_sequences=2, max_batch_tokens=30, page_size=4)
+    cached = []
+    for salt in (None, None, "a", "b", "a"):
+        request = request_of(engine, BASES[0][:17], SamplingParams(max_tokens=1), cache_salt=salt)
+        engine.add(request)
+        while not request.finished:
+            engine.step()
+            engine.check()
+        cached.append(request.cached)
+    assert cached == [0, 16, 0, 0, 16]
+
+
 TestCourse = Course.TestCase
 TestCourse.settings = settings(
     deadline=None, derandomize=True, max_examples=24, stateful_step_count=14,

@@ -85,7 +85,7 @@ def bank() -> list[Job]:
         SamplingParams(seed=7, prompt_logprobs=0, n=2),
     ]
     jobs = []
-    for i, length in enumerate([*lengths, *lengths]):
+    for i, length in enumerate([*lengths, 8, 16, 24, 40, 33]):
         prompt = bases[i % 2][:length]
         most = draw.choice([1, 5, 9, MOST])
         p = params[i % len(params)]
@@ -218,12 +218,38 @@ def test_a_request_gets_what_it_gets_alone(kind: str) -> None:
 @kinds
 def test_whatever_runs_beside_it_a_request_gets_what_it_gets_alone(kind: str) -> None:
     seen = dict.fromkeys(["preemptions", "cached_tokens", "accepted_tokens"], 0)
-    for seed in range(14):
-        engine = Schedule(kind, seed).play(7).check().engine
+    for seed in range(10):
+        engine = Schedule(kind, seed).play(6).check().engine
         assert engine.pool.held == 0
         for name in seen:
             seen[name] += getattr(engine.counts, name)
     assert all(seen.values()), f"these schedules try too little: {seen}"
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@kinds
+def test_embeddings_too_whatever_runs_beside_them(kind: str, pooling: str) -> None:
+    """Read in parts, thrown out and read again, or found computed: the same state."""
+    model, seen = model_of(kind), 0
+    for seed in range(3):
+        schedule = Schedule(kind, seed, kv_dtype=None, max_sequences=5, page_size=3, max_batch_tokens=9)
+        engine, wanted = schedule.engine, []
+        for which in (5, 17, 18, 19, 20, 17):
+            prompt = list(bank()[which].prompt)
+            request = schedule.reader.embedding(prompt, pooling, Asked())
+            with torch.inference_mode():
+                hidden = model.hidden(torch.tensor([prompt]), model.rolling_cache(1))[0].double()
+            wanted.append((request, hidden.mean(0) if pooling == "mean" else hidden[-1]))
+            engine.add(request)
+            schedule.play(schedule.draw.choice([0, 1]) + len(schedule.requests)) if seed else engine.step()
+        while not engine.idle:
+            engine.step()
+            engine.check()
+        for request, state in wanted:
+            got = torch.tensor(request.embedding(normalize=False), dtype=torch.float64)
+            torch.testing.assert_close(got, state.float().double(), rtol=0, atol=0 if kind in EXACT else 1e-6)
+            seen += 1
+    assert seen == 18
 
 
 @pytest.mark.parametrize("kind", ["float64", "float64 without a window"])

@@ -96,6 +96,24 @@ def test_who_came_first_keeps_its_pages_and_goes_on() -> None:
     assert engine.counts.preemptions > 0
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_guess_that_finds_no_pages_is_given_up_and_nobody_thrown_out(who: int) -> None:
+    engine = engine_of(Automaton(None), 20, max_sequences=2, max_batch_tokens=20, page_size=1)
+    requests = [add(engine, 3, 6), add(engine, 3, 6)]
+    for _ in range(2):
+        engine.step()
+    guessing = engine.scheduler.running[who]
+    guessing.draft = [1, 2, 3]
+    taken = [engine.pool.take() for _ in range(engine.pool.available - 2)]  # a page for each of both is left
+    assert [n for _, n in engine.scheduler.plan()] == [1, 1]
+    assert guessing.draft == []
+    assert engine.counts.preemptions == 0
+    engine.pool.release(taken)
+    for request in requests:
+        engine.abort(request.id)
+    check(engine)
+
+
 def test_a_large_request_is_not_starved_by_small_ones_that_keep_coming() -> None:
     engine = engine_of(Automaton(None), 24, max_sequences=4, max_batch_tokens=16, page_size=4)
     for _ in range(4):

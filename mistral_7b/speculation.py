@@ -164,7 +164,7 @@ class DraftModel:
         self.ahead: list[int] = []  # guessed tokens that it has seen
 
     def extend(self, tokens: Sequence[int]) -> None:
-        right = agreeing(tokens, self.ahead)
+        right = agreeing(tokens[:-1], self.ahead)  # the newest is read in any case: the next guess comes of it
         if right < len(self.ahead):
             self.cache.rollback(len(self.ahead) - right)
         self.ahead = []

@@ -355,6 +355,24 @@ def test_a_draft_model_reads_each_token_once(small: Mistral7B, monkeypatch: pyte
         assert drafter.unread == [later[1], 5]
 
 
+@pytest.mark.parametrize("came", [1, 2, 3])
+def test_a_guess_of_which_only_the_beginning_came_is_taken_back(small: Mistral7B, came: int) -> None:
+    """An engine without room for a whole guess feeds none of it: what comes may be no more than was guessed."""
+    ids = repeating(20, 1)
+
+    def choose(logits: Tensor, ahead: Sequence[int]) -> int:
+        return int(logits.argmax())
+
+    with torch.inference_mode():
+        drafter = DraftModel(small, 60, 4)
+        drafter.extend(ids)
+        draft = drafter.propose(4, choose)
+        drafter.extend(draft[:came])
+        other = DraftModel(small, 60, 4)
+        other.extend([*ids, *draft[:came]])
+        assert drafter.propose(4, choose) == other.propose(4, choose)
+
+
 def test_a_draft_model_that_is_the_model_is_always_right(model: Mistral7B) -> None:
     """Sampled too, with penalties and bans: it gets the numbers and the rules of the places to come."""
     params = SamplingParams(

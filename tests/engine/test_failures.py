@@ -1,0 +1,233 @@
+"""What goes wrong in a step hits those that it concerns, says why, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from automaton import Automaton, Oracle, check, request_of, run
+from serving import GREEDY, add, broken, served, small
+from torch import Tensor
+
+from mistral_7b.completion import TextPiece
+from mistral_7b.engine.request import Request
+from mistral_7b.errors import EngineError, GenerationError
+from mistral_7b.sampling import SamplingParams
+
+# ------------------------------------------------------------------ the model fails
+
+
+def test_a_step_that_fails_ends_its_own_requests_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small(max_sequences=2)
+    first, second, third = add(engine, [1, 2, 3], [4] * 30, [5, 6])
+    steps = [0]
+
+    def third_step(tokens: Tensor) -> bool:
+        steps[0] += 1
+        return steps[0] == 3
+
+    broken(monkeypatch, engine, third_step)
+    for _ in range(3):
+        engine.step()
+        check(engine)
+    for request in (first, second):
+        assert request.finished
+        assert isinstance(request.error, EngineError)
+        assert isinstance(request.error.__cause__, RuntimeError)
+        assert request.id in str(request.error)
+        assert "the model broke" in str(request.error)
+        assert request.output().error is request.error
+    assert not third.finished
+    assert first.completions[0].token_ids == engine.model.greedy(first.ids, 12)[:2]  # what had come is not lost
+    later = add(engine, [1, 2, 3])
+    served(engine, third, *later)
+    assert engine.counts.finished == {"error": 2, "length": 2}
+
+
+def test_a_model_that_always_fails_fails_everyone_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small()
+    requests = add(engine, *([i, i + 1] for i in range(9)), params=SamplingParams(max_tokens=3, n=2))
+    broken(monkeypatch, engine, lambda tokens: True)
+    run(engine)
+    assert all(isinstance(r.error, EngineError) for r in requests)
+    assert engine.pool.held == 0
+
+
+def test_logits_that_are_not_finite_fail_one_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = small(prefix_caching=False)
+    logits = engine.model.logits
+    for bad in (float("nan"), float("inf")):
+        requests = add(engine, [1, 2, 3], [7, 7, 7, 9], [4, 5])
+        poisoned = engine.model.number_of(requests[1].ids + engine.model.greedy(requests[1].ids, 3))
+
+        def poison(hidden: Tensor, at: int = poisoned, bad: float = bad) -> Tensor:
+            out = logits(hidden)
+            out[hidden[:, 0] == at, 3] = bad
+            return out
+
+        monkeypatch.setattr(engine.model, "logits", poison)
+        served(engine, requests[0], requests[2])
+        assert isinstance(requests[1].error, GenerationError)
+        assert "not finite" in str(requests[1].error)
+        assert requests[1].completions[0].token_ids == engine.model.greedy([7, 7, 7, 9], 3)
+
+
+def test_logits_that_are_not_finite_after_a_wrong_guess_matter_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Automaton(8)
+    engine = small(model)
+    logits = model.logits
+    prompt = [1, 2, 3]
+    text = prompt + model.greedy(prompt, 12)
+    right = {model.number_of(text[:n]) for n in range(len(text) + 1)}
+
+    def poison(hidden: Tensor) -> Tensor:
+        out = logits(hidden)
+        wrong = [i for i, number in enumerate(hidden[:, 0].tolist()) if int(number) not in right]
+        out[wrong] = float("nan")
+        return out
+
+    monkeypatch.setattr(model, "logits", poison)
+    (request,) = add(engine, prompt, speculation=Oracle(model, wrong=2))
+    served(engine, request)
+    assert engine.counts.drafted_tokens > engine.counts.accepted_tokens > 0
+
+
+class _BrokenGuesses(Oracle):
+    """Guesses that fail, or are no tokens."""
+
+    def guesser(self, prompt: Any, room: int) -> Any:
+        guesser = super().guesser(prompt, room)
+        guesser.drafter.propose = self.propose  # type: ignore[method-assign]
+        return guesser
+
+    def propose(self, n: int, choose: Any) -> list[int]:
+        raise RuntimeError("the drafter broke")
+
+
+def test_a_drafter_that_fails_ends_its_own_request_alone() -> None:
+    model = Automaton(8)
+    engine = small(model)
+    (good,) = add(engine, [1, 2, 3])
+    (bad,) = add(engine, [3, 2, 1], speculation=_BrokenGuesses(model))
+    served(engine, good)
+    assert isinstance(bad.error, EngineError)
+    assert "the drafter broke" in repr(bad.error.__cause__)
+
+
+def test_a_draft_model_whose_logits_are_not_finite_costs_nobody_anything() -> None:
+    model = Automaton(8)
+
+    class NotFinite(_BrokenGuesses):
+        def propose(self, n: int, choose: Any) -> list[int]:
+            return [choose(torch.full((1, 11), float("nan")), []) for _ in range(n)]
+
+    engine = small(model)
+    requests = add(engine, [1, 2, 3], [3, 2, 1], speculation=NotFinite(model))
+    served(engine, *requests)
+
+
+class _BrokenGrammar:
+    """A grammar that fails after some tokens, and until then allows everything."""
+
+    finished = False
+
+    def __init__(self, error: Exception, after: int) -> None:
+        self.error, self.after = error, after
+
+    def masks(self, draft: Any) -> tuple[list[np.ndarray], int]:
+        if self.after == 0:
+            raise self.error
+        return [np.full(1, -1, dtype=np.int32)] * (1 + len(draft)), len(draft)
+
+    def accept(self, token: int) -> None:
+        self.after -= 1
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_grammar_that_fails_ends_its_own_request_alone(after: int, n: int) -> None:
+    engine = small()
+    (good,) = add(engine, [1, 2, 3, 4, 5])
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, n=n)
+    bad = request_of(engine, [5, 4, 3, 2, 1, 2, 3, 4, 5], params)
+    for s in bad.sequences:
+        s.grammar = _BrokenGrammar(GenerationError("no way on"), after)
+    engine.add(bad)
+    served(engine, good)
+    assert isinstance(bad.error, GenerationError)
+    assert "no way on" in str(bad.error)
+    again = add(engine, [5, 4, 3, 2, 1, 2, 3, 4, 5])
+    served(engine, *again)
+
+
+# ------------------------------------------------------------------ whoever takes the output fails
+
+
+def test_a_sink_that_fails_loses_its_own_request_and_no_other() -> None:
+    engine = small()
+    seen: list[TextPiece] = []
+
+    def sink(request: Request, pieces: list[TextPiece]) -> None:
+        seen.extend(pieces)
+        if len(seen) == 3:
+            raise ValueError("full")
+
+    bad, good = (request_of(engine, prompt, GREEDY) for prompt in ([1, 2, 3], [4, 5, 6]))
+    bad.sink = sink
+    engine.add(bad)
+    engine.add(good)
+    served(engine, good)
+    assert bad.finished
+    assert isinstance(bad.error, EngineError)
+    assert isinstance(bad.error.__cause__, ValueError)
+    assert len(seen) == 3
+
+
+def test_a_sink_that_fails_at_the_end_says_so() -> None:
+    engine = small()
+
+    def sink(request: Request, pieces: list[TextPiece]) -> None:
+        if request.finished:
+            raise ValueError("gone")
+
+    (request,) = (request_of(engine, [1, 2], GREEDY),)
+    request.sink = sink
+    engine.add(request)
+    run(engine)
+    assert isinstance(request.error, EngineError)
+    assert len(request.completions[0].token_ids) == 12
+
+
+@pytest.mark.parametrize("whom", ["itself", "the next", "one that waits"])
+def test_a_sink_may_end_requests(whom: str) -> None:
+    engine = small(max_sequences=2)
+    requests = [request_of(engine, [i, i + 1], GREEDY) for i in range(4)]
+    victim = {"itself": 0, "the next": 1, "one that waits": 3}[whom]
+
+    def sink(request: Request, pieces: list[TextPiece]) -> None:
+        if len(request.completions[0].token_ids) == 4:
+            engine.abort(requests[victim].id)
+            check(engine)
+
+    requests[0].sink = sink
+    for request in requests:
+        engine.add(request)
+    served(engine, *(r for i, r in enumerate(requests) if i != victim))
+    assert requests[victim].finished
+    assert engine.counts.finished == {"abort": 1, "length": 3}
+
+
+def test_a_sink_may_add_requests() -> None:
+    engine = small()
+    later = request_of(engine, [9, 9, 9], GREEDY)
+
+    def sink(request: Request, pieces: list[TextPiece]) -> None:
+        if request.finished:
+            engine.add(later)
+
+    (first,) = (request_of(engine, [1, 2], GREEDY),)
+    first.sink = sink
+    engine.add(first)
+    served(engine, first, later)

@@ -65,6 +65,8 @@ def throughput(axes: Axes, records: Sequence[ServingRecord], points: Sequence[st
 
 def times(axes: Axes, records: Sequence[ServingRecord], points: Sequence[str], name: str) -> None:
     """Percentiles of one of the times, on a logarithmic scale."""
+    from matplotlib.ticker import LogFormatter
+
     for mine in lines(records):
         x = [points.index(r.name) for r in mine]
         for percentile, line in LINES.items():
@@ -73,8 +75,8 @@ def times(axes: Axes, records: Sequence[ServingRecord], points: Sequence[str], n
     for percentile, line in LINES.items():
         axes.plot([], [], line, color="0.3", lw=1.3, label=percentile)
     axes.set(yscale="log", ylabel=PANELS[name])
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks(lambda value, _: f"{value:g}")  # 0.6, where matplotlib would write 6 x 10^-1
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter())  # 0.6, not 6 x 10^-1, and only where there is room
     axes.legend(loc="best", fontsize=9, frameon=False)
 
 

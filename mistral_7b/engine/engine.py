@@ -119,10 +119,10 @@ class Engine:
         began = time.perf_counter()
         self._guess()
         alone = self._flight is None
-        plan = self.scheduler.plan(keep=not alone)
-        if plan is None:  # some who are in flight may have ended, and nobody loses his pages while he is
+        plan = None if alone else self.scheduler.plan_without_loss()
+        if plan is None:  # nobody loses his pages while a token of his is in flight; and some may give theirs back
             self._land()
-            plan = self.scheduler.plan() or []
+            plan = self.scheduler.plan()
         ahead = self.forward.aside and not any(waits(s) for s, _ in plan)
         timed = alone and not ahead and all(s.decoding for s, _ in plan)
         try:

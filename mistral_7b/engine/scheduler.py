@@ -126,13 +126,14 @@ class Scheduler:
 
     # ------------------------------------------------------------------ the next step
 
-    def plan(self, keep: bool = False) -> list[tuple[SequenceState, int]] | None:
-        """Sequences with the number of tokens that each feeds, drafts included. Their pages are there.
+    def plan(self) -> list[tuple[SequenceState, int]]:
+        """Sequences with the number of tokens that each feeds, drafts included. Their pages are there."""
+        return self._planned(keep=False)
 
-        With `keep`, None if somebody would have to lose his pages for it: nobody has, and it may be asked again.
-        """
+    def plan_without_loss(self) -> list[tuple[SequenceState, int]] | None:
+        """`plan`, or None if somebody would have to lose his pages for it; nobody has then."""
         try:
-            return self._planned(keep)
+            return self._planned(keep=True)
         except _PagesShortError:
             return None
 

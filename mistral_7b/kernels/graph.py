@@ -28,7 +28,7 @@ class Recorder:
             self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], object], rehearse: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """The graph of `step`, which must ask the device for nothing; `rehearse` runs it first, without a trace."""
+        """The graph of `step`, which asks the device for nothing; `rehearse` runs it before, without a trace."""
         with torch.cuda.device(self.device):
             here = torch.cuda.current_stream()
             self.stream.wait_stream(here)

@@ -2,10 +2,10 @@
 
     token (B, 1) --model over a static ring--> logits (B, V) --pick--> token (B, 1), out[step]
 
-A step of the 7B model is a thousand kernels; launched one by one they keep the GPU waiting. So one step is
-captured once and replayed CHUNK times, on buffers that stay where they are; then CHUNK tokens of every row
-are read back, and whatever ended a completion is found on the host, which drops the tokens after it. Random
-numbers are a function of seed, completion and place (sampling.uniforms), so the host sets them out beforehand.
+One step is captured once (kernels/graph.py) and replayed CHUNK times, on buffers that stay where they are; then
+CHUNK tokens of every row are read back, and whatever ended a completion is found on the host, which drops the
+tokens after it. Random numbers are a function of seed, completion and place (sampling.uniforms), so the host sets
+them out beforehand.
 
 Without CUDA the same step runs uncaptured, which is how it is tested: it was never yet replayed on a GPU.
 """
@@ -18,11 +18,11 @@ import torch
 
 from .cache import RollingCache
 from .completion import Completion
+from .kernels.graph import WARM_UP, Recorder
 from .model import Mistral7B
 from .sampling import SamplingParams, pick, ways_of
 
 CHUNK = 16  # steps between two looks at the tokens: at most so many are computed for nothing, per completion
-WARM_UP = 3  # uncaptured steps first: libraries and Triton set themselves up in them
 
 
 def supports(model: Mistral7B, rows: Sequence[Completion]) -> bool:
@@ -136,14 +136,4 @@ class CapturedDecode:
                 t.copy_(was)
 
     def _capture(self) -> None:
-        """Record one step, on the stream that was warmed up for it: libraries keep a workspace for each."""
-        with torch.cuda.device(self.token.device):
-            here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
-                self._rehearse()
-            here.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):  # other threads go on
-                self._step()
-        self.graph = graph
+        self.graph = Recorder(self.token.device)(self._step, self._rehearse)

@@ -90,7 +90,7 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         parts = (rows[i : i + ROWS] for i in range(0, len(rows), ROWS))
         return torch.cat([sample_rows(part, of) for part, of in zip(logits.split(ROWS), parts, strict=True)])
     ways = ways_of([row.params for row in rows], logits.shape[-1], logits.device)
-    return pick(adjust(logits, rows), ways, _put([row.u for row in rows], logits.device, np.float64))
+    return pick(adjust(logits, rows), ways, put([row.u for row in rows], logits.device, np.float64))
 
 
 def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -105,15 +105,15 @@ def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     logits = logits.clone(memory_format=torch.contiguous_format)
     flat = logits.view(-1)  # token t of row i lies at i * V + t, and none is named twice
     if biased:
-        at = _put([i * V + token for i, bias in biased for token in bias], device)
-        flat[at] += _put([x for _, bias in biased for x in bias.values()], device, np.float64).to(flat.dtype)
+        at = put([i * V + token for i, bias in biased for token in bias], device)
+        flat[at] += put([x for _, bias in biased for x in bias.values()], device, np.float64).to(flat.dtype)
     if banned:
-        flat[_put([i * V + token for i, tokens in banned for token in tokens], device)] = -math.inf
+        flat[put([i * V + token for i, tokens in banned for token in tokens], device)] = -math.inf
     if penalized:
         _penalize(flat, V, penalized)
     if ruled:
-        at = _put([i for i, _ in ruled], device)
-        logits[at] = allow(logits[at], _put(np.stack([mask for _, mask in ruled]), device, np.int32))
+        at = put([i for i, _ in ruled], device)
+        logits[at] = allow(logits[at], put(np.stack([mask for _, mask in ruled]), device, np.int32))
     return logits
 
 
@@ -125,10 +125,10 @@ def _penalize(flat: Tensor, V: int, rows: Sequence[tuple[int, Row]]) -> None:
         at.append(i * V + row.history.tokens)
         counts.append(row.history.counts)
         asked.append((row.params.repetition_penalty, row.params.frequency_penalty, row.params.presence_penalty))
-    places = _put(np.concatenate(at), flat.device)
+    places = put(np.concatenate(at), flat.device)
     table = np.repeat(np.array(asked), [len(tokens) for tokens in at], axis=0)  # a line for each token
     table = np.column_stack([table, np.concatenate(counts)])
-    factor, frequency, presence, count = _put(table, flat.device, np.float64).to(flat.dtype).unbind(1)
+    factor, frequency, presence, count = put(table, flat.device, np.float64).to(flat.dtype).unbind(1)
     x = flat[places]
     x = torch.where(x > 0, x / factor, x * factor)
     flat[places] = x - frequency * count - presence * count.clamp(max=1)
@@ -177,7 +177,7 @@ class Ways:
         self.drawn = _indices(drawn, len(asked), device)
         self.narrowed = _indices(narrowed, len(drawn), device)
         if drawn:
-            table = _put([asked[i] for i in drawn], device, np.float64)
+            table = put([asked[i] for i in drawn], device, np.float64)
             self.temperature = table[:, :1]
             self.min_p, top_k, self.top_p = table[self.narrowed, 1:].split(1, dim=1)
             self.top_k = top_k.long()
@@ -187,10 +187,10 @@ _ways = functools.lru_cache(maxsize=64)(Ways)  # a step's rows are mostly those 
 
 
 def _indices(some: Sequence[int], n: int, device: torch.device) -> Tensor | slice:
-    return slice(None) if len(some) == n else _put(some, device)
+    return slice(None) if len(some) == n else put(some, device)
 
 
-def _put(values: Sequence[Any] | np.ndarray, device: torch.device, dtype: type = np.int64) -> Tensor:
+def put(values: Sequence[Any] | np.ndarray, device: torch.device, dtype: type = np.int64) -> Tensor:
     """Numbers as a tensor on the device; nobody waits for the copy."""
     tensor = torch.from_numpy(np.asarray(values, dtype=dtype))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -5,8 +5,11 @@ pages        memory for keys and values in pages, shared by whoever begins alike
 request      a request, and the sequences that its completions are
 scheduler    who computes what in the next step
 batch        the cache of one step: packed tokens over pages
-engine       the loop: plan, compute, sample, hand out
 adapters     LoRA: many adapters, one forward
+flight       a step on its way: what it feeds and samples, and tokens that nobody has read yet
+forward      hidden states and logits of a step, on a GPU as recorded graphs
+extras       what is wanted beside tokens: log-probabilities, pooled states
+engine       the loop: plan, launch, read, hand out
 grammar      output that a grammar allows; lark.py writes it down, vocabulary.py says what each token adds
 reading      what users ask, made requests
 llm          LLM: all prompts in, all texts out

@@ -10,7 +10,9 @@ The rule of what is visible is that of every cache: by position, and never acros
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,33 +23,70 @@ from ..cache import Entries, KernelCache, KeysAndValues, compressed, expanded, f
 from ..errors import CacheError
 from ..kernels.attend import Place, Remembered, attend, available
 from ..kernels.fused import runs_kernels
+from ..sampling import put
 from .pages import PagePool
-from .request import SequenceState
+
+
+class Paged(Protocol):
+    """Whose keys and values lie in pages: position p in pages[p // size], of which `first` to `stop` are there.
+
+    `computed` positions are remembered. A SequenceState is such.
+    """
+
+    pages: np.ndarray
+    first: int
+    stop: int
+    computed: int
+
+
+@dataclass
+class Nobody:
+    """Fills a row: remembers nothing, and what it writes goes to a page that is nobody's."""
+
+    pages: np.ndarray
+    first: int = 0
+    stop: int = 1
+    computed: int = 0
+
+
+Parts = Sequence[tuple[Paged, int]]
 
 
 class PagedBatch(KernelCache):
-    """Sequences with the number of tokens that each feeds; their pages must be there."""
+    """Sequences with the number of tokens that each feeds; their pages must be there.
 
-    def __init__(self, pool: PagePool, window: int | None, parts: Sequence[tuple[SequenceState, int]]) -> None:
+    Its tensors stay in place when it is given others: a table of so many `columns` then, if not only as wide as it
+    has to be.
+    """
+
+    def __init__(self, pool: PagePool, window: int | None, parts: Parts, columns: int = 0) -> None:
         self.pool, self.window = pool, window
         self.layers = [_PagedMemory(self, entries) for entries in pool.layers]
-        device = pool.layers[0][0].device
-        columns = max(s.stop for s, _ in parts)
+        self.device = pool.layers[0][0].device
+        arrays = self._lay_out(parts, columns or max(s.stop for s, _ in parts))
+        self.table, start, held, offsets, self.positions = self._tensors = [put(a, self.device) for a in arrays]
+        self._place = Place(start, held, slots=1, table=self.table, page=pool.page, offsets=offsets)
+
+    def refill(self, parts: Parts) -> None:
+        """Take others, as many and with as many tokens, in the same tensors."""
+        for t, array in zip(self._tensors, self._lay_out(parts, self.table.shape[1]), strict=True):
+            t.copy_(put(array, self.device), non_blocking=True)
+
+    def _lay_out(self, parts: Parts, columns: int) -> list[np.ndarray]:
+        """Table, start, held, offsets and positions on the host."""
         table = np.zeros((len(parts), columns), dtype=np.int64)
         for row, (s, _) in zip(table, parts, strict=True):
             row[: s.stop] = s.pages[: s.stop]
-        starts = [s.computed for s, _ in parts]
-        lengths = [n for _, n in parts]
-        self.runs = [(start, start - s.first * pool.page, n) for start, (s, n) in zip(starts, parts, strict=True)]
-        self.table = torch.from_numpy(table).to(device)
-        self._place = Place(
-            torch.tensor(starts, device=device),
-            torch.tensor([held for _, held, _ in self.runs], device=device),
-            slots=1, table=self.table, page=pool.page,
-            offsets=torch.tensor([0, *accumulate(lengths)], device=device),
-        )  # fmt: skip
-        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-        self.positions = torch.from_numpy(positions).to(device)
+        self.runs = [(s.computed, s.computed - s.first * self.pool.page, n) for s, n in parts]
+        start, held, lengths = zip(*self.runs, strict=True)
+        positions = [np.arange(first, first + n) for first, _, n in self.runs]
+        return [
+            table,
+            np.array(start),
+            np.array(held),
+            np.array([0, *accumulate(lengths)]),
+            np.concatenate(positions),
+        ]
 
     @property
     def place(self) -> Place:

@@ -1,8 +1,9 @@
-"""The loop: plan, compute, sample, hand out; once for each step.
+"""The loop: plan, launch, read, hand out; once for each step.
 
     scheduler   who feeds which tokens            scheduler.py
-    forward     packed tokens -> hidden (N, D)    one call of the model over a PagedBatch
+    forward     packed tokens -> hidden (N, D)    forward.py, over a PagedBatch
     sample      rows that are a sequence's last   -> tokens, each by its own request's parameters and seed
+    land        the tokens are read               flight.py; where the device works aside, those of the step before
     take        tokens to completions             text, stops, pages of those that have ended
 
 Nothing here runs in another thread or waits for anyone: `step` does one step and returns. llm.py calls it until
@@ -15,7 +16,6 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 
@@ -26,29 +26,17 @@ from torch import Tensor
 from ..completion import TextPiece
 from ..errors import AdapterError, EngineError, GenerationError, Mistral7BError, QueueFullError
 from ..model import Mistral7B
-from ..sampling import Logprob, Row, logprobs, sample_rows
+from ..sampling import put, sample_rows
 from ..speculation import Speculation, StepTime
 from .adapters import Adapters
-from .batch import PagedBatch
 from .config import EngineConfig
+from .extras import Entry, entries_of, look
+from .flight import Flight, Pick, Plan, feed, picks_of, row_of, waits
+from .forward import forward_for
 from .grammar import GrammarState
 from .pages import PagePool
 from .request import Request, SequenceState
 from .scheduler import Counts, Scheduler
-
-Entry = dict[int, Logprob] | None
-LOGPROB_ROWS = 64  # prompt tokens whose logits exist at once: 8 MB for 32768 tokens of vocabulary
-
-Plan = Sequence[tuple[SequenceState, int]]
-
-
-@dataclass(frozen=True)
-class Pick:
-    """A token to be sampled: for which sequence, from which row of the logits, after which guesses."""
-
-    sequence: SequenceState
-    row: int
-    ahead: tuple[int, ...] = ()
 
 
 class Engine:
@@ -61,6 +49,8 @@ class Engine:
         self.requests: dict[str, Request] = {}  # those that have not ended
         self.time = StepTime()  # of decoding, measured
         self.device = pool.layers[0][0].device
+        self.forward = forward_for(self.adapters, pool, config)
+        self._flight: Flight | None = None  # launched, and not yet read
         self._arrivals = 0
         self._grammars = ThreadPoolExecutor(1, "grammar")  # masks are made while the model computes
 
@@ -121,58 +111,79 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One step for whoever can be computed, if there is any."""
+        """One step for whoever can be computed, if there is any.
+
+        Where the device works aside its tokens are read in the next step, after that was launched: whoever ends
+        by them is in the next one in vain.
+        """
         began = time.perf_counter()
         self._guess()
-        plan = self.scheduler.plan()
-        if not plan:
-            return
+        alone = self._flight is None
+        plan = None if alone else self.scheduler.plan_without_loss()
+        if plan is None:  # nobody loses his pages while a token of his is in flight; and some may give theirs back
+            self._land()
+            plan = self.scheduler.plan()
+        ahead = self.forward.aside and not any(waits(s) for s, _ in plan)
+        timed = alone and not ahead and all(s.decoding for s, _ in plan)
         try:
-            tokens, entries, picks = self._compute(plan)
+            flight = self._launch(plan, began if timed else None) if plan else None
         except Exception as e:
+            self._land()
             self._fail(plan, e)
             return
-        self.counts.steps += 1
-        fed = sum(n for _, n in plan)
-        self.counts.computed_tokens += fed
-        if all(s.decoding for s, _ in plan):
-            self.time.add(fed, time.perf_counter() - began)
-        self._take(plan, picks, tokens, entries)
+        self._land()
+        self._flight = flight
+        if not ahead or all(s.ended for s, _ in plan):
+            self._land()
 
-    def _compute(self, plan: Plan) -> tuple[list[int], list[Entry], list[Pick]]:
-        """The plan's tokens through the model, and what is sampled after them."""
-        fed = torch.tensor([t for s, n in plan for t in _fed(s, n)], device=self.device)  # (N,)
-        rows, picks = self._picks(plan)
+    def _launch(self, plan: Plan, began: float | None) -> Flight:
+        """The plan's tokens through the model, and what is sampled after them; nobody waits for it."""
+        tokens = feed(plan, self._flight, self.device)  # (N,)
+        rows, picks = picks_of(plan)
         masks = self._ask_for_masks(picks)
-        with self.adapters.over([(s.request.adapter, n) for s, n in plan]) as model:
-            hidden = model.hidden(fed, PagedBatch(self.pool, model.args.sliding_window, plan))  # (N, D)
-        self._look(plan, hidden)
-        if not rows:
-            return [], [], []
-        runs = groupby(rows, lambda row: row[1])
-        with self.adapters.over([(adapter, len(list(run))) for adapter, run in runs]) as model:
-            logits = model.logits(hidden if len(rows) == len(hidden) else hidden[[at for at, _ in rows]])  # (R, V)
-        if any(pick.row != i for i, pick in enumerate(picks)):
-            logits = logits[[pick.row for pick in picks]]
-        found = {s: self._mask(s, mask) for s, mask in masks.items()}
-        tokens = sample_rows(logits, [_row(pick, found.get(pick.sequence)) for pick in picks])
-        return tokens.tolist(), self._logprobs(logits, tokens, picks), picks
-
-    def _picks(self, plan: Plan) -> tuple[list[tuple[int, str | None]], list[Pick]]:
-        """Rows of hidden states to be projected, with their adapters, and what is to be sampled from them."""
-        rows: list[tuple[int, str | None]] = []
-        picks: list[Pick] = []
-        at = 0
+        hidden = self.forward.hidden(plan, tokens)  # (N, D)
+        look(plan, hidden, self.forward)
+        sampled, logits = tokens[:0], hidden[:0]
+        if rows:
+            logits = self.forward.logits(hidden, rows)
+            if any(pick.row != i for i, pick in enumerate(picks)):
+                logits = logits[put([pick.row for pick in picks], self.device)]
+            found = {s: self._mask(s, mask) for s, mask in masks.items()}
+            sampled = sample_rows(logits, [row_of(pick, found.get(pick.sequence)) for pick in picks])
+        flight = Flight(plan, picks, sampled, logits, began)
         for s, n in plan:
-            at += n
-            if n < s.need or s.request.pooling:
-                continue
-            for i in range(1 + len(s.draft)):
-                ahead = tuple(s.draft[:i])
-                drawn = [s] if s.request.forked else s.request.sequences
-                picks += [Pick(each, len(rows), ahead) for each in drawn]
-                rows.append((at - 1 - len(s.draft) + i, s.request.adapter))
-        return rows, picks
+            if not s.ended:  # or its grammar failed, and it has no pages any more
+                self.scheduler.advance(s, n - len(s.draft))
+        for s in flight.sampled:
+            s.flying += 1
+        self.counts.steps += 1
+        self.counts.computed_tokens += len(tokens)
+        return flight
+
+    def _land(self) -> None:
+        """Read the tokens of the step in flight, if there is one, and hand them out.
+
+        Who ends by them, or has ended since the launch, gives his pages back at once, though a later flight may
+        have a row of his. Whoever takes them is launched later still, and the device works in the order of
+        launches: he overwrites what that row writes, and it reads what it should. No page of it can be found by a
+        key, as one that it fills has a token that was not read.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        for s in flight.sampled:
+            s.flying -= 1
+        if all(s.ended for s, _ in flight.plan):
+            return
+        try:
+            tokens, entries = flight.tokens.tolist(), entries_of(flight)
+        except Exception as e:
+            self._fail(flight.plan, e)
+            self.pool.forget()  # what they computed may be known, and is not to be trusted
+            return
+        if flight.began is not None:
+            self.time.add(sum(n for _, n in flight.plan), time.perf_counter() - flight.began)
+        self._take(flight, tokens, entries)
 
     def _ask_for_masks(self, picks: Sequence[Pick]) -> dict[SequenceState, Future[list[np.ndarray]]]:
         """Which tokens grammars allow next, computed aside."""
@@ -189,41 +200,6 @@ class Engine:
         except Mistral7BError as e:
             self.fail(s.request, e)
             return None
-
-    def _logprobs(self, logits: Tensor, tokens: Tensor, picks: Sequence[Pick]) -> list[Entry]:
-        """Log-probabilities for each pick that asks for them."""
-        entries: list[Entry] = [None] * len(picks)
-        asked = [i for i, pick in enumerate(picks) if pick.sequence.request.params.logprobs is not None]
-        for k, group in groupby(sorted(asked, key=lambda i: _k(picks[i])), key=lambda i: _k(picks[i])):
-            places = list(group)
-            part, chosen = logits[places], tokens[places].clamp(min=0)
-            found = logprobs(part, chosen, k, picks[places[0]].sequence.completion.piece)
-            for place, entry in zip(places, found, strict=True):
-                entries[place] = entry
-        return entries
-
-    def _look(self, plan: Plan, hidden: Tensor) -> None:
-        """What requests want of their prompts' own hidden states (N, D)."""
-        at = 0
-        for s, n in plan:
-            if s.request.pooling:
-                s.request.pool(s.computed, hidden[at : at + n])
-            elif s.request.params.prompt_logprobs is not None:
-                self._prompt_logprobs(s, hidden[at : at + n])
-            at += n
-
-    def _prompt_logprobs(self, s: SequenceState, hidden: Tensor) -> None:
-        """Log-probabilities of the tokens that follow those of hidden (T, D), if they are still wanted."""
-        request, done = s.request, s.request.prompt_logprobs
-        begin, end = len(done) - 1, min(s.computed + len(hidden), len(request.ids) - 1)
-        for first in range(begin, end, LOGPROB_ROWS):
-            last = min(first + LOGPROB_ROWS, end)
-            part = hidden[first - s.computed : last - s.computed]
-            with self.adapters.over([(request.adapter, len(part))]) as model:
-                logits = model.logits(part)
-            following = torch.tensor(request.ids[first + 1 : last + 1], device=self.device)
-            assert request.params.prompt_logprobs is not None
-            done += logprobs(logits, following, request.params.prompt_logprobs, s.completion.piece)
 
     # ------------------------------------------------------------------ guesses
 
@@ -259,19 +235,11 @@ class Engine:
 
     # ------------------------------------------------------------------ after the forward
 
-    def _take(
-        self,
-        plan: Plan,
-        picks: Sequence[Pick],
-        tokens: Sequence[int],
-        entries: Sequence[dict[int, Logprob] | None],
-    ) -> None:
+    def _take(self, flight: Flight, tokens: Sequence[int], entries: Sequence[Entry]) -> None:
         """Tokens to their completions, pages to whoever needs them, pieces to whoever waits for them."""
-        for s, n in plan:
-            if s.ended:  # its grammar failed: it has no pages any more
-                continue
-            self.scheduler.advance(s, n - len(s.draft))
-            if s.need == 0 and not s.request.forked and s.request.pooling is None:
+        plan, picks = flight.plan, flight.picks
+        for s, _ in plan:
+            if not s.ended and s.need == 0 and not s.request.forked and s.request.pooling is None:
                 self.scheduler.fork(s)
         pieces: dict[Request, list[TextPiece]] = {}
         drawn = groupby(range(len(picks)), lambda i: picks[i].sequence) if picks else ()
@@ -281,7 +249,7 @@ class Engine:
             if piece is not None:
                 pieces.setdefault(s.request, []).append(piece)
         for s, _ in plan:
-            if s.request.pooling and s.need == 0:
+            if s.request.pooling and s.need == 0 and not s.ended:
                 pieces.setdefault(s.request, [])
                 self.scheduler.end(s)
         for request, new in pieces.items():
@@ -349,7 +317,7 @@ class Engine:
 
     def _fail(self, plan: Plan, cause: Exception) -> None:
         """The step did not come about: its requests end, with the cause; all others go on."""
-        for request in dict.fromkeys(s.request for s, _ in plan):
+        for request in dict.fromkeys(s.request for s, _ in plan if not s.request.finished):
             self.fail(request, _because(request, "the model's step", cause))
 
     def check(self) -> None:
@@ -368,29 +336,9 @@ def _because(request: Request, what: str, cause: Exception) -> EngineError:
     return error
 
 
-def _fed(s: SequenceState, n: int) -> list[int]:
-    """The n tokens that a sequence feeds next."""
-    return [s.tokens[-1], *s.draft] if s.draft else s.tokens[s.computed : s.computed + n]
-
-
 def _masks(grammar: GrammarState, draft: Sequence[int]) -> list[np.ndarray]:
     """The mask of the next token and of that after each guess, up to the first that the grammar forbids."""
     return grammar.masks(draft)[0]
-
-
-def _row(pick: Pick, masks: Sequence[np.ndarray] | None) -> Row:
-    """How a pick's token is chosen."""
-    row = pick.sequence.completion.row(pick.ahead)
-    if masks is None:
-        return row
-    return replace(
-        row, allowed=masks[min(len(pick.ahead), len(masks) - 1)]
-    )  # past a forbidden guess all is in vain
-
-
-def _k(pick: Pick) -> int:
-    """How many log-probabilities are asked for."""
-    return pick.sequence.request.params.logprobs or 0
 
 
 def _seconds(time_of: StepTime, rows: int, n: int) -> float:

@@ -1,7 +1,7 @@
 """A request, and the sequences that its completions are.
 
     tokens     <s>  a  b  c  d  e        the prompt, then what has come
-    computed   |-----------|             the keys and values of so many of them lie in pages
+    computed   |-----------|             the keys and values of so many of them lie in pages, or will
     a step feeds the next ones: one, when all but the newest are computed (decode is prefill of length one)
 
 A sequence that loses its pages keeps its tokens and is computed again, to the same bits.
@@ -116,6 +116,7 @@ class SequenceState:
         self.request, self.completion = request, completion
         self.tokens = list(request.ids)
         self.computed = 0
+        self.flying = 0  # tokens that have been sampled and not yet read: they come after `tokens`
         self.pages = np.zeros(0, dtype=np.int64)  # page p // size of position p; below `first` they are gone
         self.first = self.stop = 0  # pages first..stop are held
         self.keys: list[Key] = []  # of the full pages, from the first token on
@@ -134,12 +135,17 @@ class SequenceState:
     @property
     def need(self) -> int:
         """Tokens that are to be computed before the next can be sampled."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) + self.flying - self.computed
 
     @property
     def decoding(self) -> bool:
         """Whether it needs its newest token computed and no more."""
-        return self.need == 1 and len(self.tokens) > len(self.request.ids)
+        return self.need == 1 and len(self.tokens) + self.flying > len(self.request.ids)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last token that it may have is flying: it needs nothing computed any more."""
+        return len(self.completion.token_ids) + self.flying >= self.completion.max_tokens
 
     @property
     def held(self) -> list[int]:

@@ -26,6 +26,10 @@ from .request import Request, SequenceState
 RANK = attrgetter("rank")
 
 
+class _PagesShortError(Exception):
+    """Pages are short, and nobody may lose his own."""
+
+
 def most_pages(tokens: int, window: int | None, config: EngineConfig) -> int:
     """The most pages that a sequence of so many tokens ever holds."""
     page = config.page_size
@@ -124,17 +128,27 @@ class Scheduler:
 
     def plan(self) -> list[tuple[SequenceState, int]]:
         """Sequences with the number of tokens that each feeds, drafts included. Their pages are there."""
+        return self._planned(keep=False)
+
+    def plan_without_loss(self) -> list[tuple[SequenceState, int]] | None:
+        """`plan`, or None if somebody would have to lose his pages for it; nobody has then."""
+        try:
+            return self._planned(keep=True)
+        except _PagesShortError:
+            return None
+
+    def _planned(self, keep: bool) -> list[tuple[SequenceState, int]]:
         planned: dict[SequenceState, int] = {}
         budget, preempted = self.config.max_batch_tokens, self.counts.preemptions
-        for sequence in [s for s in self.running if s.decoding]:
+        for sequence in [s for s in self.running if s.decoding and not s.complete]:
             if sequence.running:  # and has not lost its pages to one before it
-                budget -= self._plan(sequence, 1 + len(sequence.draft), planned)
+                budget -= self._plan(sequence, 1 + len(sequence.draft), planned, keep)
         unread = [s for s in self.running if not s.decoding]
         for i, sequence in enumerate(unread):
             if sequence.running:
-                budget -= self._plan(sequence, self._part(sequence, budget, i + 1 < len(unread)), planned)
+                budget -= self._plan(sequence, self._part(sequence, budget, i + 1 < len(unread)), planned, keep)
         while budget >= self.page and self.counts.preemptions == preempted and (head := self._admit()):
-            budget -= self._plan(head, self._part(head, budget, False), planned)
+            budget -= self._plan(head, self._part(head, budget, False), planned, keep)
         return list(planned.items())
 
     def _part(self, sequence: SequenceState, budget: int, followed: bool) -> int:
@@ -145,12 +159,14 @@ class Scheduler:
             return sequence.need
         return max(0, (sequence.computed + budget) // self.page * self.page - sequence.computed)
 
-    def _plan(self, sequence: SequenceState, n: int, planned: dict[SequenceState, int]) -> int:
+    def _plan(self, sequence: SequenceState, n: int, planned: dict[SequenceState, int], keep: bool) -> int:
         """Find pages for n tokens more, from whoever comes last: n, or 0 if there are none."""
         while not self._find_pages(sequence, n):
             if sequence.draft:  # a guess is not worth somebody's pages
                 n, sequence.draft = 1, []
                 continue
+            if keep:
+                raise _PagesShortError
             victim = self.running[-1]
             self._preempt(victim)
             planned.pop(victim, None)
@@ -176,6 +192,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: SequenceState) -> None:
+        assert not sequence.flying, "a token would come for a sequence that has begun anew"
         sequence.drop_all(self.pool)
         sequence.draft, sequence.guesser = [], None  # its drafter will not hear what came of the last guess
         self.running.remove(sequence)
@@ -253,10 +270,14 @@ class Scheduler:
     # ------------------------------------------------------------------ after the step
 
     def advance(self, sequence: SequenceState, n: int) -> None:
-        """n tokens of a sequence are computed: make full pages known, free those that left the window."""
+        """n tokens more of a sequence are computed, or will be before whatever is launched from now on.
+
+        Full pages become known, if their tokens have been read; those that left the window are free.
+        """
         sequence.computed += n
         if self.config.prefix_caching:
-            for i in range(sequence.known, sequence.computed // self.page):
+            full = min(sequence.computed, len(sequence.tokens)) // self.page
+            for i in range(max(sequence.known, sequence.first), full):  # with a window of 1 some are gone unknown
                 self.pool.know(int(sequence.pages[i]), sequence.key_of(i, self.page))
                 sequence.known = i + 1
         sequence.drop(self.pool, self.first_seen(sequence.computed))

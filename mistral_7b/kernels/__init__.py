@@ -7,6 +7,7 @@ linear                products with int8 and int4 weights
 elementwise, attend   what lies between the products
 weight_only, fused    the same for a GPU; triton_linear, triton_fused hold their kernels
 paged                 attention over pages for a GPU, with triton_paged
+graph                 work for a GPU recorded once and replayed
 """
 
 from .compiler import describe as describe

@@ -26,7 +26,7 @@ class CompletionOutput:
     token_ids          all tokens generated, the one that ended it included
     cumulative_logprob sum of the tokens' log-probabilities, where `logprobs` were asked for
     logprobs           for each token a dictionary of Logprobs, itself first
-    finish_reason      "stop" (EOS or a stop) or "length"
+    finish_reason      "stop" (EOS or a stop) or "length"; "abort" or "error" where a request ended early
     stop_reason        the stop text or stop token that ended it, None for EOS
     tool_calls         those that the model made, where tools were offered; they are no part of the text
     """

@@ -246,6 +246,7 @@ class AsyncLLM:
             if (command := self._commands.get()) is not None:
                 command()
         self._dismiss(self._why)
+        self.engine.close()
         self._wake()
 
     def _dismiss(self, why: EngineError) -> None:

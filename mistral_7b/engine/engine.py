@@ -107,6 +107,10 @@ class Engine:
         """End a request with an error."""
         self._finish(request, "error", error=error)
 
+    def close(self) -> None:
+        """Let go of the thread that makes masks; nothing can be computed any more."""
+        self._grammars.shutdown(wait=False)
+
     # ------------------------------------------------------------------ a step
 
     @torch.inference_mode()
@@ -293,12 +297,14 @@ class Engine:
         self, request: Request, reason: str, pieces: Iterable[TextPiece] = (), error: Mistral7BError | None = None
     ) -> None:
         """A request has ended: nothing of it is left here."""
-        for s in request.sequences:
+        for s in request.pending:
+            s.completion.finish_reason = s.completion.finish_reason or reason  # "abort", "error"
             self.scheduler.end(s)
         request.finished, request.error = True, error
         request.metrics.finished = time.perf_counter()
         self.requests.pop(request.id, None)
         self.counts.finished[reason] = self.counts.finished.get(reason, 0) + 1
+        self.counts.ended += 1
         self._tell(request, list(pieces))
 
     def _tell(self, request: Request, pieces: list[TextPiece]) -> None:

@@ -198,18 +198,15 @@ class LLM:
         return outputs
 
     def _run(self, requests: list[Request], advance: Any) -> None:
-        to_come, ended = deque(requests), 0
-        running: list[Request] = []
-        while to_come or running:
-            while to_come and self.engine.has_room:
-                self.engine.add(to_come[0])
-                running.append(to_come.popleft())
-            self.engine.step()
-            if any(r.finished for r in running):
-                running = [r for r in running if not r.finished]
-                now = len(requests) - len(to_come) - len(running)
-                advance(now - ended)
-                ended = now
+        to_come = deque(requests)
+        for request in requests:  # those behind the first that has not ended are not looked at in every step
+            while not request.finished:
+                while to_come and self.engine.has_room:
+                    self.engine.add(to_come[0])
+                    to_come.popleft()
+                before = self.engine.counts.ended
+                self.engine.step()
+                advance(self.engine.counts.ended - before)
 
 
 def _asked(asked: Asked | Sequence[Asked] | None, each: Mapping[str, Any], n: int) -> list[Asked]:

@@ -52,6 +52,7 @@ class Counts:
     accepted_tokens: int = 0
     preemptions: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason; "abort", "error"
+    ended: int = 0  # requests, by whatever reason
 
 
 class Scheduler:
@@ -140,9 +141,13 @@ class Scheduler:
     def _planned(self, keep: bool) -> list[tuple[SequenceState, int]]:
         planned: dict[SequenceState, int] = {}
         budget, preempted = self.config.max_batch_tokens, self.counts.preemptions
-        for sequence in [s for s in self.running if s.decoding and not s.complete]:
+        decoding = [s for s in self.running if s.decoding and not s.complete]
+        for sequence in decoding:
             if sequence.running:  # and has not lost its pages to one before it
-                budget -= self._plan(sequence, 1 + len(sequence.draft), planned, keep)
+                budget -= self._plan(sequence, 1, planned, keep)
+        for sequence in decoding:  # a guess is worth a page that nobody wants, and not one that somebody has
+            if sequence.draft and sequence.running:
+                budget -= self._lengthen(sequence, planned)
         unread = [s for s in self.running if not s.decoding]
         for i, sequence in enumerate(unread):
             if sequence.running:
@@ -162,9 +167,6 @@ class Scheduler:
     def _plan(self, sequence: SequenceState, n: int, planned: dict[SequenceState, int], keep: bool) -> int:
         """Find pages for n tokens more, from whoever comes last: n, or 0 if there are none."""
         while not self._find_pages(sequence, n):
-            if sequence.draft:  # a guess is not worth somebody's pages
-                n, sequence.draft = 1, []
-                continue
             if keep:
                 raise _PagesShortError
             victim = self.running[-1]
@@ -175,6 +177,14 @@ class Scheduler:
         if n:
             planned[sequence] = n
         return n
+
+    def _lengthen(self, sequence: SequenceState, planned: dict[SequenceState, int]) -> int:
+        """Let a sequence feed what was guessed as well: how many tokens more; none if there are no pages."""
+        if not self._find_pages(sequence, 1 + len(sequence.draft)):
+            sequence.draft = []
+            return 0
+        planned[sequence] += len(sequence.draft)
+        return len(sequence.draft)
 
     def _find_pages(self, sequence: SequenceState, n: int) -> bool:
         """Let a sequence hold pages of its own for its next n tokens, if there are so many."""

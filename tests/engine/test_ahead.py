@@ -274,7 +274,7 @@ def test_pages_of_who_is_given_up_in_flight_go_to_the_next(window: int | None) -
     assert his & set(s.pages[: s.stop].tolist())
     finish(engine)
     assert got(second) == alone(window, second)
-    assert got(first) == [(alone(window, first)[0][0][:3], None, None)]
+    assert got(first) == [(alone(window, first)[0][0][:3], "abort", None)]
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, engine: Engine, at: int) -> None:

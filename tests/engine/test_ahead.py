@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from automaton import Automaton, V, check, engine_of, request_of, run
 from tiny import tiny_args, tiny_model, tokens_of
 from torch import Tensor
 
@@ -414,3 +415,36 @@ def test_a_launch_asks_the_device_for_nothing() -> None:
     assert second.tokens.shape == (2,)
     with pytest.raises(RuntimeError, match="meta"):  # the control
         second.tokens.tolist()
+
+
+@pytest.mark.parametrize("window", [None, 2, 8])
+def test_every_step_sees_in_its_pages_what_its_sequence_has_read(window: int | None) -> None:
+    """By the automaton, which reads back all that is visible, in vain rows too."""
+    flights = preemptions = 0
+    for seed in range(6):
+        draw, model = random.Random(seed), Automaton(window)
+        engine = engine_of(model, draw.choice([9, 12, 18]), max_sequences=5, max_batch_tokens=20, page_size=PAGE)
+        engine.forward.aside = True
+        requests = []
+        for _ in range(60):
+            if draw.random() < 0.4:
+                params = SamplingParams(
+                    temperature=0, max_tokens=draw.choice([3, 12, 20]), ignore_eos=True,
+                    stop_token_ids=[draw.randrange(V)], n=draw.choice([1, 1, 1, 2]),
+                )  # fmt: skip
+                requests.append(request_of(engine, [draw.randrange(3)] * draw.randint(1, 14), params))
+                engine.add(requests[-1])
+            engine.step()
+            check(engine)
+            flights += engine._flight is not None
+            if requests and draw.random() < 0.1:
+                engine.abort(draw.choice(requests).id)
+        run(engine)
+        preemptions += engine.counts.preemptions
+        for request in requests:
+            for c in request.completions:
+                wanted = model.greedy(request.ids, c.max_tokens)
+                assert c.token_ids == wanted[: len(c.token_ids)]
+        assert engine.pool.held == 0
+    assert flights > 100
+    assert preemptions > 5 or window is not None

@@ -30,7 +30,7 @@ OPENAI_TYPES = {
 ANTHROPIC_TYPES = {**OPENAI_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 
-class Refusal(Mistral7BError):
+class Refusal(Mistral7BError):  # noqa: N818  an answer, more than an accident
     """A request that is not served, with all that is said about it.
 
     `param` names the field at fault; `code` is for programs; `retry_after` in seconds.

@@ -6,12 +6,12 @@ the engine's mailbox, which holds no more than an answer; connection.py hangs up
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -25,9 +25,8 @@ DONE = b"data: [DONE]\n\n"
 
 def frame(data: Any, event: str | None = None) -> bytes:
     """One event."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    head = f"event: {event}\n" if event else ""
-    return f"{head}data: {text}\n\n".encode()
+    head = f"event: {event}\n".encode() if event else b""
+    return b"%sdata: %s\n\n" % (head, to_json(data))
 
 
 def error_frame(error: Refusal, path: str) -> bytes:

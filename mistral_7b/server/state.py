@@ -62,6 +62,7 @@ class State:
     draining: bool = False
     metrics: Observer = field(default_factory=Silent)
     running: set[Running] = field(default_factory=set)
+    active: int = 0  # HTTP requests inside the guard
 
     @property
     def models(self) -> tuple[str, ...]:

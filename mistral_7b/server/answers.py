@@ -142,13 +142,21 @@ class EmbeddingUsage(TypedDict):
 
 
 class EmbeddingList(TypedDict):
+    id: str  # Mistral's client wants one
     object: Literal["list"]
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
 
 
+class Capabilities(TypedDict):
+    completion_chat: bool
+    function_calling: bool
+
+
 class Model(TypedDict):
+    """OpenAI's fields, vLLM's root, parent and max_model_len, and Mistral's type and capabilities."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -156,6 +164,8 @@ class Model(TypedDict):
     root: str
     parent: str | None
     max_model_len: int
+    type: Literal["base"]
+    capabilities: Capabilities
 
 
 class ModelList(TypedDict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import uuid
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -52,7 +53,7 @@ def router(state: State) -> APIRouter:
             data.append(to_json({"object": "embedding", "index": i, "embedding": vector}))
             await asyncio.sleep(0)  # thousands of numbers each: let others have a turn
         tokens = sum(len(r.ids) for r in requests)
-        end = to_json({"model": body.model or state.model_name,
+        end = to_json({"id": f"embd-{uuid.uuid4().hex}", "model": body.model or state.model_name,
                        "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})  # fmt: skip
         return json_answer(b'{"object":"list","data":[' + b",".join(data) + b"]," + end[1:])
 

@@ -17,10 +17,12 @@ def router(state: State) -> APIRouter:
         routes.include_router(part.router(state))
 
     def model(name: str) -> Model:
-        base = state.model_name
+        base, tokenizer = state.model_name, state.llm.tokenizer
+        tools = tokenizer is not None and tokenizer.tool_calls_id is not None
         return {
             "id": name, "object": "model", "created": int(state.started), "owned_by": "mistral-7b", "root": base,
             "parent": None if name == base else base, "max_model_len": state.llm.engine.model.args.max_seq_len,
+            "type": "base", "capabilities": {"completion_chat": True, "function_calling": tools},
         }  # fmt: skip
 
     @routes.get("/v1/models", responses=documented(answer=ModelList), tags=["OpenAI"])

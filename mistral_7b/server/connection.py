@@ -15,6 +15,7 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .config import ServerConfig
+from .gathering import Gathered, Ticker
 from .problems import Refusal
 
 BUFFER = 1 << 16  # bytes written and not yet taken, in the process and in the kernel each
@@ -23,12 +24,14 @@ BUFFER = 1 << 16  # bytes written and not yet taken, in the process and in the k
 def connection_class(config: ServerConfig) -> type[H11Protocol]:
     """The protocol class for these limits."""
 
+    ticker = Ticker()
+
     class Connection(H11Protocol):
         _head: asyncio.TimerHandle | None = None
         _stuck: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+            super().connection_made(Gathered(transport, ticker))  # type: ignore[arg-type]
             transport.set_write_buffer_limits(high=BUFFER)
             if (sock := transport.get_extra_info("socket")) is not None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
@@ -50,6 +53,7 @@ def connection_class(config: ServerConfig) -> type[H11Protocol]:
                 self._head = None
 
         def on_response_complete(self) -> None:
+            self.transport.flush()  # type: ignore[attr-defined]
             super().on_response_complete()
             if self.transport.is_closing():
                 self._end_soon()

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictBool, StrictFloat, StrictInt, StringConstraints
+from annotated_types import MaxLen
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StringConstraints,
+    model_validator,
+)
 
 from ..sampling_params import SamplingParams
 
@@ -19,6 +30,7 @@ MOST_STOPS = 16
 LONGEST_STOP = 256  # characters: each new token is compared with all of them
 MOST_IDS = 1024  # in stop_token_ids and logit_bias
 MOST_LOGPROBS = 20
+MOST_PROMPTS = 2048  # that are read; ServerConfig.max_prompts says how many are answered
 
 
 class _First(FailFast):
@@ -29,8 +41,8 @@ class _First(FailFast):
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 Ids = Annotated[list[StrictInt], _First()]
-Texts = Annotated[list[str], _First()]
-IdLists = Annotated[list[Ids], _First()]
+Texts = Annotated[list[str], _First(), MaxLen(MOST_PROMPTS)]
+IdLists = Annotated[list[Ids], _First(), MaxLen(MOST_PROMPTS)]
 Prompts = str | Texts | Ids | IdLists
 Schema = dict[str, Any]
 
@@ -39,6 +51,16 @@ class Body(BaseModel):
     """A body or a part of one; a field that it does not know is refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Of thousands of unknown fields one is enough: each would be a complaint of its own."""
+        if not isinstance(data, dict) or len(data) <= len(cls.model_fields):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in data if name not in known)
+        return {name: value for name, value in data.items() if name in known or name == unknown}
 
 
 class Part(BaseModel):

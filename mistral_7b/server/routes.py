@@ -17,7 +17,7 @@ class _JsonRequest(HttpRequest):
 
     async def json(self) -> Any:
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            return from_json(await self.body(), allow_inf_nan=False, cache_strings=False)
         except ValueError as e:
             raise json.JSONDecodeError(f"the body is no JSON: {e}", "", 0) from None
 

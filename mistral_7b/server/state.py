@@ -122,8 +122,8 @@ async def read(state: State, make: Callable[[], Request]) -> Request:
         raise
     except EngineError as e:  # it could never be computed
         raise Refusal(422, str(e), code="too_large") from e
-    most = state.config.max_prompt_tokens
-    if most is not None and len(request.ids) > most:
+    most = state.config.max_prompt_tokens or state.llm.engine.model.args.max_seq_len
+    if len(request.ids) > most:
         raise Refusal(422, f"the prompt has {len(request.ids)} tokens, and this server takes {most}: shorten it",
                       code="context_length_exceeded")  # fmt: skip
     return request

@@ -142,7 +142,7 @@ class EmbeddingUsage(TypedDict):
 
 
 class EmbeddingList(TypedDict):
-    id: str  # Mistral's client wants one
+    id: str
     object: Literal["list"]
     data: list[Embedding]
     model: str
@@ -155,7 +155,7 @@ class Capabilities(TypedDict):
 
 
 class Model(TypedDict):
-    """OpenAI's fields, vLLM's root, parent and max_model_len, and Mistral's type and capabilities."""
+    """OpenAI's fields, then vLLM's, Mistral's and Anthropic's."""
 
     id: str
     object: Literal["model"]
@@ -166,11 +166,17 @@ class Model(TypedDict):
     max_model_len: int
     type: Literal["base"]
     capabilities: Capabilities
+    max_context_length: int
+    display_name: str
+    created_at: str
 
 
 class ModelList(TypedDict):
     object: Literal["list"]
     data: list[Model]
+    first_id: str
+    last_id: str
+    has_more: bool
 
 
 class Health(TypedDict):

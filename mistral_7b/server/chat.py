@@ -22,7 +22,7 @@ from ..sampling_params import SamplingParams, StructuredOutputs
 from .answers import CallDelta, ChatChoice, ChatCompletion, ChoiceLogprobs, ChunkChoice, Delta, Usage, documented
 from .logprobs import ChatLogprobs
 from .problems import Refusal
-from .protocol import ChatRequest, plain
+from .protocol import ChatRequest, plain, plain_tools
 from .routes import JsonRoute, json_answer
 from .sse import DONE, Frames, event_stream, frame
 from .state import State, answer, read
@@ -76,9 +76,7 @@ def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
     messages = [dict(plain(m)) for m in body.messages]
     if body.safe_prompt:
         messages.insert(0, {"role": "system", "content": SAFE})
-    tools = [dict(plain(t)) for t in body.tools or ()] or None
-    for tool in tools or ():  # Mistral's template wants a schema
-        tool["function"].setdefault("parameters", {"type": "object", "properties": {}})
+    tools = plain_tools(body.tools)
     choice: Any = body.tool_choice or "auto"
     if not isinstance(choice, str):
         choice = dict(plain(choice))
@@ -209,10 +207,13 @@ class _Choice:
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _call(self, delta: Any) -> CallDelta:
-        """A part of a tool call: id and name once, then its arguments."""
+        """A part of a tool call: id and name once, then its arguments.
+
+        An empty name goes with these: Mistral's client wants one in every part, and OpenAI's joins the parts.
+        """
         if delta.name is None:
             self.calls[delta.index]["function"]["arguments"] += delta.arguments
-            return {"index": delta.index, "function": {"arguments": delta.arguments}}
+            return {"index": delta.index, "function": {"name": "", "arguments": delta.arguments}}
         function = {"name": delta.name, "arguments": delta.arguments}
         self.calls.append({"id": delta.id, "type": "function", "function": dict(function)})
         return {"index": delta.index, "id": delta.id, "type": "function", "function": function}

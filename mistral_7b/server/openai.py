@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from fastapi import APIRouter
 
 from . import chat, completions, embeddings
-from .answers import Model, ModelList, documented
+from .answers import Capabilities, Model, ModelList, documented
 from .problems import Refusal
 from .state import State
 
@@ -16,19 +18,27 @@ def router(state: State) -> APIRouter:
     for part in (chat, completions, embeddings):
         routes.include_router(part.router(state))
 
+    context, tokenizer = state.llm.engine.model.args.max_seq_len, state.llm.tokenizer
+    calls = tokenizer is not None and tokenizer.tool_calls_id is not None
+    able: Capabilities = {"completion_chat": True, "function_calling": calls}
+
     def model(name: str) -> Model:
-        base, tokenizer = state.model_name, state.llm.tokenizer
-        tools = tokenizer is not None and tokenizer.tool_calls_id is not None
+        base = state.model_name
         return {
             "id": name, "object": "model", "created": int(state.started), "owned_by": "mistral-7b", "root": base,
-            "parent": None if name == base else base, "max_model_len": state.llm.engine.model.args.max_seq_len,
-            "type": "base", "capabilities": {"completion_chat": True, "function_calling": tools},
+            "parent": None if name == base else base, "max_model_len": context,
+            "type": "base", "capabilities": able, "max_context_length": context,
+            "display_name": name, "created_at": datetime.fromtimestamp(int(state.started), UTC).isoformat(),
         }  # fmt: skip
 
     @routes.get("/v1/models", responses=documented(answer=ModelList), tags=["OpenAI"])
     async def models() -> ModelList:
         """The model and its adapters."""
-        return {"object": "list", "data": [model(name) for name in state.models]}
+        names = state.models
+        return {
+            "object": "list", "data": [model(name) for name in names],
+            "first_id": names[0], "last_id": names[-1], "has_more": False,
+        }  # fmt: skip
 
     @routes.get("/v1/models/{name:path}", responses=documented(404, answer=Model), tags=["OpenAI"])
     async def one_model(name: str) -> Model:

@@ -6,7 +6,7 @@ stand in answers.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import MaxLen
@@ -241,3 +241,11 @@ def prompts_of(prompt: Prompts) -> list[Any]:
 def plain(part: BaseModel) -> Mapping[str, Any]:
     """A part as the dictionary that came, less what is null."""
     return part.model_dump(exclude_none=True, by_alias=True)
+
+
+def plain_tools(tools: Sequence[ToolDefinition] | None) -> list[dict[str, Any]] | None:
+    """Tools as dictionaries, each with a schema, which Mistral's template wants; None for none."""
+    out = [dict(plain(tool)) for tool in tools or ()]
+    for tool in out:
+        tool["function"].setdefault("parameters", {"type": "object", "properties": {}})
+    return out or None

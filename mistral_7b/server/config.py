@@ -23,6 +23,7 @@ class ServerConfig:
         port: 0 takes a free one
         api_keys: whoever has one of these may ask; none: everybody
         admin_keys: whoever has one of these may ask, and load and unload adapters; none: nobody may do that
+        adapter_folder: folder in which adapters may be loaded, each a folder in it; none: no request loads any
         cors_origins: pages of other origins that may ask, such as "https://example.org"; "*": all
         allowed_hosts: names by which the server may be called; none: any, or only this machine's own where it
             listens at no other, so that no web page reaches it under a name of its own
@@ -44,6 +45,7 @@ class ServerConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     admin_keys: tuple[str, ...] = ()
+    adapter_folder: str | None = None
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = MIB

@@ -48,6 +48,10 @@ class GenerationError(Mistral7BError):
     """A prompt that cannot be continued: empty, or longer than the context."""
 
 
+class PromptTooLongError(GenerationError):
+    """A prompt that, with what is to follow it, exceeds the context."""
+
+
 class TrainingError(Mistral7BError):
     """Training data or a training state that cannot be used."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .completion import Completion
-from .errors import GenerationError, Mistral7BError, SamplingError
+from .errors import GenerationError, Mistral7BError, PromptTooLongError, SamplingError
 from .model import Mistral7B, ModelArgs
 from .sampling import SamplingParams, draw_seed
 from .tokenizer import Tokenizer
@@ -100,9 +100,9 @@ def _room(args: ModelArgs, name: str, length: int, params: SamplingParams) -> in
     """How many tokens may be generated. With a window the context has no end, so `max_tokens` alone rules."""
     context, left = args.max_seq_len, args.max_seq_len - length
     if params.max_tokens is None and left < 1:
-        raise GenerationError(f"{name} has {length} tokens and fills the context of {context}: shorten it")
+        raise PromptTooLongError(f"{name} has {length} tokens and fills the context of {context}: shorten it")
     if params.max_tokens is not None and params.max_tokens > left and args.sliding_window is None:
-        raise GenerationError(
+        raise PromptTooLongError(
             f"{name} has {length} tokens, and max_tokens={params.max_tokens} more do not fit the context of "
             f"{context}: shorten it, or lower max_tokens (None takes what is left)"
         )

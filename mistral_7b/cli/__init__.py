@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "rewrite a checkpoint in another format",
     "quantize": "round a checkpoint to int8 or int4",
     "pull": "download a model from the Hugging Face hub",
+    "serve": "answer over HTTP, as OpenAI's API does",
     "train": "train a model on text files",
     "bench": "measure speed and memory beside the machine's ceilings and other engines",
     "doctor": "look at this machine: what it has, what runs, what is missing",

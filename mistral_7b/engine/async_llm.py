@@ -90,6 +90,11 @@ class AsyncLLM:
     def tokenizer(self) -> Tokenizer | None:
         return self.reader.tokenizer
 
+    @property
+    def broken(self) -> EngineError | None:
+        """Why nothing more can be asked; None: all is well."""
+        return self._why
+
     # ------------------------------------------------------------------ requests
 
     async def stream(

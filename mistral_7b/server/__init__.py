@@ -1,0 +1,16 @@
+"""HTTP: what OpenAI's, Anthropic's and Mistral's clients speak, over AsyncLLM. In the order of reading:
+
+config       what the server may use, and whom it lets in
+protocol     the wire's requests and answers; imports no torch
+problems     every error, as a status and a body
+state        what all routes share, and `answer`: the one way in which a request is followed
+sse          server-sent events
+openai       chat completions, completions, embeddings, models
+guard        before any route: keys, limits, headers, the access log
+app          all of it as one application
+connection   a socket: slow readers and slow writers
+gathering    many small writes made few
+serve        the process: listening, draining, ending
+
+No route opens a path, runs a template or reads a pickle that a request names.
+"""

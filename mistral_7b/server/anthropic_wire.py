@@ -1,0 +1,308 @@
+"""What clients of Anthropic's Messages API send, and the same in the words of the rest of this package.
+
+    Anthropic                                   OpenAI, as messages.py reads it
+    system                                      a first message with role system
+    user: [tool_result ..., text ...]           a tool message for each result, then a user message
+    assistant: [text ..., tool_use ...]         one assistant message; calls alone, if there are any
+    assistant, as the last message              "prefix": True: it is gone on with
+    tool {name, input_schema}                   {"type": "function", "function": {name, parameters}}
+
+Mistral's template has no place for text beside calls, and none for `is_error`: the text is left out, as Mistral's
+own template does, and the result of a call that failed begins with "Error: ".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
+
+from ..engine.lark import tool_spec
+from ..errors import TokenizerError
+from ..sampling_params import SamplingParams, StructuredOutputs
+from .protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop
+
+MOST_TOKENS = 2**31 - 1
+NO_THINKING = "this model does not think before it answers: leave `thinking` out, or disable it"
+
+# ---------------------------------------------------------------------- what comes
+
+
+class _Wire(BaseModel):
+    """Types are what they are: "5" is no number. Fields that nobody knows are refused where they are at the top,
+    and passed over in blocks and tools, which carry hints such as `cache_control`."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=(), hide_input_in_errors=True)
+
+
+def _as_blocks(content: Any) -> Any:
+    """A text is short for one block of it."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class TextBlock(_Wire):
+    type: Literal["text"]
+    text: str
+
+
+class ToolUseBlock(_Wire):
+    type: Literal["tool_use"]
+    id: str = Field(min_length=1)
+    name: str = Field(min_length=1)
+    input: dict[str, Any]
+
+
+Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
+
+
+class ToolResultBlock(_Wire):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Texts | None = None
+    is_error: bool | None = None
+
+
+Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+Blocks = Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])]
+
+
+class Message(_Wire):
+    role: Literal["user", "assistant", "system"]
+    content: Blocks
+
+
+class Tool(_Wire):
+    name: str
+    input_schema: dict[str, Any]
+    description: str | None = None
+    type: Literal["custom"] | None = None
+
+
+class AutoChoice(_Wire):
+    type: Literal["auto"]
+    disable_parallel_tool_use: bool = False
+
+
+class AnyChoice(_Wire):
+    type: Literal["any"]
+    disable_parallel_tool_use: bool = False
+
+
+class NamedChoice(_Wire):
+    type: Literal["tool"]
+    name: str
+    disable_parallel_tool_use: bool = False
+
+
+class NoChoice(_Wire):
+    type: Literal["none"]
+
+
+Choice = Annotated[AutoChoice | AnyChoice | NamedChoice | NoChoice, Field(discriminator="type")]
+
+
+class JSONFormat(_Wire):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(_Wire):
+    format: JSONFormat | None = None
+    effort: str | None = None
+
+
+class _Conversation(_Wire):
+    """What counting tokens and answering have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
+    system: Texts | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Choice | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    # Taken, and without meaning here.
+    cache_control: Any = None
+    speed: Any = None
+    user_profile_id: Any = None
+    workspace_id: Any = None
+
+    @field_validator("thinking")
+    @classmethod
+    def _refuse_thinking(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and value.get("type") != "disabled":
+            raise ValueError(NO_THINKING)
+        return value
+
+    @model_validator(mode="after")
+    def _need_tools(self) -> _Conversation:
+        if isinstance(self.tool_choice, AnyChoice | NamedChoice) and not self.tools:
+            raise ValueError("tool_choice asks for a call, and there are no tools")
+        return self
+
+
+class CountRequest(_Conversation):
+    """POST /v1/messages/count_tokens."""
+
+
+class MessagesRequest(_Conversation):
+    """POST /v1/messages. `seed` is this server's own."""
+
+    max_tokens: int = Field(ge=1, le=MOST_TOKENS)
+    stop_sequences: Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    metadata: dict[str, Any] | None = None
+    # Taken, and without meaning here.
+    service_tier: Any = None
+    inference_geo: Any = None
+    diagnostics: Any = None
+
+    def params(self) -> SamplingParams:
+        """How to sample; SamplingError for a value out of its range."""
+        given = {
+            "max_tokens": self.max_tokens, "stop": self.stop_sequences, "temperature": self.temperature,
+            "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed, "structured_outputs": self._spec(),
+        }  # fmt: skip
+        return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
+
+    def _spec(self) -> StructuredOutputs | None:
+        """What the text must look like. A single call of any tool is asked for here: `chosen` cannot say it."""
+        if isinstance(self.tool_choice, AnyChoice) and self.tool_choice.disable_parallel_tool_use:
+            return tool_spec(offered(self) or (), "required", parallel=False)
+        if self.output_config is not None and self.output_config.format is not None:
+            return StructuredOutputs(json=self.output_config.format.json_schema)
+        return None
+
+
+# ---------------------------------------------------------------------- the same in other words
+
+
+class ConversationError(TokenizerError):
+    """A conversation that Anthropic's own rules forbid."""
+
+
+@dataclass
+class Conversation:
+    """Messages in OpenAI's words, each with the place in the request that it came from."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+
+    def add(self, origin: str, message: Mapping[str, Any]) -> None:
+        self.messages.append(dict(message))
+        self.origins.append(origin)
+
+    def named(self, error: str) -> str:
+        """An error's text with the places of the request instead of these messages' own."""
+        return re.sub(r"messages\[(\d+)\]", lambda found: self.origins[int(found[1])], error)
+
+
+def conversation(request: _Conversation) -> Conversation:
+    """The conversation of a request. ConversationError says which message breaks Anthropic's rules."""
+    out = Conversation()
+    if request.system and any(block.text for block in request.system):
+        out.add("system", {"role": "system", "content": _text(request.system)})
+    called: set[str] = set()  # by the assistant's last turn, and not answered yet
+    for i, message in enumerate(request.messages):
+        origin = f"messages[{i}]"
+        blocks = message.content
+        if not blocks:
+            raise ConversationError(f"{origin} has no content")
+        if message.role == "assistant":
+            called = _add_assistant(out, origin, blocks)
+        else:
+            called -= _add_user(out, origin, message.role, blocks, called)
+    if out.messages[-1]["role"] == "assistant":
+        if called:
+            raise ConversationError(f"{out.origins[-1]} calls tools: their results must follow")
+        out.messages[-1]["prefix"] = True
+    return out
+
+
+def _add_assistant(out: Conversation, origin: str, blocks: Sequence[Block]) -> set[str]:
+    """The assistant's turn; the ids of its calls."""
+    calls = [b for b in blocks if isinstance(b, ToolUseBlock)]
+    if any(isinstance(b, ToolResultBlock) for b in blocks):
+        raise ConversationError(f"{origin}: a tool_result belongs into a message with role user")
+    if len({call.id for call in calls}) < len(calls):
+        raise ConversationError(f"{origin}: two calls have the same id")
+    if calls:
+        out.add(origin, {"role": "assistant", "tool_calls": [_call(call) for call in calls]})
+    else:
+        out.add(origin, {"role": "assistant", "content": _text(blocks)})
+    return {call.id for call in calls}
+
+
+def _add_user(out: Conversation, origin: str, role: str, blocks: Sequence[Block], called: set[str]) -> set[str]:
+    """A user's turn, or a system's; the ids of the calls that it answers."""
+    if any(isinstance(b, ToolUseBlock) for b in blocks):
+        raise ConversationError(f"{origin}: a tool_use belongs into a message with role assistant")
+    results = [b for b in blocks if isinstance(b, ToolResultBlock)]
+    for result in results:
+        if result.tool_use_id not in called or role != "user":
+            raise ConversationError(f"{origin}: no call before it has the id {result.tool_use_id!r:.80}")
+        out.add(origin, {"role": "tool", "tool_call_id": result.tool_use_id, "content": _result(result)})
+    texts = [b for b in blocks if isinstance(b, TextBlock)]
+    if texts or not results:
+        out.add(origin, {"role": role, "content": _text(texts)})
+    return {result.tool_use_id for result in results}
+
+
+def _text(blocks: Sequence[Block]) -> Any:
+    """The text of blocks, or several texts."""
+    texts = [b.text for b in blocks if isinstance(b, TextBlock)]
+    return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+
+
+def _result(result: ToolResultBlock) -> Any:
+    """What a tool gave."""
+    blocks = result.content or [TextBlock(type="text", text="")]
+    if result.is_error:
+        blocks = [TextBlock(type="text", text="Error: " + blocks[0].text), *blocks[1:]]
+    return _text(blocks)
+
+
+def _call(block: ToolUseBlock) -> dict[str, Any]:
+    arguments = json.dumps(block.input, ensure_ascii=False)
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+
+
+def offered(request: _Conversation) -> list[dict[str, Any]] | None:
+    """The tools in OpenAI's words; None if the model is not to see any."""
+    if not request.tools or isinstance(request.tool_choice, NoChoice):
+        return None
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name, "description": tool.description or "", "parameters": tool.input_schema,
+            },
+        }
+        for tool in request.tools
+    ]  # fmt: skip
+
+
+def chosen(request: _Conversation) -> str | dict[str, Any]:
+    """tool_choice in OpenAI's words."""
+    choice = request.tool_choice
+    if isinstance(choice, NamedChoice):
+        return {"type": "function", "function": {"name": choice.name}}
+    if isinstance(choice, AnyChoice):
+        return "auto" if choice.disable_parallel_tool_use else "required"
+    return "none" if isinstance(choice, NoChoice) else "auto"
+
+
+def most_calls(request: _Conversation) -> int | None:
+    """How many tools may be called at once; None: any number."""
+    choice = request.tool_choice
+    return 1 if choice is not None and getattr(choice, "disable_parallel_tool_use", False) else None

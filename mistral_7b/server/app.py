@@ -1,0 +1,66 @@
+"""All of it as one application."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Response
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from .. import __version__
+from ..engine.async_llm import AsyncLLM
+from ..errors import ConfigError, Mistral7BError
+from . import adapters, anthropic, health, metrics, openai, tokens
+from .answers import documented
+from .config import ServerConfig
+from .guard import Guard
+from .problems import Refusal, invalid, refusal
+from .routes import json_answer
+from .state import State
+
+ROUTERS = (openai, anthropic, tokens, adapters, metrics, health)
+
+
+def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "mistral-7b") -> FastAPI:
+    """The application; its State is `app.state.serving`. ConfigError for a model without a tokenizer."""
+    if llm.tokenizer is None:
+        raise ConfigError(f"the server needs the model's tokenizer, and {llm.reader.why}")
+    state = State(llm, config or ServerConfig(), model_name)
+    app = FastAPI(
+        title="mistral_7b", version=__version__, docs_url=None, redoc_url=None,  # they load scripts from outside
+        responses=documented(400, 401, 403, 404, 408, 413, 429, 500, 503), separate_input_output_schemas=False,
+    )  # fmt: skip
+    app.state.serving = state
+    for room in ROUTERS:
+        app.include_router(room.router(state))
+    _install_problems(app)
+    app.add_middleware(Guard, state=state)
+    return app
+
+
+def _install_problems(app: FastAPI) -> None:
+    """Every error in one shape. What is unforeseen goes on to the guard, which logs it."""
+
+    def told(request: HttpRequest, why: Refusal) -> Response:
+        return json_answer(why.body(request.url.path), why.status, why.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_field(request: HttpRequest, error: RequestValidationError) -> Response:
+        return told(request, invalid(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: HttpRequest, error: HTTPException) -> Response:
+        path = request.url.path
+        if error.status_code == 404:
+            return told(request, Refusal(404, f"there is nothing at {path:.200}", code="no_such_route"))
+        if error.status_code == 405:
+            why = f"{request.method} is not what {path:.200} takes"
+            return told(request, Refusal(405, why, code="method_not_allowed", headers=error.headers))
+        return told(request, Refusal(error.status_code, str(error.detail), headers=error.headers))
+
+    @app.exception_handler(Mistral7BError)
+    async def refused(request: HttpRequest, error: Mistral7BError) -> Response:
+        why = refusal(error)
+        if why.status >= 500 and why is not error:
+            raise error
+        return told(request, why)

@@ -1,0 +1,240 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+
+from ..completion import TextPiece
+from ..engine.grammar import tool_spec
+from ..engine.reading import Asked
+from ..engine.request import Request
+from ..errors import EngineError, PromptTooLongError
+from ..sampling_params import SamplingParams, StructuredOutputs
+from .answers import CallDelta, ChatChoice, ChatCompletion, ChoiceLogprobs, ChunkChoice, Delta, Usage, documented
+from .logprobs import ChatLogprobs
+from .problems import Refusal
+from .protocol import ChatRequest, plain, plain_tools
+from .routes import JsonRoute, json_answer
+from .sse import DONE, Frames, event_stream, frame
+from .state import State, answer, read
+
+# Mistral's own words for safe_prompt, from its guide to guardrails.
+SAFE = (
+    "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid harmful, "
+    "unethical, prejudiced, or negative content. Ensure replies promote fairness and positivity."
+)
+
+
+def router(state: State) -> APIRouter:
+    """The route."""
+    routes = APIRouter(route_class=JsonRoute)
+
+    @routes.post(
+        "/v1/chat/completions",
+        responses=documented(400, 404, 422, 429, 500, 503, 504, answer=ChatCompletion, stream=True),
+        tags=["OpenAI"],
+    )
+    async def chat_completions(body: ChatRequest, http_request: HttpRequest) -> Response:
+        """Answer a conversation."""
+        check_n(state, body.n)
+        adapter = state.adapter(body.model)
+        request = await read(state, partial(read_chat, state, body, adapter))
+        pieces = answer(state, http_request, request)
+        choices = Choices(state, body, request)
+        if body.stream:
+            return await event_stream(_stream(choices, body, pieces))
+        async with aclosing(pieces):
+            async for piece in pieces:
+                choices.add(piece)
+        return json_answer(choices.whole())
+
+    return routes
+
+
+def check_n(state: State, n: int | None) -> None:
+    """Refusal (422) for more completions than this server makes of one prompt."""
+    most = min(state.config.max_n, state.llm.engine.config.max_sequences)
+    if n is not None and n > most:
+        raise Refusal(422, f"n must be at most {most} here, not {n}", param="n")
+
+
+# ---------------------------------------------------------------------- the request
+
+
+def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
+    """The engine's request for a conversation. Takes its time: for a thread."""
+    reader = state.llm.reader
+    messages = [dict(plain(m)) for m in body.messages]
+    if body.safe_prompt:
+        messages.insert(0, {"role": "system", "content": SAFE})
+    tools = plain_tools(body.tools)
+    choice: Any = body.tool_choice or "auto"
+    if not isinstance(choice, str):
+        choice = dict(plain(choice))
+    structured = _structured(body)
+    if choice != "none" and body.parallel_tool_calls is False and structured is None:
+        structured = tool_spec(tools or (), choice, parallel=False)
+        choice = "auto" if structured is not None else choice
+    params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=structured)
+    asked = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt)
+    try:
+        return reader.chat(messages, params, asked, None, tools, choice)
+    except PromptTooLongError:
+        raise
+    except EngineError:
+        if params.max_tokens is not None:
+            raise
+    assert reader.tokenizer is not None
+    length = len(reader.tokenizer.encode_chat(messages, None if choice == "none" else tools))
+    return reader.chat(
+        messages, replace(params, max_tokens=_room(state, length, params)), asked, None, tools, choice
+    )
+
+
+def _room(state: State, length: int, params: SamplingParams) -> int:
+    """Tokens that fit after a prompt, where memory holds less than a context."""
+    pool = state.llm.engine.pool
+    return max(1, params.min_tokens, pool.n_pages * pool.page - length)
+
+
+def _top(body: ChatRequest) -> int | None:
+    if body.top_logprobs and not body.logprobs:
+        raise Refusal(400, 'top_logprobs needs "logprobs": true', param="top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+def _structured(body: ChatRequest) -> StructuredOutputs | None:
+    """What the text must look like: OpenAI's response_format or vLLM's structured_outputs."""
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return None if body.structured_outputs is None else StructuredOutputs.from_dict(body.structured_outputs)
+    if body.structured_outputs is not None:
+        raise Refusal(400, "response_format and structured_outputs exclude each other", param="structured_outputs")
+    if wanted.type == "json_object":
+        return StructuredOutputs(json_object=True)
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        raise Refusal(400, "response_format.json_schema.schema is missing", param="response_format")
+    return StructuredOutputs(json=wanted.json_schema.schema_)
+
+
+# ---------------------------------------------------------------------- the answer
+
+
+class Choices:
+    """The completions of one request, as they come; in chunks, or whole."""
+
+    def __init__(self, state: State, body: ChatRequest, request: Request) -> None:
+        tokenizer = state.llm.tokenizer
+        assert tokenizer is not None
+        self.request, self.tokens = request, 0
+        self.head: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
+            "model": body.model or state.model_name,
+        }  # fmt: skip
+        self.calls_alone = body.parallel_tool_calls is False  # the first call is the only one
+        top = body.top_logprobs or 0
+        self.choices = [_Choice(i) for i in range(request.params.n)]
+        self.logprobs = (
+            [ChatLogprobs(tokenizer, request.ids, top) for _ in self.choices] if body.logprobs else None
+        )
+
+    def add(self, piece: TextPiece) -> list[ChunkChoice]:
+        """What a piece is as chunks."""
+        self.tokens += len(piece.token_ids)
+        found = None if self.logprobs is None else self.logprobs[piece.index].of(piece)
+        return self.choices[piece.index].add(piece, found, self.calls_alone)
+
+    @property
+    def usage(self) -> Usage:
+        """What it took so far."""
+        prompt = len(self.request.ids)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": self.tokens, "total_tokens": prompt + self.tokens,
+            "prompt_tokens_details": {"cached_tokens": self.request.cached or 0},
+        }  # fmt: skip
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, when all has come."""
+        return {**self.head, "choices": [c.whole() for c in self.choices], "usage": self.usage}
+
+
+class _Choice:
+    """One completion."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.begun = index, False
+        self.texts: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: ChoiceLogprobs | None = None
+        self.reason = "stop"
+
+    def add(self, piece: TextPiece, logprobs: ChoiceLogprobs | None, alone: bool) -> list[ChunkChoice]:
+        """Take a piece. The role comes first, and the reason for the end in a chunk of its own."""
+        chunks: list[ChunkChoice] = []
+        if not self.begun:
+            self.begun = True
+            chunks.append(self._chunk({"role": "assistant", "content": ""}))
+        deltas = [self._call(d) for d in piece.tool_calls if not (alone and d.index)]
+        delta: Delta = {}
+        if piece.text:
+            delta["content"] = piece.text
+            self.texts.append(piece.text)
+        if deltas:
+            delta["tool_calls"] = deltas
+        if delta or (logprobs is not None and logprobs["content"]):
+            chunks.append(self._chunk(delta, logprobs))
+        if logprobs is not None:
+            self.logprobs = self.logprobs or {"content": [], "refusal": None}
+            self.logprobs["content"] += logprobs["content"]
+        if piece.finish_reason is not None:
+            called = self.calls and piece.finish_reason == "stop"
+            self.reason = "tool_calls" if called else piece.finish_reason
+            chunks.append(self._chunk({}, reason=self.reason))
+        return chunks
+
+    def _chunk(
+        self, delta: Delta, logprobs: ChoiceLogprobs | None = None, reason: str | None = None
+    ) -> ChunkChoice:
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _call(self, delta: Any) -> CallDelta:
+        """A part of a tool call: id and name once, then its arguments.
+
+        An empty name goes with these: Mistral's client wants one in every part, and OpenAI's joins the parts.
+        """
+        if delta.name is None:
+            self.calls[delta.index]["function"]["arguments"] += delta.arguments
+            return {"index": delta.index, "function": {"name": "", "arguments": delta.arguments}}
+        function = {"name": delta.name, "arguments": delta.arguments}
+        self.calls.append({"id": delta.id, "type": "function", "function": dict(function)})
+        return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+
+    def whole(self) -> ChatChoice:
+        text = "".join(self.texts)
+        message: Any = {"role": "assistant", "content": text if text or not self.calls else None, "refusal": None}
+        if self.calls:
+            message["tool_calls"] = self.calls
+        return {"index": self.index, "message": message, "logprobs": self.logprobs, "finish_reason": self.reason}
+
+
+async def _stream(choices: Choices, body: ChatRequest, pieces: AsyncGenerator[TextPiece, None]) -> Frames:
+    """Chunks. One write carries all that has come of a piece."""
+    head = {**choices.head, "object": "chat.completion.chunk"}
+    usage = {"usage": None} if body.with_usage else {}
+    async with aclosing(pieces):
+        async for piece in pieces:
+            chunks = choices.add(piece)
+            if chunks:
+                yield b"".join(frame({**head, "choices": [chunk], **usage}) for chunk in chunks)
+    if body.with_usage:
+        yield frame({**head, "choices": [], "usage": choices.usage})
+    yield DONE

@@ -1,0 +1,215 @@
+"""POST /v1/completions: texts, or token ids, gone on with."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HttpRequest
+
+from ..completion import TextPiece
+from ..engine.reading import Asked
+from ..engine.request import Request
+from ..tokenizer import Tokenizer
+from .answers import TextChoice, TextCompletion, TextLogprobs, Usage, documented
+from .chat import check_n
+from .logprobs import text_logprobs
+from .problems import Refusal
+from .protocol import CompletionRequest, prompts_of
+from .routes import JsonRoute, json_answer
+from .sse import DONE, Frames, event_stream, frame
+from .state import State, answer, read
+
+DEFAULT_TOKENS = 16  # OpenAI's
+AHEAD = 16  # pieces of one prompt that wait to be written while others are
+
+
+def router(state: State) -> APIRouter:
+    """The route."""
+    routes = APIRouter(route_class=JsonRoute)
+
+    @routes.post(
+        "/v1/completions",
+        responses=documented(400, 404, 422, 429, 500, 503, 504, answer=TextCompletion, stream=True),
+        tags=["OpenAI"],
+    )
+    async def completions(body: CompletionRequest, http_request: HttpRequest) -> Response:
+        """Go on with one prompt or several."""
+        _check(state, body)
+        asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
+        prompts = prompts_of(body.prompt)
+        requests = [await read(state, partial(_read, state, body, prompt, asked)) for prompt in prompts]
+        texts = Texts(state, body, requests)
+        pieces = together([answer(state, http_request, request) for request in requests])
+        if body.stream:
+            return await event_stream(_stream(texts, body, pieces))
+        async with aclosing(pieces):
+            async for place, piece in pieces:
+                texts.add(place, piece)
+        return json_answer(texts.whole())
+
+    return routes
+
+
+def _check(state: State, body: CompletionRequest) -> None:
+    check_n(state, body.n)
+    check_prompts(state, prompts_of(body.prompt), "prompt")
+    if body.suffix:
+        raise Refusal(400, "suffix is not served: Mistral 7B was not trained to fill in", param="suffix")
+    if body.best_of not in (None, body.n or 1):
+        raise Refusal(400, "best_of is not served: ask for n, with logprobs, and choose", param="best_of")
+    if body.max_tokens == 0 and not body.echo:
+        raise Refusal(400, "max_tokens must be at least 1, unless echo is true", param="max_tokens")
+
+
+def check_prompts(state: State, prompts: Sequence[Any], param: str) -> None:
+    """Refusal for none, or for more than this server takes at once."""
+    if not prompts:
+        raise Refusal(400, f"{param} is empty", param=param)
+    most = state.config.max_prompts
+    if len(prompts) > most:
+        raise Refusal(422, f"{param} has {len(prompts)} entries, and this server takes {most}", param=param)
+
+
+def _read(state: State, body: CompletionRequest, prompt: Any, asked: Asked) -> Request:
+    limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    echoed = body.logprobs if body.echo else None
+    params = body.params(max_tokens=limit, logprobs=body.logprobs, prompt_logprobs=echoed)
+    return state.llm.reader.text(prompt, params, asked)
+
+
+# ---------------------------------------------------------------------- the answer
+
+
+@dataclass
+class _Text:
+    """One completion. `logprobs` of the whole; `length`: characters that have come, the prompt's included."""
+
+    index: int
+    parts: list[str]
+    length: int = 0
+    begun: bool = False
+    reason: str | None = None
+    logprobs: TextLogprobs | None = None
+
+
+class Texts:
+    """The completions of one HTTP request, as they come; in chunks, or whole."""
+
+    def __init__(self, state: State, body: CompletionRequest, requests: Sequence[Request]) -> None:
+        assert state.llm.tokenizer is not None
+        self.tokenizer: Tokenizer = state.llm.tokenizer
+        self.body, self.requests, self.tokens = body, requests, 0
+        self.top, self.nothing = body.logprobs or 0, body.max_tokens == 0
+        self.head: dict[str, Any] = {
+            "id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
+            "model": body.model or state.model_name,
+        }  # fmt: skip
+        self.n = requests[0].params.n
+        self.texts = [_Text(i, []) for i in range(self.n * len(requests))]
+
+    def add(self, place: int, piece: TextPiece) -> TextChoice:
+        """What a piece of prompt `place` is as a chunk: with its first, the prompt, if that is wanted."""
+        request, text = self.requests[place], self.texts[place * self.n + piece.index]
+        tokens: list[int] = []
+        entries: list[Any] = []
+        offset, new = text.length, "" if self.nothing else piece.text
+        if not text.begun and self.body.echo:
+            new = self._prompt(request) + new
+            tokens, entries = list(request.ids), list(request.prompt_logprobs)
+        text.begun = True
+        if not self.nothing:
+            self.tokens += len(piece.token_ids)
+            tokens += piece.token_ids
+            entries += piece.logprobs
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = text_logprobs(self.tokenizer, tokens, entries, self.top, offset)
+            text.logprobs = _joined(text.logprobs, logprobs)
+        text.parts.append(new)
+        text.length += len(new)
+        text.reason = piece.finish_reason
+        return {"index": text.index, "text": new, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+    def _prompt(self, request: Request) -> str:
+        return self.tokenizer.decode(request.ids) if request.prompt is None else request.prompt
+
+    @property
+    def usage(self) -> Usage:
+        prompt = sum(len(r.ids) for r in self.requests)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": self.tokens, "total_tokens": prompt + self.tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(r.cached or 0 for r in self.requests)},
+        }  # fmt: skip
+
+    def whole(self) -> dict[str, Any]:
+        """The answer, when all has come."""
+        choices: list[TextChoice] = [
+            {"index": t.index, "text": "".join(t.parts), "logprobs": t.logprobs, "finish_reason": t.reason}
+            for t in self.texts
+        ]
+        return {**self.head, "choices": choices, "usage": self.usage}
+
+
+def _joined(done: TextLogprobs | None, new: TextLogprobs) -> TextLogprobs:
+    if done is None:
+        return {key: list(values) for key, values in new.items()}  # type: ignore[return-value, call-overload]
+    for key, values in new.items():
+        done[key] += values  # type: ignore[literal-required]
+    return done
+
+
+async def _stream(texts: Texts, body: CompletionRequest, pieces: AsyncGenerator[Any, None]) -> Frames:
+    usage = {"usage": None} if body.with_usage else {}
+    async with aclosing(pieces):
+        async for place, piece in pieces:
+            chunk = texts.add(place, piece)
+            if chunk["text"] or chunk["finish_reason"] or chunk["logprobs"]:
+                yield frame({**texts.head, "choices": [chunk], **usage})
+    if body.with_usage:
+        yield frame({**texts.head, "choices": [], "usage": texts.usage})
+    yield DONE
+
+
+async def together(
+    streams: Sequence[AsyncGenerator[TextPiece, None]],
+) -> AsyncGenerator[tuple[int, TextPiece], None]:
+    """The pieces of several requests as they come, each with the place of its own. One that fails ends all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as pieces:
+            async for piece in pieces:
+                yield 0, piece
+        return
+    news: asyncio.Queue[tuple[int, TextPiece | BaseException | None]] = asyncio.Queue(AHEAD)
+
+    async def follow(place: int, stream: AsyncGenerator[TextPiece, None]) -> None:
+        try:
+            async with aclosing(stream) as pieces:
+                async for piece in pieces:
+                    await news.put((place, piece))
+            await news.put((place, None))
+        except Exception as e:
+            await news.put((place, e))
+
+    tasks = [asyncio.create_task(follow(place, stream)) for place, stream in enumerate(streams)]
+    try:
+        left = len(tasks)
+        while left:
+            place, new = await news.get()
+            if isinstance(new, BaseException):
+                raise new
+            if new is None:
+                left -= 1
+            else:
+                yield place, new
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

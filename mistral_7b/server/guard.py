@@ -1,0 +1,232 @@
+"""What stands before every route: names, keys, limits, headers, the access log.
+
+    host, origin, key, draining, how many at once        by the headers alone
+    body                                                 whole, bounded in size and time, before any route runs
+    the route                                            told when the client hangs up
+
+A pure ASGI middleware: what streams through it is not copied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .config import ServerConfig
+from .keys import Door
+from .problems import CLIENT_GONE, ClientGoneError, Refusal, refusal
+from .state import ADMIN, GONE, NOTES, State
+
+logger = logging.getLogger("mistral_7b.server")
+access = logging.getLogger("mistral_7b.access")
+
+OPEN = "/health/live"  # for whoever asks, always
+CALM = ("/health", "/health/live", "/health/ready", "/metrics")  # answered however much goes on
+BODIES = 64  # the largest bodies that are in memory together
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+)
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"), (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]  # fmt: skip
+
+
+class Guard:
+    """The middleware. `state.active` counts who is inside."""
+
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self.app, self.state = app, state
+        self.config: ServerConfig = state.config
+        self.door = Door(state.config)
+        self.held = 0  # bytes of bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await _Visit(self, scope, receive, send).run()
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1003, "reason": "there are no websockets here"})
+        else:
+            await self.app(scope, receive, send)
+
+
+class _Visit:
+    """One HTTP request."""
+
+    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
+        self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
+        self.state, self.config = guard.state, guard.config
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = self.headers.get(b"x-request-id", b"")
+        self.id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        self.path: str = scope["path"]
+        self.status, self.began, self.size = 0, time.perf_counter(), 0
+        self.cors: list[tuple[bytes, bytes]] = []
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.body: bytes | None = b""
+
+    async def run(self) -> None:
+        try:
+            self.admit()
+        except Refusal as e:
+            await self.refuse(e)
+            self.log()
+            return
+        self.state.active += 1
+        try:
+            await self.serve()
+        finally:
+            self.state.active -= 1
+            self.guard.held -= self.size
+            self.log()
+
+    # ------------------------------------------------------------------ by the headers
+
+    def admit(self) -> None:
+        """Refusal for whoever may not come in, or not now."""
+        if self.path == OPEN:
+            return
+        door, calm = self.guard.door, self.path in CALM
+        door.check_host(self.headers)
+        self.allow(door.origin_of(self.headers))
+        if self.preflight:
+            return
+        page = self.scope["method"] == "GET" and b"text/html" in self.headers.get(b"accept", b"")
+        self.scope[ADMIN] = door.check_key(self.headers, page)
+        if self.state.draining and not calm:
+            raise Refusal(503, "the server is shutting down: ask again in a moment", code="shutting_down",
+                          retry_after=5)  # fmt: skip
+        if self.state.active >= self.config.max_concurrent and not calm:
+            raise Refusal(429, f"{self.state.active} requests are being served: try again later",
+                          code="too_many_requests", retry_after=1)  # fmt: skip
+
+    @property
+    def preflight(self) -> bool:
+        """Whether a browser asks if a page of an origin that may ask may ask."""
+        asks = b"access-control-request-method" in self.headers
+        return self.scope["method"] == "OPTIONS" and asks and bool(self.cors)
+
+    def allow(self, origin: str | None) -> None:
+        if origin is not None:
+            self.cors = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin"),
+                         (b"access-control-expose-headers", b"x-request-id, retry-after")]  # fmt: skip
+
+    # ------------------------------------------------------------------ inside
+
+    async def serve(self) -> None:
+        """Read the body, and let the route answer."""
+        try:
+            if self.preflight:
+                await self.answer_preflight()
+                return
+            async with asyncio.timeout(self.config.body_timeout):
+                self.body = await self.read()
+        except TimeoutError:
+            late = f"the body was not complete after {self.config.body_timeout:g} seconds"
+            await self.refuse(Refusal(408, late, code="body_timeout", headers={"connection": "close"}))
+            return
+        except Refusal as e:
+            await self.refuse(e)
+            return
+        self.scope[GONE] = self.gone
+        watcher = asyncio.create_task(self.watch())
+        try:
+            await self.guard.app(self.scope, self.receive, self.send)
+        except Exception as e:
+            if self.status:
+                raise  # the connection is cut: an answer that has begun cannot be taken back
+            if (told := refusal(e)).status >= 500:
+                logger.exception("request %s failed", self.id.decode())
+            await self.refuse(told)
+        finally:
+            watcher.cancel()
+            self.gone.cancel()
+
+    async def read(self) -> bytes:
+        """The body. Refusal (413) if it is too large, (503) if all bodies together are."""
+        most, parts = self.config.max_body_bytes, []
+        large = Refusal(413, f"the body is larger than {most} bytes", code="body_too_large")
+        said = self.headers.get(b"content-length", b"0")
+        if not said.isdigit() or len(said) > 18 or int(said) > most:
+            raise large
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            part = message.get("body", b"")
+            self.size += len(part)
+            self.guard.held += len(part)
+            if self.size > most:
+                raise large
+            if self.guard.held > BODIES * most:
+                raise Refusal(503, "too much is being sent at once: try again later", code="bodies_too_large",
+                              retry_after=1)  # fmt: skip
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def receive(self) -> Message:
+        """The whole body, and then nothing until the client hangs up."""
+        if self.body is not None:
+            body, self.body = self.body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.wait([self.gone])
+        return {"type": "http.disconnect"}
+
+    async def watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self.gone.done():
+            self.gone.set_result(None)
+
+    # ------------------------------------------------------------------ what is sent
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message.get("headers", []), (b"x-request-id", self.id), *HEADERS, *self.cors]
+            message = {**message, "headers": headers}
+        await self._send(message)
+
+    async def refuse(self, why: Refusal) -> None:
+        """Answer with an error."""
+        if why.status == CLIENT_GONE:
+            self.status = CLIENT_GONE
+            return
+        headers = {"content-type": "application/json", **why.headers}
+        await self.respond(why.status, headers, to_json(why.body(self.path)))
+
+    async def answer_preflight(self) -> None:
+        wanted = self.headers.get(b"access-control-request-headers", b"")
+        await self.respond(204, {
+            "access-control-allow-methods": "GET, POST, DELETE",
+            "access-control-allow-headers": wanted.decode("latin-1"), "access-control-max-age": "600",
+        }, b"")  # fmt: skip
+
+    async def respond(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        raw = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
+        if status != 204:
+            raw.append((b"content-length", str(len(body)).encode()))
+        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+        await self.send({"type": "http.response.body", "body": body})
+
+    def log(self) -> None:
+        """A line of the access log: who, what, how it went; no text of a prompt, unless that was asked for."""
+        client = self.scope.get("client")
+        notes: dict[str, Any] = self.scope.get(NOTES, {})
+        status = CLIENT_GONE if self.gone.done() and not self.gone.cancelled() else self.status
+        access.info("request", extra={"fields": {
+            "id": self.id.decode(), "client": client[0] if client else None, "method": self.scope["method"],
+            "path": self.path[:200], "status": status, "seconds": round(time.perf_counter() - self.began, 4),
+            "received": self.size, **notes,
+        }})  # fmt: skip

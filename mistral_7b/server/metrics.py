@@ -1,0 +1,129 @@
+"""GET /metrics, for Prometheus: gauges and totals read from the engine when asked for, times as they pass.
+
+    the engine     requests running and waiting, pages, tokens, preemptions, guesses     read at each scrape
+    `answer`       time to first token, between tokens, in all, in the queue; endings    Observer's calls
+
+No label takes a value that a client chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from fastapi import APIRouter
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.responses import Response
+
+from .. import __version__
+from ..engine.engine import Engine
+from ..engine.request import Request
+from .state import State
+
+PREFIX = "mistral_7b_"
+REASONS = ("stop", "length", "abort", "timeout", "shutdown", "error")
+BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
+TO_FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240, 480, 960)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+
+class Metrics:
+    """An Observer that keeps what it is told, beside what the engine counts."""
+
+    def __init__(self, engine: Engine, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine, model_name))
+        ProcessCollector(registry=self.registry)
+        self._arrived = Counter(PREFIX + "requests", "Requests that were asked for", registry=self.registry)
+        self._finished = Counter(
+            PREFIX + "requests_finished", "Requests that have ended, by reason", ["reason"], registry=self.registry
+        )
+        for reason in REASONS:  # from zero on, so that rates are right from the first
+            self._finished.labels(reason)
+        self._first = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token", TO_FIRST_TOKEN
+        )
+        self._inter = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of one answer", BETWEEN_TOKENS
+        )
+        self._whole = self._histogram("request_latency_seconds", "From arrival to the end", WHOLE)
+        self._queued = self._histogram(
+            "request_queue_time_seconds", "From arrival to the first step", TO_FIRST_TOKEN
+        )
+        self._prompt = self._histogram("request_prompt_tokens", "Tokens of one prompt", TOKENS)
+        self._answer = self._histogram("request_generation_tokens", "Tokens generated for one request", TOKENS)
+
+    def _histogram(self, name: str, help: str, buckets: Iterable[float]) -> Histogram:
+        return Histogram(PREFIX + name, help, buckets=tuple(buckets), registry=self.registry)
+
+    def arrived(self, request: Request) -> None:
+        self._arrived.inc()
+        self._prompt.observe(len(request.ids))
+
+    def first_token(self, request: Request, seconds: float) -> None:
+        self._first.observe(seconds)
+
+    def inter_token(self, seconds: float) -> None:
+        self._inter.observe(seconds)
+
+    def ended(self, request: Request, reason: str, seconds: float) -> None:
+        self._finished.labels(reason if reason in REASONS else "error").inc()
+        self._whole.observe(seconds)
+        if (queued := request.metrics.queue_time) is not None:
+            self._queued.observe(queued)
+        if request.pooling is None:
+            self._answer.observe(sum(len(c.token_ids) for c in request.completions))
+
+
+class _EngineCollector(Collector):
+    """What the engine says of itself. It goes on in its thread: each number is right, but not of one moment."""
+
+    def __init__(self, engine: Engine, model_name: str) -> None:
+        self.engine, self.model_name = engine, model_name
+
+    def collect(self) -> Iterator[Metric]:
+        engine = self.engine
+        info = {"version": __version__, "model": self.model_name}
+        yield InfoMetricFamily(PREFIX + "build", "What runs here", info)
+        for name, help, value in (
+            (
+                "requests_running",
+                "Requests being computed",
+                len({s.request for s in list(engine.scheduler.running)}),
+            ),
+            ("sequences_running", "Completions being computed", len(engine.scheduler.running)),
+            ("requests_waiting", "Requests that wait to begin, or to go on", engine.scheduler.waiting),
+            ("kv_cache_usage_ratio", "Part of the pages that is held", engine.pool.held / engine.pool.n_pages),
+            ("kv_cache_pages", "Pages of keys and values", engine.pool.n_pages),
+            ("adapters_loaded", "LoRA adapters that are loaded", len(engine.adapters.names)),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, help, value)
+        counts = engine.counts
+        for name, help, value in (
+            ("steps", "Steps of the engine", counts.steps),
+            ("prompt_tokens", "Tokens of prompts that have begun", counts.prompt_tokens),
+            ("generation_tokens", "Tokens generated", counts.generated_tokens),
+            ("computed_tokens", "Tokens fed to the model, again and in vain included", counts.computed_tokens),
+            ("preemptions", "Times that a sequence lost its pages", counts.preemptions),
+            ("prefix_cache_queries", "Tokens of prompts looked up in the prefix cache", counts.prompt_tokens),
+            ("prefix_cache_hits", "Tokens of prompts found there", counts.cached_tokens),
+            ("drafted_tokens", "Tokens guessed ahead", counts.drafted_tokens),
+            ("accepted_tokens", "Guesses that held", counts.accepted_tokens),
+        ):
+            yield CounterMetricFamily(PREFIX + name, help, value)
+
+
+def router(state: State) -> APIRouter:
+    """The route; from now on `state.metrics` is told what happens."""
+    routes = APIRouter(tags=["operations"])
+    state.metrics = metrics = Metrics(state.llm.engine, state.model_name)
+
+    @routes.get("/metrics", response_class=Response)
+    async def scrape() -> Response:
+        """All metrics, as text for Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    return routes

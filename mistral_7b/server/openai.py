@@ -1,0 +1,50 @@
+"""What OpenAI's clients ask for: chat completions, completions, embeddings, models."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from fastapi import APIRouter
+
+from . import chat, completions, embeddings
+from .answers import Capabilities, Model, ModelList, documented
+from .problems import Refusal
+from .state import State
+
+
+def router(state: State) -> APIRouter:
+    """All of them."""
+    routes = APIRouter()
+    for part in (chat, completions, embeddings):
+        routes.include_router(part.router(state))
+
+    context, tokenizer = state.llm.engine.model.args.max_seq_len, state.llm.tokenizer
+    calls = tokenizer is not None and tokenizer.tool_calls_id is not None
+    able: Capabilities = {"completion_chat": True, "function_calling": calls}
+
+    def model(name: str) -> Model:
+        base = state.model_name
+        return {
+            "id": name, "object": "model", "created": int(state.started), "owned_by": "mistral-7b", "root": base,
+            "parent": None if name == base else base, "max_model_len": context,
+            "type": "base", "capabilities": able, "max_context_length": context,
+            "display_name": name, "created_at": datetime.fromtimestamp(int(state.started), UTC).isoformat(),
+        }  # fmt: skip
+
+    @routes.get("/v1/models", responses=documented(answer=ModelList), tags=["OpenAI"])
+    async def models() -> ModelList:
+        """The model and its adapters."""
+        names = state.models
+        return {
+            "object": "list", "data": [model(name) for name in names],
+            "first_id": names[0], "last_id": names[-1], "has_more": False,
+        }  # fmt: skip
+
+    @routes.get("/v1/models/{name:path}", responses=documented(404, answer=Model), tags=["OpenAI"])
+    async def one_model(name: str) -> Model:
+        """One of them."""
+        if name not in state.models:
+            raise Refusal(404, f"there is no model {name!r:.100} here", param="model", code="model_not_found")
+        return model(name)
+
+    return routes

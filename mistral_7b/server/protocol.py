@@ -1,0 +1,251 @@
+"""What goes over the wire: OpenAI's requests, with vLLM's and Mistral's fields. Imports no torch.
+
+Pydantic reads them: whatever has the wrong type, or a name that nobody knows, is refused with its field. Answers
+stand in answers.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from annotated_types import MaxLen
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StringConstraints,
+    model_validator,
+)
+
+from ..sampling_params import SamplingParams
+
+INT64 = 1 << 63
+MOST_MESSAGES = 4096
+MOST_STOPS = 16
+LONGEST_STOP = 256  # characters: each new token is compared with all of them
+MOST_IDS = 1024  # in stop_token_ids and logit_bias
+MOST_LOGPROBS = 20
+MOST_PROMPTS = 2048  # that are read; ServerConfig.max_prompts says how many are answered
+
+
+class _First(FailFast):
+    """The first wrong entry of a list is enough."""
+
+    __hash__ = object.__hash__  # for unions
+
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+Ids = Annotated[list[StrictInt], _First()]
+Texts = Annotated[list[str], _First(), MaxLen(MOST_PROMPTS)]
+IdLists = Annotated[list[Ids], _First(), MaxLen(MOST_PROMPTS)]
+Prompts = str | Texts | Ids | IdLists
+Schema = dict[str, Any]
+
+
+class Body(BaseModel):
+    """A body or a part of one; a field that it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: Any) -> Any:
+        """Of thousands of unknown fields one is enough: each would be a complaint of its own."""
+        if not isinstance(data, dict) or len(data) <= len(cls.model_fields):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in data if name not in known)
+        return {name: value for name, value in data.items() if name in known or name == unknown}
+
+
+class Part(BaseModel):
+    """A part to which clients add what they like."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), hide_input_in_errors=True)
+
+
+class StreamOptions(Body):
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None  # tolerated: there is none
+
+
+class Sampling(Body):
+    """What chat completions and completions have in common."""
+
+    model: str | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    temperature: StrictFloat | None = None
+    top_p: StrictFloat | None = None
+    seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    presence_penalty: StrictFloat | None = None
+    frequency_penalty: StrictFloat | None = None
+    logit_bias: Annotated[dict[str, StrictFloat], Field(max_length=MOST_IDS)] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    # vLLM's
+    top_k: StrictInt | None = None
+    min_p: StrictFloat | None = None
+    repetition_penalty: StrictFloat | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    ignore_eos: StrictBool | None = None
+    stop_token_ids: Annotated[Ids, Field(max_length=MOST_IDS)] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
+    # Mistral's
+    random_seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
+
+    def params(self, **others: Any) -> SamplingParams:
+        """As the engine takes them. SamplingError names what is out of its range."""
+        names = (
+            "n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias",
+            "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
+            "structured_outputs",
+        )  # fmt: skip
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.seed is None and self.random_seed is not None:
+            given["seed"] = self.random_seed
+        return SamplingParams(**{**given, **others})
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with what it took."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class FunctionCall(Part):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(Part):
+    id: str | None = None
+    function: FunctionCall
+
+
+class Message(Part):
+    """One message of a conversation. Fields that an answer has (refusal, annotations, ...) may come back."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    prefix: StrictBool | None = None
+
+
+class Function(Part):
+    name: str
+    description: str | None = None
+    parameters: Schema | None = None
+    strict: StrictBool | None = None
+
+
+class ToolDefinition(Part):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionName(Part):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
+class SchemaFormat(Body):
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(Part):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], _First(), Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[ToolDefinition] | None = None
+    tool_choice: Literal["auto", "none", "required", "any"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
+    safe_prompt: StrictBool | None = None
+    # Tolerated: there is nothing here that they could change.
+    store: Any = None
+    service_tier: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    prompt_mode: Any = None
+    modalities: list[Literal["text"]] | None = None
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that an answer may have; None: as many as the context holds."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions"""
+
+    prompt: Prompts
+    echo: StrictBool | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    best_of: StrictInt | None = None
+    suffix: str | None = None
+
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings. `pooling` and `normalize` are this server's own."""
+
+    model: str | None = None
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: StrictInt | None = None
+    user: str | None = None
+    pooling: Literal["mean", "last"] = "mean"
+    normalize: StrictBool = True
+    priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
+
+
+def prompts_of(prompt: Prompts) -> list[Any]:
+    """Each a text or a list of ids."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    return list(prompt)
+
+
+def plain(part: BaseModel) -> Mapping[str, Any]:
+    """A part as the dictionary that came, less what is null."""
+    return part.model_dump(exclude_none=True, by_alias=True)
+
+
+def plain_tools(tools: Sequence[ToolDefinition] | None) -> list[dict[str, Any]] | None:
+    """Tools as dictionaries, each with a schema, which Mistral's template wants; None for none."""
+    out = [dict(plain(tool)) for tool in tools or ()]
+    for tool in out:
+        tool["function"].setdefault("parameters", {"type": "object", "properties": {}})
+    return out or None

@@ -1,0 +1,83 @@
+"""`serve`: the real command, asked over HTTP."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from command import start
+
+pytest.importorskip("fastapi")
+pytest.importorskip("llguidance")
+
+
+def url_of(process) -> str:
+    """Where it says it listens."""
+    for line in process.stderr:
+        if found := re.search(rb"http://[0-9.:]+", line):
+            return found[0].decode()
+    raise AssertionError(f"it ended with {process.wait()}")
+
+
+def get(url: str, data: bytes | None = None, key: str = "") -> dict:
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=20) as answer:
+        return json.load(answer)
+
+
+def wait_ready(url: str, key: str) -> None:
+    end = time.monotonic() + 20
+    while True:
+        try:
+            assert get(f"{url}/health/ready", key=key) == {"status": "ready"}
+            return
+        except urllib.error.URLError:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+def test_the_bundled_model_is_served_and_ends_quietly(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    process = start("serve", "--port", "0", "--api-key-file", str(keys), "--quantization", "int8")
+    try:
+        url = url_of(process)
+        wait_ready(url, "secret")
+        assert [m["id"] for m in get(f"{url}/v1/models", key="secret")["data"]] == ["demo"]
+        ask = {"model": "demo", "prompt": "import ", "max_tokens": 5, "temperature": 0}
+        out = get(f"{url}/v1/completions", json.dumps(ask).encode(), "secret")
+        assert out["usage"]["completion_tokens"] == 5
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(f"{url}/v1/models", key="other")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+        paths = [line["path"] for line in lines if line["event"] == "request"]
+        assert "/v1/completions" in paths
+        assert not any("secret" in str(line) for line in lines)
+        assert not any("traceback" in line for line in lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_cannot_be_served_is_said_in_a_line(run, tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("serve", "--port", str(taken.getsockname()[1]))
+    assert result.code == 2
+    assert "cannot listen at 127.0.0.1:" in result.err
+    assert run("serve", "--adapter", "nonsense").err == "mistral-7b: --adapter nonsense: write NAME=PATH\n"
+    assert run("serve", "--api-key-file", str(tmp_path / "none")).code == 2
+    assert "max_n must be" in run("serve", "--max-n", "0").err
+    result = run("serve", "--host", "0.0.0.0", "--adapter", "nonsense")
+    assert "anybody may ask" in result.err
+    monkeypatch.setenv("MISTRAL_7B_API_KEY", "key")
+    assert "anybody may ask" not in run("serve", "--host", "0.0.0.0", "--adapter", "nonsense").err

@@ -1,0 +1,248 @@
+"""Conversations of Anthropic's Messages API: the same tokens as OpenAI's way of writing them, or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mistral_7b.errors import SamplingError, TokenizerError
+from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
+from mistral_7b.server.anthropic_wire import (
+    ConversationError,
+    CountRequest,
+    MessagesRequest,
+    chosen,
+    conversation,
+    most_calls,
+    offered,
+)
+from mistral_7b.tokenizer import Tokenizer
+
+WEATHER = {
+    "name": "weather",
+    "description": "tells the weather",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
+    "cache_control": {"type": "ephemeral"},
+}
+OPENAI_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather", "description": "tells the weather", "parameters": WEATHER["input_schema"],
+    },
+}  # fmt: skip
+USER = {"role": "user", "content": "hi"}
+CALLS = {
+    "role": "assistant",
+    "content": [
+        {"type": "text", "text": "Let me look."},
+        {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Köln"}},
+        {"type": "tool_use", "id": "toolu_2", "name": "weather", "input": {}},
+    ],
+}
+
+
+def text(*parts: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": part} for part in parts]
+
+
+def result(number: int, **fields: Any) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": f"toolu_{number}", **fields}
+
+
+def request(*messages: dict[str, Any], **fields: Any) -> MessagesRequest:
+    return MessagesRequest.model_validate({"model": "m", "max_tokens": 8, "messages": list(messages), **fields})
+
+
+def called(id: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.v3()
+
+
+@pytest.mark.parametrize(
+    ("asked", "openai"),
+    [
+        (request(USER), [USER]),
+        (request(USER, system="be brief"), [{"role": "system", "content": "be brief"}, USER]),
+        (
+            request({"role": "user", "content": text("a", "b")}, system=text("c", "d")),
+            [{"role": "system", "content": "c\n\nd"}, {"role": "user", "content": "a\n\nb"}],
+        ),
+        (
+            request(USER, {"role": "assistant", "content": text("The answer")}),
+            [USER, {"role": "assistant", "content": "The answer", "prefix": True}],
+        ),
+        (
+            request(
+                USER, CALLS,
+                {"role": "user", "content": [result(1, content="warm"), result(2, content=text("a", "b"))]},
+            ),
+            [
+                USER,
+                {"role": "assistant", "tool_calls": [
+                    called("toolu_1", '{"city": "Köln"}'), called("toolu_2", "{}"),
+                ]},
+                {"role": "tool", "tool_call_id": "toolu_1", "content": "warm"},
+                {"role": "tool", "tool_call_id": "toolu_2", "content": "a\n\nb"},
+            ],
+        ),
+        (
+            request(
+                USER, CALLS,
+                {"role": "user", "content": [
+                    result(2, is_error=True, content="no net"), result(1, is_error=True), *text("and?"),
+                ]},
+            ),
+            [
+                USER,
+                {"role": "assistant", "tool_calls": [
+                    called("toolu_1", '{"city": "Köln"}'), called("toolu_2", "{}"),
+                ]},
+                {"role": "tool", "tool_call_id": "toolu_2", "content": "Error: no net"},
+                {"role": "tool", "tool_call_id": "toolu_1", "content": "Error: "},
+                {"role": "user", "content": "and?"},
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_a_conversation_gives_the_tokens_of_the_same_in_openais_words(
+    tokenizer: Tokenizer, asked: MessagesRequest, openai: list[dict[str, Any]]
+) -> None:
+    ours = conversation(asked).messages
+    for tools in (None, [OPENAI_WEATHER]):
+        assert tokenizer.encode_chat(ours, tools) == tokenizer.encode_chat(openai, tools)
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([USER, CALLS], r"messages\[1\] calls tools: their results must follow"),
+        ([USER, {"role": "user", "content": [result(1, content="x")]}], r"messages\[1\]: no call .* 'toolu_1'"),
+        (
+            [USER, CALLS, {"role": "user", "content": [result(3)]}],
+            r"messages\[2\]: no call before it has the id 'toolu_3'",
+        ),
+        ([USER, CALLS, USER, {"role": "user", "content": [result(1)]}, CALLS], r"messages\[4\] calls tools"),
+        ([{"role": "user", "content": CALLS["content"]}], r"messages\[0\]: a tool_use belongs"),
+        ([USER, {"role": "assistant", "content": [result(1)]}], r"messages\[1\]: a tool_result belongs"),
+        ([USER, {"role": "assistant", "content": CALLS["content"][1:2] * 2}], "two calls have the same id"),
+        ([{"role": "user", "content": []}], r"messages\[0\] has no content"),
+    ],
+)
+def test_what_anthropics_rules_forbid_is_refused(messages: list[dict[str, Any]], why: str) -> None:
+    with pytest.raises(ConversationError, match=why):
+        conversation(request(*messages))
+
+
+def test_an_error_names_the_place_in_the_request(tokenizer: Tokenizer) -> None:
+    odd = {"role": "system", "content": "late"}
+    asked = conversation(
+        request(USER, CALLS, {"role": "user", "content": [result(1), result(2)]}, odd, USER, system="s")
+    )
+    with pytest.raises(TokenizerError) as refused:
+        tokenizer.encode_chat(asked.messages)
+    assert "messages[5]: " in str(refused.value)
+    assert asked.named(str(refused.value)).startswith("messages[3]: ")
+    assert asked.named("messages[0]: no").startswith("system: ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"thinking": {"type": "enabled", "budget_tokens": 2048}}, "does not think"),
+        ({"thinking": {"type": "adaptive"}}, "does not think"),
+        ({"max_tokens": "8"}, "valid integer"),
+        ({"max_tokens": 0}, "greater than or equal to 1"),
+        ({"max_tokens": 10**30}, "less than or equal"),
+        ({"max_tokens": None}, "valid integer"),
+        ({"temperature": True}, "valid number"),
+        ({"n": 2}, "Extra inputs"),
+        ({"mcp_servers": []}, "Extra inputs"),
+        ({"messages": []}, "at least 1 item"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "'user', 'assistant' or 'system'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+            "'image' .* does not match any of the expected tags",
+        ),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "custom"),
+        ({"tool_choice": {"type": "any"}}, "there are no tools"),
+        ({"tool_choice": {"type": "tool", "name": "weather"}, "tools": []}, "there are no tools"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(fields: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        request(*fields.pop("messages", [USER]), **fields)
+
+
+def test_parameters_of_sampling() -> None:
+    assert request(USER).params() == SamplingParams(max_tokens=8)
+    asked = request(
+        USER, temperature=0, top_p=0.5, top_k=3, seed=7, stop_sequences=["a", "b"], stream=None,
+        metadata={"user_id": "u"}, service_tier="auto", thinking={"type": "disabled"},
+    )  # fmt: skip
+    wanted = SamplingParams(max_tokens=8, temperature=0, top_p=0.5, top_k=3, seed=7, stop=["a", "b"])
+    assert asked.params() == wanted
+    with pytest.raises(SamplingError, match="top_p"):
+        request(USER, top_p=2).params()
+
+
+def test_a_format_is_a_schema_for_the_text() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    asked = request(USER, output_config={"effort": "low", "format": {"type": "json_schema", "schema": schema}})
+    assert asked.params().structured_outputs == StructuredOutputs(json=schema)
+
+
+@pytest.mark.parametrize(
+    ("choice", "openai", "seen", "calls", "grammar"),
+    [
+        (None, "auto", True, None, False),
+        ({"type": "auto"}, "auto", True, None, False),
+        ({"type": "auto", "disable_parallel_tool_use": True}, "auto", True, 1, False),
+        ({"type": "any"}, "required", True, None, False),
+        ({"type": "any", "disable_parallel_tool_use": True}, "auto", True, 1, True),
+        (
+            {"type": "tool", "name": "weather"},
+            {"type": "function", "function": {"name": "weather"}},
+            True,
+            None,
+            0,
+        ),
+        ({"type": "none"}, "none", False, None, False),
+    ],
+)
+def test_every_tool_choice(choice: Any, openai: Any, seen: bool, calls: int | None, grammar: bool) -> None:
+    asked = request(USER, tools=[WEATHER], tool_choice=choice)
+    assert chosen(asked) == openai
+    assert offered(asked) == ([OPENAI_WEATHER] if seen else None)
+    assert most_calls(asked) == calls
+    spec = asked.params().structured_outputs
+    assert (spec is not None) == grammar
+    if spec is not None:
+        assert spec.grammar is not None
+        assert 'calls: "[" call "]"' in spec.grammar
+
+
+def test_counting_takes_the_same_conversation_and_no_parameters() -> None:
+    count = CountRequest.model_validate({"model": "m", "messages": [USER], "tools": [WEATHER], "system": "s"})
+    assert conversation(count).messages == conversation(request(USER, system="s")).messages
+    with pytest.raises(ValidationError, match="Extra"):
+        CountRequest.model_validate({"model": "m", "messages": [USER], "max_tokens": 3})
+
+
+def test_the_input_of_a_call_may_be_any_json(tokenizer: Tokenizer) -> None:
+    value = {"ö": [1, 2.5, None, {"deep": [True, 'a"b\\']}]}
+    use = {"type": "tool_use", "id": "x", "name": "f", "input": value}
+    out = conversation(
+        request(
+            USER, {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]},
+        )
+    )  # fmt: skip
+    assert json.loads(out.messages[1]["tool_calls"][0]["function"]["arguments"]) == value
+    assert tokenizer.encode_chat(out.messages)

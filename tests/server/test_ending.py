@@ -1,0 +1,152 @@
+"""How answers end before their time: the client goes or does not read, time is up, the server stops."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+
+import pytest
+from serving import HELLO, Serving, serving
+
+from mistral_7b.engine.config import EngineConfig
+from mistral_7b.server.config import ServerConfig
+
+CHAT = "/v1/chat/completions"
+LONG = {"messages": HELLO, "max_tokens": 100_000, "ignore_eos": True}
+
+
+def stream(server: Serving, body=LONG):
+    """A connection on which a stream has begun."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("POST", CHAT, json.dumps({**body, "stream": True}), {"content-type": "application/json"})
+    return connection
+
+
+def until(condition, seconds=5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_pages_are_free_within_a_step_of_the_client_going(server: Serving, streaming):
+    """Counted in the engine's steps, from when the event loop hears of it to when the request is gone."""
+    engine, heard, ended = server.llm.engine, [], []
+    end = type(engine)._finish
+
+    def finish(request, *args, **more):
+        ended.append((engine.counts.steps, engine.pool.held))
+        end(engine, request, *args, **more)
+        ended.append((engine.counts.steps, engine.pool.held))
+
+    engine._finish = finish
+    abort = server.llm.abort
+
+    def told(request_id):
+        heard.append(engine.counts.steps)
+        abort(request_id)
+
+    server.llm.abort = told
+    try:
+        for _ in range(5):
+            connection = stream(server, {**LONG, "n": 2} if streaming else {**LONG, "stream": False})
+            until(lambda: engine.pool.held > 4)
+            connection.sock.close() if connection.sock else connection.close()
+            connection.close()
+            server.idle()
+            (before, held), (after, left) = ended
+            assert held > 0
+            assert left == 0
+            assert after == before <= heard[0] + 1
+            ended.clear()
+            heard.clear()
+    finally:
+        del engine._finish, server.llm.abort
+
+
+def test_who_reads_nothing_is_hung_up_on():
+    """What was written and not read stays small, and the request ends."""
+    with serving(ServerConfig(port=0, idle_timeout=0.5)) as server:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", server.port))
+        body = json.dumps({**LONG, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20})
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        until(lambda: not server.llm.engine.idle)
+        (held,) = server.llm.engine.requests.values()
+        until(lambda: server.llm.engine.idle, 15)
+        assert held.finished
+        assert sum(len(c.token_ids) for c in held.completions) < 20_000
+        server.idle()
+        assert server.post(CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 200
+        sock.close()
+
+
+def test_an_answer_that_takes_too_long():
+    with serving(ServerConfig(port=0, request_timeout=0.3)) as server:
+        status, headers, data = server.ask("POST", CHAT, LONG)
+        assert (status, json.loads(data)["error"]["code"]) == (504, "timeout")
+        assert headers["x-should-retry"] == "false"
+        lines = stream(server).getresponse().read().split(b"\n\n")
+        assert len(lines) > 3
+        assert json.loads(lines[-2].removeprefix(b"data: "))["error"]["code"] == "timeout"
+        server.idle()
+
+
+def test_a_full_queue_is_said_at_once():
+    engine = EngineConfig(max_sequences=1, max_batch_tokens=16, page_size=4, max_waiting=1)
+    with serving(engine=engine) as server:
+        running = stream(server)
+        until(lambda: server.llm.engine.scheduler.running)
+        waiting = stream(server)
+        until(lambda: server.llm.engine.scheduler.waiting == 1)
+        for body in ({**LONG, "stream": True}, LONG):
+            status, headers, data = server.ask("POST", CHAT, body)
+            assert (status, json.loads(data)["error"]["code"]) == (429, "queue_full")
+            assert int(headers["retry-after"]) > 0
+        for connection in (running, waiting):
+            connection.close()
+        server.idle()
+
+
+def test_a_server_that_stops_lets_answers_end_and_says_why_it_cut_others():
+    with serving(ServerConfig(port=0, drain_timeout=1.0)) as server:
+        short = {"messages": HELLO, "max_tokens": 150, "ignore_eos": True}
+        got: dict[str, bytes] = {}
+
+        def read(name, body):
+            got[name] = stream(server, body).getresponse().read()
+
+        readers = [threading.Thread(target=read, args=each) for each in (("short", short), ("long", LONG))]
+        for reader in readers:
+            reader.start()
+        until(lambda: len(server.state.running) == 2)
+        server.server.stop()
+        until(lambda: server.state.draining)
+        status, headers, data = server.ask("POST", CHAT, short)
+        assert (status, json.loads(data)["error"]["code"]) == (503, "shutting_down")
+        assert "retry-after" in headers
+        assert server.ask("GET", "/health/ready")[0] == 503
+        assert server.ask("GET", "/health/live")[0] == 200
+        for reader in readers:
+            reader.join(10)
+        server.thread.join(10)
+        assert not server.thread.is_alive()
+        assert got["short"].endswith(b"data: [DONE]\n\n")
+        last = json.loads(got["long"].split(b"\n\n")[-2].removeprefix(b"data: "))
+        assert last["error"]["code"] == "shutting_down"
+        assert server.llm.engine.idle
+
+
+def test_a_broken_engine_is_not_ready():
+    with serving() as server:
+        server.llm.engine.step = lambda: 1 / 0
+        assert server.ask("POST", CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 500
+        status, _, data = server.ask("GET", "/health/ready")
+        assert (status, json.loads(data)) == (503, {"status": "broken"})
+        assert server.ask("GET", "/health/live")[0] == 200

@@ -68,7 +68,7 @@ class _Reader:
         if role == "assistant":
             calls = [self._call(f"{index}.{k}", c) for k, c in enumerate(message.get("tool_calls") or ())]
             self.open_calls = list(calls)
-            if calls and isinstance(content, str) and not content.strip():
+            if calls:  # Mistral's templates have no place for text beside calls, and leave it out
                 content = None
             if not calls and not content:
                 raise TokenizerError("an assistant's message needs content or tool_calls")

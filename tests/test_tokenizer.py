@@ -161,7 +161,6 @@ def test_a_prefix_of_the_answer_is_gone_on_with():
         (TURNS[:2], r"messages\[1\].*last role"),
         ([SYSTEM], "no message with role 'user'"),
         ([TURNS[0], {"role": "assistant", "content": ""}, TURNS[2]], r"messages\[1\].*content or tool_calls"),
-        ([TURNS[0], {**CALLS[1], "content": "both"}, CALLS[2]], r"messages\[1\].*not both"),
         ([TURNS[0], CALLS[2], *TURNS[:3]], r"messages\[1\].*'tool' after role 'user'"),
         ([TURNS[0], {"role": "assistant", "tool_calls": [{"id": "x"}]}], r"messages\[1\].*function.*missing"),
         ([*TURNS[:3], {"role": "assistant", "content": "a", "prefix": True}, TURNS[0]], r"messages\[3\].*prefix"),
@@ -170,6 +169,12 @@ def test_a_prefix_of_the_answer_is_gone_on_with():
 def test_a_bad_conversation_is_refused_by_its_place(messages, said):
     with pytest.raises(TokenizerError, match=said):
         OURS["v3"].encode_chat(messages)
+
+
+def test_text_beside_calls_is_left_out_as_mistrals_templates_do():
+    """Clients send back what a model wrote before it called, and the conversation must go on."""
+    ids = OURS["v3"].encode_chat([TURNS[0], {**CALLS[1], "content": "I look it up."}, CALLS[2]])
+    assert ids == OURS["v3"].encode_chat([TURNS[0], CALLS[1], CALLS[2]])
 
 
 def test_bad_tools_are_refused():

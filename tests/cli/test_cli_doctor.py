@@ -92,7 +92,7 @@ def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", broken)
     monkeypatch.setattr(kernels, "describe", broken)
     monkeypatch.setattr("mistral_7b.benchmark.run.measure_ceilings", unmeasured)
-    monkeypatch.setattr(machine, "_read", lambda path: "")
+    monkeypatch.setattr(machine, "read", lambda path: "")
     monkeypatch.setattr(machine, "_output", lambda *command: "")
     code, out, err = run("doctor")
     assert (code, err) == (0, "")

@@ -1,0 +1,102 @@
+"""A headless Chromium on the page, and the scripted server behind it. Tests skip where there is no such browser."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+ROOT = Path(__file__).parents[2]
+
+
+class Fake:
+    """The scripted server, in a process of its own that can be killed."""
+
+    def __init__(self, *options: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.options = options
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "tests.server.fake_model", str(self.port), *self.options]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL)
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{self.url}/health/live", timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise TimeoutError("the scripted server did not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium")
+    with playwright.sync_playwright() as driver:
+        with driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET)) as chromium:
+            yield chromium
+
+
+@pytest.fixture(scope="module")
+def fake(browser: Any) -> Iterator[Fake]:
+    server = Fake()
+    yield server
+    server.kill()
+
+
+def opened(browser: Any, url: str, **how: Any) -> Any:
+    """A page in a profile of its own. `page.faults` collects what its scripts complained of."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **how})
+    page = context.new_page()
+    page.set_default_timeout(8000)
+    page.faults = []
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("console", lambda m: page.faults.append(m.text) if m.type == "error" else None)
+    page.goto(url)
+    return page
+
+
+@pytest.fixture
+def page(browser: Any, fake: Fake) -> Iterator[Any]:
+    page = opened(browser, fake.url)
+    yield page
+    page.context.close()
+    assert page.faults == []
+
+
+def ask(page: Any, text: str, wait: bool = True) -> None:
+    """Send a message, and wait for the answer's end."""
+    page.fill("#ask", text)
+    page.press("#ask", "Enter")
+    if wait:
+        page.wait_for_selector(".message.assistant:last-child[aria-busy=false] .stats:not(:empty)")
+
+
+def answer(page: Any) -> Any:
+    """The last answer on the screen."""
+    return page.locator(".message.assistant").last
+
+
+def asked(page: Any) -> list[dict[str, Any]]:
+    """The bodies of all that the server was asked so far."""
+    return page.request.get(page.url.split("/#")[0].rstrip("/") + "/asked").json()

@@ -162,10 +162,10 @@ def test_conversations_are_kept_found_carried_away_and_back(page: Any, tmp_path:
     titles = page.locator("#conversations .open")
     assert titles.all_inner_texts() == ["something of windows", "emoji of the <b>first</b>"]
     page.fill("#search", "good day 🙂")  # words of an answer
-    page.wait_for_function("document.querySelectorAll('#conversations li').length === 1")
+    page.wait_for_function("() => document.querySelectorAll('#conversations li').length === 1")
     assert titles.all_inner_texts() == ["emoji of the <b>first</b>"]
     page.fill("#search", "")
-    page.wait_for_function("document.querySelectorAll('#conversations li').length === 2")
+    page.wait_for_function("() => document.querySelectorAll('#conversations li').length === 2")
     with page.expect_download() as download:
         page.click("#export")
     file = tmp_path / "all.json"

@@ -93,15 +93,15 @@ export class Alternatives {
   #row(token, taken, choose) {
     const bar = make("span", { class: "chance" });
     bar.style.setProperty("--share", `${100 * Math.exp(token.p)}%`);
-    const label = `${token.t.trim() || visible(token)}, ${percent(token.p)}${taken ? ", what it said" : ""}`;
     return make("button", {
-      type: "button", role: "menuitem", tabindex: "-1", class: taken ? "taken" : "", "aria-label": label,
+      type: "button", role: "menuitem", tabindex: "-1", class: taken ? "taken" : "",
       "aria-disabled": taken || null, onclick: () => {
         if (taken) return;
         this.hide();
         choose();
       },
-    }, make("span", { class: "what", text: visible(token) }), taken ? icon("check") : "",
+    }, make("span", { class: "what", "aria-hidden": "true", text: visible(token) }),
+    make("span", { class: "unseen", text: `${token.t.trim() || visible(token)}${taken ? ", what it said" : ""}, ` }), taken ? icon("check") : "",
     make("span", { class: "share", text: percent(token.p) }), bar);
   }
 

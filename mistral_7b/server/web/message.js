@@ -104,7 +104,7 @@ export class MessageView {
     this.notice.hidden = !said || message.role !== "assistant";
     this.notice.className = `notice ${state}`;
     const some = Boolean(message.content) && !message.calls?.length;
-    const buttons = !idle ? [] : [
+    const buttons = !idle || this.notice.hidden ? [] : [
       some && make("button", { type: "button", onclick: () => this.deeds.goOn(message.id) }, "Go on"),
       (state === "cut" || state === "failed" || state === "full" && !some) && make("button", {
         type: "button", class: some ? "quiet" : "",

@@ -82,8 +82,9 @@ export class Alternatives {
     at.classList.add("open");
     const i = Number(at.dataset.i);
     const others = token.a ?? [];
-    const rows = others.map((other, k) => this.#row(other, other.t === token.t, () => this.choose(id, i, k)));
-    if (!others.some((other) => other.t === token.t)) rows.push(this.#row(token, true, () => {}));
+    const taken = others.findIndex((other) => other.t === token.t && other.p === token.p);
+    const rows = others.map((other, k) => this.#row(other, k === taken, () => this.choose(id, i, k)));
+    if (taken < 0) rows.push(this.#row(token, true, () => {}));
     this.box.replaceChildren(...rows);
     this.box.hidden = false;
     this.#put();

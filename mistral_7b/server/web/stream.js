@@ -83,7 +83,7 @@ function time(message, clock, count) {
     return; // the rate counts what came after
   }
   clock.tokens += count;
-  if (clock.last > clock.first) message.rate = (1000 * clock.tokens) / (clock.last - clock.first);
+  if (clock.last > clock.first + 100) message.rate = (1000 * clock.tokens) / (clock.last - clock.first);
 }
 
 /** @param {Message} message @param {any} delta */

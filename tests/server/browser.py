@@ -1,4 +1,4 @@
-"""A headless Chromium on the page, and the scripted server behind it. Tests skip where there is no such browser."""
+"""A headless Chromium on the page, and the scripted server behind it; tests skip where there is no browser."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ ROOT = Path(__file__).parents[2]
 class Fake:
     """The scripted server, in a process of its own that can be killed."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.options = options
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.server.fake_model", str(self.port), *self.options]
+        command = [sys.executable, "-m", "tests.server.fake_model", str(self.port)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL)
         for _ in range(300):
             try:
@@ -41,6 +40,9 @@ class Fake:
             except OSError:
                 time.sleep(0.05)
         raise TimeoutError("the scripted server did not start")
+
+    def use_key(self, key: str) -> None:
+        urllib.request.urlopen(f"{self.url}/use-key?key={key}", timeout=5).close()
 
     def kill(self) -> None:
         self.process.kill()
@@ -53,8 +55,9 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("needs Debian's chromium")
     with playwright.sync_playwright() as driver:
-        with driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET)) as chromium:
-            yield chromium
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,18 @@ def opened(browser: Any, url: str, **how: Any) -> Any:
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("console", lambda m: page.faults.append(m.text) if m.type == "error" else None)
     page.goto(url)
+    ready(page)
     return page
+
+
+def ready(page: Any) -> None:
+    """Wait until the page listens; its scripts end a little after the browser calls it loaded."""
+    page.wait_for_selector("#send svg", state="attached")
+
+
+def reload(page: Any) -> None:
+    page.reload()
+    ready(page)
 
 
 @pytest.fixture
@@ -90,6 +104,20 @@ def ask(page: Any, text: str, wait: bool = True) -> None:
     page.press("#ask", "Enter")
     if wait:
         page.wait_for_selector(".message.assistant:last-child[aria-busy=false] .stats:not(:empty)")
+
+
+def more(page: Any, count: int) -> None:
+    """Wait until so many more tokens have come."""
+    page.wait_for_function(
+        "n => document.querySelectorAll('.tok').length > n", arg=page.locator(".tok").count() + count
+    )
+
+
+def more(page: Any, count: int) -> None:
+    """Wait until so many more tokens have come."""
+    page.wait_for_function(
+        "n => document.querySelectorAll('.tok').length > n", arg=page.locator(".tok").count() + count
+    )
 
 
 def answer(page: Any) -> Any:

@@ -1,18 +1,18 @@
 """A server that answers like OpenAI's from a script, for tests of the page: quick, and the same each time.
 
-    python -m tests.server.fake_model PORT [--key KEY] [--pace SECONDS]
+    python -m tests.server.fake_model PORT
 
-What the last message of a person says chooses the answer: "slow", "markdown", "evil", "emoji", "weather" (a tool),
-"json", "full" (429 the first two times), "length", "error" (in mid-answer). Anything else is answered in a sentence.
+What the last message of a person says chooses the answer: "slow", "markdown", "evil", "emoji", "weather" (a
+tool), "json", "full" (429 the first two times), "length", "error" (in mid-answer); else it is a sentence.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import math
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -28,16 +28,16 @@ from mistral_7b.server.page import router
 SENTENCE = "The window slides over the text, and each layer looks one window further back than the layer below it."
 ANSWERS = {
     "markdown": (
-        "## Sliding windows\n\nA cache of **W** positions is enough, as [the paper](https://arxiv.org/abs/2310.06825) "
-        "says &amp; shows:\n\n- each token sees the *last* `W` tokens\n- layers stack, so information travels "
-        "further\n\n| layers | reach |\n|---|---:|\n| 1 | 4,096 |\n| 32 | 131,072 |\n\n```python\ndef visible(i: "
-        "int, j: int, window: int) -> bool:\n    \"\"\"Whether position i may look at j.\"\"\"\n    return i - window "
-        "< j <= i  # causal\n```\n\nSo the cache never grows past the window, however long the text is."
+        "## Sliding windows\n\nA cache of **W** positions is enough, as "
+        "[the paper](https://arxiv.org/abs/2310.06825) says &amp; shows:\n\n- each token sees the *last* `W` tokens\n- layers stack, so information travels "
+        "further\n\n| layers | reach |\n|---|---:|\n| 1 | 4,096 |\n| 32 | 131,072 |\n\n```python\n"
+        "def visible(i: int, j: int, window: int) -> bool:\n    \"\"\"Whether position i may look at j.\"\"\"\n"
+        "    return i - window < j <= i  # causal\n```\n\nSo the cache never grows past the window, however long the text is."
     ),
     "evil": (
         "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'> [press](javascript:window.hurt=3) "
-        "![dot](https://example.org/dot.png)\n\n<div style='position:fixed' onclick='window.hurt = 4'>over</div>\n\n"
-        "```html\n<b onload=\"window.hurt = 5\">\n```"
+        "![dot](https://example.org/dot.png)\n\n"
+        "<div style='position:fixed' onclick='window.hurt = 4'>over</div>\n\n```html\n<b onload=\"window.hurt = 5\">\n```"
     ),
     "emoji": "Good 🙂 day",
     "json": '{"name": "Ada", "born": 1815}',
@@ -75,15 +75,20 @@ def told(token: bytes, i: int) -> dict[str, Any]:
 class Script:
     """What it was asked, and the answers."""
 
-    def __init__(self, key: str, pace: float) -> None:
-        self.key, self.pace = key, pace
+    def __init__(self) -> None:
+        self.key = ""
         self.asked: list[dict[str, Any]] = []
         self.seen: Counter[str] = Counter()
 
     def refused(self, request: Request) -> Response | None:
         if not self.key or request.headers.get("authorization") == f"Bearer {self.key}":
             return None
-        error = {"message": "wrong or missing API key", "type": "authentication_error", "param": None, "code": None}
+        error = {
+            "message": "wrong or missing API key",
+            "type": "authentication_error",
+            "param": None,
+            "code": None,
+        }
         return JSONResponse({"error": error}, 401)
 
     async def chat(self, request: Request) -> Response:
@@ -95,7 +100,7 @@ class Script:
         self.seen[said] += 1
         if "full" in said and self.seen[said] <= 2:
             error = {"message": "3 requests are waiting, and no more may.", "type": "rate_limit_error"}
-            return JSONResponse({"error": error}, 429, {"retry-after": "2"})
+            return JSONResponse({"error": error}, 429, {"retry-after": "1"})
         return StreamingResponse(self.chunks(body, said), media_type="text/event-stream")
 
     async def chunks(self, body: dict[str, Any], said: str) -> AsyncIterator[str]:
@@ -110,7 +115,12 @@ class Script:
 
         yield ": come in\n\n" + chunk({"role": "assistant", "content": ""})
         if "weather" in said and body.get("tools") and last["role"] == "user":
-            call = {"index": 0, "id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": ""}}
+            call = {
+                "index": 0,
+                "id": "abcdefghi",
+                "type": "function",
+                "function": {"name": "weather", "arguments": ""},
+            }
             yield chunk({"tool_calls": [call]})
             for part in ('{"city"', ': "Paris"}'):
                 yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]})
@@ -123,7 +133,7 @@ class Script:
                 text = text[len(prefix) :] if text.startswith(prefix) else ", and so it went on."
             held = b""
             for i, token in enumerate(split(text)):
-                await asyncio.sleep(self.pace if "slow" in said else self.pace / 10)
+                await asyncio.sleep(0.02 if "slow" in said else 0.001)
                 if "error" in said and i == 4:
                     yield 'data: {"error": {"message": "the step failed", "type": "server_error"}}\n\n'
                     return
@@ -139,8 +149,8 @@ class Script:
         yield "data: [DONE]\n\n"
 
 
-def build(key: str = "", pace: float = 0.02) -> FastAPI:
-    script, app = Script(key, pace), FastAPI()
+def build() -> FastAPI:
+    script, app = Script(), FastAPI()
     app.include_router(router(None))  # type: ignore[arg-type]
     app.add_api_route("/v1/chat/completions", script.chat, methods=["POST"])
 
@@ -156,13 +166,12 @@ def build(key: str = "", pace: float = 0.02) -> FastAPI:
     async def asked() -> list[dict[str, Any]]:
         return script.asked
 
+    @app.get("/use-key")
+    async def use_key(key: str) -> None:
+        script.key = key
+
     return app
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("port", type=int)
-    parser.add_argument("--key", default="")
-    parser.add_argument("--pace", type=float, default=0.02)
-    given = parser.parse_args()
-    uvicorn.run(build(given.key, given.pace), port=given.port, log_level="error", timeout_graceful_shutdown=1)
+    uvicorn.run(build(), port=int(sys.argv[1]), log_level="error", timeout_graceful_shutdown=1)

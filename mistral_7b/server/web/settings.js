@@ -8,14 +8,14 @@
  */
 export const NUMBERS = [
   { name: "temperature", label: "Temperature", usual: "1", min: 0, step: "any", hint: "0 always takes the likeliest token" },
-  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "the fewest tokens that sum to p" },
+  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "fewest tokens summing to p" },
   { name: "top_k", label: "Top k", usual: "0", min: -1, step: 1, hint: "the k likeliest tokens; 0 is all" },
-  { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "tokens this likely beside the first" },
+  { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "as likely beside the first" },
   { name: "repetition_penalty", label: "Repetition penalty", usual: "1", min: 0, step: "any", hint: "over 1 avoids what was said" },
   { name: "presence_penalty", label: "Presence penalty", usual: "0", min: -2, max: 2, step: "any", hint: "for a token that was used" },
   { name: "frequency_penalty", label: "Frequency penalty", usual: "0", min: -2, max: 2, step: "any", hint: "for each time it was used" },
   { name: "max_tokens", label: "Most tokens", usual: "all that fit", min: 1, step: 1, hint: "in one answer" },
-  { name: "seed", label: "Seed", usual: "drawn anew", step: 1, hint: "the same gives the same answer" },
+  { name: "seed", label: "Seed", usual: "random", step: 1, hint: "same seed, same answer" },
 ];
 
 /**

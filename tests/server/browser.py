@@ -113,13 +113,6 @@ def more(page: Any, count: int) -> None:
     )
 
 
-def more(page: Any, count: int) -> None:
-    """Wait until so many more tokens have come."""
-    page.wait_for_function(
-        "n => document.querySelectorAll('.tok').length > n", arg=page.locator(".tok").count() + count
-    )
-
-
 def answer(page: Any) -> Any:
     """The last answer on the screen."""
     return page.locator(".message.assistant").last

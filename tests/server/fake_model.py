@@ -29,15 +29,18 @@ SENTENCE = "The window slides over the text, and each layer looks one window fur
 ANSWERS = {
     "markdown": (
         "## Sliding windows\n\nA cache of **W** positions is enough, as "
-        "[the paper](https://arxiv.org/abs/2310.06825) says &amp; shows:\n\n- each token sees the *last* `W` tokens\n- layers stack, so information travels "
-        "further\n\n| layers | reach |\n|---|---:|\n| 1 | 4,096 |\n| 32 | 131,072 |\n\n```python\n"
+        "[the paper](https://arxiv.org/abs/2310.06825) says &amp; shows:\n\n"
+        "- each token sees the *last* `W` tokens\n- layers stack, so information travels further\n\n"
+        "| layers | reach |\n|---|---:|\n| 1 | 4,096 |\n| 32 | 131,072 |\n\n```python\n"
         "def visible(i: int, j: int, window: int) -> bool:\n    \"\"\"Whether position i may look at j.\"\"\"\n"
-        "    return i - window < j <= i  # causal\n```\n\nSo the cache never grows past the window, however long the text is."
+        "    return i - window < j <= i  # causal\n```\n\n"
+        "So the cache never grows past the window, however long the text is."
     ),
     "evil": (
         "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'> [press](javascript:window.hurt=3) "
         "![dot](https://example.org/dot.png)\n\n"
-        "<div style='position:fixed' onclick='window.hurt = 4'>over</div>\n\n```html\n<b onload=\"window.hurt = 5\">\n```"
+        "<div style='position:fixed' onclick='window.hurt = 4'>over</div>\n\n"
+        "```html\n<b onload=\"window.hurt = 5\">\n```"
     ),
     "emoji": "Good 🙂 day",
     "json": '{"name": "Ada", "born": 1815}',

@@ -41,9 +41,7 @@ def test_what_was_stopped_goes_on_where_it_was(page: Any) -> None:
     assert ANSWERS["slow"].startswith(kept.rstrip())
     page.click(".notice >> text=Go on")
     page.wait_for_selector(".assistant[aria-busy=true]")
-    page.wait_for_function(
-        "n => document.querySelectorAll('.tok').length > n + 5", arg=page.locator(".tok").count()
-    )
+    more(page, 5)
     page.click("#send")
     sent = asked(page)[-1]["messages"][-1]
     assert sent["prefix"] is True
@@ -144,6 +142,17 @@ def test_markdown_is_drawn_with_its_tints(page: Any) -> None:
     page.click(".copy")
     page.wait_for_selector(".copy >> text=Copied")
     assert page.evaluate("navigator.clipboard.readText()").endswith("< j <= i  # causal")
+
+
+def test_an_answer_is_shown_as_it_came_if_one_wants(page: Any) -> None:
+    ask(page, "markdown")
+    page.click("#settings")
+    page.select_option("#set-shown", "plain")
+    lines = answer(page).locator(".block").all_text_contents()
+    assert "\n".join(lines) == ANSWERS["markdown"]
+    assert "".join(page.locator(".tok").all_text_contents()) == ANSWERS["markdown"].replace("\n", "")
+    page.select_option("#set-shown", "")
+    assert answer(page).locator("h2").inner_text() == "Sliding windows"
 
 
 def test_nothing_that_a_model_writes_runs_or_loads(page: Any) -> None:

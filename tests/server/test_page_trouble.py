@@ -82,9 +82,7 @@ def test_a_server_killed_in_mid_answer_loses_nothing(browser: Any, own: Fake) ->
     own.start()
     page.wait_for_selector("#banner.found >> text=The server is back.")
     page.click(".notice >> text=Go on")
-    page.wait_for_function(
-        "n => document.querySelectorAll('.tok').length > n + 4", arg=page.locator(".tok").count()
-    )
+    more(page, 4)
     page.click("#send")
     page.wait_for_selector(".notice.stopped")
     sent = asked(page)[-1]["messages"][-1]

@@ -69,7 +69,7 @@ export class ConversationView {
       if (this.list.children[i] !== view.element) this.list.insertBefore(view.element, this.list.children[i] ?? null);
       const next = path[path.indexOf(message) + 1];
       view.update({
-        ...this.#place(message.id), tinted: this.tinted, idle: this.idle,
+        ...this.#place(message.id), tinted: this.tinted, plain: tree.conversation.settings.shown === "plain", idle: this.idle,
         results: next?.role === "tool" ? { message: next, ...this.#place(next.id) } : undefined,
       });
     });

@@ -225,6 +225,7 @@ class Page {
     if (!this.tree) return;
     const { conversation } = this.tree;
     conversation.settings = settings;
+    this.view.draw();
     keep("settings", JSON.stringify(settings));
     if (this.conversations.includes(conversation)) this.store.save(conversation).catch(() => {}); // kept at the next message
   }

@@ -70,17 +70,22 @@ export class Rendered {
     /** @type {Block[]} */
     this.blocks = [];
     this.source = "";
+    this.plain = false;
   }
 
   /** Show this text. Blocks that are as before keep their elements.
-   * @param {string} source
+   * @param {string} source @param {boolean} [plain] as it is, a line to a block, rather than as markdown
    * @returns {Block[]} those that were made */
-  show(source) {
-    const tokens = marked.lexer(source).filter((/** @type {any} */ t) => t.raw !== "");
+  show(source, plain = this.plain) {
+    if (plain !== this.plain) for (const block of this.blocks.splice(0)) block.element.remove();
+    this.plain = plain;
+    /** @type {{raw: string}[]} */
+    const tokens = plain ? source.split(/(?<=\n)/).map((raw) => ({ raw }))
+      : marked.lexer(source).filter((/** @type {any} */ t) => t.raw !== "");
     /** @type {Block[]} */
     const made = [];
     let from = 0;
-    tokens.forEach((/** @type {any} */ token, /** @type {number} */ i) => {
+    tokens.forEach((token, i) => {
       const before = this.blocks[i];
       if (before?.raw !== token.raw || before.from !== from) {
         const block = { raw: token.raw, from, element: this.#make(token) };
@@ -104,6 +109,7 @@ export class Rendered {
 
   /** @param {any} token @returns {HTMLElement} */
   #make(token) {
+    if (this.plain) return make("div", { class: "block plain" }, token.raw.replace(/\n$/, "") || make("br"));
     const element = make("div", { class: "block" }, DOMPurify.sanitize(marked.parser([token]), SAFE));
     for (const link of element.querySelectorAll("a")) {
       link.target = "_blank";

@@ -20,9 +20,9 @@ import { drawCalls } from "./tools.js";
  */
 
 /**
- * What surrounds a message: its place among its siblings, the results of its calls and theirs, and whether nothing
- * is being written in this conversation now.
- * @typedef {{siblings: number, at: number, tinted: boolean, idle: boolean,
+ * What surrounds a message: its place among its siblings, how it is shown, whether nothing is being written in this
+ * conversation now, and the results of its calls with their place.
+ * @typedef {{siblings: number, at: number, tinted: boolean, plain: boolean, idle: boolean,
  *   results?: {message: Message, siblings: number, at: number}}} How
  */
 
@@ -56,7 +56,7 @@ export class MessageView {
   update(how) {
     const { message } = this;
     if (this.editing) return;
-    if (this.rendered) this.#answer(how.tinted);
+    if (this.rendered) this.#answer(how.tinted, how.plain);
     else if (this.text.textContent !== message.content) this.text.textContent = message.content;
     this.element.setAttribute("aria-busy", String(this.busy));
     const state = JSON.stringify([how, message.state, message.problem, message.calls, !message.content, !message.tokens?.length]);
@@ -73,14 +73,14 @@ export class MessageView {
     this.#stats();
   }
 
-  /** @param {boolean} tinted */
-  #answer(tinted) {
+  /** @param {boolean} tinted @param {boolean} plain */
+  #answer(tinted, plain) {
     const { message, rendered } = this;
     if (!rendered) return;
     this.element.classList.toggle("waiting", this.busy && !message.content && !message.calls?.length);
     const wasTinted = this.tinted;
     this.tinted = tinted;
-    let made = rendered.show(message.content);
+    let made = rendered.show(message.content, plain);
     if (wasTinted && !tinted) made = rendered.again();
     if (!wasTinted && tinted) made = rendered.blocks;
     this.#tint(made, tinted);

@@ -72,6 +72,8 @@ export class Panel {
         make("option", { value: "", text: "Text (default)" }), make("option", { value: "json", text: "Any JSON object" }),
         make("option", { value: "schema", text: "JSON of a schema" }))),
       this.schema,
+      this.#field("shown", "Shown as", make("select", {},
+        make("option", { value: "", text: "Markdown (default)" }), make("option", { value: "plain", text: "Plain text, as it came" }))),
       make("h3", { text: "Tools" }),
       this.#field("tools", "Functions it may call", make("textarea", { rows: 7, spellcheck: "false", placeholder: TOOLS_EXAMPLE, class: "mono" }), "a list, as JSON"),
       this.#field("tool_choice", "Whether it calls one", make("select", {},

@@ -73,11 +73,11 @@ export function tint(block, tokens, ends) {
   while (walker.nextNode()) nodes.push(/** @type {Text} */ (walker.currentNode));
   let at = 0;
   for (const node of nodes) {
-    if (node.parentElement?.closest(".code-head") || !node.data.trim() && !node.parentElement?.closest("pre")) continue;
+    if (node.parentElement?.closest(".code-head") || !node.data.trim() && !node.parentElement?.closest("pre, .plain")) continue;
     /** @type {(Node | string)[]} */
     const parts = [];
     for (const line of block.raw.includes(node.data, at) ? [node.data] : node.data.split(/(?<=\n)/)) {
-      const found = block.raw.indexOf(line.trimEnd(), at);
+      const found = block.raw.indexOf(line.trimEnd(), at); // blanks at the end of a line may be drawn otherwise
       if (found < 0) { // written otherwise in the source, as &amp; is
         parts.push(line);
         continue;

@@ -94,7 +94,9 @@ def test_libraries_keep_their_licences() -> None:
 
 
 def test_the_panel_shows_the_defaults_that_hold() -> None:
-    rows = re.findall(r'\{ name: "(\w+)",.*?usual: "([^"]+)"', (WEB / "settings.js").read_text(encoding="utf-8"))
+    rows = re.findall(
+        r'\bname: "(\w+)",.*?usual: "([^"]+)"', (WEB / "settings.js").read_text(encoding="utf-8"), re.S
+    )
     defaults = {field.name: field.default for field in fields(SamplingParams)}
     assert len(rows) == 9
     for name, usual in rows:

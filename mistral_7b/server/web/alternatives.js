@@ -76,7 +76,7 @@ export class Alternatives {
   /** @param {HTMLElement} at @param {string} id @param {Token | undefined} token */
   show(at, id, token) {
     clearTimeout(this.timer);
-    if (!token || this.at === at && !this.box.hidden) return;
+    if (!token || (this.at === at && !this.box.hidden)) return;
     this.at?.classList.remove("open");
     this.at = at;
     at.classList.add("open");
@@ -94,16 +94,29 @@ export class Alternatives {
   #row(token, taken, choose) {
     const bar = make("span", { class: "chance" });
     bar.style.setProperty("--share", `${100 * Math.exp(token.p)}%`);
-    return make("button", {
-      type: "button", role: "menuitem", tabindex: "-1", class: taken ? "taken" : "",
-      "aria-disabled": taken || null, onclick: () => {
-        if (taken) return;
-        this.hide();
-        choose();
+    return make(
+      "button",
+      {
+        type: "button",
+        role: "menuitem",
+        tabindex: "-1",
+        class: taken ? "taken" : "",
+        "aria-disabled": taken || null,
+        onclick: () => {
+          if (taken) return;
+          this.hide();
+          choose();
+        },
       },
-    }, make("span", { class: "what", "aria-hidden": "true", text: visible(token) }),
-    make("span", { class: "unseen", text: `${token.t.trim() || visible(token)}${taken ? ", what it said" : ""}, ` }), taken ? icon("check") : "",
-    make("span", { class: "share", text: percent(token.p) }), bar);
+      make("span", { class: "what", "aria-hidden": "true", text: visible(token) }),
+      make("span", {
+        class: "unseen",
+        text: `${token.t.trim() || visible(token)}${taken ? ", what it said" : ""}, `,
+      }),
+      taken ? icon("check") : "",
+      make("span", { class: "share", text: percent(token.p) }),
+      bar,
+    );
   }
 
   /** Under the token, or over it where there is no room. */
@@ -186,5 +199,8 @@ function makeStop(element, token) {
   element.setAttribute("role", "button");
   element.setAttribute("aria-haspopup", "menu");
   const text = token ? token.t.trim() : element.textContent?.trim();
-  element.setAttribute("aria-label", `${text || "blank"}: token, arrows move along, Enter shows what else it might have said`);
+  element.setAttribute(
+    "aria-label",
+    `${text || "blank"}: token, arrows move along, Enter shows what else it might have said`,
+  );
 }

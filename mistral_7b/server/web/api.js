@@ -29,7 +29,9 @@ export function useKey(value) {
   key = value.trim();
   try {
     sessionStorage.setItem("key", key);
-  } catch { /* it holds until the page is loaded again */ }
+  } catch {
+    /* it holds until the page is loaded again */
+  }
 }
 
 /** Whether a key was given before. */
@@ -49,7 +51,11 @@ export async function call(path, { body, signal } = {}) {
   let response;
   try {
     response = await fetch(path, {
-      method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal, cache: "no-store",
+      method: body ? "POST" : "GET",
+      headers,
+      body: body && JSON.stringify(body),
+      signal,
+      cache: "no-store",
     });
   } catch (error) {
     throw lostUnlessAborted(error);
@@ -69,7 +75,9 @@ async function problemOf(response) {
   let said = `The server answered ${response.status}.`;
   try {
     said = (await response.json()).error.message;
-  } catch { /* something between here and the server spoke, and not its language */ }
+  } catch {
+    /* something between here and the server spoke, and not its language */
+  }
   const wait = secondsOf(response.headers.get("retry-after"));
   if (response.status === 401 || response.status === 403) return new Problem("key", said);
   if (response.status === 429) return new Problem("full", said, wait || 1);

@@ -21,8 +21,11 @@ export class Banner {
     this.hide();
     this.box.className = kind;
     this.words = make("span", { text });
-    this.box.replaceChildren(make("i", { class: "dot" }), this.words,
-      ...deeds.map(([label, deed]) => make("button", { type: "button", onclick: deed }, label)));
+    this.box.replaceChildren(
+      make("i", { class: "dot" }),
+      this.words,
+      ...deeds.map(([label, deed]) => make("button", { type: "button", onclick: deed }, label)),
+    );
     this.box.hidden = false;
   }
 
@@ -36,16 +39,22 @@ export class Banner {
       this.hide();
       again();
     };
-    this.show("full", "", [["Try now", go], ["Try when it is time", () => {
-      chosen = true;
-      draw();
-      this.box.lastElementChild?.remove();
-      if (left <= 0) go();
-    }]]);
+    this.show("full", "", [
+      ["Try now", go],
+      [
+        "Try when it is time",
+        () => {
+          chosen = true;
+          draw();
+          this.box.lastElementChild?.remove();
+          if (left <= 0) go();
+        },
+      ],
+    ]);
     const draw = () => {
       if (!this.words) return;
-      this.words.textContent = left <= 0 ? `${said} ${hope} now.`
-        : `${said} ${chosen ? "Trying again" : hope} in ${left} s.`;
+      this.words.textContent =
+        left <= 0 ? `${said} ${hope} now.` : `${said} ${chosen ? "Trying again" : hope} in ${left} s.`;
     };
     draw();
     this.box.setAttribute("role", "group"); // a count read aloud every second would drown everything else

@@ -25,6 +25,8 @@ export class Composer {
         deeds.editLast();
       }
     });
+    /** @type {boolean | undefined} */
+    this.busy = undefined;
     this.show(false);
   }
 

@@ -22,9 +22,13 @@ export class ConversationView {
     this.pending = 0;
     this.cost = 0;
     this.follow = true;
-    this.scroll.addEventListener("scroll", () => {
-      this.follow = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 60;
-    }, { passive: true });
+    this.scroll.addEventListener(
+      "scroll",
+      () => {
+        this.follow = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 60;
+      },
+      { passive: true },
+    );
   }
 
   /** @param {Tree | null} tree @param {boolean} idle nothing is being written in it */
@@ -66,10 +70,14 @@ export class ConversationView {
         view = new MessageView(message, this.deeds, this.alternatives);
         this.views.set(message.id, view);
       }
-      if (this.list.children[i] !== view.element) this.list.insertBefore(view.element, this.list.children[i] ?? null);
+      if (this.list.children[i] !== view.element)
+        this.list.insertBefore(view.element, this.list.children[i] ?? null);
       const next = path[path.indexOf(message) + 1];
       view.update({
-        ...this.#place(message.id), tinted: this.tinted, plain: tree.conversation.settings.shown === "plain", idle: this.idle,
+        ...this.#place(message.id),
+        tinted: this.tinted,
+        plain: tree.conversation.settings.shown === "plain",
+        idle: this.idle,
         results: next?.role === "tool" ? { message: next, ...this.#place(next.id) } : undefined,
       });
     });

@@ -23,7 +23,7 @@ export function make(tag, how = {}, ...children) {
     else if (name === "data") Object.assign(element.dataset, value);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.filter((child) => child || child === ""));
+  for (const child of children) if (child) element.append(child);
   return element;
 }
 
@@ -68,7 +68,11 @@ export function icon(name) {
  * @param {Record<string, any>} [how]
  * @returns {HTMLButtonElement} */
 export function iconButton(name, label, onclick, how = {}) {
-  return make("button", { class: "icon", type: "button", "aria-label": label, title: label, onclick, ...how }, icon(name));
+  return make(
+    "button",
+    { class: "icon", type: "button", "aria-label": label, title: label, onclick, ...how },
+    icon(name),
+  );
 }
 
 /** Copy a text, and let the button say so for a moment.
@@ -81,7 +85,8 @@ export async function copy(button, text) {
     await navigator.clipboard.writeText(text);
     button.replaceChildren(icon("check"), plain ? "Copied" : "");
     say("Copied");
-  } catch { // a page that is not served from this machine or over TLS may not write there
+  } catch {
+    // a page that is not served from this machine or over TLS may not write there
     button.replaceChildren(plain ? "Select it and press Ctrl+C" : icon("close"));
     say("This browser does not let the page copy");
   }

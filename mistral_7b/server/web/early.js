@@ -3,5 +3,7 @@
   try {
     const theme = localStorage.getItem("theme");
     if (theme === "dark" || theme === "light") document.documentElement.dataset.theme = theme;
-  } catch { /* no storage here: the system's choice holds */ }
+  } catch {
+    /* no storage here: the system's choice holds */
+  }
 })();

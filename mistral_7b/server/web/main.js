@@ -1,7 +1,5 @@
 /** The page: what is on the screen, and what its buttons do. */
 
-import { hasKey, Problem, useKey } from "./api.js";
-import { Banner } from "./banner.js";
 import { Composer } from "./composer.js";
 import { ConversationView } from "./conversation.js";
 import { icon, say, the } from "./dom.js";
@@ -14,6 +12,7 @@ import { switchTheme } from "./theme.js";
 import { branch } from "./tint.js";
 import { exportAll, readExport } from "./transfer.js";
 import { newId, Tree } from "./tree.js";
+import { Trouble } from "./trouble.js";
 import { Writer } from "./writer.js";
 
 /** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
@@ -26,11 +25,11 @@ class Page {
     this.conversations = [];
     /** @type {Tree | null} */
     this.tree = null;
-    this.banner = new Banner();
     this.picker = new Picker();
+    this.trouble = new Trouble(this.picker);
     this.writer = new Writer(store, {
       changed: (tree, ended) => this.changed(tree, ended),
-      trouble: (problem, again) => this.trouble(problem, again),
+      trouble: (problem, again) => this.trouble.meet(problem, again),
       model: () => this.picker.chosen,
     });
     this.view = new ConversationView({
@@ -39,16 +38,24 @@ class Page {
       again: (id) => this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent)),
       goOn: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
       retry: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
-      results: (id, results) => this.withTree((tree) => this.writer.ask(tree, tree.add(id, { role: "tool", results }).id)),
-      branch: (id, i, k) => this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent, branch(tree.get(id), i, k))),
+      results: (id, results) =>
+        this.withTree((tree) => this.writer.ask(tree, tree.add(id, { role: "tool", results }).id)),
+      branch: (id, i, k) =>
+        this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent, branch(tree.get(id), i, k))),
     });
     this.sidebar = new Sidebar({
-      open: (id) => this.open(id), begin: () => this.begin(), save: (id) => this.export(id),
-      load: (file) => this.import(file), search: (query) => store.search(query, this.conversations),
-      rename: (id, title) => this.rename(id, title), remove: (id) => this.remove(id),
+      open: (id) => this.open(id),
+      begin: () => this.begin(),
+      save: (id) => this.export(id),
+      load: (file) => this.import(file),
+      search: (query) => store.search(query, this.conversations),
+      rename: (id, title) => this.rename(id, title),
+      remove: (id) => this.remove(id),
     });
     this.composer = new Composer({
-      send: (text) => this.send(text), stop: () => this.stop(), editLast: () => this.view.editLast(),
+      send: (text) => this.send(text),
+      stop: () => this.stop(),
+      editLast: () => this.view.editLast(),
     });
     this.panel = new Panel(the("panel"), the("settings"), (settings) => this.set(settings));
     this.#buttons();
@@ -75,7 +82,8 @@ class Page {
       else if ((event.ctrlKey || event.metaKey) && event.key === "k") {
         this.sidebar.open(true);
         the("search").focus();
-      } else if ((event.ctrlKey || event.metaKey) && event.shiftKey && event.key.toLowerCase() === "o") this.begin();
+      } else if ((event.ctrlKey || event.metaKey) && event.shiftKey && event.key.toLowerCase() === "o")
+        this.begin();
       else return;
       event.preventDefault();
     });
@@ -87,19 +95,7 @@ class Page {
     const wanted = location.hash.slice(1);
     if (this.conversations.some((c) => c.id === wanted)) await this.open(wanted);
     else this.begin();
-    await this.connect();
-  }
-
-  async connect() {
-    try {
-      await this.picker.load();
-      this.banner.hide();
-      this.view.draw();
-    } catch (error) {
-      this.picker.unknown("Not connected");
-      if (!(error instanceof Problem)) throw error;
-      this.trouble(error, () => this.connect());
-    }
+    await this.trouble.connect();
   }
 
   get busy() {
@@ -117,7 +113,9 @@ class Page {
     let settings = {};
     try {
       settings = JSON.parse(kept("settings") ?? "{}");
-    } catch { /* the defaults do */ }
+    } catch {
+      /* the defaults do */
+    }
     const now = Date.now();
     this.tree = new Tree({ id: newId(), title: "", created: now, updated: now, chosen: {}, settings });
     this.#opened();
@@ -168,8 +166,10 @@ class Page {
       this.conversations.unshift(conversation);
       history.replaceState(null, "", `#${conversation.id}`);
     }
-    if (tree !== this.tree) return ended ? this.sidebar.show(this.conversations, this.tree?.conversation.id ?? "") : undefined;
-    if (ended || this.view.idle) this.refresh(); // it begins or ends
+    if (tree !== this.tree)
+      return ended ? this.sidebar.show(this.conversations, this.tree?.conversation.id ?? "") : undefined;
+    if (ended || this.view.idle)
+      this.refresh(); // it begins or ends
     else this.view.drawSoon();
   }
 
@@ -180,10 +180,10 @@ class Page {
     if (!tree || this.busy) return false;
     const [wrong] = faults(tree.conversation.settings);
     if (wrong) {
-      this.banner.show("failed", `The settings: ${wrong}.`, [["Show them", () => this.panel.open(true)]]);
+      this.trouble.banner.show("failed", `The settings: ${wrong}.`, [["Show them", () => this.panel.open(true)]]);
       return false;
     }
-    this.banner.hide();
+    this.trouble.banner.hide();
     this.view.follow = true;
     deed(tree);
     return true;
@@ -203,8 +203,15 @@ class Page {
   edit(id, text) {
     this.withTree((tree) => {
       const message = tree.get(id);
-      if (message.role === "user") return this.writer.ask(tree, tree.add(message.parent, { role: "user", content: text }).id);
-      tree.add(message.parent, { role: "assistant", content: text, given: text.length, state: "done", model: message.model });
+      if (message.role === "user")
+        return this.writer.ask(tree, tree.add(message.parent, { role: "user", content: text }).id);
+      tree.add(message.parent, {
+        role: "assistant",
+        content: text,
+        given: text.length,
+        state: "done",
+        model: message.model,
+      });
       return this.change(() => {});
     });
   }
@@ -230,50 +237,6 @@ class Page {
     if (this.conversations.includes(conversation)) this.store.save(conversation).catch(() => {}); // kept at the next message
   }
 
-  // ------------------------------------------------------------------ trouble
-
-  /** @param {Problem} problem @param {() => void} again */
-  trouble(problem, again) {
-    const { kind, message, wait } = problem;
-    if (kind === "key") this.askForKey(message, again);
-    else if (kind === "full") this.banner.full(message, "There may be room", wait, again);
-    else if (kind === "closing") this.banner.full(message, "It may be back", wait, again);
-    else if (kind === "lost") this.banner.lost(message, () => this.found(again));
-    else say(message); // the message that it happened to shows it
-  }
-
-  /** The server is back: an answer waits for the person to go on with it, the rest is seen to.
-   * @param {() => void} again */
-  async found(again) {
-    const asked = this.picker.models.length > 0;
-    try {
-      await this.picker.load();
-    } catch (error) {
-      if (error instanceof Problem) this.trouble(error, again);
-    }
-    if (!asked) this.banner.hide();
-  }
-
-  /** @param {string} why @param {() => void} again */
-  askForKey(why, again) {
-    const dialog = the("key-dialog");
-    the("key-why").textContent = hasKey() ? `The key was not taken: ${why}` : why;
-    if (dialog.open) return;
-    the("key").value = "";
-    dialog.returnValue = "";
-    dialog.showModal();
-    dialog.addEventListener("close", async () => {
-      if (dialog.returnValue !== "ok" || !the("key").value.trim()) {
-        this.banner.show("key", "This server asks for a key.", [["Give one", () => this.askForKey(why, again)]]);
-        return;
-      }
-      useKey(the("key").value);
-      this.banner.hide();
-      if (!this.picker.models.length) await this.connect();
-      else again();
-    }, { once: true });
-  }
-
   // ------------------------------------------------------------------ the list
 
   /** @param {string} id @param {string} title */
@@ -296,7 +259,10 @@ class Page {
 
   /** @param {string | null} id */
   export(id) {
-    return exportAll(this.store, this.conversations.filter((c) => id === null || c.id === id));
+    return exportAll(
+      this.store,
+      this.conversations.filter((c) => id === null || c.id === id),
+    );
   }
 
   /** @param {File} file */
@@ -309,7 +275,9 @@ class Page {
       say(`${read.length} read`);
       if (read.length) await this.open(read[0].conversation.id);
     } catch (error) {
-      this.banner.show("failed", `${file.name} was not read: ${/** @type {Error} */ (error).message}.`, [["Dismiss", () => this.banner.hide()]]);
+      this.trouble.banner.show("failed", `${file.name} was not read: ${/** @type {Error} */ (error).message}.`, [
+        ["Dismiss", () => this.trouble.banner.hide()],
+      ]);
     }
   }
 }

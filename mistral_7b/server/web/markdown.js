@@ -11,8 +11,34 @@ import { Marked } from "./vendor/marked.js";
 
 const SAFE = {
   ALLOWED_TAGS: [
-    "p", "br", "hr", "strong", "em", "del", "a", "code", "pre", "blockquote", "ul", "ol", "li", "span", "sup", "sub",
-    "h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td",
+    "p",
+    "br",
+    "hr",
+    "strong",
+    "em",
+    "del",
+    "a",
+    "code",
+    "pre",
+    "blockquote",
+    "ul",
+    "ol",
+    "li",
+    "span",
+    "sup",
+    "sub",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
   ],
   ALLOWED_ATTR: ["href", "title", "class", "start", "align"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
@@ -21,15 +47,19 @@ const SAFE = {
   RETURN_DOM_FRAGMENT: true,
 };
 
+/** @type {any} */
+const purify = DOMPurify;
+
 const marked = new Marked({
   gfm: true,
   breaks: true,
+  /** @type {Record<string, (token: any) => string>} */
   renderer: {
     html: ({ text }) => escape(text), // a model that writes <b> shows <b>
     image: ({ text, href }) => `<span>${escape(text || href)}</span>`,
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
-    code: ({ text, lang }) => `<pre><code class="language-${escape((lang ?? "").trim().split(/\s/)[0])}">${
-      coloured(text, lang)}</code></pre>\n`,
+    code: ({ text, lang }) =>
+      `<pre><code class="language-${escape(first(lang))}">${coloured(text, first(lang))}</code></pre>`,
   },
 });
 
@@ -47,11 +77,16 @@ function loadHighlighter() {
   return loading;
 }
 
-/** @param {string} text @param {string | undefined} lang @returns {string} HTML */
-function coloured(text, lang) {
-  const name = (lang ?? "").trim().split(/\s/)[0].toLowerCase();
-  if (!highlighter || !highlighter.getLanguage(name)) return escape(text);
-  return highlighter.highlight(text, { language: name, ignoreIllegals: true }).value;
+/** A block of code names its language first, and may say more.
+ * @param {string | undefined} info */
+function first(info) {
+  return (info ?? "").trim().split(/\s/)[0].toLowerCase();
+}
+
+/** @param {string} text @param {string} language @returns {string} HTML */
+function coloured(text, language) {
+  if (!highlighter?.getLanguage(language)) return escape(text);
+  return highlighter.highlight(text, { language, ignoreIllegals: true }).value;
 }
 
 /** @param {string} text */
@@ -80,7 +115,8 @@ export class Rendered {
     if (plain !== this.plain) for (const block of this.blocks.splice(0)) block.element.remove();
     this.plain = plain;
     /** @type {{raw: string}[]} */
-    const tokens = plain ? source.split(/(?<=\n)/).map((raw) => ({ raw }))
+    const tokens = plain
+      ? source.split(/(?<=\n)/).map((raw) => ({ raw }))
       : marked.lexer(source).filter((/** @type {any} */ t) => t.raw !== "");
     /** @type {Block[]} */
     const made = [];
@@ -110,7 +146,7 @@ export class Rendered {
   /** @param {any} token @returns {HTMLElement} */
   #make(token) {
     if (this.plain) return make("div", { class: "block plain" }, token.raw.replace(/\n$/, "") || make("br"));
-    const element = make("div", { class: "block" }, DOMPurify.sanitize(marked.parser([token]), SAFE));
+    const element = make("div", { class: "block" }, purify.sanitize(marked.parser([token]), SAFE));
     for (const link of element.querySelectorAll("a")) {
       link.target = "_blank";
       link.rel = "noopener noreferrer nofollow";
@@ -129,7 +165,11 @@ export class Rendered {
   #frame(pre) {
     const code = /** @type {HTMLElement} */ (pre.firstElementChild);
     const language = code.className.replace("language-", "");
-    if (language && !highlighter) loadHighlighter().then(() => this.onload?.(), () => {}); // plain, if it cannot come
+    if (language && !highlighter)
+      loadHighlighter().then(
+        () => this.onload?.(),
+        () => {},
+      ); // plain, if it cannot come
     const button = make("button", { class: "quiet copy", type: "button" }, icon("copy"), "Copy");
     button.addEventListener("click", () => copy(button, code.textContent ?? ""));
     pre.tabIndex = 0; // long lines scroll by the arrow keys

@@ -36,15 +36,28 @@ export class MessageView {
     this.notice = make("div", { class: "notice", hidden: true });
     this.foot = make("div", { class: "foot" });
     const user = message.role === "user";
-    this.element = make("article", { class: `message ${message.role}`, "aria-label": user ? "You" : "Answer", data: { id: message.id } },
-      this.text, this.calls, this.notice, this.foot);
+    this.element = make(
+      "article",
+      { class: `message ${message.role}`, "aria-label": user ? "You" : "Answer", data: { id: message.id } },
+      this.text,
+      this.calls,
+      this.notice,
+      this.foot,
+    );
     this.rendered = user ? null : new Rendered(this.text);
     if (this.rendered) {
       this.rendered.onload = () => this.#tint(this.rendered?.again() ?? [], this.tinted);
-      alternatives.watch(this.text, message.id, () => this.message.tokens ?? [], () => this.tinted && !this.busy);
+      alternatives.watch(
+        this.text,
+        message.id,
+        () => this.message.tokens ?? [],
+        () => this.tinted && !this.busy,
+      );
     }
     this.tinted = false;
     this.drawn = "";
+    /** @type {HTMLElement | null} */
+    this.editing = null;
   }
 
   get busy() {
@@ -59,15 +72,27 @@ export class MessageView {
     if (this.rendered) this.#answer(how.tinted, how.plain);
     else if (this.text.textContent !== message.content) this.text.textContent = message.content;
     this.element.setAttribute("aria-busy", String(this.busy));
-    const state = JSON.stringify([how, message.state, message.problem, message.calls, !message.content, !message.tokens?.length]);
+    const state = JSON.stringify([
+      how,
+      message.state,
+      message.problem,
+      message.calls,
+      !message.content,
+      !message.tokens?.length,
+    ]);
     if (state === this.drawn) return this.#stats();
     this.drawn = state;
     const calls = message.calls ?? [];
     this.calls.hidden = !calls.length;
     const send = how.idle ? (/** @type {any} */ results) => this.deeds.results(message.id, results) : null;
     const given = how.results;
-    drawCalls(this.calls, calls, given?.message.results, send,
-      given && this.#versions("Results", given.message.id, given.siblings, given.at, how.idle));
+    drawCalls(
+      this.calls,
+      calls,
+      given?.message.results,
+      send,
+      given && this.#versions("Results", given.message.id, given.siblings, given.at, how.idle),
+    );
     this.#notice(how.idle);
     this.#foot(how);
     this.#stats();
@@ -99,18 +124,35 @@ export class MessageView {
   #notice(idle) {
     const { message } = this;
     const { state } = message;
-    const said = state === "stopped" ? "Stopped." : state === "length" ? "It reached the most tokens it may have."
-      : state === "full" ? "Not answered yet." : state === "cut" || state === "failed" ? message.problem ?? "The answer was cut off." : "";
+    const said =
+      state === "stopped"
+        ? "Stopped."
+        : state === "length"
+          ? "It reached the most tokens it may have."
+          : state === "full"
+            ? "Not answered yet."
+            : state === "cut" || state === "failed"
+              ? (message.problem ?? "The answer was cut off.")
+              : "";
     this.notice.hidden = !said || message.role !== "assistant";
     this.notice.className = `notice ${state}`;
     const some = Boolean(message.content) && !message.calls?.length;
-    const buttons = !idle || this.notice.hidden ? [] : [
-      some && make("button", { type: "button", onclick: () => this.deeds.goOn(message.id) }, "Go on"),
-      (state === "cut" || state === "failed" || state === "full" && !some) && make("button", {
-        type: "button", class: some ? "quiet" : "",
-        onclick: () => (some ? this.deeds.again(message.id) : this.deeds.retry(message.id)),
-      }, some ? "Start over" : "Try again"),
-    ];
+    const buttons =
+      !idle || this.notice.hidden
+        ? []
+        : [
+            some && make("button", { type: "button", onclick: () => this.deeds.goOn(message.id) }, "Go on"),
+            (state === "cut" || state === "failed" || (state === "full" && !some)) &&
+              make(
+                "button",
+                {
+                  type: "button",
+                  class: some ? "quiet" : "",
+                  onclick: () => (some ? this.deeds.again(message.id) : this.deeds.retry(message.id)),
+                },
+                some ? "Start over" : "Try again",
+              ),
+          ];
     this.notice.replaceChildren(make("span", { text: said }), ...buttons.filter(Boolean));
   }
 
@@ -120,14 +162,19 @@ export class MessageView {
     this.stats = make("span", { class: "stats" });
     const answer = message.role === "assistant";
     const copying = iconButton("copy", "Copy", () => copy(copying, message.content));
-    const parts = this.busy ? [] : [
-      this.#versions("Versions", message.id, siblings, at, idle),
-      message.content && copying,
-      idle && message.content && iconButton("edit", "Edit", () => this.edit()),
-      idle && answer && iconButton("again", "Answer again", () => deeds.again(message.id)),
-      idle && answer && message.content && !message.calls?.length
-        && iconButton("goOn", "Go on writing", () => deeds.goOn(message.id)),
-    ];
+    const parts = this.busy
+      ? []
+      : [
+          this.#versions("Versions", message.id, siblings, at, idle),
+          message.content && copying,
+          idle && message.content && iconButton("edit", "Edit", () => this.edit()),
+          idle && answer && iconButton("again", "Answer again", () => deeds.again(message.id)),
+          idle &&
+            answer &&
+            message.content &&
+            !message.calls?.length &&
+            iconButton("goOn", "Go on writing", () => deeds.goOn(message.id)),
+        ];
     this.foot.replaceChildren(...parts.filter(Boolean), this.stats);
   }
 
@@ -136,10 +183,13 @@ export class MessageView {
   #versions(label, id, siblings, at, idle) {
     if (siblings < 2) return null;
     const move = (/** @type {number} */ by) => () => this.deeds.move(id, by);
-    return make("span", { class: "siblings", role: "group", "aria-label": label },
+    return make(
+      "span",
+      { class: "siblings", role: "group", "aria-label": label },
       iconButton("back", "Version before", move(-1), { disabled: at === 0 || !idle }),
       make("span", { text: `${at + 1} / ${siblings}` }),
-      iconButton("forth", "Version after", move(1), { disabled: at === siblings - 1 || !idle }));
+      iconButton("forth", "Version after", move(1), { disabled: at === siblings - 1 || !idle }),
+    );
   }
 
   #stats() {
@@ -150,13 +200,18 @@ export class MessageView {
       message.first !== undefined && `${(message.first / 1000).toFixed(2)} s to first token`,
       message.rate !== undefined && `${message.rate.toFixed(1)} tokens/s`,
       tokens && `${tokens} token${tokens === 1 ? "" : "s"}`,
-    ].filter(Boolean).join("  ·  ");
+    ]
+      .filter(Boolean)
+      .join("  ·  ");
   }
 
   /** Let the text be written anew. */
   edit() {
     const { message } = this;
-    const area = make("textarea", { "aria-label": "Edit the message", rows: Math.min(14, message.content.split("\n").length + 1) });
+    const area = make("textarea", {
+      "aria-label": "Edit the message",
+      rows: Math.min(14, message.content.split("\n").length + 1),
+    });
     area.value = message.content;
     const close = () => {
       this.editing?.remove();
@@ -168,12 +223,23 @@ export class MessageView {
       close();
       if (area.value.trim()) this.deeds.edit(message.id, area.value);
     };
-    /** @type {HTMLElement | null} */
-    this.editing = make("div", { class: "editor" }, area, make("div", { class: "buttons" },
-      make("span", { class: "hint", text: "The version before stays, a step to the left." }),
-      make("button", { type: "button", class: "quiet", onclick: close }, "Leave it"),
-      make("button", { type: "button", class: "main", onclick: save }, message.role === "user" ? "Send" : "Keep")));
-    this.editing.addEventListener("keydown", (event) => {
+    const editor = make(
+      "div",
+      { class: "editor" },
+      area,
+      make(
+        "div",
+        { class: "buttons" },
+        make("span", { class: "hint", text: "The version before stays, a step to the left." }),
+        make("button", { type: "button", class: "quiet", onclick: close }, "Leave it"),
+        make(
+          "button",
+          { type: "button", class: "main", onclick: save },
+          message.role === "user" ? "Send" : "Keep",
+        ),
+      ),
+    );
+    editor.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
       if (event.key === "Escape") close();
       else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save();
       else return;
@@ -182,7 +248,8 @@ export class MessageView {
     });
     this.text.hidden = this.foot.hidden = true;
     this.element.classList.add("editing");
-    this.text.after(this.editing);
+    this.text.after(editor);
+    this.editing = editor;
     area.focus();
   }
 }

@@ -58,6 +58,8 @@ export class Picker {
     the("gauge").querySelector(".bar > span").style.width = `${100 * share}%`;
     the("gauge").classList.toggle("near", share > 0.85);
     const number = (/** @type {number} */ n) => n.toLocaleString("en");
-    the("context").textContent = context ? `${number(used)} of ${number(context)} tokens` : `${number(used)} tokens`;
+    the("context").textContent = context
+      ? `${number(used)} of ${number(context)} tokens`
+      : `${number(used)} tokens`;
   }
 }

@@ -23,7 +23,7 @@ export class Panel {
     this.changed = changed;
     /** @type {Settings} */
     this.settings = {};
-    opener.addEventListener("click", () => this.open(this.root.hidden));
+    opener.addEventListener("click", () => this.open(this.root.hidden === true));
     root.addEventListener("keydown", (event) => {
       if (event.key !== "Escape") return;
       event.stopPropagation();
@@ -58,28 +58,86 @@ export class Panel {
   }
 
   #draw() {
-    const reset = make("button", { type: "button", class: "quiet", onclick: () => this.#reset() }, "Back to the defaults");
-    this.schema = this.#field("schema", "JSON schema", make("textarea", { rows: 7, spellcheck: "false", placeholder: SCHEMA_EXAMPLE, class: "mono" }));
+    const reset = make(
+      "button",
+      { type: "button", class: "quiet", onclick: () => this.#reset() },
+      "Back to the defaults",
+    );
+    this.schema = this.#field(
+      "schema",
+      "JSON schema",
+      make("textarea", { rows: 7, spellcheck: "false", placeholder: SCHEMA_EXAMPLE, class: "mono" }),
+    );
     this.root.replaceChildren(
-      make("div", { class: "panel-head" }, make("h2", { text: "Settings" }), iconButton("close", "Close the settings", () => this.open(false))),
+      make(
+        "div",
+        { class: "panel-head" },
+        make("h2", { text: "Settings" }),
+        iconButton("close", "Close the settings", () => this.open(false)),
+      ),
       this.#field("system", "System prompt", make("textarea", { rows: 4, placeholder: "None" })),
       make("h3", { text: "Sampling" }),
-      make("div", { class: "numbers" }, ...NUMBERS.map((f) => this.#field(f.name, f.label,
-        make("input", { inputmode: "decimal", placeholder: f.usual, autocomplete: "off" }), f.hint))),
-      this.#field("stop", "Stop texts", make("textarea", { rows: 2, placeholder: "None", spellcheck: "false" }), "one on each line"),
+      make(
+        "div",
+        { class: "numbers" },
+        ...NUMBERS.map((f) =>
+          this.#field(
+            f.name,
+            f.label,
+            make("input", { inputmode: "decimal", placeholder: f.usual, autocomplete: "off" }),
+            f.hint,
+          ),
+        ),
+      ),
+      this.#field(
+        "stop",
+        "Stop texts",
+        make("textarea", { rows: 2, placeholder: "None", spellcheck: "false" }),
+        "one on each line",
+      ),
       make("h3", { text: "Answer" }),
-      this.#field("format", "Its form", make("select", {},
-        make("option", { value: "", text: "Text (default)" }), make("option", { value: "json", text: "Any JSON object" }),
-        make("option", { value: "schema", text: "JSON of a schema" }))),
+      this.#field(
+        "format",
+        "Its form",
+        make(
+          "select",
+          {},
+          make("option", { value: "", text: "Text (default)" }),
+          make("option", { value: "json", text: "Any JSON object" }),
+          make("option", { value: "schema", text: "JSON of a schema" }),
+        ),
+      ),
       this.schema,
-      this.#field("shown", "Shown as", make("select", {},
-        make("option", { value: "", text: "Markdown (default)" }), make("option", { value: "plain", text: "Plain text, as it came" }))),
+      this.#field(
+        "shown",
+        "Shown as",
+        make(
+          "select",
+          {},
+          make("option", { value: "", text: "Markdown (default)" }),
+          make("option", { value: "plain", text: "Plain text, as it came" }),
+        ),
+      ),
       make("h3", { text: "Tools" }),
-      this.#field("tools", "Functions it may call", make("textarea", { rows: 7, spellcheck: "false", placeholder: TOOLS_EXAMPLE, class: "mono" }), "a list, as JSON"),
-      this.#field("tool_choice", "Whether it calls one", make("select", {},
-        make("option", { value: "", text: "As it likes (default)" }), make("option", { value: "required", text: "It must" }),
-        make("option", { value: "none", text: "It must not" }))),
-      reset);
+      this.#field(
+        "tools",
+        "Functions it may call",
+        make("textarea", { rows: 7, spellcheck: "false", placeholder: TOOLS_EXAMPLE, class: "mono" }),
+        "a list, as JSON",
+      ),
+      this.#field(
+        "tool_choice",
+        "Whether it calls one",
+        make(
+          "select",
+          {},
+          make("option", { value: "", text: "As it likes (default)" }),
+          make("option", { value: "required", text: "It must" }),
+          make("option", { value: "none", text: "It must not" }),
+        ),
+      ),
+      reset,
+    );
     this.root.addEventListener("input", (event) => this.#take(/** @type {HTMLInputElement} */ (event.target)));
     this.#follow();
   }
@@ -89,9 +147,13 @@ export class Panel {
     input.name = name;
     input.id = `set-${name}`;
     input.setAttribute("aria-describedby", `about-${name}`);
-    return make("div", { class: "field" },
-      make("label", { for: input.id, text: label }), input,
-      make("span", { class: "hint", id: `about-${name}`, text: hint ?? "", data: { hint: hint ?? "" } }));
+    return make(
+      "div",
+      { class: "field" },
+      make("label", { for: input.id, text: label }),
+      input,
+      make("span", { class: "hint", id: `about-${name}`, text: hint ?? "", data: { hint: hint ?? "" } }),
+    );
   }
 
   /** @param {HTMLInputElement} input */
@@ -105,7 +167,8 @@ export class Panel {
 
   /** @param {HTMLInputElement} input */
   #check(input) {
-    const wrong = input.name === "schema" && this.settings.format !== "schema" ? "" : fault(input.name, input.value);
+    const wrong =
+      input.name === "schema" && this.settings.format !== "schema" ? "" : fault(input.name, input.value);
     const about = /** @type {HTMLElement} */ (this.root.querySelector(`#about-${input.name}`));
     input.setAttribute("aria-invalid", String(Boolean(wrong)));
     about.textContent = wrong || (about.dataset.hint ?? "");

@@ -87,14 +87,33 @@ export class Sidebar {
   /** @param {Conversation} conversation */
   #item(conversation) {
     const { id, title } = conversation;
-    const item = make("li", { class: id === this.current ? "current" : "" },
-      make("button", { class: "open", type: "button", title, "aria-current": id === this.current ? "true" : null, onclick: () => this.deeds.open(id) }, title),
-      make("span", { class: "deeds" },
+    const item = make(
+      "li",
+      { class: id === this.current ? "current" : "" },
+      make(
+        "button",
+        {
+          class: "open",
+          type: "button",
+          title,
+          "aria-current": id === this.current ? "true" : null,
+          onclick: () => this.deeds.open(id),
+        },
+        title,
+      ),
+      make(
+        "span",
+        { class: "deeds" },
         iconButton("edit", `Rename ${title}`, () => this.#rename(item, conversation)),
         iconButton("save", `Export ${title}`, () => this.deeds.save(id)),
         iconButton("bin", `Delete ${title}`, async () => {
-          if (await confirmed("Delete this conversation?", `“${title}” and all its versions will be gone.`, "Delete")) this.deeds.remove(id);
-        })));
+          if (
+            await confirmed("Delete this conversation?", `“${title}” and all its versions will be gone.`, "Delete")
+          )
+            this.deeds.remove(id);
+        }),
+      ),
+    );
     return item;
   }
 

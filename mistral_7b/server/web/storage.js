@@ -17,7 +17,9 @@ export function keep(name, value) {
   try {
     if (value === null) localStorage.removeItem(name);
     else localStorage.setItem(name, value);
-  } catch { /* private windows of some browsers: the choice holds until the page is closed */ }
+  } catch {
+    /* private windows of some browsers: the choice holds until the page is closed */
+  }
 }
 
 /** @template T @param {IDBRequest<T>} request @returns {Promise<T>} */

@@ -8,17 +8,20 @@ import { Problem, call, lostUnlessAborted } from "./api.js";
  * @param {ReadableStream<Uint8Array>} body
  * @returns {AsyncGenerator<string>} */
 export async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
   let rest = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      rest += value;
+      rest += decoder.decode(value, { stream: true });
       const whole = rest.split(/\r?\n\r?\n/);
       rest = whole.pop() ?? "";
       for (const event of whole) {
-        const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:"))
+        const data = event
+          .split(/\r?\n/)
+          .filter((line) => line.startsWith("data:"))
           .map((line) => line.slice(5).replace(/^ /, ""));
         if (data.length) yield data.join("\n"); // the others are comments that keep the connection open
       }
@@ -49,14 +52,18 @@ export async function answer(message, body, { signal, changed }) {
       changed();
     }
   } catch (error) {
-    throw error instanceof SyntaxError ? new Problem("failed", "The server sent what is no JSON.")
+    throw error instanceof SyntaxError
+      ? new Problem("failed", "The server sent what is no JSON.")
       : lostUnlessAborted(error);
   }
   if (!ended) throw new Problem("lost", "The connection to the server was lost.");
   if (message.state === "streaming") message.state = "done";
 }
 
-/** @param {Message} message @param {any} chunk @param {{began: number, first: number, last: number, tokens: number}} clock */
+/** Milliseconds, and tokens after the first.
+ * @typedef {{began: number, first: number, last: number, tokens: number}} Clock */
+
+/** @param {Message} message @param {any} chunk @param {Clock} clock */
 function take(message, chunk, clock) {
   message.model = chunk.model ?? message.model;
   if (chunk.usage) message.usage = chunk.usage;
@@ -74,7 +81,7 @@ function take(message, chunk, clock) {
   if (choice.finish_reason) message.state = choice.finish_reason === "length" ? "length" : "done";
 }
 
-/** @param {Message} message @param {{began: number, first: number, last: number, tokens: number}} clock @param {number} count */
+/** @param {Message} message @param {Clock} clock @param {number} count */
 function time(message, clock, count) {
   clock.last = performance.now();
   if (!clock.first) {
@@ -99,7 +106,9 @@ function takeCall(message, delta) {
  * @param {any} entry @returns {Token} */
 function token(entry) {
   const one = (/** @type {any} */ e) => ({
-    t: e.token, p: e.logprob, ...(e.bytes && !whole(e) ? { b: e.bytes } : {}),
+    t: e.token,
+    p: e.logprob,
+    ...(e.bytes && !whole(e) ? { b: e.bytes } : {}),
   });
   return { ...one(entry), a: (entry.top_logprobs ?? []).map(one) };
 }

@@ -7,7 +7,8 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 
 /** @returns {"dark" | "light"} what is on the screen now */
 function shown() {
-  return document.documentElement.dataset.theme ?? (dark.matches ? "dark" : "light");
+  const { theme } = document.documentElement.dataset;
+  return theme === "dark" || theme === "light" ? theme : dark.matches ? "dark" : "light";
 }
 
 /** Let a button switch; a choice that is the system's own again is forgotten, so that the page follows the system.

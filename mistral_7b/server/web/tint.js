@@ -52,7 +52,9 @@ function shown(content, at, text) {
   if (text.startsWith(" ") && content.startsWith(text.slice(1), at)) return text.length - 1; // an answer's first blank
   let same = 0; // a stop text may have cut it
   while (same < text.length && content[at + same] === text[same]) same++;
-  return at + same === content.length ? same : 0;
+  if (at + same === content.length) return same;
+  const near = content.indexOf(text, at); // a character was lost with a connection: go on after it
+  return text && near >= 0 && near - at <= 16 ? near - at + text.length : 0;
 }
 
 /** @param {number[]} bytes @returns {string | null} null: they end within a character */
@@ -73,12 +75,17 @@ export function tint(block, tokens, ends) {
   while (walker.nextNode()) nodes.push(/** @type {Text} */ (walker.currentNode));
   let at = 0;
   for (const node of nodes) {
-    if (node.parentElement?.closest(".code-head") || !node.data.trim() && !node.parentElement?.closest("pre, .plain")) continue;
+    if (
+      node.parentElement?.closest(".code-head") ||
+      (!node.data.trim() && !node.parentElement?.closest("pre, .plain"))
+    )
+      continue;
     /** @type {(Node | string)[]} */
     const parts = [];
     for (const line of block.raw.includes(node.data, at) ? [node.data] : node.data.split(/(?<=\n)/)) {
       const found = block.raw.indexOf(line.trimEnd(), at); // blanks at the end of a line may be drawn otherwise
-      if (found < 0) { // written otherwise in the source, as &amp; is
+      if (found < 0) {
+        // written otherwise in the source, as &amp; is
         parts.push(line);
         continue;
       }
@@ -96,7 +103,8 @@ function spans(text, from, tokens, ends) {
   const parts = [];
   let i = first(ends, from);
   let at = from;
-  if (ends[0] > at) { // what was given has no tint
+  if (ends[0] > at) {
+    // what was given has no tint
     parts.push(text.slice(0, ends[0] - from));
     at = Math.min(ends[0], from + text.length);
   }
@@ -133,14 +141,16 @@ export function branch(message, i, k) {
   const before = tokens.slice(0, i);
   let start = ends[i];
   let text = other.t;
-  if (other.b) { // with the bytes before it that made no character yet
+  if (other.b) {
+    // with the bytes before it that made no character yet
     let open = i;
     while (open > 0 && tokens[open - 1].b && ends[open] === ends[open - 1]) open--;
     const bytes = [...tokens.slice(open, i).flatMap((t) => t.b ?? []), ...other.b];
     text = new TextDecoder().decode(new Uint8Array(bytes)).replace(/\ufffd+$/, "");
     start = ends[open];
   }
-  if (start === 0 && tokens[0].t.startsWith(" ") && !message.content.startsWith(" ")) text = text.replace(/^ /, "");
+  if (start === 0 && tokens[0].t.startsWith(" ") && !message.content.startsWith(" "))
+    text = text.replace(/^ /, "");
   return {
     content: message.content.slice(0, start) + text,
     tokens: [...before, { ...other, a: tokens[i].a }],

@@ -8,7 +8,7 @@ import { newId } from "./tree.js";
 const FORMAT = "mistral-7b conversations";
 
 /** Have the browser save conversations as JSON.
- * @param {import("./storage.js").Store} store @param {Conversation[]} conversations */
+ * @param {import("./storage.js").Store | import("./storage.js").Forgetful} store @param {Conversation[]} conversations */
 export async function exportAll(store, conversations) {
   const all = [];
   for (const conversation of conversations) {
@@ -26,7 +26,8 @@ export async function exportAll(store, conversations) {
  * @returns {{conversation: Conversation, messages: Message[]}[]} */
 export function readExport(text) {
   const file = JSON.parse(text);
-  if (file?.format !== FORMAT || !Array.isArray(file.conversations)) throw new Error("it is no export of this page");
+  if (file?.format !== FORMAT || !Array.isArray(file.conversations))
+    throw new Error("it is no export of this page");
   if (file.version !== 1) throw new Error(`it is of version ${file.version}, and this page reads version 1`);
   return file.conversations.map(readOne);
 }
@@ -35,8 +36,12 @@ export function readExport(text) {
 function readOne(from) {
   if (!Array.isArray(from?.messages)) throw new Error("a conversation in it has no messages");
   const conversation = {
-    id: newId(), title: text(from.title, "title"), created: number(from.created), updated: number(from.updated),
-    chosen: /** @type {Record<string, string>} */ ({}), settings: record(from.settings),
+    id: newId(),
+    title: text(from.title, "title"),
+    created: number(from.created),
+    updated: number(from.updated),
+    chosen: /** @type {Record<string, string>} */ ({}),
+    settings: record(from.settings),
   };
   const ids = new Map(from.messages.map((/** @type {any} */ m) => [text(m.id, "id"), newId()]));
   const messages = from.messages.map((/** @type {any} */ m) => readMessage(m, ids, conversation.id));
@@ -53,20 +58,35 @@ function readMessage(m, ids, conversation) {
   if (!["user", "assistant", "tool"].includes(m.role)) throw new Error(`a message has the role ${m.role}`);
   if (m.parent !== null && !ids.has(m.parent)) throw new Error("a message's parent is missing");
   return {
-    id: ids.get(m.id) ?? "", conversation, parent: m.parent === null ? null : ids.get(m.parent) ?? null,
-    role: m.role, content: text(m.content, "content"), created: number(m.created), given: number(m.given),
+    id: ids.get(m.id) ?? "",
+    conversation,
+    parent: m.parent === null ? null : (ids.get(m.parent) ?? null),
+    role: m.role,
+    content: text(m.content, "content"),
+    created: number(m.created),
+    given: number(m.given),
     tokens: list(m.tokens).map((t) => ({ ...alternative(t), a: list(t.a).map(alternative) })),
     calls: list(m.calls).map((c) => ({
-      id: text(c.id, "id"), name: text(c.name, "name"), arguments: text(c.arguments, "arguments"),
+      id: text(c.id, "id"),
+      name: text(c.name, "name"),
+      arguments: text(c.arguments, "arguments"),
     })),
     results: list(m.results).map((r) => ({ id: text(r.id, "id"), content: text(r.content, "content") })),
-    state: m.role !== "assistant" ? undefined
-      : ["done", "length", "stopped", "cut", "full", "failed"].includes(m.state) ? m.state : "cut",
+    state:
+      m.role !== "assistant"
+        ? undefined
+        : ["done", "length", "stopped", "cut", "full", "failed"].includes(m.state)
+          ? m.state
+          : "cut",
     problem: m.problem === undefined ? undefined : text(m.problem, "problem"),
     model: m.model === undefined ? undefined : text(m.model, "model"),
-    usage: m.usage === undefined ? undefined : {
-      prompt_tokens: number(m.usage.prompt_tokens), completion_tokens: number(m.usage.completion_tokens),
-    },
+    usage:
+      m.usage === undefined
+        ? undefined
+        : {
+            prompt_tokens: number(m.usage.prompt_tokens),
+            completion_tokens: number(m.usage.completion_tokens),
+          },
     first: m.first === undefined ? undefined : number(m.first),
     rate: m.rate === undefined ? undefined : number(m.rate),
   };

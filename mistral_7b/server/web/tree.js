@@ -44,7 +44,9 @@ const ROOT = "";
 /** @returns {string} */
 export function newId() {
   // randomUUID is missing where the page is served neither from this machine nor over TLS
-  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join(
+    "",
+  );
 }
 
 /** Its messages, and which of them are on the screen. */
@@ -74,7 +76,11 @@ export class Tree {
     const siblings = this.children.get(parent ?? ROOT) ?? [];
     const latest = Math.max(0, ...siblings.map((id) => this.messages.get(id)?.created ?? 0));
     const message = {
-      content: "", ...fields, id: newId(), conversation: this.conversation.id, parent,
+      content: "",
+      ...fields,
+      id: newId(),
+      conversation: this.conversation.id,
+      parent,
       created: Math.max(Date.now(), latest + 1), // siblings stay in the order they were made
     };
     this.#put(message);

@@ -45,7 +45,9 @@ export class Writer {
     if (this.busy(tree.conversation.id)) return undefined;
     const controller = new AbortController();
     let over = () => {};
-    const ended = new Promise((/** @type {(value: void) => void} */ resolve) => { over = resolve; });
+    const ended = new Promise((/** @type {(value: void) => void} */ resolve) => {
+      over = resolve;
+    });
     this.running.set(tree.conversation.id, { tree, controller, ended });
     return this.#write(tree, message, controller).finally(over);
   }
@@ -54,6 +56,7 @@ export class Writer {
   async #write(tree, message, controller) {
     const { conversation } = tree;
     message.state = "streaming";
+    if (!message.content) Object.assign(message, { given: 0, tokens: [], calls: [] }); // a call may have been half said
     delete message.problem;
     conversation.updated = Date.now();
     this.deeds.changed(tree, false);
@@ -99,9 +102,12 @@ function end(message, error) {
     return null;
   }
   const problem = error instanceof Problem ? error : new Problem("failed", String(error));
-  message.state = problem.kind === "full" || problem.kind === "closing" ? "full" : message.content ? "cut" : "failed";
-  message.problem = problem.kind === "lost" && message.content
-    ? "The connection was lost in the middle of this answer. What had come is kept." : problem.message;
+  message.state =
+    problem.kind === "full" || problem.kind === "closing" ? "full" : message.content ? "cut" : "failed";
+  message.problem =
+    problem.kind === "lost" && message.content
+      ? "The connection was lost in the middle of this answer. What had come is kept."
+      : problem.message;
   return problem;
 }
 

@@ -1,26 +1,19 @@
-"""A headless Chromium on the page, and the scripted server behind it; tests skip where there is no browser."""
+"""What tests of the page do in a browser, and the scripted server behind it."""
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")  # fmt: skip
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
-class Fake:
+class Scripted:
     """The scripted server, in a process of its own that can be killed."""
 
     def __init__(self) -> None:
@@ -31,7 +24,7 @@ class Fake:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "tests.server.fake_model", str(self.port)]
+        command = [sys.executable, "-m", "tests.server.page.scripted", str(self.port)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL)
         for _ in range(300):
             try:
@@ -47,24 +40,6 @@ class Fake:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs Debian's chromium")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def fake(browser: Any) -> Iterator[Fake]:
-    server = Fake()
-    yield server
-    server.kill()
 
 
 def opened(browser: Any, url: str, **how: Any) -> Any:
@@ -88,14 +63,6 @@ def ready(page: Any) -> None:
 def reload(page: Any) -> None:
     page.reload()
     ready(page)
-
-
-@pytest.fixture
-def page(browser: Any, fake: Fake) -> Iterator[Any]:
-    page = opened(browser, fake.url)
-    yield page
-    page.context.close()
-    assert page.faults == []
 
 
 def ask(page: Any, text: str, wait: bool = True) -> None:

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.server.browser import answer, ask, asked, browser, fake, more, page, reload
-from tests.server.fake_model import ANSWERS, SENTENCE
-
-__all__ = ["browser", "fake", "page"]
+from tests.server.page.browser import answer, ask, asked, more, reload
+from tests.server.page.scripted import ANSWERS, SENTENCE
 
 
 def test_an_answer_streams_and_its_numbers_are_shown(page: Any) -> None:

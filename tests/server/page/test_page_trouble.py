@@ -3,32 +3,21 @@ finds nothing serious in any state, wide or narrow, light or dark."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.browser import Fake, answer, ask, asked, browser, fake, more, opened, page, reload
-from tests.server.fake_model import ANSWERS, SENTENCE
-
-__all__ = ["browser", "fake", "page"]
+from tests.server.page.browser import Scripted, answer, ask, asked, more, opened, reload
+from tests.server.page.scripted import ANSWERS, SENTENCE
 
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 
 
-@pytest.fixture(scope="module")
-def own(browser: Any) -> Iterator[Fake]:
-    """A server that may be killed, but is started again."""
-    server = Fake()
-    yield server
-    server.kill()
-
-
-def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, own: Fake) -> None:
-    own.use_key("sesame")
+def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, scripted: Scripted) -> None:
+    scripted.use_key("sesame")
     try:
-        page = opened(browser, own.url)
+        page = opened(browser, scripted.url)
         assert "missing API key" in page.wait_for_selector("#key-why").inner_text()
         page.fill("#key", "wrong")
         page.press("#key", "Enter")
@@ -51,7 +40,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, own: Fake) -> None
         page.wait_for_selector("#model >> text=mistral-7b", state="attached")
         page.context.close()
     finally:
-        own.use_key("")
+        scripted.use_key("")
 
 
 def test_a_full_queue_is_counted_down_and_tried_again_by_choice(page: Any) -> None:
@@ -69,17 +58,17 @@ def test_a_full_queue_is_counted_down_and_tried_again_by_choice(page: Any) -> No
     page.faults.clear()  # the browser writes of every 429 to its console
 
 
-def test_a_server_killed_in_mid_answer_loses_nothing(browser: Any, own: Fake) -> None:
-    page = opened(browser, own.url)
+def test_a_server_killed_in_mid_answer_loses_nothing(browser: Any, scripted: Scripted) -> None:
+    page = opened(browser, scripted.url)
     ask(page, "slow", wait=False)
     page.wait_for_selector(".tok >> nth=8")
-    own.kill()
+    scripted.kill()
     page.wait_for_selector(".notice.cut >> text=The connection was lost in the middle of this answer")
     kept = answer(page).locator(".text").inner_text().rstrip()
     assert ANSWERS["slow"].startswith(kept)
     assert len(kept) > 20
     assert "Looking for it" in page.inner_text("#banner")
-    own.start()
+    scripted.start()
     page.wait_for_selector("#banner.found >> text=The server is back.")
     page.click(".notice >> text=Go on")
     more(page, 4)
@@ -91,19 +80,19 @@ def test_a_server_killed_in_mid_answer_loses_nothing(browser: Any, own: Fake) ->
     page.context.close()
 
 
-def test_a_page_closed_in_mid_answer_keeps_what_had_come(browser: Any, own: Fake) -> None:
-    page = opened(browser, own.url)
+def test_a_page_closed_in_mid_answer_keeps_what_had_come(browser: Any, scripted: Scripted) -> None:
+    page = opened(browser, scripted.url)
     ask(page, "slow", wait=False)
     page.wait_for_selector(".tok >> nth=40")
     reload(page)
     page.wait_for_selector(".notice.cut >> text=The page was closed while this was being written")
     assert ANSWERS["slow"].startswith(answer(page).locator(".text").inner_text().rstrip())
     assert page.locator(".tok").count() > 15
-    own.kill()
+    scripted.kill()
     ask(page, "are you there?", wait=False)
     page.wait_for_selector("#banner.lost")
     page.wait_for_selector(".notice.failed >> text=Try again")
-    own.start()
+    scripted.start()
     page.wait_for_selector("#banner.found")
     page.click(".notice.failed >> text=Try again")
     page.wait_for_function(
@@ -128,9 +117,9 @@ def serious(page: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
-def test_axe_finds_nothing_serious(browser: Any, fake: Fake, scheme: str, width: int) -> None:
+def test_axe_finds_nothing_serious(browser: Any, scripted: Scripted, scheme: str, width: int) -> None:
     page = opened(
-        browser, fake.url, color_scheme=scheme, viewport={"width": width, "height": 844}, bypass_csp=True
+        browser, scripted.url, color_scheme=scheme, viewport={"width": width, "height": 844}, bypass_csp=True
     )
     page.evaluate(AXE.read_text(encoding="utf-8"))
     page.evaluate("document.documentElement.append(Object.assign(document.createElement('style'), "

@@ -1,6 +1,6 @@
 """A server that answers like OpenAI's from a script, for tests of the page: quick, and the same each time.
 
-    python -m tests.server.fake_model PORT
+    python -m tests.server.page.scripted PORT
 
 What the last message of a person says chooses the answer: "slow", "markdown", "evil", "emoji", "weather" (a
 tool), "json", "full" (429 the first two times), "length", "error" (in mid-answer); else it is a sentence.

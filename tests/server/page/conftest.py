@@ -1,0 +1,43 @@
+"""One browser and one scripted server for all tests of the page. They skip where there is no such browser."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.page.browser import Scripted, opened
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="session")
+def scripted(browser: Any) -> Iterator[Scripted]:
+    """A server that follows a script. A test that kills it starts it again."""
+    server = Scripted()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def page(browser: Any, scripted: Scripted) -> Iterator[Any]:
+    """The page in a profile of its own; its scripts must complain of nothing."""
+    page = opened(browser, scripted.url)
+    yield page
+    page.context.close()
+    assert page.faults == []

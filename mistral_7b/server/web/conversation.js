@@ -54,6 +54,7 @@ export class ConversationView {
     this.pending = 0;
     const began = performance.now();
     const { tree } = this;
+    const { shown: how, format } = tree?.conversation.settings ?? {};
     const path = tree?.path() ?? [];
     the("empty").hidden = path.length > 0;
     if (!tree) return;
@@ -76,7 +77,7 @@ export class ConversationView {
       view.update({
         ...this.#place(message.id),
         tinted: this.tinted,
-        plain: tree.conversation.settings.shown === "plain",
+        plain: how === "plain" || Boolean(format), // JSON is no markdown
         idle: this.idle,
         results: next?.role === "tool" ? { message: next, ...this.#place(next.id) } : undefined,
       });

@@ -3,7 +3,7 @@
     python -m tests.server.page.scripted PORT
 
 What the last message of a person says chooses the answer: "slow", "markdown", "evil", "emoji", "weather" (a
-tool), "json", "full" (429 the first two times), "length", "error" (in mid-answer); else it is a sentence.
+tool), "json", "full" (429 the first two times), "length", "error" or "hang up" (in mid-answer), else a sentence.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ class Script:
                 await asyncio.sleep(0.02 if "slow" in said else 0.001)
                 if "error" in said and i == 4:
                     yield 'data: {"error": {"message": "the step failed", "type": "server_error"}}\n\n'
+                    return
+                if "hang up" in said and i == 4:
                     return
                 held += token
                 try:

@@ -180,6 +180,8 @@ def test_conversations_are_kept_found_carried_away_and_back(page: Any, tmp_path:
     page.fill("#search", "good day 🙂")  # words of an answer
     page.wait_for_function("() => document.querySelectorAll('#conversations li').length === 1")
     assert titles.all_inner_texts() == ["emoji of the <b>first</b>"]
+    page.fill("#search", "good windows")  # in no conversation both
+    page.wait_for_selector("#none >> text=Nothing found.")
     page.fill("#search", "")
     page.wait_for_function("() => document.querySelectorAll('#conversations li').length === 2")
     with page.expect_download() as download:

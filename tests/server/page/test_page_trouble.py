@@ -110,6 +110,12 @@ def test_an_error_in_mid_answer_is_said(page: Any) -> None:
     page.wait_for_selector(".notice.cut")
 
 
+def test_a_stream_that_just_ends_was_cut(page: Any) -> None:
+    ask(page, "hang up", wait=False)
+    page.wait_for_selector(".notice.cut >> text=The connection was lost in the middle of this answer")
+    page.wait_for_selector("#banner.found")
+
+
 def serious(page: Any) -> list[str]:
     found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
     return [f"{v['id']}: {v['nodes'][0]['html'][:160]}: {v['nodes'][0]['failureSummary']}" for v in found

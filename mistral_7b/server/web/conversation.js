@@ -77,7 +77,7 @@ export class ConversationView {
       view.update({
         ...this.#place(message.id),
         tinted: this.tinted,
-        plain: how === "plain" || Boolean(format), // JSON is no markdown
+        plain: how === "plain" || (Boolean(format) && /^\s*\{/.test(message.content)), // JSON is no markdown
         idle: this.idle,
         results: next?.role === "tool" ? { message: next, ...this.#place(next.id) } : undefined,
       });

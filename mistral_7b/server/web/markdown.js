@@ -112,6 +112,7 @@ export class Rendered {
    * @param {string} source @param {boolean} [plain] as it is, a line to a block, rather than as markdown
    * @returns {Block[]} those that were made */
   show(source, plain = this.plain) {
+    if (plain === this.plain && source === this.source && this.blocks.length) return [];
     if (plain !== this.plain) for (const block of this.blocks.splice(0)) block.element.remove();
     this.plain = plain;
     /** @type {{raw: string}[]} */

@@ -1,4 +1,7 @@
-"""One browser and one scripted server for all tests of the page. They skip where there is no such browser."""
+"""A browser and a scripted server for the tests of the page, which skip where there is no such browser.
+
+Both end with their module: while Playwright is there it has an event loop in this thread, and others' tests want one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync")  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     if CHROMIUM is None:
@@ -26,7 +29,7 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def scripted(browser: Any) -> Iterator[Scripted]:
     """A server that follows a script. A test that kills it starts it again."""
     server = Scripted()

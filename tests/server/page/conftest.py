@@ -1,6 +1,7 @@
 """A browser and a scripted server for the tests of the page, which skip where there is no such browser.
 
-Both end with their module: while Playwright is there it has an event loop in this thread, and others' tests want one.
+Both end with their module: while Playwright is there, its event loop runs in this thread, where other tests want
+theirs.
 """
 
 from __future__ import annotations

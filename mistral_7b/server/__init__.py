@@ -6,6 +6,7 @@ problems     every error, as a status and a body
 state        what all routes share, and `answer`: the one way in which a request is followed
 sse          server-sent events
 openai       chat completions, completions, embeddings, models
+page         the chat page, whose files are in web/
 guard        before any route: keys, limits, headers, the access log
 app          all of it as one application
 connection   a socket: slow readers and slow writers

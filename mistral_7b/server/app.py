@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..engine.async_llm import AsyncLLM
 from ..errors import ConfigError, Mistral7BError
-from . import adapters, anthropic, health, metrics, openai, tokens
+from . import adapters, anthropic, health, metrics, openai, page, tokens
 from .answers import documented
 from .config import ServerConfig
 from .guard import Guard
@@ -18,7 +18,7 @@ from .problems import Refusal, invalid, refusal
 from .routes import json_answer
 from .state import State
 
-ROUTERS = (openai, anthropic, tokens, adapters, metrics, health)
+ROUTERS = (openai, anthropic, tokens, adapters, metrics, health, page)
 
 
 def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "mistral-7b") -> FastAPI:

@@ -1,0 +1,255 @@
+/** One message on the screen: its text, its tool calls, what went wrong, and what can be done with it. */
+
+import { Alternatives } from "./alternatives.js";
+import { copy, icon, iconButton, make } from "./dom.js";
+import { Rendered } from "./markdown.js";
+import { place, tint } from "./tint.js";
+import { drawCalls } from "./tools.js";
+
+/** @typedef {import("./tree.js").Message} Message */
+
+/**
+ * What a message's buttons do.
+ * @typedef {Object} Deeds
+ * @property {(id: string, by: number) => void} move
+ * @property {(id: string, text: string) => void} edit
+ * @property {(id: string) => void} again        another answer beside this one
+ * @property {(id: string) => void} goOn         more of this one
+ * @property {(id: string) => void} retry        once more what did not come
+ * @property {(id: string, results: {id: string, content: string}[]) => void} results
+ */
+
+/**
+ * What surrounds a message: its place among its siblings, how it is shown, whether nothing is being written in this
+ * conversation now, and the results of its calls with their place.
+ * @typedef {{siblings: number, at: number, tinted: boolean, plain: boolean, idle: boolean,
+ *   results?: {message: Message, siblings: number, at: number}}} How
+ */
+
+export class MessageView {
+  /** @param {Message} message @param {Deeds} deeds @param {Alternatives} alternatives */
+  constructor(message, deeds, alternatives) {
+    this.message = message;
+    this.deeds = deeds;
+    this.text = make("div", { class: "text" });
+    this.calls = make("div", { class: "calls", hidden: true });
+    this.notice = make("div", { class: "notice", hidden: true });
+    this.foot = make("div", { class: "foot" });
+    const user = message.role === "user";
+    this.element = make(
+      "article",
+      { class: `message ${message.role}`, "aria-label": user ? "You" : "Answer", data: { id: message.id } },
+      this.text,
+      this.calls,
+      this.notice,
+      this.foot,
+    );
+    this.rendered = user ? null : new Rendered(this.text);
+    if (this.rendered) {
+      this.rendered.onload = () => this.#tint(this.rendered?.again() ?? [], this.tinted);
+      alternatives.watch(
+        this.text,
+        message.id,
+        () => this.message.tokens ?? [],
+        () => this.tinted && !this.busy,
+      );
+    }
+    this.tinted = false;
+    this.drawn = "";
+    /** @type {HTMLElement | null} */
+    this.editing = null;
+  }
+
+  get busy() {
+    return this.message.state === "streaming";
+  }
+
+  /** Draw what has changed.
+   * @param {How} how */
+  update(how) {
+    const { message } = this;
+    if (this.editing) return;
+    if (this.rendered) this.#answer(how.tinted, how.plain);
+    else if (this.text.textContent !== message.content) this.text.textContent = message.content;
+    this.element.setAttribute("aria-busy", String(this.busy));
+    const state = JSON.stringify([
+      how,
+      message.state,
+      message.problem,
+      message.calls,
+      !message.content,
+      !message.tokens?.length,
+    ]);
+    if (state === this.drawn) return this.#stats();
+    this.drawn = state;
+    const calls = message.calls ?? [];
+    this.calls.hidden = !calls.length;
+    const send = how.idle ? (/** @type {any} */ results) => this.deeds.results(message.id, results) : null;
+    const given = how.results;
+    drawCalls(
+      this.calls,
+      calls,
+      given?.message.results,
+      send,
+      given && this.#versions("Results", given.message.id, given.siblings, given.at, how.idle),
+    );
+    this.#notice(how.idle);
+    this.#foot(how);
+    this.#stats();
+  }
+
+  /** @param {boolean} tinted @param {boolean} plain */
+  #answer(tinted, plain) {
+    const { message, rendered } = this;
+    if (!rendered) return;
+    this.element.classList.toggle("waiting", this.busy && !message.content && !message.calls?.length);
+    const wasTinted = this.tinted;
+    this.tinted = tinted;
+    let made = rendered.show(message.content, plain);
+    if (wasTinted && !tinted) made = rendered.again();
+    if (!wasTinted && tinted) made = rendered.blocks;
+    this.#tint(made, tinted);
+    if (tinted && !this.busy) Alternatives.reach(this.text, (i) => message.tokens?.[i]);
+  }
+
+  /** @param {import("./markdown.js").Block[]} blocks @param {boolean} tinted */
+  #tint(blocks, tinted) {
+    const tokens = this.message.tokens ?? [];
+    if (!tinted || !tokens.length || !blocks.length) return;
+    const ends = place(this.message);
+    for (const block of blocks) tint(block, tokens, ends);
+  }
+
+  /** @param {boolean} idle */
+  #notice(idle) {
+    const { message } = this;
+    const { state } = message;
+    const said =
+      state === "stopped"
+        ? "Stopped."
+        : state === "length"
+          ? "It reached the most tokens it may have."
+          : state === "full"
+            ? "Not answered yet."
+            : state === "cut" || state === "failed"
+              ? (message.problem ?? "The answer was cut off.")
+              : "";
+    this.notice.hidden = !said || message.role !== "assistant";
+    this.notice.className = `notice ${state}`;
+    const some = Boolean(message.content) && !message.calls?.length;
+    const buttons =
+      !idle || this.notice.hidden
+        ? []
+        : [
+            some && make("button", { type: "button", onclick: () => this.deeds.goOn(message.id) }, "Go on"),
+            (state === "cut" || state === "failed" || (state === "full" && !some)) &&
+              make(
+                "button",
+                {
+                  type: "button",
+                  class: some ? "quiet" : "",
+                  onclick: () => (some ? this.deeds.again(message.id) : this.deeds.retry(message.id)),
+                },
+                some ? "Start over" : "Try again",
+              ),
+          ];
+    this.notice.replaceChildren(make("span", { text: said }), ...buttons.filter(Boolean));
+  }
+
+  /** @param {{siblings: number, at: number, idle: boolean}} how */
+  #foot({ siblings, at, idle }) {
+    const { message, deeds } = this;
+    this.stats = make("span", { class: "stats" });
+    const answer = message.role === "assistant";
+    const copying = iconButton("copy", "Copy", () => copy(copying, message.content));
+    const parts = this.busy
+      ? []
+      : [
+          this.#versions("Versions", message.id, siblings, at, idle),
+          message.content && copying,
+          idle && message.content && iconButton("edit", "Edit", () => this.edit()),
+          idle && answer && iconButton("again", "Answer again", () => deeds.again(message.id)),
+          idle &&
+            answer &&
+            message.content &&
+            !message.calls?.length &&
+            iconButton("goOn", "Go on writing", () => deeds.goOn(message.id)),
+        ];
+    this.foot.replaceChildren(...parts.filter(Boolean), this.stats);
+  }
+
+  /** Arrows among siblings; null for an only child.
+   * @param {string} label @param {string} id @param {number} siblings @param {number} at @param {boolean} idle */
+  #versions(label, id, siblings, at, idle) {
+    if (siblings < 2) return null;
+    const move = (/** @type {number} */ by) => () => this.deeds.move(id, by);
+    return make(
+      "span",
+      { class: "siblings", role: "group", "aria-label": label },
+      iconButton("back", "Version before", move(-1), { disabled: at === 0 || !idle }),
+      make("span", { text: `${at + 1} / ${siblings}` }),
+      iconButton("forth", "Version after", move(1), { disabled: at === siblings - 1 || !idle }),
+    );
+  }
+
+  #stats() {
+    const { message } = this;
+    if (!this.stats || message.role !== "assistant") return;
+    const tokens = message.tokens?.length || message.usage?.completion_tokens;
+    this.stats.textContent = [
+      message.first !== undefined && `${(message.first / 1000).toFixed(2)} s to first token`,
+      message.rate !== undefined && `${message.rate.toFixed(1)} tokens/s`,
+      tokens && `${tokens} token${tokens === 1 ? "" : "s"}`,
+    ]
+      .filter(Boolean)
+      .join("  ·  ");
+  }
+
+  /** Let the text be written anew. */
+  edit() {
+    const { message } = this;
+    const area = make("textarea", {
+      "aria-label": "Edit the message",
+      rows: Math.min(14, message.content.split("\n").length + 1),
+    });
+    area.value = message.content;
+    const close = () => {
+      this.editing?.remove();
+      this.editing = null;
+      this.text.hidden = this.foot.hidden = false;
+      this.element.classList.remove("editing");
+    };
+    const save = () => {
+      close();
+      if (area.value.trim()) this.deeds.edit(message.id, area.value);
+    };
+    const editor = make(
+      "div",
+      { class: "editor" },
+      area,
+      make(
+        "div",
+        { class: "buttons" },
+        make("span", { class: "hint", text: "The version before stays, a step to the left." }),
+        make("button", { type: "button", class: "quiet", onclick: close }, "Leave it"),
+        make(
+          "button",
+          { type: "button", class: "main", onclick: save },
+          message.role === "user" ? "Send" : "Keep",
+        ),
+      ),
+    );
+    editor.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+      if (event.key === "Escape") close();
+      else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) save();
+      else return;
+      event.preventDefault();
+      event.stopPropagation();
+    });
+    this.text.hidden = this.foot.hidden = true;
+    this.element.classList.add("editing");
+    this.text.after(editor);
+    this.editing = editor;
+    area.focus();
+  }
+}

@@ -1,0 +1,178 @@
+/** What may be set, its defaults, and the request that comes of it. */
+
+/** @typedef {import("./tree.js").Message} Message */
+
+/**
+ * @typedef {{name: string, label: string, usual: string, min?: number, max?: number, step: number | "any",
+ *   hint: string}} NumberField
+ */
+
+/**
+ * Numbers that the server knows under the same names; left empty, its defaults hold.
+ * @type {NumberField[]}
+ */
+export const NUMBERS = [
+  {
+    name: "temperature",
+    label: "Temperature",
+    usual: "1",
+    min: 0,
+    step: "any",
+    hint: "0 always takes the likeliest token",
+  },
+  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "fewest tokens summing to p" },
+  { name: "top_k", label: "Top k", usual: "0", min: -1, step: 1, hint: "the k likeliest tokens; 0 is all" },
+  { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "as likely beside the first" },
+  {
+    name: "repetition_penalty",
+    label: "Repetition penalty",
+    usual: "1",
+    min: 0,
+    step: "any",
+    hint: "over 1 avoids what was said",
+  },
+  {
+    name: "presence_penalty",
+    label: "Presence penalty",
+    usual: "0",
+    min: -2,
+    max: 2,
+    step: "any",
+    hint: "for a token that was used",
+  },
+  {
+    name: "frequency_penalty",
+    label: "Frequency penalty",
+    usual: "0",
+    min: -2,
+    max: 2,
+    step: "any",
+    hint: "for each time it was used",
+  },
+  { name: "max_tokens", label: "Most tokens", usual: "all that fit", min: 1, step: 1, hint: "in one answer" },
+  { name: "seed", label: "Seed", usual: "random", step: 1, hint: "same seed, same answer" },
+];
+
+/**
+ * As they stand in a conversation: all are texts, as they were typed, and "" is the default.
+ * @typedef {Record<string, string>} Settings
+ */
+
+/** What is wrong with a setting, in words; "" if nothing.
+ * @param {string} name @param {string} value
+ * @returns {string} */
+export function fault(name, value) {
+  const field = NUMBERS.find((f) => f.name === name);
+  if (field) return numberFault(field, value);
+  if (!value?.trim()) return name === "schema" ? 'Give a JSON schema, such as {"type": "object"}' : "";
+  if (name === "schema") return jsonFault(value, (v) => isRecord(v), "A schema is a JSON object");
+  if (name === "tools") {
+    return jsonFault(
+      value,
+      (v) => Array.isArray(v) && v.every((tool) => typeof functionOf(tool)?.name === "string"),
+      "Give a list of functions, each with a name",
+    );
+  }
+  return "";
+}
+
+/** @param {NumberField} field @param {string} value */
+function numberFault(field, value) {
+  if (!value?.trim()) return "";
+  const number = Number(value);
+  if (!Number.isFinite(number) || (field.step === 1 && !Number.isInteger(number))) {
+    return `${field.label} is a ${field.step === 1 ? "whole " : ""}number`;
+  }
+  if (field.min !== undefined && number < field.min) return `${field.label} is at least ${field.min}`;
+  if (field.max !== undefined && number > field.max) return `${field.label} is at most ${field.max}`;
+  return "";
+}
+
+/** @param {string} text @param {(value: any) => boolean} fits @param {string} wanted */
+function jsonFault(text, fits, wanted) {
+  try {
+    return fits(JSON.parse(text)) ? "" : wanted;
+  } catch (error) {
+    return `This is no JSON: ${/** @type {Error} */ (error).message}`;
+  }
+}
+
+/** @param {any} value */
+function isRecord(value) {
+  return value !== null && typeof value === "object" && !Array.isArray(value);
+}
+
+/** A tool may be written as the API has it, or as the function alone.
+ * @param {any} tool */
+function functionOf(tool) {
+  return tool?.function ?? tool;
+}
+
+/** All that is wrong with the settings that count.
+ * @param {Settings} settings
+ * @returns {string[]} */
+export function faults(settings) {
+  const names = [...NUMBERS.map((f) => f.name), "tools", ...(settings.format === "schema" ? ["schema"] : [])];
+  return names.map((name) => fault(name, settings[name] ?? "")).filter(Boolean);
+}
+
+/** The body of a request that answers the last of these messages, or goes on with it if it is an assistant's.
+ * @param {Message[]} path @param {Settings} settings @param {string} model
+ * @returns {Record<string, any>} */
+export function requestOf(path, settings, model) {
+  /** @type {Record<string, any>} */
+  const body = {
+    model,
+    messages: messagesOf(path, settings),
+    stream: true,
+    stream_options: { include_usage: true },
+    logprobs: true,
+    top_logprobs: 5,
+  };
+  for (const { name } of NUMBERS) {
+    if (settings[name]?.trim()) body[name] = Number(settings[name]);
+  }
+  const stops = (settings.stop ?? "").split("\n").filter(Boolean);
+  if (stops.length) body.stop = stops;
+  if (settings.format === "json") body.response_format = { type: "json_object" };
+  if (settings.format === "schema") {
+    body.response_format = {
+      type: "json_schema",
+      json_schema: { name: "answer", schema: JSON.parse(settings.schema) },
+    };
+  }
+  if (settings.tools?.trim()) {
+    body.tools = JSON.parse(settings.tools).map((/** @type {any} */ t) => ({
+      type: "function",
+      function: functionOf(t),
+    }));
+    if (settings.tool_choice) body.tool_choice = settings.tool_choice;
+  }
+  return body;
+}
+
+/** @param {Message[]} path @param {Settings} settings */
+function messagesOf(path, settings) {
+  /** @type {Record<string, any>[]} */
+  const messages = [];
+  if (settings.system?.trim()) messages.push({ role: "system", content: settings.system });
+  for (const message of path) {
+    if (message.role === "tool") {
+      for (const { id, content } of message.results ?? [])
+        messages.push({ role: "tool", tool_call_id: id, content });
+    } else if (message.role === "user") {
+      messages.push({ role: "user", content: message.content });
+    } else if (message.calls?.length) {
+      const calls = message.calls.map((c) => ({
+        id: c.id,
+        type: "function",
+        function: { name: c.name, arguments: c.arguments },
+      }));
+      messages.push({ role: "assistant", content: message.content || null, tool_calls: calls });
+    } else if (message.content) {
+      const last = message === path.at(-1);
+      messages.push({ role: "assistant", content: message.content, ...(last ? { prefix: true } : {}) });
+    }
+  }
+  return messages;
+}

@@ -1,0 +1,160 @@
+/** What the browser keeps: small choices in localStorage, conversations in IndexedDB. Nothing leaves the browser. */
+
+/** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
+
+/** @param {string} name @returns {string | null} */
+export function kept(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+/** Remember a small choice; null forgets it.
+ * @param {string} name @param {string | null} value */
+export function keep(name, value) {
+  try {
+    if (value === null) localStorage.removeItem(name);
+    else localStorage.setItem(name, value);
+  } catch {
+    /* private windows of some browsers: the choice holds until the page is closed */
+  }
+}
+
+/** @template T @param {IDBRequest<T>} request @returns {Promise<T>} */
+function done(request) {
+  return new Promise((resolve, reject) => {
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+}
+
+/** @param {IDBTransaction} transaction @returns {Promise<void>} */
+function finished(transaction) {
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve();
+    transaction.onabort = transaction.onerror = () => reject(transaction.error);
+  });
+}
+
+/** Conversations and their messages. A message is a record of its own, so that a stream saves only what it adds to. */
+export class Store {
+  /** @param {IDBDatabase} database */
+  constructor(database) {
+    this.database = database;
+  }
+
+  /** Where the browser lets pages keep nothing, what comes back forgets all when the page is closed.
+   * @returns {Promise<Store | Forgetful>} */
+  static async open() {
+    try {
+      return await Store.#open();
+    } catch {
+      return new Forgetful();
+    }
+  }
+
+  static async #open() {
+    const request = indexedDB.open("mistral-7b", 1);
+    request.onupgradeneeded = () => {
+      request.result.createObjectStore("conversations", { keyPath: "id" });
+      request.result.createObjectStore("messages", { keyPath: "id" }).createIndex("conversation", "conversation");
+    };
+    const database = await done(request);
+    database.onversionchange = () => database.close(); // a newer page in another tab may change the layout
+    return new Store(database);
+  }
+
+  /** @returns {Promise<Conversation[]>} those changed last first */
+  async conversations() {
+    const all = await done(this.database.transaction("conversations").objectStore("conversations").getAll());
+    return all.sort((a, b) => b.updated - a.updated);
+  }
+
+  /** @param {string} id @returns {Promise<Message[]>} */
+  messages(id) {
+    return done(this.database.transaction("messages").objectStore("messages").index("conversation").getAll(id));
+  }
+
+  /** @param {Conversation | null} conversation @param {Message[]} [messages] */
+  async save(conversation, messages = []) {
+    const transaction = this.database.transaction(["conversations", "messages"], "readwrite");
+    if (conversation) transaction.objectStore("conversations").put(conversation);
+    for (const message of messages) transaction.objectStore("messages").put(message);
+    await finished(transaction);
+  }
+
+  /** @param {string} id of a conversation, which goes with all its messages */
+  async remove(id) {
+    const transaction = this.database.transaction(["conversations", "messages"], "readwrite");
+    transaction.objectStore("conversations").delete(id);
+    const messages = transaction.objectStore("messages");
+    const request = messages.index("conversation").openKeyCursor(id);
+    request.onsuccess = () => {
+      const cursor = request.result;
+      if (!cursor) return;
+      messages.delete(cursor.primaryKey);
+      cursor.continue();
+    };
+    await finished(transaction);
+  }
+
+  /** The conversations in which every word of the query stands, in one message or in the title.
+   * @param {string} query @param {Conversation[]} conversations
+   * @returns {Promise<Set<string>>} */
+  async search(query, conversations) {
+    const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+    /** @param {string} text */
+    const fits = (text) => words.every((word) => text.toLowerCase().includes(word));
+    const found = new Set(conversations.filter((c) => fits(c.title)).map((c) => c.id));
+    const request = this.database.transaction("messages").objectStore("messages").openCursor();
+    await new Promise((resolve, reject) => {
+      request.onerror = () => reject(request.error);
+      request.onsuccess = () => {
+        const cursor = request.result;
+        if (!cursor) return resolve(undefined);
+        if (fits(cursor.value.content)) found.add(cursor.value.conversation);
+        cursor.continue();
+      };
+    });
+    return found;
+  }
+}
+
+/** The same for as long as the page is open. */
+export class Forgetful {
+  /** @type {Map<string, Conversation>} */
+  #conversations = new Map();
+  /** @type {Map<string, Message>} */
+  #messages = new Map();
+
+  async conversations() {
+    return [...this.#conversations.values()];
+  }
+
+  /** @param {string} id */
+  async messages(id) {
+    return [...this.#messages.values()].filter((m) => m.conversation === id);
+  }
+
+  /** @param {Conversation | null} conversation @param {Message[]} [messages] */
+  async save(conversation, messages = []) {
+    if (conversation) this.#conversations.set(conversation.id, conversation);
+    for (const message of messages) this.#messages.set(message.id, message);
+  }
+
+  /** @param {string} id */
+  async remove(id) {
+    this.#conversations.delete(id);
+    for (const message of await this.messages(id)) this.#messages.delete(message.id);
+  }
+
+  /** @param {string} query @param {Conversation[]} conversations */
+  async search(query, conversations) {
+    const word = query.toLowerCase();
+    const inside = [...this.#messages.values()].filter((m) => m.content.toLowerCase().includes(word));
+    const titled = conversations.filter((c) => c.title.toLowerCase().includes(word));
+    return new Set([...inside.map((m) => m.conversation), ...titled.map((c) => c.id)]);
+  }
+}

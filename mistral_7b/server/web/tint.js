@@ -1,0 +1,159 @@
+/**
+ * Which characters of an answer each token stands for, and the answer tinted by the tokens' probabilities.
+ *
+ * Markdown is drawn without its marks, so a block's text is found again in its source, from left to right:
+ *
+ *     source     so **very** good         tokens   "so" " **" "very" "**" " good"
+ *     drawn      so very good             tinted   "so" " "   "very"      " good"
+ */
+
+import { make } from "./dom.js";
+
+/** @typedef {import("./tree.js").Message} Message @typedef {import("./tree.js").Token} Token */
+
+/** Probabilities down to which each tint reaches; style.css colours t0 to t5. */
+const LEVELS = [0.9, 0.7, 0.45, 0.25, 0.1];
+
+/** @param {number} logprob @returns {number} 0 (as good as certain) to 5 */
+export function level(logprob) {
+  const p = Math.exp(logprob);
+  const at = LEVELS.findIndex((low) => p >= low);
+  return at < 0 ? LEVELS.length : at;
+}
+
+/** Where each token ends in the content, in characters; one longer than the tokens, and its first is where they
+ * begin. A token that shows nothing (a part of a character, the end of the answer) ends where the one before does.
+ * @param {Message} message
+ * @returns {number[]} */
+export function place(message) {
+  const { content, tokens = [] } = message;
+  let at = message.given ?? 0;
+  /** @type {number[]} */
+  let pending = [];
+  const ends = [at];
+  for (const token of tokens) {
+    let text = token.t;
+    if (token.b || pending.length) {
+      pending.push(...(token.b ?? new TextEncoder().encode(token.t)));
+      const whole = decoded(pending);
+      if (whole !== null) pending = [];
+      text = whole ?? "";
+    }
+    at += shown(content, at, text);
+    ends.push(at);
+  }
+  return ends;
+}
+
+/** How many characters of the content at a place a token's text stands for.
+ * @param {string} content @param {number} at @param {string} text */
+function shown(content, at, text) {
+  if (content.startsWith(text, at)) return text.length;
+  if (text.startsWith(" ") && content.startsWith(text.slice(1), at)) return text.length - 1; // an answer's first blank
+  let same = 0; // a stop text may have cut it
+  while (same < text.length && content[at + same] === text[same]) same++;
+  if (at + same === content.length) return same;
+  const near = content.indexOf(text, at); // a character was lost with a connection: go on after it
+  return text && near >= 0 && near - at <= 16 ? near - at + text.length : 0;
+}
+
+/** @param {number[]} bytes @returns {string | null} null: they end within a character */
+function decoded(bytes) {
+  try {
+    return new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(bytes));
+  } catch {
+    return bytes.length >= 4 ? "\ufffd" : null;
+  }
+}
+
+/** Wrap a block's text in a span for each token.
+ * @param {import("./markdown.js").Block} block @param {Token[]} tokens @param {number[]} ends */
+export function tint(block, tokens, ends) {
+  const walker = document.createTreeWalker(block.element, NodeFilter.SHOW_TEXT);
+  /** @type {Text[]} */
+  const nodes = [];
+  while (walker.nextNode()) nodes.push(/** @type {Text} */ (walker.currentNode));
+  let at = 0;
+  for (const node of nodes) {
+    if (
+      node.parentElement?.closest(".code-head") ||
+      (!node.data.trim() && !node.parentElement?.closest("pre, .plain"))
+    )
+      continue;
+    /** @type {(Node | string)[]} */
+    const parts = [];
+    for (const line of block.raw.includes(node.data, at) ? [node.data] : node.data.split(/(?<=\n)/)) {
+      const found = block.raw.indexOf(line.trimEnd(), at); // blanks at the end of a line may be drawn otherwise
+      if (found < 0) {
+        // written otherwise in the source, as &amp; is
+        parts.push(line);
+        continue;
+      }
+      parts.push(...spans(line, block.from + found, tokens, ends));
+      at = found + line.trimEnd().length;
+    }
+    node.replaceWith(...parts);
+  }
+}
+
+/** @param {string} text @param {number} from where it stands in the source
+ * @param {Token[]} tokens @param {number[]} ends
+ * @returns {(Node | string)[]} */
+function spans(text, from, tokens, ends) {
+  const parts = [];
+  let i = first(ends, from);
+  let at = from;
+  if (ends[0] > at) {
+    // what was given has no tint
+    parts.push(text.slice(0, ends[0] - from));
+    at = Math.min(ends[0], from + text.length);
+  }
+  for (; at < from + text.length && i < tokens.length; i++) {
+    if (ends[i + 1] <= at) continue;
+    const to = Math.min(ends[i + 1], from + text.length);
+    const piece = text.slice(at - from, to - from);
+    parts.push(make("span", { class: `tok t${level(tokens[i].p)}`, data: { i }, text: piece }));
+    at = to;
+  }
+  if (at < from + text.length) parts.push(text.slice(at - from));
+  return parts;
+}
+
+/** The first token that ends past a place.
+ * @param {number[]} ends @param {number} at */
+function first(ends, at) {
+  let [low, high] = [0, ends.length - 1];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (ends[middle + 1] > at) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
+/** The text that an answer has when it says an alternative in place of a token, and the tokens of that.
+ * @param {Message} message @param {number} i the token @param {number} k the alternative
+ * @returns {{content: string, tokens: Token[], given: number}} */
+export function branch(message, i, k) {
+  const tokens = message.tokens ?? [];
+  const other = /** @type {Token} */ (tokens[i].a?.[k]);
+  const ends = place(message);
+  const before = tokens.slice(0, i);
+  let start = ends[i];
+  let text = other.t;
+  if (other.b) {
+    // with the bytes before it that made no character yet
+    let open = i;
+    while (open > 0 && tokens[open - 1].b && ends[open] === ends[open - 1]) open--;
+    const bytes = [...tokens.slice(open, i).flatMap((t) => t.b ?? []), ...other.b];
+    text = new TextDecoder().decode(new Uint8Array(bytes)).replace(/\ufffd+$/, "");
+    start = ends[open];
+  }
+  if (start === 0 && tokens[0].t.startsWith(" ") && !message.content.startsWith(" "))
+    text = text.replace(/^ /, "");
+  return {
+    content: message.content.slice(0, start) + text,
+    tokens: [...before, { ...other, a: tokens[i].a }],
+    given: message.given ?? 0,
+  };
+}

@@ -1,0 +1,127 @@
+/** Conversations to a file and back. */
+
+import { make } from "./dom.js";
+import { newId } from "./tree.js";
+
+/** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
+
+const FORMAT = "mistral-7b conversations";
+
+/** Have the browser save conversations as JSON.
+ * @param {import("./storage.js").Store | import("./storage.js").Forgetful} store @param {Conversation[]} conversations */
+export async function exportAll(store, conversations) {
+  const all = [];
+  for (const conversation of conversations) {
+    all.push({ ...conversation, messages: await store.messages(conversation.id) });
+  }
+  const text = JSON.stringify({ format: FORMAT, version: 1, conversations: all }, null, 1);
+  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  const name = all.length === 1 ? all[0].title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : "conversations";
+  make("a", { href: url, download: `${name || "conversation"}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+/** Read an exported file. Conversations get new ids: a file read twice is there twice, and overwrites nothing.
+ * @param {string} text
+ * @returns {{conversation: Conversation, messages: Message[]}[]} */
+export function readExport(text) {
+  const file = JSON.parse(text);
+  if (file?.format !== FORMAT || !Array.isArray(file.conversations))
+    throw new Error("it is no export of this page");
+  if (file.version !== 1) throw new Error(`it is of version ${file.version}, and this page reads version 1`);
+  return file.conversations.map(readOne);
+}
+
+/** @param {any} from @returns {{conversation: Conversation, messages: Message[]}} */
+function readOne(from) {
+  if (!Array.isArray(from?.messages)) throw new Error("a conversation in it has no messages");
+  const conversation = {
+    id: newId(),
+    title: text(from.title, "title"),
+    created: number(from.created),
+    updated: number(from.updated),
+    chosen: /** @type {Record<string, string>} */ ({}),
+    settings: record(from.settings),
+  };
+  const ids = new Map(from.messages.map((/** @type {any} */ m) => [text(m.id, "id"), newId()]));
+  const messages = from.messages.map((/** @type {any} */ m) => readMessage(m, ids, conversation.id));
+  for (const [parent, child] of Object.entries(record(from.chosen))) {
+    const [under, id] = [parent === "" ? "" : ids.get(parent), ids.get(String(child))];
+    if (under !== undefined && id !== undefined) conversation.chosen[under] = id;
+  }
+  for (const message of messages) refuseLoops(message, new Map(messages.map((/** @type {any} */ m) => [m.id, m])));
+  return { conversation, messages };
+}
+
+/** @param {any} m @param {Map<string, string>} ids @param {string} conversation @returns {Message} */
+function readMessage(m, ids, conversation) {
+  if (!["user", "assistant", "tool"].includes(m.role)) throw new Error(`a message has the role ${m.role}`);
+  if (m.parent !== null && !ids.has(m.parent)) throw new Error("a message's parent is missing");
+  return {
+    id: ids.get(m.id) ?? "",
+    conversation,
+    parent: m.parent === null ? null : (ids.get(m.parent) ?? null),
+    role: m.role,
+    content: text(m.content, "content"),
+    created: number(m.created),
+    given: number(m.given),
+    tokens: list(m.tokens).map((t) => ({ ...alternative(t), a: list(t.a).map(alternative) })),
+    calls: list(m.calls).map((c) => ({
+      id: text(c.id, "id"),
+      name: text(c.name, "name"),
+      arguments: text(c.arguments, "arguments"),
+    })),
+    results: list(m.results).map((r) => ({ id: text(r.id, "id"), content: text(r.content, "content") })),
+    state:
+      m.role !== "assistant"
+        ? undefined
+        : ["done", "length", "stopped", "cut", "full", "failed"].includes(m.state)
+          ? m.state
+          : "cut",
+    problem: m.problem === undefined ? undefined : text(m.problem, "problem"),
+    model: m.model === undefined ? undefined : text(m.model, "model"),
+    usage:
+      m.usage === undefined
+        ? undefined
+        : {
+            prompt_tokens: number(m.usage.prompt_tokens),
+            completion_tokens: number(m.usage.completion_tokens),
+          },
+    first: m.first === undefined ? undefined : number(m.first),
+    rate: m.rate === undefined ? undefined : number(m.rate),
+  };
+}
+
+/** @param {Message} message @param {Map<string, Message>} all */
+function refuseLoops(message, all) {
+  let steps = 0;
+  for (let at = message; at.parent !== null; at = /** @type {Message} */ (all.get(at.parent))) {
+    if (++steps > all.size) throw new Error("its messages go round in a circle");
+  }
+}
+
+/** @param {any} t */
+function alternative(t) {
+  return { t: text(t.t, "token"), p: number(t.p), ...(t.b ? { b: list(t.b).map(number) } : {}) };
+}
+
+/** @param {any} value @param {string} what @returns {string} */
+function text(value, what) {
+  if (typeof value !== "string") throw new Error(`a ${what} in it is no text`);
+  return value;
+}
+
+/** @param {any} value @returns {number} */
+function number(value) {
+  return Number.isFinite(value) ? value : 0;
+}
+
+/** @param {any} value @returns {any[]} */
+function list(value) {
+  return Array.isArray(value) ? value : [];
+}
+
+/** @param {any} value @returns {Record<string, any>} */
+function record(value) {
+  return value !== null && typeof value === "object" && !Array.isArray(value) ? value : {};
+}

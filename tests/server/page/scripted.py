@@ -1,0 +1,182 @@
+"""A server that answers like OpenAI's from a script, for tests of the page: quick, and the same each time.
+
+    python -m tests.server.page.scripted PORT
+
+What the last message of a person says chooses the answer: "slow", "markdown", "evil", "emoji", "weather" (a
+tool), "json", "full" (429 the first two times), "length", "error" or "hang up" (in mid-answer), else a sentence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from mistral_7b.server.page import router
+
+SENTENCE = "The window slides over the text, and each layer looks one window further back than the layer below it."
+ANSWERS = {
+    "markdown": (
+        "## Sliding windows\n\nA cache of **W** positions is enough, as "
+        "[the paper](https://arxiv.org/abs/2310.06825) says &amp; shows:\n\n"
+        "- each token sees the *last* `W` tokens\n- layers stack, so information travels further\n\n"
+        "| layers | reach |\n|---|---:|\n| 1 | 4,096 |\n| 32 | 131,072 |\n\n```python\n"
+        "def visible(i: int, j: int, window: int) -> bool:\n    \"\"\"Whether position i may look at j.\"\"\"\n"
+        "    return i - window < j <= i  # causal\n```\n\n"
+        "So the cache never grows past the window, however long the text is."
+    ),
+    "evil": (
+        "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'> [press](javascript:window.hurt=3) "
+        "![dot](https://example.org/dot.png)\n\n"
+        "<div style='position:fixed' onclick='window.hurt = 4'>over</div>\n\n"
+        "```html\n<b onload=\"window.hurt = 5\">\n```"
+    ),
+    "emoji": "Good 🙂 day",
+    "json": '{"name": "Ada", "born": 1815}',
+    "length": "It goes on and",
+    "slow": " ".join(f"{SENTENCE}" for _ in range(12)),
+}  # fmt: skip
+MODELS = [
+    {"id": "mistral-7b", "object": "model", "created": 1, "owned_by": "mistral-7b", "max_model_len": 4096},
+    {"id": "poems", "object": "model", "created": 1, "owned_by": "mistral-7b", "parent": "mistral-7b"},
+]
+
+
+def split(text: str) -> list[bytes]:
+    """Tokens as bytes, some of them a part of a character."""
+    tokens = []
+    for piece in re.findall(r"\n+|[ ]?[A-Za-z]+|[ ]?[0-9]|[ ]?[^\sA-Za-z0-9]|[ ]+", text):
+        data = piece.encode()
+        tokens += [data] if piece.isascii() else [data[i : i + 1] for i in range(len(data))]
+    return tokens
+
+
+def entry(token: bytes, share: float) -> dict[str, Any]:
+    text = token.decode("utf-8", "replace")
+    return {"token": text, "logprob": math.log(share), "bytes": list(token)}
+
+
+def told(token: bytes, i: int) -> dict[str, Any]:
+    """What the stream says of a token: the stranger its place, the less likely."""
+    share = (0.99, 0.95, 0.8, 0.97, 0.5, 0.99, 0.3, 0.93, 0.15, 0.98, 0.05)[(zlib.crc32(token) + i) % 11]
+    others = [b" maybe", b" never", b"\n", b" or"]
+    top = [entry(token, share), *(entry(other, (1 - share) / 2 ** (k + 1)) for k, other in enumerate(others))]
+    return {**entry(token, share), "top_logprobs": sorted(top, key=lambda e: -e["logprob"])}
+
+
+class Script:
+    """What it was asked, and the answers."""
+
+    def __init__(self) -> None:
+        self.key = ""
+        self.asked: list[dict[str, Any]] = []
+        self.seen: Counter[str] = Counter()
+
+    def refused(self, request: Request) -> Response | None:
+        if not self.key or request.headers.get("authorization") == f"Bearer {self.key}":
+            return None
+        error = {
+            "message": "wrong or missing API key",
+            "type": "authentication_error",
+            "param": None,
+            "code": None,
+        }
+        return JSONResponse({"error": error}, 401)
+
+    async def chat(self, request: Request) -> Response:
+        if (no := self.refused(request)) is not None:
+            return no
+        body = await request.json()
+        self.asked.append(body)
+        said = next((m["content"] for m in reversed(body["messages"]) if m["role"] == "user"), "")
+        self.seen[said] += 1
+        if "full" in said and self.seen[said] <= 2:
+            error = {"message": "3 requests are waiting, and no more may.", "type": "rate_limit_error"}
+            return JSONResponse({"error": error}, 429, {"retry-after": "1"})
+        return StreamingResponse(self.chunks(body, said), media_type="text/event-stream")
+
+    async def chunks(self, body: dict[str, Any], said: str) -> AsyncIterator[str]:
+        last = body["messages"][-1]
+        prefix = last["content"] if last["role"] == "assistant" else ""
+        frame = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+
+        def chunk(delta: dict[str, Any], finish: str | None = None, tokens: list[Any] | None = None) -> str:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish,
+                      "logprobs": {"content": tokens} if tokens is not None else None}  # fmt: skip
+            return f"data: {json.dumps({**frame, 'choices': [choice], 'usage': None})}\r\n\r\n"
+
+        yield ": come in\n\n" + chunk({"role": "assistant", "content": ""})
+        if "weather" in said and body.get("tools") and last["role"] == "user":
+            call = {
+                "index": 0,
+                "id": "abcdefghi",
+                "type": "function",
+                "function": {"name": "weather", "arguments": ""},
+            }
+            yield chunk({"tool_calls": [call]})
+            for part in ('{"city"', ': "Paris"}'):
+                yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]})
+            yield chunk({}, "tool_calls")
+        else:
+            text = next((answer for word, answer in ANSWERS.items() if word in said), SENTENCE)
+            if last["role"] == "tool":
+                text = f"It is {last['content']}."
+            if prefix:
+                text = text[len(prefix) :] if text.startswith(prefix) else ", and so it went on."
+            held = b""
+            for i, token in enumerate(split(text)):
+                await asyncio.sleep(0.02 if "slow" in said else 0.001)
+                if "error" in said and i == 4:
+                    yield 'data: {"error": {"message": "the step failed", "type": "server_error"}}\n\n'
+                    return
+                if "hang up" in said and i == 4:
+                    return
+                held += token
+                try:
+                    piece, held = held.decode(), b""
+                except UnicodeDecodeError:
+                    piece = ""
+                yield chunk({"content": piece}, None, [told(token, i)])
+            yield chunk({}, "length" if "length" in said and not prefix else "stop", [])
+        usage = {"prompt_tokens": 900, "completion_tokens": 124, "total_tokens": 1024}
+        yield f"data: {json.dumps({**frame, 'choices': [], 'usage': usage})}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+def build() -> FastAPI:
+    script, app = Script(), FastAPI()
+    app.include_router(router(None))  # type: ignore[arg-type]
+    app.add_api_route("/v1/chat/completions", script.chat, methods=["POST"])
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        return script.refused(request) or JSONResponse({"object": "list", "data": MODELS})
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/asked")
+    async def asked() -> list[dict[str, Any]]:
+        return script.asked
+
+    @app.get("/use-key")
+    async def use_key(key: str) -> None:
+        script.key = key
+
+    return app
+
+
+if __name__ == "__main__":
+    uvicorn.run(build(), port=int(sys.argv[1]), log_level="error", timeout_graceful_shutdown=1)

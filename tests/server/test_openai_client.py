@@ -241,7 +241,7 @@ def test_what_vllm_and_mistral_add(client):
     safe = client.chat.completions.create(**ask, extra_body={"safe_prompt": True})
     assert safe.usage.prompt_tokens > out.usage.prompt_tokens
     called = client.chat.completions.create(
-        **{**ask, "max_tokens": 300}, tools=[TOOL], extra_body={"tool_choice": "any"}
+        **{**ask, "max_tokens": 60}, tools=[TOOL], extra_body={"tool_choice": "any"}
     )
     assert called.choices[0].message.tool_calls
 

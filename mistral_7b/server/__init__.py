@@ -9,7 +9,6 @@ openai       chat completions, completions, embeddings, models
 guard        before any route: keys, limits, headers, the access log
 app          all of it as one application
 connection   a socket: slow readers and slow writers
-gathering    many small writes made few
 serve        the process: listening, draining, ending
 
 No route opens a path, runs a template or reads a pickle that a request names.

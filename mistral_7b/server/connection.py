@@ -15,22 +15,20 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .config import ServerConfig
-from .gathering import Gathered, Ticker
 from .problems import Refusal
 
 BUFFER = 1 << 16  # bytes written and not yet taken, in the process and in the kernel each
 
 
 class Connection(H11Protocol):
-    """One connection; `limits` and `ticker` are those of its server."""
+    """One connection; `limits` are those of its server."""
 
     limits: ServerConfig
-    ticker: Ticker
     _head: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Gathered(transport, self.ticker))  # type: ignore[arg-type]
+        super().connection_made(transport)
         transport.set_write_buffer_limits(high=BUFFER)
         if (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
@@ -52,7 +50,6 @@ class Connection(H11Protocol):
             self._head = None
 
     def on_response_complete(self) -> None:
-        self.transport.flush()  # type: ignore[attr-defined]
         super().on_response_complete()
         if self.transport.is_closing():
             self._end_soon()
@@ -106,7 +103,7 @@ class Connection(H11Protocol):
 
 def connection_class(config: ServerConfig) -> type[Connection]:
     """The protocol of a server with these limits."""
-    return type("Connection", (Connection,), {"limits": config, "ticker": Ticker()})
+    return type("Connection", (Connection,), {"limits": config})
 
 
 def _raw(why: Refusal) -> bytes:

@@ -10,7 +10,6 @@ page         the chat page, whose files are in web/
 guard        before any route: keys, limits, headers, the access log
 app          all of it as one application
 connection   a socket: slow readers and slow writers
-gathering    many small writes made few
 serve        the process: listening, draining, ending
 
 No route opens a path, runs a template or reads a pickle that a request names.

@@ -15,96 +15,95 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .config import ServerConfig
-from .gathering import Gathered, Ticker
 from .problems import Refusal
 
 BUFFER = 1 << 16  # bytes written and not yet taken, in the process and in the kernel each
 
 
-def connection_class(config: ServerConfig) -> type[H11Protocol]:
-    """The protocol class for these limits."""
+class Connection(H11Protocol):
+    """One connection; `limits` are those of its server."""
 
-    ticker = Ticker()
+    limits: ServerConfig
+    _head: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
 
-    class Connection(H11Protocol):
-        _head: asyncio.TimerHandle | None = None
-        _stuck: asyncio.TimerHandle | None = None
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=BUFFER)
+        if (sock := transport.get_extra_info("socket")) is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+        if len(self.connections) > self.limits.max_connections:
+            self._say(Refusal(503, "too many connections are open: try again later", retry_after=1))
+        else:
+            self._await_head(self.limits.body_timeout)
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(Gathered(transport, ticker))  # type: ignore[arg-type]
-            transport.set_write_buffer_limits(high=BUFFER)
-            if (sock := transport.get_extra_info("socket")) is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-            if len(self.connections) > config.max_connections:
-                self._say(Refusal(503, "too many connections are open: try again later", retry_after=1))
-            else:
-                self._await_head(config.body_timeout)
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head, self._stuck):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            for timer in (self._head, self._stuck):
-                if timer is not None:
-                    timer.cancel()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._busy and self._head is not None:
-                self._head.cancel()
-                self._head = None
-
-        def on_response_complete(self) -> None:
-            self.transport.flush()  # type: ignore[attr-defined]
-            super().on_response_complete()
-            if self.transport.is_closing():
-                self._end_soon()
-            elif not self._busy:
-                self._await_head(config.keep_alive + config.body_timeout)
-
-        def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            self._end_soon()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._stuck = self.loop.call_later(config.idle_timeout, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._stuck is not None:
-                self._stuck.cancel()
-                self._stuck = None
-
-        def send_400_response(self, msg: str) -> None:
-            if self._busy and self.cycle.response_started:
-                self.transport.close()
-            else:
-                self._say(Refusal(400, "this is no HTTP that can be understood", code="bad_http"))
-
-        @property
-        def _busy(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _await_head(self, seconds: float) -> None:
-            if self._head is not None:
-                self._head.cancel()
-            self._head = self.loop.call_later(seconds, self._no_head)
-
-        def _no_head(self) -> None:
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._busy and self._head is not None:
+            self._head.cancel()
             self._head = None
-            if not self.transport.is_closing() and not self._busy:
-                self._say(Refusal(408, "no request came in time", code="head_timeout"))
 
-        def _end_soon(self) -> None:
-            """What lies ready may still be taken, for a while."""
-            self.loop.call_later(config.idle_timeout, self.transport.abort)
-
-        def _say(self, why: Refusal) -> None:
-            """Answer without having understood the question, and hang up."""
-            self.transport.write(_raw(why))
-            self.transport.close()
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
             self._end_soon()
+        elif not self._busy:
+            self._await_head(self.limits.keep_alive + self.limits.body_timeout)
 
-    return Connection
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._end_soon()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck = self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+    def send_400_response(self, msg: str) -> None:
+        if self._busy and self.cycle.response_started:
+            self.transport.close()
+        else:
+            self._say(Refusal(400, "this is no HTTP that can be understood", code="bad_http"))
+
+    @property
+    def _busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _await_head(self, seconds: float) -> None:
+        if self._head is not None:
+            self._head.cancel()
+        self._head = self.loop.call_later(seconds, self._no_head)
+
+    def _no_head(self) -> None:
+        self._head = None
+        if not self.transport.is_closing() and not self._busy:
+            self._say(Refusal(408, "no request came in time", code="head_timeout"))
+
+    def _end_soon(self) -> None:
+        """What lies ready may still be taken, for a while."""
+        self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
+
+    def _say(self, why: Refusal) -> None:
+        """Answer without having understood the question, and hang up."""
+        self.transport.write(_raw(why))
+        self.transport.close()
+        self._end_soon()
+
+
+def connection_class(config: ServerConfig) -> type[Connection]:
+    """The protocol of a server with these limits."""
+    return type("Connection", (Connection,), {"limits": config})
 
 
 def _raw(why: Refusal) -> bytes:

@@ -43,13 +43,12 @@ HEADERS = [
 
 
 class Guard:
-    """The middleware. `state.active` counts who is inside."""
+    """The middleware. `state.active` and `state.held` count what is inside."""
 
     def __init__(self, app: ASGIApp, state: State) -> None:
         self.app, self.state = app, state
         self.config: ServerConfig = state.config
         self.door = Door(state.config)
-        self.held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -87,7 +86,7 @@ class _Visit:
             await self.serve()
         finally:
             self.state.active -= 1
-            self.guard.held -= self.size
+            self.state.held -= self.size
             self.log()
 
     # ------------------------------------------------------------------ by the headers
@@ -165,10 +164,10 @@ class _Visit:
                 raise ClientGoneError
             part = message.get("body", b"")
             self.size += len(part)
-            self.guard.held += len(part)
+            self.state.held += len(part)
             if self.size > most:
                 raise large
-            if self.guard.held > BODIES * most:
+            if self.state.held > BODIES * most:
                 raise Refusal(503, "too much is being sent at once: try again later", code="bodies_too_large",
                               retry_after=1)  # fmt: skip
             parts.append(part)

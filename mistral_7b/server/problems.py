@@ -74,7 +74,7 @@ def refusal(error: Exception) -> Refusal:
     if isinstance(error, QueueFullError):
         return Refusal(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
     if isinstance(error, PromptTooLongError):
-        return Refusal(422, str(error), param="messages", code="context_length_exceeded")
+        return Refusal(422, str(error), code="context_length_exceeded")
     if isinstance(error, AdapterError):
         return Refusal(404, str(error), param="model", code="model_not_found")
     if isinstance(error, (GrammarError, SamplingError, TokenizerError, GenerationError)):

@@ -6,8 +6,10 @@ SIGTERM or Ctrl-C: no request is taken any more (503 and Retry-After; /health/re
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import resource
 import socket
 import time
 from types import FrameType
@@ -24,6 +26,7 @@ from .state import State
 logger = logging.getLogger("mistral_7b.server")
 
 COLLECT = (50_000, 50, 100)  # the body of a request makes some 100,000 objects, and no garbage
+OTHER_FILES = 256
 LAST_WORDS = 2  # seconds for what was cut to say so
 
 
@@ -47,6 +50,15 @@ def url_of(sock: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def _allow_files(n: int) -> None:
+    """Raise the process's own limit of open files, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = n if hard == resource.RLIM_INFINITY else min(n, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 class Server(uvicorn.Server):
     """uvicorn's, that drains before it ends."""
 
@@ -67,6 +79,7 @@ class Server(uvicorn.Server):
         What is there by now is there to stay, and the collector need not look at it, which would take a fifth of a
         second in which nobody is answered.
         """
+        _allow_files(self.state.config.max_connections + OTHER_FILES)
         gc.freeze()
         usual = gc.get_threshold()
         gc.set_threshold(*COLLECT)

@@ -63,6 +63,7 @@ class State:
     metrics: Observer = field(default_factory=Silent)
     running: set[Running] = field(default_factory=set)
     active: int = 0  # HTTP requests inside the guard
+    held: int = 0  # bytes of their bodies
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -85,6 +85,7 @@ class Serving:
         while (not self.llm.engine.idle or self.state.active) and time.monotonic() < end:
             time.sleep(0.005)
         assert not self.state.active
+        assert not self.state.held
         assert not self.state.running
         self.llm.engine.check()
 

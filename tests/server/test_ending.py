@@ -109,8 +109,11 @@ def test_a_full_queue_is_said_at_once():
             status, headers, data = server.ask("POST", CHAT, body)
             assert (status, json.loads(data)["error"]["code"]) == (429, "queue_full")
             assert int(headers["retry-after"]) > 0
-        for connection in (running, waiting):
-            connection.close()
+        several = {"prompt": ["a", "b", "c"], "max_tokens": 100_000, "ignore_eos": True}
+        running.close()
+        waiting.close()
+        server.idle()
+        assert server.post("/v1/completions", several)[0] == 429  # and none of the three goes on
         server.idle()
 
 

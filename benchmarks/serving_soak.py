@@ -8,7 +8,7 @@ again, and a tenth send what is no request. The other must not notice.
     errors              answers to the well-behaved that were refused, cut, or did not come to their end
     memory              resident, and the slope of the straight line through it after a fifth of the time
     pages               held once all clients have gone
-    event loop          how late it comes round and how long it works at a stretch: /metrics says
+    event loop          how late it comes round; "blocked": less what its thread waited for a core that others had
 """
 
 from __future__ import annotations
@@ -149,9 +149,9 @@ def summary(server: Server, tally: Tally, last: dict[str, float], seconds: float
         "rss_slope_mb_a_minute": slope(tally.times, tally.rss),
         "pages_held_at_the_end": idle["kv_cache_pages_held"], "running_at_the_end": idle["requests_running"],
         "sockets_at_the_end": server.sockets, "preemptions": last["preemptions_total"],
-        "loop_looked_at": since("event_loop_lag_seconds_count"), "loop_late": over("lag"), "loop_worked": over("work"),
+        "loop_looked_at": since("event_loop_lag_seconds_count"), "loop_late": over("lag"), "loop_blocked": over("blocked"),
         "loop_longest_late_seconds": last["event_loop_longest_lag_seconds"],
-        "loop_longest_work_seconds": last["event_loop_longest_work_seconds"],
+        "loop_longest_block_seconds": last["event_loop_longest_block_seconds"],
         "mishaps_in_the_log": server.mishaps()[:5],
     }  # fmt: skip
 

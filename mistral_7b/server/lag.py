@@ -10,12 +10,23 @@ PERIOD = 0.01  # seconds: shorter delays harm nobody
 
 
 async def watch(told: Callable[[float, float], None]) -> None:
-    """Sleep a moment, again and again; each time `told(late, worked)`, in seconds.
+    """Sleep a moment, again and again; each time `told(late, blocked)`, in seconds.
 
-    late: how much later than it was due the loop came round: everything that kept it away, other threads and
-    other processes too. worked: what the loop's own thread computed meanwhile, the part that is the server's own.
+    late: how much later than it was due the loop came round: everything that kept it away. blocked: that, less what
+    its thread waited for a core that other processes had: what this process did to itself, by work in the loop or by
+    other threads that kept Python's lock.
     """
     while True:
-        due, worked = time.perf_counter() + PERIOD, time.thread_time()
+        due, starved = time.perf_counter() + PERIOD, _starved()
         await asyncio.sleep(PERIOD)
-        told(max(0.0, time.perf_counter() - due), time.thread_time() - worked)
+        late = max(0.0, time.perf_counter() - due)
+        told(late, max(0.0, late - (_starved() - starved)))
+
+
+def _starved() -> float:
+    """Seconds for which this thread could have run and had no core, ever; 0 where the system does not say."""
+    try:
+        with open("/proc/thread-self/schedstat", "rb") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0

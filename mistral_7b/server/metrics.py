@@ -1,7 +1,7 @@
 """GET /metrics, for Prometheus: gauges and totals read from the engine when asked for, times as they pass.
 
     the engine     requests running and waiting, pages, tokens, preemptions, guesses     read at each scrape
-    the loop       how late it comes round, and how long it works at a stretch           a hundred times a second
+    the loop       how late it comes round                                               a hundred times a second
     `answer`       time to first token, between tokens, in all, in the queue; endings    Observer's calls
 
 No label takes a value that a client chose.
@@ -58,12 +58,12 @@ class Metrics:
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of one prompt", TOKENS)
         self._answer = self._histogram("request_generation_tokens", "Tokens generated for one request", TOKENS)
         self._lag = self._histogram("event_loop_lag_seconds", "How late the event loop comes round", LAG)
-        self._work = self._histogram("event_loop_work_seconds", "How long it works at a stretch", LAG)
+        self._blocked = self._histogram("event_loop_blocked_seconds", "The same, less what it waited for a core", LAG)
         self._longest = [
             Gauge(PREFIX + name, help, registry=self.registry)
             for name, help in (
                 ("event_loop_longest_lag_seconds", "The most so far that the event loop was late"),
-                ("event_loop_longest_work_seconds", "The longest so far that it worked at a stretch"),
+                ("event_loop_longest_block_seconds", "The most so far, less what it waited for a core"),
             )
         ]
         self._most = [0.0, 0.0]
@@ -89,10 +89,10 @@ class Metrics:
         if request.pooling is None:
             self._answer.observe(sum(len(c.token_ids) for c in request.completions))
 
-    def lagged(self, late: float, worked: float) -> None:
+    def lagged(self, late: float, blocked: float) -> None:
         self._lag.observe(late)
-        self._work.observe(worked)
-        for i, seconds in enumerate((late, worked)):
+        self._blocked.observe(blocked)
+        for i, seconds in enumerate((late, blocked)):
             if seconds > self._most[i]:
                 self._most[i] = seconds
                 self._longest[i].set(seconds)

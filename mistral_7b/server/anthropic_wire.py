@@ -159,7 +159,7 @@ class MessagesRequest(_Conversation):
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     metadata: dict[str, Any] | None = None
     # Taken, and without meaning here.

@@ -19,6 +19,8 @@ from .problems import Refusal
 
 BUFFER = 1 << 16  # bytes written and not yet taken, in the process and in the kernel each
 
+PIECE = 1 << 14  # bytes that are read at once: a head is held to its limit only where a piece ends
+
 
 class Connection(H11Protocol):
     """One connection; `limits` are those of its server."""
@@ -44,7 +46,9 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        for at in range(0, len(data), PIECE):
+            if not self.transport.is_closing():
+                super().data_received(data[at : at + PIECE])
         if self._busy and self._head is not None:
             self._head.cancel()
             self._head = None

@@ -28,7 +28,8 @@ logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")
 
 OPEN = "/health/live"  # for whoever asks, always
-CALM = ("/health", "/health/live", "/health/ready", "/metrics")  # answered however much goes on
+CALM = ("/", "/health", "/health/live", "/health/ready", "/metrics")  # answered however much goes on
+PAGE = ("/web/",)  # small files, from memory: a full server still shows who comes that it is there
 BODIES = 64  # the largest bodies that are in memory together
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 POLICY = (
@@ -95,7 +96,7 @@ class _Visit:
         """Refusal for whoever may not come in, or not now."""
         if self.path == OPEN:
             return
-        door, calm = self.guard.door, self.path in CALM
+        door, calm = self.guard.door, self.path in CALM or self.path.startswith(PAGE)
         door.check_host(self.headers)
         self.allow(door.origin_of(self.headers))
         if self.preflight:

@@ -1,6 +1,7 @@
 """GET /metrics, for Prometheus: gauges and totals read from the engine when asked for, times as they pass.
 
     the engine     requests running and waiting, pages, tokens, preemptions, guesses     read at each scrape
+    the loop       how late it comes round                                               a hundred times a second
     `answer`       time to first token, between tokens, in all, in the queue; endings    Observer's calls
 
 No label takes a value that a client chose.
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fastapi import APIRouter
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -27,6 +28,7 @@ REASONS = ("stop", "length", "abort", "timeout", "shutdown", "error")
 BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
 TO_FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240, 480, 960)
+LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -55,6 +57,18 @@ class Metrics:
         )
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of one prompt", TOKENS)
         self._answer = self._histogram("request_generation_tokens", "Tokens generated for one request", TOKENS)
+        self._lag = self._histogram("event_loop_lag_seconds", "How late the event loop comes round", LAG)
+        self._blocked = self._histogram(
+            "event_loop_blocked_seconds", "The same, less what it waited for a core", LAG
+        )
+        self._longest = [
+            Gauge(PREFIX + name, help, registry=self.registry)
+            for name, help in (
+                ("event_loop_longest_lag_seconds", "The most so far that the event loop was late"),
+                ("event_loop_longest_block_seconds", "The most so far, less what it waited for a core"),
+            )
+        ]
+        self._most = [0.0, 0.0]
 
     def _histogram(self, name: str, help: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(PREFIX + name, help, buckets=tuple(buckets), registry=self.registry)
@@ -77,6 +91,14 @@ class Metrics:
         if request.pooling is None:
             self._answer.observe(sum(len(c.token_ids) for c in request.completions))
 
+    def lagged(self, late: float, blocked: float) -> None:
+        self._lag.observe(late)
+        self._blocked.observe(blocked)
+        for i, seconds in enumerate((late, blocked)):
+            if seconds > self._most[i]:
+                self._most[i] = seconds
+                self._longest[i].set(seconds)
+
 
 class _EngineCollector(Collector):
     """What the engine says of itself. It goes on in its thread: each number is right, but not of one moment."""
@@ -97,6 +119,7 @@ class _EngineCollector(Collector):
             ("sequences_running", "Completions being computed", len(engine.scheduler.running)),
             ("requests_waiting", "Requests that wait to begin, or to go on", engine.scheduler.waiting),
             ("kv_cache_usage_ratio", "Part of the pages that is held", engine.pool.held / engine.pool.n_pages),
+            ("kv_cache_pages_held", "Pages that requests hold: none, when there are none", engine.pool.held),
             ("kv_cache_pages", "Pages of keys and values", engine.pool.n_pages),
             ("adapters_loaded", "LoRA adapters that are loaded", len(engine.adapters.names)),
         ):

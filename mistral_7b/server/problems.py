@@ -23,6 +23,7 @@ from ..errors import (
 
 CLIENT_GONE = 499  # for the log alone: nobody is there to read it
 RETRY_AFTER = 1  # seconds; a place in the queue is free after a step or a few
+LONGEST = 500  # characters of a message: it may quote what came, whose length the client chose
 OPENAI_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     500: "server_error", 503: "overloaded_error", 504: "timeout_error",
@@ -46,7 +47,7 @@ class Refusal(Mistral7BError):  # noqa: N818  an answer, more than an accident
         retry_after: int | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= LONGEST else message[: LONGEST - 3] + "...")
         self.status, self.param, self.code = status, param, code
         self.headers = dict(headers or {})
         if retry_after is not None:

@@ -40,7 +40,8 @@ class _First(FailFast):
 
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
-Ids = Annotated[list[StrictInt], _First()]
+Int = Annotated[StrictInt, Field(ge=-INT64, lt=INT64)]
+Ids = Annotated[list[Int], _First()]
 Texts = Annotated[list[str], _First(), MaxLen(MOST_PROMPTS)]
 IdLists = Annotated[list[Ids], _First(), MaxLen(MOST_PROMPTS)]
 Prompts = str | Texts | Ids | IdLists
@@ -80,11 +81,11 @@ class Sampling(Body):
     model: str | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    n: Annotated[Int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
     temperature: StrictFloat | None = None
     top_p: StrictFloat | None = None
-    seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
+    seed: Int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     presence_penalty: StrictFloat | None = None
     frequency_penalty: StrictFloat | None = None
@@ -92,17 +93,17 @@ class Sampling(Body):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     # vLLM's
-    top_k: StrictInt | None = None
+    top_k: Int | None = None
     min_p: StrictFloat | None = None
     repetition_penalty: StrictFloat | None = None
-    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
     ignore_eos: StrictBool | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=MOST_IDS)] | None = None
     structured_outputs: dict[str, Any] | None = None
     priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
     # Mistral's
-    random_seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
+    random_seed: Int | None = None
 
     def params(self, **others: Any) -> SamplingParams:
         """As the engine takes them. SamplingError names what is out of its range."""
@@ -180,8 +181,8 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], _First(), Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
@@ -213,7 +214,7 @@ class CompletionRequest(Sampling):
     prompt: Prompts
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    best_of: StrictInt | None = None
+    best_of: Int | None = None
     suffix: str | None = None
 
 
@@ -223,7 +224,7 @@ class EmbeddingRequest(Body):
     model: str | None = None
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: StrictInt | None = None
+    dimensions: Int | None = None
     user: str | None = None
     pooling: Literal["mean", "last"] = "mean"
     normalize: StrictBool = True

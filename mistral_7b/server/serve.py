@@ -6,6 +6,7 @@ SIGTERM or Ctrl-C: no request is taken any more (503 and Retry-After; /health/re
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -20,6 +21,7 @@ from fastapi import FastAPI
 from ..errors import ConfigError
 from .config import ServerConfig
 from .connection import connection_class
+from .lag import watch
 from .problems import Refusal
 from .state import State
 
@@ -88,6 +90,11 @@ class Server(uvicorn.Server):
         finally:
             gc.set_threshold(*usual)
             gc.unfreeze()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and look after the event loop from now on."""
+        await super().startup(sockets)
+        self._watch = asyncio.create_task(watch(self.state.metrics.lagged))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal has come: begin to end; the second time, end."""

@@ -1,0 +1,178 @@
+"""Many streams for a long time, among clients that misbehave: errors, memory, pages, the event loop. Records in JSON.
+
+    python benchmarks/serving_soak.py --clients 200 --minutes 10 --json FILE
+
+Of the clients, who all ask the bundled model for streams at once, a tenth hang up somewhere in an answer, again and
+again, and a tenth send what is no request. The other must not notice.
+
+    errors              answers to the well-behaved that were refused, cut, or did not come to their end
+    memory              resident, and the slope of the straight line through it after a fifth of the time
+    pages               held once all clients have gone
+    event loop          how late it comes round; "blocked": less what its thread waited for a core that others had
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving_clients import Client, Server, place, post, read_metrics, slope
+
+CHAT = "/v1/chat/completions"
+WORDS = "def class return import for while print open read write list dict set map filter sum len range".split()
+GARBAGE = [
+    b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x00" * 300 + b"\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    b"GET /" + b"a" * 90_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", post(CHAT, b'{"messages": [{"role": "us'),
+    post(CHAT, b"\xff\xfe\xfd"), post(CHAT, b"[" * 5000), post("/v1/completions", {"prompt": 3, "max_tokens": "x"}),
+    post("/v1/messages", {"model": "m", "messages": [], "max_tokens": 10**30}), post("/nowhere", b"{}"),
+]  # fmt: skip
+
+
+@dataclass
+class Tally:
+    """What the clients saw, and what the server said of itself."""
+
+    answers: int = 0
+    events: int = 0
+    vanished: int = 0
+    garbage: Counter[int] = field(default_factory=Counter)  # statuses
+    errors: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # minutes
+    rss: list[float] = field(default_factory=list)  # MB
+    first: dict[str, float] = field(default_factory=dict)  # metrics after the warm-up
+
+
+def question(dice: random.Random, tokens: int) -> bytes:
+    """A stream of so many tokens, after a prompt that no other begins like."""
+    text = " ".join(dice.choices(WORDS, k=dice.randint(3, 40)))
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True,
+            "ignore_eos": True, "temperature": dice.choice([0.0, 0.8])}  # fmt: skip
+    return post(CHAT, body)
+
+
+async def behave(port: int, tally: Tally, end: float, dice: random.Random) -> None:
+    """Ask for answers and read them to their end, over one connection."""
+    client = await Client.connect(port)
+    while time.monotonic() < end:
+        answer = await client.ask(question(dice, dice.randint(16, 96)))
+        if answer.status == 200 and answer.whole and not answer.failed and answer.body:
+            tally.answers += 1
+            tally.events += answer.events
+        else:
+            tally.errors.append(f"status {answer.status}, whole {answer.whole}, {answer.body[-200:]!r}")
+            await asyncio.sleep(0.5)
+            client = await Client.connect(port)
+    client.leave()
+
+
+async def vanish(port: int, tally: Tally, end: float, dice: random.Random) -> None:
+    """Ask, and hang up: before the answer, or somewhere in it."""
+    while time.monotonic() < end:
+        client = await Client.connect(port)
+        answer = client.ask(question(dice, 200), leave_after=dice.randint(1, 60))
+        await asyncio.wait([answer], timeout=dice.choice([0.01, 0.3, 3, 30]))
+        client.leave()
+        tally.vanished += 1
+        await asyncio.sleep(dice.random())
+
+
+async def babble(port: int, tally: Tally, end: float, dice: random.Random) -> None:
+    """Send what is no request."""
+    while time.monotonic() < end:
+        client = await Client.connect(port)
+        answer = client.ask(dice.choice([*GARBAGE, dice.randbytes(200) + b"\r\n\r\n"]))
+        await asyncio.wait([answer], timeout=5)
+        tally.garbage[client.answer.status] += 1
+        client.leave()
+        await asyncio.sleep(dice.random())
+
+
+async def watch(server: Server, tally: Tally, began: float, end: float) -> None:
+    """Note the server's memory, each second; and its metrics when it is warm."""
+    warm = began + (end - began) / 5
+    while (now := time.monotonic()) < end:
+        if now >= warm:
+            if not tally.first:
+                tally.first = await scrape(server.port)
+            tally.times.append((now - began) / 60)
+            tally.rss.append(server.rss)
+        await asyncio.sleep(min(1.0, (end - began) / 60))
+
+
+async def scrape(port: int) -> dict[str, float]:
+    """/metrics, without keeping the clients waiting."""
+    client = await Client.connect(port)
+    answer = await client.ask(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    client.leave()
+    return read_metrics(answer.body)
+
+
+async def soak(server: Server, clients: int, seconds: float, seed: int = 0) -> tuple[Tally, dict[str, float]]:
+    """All of them for so long; the tally, and the metrics at the end."""
+    tally, began = Tally(), time.monotonic()
+    end, odd = began + seconds, max(1, clients // 10)
+    kinds = [vanish] * odd + [babble] * odd + [behave] * (clients - 2 * odd)
+    await asyncio.gather(
+        watch(server, tally, began, end),
+        *(kind(server.port, tally, end, random.Random(seed + i)) for i, kind in enumerate(kinds)),
+    )
+    return tally, await scrape(server.port)
+
+
+def summary(server: Server, tally: Tally, last: dict[str, float], seconds: float) -> dict[str, Any]:
+    """The record."""
+    idle = server.idle()
+    ran = seconds * 4 / 5
+
+    def since(name: str) -> float:
+        return last[name] - tally.first[name]
+
+    def over(what: str) -> dict[str, float]:
+        total = since(f"event_loop_{what}_seconds_count")
+        bounds = ("0.01", "0.025", "0.05", "0.1", "0.25")
+        return {f"over {b} s": total - since(f'event_loop_{what}_seconds_bucket{{le="{b}"}}') for b in bounds}
+
+    return {
+        "answers": tally.answers, "errors": len(tally.errors), "first_errors": tally.errors[:5],
+        "vanished": tally.vanished, "garbage_statuses": {str(k): n for k, n in sorted(tally.garbage.items())},
+        "requests_a_second": since("requests_total") / ran, "tokens_a_second": since("generation_tokens_total") / ran,
+        "rss_first_mb": tally.rss[0], "rss_last_mb": tally.rss[-1], "rss_most_mb": max(tally.rss),
+        "rss_slope_mb_a_minute": slope(tally.times, tally.rss),
+        "pages_held_at_the_end": idle["kv_cache_pages_held"], "running_at_the_end": idle["requests_running"],
+        "sockets_at_the_end": server.sockets, "preemptions": last["preemptions_total"],
+        "loop_looked_at": since("event_loop_lag_seconds_count"), "loop_late": over("lag"), "loop_blocked": over("blocked"),
+        "loop_longest_late_seconds": last["event_loop_longest_lag_seconds"],
+        "loop_longest_block_seconds": last["event_loop_longest_block_seconds"],
+        "mishaps_in_the_log": server.mishaps()[:5],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args()
+    where = place()
+    with Server() as server:
+        seconds = args.minutes * 60
+        tally, last = asyncio.run(soak(server, args.clients, seconds))
+        record = summary(server, tally, last, seconds)
+        record["seconds_until_ready"] = server.seconds
+        server.end(signal.SIGTERM)
+    head = {**where, "load_after": place()["load"], "clients": args.clients, "minutes": args.minutes}
+    args.json.write_text(json.dumps({**head, **record}, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Ten kinds of malformed HTTP, a few of each; benchmarks/serving_malformed.py sends a thousand."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving import Serving, serving
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from serving_malformed import BODIES, KINDS, bombard
+
+from mistral_7b.server.config import ServerConfig
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[Serving]:
+    """A server that soon has enough of a body that does not come."""
+    for body in BODIES.values():
+        if "model" in body:
+            body["model"] = "tiny"
+    with serving(ServerConfig(port=0, body_timeout=1.0)) as it:
+        yield it
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_is_refused_and_leaves_nothing_behind(patient: Serving, name: str) -> None:
+    count = 6 if name == "100 MB body" else 40
+    files = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else None
+    outcome = asyncio.run(bombard(patient.port, KINDS[name], count, count if name == "slow body" else 4))
+    assert not outcome.wrong, outcome.wrong[:3]
+    assert sum(outcome.statuses.values()) == count
+    patient.idle()
+    while files is not None and len(os.listdir("/proc/self/fd")) > files + 2 and outcome.slowest < 5:
+        time.sleep(0.05)  # sockets are closed soon after
+        outcome.slowest += 0.05
+    assert files is None or len(os.listdir("/proc/self/fd")) <= files + 2
+    assert patient.llm.engine.pool.held == 0
+
+
+@pytest.mark.parametrize("size", [90_000, 130_000, 260_000])
+def test_a_head_is_held_to_its_limit_however_fast_it_comes(patient: Serving, size: int) -> None:
+    for head in (
+        b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n",
+    ):
+        assert patient.raw(head % (b"a" * size), 2).startswith(b"HTTP/1.1 400 ")
+
+
+def test_what_is_quoted_is_cut(patient: Serving) -> None:
+    for body in ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, {"prompt": [int("9" * 400)]}):
+        status, answer = patient.post("/v1/completions", body)
+        assert status == 400
+        assert len(answer["error"]["message"]) <= 500

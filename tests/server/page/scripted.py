@@ -103,7 +103,7 @@ class Script:
         self.seen[said] += 1
         if "full" in said and self.seen[said] <= 2:
             error = {"message": "3 requests are waiting, and no more may.", "type": "rate_limit_error"}
-            return JSONResponse({"error": error}, 429, {"retry-after": "1"})
+            return JSONResponse({"error": error}, 429, {"retry-after": "3"})
         return StreamingResponse(self.chunks(body, said), media_type="text/event-stream")
 
     async def chunks(self, body: dict[str, Any], said: str) -> AsyncIterator[str]:

@@ -3,6 +3,7 @@ finds nothing serious in any state, wide or narrow, light or dark."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, scripted: Scripted
 def test_a_full_queue_is_counted_down_and_tried_again_by_choice(page: Any) -> None:
     ask(page, "full house", wait=False)
     banner = page.wait_for_selector("#banner.full")
-    assert "no more may. There may be room in 1 s." in banner.inner_text()
-    page.wait_for_selector("#banner >> text=There may be room now", timeout=4000)
+    assert re.search(r"no more may\. There may be room in [1-3] s\.", banner.inner_text())
+    page.wait_for_selector("#banner >> text=There may be room now", timeout=15_000)
     assert len(asked(page)[-1]["messages"]) == 1  # nothing was asked again by itself
     page.click("#banner >> text=Try now")
-    page.wait_for_selector("#banner >> text=in 1 s.")
+    page.wait_for_selector("#banner >> text=/in [1-3] s\\./")
     page.click("#banner >> text=Try when it is time")
     page.wait_for_selector(".assistant[aria-busy=false] .stats:not(:empty)")
     assert answer(page).locator(".text").inner_text() == SENTENCE

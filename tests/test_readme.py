@@ -23,7 +23,7 @@ COMMANDS = [
     for line in block["body"].splitlines()
     if line.startswith("mistral-7b ")
 ]
-NEEDS_NETWORK, TALKS = "mistral-7b pull", "mistral-7b chat"
+NEEDS_NETWORK, TALKS, SERVES = "mistral-7b pull", "mistral-7b chat", "mistral-7b serve"
 
 
 def test_the_first_snippet_prints_what_readme_shows() -> None:
@@ -35,6 +35,14 @@ def test_the_first_snippet_prints_what_readme_shows() -> None:
     assert out.getvalue().rstrip("\n") == shown.rstrip("\n")
 
 
+def test_the_engines_snippet_continues_both_prompts() -> None:
+    snippet = next(b["body"] for b in BLOCKS if b["language"] == "python" and "LLM(" in b["body"])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert len(out.getvalue().splitlines()) == 2
+
+
 def test_the_full_size_snippet_is_the_one_that_is_measured() -> None:
     snippet = next(b["body"] for b in BLOCKS if b["mark"] == "full size")
     measured = (ROOT / "tests" / "full_size.py").read_text()
@@ -42,7 +50,7 @@ def test_the_full_size_snippet_is_the_one_that_is_measured() -> None:
         assert line.split("#")[0].strip() in measured
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith((NEEDS_NETWORK, TALKS))])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith((NEEDS_NETWORK, TALKS, SERVES))])
 def test_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("src", "tests"):
@@ -67,8 +75,8 @@ def test_chat_answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert main(["chat", "demo", "--max-tokens", "5"]) == 0
 
 
-def test_commands_that_need_a_network_at_least_read_their_flags() -> None:
-    for command in (c for c in COMMANDS if c.startswith(NEEDS_NETWORK)):
+def test_commands_that_need_a_network_or_do_not_end_at_least_read_their_flags() -> None:
+    for command in (c for c in COMMANDS if c.startswith((NEEDS_NETWORK, SERVES))):  # serve: cli/test_cli_serve.py
         assert main([*shlex.split(command)[1:], "--help"]) == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import sys
 from typing import Annotated
@@ -78,6 +79,8 @@ def run(argv: list[str]) -> int:
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}: pip install 'mistral-7b[serve]'")
 
+    # oneDNN keeps code for each number of rows that it has met, 200 MB for its usual 1024; read when it is first used.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     from ..server.serve import bind, url_of
 
     sock = bind(config)  # before the model is loaded: a port that is taken is said at once

@@ -79,8 +79,8 @@ def run(argv: list[str]) -> int:
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}: pip install 'mistral-7b[serve]'")
 
-    # oneDNN keeps code for each number of rows that it has met, 200 MB for its usual 1024; read when it is first used.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read when oneDNN is first used
+        os.environ.setdefault(name, "64")  # numbers of rows to keep code for: 1024, the usual, take 300 MB
     from ..server.serve import bind, url_of
 
     sock = bind(config)  # before the model is loaded: a port that is taken is said at once

@@ -2,8 +2,8 @@
 
     python benchmarks/serving_overhead.py --streams 32 --rounds 7 --json FILE
 
-overhead    so many streams of the bundled model at once, by turns straight to the engine's thread and over HTTP, in
-            one process and with the same settings; the clients are a process of their own, on the same cores
+overhead    so many streams of the bundled model at once, by turns straight to the engine's thread and over HTTP,
+            in one process and with the same settings; the clients are a process of their own, on the same cores
 kill -9     in mid-answer: what the client sees, and seconds until a new server is ready
 page        time to the first byte of `/`, if there is a page
 """

@@ -63,7 +63,7 @@ class Guard:
             await self.app(scope, receive, send)
 
     def leave(self, size: int) -> None:
-        """A body has been answered. An error keeps its frames and they keep the body, until the collector comes."""
+        """A body has been answered. An error keeps its frames, and they the body, until the collector comes."""
         self.state.held -= size
         self.gone += size
         if self.gone > SWEEP:

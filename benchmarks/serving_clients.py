@@ -1,7 +1,7 @@
 """What the measurements of the server share: a server in a process of its own, and clients that cost little.
 
-The clients share two cores with the server, so they speak HTTP over bare sockets and look at no more than they must:
-how an answer begins, how it ends, and how many events lie between.
+The clients share the cores with the server, so they speak HTTP over bare sockets and look at no more than they
+must: how an answer begins, how it ends, and how many events lie between.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/serving_malformed.py --each 1000 --json FILE
 
-truncated JSON · wrong types · huge numbers · invalid UTF-8 · a body of 100 MB · a body that is slow · header bombs ·
+truncated JSON · wrong types · huge numbers · invalid UTF-8 · a body of 100 MB · a slow body · header bombs ·
 unknown fields · deep nesting · closed early
 
 After each kind the server is looked at: memory, sockets, pages. The slow ones come all at once.
@@ -43,7 +43,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "def"},
     "/detokenize": {"tokens": [1, 2, 3]},
 }
-WRONG = {  # fields that are refused whatever is put into them, and what is
+WRONG: dict[str, tuple[Any, ...]] = {  # fields that are refused whatever is put into them, and what is
     "messages": (3, "x", {}, None, [3], [{"role": 4, "content": "x"}], [{"role": "king", "content": "x"}]),
     "prompt": (True, {"a": 1}, [None], [[{}]]), "input": (True, {"a": 1}, [None], 5),
     "max_tokens": ("2", 2.5, [2], True, -1), "temperature": ("hot", [0.5], True, {}),
@@ -282,7 +282,8 @@ def measure(server: Server, name: str, each: int) -> dict[str, Any]:
     return {
         "kind": name, "sent": each, "wrong": len(outcome.wrong), "first_wrong": outcome.wrong[:3],
         "statuses": {str(k): n for k, n in sorted(outcome.statuses.items())},
-        "slowest_seconds": outcome.slowest, "seconds": took, "rss_before_mb": rss, "rss_grown_mb": server.rss - rss,
+        "slowest_seconds": outcome.slowest, "seconds": took,
+        "rss_before_mb": rss, "rss_grown_mb": server.rss - rss,
         "sockets_grown": server.sockets - sockets, "pages_held": idle["kv_cache_pages_held"],
         "running": idle["requests_running"],
     }  # fmt: skip

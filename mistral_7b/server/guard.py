@@ -10,6 +10,7 @@ A pure ASGI middleware: what streams through it is not copied.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import re
 import time
@@ -31,6 +32,7 @@ OPEN = "/health/live"  # for whoever asks, always
 CALM = ("/", "/health", "/health/live", "/health/ready", "/metrics")  # answered however much goes on
 PAGE = ("/web/",)  # small files, from memory: a full server still shows who comes that it is there
 BODIES = 64  # the largest bodies that are in memory together
+SWEEP = 1 << 26  # bytes of bodies after which the collector looks for them
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
@@ -50,6 +52,7 @@ class Guard:
         self.app, self.state = app, state
         self.config: ServerConfig = state.config
         self.door = Door(state.config)
+        self.gone = 0  # bytes of bodies that have been answered and that nobody has looked for
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -58,6 +61,14 @@ class Guard:
             await send({"type": "websocket.close", "code": 1003, "reason": "there are no websockets here"})
         else:
             await self.app(scope, receive, send)
+
+    def leave(self, size: int) -> None:
+        """A body has been answered. An error keeps its frames, and they the body, until the collector comes."""
+        self.state.held -= size
+        self.gone += size
+        if self.gone > SWEEP:
+            self.gone = 0
+            gc.collect(1)
 
 
 class _Visit:
@@ -87,7 +98,7 @@ class _Visit:
             await self.serve()
         finally:
             self.state.active -= 1
-            self.state.held -= self.size
+            self.guard.leave(self.size)
             self.log()
 
     # ------------------------------------------------------------------ by the headers
@@ -155,10 +166,9 @@ class _Visit:
     async def read(self) -> bytes:
         """The body. Refusal (413) if it is too large, (503) if all bodies together are."""
         most, parts = self.config.max_body_bytes, []
-        large = Refusal(413, f"the body is larger than {most} bytes", code="body_too_large")
         said = self.headers.get(b"content-length", b"0")
         if not said.isdigit() or len(said) > 18 or int(said) > most:
-            raise large
+            raise self.large()
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
@@ -167,13 +177,17 @@ class _Visit:
             self.size += len(part)
             self.state.held += len(part)
             if self.size > most:
-                raise large
+                raise self.large()
             if self.state.held > BODIES * most:
                 raise Refusal(503, "too much is being sent at once: try again later", code="bodies_too_large",
                               retry_after=1)  # fmt: skip
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+    def large(self) -> Refusal:
+        """Made where it is raised: an error that a frame keeps keeps the frame, and the megabyte that has come."""
+        return Refusal(413, f"the body is larger than {self.config.max_body_bytes} bytes", code="body_too_large")
 
     async def receive(self) -> Message:
         """The whole body, and then nothing until the client hangs up."""

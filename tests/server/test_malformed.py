@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from serving_malformed import BODIES, KINDS, bombard
 
 from mistral_7b.server.config import ServerConfig
+from mistral_7b.server.guard import _Visit
+from mistral_7b.server.problems import Refusal
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,31 @@ def test_a_head_is_held_to_its_limit_however_fast_it_comes(patient: Serving, siz
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n",
     ):
         assert patient.raw(head % (b"a" * size), 2).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_body_that_is_too_large_is_free_without_the_collector(patient: Serving) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(bombard(patient.port, KINDS["100 MB body"], 12, 2))
+        patient.idle()
+        time.sleep(0.1)
+        left = [o for o in gc.get_objects() if isinstance(o, (Refusal, _Visit))]
+    finally:
+        gc.enable()
+    assert not left, gc.get_referrers(left[0])
+
+
+def test_the_collector_looks_for_large_bodies_that_errors_keep(patient: Serving) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(90):
+            assert patient.ask("POST", "/v1/completions", b'["' + b"a" * 1_000_000)[0] == 400
+        left = [o for o in gc.get_objects() if isinstance(o, _Visit)]
+    finally:
+        gc.enable()
+    assert len(left) < 68
 
 
 def test_what_is_quoted_is_cut(patient: Serving) -> None:

@@ -94,3 +94,13 @@ def test_the_dashboard_asks_for_what_there_is(client: httpx.Client) -> None:
     assert len(asked) > 15
     assert asked <= names
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_the_event_loop_is_looked_after(client: httpx.Client) -> None:
+    time.sleep(0.2)
+    seen = scrape(client)
+    assert seen["event_loop_lag_seconds_count", ""] >= 10
+    assert seen["event_loop_blocked_seconds_sum", ""] <= seen["event_loop_lag_seconds_sum", ""]
+    assert 0 < seen["event_loop_longest_lag_seconds", ""] < 10
+    assert seen["event_loop_longest_block_seconds", ""] <= seen["event_loop_longest_lag_seconds", ""]
+    assert seen["kv_cache_pages_held", ""] == 0

@@ -1,0 +1,171 @@
+"""What the server costs over the bare engine, and how it comes back after kill -9. Records in JSON.
+
+    python benchmarks/serving_overhead.py --streams 32 --rounds 7 --json FILE
+
+overhead    so many streams of the bundled model at once, by turns straight to the engine's thread and over HTTP,
+            in one process and with the same settings; the clients are a process of their own, on the same cores
+kill -9     in mid-answer: what the client sees, and seconds until a new server is ready
+page        time to the first byte of `/`, if there is a page
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serving_clients import Client, Server, place, post
+
+TOKENS = 128
+
+
+def bodies(streams: int, seed: int) -> list[dict[str, Any]]:
+    """Requests that all take the same: prompts of 16 ids, answers of 128 tokens."""
+    dice = random.Random(seed)
+    prompts = [[1, *(dice.randrange(10, 4000) for _ in range(15))] for _ in range(streams)]
+    return [{"prompt": p, "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, "stream": True}
+            for p in prompts]  # fmt: skip
+
+
+async def clients(port: int) -> None:
+    """The process of the clients: a line "STREAMS SEED" is answered with the seconds that these took."""
+    connections: list[Client] = []
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        streams, seed = map(int, line.split())
+        while len(connections) < streams:
+            connections.append(await Client.connect(port))
+        asked = [post("/v1/completions", body) for body in bodies(streams, seed)]
+        began = time.perf_counter()
+        answers = await asyncio.gather(*(c.ask(data) for c, data in zip(connections, asked, strict=True)))
+        print(time.perf_counter() - began, flush=True)
+        assert all(a.status == 200 and a.whole and not a.failed for a in answers)
+
+
+def bare(llm: Any, asked: Sequence[dict[str, Any]]) -> float:
+    """Seconds for the same requests, handed to the engine's thread."""
+    from mistral_7b.engine.reading import Asked
+    from mistral_7b.sampling_params import SamplingParams
+
+    left, done = len(asked), threading.Event()
+
+    def sink(request: Any, pieces: Any) -> None:
+        nonlocal left
+        left -= request.finished
+        if not left:
+            done.set()
+
+    began = time.perf_counter()
+    for body in asked:
+        params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0)
+        request = llm.reader.text(body["prompt"], params, Asked(), sink)
+        llm._commands.put(lambda request=request: llm.engine.add(request))
+    done.wait()
+    return time.perf_counter() - began
+
+
+def overhead(streams: int, rounds: int) -> dict[str, Any]:
+    """By turns, after a round of each that warms up."""
+    from mistral_7b.engine.async_llm import AsyncLLM
+    from mistral_7b.engine.config import EngineConfig
+    from mistral_7b.server.app import build
+    from mistral_7b.server.config import ServerConfig
+    from mistral_7b.server.serve import Server as Http
+    from mistral_7b.server.serve import bind
+
+    config = ServerConfig(port=0)
+    sock = bind(config)
+    llm = AsyncLLM("demo", EngineConfig(prefix_caching=False))
+    server = Http(build(llm, config, "demo"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    command = [sys.executable, __file__, "--clients-of", str(sock.getsockname()[1])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        pairs = []
+        for seed in range(rounds + 1):
+            direct = bare(llm, bodies(streams, seed))
+            print(streams, seed, file=other.stdin, flush=True)
+            pairs.append((direct, float(other.stdout.readline())))
+        other.stdin.close()
+    server.stop()
+    thread.join()
+    asyncio.run(llm.close())
+    ratios = sorted(direct / served for direct, served in pairs[1:])
+    return {
+        "streams": streams, "tokens_each": TOKENS, "seconds": pairs[1:],
+        "bare_tokens_a_second": streams * TOKENS / statistics.median(d for d, _ in pairs[1:]),
+        "served_tokens_a_second": streams * TOKENS / statistics.median(s for _, s in pairs[1:]),
+        "ratio_median": statistics.median(ratios), "ratio_least": ratios[0], "ratio_most": ratios[-1],
+    }  # fmt: skip
+
+
+def killed() -> dict[str, Any]:
+    """Kill a server in mid-answer, and start another."""
+
+    async def watch(server: Server) -> dict[str, Any]:
+        client = await Client.connect(server.port)
+        answer = client.ask(post("/v1/completions", {**bodies(1, 0)[0], "max_tokens": 4000}))
+        while client.answer.events < 3:
+            await asyncio.sleep(0.01)
+        server.end()
+        began = time.perf_counter()
+        seen = await asyncio.wait_for(answer, 10)
+        return {"client_heard_after": time.perf_counter() - began, "status": seen.status, "whole": seen.whole,
+                "events": seen.events}  # fmt: skip
+
+    with Server("--quiet") as server:
+        seen = asyncio.run(watch(server))
+    ready, cpu = [], []
+    for _ in range(3):
+        with Server("--quiet") as server:
+            ready.append(server.seconds)
+            cpu.append(server.metrics()["process_cpu_seconds_total"])
+    return {**seen, "seconds_until_ready": ready, "cpu_seconds_until_ready": cpu}
+
+
+def page() -> dict[str, Any] | None:
+    """Seconds to the first byte of the page; None: there is none."""
+    with Server("--quiet") as server, contextlib.suppress(urllib.error.HTTPError):
+        taken = []
+        for _ in range(50):
+            began = time.perf_counter()
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=10) as answer:
+                answer.read(1)
+            taken.append(time.perf_counter() - began)
+        return {"median": statistics.median(taken), "most": max(taken)}
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--clients-of", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.clients_of:
+        asyncio.run(clients(args.clients_of))
+        return
+    record = {**place(), "overhead": overhead(args.streams, args.rounds), "killed": killed(), "page": page()}
+    record["load_after"] = place()["load"]
+    text = json.dumps(record, indent=1)
+    print(text)
+    if args.json is not None:
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

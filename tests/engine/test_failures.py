@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from automaton import Automaton, Oracle, check, request_of, run
-from serving import GREEDY, add, broken, served, small
+from engines import GREEDY, add, broken, served, small
 from torch import Tensor
 
 from mistral_7b.completion import TextPiece

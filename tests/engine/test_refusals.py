@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from automaton import Automaton, check, request_of, run
-from serving import GREEDY, add, broken, served, small
+from engines import GREEDY, add, broken, served, small
 from torch import Tensor
 
 from mistral_7b.completion import TextPiece

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -11,15 +13,32 @@ from fastapi import Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json, to_json
 
+LARGE = 1 << 16  # bytes of a body that take milliseconds to read, and as many again to look at
+
 
 class _JsonRequest(HttpRequest):
     """A request whose JSON is JSON: UTF-8, no NaN, no half characters, no deeper than a parser's stack."""
 
     async def json(self) -> Any:
         try:
-            return from_json(await self.body(), allow_inf_nan=False, cache_strings=False)
+            body = await self.body()
+            data = _parsed(body)
         except ValueError as e:
             raise json.JSONDecodeError(f"the body is no JSON: {e}", "", 0) from None
+        if len(body) > LARGE:
+            await asyncio.sleep(0)  # others have a turn before what was read is looked at
+        return data
+
+
+def _parsed(body: bytes) -> Any:
+    """What a body says. While it is read the collector would look through it again and again, and find nothing."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return from_json(body, allow_inf_nan=False, cache_strings=False)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class JsonRoute(APIRoute):

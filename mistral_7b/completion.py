@@ -41,6 +41,11 @@ class CompletionOutput:
     tool_calls: list[ToolCall] = field(default_factory=list)
 
 
+def cumulative(token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob]]) -> float:
+    """The sum of the tokens' own log-probabilities."""
+    return sum(entry[token].logprob for token, entry in zip(token_ids, logprobs, strict=True))
+
+
 @dataclass
 class RequestMetrics:
     """When what became of a request, in seconds of `time.perf_counter`; None: not yet."""
@@ -269,11 +274,7 @@ class Completion:
             index=self.index,
             text=self.text,
             token_ids=list(self.token_ids),
-            cumulative_logprob=sum(
-                entry[token].logprob for token, entry in zip(self.token_ids, self.logprobs, strict=True)
-            )
-            if wanted
-            else None,
+            cumulative_logprob=cumulative(self.token_ids, self.logprobs) if wanted else None,
             logprobs=list(self.logprobs) if wanted else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,

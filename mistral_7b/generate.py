@@ -29,17 +29,14 @@ from .completion import Completion, CompletionOutput, RequestOutput, TextPiece
 from .errors import GenerationError, SamplingError
 from .model import Mistral7B
 from .prompts import Prompt, read_prompts
-from .sampling import Logprob, SamplingParams, logprobs, sample_rows
+from .sampling import NOT_FINITE, Logprob, SamplingParams, following_logprobs, logprobs, sample_rows
 from .speculation import Guesser, Speculation, StepTime
 from .tokenizer import Tokenizer
 
 __all__ = ["CompletionOutput", "RequestOutput", "Speculation", "TextPiece", "generate", "stream"]
 
 PREFILL_CHUNK = 512  # prompt tokens per forward
-LOGPROB_ROWS = 64  # prompt tokens whose logits exist at once: 8 MB for 32768 tokens of vocabulary
 FIRST_SLOTS = 256  # slots for new tokens at the start; doubled when used up, unless the window comes first
-
-NOT_FINITE = "the model gives logits that are not finite (float16 overflows; try bfloat16)"
 
 
 def generate(
@@ -231,15 +228,10 @@ class _Batch:
             hidden = self.model.hidden(ids[None, start : start + PREFILL_CHUNK], cache)  # (1, T, D)
             if k is not None:
                 following = ids[start + 1 : start + 1 + hidden.shape[1]]
-                request.prompt_logprobs += self._prompt_logprobs(hidden[0], following, k, request)
+                request.prompt_logprobs += following_logprobs(
+                    self.model.logits, hidden[0, : len(following)], following, k, request.completions[0].piece
+                )
         return self.model.logits(hidden[:, -1])
-
-    def _prompt_logprobs(self, hidden: Tensor, ids: Tensor, k: int, request: _Request) -> list[dict[int, Logprob]]:
-        """Log-probabilities of ids (T,) after hidden (T or T+1, D): the whole (T, V) never exists."""
-        out: list[dict[int, Logprob]] = []
-        for h, t in zip(hidden[: len(ids)].split(LOGPROB_ROWS), ids.split(LOGPROB_ROWS), strict=True):
-            out += logprobs(self.model.logits(h), t, k, request.completions[0].piece)
-        return out
 
     def _decode(self, drafts: list[list[int]], longest: int) -> Tensor:
         """Feed every row's newest token and its draft: logits (R, V) after each of them, row by row."""

@@ -31,6 +31,8 @@ from .sampling_params import SamplingParams as SamplingParams  # where it can be
 
 ALL = (0, 0, 1)  # min_p, top_k and top_p that keep every token
 ROWS = 8  # rows a CPU samples at once: so much stays in its caches
+LOGPROB_ROWS = 64  # rows whose logits exist at once where a prompt's are asked for: 8 MB for 32768 tokens
+NOT_FINITE = "the model gives logits that are not finite (float16 overflows; try bfloat16)"
 CANDIDATES = 1024  # tokens a row that are sorted first on a CPU: few rows need more, and all of them take longer
 
 
@@ -328,6 +330,16 @@ def logprobs(
         listed = enumerate(zip(ids[:most], found[:most], strict=True), 1)
         places.update({t: (v, r) for r, (t, v) in listed if t != token})
         out.append({t: Logprob(v, r, piece(t) if piece else None) for t, (v, r) in places.items()})
+    return out
+
+
+def following_logprobs(
+    project: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, k: int, piece: Callable[[int], str] | None
+) -> list[dict[int, Logprob]]:
+    """Log-probabilities of ids (T,) after hidden (T, D), from what `project` makes of few: (T, V) never exists."""
+    out: list[dict[int, Logprob]] = []
+    for h, t in zip(hidden.split(LOGPROB_ROWS), ids.split(LOGPROB_ROWS), strict=True):
+        out += logprobs(project(h), t, k, piece)
     return out
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..completion import CompletionOutput, RequestOutput, TextPiece
+from ..completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from ..errors import EngineError, Mistral7BError, QueueFullError
 from ..model import Mistral7B
 from ..prompts import Prompt
@@ -318,10 +318,9 @@ class _Grown:
             self.calls[delta.index].arguments += delta.arguments
 
     def output(self) -> CompletionOutput:
-        pairs = zip(self.token_ids, self.logprobs, strict=True) if self.wanted else ()
         return CompletionOutput(
             self.index, "".join(self.texts), list(self.token_ids),
-            sum(entry[token].logprob for token, entry in pairs) if self.wanted else None,
+            cumulative(self.token_ids, self.logprobs) if self.wanted else None,
             list(self.logprobs) if self.wanted else None, self.reason, self.stop,
             [replace(call) for call in self.calls],
         )  # fmt: skip

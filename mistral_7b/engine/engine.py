@@ -26,7 +26,7 @@ from torch import Tensor
 from ..completion import TextPiece
 from ..errors import AdapterError, EngineError, GenerationError, Mistral7BError, QueueFullError
 from ..model import Mistral7B
-from ..sampling import put, sample_rows
+from ..sampling import NOT_FINITE, put, sample_rows
 from ..speculation import Speculation, StepTime
 from .adapters import Adapters
 from .config import EngineConfig
@@ -330,9 +330,6 @@ class Engine:
         """AssertionError unless every page is accounted for; when idle, none may be held."""
         self.scheduler.check_pages()
         assert not self.idle or self.pool.held == 0, "pages are held, and nobody is there"
-
-
-NOT_FINITE = "the model gives logits that are not finite (float16 overflows; try bfloat16)"
 
 
 def _because(request: Request, what: str, cause: Exception) -> EngineError:

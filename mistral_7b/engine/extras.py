@@ -6,13 +6,12 @@ from itertools import groupby
 
 from torch import Tensor
 
-from ..sampling import Logprob, logprobs, put
+from ..sampling import Logprob, following_logprobs, logprobs, put
 from .flight import Flight, Pick, Plan
 from .forward import Forward
 from .request import SequenceState
 
 Entry = dict[int, Logprob] | None
-LOGPROB_ROWS = 64  # prompt tokens whose logits exist at once: 8 MB for 32768 tokens of vocabulary
 
 
 def entries_of(flight: Flight) -> list[Entry]:
@@ -49,10 +48,13 @@ def _prompt_logprobs(s: SequenceState, hidden: Tensor, forward: Forward) -> None
     """Log-probabilities of the tokens that follow those of hidden (T, D), if they are still wanted."""
     request, done = s.request, s.request.prompt_logprobs
     begin, end = len(done) - 1, min(s.computed + len(hidden), len(request.ids) - 1)
-    for first in range(begin, end, LOGPROB_ROWS):
-        last = min(first + LOGPROB_ROWS, end)
-        part = hidden[first - s.computed : last - s.computed]
-        logits = forward.logits(part, [(i, request.adapter) for i in range(len(part))])
-        following = put(request.ids[first + 1 : last + 1], logits.device)
-        assert request.params.prompt_logprobs is not None
-        done += logprobs(logits, following, request.params.prompt_logprobs, s.completion.piece)
+    k = request.params.prompt_logprobs
+    if begin >= end or k is None:
+        return
+
+    def project(part: Tensor) -> Tensor:
+        return forward.logits(part, [(i, request.adapter) for i in range(len(part))])
+
+    following = put(request.ids[begin + 1 : end + 1], hidden.device)
+    rows = hidden[begin - s.computed : end - s.computed]
+    done += following_logprobs(project, rows, following, k, s.completion.piece)

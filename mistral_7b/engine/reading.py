@@ -78,14 +78,16 @@ class Reader:
     def chat(
         self, messages: Messages, params: SamplingParams, asked: Asked, sink: Sink | None = None,
         tools: Tools = None, tool_choice: ToolChoice = "auto", name: str = "the conversation",
+        parallel: bool = True,
     ) -> Request:  # fmt: skip
         """A request to answer a conversation; messages, tools and tool_choice are OpenAI's.
 
-        "required", or a named tool, makes the model call (grammar.tool_spec); with "none" it is shown no tools.
+        "required", or a named tool, makes the model call (grammar.tool_spec), once where not `parallel`; with
+        "none" it is shown no tools.
         """
         if self.tokenizer is None:
             raise GenerationError(f"{name}: a conversation needs a tokenizer, and {self.why}; pass tokenizer=...")
-        if (spec := tool_spec(tools or (), tool_choice)) is not None:
+        if (spec := tool_spec(tools or (), tool_choice, parallel)) is not None:
             if params.structured_outputs is not None:
                 raise GenerationError(
                     f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other"

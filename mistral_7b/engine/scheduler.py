@@ -107,14 +107,13 @@ class Scheduler:
         sequence.ended = True
         sequence.drop_all(self.pool)
 
-    def fork(self, sequence: SequenceState) -> list[SequenceState]:
-        """The other completions of a request, now that its prompt is computed."""
-        others = [s for s in sequence.request.sequences if s is not sequence]
+    def fork(self, sequence: SequenceState) -> None:
+        """Let the other completions of a request begin, now that its prompt is computed."""
         sequence.request.forked = True
-        for other in others:
-            other.fork(sequence, self.pool)
-            self._run(other)
-        return others
+        for other in sequence.request.sequences:
+            if other is not sequence:
+                other.fork(sequence, self.pool)
+                self._run(other)
 
     def _wait(self, sequence: SequenceState) -> None:
         heapq.heappush(self._waiting, (sequence.rank, sequence))

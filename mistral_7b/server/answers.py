@@ -98,15 +98,6 @@ class ChunkChoice(TypedDict):
     finish_reason: str | None
 
 
-class ChatChunk(TypedDict):
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: NotRequired[Usage | None]
-
-
 class TextLogprobs(TypedDict):
     tokens: list[str]
     token_logprobs: list[float | None]

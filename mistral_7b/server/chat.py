@@ -14,7 +14,6 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from ..completion import TextPiece
-from ..engine.grammar import tool_spec
 from ..engine.reading import Asked
 from ..engine.request import Request
 from ..errors import EngineError, PromptTooLongError
@@ -80,14 +79,14 @@ def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
     choice: Any = body.tool_choice or "auto"
     if not isinstance(choice, str):
         choice = dict(plain(choice))
-    structured = _structured(body)
-    if choice != "none" and body.parallel_tool_calls is False and structured is None:
-        structured = tool_spec(tools or (), choice, parallel=False)
-        choice = "auto" if structured is not None else choice
-    params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=structured)
+    params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=_structured(body))
     asked = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt)
+    chat = partial(
+        reader.chat, messages, asked=asked, tools=tools, tool_choice=choice,
+        parallel=body.parallel_tool_calls is not False,
+    )  # fmt: skip
     try:
-        return reader.chat(messages, params, asked, None, tools, choice)
+        return chat(params=params)
     except PromptTooLongError:
         raise
     except EngineError:
@@ -95,9 +94,7 @@ def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
             raise
     assert reader.tokenizer is not None
     length = len(reader.tokenizer.encode_chat(messages, None if choice == "none" else tools))
-    return reader.chat(
-        messages, replace(params, max_tokens=_room(state, length, params)), asked, None, tools, choice
-    )
+    return chat(params=replace(params, max_tokens=_room(state, length, params)))
 
 
 def _room(state: State, length: int, params: SamplingParams) -> int:

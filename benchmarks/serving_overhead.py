@@ -1,9 +1,10 @@
 """What the server costs over the bare engine, and how it comes back after kill -9. Records in JSON.
 
-    python benchmarks/serving_overhead.py --streams 32 --rounds 7 --json FILE
+    python benchmarks/serving_overhead.py --streams 32 --answers 4 --rounds 7 --json FILE
 
-overhead    so many streams of the bundled model at once, by turns straight to the engine's thread and over HTTP,
-            in one process and with the same settings; the clients are a process of their own, on the same cores
+overhead    so many streams of the bundled model at once, of so many answers each, one after the other; by turns
+            straight to the engine's thread and over HTTP, in one process and with the same settings. The clients
+            are a process of their own, on the same cores
 kill -9     in mid-answer: what the client sees, and seconds until a new server is ready
 page        time to the first byte of `/`, if there is a page
 """
@@ -22,60 +23,79 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from serving_clients import Client, Server, place, post
 
-TOKENS = 128
+LENGTHS = (64, 192)  # tokens of an answer, at least and at most
 
 
-def bodies(streams: int, seed: int) -> list[dict[str, Any]]:
-    """Requests that all take the same: prompts of 16 ids, answers of 128 tokens."""
+def questions(streams: int, answers: int, seed: int) -> list[list[dict[str, Any]]]:
+    """What each stream asks for: prompts of 16 ids, answers of different lengths, so that no two go in step."""
     dice = random.Random(seed)
-    prompts = [[1, *(dice.randrange(10, 4000) for _ in range(15))] for _ in range(streams)]
-    return [{"prompt": p, "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, "stream": True}
-            for p in prompts]  # fmt: skip
+
+    def question() -> dict[str, Any]:
+        prompt = [1, *(dice.randrange(10, 4000) for _ in range(15))]
+        return {"prompt": prompt, "max_tokens": dice.randint(*LENGTHS), "ignore_eos": True, "temperature": 0,
+                "stream": True}  # fmt: skip
+
+    return [[question() for _ in range(answers)] for _ in range(streams)]
 
 
 async def clients(port: int) -> None:
-    """The process of the clients: a line "STREAMS SEED" is answered with the seconds that these took."""
+    """The process of the clients: a line "STREAMS ANSWERS SEED" is answered with the seconds that these took."""
     connections: list[Client] = []
+
+    async def stream(client: Client, asked: Sequence[bytes]) -> None:
+        for data in asked:
+            answer = await client.ask(data)
+            assert answer.status == 200
+            assert answer.whole
+            assert not answer.failed
+
     while line := await asyncio.to_thread(sys.stdin.readline):
-        streams, seed = map(int, line.split())
+        streams, answers, seed = map(int, line.split())
         while len(connections) < streams:
             connections.append(await Client.connect(port))
-        asked = [post("/v1/completions", body) for body in bodies(streams, seed)]
+        asked = [[post("/v1/completions", body) for body in own] for own in questions(streams, answers, seed)]
         began = time.perf_counter()
-        answers = await asyncio.gather(*(c.ask(data) for c, data in zip(connections, asked, strict=True)))
+        await asyncio.gather(*(stream(c, own) for c, own in zip(connections, asked, strict=True)))
         print(time.perf_counter() - began, flush=True)
-        assert all(a.status == 200 and a.whole and not a.failed for a in answers)
 
 
-def bare(llm: Any, asked: Sequence[dict[str, Any]]) -> float:
-    """Seconds for the same requests, handed to the engine's thread."""
+def bare(llm: Any, asked: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """Seconds for the same, asked in the engine's thread."""
     from mistral_7b.engine.reading import Asked
     from mistral_7b.sampling_params import SamplingParams
 
     left, done = len(asked), threading.Event()
 
-    def sink(request: Any, pieces: Any) -> None:
+    def ask_next(own: Iterator[dict[str, Any]]) -> None:
         nonlocal left
-        left -= request.finished
-        if not left:
-            done.set()
+        if (body := next(own, None)) is None:
+            left -= 1
+            if not left:
+                done.set()
+            return
+        params = SamplingParams(max_tokens=body["max_tokens"], ignore_eos=True, temperature=0.0)
+
+        def sink(request: Any, pieces: Any) -> None:
+            if request.finished:
+                llm._commands.put(partial(ask_next, own))
+
+        llm.engine.add(llm.reader.text(body["prompt"], params, Asked(), sink))
 
     began = time.perf_counter()
-    for body in asked:
-        params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0)
-        request = llm.reader.text(body["prompt"], params, Asked(), sink)
-        llm._commands.put(lambda request=request: llm.engine.add(request))
+    for own in asked:
+        llm._commands.put(partial(ask_next, iter(own)))
     done.wait()
     return time.perf_counter() - began
 
 
-def overhead(streams: int, rounds: int) -> dict[str, Any]:
+def overhead(streams: int, answers: int, rounds: int) -> dict[str, Any]:
     """By turns, after a round of each that warms up."""
     from mistral_7b.engine.async_llm import AsyncLLM
     from mistral_7b.engine.config import EngineConfig
@@ -96,18 +116,21 @@ def overhead(streams: int, rounds: int) -> dict[str, Any]:
         assert other.stdout is not None
         pairs = []
         for seed in range(rounds + 1):
-            direct = bare(llm, bodies(streams, seed))
-            print(streams, seed, file=other.stdin, flush=True)
-            pairs.append((direct, float(other.stdout.readline())))
+            asked = questions(streams, answers, seed)
+            tokens = sum(body["max_tokens"] for own in asked for body in own)
+            direct = tokens / bare(llm, asked)
+            print(streams, answers, seed, file=other.stdin, flush=True)
+            pairs.append((direct, tokens / float(other.stdout.readline())))
         other.stdin.close()
     server.stop()
     thread.join()
     asyncio.run(llm.close())
-    ratios = sorted(direct / served for direct, served in pairs[1:])
+    ratios = sorted(served / direct for direct, served in pairs[1:])
     return {
-        "streams": streams, "tokens_each": TOKENS, "seconds": pairs[1:],
-        "bare_tokens_a_second": streams * TOKENS / statistics.median(d for d, _ in pairs[1:]),
-        "served_tokens_a_second": streams * TOKENS / statistics.median(s for _, s in pairs[1:]),
+        "streams": streams, "answers_each": answers, "tokens_an_answer": LENGTHS,
+        "tokens_a_second": [{"bare": direct, "served": served} for direct, served in pairs[1:]],
+        "bare_tokens_a_second": statistics.median(direct for direct, _ in pairs[1:]),
+        "served_tokens_a_second": statistics.median(served for _, served in pairs[1:]),
         "ratio_median": statistics.median(ratios), "ratio_least": ratios[0], "ratio_most": ratios[-1],
     }  # fmt: skip
 
@@ -117,7 +140,7 @@ def killed() -> dict[str, Any]:
 
     async def watch(server: Server) -> dict[str, Any]:
         client = await Client.connect(server.port)
-        answer = client.ask(post("/v1/completions", {**bodies(1, 0)[0], "max_tokens": 4000}))
+        answer = client.ask(post("/v1/completions", {**questions(1, 1, 0)[0][0], "max_tokens": 4000}))
         while client.answer.events < 3:
             await asyncio.sleep(0.01)
         server.end()
@@ -152,6 +175,7 @@ def page() -> dict[str, Any] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--answers", type=int, default=4, help="of each stream, one after the other")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--clients-of", type=int, metavar="PORT", help=argparse.SUPPRESS)
@@ -159,7 +183,12 @@ def main() -> None:
     if args.clients_of:
         asyncio.run(clients(args.clients_of))
         return
-    record = {**place(), "overhead": overhead(args.streams, args.rounds), "killed": killed(), "page": page()}
+    record = {
+        **place(),
+        "overhead": overhead(args.streams, args.answers, args.rounds),
+        "killed": killed(),
+        "page": page(),
+    }
     record["load_after"] = place()["load"]
     text = json.dumps(record, indent=1)
     print(text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from .errors import Mistral7BError
 from .sampling import History, Logprob, Row, SamplingParams, uniforms
@@ -103,6 +104,18 @@ class TextPiece:
 
     def __str__(self) -> str:
         return self.text
+
+    @staticmethod
+    def joined(pieces: Sequence[TextPiece]) -> TextPiece:
+        """Pieces of one completion, at least one and in order, as one."""
+        if len(pieces) == 1:
+            return pieces[0]
+        last = pieces[-1]
+        tokens = tuple(chain.from_iterable([p.token_ids for p in pieces]))
+        logprobs = tuple(chain.from_iterable([p.logprobs for p in pieces]))
+        calls = tuple(chain.from_iterable([p.tool_calls for p in pieces]))
+        text = "".join([p.text for p in pieces])
+        return TextPiece(text, last.index, tokens, last.finish_reason, last.stop_reason, logprobs, calls)
 
 
 class StopTexts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
-import os
 import pathlib
 import sys
 from typing import Annotated
@@ -79,8 +78,6 @@ def run(argv: list[str]) -> int:
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}: pip install 'mistral-7b[serve]'")
 
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read when oneDNN is first used
-        os.environ.setdefault(name, "64")  # numbers of rows to keep code for: 1024, the usual, take 300 MB
     from ..server.serve import bind, url_of
 
     sock = bind(config)  # before the model is loaded: a port that is taken is said at once

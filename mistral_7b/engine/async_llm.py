@@ -36,6 +36,7 @@ from .config import EngineConfig
 from .llm import EmbeddingOutput, open_engine
 from .reading import Asked, Messages, ToolChoice, Tools
 from .request import Request
+from .threads import release
 
 Command = Callable[[], None]
 
@@ -47,7 +48,44 @@ class _Mailbox:
         self.pieces: deque[TextPiece] = deque()
         self.news = asyncio.Event()
         self.loop = asyncio.get_running_loop()
+        self.resting = False  # until a time is up, only the end is news
         self.ended = False
+
+    def take(self) -> list[TextPiece]:
+        """What has come, as one piece of each completion."""
+        come: dict[int, list[TextPiece]] = {}
+        for _ in range(len(self.pieces)):  # the engine's thread adds more meanwhile
+            piece = self.pieces.popleft()
+            come.setdefault(piece.index, []).append(piece)
+        return [TextPiece.joined(pieces) for pieces in come.values()]
+
+    def announce(self) -> None:
+        """There is something new, or there may be."""
+        if self.ended or not self.resting:
+            self.news.set()
+
+    def rested(self) -> None:
+        """The time is up."""
+        self.resting = False
+        if self.pieces:
+            self.news.set()
+
+    async def wait(self, rest: float) -> None:
+        """For news: the end at once, and others when `rest` seconds are over."""
+        self.news.clear()
+        if self.ended:
+            return
+        if rest > 0:
+            self.resting = True
+            timer = self.loop.call_at((self.loop.time() // rest + 1) * rest, self.rested)
+        elif self.pieces:
+            return
+        try:
+            await self.news.wait()
+        finally:
+            if rest > 0:
+                timer.cancel()
+                self.resting = False
 
 
 class AsyncLLM:
@@ -83,6 +121,7 @@ class AsyncLLM:
         self._lock = threading.Lock()
         self._why: EngineError | None = None  # nothing more can be asked
         self._threads = torch.get_num_threads()
+        release()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -135,20 +174,23 @@ class AsyncLLM:
             pass
         return EmbeddingOutput(request.embedding(normalize), request.ids)
 
-    async def follow(self, request: Request) -> AsyncGenerator[TextPiece, None]:
-        """Have a request of `reader` computed, and give out its pieces. Raises what it ends with, if not well."""
+    async def follow(
+        self, request: Request, rest: Callable[[], float] | None = None
+    ) -> AsyncGenerator[TextPiece, None]:
+        """Have a request of `reader` computed, and give out its pieces. Raises what it ends with, if not well.
+
+        What comes before it is taken comes as one piece. `rest`, asked after each, says for how many seconds no
+        more is wanted, unless it is the end: to be woken costs a fast model's reader more than to read.
+        """
         mailbox = _Mailbox()
         request.sink = lambda request, pieces: self._deliver(mailbox, request, pieces)
         self._submit(request, mailbox)
         try:
-            while True:
-                while mailbox.pieces:
-                    yield mailbox.pieces.popleft()
-                if mailbox.ended and not mailbox.pieces:
-                    break
-                mailbox.news.clear()
-                if not mailbox.pieces and not mailbox.ended:
-                    await mailbox.news.wait()
+            while not (mailbox.ended and not mailbox.pieces):
+                taken = mailbox.take()
+                for piece in taken:
+                    yield piece
+                await mailbox.wait(rest() if taken and rest is not None else 0)
             if request.error is not None:
                 raise request.error
         finally:
@@ -277,7 +319,8 @@ class AsyncLLM:
     def _deliver(self, mailbox: _Mailbox, request: Request, pieces: Sequence[TextPiece]) -> None:
         mailbox.pieces.extend(pieces)
         mailbox.ended = request.finished
-        self._touched[mailbox] = None
+        if mailbox.ended or not mailbox.resting:  # else it looks for itself when it has rested
+            self._touched[mailbox] = None
 
     def _wake(self) -> None:
         """Tell every event loop once about all its mailboxes with news."""
@@ -292,7 +335,7 @@ class AsyncLLM:
 
 def _announce(mailboxes: Sequence[_Mailbox]) -> None:
     for mailbox in mailboxes:
-        mailbox.news.set()
+        mailbox.announce()
 
 
 class _Grown:

@@ -1,9 +1,14 @@
 """From a plan to hidden states and logits: launched kernel by kernel, or as one recorded graph.
 
-A graph is replayed for steps in which every sequence feeds one token and none has an adapter: for most steps, once
-prompts are read. Sequences are filled up with rows of nobody to a number for which there is a graph:
+Where code is made for each number of rows, a step is filled up with rows of nobody to one of few numbers:
 
-    rows      1  2  4  8  16  24  32 ...       sequences, filled up
+    rows      1  2  4  8  16  24 ... 64  80  96 ...
+
+oneDNN makes such code, for bfloat16 on a CPU, and keeps it: some 200 MB where every number of rows comes up.
+
+On a GPU a graph is replayed for steps in which every sequence feeds one token and none has an adapter: for most
+steps, once prompts are read. There is one for each number of sequences, filled up in the same way, and of
+
     columns   64  256  1024 ...                of the table of pages, as the longest of them needs
 
 No row's result depends on those beside it (kernels/paged.py; docs/gpu.md says where products do), so filling up
@@ -18,6 +23,7 @@ from itertools import groupby
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..kernels.graph import WARM_UP, Recorder
 from ..model import Mistral7B
@@ -33,28 +39,35 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]  # from a step to wh
 
 
 class Forward:
-    """The model over the pages of a pool."""
+    """The model over the pages of a pool. With `fill` its steps have one of few numbers of rows."""
 
     aside = False  # whether the device computes while the host goes on: then the next step is launched meanwhile
 
-    def __init__(self, adapters: Adapters, pool: PagePool) -> None:
-        self.adapters, self.pool = adapters, pool
+    def __init__(self, adapters: Adapters, pool: PagePool, fill: bool = False) -> None:
+        self.adapters, self.pool, self.fill = adapters, pool, fill
         self.window = adapters.model.args.sliding_window
+        self.nobody = Nobody(np.array([pool.scratch]))
 
     def hidden(self, plan: Plan, tokens: Tensor) -> Tensor:
         """Final states (N, D) of a plan's tokens (N,), whose keys and values are then in its pages.
 
         They may lie where those of the next call will.
         """
-        with self.adapters.over([(s.request.adapter, n) for s, n in plan]) as model:
-            return model.hidden(tokens, PagedBatch(self.pool, self.window, plan))
+        n = len(tokens)
+        more = filled(n) - n if self.fill else 0
+        parts: list[tuple[Paged, int]] = [*plan, *[(self.nobody, 1)] * more]
+        with self.adapters.over([*((s.request.adapter, n) for s, n in plan), (None, more)]) as model:
+            return model.hidden(pad(tokens, (0, more)), PagedBatch(self.pool, self.window, parts))[:n]
 
     def logits(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Logits (R, V) of these rows, in their order, of hidden (N, D)."""
-        runs = groupby(rows, lambda row: row[1])
+        more = filled(len(rows)) - len(rows) if self.fill else 0
+        wanted = [*rows, *[(0, None)] * more]
+        runs = groupby(wanted, lambda row: row[1])
         with self.adapters.over([(adapter, len(list(run))) for adapter, run in runs]) as model:
-            whole = len(rows) == len(hidden)
-            return model.logits(hidden if whole else hidden[put([at for at, _ in rows], hidden.device)])
+            whole = len(wanted) == len(hidden)
+            some = hidden if whole else hidden[put([at for at, _ in wanted], hidden.device)]
+            return model.logits(some)[: len(rows)]
 
 
 class GraphForward(Forward):
@@ -66,14 +79,13 @@ class GraphForward(Forward):
         self, adapters: Adapters, pool: PagePool, config: EngineConfig, record: Record = lambda step: step
     ) -> None:
         super().__init__(adapters, pool)
-        self.sizes, self.record = sizes_up_to(config.max_sequences), record
-        self.nobody = Nobody(np.array([pool.scratch]))
+        self.most, self.record = config.max_sequences, record
         self.steps: dict[tuple[int, int], DecodeStep] = {}
 
     def hidden(self, plan: Plan, tokens: Tensor) -> Tensor:
         if len(tokens) > len(plan) or any(s.request.adapter is not None for s, _ in plan):
             return super().hidden(plan, tokens)
-        size = next(size for size in self.sizes if size >= len(plan))
+        size = min(filled(len(plan)), self.most)
         parts: list[tuple[Paged, int]] = [*plan, *[(self.nobody, 1)] * (size - len(plan))]
         longest, columns = max(s.stop for s, _ in plan), COLUMNS
         while columns < longest:
@@ -108,17 +120,21 @@ class DecodeStep:
         self.out.copy_(self.model.hidden(self.tokens, self.batch))
 
 
-def sizes_up_to(most: int) -> list[int]:
-    """Numbers of rows for which there are graphs."""
-    sizes = [n for n in (1, 2, 4) if n < most]
-    return [*sizes, *range(8, most, 8), most]
+def filled(n: int) -> int:
+    """The number of rows, among those for which code or a graph is made, that n are filled up to."""
+    if n <= 4:
+        return (0, 1, 2, 4, 4)[n]
+    step = 8 if n <= 64 else 16
+    return -(-n // step) * step
 
 
 def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> Forward:
     """How steps are computed where the pages lie. Nothing else in the engine asks which device that is."""
     device = pool.layers[0][0].device
     if device.type != "cuda":
-        return Forward(adapters, pool)
+        modules = adapters.model.modules()
+        fill = any(type(m) is torch.nn.Linear and m.weight.dtype == torch.bfloat16 for m in modules)
+        return Forward(adapters, pool, fill)
     recorder = Recorder(device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:

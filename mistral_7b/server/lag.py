@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 PERIOD = 0.01  # seconds: shorter delays harm nobody
 
@@ -16,17 +18,28 @@ async def watch(told: Callable[[float, float], None]) -> None:
     what its thread waited for a core that other processes had: what this process did to itself, by work in the
     loop or by other threads that kept Python's lock.
     """
-    while True:
-        due, starved = time.perf_counter() + PERIOD, _starved()
-        await asyncio.sleep(PERIOD)
-        late = max(0.0, time.perf_counter() - due)
-        told(late, max(0.0, late - (_starved() - starved)))
+    with _starvation() as starved:
+        waited = starved()
+        while True:
+            due = time.perf_counter() + PERIOD
+            await asyncio.sleep(PERIOD)
+            late = max(0.0, time.perf_counter() - due)
+            before, waited = waited, starved()
+            told(late, max(0.0, late - (waited - before)))
 
 
-def _starved() -> float:
-    """Seconds for which this thread could have run and had no core, ever; 0 where the system does not say."""
+@contextmanager
+def _starvation() -> Iterator[Callable[[], float]]:
+    """A function: for how many seconds this thread could have run and had no core, ever.
+
+    0 where the system does not say. The file stays open, as to open it takes longer than all else here.
+    """
     try:
-        with open("/proc/thread-self/schedstat", "rb") as file:
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, IndexError, ValueError):
-        return 0.0
+        file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+    except OSError:
+        yield lambda: 0.0
+        return
+    try:
+        yield lambda: int(os.pread(file, 100, 0).split()[1]) / 1e9
+    finally:
+        os.close(file)

@@ -68,8 +68,8 @@ class Server(uvicorn.Server):
         self.state: State = app.state.serving
         config = self.state.config
         super().__init__(uvicorn.Config(
-            app, http=connection_class(config), ws="none", lifespan="off", log_config=None, access_log=False,
-            server_header=False, proxy_headers=False, timeout_keep_alive=int(config.keep_alive),
+            app, loop="asyncio", http=connection_class(config), ws="none", lifespan="off", log_config=None,
+            access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=int(config.keep_alive),
             timeout_graceful_shutdown=LAST_WORDS,
         ))  # fmt: skip
         self._told = 0

@@ -30,6 +30,9 @@ GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has hung 
 ADMIN = "mistral_7b.admin"  # bool: whether it came with an admin key
 NOTES = "mistral_7b.notes"  # dict[str, Any]: what goes into the access log
 
+WRITES = 400
+LONGEST_REST = 0.1
+
 
 class Observer(Protocol):
     """Is told what happens, in the event loop's thread; times in seconds."""
@@ -84,6 +87,14 @@ class State:
             raise Refusal(404, f"there is no model {model!r:.100} here: there is {known}", param="model",
                           code="model_not_found")  # fmt: skip
         return model
+
+    def rest(self) -> float:
+        """Seconds that an answer waits, after some of it was written, for more to come together.
+
+        A write goes through many layers and keeps Python's lock from the engine's thread: all answers together
+        get so many a second, but none looks as if it stuttered.
+        """
+        return min(len(self.running) / WRITES, LONGEST_REST)
 
     def cut(self, why: Refusal) -> int:
         """End whatever is running; how many that were."""
@@ -160,7 +171,7 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
     reason, tokens = "abort", 0
     newest: dict[int, float] = {}  # when each completion's last piece came
     try:
-        async with aclosing(state.llm.follow(request)) as pieces:
+        async with aclosing(state.llm.follow(request, state.rest)) as pieces:
             async for piece in pieces:
                 now = time.perf_counter()
                 if not newest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mistral_7b.completion import RequestOutput
 from mistral_7b.engine.batch import Nobody, PagedBatch
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.flight import Plan
-from mistral_7b.engine.forward import COLUMNS, DecodeStep, Forward, GraphForward, sizes_up_to
+from mistral_7b.engine.forward import COLUMNS, DecodeStep, Forward, GraphForward, filled
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.reading import Asked
@@ -103,15 +104,13 @@ def _asked(name: str) -> Asked:
     return Asked(request_id=name)
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 6, 8, 9, 64, 70])
-def test_there_is_a_size_for_every_number_of_rows(most: int) -> None:
-    sizes = sizes_up_to(most)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == most
-    assert len(sizes) <= 4 + most / 8
-    for n in range(1, most + 1):
-        size = next(s for s in sizes if s >= n)
-        assert size - n < max(8, n)
+def test_rows_are_filled_up_to_few_numbers_and_by_few() -> None:
+    sizes = [filled(n) for n in range(1, 513)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) <= 3 + 8 + (512 - 64) / 16
+    for n, size in enumerate(sizes, 1):
+        assert filled(size) == size >= n
+        assert size - n < max(8, n / 4)
         assert n > 2 or size == n
 
 
@@ -165,12 +164,7 @@ def test_a_graph_for_each_size_and_width_recorded_when_it_is_needed() -> None:
 def test_prompts_guesses_and_adapters_are_computed_as_they_come() -> None:
     llm = llm_of(prefix_caching=False)
     forward = in_graphs(llm)
-    draw = torch.Generator().manual_seed(0)
-    args = llm.engine.model.args
-    factors = Factors(
-        torch.randn(2, args.dim, generator=draw), torch.randn(args.hidden_dim, 2, generator=draw), 0.5
-    )
-    llm.engine.adapters.load("a", Adapter({"layers.0.feed_forward.w1": factors}))
+    llm.engine.adapters.load("a", adapter_of(llm))
     prompt = [3, 4, 5, 6] * 6
     adapted = llm.generate(prompt, GREEDY, adapter="a")
     assert not forward.steps
@@ -212,3 +206,49 @@ def test_it_is_captured_on_a_gpu() -> None:
     assert replays
     assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in replays)
     llm.engine.check()
+
+
+def test_steps_filled_up_give_what_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, whose rows do not depend on how many there are; with an adapter, and prompts in chunks."""
+    outputs, sizes = [], []
+    hidden = Mistral7B.hidden
+    for fill in (False, True):
+        seen: set[int] = set()
+
+        def noted(self: Mistral7B, tokens: Tensor, *rest: Any, seen: set[int] = seen, **more: Any) -> Tensor:
+            seen.add(len(tokens))
+            return hidden(self, tokens, *rest, **more)
+
+        monkeypatch.setattr(Mistral7B, "hidden", noted)
+        llm = llm_of()
+        engine = llm.engine
+        engine.forward = Forward(engine.adapters, engine.pool, fill)
+        engine.adapters.load("a", adapter_of(llm))
+        asked = [Asked(adapter="a" if i % 3 == 1 else None) for i in range(len(NINE))]
+        outputs.append(llm.generate(prompts_of(NINE), replace(GREEDY, logprobs=2), asked=asked))
+        sizes.append(seen)
+    assert sizes[1] == {filled(n) for n in sizes[1]}
+    assert sizes[0] - sizes[1]
+    for plainly, full in zip(*outputs, strict=True):
+        assert plainly.outputs[0].token_ids == full.outputs[0].token_ids
+        for one, other in zip(plainly.outputs[0].logprobs, full.outputs[0].logprobs, strict=True):
+            assert one.keys() == other.keys()
+            assert all(abs(one[t].logprob - other[t].logprob) < 1e-10 for t in one)
+
+
+def adapter_of(llm: LLM) -> Adapter:
+    draw, args = torch.Generator().manual_seed(0), llm.engine.model.args
+    factors = Factors(
+        torch.randn(2, args.dim, generator=draw), torch.randn(args.hidden_dim, 2, generator=draw), 0.5
+    )
+    return Adapter({"layers.0.feed_forward.w1": factors})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "fill"), [("bfloat16", None, True), ("bfloat16", "int8", False), ("float32", None, False)]
+)
+def test_steps_are_filled_up_where_code_is_made_for_each_shape(dtype: str, kind: Any, fill: bool) -> None:
+    model = tiny_model(tiny_args(), getattr(torch, dtype))
+    if kind:
+        quantize(model, Scheme(kind))
+    assert LLM(model, EngineConfig(kv_cache_bytes=1 << 22)).engine.forward.fill == fill

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ..errors import ConfigError
@@ -83,6 +84,20 @@ class ServerConfig:
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+def traces_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's variables say where traces go. ConfigError where they ask for another protocol."""
+    off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    kinds = environ.get("OTEL_TRACES_EXPORTER", "") or "otlp"
+    place = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if off or "otlp" not in kinds or not place:
+        return False
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    if protocol not in (None, "", "http/protobuf"):
+        raise ConfigError(f"traces are sent as http/protobuf, not as {protocol}: set OTEL_EXPORTER_OTLP_PROTOCOL, "
+                          "and the endpoint's port for HTTP, which is 4318 for most collectors")  # fmt: skip
+    return True
 
 
 def read_keys(given: tuple[str, ...], file: str, variable: str) -> tuple[str, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import pathlib
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -107,13 +109,20 @@ def read_keys(given: tuple[str, ...], file: str, variable: str) -> tuple[str, ..
     """
     keys = list(given)
     if file:
-        lines = (
-            line.split("#")[0].strip() for line in pathlib.Path(file).read_text(encoding="utf-8").splitlines()
-        )
-        found = [line for line in lines if line]
-        if not found:
-            raise ConfigError(f"{file} holds no key: write one on each line")
-        keys += found
+        keys += _keys_in(pathlib.Path(file))
     if value := os.environ.get(variable, "").strip():
         keys.append(value)
     return tuple(dict.fromkeys(keys))
+
+
+def _keys_in(file: pathlib.Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{file} is no text: write a key on each line") from e
+    keys = [key for line in text.splitlines() if (key := line.split("#")[0].strip())]
+    if not keys:
+        raise ConfigError(f"{file} holds no key: write one on each line")
+    if os.name == "posix" and file.stat().st_mode & stat.S_IROTH:
+        logging.getLogger("mistral_7b.server").warning("every user of this machine may read %s: chmod 600", file)
+    return keys

@@ -138,14 +138,18 @@ def slow_body(dice: random.Random) -> Case:
 def header_bomb(dice: random.Random) -> Case:
     line = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
     size = dice.randint(90_000, 400_000)
-    bombs = (
+    large = (
         f"{line}X-Bomb: {'a' * size}\r\n\r\n", line + "".join(f"X-{i}: b\r\n" for i in range(size // 8)) + "\r\n",
         f"{line}Cookie: {'a=b; ' * (size // 5)}\r\n\r\n", f"GET /{'a' * size} HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        f"{line}{'a' * size}: b\r\n\r\n", f"{line}{' folded' * 20}\r\nno colon\r\n\r\n",
+        f"{line}{'a' * size}: b\r\n\r\n",
+    )  # fmt: skip
+    wrong = (
+        f"{line}{' folded' * 20}\r\nno colon\r\n\r\n",
         f"{line}Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef", f"{line}Content-Length: -5\r\n\r\n",
         f"{line}X: a\x00b\r\n\r\n", f"{line}Transfer-Encoding: squeezed\r\n\r\n", "GET / HTTP/1.1\r\n\r\n",
     )  # fmt: skip
-    return whole(dice.choice(bombs).encode())
+    bomb = dice.choice(large + wrong)
+    return whole(bomb.encode(), 431 if bomb in large else 400)
 
 
 def unknown_fields(dice: random.Random) -> Case:

@@ -7,13 +7,16 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ..engine.config import EngineConfig
-from ..server.config import ServerConfig, read_keys
+from ..server.config import ServerConfig, read_keys, traces_wanted
 from .inputs import ModelName, ModelOptions, UsageError, busy, read_flags
+
+if TYPE_CHECKING:
+    from ..server.tracing import Spans
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -72,7 +75,7 @@ class Serve(ModelOptions):
 
 def run(argv: list[str]) -> int:
     args = read_flags(Serve, "serve", argv)
-    config = _config(args)
+    config, traced = _config(args), traces_wanted(os.environ)
     adapters = dict(_adapter(text) for text in args.adapters)
     missing = [name for name in ("fastapi", "uvicorn", "llguidance") if importlib.util.find_spec(name) is None]
     if missing:
@@ -92,10 +95,15 @@ def run(argv: list[str]) -> int:
     with busy("preparing"):
         llm = AsyncLLM(model, engine, tokenizer=tokenizer, adapters=adapters)
     log_to_stderr(access=not args.quiet)
-    server = Server(build(llm, config, args.name or pathlib.Path(args.model).name))
+    name = args.name or pathlib.Path(args.model).name
+    app = build(llm, config, name)
+    spans = app.state.serving.trace = _spans(name) if traced else None
+    server = Server(app)
     print(f"mistral-7b: serving {args.model} at {url_of(sock)} (Ctrl-C ends it)", file=sys.stderr, flush=True)
     server.run(sockets=[sock])
     asyncio.run(llm.close())
+    if spans is not None:
+        spans.close()
     return 0
 
 
@@ -110,6 +118,19 @@ def _config(args: Serve) -> ServerConfig:
             file=sys.stderr,
         )
     return config
+
+
+def _spans(model_name: str) -> Spans | None:
+    """What makes spans of requests; None, and a line about it, where OpenTelemetry is not installed.
+
+    The variables that ask for traces may be meant for all programs of a machine: they keep none from starting.
+    """
+    try:
+        from ..server.tracing import Spans
+    except ModuleNotFoundError:
+        print("mistral-7b: no traces are sent: pip install 'mistral-7b[otel]'", file=sys.stderr)
+        return None
+    return Spans(model_name)
 
 
 def _adapter(text: str) -> tuple[str, str]:

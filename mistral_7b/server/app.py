@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from .. import __version__
@@ -18,6 +22,8 @@ from .problems import Refusal, invalid, refusal
 from .routes import json_answer
 from .state import State
 
+# FastAPI's own spans and logs quote what clients send, and know nothing of models: tracing.py has ours.
+OWN_SPANS: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 ROUTERS = (openai, anthropic, tokens, adapters, metrics, health, page)
 
 
@@ -28,14 +34,27 @@ def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "
     state = State(llm, config or ServerConfig(), model_name)
     app = FastAPI(
         title="mistral_7b", version=__version__, docs_url=None, redoc_url=None,  # they load scripts from outside
+        openapi_url=None, telemetry=OWN_SPANS,
         responses=documented(400, 401, 403, 404, 408, 413, 429, 500, 503), separate_input_output_schemas=False,
     )  # fmt: skip
     app.state.serving = state
     for room in ROUTERS:
         app.include_router(room.router(state))
+    _install_document(app)
     _install_problems(app)
     app.add_middleware(Guard, state=state)
     return app
+
+
+def _install_document(app: FastAPI) -> None:
+    """GET /openapi.json, made when it is first asked for, and in a thread: it takes a third of a second."""
+    made: list[bytes] = []
+
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
+    async def document() -> Response:
+        if not made:
+            made.append(await asyncio.to_thread(lambda: to_json(app.openapi())))
+        return json_answer(made[0])
 
 
 def _install_problems(app: FastAPI) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import pathlib
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ..errors import ConfigError
@@ -85,6 +88,20 @@ class ServerConfig:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
+def traces_wanted(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's variables say where traces go. ConfigError where they ask for another protocol."""
+    off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    kinds = environ.get("OTEL_TRACES_EXPORTER", "") or "otlp"
+    place = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if off or "otlp" not in kinds or not place:
+        return False
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    if protocol not in (None, "", "http/protobuf"):
+        raise ConfigError(f"traces are sent as http/protobuf, not as {protocol}: set OTEL_EXPORTER_OTLP_PROTOCOL, "
+                          "and the endpoint's port for HTTP, which is 4318 for most collectors")  # fmt: skip
+    return True
+
+
 def read_keys(given: tuple[str, ...], file: str, variable: str) -> tuple[str, ...]:
     """Keys as they are given, and those of a file (one a line, # begins a comment) and a variable.
 
@@ -92,13 +109,20 @@ def read_keys(given: tuple[str, ...], file: str, variable: str) -> tuple[str, ..
     """
     keys = list(given)
     if file:
-        lines = (
-            line.split("#")[0].strip() for line in pathlib.Path(file).read_text(encoding="utf-8").splitlines()
-        )
-        found = [line for line in lines if line]
-        if not found:
-            raise ConfigError(f"{file} holds no key: write one on each line")
-        keys += found
+        keys += _keys_in(pathlib.Path(file))
     if value := os.environ.get(variable, "").strip():
         keys.append(value)
     return tuple(dict.fromkeys(keys))
+
+
+def _keys_in(file: pathlib.Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{file} is no text: write a key on each line") from e
+    keys = [key for line in text.splitlines() if (key := line.split("#")[0].strip())]
+    if not keys:
+        raise ConfigError(f"{file} holds no key: write one on each line")
+    if os.name == "posix" and file.stat().st_mode & stat.S_IROTH:
+        logging.getLogger("mistral_7b.server").warning("every user of this machine may read %s: chmod 600", file)
+    return keys

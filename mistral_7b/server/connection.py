@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from http import HTTPStatus
 from typing import Any
 
+import h11
+from uvicorn.protocols.http.h11_impl import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE as HEAD
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .config import ServerConfig
 from .problems import Refusal
 
 BUFFER = 1 << 16  # bytes written and not yet taken, in the process and in the kernel each
-
 PIECE = 1 << 14  # bytes that are read at once: a head is held to its limit only where a piece ends
 
 
@@ -75,10 +77,15 @@ class Connection(H11Protocol):
             self._stuck = None
 
     def send_400_response(self, msg: str) -> None:
+        """What came is not to be had: called where h11's error about it is being handled."""
         if self._busy and self.cycle.response_started:
             self.transport.close()
         else:
-            self._say(Refusal(400, "this is no HTTP that can be understood", code="bad_http"))
+            error = sys.exception()
+            if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
+                self._say(Refusal(431, f"the request's head is larger than {HEAD} bytes", code="head_too_large"))
+            else:
+                self._say(Refusal(400, "this is no HTTP that can be understood", code="bad_http"))
 
     @property
     def _busy(self) -> bool:

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .config import ServerConfig
 from .keys import Door
 from .problems import CLIENT_GONE, ClientGoneError, Refusal, refusal
-from .state import ADMIN, GONE, NOTES, State
+from .state import ADMIN, GONE, NOTES, Answered, State
 
 logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")
@@ -91,7 +91,7 @@ class _Visit:
             self.admit()
         except Refusal as e:
             await self.refuse(e)
-            self.log()
+            self.end()
             return
         self.state.active += 1
         try:
@@ -99,7 +99,7 @@ class _Visit:
         finally:
             self.state.active -= 1
             self.guard.leave(self.size)
-            self.log()
+            self.end()
 
     # ------------------------------------------------------------------ by the headers
 
@@ -130,7 +130,7 @@ class _Visit:
     def allow(self, origin: str | None) -> None:
         if origin is not None:
             self.cors = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin"),
-                         (b"access-control-expose-headers", b"x-request-id, retry-after")]  # fmt: skip
+                         (b"access-control-expose-headers", b"x-request-id, request-id, retry-after")]  # fmt: skip
 
     # ------------------------------------------------------------------ inside
 
@@ -209,6 +209,8 @@ class _Visit:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message.get("headers", []), (b"x-request-id", self.id), *HEADERS, *self.cors]
+            if self.path.startswith("/v1/messages"):
+                headers.append((b"request-id", self.id))  # where Anthropic's clients look for it
             message = {**message, "headers": headers}
         await self._send(message)
 
@@ -234,13 +236,24 @@ class _Visit:
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
         await self.send({"type": "http.response.body", "body": body})
 
-    def log(self) -> None:
+    # ------------------------------------------------------------------ what is told of it
+
+    def end(self) -> None:
+        """It has been answered, or whoever asked has gone: count it, and write it down."""
+        seconds = time.perf_counter() - self.began
+        status = CLIENT_GONE if self.gone.done() and not self.gone.cancelled() else self.status
+        route: str = getattr(self.scope.get("route"), "path_format", "")
+        self.state.metrics.answered(route, self.scope["method"], status, seconds)
+        if self.state.trace is not None:
+            self.state.trace(Answered(self.scope, self.id.decode(), route, status, self.began, seconds))
+        self.log(status, seconds)
+
+    def log(self, status: int, seconds: float) -> None:
         """A line of the access log: who, what, how it went; no text of a prompt, unless that was asked for."""
         client = self.scope.get("client")
         notes: dict[str, Any] = self.scope.get(NOTES, {})
-        status = CLIENT_GONE if self.gone.done() and not self.gone.cancelled() else self.status
         access.info("request", extra={"fields": {
             "id": self.id.decode(), "client": client[0] if client else None, "method": self.scope["method"],
-            "path": self.path[:200], "status": status, "seconds": round(time.perf_counter() - self.began, 4),
-            "received": self.size, **notes,
+            "path": self.path[:200], "status": status, "seconds": round(seconds, 4), "received": self.size,
+            **notes,
         }})  # fmt: skip

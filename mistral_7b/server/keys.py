@@ -72,7 +72,7 @@ class Door:
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         allowed = self.config.allowed_hosts or (OWN_NAMES if self.config.loopback else ())
         if host and allowed and name not in allowed and host not in allowed:
-            raise Refusal(403, f"this server is not called {name!r:.100} (--allowed-hosts says what it is called)",
+            raise Refusal(403, f"this server is not called {name!r:.100} (--allowed-host says what it is called)",
                           code="host_not_allowed")  # fmt: skip
 
     def origin_of(self, headers: Headers) -> str | None:

@@ -24,12 +24,15 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(access: bool = True) -> None:
-    """Write this package's log lines and uvicorn's warnings; `access`: a line for each request too."""
+    """Write this package's log lines, uvicorn's errors and OpenTelemetry's warnings.
+
+    `access`: a line for each request too.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     ours = logging.getLogger("mistral_7b")
     ours.setLevel(logging.INFO)
-    for name in ("mistral_7b", "uvicorn.error"):
+    for name in ("mistral_7b", "uvicorn.error", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

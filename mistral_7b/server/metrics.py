@@ -3,8 +3,9 @@
     the engine     requests running and waiting, pages, tokens, preemptions, guesses     read at each scrape
     the loop       how late it comes round                                               a hundred times a second
     `answer`       time to first token, between tokens, in all, in the queue; endings    Observer's calls
+    the guard      HTTP requests by route, method and status                             one more such call
 
-No label takes a value that a client chose.
+No label takes a value that a client chose: a route is one of the app's templates, a method one that HTTP names.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ..engine.request import Request
 from .state import State
 
 PREFIX = "mistral_7b_"
-REASONS = ("stop", "length", "abort", "timeout", "shutdown", "error")
+REASONS = ("stop", "length", "abort", "timeout", "shutdown", "refused", "error")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
 TO_FIRST_TOKEN = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 20, 30, 45, 60, 90, 120, 240, 480, 960)
@@ -69,6 +71,14 @@ class Metrics:
             )
         ]
         self._most = [0.0, 0.0]
+        self._answered = Counter(
+            PREFIX + "http_requests", "HTTP requests that were answered", ["route", "method", "status"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._took = Histogram(
+            PREFIX + "http_request_duration_seconds", "From a request's head to the end of its answer",
+            ["route", "method"], buckets=WHOLE, registry=self.registry,
+        )  # fmt: skip
 
     def _histogram(self, name: str, help: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(PREFIX + name, help, buckets=tuple(buckets), registry=self.registry)
@@ -85,11 +95,18 @@ class Metrics:
 
     def ended(self, request: Request, reason: str, seconds: float) -> None:
         self._finished.labels(reason if reason in REASONS else "error").inc()
+        if reason == "refused":  # it took no time, and would make answers look faster than they are
+            return
         self._whole.observe(seconds)
         if (queued := request.metrics.queue_time) is not None:
             self._queued.observe(queued)
         if request.pooling is None:
             self._answer.observe(sum(len(c.token_ids) for c in request.completions))
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        route, method = route or "none", method if method in METHODS else "other"
+        self._answered.labels(route, method, str(status)).inc()
+        self._took.labels(route, method).observe(seconds)
 
     def lagged(self, late: float, blocked: float) -> None:
         self._lag.observe(late)

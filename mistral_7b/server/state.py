@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
+from starlette.types import Scope
 
 from ..completion import TextPiece
 from ..engine.async_llm import AsyncLLM
@@ -29,6 +30,7 @@ from .problems import ClientGoneError, Refusal
 GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has hung up
 ADMIN = "mistral_7b.admin"  # bool: whether it came with an admin key
 NOTES = "mistral_7b.notes"  # dict[str, Any]: what goes into the access log
+REQUESTS = "mistral_7b.requests"  # list[Request]: what the engine was asked
 
 WRITES = 400
 LONGEST_REST = 0.1
@@ -41,7 +43,12 @@ class Observer(Protocol):
     def first_token(self, request: Request, seconds: float) -> None: ...
     def inter_token(self, seconds: float) -> None: ...
     def ended(self, request: Request, reason: str, seconds: float) -> None:
-        """`reason`: "stop", "length", "abort" (the client has gone), "timeout", "shutdown" or "error"."""
+        """`reason`: "stop", "length", "abort" (the client has gone), "timeout", "shutdown", "refused" (the queue
+        was full) or "error"."""
+        ...
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """An HTTP request has been answered. `route`: the template of its path, "" where it came to none."""
         ...
 
     def lagged(self, late: float, blocked: float) -> None:
@@ -56,7 +63,23 @@ class Silent:
     def first_token(self, request: Request, seconds: float) -> None: ...
     def inter_token(self, seconds: float) -> None: ...
     def ended(self, request: Request, reason: str, seconds: float) -> None: ...
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None: ...
     def lagged(self, late: float, blocked: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An HTTP request that has been answered, or whose client has gone, for whoever traces such.
+
+    `route` as in Observer.answered; `began` in seconds of `time.perf_counter`, `seconds` from then on.
+    """
+
+    scope: Scope
+    id: str
+    route: str
+    status: int
+    began: float
+    seconds: float
 
 
 @dataclass
@@ -69,6 +92,7 @@ class State:
     started: float = field(default_factory=time.time)
     draining: bool = False
     metrics: Observer = field(default_factory=Silent)
+    trace: Callable[[Answered], None] | None = None
     running: set[Running] = field(default_factory=set)
     active: int = 0  # HTTP requests inside the guard
     held: int = 0  # bytes of their bodies
@@ -186,6 +210,9 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
             reason = running.reason
             raise running.why
         reason = "stop" if request.pooling else reason
+    except QueueFullError:
+        reason = "refused"
+        raise
     except Exception as e:
         reason = running.reason if running.why is e else "error"
         raise
@@ -204,6 +231,7 @@ def _note(state: State, http_request: HttpRequest, request: Request, reason: str
     notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + len(request.ids)
     notes["completion_tokens"] = notes.get("completion_tokens", 0) + tokens
     notes["reason"] = reason
+    http_request.scope.setdefault(REQUESTS, []).append(request)
     if state.config.log_prompts:
         tokenizer = state.llm.tokenizer
         text = request.prompt if request.prompt is not None or tokenizer is None else tokenizer.decode(request.ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import sys
 import time
@@ -53,7 +54,10 @@ def test_a_head_is_held_to_its_limit_however_fast_it_comes(patient: Serving, siz
         b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nX: %s\r\n\r\n",
     ):
-        assert patient.raw(head % (b"a" * size), 2).startswith(b"HTTP/1.1 400 ")
+        said = patient.raw(head % (b"a" * size), 2)
+        assert said.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+        error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
+        assert (error["code"], list(error)) == ("head_too_large", ["message", "type", "param", "code"])
 
 
 def test_a_body_that_is_too_large_is_free_without_the_collector(patient: Serving) -> None:

@@ -13,6 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import serving
 
+from mistral_7b.engine.config import EngineConfig
+
 DASHBOARD = pathlib.Path(__file__).parents[2] / "deploy" / "grafana.json"
 ASK = {"messages": [{"role": "user", "content": "Say something, and then say it again."}], "temperature": 0}
 Samples = dict[tuple[str, str], float]
@@ -77,12 +79,62 @@ def test_what_was_done_is_counted(client: httpx.Client) -> None:
     assert 0 < after["time_to_first_token_seconds_sum", ""] <= after["request_latency_seconds_sum", ""]
 
 
+def test_http_requests_are_counted_by_template_method_and_status(client: httpx.Client) -> None:
+    before = scrape(client)
+    asked = [
+        ("GET", "/v1/models", 200), ("GET", "/v1/models/tiny", 200), ("GET", "/v1/models/other", 404),
+        ("PUT", "/v1/models", 405), ("POST", "/v1/completions", 400), ("GET", "/nowhere", 404),
+        ("BREW", "/v1/models", 405), ("HEAD", "/", 200),
+    ]  # fmt: skip
+    for method, path, status in asked:
+        assert client.request(method, path).status_code == status
+    after = scrape(client)
+
+    def grown(route: str, method: str, status: str) -> float:
+        sample = "http_requests_total", f"{method},{route},{status}"
+        return after[sample] - before.get(sample, 0)
+
+    assert grown("/v1/models", "GET", "200") == grown("/v1/models/{name}", "GET", "200") == 1
+    assert grown("/v1/models/{name}", "GET", "404") == grown("/v1/models", "PUT", "405") == 1
+    assert grown("/v1/completions", "POST", "400") == grown("none", "GET", "404") == 1
+    assert grown("/v1/models", "other", "405") == grown("/", "HEAD", "200") == 1
+    assert after["http_request_duration_seconds_count", "POST,/v1/completions"] >= 1
+    assert not any("nowhere" in labels or "BREW" in labels for _, labels in after)
+
+
+def test_who_finds_the_queue_full_is_refused_and_no_error(client: httpx.Client) -> None:
+    engine = EngineConfig(max_sequences=1, max_batch_tokens=16, page_size=4, max_waiting=1)
+    with serving(engine=engine) as it, httpx.Client(base_url=it.url, timeout=30) as client:
+        before = scrape(client)
+        body = {"prompt": ["a", "b", "c", "d"], "max_tokens": 1000, "ignore_eos": True}
+        assert client.post("/v1/completions", json=body).status_code == 429
+        it.idle()
+        after = scrape(client)
+    ends = {
+        labels: after[name, labels] - before[name, labels]
+        for name, labels in after
+        if name == "requests_finished_total"
+    }
+    assert ends["refused"] >= 1
+    assert ends["error"] == 0
+    assert ends["refused"] + ends["abort"] == after["requests_total", ""] == 4
+    # one that was refused took no time, and is in none of the times
+    assert after["request_latency_seconds_count", ""] == after["requests_total", ""] - ends["refused"]
+
+
 def test_clients_cannot_make_series(client: httpx.Client) -> None:
-    before = set(scrape(client))
-    for name in ("a", "b" * 50):
+    def ask(name: str) -> None:
         client.post("/v1/chat/completions", json={"model": name, "user": name, **ASK})
         client.post("/v1/completions", json={"prompt": name, "max_tokens": 1, "cache_salt": name})
         client.get(f"/{name}", headers={"accept": name, "user-agent": name})
+        client.get(f"/v1/models/{name}")
+        client.get(f"/web/{name}")
+        client.request(name.upper(), "/v1/models")
+
+    ask("first")
+    before = set(scrape(client))
+    for name in ("a", "b" * 50):
+        ask(name)
     assert set(scrape(client)) == before
 
 

@@ -51,6 +51,9 @@ class Reader:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, why: str = "") -> None:
         self.engine, self.tokenizer, self.why = engine, tokenizer, why
+        pool, scheduler = engine.pool, engine.scheduler
+        whole = scheduler.most_pages(engine.model.args.max_seq_len) <= pool.n_pages
+        self.space = None if whole else pool.n_pages * pool.page  # tokens, where a context has no room
         if engine.config.speculation is not None:
             engine.config.speculation.check(engine.model.args.vocab_size)
 
@@ -64,7 +67,7 @@ class Reader:
     ) -> Request:
         """A request to continue a prompt. Raises what says why it cannot be served."""
         args = self.engine.model.args
-        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why)
+        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space)
         speculation = asked.speculation or self.engine.config.speculation
         if speculation is not None:
             speculation.check(args.vocab_size)

@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,7 @@ from fastapi import Request as HttpRequest
 from ..completion import TextPiece
 from ..engine.reading import Asked
 from ..engine.request import Request
-from ..errors import EngineError, PromptTooLongError
-from ..sampling_params import SamplingParams, StructuredOutputs
+from ..sampling_params import StructuredOutputs
 from .answers import CallDelta, ChatChoice, ChatCompletion, ChoiceLogprobs, ChunkChoice, Delta, Usage, documented
 from .logprobs import ChatLogprobs
 from .problems import Refusal
@@ -71,7 +69,6 @@ def check_n(state: State, n: int | None) -> None:
 
 def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
     """The engine's request for a conversation. Takes its time: for a thread."""
-    reader = state.llm.reader
     messages = [dict(plain(m)) for m in body.messages]
     if body.safe_prompt:
         messages.insert(0, {"role": "system", "content": SAFE})
@@ -81,26 +78,9 @@ def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
         choice = dict(plain(choice))
     params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=_structured(body))
     asked = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt)
-    chat = partial(
-        reader.chat, messages, asked=asked, tools=tools, tool_choice=choice,
-        parallel=body.parallel_tool_calls is not False,
+    return state.llm.reader.chat(
+        messages, params, asked, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
     )  # fmt: skip
-    try:
-        return chat(params=params)
-    except PromptTooLongError:
-        raise
-    except EngineError:
-        if params.max_tokens is not None:
-            raise
-    assert reader.tokenizer is not None
-    length = len(reader.tokenizer.encode_chat(messages, None if choice == "none" else tools))
-    return chat(params=replace(params, max_tokens=_room(state, length, params)))
-
-
-def _room(state: State, length: int, params: SamplingParams) -> int:
-    """Tokens that fit after a prompt, where memory holds less than a context."""
-    pool = state.llm.engine.pool
-    return max(1, params.min_tokens, pool.n_pages * pool.page - length)
 
 
 def _top(body: ChatRequest) -> int | None:

@@ -119,7 +119,7 @@ class Choices:
         }  # fmt: skip
         self.calls_alone = body.parallel_tool_calls is False  # the first call is the only one
         top = body.top_logprobs or 0
-        self.choices = [_Choice(i) for i in range(request.params.n)]
+        self.choices = [_Choice(i, body.of_mistral) for i in range(request.params.n)]
         self.logprobs = (
             [ChatLogprobs(tokenizer, request.ids, top) for _ in self.choices] if body.logprobs else None
         )
@@ -147,10 +147,10 @@ class Choices:
 class _Choice:
     """One completion."""
 
-    def __init__(self, index: int) -> None:
-        self.index, self.begun = index, False
+    def __init__(self, index: int, whole_calls: bool) -> None:
+        self.index, self.begun, self.whole_calls = index, False, whole_calls
         self.texts: list[str] = []
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[Any] = []
         self.logprobs: ChoiceLogprobs | None = None
         self.reason = "stop"
 
@@ -165,7 +165,7 @@ class _Choice:
         if piece.text:
             delta["content"] = piece.text
             self.texts.append(piece.text)
-        if deltas:
+        if deltas and not self.whole_calls:
             delta["tool_calls"] = deltas
         if delta or (logprobs is not None and logprobs["content"]):
             chunks.append(self._chunk(delta, logprobs))
@@ -175,7 +175,13 @@ class _Choice:
         if piece.finish_reason is not None:
             called = self.calls and piece.finish_reason == "stop"
             self.reason = "tool_calls" if called else piece.finish_reason
-            chunks.append(self._chunk({}, reason=self.reason))
+            last: Delta = {}
+            if self.calls and self.whole_calls:
+                last["tool_calls"] = [
+                    {"index": i, "id": call["id"], "type": "function", "function": call["function"]}
+                    for i, call in enumerate(self.calls)
+                ]
+            chunks.append(self._chunk(last, reason=self.reason))
         return chunks
 
     def _chunk(
@@ -207,11 +213,15 @@ async def _stream(choices: Choices, body: ChatRequest, pieces: AsyncGenerator[Te
     """Chunks. One write carries all that has come of a piece."""
     head = {**choices.head, "object": "chat.completion.chunk"}
     usage = {"usage": None} if body.with_usage else {}
+    going_on = len(choices.choices)
     async with aclosing(pieces):
         async for piece in pieces:
-            chunks = choices.add(piece)
-            if chunks:
-                yield b"".join(frame({**head, "choices": [chunk], **usage}) for chunk in chunks)
+            answers = [{**head, "choices": [chunk], **usage} for chunk in choices.add(piece)]
+            going_on -= piece.finish_reason is not None
+            if body.of_mistral and not going_on:
+                answers[-1]["usage"] = choices.usage
+            if answers:
+                yield b"".join(map(frame, answers))
     if body.with_usage:
         yield frame({**head, "choices": [], "usage": choices.usage})
     yield DONE

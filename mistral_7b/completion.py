@@ -122,33 +122,58 @@ class StopTexts:
     """Holds back text that may be the beginning of a stop text, and finds the stop that comes first."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
         self.found: str | None = None
+        self._stops = [_Stop(stop) for stop in stops]
         self._held = ""
 
     def push(self, text: str) -> str:
         """The text that is certain now. After `found` is set nothing more comes."""
+        before = len(self._held)
+        hits = [(before + end - len(s.text), s.text) for s in self._stops if (end := s.push(text))]
         text = self._held + text
-        hits = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
         if hits:
-            place, self.found = min(hits)
+            certain, self.found = min(hits)
             self._held = ""
-            return text[:place]
-        held = max((_overlap(text, stop) for stop in self.stops), default=0)
-        certain = len(text) - held
-        self._held = text[certain:]
+        else:
+            certain = len(text) - max((s.begun for s in self._stops), default=0)
+            self._held = text[certain:]
         return text[:certain]
 
     def flush(self) -> str:
-        """What is still held back, when no more text comes."""
+        """What is still held back, when no more text comes, or none that could go on with it."""
         text, self._held = self._held, ""
+        for stop in self._stops:
+            stop.begun = 0
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if stop.startswith(text[len(text) - n :])), 0)
+class _Stop:
+    """One stop text and how much of it the text so far ends with (Knuth, Morris and Pratt: each character once).
+
+        text   a  a  b  a  a  b  a  a  a
+        begun  1  2  3  4  5  6  4  5  2       of aabaabc
+
+    `shorter[n]`: how much it begins again with at the end of its first n + 1 characters, were they not to go on.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.begun = text, 0
+        self.shorter: list[int] = [0]
+        for char in text[1:]:
+            self.shorter.append(self._after(self.shorter[-1], char))
+
+    def push(self, text: str) -> int:
+        """Take more text; how much of it there is up to the end of the stop, or 0."""
+        for place, char in enumerate(text):
+            self.begun = self._after(self.begun, char)
+            if self.begun == len(self.text):
+                return place + 1
+        return 0
+
+    def _after(self, begun: int, char: str) -> int:
+        while begun and self.text[begun] != char:
+            begun = self.shorter[begun - 1]
+        return begun + 1 if self.text[begun] == char else 0
 
 
 @dataclass

@@ -66,9 +66,13 @@ def params_for(
 
 
 def read_prompt(
-    args: ModelArgs, name: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None, why: str = ""
-) -> ReadPrompt:
-    """One prompt, called `name` in errors; `why` says why there is no tokenizer, if there is none."""
+    args: ModelArgs, name: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None, why: str = "",
+    space: int | None = None,
+) -> ReadPrompt:  # fmt: skip
+    """One prompt, called `name` in errors; `why` says why there is no tokenizer, if there is none.
+
+    `space`: tokens for which there is memory, the prompt's included, where that is less than a context.
+    """
     if tokenizer is None and (isinstance(prompt, str) or params.stops):
         raise GenerationError(
             f"{name}: text prompts and stop texts need a tokenizer, and {why}; pass tokenizer=..."
@@ -90,17 +94,23 @@ def read_prompt(
         raise SamplingError(
             f"token {max(named)} in logit_bias or stop_token_ids: the vocabulary has {args.vocab_size}"
         )
-    room = _room(args, name, len(ids), params)
+    room = _room(args, name, len(ids), params, space)
     seed = draw_seed() if params.seed is None else params.seed
     completions = [Completion(ids, params, room, seed, k, tokenizer) for k in range(params.n)]
     return ReadPrompt(prompt if isinstance(prompt, str) else None, ids, params, completions)
 
 
-def _room(args: ModelArgs, name: str, length: int, params: SamplingParams) -> int:
+def _room(args: ModelArgs, name: str, length: int, params: SamplingParams, space: int | None) -> int:
     """How many tokens may be generated. With a window the context has no end, so `max_tokens` alone rules."""
     context, left = args.max_seq_len, args.max_seq_len - length
     if params.max_tokens is None and left < 1:
         raise PromptTooLongError(f"{name} has {length} tokens and fills the context of {context}: shorten it")
+    if params.max_tokens is None and space is not None:
+        left = min(left, space - length)
+        if left < 1:
+            raise PromptTooLongError(
+                f"{name} has {length} tokens and fills the memory for {space}: shorten it, or raise kv_cache_bytes"
+            )
     if params.max_tokens is not None and params.max_tokens > left and args.sliding_window is None:
         raise PromptTooLongError(
             f"{name} has {length} tokens, and max_tokens={params.max_tokens} more do not fit the context of "

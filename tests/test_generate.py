@@ -1,7 +1,6 @@
 """Generation against a plain loop over the uncached forward, alone and in ragged batches."""
 
 import gc
-import itertools
 import weakref
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mistral_7b.cache import Stateless
-from mistral_7b.completion import Completion, StopTexts
+from mistral_7b.completion import Completion
 from mistral_7b.errors import CacheError, GenerationError, SamplingError
 from mistral_7b.generate import FIRST_SLOTS, PREFILL_CHUNK, generate, stream
 from mistral_7b.model import Mistral7B, ModelArgs
@@ -235,20 +234,6 @@ def test_text_is_cut_before_the_stop_across_tokens():
     assert out.finish_reason is None
     assert out.text == " one two three four "  # "five" is held back: the stop may still come
     assert pieces[:3] == [" one", " two", " three"]
-
-
-def test_stop_texts_are_found_however_text_is_cut():
-    text, stops = "aabaabaaab", ["aaab", "baaa"]
-    for mask in range(2 ** (len(text) - 1)):
-        cuts = [0, *[i + 1 for i in range(len(text) - 1) if mask >> i & 1], len(text)]
-        s, out = StopTexts(stops), ""
-        for a, b in itertools.pairwise(cuts):
-            if s.found is None:
-                out += s.push(text[a:b])
-        assert (out, s.found) == ("aabaa", "baaa")
-    s = StopTexts(["abc"])
-    assert [s.push(t) for t in ("xa", "b", "ab", "d", "a")] == ["x", "", "ab", "abd", ""]
-    assert s.flush() == "a"
 
 
 def test_held_text_comes_out_when_the_length_is_reached():

@@ -23,6 +23,7 @@ from ..errors import GrammarError
 from ..sampling_params import StructuredOutputs
 from ..tokenizer import Tokenizer
 from .lark import lark
+from .lark import or_tools as or_tools
 from .lark import tool_spec as tool_spec
 from .vocabulary import Vocabulary, library
 

@@ -3,7 +3,7 @@
     json      start: value          value: %json {...}
     regex     start: TEXT           TEXT: /.../
     choice    start: TEXT           TEXT: "yes" | "no"
-    tools     start: <TOOL_CALLS> calls, a list of objects that each hold a tool's name and its arguments
+    tools     start: called         called: <TOOL_CALLS> and a list of objects: a tool's name, its arguments
 
 A control token is written with its name in angle brackets: [TOOL_CALLS] is <TOOL_CALLS>, and </s> itself.
 """
@@ -97,9 +97,28 @@ def tool_spec(
         raise GrammarError(f"tool_choice must be auto, none, required or name a function, not {choice!r}")
     if not functions:
         raise GrammarError(f"tool_choice is {choice!r}, and there are no tools")
+    return StructuredOutputs(grammar="start: called\n" + _calls(functions, parallel))
+
+
+def or_tools(
+    spec: StructuredOutputs, tools: Sequence[Mapping[str, Any]], parallel: bool, spaced: bool
+) -> StructuredOutputs:
+    """The grammar of a model that is free to call tools, and otherwise writes what `spec` asks for.
+
+    `spaced` is lark's. A grammar of the user's own stands as it is: it may name <TOOL_CALLS> itself.
+    """
+    if spec.grammar is not None:
+        return spec
+    functions = [_function(i, tool) for i, tool in enumerate(tools)]
+    text = lark(spec, spaced).removesuffix(OPTIONS).removeprefix("start:")
+    return StructuredOutputs(grammar=f"start: said | called\nsaid:{text}" + _calls(functions, parallel))
+
+
+def _calls(functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
+    """Rules for `called`: a list of calls of these functions."""
     rules = [
-        "start: <TOOL_CALLS> SPACE? calls",
-        'SPACE: " "',
+        "called: <TOOL_CALLS> GAP? calls",
+        'GAP: " "',
         'calls: "[" call (", " call)* "]"' if parallel else 'calls: "[" call "]"',
         "call: " + " | ".join(f"call_{i}" for i in range(len(functions))),
     ]
@@ -108,7 +127,7 @@ def tool_spec(
         schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
         rules.append(f'call_{i}: {head} arguments_{i} "}}"')
         rules.append(f"arguments_{i}: %json {json.dumps({**schema, 'x-guidance': AS_TRAINED})}")
-    return StructuredOutputs(grammar="\n".join(rules))
+    return "\n".join(rules)
 
 
 def _function(place: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:

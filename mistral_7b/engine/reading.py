@@ -17,7 +17,7 @@ from ..speculation import Speculation
 from ..tokenizer import Tokenizer
 from ..tool_calls import ToolCallStream
 from .engine import Engine
-from .grammar import Grammars, tool_spec
+from .grammar import Grammars, or_tools, tool_spec
 from .pages import first_key
 from .request import Request, Sink
 
@@ -51,6 +51,9 @@ class Reader:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, why: str = "") -> None:
         self.engine, self.tokenizer, self.why = engine, tokenizer, why
+        pool, scheduler = engine.pool, engine.scheduler
+        whole = scheduler.most_pages(engine.model.args.max_seq_len) <= pool.n_pages
+        self.space = None if whole else pool.n_pages * pool.page  # tokens, where a context has no room
         if engine.config.speculation is not None:
             engine.config.speculation.check(engine.model.args.vocab_size)
 
@@ -64,7 +67,7 @@ class Reader:
     ) -> Request:
         """A request to continue a prompt. Raises what says why it cannot be served."""
         args = self.engine.model.args
-        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why)
+        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space)
         speculation = asked.speculation or self.engine.config.speculation
         if speculation is not None:
             speculation.check(args.vocab_size)
@@ -82,19 +85,21 @@ class Reader:
     ) -> Request:  # fmt: skip
         """A request to answer a conversation; messages, tools and tool_choice are OpenAI's.
 
-        "required", or a named tool, makes the model call (grammar.tool_spec), once where not `parallel`; with
-        "none" it is shown no tools.
+        "required", or a named tool, makes the model call (lark.tool_spec), once where not `parallel`; with
+        "none" it is shown no tools. With "auto" what structured_outputs ask for is asked of the text alone.
         """
         if self.tokenizer is None:
             raise GenerationError(f"{name}: a conversation needs a tokenizer, and {self.why}; pass tokenizer=...")
-        if (spec := tool_spec(tools or (), tool_choice, parallel)) is not None:
-            if params.structured_outputs is not None:
-                raise GenerationError(
-                    f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other"
-                )
-            params = replace(params, structured_outputs=spec)
+        wanted, spec = params.structured_outputs, tool_spec(tools or (), tool_choice, parallel)
+        if spec is not None and wanted is not None:
+            raise GenerationError(f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other")
         offered = None if tool_choice == "none" else tools
-        request = self.text(self.tokenizer.encode_chat(messages, offered), params, asked, sink, name)
+        ids = self.tokenizer.encode_chat(messages, offered)
+        if wanted is not None and offered:
+            spec = or_tools(wanted, offered, parallel, spaced=not self.tokenizer.is_control(ids[-1]))
+        if spec is not None:
+            params = replace(params, structured_outputs=spec)
+        request = self.text(ids, params, asked, sink, name)
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request

@@ -63,7 +63,7 @@ def _request(state: State, asked: wire.MessagesRequest, adapter: str | None) -> 
     try:
         return state.llm.reader.chat(
             talk.messages, asked.params(), Asked(adapter=adapter), tools=wire.offered(asked),
-            tool_choice=wire.chosen(asked),
+            tool_choice=wire.chosen(asked), parallel=wire.most_calls(asked) is None,
         )  # fmt: skip
     except TokenizerError as e:
         raise TokenizerError(talk.named(str(e))) from e

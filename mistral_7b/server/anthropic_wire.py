@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
 
-from ..engine.lark import tool_spec
 from ..errors import TokenizerError
 from ..sampling_params import SamplingParams, StructuredOutputs
 from .protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop
@@ -176,9 +175,7 @@ class MessagesRequest(_Conversation):
         return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
 
     def _spec(self) -> StructuredOutputs | None:
-        """What the text must look like. A single call of any tool is asked for here: `chosen` cannot say it."""
-        if isinstance(self.tool_choice, AnyChoice) and self.tool_choice.disable_parallel_tool_use:
-            return tool_spec(offered(self) or (), "required", parallel=False)
+        """What the text must look like."""
         if self.output_config is not None and self.output_config.format is not None:
             return StructuredOutputs(json=self.output_config.format.json_schema)
         return None
@@ -298,7 +295,7 @@ def chosen(request: _Conversation) -> str | dict[str, Any]:
     if isinstance(choice, NamedChoice):
         return {"type": "function", "function": {"name": choice.name}}
     if isinstance(choice, AnyChoice):
-        return "auto" if choice.disable_parallel_tool_use else "required"
+        return "required"
     return "none" if isinstance(choice, NoChoice) else "auto"
 
 

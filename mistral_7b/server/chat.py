@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,7 @@ from fastapi import Request as HttpRequest
 from ..completion import TextPiece
 from ..engine.reading import Asked
 from ..engine.request import Request
-from ..errors import EngineError, PromptTooLongError
-from ..sampling_params import SamplingParams, StructuredOutputs
+from ..sampling_params import StructuredOutputs
 from .answers import CallDelta, ChatChoice, ChatCompletion, ChoiceLogprobs, ChunkChoice, Delta, Usage, documented
 from .logprobs import ChatLogprobs
 from .problems import Refusal
@@ -71,7 +69,6 @@ def check_n(state: State, n: int | None) -> None:
 
 def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
     """The engine's request for a conversation. Takes its time: for a thread."""
-    reader = state.llm.reader
     messages = [dict(plain(m)) for m in body.messages]
     if body.safe_prompt:
         messages.insert(0, {"role": "system", "content": SAFE})
@@ -81,26 +78,9 @@ def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
         choice = dict(plain(choice))
     params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=_structured(body))
     asked = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt)
-    chat = partial(
-        reader.chat, messages, asked=asked, tools=tools, tool_choice=choice,
-        parallel=body.parallel_tool_calls is not False,
+    return state.llm.reader.chat(
+        messages, params, asked, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
     )  # fmt: skip
-    try:
-        return chat(params=params)
-    except PromptTooLongError:
-        raise
-    except EngineError:
-        if params.max_tokens is not None:
-            raise
-    assert reader.tokenizer is not None
-    length = len(reader.tokenizer.encode_chat(messages, None if choice == "none" else tools))
-    return chat(params=replace(params, max_tokens=_room(state, length, params)))
-
-
-def _room(state: State, length: int, params: SamplingParams) -> int:
-    """Tokens that fit after a prompt, where memory holds less than a context."""
-    pool = state.llm.engine.pool
-    return max(1, params.min_tokens, pool.n_pages * pool.page - length)
 
 
 def _top(body: ChatRequest) -> int | None:
@@ -139,7 +119,7 @@ class Choices:
         }  # fmt: skip
         self.calls_alone = body.parallel_tool_calls is False  # the first call is the only one
         top = body.top_logprobs or 0
-        self.choices = [_Choice(i) for i in range(request.params.n)]
+        self.choices = [_Choice(i, body.of_mistral) for i in range(request.params.n)]
         self.logprobs = (
             [ChatLogprobs(tokenizer, request.ids, top) for _ in self.choices] if body.logprobs else None
         )
@@ -167,10 +147,10 @@ class Choices:
 class _Choice:
     """One completion."""
 
-    def __init__(self, index: int) -> None:
-        self.index, self.begun = index, False
+    def __init__(self, index: int, whole_calls: bool) -> None:
+        self.index, self.begun, self.whole_calls = index, False, whole_calls
         self.texts: list[str] = []
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[Any] = []
         self.logprobs: ChoiceLogprobs | None = None
         self.reason = "stop"
 
@@ -185,7 +165,7 @@ class _Choice:
         if piece.text:
             delta["content"] = piece.text
             self.texts.append(piece.text)
-        if deltas:
+        if deltas and not self.whole_calls:
             delta["tool_calls"] = deltas
         if delta or (logprobs is not None and logprobs["content"]):
             chunks.append(self._chunk(delta, logprobs))
@@ -195,7 +175,13 @@ class _Choice:
         if piece.finish_reason is not None:
             called = self.calls and piece.finish_reason == "stop"
             self.reason = "tool_calls" if called else piece.finish_reason
-            chunks.append(self._chunk({}, reason=self.reason))
+            last: Delta = {}
+            if self.calls and self.whole_calls:
+                last["tool_calls"] = [
+                    {"index": i, "id": call["id"], "type": "function", "function": call["function"]}
+                    for i, call in enumerate(self.calls)
+                ]
+            chunks.append(self._chunk(last, reason=self.reason))
         return chunks
 
     def _chunk(
@@ -227,11 +213,15 @@ async def _stream(choices: Choices, body: ChatRequest, pieces: AsyncGenerator[Te
     """Chunks. One write carries all that has come of a piece."""
     head = {**choices.head, "object": "chat.completion.chunk"}
     usage = {"usage": None} if body.with_usage else {}
+    going_on = len(choices.choices)
     async with aclosing(pieces):
         async for piece in pieces:
-            chunks = choices.add(piece)
-            if chunks:
-                yield b"".join(frame({**head, "choices": [chunk], **usage}) for chunk in chunks)
+            answers = [{**head, "choices": [chunk], **usage} for chunk in choices.add(piece)]
+            going_on -= piece.finish_reason is not None
+            if body.of_mistral and not going_on:
+                answers[-1]["usage"] = choices.usage
+            if answers:
+                yield b"".join(map(frame, answers))
     if body.with_usage:
         yield frame({**head, "choices": [], "usage": choices.usage})
     yield DONE

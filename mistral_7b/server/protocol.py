@@ -203,6 +203,13 @@ class ChatRequest(Sampling):
     modalities: list[Literal["text"]] | None = None
 
     @property
+    def of_mistral(self) -> bool:
+        """Whether it is asked in Mistral's own words: its streams have whole calls, and usage at the end."""
+        return self.tool_choice == "any" or any(
+            value is not None for value in (self.random_seed, self.safe_prompt, self.prompt_mode)
+        )
+
+    @property
     def limit(self) -> int | None:
         """Tokens that an answer may have; None: as many as the context holds."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens

@@ -15,7 +15,14 @@ from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.llm import LLM, RequestsFailedError
 from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
-from mistral_7b.errors import AdapterError, ConfigError, EngineError, GenerationError, QueueFullError
+from mistral_7b.errors import (
+    AdapterError,
+    ConfigError,
+    EngineError,
+    GenerationError,
+    PromptTooLongError,
+    QueueFullError,
+)
 from mistral_7b.sampling import SamplingParams
 from mistral_7b.speculation import Speculation
 
@@ -42,6 +49,16 @@ def test_what_can_never_be_computed_is_refused_and_leaves_nothing() -> None:
         request_of(engine, [1], SamplingParams(stop="x"))
     run(engine)
     assert request.completions[0].token_ids == model.greedy([1] * 10, 10)
+
+
+def test_without_a_limit_a_completion_is_as_long_as_there_is_memory() -> None:
+    engine = small(Automaton(None), n_pages=5)  # 20 tokens, of a longer context
+    endless = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
+    (request,) = add(engine, [1] * 12, params=endless)
+    run(engine)
+    assert (len(request.completions[0].token_ids), request.completions[0].finish_reason) == (8, "length")
+    with pytest.raises(PromptTooLongError, match="20 tokens and fills the memory for 20"):
+        request_of(engine, [1] * 20, endless)
 
 
 def test_a_window_lets_a_long_request_through_a_small_pool() -> None:

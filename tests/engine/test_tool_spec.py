@@ -8,11 +8,12 @@ import random
 import jsonschema
 import pytest
 
-from mistral_7b.engine.grammar import Grammars, tool_spec
+from mistral_7b.engine.grammar import Grammars, or_tools, tool_spec
 from mistral_7b.errors import GrammarError
+from mistral_7b.sampling_params import StructuredOutputs
 from mistral_7b.tokenizer import Tokenizer
 from mistral_7b.tool_calls import ToolCallStream
-from tests.engine.drawing import draw, opened
+from tests.engine.drawing import SPECS, allowed, draw, opened
 
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {
@@ -56,6 +57,28 @@ def test_tool_calls_are_forced_as_asked_for(
             names.update(call.name for call in stream.calls)
     assert (max(counts) > 1) == (parallel and choice == "required")
     assert names == (set(schemas) if choice == "required" else {"say_hi"})
+
+
+@pytest.mark.parametrize("name", ["json", "json_object", "regex", "choice"])
+def test_a_text_or_calls_where_the_model_is_free(v3: tuple[Tokenizer, Grammars], name: str) -> None:
+    tokenizer, grammars = v3
+    wanted, obeys = SPECS[name]
+    chance, names = random.Random(2), {t["function"]["name"] for t in TOOLS}
+    for after, spaced in (([4], False), (tokenizer.encode("Well,"), True)):
+        spec = or_tools(wanted, TOOLS, False, spaced)
+        for calls in (True, False, True, False):
+            state = grammars.start(spec, after)
+            assert 5 in allowed(state.masks()[0][0])
+            if calls:
+                state.accept(5)
+            tokens, text = draw(state, tokenizer, [5] if calls else after, chance, ending=0.1)
+            if calls or tokens[:1] == [5]:
+                (call,) = json.loads(text)
+                assert call["name"] in names
+            else:
+                assert obeys(text)
+    mine = StructuredOutputs(grammar='start: "x"')
+    assert or_tools(mine, TOOLS, True, False) is mine
 
 
 def test_what_tool_choice_cannot_be() -> None:

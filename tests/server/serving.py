@@ -17,6 +17,7 @@ from tiny import tiny_args, tiny_model
 
 from mistral_7b.engine.async_llm import AsyncLLM
 from mistral_7b.engine.config import EngineConfig
+from mistral_7b.model import Mistral7B
 from mistral_7b.server.app import build
 from mistral_7b.server.config import ServerConfig
 from mistral_7b.server.serve import Server, bind, url_of
@@ -91,12 +92,17 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(config: ServerConfig | None = None, engine: EngineConfig = ENGINE, **model: Any) -> Iterator[Serving]:
-    """A server while it is needed."""
+def serving(
+    config: ServerConfig | None = None,
+    engine: EngineConfig = ENGINE,
+    trained: Mistral7B | None = None,
+    **model: Any,
+) -> Iterator[Serving]:
+    """A server while it is needed, of a model that is `trained` or has random weights."""
     args = tiny_args(**{"vocab_size": 32768, "sliding_window": 64, "max_seq_len": 1024, **model})
     config = config or ServerConfig(port=0)
     sock = bind(config)
-    llm = AsyncLLM(tiny_model(args), engine, tokenizer=Tokenizer.v3())
+    llm = AsyncLLM(trained or tiny_model(args), engine, tokenizer=Tokenizer.v3())
     server = Server(build(llm, config, "tiny"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

@@ -1,0 +1,113 @@
+"""A model that is free to call tools, and does, with OpenAI's client over a real connection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from caller import CITIES, WEATHER, trained, user
+from serving import Serving, serving
+
+openai = pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def taught() -> Iterator[Serving]:
+    with serving(trained=trained()) as it:
+        yield it
+        it.idle()
+
+
+@pytest.fixture
+def client(taught: Serving) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{taught.url}/v1", api_key="none", max_retries=0, timeout=20) as it:
+        yield it
+
+
+def asked(text: str, **more: Any) -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "messages": [user(text)],
+        "tools": [WEATHER],
+        "temperature": 0,
+        "max_tokens": 80,
+        **more,
+    }
+
+
+def cities(message: Any) -> list[str]:
+    return [json.loads(call.function.arguments)["city"] for call in message.tool_calls]
+
+
+@pytest.mark.parametrize("choice", [{}, {"tool_choice": "auto"}, {"parallel_tool_calls": True}])
+def test_the_model_chooses(client: Any, choice: dict[str, Any]) -> None:
+    out = client.chat.completions.create(**asked("Weather in Oslo?", **choice)).choices[0]
+    assert (out.finish_reason, out.message.content) == ("tool_calls", None)
+    assert [call.function.name for call in out.message.tool_calls] == ["weather"]
+    assert cities(out.message) == ["Oslo"]
+    out = client.chat.completions.create(**asked("Hello", **choice)).choices[0]
+    assert (out.finish_reason, out.message.content) == ("stop", "Hi there!")
+    assert out.message.tool_calls is None
+
+
+def test_calls_side_by_side(client: Any) -> None:
+    ask = asked(f"Weather in {' and '.join(CITIES)}?")
+    out = client.chat.completions.create(**ask).choices[0]
+    assert (out.finish_reason, cities(out.message)) == ("tool_calls", list(CITIES))
+    assert len({call.id for call in out.message.tool_calls}) == 2
+    one = client.chat.completions.create(**ask, parallel_tool_calls=False).choices[0]
+    assert (one.finish_reason, cities(one.message)) == ("tool_calls", ["Rome"])
+
+
+def test_a_stream_gives_the_same_calls(client: Any) -> None:
+    ask = asked(f"Weather in {' and '.join(CITIES)}?")
+    with client.chat.completions.stream(**ask) as stream:
+        events = list(stream)
+        streamed = stream.get_final_completion().choices[0]
+    deltas = [e for e in events if e.type == "tool_calls.function.arguments.delta"]
+    assert {e.index for e in deltas} == {0, 1}
+    assert len(deltas) > 4
+    assert not any(e.type == "content.delta" and e.delta for e in events)
+    assert (streamed.finish_reason, cities(streamed.message)) == ("tool_calls", list(CITIES))
+    whole = client.chat.completions.create(**ask).choices[0]
+    assert [c.function.arguments for c in streamed.message.tool_calls] == [
+        c.function.arguments for c in whole.message.tool_calls
+    ]
+
+
+@pytest.mark.parametrize("text", ["Weather in Rome?", f"Weather in {' and '.join(CITIES)}?"])
+def test_the_whole_loop(client: Any, text: str) -> None:
+    ask = asked(text)
+    message = client.chat.completions.create(**ask).choices[0].message
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in message.tool_calls]
+    talk = [*ask["messages"], message, *results]
+    out = client.chat.completions.create(**{**ask, "messages": talk}).choices[0]
+    assert (out.finish_reason, out.message.tool_calls) == ("stop", None)
+    assert out.message.content == f"It is sunny in {' and '.join(cities(message))}."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_format_is_for_the_answer_and_leaves_calls_free(client: Any, stream: bool) -> None:
+    schema = {"type": "object", "properties": {"ok": {"const": True}}, "required": ["ok"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+    def said(text: str, **more: Any) -> Any:
+        ask = asked(text, response_format=form, **more) | {"max_tokens": 500}  # it likes blanks between parts
+        if not stream:
+            return client.chat.completions.create(**ask).choices[0]
+        with client.chat.completions.stream(**ask) as events:
+            return events.get_final_completion().choices[0]
+
+    called = said("Weather in Rome?")
+    assert (called.finish_reason, cities(called.message)) == ("tool_calls", ["Rome"])
+    bias = {"5": -100}  # so that it does not call, whatever it would rather do
+    for text in (said("Hello", logit_bias=bias), said("Weather in Rome?", tool_choice="none")):
+        assert text.message.tool_calls is None
+        assert json.loads(text.message.content) == {"ok": True}
+    choice = client.chat.completions.create(
+        **asked("Weather in Oslo?"), extra_body={"structured_outputs": {"choice": ["no", "yes"]}}
+    )
+    assert cities(choice.choices[0].message) == ["Oslo"]

@@ -38,6 +38,10 @@ export class Alternatives {
       if (!this.box.contains(/** @type {Node} */ (e.relatedTarget)) && e.relatedTarget !== this.at) this.hide();
     });
     the("scroll").addEventListener("scroll", () => this.hide(), { passive: true });
+    document.addEventListener("pointerdown", ({ target }) => {
+      const inside = this.box.contains(/** @type {Node} */ (target)) || this.at?.contains(/** @type {Node} */ (target));
+      if (!inside) this.hide(); // a finger never leaves, as a mouse does
+    });
   }
 
   /** Watch an answer's tokens.

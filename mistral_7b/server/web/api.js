@@ -103,6 +103,12 @@ export async function alive() {
   }
 }
 
+/** How many tokens a conversation has.
+ * @param {object} body @returns {Promise<number>} */
+export async function count(body) {
+  return (await (await call("/tokenize", { body, signal: AbortSignal.timeout(3000) })).json()).count;
+}
+
 /** @typedef {{id: string, parent?: string | null, max_model_len?: number}} Model */
 
 /** The model and its adapters.

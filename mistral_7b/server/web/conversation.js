@@ -1,7 +1,7 @@
 /** The conversation on the screen: draws the path through its tree, and no more of it than has changed. */
 
 import { Alternatives } from "./alternatives.js";
-import { the } from "./dom.js";
+import { icon, the } from "./dom.js";
 import { MessageView } from "./message.js";
 
 /** @typedef {import("./tree.js").Tree} Tree */
@@ -22,13 +22,36 @@ export class ConversationView {
     this.pending = 0;
     this.cost = 0;
     this.follow = true;
-    this.scroll.addEventListener(
-      "scroll",
-      () => {
-        this.follow = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 60;
-      },
-      { passive: true },
-    );
+    this.down = the("down");
+    this.down.append(icon("down"));
+    this.down.addEventListener("click", () => {
+      this.follow = true;
+      this.#toEnd();
+      the("ask").focus({ preventScroll: true });
+    });
+    this.scroll.addEventListener("scroll", () => this.#scrolled(), { passive: true });
+    new ResizeObserver(() => this.#toEnd()).observe(this.scroll); // a keyboard comes up, a banner appears
+  }
+
+  #scrolled() {
+    const below = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
+    this.follow = below < 60;
+    this.down.hidden = below < 240;
+  }
+
+  /** To the end, if that is where one was. */
+  #toEnd() {
+    if (this.follow) this.scroll.scrollTop = this.scroll.scrollHeight;
+    this.#scrolled();
+  }
+
+  /** Bring a message to the eye. @param {string} id */
+  point(id) {
+    this.follow = false;
+    const { element } = this.views.get(id) ?? {};
+    element?.scrollIntoView({ block: "start" });
+    element?.classList.add("pointed");
+    element?.addEventListener("animationend", () => element.classList.remove("pointed"), { once: true });
   }
 
   /** @param {Tree | null} tree @param {boolean} idle nothing is being written in it */
@@ -53,6 +76,7 @@ export class ConversationView {
     clearTimeout(this.pending);
     this.pending = 0;
     const began = performance.now();
+    const focus = this.#focus();
     const { tree } = this;
     const { shown: how, format } = tree?.conversation.settings ?? {};
     const path = tree?.path() ?? [];
@@ -83,8 +107,30 @@ export class ConversationView {
       });
     });
     this.alternatives.forget();
-    if (this.follow) this.scroll.scrollTop = this.scroll.scrollHeight;
+    this.#refocus(focus);
+    this.#toEnd();
     this.cost = performance.now() - began;
+  }
+
+  /** Which button has the focus: the message's place, and what the button says. */
+  #focus() {
+    const button = this.list.contains(document.activeElement) && document.activeElement?.closest("button");
+    if (!button) return null;
+    const at = [...this.list.children].indexOf(button.closest(".message"));
+    return { button, at, label: button.getAttribute("aria-label") ?? button.textContent };
+  }
+
+  /** A button drawn anew, or on another version of its message, has the focus again; if there is none, what is
+   * written with.
+   * @param {{button: HTMLElement, at: number, label: string | null} | null} focus */
+  #refocus(focus) {
+    if (!focus || (focus.button.isConnected && document.activeElement === focus.button)) return;
+    const buttons = /** @type {HTMLButtonElement[]} */ ([
+      ...(this.list.children[focus.at]?.querySelectorAll("button:not(:disabled)") ?? []),
+    ]);
+    const same = buttons.find((b) => (b.getAttribute("aria-label") ?? b.textContent) === focus.label);
+    const turned = buttons.find((b) => b.closest(".siblings"));
+    (same ?? (focus.label?.startsWith("Version") ? turned : null) ?? the("ask")).focus({ preventScroll: true });
   }
 
   /** @param {string} id */

@@ -34,6 +34,7 @@ const ICONS = {
   sun: "M12 8.2a3.8 3.8 0 1 0 0 7.6 3.8 3.8 0 0 0 0-7.6M12 2.8v2M12 19.2v2M2.8 12h2M19.2 12h2M5.5 5.5l1.4 1.4M17.1 17.1l1.4 1.4M5.5 18.5l1.4-1.4M17.1 6.9l1.4-1.4",
   moon: "M20 14.2A8.2 8.2 0 0 1 9.8 4a8.2 8.2 0 1 0 10.2 10.2z",
   send: "M12 19V5M6 11l6-6 6 6",
+  down: "M12 5v14M6 13l6 6 6-6",
   stop: "M7.5 7.5h9v9h-9z",
   copy: "M9 9h10v10H9zM5 15V5h10",
   check: "M5 12.5l4.5 4.5L19 7.5",
@@ -82,15 +83,29 @@ export async function copy(button, text) {
   const before = [...button.childNodes];
   const plain = button.textContent;
   try {
-    await navigator.clipboard.writeText(text);
+    await toClipboard(text);
     button.replaceChildren(icon("check"), plain ? "Copied" : "");
     say("Copied");
   } catch {
-    // a page that is not served from this machine or over TLS may not write there
     button.replaceChildren(plain ? "Select it and press Ctrl+C" : icon("close"));
     say("This browser does not let the page copy");
   }
   setTimeout(() => button.replaceChildren(...before), 1600);
+}
+
+/** The clipboard is for pages from this machine or over TLS; the older way works everywhere.
+ * @param {string} text */
+async function toClipboard(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = make("textarea", { class: "unseen", readonly: true });
+  area.value = text;
+  const before = /** @type {HTMLElement | null} */ (document.activeElement);
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  before?.focus();
+  if (!done) throw new Error("not copied");
 }
 
 /** Have a screen reader say something when it is free to.

@@ -5,19 +5,20 @@ import { ConversationView } from "./conversation.js";
 import { icon, say, the } from "./dom.js";
 import { Picker } from "./models.js";
 import { Panel } from "./panel.js";
-import { faults } from "./settings.js";
+import { faults, texts } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { keep, kept, Store } from "./storage.js";
+import { Tabs } from "./tabs.js";
 import { switchTheme } from "./theme.js";
 import { branch } from "./tint.js";
 import { exportAll, readExport } from "./transfer.js";
 import { newId, Tree } from "./tree.js";
 import { Trouble } from "./trouble.js";
-import { Writer } from "./writer.js";
+import { keepTree, Writer } from "./writer.js";
 
 /** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
 
-class Page {
+export class Page {
   /** @param {Awaited<ReturnType<typeof Store.open>>} store */
   constructor(store) {
     this.store = store;
@@ -40,11 +41,13 @@ class Page {
       retry: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
       results: (id, results) =>
         this.withTree((tree) => this.writer.ask(tree, tree.add(id, { role: "tool", results }).id)),
-      branch: (id, i, k) =>
-        this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent, branch(tree.get(id), i, k))),
+      branch: async (id, i, k) => {
+        await this.stop(); // a token may be chosen while more are coming
+        this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent, branch(tree.get(id), i, k)));
+      },
     });
     this.sidebar = new Sidebar({
-      open: (id) => this.open(id),
+      open: (id, message) => this.open(id, message),
       begin: () => this.begin(),
       save: (id) => this.export(id),
       load: (file) => this.import(file),
@@ -57,6 +60,7 @@ class Page {
       stop: () => this.stop(),
       editLast: () => this.view.editLast(),
     });
+    this.tabs = new Tabs(this);
     this.panel = new Panel(the("panel"), the("settings"), (settings) => this.set(settings));
     this.#buttons();
   }
@@ -78,7 +82,8 @@ class Page {
     });
     draw(kept("tint") !== "off");
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && this.busy) this.stop();
+      const searching = event.target === the("search"); // where Escape empties the field
+      if (event.key === "Escape" && this.busy && !searching && !document.querySelector("dialog[open]")) this.stop();
       else if ((event.ctrlKey || event.metaKey) && event.key === "k") {
         this.sidebar.open(true);
         the("search").focus();
@@ -98,42 +103,41 @@ class Page {
     await this.trouble.connect();
   }
 
+  /** An answer is being written in the conversation on the screen, by this tab or another. */
   get busy() {
-    return this.writer.busy(this.tree?.conversation.id);
+    const { tree } = this;
+    return this.writer.busy(tree?.conversation.id) || Boolean(tree?.path().some((m) => m.state === "streaming"));
   }
 
-  stop() {
-    if (this.tree) this.writer.stop(this.tree.conversation.id);
+  async stop() {
+    const { id } = this.tree?.conversation ?? { id: "" };
+    if (this.writer.busy(id)) return this.writer.stop(id);
+    if (!this.busy) return;
+    this.tabs.tell("stop", id);
+    await this.tabs.settle(id);
   }
 
   // ------------------------------------------------------------------ which conversation
 
   /** An empty conversation, which is kept once something is said in it. */
   begin() {
-    let settings = {};
-    try {
-      settings = JSON.parse(kept("settings") ?? "{}");
-    } catch {
-      /* the defaults do */
-    }
+    const settings = texts(kept("settings"));
     const now = Date.now();
     this.tree = new Tree({ id: newId(), title: "", created: now, updated: now, chosen: {}, settings });
     this.#opened();
     this.composer.focus();
   }
 
-  /** @param {string} id */
-  async open(id) {
+  /** @param {string} id @param {string} [message] to be shown, on whatever branch it is */
+  async open(id, message) {
     const conversation = this.conversations.find((c) => c.id === id);
     if (!conversation) return;
     const running = this.writer.running.get(id);
-    const messages = running ? [] : await this.store.messages(id);
-    for (const message of messages.filter((m) => m.state === "streaming")) {
-      message.state = message.content ? "cut" : "failed";
-      message.problem = "The page was closed while this was being written.";
-    }
-    this.tree = running?.tree ?? new Tree(conversation, messages);
+    this.tree = running?.tree ?? new Tree(conversation, await this.store.messages(id));
+    if (message && this.tree.messages.has(message)) this.tree.choose(message);
     this.#opened();
+    if (message) this.view.point(message);
+    await this.tabs.settle(id);
   }
 
   #opened() {
@@ -162,6 +166,7 @@ class Page {
   /** @param {import("./tree.js").Tree} tree @param {boolean} ended */
   changed(tree, ended) {
     const { conversation } = tree;
+    if (this.store.gone.has(conversation.id)) return;
     if (!this.conversations.includes(conversation)) {
       this.conversations.unshift(conversation);
       history.replaceState(null, "", `#${conversation.id}`);
@@ -199,9 +204,9 @@ class Page {
   }
 
   /** A sibling with another text; a person's is answered, the model's is kept as it is.
-   * @param {string} id @param {string} text */
+   * @param {string} id @param {string} text @returns {boolean} whether it was taken */
   edit(id, text) {
-    this.withTree((tree) => {
+    return this.withTree((tree) => {
       const message = tree.get(id);
       if (message.role === "user")
         return this.writer.ask(tree, tree.add(message.parent, { role: "user", content: text }).id);
@@ -224,7 +229,7 @@ class Page {
     deed(tree);
     this.view.follow = false;
     this.refresh();
-    await this.store.save(tree.conversation, tree.path());
+    await keepTree(this.store, tree);
   }
 
   /** @param {Record<string, string>} settings */
@@ -250,11 +255,24 @@ class Page {
 
   /** @param {string} id */
   async remove(id) {
+    await this.store.remove(id);
+    await this.drop(id);
+  }
+
+  /** A conversation is gone: from the list, and from the screen.
+   * @param {string} id @param {boolean} [elsewhere] another tab deleted it */
+  async drop(id, elsewhere = false) {
+    this.store.gone.add(id);
     await this.writer.stop(id);
     this.conversations = this.conversations.filter((c) => c.id !== id);
-    await this.store.remove(id);
-    if (this.tree?.conversation.id === id) this.begin();
-    else this.refresh();
+    if (this.tree?.conversation.id !== id) return this.refresh();
+    this.begin();
+    if (elsewhere) this.note("found", "This conversation was deleted in another tab.");
+  }
+
+  /** @param {"found" | "failed"} kind @param {string} text */
+  note(kind, text) {
+    this.trouble.banner.show(kind, text, [["Dismiss", () => this.trouble.banner.hide()]]);
   }
 
   /** @param {string | null} id */
@@ -275,9 +293,7 @@ class Page {
       say(`${read.length} read`);
       if (read.length) await this.open(read[0].conversation.id);
     } catch (error) {
-      this.trouble.banner.show("failed", `${file.name} was not read: ${/** @type {Error} */ (error).message}.`, [
-        ["Dismiss", () => this.trouble.banner.hide()],
-      ]);
+      this.note("failed", `${file.name} was not read: ${/** @type {Error} */ (error).message}.`);
     }
   }
 }

@@ -41,6 +41,7 @@ const SAFE = {
     "td",
   ],
   ALLOWED_ATTR: ["href", "title", "class", "start", "align"],
+  ADD_URI_SAFE_ATTR: ["start", "align"], // they hold no address, and DOMPurify takes all but a few for one
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
@@ -146,8 +147,8 @@ export class Rendered {
 
   /** @param {any} token @returns {HTMLElement} */
   #make(token) {
-    if (this.plain) return make("div", { class: "block plain" }, token.raw.replace(/\n$/, "") || make("br"));
-    const element = make("div", { class: "block" }, purify.sanitize(marked.parser([token]), SAFE));
+    if (this.plain) return make("div", { class: "block plain", dir: "auto" }, token.raw.replace(/\n$/, "") || make("br"));
+    const element = make("div", { class: "block", dir: "auto" }, purify.sanitize(marked.parser([token]), SAFE));
     for (const link of element.querySelectorAll("a")) {
       link.target = "_blank";
       link.rel = "noopener noreferrer nofollow";
@@ -173,6 +174,7 @@ export class Rendered {
       ); // plain, if it cannot come
     const button = make("button", { class: "quiet copy", type: "button" }, icon("copy"), "Copy");
     button.addEventListener("click", () => copy(button, code.textContent ?? ""));
+    pre.dir = "ltr";
     pre.tabIndex = 0; // long lines scroll by the arrow keys
     pre.setAttribute("role", "region");
     pre.setAttribute("aria-label", language ? `Code, ${language}` : "Code");

@@ -12,7 +12,7 @@ import { drawCalls } from "./tools.js";
  * What a message's buttons do.
  * @typedef {Object} Deeds
  * @property {(id: string, by: number) => void} move
- * @property {(id: string, text: string) => void} edit
+ * @property {(id: string, text: string) => boolean} edit   says whether it was taken
  * @property {(id: string) => void} again        another answer beside this one
  * @property {(id: string) => void} goOn         more of this one
  * @property {(id: string) => void} retry        once more what did not come
@@ -31,7 +31,7 @@ export class MessageView {
   constructor(message, deeds, alternatives) {
     this.message = message;
     this.deeds = deeds;
-    this.text = make("div", { class: "text" });
+    this.text = make("div", { class: "text", dir: message.role === "user" ? "auto" : null });
     this.calls = make("div", { class: "calls", hidden: true });
     this.notice = make("div", { class: "notice", hidden: true });
     this.foot = make("div", { class: "foot" });
@@ -51,7 +51,7 @@ export class MessageView {
         this.text,
         message.id,
         () => this.message.tokens ?? [],
-        () => this.tinted && !this.busy,
+        () => this.tinted,
       );
     }
     this.tinted = false;
@@ -220,8 +220,16 @@ export class MessageView {
       this.element.classList.remove("editing");
     };
     const save = () => {
+      if (!area.value.trim()) return;
       close();
-      if (area.value.trim()) this.deeds.edit(message.id, area.value);
+      if (!this.deeds.edit(message.id, area.value)) open();
+    };
+    const open = () => {
+      this.text.hidden = this.foot.hidden = true;
+      this.element.classList.add("editing");
+      this.text.after(editor);
+      this.editing = editor;
+      area.focus();
     };
     const editor = make(
       "div",
@@ -246,10 +254,6 @@ export class MessageView {
       event.preventDefault();
       event.stopPropagation();
     });
-    this.text.hidden = this.foot.hidden = true;
-    this.element.classList.add("editing");
-    this.text.after(editor);
-    this.editing = editor;
-    area.focus();
+    open();
   }
 }

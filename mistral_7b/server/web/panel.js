@@ -52,6 +52,12 @@ export class Panel {
     this.#follow();
   }
 
+  /** Show what another tab has set, unless someone is at it here.
+   * @param {Settings} settings */
+  follow(settings) {
+    if (!this.root.contains(document.activeElement)) this.show(settings);
+  }
+
   /** @returns {NodeListOf<HTMLInputElement>} */
   #inputs() {
     return this.root.querySelectorAll("[name]");
@@ -98,13 +104,13 @@ export class Panel {
       make("h3", { text: "Answer" }),
       this.#field(
         "format",
-        "Its form",
+        "Form of the answer",
         make(
           "select",
           {},
           make("option", { value: "", text: "Text (default)" }),
           make("option", { value: "json", text: "Any JSON object" }),
-          make("option", { value: "schema", text: "JSON of a schema" }),
+          make("option", { value: "schema", text: "JSON that fits a schema" }),
         ),
       ),
       this.schema,
@@ -127,13 +133,13 @@ export class Panel {
       ),
       this.#field(
         "tool_choice",
-        "Whether it calls one",
+        "When it calls one",
         make(
           "select",
           {},
           make("option", { value: "", text: "As it likes (default)" }),
-          make("option", { value: "required", text: "It must" }),
-          make("option", { value: "none", text: "It must not" }),
+          make("option", { value: "required", text: "Always" }),
+          make("option", { value: "none", text: "Never" }),
         ),
       ),
       reset,

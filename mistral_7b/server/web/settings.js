@@ -20,9 +20,9 @@ export const NUMBERS = [
     step: "any",
     hint: "0 always takes the likeliest token",
   },
-  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "fewest tokens summing to p" },
+  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "the likeliest that sum to p" },
   { name: "top_k", label: "Top k", usual: "0", min: -1, step: 1, hint: "the k likeliest tokens; 0 is all" },
-  { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "as likely beside the first" },
+  { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "at least p times as likely as the first" },
   {
     name: "repetition_penalty",
     label: "Repetition penalty",
@@ -38,7 +38,7 @@ export const NUMBERS = [
     min: -2,
     max: 2,
     step: "any",
-    hint: "for a token that was used",
+    hint: "against what was said at all",
   },
   {
     name: "frequency_penalty",
@@ -47,7 +47,7 @@ export const NUMBERS = [
     min: -2,
     max: 2,
     step: "any",
-    hint: "for each time it was used",
+    hint: "against each time it was said",
   },
   { name: "max_tokens", label: "Most tokens", usual: "all that fit", min: 1, step: 1, hint: "in one answer" },
   { name: "seed", label: "Seed", usual: "random", step: 1, hint: "same seed, same answer" },
@@ -57,6 +57,17 @@ export const NUMBERS = [
  * As they stand in a conversation: all are texts, as they were typed, and "" is the default.
  * @typedef {Record<string, string>} Settings
  */
+
+/** Settings as they were kept: the texts among what is there, and none if that cannot be read.
+ * @param {unknown} kept an object, or one as JSON @returns {Settings} */
+export function texts(kept) {
+  try {
+    const all = typeof kept === "string" ? JSON.parse(kept) : kept;
+    return Object.fromEntries(Object.entries(all ?? {}).filter(([, value]) => typeof value === "string"));
+  } catch {
+    return {};
+  }
+}
 
 /** What is wrong with a setting, in words; "" if nothing.
  * @param {string} name @param {string} value

@@ -2,17 +2,17 @@
 
 import { confirmed, iconButton, make, the } from "./dom.js";
 
-/** @typedef {import("./tree.js").Conversation} Conversation */
+/** @typedef {import("./search.js").Find} Find @typedef {import("./tree.js").Conversation} Conversation */
 
 /**
  * @typedef {Object} Deeds
- * @property {(id: string) => void} open
+ * @property {(id: string, message?: string) => void} open   and show this message
  * @property {() => void} begin
  * @property {(id: string, title: string) => void} rename
  * @property {(id: string) => void} remove
  * @property {(id: string | null) => void} save   one as a file, or all
  * @property {(file: File) => void} load
- * @property {(query: string) => Promise<Set<string>>} search
+ * @property {(query: string) => Promise<Map<string, Find>>} search
  */
 
 export class Sidebar {
@@ -23,7 +23,7 @@ export class Sidebar {
     /** @type {Conversation[]} */
     this.conversations = [];
     this.current = "";
-    /** @type {Set<string> | null} */
+    /** @type {Map<string, Find> | null} */
     this.found = null;
     this.menu = the("menu");
     the("new").addEventListener("click", () => deeds.begin());
@@ -38,7 +38,9 @@ export class Sidebar {
     this.menu.addEventListener("click", () => this.open(!this.isOpen));
     the("shade").addEventListener("click", () => this.open(false));
     the("sidebar").addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
-      if (event.key === "Escape" && narrow.matches) this.open(false);
+      if (event.key !== "Escape" || !narrow.matches) return;
+      event.stopPropagation();
+      this.open(false);
     });
     narrow.addEventListener("change", () => this.open(!narrow.matches));
     this.open(!narrow.matches);
@@ -77,19 +79,38 @@ export class Sidebar {
   }
 
   #draw() {
+    if (this.renaming) return;
+    const at = this.#focus();
     const shown = this.conversations.filter((c) => this.found?.has(c.id) ?? true);
-    this.list.replaceChildren(...shown.map((c) => this.#item(c)));
+    let age = "";
+    this.list.replaceChildren();
+    for (const conversation of shown) {
+      const before = age;
+      age = this.found ? "" : ageOf(conversation.updated);
+      if (age !== before) this.list.append(make("li", { class: "age", text: age }));
+      this.list.append(this.#item(conversation));
+    }
+    if (at) this.list.querySelectorAll(`[data-id="${at.id}"] button`)[at.button]?.focus();
     the("none").hidden = shown.length > 0;
     the("none").textContent = this.found ? "Nothing found." : "Conversations are kept in this browser alone.";
     the("export").disabled = this.conversations.length === 0;
   }
 
+  /** Which button of which conversation has the focus, so that it has it still when the list is drawn anew. */
+  #focus() {
+    const item = this.list.contains(document.activeElement) && document.activeElement?.closest("li");
+    if (!item) return null;
+    return { id: item.dataset.id, button: [...item.querySelectorAll("button")].indexOf(document.activeElement) };
+  }
+
   /** @param {Conversation} conversation */
   #item(conversation) {
     const { id, title } = conversation;
+    const found = this.found?.get(id);
+    const around = found?.around;
     const item = make(
       "li",
-      { class: id === this.current ? "current" : "" },
+      { class: id === this.current ? "current" : "", data: { id } },
       make(
         "button",
         {
@@ -97,9 +118,10 @@ export class Sidebar {
           type: "button",
           title,
           "aria-current": id === this.current ? "true" : null,
-          onclick: () => this.deeds.open(id),
+          onclick: () => this.deeds.open(id, found?.message),
         },
-        title,
+        make("span", { text: title, dir: "auto" }),
+        around && make("small", { dir: "auto" }, around[0], make("mark", { text: around[1] }), around[2]),
       ),
       make(
         "span",
@@ -125,6 +147,7 @@ export class Sidebar {
     const end = (/** @type {boolean} */ keep) => {
       if (over) return;
       over = true;
+      this.renaming = false;
       if (keep && input.value.trim()) this.deeds.rename(id, input.value.trim());
       else this.#draw();
     };
@@ -135,9 +158,18 @@ export class Sidebar {
       }
     });
     input.addEventListener("blur", () => end(true));
+    this.renaming = true; // the list is not drawn anew under it
     item.replaceChildren(input);
     input.select();
   }
+}
+
+/** How long ago, in words. @param {number} time milliseconds since 1970 */
+function ageOf(time) {
+  const today = new Date().setHours(0, 0, 0, 0);
+  if (time >= today) return "Today";
+  const days = Math.ceil((today - time) / 86_400_000);
+  return days <= 1 ? "Yesterday" : days <= 7 ? "In the last week" : days <= 31 ? "In the last month" : "Before that";
 }
 
 const narrow = matchMedia("(max-width: 760px)");

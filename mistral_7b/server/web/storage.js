@@ -1,5 +1,8 @@
 /** What the browser keeps: small choices in localStorage, conversations in IndexedDB. Nothing leaves the browser. */
 
+import { Seeker } from "./search.js";
+
+/** @typedef {import("./search.js").Find} Find */
 /** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
 
 /** @param {string} name @returns {string | null} */
@@ -43,7 +46,12 @@ export class Store {
   /** @param {IDBDatabase} database */
   constructor(database) {
     this.database = database;
+    /** Conversations that were deleted, here or in another tab: nothing of them is kept any more. @type {Set<string>} */
+    this.gone = new Set();
   }
+
+  /** Called after a change, for other tabs to know. @type {import("./tabs.js").Tabs["tell"]} */
+  tell = () => {};
 
   /** Where the browser lets pages keep nothing, what comes back forgets all when the page is closed.
    * @returns {Promise<Store | Forgetful>} */
@@ -72,6 +80,11 @@ export class Store {
     return all.sort((a, b) => b.updated - a.updated);
   }
 
+  /** @param {string} id @returns {Promise<Conversation | undefined>} */
+  conversation(id) {
+    return done(this.database.transaction("conversations").objectStore("conversations").get(id));
+  }
+
   /** @param {string} id @returns {Promise<Message[]>} */
   messages(id) {
     return done(this.database.transaction("messages").objectStore("messages").index("conversation").getAll(id));
@@ -79,14 +92,18 @@ export class Store {
 
   /** @param {Conversation | null} conversation @param {Message[]} [messages] */
   async save(conversation, messages = []) {
+    const id = conversation?.id ?? messages[0]?.conversation;
+    if (id === undefined || this.gone.has(id)) return;
     const transaction = this.database.transaction(["conversations", "messages"], "readwrite");
     if (conversation) transaction.objectStore("conversations").put(conversation);
     for (const message of messages) transaction.objectStore("messages").put(message);
     await finished(transaction);
+    this.tell("changed", id, conversation !== null);
   }
 
   /** @param {string} id of a conversation, which goes with all its messages */
   async remove(id) {
+    this.gone.add(id);
     const transaction = this.database.transaction(["conversations", "messages"], "readwrite");
     transaction.objectStore("conversations").delete(id);
     const messages = transaction.objectStore("messages");
@@ -98,27 +115,25 @@ export class Store {
       cursor.continue();
     };
     await finished(transaction);
+    this.tell("removed", id);
   }
 
   /** The conversations in which every word of the query stands, in one message or in the title.
    * @param {string} query @param {Conversation[]} conversations
-   * @returns {Promise<Set<string>>} */
+   * @returns {Promise<Map<string, Find>>} */
   async search(query, conversations) {
-    const words = query.toLowerCase().split(/\s+/).filter(Boolean);
-    /** @param {string} text */
-    const fits = (text) => words.every((word) => text.toLowerCase().includes(word));
-    const found = new Set(conversations.filter((c) => fits(c.title)).map((c) => c.id));
+    const seeker = new Seeker(query, conversations);
     const request = this.database.transaction("messages").objectStore("messages").openCursor();
     await new Promise((resolve, reject) => {
       request.onerror = () => reject(request.error);
       request.onsuccess = () => {
         const cursor = request.result;
         if (!cursor) return resolve(undefined);
-        if (fits(cursor.value.content)) found.add(cursor.value.conversation);
+        seeker.look(cursor.value);
         cursor.continue();
       };
     });
-    return found;
+    return seeker.found;
   }
 }
 
@@ -128,6 +143,16 @@ export class Forgetful {
   #conversations = new Map();
   /** @type {Map<string, Message>} */
   #messages = new Map();
+  /** @type {Set<string>} */
+  gone = new Set();
+
+  /** No other tab sees what is kept here. */
+  tell() {}
+
+  /** @param {string} id */
+  async conversation(id) {
+    return this.#conversations.get(id);
+  }
 
   async conversations() {
     return [...this.#conversations.values()];
@@ -152,9 +177,8 @@ export class Forgetful {
 
   /** @param {string} query @param {Conversation[]} conversations */
   async search(query, conversations) {
-    const word = query.toLowerCase();
-    const inside = [...this.#messages.values()].filter((m) => m.content.toLowerCase().includes(word));
-    const titled = conversations.filter((c) => c.title.toLowerCase().includes(word));
-    return new Set([...inside.map((m) => m.conversation), ...titled.map((c) => c.id)]);
+    const seeker = new Seeker(query, conversations);
+    for (const message of this.#messages.values()) seeker.look(message);
+    return seeker.found;
   }
 }

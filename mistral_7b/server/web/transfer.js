@@ -1,6 +1,7 @@
 /** Conversations to a file and back. */
 
 import { make } from "./dom.js";
+import { texts } from "./settings.js";
 import { newId } from "./tree.js";
 
 /** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
@@ -25,11 +26,20 @@ export async function exportAll(store, conversations) {
  * @param {string} text
  * @returns {{conversation: Conversation, messages: Message[]}[]} */
 export function readExport(text) {
-  const file = JSON.parse(text);
+  const file = parsed(text);
   if (file?.format !== FORMAT || !Array.isArray(file.conversations))
     throw new Error("it is no export of this page");
   if (file.version !== 1) throw new Error(`it is of version ${file.version}, and this page reads version 1`);
   return file.conversations.map(readOne);
+}
+
+/** @param {string} text @returns {any} */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    throw new Error("it is no JSON");
+  }
 }
 
 /** @param {any} from @returns {{conversation: Conversation, messages: Message[]}} */
@@ -41,9 +51,11 @@ function readOne(from) {
     created: number(from.created),
     updated: number(from.updated),
     chosen: /** @type {Record<string, string>} */ ({}),
-    settings: record(from.settings),
+    settings: texts(record(from.settings)),
   };
+  for (const message of from.messages) if (message !== record(message)) throw new Error("a message in it is no object");
   const ids = new Map(from.messages.map((/** @type {any} */ m) => [text(m.id, "id"), newId()]));
+  if (ids.size < from.messages.length) throw new Error("two messages in it have one id");
   const messages = from.messages.map((/** @type {any} */ m) => readMessage(m, ids, conversation.id));
   for (const [parent, child] of Object.entries(record(from.chosen))) {
     const [under, id] = [parent === "" ? "" : ids.get(parent), ids.get(String(child))];
@@ -64,7 +76,7 @@ function readMessage(m, ids, conversation) {
     role: m.role,
     content: text(m.content, "content"),
     created: number(m.created),
-    given: number(m.given),
+    given: Math.max(0, number(m.given)),
     tokens: list(m.tokens).map((t) => ({ ...alternative(t), a: list(t.a).map(alternative) })),
     calls: list(m.calls).map((c) => ({
       id: text(c.id, "id"),
@@ -81,7 +93,7 @@ function readMessage(m, ids, conversation) {
     problem: m.problem === undefined ? undefined : text(m.problem, "problem"),
     model: m.model === undefined ? undefined : text(m.model, "model"),
     usage:
-      m.usage === undefined
+      m.usage !== record(m.usage)
         ? undefined
         : {
             prompt_tokens: number(m.usage.prompt_tokens),

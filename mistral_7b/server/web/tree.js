@@ -49,6 +49,12 @@ export function newId() {
   );
 }
 
+/** Make a record say what another says. @param {any} record @param {any} other */
+function replace(record, other) {
+  for (const name of Object.keys(record)) if (!(name in other)) delete record[name];
+  Object.assign(record, other);
+}
+
 /** Its messages, and which of them are on the screen. */
 export class Tree {
   /** @param {Conversation} conversation @param {Message[]} [messages] */
@@ -59,6 +65,8 @@ export class Tree {
     /** @type {Map<string, string[]>} */
     this.children = new Map();
     for (const message of [...messages].sort((a, b) => a.created - b.created)) this.#put(message);
+    /** Messages that are not kept yet. @type {Set<Message>} */
+    this.fresh = new Set();
   }
 
   /** @param {Message} message */
@@ -84,8 +92,24 @@ export class Tree {
       created: Math.max(Date.now(), latest + 1), // siblings stay in the order they were made
     };
     this.#put(message);
+    this.fresh.add(message);
     this.choose(message.id);
     return message;
+  }
+
+  /** Take in what another tab kept of this conversation. What is on the screen stays there: the other tab's choice
+   * counts only where there was none yet.
+   * @param {Conversation} conversation @param {Message[]} messages
+   * @param {Message} [writing] is being written in this tab, and what was kept of it is old */
+  join(conversation, messages, writing) {
+    Object.assign(this.conversation, conversation, {
+      chosen: { ...conversation.chosen, ...this.conversation.chosen },
+    });
+    for (const message of [...messages].sort((a, b) => a.created - b.created)) {
+      const known = this.messages.get(message.id);
+      if (!known) this.#put(message);
+      else if (known !== writing) replace(known, message);
+    }
   }
 
   /** @param {string} id @returns {Message} */

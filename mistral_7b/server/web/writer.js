@@ -1,6 +1,6 @@
 /** Has answers written: one at a time in a conversation, in any number of conversations at once. */
 
-import { Problem } from "./api.js";
+import { count, Problem } from "./api.js";
 import { say } from "./dom.js";
 import { requestOf } from "./settings.js";
 import { answer } from "./stream.js";
@@ -9,6 +9,15 @@ import { answer } from "./stream.js";
 
 const SAVE_EVERY = 800; // milliseconds: what a crash may lose
 
+/** Keep a conversation, those of its messages that are not kept yet, and others that have changed.
+ * @param {import("./storage.js").Store | import("./storage.js").Forgetful} store
+ * @param {Tree} tree @param {Message[]} [changed] */
+export async function keepTree(store, tree, changed = []) {
+  const messages = new Set([...tree.fresh, ...changed]);
+  await store.save(tree.conversation, [...messages]);
+  for (const message of messages) tree.fresh.delete(message);
+}
+
 export class Writer {
   /** @param {import("./storage.js").Store | import("./storage.js").Forgetful} store
    * @param {{changed: (tree: Tree, ended: boolean) => void, trouble: (problem: Problem, again: () => void) => void,
@@ -16,7 +25,7 @@ export class Writer {
   constructor(store, deeds) {
     this.store = store;
     this.deeds = deeds;
-    /** @type {Map<string, {tree: Tree, controller: AbortController, ended: Promise<void>}>} */
+    /** @type {Map<string, {tree: Tree, message: Message, controller: AbortController, ended: Promise<void>}>} */
     this.running = new Map();
   }
 
@@ -48,7 +57,7 @@ export class Writer {
     const ended = new Promise((/** @type {(value: void) => void} */ resolve) => {
       over = resolve;
     });
-    this.running.set(tree.conversation.id, { tree, controller, ended });
+    this.running.set(tree.conversation.id, { tree, message, controller, ended });
     return this.#write(tree, message, controller).finally(over);
   }
 
@@ -65,7 +74,7 @@ export class Writer {
     /** @type {Problem | null} */
     let problem = null;
     try {
-      await this.store.save(conversation, tree.path());
+      await keepTree(this.store, tree, [message]);
       const body = requestOf(tree.upTo(message.id), conversation.settings, this.deeds.model());
       await answer(message, body, {
         signal: controller.signal,
@@ -80,16 +89,32 @@ export class Writer {
     } catch (error) {
       problem = end(message, error);
     }
-    this.running.delete(conversation.id);
     reader.heard(message.content, true);
     conversation.updated = Date.now();
     try {
-      await this.store.save(conversation, [message]);
+      await keepTree(this.store, tree, [message]);
     } catch (error) {
       problem ??= new Problem("failed", `This browser could not keep the answer: ${error}`);
     }
+    this.running.delete(conversation.id); // not before it is kept: what the store has is taken for newer then
     this.deeds.changed(tree, true);
     if (problem) this.deeds.trouble(problem, () => this.write(tree, message));
+    if (controller.signal.aborted) this.#count(tree, message);
+  }
+
+  /** A stopped answer's usage has not come: ask how many tokens the conversation has with it.
+   * @param {Tree} tree @param {Message} message */
+  async #count(tree, message) {
+    const { model, messages, tools } = requestOf(tree.upTo(message.id), tree.conversation.settings, this.deeds.model());
+    const said = message.tokens?.length ?? 0;
+    try {
+      const all = await count({ model, messages, tools, continue_final_message: Boolean(message.content) });
+      message.usage = { prompt_tokens: Math.max(0, all - said), completion_tokens: said };
+      await this.store.save(null, [message]);
+      this.deeds.changed(tree, true);
+    } catch {
+      /* the gauge stays at what was known before */
+    }
   }
 }
 

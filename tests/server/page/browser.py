@@ -46,7 +46,7 @@ def opened(browser: Any, url: str, **how: Any) -> Any:
     """A page in a profile of its own. `page.faults` collects what its scripts complained of."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **how})
     page = context.new_page()
-    page.set_default_timeout(8000)
+    page.set_default_timeout(30_000)  # of a machine that others use too
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("console", lambda m: page.faults.append(m.text) if m.type == "error" else None)

@@ -2,8 +2,9 @@
 
     python -m tests.server.page.scripted PORT
 
-What the last message of a person says chooses the answer: "slow", "markdown", "evil", "emoji", "weather" (a
-tool), "json", "full" (429 the first two times), "length", "error" or "hang up" (in mid-answer), else a sentence.
+What the last message of a person says chooses the answer: "slow", "long", "markdown", "evil", "emoji", "weather"
+(a tool), "json", "full" (429 the first two times), "length", "error" or "hang up" (in mid-answer), else a
+sentence.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ANSWERS = {
         "| layers | reach |\n|---|---:|\n| 1 | 4,096 |\n| 32 | 131,072 |\n\n```python\n"
         "def visible(i: int, j: int, window: int) -> bool:\n    \"\"\"Whether position i may look at j.\"\"\"\n"
         "    return i - window < j <= i  # causal\n```\n\n"
+        "3. third\n4. fourth\n\n"
         "So the cache never grows past the window, however long the text is."
     ),
     "evil": (
@@ -45,6 +47,7 @@ ANSWERS = {
     "emoji": "Good 🙂 day",
     "json": '{"name": "Ada", "born": 1815}',
     "length": "It goes on and",
+    "long": "\n\n".join([SENTENCE] * 60),
     "slow": " ".join(f"{SENTENCE}" for _ in range(12)),
 }  # fmt: skip
 MODELS = [
@@ -162,6 +165,10 @@ def build() -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         return script.refused(request) or JSONResponse({"object": "list", "data": MODELS})
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, int]:
+        return {"count": sum(len(split(m["content"] or "")) for m in (await request.json())["messages"])}
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:

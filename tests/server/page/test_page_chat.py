@@ -123,6 +123,8 @@ def test_parts_of_a_character_are_one_place(page: Any) -> None:
 def test_markdown_is_drawn_with_its_tints(page: Any) -> None:
     ask(page, "markdown")
     text = answer(page).locator(".text")
+    assert text.locator("td").nth(1).evaluate("cell => getComputedStyle(cell).textAlign") == "right"
+    assert text.locator("ol").get_attribute("start") == "3"
     assert text.locator("h2").inner_text() == "Sliding windows"
     assert text.locator("td").all_inner_texts() == ["1", "4,096", "32", "131,072"]
     page.wait_for_selector(".code .hljs-keyword")
@@ -175,26 +177,26 @@ def test_conversations_are_kept_found_carried_away_and_back(page: Any, tmp_path:
     ask(page, "something of windows")
     reload(page)
     assert answer(page).locator(".text").inner_text() == SENTENCE  # the same conversation is open again
-    titles = page.locator("#conversations .open")
+    titles = page.locator("#conversations .open span")
     assert titles.all_inner_texts() == ["something of windows", "emoji of the <b>first</b>"]
     page.fill("#search", "good day 🙂")  # words of an answer
-    page.wait_for_function("() => document.querySelectorAll('#conversations li').length === 1")
+    page.wait_for_function("() => document.querySelectorAll('#conversations [data-id]').length === 1")
     assert titles.all_inner_texts() == ["emoji of the <b>first</b>"]
     page.fill("#search", "good windows")  # in no conversation both
     page.wait_for_selector("#none >> text=Nothing found.")
     page.fill("#search", "")
-    page.wait_for_function("() => document.querySelectorAll('#conversations li').length === 2")
+    page.wait_for_function("() => document.querySelectorAll('#conversations [data-id]').length === 2")
     with page.expect_download() as download:
         page.click("#export")
     file = tmp_path / "all.json"
     download.value.save_as(file)
     for left in (1, 0):
-        page.hover("#conversations li >> nth=0")
-        page.click("#conversations li >> nth=0 >> [aria-label^=Delete]")
+        page.hover("#conversations [data-id] >> nth=0")
+        page.click("#conversations [data-id] >> nth=0 >> [aria-label^=Delete]")
         page.click("#confirm-yes")
-        page.wait_for_function("n => document.querySelectorAll('#conversations li').length === n", arg=left)
+        page.wait_for_function("n => document.querySelectorAll('#conversations [data-id]').length === n", arg=left)
     page.set_input_files("#file", file)
-    page.wait_for_selector("#conversations li >> nth=1")
+    page.wait_for_selector("#conversations [data-id] >> nth=1")
     assert titles.all_inner_texts() == ["something of windows", "emoji of the <b>first</b>"]
     assert "".join(page.locator(".tok").all_text_contents()) == SENTENCE
     content = json.loads(file.read_text(encoding="utf-8"))

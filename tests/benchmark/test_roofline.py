@@ -48,6 +48,18 @@ def test_peak_is_operations_over_seconds(monkeypatch: pytest.MonkeyPatch) -> Non
     assert roofline.int8_peak(32, (16, 48)) in (wanted, None)
 
 
+@pytest.mark.parametrize(("quick", "side", "rows"), [(True, 1024, 512), (False, 4096, 1024)])
+def test_all_are_measured_quickly_or_well(
+    monkeypatch: pytest.MonkeyPatch, quick: bool, side: int, rows: int
+) -> None:
+    monkeypatch.setattr(roofline, "_best", lambda work, seconds: work() is None or 0.5)
+    monkeypatch.setattr(roofline, "buffer_bytes", lambda: 64 << 20)
+    found, peak = roofline.measure(1, quick), 2 * rows * side * side / 0.5
+    assert (found.read_bandwidth, found.threads) == ((64 << 20) / 0.5, 1)
+    assert (found.fp32, found.bf16) == (peak, peak)
+    assert found.int8 in (peak, None)
+
+
 def test_int8_peak_is_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.Tensor] = []
     monkeypatch.setattr(roofline, "_best", lambda work, seconds: made.append(work()) or 1.0)

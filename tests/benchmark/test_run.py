@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 from bench_samples import ARGS, CEILINGS, job_of, measured
 
-from mistral_7b.benchmark import run
+from mistral_7b.benchmark import process, run
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job, Measured
+from mistral_7b.benchmark.roofline import Ceilings
 from mistral_7b.errors import BenchmarkError
 
 PLAN = run.Plan(
@@ -125,11 +127,29 @@ def test_a_process_that_fails_is_one_message(tmp_path: pathlib.Path, python: str
         run.call(python, "{}")
 
 
-def test_the_package_alone_is_on_the_path_of_a_peer() -> None:
-    """Its Python must not see this one's libraries."""
-    told = run._python(sys.executable, "process", "ceilings", "[1, true]")
-    assert set(run.Ceilings(**run.json.loads(told)).__dict__) >= {"read_bandwidth", "int8"}
-    assert os.environ.get("PYTHONPATH", "") == os.environ.get("PYTHONPATH", "")
+def test_the_package_alone_is_on_the_path_of_a_peer(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python must not see this one's libraries, which may lie beside the package."""
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "$PYTHONPATH|$(ls "${PYTHONPATH%%:*}")|$*"\n')
+    script.chmod(0o755)
+    for before in (None, "/of/the/user"):
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+        if before:
+            monkeypatch.setenv("PYTHONPATH", before)
+        path, seen, asked = run._python(str(script), "process", "a", "b").strip().split("|")
+        folder, *rest = path.split(os.pathsep)
+        assert (seen, asked) == ("mistral_7b", "-m mistral_7b.benchmark.process a b")
+        assert rest == ([before] if before else [])
+        assert not pathlib.Path(folder).exists()
+        assert os.environ.get("PYTHONPATH") == before
+
+
+def test_ceilings_come_from_a_process_of_their_own(ceilings: Ceilings) -> None:
+    assert 1e9 < ceilings.read_bandwidth < 1e13
+    assert 1e9 < ceilings.fp32 < 1e15
+    assert ceilings.threads == 1
 
 
 def test_peers_get_huge_pages_unless_the_user_has_settings(
@@ -148,10 +168,15 @@ def test_peers_get_huge_pages_unless_the_user_has_settings(
 
 @pytest.mark.parametrize("what", ["decode", "prefill", "batch16"])
 @pytest.mark.parametrize("engine", [OURS, TRANSFORMERS])
-def test_engine_in_a_process_of_its_own(engine: str, what: str) -> None:
+def test_every_engine_does_every_work(engine: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoding in a process of its own, the rest as that process does it, for a process takes seconds to start."""
     job = job_of(engine, "none" if engine == OURS else "bf16", what, prompt=5, threads=1, quick=True)
     job = dataclasses.replace(job, rows=16 if what == "batch16" else 1)
-    (found,) = run.measure(job, sys.executable)
+    if what == "decode":
+        (found,) = run.measure(job, sys.executable)
+    else:
+        assert process.main([job.to_json()]) == 0
+        found = Measured(**json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert found.tokens == {"decode": 1, "prefill": 5, "batch16": 16}[what]
     assert min(found.seconds) > 0
     assert (found.threads, found.kv_token_bytes) == (1, 256)

@@ -33,10 +33,14 @@ def write_model(folder: pathlib.Path, **changes: object) -> pathlib.Path:
     return folder
 
 
-def start(*argv: str, **options: object) -> subprocess.Popen[bytes]:
-    """The real command in a process of its own, whose Ctrl-C works whatever that of this one does."""
+def start(*argv: str, before: str = "", **options: object) -> subprocess.Popen[bytes]:
+    """The real command in a process of its own, whose Ctrl-C works whatever that of this one does.
+
+    `before` is Python that runs ahead of it, to leave out what takes long.
+    """
+    command = ["-c", f"{before}\nimport runpy; runpy.run_module('mistral_7b', run_name='__main__')"]
     return subprocess.Popen(
-        [sys.executable, "-m", "mistral_7b", *argv],
+        [sys.executable, *(command if before else ("-m", "mistral_7b")), *argv],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options,
     )  # fmt: skip

@@ -13,12 +13,19 @@ from mistral_7b.benchmark.records import read_json
 from mistral_7b.cli.bench import Bench, plan_of
 from mistral_7b.cli.inputs import UsageError
 
+NO_CEILINGS = """
+from mistral_7b.benchmark import run
+from mistral_7b.benchmark.roofline import Ceilings
+run.measure_ceilings = lambda *asked: Ceilings(1e9, 1e9)
+"""
 
-def test_shape_with_a_peer_end_to_end(run, tmp_path: pathlib.Path) -> None:
+
+def test_shape_with_a_peer_end_to_end(run, ceilings_asked: list, tmp_path: pathlib.Path) -> None:
     flags = ["--shape", "tiny", "--scheme", "none", "--what", "decode", "batch16", "--context", "20", "--quick"]
     files = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
     code, out, err = run("bench", *flags, *files, "--threads", "1", "--peers")
     assert code == 0, err
+    assert ceilings_asked == [(1, True)]
     records = read_json(tmp_path / "r.json")
     made = [(r.engine, r.what) for r in records]
     assert made == [(e, w) for w in ("decode", "batch16") for e in ("mistral_7b", "transformers")]
@@ -34,11 +41,12 @@ def test_shape_with_a_peer_end_to_end(run, tmp_path: pathlib.Path) -> None:
     assert f"{ratio:.2f}*" in out
 
 
-def test_bundled_model_end_to_end(run, tmp_path: pathlib.Path) -> None:
+def test_bundled_model_end_to_end(run, ceilings_asked: list, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "r.json"
     flags = ("--scheme", "none", "--what", "load", "prefill", "--prompt", "40", "--quick", "--json", str(path))
     code, out, err = run("bench", *flags)
     assert code == 0, err
+    assert ceilings_asked == [(None, True)]
     load, prefill = json.loads(path.read_text())
     assert (load["what"], prefill["what"]) == ("load", "prefill")
     assert 0.5 < load["seconds"] < 60  # importing torch is part of it
@@ -48,7 +56,10 @@ def test_bundled_model_end_to_end(run, tmp_path: pathlib.Path) -> None:
 
 
 def test_a_terminated_bench_leaves_no_files(tmp_path: pathlib.Path) -> None:
-    process = start("bench", "--shape", "tiny", "--threads", "1", env={**os.environ, "TMPDIR": str(tmp_path)})
+    process = start(
+        "bench", "--shape", "tiny", "--threads", "1", before=NO_CEILINGS,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
     assert process.stderr is not None
     while b"decode" not in (said := process.stderr.readline()):
         assert said
@@ -103,6 +114,7 @@ def test_a_shape_has_fewer_layers_and_no_file(windowed: str) -> None:
     assert plan.schemes == ("int4", "int8", "bf16")
 
 
+@pytest.mark.usefixtures("ceilings_asked")
 def test_a_quantised_folder_is_measured_in_its_own_scheme(run, windowed: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int8")
     assert run("quantize", windowed, out, "--scheme", "int8", "--tokens", "20").code == 0

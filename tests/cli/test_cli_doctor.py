@@ -20,9 +20,10 @@ GOOD = {
 }  # fmt: skip
 
 
-def test_json_has_the_facts(run) -> None:
+def test_json_has_the_facts(run, ceilings_asked: list) -> None:
     code, out, err = run("doctor", "--json")
     assert (code, err) == (0, "")
+    assert ceilings_asked == [(None, False)]
     facts = json.loads(out)
     assert facts["torch"]["version"] == torch.__version__
     assert facts["torch"]["threads"] >= 1

@@ -15,7 +15,7 @@ run: $(STAMP)  ## generate text with the bundled model; PROMPT="..." to choose h
 	@$(BIN)/mistral-7b generate demo $(if $(PROMPT),--prompt="$$PROMPT") </dev/null
 
 test: $(STAMP)  ## run the whole test suite, two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Annotated

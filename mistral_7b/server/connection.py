@@ -30,6 +30,7 @@ class Connection(H11Protocol):
     limits: ServerConfig
     _head: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
+    _ending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -42,7 +43,7 @@ class Connection(H11Protocol):
             self._await_head(self.limits.body_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head, self._stuck):
+        for timer in (self._head, self._stuck, self._ending):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -98,12 +99,18 @@ class Connection(H11Protocol):
 
     def _no_head(self) -> None:
         self._head = None
-        if not self.transport.is_closing() and not self._busy:
+        if self.transport.is_closing() or self._busy:
+            return
+        if self.conn.their_state is h11.SEND_BODY:  # it was answered by its head, and its body goes on coming
+            self.transport.close()
+            self._end_soon()
+        else:
             self._say(Refusal(408, "no request came in time", code="head_timeout"))
 
     def _end_soon(self) -> None:
         """What lies ready may still be taken, for a while."""
-        self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
+        if self._ending is None:
+            self._ending = self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
 
     def _say(self, why: Refusal) -> None:
         """Answer without having understood the question, and hang up."""

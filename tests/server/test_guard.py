@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import logging
 import socket
@@ -29,6 +30,7 @@ def closed():
     config = ServerConfig(
         port=0, api_keys=("one", "two"), admin_keys=("boss",), cors_origins=("https://page.example",),
         max_body_bytes=2000, max_prompt_tokens=40, max_prompts=2, max_concurrent=2, body_timeout=0.4,
+        keep_alive=0.3,
     )  # fmt: skip
     with serving(config) as it:
         yield it
@@ -144,6 +146,44 @@ def test_a_body_or_a_head_that_does_not_come(closed: Serving):
     assert error_of(said.partition(b"\r\n\r\n")[2])["code"] == "head_timeout"
     assert time.monotonic() - begun < 3
     closed.idle()
+
+
+def test_who_was_refused_by_its_head_is_told_once_however_slow_its_body(closed: Serving):
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer one\r\nContent-Length: 5000\r\n\r\n"
+    said = b""
+    with socket.create_connection(("127.0.0.1", closed.port), timeout=5) as sock:
+        sock.sendall(head.encode())
+        sock.settimeout(0.05)
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            try:
+                sock.sendall(b"x")
+                if not (more := sock.recv(1 << 16)):
+                    break
+                said += more
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        else:
+            pytest.fail("the connection stays open")
+    assert said.startswith(b"HTTP/1.1 413 ")
+    assert said.count(b"HTTP/1.1") == 1
+
+
+def test_connections_that_were_refused_are_forgotten_when_they_close(closed: Serving):
+    def transports() -> int:
+        gc.collect()
+        return sum(type(o).__name__ == "_SelectorSocketTransport" for o in gc.get_objects())
+
+    before = transports()
+    for _ in range(20):
+        assert b" 400 " in closed.raw(b"nothing\r\n\r\n")
+    closed.idle()
+    end = time.monotonic() + 5
+    while transports() > before + 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert transports() <= before + 2
 
 
 def test_too_many_at_once(closed: Serving):

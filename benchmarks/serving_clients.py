@@ -34,8 +34,7 @@ class Server:
         self.log = tempfile.NamedTemporaryFile("w+", prefix="serve", suffix=".log")  # noqa: SIM115
         began = time.perf_counter()
         command = [sys.executable, "-m", "mistral_7b", "serve", "--port", "0", *options]
-        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-        self.process = subprocess.Popen(command, stderr=self.log, env=environment)
+        self.process = subprocess.Popen(command, stderr=self.log)
         self.pid = self.process.pid
         while not (found := re.search(r"at http://127\.0\.0\.1:(\d+) ", self.said())):
             self._alive(began)

@@ -9,6 +9,7 @@ The rule of what is visible is that of every cache: by position, and never acros
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -116,7 +117,8 @@ class _PagedMemory(KeysAndValues):
     """One layer of the pages: entries (pages, page, G, K)."""
 
     def __init__(self, batch: PagedBatch, entries: Entries) -> None:
-        self.batch, self.entries = batch, entries
+        # Weakly, as the batch has its layers: a ring of both would keep each step's tensors until the collector comes.
+        self.batch, self.entries = weakref.proxy(batch), entries
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (N, H, K), (N, G, K)
         batch = self.batch

@@ -300,6 +300,7 @@ class Engine:
         for s in request.pending:
             s.completion.finish_reason = s.completion.finish_reason or reason  # "abort", "error"
             self.scheduler.end(s)
+        request.sequences = []  # which have it: nothing of it is left for the collector
         request.finished, request.error = True, error
         request.metrics.finished = time.perf_counter()
         self.requests.pop(request.id, None)

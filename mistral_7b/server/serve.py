@@ -27,7 +27,7 @@ from .state import State
 
 logger = logging.getLogger("mistral_7b.server")
 
-COLLECT = (50_000, 2, 5)  # the body of a request makes some 100,000 objects, and no garbage; one that ended does
+COLLECT = (5_000, 3, 20)  # a young collection of so many takes 5 ms, and as long as it takes nobody is answered
 OTHER_FILES = 256
 LAST_WORDS = 2  # seconds for what was cut to say so
 

@@ -1,14 +1,17 @@
 """LLM as a user meets it: what comes out, in which shape, and what is refused."""
 
+import gc
 import re
 
 import pytest
 import torch
 from tiny import tiny_args, tiny_model, tokens_of, truth
 
+from mistral_7b.engine.batch import PagedBatch
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
+from mistral_7b.engine.request import Request, SequenceState
 from mistral_7b.errors import AdapterError, ConfigError, EngineError, GenerationError, SamplingError
 from mistral_7b.generate import generate
 from mistral_7b.sampling_params import SamplingParams
@@ -265,3 +268,17 @@ def test_a_bar_is_drawn_on_standard_error(capsys):
     captured = capsys.readouterr()
     assert "2/2" in captured.err
     assert captured.out == ""
+
+
+def test_nothing_is_left_for_the_collector() -> None:
+    """Neither of steps nor of requests: a full collection stops everybody, and tensors wait for it."""
+    llm = llm_of()
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+    gc.collect()
+    gc.disable()
+    try:
+        llm.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=20, n=2, ignore_eos=True))
+        left = [type(o).__name__ for o in gc.get_objects() if isinstance(o, PagedBatch | Request | SequenceState)]
+    finally:
+        gc.enable()
+    assert left == []

@@ -117,7 +117,7 @@ class _PagedMemory(KeysAndValues):
     """One layer of the pages: entries (pages, page, G, K)."""
 
     def __init__(self, batch: PagedBatch, entries: Entries) -> None:
-        # Weakly, as the batch has its layers: a ring of both would keep each step's tensors until the collector comes.
+        # Weakly, as the batch has its layers: a ring would keep each step's tensors until the collector comes.
         self.batch, self.entries = weakref.proxy(batch), entries
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (N, H, K), (N, G, K)

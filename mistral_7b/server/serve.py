@@ -29,6 +29,7 @@ logger = logging.getLogger("mistral_7b.server")
 
 COLLECT = (5_000, 3, 20)  # a young collection of so many takes 5 ms, and as long as it takes nobody is answered
 OTHER_FILES = 256
+ACCEPTED = 16  # connections in one round of the event loop: more, and those that are open wait for them
 LAST_WORDS = 2  # seconds for what was cut to say so
 
 
@@ -70,7 +71,7 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(
             app, loop="asyncio", http=connection_class(config), ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=int(config.keep_alive),
-            timeout_graceful_shutdown=LAST_WORDS,
+            timeout_graceful_shutdown=LAST_WORDS, backlog=ACCEPTED,
         ))  # fmt: skip
         self._told = 0
         self._until = 0.0
@@ -94,6 +95,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and look after the event loop from now on."""
         await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(self.state.config.max_connections)  # may wait in the kernel
         self._watch = asyncio.create_task(watch(self.state.metrics.lagged))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -278,7 +278,7 @@ def test_nothing_is_left_for_the_collector() -> None:
     gc.disable()
     try:
         llm.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=20, n=2, ignore_eos=True))
-        left = [type(o).__name__ for o in gc.get_objects() if isinstance(o, PagedBatch | Request | SequenceState)]
+        left = [type(o) for o in gc.get_objects() if type(o) in (PagedBatch, Request, SequenceState)]
     finally:
         gc.enable()
     assert left == []

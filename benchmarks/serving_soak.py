@@ -146,7 +146,7 @@ def summary(server: Server, tally: Tally, last: dict[str, float], seconds: float
         "vanished": tally.vanished, "garbage_statuses": {str(k): n for k, n in sorted(tally.garbage.items())},
         "requests_a_second": since("requests_total") / ran,
         "tokens_a_second": since("generation_tokens_total") / ran,
-        "rss_first_mb": tally.rss[0], "rss_last_mb": tally.rss[-1], "rss_most_mb": max(tally.rss),
+        "rss_mb": [round(mb, 1) for mb in tally.rss[:: max(1, len(tally.rss) // 32)]], "rss_most_mb": max(tally.rss),
         "rss_slope_mb_a_minute": slope(tally.times, tally.rss),
         "pages_held_at_the_end": idle["kv_cache_pages_held"], "running_at_the_end": idle["requests_running"],
         "sockets_at_the_end": server.sockets, "preemptions": last["preemptions_total"],

@@ -43,6 +43,8 @@ def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "
     _install_document(app)
     _install_problems(app)
     app.add_middleware(Guard, state=state)
+    for route in app.routes:  # FastAPI makes them ready when it first looks at them: not while somebody waits
+        route.matches({"type": "http", "method": "GET", "path": "/nowhere", "root_path": "", "headers": []})
     return app
 
 

@@ -1,10 +1,11 @@
 """What the server costs over the bare engine, and how it comes back after kill -9. Records in JSON.
 
     python benchmarks/serving_overhead.py --streams 32 --answers 4 --rounds 7 --json FILE
+    python benchmarks/serving_overhead.py --shape 7b --tokens 16 48 --answers 1 --rounds 3 --json FILE     8 GB
 
-overhead    so many streams of the bundled model at once, of so many answers each, one after the other; by turns
-            straight to the engine's thread and over HTTP, in one process and with the same settings. The clients
-            are a process of their own, on the same cores
+overhead    so many streams at once, of so many answers each, one after the other; by turns straight to the
+            engine's thread and over HTTP, in one process and with the same settings. The clients are a process of
+            their own, on the same cores. Of the bundled model, or of random int4 weights in Mistral 7B's shape
 kill -9     in mid-answer: what the client sees, and seconds until a new server is ready
 page        time to the first byte of `/`, if there is a page
 """
@@ -30,23 +31,23 @@ from typing import Any
 
 from serving_clients import Client, Server, place, post
 
-LENGTHS = (64, 192)  # tokens of an answer, at least and at most
+Tokens = tuple[int, int]  # of an answer, at least and at most
 
 
-def questions(streams: int, answers: int, seed: int) -> list[list[dict[str, Any]]]:
+def questions(streams: int, answers: int, tokens: Tokens, seed: int) -> list[list[dict[str, Any]]]:
     """What each stream asks for: prompts of 16 ids, answers of different lengths, so that no two go in step."""
     dice = random.Random(seed)
 
     def question() -> dict[str, Any]:
         prompt = [1, *(dice.randrange(10, 4000) for _ in range(15))]
-        return {"prompt": prompt, "max_tokens": dice.randint(*LENGTHS), "ignore_eos": True, "temperature": 0,
+        return {"prompt": prompt, "max_tokens": dice.randint(*tokens), "ignore_eos": True, "temperature": 0,
                 "stream": True}  # fmt: skip
 
     return [[question() for _ in range(answers)] for _ in range(streams)]
 
 
 async def clients(port: int) -> None:
-    """The process of the clients: a line "STREAMS ANSWERS SEED" is answered with the seconds that these took."""
+    """The process of the clients: "STREAMS ANSWERS LEAST MOST SEED" is answered with the seconds that these took."""
     connections: list[Client] = []
 
     async def stream(client: Client, asked: Sequence[bytes]) -> None:
@@ -57,10 +58,13 @@ async def clients(port: int) -> None:
             assert not answer.failed
 
     while line := await asyncio.to_thread(sys.stdin.readline):
-        streams, answers, seed = map(int, line.split())
+        streams, answers, least, most, seed = map(int, line.split())
         while len(connections) < streams:
             connections.append(await Client.connect(port))
-        asked = [[post("/v1/completions", body) for body in own] for own in questions(streams, answers, seed)]
+        asked = [
+            [post("/v1/completions", body) for body in own]
+            for own in questions(streams, answers, (least, most), seed)
+        ]
         began = time.perf_counter()
         await asyncio.gather(*(stream(c, own) for c, own in zip(connections, asked, strict=True)))
         print(time.perf_counter() - began, flush=True)
@@ -95,7 +99,19 @@ def bare(llm: Any, asked: Sequence[Sequence[dict[str, Any]]]) -> float:
     return time.perf_counter() - began
 
 
-def overhead(streams: int, answers: int, rounds: int) -> dict[str, Any]:
+def opened(shape: str) -> tuple[Any, Any]:
+    """A model, and a tokenizer where it has none of its own."""
+    from mistral_7b.cli.bench import SHAPES
+    from mistral_7b.model import ModelArgs
+    from mistral_7b.quantization import random_model
+    from mistral_7b.tokenizer import Tokenizer
+
+    if shape == "demo":
+        return "demo", None
+    return random_model(ModelArgs(**SHAPES[shape]), "int4"), Tokenizer.v1()
+
+
+def overhead(shape: str, streams: int, answers: int, lengths: Tokens, rounds: int) -> dict[str, Any]:
     """By turns, after a round of each that warms up."""
     from mistral_7b.engine.async_llm import AsyncLLM
     from mistral_7b.engine.config import EngineConfig
@@ -106,8 +122,9 @@ def overhead(streams: int, answers: int, rounds: int) -> dict[str, Any]:
 
     config = ServerConfig(port=0)
     sock = bind(config)
-    llm = AsyncLLM("demo", EngineConfig(prefix_caching=False))
-    server = Http(build(llm, config, "demo"))
+    model, tokenizer = opened(shape)
+    llm = AsyncLLM(model, EngineConfig(prefix_caching=False), tokenizer=tokenizer)
+    server = Http(build(llm, config, shape))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     command = [sys.executable, __file__, "--clients-of", str(sock.getsockname()[1])]
@@ -116,10 +133,10 @@ def overhead(streams: int, answers: int, rounds: int) -> dict[str, Any]:
         assert other.stdout is not None
         pairs = []
         for seed in range(rounds + 1):
-            asked = questions(streams, answers, seed)
+            asked = questions(streams, answers, lengths, seed)
             tokens = sum(body["max_tokens"] for own in asked for body in own)
             direct = tokens / bare(llm, asked)
-            print(streams, answers, seed, file=other.stdin, flush=True)
+            print(streams, answers, *lengths, seed, file=other.stdin, flush=True)
             pairs.append((direct, tokens / float(other.stdout.readline())))
         other.stdin.close()
     server.stop()
@@ -127,7 +144,7 @@ def overhead(streams: int, answers: int, rounds: int) -> dict[str, Any]:
     asyncio.run(llm.close())
     ratios = sorted(served / direct for direct, served in pairs[1:])
     return {
-        "streams": streams, "answers_each": answers, "tokens_an_answer": LENGTHS,
+        "model": shape, "streams": streams, "answers_each": answers, "tokens_an_answer": lengths,
         "tokens_a_second": [{"bare": direct, "served": served} for direct, served in pairs[1:]],
         "bare_tokens_a_second": statistics.median(direct for direct, _ in pairs[1:]),
         "served_tokens_a_second": statistics.median(served for _, served in pairs[1:]),
@@ -140,7 +157,7 @@ def killed() -> dict[str, Any]:
 
     async def watch(server: Server) -> dict[str, Any]:
         client = await Client.connect(server.port)
-        answer = client.ask(post("/v1/completions", {**questions(1, 1, 0)[0][0], "max_tokens": 4000}))
+        answer = client.ask(post("/v1/completions", {**questions(1, 1, (1, 1), 0)[0][0], "max_tokens": 4000}))
         while client.answer.events < 3:
             await asyncio.sleep(0.01)
         server.end()
@@ -174,6 +191,10 @@ def page() -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--shape", choices=("demo", "7b"), default="demo")
+    parser.add_argument(
+        "--tokens", type=int, nargs=2, default=(64, 192), help="of an answer, at least and at most"
+    )
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--answers", type=int, default=4, help="of each stream, one after the other")
     parser.add_argument("--rounds", type=int, default=7)
@@ -183,12 +204,10 @@ def main() -> None:
     if args.clients_of:
         asyncio.run(clients(args.clients_of))
         return
-    record = {
-        **place(),
-        "overhead": overhead(args.streams, args.answers, args.rounds),
-        "killed": killed(),
-        "page": page(),
-    }
+    measured = overhead(args.shape, args.streams, args.answers, args.tokens, args.rounds)
+    record = {**place(), "overhead": measured}
+    if args.shape == "demo":
+        record |= {"killed": killed(), "page": page()}
     record["load_after"] = place()["load"]
     text = json.dumps(record, indent=1)
     print(text)

@@ -47,7 +47,7 @@ def questions(streams: int, answers: int, tokens: Tokens, seed: int) -> list[lis
 
 
 async def clients(port: int) -> None:
-    """The process of the clients: "STREAMS ANSWERS LEAST MOST SEED" is answered with the seconds that these took."""
+    """The process of the clients: "STREAMS ANSWERS LEAST MOST SEED" is answered with the seconds they took."""
     connections: list[Client] = []
 
     async def stream(client: Client, asked: Sequence[bytes]) -> None:

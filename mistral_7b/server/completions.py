@@ -90,7 +90,7 @@ def _read(state: State, body: CompletionRequest, prompt: Any, asked: Asked) -> R
 
 @dataclass
 class _Text:
-    """One completion. `logprobs` of the whole; `offsets` of its tokens, in the prompt also, where that is echoed."""
+    """One completion. `logprobs` of the whole; `offsets` of its tokens in the text, an echoed prompt included."""
 
     index: int
     parts: list[str]

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens that are parts of characters: their bytes are the text, and they stand where it does."""
+"""Log-probabilities of tokens that are parts of characters: their bytes are the text, and their place its."""
 
 from __future__ import annotations
 

@@ -113,3 +113,26 @@ def test_a_completions_tokens_stand_in_the_text(
     parts = streamed(server, "/v1/completions", body)
     assert "".join(p["text"] for p in parts) == whole["text"]
     assert [o for p in parts if p["logprobs"] for o in p["logprobs"]["text_offset"]] == found["text_offset"]
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_scores_are_the_models_own(server: Serving, tokenizer: Tokenizer, most: int) -> None:
+    """As lm-eval's local-completions asks: ids in batches, echoed with the log-probabilities of each."""
+    import torch
+
+    model, greedy = server.llm.engine.model, [1, 7, 9]
+    for _ in range(3):
+        greedy.append(int(model(torch.tensor([greedy]))[0][0, -1].argmax()))
+    prompts = [tokenizer.encode("The sky is green 世界龘"), greedy]
+    body = {"prompt": prompts, "max_tokens": most, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1234}
+    choices = server.post("/v1/completions", body)[1]["choices"]
+    for ids, choice in zip(prompts, choices, strict=True):
+        logits = model(torch.tensor([ids]))[0][0, :-1].double().log_softmax(-1)
+        found = choice["logprobs"]
+        assert len(found["tokens"]) == len(ids) + most
+        own = logits[range(len(ids) - 1), ids[1:]].tolist()
+        assert found["token_logprobs"][1 : len(ids)] == pytest.approx(own, abs=1e-4)
+        best = logits.max(-1).values.tolist()
+        assert [max(top.values()) for top in found["top_logprobs"][1 : len(ids)]] == pytest.approx(best, abs=1e-4)
+    tops, tokens = (choices[1]["logprobs"][key][3:6] for key in ("top_logprobs", "tokens"))
+    assert [max(top, key=top.get) for top in tops] == tokens

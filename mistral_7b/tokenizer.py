@@ -281,6 +281,11 @@ class StreamDecoder:
         self._at_start = False
         return text + surface.replace(SPACE, " ")
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a character has begun whose last byte has not come."""
+        return bool(self._pending)
+
     def flush(self) -> str:
         """The text still held back, when no more tokens come."""
         return self._settle(final=True)

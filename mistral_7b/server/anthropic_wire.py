@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, fi
 
 from ..errors import TokenizerError
 from ..sampling_params import SamplingParams, StructuredOutputs
-from .protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop
+from .protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop, not_served
 
 MOST_TOKENS = 2**31 - 1
 NO_THINKING = "this model does not think before it answers: leave `thinking` out, or disable it"
@@ -165,6 +165,7 @@ class MessagesRequest(_Conversation):
     service_tier: Any = None
     inference_geo: Any = None
     diagnostics: Any = None
+    container: Annotated[None, not_served("there is nowhere to run code")] = None
 
     def params(self) -> SamplingParams:
         """How to sample; SamplingError for a value out of its range."""

@@ -69,7 +69,7 @@ def check_n(state: State, n: int | None) -> None:
 
 def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
     """The engine's request for a conversation. Takes its time: for a thread."""
-    messages = [dict(plain(m)) for m in body.messages]
+    messages = body.plain(body.messages)
     if body.safe_prompt:
         messages.insert(0, {"role": "system", "content": SAFE})
     tools = plain_tools(body.tools)

@@ -20,7 +20,7 @@ from ..engine.request import Request
 from ..tokenizer import Tokenizer
 from .answers import TextChoice, TextCompletion, TextLogprobs, Usage, documented
 from .chat import check_n
-from .logprobs import text_logprobs
+from .logprobs import Offsets, text_logprobs
 from .problems import Refusal
 from .protocol import CompletionRequest, prompts_of
 from .routes import JsonRoute, json_answer
@@ -90,11 +90,11 @@ def _read(state: State, body: CompletionRequest, prompt: Any, asked: Asked) -> R
 
 @dataclass
 class _Text:
-    """One completion. `logprobs` of the whole; `length`: characters that have come, the prompt's included."""
+    """One completion. `logprobs` of the whole; `offsets` of its tokens in the text, an echoed prompt included."""
 
     index: int
     parts: list[str]
-    length: int = 0
+    offsets: Offsets
     begun: bool = False
     reason: str | None = None
     logprobs: TextLogprobs | None = None
@@ -113,17 +113,24 @@ class Texts:
             "model": body.model or state.model_name,
         }  # fmt: skip
         self.n = requests[0].params.n
-        self.texts = [_Text(i, []) for i in range(self.n * len(requests))]
+        self.texts = [
+            _Text(i, [], Offsets(self.tokenizer, requests[i // self.n].ids)) for i in range(self.n * len(requests))
+        ]
 
     def add(self, place: int, piece: TextPiece) -> TextChoice:
         """What a piece of prompt `place` is as a chunk: with its first, the prompt, if that is wanted."""
         request, text = self.requests[place], self.texts[place * self.n + piece.index]
         tokens: list[int] = []
         entries: list[Any] = []
-        offset, new = text.length, "" if self.nothing else piece.text
+        offsets: list[int] = []
+        new = "" if self.nothing else piece.text
         if not text.begun and self.body.echo:
             new = self._prompt(request) + new
-            tokens, entries = list(request.ids), list(request.prompt_logprobs)
+            if self.body.logprobs is not None:
+                tokens, entries = list(request.ids), list(request.prompt_logprobs)
+                begin = Offsets(self.tokenizer)
+                offsets = [begin.of(token) for token in tokens]
+                text.offsets.length = begin.end()
         text.begun = True
         if not self.nothing:
             self.tokens += len(piece.token_ids)
@@ -131,10 +138,10 @@ class Texts:
             entries += piece.logprobs
         logprobs = None
         if self.body.logprobs is not None:
-            logprobs = text_logprobs(self.tokenizer, tokens, entries, self.top, offset)
+            offsets += [text.offsets.of(token) for token in tokens[len(offsets) :]]
+            logprobs = text_logprobs(self.tokenizer, tokens, entries, self.top, offsets)
             text.logprobs = _joined(text.logprobs, logprobs)
         text.parts.append(new)
-        text.length += len(new)
         text.reason = piece.finish_reason
         return {"index": text.index, "text": new, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 

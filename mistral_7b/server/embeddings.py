@@ -35,8 +35,9 @@ def router(state: State) -> APIRouter:
     async def embeddings(body: EmbeddingRequest, http_request: HttpRequest) -> Response:
         """The texts' hidden states, of length 1: the mean over a text's tokens, or the last."""
         dim = state.llm.engine.model.args.dim
-        if body.dimensions not in (None, dim):
-            raise Refusal(400, f"dimensions must be {dim} here, not {body.dimensions}", param="dimensions")
+        for name, wanted in (("dimensions", body.dimensions), ("output_dimension", body.output_dimension)):
+            if wanted not in (None, dim):
+                raise Refusal(400, f"{name} must be {dim} here, not {wanted}", param=name)
         texts = prompts_of(body.input)
         check_prompts(state, texts, "input")
         asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)

@@ -43,20 +43,47 @@ class ChatLogprobs:
         return {"token": text, "logprob": max(found.logprob, LOWEST), "bytes": list(data)}
 
 
+class Offsets:
+    """Where one token after another stands in a text, in characters.
+
+    The bytes of a character all stand where it does. A completion's tokens follow upon the ids `after`, at
+    character `length`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = (), length: int = 0) -> None:
+        self.length = length  # of the text that is certain
+        self._tokenizer, self._decoder = tokenizer, tokenizer.stream(after)
+
+    def of(self, token: int) -> int:
+        """The offset of the next."""
+        text, surface = self._decoder.push(token), self._tokenizer.surface(token)
+        self.length += len(text)
+        if surface is None or self._decoder.waiting:
+            return self.length
+        own = 1 if isinstance(surface, bytes) else len(surface)
+        return self.length - min(own, len(text))  # a first word's space is no part of the text
+
+    def end(self) -> int:
+        """The length of the whole text, when no more tokens come."""
+        return self.length + len(self._decoder.flush())
+
+
 def text_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[int], entries: Sequence[Entry | None], top: int, offset: int
+    tokenizer: Tokenizer, tokens: Sequence[int], entries: Sequence[Entry | None], top: int, offsets: Sequence[int]
 ) -> TextLogprobs:
-    """Those of tokens whose first stands at character `offset` of the text."""
-    out: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    """Those of tokens that stand at these offsets.
+
+    Several tokens may spell the same (a letter, and its byte): `top_logprobs` has the likeliest.
+    """
+    out: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": list(offsets)}
     for token, entry in zip(tokens, entries, strict=True):
         out["tokens"].append(tokenizer.piece(token))
         out["token_logprobs"].append(None if entry is None else max(entry[token].logprob, LOWEST))
-        best = None
+        best: dict[str, float] | None = None
         if entry is not None and top:
-            best = {
-                tokenizer.piece(t): max(e.logprob, LOWEST) for t, e in entry.items() if e.rank <= top or t == token
-            }
+            best = {}
+            for other, found in sorted(entry.items(), key=lambda e: e[1].rank):
+                if found.rank <= top or other == token:
+                    best.setdefault(tokenizer.piece(other), max(found.logprob, LOWEST))
         out["top_logprobs"].append(best)
-        out["text_offset"].append(offset)
-        offset += 0 if tokenizer.is_control(token) else len(tokenizer.piece(token))
     return out

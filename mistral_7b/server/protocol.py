@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import MaxLen
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     FailFast,
     Field,
@@ -23,6 +24,7 @@ from pydantic import (
 )
 
 from ..sampling_params import SamplingParams
+from .problems import Refusal
 
 INT64 = 1 << 63
 MOST_MESSAGES = 4096
@@ -46,6 +48,16 @@ Texts = Annotated[list[str], _First(), MaxLen(MOST_PROMPTS)]
 IdLists = Annotated[list[Ids], _First(), MaxLen(MOST_PROMPTS)]
 Prompts = str | Texts | Ids | IdLists
 Schema = dict[str, Any]
+
+
+def not_served(why: str) -> BeforeValidator:
+    """For a field that clients know, and that cannot be passed over: null alone is taken."""
+
+    def refuse(value: Any) -> None:
+        if value is not None:
+            raise ValueError(f"not served here: {why}")
+
+    return BeforeValidator(refuse)
 
 
 class Body(BaseModel):
@@ -177,7 +189,30 @@ class ResponseFormat(Part):
     json_schema: SchemaFormat | None = None
 
 
-class ChatRequest(Sampling):
+class Ending(Body):
+    """How a conversation ends, in vLLM's words.
+
+    Mistral's template always ends where the assistant speaks, and opens its turn with no tokens of its own:
+    alone, `add_generation_prompt` changes nothing. `continue_final_message` is Mistral's `"prefix": true`.
+    """
+
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
+
+    def plain(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as dictionaries; one that is to be gone on with says so. Refusal where that makes no sense."""
+        out = [dict(plain(m)) for m in messages]
+        if self.continue_final_message:
+            field, last = "continue_final_message", messages[-1]
+            if self.add_generation_prompt:
+                raise Refusal(400, f"{field} and add_generation_prompt exclude each other", param=field)
+            if last.role != "assistant" or last.tool_calls or not last.content:
+                raise Refusal(400, f"{field} needs a last message of the assistant's, with a text", param=field)
+            out[-1]["prefix"] = True
+        return out
+
+
+class ChatRequest(Sampling, Ending):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], _First(), Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -198,9 +233,19 @@ class ChatRequest(Sampling):
     prediction: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
     safety_identifier: Any = None
     prompt_mode: Any = None
     modalities: list[Literal["text"]] | None = None
+    # Refused: without them the answer would be another than the one asked for.
+    functions: Annotated[None, not_served("name them in tools")] = None
+    function_call: Annotated[None, not_served("say tool_choice")] = None
+    audio: Annotated[None, not_served("this model reads and writes text")] = None
+    web_search_options: Annotated[None, not_served("nothing is looked up")] = None
+    moderation: Annotated[None, not_served("nothing moderates")] = None
+    guardrails: Annotated[None, not_served("nothing moderates; safe_prompt asks the model to be careful")] = None
+    prompt_logprobs: Annotated[None, not_served("ask /v1/completions, with echo and logprobs")] = None
+    top_prompt_logprobs: Annotated[None, not_served("ask /v1/completions, with echo and logprobs")] = None
 
     @property
     def of_mistral(self) -> bool:
@@ -232,7 +277,10 @@ class EmbeddingRequest(Body):
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Int | None = None
+    output_dimension: Int | None = None  # Mistral's name for it
+    output_dtype: Literal["float"] | None = None
     user: str | None = None
+    metadata: dict[str, Any] | None = None
     pooling: Literal["mean", "last"] = "mean"
     normalize: StrictBool = True
     priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | None = None

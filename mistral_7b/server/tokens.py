@@ -13,27 +13,21 @@ from starlette.responses import Response
 from ..errors import GenerationError
 from ..tokenizer import Tokenizer
 from .answers import documented
-from .protocol import MOST_MESSAGES, Body, Message, ToolDefinition, plain, plain_tools
+from .protocol import MOST_MESSAGES, Body, Ending, Message, ToolDefinition, plain_tools
 from .routes import JsonRoute, json_answer
 from .state import State
 
 HIGHEST_ID = 2**31 - 1
 
 
-class TokenizeRequest(Body):
-    """A `prompt`, or `messages` with their `tools`: one of the two.
-
-    Mistral's template always ends where the assistant speaks, so `add_generation_prompt` changes nothing;
-    `continue_final_message` is for a last message of the assistant that is to be gone on with.
-    """
+class TokenizeRequest(Ending):
+    """A `prompt`, or `messages` with their `tools`: one of the two."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     tools: list[ToolDefinition] | None = None
     add_special_tokens: StrictBool = True
-    add_generation_prompt: StrictBool = True
-    continue_final_message: StrictBool = False
     return_token_strs: StrictBool | None = None
 
     @model_validator(mode="after")
@@ -101,10 +95,8 @@ def _tokenizer(state: State) -> Tokenizer:
 def _encode(tokenizer: Tokenizer, asked: TokenizeRequest) -> list[int]:
     if asked.prompt is not None:
         return tokenizer.encode(asked.prompt, bos=asked.add_special_tokens)
-    messages = [dict(plain(m)) for m in asked.messages or ()]
-    if asked.continue_final_message:
-        messages[-1]["prefix"] = True
-    return tokenizer.encode_chat(messages, plain_tools(asked.tools))
+    assert asked.messages is not None  # as _one_of_two has seen
+    return tokenizer.encode_chat(asked.plain(asked.messages), plain_tools(asked.tools))
 
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -1,0 +1,79 @@
+"""An answer that has begun is gone on with, in whichever of four dialects that is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from serving import HELLO, Serving
+
+from mistral_7b.tokenizer import Tokenizer
+
+BEGUN = [*HELLO, {"role": "assistant", "content": "It will be"}]
+OPENAI = {"max_tokens": 4, "temperature": 0}
+CALL = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.fixture
+def given(server: Serving, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The token ids of each prompt that the engine is given."""
+    out: list[list[int]] = []
+    make = server.llm.reader.chat
+
+    def spy(*args: Any, **more: Any) -> Any:
+        request = make(*args, **more)
+        out.append(list(request.ids))
+        return request
+
+    monkeypatch.setattr(server.llm.reader, "chat", spy)
+    return out
+
+
+@pytest.mark.parametrize("text", ["It will be", "It will be ", " Grüße, 世界🙂", "\n"])
+def test_every_dialect_gives_the_model_the_same(server: Serving, given: list[list[int]], text: str) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": text}]
+    wanted = Tokenizer.v3().encode_chat([*HELLO, {**begun[1], "prefix": True}])
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {**OPENAI, "messages": [*HELLO, {**begun[1], "prefix": True}]}),
+        ("/v1/chat/completions", {**OPENAI, "messages": begun, "continue_final_message": True}),
+        ("/v1/chat/completions", {**OPENAI, "messages": begun, "continue_final_message": True,
+                                  "add_generation_prompt": False}),
+        ("/v1/messages", {**OPENAI, "model": "tiny", "messages": begun}),
+    ]  # fmt: skip
+    answers = []
+    for path, body in asked:
+        status, out = server.post(path, body)
+        assert status == 200, out
+        answers.append(out["choices"][0]["message"]["content"] if "choices" in out else out["content"][0]["text"])
+    assert given == [wanted] * 4
+    assert len(set(answers)) == 1
+    ending = {"continue_final_message": True, "add_generation_prompt": False}
+    assert server.post("/tokenize", {"messages": begun, **ending})[1]["tokens"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("messages", "ending", "why"),
+    [
+        (BEGUN, {"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
+        (HELLO, {"continue_final_message": True}, "last message of the assistant's"),
+        ([*HELLO, {"role": "assistant", "content": ""}], {"continue_final_message": True}, "with a text"),
+        ([*HELLO, {"role": "assistant", "content": "a", "tool_calls": [CALL]}], {"continue_final_message": True},
+         "with a text"),
+        (BEGUN, {}, "Assistant with prefix"),
+        (BEGUN, {"add_generation_prompt": True}, "Assistant with prefix"),
+        (BEGUN, {"continue_final_message": 1}, "valid boolean"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_what_makes_no_sense_is_refused(
+    server: Serving, path: str, messages: list[Any], ending: dict[str, Any], why: str
+) -> None:
+    status, out = server.post(path, {"messages": messages, **ending})
+    assert status == 400
+    assert why in out["error"]["message"]
+
+
+def test_the_template_opens_an_answer_with_nothing(server: Serving, given: list[list[int]]) -> None:
+    for ending in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": False}):
+        assert server.post("/v1/chat/completions", {**OPENAI, "messages": HELLO, **ending})[0] == 200
+    assert given == [Tokenizer.v3().encode_chat(HELLO)] * 3

@@ -24,6 +24,7 @@ from .routes import JsonRoute, json_answer
 from .sse import DONE, Frames, event_stream, frame
 from .state import State, answer, read
 
+MISTRALS_CLIENTS = ("mistral-client", "mistralai")  # how they call themselves: their API streams whole calls
 # Mistral's own words for safe_prompt, from its guide to guardrails.
 SAFE = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid harmful, "
@@ -46,7 +47,9 @@ def router(state: State) -> APIRouter:
         adapter = state.adapter(body.model)
         request = await read(state, partial(read_chat, state, body, adapter))
         pieces = answer(state, http_request, request)
-        choices = Choices(state, body, request)
+        agent = http_request.headers.get("user-agent", "")
+        mistral = body.of_mistral or any(name in agent for name in MISTRALS_CLIENTS)
+        choices = Choices(state, body, request, mistral)
         if body.stream:
             return await event_stream(_stream(choices, body, pieces))
         async with aclosing(pieces):
@@ -109,17 +112,17 @@ def _structured(body: ChatRequest) -> StructuredOutputs | None:
 class Choices:
     """The completions of one request, as they come; in chunks, or whole."""
 
-    def __init__(self, state: State, body: ChatRequest, request: Request) -> None:
+    def __init__(self, state: State, body: ChatRequest, request: Request, mistral: bool = False) -> None:
         tokenizer = state.llm.tokenizer
         assert tokenizer is not None
-        self.request, self.tokens = request, 0
+        self.request, self.tokens, self.mistral = request, 0, mistral
         self.head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
             "model": body.model or state.model_name,
         }  # fmt: skip
         self.calls_alone = body.parallel_tool_calls is False  # the first call is the only one
         top = body.top_logprobs or 0
-        self.choices = [_Choice(i, body.of_mistral) for i in range(request.params.n)]
+        self.choices = [_Choice(i, mistral) for i in range(request.params.n)]
         self.logprobs = (
             [ChatLogprobs(tokenizer, request.ids, top) for _ in self.choices] if body.logprobs else None
         )
@@ -160,7 +163,7 @@ class _Choice:
         if not self.begun:
             self.begun = True
             chunks.append(self._chunk({"role": "assistant", "content": ""}))
-        deltas = [self._call(d) for d in piece.tool_calls if not (alone and d.index)]
+        deltas = _merged([self._call(d) for d in piece.tool_calls if not (alone and d.index)])
         delta: Delta = {}
         if piece.text:
             delta["content"] = piece.text
@@ -209,6 +212,16 @@ class _Choice:
         return {"index": self.index, "message": message, "logprobs": self.logprobs, "finish_reason": self.reason}
 
 
+def _merged(deltas: list[CallDelta]) -> list[CallDelta]:
+    """No two parts of one call: some clients expect at most one in a chunk."""
+    out: dict[int, CallDelta] = {}
+    for delta in deltas:
+        first = out.setdefault(delta["index"], delta)
+        if first is not delta:
+            first["function"]["arguments"] += delta["function"]["arguments"]
+    return list(out.values())
+
+
 async def _stream(choices: Choices, body: ChatRequest, pieces: AsyncGenerator[TextPiece, None]) -> Frames:
     """Chunks. One write carries all that has come of a piece."""
     head = {**choices.head, "object": "chat.completion.chunk"}
@@ -218,7 +231,7 @@ async def _stream(choices: Choices, body: ChatRequest, pieces: AsyncGenerator[Te
         async for piece in pieces:
             answers = [{**head, "choices": [chunk], **usage} for chunk in choices.add(piece)]
             going_on -= piece.finish_reason is not None
-            if body.of_mistral and not going_on:
+            if choices.mistral and not going_on:
                 answers[-1]["usage"] = choices.usage
             if answers:
                 yield b"".join(map(frame, answers))

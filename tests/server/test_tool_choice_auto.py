@@ -10,6 +10,10 @@ import pytest
 from caller import CITIES, WEATHER, trained, user
 from serving import Serving, serving
 
+from mistral_7b.completion import TextPiece
+from mistral_7b.server.chat import _Choice
+from mistral_7b.tool_calls import ToolCallDelta
+
 openai = pytest.importorskip("openai")
 
 
@@ -111,3 +115,27 @@ def test_a_format_is_for_the_answer_and_leaves_calls_free(client: Any, stream: b
         **asked("Weather in Oslo?"), extra_body={"structured_outputs": {"choice": ["no", "yes"]}}
     )
     assert cities(choice.choices[0].message) == ["Oslo"]
+
+
+def test_mistrals_client_is_streamed_whole_calls(taught: Serving) -> None:
+    mistralai = pytest.importorskip("mistralai.client")
+    ask = asked(f"Weather in {' and '.join(CITIES)}?")
+    client = mistralai.Mistral(api_key="none", server_url=taught.url, timeout_ms=20_000)
+    with client, client.chat.stream(**ask) as events:
+        chunks = [event.data for event in events]
+    with_calls = [c.choices[0].delta for c in chunks if c.choices and c.choices[0].delta.tool_calls]
+    assert [cities(delta) for delta in with_calls] == [list(CITIES)]
+    assert chunks[-1].usage.completion_tokens > 20
+
+
+def test_a_chunk_has_one_part_of_a_call() -> None:
+    come = (
+        ToolCallDelta(0, "123456789", "f"), ToolCallDelta(0, arguments='{"a'), ToolCallDelta(0, arguments='": 1}'),
+        ToolCallDelta(1, "abcdefghi", "g"), ToolCallDelta(1, arguments="{"),
+    )  # fmt: skip
+    choice = _Choice(0, False)
+    _, chunk = choice.add(TextPiece("", tool_calls=come), None, False)
+    calls = chunk["delta"]["tool_calls"]
+    wanted = [(0, {"name": "f", "arguments": '{"a": 1}'}), (1, {"name": "g", "arguments": "{"})]
+    assert [(c["index"], c["function"]) for c in calls] == wanted
+    assert [c["function"] for c in choice.calls] == [function for _, function in wanted]

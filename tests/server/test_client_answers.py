@@ -50,7 +50,7 @@ def seen_by(kind: Any, data: Any) -> set[str]:
         return set(strange(TypeAdapter(kind).validate_json(json.dumps(data), strict=True)))
     except ValidationError as e:
         wrong = [(".".join(p for p in error["loc"] if isinstance(p, str)), error["input"]) for error in e.errors()]
-        return {f"{name}: {'null' if value is None else value!r}" for name, value in wrong}
+        return {f"{name}: {json.dumps(value)}" for name, value in wrong}
 
 
 def events(server: Serving, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:

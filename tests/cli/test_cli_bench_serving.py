@@ -34,7 +34,9 @@ def test_a_sweep_beside_a_peer_end_to_end(run, tmp_path: pathlib.Path) -> None:
         assert str(tmp_path) not in json.dumps(r)
         assert {"cpu", "date", "commit", "versions", "peak_rss_bytes"} <= set(r)
         times = [r[name] for name in ("first_token", "between_tokens", "latency")]
-        assert all(0 < t["p50"] <= t["p95"] <= t["p99"] for t in times)
+        assert all(0 <= t["p50"] <= t["p95"] <= t["p99"] for t in times)  # tokens may come two at a time
+        assert r["first_token"]["p50"] > 0
+        assert r["latency"]["p50"] > 0
         assert r["tokens_per_s"] == pytest.approx(12 / r["seconds"])
     assert pathlib.Path(picture).stat().st_size > 20_000
     for text in ("4 at 40/s", "first token, s", "ours over the peer's", "prompts of 20 to 30 tokens"):

@@ -91,6 +91,18 @@ def test_tokens_are_tinted_and_an_alternative_branches(page: Any) -> None:
     assert answer(page).locator(".text").inner_text() == f"{before} never, and so it went on."
 
 
+BROKEN = """async () => {
+    const { place } = await import('/web/tint.js');
+    const tokens = [{ t: 'a' }, { t: '<0x9E>', b: [158] }, { t: 'X' }, { t: '<0xE3>', b: [227] }, 
+        { t: 'b' }, { t: ' c' }];
+    return place({ content: 'a\ufffdX\ufffdb c', tokens });
+}"""
+
+
+def test_bytes_that_make_no_character_lose_no_place(page: Any) -> None:
+    assert page.evaluate(BROKEN) == [0, 1, 2, 3, 3, 5, 7]
+
+
 def test_several_tokens_in_one_event_are_several_places(page: Any) -> None:
     ask(page, "several, with emoji")
     tokens = page.locator(".tok")

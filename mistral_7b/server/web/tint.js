@@ -28,17 +28,11 @@ export function level(logprob) {
 export function place(message) {
   const { content, tokens = [] } = message;
   let at = message.given ?? 0;
-  /** @type {number[]} */
-  let pending = [];
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // bytes that make no character are one as in the content
   const ends = [at];
   for (const token of tokens) {
-    let text = token.t;
-    if (token.b || pending.length) {
-      pending.push(...(token.b ?? new TextEncoder().encode(token.t)));
-      const whole = decoded(pending);
-      if (whole !== null) pending = [];
-      text = whole ?? "";
-    }
+    const bytes = token.b ? new Uint8Array(token.b) : new TextEncoder().encode(token.t);
+    const text = decoder.decode(bytes, { stream: true });
     at += shown(content, at, text);
     ends.push(at);
   }
@@ -55,15 +49,6 @@ function shown(content, at, text) {
   if (at + same === content.length) return same;
   const near = content.indexOf(text, at); // a character was lost with a connection: go on after it
   return text && near >= 0 && near - at <= 16 ? near - at + text.length : 0;
-}
-
-/** @param {number[]} bytes @returns {string | null} null: they end within a character */
-function decoded(bytes) {
-  try {
-    return new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(bytes));
-  } catch {
-    return bytes.length >= 4 ? "\ufffd" : null;
-  }
 }
 
 /** Wrap a block's text in a span for each token.

@@ -4,7 +4,7 @@
 
 What the last message of a person says chooses the answer: "slow", "long", "markdown", "evil", "emoji", "weather"
 (a tool), "json", "full" (429 the first two times), "length", "error" or "hang up" (in mid-answer), else a
-sentence.
+sentence. With "several" three tokens come in one event, as from a server that has more than one to tell.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Script:
                 text = f"It is {last['content']}."
             if prefix:
                 text = text[len(prefix) :] if text.startswith(prefix) else ", and so it went on."
-            held = b""
+            held, content, tokens = b"", "", []
             for i, token in enumerate(split(text)):
                 await asyncio.sleep(0.02 if "slow" in said else 0.001)
                 if "error" in said and i == 4:
@@ -150,8 +150,13 @@ class Script:
                     piece, held = held.decode(), b""
                 except UnicodeDecodeError:
                     piece = ""
-                yield chunk({"content": piece}, None, [told(token, i)])
-            yield chunk({}, "length" if "length" in said and not prefix else "stop", [])
+                content, tokens = content + piece, [*tokens, told(token, i)]
+                if "several" in said and len(tokens) < 3:
+                    continue
+                yield chunk({"content": content}, None, tokens)
+                content, tokens = "", []
+            finish = "length" if "length" in said and not prefix else "stop"
+            yield chunk({"content": content} if content else {}, finish, tokens)
         usage = {"prompt_tokens": 900, "completion_tokens": 124, "total_tokens": 1024}
         yield f"data: {json.dumps({**frame, 'choices': [], 'usage': usage})}\n\n"
         yield "data: [DONE]\n\n"

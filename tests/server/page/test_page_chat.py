@@ -91,6 +91,35 @@ def test_tokens_are_tinted_and_an_alternative_branches(page: Any) -> None:
     assert answer(page).locator(".text").inner_text() == f"{before} never, and so it went on."
 
 
+BROKEN = """async () => {
+    const { place } = await import('/web/tint.js');
+    const tokens = [{ t: 'a' }, { t: '<0x9E>', b: [158] }, { t: 'X' }, { t: '<0xE3>', b: [227] }, 
+        { t: 'b' }, { t: ' c' }];
+    return place({ content: 'a\ufffdX\ufffdb c', tokens });
+}"""
+
+
+def test_bytes_that_make_no_character_lose_no_place(page: Any) -> None:
+    assert page.evaluate(BROKEN) == [0, 1, 2, 3, 3, 5, 7]
+
+
+def test_several_tokens_in_one_event_are_several_places(page: Any) -> None:
+    ask(page, "several, with emoji")
+    tokens = page.locator(".tok")
+    assert tokens.all_text_contents() == ["Good", " ", "🙂", " day"]  # the emoji's bytes lie in two events
+    page.click("#new")
+    ask(page, "several")
+    assert "".join(tokens.all_text_contents()) == SENTENCE
+    assert f"{tokens.count()} tokens" in answer(page).locator(".stats").inner_text()
+    before = "".join(tokens.all_text_contents()[:7])  # the second of its event
+    tokens.nth(7).hover()
+    page.click("#alternatives button:has-text('·never')")
+    page.wait_for_selector(".siblings >> text=2 / 2")
+    page.wait_for_selector(".assistant[aria-busy=false]")
+    assert asked(page)[-1]["messages"][-1]["content"] == before + " never"
+    assert tokens.nth(7).text_content() == " never"
+
+
 def test_an_alternative_is_reached_by_keys_alone(page: Any) -> None:
     page.keyboard.type("tell me")  # the focus is in the box at the start
     page.keyboard.press("Enter")

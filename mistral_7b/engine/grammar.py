@@ -127,9 +127,13 @@ class GrammarState:
                 masks.append(ahead.mask())
         return masks, len(masks) - 1
 
+    def allows(self, token: int) -> bool:
+        """Whether it may be the next. Raises GrammarError as masks() does."""
+        return _holds(self.masks()[0][0], token)
+
     def accept(self, token: int) -> None:
         """Take the next token. Raises GrammarError for one that is not allowed, and as masks() does."""
-        if not _holds(self.masks()[0][0], token):
+        if not self.allows(token):
             raise GrammarError(f"token {token} is not what the grammar allows here")
         only_eos = self._reader.vocabulary.only_eos
         if token == self._reader.vocabulary.eos:

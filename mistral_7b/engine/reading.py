@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-from ..errors import EngineError, GenerationError
+from ..errors import EngineError, GenerationError, GrammarError
 from ..messages import tool_call_id
 from ..prompts import Prompt, read_prompt
 from ..sampling import SamplingParams
@@ -64,8 +64,12 @@ class Reader:
         asked: Asked,
         sink: Sink | None = None,
         name: str = "the prompt",
+        begun: int = 0,
     ) -> Request:
-        """A request to continue a prompt. Raises what says why it cannot be served."""
+        """A request to continue a prompt. Raises what says why it cannot be served.
+
+        With structured_outputs the last `begun` tokens of the prompt are the beginning of what must obey them.
+        """
         args = self.engine.model.args
         read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space)
         speculation = asked.speculation or self.engine.config.speculation
@@ -75,7 +79,7 @@ class Reader:
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
             asked.priority, asked.adapter, speculation, sink=sink,
         )  # fmt: skip
-        self._bind(request, name)
+        self._bind(request, name, begun)
         return self._checked(request, name)
 
     def chat(
@@ -95,11 +99,16 @@ class Reader:
             raise GenerationError(f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other")
         offered = None if tool_choice == "none" else tools
         ids = self.tokenizer.encode_chat(messages, offered)
+        begun = 0
+        if (
+            wanted is not None and messages[-1].get("role") == "assistant"
+        ):  # with "prefix": the model goes on with it
+            begun = len(ids) - len(self.tokenizer.encode_chat(messages[:-1], offered))
         if wanted is not None and offered:
-            spec = or_tools(wanted, offered, parallel, spaced=not self.tokenizer.is_control(ids[-1]))
+            spec = or_tools(wanted, offered, parallel, spaced=not self.tokenizer.is_control(ids[-1 - begun]))
         if spec is not None:
             params = replace(params, structured_outputs=spec)
-        request = self.text(ids, params, asked, sink, name)
+        request = self.text(ids, params, asked, sink, name, begun)
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request
@@ -129,15 +138,23 @@ class Reader:
         assert self.tokenizer is not None  # as _bind has seen
         return Grammars(self.tokenizer, self.engine.model.args.vocab_size)
 
-    def _bind(self, request: Request, name: str) -> None:
-        """A grammar state for each completion, if the output must obey one."""
+    def _bind(self, request: Request, name: str, begun: int) -> None:
+        """A grammar state for each completion, if one must be obeyed; it has read the last `begun` tokens."""
         spec = request.params.structured_outputs
         if spec is None:
             return
         if self.tokenizer is None:
             raise GenerationError(f"{name}: structured_outputs need a tokenizer, and {self.why}")
+        at = len(request.ids) - begun
         for s in request.sequences:
-            s.grammar = self.grammars.start(spec, request.ids)
+            s.grammar = self.grammars.start(spec, request.ids[:at])
+            for token in request.ids[at:]:
+                if not s.grammar.allows(token):
+                    raise GrammarError(
+                        f"{name}: the answer begins with what structured_outputs do not allow: change the "
+                        "beginning, or leave one of the two out"
+                    )
+                s.grammar.accept(token)
 
     def _checked(self, request: Request, name: str) -> Request:
         try:

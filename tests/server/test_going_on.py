@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -77,3 +78,37 @@ def test_the_template_opens_an_answer_with_nothing(server: Serving, given: list[
     for ending in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": False}):
         assert server.post("/v1/chat/completions", {**OPENAI, "messages": HELLO, **ending})[0] == 200
     assert given == [Tokenizer.v3().encode_chat(HELLO)] * 3
+
+
+SCHEMA = {
+    "type": "object", "required": ["name", "n"], "additionalProperties": False,
+    "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"enum": [1, 23]}},
+}  # fmt: skip
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+def going_on(text: str, **more: Any) -> dict[str, Any]:
+    asked = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
+    begun = [*HELLO, {"role": "assistant", "content": text, "prefix": True}]
+    return {"messages": begun, "response_format": asked, "max_tokens": 200, "seed": 3, **more}
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": [TOOL], "tool_choice": "auto"}], ids=["alone", "with tools"])
+@pytest.mark.parametrize(
+    "text", ['{"name": "Ad', '{"name"', '{"name": "Ada", "n": 2', '{"name": "Ada", "n": 1}', "{"]
+)
+def test_a_schema_holds_for_the_whole_answer(server: Serving, text: str, more: dict[str, Any]) -> None:
+    status, body = server.post("/v1/chat/completions", going_on(text, **more))
+    assert status == 200
+    (choice,) = body["choices"]
+    whole = json.loads(text + choice["message"]["content"])
+    assert whole.keys() == {"name", "n"}
+    assert whole["n"] in (1, 23)
+    assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("text", ["hello", '{"nome', '{"name": "far too long a name'])
+def test_a_beginning_that_the_schema_forbids_is_refused(server: Serving, text: str) -> None:
+    status, body = server.post("/v1/chat/completions", going_on(text))
+    assert status == 400
+    assert "begins with what structured_outputs do not allow" in body["error"]["message"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -95,7 +95,7 @@ def router(state: State) -> APIRouter:
     @routes.api_route("/web/{name:path}", methods=["GET", "HEAD"])
     async def file(name: str, request: Request) -> Response:
         if name not in known:
-            return Response("there is no such file\n", 404, HEADERS, "text/plain; charset=utf-8")
+            raise HTTPException(404)  # answered as any other path where there is nothing
         return known[name].response(request)
 
     return routes

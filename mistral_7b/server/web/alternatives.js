@@ -29,6 +29,8 @@ export class Alternatives {
     this.box = the("alternatives");
     /** @type {HTMLElement | null} */
     this.at = null;
+    /** Where that token is drawn, anew with each bit of an answer that is still coming. @type {HTMLElement | null} */
+    this.root = null;
     this.timer = 0;
     this.coming = 0;
     this.box.addEventListener("pointerenter", () => clearTimeout(this.timer));
@@ -50,20 +52,22 @@ export class Alternatives {
   watch(root, id, tokens, ready) {
     /** @param {Event} event @returns {HTMLElement | null} */
     const tokenOf = (event) => /** @type {HTMLElement} */ (event.target).closest(".tok");
-    const show = (/** @type {Event} */ event) => {
-      const token = tokenOf(event);
-      if (token && ready()) this.show(token, id, tokens()[Number(token.dataset.i)]);
+    const show = (/** @type {HTMLElement | null} */ token) => {
+      if (token && ready()) this.show(token, root, id, tokens()[Number(token.dataset.i)]);
     };
-    root.addEventListener("pointerover", (event) => {
+    let pointed = -1;
+    const point = (/** @type {HTMLElement | null} */ token) => {
+      const i = token ? Number(token.dataset.i) : -1;
+      if (i === pointed) return; // drawn anew, perhaps
       clearTimeout(this.coming); // a pointer on its way elsewhere opens nothing
-      if (tokenOf(event)) this.coming = setTimeout(show, 110, event);
-    });
-    root.addEventListener("pointerout", (event) => {
-      clearTimeout(this.coming);
-      if (tokenOf(event)) this.hideSoon();
-    });
-    root.addEventListener("click", show);
-    root.addEventListener("focusin", show);
+      if (pointed >= 0) this.hideSoon();
+      pointed = i;
+      if (token) this.coming = setTimeout(() => show(token.isConnected ? token : drawn(root, i)), 110);
+    };
+    root.addEventListener("pointerover", (event) => point(tokenOf(event)));
+    root.addEventListener("pointerleave", () => point(null));
+    root.addEventListener("click", (event) => show(tokenOf(event)));
+    root.addEventListener("focusin", (event) => show(tokenOf(event)));
     root.addEventListener("keydown", (event) => this.#keyOnToken(event, root));
     root.addEventListener("focusout", (event) => {
       if (!this.box.contains(/** @type {Node} */ (event.relatedTarget))) this.hideSoon();
@@ -77,12 +81,17 @@ export class Alternatives {
     if (token && !root.querySelector(".tok[tabindex]")) makeStop(token, tokens(Number(token.dataset.i)) ?? null);
   }
 
-  /** @param {HTMLElement} at @param {string} id @param {Token | undefined} token */
-  show(at, id, token) {
+  get open() {
+    return !this.box.hidden;
+  }
+
+  /** @param {HTMLElement} at @param {HTMLElement} root @param {string} id @param {Token | undefined} token */
+  show(at, root, id, token) {
     clearTimeout(this.timer);
     if (!token || (this.at === at && !this.box.hidden)) return;
     this.at?.classList.remove("open");
     this.at = at;
+    this.root = root;
     at.classList.add("open");
     const i = Number(at.dataset.i);
     const others = token.a ?? [];
@@ -147,9 +156,14 @@ export class Alternatives {
     this.box.hidden = true;
   }
 
-  /** The token may be gone from the page, drawn anew or with its message. */
-  forget() {
-    if (this.at && !this.at.isConnected) this.hide();
+  /** Stay with a token that was drawn anew, and go with one that is gone. */
+  follow() {
+    if (!this.open || !this.at || this.at.isConnected) return;
+    const again = this.root?.isConnected ? drawn(this.root, Number(this.at.dataset.i)) : null;
+    if (!again) return this.hide();
+    this.at = again;
+    again.classList.add("open");
+    this.#put();
   }
 
   /** @param {KeyboardEvent} event @param {HTMLElement} root */
@@ -195,6 +209,11 @@ export class Alternatives {
     } else return;
     event.preventDefault();
   }
+}
+
+/** @param {HTMLElement} root @param {number} i @returns {HTMLElement | null} */
+function drawn(root, i) {
+  return root.querySelector(`.tok[data-i="${i}"]`);
 }
 
 /** @param {HTMLElement} element @param {Token | null} token */

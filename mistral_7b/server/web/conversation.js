@@ -39,8 +39,9 @@ export class ConversationView {
     this.down.hidden = below < 240;
   }
 
-  /** To the end, if that is where one was. */
+  /** To the end, if that is where one was; not from under a pointer that chooses a token. */
   #toEnd() {
+    if (this.alternatives.open) return;
     if (this.follow) this.scroll.scrollTop = this.scroll.scrollHeight;
     this.#scrolled();
   }
@@ -106,7 +107,7 @@ export class ConversationView {
         results: next?.role === "tool" ? { message: next, ...this.#place(next.id) } : undefined,
       });
     });
-    this.alternatives.forget();
+    this.alternatives.follow();
     this.#refocus(focus);
     this.#toEnd();
     this.cost = performance.now() - began;

@@ -1,15 +1,15 @@
 /** The page: what is on the screen, and what its buttons do. */
 
 import { Composer } from "./composer.js";
+import { controls } from "./controls.js";
 import { ConversationView } from "./conversation.js";
-import { icon, say, the } from "./dom.js";
+import { say, the } from "./dom.js";
 import { Picker } from "./models.js";
 import { Panel } from "./panel.js";
 import { faults, texts } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { keep, kept, Store } from "./storage.js";
 import { Tabs } from "./tabs.js";
-import { switchTheme } from "./theme.js";
 import { branch } from "./tint.js";
 import { exportAll, readExport } from "./transfer.js";
 import { newId, Tree } from "./tree.js";
@@ -62,36 +62,7 @@ export class Page {
     });
     this.tabs = new Tabs(this);
     this.panel = new Panel(the("panel"), the("settings"), (settings) => this.set(settings));
-    this.#buttons();
-  }
-
-  #buttons() {
-    the("menu").append(icon("menu"));
-    the("settings").append(icon("settings"));
-    switchTheme(the("theme"));
-    const tint = the("tint");
-    const draw = (/** @type {boolean} */ on) => {
-      tint.setAttribute("aria-pressed", String(on));
-      the("legend").hidden = !on;
-      this.view.tinted = on;
-      this.view.draw();
-    };
-    tint.addEventListener("click", () => {
-      keep("tint", this.view.tinted ? "off" : null);
-      draw(!this.view.tinted);
-    });
-    draw(kept("tint") !== "off");
-    document.addEventListener("keydown", (event) => {
-      const searching = event.target === the("search"); // where Escape empties the field
-      if (event.key === "Escape" && this.busy && !searching && !document.querySelector("dialog[open]")) this.stop();
-      else if ((event.ctrlKey || event.metaKey) && event.key === "k") {
-        this.sidebar.open(true);
-        the("search").focus();
-      } else if ((event.ctrlKey || event.metaKey) && event.shiftKey && event.key.toLowerCase() === "o")
-        this.begin();
-      else return;
-      event.preventDefault();
-    });
+    controls(this);
   }
 
   /** Show what the browser kept, and ask the server what it has. */

@@ -61,11 +61,18 @@ def test_a_word_is_found_on_another_branch_and_shown(page: Any) -> None:
 def test_a_token_of_an_answer_that_is_still_coming_branches(page: Any) -> None:
     ask(page, "slow", wait=False)
     page.wait_for_selector(".tok >> nth=9")
-    page.locator(".tok").nth(2).click(force=True)  # it is drawn anew while the answer comes
+    at = page.locator(".tok").nth(2).bounding_box()
+    page.mouse.move(at["x"] + 4, at["y"] + 4)  # the token is drawn anew, again and again, under the pointer
+    page.wait_for_selector("#alternatives:not([hidden])")
+    more(page, 5)
+    assert page.locator("#alternatives").is_visible()
+    assert page.locator(".tok.open").get_attribute("data-i") == "2"
     page.click("#alternatives button:has-text('·never')")
     page.wait_for_selector(".siblings >> text=2 / 2")
     page.wait_for_selector(".assistant[aria-busy=false]")
     assert asked(page)[-1]["messages"][-1]["content"] == "The window never"
+    page.click("[aria-label='Version before']")
+    page.wait_for_selector(".notice.stopped")  # it had not ended when it was left
 
 
 def test_a_finger_opens_the_alternatives_and_closes_them(browser: Any, scripted: Scripted) -> None:

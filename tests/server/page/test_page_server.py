@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
+import pytest
+
 from tests.server.page.browser import answer, ask, opened
 
 
@@ -37,3 +40,13 @@ def test_page_and_server_agree(browser: Any, server: Any) -> None:
     assert "".join(answer(page).locator(".text").inner_text().split()) == '{"name":"Ada"}'
     page.context.close()
     assert page.faults == []
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "vendor/inter.LICENSE", ""])
+def test_a_file_that_is_not_there_is_refused_like_all_else(server: Any, name: str) -> None:
+    answered = httpx.get(f"{server.url}/web/{name}")
+    assert answered.status_code == 404
+    why = f"there is nothing at /web/{name}"
+    error = {"message": why, "type": "not_found_error", "param": None, "code": "no_such_route"}
+    assert answered.json() == {"error": error}
+    assert "default-src 'none'" in answered.headers["content-security-policy"]

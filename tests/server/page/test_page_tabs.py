@@ -23,6 +23,12 @@ def beside(page: Any) -> Any:
     return other
 
 
+def click(page: Any, selector: str) -> None:
+    """A click in this tab, brought to the front: in one behind, the browser takes seconds for each."""
+    page.bring_to_front()
+    page.click(selector)
+
+
 def test_what_one_tab_writes_the_other_shows_and_can_stop(page: Any) -> None:
     ask(page, "first")
     other = beside(page)
@@ -76,11 +82,13 @@ def test_a_conversation_deleted_in_one_tab_is_gone_in_both(page: Any) -> None:
 
 
 def test_an_answer_whose_tab_is_closed_was_cut(page: Any) -> None:
+    page.context.clock.install()
     ask(page, "slow", wait=False)
     page.wait_for_selector(".tok >> nth=5")
     other = beside(page)
     other.wait_for_selector(".assistant[aria-busy=true] .tok >> nth=5")
     page.close()
+    other.clock.run_for(2000)  # so long without news
     other.wait_for_selector(".notice.cut >> text=The page was closed while this was being written")
     ask(other, "and now")
 
@@ -88,12 +96,12 @@ def test_an_answer_whose_tab_is_closed_was_cut(page: Any) -> None:
 def test_settings_and_titles_follow(page: Any) -> None:
     ask(page, "first")
     other = beside(page)
-    page.click("#settings")
+    click(page, "#settings")
     page.fill("#set-temperature", "0.5")
     page.hover("#conversations [data-id]")
     page.click("#conversations [aria-label^=Rename]")
     page.fill(".rename", "A better title")
     page.press(".rename", "Enter")
     other.wait_for_selector("#conversations >> text=A better title")
-    other.click("#settings")
+    click(other, "#settings")
     assert other.input_value("#set-temperature") == "0.5"

@@ -45,14 +45,18 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, scripted: Scripted
 
 
 def test_a_full_queue_is_counted_down_and_tried_again_by_choice(page: Any) -> None:
+    page.clock.install()
     ask(page, "full house", wait=False)
     banner = page.wait_for_selector("#banner.full")
     assert re.search(r"no more may\. There may be room in [1-3] s\.", banner.inner_text())
-    page.wait_for_selector("#banner >> text=There may be room now", timeout=15_000)
+    page.clock.run_for(3000)
+    page.wait_for_selector("#banner >> text=There may be room now")
     assert len(asked(page)[-1]["messages"]) == 1  # nothing was asked again by itself
     page.click("#banner >> text=Try now")
     page.wait_for_selector("#banner >> text=/in [1-3] s\\./")
     page.click("#banner >> text=Try when it is time")
+    page.wait_for_selector("#banner >> text=Trying again in")
+    page.clock.run_for(3000)
     page.wait_for_selector(".assistant[aria-busy=false] .stats:not(:empty)")
     assert answer(page).locator(".text").inner_text() == SENTENCE
     assert page.locator("#banner").is_hidden()

@@ -119,6 +119,6 @@ def test_threads_of_loops_are_let_go_of() -> None:
     thread = threading.Thread(target=compute)
     thread.start()
     thread.join()
-    if counts[0] - counts[1] == 0 and "GNU" not in torch.__config__.parallel_info():
+    if "libgomp.so.1" not in Path("/proc/self/maps").read_text():
         pytest.skip("another OpenMP than GNU's")
     assert [a - b for a, b in pairwise(counts)] == [2, -2, 2]

@@ -99,20 +99,11 @@ def bare(llm: Any, asked: Sequence[Sequence[dict[str, Any]]]) -> float:
     return time.perf_counter() - began
 
 
-def opened(shape: str) -> tuple[Any, Any]:
-    """A model, and a tokenizer where it has none of its own."""
-    from mistral_7b.cli.bench import SHAPES
-    from mistral_7b.model import ModelArgs
-    from mistral_7b.quantization import random_model
-    from mistral_7b.tokenizer import Tokenizer
-
-    if shape == "demo":
-        return "demo", None
-    return random_model(ModelArgs(**SHAPES[shape]), "int4"), Tokenizer.v1()
-
-
 def overhead(shape: str, streams: int, answers: int, lengths: Tokens, rounds: int) -> dict[str, Any]:
     """By turns, after a round of each that warms up."""
+    from engine import build as model_of
+
+    from mistral_7b.benchmark.serving.ours import words_for
     from mistral_7b.engine.async_llm import AsyncLLM
     from mistral_7b.engine.config import EngineConfig
     from mistral_7b.server.app import build
@@ -122,8 +113,8 @@ def overhead(shape: str, streams: int, answers: int, lengths: Tokens, rounds: in
 
     config = ServerConfig(port=0)
     sock = bind(config)
-    model, tokenizer = opened(shape)
-    llm = AsyncLLM(model, EngineConfig(prefix_caching=False), tokenizer=tokenizer)
+    model = model_of(shape, None)
+    llm = AsyncLLM(model, EngineConfig(prefix_caching=False), tokenizer=words_for(model))
     server = Http(build(llm, config, shape))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

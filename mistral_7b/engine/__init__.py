@@ -14,6 +14,7 @@ grammar      output that a grammar allows; lark.py writes it down, vocabulary.py
 reading      what users ask, made requests
 llm          LLM: all prompts in, all texts out
 async_llm    AsyncLLM: requests come and go while the loop runs in a thread
+threads      whose the threads of parallel loops are
 memory       how much memory there is, and how much of it goes to pages
 
 Imports nothing by itself: the command line reads `config` and `memory`, which need no torch.

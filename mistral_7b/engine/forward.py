@@ -53,21 +53,29 @@ class Forward:
 
         They may lie where those of the next call will.
         """
-        n = len(tokens)
-        more = filled(n) - n if self.fill else 0
-        parts: list[tuple[Paged, int]] = [*plan, *[(self.nobody, 1)] * more]
-        with self.adapters.over([*((s.request.adapter, n) for s, n in plan), (None, more)]) as model:
-            return model.hidden(pad(tokens, (0, more)), PagedBatch(self.pool, self.window, parts))[:n]
+        rows = len(tokens)
+        runs = [(s.request.adapter, n) for s, n in plan]
+        if more := self._missing(rows):
+            tokens = pad(tokens, (0, more))
+        with self.adapters.over([*runs, (None, more)]) as model:
+            return model.hidden(tokens, PagedBatch(self.pool, self.window, self._filled_up(plan, more)))[:rows]
 
     def logits(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Logits (R, V) of these rows, in their order, of hidden (N, D)."""
-        more = filled(len(rows)) - len(rows) if self.fill else 0
-        wanted = [*rows, *[(0, None)] * more]
+        wanted = [*rows, *[(0, None)] * self._missing(len(rows))]
         runs = groupby(wanted, lambda row: row[1])
         with self.adapters.over([(adapter, len(list(run))) for adapter, run in runs]) as model:
             whole = len(wanted) == len(hidden)
             some = hidden if whole else hidden[put([at for at, _ in wanted], hidden.device)]
             return model.logits(some)[: len(rows)]
+
+    def _missing(self, rows: int) -> int:
+        """How many rows more a step should have."""
+        return filled(rows) - rows if self.fill else 0
+
+    def _filled_up(self, plan: Plan, more: int) -> list[tuple[Paged, int]]:
+        """A plan with so many rows of nobody after it."""
+        return [*plan, *[(self.nobody, 1)] * more]
 
 
 class GraphForward(Forward):
@@ -86,7 +94,7 @@ class GraphForward(Forward):
         if len(tokens) > len(plan) or any(s.request.adapter is not None for s, _ in plan):
             return super().hidden(plan, tokens)
         size = min(filled(len(plan)), self.most)
-        parts: list[tuple[Paged, int]] = [*plan, *[(self.nobody, 1)] * (size - len(plan))]
+        parts = self._filled_up(plan, size - len(plan))
         longest, columns = max(s.stop for s, _ in plan), COLUMNS
         while columns < longest:
             columns *= WIDER

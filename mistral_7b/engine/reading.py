@@ -100,9 +100,7 @@ class Reader:
         offered = None if tool_choice == "none" else tools
         ids = self.tokenizer.encode_chat(messages, offered)
         begun = 0
-        if (
-            wanted is not None and messages[-1].get("role") == "assistant"
-        ):  # with "prefix": the model goes on with it
+        if wanted is not None and messages[-1].get("role") == "assistant":  # the answer has begun
             begun = len(ids) - len(self.tokenizer.encode_chat(messages[:-1], offered))
         if wanted is not None and offered:
             spec = or_tools(wanted, offered, parallel, spaced=not self.tokenizer.is_control(ids[-1 - begun]))

@@ -9,6 +9,7 @@ openai       chat completions, completions, embeddings, models
 page         the chat page, whose files are in web/
 guard        before any route: keys, limits, headers, the access log
 app          all of it as one application
+tracing      spans for OpenTelemetry; imported where they are asked for
 connection   a socket: slow readers and slow writers
 serve        the process: listening, draining, ending
 

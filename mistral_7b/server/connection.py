@@ -102,8 +102,7 @@ class Connection(H11Protocol):
         if self.transport.is_closing() or self._busy:
             return
         if self.conn.their_state is h11.SEND_BODY:  # it was answered by its head, and its body goes on coming
-            self.transport.close()
-            self._end_soon()
+            self._hang_up()
         else:
             self._say(Refusal(408, "no request came in time", code="head_timeout"))
 
@@ -115,6 +114,9 @@ class Connection(H11Protocol):
     def _say(self, why: Refusal) -> None:
         """Answer without having understood the question, and hang up."""
         self.transport.write(_raw(why))
+        self._hang_up()
+
+    def _hang_up(self) -> None:
         self.transport.close()
         self._end_soon()
 

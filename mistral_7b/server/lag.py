@@ -39,7 +39,14 @@ def _starvation() -> Iterator[Callable[[], float]]:
     except OSError:
         yield lambda: 0.0
         return
+
+    def starved() -> float:
+        try:
+            return int(os.pread(file, 100, 0).split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):
+            return 0.0
+
     try:
-        yield lambda: int(os.pread(file, 100, 0).split()[1]) / 1e9
+        yield starved
     finally:
         os.close(file)

@@ -32,8 +32,8 @@ ADMIN = "mistral_7b.admin"  # bool: whether it came with an admin key
 NOTES = "mistral_7b.notes"  # dict[str, Any]: what goes into the access log
 REQUESTS = "mistral_7b.requests"  # list[Request]: what the engine was asked
 
-WRITES = 400
-LONGEST_REST = 0.1
+WRITES = 400  # a second, of all answers together, as far as
+LONGEST_REST = 0.1  # seconds: a text that grows in steps of this length looks even
 
 
 class Observer(Protocol):

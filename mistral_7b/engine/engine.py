@@ -33,7 +33,7 @@ from .config import EngineConfig
 from .extras import Entry, entries_of, look
 from .flight import Flight, Pick, Plan, feed, picks_of, row_of, waits
 from .forward import forward_for
-from .grammar import GrammarState
+from .grammar.matcher import GrammarState
 from .pages import PagePool
 from .request import Request, SequenceState
 from .scheduler import Counts, Scheduler

@@ -17,7 +17,8 @@ from ..speculation import Speculation
 from ..tokenizer import Tokenizer
 from ..tool_calls import ToolCallStream
 from .engine import Engine
-from .grammar import Grammars, or_tools, tool_spec
+from .grammar.lark import or_tools, tool_spec
+from .grammar.matcher import Grammars
 from .pages import first_key
 from .request import Request, Sink
 

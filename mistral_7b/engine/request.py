@@ -20,7 +20,7 @@ from ..completion import Completion, CompletionOutput, RequestMetrics, RequestOu
 from ..errors import Mistral7BError
 from ..sampling import Logprob, SamplingParams
 from ..speculation import Guesser, Speculation
-from .grammar import GrammarState
+from .grammar.matcher import GrammarState
 from .pages import Key, PagePool, next_key
 
 Sink = Callable[["Request", list[TextPiece]], None]

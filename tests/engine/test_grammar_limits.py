@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mistral_7b.engine import grammar as grammar_module
-from mistral_7b.engine.grammar import Grammars, GrammarState
+from mistral_7b.engine.grammar import matcher as grammar_module
+from mistral_7b.engine.grammar.matcher import Grammars, GrammarState
 from mistral_7b.errors import GrammarError, SamplingError
 from mistral_7b.sampling_params import StructuredOutputs
 from mistral_7b.tokenizer import Tokenizer

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import GrammarError
-from ..tokenizer import SPACE, Tokenizer
+from ...errors import GrammarError
+from ...tokenizer import SPACE, Tokenizer
 
 
 def library() -> Any:

@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ..errors import GrammarError
-from ..sampling_params import StructuredOutputs
-from ..tokenizer import Tokenizer
+from ...errors import GrammarError
+from ...sampling_params import StructuredOutputs
+from ...tokenizer import Tokenizer
 from .lark import lark
-from .lark import or_tools as or_tools
-from .lark import tool_spec as tool_spec
 from .vocabulary import Vocabulary, library
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from ..errors import GrammarError
-from ..sampling_params import StructuredOutputs
+from ...errors import GrammarError
+from ...sampling_params import StructuredOutputs
 from .vocabulary import library
 
 LONGEST = 1 << 20  # characters of a grammar

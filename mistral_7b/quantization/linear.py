@@ -210,7 +210,8 @@ class PackedLinear(nn.Module):
     """A bfloat16 Linear whose weight is packed once for oneDNN; `F.linear` packs it again at every call.
 
     A product's last bits depend on the number of rows, as oneDNN chooses its kernel by it. `deterministic`
-    works on 32 rows at a time, filled up with zeros: then they do not.
+    works on 32 rows at a time, filled up with zeros: then they do not. oneDNN packs bfloat16 for AVX-512 and for
+    AVX-NE-CONVERT; a CPU with neither keeps the weight as it is.
     """
 
     ROWS = 32
@@ -219,7 +220,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.deterministic = deterministic
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
+        self.packs = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        weight = weight.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.ROWS) if self.packs else weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         if not self.deterministic:
@@ -232,6 +235,8 @@ class PackedLinear(nn.Module):
         return torch.cat(parts).view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
+        if not self.packs:
+            return nn.functional.linear(x, self.packed)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
     def extra_repr(self) -> str:

@@ -45,7 +45,7 @@ WITHOUT_TORCH = (
     "", "errors", "cli", "sampling_params", "messages", "tokenizer", "checkpoint", "checkpoint.hub",
     "training", "training.args", "server.protocol", "server.config", "server.answers", "cli.serve",
     "server.anthropic_wire", "server.anthropic_events", "kernels.compiler", "checkpoint.gguf_file",
-    "tool_calls", "engine.grammar.matcher",
+    "tool_calls", "engine.grammar.client", "engine.grammar.forkserver",
     "checkpoint.gguf_tokenizer", "benchmark.run", "benchmark.report", "benchmark.plot", "benchmark.machine",
     "benchmark.serving.run", "benchmark.serving.report", "benchmark.serving.plot",
 )  # fmt: skip

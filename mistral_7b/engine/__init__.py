@@ -9,8 +9,11 @@ adapters     LoRA: many adapters, one forward
 flight       a step on its way: what it feeds and samples, and tokens that nobody has read yet
 forward      hidden states and logits of a step, on a GPU as recorded graphs
 extras       what is wanted beside tokens: log-probabilities, pooled states
+containment  what is done for many requests at once, so that an error ends its own request alone
+drafts       draft tokens of sequences, within a step's budget
+masks        grammars' answers, which a step waits for a moment and no longer
 engine       the loop: plan, launch, read, hand out
-grammar      output that a grammar allows; lark.py writes it down, vocabulary.py says what each token adds
+grammar/     output that a grammar allows, followed in processes of its own
 reading      what users ask, made requests
 llm          LLM: all prompts in, all texts out
 async_llm    AsyncLLM: requests come and go while the loop runs in a thread

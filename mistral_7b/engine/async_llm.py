@@ -26,13 +26,14 @@ from typing import Any
 import torch
 
 from ..completion import CompletionOutput, RequestOutput, TextPiece, cumulative
-from ..errors import EngineError, Mistral7BError, QueueFullError
+from ..errors import EngineError, QueueFullError
 from ..model import Mistral7B
 from ..prompts import Prompt
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
 from ..tool_calls import ToolCall
 from .config import EngineConfig
+from .containment import because
 from .llm import EmbeddingOutput, open_engine
 from .reading import Asked, Messages, ToolChoice, Tools
 from .request import Request
@@ -261,8 +262,8 @@ class AsyncLLM:
                 self._coming -= 1
             try:
                 self.engine.add(request)
-            except Mistral7BError as e:
-                request.error, request.finished = e, True
+            except Exception as e:
+                request.error, request.finished = because(request, "queueing it", e), True
                 self._deliver(mailbox, request, [])
 
         with self._lock:
@@ -293,7 +294,6 @@ class AsyncLLM:
             if (command := self._commands.get()) is not None:
                 command()
         self._dismiss(self._why)
-        self.engine.close()
         self._wake()
 
     def _dismiss(self, why: EngineError) -> None:

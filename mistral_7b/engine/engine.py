@@ -6,34 +6,36 @@
     land        the tokens are read               flight.py; where the device works aside, those of the step before
     take        tokens to completions             text, stops, pages of those that have ended
 
-Nothing here runs in another thread or waits for anyone: `step` does one step and returns. llm.py calls it until
-all is done, async_llm.py for ever.
+Nothing here runs in another thread: `step` does one step and returns. llm.py calls it until all is done,
+async_llm.py for ever.
+
+An error in anything that a request brought with it (sampling parameters, grammar, stop strings, decoder, adapter,
+drafter, callback) ends this request with its cause, and no other; see containment.py. A grammar that is late keeps
+its own sequence out of the steps until its answer is there.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..completion import TextPiece
 from ..errors import AdapterError, EngineError, GenerationError, Mistral7BError, QueueFullError
 from ..model import Mistral7B
-from ..sampling import NOT_FINITE, put, sample_rows
-from ..speculation import Speculation, StepTime
+from ..sampling import NOT_FINITE, Logprob, put
 from .adapters import Adapters
 from .config import EngineConfig
-from .extras import Entry, entries_of, look
-from .flight import Flight, Pick, Plan, feed, picks_of, row_of, waits
+from .containment import because, hidden_of, logits_of, logprobs_of, look_at, sample
+from .drafts import Drafts
+from .extras import Entry
+from .flight import Flight, Plan, feed, picks_of, waits
 from .forward import forward_for
-from .grammar.matcher import GrammarState
+from .masks import PATIENCE, GrammarMasks, Masks, late_ones, may_sample, wait_for_one
 from .pages import PagePool
 from .request import Request, SequenceState
 from .scheduler import Counts, Scheduler
@@ -47,12 +49,12 @@ class Engine:
         self.scheduler = Scheduler(pool, model.args.sliding_window, config)
         self.adapters = Adapters(model)
         self.requests: dict[str, Request] = {}  # those that have not ended
-        self.time = StepTime()  # of decoding, measured
         self.device = pool.layers[0][0].device
+        self.masks = GrammarMasks(self._blame)
+        self.drafts = Drafts(config, pool.page, self.device)
         self.forward = forward_for(self.adapters, pool, config)
         self._flight: Flight | None = None  # launched, and not yet read
         self._arrivals = 0
-        self._grammars = ThreadPoolExecutor(1, "grammar")  # masks are made while the model computes
 
     @property
     def counts(self) -> Counts:
@@ -107,24 +109,21 @@ class Engine:
         """End a request with an error."""
         self._finish(request, "error", error=error)
 
-    def close(self) -> None:
-        """Let go of the thread that makes masks; nothing can be computed any more."""
-        self._grammars.shutdown(wait=False)
-
     # ------------------------------------------------------------------ a step
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One step for whoever can be computed, if there is any.
+        """One step for the sequences that can be computed, if there are any.
 
-        Where the device works aside its tokens are read in the next step, after that was launched: whoever ends
-        by them is in the next one in vain.
+        Where the device works beside the host, its tokens are read in the next step, after that was launched: a
+        sequence that ends by them has a row there whose result is dropped.
         """
         began = time.perf_counter()
-        self._guess()
+        self._end_late()
+        self.drafts.guess(self.scheduler.running, self._blame)
         alone = self._flight is None
         plan = None if alone else self.scheduler.plan_without_loss()
-        if plan is None:  # nobody loses his pages while a token of his is in flight; and some may give theirs back
+        if plan is None:  # no sequence loses its pages while a token of it is in flight; some may free theirs
             self._land()
             plan = self.scheduler.plan()
         ahead = self.forward.aside and not any(waits(s) for s, _ in plan)
@@ -139,25 +138,31 @@ class Engine:
         self._flight = flight
         if not ahead or all(s.ended for s, _ in plan):
             self._land()
+        if not plan:
+            wait_for_one(self.scheduler.running)
 
     def _launch(self, plan: Plan, began: float | None) -> Flight:
-        """The plan's tokens through the model, and what is sampled after them; nobody waits for it."""
+        """The plan's tokens through the model, and what is sampled after them; its result is not waited for."""
         tokens = feed(plan, self._flight, self.device)  # (N,)
         rows, picks = picks_of(plan)
-        masks = self._ask_for_masks(picks)
-        hidden = self.forward.hidden(plan, tokens)  # (N, D)
-        look(plan, hidden, self.forward)
-        sampled, logits = tokens[:0], hidden[:0]
+        asked = self.masks.ask(picks)
+        hidden = hidden_of(self.forward, plan, tokens, self._blame)  # (N, D)
+        look_at(plan, hidden, self.forward, self._blame)
+        sampled, logits, masks = tokens[:0], hidden[:0], Masks()
         if rows:
-            logits = self.forward.logits(hidden, rows)
-            if any(pick.row != i for i, pick in enumerate(picks)):
+            logits = logits_of(self.forward, hidden, rows, picks, self._blame)
+            masks = self.masks.collect(asked)
+            picks = [pick for pick in picks if may_sample(pick.sequence, masks)]
+            if [pick.row for pick in picks] != list(range(len(logits))):
                 logits = logits[put([pick.row for pick in picks], self.device)]
-            found = {s: self._mask(s, mask) for s, mask in masks.items()}
-            sampled = sample_rows(logits, [row_of(pick, found.get(pick.sequence)) for pick in picks])
+            sampled = sample(logits, picks, masks, self._blame)
         flight = Flight(plan, picks, sampled, logits, began)
         for s, n in plan:
-            if not s.ended:  # or its grammar failed, and it has no pages any more
-                self.scheduler.advance(s, n - len(s.draft))
+            if s.ended:  # by an error of its own: it has no pages any more
+                continue
+            if n >= s.need and not may_sample(s, masks):  # its newest token is fed again when its masks are there
+                n, s.draft = n - 1 - len(s.draft), []
+            self.scheduler.advance(s, n - len(s.draft))
         for s in flight.sampled:
             s.flying += 1
         self.counts.steps += 1
@@ -167,9 +172,9 @@ class Engine:
     def _land(self) -> None:
         """Read the tokens of the step in flight, if there is one, and hand them out.
 
-        Who ends by them, or has ended since the launch, gives his pages back at once, though a later flight may
-        have a row of his. Whoever takes them is launched later still, and the device works in the order of
-        launches: he overwrites what that row writes, and it reads what it should. No page of it can be found by a
+        A sequence that ends by them, or has ended since the launch, frees its pages at once, though a later step
+        may have a row of it. A sequence that takes them is launched later still, and the device works in the order
+        of launches: it overwrites what that row writes, and reads what it should. No page of it can be found by a
         key, as one that it fills has a token that was not read.
         """
         flight, self._flight = self._flight, None
@@ -180,118 +185,115 @@ class Engine:
         if all(s.ended for s, _ in flight.plan):
             return
         try:
-            tokens, entries = flight.tokens.tolist(), entries_of(flight)
+            tokens = flight.tokens.tolist()
         except Exception as e:
             self._fail(flight.plan, e)
             self.pool.forget()  # what they computed may be known, and is not to be trusted
             return
         if flight.began is not None:
-            self.time.add(sum(n for _, n in flight.plan), time.perf_counter() - flight.began)
-        self._take(flight, tokens, entries)
-
-    def _ask_for_masks(self, picks: Sequence[Pick]) -> dict[SequenceState, Future[list[np.ndarray]]]:
-        """Which tokens grammars allow next, computed aside."""
-        return {
-            s: self._grammars.submit(_masks, s.grammar, tuple(s.draft))
-            for s in dict.fromkeys(pick.sequence for pick in picks)
-            if s.grammar is not None
-        }
-
-    def _mask(self, s: SequenceState, mask: Future[list[np.ndarray]]) -> list[np.ndarray] | None:
-        """What was computed aside; if that failed, the request has ended."""
-        try:
-            return mask.result()
-        except Mistral7BError as e:
-            self.fail(s.request, e)
-            return None
-
-    # ------------------------------------------------------------------ guesses
-
-    def _guess(self) -> None:
-        """Tokens that sequences may go on with, as far as there is use and room for them."""
-        decoding = [s for s in self.scheduler.running if s.decoding]
-        spare = self.config.max_batch_tokens - len(decoding) - self.pool.page
-        rows = len(decoding)
-        for s in decoding:
-            s.draft = []
-            if s.request.speculation is None or s.ended:
-                continue
-            try:
-                s.draft = self._draft(s, s.request.speculation, rows, spare)
-            except Exception as e:
-                self.fail(s.request, _because(s.request, "guessing ahead", e))
-            rows, spare = rows + len(s.draft), spare - len(s.draft)
-
-    def _draft(self, s: SequenceState, speculation: Speculation, rows: int, spare: int) -> list[int]:
-        """A guess of `spare` tokens at most, for a step that has so many rows without it."""
-        c = s.completion
-        if s.guesser is None:
-            s.guesser = speculation.guesser(s.tokens, len(c.prompt) + c.max_tokens)
-        time_of = self.time if speculation.row_cost is None else StepTime(speculation.row_cost)
-        if spare <= 0 or not time_of.known:
-            return []
-        left = c.max_tokens - len(c.token_ids) - 1
-        return s.guesser.guess(min(left, spare), partial(_seconds, time_of, rows), partial(self._choose, s))
-
-    def _choose(self, s: SequenceState, logits: Tensor, ahead: Sequence[int]) -> int:
-        """What a sequence's sampler would take from logits (1, V) if the tokens `ahead` had come first."""
-        return max(0, int(sample_rows(logits.to(self.device), [s.completion.row(ahead)])))  # -1: not finite
+            self.drafts.time.add(sum(n for _, n in flight.plan), time.perf_counter() - flight.began)
+        self._take(flight, tokens, logprobs_of(flight, self._blame))
 
     # ------------------------------------------------------------------ after the forward
 
     def _take(self, flight: Flight, tokens: Sequence[int], entries: Sequence[Entry]) -> None:
-        """Tokens to their completions, pages to whoever needs them, pieces to whoever waits for them."""
+        """Tokens to their completions, pages to the sequences that need them, pieces to those who read them."""
         plan, picks = flight.plan, flight.picks
         for s, _ in plan:
             if not s.ended and s.need == 0 and not s.request.forked and s.request.pooling is None:
                 self.scheduler.fork(s)
-        pieces: dict[Request, list[TextPiece]] = {}
-        drawn = groupby(range(len(picks)), lambda i: picks[i].sequence) if picks else ()
-        for s, places in drawn:
+        taken: list[_Taken] = []
+        for s, places in groupby(range(len(picks)), lambda i: picks[i].sequence):
             chosen = list(places)
-            piece = self._push(s, [tokens[i] for i in chosen], [entries[i] for i in chosen])
+            try:
+                new = None if s.ended else self._push(s, [tokens[i] for i in chosen], [entries[i] for i in chosen])
+            except Exception as e:
+                self._blame(s.request, "its decoder, penalties or stop strings", e)
+            else:
+                taken += [] if new is None else [new]
+        pieces: dict[Request, list[TextPiece]] = {}
+        end = time.monotonic() + PATIENCE
+        for new in taken:
+            piece = self._finish_taking(new, end)
             if piece is not None:
-                pieces.setdefault(s.request, []).append(piece)
+                pieces.setdefault(new.sequence.request, []).append(piece)
         for s, _ in plan:
             if s.request.pooling and s.need == 0 and not s.ended:
                 pieces.setdefault(s.request, [])
                 self.scheduler.end(s)
+        self._hand_out(pieces)
+
+    def _end_late(self) -> None:
+        """End the sequences whose grammars were late to say that nothing may follow."""
+        for s in late_ones(self.scheduler.running):
+            if self.masks.settle(s) and s.grammar is not None and s.grammar.answer is None and s.grammar.finished:
+                try:
+                    piece = self._piece(s, s.completion.end())
+                except Exception as e:
+                    self._blame(s.request, "its decoder", e)
+                else:
+                    self.scheduler.end(s)
+                    self._hand_out({s.request: [piece]})
+
+    def _push(self, s: SequenceState, tokens: Sequence[int], entries: Sequence[Entry]) -> _Taken | None:
+        """Tokens sampled after a sequence's newest and after each draft token: those that hold."""
+        c, draft, new = s.completion, s.draft, _Taken(s, [], [])
+        over = s.grammar.answer.over if s.grammar is not None and s.grammar.answer is not None else []
+        for place, token in enumerate(tokens):
+            if token < 0:
+                self.fail(s.request, GenerationError(NOT_FINITE))
+                return None
+            new.text += c.push(token, entries[place])
+            new.tokens.append(token)
+            new.logprobs += [] if (entry := entries[place]) is None else [entry]
+            right = draft[place : place + 1] == [token]
+            if right and place < len(over) and over[place] and not c.finished:
+                new.text += c.end()
+            if c.finished or not right:
+                break
+        if s.grammar is not None and not c.finished:
+            s.grammar.take(new.tokens)
+        return new
+
+    def _finish_taking(self, new: _Taken, end: float) -> TextPiece | None:
+        """What has come of a sequence, as a piece; None where its request has ended by an error."""
+        s, c, drafted = new.sequence, new.sequence.completion, len(new.sequence.draft)
+        try:
+            if not c.finished and self.masks.settle(s, end) and s.grammar is not None and s.grammar.finished:
+                new.text += c.end()
+            if s.ended:
+                return None
+            s.take(new.tokens)
+            piece = self._piece(s, new.text, new.tokens, new.logprobs)
+        except Exception as e:
+            self._blame(s.request, "its decoder, drafter or tool calls", e)
+            return None
+        self.counts.generated_tokens += len(new.tokens)
+        self.counts.drafted_tokens += drafted
+        self.counts.accepted_tokens += len(new.tokens) - 1
+        if s.request.metrics.first_token is None:
+            s.request.metrics.first_token = time.perf_counter()
+        if piece.finish_reason is not None:
+            self.scheduler.end(s)
+        else:
+            self.scheduler.advance(s, len(new.tokens) - 1)
+        return piece
+
+    def _piece(
+        self, s: SequenceState, text: str, tokens: Sequence[int] = (), logprobs: Sequence[dict[int, Logprob]] = ()
+    ) -> TextPiece:
+        """What has come of a sequence, for those who read it."""
+        c, own = s.completion, tuple(logprobs)
+        return TextPiece(text, c.index, tuple(tokens), c.finish_reason, c.stop_reason, own, c.take_deltas())
+
+    def _hand_out(self, pieces: Mapping[Request, list[TextPiece]]) -> None:
+        """Pieces to those who read them; requests of which nothing more will come end."""
         for request, new in pieces.items():
             if not request.finished:
                 if not request.pending:
                     self._finish(request, request.completions[0].finish_reason or "stop", new)
                 else:
                     self._tell(request, new)
-
-    def _push(self, s: SequenceState, tokens: Sequence[int], entries: Sequence[Entry]) -> TextPiece | None:
-        """Tokens sampled after a sequence's newest and after each guess: those that hold, as one piece."""
-        c, draft, taken, text = s.completion, s.draft, [], ""
-        if s.ended:  # with its request, a moment ago
-            return None
-        for place, token in enumerate(tokens):
-            if token < 0:
-                self.fail(s.request, GenerationError(NOT_FINITE))
-                return None
-            text += c.push(token, entries[place])
-            taken.append(token)
-            if s.grammar is not None:
-                s.grammar.accept(token)
-                if s.grammar.finished and not c.finished:
-                    text += c.end()
-            if c.finished or draft[place : place + 1] != [token]:
-                break
-        s.take(taken)
-        self.counts.generated_tokens += len(taken)
-        self.counts.drafted_tokens += len(draft)
-        self.counts.accepted_tokens += len(taken) - 1
-        if s.request.metrics.first_token is None:
-            s.request.metrics.first_token = time.perf_counter()
-        if c.finished:
-            self.scheduler.end(s)
-        else:
-            self.scheduler.advance(s, len(taken) - 1)
-        own = tuple(e for e in entries[: len(taken)] if e is not None)
-        return TextPiece(text, c.index, tuple(taken), c.finish_reason, c.stop_reason, own, c.take_deltas())
 
     def _finish(
         self, request: Request, reason: str, pieces: Iterable[TextPiece] = (), error: Mistral7BError | None = None
@@ -309,14 +311,14 @@ class Engine:
         self._tell(request, list(pieces))
 
     def _tell(self, request: Request, pieces: list[TextPiece]) -> None:
-        """Hand out what has come. Whoever fails to take it loses the request, and nobody else."""
+        """Hand out what has come. A sink that fails loses its own request."""
         if request.sink is None:
             return
         try:
             request.sink(request, pieces)
         except Exception as e:
             request.sink = None
-            error = _because(request, "what was to take its output", e)
+            error = because(request, "what was to take its output", e)
             if request.finished:
                 request.error = request.error or error
             else:
@@ -325,26 +327,24 @@ class Engine:
     def _fail(self, plan: Plan, cause: Exception) -> None:
         """The step did not come about: its requests end, with the cause; all others go on."""
         for request in dict.fromkeys(s.request for s, _ in plan if not s.request.finished):
-            self.fail(request, _because(request, "the model's step", cause))
+            self._blame(request, "the model's step", cause)
+
+    def _blame(self, request: Request, what: str, cause: Exception) -> None:
+        """End a request for which something failed; nothing happens if it has ended."""
+        if not request.finished:
+            self.fail(request, because(request, what, cause))
 
     def check(self) -> None:
         """AssertionError unless every page is accounted for; when idle, none may be held."""
         self.scheduler.check_pages()
-        assert not self.idle or self.pool.held == 0, "pages are held, and nobody is there"
+        assert not self.idle or self.pool.held == 0, "pages are held, and there is no request"
 
 
-def _because(request: Request, what: str, cause: Exception) -> EngineError:
-    """The error of a request for which something failed."""
-    error = EngineError(f"request {request.id}: {what} failed: {cause!r}")
-    error.__cause__ = cause
-    return error
+@dataclass
+class _Taken:
+    """Tokens that a step has brought a sequence, and their text."""
 
-
-def _masks(grammar: GrammarState, draft: Sequence[int]) -> list[np.ndarray]:
-    """The mask of the next token and of that after each guess, up to the first that the grammar forbids."""
-    return grammar.masks(draft)[0]
-
-
-def _seconds(time_of: StepTime, rows: int, n: int) -> float:
-    """How long a step takes with n rows more."""
-    return time_of(rows + n)
+    sequence: SequenceState
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    text: str = ""

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 from torch import Tensor
 
 from ..sampling import Logprob, following_logprobs, logprobs, put
-from .flight import Flight, Pick, Plan
+from .flight import Flight, Pick
 from .forward import Forward
 from .request import SequenceState
 
 Entry = dict[int, Logprob] | None
 
 
-def entries_of(flight: Flight) -> list[Entry]:
-    """Log-probabilities for each pick that asks for them."""
+def entries_of(flight: Flight, places: Sequence[int]) -> list[Entry]:
+    """Log-probabilities for each pick at these places that asks for them."""
     picks = flight.picks
-    entries: list[Entry] = [None] * len(picks)
-    asked = [i for i, pick in enumerate(picks) if pick.sequence.request.params.logprobs is not None]
+    found: dict[int, Entry] = {}
+    asked = [i for i in places if picks[i].sequence.request.params.logprobs is not None]
     for k, group in groupby(sorted(asked, key=lambda i: _k(picks[i])), key=lambda i: _k(picks[i])):
-        places = list(group)
-        part, chosen = flight.logits[places], flight.tokens[places].clamp(min=0)
-        found = logprobs(part, chosen, k, picks[places[0]].sequence.completion.piece)
-        for place, entry in zip(places, found, strict=True):
-            entries[place] = entry
-    return entries
+        some = list(group)
+        part, chosen = flight.logits[some], flight.tokens[some].clamp(min=0)
+        made = logprobs(part, chosen, k, picks[some[0]].sequence.completion.piece)
+        found.update(zip(some, made, strict=True))
+    return [found.get(i) for i in places]
 
 
 def _k(pick: Pick) -> int:
@@ -33,15 +33,12 @@ def _k(pick: Pick) -> int:
     return pick.sequence.request.params.logprobs or 0
 
 
-def look(plan: Plan, hidden: Tensor, forward: Forward) -> None:
-    """What requests want of their prompts' own hidden states (N, D)."""
-    at = 0
-    for s, n in plan:
-        if s.request.pooling:
-            s.request.pool(s.computed, hidden[at : at + n])
-        elif s.request.params.prompt_logprobs is not None:
-            _prompt_logprobs(s, hidden[at : at + n], forward)
-        at += n
+def look(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
+    """What a request wants of the hidden states (T, D) of its next tokens."""
+    if s.request.pooling:
+        s.request.pool(s.computed, hidden)
+    elif s.request.params.prompt_logprobs is not None:
+        _prompt_logprobs(s, hidden, forward)
 
 
 def _prompt_logprobs(s: SequenceState, hidden: Tensor, forward: Forward) -> None:

@@ -58,7 +58,7 @@ def waits(s: SequenceState) -> bool:
     request = s.request
     return (
         s.grammar is not None or request.speculation is not None or request.pooling is not None
-        or not request.forked or request.params.penalizes
+        or not request.forked or s.completion.history is not None
         or request.params.logprobs is not None or request.params.prompt_logprobs is not None
     )  # fmt: skip
 

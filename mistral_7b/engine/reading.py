@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from ..errors import EngineError, GenerationError, GrammarError
+from ..errors import EngineError, GenerationError
 from ..messages import tool_call_id
 from ..prompts import Prompt, read_prompt
 from ..sampling import SamplingParams
@@ -17,8 +17,8 @@ from ..speculation import Speculation
 from ..tokenizer import Tokenizer
 from ..tool_calls import ToolCallStream
 from .engine import Engine
-from .grammar.lark import or_tools, tool_spec
-from .grammar.matcher import Grammars
+from .grammar.client import Grammars
+from .grammar.spec import FREE, GrammarSpec
 from .pages import first_key
 from .request import Request, Sink
 
@@ -66,10 +66,12 @@ class Reader:
         sink: Sink | None = None,
         name: str = "the prompt",
         begun: int = 0,
+        grammar: GrammarSpec | None = None,
     ) -> Request:
         """A request to continue a prompt. Raises what says why it cannot be served.
 
-        With structured_outputs the last `begun` tokens of the prompt are the beginning of what must obey them.
+        It must obey `grammar`, or else its structured_outputs; the last `begun` tokens of the prompt are the
+        beginning of what must.
         """
         args = self.engine.model.args
         read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space)
@@ -80,7 +82,7 @@ class Reader:
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
             asked.priority, asked.adapter, speculation, sink=sink,
         )  # fmt: skip
-        self._bind(request, name, begun)
+        self._bind(request, name, begun, grammar or GrammarSpec.of(params.structured_outputs))
         return self._checked(request, name)
 
     def chat(
@@ -91,23 +93,20 @@ class Reader:
         """A request to answer a conversation; messages, tools and tool_choice are OpenAI's.
 
         "required", or a named tool, makes the model call (lark.tool_spec), once where not `parallel`; with
-        "none" it is shown no tools. With "auto" what structured_outputs ask for is asked of the text alone.
+        "none" it is shown no tools. With "auto" structured_outputs apply to the text alone.
         """
         if self.tokenizer is None:
             raise GenerationError(f"{name}: a conversation needs a tokenizer, and {self.why}; pass tokenizer=...")
-        wanted, spec = params.structured_outputs, tool_spec(tools or (), tool_choice, parallel)
-        if spec is not None and wanted is not None:
+        wanted = params.structured_outputs
+        if wanted is not None and tool_choice not in FREE:
             raise GenerationError(f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other")
+        grammar = GrammarSpec.of(wanted, tools or (), tool_choice, parallel)
         offered = None if tool_choice == "none" else tools
         ids = self.tokenizer.encode_chat(messages, offered)
         begun = 0
-        if wanted is not None and messages[-1].get("role") == "assistant":  # the answer has begun
+        if grammar is not None and messages[-1].get("role") == "assistant":  # the answer has begun
             begun = len(ids) - len(self.tokenizer.encode_chat(messages[:-1], offered))
-        if wanted is not None and offered:
-            spec = or_tools(wanted, offered, parallel, spaced=not self.tokenizer.is_control(ids[-1 - begun]))
-        if spec is not None:
-            params = replace(params, structured_outputs=spec)
-        request = self.text(ids, params, asked, sink, name, begun)
+        request = self.text(ids, params, asked, sink, name, begun, grammar)
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request
@@ -133,27 +132,19 @@ class Reader:
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Those of the tokenizer; made when they are first asked for, as they need llguidance."""
+        """Those of the tokenizer; made when they are first asked for, as they need llguidance and a process."""
         assert self.tokenizer is not None  # as _bind has seen
-        return Grammars(self.tokenizer, self.engine.model.args.vocab_size)
+        return Grammars(self.tokenizer, self.engine.model.args.vocab_size, self.engine.config.grammar_limits)
 
-    def _bind(self, request: Request, name: str, begun: int) -> None:
-        """A grammar state for each completion, if one must be obeyed; it has read the last `begun` tokens."""
-        spec = request.params.structured_outputs
-        if spec is None:
+    def _bind(self, request: Request, name: str, begun: int, grammar: GrammarSpec | None) -> None:
+        """A grammar state for each completion, if one must be obeyed; it has taken the last `begun` tokens."""
+        if grammar is None:
             return
         if self.tokenizer is None:
             raise GenerationError(f"{name}: structured_outputs need a tokenizer, and {self.why}")
         at = len(request.ids) - begun
         for s in request.sequences:
-            s.grammar = self.grammars.start(spec, request.ids[:at])
-            for token in request.ids[at:]:
-                if not s.grammar.allows(token):
-                    raise GrammarError(
-                        f"{name}: the answer begins with what structured_outputs do not allow: change the "
-                        "beginning, or leave one of the two out"
-                    )
-                s.grammar.accept(token)
+            s.grammar = self.grammars.start(grammar, request.ids[:at], request.ids[at:], request.id)
 
     def _checked(self, request: Request, name: str) -> Request:
         try:

@@ -20,7 +20,7 @@ from ..completion import Completion, CompletionOutput, RequestMetrics, RequestOu
 from ..errors import Mistral7BError
 from ..sampling import Logprob, SamplingParams
 from ..speculation import Guesser, Speculation
-from .grammar.matcher import GrammarState
+from .grammar.client import GrammarState
 from .pages import Key, PagePool, next_key
 
 Sink = Callable[["Request", list[TextPiece]], None]
@@ -141,6 +141,12 @@ class SequenceState:
     def decoding(self) -> bool:
         """Whether it needs its newest token computed and no more."""
         return self.need == 1 and len(self.tokens) + self.flying > len(self.request.ids)
+
+    @property
+    def late(self) -> bool:
+        """Whether its next token waits for a grammar: its own, or one of those that begin with it."""
+        drawn = (self,) if self.request.forked else self.request.sequences
+        return any(s.grammar is not None and s.grammar.late for s in drawn)
 
     @property
     def complete(self) -> bool:

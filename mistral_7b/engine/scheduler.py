@@ -3,7 +3,8 @@
     1. every sequence that is decoding feeds its newest token, and what was guessed after it
     2. what is left of the budget goes to prompts that have begun, then to those that wait, in order: the first
        of them gets at most half of what is left while others wait behind it, so that a long prompt holds up nobody
-    3. when pages run out, the last in order loses its own, goes back to wait, and is computed again later
+    3. a sequence whose grammar has not said yet what may come next keeps its pages and computes nothing
+    4. when pages run out, the last in order loses its own, goes back to wait, and is computed again later
 
 A part of a prompt ends where a page ends, unless the prompt does: so a sequence with a window never holds more
 than the window and one step's tokens.
@@ -140,14 +141,14 @@ class Scheduler:
     def _planned(self, keep: bool) -> list[tuple[SequenceState, int]]:
         planned: dict[SequenceState, int] = {}
         budget, preempted = self.config.max_batch_tokens, self.counts.preemptions
-        decoding = [s for s in self.running if s.decoding and not s.complete]
+        decoding = [s for s in self.running if s.decoding and not s.complete and not s.late]
         for sequence in decoding:
             if sequence.running:  # and has not lost its pages to one before it
                 budget -= self._plan(sequence, 1, planned, keep)
         for sequence in decoding:  # a guess is worth a page that nobody wants, and not one that somebody has
             if sequence.draft and sequence.running:
                 budget -= self._lengthen(sequence, planned)
-        unread = [s for s in self.running if not s.decoding]
+        unread = [s for s in self.running if not s.decoding and not s.late]
         for i, sequence in enumerate(unread):
             if sequence.running:
                 budget -= self._plan(sequence, self._part(sequence, budget, i + 1 < len(unread)), planned, keep)

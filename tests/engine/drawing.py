@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from mistral_7b.engine.grammar.matcher import Grammars, GrammarState
+from mistral_7b.engine.grammar.client import Grammars, GrammarState
 from mistral_7b.sampling_params import StructuredOutputs
 from mistral_7b.tokenizer import Tokenizer
 

@@ -12,6 +12,7 @@ from engines import GREEDY, add, broken, served, small
 from torch import Tensor
 
 from mistral_7b.completion import TextPiece
+from mistral_7b.engine.grammar.client import Masks
 from mistral_7b.engine.request import Request
 from mistral_7b.errors import EngineError, GenerationError
 from mistral_7b.sampling import SamplingParams
@@ -131,18 +132,23 @@ def test_a_draft_model_whose_logits_are_not_finite_costs_nobody_anything() -> No
 class _BrokenGrammar:
     """A grammar that fails after some tokens, and until then allows everything."""
 
-    finished = False
+    finished = late = False
 
     def __init__(self, error: Exception, after: int) -> None:
         self.error, self.after = error, after
+        self.answer: Masks | None = None
 
-    def masks(self, draft: Any) -> tuple[list[np.ndarray], int]:
+    def ask(self, draft: Any) -> None:
+        self.answer = Masks([np.full(1, -1, dtype=np.int32)] * (1 + len(draft)), [False] * len(draft))
+
+    def wait(self, timeout: float) -> bool:
         if self.after == 0:
             raise self.error
-        return [np.full(1, -1, dtype=np.int32)] * (1 + len(draft)), len(draft)
+        return True
 
-    def accept(self, token: int) -> None:
-        self.after -= 1
+    def take(self, tokens: list[int]) -> None:
+        self.answer = None
+        self.after -= len(tokens)
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mistral_7b.engine.grammar.matcher import Grammars
+from mistral_7b.engine.grammar.client import Grammars
 from mistral_7b.errors import GrammarError
 from mistral_7b.sampling import Row, SamplingParams, adjust, sample_rows
 from mistral_7b.sampling_params import StructuredOutputs

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
-import re
 import sys
 import threading
 import time
@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mistral_7b.engine.grammar import matcher as grammar_module
-from mistral_7b.engine.grammar.matcher import Grammars, GrammarState
+from mistral_7b.engine.grammar import client, matcher
+from mistral_7b.engine.grammar.client import Grammars
+from mistral_7b.engine.grammar.matcher import CompiledGrammar, MatcherState
+from mistral_7b.engine.grammar.spec import GrammarSpec
+from mistral_7b.engine.grammar.vocabulary import Vocabulary
 from mistral_7b.errors import GrammarError, SamplingError
 from mistral_7b.sampling_params import StructuredOutputs
 from mistral_7b.tokenizer import Tokenizer
@@ -79,7 +82,7 @@ HOSTILE = {
 def test_hostile_grammars_are_bounded(v3: tuple[Tokenizer, Grammars], name: str) -> None:
     """They are refused, or followed as far as limits allow; and neither takes long."""
     grammars = v3[1]
-    began = time.process_time()
+    began = time.monotonic()
     with contextlib.suppress(GrammarError):
         state = grammars.start(StructuredOutputs(**HOSTILE[name]), [1])
         chance = random.Random(0)
@@ -87,7 +90,7 @@ def test_hostile_grammars_are_bounded(v3: tuple[Tokenizer, Grammars], name: str)
             if state.finished:
                 break
             state.accept(int(chance.choice(allowed(state.masks()[0][0]))))
-    assert time.process_time() - began < 6
+    assert time.monotonic() - began < 30  # by the clock, on a busy machine: of the CPU's time it is 6 at most
     if name.startswith("multiples"):
         with pytest.raises(GrammarError, match="takes too long"):
             grammars.start(StructuredOutputs(**HOSTILE[name]), [1])
@@ -117,12 +120,17 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer() -> None:
 def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.from_pretrained()
     grammars = Grammars(tokenizer, tokenizer.vocab_size, kept=2)
-    compiled = []
-    original = grammars._compile
-    monkeypatch.setattr(grammars, "_compile", lambda text: compiled.append(text) or original(text))
+    begun: list[str] = []
+
+    class Noted(client.GrammarProcess):
+        def __init__(self, server: client.ForkServer, key: str) -> None:
+            super().__init__(server, key)
+            begun.append(key)
+
+    monkeypatch.setattr(client, "GrammarProcess", Noted)
     for regex in "abacaab":  # b is out when it comes again
         grammars.start(StructuredOutputs(regex=regex), [1])
-    assert [re.search("/(.)/", text)[1] for text in compiled] == list("abcb")  # type: ignore[index]
+    assert [json.loads(json.loads(key)[0])[0]["regex"] for key in begun] == list("abcb")
     one, other = (grammars.start(StructuredOutputs(regex="bb"), [1]) for _ in range(2))
     one.accept(tokenizer.encode("b")[-1])
     assert np.array_equal(other.masks()[0][0], grammars.start(StructuredOutputs(regex="bb"), [1]).masks()[0][0])
@@ -131,27 +139,28 @@ def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.Mo
 def test_no_completion_uses_up_what_another_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The states of a lexer are shared and limited: what runs out is made anew, and masks are the same."""
     tokenizer = Tokenizer.from_pretrained()
-    spec = StructuredOutputs(regex="(a|b)*a(a|b){40}c")
+    text = GrammarSpec(StructuredOutputs(regex="(a|b)*a(a|b){40}c")).lark(spaced=False)
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
     letters = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size)}
-    free = Grammars(tokenizer, tokenizer.vocab_size)
-    monkeypatch.setattr(grammar_module, "STATES", 1000)
-    tight = Grammars(tokenizer, tokenizer.vocab_size)
+    free = CompiledGrammar(vocabulary, text)
+    monkeypatch.setattr(matcher, "STATES", 1000)
+    tight = CompiledGrammar(vocabulary, text)
     with monkeypatch.context() as patched:
-        patched.setattr(grammar_module, "PROGRESS", 10**9)  # no renewal beyond the first
-        state = tight.start(spec, [])
+        patched.setattr(matcher, "PROGRESS", 10**9)  # no renewal beyond the first
+        state = tight.start(at_start=True)
         with pytest.raises(GrammarError, match="too many states"):
             walk([state], letters, 600)
     for _ in range(3):
-        walk([tight.start(spec, []), free.start(spec, [])], letters, 250)
-    state = tight.start(spec, [])
+        walk([tight.start(at_start=True), free.start(at_start=True)], letters, 250)
+    state = tight.start(at_start=True)
     walk([state], letters, 100)
     draft = [letters[letter] for letter in random.Random(4).choices("ab", k=600)]
-    masks, count = state.masks(draft)
-    assert len(masks) == count + 1 < 600  # the draft ends where states do, and is no error
+    masks, over = state.masks(draft)
+    assert len(masks) == len(over) + 1 < 600  # the draft ends where states do, and is no error
     walk([state], letters, 10)
 
 
-def walk(states: list[GrammarState], letters: dict[str | bytes | None, int], n: int) -> None:
+def walk(states: list[MatcherState], letters: dict[str | bytes | None, int], n: int) -> None:
     """Take n letters in all states, and see that their masks are the same."""
     chance = random.Random(n)
     for _ in range(n):

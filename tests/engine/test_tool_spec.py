@@ -8,8 +8,8 @@ import random
 import jsonschema
 import pytest
 
+from mistral_7b.engine.grammar.client import Grammars
 from mistral_7b.engine.grammar.lark import or_tools, tool_spec
-from mistral_7b.engine.grammar.matcher import Grammars
 from mistral_7b.errors import GrammarError
 from mistral_7b.sampling_params import StructuredOutputs
 from mistral_7b.tokenizer import Tokenizer

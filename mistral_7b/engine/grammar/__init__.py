@@ -1,8 +1,12 @@
-"""Text that keeps to a grammar. In the order of reading:
+"""Text that keeps to a grammar: which tokens may come next. In the order of reading:
 
-lark         what is wanted of a text, written as a grammar
+spec         what a request asks for, as data
+lark         the same, written as a grammar
 vocabulary   the tokens as llguidance knows them, and masks over them
 matcher      where one completion stands in its grammar, and which tokens may come next
+worker       a process that follows one grammar, with limits of CPU time and memory
+forkserver   the small process that workers are forked from
+client       Grammars and GrammarState, as the engine sees them
 
-Imports nothing by itself.
+spec to forkserver import no torch and no tokenizer: they run in the worker. Imports nothing by itself.
 """

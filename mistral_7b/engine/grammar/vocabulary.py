@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import GrammarError
-from ...tokenizer import SPACE, Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+
+    from ...tokenizer import Tokenizer
 
 
 def library() -> Any:
@@ -34,7 +39,7 @@ def library() -> Any:
 
 
 class Vocabulary:
-    """A tokenizer's tokens as llguidance knows them, and masks over them.
+    """A tokenizer's tokens as llguidance knows them, and masks over them. It can be pickled.
 
     Entries 0..size-1 are the tokens. Those behind are what is left of first words without their space, where that
     is no token itself. `first` (size,) has for each token its entry at the start of a text; -1: it adds nothing.
@@ -43,35 +48,38 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.size = min(tokenizer.vocab_size, vocab_size)
         self.words = -(-vocab_size // 32)
-        self.eos = tokenizer.eos_id
+        self.eos, self.bos = tokenizer.eos_id, tokenizer.bos_id
         ids = range(self.size)
         self.controls = {i for i in ids if tokenizer.is_control(i)}
         self._names = {_angled(tokenizer.piece(i)): i for i in self.controls}
-        hidden = self.controls | {tokenizer.unk_id}  # whose text nobody asks for
+        hidden = self.controls | {tokenizer.unk_id}  # they add nothing to the text
         entries = [tokenizer.piece_bytes(i) for i in ids]
         for name, i in self._names.items():
             entries[i] = name.encode()
         entries[tokenizer.unk_id] = b"<unk>"
-        self.first = self._add_first_words(entries, hidden, [tokenizer.surface(i) for i in ids])
+        words = [i for i in ids if isinstance(tokenizer.surface(i), str) and entries[i].startswith(b" ")]
+        self.first = self._add_first_words(entries, hidden, words)
         self.text = self._pack([i not in hidden for i in ids])
         self.silent = self._pack(self.first < 0)
         self.only_eos = self._pack([i == self.eos for i in ids])
         self.entry_words = -(-len(entries) // 32)
-        self.entries = library().LLTokenizer(_Entries(entries, sorted(hidden), tokenizer.eos_id, tokenizer.bos_id))
+        self._bytes, self._hidden = entries, sorted(hidden)
 
-    def _add_first_words(
-        self, entries: list[bytes], hidden: set[int], surfaces: list[str | bytes | None]
-    ) -> np.ndarray:
-        """Add the entries that are missing; which entry each token is at the start of a text."""
+    @cached_property
+    def entries(self) -> llguidance.LLTokenizer:
+        """The entries, as llguidance's matchers take them."""
+        return library().LLTokenizer(_Entries(self._bytes, self._hidden, self.eos, self.bos))
+
+    def _add_first_words(self, entries: list[bytes], hidden: set[int], words: Sequence[int]) -> np.ndarray:
+        """Add what is missing of `words`, tokens that begin with a space; each token's entry at a text's start."""
         known = {entry: i for i, entry in enumerate(entries) if i not in hidden}
         first = np.arange(self.size, dtype=np.int64)
-        for i, surface in enumerate(surfaces):
-            if isinstance(surface, str) and surface.startswith(SPACE):
-                left = entries[i][1:]
-                if left and left not in known:
-                    known[left] = len(entries)
-                    entries.append(left)
-                first[i] = known[left] if left else -1
+        for i in words:
+            left = entries[i][1:]
+            if left and left not in known:
+                known[left] = len(entries)
+                entries.append(left)
+            first[i] = known[left] if left else -1
         return first
 
     def permitted(self, grammar: str) -> np.ndarray:

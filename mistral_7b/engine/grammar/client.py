@@ -1,0 +1,331 @@
+"""Grammars as the engine sees them: each is followed in a process of its own (worker.py).
+
+    grammars = Grammars(tokenizer, vocab_size)
+    state = grammars.start(spec, prompt_ids)       compiled and at its start, or GrammarError
+    state.ask(draft)                               asked for, while the model computes
+    if state.wait(0.01):                           or it is late, and asked again later
+        state.answer                               masks of the next tokens
+
+Completions with equal specifications share a process. One that ends by a crash or at a limit takes with it the
+states of all of them; each begins again in a new process, from its tokens, to the same masks. Only those for which
+something was being computed can be to blame: their requests get processes of their own, and the one whose process
+ends again is ended with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+
+from ...errors import GrammarError
+from ...sampling_params import StructuredOutputs
+from ...tokenizer import Tokenizer
+from ..config import GrammarLimits
+from .forkserver import MESSAGE
+from .spec import GrammarSpec
+from .vocabulary import Vocabulary, library
+from .worker import LENGTH
+
+KEPT = 32  # processes that wait for the next request with their grammar; some 2 MB each, up to tens
+PATIENCE = 60.0  # seconds that compiling may take by the clock, on however busy a machine
+_BOOT = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
+    "from mistral_7b.engine.grammar.forkserver import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+_unnamed = itertools.count()
+
+
+class Grammars:
+    """The grammars of one tokenizer, compiled once each and kept; the one longest unused leaves first.
+
+    May be used from several threads. `vocab_size` is the model's, which may exceed the tokenizer's.
+    Raises GrammarError if llguidance is not installed.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, limits: GrammarLimits | None = None, kept: int = KEPT
+    ) -> None:
+        library()
+        self.limits, self._kept = limits or GrammarLimits(), kept
+        self._vocabulary = Vocabulary(tokenizer, vocab_size)
+        self._server = ForkServer(self._vocabulary)
+        self._processes: OrderedDict[tuple[str, str], GrammarProcess] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def start(
+        self,
+        spec: GrammarSpec | StructuredOutputs,
+        after: Sequence[int],
+        begun: Sequence[int] = (),
+        request: str = "",
+    ) -> GrammarState:
+        """The state of a completion that follows upon the ids `after` and has taken `begun` already.
+
+        `request` names what CPU time is charged to. Raises GrammarError, with the reason, for a grammar that is
+        malformed, too large, obeyed by no text, or does not allow `begun`.
+        """
+        if isinstance(spec, StructuredOutputs):
+            spec = GrammarSpec(spec)
+        at_start = not after or after[-1] in self._vocabulary.controls  # as Tokenizer.stream has it
+        key = json.dumps([spec.to_json(), not at_start, asdict(self.limits)])
+        return GrammarState(self, key, list(begun), request or f"unnamed {next(_unnamed)}")
+
+    def process(self, key: str, alone: str = "") -> GrammarProcess:
+        """The process of a grammar; with `alone`, a request's own."""
+        with self._lock:
+            process = self._processes.pop((key, alone), None)
+            if process is None or process.over:
+                process = GrammarProcess(self._server, key)
+            self._processes[key, alone] = process  # the last one: used just now
+            while len(self._processes) > self._kept:  # it runs until its last completion has ended
+                self._processes.popitem(last=False)[1].close()
+            return process
+
+    @property
+    def words(self) -> int:
+        """Numbers of 32 bits in a mask."""
+        return self._vocabulary.words
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a text."""
+        return self._vocabulary.eos
+
+
+class ForkServer:
+    """The process that forks the others. Started anew if it was ended from outside."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._lock = threading.Lock()
+        self._socket = self._open()
+
+    def _open(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs, tempfile.TemporaryFile() as file:
+            pickle.dump(self._vocabulary, file)
+            file.seek(0)
+            fds = (theirs.fileno(), file.fileno())
+            # A session of its own: Ctrl-C at the terminal is for the engine, which it ends with.
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, fds)], pass_fds=fds,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        return ours
+
+    def fork(self) -> tuple[socket.socket, int]:
+        """A new worker: the socket to its control, and its pid."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            return ours, self._ask(b"f", 0, [theirs.fileno()])
+
+    def status(self, pid: int) -> int | None:
+        """How a worker that has ended did, as os.waitpid says; None: not known."""
+        try:
+            return self._ask(b"w", pid, [])
+        except GrammarError:
+            return None
+
+    def _ask(self, kind: bytes, value: int, fds: list[int]) -> int:
+        with self._lock:
+            for _ in range(2):
+                try:
+                    socket.send_fds(self._socket, [MESSAGE.pack(kind, value)], fds)
+                    answer = self._socket.recv(MESSAGE.size, socket.MSG_WAITALL)
+                except OSError:
+                    answer = b""
+                if len(answer) == MESSAGE.size:
+                    return int(MESSAGE.unpack(answer)[1])
+                self._socket.close()
+                self._process.wait()
+                self._socket = self._open()
+                if kind == b"w":  # the old one knew
+                    break
+        raise GrammarError("structured_outputs: the process for grammars could not be started")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self._socket.close()
+            self._process.wait()
+
+
+def wait_for_any(states: Sequence[GrammarState], timeout: float) -> None:
+    """Return when one of the answers is there that these wait for, or after so many seconds."""
+    wait([state._connection for state in states], timeout)
+
+
+class GrammarProcess:
+    """A worker, and what it follows."""
+
+    def __init__(self, server: ForkServer, key: str) -> None:
+        self._server, self.over = server, False
+        self._control, self._pid = server.fork()
+        data = key.encode()
+        self._control.sendall(LENGTH.pack(len(data)) + data)
+
+    def connect(self) -> Connection:
+        """A connection for one completion. OSError if the process has ended."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"c"], [theirs.fileno()])
+        return Connection(ours.detach())
+
+    def close(self) -> None:
+        """Take no more completions; the process ends with the last it has."""
+        self._control.close()
+
+    def why(self, limits: GrammarLimits) -> str:
+        """Why it has ended, for the user whose grammar it was."""
+        status = self._server.status(self._pid)
+        number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
+        if number == signal.SIGPROF:
+            return (
+                f"it takes more CPU time than it may ({limits.compile_seconds:g} s to compile, "
+                f"{limits.mask_seconds:g} s for a token, {limits.request_seconds:g} s for a request): make it "
+                "simpler, or less ambiguous"
+            )
+        name = signal.Signals(number).name if number else f"status {status}"
+        return f"it is too deep or too large for its compiler, which failed ({name}): make it simpler"
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks of the next token and after each allowed draft token; `over`: whether the text is, after that one."""
+
+    masks: list[np.ndarray]
+    over: list[bool]
+
+
+class GrammarState:
+    """Where one completion stands in its grammar. One question at a time: `ask` or `take`, then `wait`."""
+
+    def __init__(self, grammars: Grammars, key: str, begun: list[int], request: str) -> None:
+        self._grammars, self._key, self._request = grammars, key, request
+        self._tokens = begun  # all that it has taken
+        self._spent = 0.0  # CPU seconds, of its request
+        self._alone = False  # whether the process is its request's own
+        self._question: dict[str, Any] = {}  # the newest; the first is to start
+        self.late = True  # whether it has no answer yet
+        self.finished = False  # whether nothing may follow but EOS
+        self.answer: Masks | None = None  # to the last `ask`; None after a `take`
+        self._open()
+        if not self.wait(PATIENCE):
+            raise GrammarError(f"structured_outputs: compiling takes more than {PATIENCE:g} s: make it simpler")
+
+    def ask(self, draft: Sequence[int] = ()) -> None:
+        """Ask for the masks of the next token and of those after each token of a draft."""
+        self._put({"masks": [int(token) for token in draft]})
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Take the next tokens, which must be allowed."""
+        taken = [int(token) for token in tokens]  # numpy's are no JSON
+        self._tokens += taken
+        self.answer = None
+        self._put({"accept": taken})
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether the answer is there, after so many seconds at most. GrammarError as `masks` and `accept`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.late:
+            try:
+                if not self._connection.poll(None if end is None else max(0.0, end - time.monotonic())):
+                    return False
+                reply = self._connection.recv_bytes()
+            except (EOFError, OSError):
+                self._begin_again(to_blame=True)
+                continue
+            self._read(reply)
+        return True
+
+    def masks(self, draft: Sequence[int] = ()) -> tuple[list[np.ndarray], int]:
+        """`ask` and its answer: masks, and how many tokens of the draft are allowed.
+
+        Raises GrammarError where the grammar exceeds its limits or comes to a dead end.
+        """
+        self.ask(draft)
+        self.wait()
+        assert self.answer is not None
+        return self.answer.masks, len(self.answer.over)
+
+    def accept(self, token: int) -> None:
+        """`take` one token, and its answer. Raises GrammarError for one that is not allowed, and as `masks`."""
+        self.take([token])
+        self.wait()
+
+    # ------------------------------------------------------------------ the connection
+
+    def _open(self) -> None:
+        """Begin, or begin again, in a process that is there or a new one."""
+        for attempt in range(2):
+            self._process = self._grammars.process(self._key, self._request if self._alone else "")
+            try:
+                self._connection = self._process.connect()
+                self._send({"start": self._tokens, "request": self._request, "spent": self._spent})
+            except OSError:  # it has ended just now
+                self._process.over = True
+                if attempt:
+                    raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}") from None
+            else:
+                self._started = False
+                return
+
+    def _begin_again(self, to_blame: bool) -> None:
+        """The process has ended: begin in another, and ask again what has no answer."""
+        self._process.over = True
+        if to_blame and self._alone:
+            raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}")
+        self._alone = self._alone or to_blame
+        if "accept" in self._question:
+            self._question = {"accept": []}  # they are among those that it starts with
+        self._open()
+        if self.late and self._question:
+            self._connection.send_bytes(json.dumps(self._question).encode())
+
+    def _put(self, question: dict[str, Any]) -> None:
+        assert not self.late, "one question at a time"
+        self._question, self.late = question, True
+        try:
+            self._send(question)
+        except OSError:
+            self._begin_again(to_blame=False)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._connection.send_bytes(json.dumps(message).encode())
+
+    def _read(self, reply: bytes) -> None:
+        """Take a reply. GrammarError if that is what it says."""
+        head, _, rest = reply.partition(b"\n")
+        header = json.loads(head)
+        if "error" in header:
+            raise GrammarError(header["error"])
+        if "refused" in header:
+            raise GrammarError(
+                "the answer begins with what structured_outputs do not allow: change the beginning, or leave one "
+                "of the two out"
+            )
+        self._spent, self.finished = header["spent"], header["finished"]
+        if not self._started:
+            self._started = True
+            if self._question:
+                return
+        elif "over" in header:
+            table = np.frombuffer(rest, dtype=np.int32).reshape(-1, self._grammars.words)
+            self.answer = Masks(list(table), header["over"])
+        self.late = False

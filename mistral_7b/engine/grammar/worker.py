@@ -1,0 +1,201 @@
+"""A worker process: one grammar, compiled and followed for every completion that must obey it.
+
+    engine's process                                   worker
+    GrammarState --{"start": [], ...}----------------> compiles, if it is the first; a MatcherState
+                 <-------------------{"spent": 0.003}
+                 --{"masks": [draft tokens]}---------->
+                 <----{"over": [...], ...} and masks--
+                 --{"accept": [tokens]}-------------->
+                 <-------------------{"finished": ...}  and computes the next mask meanwhile
+
+A native crash, memory without bound and time without end cost this process, and no other. Time is the CPU's: the
+kernel ends the process when one operation has used up what it may (SIGPROF), wherever that operation is stuck.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from ...errors import GrammarError
+from ..config import GrammarLimits
+from .matcher import CompiledGrammar, MatcherState
+from .spec import GrammarSpec
+from .vocabulary import Vocabulary
+
+NICE = 10  # below the model: an expensive grammar must not slow down what has none
+LENGTH = struct.Struct("<q")  # before the specification
+
+
+@dataclass
+class Account:
+    """CPU seconds that a request has used here, over all its completions."""
+
+    spent: float
+
+
+class Worker:
+    """Follows one grammar. `run` returns when no completion needs it any more."""
+
+    def __init__(self, vocabulary: Vocabulary, control: socket.socket) -> None:
+        self.vocabulary, self.control = vocabulary, control
+        (size,) = LENGTH.unpack(_exactly(control, LENGTH.size))
+        text, self.spaced, limits = json.loads(_exactly(control, size))
+        self.spec, self.limits = text, GrammarLimits(**limits)
+        self._compiled: CompiledGrammar | GrammarError | None = None
+        self._states: dict[Connection, tuple[MatcherState, Account]] = {}
+        self._accounts: dict[str, Account] = {}
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ)
+
+    def run(self) -> None:
+        """Answer until the engine has closed `control` and every connection."""
+        while self._selector.get_map():
+            for key, _ in self._selector.select():
+                if key.fileobj is self.control:
+                    self._meet()
+                else:
+                    self._hear(key.data)
+
+    def _meet(self) -> None:
+        """Take a new connection; at the end of `control` there will be no more."""
+        message, fds, _, _ = socket.recv_fds(self.control, 1, 1)
+        for fd in fds:
+            self._selector.register(fd, selectors.EVENT_READ, Connection(fd))
+        if not message:
+            self._selector.unregister(self.control)
+
+    def _hear(self, connection: Connection) -> None:
+        """Answer one message."""
+        try:
+            question = json.loads(connection.recv_bytes())
+            connection.send_bytes(self._answer(connection, question))
+            if "accept" in question and connection in self._states:
+                self._prepare(connection)
+        except (EOFError, OSError):  # the completion is over
+            self._selector.unregister(connection.fileno())
+            self._states.pop(connection, None)
+            connection.close()
+            held = {id(account) for _, account in self._states.values()}
+            self._accounts = {name: a for name, a in self._accounts.items() if id(a) in held}
+
+    def _answer(self, connection: Connection, question: dict[str, Any]) -> bytes:
+        try:
+            if "start" in question:
+                return self._start(connection, question)
+            if connection not in self._states:  # its start has failed, and that was said
+                return b'{"error": "not started"}'
+            state, account = self._states[connection]
+            with self._charged(account):
+                if "accept" in question:
+                    for token in question["accept"]:
+                        state.accept(token)
+                    header: dict[str, Any] = {"finished": state.finished}
+                    masks: Sequence[np.ndarray] = ()
+                else:
+                    masks, over = state.masks(question["masks"])
+                    header = {"finished": state.finished, "over": over}
+            return (
+                json.dumps({**header, "spent": account.spent}).encode()
+                + b"\n"
+                + b"".join(m.tobytes() for m in masks)
+            )
+        except GrammarError as e:
+            return json.dumps({"error": str(e)}).encode()
+        except (MemoryError, RecursionError) as e:
+            return json.dumps({"error": f"structured_outputs: too deep or too large: {e!r}"}).encode()
+
+    def _start(self, connection: Connection, question: dict[str, Any]) -> bytes:
+        """A state for a completion that has taken the tokens `start` already."""
+        if self._compiled is None:
+            try:
+                with _limited(self.limits.compile_seconds):
+                    text = GrammarSpec.from_json(self.spec).lark(self.spaced)
+                    self._compiled = CompiledGrammar(self.vocabulary, text)
+            except GrammarError as e:
+                self._compiled = e
+        if isinstance(self._compiled, GrammarError):
+            raise self._compiled
+        account = self._accounts.setdefault(question["request"], Account(question["spent"]))
+        state = self._compiled.start(at_start=not self.spaced)
+        self._states[connection] = state, account
+        with self._charged(account):
+            for place, token in enumerate(question["start"]):
+                if not state.allows(token):
+                    return json.dumps({"refused": place}).encode()
+                state.accept(token)
+        return json.dumps({"finished": state.finished, "spent": account.spent}).encode()
+
+    def _prepare(self, connection: Connection) -> None:
+        """Compute the next mask before it is asked for: a core is idle while the engine plans its step."""
+        state, account = self._states[connection]
+        with contextlib.suppress(GrammarError, MemoryError, RecursionError), self._charged(account):
+            state.masks()  # which raises the same again when it is asked for
+
+    @contextlib.contextmanager
+    def _charged(self, account: Account) -> Iterator[None]:
+        """CPU time on the account of a request. GrammarError where nothing is left on it."""
+        left = self.limits.request_seconds - account.spent
+        if left <= 0:
+            raise GrammarError(
+                f"structured_outputs: the grammar has used up the {self.limits.request_seconds:g} s of CPU time "
+                "that one request may take: make it simpler, or less ambiguous"
+            )
+        began = time.process_time()
+        try:
+            with _limited(min(left, self.limits.mask_seconds)):
+                yield
+        finally:
+            account.spent += time.process_time() - began
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """End the process (SIGPROF) if what is done here takes more CPU time than this."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _exactly(sock: socket.socket, n: int) -> bytes:
+    """The next n bytes. EOFError if there are no more."""
+    parts, left = [], n
+    while left:
+        part = sock.recv(min(left, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def serve(vocabulary: Vocabulary, control: socket.socket) -> None:
+    """What a forked process does: it never returns."""
+    status = 1
+    try:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        os.nice(NICE)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        worker = Worker(vocabulary, control)
+        resource.setrlimit(resource.RLIMIT_AS, (worker.limits.memory_bytes,) * 2)
+        worker.run()
+        status = 0
+    except EOFError:  # the engine has gone before it said what it wants
+        status = 0
+    finally:
+        os._exit(status)

@@ -154,12 +154,9 @@ class Tokenizer:
             raise TokenizerError(f"not a text that can be written as UTF-8: {text!r:.80}") from e
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without control tokens; bytes that are no UTF-8 become U+FFFD, one each."""
-        try:
-            return self._pieces.decode(list(ids))
-        except IndexError as e:
-            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise TokenizerError(self._outside(bad)) from e
+        """Text of ids, those without text left out; bytes that are no UTF-8 become U+FFFD, one each."""
+        silent = self.bos_id  # in place of what SentencePiece does not know: bytes on its two sides stay apart
+        return self._pieces.decode([silent if self.is_control(i) else i for i in ids])
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for ids that come one at a time, and follow upon the ids `after`.
@@ -176,31 +173,37 @@ class Tokenizer:
         return self._pieces.vocab().index(name) if self._controls([name]) else None
 
     def is_control(self, token: int) -> bool:
-        """Whether an id is a control token, such as <s>, </s> or [TOOL_CALLS]."""
+        """Whether an id has no text: <s>, </s>, [TOOL_CALLS] and the like, and ids behind the vocabulary."""
         return self.surface(token) is None
 
     def piece(self, token: int) -> str:
-        """One id as a person should see it: " the", "[INST]", or "<0xE2>" for a byte that is no character."""
+        """One id as a person should see it: " the", "[INST]", "<unused_32005>" behind the vocabulary.
+
+        A byte that is no character is "<0xE2>".
+        """
         surface = self.surface(token)
         if isinstance(surface, bytes) and surface.isascii():
             return surface.decode()
+        if token >= self.vocab_size:
+            return f"<unused_{token}>"
         return surface.replace(SPACE, " ") if isinstance(surface, str) else self._pieces.id_to_piece(token)
 
     def piece_bytes(self, token: int) -> bytes:
-        """The bytes that one id adds to a text; none for a control token."""
+        """The bytes that one id adds to a text; none where it has none."""
         surface = self.surface(token)
         if isinstance(surface, str):
             return surface.replace(SPACE, " ").encode()
         return surface or b""
 
     def surface(self, token: int) -> str | bytes | None:
-        """What stands in the vocabulary: a piece with SPACE for spaces, a single byte, None for control."""
-        if not 0 <= token < self.vocab_size:
-            raise TokenizerError(self._outside(token))
-        return self._surfaces[token]
+        """What stands in the vocabulary: a piece with SPACE for spaces, a single byte, None for no text.
 
-    def _outside(self, token: int) -> str:
-        return f"token {token} lies outside the vocabulary of {self.path.name}, 0..{self.vocab_size - 1}"
+        Control tokens have no text, nor do ids behind the vocabulary, which a model with added or padding tokens
+        knows and may emit. TokenizerError for a negative id.
+        """
+        if token < 0:
+            raise TokenizerError(f"{token} is no token id: these are whole numbers of at least 0")
+        return self._surfaces[token] if token < len(self._surfaces) else None
 
     @cached_property
     def _surfaces(self) -> list[str | bytes | None]:

@@ -238,8 +238,8 @@ def ids_of(version):
     t = OURS[version]
     first = t.encode("\x00", bos=False)[-1]
     byte = st.integers(first, first + 255)
-    space = st.sampled_from([t.encode(" ", bos=False)[0], t.encode("", eos=True)[1], 1, 0])
-    return st.lists(byte | byte | space | st.integers(0, t.vocab_size - 1), max_size=30)
+    space = st.sampled_from([t.encode(" ", bos=False)[0], t.encode("", eos=True)[1], 1, 0, t.vocab_size])
+    return st.lists(byte | byte | space | st.integers(0, t.vocab_size + 99), max_size=30)
 
 
 @tokenizers
@@ -284,12 +284,25 @@ def test_pieces_are_shown_faithfully(version):
 
 
 @tokenizers
-def test_ids_outside_the_vocabulary_are_refused(version):
+@pytest.mark.parametrize("behind", [0, 63, 2**40])
+def test_ids_behind_the_vocabulary_have_no_text(version, behind):
+    """A model may know more ids than its tokenizer, and emit them."""
     t = OURS[version]
-    for bad in (-1, t.vocab_size, 10**6):
-        for read in (t.piece, t.stream().push, lambda i: t.decode([1, i])):
-            with pytest.raises(TokenizerError, match=f"token {bad} lies outside"):
-                read(bad)
+    unused, words = t.vocab_size + behind, t.encode("one two")
+    assert (t.piece(unused), t.piece_bytes(unused), t.surface(unused)) == (f"<unused_{unused}>", b"", None)
+    assert t.is_control(unused)
+    assert t.decode([unused, *words, unused]) == "one two"
+    stream = t.stream(after=[unused])
+    assert [stream.push(i) for i in (unused, words[1], unused)] == ["", "one", ""]
+    assert not stream.waiting
+
+
+@tokenizers
+def test_negative_ids_are_refused(version):
+    t = OURS[version]
+    for read in (t.piece, t.piece_bytes, t.stream().push, lambda i: t.decode([1, i])):
+        with pytest.raises(TokenizerError, match="-1 is no token id"):
+            read(-1)
     with pytest.raises(TokenizerError, match="UTF-8"):
         t.encode("\ud800")
 

@@ -105,6 +105,9 @@ def run(argv: list[str]) -> int:
     asyncio.run(llm.close())
     if spans is not None:
         spans.close()
+    if server.broken is not None:
+        print(f"mistral-7b: {server.broken}; the log has the traceback", file=sys.stderr)
+        return 1
     return 0
 
 

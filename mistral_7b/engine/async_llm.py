@@ -12,6 +12,7 @@ request that is given up has its pages back within one step.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import queue
 import threading
@@ -38,6 +39,8 @@ from .llm import EmbeddingOutput, open_engine
 from .reading import Asked, Messages, ToolChoice, Tools
 from .request import Request
 from .threads import release
+
+logger = logging.getLogger("mistral_7b.engine")
 
 Command = Callable[[], None]
 
@@ -283,8 +286,9 @@ class AsyncLLM:
                 if not self.engine.idle:
                     self.engine.step()
                 self._wake()
-        except Exception as e:  # which `step` keeps to itself, unless it is a mistake in the engine
-            error = EngineError(f"the engine broke, and serves nobody any more: {e!r}")
+        except BaseException as e:  # a mistake in the engine; a panic of a library in Rust is no Exception
+            logger.critical("the engine broke", exc_info=e)
+            error = EngineError(f"the engine broke, and computes nothing any more: {e!r}")
             error.__cause__ = e
             with self._lock:
                 self._why = error

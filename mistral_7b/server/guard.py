@@ -114,9 +114,8 @@ class _Visit:
             return
         page = self.scope["method"] == "GET" and b"text/html" in self.headers.get(b"accept", b"")
         self.scope[ADMIN] = door.check_key(self.headers, page)
-        if self.state.draining and not calm:
-            raise Refusal(503, "the server is shutting down: ask again in a moment", code="shutting_down",
-                          retry_after=5)  # fmt: skip
+        if not calm and (closed := self.state.closed) is not None:
+            raise closed
         if self.state.active >= self.config.max_concurrent and not calm:
             raise Refusal(429, f"{self.state.active} requests are being served: try again later",
                           code="too_many_requests", retry_after=1)  # fmt: skip

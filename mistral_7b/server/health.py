@@ -1,4 +1,4 @@
-"""GET /health/live, /health/ready: whether the process runs, and whether it takes requests."""
+"""GET /health/live, /health/ready: whether the process can go on, and whether it takes requests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ def router(state: State) -> APIRouter:
     """The routes; /health is /health/ready."""
     routes = APIRouter(tags=["operations"])
 
-    @routes.get("/health/live", responses=documented(answer=Health))
-    async def live() -> Health:
-        """Always, as long as there is somebody to answer."""
-        return {"status": "live"}
+    answers = {**documented(answer=Health), 503: {"model": Health}}
 
-    @routes.get("/health", responses={**documented(answer=Health), 503: {"model": Health}})
-    @routes.get("/health/ready", responses={**documented(answer=Health), 503: {"model": Health}})
+    @routes.get("/health/live", responses=answers)
+    async def live() -> Response:
+        """Whether the process is of any use: not after its engine broke, when only a restart helps."""
+        if state.llm.broken is not None:
+            return json_answer({"status": "broken"}, 503)
+        return json_answer({"status": "live"})
+
+    @routes.get("/health", responses=answers)
+    @routes.get("/health/ready", responses=answers)
     async def ready() -> Response:
         """Whether requests are taken: not while the server shuts down, nor after its engine broke."""
         if state.llm.broken is not None:

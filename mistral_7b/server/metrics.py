@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from .. import __version__
-from ..engine.engine import Engine
+from ..engine.async_llm import AsyncLLM
 from ..engine.request import Request
 from .state import State
 
@@ -37,9 +37,9 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 class Metrics:
     """An Observer that keeps what it is told, beside what the engine counts."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine, model_name))
+        self.registry.register(_EngineCollector(llm, model_name))
         ProcessCollector(registry=self.registry)
         self._arrived = Counter(PREFIX + "requests", "Requests that were asked for", registry=self.registry)
         self._finished = Counter(
@@ -120,11 +120,11 @@ class Metrics:
 class _EngineCollector(Collector):
     """What the engine says of itself. It goes on in its thread: each number is right, but not of one moment."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
-        self.engine, self.model_name = engine, model_name
+    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+        self.llm, self.model_name = llm, model_name
 
     def collect(self) -> Iterator[Metric]:
-        engine = self.engine
+        engine = self.llm.engine
         info = {"version": __version__, "model": self.model_name}
         yield InfoMetricFamily(PREFIX + "build", "What runs here", info)
         for name, help, value in (
@@ -139,6 +139,7 @@ class _EngineCollector(Collector):
             ("kv_cache_pages_held", "Pages that requests hold: none, when there are none", engine.pool.held),
             ("kv_cache_pages", "Pages of keys and values", engine.pool.n_pages),
             ("adapters_loaded", "LoRA adapters that are loaded", len(engine.adapters.names)),
+            ("engine_broken", "1 after the engine broke: nothing is computed", int(self.llm.broken is not None)),
         ):
             yield GaugeMetricFamily(PREFIX + name, help, value)
         counts = engine.counts
@@ -159,7 +160,7 @@ class _EngineCollector(Collector):
 def router(state: State) -> APIRouter:
     """The route; from now on `state.metrics` is told what happens."""
     routes = APIRouter(tags=["operations"])
-    state.metrics = metrics = Metrics(state.llm.engine, state.model_name)
+    state.metrics = metrics = Metrics(state.llm, state.model_name)
 
     @routes.get("/metrics", response_class=Response)
     async def scrape() -> Response:

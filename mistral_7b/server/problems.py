@@ -26,7 +26,7 @@ RETRY_AFTER = 1  # seconds; a place in the queue is free after a step or a few
 LONGEST = 500  # characters of a message: it may quote what came, whose length the client chose
 OPENAI_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error", 503: "overloaded_error", 504: "timeout_error",
+    500: "server_error", 503: "server_error", 504: "timeout_error",
 }  # fmt: skip
 ANTHROPIC_TYPES = {**OPENAI_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 

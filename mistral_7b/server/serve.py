@@ -2,6 +2,8 @@
 
 SIGTERM or Ctrl-C: no request is taken any more (503 and Retry-After; /health/ready says 503), running answers get
 `drain_timeout` seconds, and what has not ended then is told why it was cut. A second signal ends at once.
+
+An engine that broke ends the process too, as soon as those who wait have been told: who runs it starts it anew.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from ..errors import ConfigError
+from ..errors import ConfigError, EngineError
 from .config import ServerConfig
 from .connection import connection_class
 from .lag import watch
@@ -30,7 +32,7 @@ logger = logging.getLogger("mistral_7b.server")
 COLLECT = (5_000, 3, 20)  # a young collection of so many takes 5 ms, and as long as it takes nobody is answered
 OTHER_FILES = 256
 ACCEPTED = 16  # connections in one round of the event loop: more, and those that are open wait for them
-LAST_WORDS = 2  # seconds for what was cut to say so
+LAST_WORDS = 2  # seconds for what was cut, or lost its engine, to say so
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -73,8 +75,9 @@ class Server(uvicorn.Server):
             access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=int(config.keep_alive),
             timeout_graceful_shutdown=LAST_WORDS, backlog=ACCEPTED,
         ))  # fmt: skip
+        self.broken: EngineError | None = None  # why it ended by itself
         self._told = 0
-        self._until = 0.0
+        self._limit, self._until = 0.0, 0.0
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until it is told to stop.
@@ -112,9 +115,10 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
         if self._told and not self.state.draining:
-            self.state.draining = True
-            self._until = time.monotonic() + self.state.config.drain_timeout
-            logger.info("shutting down", extra={"fields": {"running": self.state.active}})
+            self._drain(self.state.config.drain_timeout)
+        if self.broken is None and self.state.llm.broken is not None:
+            self.broken = self.state.llm.broken
+            self._drain(LAST_WORDS)
         if self.state.draining and not self.should_exit:
             if not self.state.active:
                 self.should_exit = True
@@ -122,8 +126,14 @@ class Server(uvicorn.Server):
                 self._cut()
         return await super().on_tick(counter)
 
+    def _drain(self, seconds: float) -> None:
+        """Take no requests any more, and end when all answers have, or after so long."""
+        self.state.draining = True
+        self._limit, self._until = seconds, time.monotonic() + seconds
+        logger.info("shutting down", extra={"fields": {"running": self.state.active}})
+
     def _cut(self) -> None:
-        limit = self.state.config.drain_timeout
+        limit = self._limit
         why = Refusal(503, f"the server shuts down, and this answer was not complete after {limit:g} seconds",
                       code="shutting_down", retry_after=5)  # fmt: skip
         cut = self.state.cut(why)

@@ -112,6 +112,16 @@ class State:
                           code="model_not_found")  # fmt: skip
         return model
 
+    @property
+    def closed(self) -> Refusal | None:
+        """Why no request is taken any more; None: they are."""
+        if self.llm.broken is not None:
+            return engine_broke(503)
+        if self.draining:
+            return Refusal(503, "the server is shutting down: ask again in a moment", code="shutting_down",
+                           retry_after=5)  # fmt: skip
+        return None
+
     def rest(self) -> float:
         """Seconds that an answer waits, after some of it was written, for more to come together.
 
@@ -140,6 +150,16 @@ class Running:
         if self.why is None:
             self.why, self.reason = why, reason
             self.llm.abort(self.request.id)
+
+
+def engine_broke(status: int) -> Refusal:
+    """What is said when the engine broke; its log says why.
+
+    503 to a request that came after: a proxy may send it to another server at once. 500 to one that was with the
+    engine, which a proxy leaves to its client: it may be what broke the engine, and would break the next.
+    """
+    return Refusal(status, "the engine of this server broke: ask again in a moment", code="engine_broken",
+                   retry_after=5)  # fmt: skip
 
 
 def is_admin(http_request: HttpRequest) -> bool:
@@ -215,6 +235,8 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
         raise
     except Exception as e:
         reason = running.reason if running.why is e else "error"
+        if isinstance(e, EngineError) and state.llm.broken is not None:
+            raise engine_broke(503 if request.error is None else 500) from e
         raise
     finally:
         if gone is not None:

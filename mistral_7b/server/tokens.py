@@ -13,11 +13,10 @@ from starlette.responses import Response
 from ..errors import GenerationError
 from ..tokenizer import Tokenizer
 from .answers import documented
+from .problems import Refusal
 from .protocol import MOST_MESSAGES, Body, Ending, Message, ToolDefinition, plain_tools
 from .routes import JsonRoute, json_answer
 from .state import State
-
-HIGHEST_ID = 2**31 - 1
 
 
 class TokenizeRequest(Ending):
@@ -40,10 +39,10 @@ class TokenizeRequest(Ending):
 
 
 class DetokenizeRequest(Body):
-    """Ids to a text, without control tokens."""
+    """Ids of the model's vocabulary to a text, those without text left out."""
 
     model: str | None = None
-    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0, le=HIGHEST_ID)]], FailFast()]
+    tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], FailFast()]
 
 
 class TokenizeAnswer(BaseModel):
@@ -80,6 +79,11 @@ def router(state: State) -> APIRouter:
     async def detokenize(asked: DetokenizeRequest) -> Response:
         """The text of token ids."""
         state.adapter(asked.model)
+        most = state.llm.engine.model.args.vocab_size
+        for place, token in enumerate(asked.tokens):
+            if token >= most:
+                raise Refusal(400, f"tokens.{place}: {token} lies outside the vocabulary of {most}",
+                              param="tokens")  # fmt: skip
         text = await asyncio.to_thread(_tokenizer(state).decode, asked.tokens)
         return json_answer({"prompt": text})
 

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from command import start
+from command import start, write_model
 
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
@@ -62,6 +62,43 @@ def test_the_bundled_model_is_served_and_ends_quietly(tmp_path):
         assert "/v1/completions" in paths
         assert not any("secret" in str(line) for line in lines)
         assert not any("traceback" in line for line in lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+BREAKS = """
+from mistral_7b.engine.engine import Engine
+def step(self, ordinary=Engine.step):
+    if any(request.priority == 13 for request in self.requests.values()):
+        raise RuntimeError("injected")
+    ordinary(self)
+Engine.step = step
+"""  # whoever asks with this priority breaks the engine
+
+
+def test_an_engine_that_breaks_ends_the_process(tmp_path):
+    """In seconds and with a code that has it started again; the open stream is told why."""
+    folder = write_model(tmp_path / "model", sliding_window=64)
+    process = start("serve", str(folder), "--port", "0", before=BREAKS)
+    try:
+        url = url_of(process)
+        wait_ready(url, "")
+        ask = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(ask).encode(),
+                                         {"content-type": "application/json"})  # fmt: skip
+        with urllib.request.urlopen(request, timeout=20) as open_stream:
+            assert open_stream.readline().startswith(b"data: {")
+            with pytest.raises(urllib.error.HTTPError, match="500"):
+                get(f"{url}/v1/completions", json.dumps({"prompt": "b", "priority": 13}).encode())
+            began = time.monotonic()
+            last = open_stream.read().rstrip().rpartition(b"data: ")[2]
+        assert json.loads(last)["error"]["code"] == "engine_broken"
+        assert process.wait(10) == 1
+        assert time.monotonic() - began < 8
+        said = process.stderr.read().decode()
+        assert said.splitlines()[-1].startswith("mistral-7b: the engine broke")
+        assert said.count("Traceback") == 1  # in a line of the log
     finally:
         process.kill()
         process.wait()

@@ -38,6 +38,31 @@ def test_closing_ends_whoever_runs_waits_or_comes() -> None:
     play(scene())
 
 
+def test_whatever_ends_the_thread_is_heard_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A panic of a library in Rust derives from BaseException alone."""
+
+    class PanicException(BaseException):
+        pass
+
+    def step() -> None:
+        raise PanicException("index out of bounds")
+
+    async def scene() -> None:
+        async with open_llm() as llm:
+            assert await tokens_of(llm, [1]) == llm.engine.model.greedy([1], 12)
+            llm.engine.step = step  # type: ignore[method-assign]
+            with pytest.raises(EngineError, match="index out of bounds"):
+                await tokens_of(llm, [1])
+            assert "index out of bounds" in str(llm.broken)
+            with pytest.raises(EngineError, match="index out of bounds"):
+                await tokens_of(llm, [1])
+
+    play(scene())
+    (record,) = [r for r in caplog.records if r.name == "mistral_7b.engine"]
+    assert record.levelname == "CRITICAL"
+    assert record.exc_info
+
+
 def test_an_event_loop_that_ends_takes_its_requests_along() -> None:
     llm = open_llm()
     left = []

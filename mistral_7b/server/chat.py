@@ -99,11 +99,12 @@ def _structured(body: ChatRequest) -> StructuredOutputs | None:
         return None if body.structured_outputs is None else StructuredOutputs.from_dict(body.structured_outputs)
     if body.structured_outputs is not None:
         raise Refusal(400, "response_format and structured_outputs exclude each other", param="structured_outputs")
-    if wanted.type == "json_object":
+    schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
+    if wanted.type == "json_object" and not schema:
         return StructuredOutputs(json_object=True)
-    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+    if schema is None:
         raise Refusal(400, "response_format.json_schema.schema is missing", param="response_format")
-    return StructuredOutputs(json=wanted.json_schema.schema_)
+    return StructuredOutputs(json=schema)
 
 
 # ---------------------------------------------------------------------- the answer

@@ -16,7 +16,17 @@ from ..completion import TextPiece
 from ..engine.reading import Asked
 from ..engine.request import Request
 from ..sampling_params import StructuredOutputs
-from .answers import CallDelta, ChatChoice, ChatCompletion, ChoiceLogprobs, ChunkChoice, Delta, Usage, documented
+from .answers import (
+    CallDelta,
+    ChatChoice,
+    ChatCompletion,
+    ChoiceLogprobs,
+    ChunkChoice,
+    Delta,
+    FunctionDelta,
+    Usage,
+    documented,
+)
 from .logprobs import ChatLogprobs
 from .problems import Refusal
 from .protocol import ChatRequest, plain, plain_tools
@@ -194,15 +204,13 @@ class _Choice:
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _call(self, delta: Any) -> CallDelta:
-        """A part of a tool call: id and name once, then its arguments.
-
-        An empty name goes with these: Mistral's client wants one in every part, and OpenAI's joins the parts.
-        """
+        """A part of a tool call: id, type and name once, then its arguments."""
         if delta.name is None:
             self.calls[delta.index]["function"]["arguments"] += delta.arguments
-            return {"index": delta.index, "function": {"name": "", "arguments": delta.arguments}}
-        function = {"name": delta.name, "arguments": delta.arguments}
-        self.calls.append({"id": delta.id, "type": "function", "function": dict(function)})
+            return {"index": delta.index, "function": {"arguments": delta.arguments}}
+        name, arguments = delta.name, delta.arguments
+        self.calls.append({"id": delta.id, "type": "function", "function": {"name": name, "arguments": arguments}})
+        function: FunctionDelta = {"name": name, "arguments": arguments}
         return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
     def whole(self) -> ChatChoice:

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -135,13 +136,18 @@ class Choices:
         top = body.top_logprobs or 0
         self.choices = [_Choice(i, mistral) for i in range(request.params.n)]
         self.logprobs = (
-            [ChatLogprobs(tokenizer, request.ids, top) for _ in self.choices] if body.logprobs else None
+            [ChatLogprobs(tokenizer, request.ids, top, c.calls is not None) for c in request.completions]
+            if body.logprobs
+            else None
         )
 
     def add(self, piece: TextPiece) -> list[ChunkChoice]:
         """What a piece is as chunks."""
         self.tokens += len(piece.token_ids)
-        found = None if self.logprobs is None else self.logprobs[piece.index].of(piece)
+        found = None
+        if self.logprobs is not None:
+            text, found = self.logprobs[piece.index].of(piece)
+            piece = replace(piece, text=text)
         return self.choices[piece.index].add(piece, found, self.calls_alone)
 
     @property

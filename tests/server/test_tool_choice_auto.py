@@ -141,6 +141,19 @@ def test_a_stop_text_inside_a_call_shows_no_scaffolding(taught: Serving, stop: s
     assert {block["type"] for block in out["content"]} <= {"tool_use"}
 
 
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 4}])
+def test_a_call_has_no_log_probabilities_of_content(taught: Serving, more: dict[str, Any]) -> None:
+    for text, tokens in (("Hello", True), ("Weather in Rome?", False)):
+        ask = asked(text, logprobs=True, top_logprobs=2, **more)
+        (choice,) = taught.post("/v1/chat/completions", ask)[1]["choices"]
+        told = b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"]).decode()
+        assert told == (choice["message"]["content"] or "")
+        assert bool(told) == tokens
+        parts = [chunk["choices"][0] for chunk in streamed(taught, "/v1/chat/completions", ask)]
+        later = [token for part in parts if part["logprobs"] for token in part["logprobs"]["content"]]
+        assert later == choice["logprobs"]["content"]
+
+
 @pytest.mark.parametrize("text", ["Weather in Rome?", f"Weather in {' and '.join(CITIES)}?"])
 def test_the_whole_loop(client: Any, text: str) -> None:
     ask = asked(text)

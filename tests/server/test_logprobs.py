@@ -101,11 +101,12 @@ TEXT = ("So", " it", "龘", "🙂", ". End", "a b", "\n\n", "\ufffd", CALL)
 IN_BYTES = (CALL, CALL[:20], CALL + "]", "é", "So", "E")
 SPELT = [V3.encode(text, bos=False) for text in TEXT]
 SPELT += [[BYTE[bytes([b])] for b in text.encode()] for text in IN_BYTES]
+CALLING = [[5, *run] for run in SPELT[-6:]]
 ODD = [[BYTE[b"\xe9"]], [BYTE[b"\xbf"]], [0], [V3.eos_id], [3], [5], [V3.encode(" ", bos=False)[0]]]
 
 
 @given(
-    st.lists(st.sampled_from([*SPELT, *ODD]), max_size=8),
+    st.lists(st.sampled_from([*SPELT, *CALLING, *ODD]), max_size=8),
     st.lists(st.sampled_from(["End", " it", "t", "o i", "龘", "\ufffd", "a", '"a"', "]", "b\n"]), max_size=2),
     st.lists(st.integers(1, 6), min_size=1),
     st.booleans(), st.booleans(), st.booleans(),

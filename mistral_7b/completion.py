@@ -277,9 +277,13 @@ class Completion:
             text = self._filter(self._decoder.flush())
             text += self._stops.flush() if self._stops.found is None else ""
         content = self._content(NO_TOKEN, text)
-        if self.calls is not None and (broken_off := self.calls.close()):
-            self._parts.append(broken_off)
-            content += broken_off
+        if self.calls is not None:
+            by_itself = self.finish_reason == "stop" and self.stop_reason is None
+            broken_off, deltas = self.calls.close(cut=not by_itself)
+            self._deltas += deltas
+            if broken_off:
+                self._parts.append(broken_off)
+                content += broken_off
         return content
 
     def _content(self, token: int, text: str) -> str:

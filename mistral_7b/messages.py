@@ -7,6 +7,7 @@ clients send: missing and null fields, list content, either kind of id, results 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,7 @@ class _Reader:
         function = call["function"]
         return ToolCall(
             id=tool_call_id(call.get("id") or place),
-            function=FunctionCall(name=function["name"], arguments=function.get("arguments")),
+            function=FunctionCall(name=function["name"], arguments=_arguments(function.get("arguments"))),
         )
 
     def _result(self, message: Mapping[str, Any], content: Any) -> ToolMessage:
@@ -105,6 +106,26 @@ class _Reader:
             self.open_calls.remove(call)
         known = call.function.name if call is not None else None  # the v2 template writes the name
         return ToolMessage(content=content, tool_call_id=name, name=message.get("name") or known)
+
+
+def _arguments(given: Any) -> Any:
+    """A call's arguments: null, or a text that says null or nothing, is an empty object.
+
+    An object that is written as JSON within a string is decoded. Any other text stays as the model wrote it, which
+    need not be JSON: a call may have been cut off.
+    """
+    text = given
+    while isinstance(text, str):
+        try:
+            value = json.loads(text) if text.strip() else None
+        except ValueError:
+            return given
+        if value is None:
+            return "{}"
+        if isinstance(value, dict):
+            return text
+        text = value
+    return given
 
 
 def _content(content: Any) -> Any:

@@ -3,23 +3,26 @@
     [TOOL_CALLS]  [{"name": "weather", "arguments": {"city": "Rome"}}, ...]  </s>
 
 The control token begins them, and nothing else can: text that spells "[TOOL_CALLS]" is text. A call is given out
-as it is written: its name when that is complete, and then its arguments, as far as they have come with each token.
+once it has a name and the first character of its arguments, and then as far as they have come with each token.
 These fragments, joined, are the arguments as the model wrote them.
 
-What does not go on as such a list must is given back as text, from the first character on that is part of nothing
-given out. The "id" that a model may write behind the arguments, having read conversations, comes too late: by then
-the call has one.
+Arguments are an object. Null, and none at all, stand for an empty one. Some models write the object as JSON within
+a string: it is decoded. With any other arguments there is no call.
+
+What cannot be such a list is text, from the first character on that is part of nothing given out. Where a list is
+cut off, by a token limit or a stop string, this rest is left out. The "id" that a model may write behind the
+arguments, having read conversations, comes too late: by then the call has one.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 WHITESPACE = " \t\n\r"
 DIGITS = "0123456789"
 LITERALS = {"t": "rue", "f": "alse", "n": "ull"}
+ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 # A part of the list being read: it is sent one character after another, and returns when it has its last.
 Reading = Generator[None, str, None]
@@ -38,7 +41,7 @@ class ToolCall:
 
 @dataclass
 class ToolCallDelta:
-    """What has become certain of call `index`: id and name once, with its first, and pieces of its arguments."""
+    """What has become certain of call `index`: pieces of its arguments, with the first its id and name."""
 
     index: int
     id: str | None = None
@@ -63,30 +66,43 @@ class ToolCallStream:
         """Take a token and the text that is certain with it; what of it is content, and what came of calls."""
         content, deltas = self._read(text)
         if token == self.control:  # the text that came with it was written before it
-            content += self.close()
+            content += self.close()[0]
             self._list = _CallList()
         return content, deltas
 
-    def close(self) -> str:
-        """At the end: the text of a list that breaks off, as far as it was not given out with a call."""
-        left = self._list.left() if self._list is not None else ""
-        self._list = None
-        return left
+    @property
+    def reading(self) -> bool:
+        """Whether a list is being read: what comes is no content as long as it may be a part of this."""
+        return self._list is not None
+
+    def close(self, cut: bool = False) -> tuple[str, list[ToolCallDelta]]:
+        """At the end: what of a list that breaks off is text, as far as it was not given out with a call.
+
+        Where the completion was `cut`, more would have come: nothing of the list is text, and a call is one once
+        it has a name.
+        """
+        calls, self._list = self._list, None
+        deltas: list[ToolCallDelta] = []
+        if calls is None or not cut:
+            return calls.left() if calls is not None else "", deltas
+        if calls.name is not None and not calls.begun:
+            self._begin(calls.name, deltas)
+        return "", deltas
 
     def _read(self, text: str) -> tuple[str, list[ToolCallDelta]]:
         deltas: list[ToolCallDelta] = []
         for place, char in enumerate(text):
-            if self._list is None:
+            calls = self._list
+            if calls is None:
                 return text[place:], deltas
-            if not self._list.push(char):
-                left = self.close()
-                return left + text[place:], deltas
-            if self._list.name is not None:
-                self._begin(self._list.name, deltas)
-                self._list.name = None
-            if self._list.fragment and self._list.named:
-                self._extend(self._list.fragment, deltas)
-                self._list.fragment = ""
+            if not calls.push(char):
+                return self.close()[0] + text[place:], deltas
+            if calls.name is not None and calls.fragment:
+                if not calls.begun:
+                    self._begin(calls.name, deltas)
+                    calls.begun = True
+                self._extend(calls.fragment, deltas)
+                calls.fragment = ""
         return "", deltas
 
     def _begin(self, name: str, deltas: list[ToolCallDelta]) -> None:
@@ -109,15 +125,15 @@ class _WrongError(Exception):
 class _CallList:
     """A list of calls, read a character at a time.
 
-    `name` and, once the call is `named`, `fragment` are what has come; whoever takes them away sets them back.
+    `name` is the present call's, once it is complete, and `fragment` what has come of its arguments. Once there
+    are both, the reader takes the fragment away, and notes that the call has `begun`.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.named = False
+        self.begun = False
         self.fragment = ""
         self._raw = ""  # all that is part of nothing given out yet
-        self._inside = False  # the arguments of a call
         self._complete = False  # a call or the list, with the present character
         self._over = False
         self._reading = self._read_list()
@@ -129,16 +145,14 @@ class _CallList:
 
     def push(self, char: str) -> bool:
         """Take the next character; whether it may come here. If not, nothing more may be pushed."""
-        inside, self._complete = self._inside, False
+        self._complete = False
         try:
             self._reading.send(char)
         except _WrongError:
             self._over = False  # blanks behind the list stand before text, and are text
             return False
         self._raw += char
-        if inside or self._inside:
-            self.fragment += char
-        if self._complete or self.name is not None or (self.named and self.fragment):
+        if self._complete or (self.name is not None and self.fragment):
             self._raw = ""
         return True
 
@@ -155,7 +169,7 @@ class _CallList:
             _need((yield) in WHITESPACE)
 
     def _read_call(self) -> Reading:
-        self.named, seen, char = False, set[str](), ","
+        self.name, self.begun, seen, char = None, False, set[str](), ","
         while char == ",":
             _need((yield from _skip()) == '"')
             key = yield from _string()
@@ -164,7 +178,7 @@ class _CallList:
             _need((yield from _skip()) == ":")
             yield from self._read_field(key)
             char = yield from _skip()
-        _need(char == "}" and self.named)
+        _need(char == "}" and self.name is not None)
         self._complete = True
         if "arguments" not in seen:
             self.fragment = "{}"
@@ -172,16 +186,40 @@ class _CallList:
     def _read_field(self, key: str) -> Reading:
         char = yield from _skip()
         if key == "arguments":
-            _need(char == "{")
-            self._inside = True
-            yield from _value(char)
-            self._inside = False
+            yield from self._read_arguments(char)
             return
         _need(char == '"')
         text = yield from _string()
         if key == "name":
             _need(text != "")
-            self.name, self.named = text, True
+            self.name = text
+
+    def _read_arguments(self, char: str) -> Reading:
+        """An object or null that begins with `char`; or a string that says one of the two, or nothing."""
+        quoted = char == '"'
+        if quoted:
+            while (char := (yield from _char())) in tuple(WHITESPACE):
+                pass
+        empty = char != "{"
+        if not empty:
+            reading = _value(char)
+            next(reading)
+            try:
+                while True:
+                    self.fragment += char
+                    char = (yield from _char()) if quoted else (yield)
+                    _need(char != "")
+                    reading.send(char)
+            except StopIteration:
+                self.fragment += char
+        elif char:
+            _need(char == "n")
+            for expected in LITERALS[char]:
+                _need(((yield from _char()) if quoted else (yield)) == expected)
+        while quoted and char and (char := (yield from _char())):
+            _need(char in WHITESPACE)
+        if empty:
+            self.fragment = "{}"
 
 
 def _need(condition: bool) -> None:
@@ -198,22 +236,41 @@ def _skip() -> ReadingOn:
 
 def _string() -> ReadingOn:
     """A string whose quotation mark has been read; return what it says."""
-    parts = ['"']
-    while (char := (yield)) != '"':
-        _need(char >= " ")
+    parts = []
+    while char := (yield from _char()):
         parts.append(char)
-        if char == "\\":
-            char = yield
-            parts.append(char)
-            _need(char in '"\\/bfnrtu')
-            if char == "u":
-                for _ in range(4):
-                    char = yield
-                    parts.append(char)
-                    _need(char in DIGITS + "abcdefABCDEF")
-    text = json.loads("".join(parts) + '"')
-    _need(not any("\ud800" <= c <= "\udfff" for c in text))  # half a character
-    return text
+    return "".join(parts)
+
+
+def _char() -> ReadingOn:
+    """The next character that a string says, or "" at its end."""
+    char = yield
+    if char == '"':
+        return ""
+    _need(char >= " ")
+    if char != "\\":
+        return char
+    char = yield
+    if char != "u":
+        _need(char in ESCAPES)
+        return ESCAPES[char]
+    code = yield from _hexadecimal()
+    if 0xD800 <= code < 0xDC00:  # the first half of a character: the second must follow
+        _need((yield) == "\\" and (yield) == "u")
+        low = yield from _hexadecimal()
+        _need(0xDC00 <= low < 0xE000)
+        code = 0x10000 + (code - 0xD800 << 10) + low - 0xDC00
+    _need(not 0xDC00 <= code < 0xE000)
+    return chr(code)
+
+
+def _hexadecimal() -> Generator[None, str, int]:
+    """The number that four digits say."""
+    digits = ""
+    for _ in range(4):
+        digits += yield
+        _need(digits[-1] in DIGITS + "abcdefABCDEF")
+    return int(digits, 16)
 
 
 def _value(char: str) -> Reading:

@@ -141,6 +141,29 @@ def test_openai_clients_habits_are_understood():
     assert OURS["v2"].encode_chat([*CALLS[:2], {**CALLS[2], "name": None}]) == theirs("v2", CALLS)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        *[(nothing, "{}") for nothing in (None, "", " ", "null", ' "null" ', '""', {})],
+        (json.dumps('{"at": "Paris é"}'), '{"at": "Paris é"}'),
+        (json.dumps(json.dumps({"at": [1, None]})), '{"at": [1, null]}'),
+        *[(text, text) for text in ("[1]", "3", '"Paris"', "Paris", '{"at": "Par', "[" * 9)],  # as it was written
+    ],
+)
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_arguments_that_a_model_wrote_in_other_ways(version, given, meant):
+    function = {"name": "get"} if given is None else {"name": "get", "arguments": given}
+    call = {"id": "abcDEF123", "type": "function", "function": function}
+    ours = OURS[version].encode_chat([CALLS[0], {"role": "assistant", "tool_calls": [call]}, CALLS[2], TURNS[0]])
+    theirs = ToolCall(id="abcDEF123", function=FunctionCall(name="get", arguments=meant))
+    chat = [
+        mc.UserMessage(content="Weather?"), mc.AssistantMessage(content=None, tool_calls=[theirs]),
+        mc.ToolMessage(tool_call_id="abcDEF123", name="get", content=CALLS[2]["content"]),
+        mc.UserMessage(content="Hi"),
+    ]  # fmt: skip
+    assert ours == THEIRS[version].encode_chat_completion(ChatCompletionRequest(messages=chat)).tokens
+
+
 def test_a_prefix_of_the_answer_is_gone_on_with():
     chat = [TURNS[0], {"role": "assistant", "content": "Well,", "prefix": True}]
     ids = OURS["v3"].encode_chat(chat)

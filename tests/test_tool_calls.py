@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mistral_7b.completion import Completion
 from mistral_7b.messages import tool_call_id
+from mistral_7b.sampling_params import SamplingParams
 from mistral_7b.tokenizer import Tokenizer
 from mistral_7b.tool_calls import ToolCall, ToolCallDelta, ToolCallStream
 
@@ -36,14 +39,15 @@ def ids(index: int) -> str:
     return f"call{index:05d}"
 
 
-def read(pieces: Sequence[tuple[int, str]]) -> tuple[str, list[ToolCall], list[ToolCallDelta]]:
-    """All content, the calls, and the deltas of a stream."""
+def read(pieces: Sequence[tuple[int, str]], cut: bool = False) -> tuple[str, list[ToolCall], list[ToolCallDelta]]:
+    """All content, the calls, and the deltas of a stream that ends by itself, or is cut."""
     stream = ToolCallStream(CONTROL, ids)
     content, deltas = "", []
     for token, text in pieces:
         more, came = stream.push(token, text)
         content, deltas = content + more, deltas + came
-    return content + stream.close(), stream.calls, deltas
+    more, came = stream.close(cut)
+    return content + more, stream.calls, deltas + came
 
 
 def split(text: str, cuts: Sequence[int]) -> list[tuple[int, str]]:
@@ -84,26 +88,28 @@ def test_any_calls_in_any_pieces(
 @given(
     st.text(alphabet='[]{},:" \\namergutsi01-.eE+tf', max_size=30) | st.text(max_size=10),
     st.sampled_from(
-        ["", '[{"name": "f", ', '[{"name": "f", "arguments": {', '[{"name": "f", "arguments": {"a": [1, ']
+        ["", '[{"name": "f", ', '[{"name": "f", "arguments": ', '[{"name": "f", "arguments": {',
+         '[{"name": "f", "arguments": {"a": [1, ', '[{"name": "f", "arguments": "{', '[{"arguments": "{}", "na']
     ),
     st.lists(st.integers(0, 80), max_size=6),
-)
-@settings(max_examples=200, deadline=None)
+    st.booleans(),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
 def test_whatever_comes_the_split_changes_nothing_and_nothing_is_lost(
-    tail: str, head: str, cuts: list[int]
+    tail: str, head: str, cuts: list[int], cut: bool
 ) -> None:
     text = head + tail
-    whole, parts = read(split(text, ())), read(split(text, cuts))
+    whole, parts = read(split(text, ()), cut), read(split(text, cuts), cut)
     assert whole[:2] == parts[:2]
     assert joined(parts[2]) == parts[1]
     content, found, _ = whole
     for call in found:
-        assert call.arguments in text or call.arguments == "{}"
+        assert '"arguments": "' in text or call.arguments in text or call.arguments == "{}"
         if call is not found[-1]:
             assert isinstance(json.loads(call.arguments), dict)
     assert text.endswith(content)
     if not found:
-        assert content == text
+        assert content == text or (cut and not content)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,11 @@ def test_whatever_comes_the_split_changes_nothing_and_nothing_is_lost(
         ("[]", "[]", []),
         ('{"name": "f", "arguments": {}}', '{"name": "f", "arguments": {}}', []),
         ('[{"name": "", "arguments": {}}]', '[{"name": "", "arguments": {}}]', []),
-        ('[{"name": "f", "arguments": "{}"}]', ', "arguments": "{}"}]', [""]),
+        ('[{"name": "f"; "arguments": {}}]', '[{"name": "f"; "arguments": {}}]', []),
+        ('[{"name": "f", "parameters": {}}]', '[{"name": "f", "parameters": {}}]', []),
+        ('[{"name": "f", "arguments": {}}, {"name": "g", "arguments": [1]}]',
+         ', {"name": "g", "arguments": [1]}]', ["{}"]),
+        ('[{"name": "f"', '[{"name": "f"', []),
         ('[{"name": "f", "arguments": {"a": oops}}]', "oops}}]", ['{"a": ']),
         ('[{"name": "f", "arguments": {"a": 01}}]', "1}}]", ['{"a": 0']),
         ('[{"name": "f", "arguments": {"a": }}]', "}}]", ['{"a": ']),
@@ -135,19 +145,148 @@ def test_whatever_comes_the_split_changes_nothing_and_nothing_is_lost(
         ('[{"name": "now"}]', "", ["{}"]),
         ('[{"name": "\\ud800", "arguments": {}}]', '[{"name": "\\ud800", "arguments": {}}]', []),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_list_of_calls_is_text(text: str, content: str, arguments: list[str]) -> None:
     found = read(split(text, range(len(text))))
     assert (found[0], [c.arguments for c in found[1]]) == (content, arguments)
     assert read(split(text, ()))[:2] == found[:2]
 
 
-def test_arguments_come_before_their_end_and_the_name_once_it_is_complete() -> None:
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ("null", "{}"),
+        ('"null"', "{}"),
+        ('" null "', "{}"),
+        ('""', "{}"),
+        ('" "', "{}"),
+        ('"{}"', "{}"),
+        (r'" {\"city\": \"Rome\"}\n"', '{"city": "Rome"}'),
+        (r'"{\"a\": \"\\\"b\\u00fc\\ud83d\\ude00\"}"', r'{"a": "\"b\u00fc\ud83d\ude00"}'),
+        (r'"\u007b\"a\": [\"\ud83d\ude00\"]}"', '{"a": ["😀"]}'),
+    ],
+)
+@pytest.mark.parametrize("call", ['[{"name": "f", "arguments": %s}]', '[{"arguments": %s, "name": "f"}]'])
+def test_null_and_a_string_that_says_an_object(written: str, arguments: str, call: str) -> None:
+    text = call % written
+    for cuts in ((), range(len(text))):
+        content, found, deltas = read(split(text, cuts))
+        assert (content, [(c.name, c.arguments) for c in found]) == ("", [("f", arguments)])
+        assert joined(deltas) == found
+
+
+@given(st.dictionaries(st.text(max_size=4), values, max_size=3), st.lists(st.integers(0, 200), max_size=9),
+       st.booleans(), st.booleans())  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_any_object_in_a_string_in_any_pieces(wanted: dict, cuts: list[int], inner: bool, outer: bool) -> None:
+    arguments = json.dumps(wanted, ensure_ascii=inner)
+    text = f'[{{"name": "f", "arguments": {json.dumps(arguments, ensure_ascii=outer)}}}]'
+    content, found, deltas = read(split(text, cuts))
+    assert (content, [c.arguments for c in found]) == ("", [arguments])
+    assert joined(deltas) == found
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["1", "-0.5", "[]", '[{"a": 1}]', "true", "nul", "nothing", '"Rome"', '"[1]"', '"1"', '"nul"', '"nullx"',
+     r'"\"{}\""', r'"\ud83d"', r'"\ude00"', r'"\ud83dx"', '"\t{}"'],
+)  # fmt: skip
+def test_any_other_arguments_are_no_call(written: str) -> None:
+    text = f'[{{"name": "f", "arguments": {written}}}]'
+    for cuts in ((), range(len(text))):
+        assert read(split(text, cuts)) == (text, [], [])
+
+
+def test_a_string_whose_object_breaks_off_is_text_from_there_on() -> None:
+    head = '[{"name": "f", "arguments": '
+    assert read(split(head + r'"{\"a\": oops}"}]', ()))[:2] == ('oops}"}]', [ToolCall(0, ids(0), "f", '{"a": ')])
+    assert read(split(head + r'"{\"a\": 1"}]', ()))[:2] == ('"}]', [ToolCall(0, ids(0), "f", '{"a": 1')])
+    assert read(split(head + '"{} so"}]', ()))[:2] == (' so"}]', [ToolCall(0, ids(0), "f", "{}")])
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ("", []),
+        (" [", []),
+        ('[{"na', []),
+        ('[{"name": "wea', []),
+        ('[{"name": "f"', [("f", "")]),
+        ('[{"name": "f", "argu', [("f", "")]),
+        ('[{"name": "f", "arguments": nul', [("f", "")]),
+        ('[{"name": "f", "arguments": "', [("f", "")]),
+        ('[{"name": "f", "arguments": {"a": [1, "x', [("f", '{"a": [1, "x')]),
+        ('[{"name": "f", "arguments": "{\\"a\\": \\', [("f", '{"a": ')]),
+        ('[{"arguments": {"a": 1}, "na', []),
+        ('[{"name": "f", "arguments": {}}', [("f", "{}")]),
+        ('[{"name": "f", "arguments": {}}, {"na', [("f", "{}")]),
+        ('[{"name": "f", "arguments": {}}, {"name": "g"', [("f", "{}"), ("g", "")]),
+        ('[{"name": "f", "arguments": {}}] ', [("f", "{}")]),
+    ],
+)
+def test_of_a_list_that_is_cut_off_nothing_is_text(text: str, calls: list[tuple[str, str]]) -> None:
+    for cuts in ((), range(len(text))):
+        content, found, deltas = read(split(text, cuts), cut=True)
+        assert (content, [(c.name, c.arguments) for c in found]) == ("", calls)
+        assert joined(deltas) == found
+
+
+@pytest.mark.parametrize("text", ["I cannot do", "[] so", '{"name": "f", ', '[{"name": "f", "arguments": 1'])
+def test_what_is_no_list_is_text_wherever_it_is_cut(text: str) -> None:
+    assert read(split(text, ()), cut=True) == (text, [], [])
+
+
+BEGUN = [' [{"name": "f", "arguments": {"a": 1}}, {"na', 'me": "g"', ', "arguments": {"b": [2, "xyz', '"]}}]']
+SO_FAR = [[("f", '{"a": 1}')], [("f", '{"a": 1}'), ("g", "")], [("f", '{"a": 1}'), ("g", '{"b": [2, "xyz')]]
+
+
+def completed(texts: Sequence[str], *ends: int, **more: Any) -> Completion:
+    """A completion that writes text, [TOOL_CALLS] and these texts, as long as it does not end."""
+    tokenizer = Tokenizer.v3()
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "?"}], TOOLS)
+    byte = {tokenizer.surface(token): token for token in range(1000)}
+    written = [byte[bytes([b])] for b in "".join(texts).encode()]
+    tokens = [*tokenizer.encode("See:", bos=False), CONTROL, *written]
+    limit = more.pop("max_tokens", len(tokens) if not ends else 1000)
+    calls = ToolCallStream(tokenizer.tool_calls_id, ids)
+    c = Completion(prompt, SamplingParams(**more), limit, 0, tokenizer=tokenizer, calls=calls)
+    parts, deltas = [], []
+    for token in (*tokens, *ends):
+        if not c.finished:
+            parts.append(c.push(token))
+            deltas += c.take_deltas()
+    assert c.text == "".join(parts)
+    assert joined(deltas) == c.output().tool_calls
+    return c
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_completion_that_is_cut_inside_a_call_shows_none_of_its_scaffolding(size: int) -> None:
+    stop = BEGUN[size]
+    for c in (completed(BEGUN[:size]), completed([*BEGUN[:size], stop], stop=stop)):
+        assert c.text == "See:"
+        assert [(call.name, call.arguments) for call in c.output().tool_calls] == SO_FAR[size - 1]
+    assert (c.finish_reason, c.stop_reason) == ("stop", stop)
+    c = completed(BEGUN[:size], WORD, stop_token_ids=[WORD])
+    assert (c.text, c.stop_reason) == ("See:", WORD)
+    c = completed(BEGUN[:size], max_tokens=1000)  # and is never ended: as where it is aborted
+    assert (c.text, c.finish_reason) == ("See:", None)
+    ended = completed(BEGUN[:size], 2)  # by the model's own will: what it wrote is text
+    assert ended.finish_reason == "stop"
+    assert ended.text == "See:" + [', {"na', ', {"name": "g"', ""][size - 1]
+
+
+def test_what_is_no_call_is_text_however_a_completion_ends() -> None:
+    for c in (completed(["I cannot."]), completed(["I cannot."], 2), completed(["I cannot. No"], stop=" No")):
+        assert (c.text, c.output().tool_calls) == ("See:I cannot.", [])
+
+
+def test_a_call_comes_with_its_first_argument_and_then_before_its_end() -> None:
     stream = ToolCallStream(CONTROL, ids)
     assert stream.push(CONTROL, "") == ("", [])
     assert stream.push(WORD, '[{"name": "wea') == ("", [])
-    assert stream.push(WORD, 'ther"') == ("", [ToolCallDelta(0, "call00000", "weather", "")])
-    assert stream.push(WORD, ', "arguments": {"ci') == ("", [ToolCallDelta(0, arguments='{"ci')])
+    assert stream.push(WORD, 'ther"') == ("", [])
+    assert stream.push(WORD, ', "arguments": {"ci') == ("", [ToolCallDelta(0, "call00000", "weather", '{"ci')])
     assert stream.push(WORD, 'ty": 1}}, {"name": "b", "arguments": {') == (
         "",
         [ToolCallDelta(0, arguments='ty": 1}'), ToolCallDelta(1, "call00001", "b", "{")],
@@ -190,7 +329,7 @@ def test_calls_encode_again_to_the_tokens_that_they_came_from(arguments: str) ->
     said = tokens[tokens.index(CONTROL) : tokens.index(tokenizer.eos_id)]
     stream, decoder = ToolCallStream(CONTROL, lambda i: tool_call_id(f"7.0.{i}")), tokenizer.stream(tokens[:1])
     content = "".join(stream.push(token, decoder.push(token))[0] for token in said)
-    assert (content, stream.close()) == ("", "")
+    assert (content, stream.close()) == ("", ("", []))
     assert [c.arguments for c in stream.calls] == [arguments, arguments]
     again = [
         {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}

@@ -49,11 +49,18 @@ class CalledFunction(TypedDict):
     arguments: str
 
 
+class FunctionDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
 class CallDelta(TypedDict):
+    """The first of a call has its id, type and name; Mistral's client would want the name in each."""
+
     index: int
     id: NotRequired[str]
     type: NotRequired[Literal["function"]]
-    function: dict[str, str]
+    function: FunctionDelta
 
 
 class Call(TypedDict):

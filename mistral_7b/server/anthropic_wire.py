@@ -32,10 +32,16 @@ NO_THINKING = "this model does not think before it answers: leave `thinking` out
 
 
 class _Wire(BaseModel):
-    """Types are what they are: "5" is no number. Fields that nobody knows are refused where they are at the top,
-    and passed over in blocks and tools, which carry hints such as `cache_control`."""
+    """Types are what they are: "5" is no number. Unknown fields are passed over in messages, blocks and tools,
+    which carry hints such as `cache_control`, and refused everywhere else."""
 
     model_config = ConfigDict(strict=True, protected_namespaces=(), hide_input_in_errors=True)
+
+
+class _Strict(_Wire):
+    """What says how to answer: an unknown field is refused."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 def _as_blocks(content: Any) -> Any:
@@ -79,45 +85,46 @@ class Tool(_Wire):
     input_schema: dict[str, Any]
     description: str | None = None
     type: Literal["custom"] | None = None
+    allowed_callers: list[Literal["direct"]] | None = None  # there is nothing else that could call it
+    input_examples: Annotated[None, not_served("the template has no place for them; the description has")] = None
 
 
-class AutoChoice(_Wire):
+class AutoChoice(_Strict):
     type: Literal["auto"]
     disable_parallel_tool_use: bool = False
 
 
-class AnyChoice(_Wire):
+class AnyChoice(_Strict):
     type: Literal["any"]
     disable_parallel_tool_use: bool = False
 
 
-class NamedChoice(_Wire):
+class NamedChoice(_Strict):
     type: Literal["tool"]
     name: str
     disable_parallel_tool_use: bool = False
 
 
-class NoChoice(_Wire):
+class NoChoice(_Strict):
     type: Literal["none"]
+    disable_parallel_tool_use: bool = False
 
 
 Choice = Annotated[AutoChoice | AnyChoice | NamedChoice | NoChoice, Field(discriminator="type")]
 
 
-class JSONFormat(_Wire):
+class JSONFormat(_Strict):
     type: Literal["json_schema"]
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(_Wire):
+class OutputConfig(_Strict):
     format: JSONFormat | None = None
     effort: str | None = None
 
 
-class _Conversation(_Wire):
+class _Conversation(_Strict):
     """What counting tokens and answering have in common."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,17 @@ from ..completion import TextPiece
 from ..engine.reading import Asked
 from ..engine.request import Request
 from ..sampling_params import StructuredOutputs
-from .answers import CallDelta, ChatChoice, ChatCompletion, ChoiceLogprobs, ChunkChoice, Delta, Usage, documented
+from .answers import (
+    CallDelta,
+    ChatChoice,
+    ChatCompletion,
+    ChoiceLogprobs,
+    ChunkChoice,
+    Delta,
+    FunctionDelta,
+    Usage,
+    documented,
+)
 from .logprobs import ChatLogprobs
 from .problems import Refusal
 from .protocol import ChatRequest, plain, plain_tools
@@ -99,11 +110,12 @@ def _structured(body: ChatRequest) -> StructuredOutputs | None:
         return None if body.structured_outputs is None else StructuredOutputs.from_dict(body.structured_outputs)
     if body.structured_outputs is not None:
         raise Refusal(400, "response_format and structured_outputs exclude each other", param="structured_outputs")
-    if wanted.type == "json_object":
+    schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
+    if wanted.type == "json_object" and not schema:
         return StructuredOutputs(json_object=True)
-    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+    if schema is None:
         raise Refusal(400, "response_format.json_schema.schema is missing", param="response_format")
-    return StructuredOutputs(json=wanted.json_schema.schema_)
+    return StructuredOutputs(json=schema)
 
 
 # ---------------------------------------------------------------------- the answer
@@ -124,13 +136,18 @@ class Choices:
         top = body.top_logprobs or 0
         self.choices = [_Choice(i, mistral) for i in range(request.params.n)]
         self.logprobs = (
-            [ChatLogprobs(tokenizer, request.ids, top) for _ in self.choices] if body.logprobs else None
+            [ChatLogprobs(tokenizer, request.ids, top, c.calls is not None) for c in request.completions]
+            if body.logprobs
+            else None
         )
 
     def add(self, piece: TextPiece) -> list[ChunkChoice]:
         """What a piece is as chunks."""
         self.tokens += len(piece.token_ids)
-        found = None if self.logprobs is None else self.logprobs[piece.index].of(piece)
+        found = None
+        if self.logprobs is not None:
+            text, found = self.logprobs[piece.index].of(piece)
+            piece = replace(piece, text=text)
         return self.choices[piece.index].add(piece, found, self.calls_alone)
 
     @property
@@ -193,15 +210,13 @@ class _Choice:
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _call(self, delta: Any) -> CallDelta:
-        """A part of a tool call: id and name once, then its arguments.
-
-        An empty name goes with these: Mistral's client wants one in every part, and OpenAI's joins the parts.
-        """
+        """A part of a tool call: id, type and name once, then its arguments."""
         if delta.name is None:
             self.calls[delta.index]["function"]["arguments"] += delta.arguments
-            return {"index": delta.index, "function": {"name": "", "arguments": delta.arguments}}
-        function = {"name": delta.name, "arguments": delta.arguments}
-        self.calls.append({"id": delta.id, "type": "function", "function": dict(function)})
+            return {"index": delta.index, "function": {"arguments": delta.arguments}}
+        name, arguments = delta.name, delta.arguments
+        self.calls.append({"id": delta.id, "type": "function", "function": {"name": name, "arguments": arguments}})
+        function: FunctionDelta = {"name": name, "arguments": arguments}
         return {"index": delta.index, "id": delta.id, "type": "function", "function": function}
 
     def whole(self) -> ChatChoice:

@@ -20,7 +20,7 @@ from ..engine.request import Request
 from ..tokenizer import Tokenizer
 from .answers import TextChoice, TextCompletion, TextLogprobs, Usage, documented
 from .chat import check_n
-from .logprobs import Offsets, text_logprobs
+from .logprobs import Part, Parts, joined, text_logprobs
 from .problems import Refusal
 from .protocol import CompletionRequest, prompts_of
 from .routes import JsonRoute, json_answer
@@ -90,14 +90,14 @@ def _read(state: State, body: CompletionRequest, prompt: Any, asked: Asked) -> R
 
 @dataclass
 class _Text:
-    """One completion. `logprobs` of the whole; `offsets` of its tokens in the text, an echoed prompt included."""
+    """One completion, an echoed prompt included; its tokens as parts of it and `logprobs`, if asked for."""
 
     index: int
-    parts: list[str]
-    offsets: Offsets
+    texts: list[str]
+    parts: Parts | None
+    logprobs: TextLogprobs | None
     begun: bool = False
     reason: str | None = None
-    logprobs: TextLogprobs | None = None
 
 
 class Texts:
@@ -113,35 +113,39 @@ class Texts:
             "model": body.model or state.model_name,
         }  # fmt: skip
         self.n = requests[0].params.n
-        self.texts = [
-            _Text(i, [], Offsets(self.tokenizer, requests[i // self.n].ids)) for i in range(self.n * len(requests))
-        ]
+        self.texts = [self._text(i, requests[i // self.n]) for i in range(self.n * len(requests))]
+
+    def _text(self, index: int, request: Request) -> _Text:
+        if self.body.logprobs is None:
+            return _Text(index, [], None, None)
+        return _Text(index, [], Parts(self.tokenizer, request.ids), text_logprobs(self.tokenizer, (), self.top))
 
     def add(self, place: int, piece: TextPiece) -> TextChoice:
         """What a piece of prompt `place` is as a chunk: with its first, the prompt, if that is wanted."""
         request, text = self.requests[place], self.texts[place * self.n + piece.index]
-        tokens: list[int] = []
-        entries: list[Any] = []
-        offsets: list[int] = []
-        new = "" if self.nothing else piece.text
+        parts: list[Part] = []
+        new = ""
         if not text.begun and self.body.echo:
-            new = self._prompt(request) + new
-            if self.body.logprobs is not None:
-                tokens, entries = list(request.ids), list(request.prompt_logprobs)
-                begin = Offsets(self.tokenizer)
-                offsets = [begin.of(token) for token in tokens]
-                text.offsets.length = begin.end()
+            new = self._prompt(request)
+            if text.parts is not None:
+                echoed = Parts(self.tokenizer)
+                for token, entry in zip(request.ids, request.prompt_logprobs, strict=True):
+                    echoed.push(token, entry)
+                echoed.end()
+                parts = echoed.told()
+                text.parts.length = echoed.length
         text.begun = True
         if not self.nothing:
             self.tokens += len(piece.token_ids)
-            tokens += piece.token_ids
-            entries += piece.logprobs
+            own = [] if text.parts is None else text.parts.of(piece)
+            new += piece.text if text.parts is None else joined(own)
+            parts += own
         logprobs = None
-        if self.body.logprobs is not None:
-            offsets += [text.offsets.of(token) for token in tokens[len(offsets) :]]
-            logprobs = text_logprobs(self.tokenizer, tokens, entries, self.top, offsets)
-            text.logprobs = _joined(text.logprobs, logprobs)
-        text.parts.append(new)
+        if text.logprobs is not None and parts:
+            logprobs = text_logprobs(self.tokenizer, parts, self.top)
+            for key, values in logprobs.items():
+                text.logprobs[key] += values  # type: ignore[literal-required]
+        text.texts.append(new)
         text.reason = piece.finish_reason
         return {"index": text.index, "text": new, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
@@ -159,18 +163,10 @@ class Texts:
     def whole(self) -> dict[str, Any]:
         """The answer, when all has come."""
         choices: list[TextChoice] = [
-            {"index": t.index, "text": "".join(t.parts), "logprobs": t.logprobs, "finish_reason": t.reason}
+            {"index": t.index, "text": "".join(t.texts), "logprobs": t.logprobs, "finish_reason": t.reason}
             for t in self.texts
         ]
         return {**self.head, "choices": choices, "usage": self.usage}
-
-
-def _joined(done: TextLogprobs | None, new: TextLogprobs) -> TextLogprobs:
-    if done is None:
-        return {key: list(values) for key, values in new.items()}  # type: ignore[return-value, call-overload]
-    for key, values in new.items():
-        done[key] += values  # type: ignore[literal-required]
-    return done
 
 
 async def _stream(texts: Texts, body: CompletionRequest, pieces: AsyncGenerator[Any, None]) -> Frames:

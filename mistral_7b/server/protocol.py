@@ -77,7 +77,7 @@ class Body(BaseModel):
 
 
 class Part(BaseModel):
-    """A part to which clients add what they like."""
+    """A part to which clients add what they like. A field that refuses stands for what would change the answer."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=(), hide_input_in_errors=True)
 
@@ -146,7 +146,7 @@ class MessageToolCall(Part):
 
 
 class Message(Part):
-    """One message of a conversation. Fields that an answer has (refusal, annotations, ...) may come back."""
+    """One message of a conversation. Fields that an answer has (annotations, reasoning, ...) may come back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
@@ -154,6 +154,19 @@ class Message(Part):
     tool_call_id: str | None = None
     name: str | None = None
     prefix: StrictBool | None = None
+    # Refused: the model would not be told of them.
+    function_call: Annotated[None, not_served("say tool_calls")] = None
+    audio: Annotated[None, not_served("this model reads and writes text")] = None
+    refusal: Annotated[None, not_served("say it as content")] = None
+
+    @model_validator(mode="after")
+    def _of_the_assistant(self) -> Message:
+        if self.role != "assistant" and (self.tool_calls or self.prefix):
+            raise ValueError(f"{'tool_calls' if self.tool_calls else 'prefix'} goes with the role assistant alone")
+        return self
+
+
+SAY_PARAMETERS = not_served("say parameters")
 
 
 class Function(Part):
@@ -161,6 +174,10 @@ class Function(Part):
     description: str | None = None
     parameters: Schema | None = None
     strict: StrictBool | None = None
+    # Refused: a tool without arguments would be offered.
+    input_schema: Annotated[None, SAY_PARAMETERS] = None
+    inputSchema: Annotated[None, SAY_PARAMETERS] = None  # noqa: N815
+    parametersJsonSchema: Annotated[None, SAY_PARAMETERS] = None  # noqa: N815
 
 
 class ToolDefinition(Part):
@@ -184,9 +201,19 @@ class SchemaFormat(Body):
     strict: StrictBool | None = None
 
 
-class ResponseFormat(Part):
+class ResponseFormat(SchemaFormat):
+    """OpenAI's, or with the schema beside the type, as llama.cpp, Together and Fireworks have it."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _one_schema(self) -> ResponseFormat:
+        if self.json_schema is not None and (self.type != "json_schema" or self.schema_ is not None):
+            raise ValueError("json_schema goes with the type json_schema, and without a schema beside it")
+        if self.type == "text" and self.schema_ is not None:
+            raise ValueError("a schema goes with the types json_object and json_schema")
+        return self
 
 
 class Ending(Body):

@@ -49,7 +49,7 @@ def test_tool_calls_are_forced_as_asked_for(
             assert tokens[0] == 5
             stream, decoder = ToolCallStream(5, str), tokenizer.stream(after)
             content = [stream.push(t, decoder.push(t))[0] for t in tokens]
-            assert "".join(content) + stream.close() == ""
+            assert ("".join(content), stream.close()) == ("", ("", []))
             for call in stream.calls:
                 arguments = json.loads(call.arguments)
                 jsonschema.validate(arguments, schemas[call.name])

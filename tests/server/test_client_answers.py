@@ -53,8 +53,10 @@ def seen_by(kind: Any, data: Any) -> set[str]:
         return {f"{name}: {json.dumps(value)}" for name, value in wrong}
 
 
-def events(server: Serving, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    status, _, data = server.ask("POST", path, {**body, "stream": True})
+def events(
+    server: Serving, path: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    status, _, data = server.ask("POST", path, {**body, "stream": True}, headers)
     assert status == 200, data
     return [json.loads(line) for line in re.findall(r"^data: (\{.*)$", data.decode(), re.M)]
 
@@ -71,6 +73,7 @@ def test_chat_completions(server: Serving, asked: dict[str, Any]) -> None:
     assert len(chunks) > 4
     for chunk in chunks:
         assert seen_by(ChatCompletionChunk, chunk) == set()
+    for chunk in events(server, "/v1/chat/completions", {**body, **STREAM}, {"user-agent": "mistral-client/1"}):
         assert seen_by(CompletionChunk, chunk) == (USAGE if chunk["usage"] else set())
     assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serving import HELLO, Serving
 
+from mistral_7b.completion import Completion, TextPiece
 from mistral_7b.sampling import Logprob
-from mistral_7b.server.logprobs import Offsets, text_logprobs
+from mistral_7b.sampling_params import SamplingParams
+from mistral_7b.server.logprobs import ChatLogprobs, Part, Parts, joined, text_logprobs
 from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.tool_calls import ToolCallStream
 
 TEXTS = [
     "a🙂b世界 龘x",
@@ -42,38 +49,103 @@ def wanted(tokenizer: Tokenizer, ids: list[int], keep_space: bool = False) -> li
     return out
 
 
+def told(parts: Parts, tokens: Sequence[int]) -> list[Part]:
+    """All tokens of a text."""
+    for token in tokens:
+        parts.push(token, None)
+    parts.end()
+    return parts.told()
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_where_tokens_stand(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, eos=True)
-    offsets = Offsets(tokenizer)
-    assert [offsets.of(token) for token in ids] == wanted(tokenizer, ids)
-    assert offsets.end() == len(text)
+    parts = Parts(tokenizer)
+    assert [part.offset for part in told(parts, ids)] == wanted(tokenizer, ids)
+    assert parts.length == len(text)
     for cut in range(1, len(ids)):  # and where a completion begins
         head, tail = ids[:cut], ids[cut:]
-        later = Offsets(tokenizer, head, 100)
-        found = [later.of(token) - 100 for token in tail]
+        found = told(Parts(tokenizer, head, 100), tail)
         if "\ufffd" not in tokenizer.decode(head):
-            assert found == wanted(tokenizer, tail, keep_space=cut > 1)
+            assert [part.offset - 100 for part in found] == wanted(tokenizer, tail, keep_space=cut > 1)
 
 
 def test_bytes_that_become_no_character_stand_alone(tokenizer: Tokenizer) -> None:
-    start, more, letter = (tokenizer.encode("龘", bos=False)[i] for i in (-3, -2, -3))
-    offsets = Offsets(tokenizer)
-    assert [offsets.of(token) for token in (start, start, letter)] == [0, 1, 2]
-    assert offsets.end() == 3
-    offsets = Offsets(tokenizer)
+    start, more, _ = tokenizer.encode("龘", bos=False)[-3:]
     x = tokenizer.encode("x", bos=False)[-1]
-    assert [offsets.of(token) for token in (start, more, x)] == [0, 0, 2]
-    assert offsets.end() == len(tokenizer.decode([start, more, x]))
+    unknown = list("\ufffd".encode())
+    for tokens in ((start, more, start), (start, more, x), (start, start, x)):
+        parts = told(Parts(tokenizer), tokens)
+        assert [part.offset for part in parts] == [0, 1, 2]
+        assert [list(part.data) for part in parts[:2]] == [unknown, unknown]
+        assert joined(parts) == tokenizer.decode(tokens)
+    real = [BYTE[bytes([b])] for b in unknown]
+    assert [part.data for part in told(Parts(tokenizer), real)] == [b"\xef", b"\xbf", b"\xbd"]
 
 
 def test_of_two_tokens_with_one_spelling_the_likelier_is_told(tokenizer: Tokenizer) -> None:
     letter = next(i for i in range(1000, 32768) if tokenizer.surface(i) == "A")
     byte = next(i for i in range(1000) if tokenizer.surface(i) == b"A")
     entry = {byte: Logprob(-3.0, 2), letter: Logprob(-1.0, 1)}
-    out = text_logprobs(tokenizer, [byte], [entry], 2, [0])
+    out = text_logprobs(tokenizer, [Part(byte, entry, False, b"A", 1)], 2)
     assert out["token_logprobs"] == [-3.0]
     assert out["top_logprobs"] == [{"A": -1.0}]
+
+
+CALL = '[{"name": "f", "arguments": {"a": "So it"}}]'
+V3 = Tokenizer.v3()
+CONTROLS = {V3.piece(i) for i in range(771) if V3.is_control(i)}
+BYTES = range(771, 1027)
+BYTE = {V3.surface(i): i for i in BYTES}
+TEXT = ("So", " it", "龘", "🙂", ". End", "a b", "\n\n", "\ufffd", CALL)
+IN_BYTES = (CALL, CALL[:20], CALL + "]", "é", "So", "E")
+SPELT = [V3.encode(text, bos=False) for text in TEXT]
+SPELT += [[BYTE[bytes([b])] for b in text.encode()] for text in IN_BYTES]
+CALLING = [[5, *run] for run in SPELT[-6:]]
+ODD = [[BYTE[b"\xe9"]], [BYTE[b"\xbf"]], [0], [V3.eos_id], [3], [5], [V3.encode(" ", bos=False)[0]]]
+
+
+@given(
+    st.lists(st.sampled_from([*SPELT, *CALLING, *ODD]), max_size=8),
+    st.lists(st.sampled_from(["End", " it", "t", "o i", "龘", "\ufffd", "a", '"a"', "]", "b\n"]), max_size=2),
+    st.lists(st.integers(1, 6), min_size=1),
+    st.booleans(), st.booleans(), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_tokens_told_so_far_are_the_text_so_far(
+    runs: list[list[int]], stops: list[str], sizes: list[int], calls: bool, chat: bool, cut: bool
+) -> None:
+    """Whatever is generated, however it ends, and however many tokens come at once."""
+    tokens = [token for run in runs for token in run]
+    prompt = [1, 3, 4] if chat else V3.encode("Say")
+    stream = ToolCallStream(V3.tool_calls_id, str) if calls else None
+    params = SamplingParams(stop=stops, ignore_eos=True, logprobs=0, stop_token_ids=None if cut else BYTES[:70:69])
+    c = Completion(prompt, params, max(1, len(tokens)), 0, tokenizer=V3, calls=stream)
+    pieces = []
+    for number, token in enumerate(tokens):
+        if not c.finished:
+            entry = {token: Logprob(-float(number), 1)}
+            text = c.push(token, entry)
+            taken = c.take_deltas()
+            pieces.append(TextPiece(text, 0, (token,), c.finish_reason, c.stop_reason, (entry,), taken))
+    logprobs, size = ChatLogprobs(V3, prompt, 0, calls), itertools.cycle(sizes)
+    given, spelt, entries = "", b"", []
+    left = iter(pieces)
+    while some := list(itertools.islice(left, next(size))):
+        text, found = logprobs.of(TextPiece.joined(some))
+        given += text
+        entries += found["content"]
+        spelt += b"".join(bytes(entry["bytes"]) for entry in found["content"])
+        assert spelt.decode() == given
+        assert c.text.startswith(given)
+    assert given == c.text
+    numbers = [-int(entry["logprob"]) for entry in entries]
+    assert numbers == sorted(set(numbers))
+    if not stops and not calls:
+        ended = len(c.token_ids) - (c.stop_reason is not None)
+        assert numbers == [i for i in range(ended) if not V3.is_control(tokens[i])]
+    for number, entry in zip(numbers, entries, strict=True):
+        assert tokens[number] in BYTES or entry["token"] == bytes(entry["bytes"]).decode()
 
 
 def streamed(server: Serving, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -107,12 +179,57 @@ def test_a_completions_tokens_stand_in_the_text(
     found = whole["logprobs"]
     for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
         if not re.fullmatch(r"<s>|</s>|<0x..>", token):
-            assert whole["text"][offset:].startswith(token if offset else token.removeprefix(" "))
+            assert whole["text"][offset:].startswith(token)
         elif token != "<s>" and token != "</s>":
             assert int(token[3:5], 16) in whole["text"][offset].encode()
     parts = streamed(server, "/v1/completions", body)
     assert "".join(p["text"] for p in parts) == whole["text"]
     assert [o for p in parts if p["logprobs"] for o in p["logprobs"]["text_offset"]] == found["text_offset"]
+
+
+def spelled(choice: dict[str, Any]) -> str:
+    """What the log-probabilities of an answer, or of a part of it, say that it is."""
+    found = choice["logprobs"]
+    if found is None:
+        return ""
+    if "content" in found:
+        return b"".join(bytes(token["bytes"]) for token in found["content"]).decode()
+    return "".join(token for token in found["tokens"] if token not in CONTROLS)
+
+
+@pytest.mark.parametrize("where", [(0, 2), (1, 3), (4, 7), (9, 10), (10, 30)])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_of_a_stopped_answer_the_tokens_told_are_its_text(
+    server: Serving, path: str, where: tuple[int, int]
+) -> None:
+    chat = path == "/v1/chat/completions"
+    body: dict[str, Any] = {"messages": HELLO, "logprobs": True} if chat else {"prompt": "one", "logprobs": 1}
+    body |= {"max_tokens": 16, "seed": 4}
+
+    def text_of(choice: dict[str, Any]) -> str:
+        return choice["message"]["content"] if chat else choice["text"]
+
+    (free,) = server.post(path, body)[1]["choices"]
+    assert spelled(free) == text_of(free)
+    stop = text_of(free)[slice(*where)]
+    (cut,) = server.post(path, {**body, "stop": [stop, "never said"]})[1]["choices"]
+    assert spelled(cut) == text_of(cut) == text_of(free)[: text_of(free).index(stop)]
+    text, told = "", ""
+    for part in streamed(server, path, {**body, "stop": [stop]}):
+        text += part["delta"].get("content", "") if chat else part["text"]
+        told += spelled(part)
+        assert told == text
+    assert told == text_of(cut)
+    if not chat:
+        lengths = [0 if token in CONTROLS else len(token) for token in cut["logprobs"]["tokens"]]
+        assert cut["logprobs"]["text_offset"] == [0, *itertools.accumulate(lengths)][: len(lengths)]
+
+
+def test_an_echoed_text_is_its_tokens(server: Serving) -> None:
+    body = {"prompt": "one two", "logprobs": 1, "echo": True, "max_tokens": 4, "seed": 1}
+    (choice,) = server.post("/v1/completions", body)[1]["choices"]
+    assert spelled(choice) == choice["text"]
+    assert choice["logprobs"]["tokens"][1] == "one"
 
 
 @pytest.mark.parametrize("most", [0, 1])

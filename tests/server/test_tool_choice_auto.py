@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,78 @@ def test_a_stream_gives_the_same_calls(client: Any) -> None:
     assert [c.function.arguments for c in streamed.message.tool_calls] == [
         c.function.arguments for c in whole.message.tool_calls
     ]
+
+
+def streamed(server: Serving, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    data = server.ask("POST", path, {**body, "stream": True})[2].decode()
+    return [json.loads(line) for line in re.findall(r"^data: (\{.*)$", data, re.M)]
+
+
+def test_id_type_and_name_come_with_the_first_part_of_a_call_alone(taught: Serving) -> None:
+    chunks = streamed(taught, "/v1/chat/completions", asked(f"Weather in {' and '.join(CITIES)}?"))
+    parts = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    for index, city in enumerate(CITIES):
+        first, *others = [part for part in parts if part["index"] == index]
+        assert (first["type"], first["function"]["name"]) == ("function", "weather")
+        assert len(first["id"]) == 9
+        assert len(others) > 2
+        assert all(part.keys() == {"index", "function"} for part in others)
+        assert all(part["function"].keys() == {"arguments"} for part in others)
+        text = "".join(part["function"]["arguments"] for part in (first, *others))
+        assert json.loads(text) == {"city": city}
+
+
+def test_a_cut_inside_a_call_shows_no_scaffolding(taught: Serving) -> None:
+    """After every token in an answer, after every third in a stream and in Anthropic's answer."""
+    text, partial = f"Weather in {' and '.join(CITIES)}?", set()
+    whole = taught.post("/v1/chat/completions", asked(text))[1]["usage"]["completion_tokens"]
+    for limit in range(1, whole):
+        ask = asked(text, max_tokens=limit)
+        (choice,) = taught.post("/v1/chat/completions", ask)[1]["choices"]
+        message, calls = choice["message"], choice["message"].get("tool_calls", [])
+        assert (choice["finish_reason"], message["content"]) == ("length", None if calls else "")
+        assert all(call["function"]["name"] == "weather" for call in calls)
+        partial.add(tuple(call["function"]["arguments"] for call in calls))
+        if limit % 3:
+            continue
+        chunks = [chunk["choices"][0] for chunk in streamed(taught, "/v1/chat/completions", ask)]
+        parts = [call for chunk in chunks for call in chunk["delta"].get("tool_calls", [])]
+        assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == ""
+        assert [
+            "".join(part["function"]["arguments"] for part in parts if part["index"] == i)
+            for i in range(len(calls))
+        ] == [call["function"]["arguments"] for call in calls]  # fmt: skip
+        tool = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+        _, out = taught.post("/v1/messages", {**ask, "tools": [tool]})
+        assert out["stop_reason"] == "max_tokens"
+        assert [block["type"] for block in out["content"]] == ["tool_use"] * len(calls)
+    assert {(), ("",), ('{"city": "Rome"}',), ('{"city": "Rome"}', "")} < partial
+
+
+@pytest.mark.parametrize("stop", ["weather", "name", "city", "Rome", "Oslo", "}, {"])
+def test_a_stop_text_inside_a_call_shows_no_scaffolding(taught: Serving, stop: str) -> None:
+    (choice,) = taught.post("/v1/chat/completions", asked("Weather in Rome and Oslo?", stop=stop))[1]["choices"]
+    assert not choice["message"]["content"]
+    written = "".join(call["function"]["arguments"] for call in choice["message"].get("tool_calls", []))
+    assert stop not in written
+    ask = asked("Weather in Rome and Oslo?", stop_sequences=[stop])
+    tool = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+    _, out = taught.post("/v1/messages", {**ask, "tools": [tool]})
+    assert out["stop_sequence"] == stop
+    assert {block["type"] for block in out["content"]} <= {"tool_use"}
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 4}])
+def test_a_call_has_no_log_probabilities_of_content(taught: Serving, more: dict[str, Any]) -> None:
+    for text, tokens in (("Hello", True), ("Weather in Rome?", False)):
+        ask = asked(text, logprobs=True, top_logprobs=2, **more)
+        (choice,) = taught.post("/v1/chat/completions", ask)[1]["choices"]
+        told = b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"]).decode()
+        assert told == (choice["message"]["content"] or "")
+        assert bool(told) == tokens
+        parts = [chunk["choices"][0] for chunk in streamed(taught, "/v1/chat/completions", ask)]
+        later = [token for part in parts if part["logprobs"] for token in part["logprobs"]["content"]]
+        assert later == choice["logprobs"]["content"]
 
 
 @pytest.mark.parametrize("text", ["Weather in Rome?", f"Weather in {' and '.join(CITIES)}?"])

@@ -24,12 +24,6 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
-from mistral_common.tokens.tokenizers.instruct import (
-    InstructTokenizerV1,
-    InstructTokenizerV2,
-    InstructTokenizerV3,
-    InstructTokenizerV7,
-)
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
@@ -37,14 +31,8 @@ from .checkpoint.gguf_file import is_gguf
 from .checkpoint.gguf_tokenizer import extract
 from .checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from .errors import TokenizerError
-from .messages import REFUSALS, read_messages, reason
+from .messages import REFUSALS, TEMPLATES, read_messages, reason
 
-TEMPLATES = {
-    "v1": InstructTokenizerV1,
-    "v2": InstructTokenizerV2,
-    "v3": InstructTokenizerV3,
-    "v7": InstructTokenizerV7,
-}
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece; text that holds it reads as a space
 
 
@@ -221,7 +209,16 @@ class Tokenizer:
 
         `messages` and `tools` are OpenAI's: roles system (or developer), user, assistant, tool; content
         a text or a list of text parts; tool_calls. A last message of the assistant with "prefix": True
-        is gone on with. Raises TokenizerError naming the message that cannot be encoded.
+        is continued, and its text encoded as given. Raises TokenizerError naming the message at fault.
+        """
+        return self.encode_begun(messages, tools)[0]
+
+    def encode_begun(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], int]:
+        """Ids as encode_chat has them, and how many of the last are those of the answer that is continued.
+
+        Messages of the assistant that follow each other are one answer, as mistral-common joins them.
         """
         if tools and self.version == "v1":
             raise TokenizerError("this tokenizer (v1) knows no tools; Mistral 7B v0.3 does")
@@ -240,9 +237,10 @@ class Tokenizer:
             raise TokenizerError(f"messages[{self._at_fault(chat)}]: {reason(e)}") from e
 
     @staticmethod
-    def _apply(template: MistralTokenizer, chat: list[Any], tools: list[Tool] | None) -> list[int]:
+    def _apply(template: MistralTokenizer, chat: list[Any], tools: list[Tool] | None) -> tuple[list[int], int]:
         request: ChatCompletionRequest = ChatCompletionRequest(messages=chat, tools=tools)
-        return template.encode_chat_completion(request).tokens
+        encoded = template.encode_chat_completion(request)
+        return encoded.tokens, len(encoded.prefix_ids or ())
 
     def _at_fault(self, chat: list[Any]) -> int:
         """The first message with which a refused conversation cannot be encoded any more."""

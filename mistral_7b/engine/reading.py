@@ -98,15 +98,12 @@ class Reader:
         if spec is not None and wanted is not None:
             raise GenerationError(f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other")
         offered = None if tool_choice == "none" else tools
-        ids = self.tokenizer.encode_chat(messages, offered)
-        begun = 0
-        if wanted is not None and messages[-1].get("role") == "assistant":  # the answer has begun
-            begun = len(ids) - len(self.tokenizer.encode_chat(messages[:-1], offered))
+        ids, begun = self.tokenizer.encode_begun(messages, offered)
         if wanted is not None and offered:
             spec = or_tools(wanted, offered, parallel, spaced=not self.tokenizer.is_control(ids[-1 - begun]))
         if spec is not None:
             params = replace(params, structured_outputs=spec)
-        request = self.text(ids, params, asked, sink, name, begun)
+        request = self.text(ids, params, asked, sink, name, begun if wanted is not None else 0)
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request
@@ -137,7 +134,11 @@ class Reader:
         return Grammars(self.tokenizer, self.engine.model.args.vocab_size)
 
     def _bind(self, request: Request, name: str, begun: int) -> None:
-        """A grammar state for each completion, if one must be obeyed; it has read the last `begun` tokens."""
+        """A grammar state for each completion, if one must be obeyed; it has read the last `begun` tokens.
+
+        These are a text of their own, whatever precedes them: the space that SentencePiece writes before a text's
+        first word is no part of it.
+        """
         spec = request.params.structured_outputs
         if spec is None:
             return
@@ -145,7 +146,7 @@ class Reader:
             raise GenerationError(f"{name}: structured_outputs need a tokenizer, and {self.why}")
         at = len(request.ids) - begun
         for s in request.sequences:
-            s.grammar = self.grammars.start(spec, request.ids[:at])
+            s.grammar = self.grammars.start(spec, () if begun else request.ids[:at])
             for token in request.ids[at:]:
                 if not s.grammar.allows(token):
                     raise GrammarError(

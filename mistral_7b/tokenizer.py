@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from .checkpoint.chat_templates import template_version
 from .checkpoint.gguf_file import is_gguf
 from .checkpoint.gguf_tokenizer import extract
 from .checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
@@ -54,10 +55,10 @@ class Tokenizer:
                 f"{self.path} is not a SentencePiece model ({e}); fetch tokenizer.model again "
                 f"(a file of some hundred bytes is a git-lfs pointer, not the file)"
             ) from e
-        self.version = version or self._detect_version()
+        self.version = version or template_version(self._control_names, self.path.name)
         if self.version not in TEMPLATES:
             raise TokenizerError(f"no chat template {self.version!r}; known are {', '.join(TEMPLATES)}")
-        if self.version != "v1" and not self._controls(("[INST]", "[/INST]")):
+        if self.version != "v1" and not self._control_names.issuperset(("[INST]", "[/INST]")):
             raise TokenizerError(
                 f"{self.path} has no control tokens [INST] and [/INST]: it cannot be {self.version}"
             )
@@ -96,20 +97,9 @@ class Tokenizer:
         """As Mistral 7B v0.3 speaks: 32768 tokens, tool calls with ids."""
         return cls(MistralTokenizer._data_path() / "mistral_instruct_tokenizer_240323.model.v3", "v3")
 
-    def _controls(self, names: Iterable[str]) -> bool:
-        return all(self._pieces.is_special(name) for name in names)
-
-    def _detect_version(self) -> str:
-        """Which template the vocabulary was made for: its control tokens tell.
-
-        v2 and v3 have the same ones; of the two only v3 was ever released for a 7B model, so v2 has to
-        be asked for, by `version` or by the ending `.v2` of the file's name.
-        """
-        if not self._controls(["[INST]"]):
-            return "v1"
-        if self._controls(["[SYSTEM_PROMPT]"]):
-            return "v7"
-        return "v2" if self.path.name.endswith(".v2") else "v3"
+    @cached_property
+    def _control_names(self) -> frozenset[str]:
+        return frozenset(self._pieces.id_to_piece(i) for i in self._pieces.special_ids)
 
     def _template(self, mode: ValidationMode) -> MistralTokenizer:
         version = TokenizerVersion(self.version)
@@ -161,7 +151,7 @@ class Tokenizer:
     def tool_calls_id(self) -> int | None:
         """The control token [TOOL_CALLS], with which a model begins to call tools; None: it knows none."""
         name = "[TOOL_CALLS]"
-        return self._pieces.vocab().index(name) if self._controls([name]) else None
+        return self._pieces.vocab().index(name) if name in self._control_names else None
 
     def is_control(self, token: int) -> bool:
         """Whether an id is a control token, such as <s>, </s> or [TOOL_CALLS]."""

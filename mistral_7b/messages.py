@@ -1,4 +1,4 @@
-"""A conversation as the OpenAI API writes it, to mistral-common's message objects.
+"""A conversation as the OpenAI API writes it, to mistral-common's message objects; and its chat templates.
 
 mistral-common's own converter refuses null fields and ids such as "call_6kZ..."; this one takes what
 clients send: missing and null fields, list content, either kind of id, results without a name.
@@ -17,6 +17,12 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
+from mistral_common.tokens.tokenizers.instruct import (
+    InstructTokenizerV1,
+    InstructTokenizerV2,
+    InstructTokenizerV3,
+    InstructTokenizerV7,
+)
 
 from .errors import TokenizerError
 
@@ -149,3 +155,27 @@ def reason(error: Exception) -> str:
         return f"field {error} is missing"
     lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
     return "; ".join(lines) or type(error).__name__
+
+
+class _V2(InstructTokenizerV2):
+    """The v2 template; an answer that is to be continued is encoded as given, blanks at its end included.
+
+    mistral-common strips spaces from the end of every answer. One that is over was trained on like that; one that
+    is continued would no longer be the text to which its client joins the rest.
+    """
+
+    def _encode_normal_content_assistant_message(self, message: AssistantMessage) -> list[int]:
+        if message.prefix and isinstance(message.content, str):
+            return self.tokenizer.encode(message.content, bos=False, eos=False)
+        return super()._encode_normal_content_assistant_message(message)
+
+
+class _V3(_V2, InstructTokenizerV3):
+    """The v3 template, with the same exception."""
+
+
+class _V7(_V2, InstructTokenizerV7):
+    """The v7 template, with the same exception."""
+
+
+TEMPLATES = {"v1": InstructTokenizerV1, "v2": _V2, "v3": _V3, "v7": _V7}

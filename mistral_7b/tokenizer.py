@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,27 +24,16 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
-from mistral_common.tokens.tokenizers.instruct import (
-    InstructTokenizerV1,
-    InstructTokenizerV2,
-    InstructTokenizerV3,
-    InstructTokenizerV7,
-)
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from .checkpoint.chat_templates import template_version
 from .checkpoint.gguf_file import is_gguf
 from .checkpoint.gguf_tokenizer import extract
 from .checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from .errors import TokenizerError
-from .messages import REFUSALS, read_messages, reason
+from .messages import REFUSALS, TEMPLATES, read_messages, reason
 
-TEMPLATES = {
-    "v1": InstructTokenizerV1,
-    "v2": InstructTokenizerV2,
-    "v3": InstructTokenizerV3,
-    "v7": InstructTokenizerV7,
-}
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece; text that holds it reads as a space
 
 
@@ -66,10 +55,10 @@ class Tokenizer:
                 f"{self.path} is not a SentencePiece model ({e}); fetch tokenizer.model again "
                 f"(a file of some hundred bytes is a git-lfs pointer, not the file)"
             ) from e
-        self.version = version or self._detect_version()
+        self.version = version or template_version(self._control_names, self.path.name)
         if self.version not in TEMPLATES:
             raise TokenizerError(f"no chat template {self.version!r}; known are {', '.join(TEMPLATES)}")
-        if self.version != "v1" and not self._controls(("[INST]", "[/INST]")):
+        if self.version != "v1" and not self._control_names.issuperset(("[INST]", "[/INST]")):
             raise TokenizerError(
                 f"{self.path} has no control tokens [INST] and [/INST]: it cannot be {self.version}"
             )
@@ -108,20 +97,9 @@ class Tokenizer:
         """As Mistral 7B v0.3 speaks: 32768 tokens, tool calls with ids."""
         return cls(MistralTokenizer._data_path() / "mistral_instruct_tokenizer_240323.model.v3", "v3")
 
-    def _controls(self, names: Iterable[str]) -> bool:
-        return all(self._pieces.is_special(name) for name in names)
-
-    def _detect_version(self) -> str:
-        """Which template the vocabulary was made for: its control tokens tell.
-
-        v2 and v3 have the same ones; of the two only v3 was ever released for a 7B model, so v2 has to
-        be asked for, by `version` or by the ending `.v2` of the file's name.
-        """
-        if not self._controls(["[INST]"]):
-            return "v1"
-        if self._controls(["[SYSTEM_PROMPT]"]):
-            return "v7"
-        return "v2" if self.path.name.endswith(".v2") else "v3"
+    @cached_property
+    def _control_names(self) -> frozenset[str]:
+        return frozenset(self._pieces.id_to_piece(i) for i in self._pieces.special_ids)
 
     def _template(self, mode: ValidationMode) -> MistralTokenizer:
         version = TokenizerVersion(self.version)
@@ -170,7 +148,7 @@ class Tokenizer:
     def tool_calls_id(self) -> int | None:
         """The control token [TOOL_CALLS], with which a model begins to call tools; None: it knows none."""
         name = "[TOOL_CALLS]"
-        return self._pieces.vocab().index(name) if self._controls([name]) else None
+        return self._pieces.vocab().index(name) if name in self._control_names else None
 
     def is_control(self, token: int) -> bool:
         """Whether an id has no text: <s>, </s>, [TOOL_CALLS] and the like, and ids behind the vocabulary."""
@@ -224,7 +202,16 @@ class Tokenizer:
 
         `messages` and `tools` are OpenAI's: roles system (or developer), user, assistant, tool; content
         a text or a list of text parts; tool_calls. A last message of the assistant with "prefix": True
-        is gone on with. Raises TokenizerError naming the message that cannot be encoded.
+        is continued, and its text encoded as given. Raises TokenizerError naming the message at fault.
+        """
+        return self.encode_begun(messages, tools)[0]
+
+    def encode_begun(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], int]:
+        """Ids as encode_chat has them, and how many of the last are those of the answer that is continued.
+
+        Messages of the assistant that follow each other are one answer, as mistral-common joins them.
         """
         if tools and self.version == "v1":
             raise TokenizerError("this tokenizer (v1) knows no tools; Mistral 7B v0.3 does")
@@ -243,9 +230,10 @@ class Tokenizer:
             raise TokenizerError(f"messages[{self._at_fault(chat)}]: {reason(e)}") from e
 
     @staticmethod
-    def _apply(template: MistralTokenizer, chat: list[Any], tools: list[Tool] | None) -> list[int]:
+    def _apply(template: MistralTokenizer, chat: list[Any], tools: list[Tool] | None) -> tuple[list[int], int]:
         request: ChatCompletionRequest = ChatCompletionRequest(messages=chat, tools=tools)
-        return template.encode_chat_completion(request).tokens
+        encoded = template.encode_chat_completion(request)
+        return encoded.tokens, len(encoded.prefix_ids or ())
 
     def _at_fault(self, chat: list[Any]) -> int:
         """The first message with which a refused conversation cannot be encoded any more."""

@@ -9,7 +9,8 @@ gguf_file       GGUF's container: header, metadata, table of tensors (imports no
 gguf_blocks     its quantised blocks, to values and back
 gguf            its keys -> ModelArgs, and its tensors where they lie
 gguf_tokenizer  the tokenizer inside it, as a SentencePiece model and back (imports no torch)
-gguf_writing    the one file, a tensor at a time; chat_templates has what llama.cpp wants in it
+gguf_writing    the one file, a tensor at a time
+chat_templates  the templates in it, for llama.cpp; chat_template_json is their part that rereads JSON
 reading         a folder or file -> a checked Checkpoint -> a model
 writing         a model or Checkpoint -> a folder or file, a tensor at a time
 quantized       what a quantised folder holds, and opening it

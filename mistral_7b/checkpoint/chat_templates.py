@@ -1,62 +1,260 @@
 """The chat templates that go into GGUF files, for llama.cpp: nothing in this package executes them.
 
-Tokenised by llama.cpp, a conversation gives the ids that `Tokenizer.encode_chat` gives. Its tokenizer puts a
-space before any text that follows a special token, so none is written here. (transformers does not; to it,
-these strings are not for use.) What llama.cpp does without Jinja it chooses by looking for certain texts in
-a template: v1 names one of them in its comment.
+A conversation that a template renders and llama.cpp tokenises has the ids that `Tokenizer.encode_chat` gives it.
+llama.cpp puts a space before any text that follows a special token, so none is written here. (The tokenizers of
+transformers do not; to them the templates are of use for the text alone.) A template wants what both have:
+`raise_exception`, and a `tojson` that is Python's json.dumps with ensure_ascii=False.
+
+What a template cannot say as encode_chat does it refuses by raise_exception:
+
+    text that spells a special token              in a rendered text the two cannot be told apart
+    ids of calls that are not 9 letters or digits encode_chat hashes them, and Jinja cannot (v3, v7)
+    some JSON in arguments and results            see chat_template_json.py (v2, v3; v7: in arguments)
+
+A last message of the assistant is rendered as given, for `continue_final_message` of transformers; with "prefix"
+it is not closed. Calls without their results are rendered, which encode_chat refuses: llama.cpp tries a template
+with such. What it does without Jinja it chooses by looking for certain texts in a template: v1 has one of them in
+its comment, and no other may have a space before [INST], or double quotes around it.
 """
 
-V1 = """\
-{#- Mistral 7B v0.1 and v0.2. As llama.cpp knows it: ' [INST] ' + system_message -#}
-{{- bos_token -}}
-{%- set joined = namespace(system='') -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
-{%- set joined.system = joined.system + message['content'] + '\n\n' -%}
-{%- elif message['role'] == 'user' -%}
-{{- '[INST] ' + joined.system + message['content'] + ' [/INST]' -}}
-{%- set joined.system = '' -%}
-{%- elif message['role'] == 'assistant' -%}
-{{- ' ' + message['content'] + eos_token -}}
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable
+
+from .chat_template_json import JSON
+
+HEADS = {
+    "v1": "{#- Mistral 7B v0.1 and v0.2 (v1). As llama.cpp knows it: ' [INST] ' + system_message -#}\n",
+    "v2": "{#- Mistral's template v2. -#}\n",
+    "v3": "{#- Mistral 7B v0.3 (v3): tools and the system text stand with the last message of the user. -#}\n",
+    "v7": "{#- Mistral's template v7. -#}\n",
+}
+
+# text(content): the text of a message. plain(text): itself, where it spells no control token.
+TEXTS = r"""
+{%- macro join(first, second) -%}
+{{- first ~ ('\n\n' if first and second else '') ~ second -}}
+{%- endmacro -%}
+{%- macro text(content) -%}
+{%- if content is string -%}
+{{- content -}}
+{%- elif content is mapping or content is none or content is not sequence or content is undefined -%}
+{{- raise_exception('content must be a text or a list of text parts') -}}
 {%- else -%}
-{{- raise_exception('Mistral 7B v0.1 and v0.2 know the roles system, user and assistant') -}}
+{%- set ns = namespace(text='') -%}
+{%- for part in content -%}
+{%- if part['type'] != 'text' -%}
+{{- raise_exception('content part of another type than text: Mistral 7B reads text only') -}}
 {%- endif -%}
-{%- endfor -%}"""
+{%- set ns.text = join(ns.text, part['text']) -%}
+{%- endfor -%}
+{{- ns.text -}}
+{%- endif -%}
+{%- endmacro -%}
+{%- macro plain(text) -%}
+{%- for name in controls -%}
+{%- if name in text -%}
+{{- raise_exception('a text spells the control token ' ~ name ~ ': a template cannot tell the two apart') -}}
+{%- endif -%}
+{%- endfor -%}
+{{- text -}}
+{%- endmacro -%}
+"""
 
-V3 = """\
-{#- Mistral 7B v0.3: tools and the system text stand with the last message of the user. -#}
+# name(function), arguments(given), nine(id): of a tool or a call of it. Some engines strip blanks, whatever they
+# are told to strip.
+CALLS = r"""
+{%- if 'xaa'.rstrip('a') ~ 'axa'.strip('a') ~ 'aax'.lstrip('a') != 'xxx' -%}
+{{- raise_exception('this template needs strip, lstrip and rstrip that take the characters to strip') -}}
+{%- endif -%}
+{%- macro name(function) -%}
+{%- if function['name'] is not string -%}
+{{- raise_exception('a tool or a call has no function with a name') -}}
+{%- endif -%}
+{{- function['name'] | tojson -}}
+{%- endmacro -%}
+{%- macro arguments(given) -%}
+{%- if given is undefined or given is none -%}
+{{- '{}' -}}
+{%- elif given is mapping -%}
+{{- given | tojson -}}
+{%- elif given is string -%}
+{{- reread(given) -}}
+{%- else -%}
+{{- raise_exception('the arguments of a call must be an object or a text') -}}
+{%- endif -%}
+{%- endmacro -%}
+{%- macro nine(id) -%}
+{%- if id is not string or (id | length) != 9
+    or id.strip('0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ') != '' -%}
+{{- raise_exception('the id of a tool call must be 9 letters or digits') -}}
+{%- endif -%}
+{{- id -}}
+{%- endmacro -%}
+"""
+
+# The roles, and what must be known of a conversation before its first message is rendered.
+SURVEY = r"""
 {{- bos_token -}}
-{%- set joined = namespace(system='', last=-1) -%}
+{%- set ns = namespace(system='', systems=false, first='', last=-1, begin=0, before='', text='', calls=[]) -%}
 {%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
-{%- set joined.system = joined.system + message['content'] + '\n\n' -%}
-{%- elif message['role'] == 'user' -%}
-{%- set joined.last = loop.index0 -%}
+{%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
+{%- if role not in ['system', 'user', 'assistant', 'tool'] -%}
+{{- raise_exception('a message has a role other than system, user, assistant and tool') -}}
+{%- elif (role == 'tool' and ns.before in ['system', 'user'])
+    or (role == 'system' and ns.before in ['assistant', 'tool']) -%}
+{{- raise_exception('a message with role ' ~ role ~ ' may not follow one with role ' ~ ns.before) -}}
+{%- elif role == 'system' and message['content'] -%}
+{%- set ns.system = ns.system ~ ('\n\n' if ns.systems else '') ~ text(message['content']) -%}
+{%- set ns.systems = true -%}
+{%- elif role == 'user' and ns.before != 'user' -%}
+{%- set ns.last = loop.index0 -%}
 {%- endif -%}
+{%- set ns.first = ns.first or (role if role != 'system' else '') -%}
+{%- set ns.before = role -%}
 {%- endfor -%}
+{%- if ns.last == -1 -%}
+{{- raise_exception("the conversation has no message with role 'user' to answer") -}}
+{%- endif -%}
+{%- set ns.before = '' -%}
+"""
+
+# Messages of one role that follow each other are one: `turn` is true with the last, and ns.text all their text.
+TURN = r"""
 {%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
-{%- if loop.index0 == joined.last and tools -%}
-{{- '[AVAILABLE_TOOLS]' -}}{{- tools | tojson -}}{{- '[/AVAILABLE_TOOLS]' -}}
+{%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
+{%- set turn = loop.last or loop.nextitem['role'] != role -%}
+{%- if role != ns.before -%}
+{%- set ns.text = '' -%}
+{%- set ns.begin = loop.index0 -%}
 {%- endif -%}
-{{- '[INST]' + (joined.system if loop.index0 == joined.last else '') + message['content'] + '[/INST]' -}}
-{%- elif message['role'] == 'assistant' and message['tool_calls'] -%}
-{{- '[TOOL_CALLS][' -}}
-{%- for call in message['tool_calls'] -%}
-{%- set arguments = call['function']['arguments'] -%}
-{{- '{"name": ' -}}{{- call['function']['name'] | tojson -}}{{- ', "arguments": ' -}}
-{%- if arguments is string -%}{{- arguments -}}{%- else -%}{{- arguments | tojson -}}{%- endif -%}
-{{- ', "id": ' -}}{{- call['id'] | tojson -}}{{- '}' if loop.last else '}, ' -}}
-{%- endfor -%}
-{{- ']' + eos_token -}}
-{%- elif message['role'] == 'assistant' -%}
-{{- message['content'] + eos_token -}}
-{%- elif message['role'] == 'tool' -%}
-{{- '[TOOL_RESULTS]{"content": ' -}}{{- message['content'] | tojson -}}
-{{- ', "call_id": ' -}}{{- message['tool_call_id'] | tojson -}}{{- '}[/TOOL_RESULTS]' -}}
-{%- elif message['role'] != 'system' -%}
-{{- raise_exception('Mistral 7B v0.3 knows the roles system, user, assistant and tool') -}}
+{%- set ns.before = role -%}
+{%- if role == 'user' or (role == 'assistant' and message['content'] and not message['tool_calls']) -%}
+{%- set ns.text = join(ns.text, text(message['content'])) -%}
+{%- endif -%}
+{%- if role == 'assistant' and (message['tool_calls'] and not turn
+    or turn and not message['tool_calls'] and ns.text == '') -%}
+{{- raise_exception("an assistant's message needs content or tool_calls, and calls need their results") -}}
+{%- endif -%}
+"""
+
+V1 = r"""
+{%- if ns.first != 'user' -%}
+{{- '[INST] ' ~ plain(ns.system ~ ('\n\n' if ns.system else '')) ~ ' [/INST]' -}}
+{%- set ns.system = '' -%}
+{%- endif -%}
+{%- set ns.space = ' ' if ns.first != 'user' else '' -%}
+@TURN
+{%- if role == 'tool' or message['tool_calls'] or tools -%}
+{{- raise_exception('Mistral 7B v0.1 and v0.2 know no tools') -}}
+{%- elif role == 'user' and turn -%}
+{{- ns.space ~ '[INST] ' ~ plain(ns.system ~ ('\n\n' if ns.system else '') ~ ns.text) ~ ' [/INST]' -}}
+{%- set ns.system = '' -%}
+{%- set ns.space = ' ' -%}
+{%- elif role == 'assistant' and turn -%}
+{{- ' ' ~ plain(ns.text) ~ ('' if loop.last and message['prefix'] else eos_token) -}}
+{%- set ns.space = '' -%}
 {%- endif -%}
 {%- endfor -%}"""
 
-TEMPLATES = {"v1": V1, "v3": V3}
+# v2, v3 and v7 with @SYSTEM and so on, which are those of one of them.
+LATER = r"""@FIRST
+@TURN@SYSTEM
+{%- if role == 'user' and turn -%}
+{%- if ns.begin == ns.last and tools -%}
+{%- set ns.json = '' -%}
+{%- for tool in tools -%}
+{%- set function = tool['function'] -%}
+{%- set ns.json = ns.json ~ (', ' if ns.json else '') ~ '{"type": "function", "function": {"name": '
+    ~ name(function) ~ ', "description": ' ~ ((function['description'] or '') | tojson)
+    ~ ', "parameters": ' ~ ((function['parameters'] or {}) | tojson) ~ '}' ~ '}' -%}
+{%- endfor -%}
+{{- '[AVAILABLE_TOOLS]' ~ plain('[' ~ ns.json ~ ']') ~ '[/AVAILABLE_TOOLS]' -}}
+{%- endif -%}
+{{- '[INST]' ~ plain(@JOINED ns.text) ~ '[/INST]' -}}
+{%- elif role == 'assistant' and turn@SHOWN -%}
+{%- if ns.text -%}
+{{- plain(ns.text if loop.last else ns.text.rstrip(' ')) -}}
+{%- endif -%}
+{%- if message['tool_calls'] -%}@BESIDE
+{%- set ns.json = '' -%}
+{%- for call in message['tool_calls'] -%}
+{%- set ns.json = ns.json ~ (', ' if ns.json else '') ~ '{"name": ' ~ name(call['function'])
+    ~ ', "arguments": ' ~ arguments(call['function']['arguments'])@ID ~ '}' -%}
+{%- endfor -%}
+{{- '[TOOL_CALLS]' ~ plain('[' ~ ns.json ~ ']') -}}
+{%- endif -%}
+{{- '' if loop.last and message['prefix'] else eos_token -}}
+{%- elif role == 'tool' -%}@RESULT
+{%- endif -%}
+{%- endfor -%}"""
+
+JOINED = r"(ns.system ~ '\n\n' if ns.system and ns.begin == ns.last else '') ~"
+FIRST = r"{{- '[INST][/INST]' if ns.first != 'user' else '' -}}"
+BESIDE = r"""
+{%- if ns.text -%}
+{{- raise_exception('the template has no place for text beside tool calls in one turn') -}}
+{%- endif -%}"""
+ID = """ ~ ', "id": "' ~ nine(call['id']) ~ '"'"""
+
+PARTS = {
+    "v2": {
+        "FIRST": FIRST, "JOINED": JOINED, "BESIDE": BESIDE, "ID": "",
+        "SYSTEM": "\n{%- set ns.calls = (message['tool_calls'] or []) if role == 'assistant' else ns.calls -%}",
+        "SHOWN": " and not (message['tool_calls'] and loop.index0 < ns.last)",
+        "RESULT": r"""
+{%- set ns.name = message['name'] or none -%}
+{%- for call in ns.calls -%}
+{%- if not ns.name and (call['id'] == message['tool_call_id'] or not message['tool_call_id']) -%}
+{%- set ns.name = call['function']['name'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if loop.index0 > ns.last -%}
+{{- '[TOOL_RESULTS]' ~ plain('[{"name": ' ~ (ns.name | tojson) ~ ', "content": ' ~ reread(text(message['content']))
+    ~ '}]') ~ '[/TOOL_RESULTS]' -}}
+{%- endif -%}""",
+    },
+    "v3": {
+        "FIRST": FIRST, "SYSTEM": "", "JOINED": JOINED, "BESIDE": BESIDE, "ID": ID, "SHOWN": "",
+        "RESULT": r"""
+{{- '[TOOL_RESULTS]' ~ plain('{"content": ' ~ reread(text(message['content'])) ~ ', "call_id": "'
+    ~ nine(message['tool_call_id']) ~ '"}') ~ '[/TOOL_RESULTS]' -}}""",
+    },
+    "v7": {
+        "FIRST": "", "JOINED": "", "BESIDE": "", "ID": ID, "SHOWN": "",
+        "SYSTEM": r"""
+{%- if role == 'system' -%}
+{{- '[SYSTEM_PROMPT]' ~ plain(text(message['content'])) ~ '[/SYSTEM_PROMPT]' -}}
+{%- endif -%}""",
+        "RESULT": r"""
+{{- '[TOOL_RESULTS]' ~ nine(message['tool_call_id']) ~ '[TOOL_CONTENT]' ~ plain(text(message['content']))
+    ~ '[/TOOL_RESULTS]' -}}""",
+    },
+}  # fmt: skip
+
+
+def chat_template(version: str, special: Iterable[str]) -> str:
+    """The template of a version, for a vocabulary with these `special` tokens: whose names mean more than text."""
+    # [control_8], [control_9], ...: a text with [control_ is refused, rather than listing hundreds.
+    names = sorted({re.sub(r"^(\[\w*[A-Za-z_])\d+\]$", r"\1", name) for name in special})
+    text = HEADS[version] + f"{{%- set controls = {names!r} -%}}" + TEXTS
+    if version == "v1":
+        return text + (SURVEY + V1).replace("@TURN", TURN)
+    body = LATER
+    for name, part in PARTS[version].items():
+        body = body.replace(f"@{name}", part)
+    return text + JSON + CALLS + SURVEY + body.replace("@TURN", TURN)
+
+
+def template_version(controls: Container[str], name: str) -> str:
+    """Which template a vocabulary was made for: its control tokens tell.
+
+    v2 and v3 have the same ones; of the two only v3 was ever released for a 7B model, so v2 has to be asked for
+    by the ending `.v2` of the file's name.
+    """
+    if "[INST]" not in controls:
+        return "v1"
+    if "[SYSTEM_PROMPT]" in controls:
+        return "v7"
+    return "v2" if name.endswith(".v2") else "v3"

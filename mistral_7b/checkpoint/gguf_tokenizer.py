@@ -20,9 +20,9 @@ from typing import Any
 
 from ..errors import CheckpointError, TokenizerError
 from . import gguf_file
-from .chat_templates import TEMPLATES
+from .chat_templates import HEADS, chat_template, template_version
 
-MODEL = "tokenizer.ggml.model"
+MODEL, TEMPLATE = "tokenizer.ggml.model", "tokenizer.chat_template"
 TOKENS, SCORES, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # in both formats
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -38,7 +38,7 @@ def extract(path: pathlib.Path) -> pathlib.Path:
     except CheckpointError as e:
         raise TokenizerError(str(e)) from e
     model = sentencepiece_model(path, metadata)
-    name = file_name(metadata[TOKENS])
+    name = file_name(metadata)
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     folder = root / "mistral-7b" / "tokenizers" / hashlib.sha256(model).hexdigest()[:32]
     try:
@@ -47,9 +47,12 @@ def extract(path: pathlib.Path) -> pathlib.Path:
         return _kept(pathlib.Path(tempfile.mkdtemp(prefix="mistral-7b-")) / name, model)
 
 
-def file_name(tokens: list[str]) -> str:
-    """What a release would call this vocabulary's file: its control tokens tell v3 from v1."""
-    return "tokenizer.model.v3" if "[INST]" in tokens else "tokenizer.model"
+def file_name(metadata: Any) -> str:
+    """What a release would call this vocabulary's file: its control tokens tell v3 from v1, the template v2."""
+    if "[INST]" not in metadata[TOKENS]:
+        return "tokenizer.model"
+    v2 = str(metadata.get(TEMPLATE)).startswith(HEADS["v2"].strip())
+    return "tokenizer.model.v2" if v2 else "tokenizer.model.v3"
 
 
 def _kept(path: pathlib.Path, content: bytes) -> pathlib.Path:
@@ -196,6 +199,9 @@ def metadata(path: pathlib.Path, vocab_size: int) -> dict[str, Any]:
         scores.append(struct.unpack("<f", entry[2])[0])
         types.append(entry[3])
     more = vocab_size - size
+    of_kind = {kind: {t for t, k in zip(tokens, types, strict=True) if k == kind} for kind in set(types)}
+    controls = of_kind.get(CONTROL, set())
+    special = controls | of_kind.get(UNKNOWN, set()) | of_kind.get(USER_DEFINED, set())  # as llama.cpp cuts text
     return {
         MODEL: "llama",
         "tokenizer.ggml.pre": "default",
@@ -207,5 +213,5 @@ def metadata(path: pathlib.Path, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": model.eos_id(),
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_eos_token": False,
-        "tokenizer.chat_template": TEMPLATES["v3" if "[INST]" in tokens else "v1"],
+        TEMPLATE: chat_template(template_version(controls, path.name), special),
     }

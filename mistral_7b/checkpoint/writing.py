@@ -301,7 +301,7 @@ def copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str) 
         metadata = read_gguf(source).metadata
         if metadata.get(gguf_tokenizer.MODEL) == "llama":
             vocabulary = gguf_tokenizer.sentencepiece_model(source, metadata)
-            (folder / gguf_tokenizer.file_name(metadata[gguf_tokenizer.TOKENS])).write_bytes(vocabulary)
+            (folder / gguf_tokenizer.file_name(metadata)).write_bytes(vocabulary)
     if source is None or not source.is_dir():
         return
     for entry in sorted(source.iterdir()):

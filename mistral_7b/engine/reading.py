@@ -102,11 +102,8 @@ class Reader:
             raise GenerationError(f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other")
         grammar = GrammarSpec.of(wanted, tools or (), tool_choice, parallel)
         offered = None if tool_choice == "none" else tools
-        ids = self.tokenizer.encode_chat(messages, offered)
-        begun = 0
-        if grammar is not None and messages[-1].get("role") == "assistant":  # the answer has begun
-            begun = len(ids) - len(self.tokenizer.encode_chat(messages[:-1], offered))
-        request = self.text(ids, params, asked, sink, name, begun, grammar)
+        ids, begun = self.tokenizer.encode_begun(messages, offered)
+        request = self.text(ids, params, asked, sink, name, begun if wanted is not None else 0, grammar)
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request
@@ -137,14 +134,19 @@ class Reader:
         return Grammars(self.tokenizer, self.engine.model.args.vocab_size, self.engine.config.grammar_limits)
 
     def _bind(self, request: Request, name: str, begun: int, grammar: GrammarSpec | None) -> None:
-        """A grammar state for each completion, if one must be obeyed; it has taken the last `begun` tokens."""
+        """A grammar state for each completion, if one must be obeyed; it has taken the last `begun` tokens.
+
+        These are a text of their own, whatever precedes them: the space that SentencePiece writes before a text's
+        first word is no part of it.
+        """
         if grammar is None:
             return
         if self.tokenizer is None:
             raise GenerationError(f"{name}: structured_outputs need a tokenizer, and {self.why}")
         at = len(request.ids) - begun
         for s in request.sequences:
-            s.grammar = self.grammars.start(grammar, request.ids[:at], request.ids[at:], request.id)
+            after = () if begun else request.ids
+            s.grammar = self.grammars.start(grammar, after, request.ids[at:], request.id)
 
     def _checked(self, request: Request, name: str) -> Request:
         try:

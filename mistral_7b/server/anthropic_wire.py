@@ -4,7 +4,7 @@
     system                                      a first message with role system
     user: [tool_result ..., text ...]           a tool message for each result, then a user message
     assistant: [text ..., tool_use ...]         one assistant message; calls alone, if there are any
-    assistant, as the last message              "prefix": True: it is gone on with
+    assistant, as the last message              "prefix": True: it is continued, blanks at its end included
     tool {name, input_schema}                   {"type": "function", "function": {name, parameters}}
 
 Mistral's template has no place for text beside calls, and none for `is_error`: the text is left out, as Mistral's

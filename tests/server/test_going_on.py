@@ -30,10 +30,13 @@ def given(server: Serving, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return out
 
 
-@pytest.mark.parametrize("text", ["It will be", "It will be ", " Grüße, 世界🙂", "\n"])
+@pytest.mark.parametrize(
+    "text", ["It will be", "It will be ", " Grüße, 世界🙂", "\n", "so:  \n\t", "   ", " a \n "]
+)
 def test_every_dialect_gives_the_model_the_same(server: Serving, given: list[list[int]], text: str) -> None:
     begun = [*HELLO, {"role": "assistant", "content": text}]
-    wanted = Tokenizer.v3().encode_chat([*HELLO, {**begun[1], "prefix": True}])
+    v3 = Tokenizer.v3()
+    wanted = [*v3.encode_chat(HELLO), *v3.encode(text, bos=False)]
     asked: list[tuple[str, dict[str, Any]]] = [
         ("/v1/chat/completions", {**OPENAI, "messages": [*HELLO, {**begun[1], "prefix": True}]}),
         ("/v1/chat/completions", {**OPENAI, "messages": begun, "continue_final_message": True}),
@@ -95,8 +98,10 @@ def going_on(text: str, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("more", [{}, {"tools": [TOOL], "tool_choice": "auto"}], ids=["alone", "with tools"])
 @pytest.mark.parametrize(
-    "text", ['{"name": "Ad', '{"name"', '{"name": "Ada", "n": 2', '{"name": "Ada", "n": 1}', "{"]
-)
+    "text",
+    ['{"name": "Ad', '{"name"', '{"name": "Ada", "n": 2', '{"name": "Ada", "n": 1}', "{", "{  ", '{"name": ',
+     '{"name":\n\t  ', '{"name": "Ada", '],
+)  # fmt: skip
 def test_a_schema_holds_for_the_whole_answer(server: Serving, text: str, more: dict[str, Any]) -> None:
     status, body = server.post("/v1/chat/completions", going_on(text, **more))
     assert status == 200
@@ -107,7 +112,18 @@ def test_a_schema_holds_for_the_whole_answer(server: Serving, text: str, more: d
     assert choice["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("text", ["hello", '{"nome', '{"name": "far too long a name'])
+def test_a_schema_holds_for_the_whole_answer_in_anthropics_words(server: Serving) -> None:
+    text = '{"name": '
+    begun = [*HELLO, {"role": "assistant", "content": text}]
+    output = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    status, body = server.post(
+        "/v1/messages", {"model": "tiny", "messages": begun, "max_tokens": 200, "seed": 3, "output_config": output}
+    )
+    assert status == 200
+    assert json.loads(text + body["content"][0]["text"]).keys() == {"name", "n"}
+
+
+@pytest.mark.parametrize("text", ["hello", '{"nome', '{"name": "far too long a name', '{"name" "', '{"n": 1, '])
 def test_a_beginning_that_the_schema_forbids_is_refused(server: Serving, text: str) -> None:
     status, body = server.post("/v1/chat/completions", going_on(text))
     assert status == 400

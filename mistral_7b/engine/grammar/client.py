@@ -82,7 +82,7 @@ class Grammars:
         """
         if isinstance(spec, StructuredOutputs):
             spec = GrammarSpec(spec)
-        at_start = not after or after[-1] in self._vocabulary.controls  # as Tokenizer.stream has it
+        at_start = not after or not self._vocabulary.has_text(after[-1])  # as Tokenizer.stream has it
         key = json.dumps([spec.to_json(), not at_start, asdict(self.limits)])
         return GrammarState(self, key, list(begun), request or f"unnamed {next(_unnamed)}")
 

@@ -82,6 +82,10 @@ class Vocabulary:
             first[i] = known[left] if left else -1
         return first
 
+    def has_text(self, token: int) -> bool:
+        """Whether a token adds text: neither a control token nor one that the tokenizer does not know."""
+        return token < self.size and token not in self.controls
+
     def permitted(self, grammar: str) -> np.ndarray:
         """The tokens that a grammar may use: those of text, and the control tokens it names, <NAME> or <[5]>."""
         named: set[int] = set()

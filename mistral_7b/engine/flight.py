@@ -95,8 +95,7 @@ def picks_of(plan: Plan) -> tuple[Rows, list[Pick]]:
             continue
         for i in range(1 + len(s.draft)):
             ahead = (NO_TOKEN,) * s.flying + tuple(s.draft[:i])
-            drawn = [s] if s.request.forked else s.request.sequences
-            picks += [Pick(each, len(rows), ahead) for each in drawn]
+            picks += [Pick(each, len(rows), ahead) for each in s.drawn]
             rows.append((at - 1 - len(s.draft) + i, s.request.adapter))
     return rows, picks
 

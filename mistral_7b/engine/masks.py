@@ -65,13 +65,12 @@ class GrammarMasks:
 
 def may_sample(s: SequenceState, masks: Masks) -> bool:
     """Whether the masks are there of all that a sequence's next row is for."""
-    drawn = [s] if s.request.forked else s.request.sequences
-    return all(each.grammar is None or each in masks for each in drawn)
+    return all(each.grammar is None or each in masks for each in s.drawn)
 
 
 def late_ones(running: Sequence[SequenceState]) -> list[SequenceState]:
     """The sequences whose grammars have not answered yet."""
-    return [s for s in running if s.grammar is not None and s.grammar.late]
+    return [each for s in running for each in s.drawn if each.grammar is not None and each.grammar.late]
 
 
 def wait_for_one(running: Sequence[SequenceState]) -> None:

@@ -143,10 +143,14 @@ class SequenceState:
         return self.need == 1 and len(self.tokens) + self.flying > len(self.request.ids)
 
     @property
+    def drawn(self) -> list[SequenceState]:
+        """The sequences whose next tokens are drawn from its row: all of its request's, until these are forked."""
+        return [self] if self.request.forked else self.request.sequences
+
+    @property
     def late(self) -> bool:
-        """Whether its next token waits for a grammar: its own, or one of those that begin with it."""
-        drawn = (self,) if self.request.forked else self.request.sequences
-        return any(s.grammar is not None and s.grammar.late for s in drawn)
+        """Whether a grammar has not yet said which tokens its next row may give."""
+        return any(s.grammar is not None and s.grammar.late for s in self.drawn)
 
     @property
     def complete(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing import Pipe
 from typing import Any
 
 import numpy as np
@@ -168,7 +169,74 @@ def test_a_grammar_that_fails_ends_its_own_request_alone(after: int, n: int) -> 
     served(engine, *again)
 
 
-# ------------------------------------------------------------------ whoever takes the output fails
+class _LateGrammar(_BrokenGrammar):
+    """A grammar that allows everything, and of whose answers some come late: after so many waits."""
+
+    def __init__(self, waits: list[int], over: int = 10**6) -> None:
+        super().__init__(GenerationError("never"), over)
+        self.waits, self.over, self.left = waits, over, 0
+        self._connection, self._other = Pipe()
+
+    @property
+    def finished(self) -> bool:  # type: ignore[override]
+        return self.after <= 0
+
+    def _late(self) -> None:
+        self.left = self.waits.pop(0) if self.waits else 0
+        self.late = True
+
+    def ask(self, draft: Any) -> None:
+        assert not self.late, "one question at a time"
+        self.draft = draft
+        self.asking = True
+        self._late()
+
+    def take(self, tokens: list[int]) -> None:
+        super().take(tokens)
+        self.asking = False
+        self._late()
+
+    def wait(self, timeout: float) -> bool:
+        self.late = self.left > 0
+        self.left -= 1
+        if not self.late and self.asking:
+            super().ask(self.draft)
+        return not self.late
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("waits", [[3, 0, 0, 2], [0, 5], [1] * 20])
+def test_a_late_grammar_changes_no_token_and_holds_up_no_other(n: int, waits: list[int]) -> None:
+    """Late with masks, and with whether the text is over; for one completion, and for three from one row."""
+    engine = small(max_sequences=6)
+    (good,) = add(engine, [1, 2, 3, 4, 5])
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, n=n)
+    slow = request_of(engine, [5, 4, 3, 2, 1, 2, 3, 4, 5], params)
+    for i, s in enumerate(slow.sequences):
+        s.grammar = _LateGrammar(list(waits) if i else [0] * 4 + waits)  # type: ignore[assignment]
+    engine.add(slow)
+    steps = 0
+    while not good.finished:
+        engine.step()
+        check(engine)
+        steps += 1
+    assert steps <= 14, "it waits for another's grammar"
+    served(engine, good, slow)
+
+
+def test_a_late_grammar_may_say_that_the_text_is_over() -> None:
+    engine = small()
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    slow = request_of(engine, [5, 4, 3], params)
+    slow.sequences[0].grammar = _LateGrammar([0, 0, 0, 4], over=2)  # type: ignore[assignment]
+    engine.add(slow)
+    run(engine)
+    assert slow.error is None
+    assert slow.completions[0].finish_reason == "stop"
+    assert slow.completions[0].token_ids == engine.model.greedy([5, 4, 3], 2)
+
+
+# ------------------------------------------------------------------ what takes the output fails
 
 
 def test_a_sink_that_fails_loses_its_own_request_and_no_other() -> None:

@@ -1,0 +1,279 @@
+"""Grammars that crash their compiler, run away or fail on the way end their own request, and no other notices.
+
+The faults are llguidance's own (crashes of its native code cannot be caught in the process that they happen in);
+llama.cpp#26600 and vllm#30730 are of the same kind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import tiny_args, tiny_model
+
+from mistral_7b.engine.config import EngineConfig, GrammarLimits
+from mistral_7b.engine.grammar.client import Grammars
+from mistral_7b.engine.llm import LLM
+from mistral_7b.engine.reading import Asked
+from mistral_7b.engine.request import Request
+from mistral_7b.errors import ConfigError, GrammarError, Mistral7BError
+from mistral_7b.quantization import quantize
+from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
+from mistral_7b.tokenizer import Tokenizer
+
+QUICK = GrammarLimits(compile_seconds=1.0, mask_seconds=0.1, request_seconds=0.5)
+CONFIG = EngineConfig(max_sequences=24, max_batch_tokens=64, page_size=4, grammar_limits=QUICK)
+LEAST = -(2**63)
+
+
+def chain(n: int) -> dict[str, Any]:
+    """References, each to the next."""
+    links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(n)}
+    return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{n}": {"type": "string"}}}
+
+
+def rules(n: int, name: str) -> str:
+    """Lark rules (or terminals), each the next."""
+    return f"start: {name}0\n" + "\n".join(f"{name}{i}: {name}{i + 1}" for i in range(n)) + f'\n{name}{n}: "a"'
+
+
+OPTIONAL = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(600)}}
+OBJECTS = {"anyOf": [{"type": "object", "properties": {f"k{i}": {"const": i}}} for i in range(2001)]}
+ALTERNATIVES = "start: s\ns: " + " | ".join(f'"a" "{i}" s' for i in range(2100)) + ' | "a"'
+AMBIGUOUS = 'start: s\ns: s s | "a" | ""'
+HOSTILE: dict[str, dict[str, Any]] = {
+    "constant": {"json": {"const": LEAST}},
+    "bounds": {"json": {"type": "integer", "minimum": LEAST, "maximum": LEAST}},
+    "references": {"json": chain(3000)},
+    "rules": {"grammar": rules(6000, "r")},
+    "terminals": {"grammar": rules(6000, "R")},
+    "optional properties": {"json": OPTIONAL},
+    "objects": {"json": OBJECTS},
+    "alternatives": {"grammar": ALTERNATIVES},
+    "ambiguous": {"grammar": AMBIGUOUS},
+}
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    """Whose tokens are the same to the bit whatever runs beside them."""
+    tokenizer = Tokenizer.from_pretrained()
+    args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=1024)
+    model = tiny_model(args, torch.bfloat16)
+    quantize(model, "int8")
+    return LLM(model, CONFIG, tokenizer=tokenizer)
+
+
+def beside(llm: LLM) -> list[Request]:
+    """Requests that must not notice: one without a grammar, one with, one that shares its process."""
+    regex = StructuredOutputs(regex="[a-z]{8}( [a-z]{8}){2}")
+    asked = [
+        SamplingParams(max_tokens=16, seed=1),
+        SamplingParams(max_tokens=16, seed=2, structured_outputs=regex),
+    ]
+    return [llm.reader.text("def f(", params, Asked()) for params in (*asked, asked[1])]
+
+
+def run(llm: LLM, requests: list[Request]) -> None:
+    for request in requests:
+        llm.engine.add(request)
+    end = time.monotonic() + 60
+    while not llm.engine.idle:
+        llm.engine.step()
+        assert time.monotonic() < end, "requests do not end"
+    llm.engine.check()
+
+
+@pytest.fixture(scope="module")
+def wanted(llm: LLM) -> list[list[int]]:
+    requests = beside(llm)
+    run(llm, requests)
+    return [r.completions[0].token_ids for r in requests]
+
+
+def check_beside(llm: LLM, wanted: list[list[int]], params: SamplingParams, **chat: Any) -> Mistral7BError | None:
+    """Run a hostile request among others; what it ended with."""
+    others = beside(llm)
+    try:
+        if chat:
+            bad = llm.reader.chat([{"role": "user", "content": "hi"}], params, Asked(), **chat)
+        else:
+            bad = llm.reader.text("def f(", params, Asked())
+    except Mistral7BError as e:
+        run(llm, others)
+        error: Mistral7BError | None = e
+    else:
+        run(llm, [others[0], bad, *others[1:]])
+        error = bad.error
+    assert all(r.error is None for r in others)
+    assert [r.completions[0].token_ids for r in others] == wanted
+    assert error is None or (isinstance(error, Mistral7BError) and "\n" not in str(error))
+    return error
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_grammar_costs_its_own_request_alone(llm: LLM, wanted: list[list[int]], name: str) -> None:
+    params = SamplingParams(max_tokens=40, seed=1, n=2, structured_outputs=StructuredOutputs(**HOSTILE[name]))
+    check_beside(llm, wanted, params)
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("name", ["constant", "optional properties", "references", "objects"])
+def test_so_does_a_hostile_tool(llm: LLM, wanted: list[list[int]], name: str, choice: str) -> None:
+    parameters = {"type": "object", "properties": {"x": HOSTILE[name]["json"]}, "required": ["x"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    wants = None if choice == "required" else StructuredOutputs(choice=["yes", "no"])
+    params = SamplingParams(max_tokens=40, seed=1, structured_outputs=wants)
+    check_beside(llm, wanted, params, tools=[tool], tool_choice=choice)
+
+
+@pytest.mark.parametrize("name", ["references", "rules", "terminals"])
+def test_a_crash_is_one_clear_error(llm: LLM, name: str) -> None:
+    with pytest.raises(GrammarError, match="too deep or too large") as e:
+        llm.reader.text("a", SamplingParams(structured_outputs=StructuredOutputs(**HOSTILE[name])), Asked())
+    assert len(str(e.value)) < 300
+
+
+def test_an_ambiguous_grammar_ends_at_its_budget_and_slows_no_other(llm: LLM, wanted: list[list[int]]) -> None:
+    """Its masks take ever longer. Steps of the others wait for it a moment each, and it is ended by name."""
+    a = next(t for t in range(4096) if llm.tokenizer.surface(t) == "a")  # type: ignore[union-attr]
+    ambiguous = StructuredOutputs(grammar=AMBIGUOUS)
+    params = SamplingParams(
+        max_tokens=900, min_tokens=800, n=8, logit_bias={a: 100}, structured_outputs=ambiguous
+    )  # fmt: skip
+    bad = llm.reader.text("a", params, Asked())
+    free = llm.reader.text("def f(", SamplingParams(max_tokens=600, ignore_eos=True, seed=1), Asked())
+    longest = 0.0
+    for request in (bad, free):
+        llm.engine.add(request)
+    while not llm.engine.idle:
+        began, before = time.monotonic(), len(free.completions[0].token_ids)
+        llm.engine.step()
+        if not bad.finished and not free.finished:
+            assert len(free.completions[0].token_ids) == before + 1, "a step passed it over"
+            longest = max(longest, time.monotonic() - began)
+    assert isinstance(bad.error, GrammarError)
+    assert "CPU time" in str(bad.error)
+    assert free.error is None
+    assert longest < 0.5  # on a busy machine; the moment is 10 ms
+    run(llm, others := beside(llm))
+    assert [r.completions[0].token_ids for r in others] == wanted
+
+
+@pytest.mark.parametrize("sent", [signal.SIGSEGV, signal.SIGKILL])
+def test_those_that_share_a_process_that_ends_begin_again(llm: LLM, wanted: list[list[int]], sent: int) -> None:
+    """Killed from outside while several completions are on their way: all come to the same end."""
+    for killed_at in (1, 3, 8):
+        requests = beside(llm)
+        for request in requests:
+            llm.engine.add(request)
+        for _ in range(killed_at):
+            llm.engine.step()
+        pids = {r.sequences[0].grammar._process._pid for r in requests[1:]}  # type: ignore[union-attr]
+        assert len(pids) == 1, "equal grammars share a process"
+        for pid in pids:
+            os.kill(pid, sent)
+        run(llm, [])
+        assert [r.completions[0].token_ids for r in requests] == wanted
+        assert all(r.error is None for r in requests)
+
+
+def test_the_server_of_processes_may_be_killed(llm: LLM, wanted: list[list[int]]) -> None:
+    llm.reader.grammars._server._process.kill()
+    llm.reader.grammars._processes.clear()
+    others = beside(llm)
+    run(llm, others)
+    assert [r.completions[0].token_ids for r in others] == wanted
+
+
+def test_processes_end_with_their_engine() -> None:
+    tokenizer = Tokenizer.from_pretrained()
+    grammars = Grammars(tokenizer, tokenizer.vocab_size)
+    state = grammars.start(StructuredOutputs(regex="a+"), [])
+    pid, server = state._process._pid, grammars._server._process
+    os.kill(pid, 0)
+    del grammars, state
+    assert server.wait(10) == 0
+    for _ in range(100):
+        if not os.path.exists(f"/proc/{pid}"):
+            return
+        time.sleep(0.05)
+    pytest.fail("a worker is left")
+
+
+def test_limits_are_checked() -> None:
+    for wrong in ({"mask_seconds": 0}, {"compile_seconds": "1"}, {"memory_bytes": 5}, {"request_seconds": True}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            GrammarLimits(**wrong)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ at random
+
+NUMBERS = st.sampled_from([LEAST, LEAST + 1, 2**63 - 1, 2**63, 10**40, -1, 0, 1, 3, 0.5, 1e300, -1e-300, 999983])
+PATTERNS = st.sampled_from(["(a|b)*a(a|b){40}c", "^.{9999}$", "(", "a*"])
+ODD = st.sampled_from([{}, {"type": "strin"}, {"$ref": "#"}, {"enum": []}, {"not": {}}, {"type": []}])
+LEAVES = st.one_of(
+    ODD,
+    st.builds(lambda n: {"const": n}, NUMBERS),
+    st.builds(lambda a, b: {"type": "integer", "minimum": a, "maximum": b}, NUMBERS, NUMBERS),
+    st.builds(lambda a: {"type": "number", "multipleOf": a}, NUMBERS),
+    st.builds(lambda n: {"type": "string", "minLength": n}, st.sampled_from([0, 3, 10**4, 10**9])),
+    st.builds(lambda p: {"type": "string", "pattern": p}, PATTERNS),
+    st.builds(lambda n: {"properties": {f"k{i}": {} for i in range(n)}}, st.sampled_from([2, 700])),
+    st.builds(lambda n: {"anyOf": [{"required": [f"k{i}"]} for i in range(n)]}, st.sampled_from([3, 900])),
+    st.builds(chain, st.sampled_from([5, 200, 2500])),
+)
+
+
+def keys(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"x": a}, "patternProperties": {".*": b}, "required": ["x", "y"]}
+
+
+SCHEMAS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.builds(
+            lambda s, n: {"type": "array", "items": s, "minItems": n}, inner, st.sampled_from([0, 2, 10**6])
+        ),
+        st.builds(lambda a, b: {"allOf": [a, b]}, inner, inner),
+        st.builds(lambda a, b: {"oneOf": [a, b, a]}, inner, inner),
+        st.builds(keys, inner, inner),
+    ),
+    max_leaves=6,
+)
+PARTS = ['"a"', "/a+/", '""', "s", "t", "(s t)*", "s{2,900}", "X", '"a"~5', "<[*]>", "/(?s:.)*/", "%json {}"]
+LARKS = st.builds(
+    lambda a, b, c: f"start: s\ns: {' '.join(a)} | {' '.join(b)}\nt: {' | '.join(c)}\nX: /[a-z]{{1,300}}/",
+    *[st.lists(st.sampled_from(PARTS), min_size=1, max_size=6)] * 3,
+)
+SPECS = st.one_of(
+    st.builds(lambda s: {"json": s}, SCHEMAS),
+    st.builds(lambda s: {"grammar": s}, LARKS),
+    st.builds(lambda s: {"regex": s}, st.text(alphabet="ab()[]{}*+?|\\.^$,019-", max_size=40)),
+)
+ENDS = Counter[str]()
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(spec=SPECS, seed=st.integers(0, 3))
+def test_random_hostile_grammars_leave_the_others_their_bits(
+    llm: LLM, wanted: list[list[int]], spec: dict[str, Any], seed: int
+) -> None:
+    params = SamplingParams(max_tokens=12, seed=seed, n=1 + seed, structured_outputs=StructuredOutputs(**spec))
+    error = check_beside(llm, wanted, params)
+    kinds = [kind for kind in ("CPU time", "failed") if kind in str(error)]
+    ENDS["served" if error is None else kinds[0] if kinds else "refused"] += 1
+
+
+def test_those_at_random_are_of_every_kind() -> None:
+    """A control of the test above: what it drew was served often, refused often, and ended often on the way."""
+    assert ENDS["served"] > 30
+    assert ENDS["refused"] > 30
+    assert ENDS["CPU time"] + ENDS["failed"] > 5

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from typing import Any
 
 from .errors import SamplingError
@@ -61,7 +62,8 @@ class StructuredOutputs:
         """A schema given as text becomes the dictionary that it says."""
         schema: Any = self.json
         try:
-            schema = json.loads(schema if isinstance(schema, str) else json.dumps(schema))
+            text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
+            schema = json.loads(text, parse_float=_as_written, parse_constant=_as_written)
         except (ValueError, TypeError, RecursionError) as e:
             raise SamplingError(f"structured_outputs.json is no JSON: {e}") from e
         if not isinstance(schema, dict):
@@ -202,6 +204,14 @@ class SamplingParams:
         if unknown:
             raise SamplingError(f"unknown sampling parameter {', '.join(sorted(unknown))}")
         return cls(**values)
+
+
+def _as_written(number: str) -> float:
+    """The float that a text means, which no other text means any shorter. ValueError where it loses digits."""
+    value = float(number)
+    if not math.isfinite(value) or Decimal(repr(value)) != Decimal(number):
+        raise ValueError(f"{number} is no number that a float holds exactly as it is written")
+    return value
 
 
 def _is_text(value: Any) -> bool:

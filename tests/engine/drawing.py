@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 from mistral_7b.engine.grammar.client import Grammars, GrammarState
+from mistral_7b.engine.grammar.matcher import CompiledGrammar, MatcherState
+from mistral_7b.engine.grammar.spec import GrammarSpec
+from mistral_7b.engine.grammar.vocabulary import Vocabulary
 from mistral_7b.sampling_params import StructuredOutputs
 from mistral_7b.tokenizer import Tokenizer
 
@@ -65,6 +68,26 @@ SPECS: dict[str, tuple[StructuredOutputs, Callable[[str], Any]]] = {
     "lark": (StructuredOutputs(grammar=LARK), sums),
     "gbnf": (StructuredOutputs(grammar=GBNF), lambda text: re.fullmatch("a([xyz] ?){1,4}", text)),
 }
+
+
+class InProcess:
+    """Grammars compiled and followed in the tests' own process, where they can be tampered with."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        self._vocabulary = Vocabulary(tokenizer, vocab_size)
+
+    def start(self, spec: StructuredOutputs, after: list[int]) -> MatcherState:
+        """As Grammars.start."""
+        at_start = not after or not self._vocabulary.has_text(after[-1])
+        text = GrammarSpec(spec).lark(spaced=not at_start)
+        return CompiledGrammar(self._vocabulary, text).start(at_start)
+
+
+@functools.cache
+def in_process(name: str) -> tuple[Tokenizer, InProcess]:
+    """As `opened`."""
+    tokenizer = opened(name)[0]
+    return tokenizer, InProcess(tokenizer, tokenizer.vocab_size + SPARE)
 
 
 @functools.cache

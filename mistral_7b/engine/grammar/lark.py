@@ -1,6 +1,6 @@
 """What is wanted of a text, written as a grammar in llguidance's Lark notation.
 
-    json      start: value          value: %json {...}
+    json      start: value          value: rules that rules.py writes
     regex     start: TEXT           TEXT: /.../
     choice    start: TEXT           TEXT: "yes" | "no"
     tools     start: called         called: <TOOL_CALLS> and a list of objects: a tool's name, its arguments
@@ -19,14 +19,12 @@ from typing import Any
 
 from ...errors import GrammarError
 from ...sampling_params import StructuredOutputs
+from .rules import AS_TRAINED, STEPS, rules
 from .vocabulary import library
 
 LONGEST = 1 << 20  # characters of a grammar
-STEPS = 20_000  # a number's multiples are told apart by an automaton with as many states: time and memory
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # between the parts of JSON: room to indent, and an end to it
 # Every token that spells a text may be used, not only those of its usual encoding: the model knows best.
 OPTIONS = '%llguidance {"no_forcing": true}\n'
-AS_TRAINED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}  # Python's json.dumps
 
 
 def lark(spec: StructuredOutputs, spaced: bool) -> str:
@@ -35,7 +33,9 @@ def lark(spec: StructuredOutputs, spaced: bool) -> str:
     Raises GrammarError for what is too large, or is no grammar in either notation.
     """
     if spec.json is not None or spec.json_object:
-        text = _json(dict(spec.json) if isinstance(spec.json, Mapping) else {"type": "object"}, spaced)
+        schema = {"type": "object"} if spec.json is None else spec.json
+        start = 'start: SPACE? value\nSPACE: " "' if spaced else "start: value"
+        text = f"{start}\n{rules(schema, 'structured_outputs.json', 'value')}"
     elif spec.choice is not None:
         text = "start: TEXT\nTEXT: " + " | ".join(json.dumps(choice) for choice in spec.choice)
     elif spec.regex is not None:
@@ -46,16 +46,10 @@ def lark(spec: StructuredOutputs, spaced: bool) -> str:
             text = library().grammar_from("grammar", spec.grammar)
         except (ValueError, RecursionError) as e:
             raise GrammarError(f"structured_outputs.grammar: {e}") from e
+        _check_multiples(text)
     if len(text) > LONGEST:
         raise GrammarError(f"structured_outputs has {len(text)} characters; at most {LONGEST} are taken")
-    _check_multiples(text)
     return f"{text}\n{OPTIONS}"
-
-
-def _json(schema: dict[str, Any], spaced: bool) -> str:
-    schema["x-guidance"] = {"whitespace_pattern": WHITESPACE, **schema.get("x-guidance", {})}
-    start = 'start: SPACE? value\nSPACE: " "' if spaced else "start: value"
-    return f"{start}\nvalue: %json {json.dumps(schema)}"
 
 
 def _check_multiples(text: str) -> None:
@@ -73,6 +67,12 @@ def _check_multiples(text: str) -> None:
             raise GrammarError(f"structured_outputs: multipleOf {number} takes too long; give a rounder number")
 
 
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """GrammarError for a tool without a name, or whose parameters are no object."""
+    for i, tool in enumerate(tools):
+        _function(i, tool)
+
+
 def tool_spec(
     tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any] = "auto", parallel: bool = True
 ) -> StructuredOutputs | None:
@@ -81,15 +81,16 @@ def tool_spec(
     "auto" and "none" leave it free; "required" and "any" ask for one call at least (one at most unless
     `parallel`); {"type": "function", "function": {"name": ...}} asks for one call of this tool. The arguments
     obey the tools' schemas. The text is spaced as the model was trained on it, like json.dumps.
-    Raises GrammarError for a tool_choice that is none of these, or names none of the tools.
+    Raises GrammarError for a tool_choice that is none of these, or names none of the tools, and, whatever it is,
+    for a tool without a name or whose parameters are no object.
     """
+    functions = {i: _function(i, tool) for i, tool in enumerate(tools or ())}
     if choice in ("auto", "none"):
         return None
-    functions = [_function(i, tool) for i, tool in enumerate(tools or ())]
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
-        functions = [f for f in functions if f["name"] == name]
+        functions = {i: f for i, f in functions.items() if f["name"] == name}
         parallel = False
         if not functions:
             raise GrammarError(f"tool_choice names {name!r}, which is none of the tools")
@@ -109,33 +110,36 @@ def or_tools(
     """
     if spec.grammar is not None:
         return spec
-    functions = [_function(i, tool) for i, tool in enumerate(tools)]
+    functions = {i: _function(i, tool) for i, tool in enumerate(tools)}
     text = lark(spec, spaced).removesuffix(OPTIONS).removeprefix("start:")
     return StructuredOutputs(grammar=f"start: said | called\nsaid:{text}" + _calls(functions, parallel))
 
 
-def _calls(functions: Sequence[Mapping[str, Any]], parallel: bool) -> str:
-    """Rules for `called`: a list of calls of these functions."""
-    rules = [
+def _calls(functions: Mapping[int, Mapping[str, Any]], parallel: bool) -> str:
+    """Rules for `called`: a list of calls of these functions, each by its place among the tools."""
+    lines = [
         "called: <TOOL_CALLS> GAP? calls",
         'GAP: " "',
         'calls: "[" call (", " call)* "]"' if parallel else 'calls: "[" call "]"',
-        "call: " + " | ".join(f"call_{i}" for i in range(len(functions))),
+        "call: " + " | ".join(f"call_{i}" for i in functions),
     ]
-    for i, function in enumerate(functions):
+    for i, function in functions.items():
         head = json.dumps(f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": ')
         schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
-        rules.append(f'call_{i}: {head} arguments_{i} "}}"')
-        rules.append(f"arguments_{i}: %json {json.dumps({**schema, 'x-guidance': AS_TRAINED})}")
-    return "\n".join(rules)
+        lines.append(f'call_{i}: {head} arguments_{i} "}}"')
+        lines.append(rules(schema, f"tools[{i}].function.parameters", f"arguments_{i}", AS_TRAINED))
+    return "\n".join(lines)
 
 
 def _function(place: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What stands in a tool of OpenAI's form."""
+    """What stands in a tool of OpenAI's form. GrammarError unless it has a name, and arguments of an object."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise GrammarError(f"tools[{place}] has no function with a name")
     parameters = function.get("parameters")
+    where = f"tools[{place}].function.parameters"
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise GrammarError(f"tools[{place}]: parameters must be a JSON schema, not {parameters!r:.80}")
+        raise GrammarError(f"{where} must be the JSON schema of an object, not {parameters!r:.80}")
+    if parameters and parameters.get("type", "object") != "object":
+        raise GrammarError(f"{where}.type must be 'object', not {parameters['type']!r:.80}")
     return function

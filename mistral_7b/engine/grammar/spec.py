@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import GrammarError
 from ...sampling_params import StructuredOutputs
-from .lark import lark, or_tools, tool_spec
+from .lark import check_tools, lark, or_tools, tool_spec
 
 FREE = ("auto", "none")  # values of tool_choice with which a model need not call
 
@@ -34,7 +34,8 @@ class GrammarSpec:
         cls, structured: StructuredOutputs | None, tools: Sequence[Mapping[str, Any]] = (),
         choice: str | Mapping[str, Any] = "auto", parallel: bool = True,
     ) -> GrammarSpec | None:  # fmt: skip
-        """What a request asks for; None where any text will do."""
+        """What a request asks for; None where any text will do. GrammarError for tools that are none."""
+        check_tools(tools)
         if structured is None and choice in FREE:
             return None
         return cls(structured, () if choice == "none" else tuple(tools), choice, parallel)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..errors import BenchmarkError
+from ..kernels import threads
 from . import machine, work
 from .jobs import BATCH, BATCH_PROMPT, LLAMA, LOADS, OURS, TRANSFORMERS, Job, Measured
 from .records import Record, record
@@ -56,6 +57,9 @@ class Plan:
     peers: bool = False
     peer_python: str = sys.executable
     files: str | None = None  # a folder that keeps the peers' files
+
+    def __post_init__(self) -> None:
+        threads.check(self.threads)
 
     def jobs(self) -> Iterator[Job]:
         """In the order in which they run."""

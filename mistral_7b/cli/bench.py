@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..kernels import threads
 from .bench_serving import ServingOptions
 from .bench_serving import check as check_serving
 from .inputs import ModelName, UsageError, read_flags
@@ -48,7 +49,7 @@ class Bench:
     prompt: int = 512
     """Tokens that are read in prefill."""
     threads: int | None = None
-    """CPU threads, for every engine; none: as many as PyTorch takes by itself."""
+    """CPU threads, for every engine, at most four for each CPU of the machine; none: as many as PyTorch takes."""
     peers: bool = False
     """Measure llama.cpp and transformers too, on random weights of the same shape, in turn."""
     peer_python: str = sys.executable
@@ -115,7 +116,8 @@ def show(
 def check(args: Bench) -> None:
     """UsageError, naming the flag, for what cannot be, whatever is measured."""
     check_serving(args)
-    for name in ("context", "prompt", "threads", "rounds", "layers"):
+    threads.check(args.threads, "--threads")
+    for name in ("context", "prompt", "rounds", "layers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}")

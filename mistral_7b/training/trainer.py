@@ -16,6 +16,7 @@ import torch
 
 from ..cache import Stateless
 from ..errors import TrainingError
+from ..kernels import threads
 from ..model import Mistral7B, ModelArgs
 from ..tokenizer import Tokenizer
 from .args import TrainArgs
@@ -161,6 +162,7 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     and `model/`, the finished model with its tokenizer. Raises TrainingError for data that cannot be
     used, or a state of a run with other arguments.
     """
+    threads.use()
     out = Path(args.out)
     state_path = out / "state.pt"
     if (out / "model").exists() and not state_path.exists():

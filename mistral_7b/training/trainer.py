@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..model import Mistral7B, ModelArgs
 from ..tokenizer import Tokenizer
 from .args import TrainArgs
 from .curve import draw_curve
-from .data import IGNORE, PackedDocuments, held_out_documents, text_files
+from .data import IGNORE, PackedDocuments, held_out_documents, split_files
 from .loss import bits_per_byte, loss_backward
 from .progress import ProgressLine
 
@@ -159,8 +160,9 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     """Train as `args` say, or go on where `args.out` stopped; returns the last record of the log.
 
     Leaves in `args.out`: `state.pt` to resume from, `log.jsonl`, `curve.png` (if matplotlib is there),
-    and `model/`, the finished model with its tokenizer. Raises TrainingError for data that cannot be
-    used, or a state of a run with other arguments.
+    and `model/`, the finished model with its tokenizer. Files of `held_out` that lie in `data` are not trained
+    on, and a line on stderr says how many. Raises TrainingError for data that cannot be used, or a state of a
+    run with other arguments.
     """
     threads.use()
     out = Path(args.out)
@@ -169,13 +171,12 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
         raise TrainingError(f"{out / 'model'} is there already, and of no run in {out}: name another --out")
     if not args.data:
         raise TrainingError("no training data: name text files or folders with --data")
+    files = split_files(args.data, args.held_out, args.suffixes)
+    if files.left_out:
+        print(f"files of --data that are held out, and so not trained on: {files.left_out}", file=sys.stderr)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
-    data = PackedDocuments.from_files(text_files(args.data, args.suffixes), tokenizer, args.seq_len, args.seed)
-    held_out = [
-        (tokens, size)
-        for _, tokens, size in held_out_documents(text_files(args.held_out, args.suffixes), tokenizer)
-        if size
-    ]
+    data = PackedDocuments.from_files(files.training, tokenizer, args.seq_len, args.seed)
+    held_out = [(tokens, size) for _, tokens, size in held_out_documents(files.held_out, tokenizer) if size]
     trainer = Trainer(args, open_model(args, tokenizer), data)
     if state_path.exists():
         state = torch.load(state_path, map_location=args.device, weights_only=True)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
@@ -117,15 +117,15 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Show on a terminal's stderr that something goes on; nothing is left of it."""
+def busy(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal's stderr that something goes on; nothing is left of it. Yields what changes the words."""
     if not sys.stderr.isatty():
-        yield
+        yield lambda what: None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(what):
-        yield
+    with Console(stderr=True).status(what) as status:
+        yield lambda what: status.update(what)
 
 
 def read_text(path: str) -> str:

@@ -137,10 +137,9 @@ def _shortest(ways: Sequence[Callable[[], object]], seconds: float) -> float:
 
 def fp32_peak(side: int, rows: int, seconds: float = SECONDS) -> float:
     """float32 matrix product, operations a second."""
-    import torch
     import torch.nn.functional as F
 
-    w, x = torch.randn(side, side), torch.randn(rows, side)
+    w, x = _random(side, side), _random(rows, side)
     return 2 * side * side * _most(lambda m: F.linear(x[:m], w), rows, seconds)
 
 
@@ -149,7 +148,7 @@ def bf16_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
     import torch
     import torch.nn.functional as F
 
-    w, x = torch.randn(side, side).to(torch.bfloat16), torch.randn(rows, side).to(torch.bfloat16)
+    w, x = _random(side, side).to(torch.bfloat16), _random(rows, side).to(torch.bfloat16)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(w, None)
 
@@ -170,9 +169,16 @@ def int8_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
 
     if compiler.library() is None:
         return None
-    codes, scale = layout.tile_int8(torch.randint(1, 256, (side, side), dtype=torch.uint8)), torch.ones(side)
-    x = torch.randn(rows, side).to(torch.bfloat16)
+    codes = layout.tile_int8(_random(side, side).mul_(40).add_(128).clamp_(1, 255).to(torch.uint8))
+    scale, x = torch.ones(side), _random(rows, side).to(torch.bfloat16)
     return 2 * side * side * _most(lambda m: int8_linear(x[:m], codes, scale, side), rows, seconds)
+
+
+def _random(rows: int, columns: int) -> Tensor:
+    """Random numbers, each row the same: speed does not depend on them, and to draw more would take its time."""
+    import torch
+
+    return torch.randn(columns).repeat(rows, 1)
 
 
 def _most(work: Callable[[int], object], most: int, seconds: float) -> float:

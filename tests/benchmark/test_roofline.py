@@ -144,9 +144,11 @@ def test_int8_peak_is_of_our_own_kernel_and_no_other(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     assert roofline.int8_peak(64, 3) == 2 * 64 * 64
     torch.manual_seed(0)
-    codes = torch.randint(1, 256, (64, 64), dtype=torch.uint8)
-    x = torch.randn(3, 64).to(torch.bfloat16)
-    assert torch.equal(made[0], linear_twin(x, (codes.short() - 128).to(torch.int8), torch.ones(64)))
+    w = (torch.randn(64) * 40 + 128).clamp(1, 255).to(torch.uint8).short() - 128
+    x = torch.randn(64).to(torch.bfloat16)
+    wanted = linear_twin(x.repeat(3, 1), w.to(torch.int8).repeat(64, 1), torch.ones(64))
+    assert torch.equal(made[0], wanted)
+    assert wanted.abs().max() > 100
 
 
 def test_without_kernels_there_is_no_int8_and_bf16_may_be_the_plain_product(

@@ -17,7 +17,7 @@ ROOT = Path(mistral_7b.__file__).parent
 # From the ground up: a room imports from lines above its own, never from its own line or below.
 LAYERS = (
     ("errors",),
-    ("kernels", "messages", "sampling_params", "tool_calls"),
+    ("files", "kernels", "messages", "sampling_params", "tool_calls"),
     ("attention",),
     ("cache",),
     ("model",),

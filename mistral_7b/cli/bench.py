@@ -86,8 +86,6 @@ def show(
     draw: Callable[[str, list[Any]], None],
 ) -> None:  # fmt: skip
     """Measure, write the records, and show them as `report`, a module, has them."""
-    from rich.console import Console
-
     from ..benchmark.records import write_json
 
     def tell(text: str) -> None:
@@ -99,18 +97,27 @@ def show(
         matplotlib_classes()  # missing matplotlib is told now, not after an hour
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # files of peers are removed
     records = measure(tell)
-    if args.json:
-        write_json(args.json, records)
+    try:
+        if args.json:
+            write_json(args.json, records)
+    finally:  # what took an hour is seen, though it cannot be kept
+        print_tables(records, report)
+    if doubt := report.doubt(records):
+        tell(doubt)
+    if args.plot:
+        draw(args.plot, records)
+
+
+def print_tables(records: list[Any], report: Any) -> None:
+    """Show records as `report`, a module, has them."""
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(report.heading(records), highlight=False)
     for table in report.tables(records):
         console.print(table)
     for name, path in report.paths(records).items():
         console.print(f"{name} ran on: {path}", highlight=False)
-    if doubt := report.doubt(records):
-        tell(doubt)
-    if args.plot:
-        draw(args.plot, records)
 
 
 def check(args: Bench) -> None:

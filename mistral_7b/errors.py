@@ -28,6 +28,10 @@ class AdapterError(Mistral7BError):
     """A LoRA adapter that is not loaded, is loaded already, or does not fit the model."""
 
 
+class WriteError(Mistral7BError):
+    """A file that the system does not take: the disk is full or read-only, or this user may not write there."""
+
+
 class HubError(Mistral7BError):
     """A download that could not be made: offline, gated, missing, or cut off."""
 

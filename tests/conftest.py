@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -34,9 +35,9 @@ def ceilings_asked(ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch) -> list[
     """Commands get those ceilings, however they ask; how they did: threads, and quick or not."""
     asked: list[tuple[int | None, bool]] = []
 
-    def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceilings:
+    def find_ceilings(threads: int | None = None, quick: bool = False, **limits: object) -> dict[str, Any]:
         asked.append((threads, quick))
-        return ceilings
+        return dataclasses.asdict(ceilings)
 
-    monkeypatch.setattr("mistral_7b.benchmark.run.measure_ceilings", measure_ceilings)
+    monkeypatch.setattr("mistral_7b.benchmark.run.find_ceilings", find_ceilings)
     return asked

@@ -17,7 +17,7 @@ ROOT = Path(mistral_7b.__file__).parent
 # From the ground up: a room imports from lines above its own, never from its own line or below.
 LAYERS = (
     ("errors",),
-    ("kernels", "messages", "sampling_params", "tool_calls"),
+    ("files", "kernels", "messages", "sampling_params", "tool_calls"),
     ("attention",),
     ("cache",),
     ("model",),
@@ -44,8 +44,8 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 WITHOUT_TORCH = (
     "", "errors", "cli", "sampling_params", "messages", "tokenizer", "checkpoint", "checkpoint.hub",
     "training", "training.args", "server.protocol", "server.config", "server.answers", "cli.serve",
-    "server.anthropic_wire", "server.anthropic_events", "kernels.compiler", "checkpoint.gguf_file",
-    "tool_calls", "engine.grammar.client", "engine.grammar.forkserver",
+    "server.anthropic_wire", "server.anthropic_events", "kernels.compiler", "kernels.threads",
+    "checkpoint.gguf_file", "tool_calls", "engine.grammar.client", "engine.grammar.forkserver",
     "checkpoint.gguf_tokenizer", "benchmark.run", "benchmark.report", "benchmark.plot", "benchmark.machine",
     "benchmark.serving.run", "benchmark.serving.report", "benchmark.serving.plot",
 )  # fmt: skip

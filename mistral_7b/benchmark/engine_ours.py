@@ -8,7 +8,7 @@ import time
 import torch
 
 from ..generate import PREFILL_CHUNK, stream
-from ..kernels import describe
+from ..kernels import describe, threads
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import compressed_bytes, random_model
 from ..sampling_params import SamplingParams
@@ -19,8 +19,7 @@ class Engine:
     """Prefill in chunks as `generate` does it, decode with one token a row, both into one rolling cache."""
 
     def __init__(self, job: Job) -> None:
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
+        threads.use(job.threads)
         self.job = job
         self.model = build(job).eval()
         self.tokens = torch.randint(0, self.model.args.vocab_size, (job.rows, job.prompt))

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from ..kernels import threads
 from .jobs import Job
 
 PATTERN = 1 << 22  # numbers that all weights are copies of: to draw 7 billion takes longer than to use them
@@ -16,8 +17,7 @@ PATTERN = 1 << 22  # numbers that all weights are copies of: to draw 7 billion t
 
 class Engine:
     def __init__(self, job: Job) -> None:
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
+        threads.use(job.threads)
         self.model = build(job.args)
         table = self.model.get_input_embeddings().weight
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters()) - table.nbytes

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import pathlib
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BenchmarkError
+from ..files import written
 from .jobs import LLAMA, OURS, TRANSFORMERS
 from .records import Record
 
@@ -49,13 +49,11 @@ def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure, renamed into place when it is whole; BenchmarkError for an ending that is unknown."""
     target = pathlib.Path(path).expanduser()
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        beside = pathlib.Path(folder) / target.name
+    with written(target) as beside:
         try:
-            figure.savefig(beside, dpi=150)
+            figure.savefig(beside, format=target.suffix[1:] or "png", dpi=150)
         except ValueError as error:
             raise BenchmarkError(f"--plot {target}: {error}") from error
-        os.replace(beside, target)
 
 
 def matplotlib_classes() -> tuple[Any, Any]:

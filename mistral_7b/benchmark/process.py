@@ -1,6 +1,7 @@
 """One job in a process of its own: python -m mistral_7b.benchmark.process JOB-AS-JSON
 
-The last line of what it prints is the result as JSON; a failure is one line on stderr and exit code 1.
+The last line of what it prints is the result as JSON, of ceilings each line a part of it; a failure is one line on
+stderr and exit code 1.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import sys
 
 from ..errors import Mistral7BError
+from ..kernels import threads
 from .jobs import LLAMA, OURS, STEPS, TRANSFORMERS, Job
 from .timing import measure
 
@@ -18,13 +20,10 @@ ENGINES = {OURS: "engine_ours", LLAMA: "engine_llama", TRANSFORMERS: "engine_tra
 
 
 def main(argv: list[str]) -> int:
-    if argv[0] == "ceilings":
-        from . import roofline
-
-        threads, quick = json.loads(argv[1])
-        print(json.dumps(dataclasses.asdict(roofline.measure(threads, quick))))
-        return 0
     try:
+        if argv[0] == "ceilings":
+            ceilings(*json.loads(argv[1]))
+            return 0
         if argv[0] == "serving":
             from .serving import ours, traffic
 
@@ -41,6 +40,18 @@ def main(argv: list[str]) -> int:
         return 1
     print(json.dumps(dataclasses.asdict(found)))
     return 0
+
+
+def ceilings(n: int | None, quick: bool, until: float) -> None:
+    """A line for the threads, and one for each ceiling as soon as it is measured."""
+    import torch
+
+    from . import roofline
+
+    threads.use(n)
+    print(json.dumps({"threads": torch.get_num_threads()}), flush=True)
+    for name, value in roofline.measure(quick, until):
+        print(json.dumps({name: value}), flush=True)
 
 
 if __name__ == "__main__":

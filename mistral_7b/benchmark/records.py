@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import statistics
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from ..files import written
 from . import work
 from .jobs import Job, Measured
 from .roofline import Ceilings
@@ -99,19 +98,13 @@ def spread(times: list[float]) -> float:
 
 
 def write_json(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
-    """Write records (dataclasses), beside the place and renamed: nothing half-written is ever seen there."""
-    target = pathlib.Path(path).expanduser()
+    """Write records (dataclasses), beside the place and renamed: nothing half-written is ever seen there.
+
+    WriteError if the system does not take them.
+    """
     text = json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n"
-    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+    with written(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> list[Record]:

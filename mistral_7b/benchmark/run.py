@@ -15,15 +15,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import BenchmarkError
+from ..kernels import compiler, threads
 from . import machine, work
 from .jobs import BATCH, BATCH_PROMPT, LLAMA, LOADS, OURS, TRANSFORMERS, Job, Measured
 from .records import Record, record
-from .roofline import Ceilings
+from .roofline import PROBES, Ceilings
 
 PACKAGE = pathlib.Path(__file__).parent.parent
 # The peers of each of our schemes: the same bits a weight, or the nearest they have.
@@ -37,6 +39,8 @@ PEERS = {
 # 7.22 (two cores of a Sapphire Rapids). Ours asks for its own (kernels/pages.py).
 PEER_VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SPARE = 1 << 30  # bytes beside weights and cache: activations, libraries
+CEILINGS_SECONDS = 60.0  # for all of them, where seven are enough if nothing else runs
+ENDING = 1.0  # seconds between the end of the last probe's time and that of the process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Plan:
     peers: bool = False
     peer_python: str = sys.executable
     files: str | None = None  # a folder that keeps the peers' files
+
+    def __post_init__(self) -> None:
+        threads.check(self.threads)
 
     def jobs(self) -> Iterator[Job]:
         """In the order in which they run."""
@@ -82,6 +89,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
     All engines get as many threads as the ceilings had. What cannot be done here is told, and left out.
     Raises BenchmarkError if that is everything.
     """
+    compile_kernels(tell)
     tell("measuring this machine's ceilings")
     ceilings = measure_ceilings(plan.threads, plan.quick)
     plan = dataclasses.replace(plan, threads=ceilings.threads)
@@ -113,9 +121,43 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
     ]
 
 
+def compile_kernels(tell: Callable[[str], None]) -> None:
+    """Compile the CPU kernels if none are kept, and say so: no measurement's time is for that."""
+    if compiler.must_compile():
+        tell("compiling the CPU kernels, once: up to a minute")
+    compiler.library()
+
+
 def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceilings:
-    """The ceilings, in a process of its own: it takes gigabytes for a moment."""
-    return Ceilings(**call(sys.executable, "ceilings", json.dumps([threads, quick])))
+    """All ceilings. BenchmarkError if this machine does not get them done within a minute."""
+    found = find_ceilings(threads, quick)
+    if left := [name for name in PROBES if name not in found]:
+        raise BenchmarkError(
+            f"the ceilings ({', '.join(left)}) could not be measured within {CEILINGS_SECONDS} seconds: "
+            "close other programs"
+        )
+    return Ceilings(**found)
+
+
+def find_ceilings(
+    threads: int | None = None,
+    quick: bool = False,
+    seconds: float = CEILINGS_SECONDS,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Those fields of Ceilings that are measured within `seconds`; `tell` hears what is measured next.
+
+    By a process of its own, which takes gigabytes for a moment, shares the time among its probes, and is ended if
+    it does not keep to it.
+    """
+    asked = json.dumps([threads, quick, time.time() + seconds - ENDING])
+    found: dict[str, Any] = {}
+    tell("starting")
+    for line in _lines(sys.executable, "process", ("ceilings", asked), {}, seconds):
+        found |= json.loads(line)
+        if left := [name for name in PROBES if name not in found]:
+            tell(left[0])
+    return found
 
 
 def measure(job: Job, peer_python: str) -> list[Measured]:
@@ -195,12 +237,26 @@ def call(python: str, *argv: str, **variables: str) -> dict[str, Any]:
 
 
 def _python(python: str, module: str, *argv: str, **variables: str) -> str:
+    """What a module of this room prints, see `_lines`."""
+    return "".join(_lines(python, module, argv, variables))
+
+
+def _lines(
+    python: str, module: str, argv: Sequence[str], variables: Mapping[str, str], seconds: float | None = None
+) -> Iterator[str]:
     """Run a module of this room under any Python: the package alone is put on its path, none of our libraries.
 
+    Yields each line as it is printed, and ends the process after so many `seconds`, if it is not at its end.
     `variables` are set in its environment unless the user has set them. BenchmarkError with the last line that it
     said if it fails.
     """
-    with tempfile.TemporaryDirectory(prefix="mistral-7b-path-") as path:
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.kill()
+
+    with tempfile.TemporaryDirectory(prefix="mistral-7b-path-") as path, tempfile.TemporaryFile("w+") as complaint:
         (pathlib.Path(path) / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
         before = os.environ.get("PYTHONPATH")
         environment = {
@@ -210,16 +266,31 @@ def _python(python: str, module: str, *argv: str, **variables: str) -> str:
         }
         command = [python, "-m", f"mistral_7b.benchmark.{module}", *argv]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=complaint, text=True, env=environment
+            )
         except OSError as error:
             raise BenchmarkError(f"{python} cannot be run: {error.strerror}") from error
-    if done.returncode < 0:
-        why = " (out of memory?)" if done.returncode == -9 else ""
-        raise BenchmarkError(f"the process was killed by signal {-done.returncode}{why}")
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise BenchmarkError(said[-1] if said else f"the process ended with code {done.returncode}")
-    return done.stdout
+        timer = threading.Timer(seconds or threading.TIMEOUT_MAX, end)
+        timer.daemon = True
+        timer.start()
+        with process:
+            try:
+                assert process.stdout is not None
+                yield from process.stdout
+                process.wait()
+            finally:
+                timer.cancel()
+                process.kill()  # of one at its end nothing is left to end
+        complaint.seek(0)
+        said = complaint.read().strip().splitlines()
+    if late.is_set():
+        return
+    if process.returncode < 0:
+        why = " (out of memory?)" if process.returncode == -9 else ""
+        raise BenchmarkError(f"the process was killed by signal {-process.returncode}{why}")
+    if process.returncode:
+        raise BenchmarkError(said[-1] if said else f"the process ended with code {process.returncode}")
 
 
 def _imports(python: str, *modules: str) -> bool:

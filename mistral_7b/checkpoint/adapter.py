@@ -222,7 +222,7 @@ def save_adapter(
 
     Values keep their type and bits, but that mistral-finetune's scale is always 2: what differs goes into B.
     `base_model` is the name of the model it belongs to, for PEFT's users. CheckpointError if `path` is there and
-    not empty, or cannot be written.
+    not empty, WriteError if it cannot be written.
     """
     if format not in ("peft", "mistral"):
         raise CheckpointError(f"an adapter's format {format!r} is not known: 'peft' or 'mistral'")

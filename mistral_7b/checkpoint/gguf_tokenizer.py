@@ -12,13 +12,13 @@ import math
 import os
 import pathlib
 import re
-import secrets
 import struct
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import CheckpointError, TokenizerError
+from ..errors import CheckpointError, TokenizerError, WriteError
+from ..files import written
 from . import gguf_file
 from .chat_templates import HEADS, chat_template, template_version
 
@@ -43,7 +43,7 @@ def extract(path: pathlib.Path) -> pathlib.Path:
     folder = root / "mistral-7b" / "tokenizers" / hashlib.sha256(model).hexdigest()[:32]
     try:
         return _kept(folder / name, model)
-    except OSError:  # no home that can be written to: this process has the file for itself
+    except (OSError, WriteError):  # no home that can be written to: this process has the file for itself
         return _kept(pathlib.Path(tempfile.mkdtemp(prefix="mistral-7b-")) / name, model)
 
 
@@ -58,13 +58,8 @@ def file_name(metadata: Any) -> str:
 def _kept(path: pathlib.Path, content: bytes) -> pathlib.Path:
     """The file with this content: as it lies there already, or written and renamed."""
     if not path.is_file() or path.read_bytes() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
+        with written(path, folders=True) as beside:
             beside.write_bytes(content)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
     return path
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
-import secrets
 import shutil
 import struct
 import warnings
@@ -14,7 +12,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, WriteError
+from ..files import written
 from ..model import ModelArgs
 from . import gguf, gguf_blocks, gguf_tokenizer, hub
 from .gguf_file import ALIGNMENT, ARRAY, BOOL, FLOAT32, INT32, KINDS, MAGIC, STRING, UINT32, Kind, is_gguf
@@ -54,24 +53,17 @@ def write(
     needed = sum(_nbytes(t, kind) for t, kind in plan)
     place = next(p for p in path.absolute().parents if p.exists())
     if (free := shutil.disk_usage(place).free) < needed:
-        raise CheckpointError(f"{path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
-    partial = path.absolute().with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+        raise WriteError(f"{path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as f:
+        with written(path, folders=True) as partial, partial.open("wb") as f:
             f.write(_header(_metadata(args, plan, source), plan))
             for tensor, kind in plan:
                 f.write(bytes(-f.tell() % ALIGNMENT))
                 _write_tensor(f, tensor, kind)
                 tell(tensor)
             f.write(bytes(-f.tell() % ALIGNMENT))
-        os.replace(partial, path)
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be written ({e.strerror or e}); nothing was left there") from e
     except (struct.error, OverflowError) as e:  # a number of the configuration, or of a source's tokenizer
         raise CheckpointError(f"{path}: not written, for GGUF's keys cannot hold what they should ({e})") from e
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:

@@ -13,7 +13,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError, HubError, WriteError
+from ..files import ADVICE, refusal_in
 
 DEMO = pathlib.Path(__file__).parent.parent / "demo"
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -140,6 +141,11 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
         ) from e
     # Whatever else the client library and its transport raise is a connection that did not work.
     except Exception as e:
+        if (refusal := refusal_in(e)) is not None and refusal.errno in ADVICE:
+            raise WriteError(
+                f"{repo_id} could not be written to {constants.HF_HUB_CACHE} ({refusal.strerror}): "
+                f"{ADVICE[refusal.errno]} with HF_HOME; the files that have arrived are kept"
+            ) from e
         if found := _cached(repo_id, revision, file):
             return found
         if isinstance(e, errors.OfflineModeIsEnabled):

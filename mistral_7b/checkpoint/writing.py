@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, WriteError
+from ..files import raise_refusal
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import scheme_of
 from . import gguf, gguf_tokenizer, gguf_writing, hub, huggingface, mistral
@@ -176,7 +177,7 @@ def _write_folder(
 def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
     """A folder beside `out` to write `needed` bytes into; it becomes `out` when all is well, else it goes.
 
-    CheckpointError if `out` is there and not empty, if there is no room, or if writing fails.
+    CheckpointError if `out` is there and not empty, WriteError if there is no room or writing fails.
     """
     _check_room(out, needed)
     partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
@@ -186,8 +187,9 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
         if out.exists():
             out.rmdir()  # empty, as checked; not everywhere can a folder be renamed onto another
         os.replace(partial, out)
-    except OSError as e:
-        raise CheckpointError(f"{out}: cannot be written ({e.strerror or e}); nothing was left there") from e
+    except Exception as error:
+        raise_refusal(error, out, partial)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -197,7 +199,7 @@ def _check_room(out: pathlib.Path, needed: int) -> None:
         raise CheckpointError(f"{out}: exists already; name a new folder, or remove that one")
     place = next(p for p in out.absolute().parents if p.exists())
     if (free := shutil.disk_usage(place).free) < needed:
-        raise CheckpointError(f"{out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+        raise WriteError(f"{out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
 
 
 def _bytes(size: int | str) -> int:

@@ -17,7 +17,8 @@ import os
 import sys
 
 from .. import __version__
-from ..errors import HubError, Mistral7BError
+from ..errors import HubError, Mistral7BError, WriteError
+from ..files import ADVICE, refusal_in
 
 COMMANDS = {
     "generate": "continue a text",
@@ -56,7 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _report(error)
+        code = _report(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is standard output that takes nothing, and what it still holds is lost
+            _forget_stdout()
+        return code
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -98,9 +104,12 @@ def _report(error: Exception) -> int:
     hint = ""
     bad_input = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
     if isinstance(error, Mistral7BError):
-        bad_input, text = not isinstance(error, HubError), str(error)
-    elif isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        bad_input, text = not isinstance(error, (HubError, WriteError)), str(error)
+    elif (refusal := refusal_in(error)) is not None:
+        what = refusal.filename or ("the output" if refusal.errno in ADVICE else "")
+        text = f"{what}: {refusal.strerror}" if what else str(refusal)
+        if refusal.errno in ADVICE and not bad_input:
+            text += f"; {ADVICE[refusal.errno]}"
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         text = f"out of memory: {error}. `mistral-7b info MODEL --context N` says what is needed"
     else:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..kernels import threads
 from .bench_serving import ServingOptions
 from .bench_serving import check as check_serving
 from .inputs import ModelName, UsageError, read_flags
@@ -48,7 +49,7 @@ class Bench:
     prompt: int = 512
     """Tokens that are read in prefill."""
     threads: int | None = None
-    """CPU threads, for every engine; none: as many as PyTorch takes by itself."""
+    """CPU threads, for every engine, at most four for each CPU of the machine; none: as many as PyTorch takes."""
     peers: bool = False
     """Measure llama.cpp and transformers too, on random weights of the same shape, in turn."""
     peer_python: str = sys.executable
@@ -85,8 +86,6 @@ def show(
     draw: Callable[[str, list[Any]], None],
 ) -> None:  # fmt: skip
     """Measure, write the records, and show them as `report`, a module, has them."""
-    from rich.console import Console
-
     from ..benchmark.records import write_json
 
     def tell(text: str) -> None:
@@ -98,24 +97,34 @@ def show(
         matplotlib_classes()  # missing matplotlib is told now, not after an hour
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # files of peers are removed
     records = measure(tell)
-    if args.json:
-        write_json(args.json, records)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(report.heading(records), highlight=False)
-    for table in report.tables(records):
-        console.print(table)
-    for name, path in report.paths(records).items():
-        console.print(f"{name} ran on: {path}", highlight=False)
+    try:
+        if args.json:
+            write_json(args.json, records)
+    finally:  # what took an hour is seen, though it cannot be kept
+        print_tables(records, report)
     if doubt := report.doubt(records):
         tell(doubt)
     if args.plot:
         draw(args.plot, records)
 
 
+def print_tables(records: list[Any], report: Any) -> None:
+    """Show records as `report`, a module, has them."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.heading(records), highlight=False)
+    for table in report.tables(records):
+        console.print(table)
+    for name, path in report.paths(records).items():
+        console.print(f"{name} ran on: {path}", highlight=False)
+
+
 def check(args: Bench) -> None:
     """UsageError, naming the flag, for what cannot be, whatever is measured."""
     check_serving(args)
-    for name in ("context", "prompt", "threads", "rounds", "layers"):
+    threads.check(args.threads, "--threads")
+    for name in ("context", "prompt", "rounds", "layers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}")

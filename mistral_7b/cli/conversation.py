@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pathlib
-import tempfile
 from typing import Any
 
+from ..files import written
 from .inputs import UsageError, read_text
 
 Message = dict[str, Any]
@@ -34,7 +32,10 @@ class Conversation:
         return [*system, *self.turns]
 
     def save(self, path: str) -> None:
-        """Write `{"messages": [...]}`, beside the place and renamed. Only a conversation is written over."""
+        """Write `{"messages": [...]}`, beside the place and renamed. Only a conversation is written over.
+
+        WriteError if the system does not take it.
+        """
         target = pathlib.Path(path).expanduser()
         if target.exists():
             try:
@@ -42,15 +43,9 @@ class Conversation:
             except UsageError as error:
                 raise UsageError(f"{error}; it is not written over, choose another name") from error
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
-        handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(beside, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-            raise
+        with written(target) as beside:
+            beside.touch(mode=0o600)  # a conversation is for its user's eyes
+            beside.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str) -> Conversation:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from .inputs import busy, read_flags
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGES = {  # package -> what it is for, and the extra that brings it, if any
     "matplotlib": "pictures", "gguf": "writing GGUF for the benchmark's peers",
     "llama-cpp-python": "the benchmark's peer", "transformers": "the benchmark's peer",
 }  # fmt: skip
+MEASURED = {  # the ceilings in the order in which they are measured
+    "read_bandwidth": "reading memory", "fp32": "products in float32", "bf16": "in bf16", "int8": "in int8",
+}  # fmt: skip
+NAMES = 18  # characters of the longest name of a row
 NEEDED = {"bf16": 15.5e9, "int8": 8.5e9, "int4": 5.0e9}  # bytes for Mistral 7B with a context of 4096
+
+
+SECONDS = 15.0  # for all that is measured, however busy the machine is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,29 +33,24 @@ class Doctor:
     """Look at this machine: CPU, memory, compiler, kernels, GPU, measured ceilings, and what to do about gaps."""
 
     measure: bool = True
-    """Measure read bandwidth and matrix products: ten seconds, 2 GB of memory for a moment."""
+    """Measure read bandwidth and matrix products: 15 seconds at most, 2 GB of memory for a moment."""
     json: bool = False
     """Print one JSON object."""
 
 
 def run(argv: list[str]) -> int:
     args = read_flags(Doctor, "doctor", argv)
-    with busy("measuring" if args.measure else "looking"):
-        facts = examine(args.measure)
+    from rich.console import Console
+
+    console, facts = Console(), dict[str, Any]()
+    for found in examine(args.measure):
+        if not args.json:
+            show(console, rows({**facts, **found}, found))
+        facts |= found
+    facts["advice"] = advice(facts)
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows(facts).items():
-        table.add_row(name, Text(value))
-    console = Console()
-    console.print(table)
     for n, text in enumerate(facts["advice"], 1):
         console.print(f"{n}. {text}", highlight=False, markup=False)
     if not facts["advice"]:
@@ -51,12 +58,38 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def examine(measure: bool) -> dict[str, Any]:
-    """All facts, and advice. A thing that cannot be found out is said to be so; nothing is raised for it."""
+def show(console: Console, rows: dict[str, str]) -> None:
+    """Print rows of the table, which grows while facts are found."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True, width=NAMES)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+
+
+def examine(measure: bool) -> Iterator[dict[str, Any]]:
+    """All facts, those first that are known at once, and what has to be measured last.
+
+    A thing that cannot be found out is said to be so; nothing is raised for it.
+    """
+    yield machine_facts()
+    with busy("importing PyTorch"):
+        found = _attempt(torch_facts)
+    yield {"torch": found}
+    yield {"kernels": _attempt(kernel_facts)}
+    yield {"ceilings": _attempt(ceilings) if measure else {"skipped": "--no-measure"}}
+
+
+def machine_facts() -> dict[str, Any]:
+    """What the system says of the machine, and which packages there are."""
     from ..benchmark import machine
 
     total, free = machine.memory()
-    facts: dict[str, Any] = {
+    return {
         "cpu": machine.cpu_name(),
         "architecture": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
@@ -68,10 +101,6 @@ def examine(measure: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: machine.version(name) for name in ("torch", "triton", *PACKAGES)},
     }
-    facts["torch"] = _attempt(torch_facts)
-    facts["kernels"] = _attempt(kernel_facts)
-    facts["ceilings"] = _attempt(ceilings) if measure else {"skipped": "--no-measure"}
-    return {**facts, "advice": advice(facts)}
 
 
 def torch_facts() -> dict[str, Any]:
@@ -93,24 +122,27 @@ def torch_facts() -> dict[str, Any]:
 
 def kernel_facts() -> dict[str, str]:
     """What the package's own kernels say of themselves; they are compiled for it if they were not."""
+    from ..benchmark.run import compile_kernels
     from ..kernels import describe
 
+    compile_kernels(lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
     return describe()
 
 
 def ceilings() -> dict[str, Any]:
-    from ..benchmark.run import measure_ceilings
+    """The ceilings that are measured within SECONDS, with progress on a terminal."""
+    from ..benchmark.run import find_ceilings
 
-    return dataclasses.asdict(measure_ceilings())
+    with busy(f"measuring, {SECONDS:.0f} seconds at most") as tell:
+        return find_ceilings(seconds=SECONDS, tell=lambda what: tell(f"measuring: {MEASURED.get(what, what)}"))
 
 
-def _attempt(find: Any) -> dict[str, Any]:
+def _attempt(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `find` finds, or why it could not: an odd machine is what this command is for."""
     try:
-        found: dict[str, Any] = find()
+        return find()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    return found
 
 
 def advice(facts: dict[str, Any]) -> list[str]:
@@ -144,31 +176,47 @@ def advice(facts: dict[str, Any]) -> list[str]:
     return out
 
 
-def rows(facts: dict[str, Any]) -> dict[str, str]:
-    """The facts for a person."""
-    sets, torch = facts["instruction_sets"], facts["torch"]
+def rows(facts: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
+    """What was `found` just now, for a person; `facts` are all that are known."""
+    if "cpu" in found:
+        return machine_rows(found)
+    if "torch" in found:
+        torch = found["torch"]
+        version = (
+            torch.get("error") or f"{torch['version']}, {torch['threads']} threads, {torch['cpu_capability']}"
+        )
+        without = "" if torch.get("mkldnn", True) else ", without oneDNN"
+        return {"PyTorch": version + without, "GPU": torch.get("gpu") or "none"}
+    if "kernels" in found:
+        return {f"kernels: {name}": str(value) for name, value in found["kernels"].items()}
+    return ceiling_rows(found["ceilings"], facts["kernels"].get("running", ""))
+
+
+def machine_rows(facts: dict[str, Any]) -> dict[str, str]:
+    sets = facts["instruction_sets"]
     has = ", ".join(name for name, on in sets.items() if on) or "none that is known"
     lacks = ", ".join(name for name, on in sets.items() if not on)
     packages = {name: v for name, v in facts["packages"].items() if name != "torch"}
-    out = {
+    return {
         "CPU": f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} CPUs to use",
         "system": f"{facts['system']}, Python {facts['python']}",
         "it can": has,
         "it cannot": lacks or "(nothing is missing)",
         "memory": f"{facts['memory_bytes'] / 1e9:.1f} GB, {facts['memory_free_bytes'] / 1e9:.1f} GB free",
-        "PyTorch": torch.get("error")
-        or f"{torch['version']}, {torch['threads']} threads, {torch['cpu_capability']}"
-        + ("" if torch["mkldnn"] else ", without oneDNN"),
-        "GPU": torch.get("gpu") or "none",
-        **{f"kernels: {name}": str(value) for name, value in facts["kernels"].items()},
         "optional": ", ".join(f"{name} {v or 'absent'}" for name, v in packages.items()),
     }
-    found = facts["ceilings"]
+
+
+def ceiling_rows(found: dict[str, Any], kernels: str) -> dict[str, str]:
+    """The ceilings, and what each was measured with."""
+    if "error" in found or "skipped" in found:
+        return {"ceilings": found.get("error") or "not measured"}
+    out = {}
     if "read_bandwidth" in found:
-        kinds = {"float32": found["fp32"], "bf16": found["bf16"], "int8": found["int8"]}
-        products = ", ".join(f"{kind} {v / 1e12:.2f}" for kind, v in kinds.items() if v)
         out["reads at most"] = f"{found['read_bandwidth'] / 1e9:.1f} GB/s with {found['threads']} threads"
-        out["multiplies at most"] = f"{products} Top/s"
-    else:
-        out["ceilings"] = found.get("error") or "not measured"
+    kinds = {"float32": "fp32", "bf16": "bf16", f"int8 by the kernels ({kernels})": "int8"}
+    if products := [f"{kind} {found[key] / 1e12:.3g}" for kind, key in kinds.items() if found.get(key)]:
+        out["multiplies at most"] = f"{', '.join(products)} Top/s"
+    if missing := [word for key, word in MEASURED.items() if key not in found]:
+        out["not measured"] = f"{', '.join(missing)}: {SECONDS:.0f} seconds were not enough, the machine is busy"
     return out

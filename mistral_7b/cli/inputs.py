@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
 from ..errors import ConfigError, Mistral7BError, TokenizerError
+from ..kernels import threads
 
 if TYPE_CHECKING:
     import torch
@@ -50,9 +51,12 @@ class ModelOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps...; auto: the first accelerator there is."""
     threads: int | None = None
-    """CPU threads; none: as many as PyTorch takes by itself."""
+    """CPU threads, at most four for each CPU of the machine; none: as many as PyTorch takes by itself."""
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model that has one; none: that of the model."""
+
+    def __post_init__(self) -> None:
+        threads.check(self.threads, "--threads")
 
     @property
     def kv_dtype(self) -> torch.dtype | None:
@@ -63,16 +67,13 @@ class ModelOptions:
 
     def open(self, source: str) -> tuple[Mistral7B, Tokenizer]:
         """Load the model that `source` names, and its tokenizer."""
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"--threads must be at least 1, not {self.threads}")
         with busy(f"opening {source}"):
             import torch
 
             from ..tokenizer import Tokenizer
 
             torch.seed()  # two runs differ, unless they are given a --seed
-            if self.threads is not None:
-                torch.set_num_threads(self.threads)
+            threads.use(self.threads)
             model = self._load(source)
             tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
         if tokenizer.vocab_size > model.args.vocab_size:
@@ -116,15 +117,15 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def busy(what: str) -> Iterator[None]:
-    """Show on a terminal's stderr that something goes on; nothing is left of it."""
+def busy(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal's stderr that something goes on; nothing is left of it. Yields what changes the words."""
     if not sys.stderr.isatty():
-        yield
+        yield lambda what: None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(what):
-        yield
+    with Console(stderr=True).status(what) as status:
+        yield lambda what: status.update(what)
 
 
 def read_text(path: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from ..kernels import threads
 from .inputs import UsageError, read_flags, read_text
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Quantize:
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model that has one; none: that of the model."""
     threads: int | None = None
-    """CPU threads; none: as many as PyTorch takes by itself."""
+    """CPU threads, at most four for each CPU of the machine; none: as many as PyTorch takes by itself."""
 
 
 def run(argv: list[str]) -> int:
@@ -63,10 +64,10 @@ def run(argv: list[str]) -> int:
     for flag, value, least in (
         ("tokens", args.tokens, 2),
         ("calibration-tokens", args.calibration_tokens, 2),
-        ("threads", args.threads, 1),
     ):
-        if value is not None and value < least:
+        if value < least:
             raise UsageError(f"--{flag} must be at least {least}, not {value}")
+    threads.check(args.threads, "--threads")
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
     guides = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
     from rich.console import Console
@@ -79,14 +80,11 @@ def run(argv: list[str]) -> int:
         def told(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
-        import torch
-
         from ..checkpoint import hub, quantize, read_args
         from ..quantization import Scheme
         from ..tokenizer import Tokenizer
 
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
+        threads.use(args.threads)
         folder = hub.resolve(args.source)
         longest = min(ROW, read_args(folder)[0].max_seq_len)
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or folder)

@@ -2,6 +2,7 @@
 
 cpu/                  the C++ behind them, entry.cpp first: it says in which order to read
 compiler              compiles it on first use, keeps and loads it; `describe` says what runs
+threads               how many the parallel loops may take
 layout                the tiles in which quantised weights are stored
 linear                products with int8 and int4 weights
 elementwise, attend   what lies between the products

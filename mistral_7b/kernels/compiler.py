@@ -21,6 +21,8 @@ import subprocess
 import sys
 import warnings
 
+from ..errors import ConfigError
+
 SOURCE = pathlib.Path(__file__).with_name("cpu") / "entry.cpp"  # which includes all that lies beside it
 COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP is the one that PyTorch has loaded already
 FLAGS = (
@@ -55,10 +57,10 @@ RETURNS = {"m7b_read": LONG}  # the others nothing
 
 
 def chosen() -> str:
-    """Which instructions the environment asks for. ValueError for a name that is none."""
+    """Which instructions the environment asks for. ConfigError for a name that is none."""
     name = os.environ.get(VARIABLE, "native") or "native"
     if name not in INSTRUCTIONS:
-        raise ValueError(f"{VARIABLE}={name} is not known: it can be {', '.join(INSTRUCTIONS)}")
+        raise ConfigError(f"{VARIABLE}={name} is not known: it can be {', '.join(INSTRUCTIONS)}")
     return name
 
 
@@ -98,6 +100,12 @@ def library() -> ctypes.CDLL | None:
             return lib
         _WHY.append(why or f"{path} cannot be loaded; remove it to have it compiled again")
     return None
+
+
+def must_compile() -> bool:
+    """Whether `library` has to compile first, which takes from ten seconds to a minute: nothing is kept yet."""
+    name, cxx = chosen(), compiler()
+    return name != "off" and cxx is not None and not _place(cxx, name).exists()
 
 
 _WHY: list[str] = []  # what was in the way, if anything was
@@ -145,22 +153,30 @@ def _fingerprint(cxx: str, flags: list[str]) -> str:
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
+def _flags(name: str) -> list[str]:
+    return [*FLAGS, *INSTRUCTIONS[name]]
+
+
+def _place(cxx: str, name: str) -> pathlib.Path:
+    """Where the library for these instructions is kept."""
+    return cache_folder() / f"cpu-{name}-{_fingerprint(cxx, _flags(name))}.so"
+
+
 def _build(name: str) -> tuple[pathlib.Path | None, str]:
     """The library for these instructions, from the cache or compiled; or None and why."""
     cxx = compiler()
     if cxx is None:
         return None, "no C++ compiler was found"
-    flags, folder = [*FLAGS, *INSTRUCTIONS[name]], cache_folder()
-    path = folder / f"cpu-{name}-{_fingerprint(cxx, flags)}.so"
+    path = _place(cxx, name)
     if path.exists():
         return path, ""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     said = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for openmp in (["-fopenmp"], []):  # without it on one thread: better than not at all
             done = subprocess.run(
-                [cxx, *flags, *openmp, str(SOURCE), "-o", str(partial)],
+                [cxx, *_flags(name), *openmp, str(SOURCE), "-o", str(partial)],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -170,7 +186,7 @@ def _build(name: str) -> tuple[pathlib.Path | None, str]:
                 return path, ""
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
     except OSError as e:
-        return None, f"{folder}: {e.strerror}"
+        return None, f"{path.parent}: {e.strerror}"
     finally:
         partial.unlink(missing_ok=True)
     return None, f"{cxx} failed: {said}"

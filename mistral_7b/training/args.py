@@ -21,7 +21,7 @@ class TrainArgs:
     data: tuple[str, ...] = ()
     """Text files, or folders whose files of `suffixes` are read."""
     held_out: tuple[str, ...] = ()
-    """Files or folders that are only measured on, in bits per byte."""
+    """Files or folders that are only measured on, in bits per byte; left out of `data`."""
     suffixes: tuple[str, ...] = (".py", ".txt", ".md")
     """Which files of a folder are text."""
     tokenizer: str = "demo"

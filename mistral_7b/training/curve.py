@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import written
+
 
 def draw_curve(log: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw loss, its running mean and the held-out figures over updates; False if matplotlib is missing."""
+    """Draw loss, its running mean and the held-out figures over updates; False if matplotlib is missing.
+
+    WriteError if the picture cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -34,5 +39,6 @@ def draw_curve(log: Sequence[dict[str, Any]], path: Path) -> bool:
             f"{measured[-1][1]:.3f}", measured[-1], textcoords="offset points", xytext=(-4, 8), ha="right"
         )
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", frameon=False)
-    figure.savefig(path, dpi=120)
+    with written(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
     return True

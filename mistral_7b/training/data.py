@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
 
 def text_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """The text files that `paths` name, folders searched through, in a fixed order.
+    """The text files that `paths` name, folders searched through, in a fixed order, each file once.
 
     Raises TrainingError for a path that is not there or a folder with nothing to read.
     """
@@ -46,7 +46,34 @@ def text_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
             found.extend(inside)
         else:
             raise TrainingError(f"{path}: no such file or folder")
-    return found
+    once: dict[Path, Path] = {}
+    for path in found:
+        once.setdefault(path.resolve(), path)
+    return list(once.values())
+
+
+class Files(NamedTuple):
+    """What a run reads, and how many files of its data were left out of training because they are held out."""
+
+    training: list[Path]
+    held_out: list[Path]
+    left_out: int
+
+
+def split_files(data: Sequence[str], held_out: Sequence[str], suffixes: Sequence[str]) -> Files:
+    """The files to train on and those to measure on: one that is both, by its resolved path, is only measured on.
+
+    Raises TrainingError as `text_files` does, and if nothing remains to train on.
+    """
+    found, measured = text_files(data, suffixes), text_files(held_out, suffixes)
+    hidden = {path.resolve() for path in measured}
+    training = [path for path in found if path.resolve() not in hidden]
+    if not training:
+        raise TrainingError(
+            f"nothing remains to train on: all {len(found)} files of --data are held out as well; "
+            "name other files with --data, or fewer with --held-out"
+        )
+    return Files(training, measured, len(found) - len(training))
 
 
 def read_text(path: Path) -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 
 from ..cache import Stateless
-from ..errors import TrainingError
+from ..errors import TrainingError, WriteError
+from ..files import written
+from ..kernels import threads
 from ..model import Mistral7B, ModelArgs
 from ..tokenizer import Tokenizer
 from .args import TrainArgs
 from .curve import draw_curve
-from .data import IGNORE, PackedDocuments, held_out_documents, text_files
+from .data import IGNORE, PackedDocuments, held_out_documents, split_files
 from .loss import bits_per_byte, loss_backward
 from .progress import ProgressLine
 
@@ -35,7 +38,7 @@ class Trainer:
 
     def __init__(self, args: TrainArgs, model: Mistral7B, data: PackedDocuments) -> None:
         self.args, self.model, self.data = args, model, data
-        self.step, self.seconds = 0, 0.0
+        self.step, self.saved, self.seconds = 0, 0, 0.0
         self.log: list[Record] = []
         self.weights = list(model.parameters())  # a tied weight comes once
         self.masters = [p.detach().float().clone() for p in self.weights]
@@ -113,16 +116,29 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds, self.log = state["step"], state["seconds"], json.loads(state["log"])
+        self.saved = self.step
         self._publish()
 
     def save(self, path: Path) -> None:
-        """Write the state beside its place and rename it: a killed run leaves the last one whole."""
-        beside = path.with_name(path.name + ".part")
-        torch.save(self.state(), beside)
-        os.replace(beside, path)
+        """Write the state beside its place and rename it: a killed run or a full disk leaves the last one whole.
+
+        WriteError says which update that is.
+        """
+        try:
+            with written(path) as beside, beside.open("wb") as file:  # to a path, torch says no more than "failed"
+                torch.save(self.state(), file)
+        except WriteError as error:
+            kept = (
+                f"update {self.saved} is, and the same command resumes there" if self.saved else "nothing is yet"
+            )
+            raise WriteError(f"{error}. Update {self.step} is not saved; {kept}") from error
+        self.saved = self.step
 
     def run(self, state_path: Path, show: Callable[[Record], None], measure: Callable[[], float] | None) -> None:
-        """Go on to the last update, saving as it goes; on Ctrl-C save, and let the interruption through."""
+        """Go on to the last update, saving as it goes; on Ctrl-C save, and let the interruption through.
+
+        WriteError if a state cannot be saved: another attempt would fail as well, so none is made.
+        """
         args = self.args
         try:
             while self.step < args.steps:
@@ -137,8 +153,16 @@ class Trainer:
                 show(record)
                 if self.step % args.save_every == 0:
                     self.save(state_path)
-        finally:
-            self.save(state_path)
+        except WriteError:
+            raise
+        except BaseException:
+            self._save_new(state_path)
+            raise
+        self._save_new(state_path)
+
+    def _save_new(self, path: Path) -> None:
+        if self.saved < self.step:
+            self.save(path)
 
 
 def open_model(args: TrainArgs, tokenizer: Tokenizer) -> Mistral7B:
@@ -158,22 +182,23 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     """Train as `args` say, or go on where `args.out` stopped; returns the last record of the log.
 
     Leaves in `args.out`: `state.pt` to resume from, `log.jsonl`, `curve.png` (if matplotlib is there),
-    and `model/`, the finished model with its tokenizer. Raises TrainingError for data that cannot be
-    used, or a state of a run with other arguments.
+    and `model/`, the finished model with its tokenizer. Files of `held_out` that lie in `data` are not trained
+    on, and a line on stderr says how many. Raises TrainingError for data that cannot be used, or a state of a
+    run with other arguments.
     """
+    threads.use()
     out = Path(args.out)
     state_path = out / "state.pt"
     if (out / "model").exists() and not state_path.exists():
         raise TrainingError(f"{out / 'model'} is there already, and of no run in {out}: name another --out")
     if not args.data:
         raise TrainingError("no training data: name text files or folders with --data")
+    files = split_files(args.data, args.held_out, args.suffixes)
+    if files.left_out:
+        print(f"files of --data that are held out, and so not trained on: {files.left_out}", file=sys.stderr)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
-    data = PackedDocuments.from_files(text_files(args.data, args.suffixes), tokenizer, args.seq_len, args.seed)
-    held_out = [
-        (tokens, size)
-        for _, tokens, size in held_out_documents(text_files(args.held_out, args.suffixes), tokenizer)
-        if size
-    ]
+    data = PackedDocuments.from_files(files.training, tokenizer, args.seq_len, args.seed)
+    held_out = [(tokens, size) for _, tokens, size in held_out_documents(files.held_out, tokenizer) if size]
     trainer = Trainer(args, open_model(args, tokenizer), data)
     if state_path.exists():
         state = torch.load(state_path, map_location=args.device, weights_only=True)
@@ -186,7 +211,8 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     if measure and "held_out_bits_per_byte" not in last:
         last["held_out_bits_per_byte"] = trainer.log[-1]["held_out_bits_per_byte"] = measure()
         trainer.save(state_path)
-    (out / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in trainer.log))
+    with written(out / "log.jsonl") as beside:
+        beside.write_text("".join(json.dumps(r) + "\n" for r in trainer.log), encoding="utf-8")
     _save_model(trainer.model, tokenizer, out / "model")
     draw_curve(trainer.log, out / "curve.png")
     return last
@@ -218,7 +244,11 @@ def _check_same_run(saved: Record, args: TrainArgs, path: Path) -> None:
 
 
 def _save_model(model: Mistral7B, tokenizer: Tokenizer, path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)  # of an earlier end of this same run
+    """Write the model, in place of that of an earlier end of this same run, which stays until all is written."""
     model.source = tokenizer.path.parent  # whence the tokenizer file goes along
-    model.save_pretrained(path)
+    beside = path.with_name(f".next.{path.name}")
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
+    model.save_pretrained(beside)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(beside, path)

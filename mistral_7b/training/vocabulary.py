@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import TrainingError
+from ..files import written
 
 CONTROL = (
     "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
@@ -23,7 +24,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, path: Path) -> None:
     """Learn `vocab_size` tokens from `texts` and write the file (name it `tokenizer.model.v3`).
 
     Lines keep their ends: a piece may hold a newline, which source code has one of in every 35 bytes.
-    Raises TrainingError if the texts are too few for so many tokens.
+    Raises TrainingError if the texts are too few for so many tokens, WriteError if the file cannot be written.
     """
     import sentencepiece
 
@@ -48,6 +49,5 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         )
     except RuntimeError as error:
         raise TrainingError(f"cannot learn {vocab_size} tokens from this text: {error}") from None
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(model.getvalue())
-    os.replace(beside, path)
+    with written(path) as beside:
+        beside.write_bytes(model.getvalue())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 
 import pytest
@@ -14,11 +15,12 @@ from mistral_7b.benchmark.records import Record
 from mistral_7b.engine import memory
 from mistral_7b.errors import BenchmarkError
 from mistral_7b.kernels import compiler
+from mistral_7b.kernels.linear import linear_twin
 
 
 def test_bandwidth_is_bytes_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way reads the whole buffer: with a clock that stands at 1/4 s a run, 64 MB are 256 MB/s."""
-    monkeypatch.setattr(roofline, "_best", lambda work, seconds: work() is None or 0.25)
+    monkeypatch.setattr(roofline, "_shortest", lambda ways, seconds: 0.25 if [way() for way in ways] else 0)
     assert roofline.read_bandwidth(64 << 20) == (64 << 20) / 0.25
 
 
@@ -32,56 +34,134 @@ def test_what_is_timed_reads_everything(nbytes: int, threads: int) -> None:
     assert library.m7b_read(words.data_ptr(), nbytes, threads) == words.sum().item()
 
 
-def test_bandwidth_is_that_of_the_fastest_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's reductions take a second; what returns a whole number is the kernel, and takes half of one."""
-    if compiler.library() is None:
-        pytest.skip("without a compiler PyTorch's reductions are all there is")
-    monkeypatch.setattr(roofline, "_best", lambda work, seconds: 0.5 if isinstance(work(), int) else 1.0)
-    assert roofline.read_bandwidth(64 << 20) == (64 << 20) / 0.5
+class Clock:
+    """Stands still but for work, which takes the seconds that it says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(roofline.time, "perf_counter", lambda: self.now)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def test_peak_is_operations_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "_best", lambda work, seconds: work() is None or 0.5)
-    wanted = 2 * 48 * 32 * 32 / 0.5  # the larger of two numbers of rows
-    assert roofline.fp32_peak(32, (16, 48)) == wanted
-    assert roofline.bf16_peak(32, (16, 48)) == wanted
-    assert roofline.int8_peak(32, (16, 48)) in (wanted, None)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_the_fastest_way_counts(clock: Clock) -> None:
+    ways = [lambda took=took: clock.work(took) for took in (0.1, 0.05, 0.2)]
+    assert roofline._shortest(ways, 1.5) == pytest.approx(0.05)
+    assert 101.2 < clock.now <= 101.5
+
+
+@pytest.mark.parametrize("took", [3.0, 700.0])
+def test_a_slow_way_runs_once(clock: Clock, took: float) -> None:
+    assert roofline._shortest([lambda: clock.work(took)] * 4, 1.5) == took
+    assert clock.now == 100 + took
+
+
+@pytest.mark.parametrize("row", [1e-7, 1e-5, 1e-3, 0.02, 0.46, 2.0])
+def test_no_product_is_started_that_is_not_expected_to_fit(clock: Clock, row: float) -> None:
+    """The reference loop of oneDNN takes 0.46 s a row of 4096 by 4096, which for 1024 rows is eight minutes."""
+    asked: list[int] = []
+
+    def work(rows: int) -> None:
+        asked.append(rows)
+        clock.work(row * rows)
+
+    assert roofline._most(work, 1024, 1.5) == pytest.approx(1 / row)
+    assert clock.now <= 100 + max(1.5, 2 * row) + 1e-6
+    assert asked[:2] == [1, 1]
+    assert all(b <= roofline.GROWTH * a for a, b in itertools.pairwise(asked))
+    if row <= 1e-3:
+        assert asked[-1] == 1024, "a fast product is measured at its full size"
+
+
+def test_rows_that_come_at_a_fixed_price_are_measured_together(clock: Clock) -> None:
+    assert roofline._most(lambda rows: clock.work(0.01 + 1e-5 * rows), 1024, 1.5) == pytest.approx(1024 / 0.02024)
+
+
+def test_a_buffer_that_takes_long_to_fill_is_smaller(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "fill_", lambda part, value: clock.work(0.5))
+    words = torch.empty(8 * roofline.CHUNK // 4, dtype=torch.int32)
+    assert roofline._filled(words, 1.2).nbytes == 3 * roofline.CHUNK
+    assert roofline._filled(words, 0).nbytes == roofline.CHUNK
+
+
+@pytest.fixture
+def one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is run once, at its full size, and is taken to last half a second."""
+    monkeypatch.setattr(roofline, "_shortest", lambda ways, seconds: 0.5 if [way() for way in ways] else 0)
+    monkeypatch.setattr(roofline, "_most", lambda work, most, seconds: most / 0.5 if len(work(most)) else 0)
+
+
+def test_peak_is_operations_over_seconds(one_run: None) -> None:
+    wanted = 2 * 48 * 64 * 64 / 0.5
+    assert roofline.fp32_peak(64, 48) == wanted
+    assert roofline.bf16_peak(64, 48) == wanted
+    assert roofline.int8_peak(64, 48) == (None if compiler.library() is None else wanted)
 
 
 @pytest.mark.parametrize(("quick", "side", "rows"), [(True, 1024, 512), (False, 4096, 1024)])
 def test_all_are_measured_quickly_or_well(
-    monkeypatch: pytest.MonkeyPatch, quick: bool, side: int, rows: int
+    monkeypatch: pytest.MonkeyPatch, one_run: None, quick: bool, side: int, rows: int
 ) -> None:
-    monkeypatch.setattr(roofline, "_best", lambda work, seconds: work() is None or 0.5)
+    monkeypatch.setattr(roofline, "_most", lambda work, most, seconds: most / 0.5)
     monkeypatch.setattr(roofline, "buffer_bytes", lambda: 64 << 20)
-    found, peak = roofline.measure(1, quick), 2 * rows * side * side / 0.5
-    assert (found.read_bandwidth, found.threads) == ((64 << 20) / 0.5, 1)
-    assert (found.fp32, found.bf16) == (peak, peak)
-    assert found.int8 in (peak, None)
+    found, peak = dict(roofline.measure(quick)), 2 * rows * side * side / 0.5
+    assert tuple(found) == roofline.PROBES
+    assert found["read_bandwidth"] == (64 << 20) / 0.5
+    assert (found["fp32"], found["bf16"]) == (peak, peak)
+    assert found["int8"] in (peak, None)
 
 
-def test_int8_peak_is_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_shared_and_what_has_none_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, given = [1000.0], []
+    monkeypatch.setattr(roofline.time, "time", lambda: now[0])
+
+    def probe(*where: int, seconds: float = 0) -> float:
+        given.append(seconds or where[-1])
+        now[0] += 3
+        return 1.0
+
+    for name in ("read_bandwidth", "fp32_peak", "bf16_peak", "int8_peak"):
+        monkeypatch.setattr(roofline, name, probe)
+    assert list(roofline.measure(until=1004.0)) == [("read_bandwidth", 1.0), ("fp32", 1.0)]
+    assert given == [1.0, pytest.approx(1 / 3)]
+    assert list(roofline.measure(until=999.0)) == []
+    assert len(list(roofline.measure(until=2000.0))) == len(roofline.PROBES)
+    assert given[2:] == [roofline.SECONDS] * 4
+
+
+def test_int8_peak_is_of_our_own_kernel_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler.library() is None:
+        pytest.skip("without a compiler there is no kernel to measure")
     made: list[torch.Tensor] = []
-    monkeypatch.setattr(roofline, "_best", lambda work, seconds: made.append(work()) or 1.0)
+    monkeypatch.setattr(torch.ops, "onednn", None)  # whose reference product may run for minutes
+    monkeypatch.setattr(roofline, "_most", lambda work, most, seconds: made.append(work(most)) or 1.0)
     torch.manual_seed(0)
-    if roofline.int8_peak(64, (3,)) is None:
-        pytest.skip("oneDNN has no int8 product for this CPU")
+    assert roofline.int8_peak(64, 3) == 2 * 64 * 64
     torch.manual_seed(0)
-    w = torch.randint(-127, 128, (64, 64), dtype=torch.int8)
-    x = torch.randint(-127, 128, (3, 64), dtype=torch.int8)
-    wanted = (x.double() @ w.double().T).to(torch.bfloat16)
+    w = (torch.randn(64) * 40 + 128).clamp(1, 255).to(torch.uint8).short() - 128
+    x = torch.randn(64).to(torch.bfloat16)
+    wanted = linear_twin(x.repeat(3, 1), w.to(torch.int8).repeat(64, 1), torch.ones(64))
     assert torch.equal(made[0], wanted)
+    assert wanted.abs().max() > 100
 
 
-def test_without_onednn_there_is_no_int8_and_bf16_is_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernels_there_is_no_int8_and_bf16_may_be_the_plain_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Nothing:
         def __getattr__(self, name: str) -> None:
             raise AttributeError(name)
 
-    monkeypatch.setattr(torch.ops, "onednn", Nothing())
     monkeypatch.setattr(torch.ops, "mkldnn", Nothing())
-    assert roofline.int8_peak(32, (16,)) is None
-    assert (roofline.bf16_peak(32, (16,)) or 0) > 0
+    monkeypatch.setattr(compiler, "library", lambda: None)
+    assert roofline.int8_peak(64, 16) is None
+    assert (roofline.bf16_peak(64, 16, 0.01) or 0) > 0
 
 
 def test_buffer_outgrows_the_cache_but_not_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

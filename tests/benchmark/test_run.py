@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +151,41 @@ def test_ceilings_come_from_a_process_of_their_own(ceilings: Ceilings) -> None:
     assert 1e9 < ceilings.read_bandwidth < 1e13
     assert 1e9 < ceilings.fp32 < 1e15
     assert ceilings.threads == 1
+
+
+@pytest.fixture
+def stuck(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that measures the first ceiling and never ends the second."""
+    script = tmp_path / "python"
+    lines = "echo '{\"threads\": 2}'; echo '{\"read_bandwidth\": 1e9}'"
+    script.write_text(f"#!/bin/sh\n{lines}; trap '' TERM INT; exec sleep 1000\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(run.sys, "executable", str(script))
+
+
+def test_a_probe_that_never_ends_is_ended_and_the_others_count(stuck: None) -> None:
+    told: list[str] = []
+    began = time.monotonic()
+    assert run.find_ceilings(seconds=1, tell=told.append) == {"threads": 2, "read_bandwidth": 1e9}
+    assert 1 <= time.monotonic() - began < 10
+    assert told == ["starting", "read_bandwidth", "fp32"]
+
+
+def test_a_bench_without_all_ceilings_says_which(stuck: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.find_ceilings, "__defaults__", (None, False, 1.0, lambda text: None))
+    with pytest.raises(BenchmarkError, match=r"the ceilings \(fp32, bf16, int8\) could not be measured within"):
+        run.measure_ceilings()
+
+
+def test_kernels_are_compiled_before_anything_is_timed(
+    measure: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(run.compiler, "must_compile", lambda: True)
+    monkeypatch.setattr(run.compiler, "library", lambda: told.append("(compiled)"))
+    run.run(PLAN, told.append)
+    said = "compiling the CPU kernels, once: up to a minute"
+    assert told[:3] == [said, "(compiled)", "measuring this machine's ceilings"]
 
 
 def test_peers_get_huge_pages_unless_the_user_has_settings(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import sys
+import time
 
 import pytest
 import torch
@@ -18,6 +21,12 @@ GOOD = {
     "instruction_sets": {"AVX2": True, "AVX-512 VNNI": True}, "memory_free_bytes": 20e9,
     "packages": {"triton": None},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _compiled() -> None:
+    """So that no command of these says that it compiles."""
+    kernels.describe()
 
 
 def test_json_has_the_facts(run, ceilings_asked: list) -> None:
@@ -48,6 +57,54 @@ def test_table_for_a_person(run) -> None:
         "not measured",
     ):
         assert text in out
+
+
+def test_facts_come_before_measures(run, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    seen: list[str] = []
+
+    def find_ceilings(seconds: float, tell: object) -> dict[str, float]:
+        seen.append(capsys.readouterr().out)
+        assert 0 < seconds <= 15
+        return {"threads": 2, "read_bandwidth": 12.3e9, "fp32": 4e12, "bf16": None, "int8": 8e12}
+
+    monkeypatch.setattr("mistral_7b.benchmark.run.find_ceilings", find_ceilings)
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    for text in ("CPU", "memory", "optional", "PyTorch", "GPU", "kernels: running"):
+        assert f"\n{text} " in f"\n{seen[0]}"
+        assert f"\n{text} " not in f"\n{out}"
+    assert "reads at most" in out
+    assert "12.3 GB/s with 2 threads" in out
+    assert "float32 4, int8 by the kernels" in " ".join(out.split())
+    assert "bf16" not in out.partition("multiplies at most")[2].partition("Top/s")[0]
+
+
+@pytest.mark.parametrize("flag", ["--json", "--measure"])
+def test_a_probe_that_never_ends_does_not_hang_it(run, tmp_path: pathlib.Path, monkeypatch, flag: str) -> None:
+    script = tmp_path / "python"
+    lines = "echo '{\"threads\": 2}'; echo '{\"read_bandwidth\": 1e9}'"
+    script.write_text(f"#!/bin/sh\n{lines}; exec sleep 1000\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(doctor, "SECONDS", 1.0)
+    began = time.monotonic()
+    code, out, err = run("doctor", flag)
+    assert time.monotonic() - began < 30
+    assert (code, err) == (0, "")
+    if flag == "--json":
+        assert json.loads(out)["ceilings"] == {"threads": 2, "read_bandwidth": 1e9}
+    else:
+        assert "1.0 GB/s" in out
+        assert "products in float32, in bf16, in int8: 1 seconds were not enough" in " ".join(out.split())
+
+
+def test_kernels_that_have_to_be_compiled_are_said_to_be(run, monkeypatch) -> None:
+    from mistral_7b.kernels import compiler
+
+    monkeypatch.setattr(compiler, "must_compile", lambda: True)
+    code, out, err = run("doctor", "--no-measure", "--json")
+    assert (code, err) == (0, "compiling the CPU kernels, once: up to a minute ...\n")
+    assert json.loads(out)["ceilings"] == {"skipped": "--no-measure"}
 
 
 def test_nothing_is_missing_on_a_good_machine() -> None:
@@ -87,12 +144,12 @@ def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("an odd machine\nwith details")
 
-    def unmeasured(*args: object) -> None:
+    def unmeasured(**limits: object) -> None:
         raise BenchmarkError("killed")
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
     monkeypatch.setattr(kernels, "describe", broken)
-    monkeypatch.setattr("mistral_7b.benchmark.run.measure_ceilings", unmeasured)
+    monkeypatch.setattr("mistral_7b.benchmark.run.find_ceilings", unmeasured)
     monkeypatch.setattr(machine, "read", lambda path: "")
     monkeypatch.setattr(machine, "_output", lambda *command: "")
     code, out, err = run("doctor")

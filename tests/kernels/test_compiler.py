@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mistral_7b.errors import ConfigError
 from mistral_7b.kernels import compiler
 
 
@@ -36,6 +37,28 @@ def test_a_library_is_known_by_every_source(tmp_path: Path, monkeypatch: pytest.
         seen.add(compiler._fingerprint("true", []))
     assert len(seen) == len(compiler.sources()) + 1 > 10
     assert compiler._fingerprint("true", ["-O3"]) not in seen
+
+
+def test_what_has_to_be_compiled_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "compiler", lambda: "true")
+    assert compiler.must_compile()
+    place = compiler._place("true", compiler.chosen())
+    place.parent.mkdir(parents=True)
+    place.touch()
+    assert not compiler.must_compile()
+    place.unlink()
+    with monkeypatch.context() as changed:
+        changed.setenv(compiler.VARIABLE, "off")
+        assert not compiler.must_compile()
+    monkeypatch.setattr(compiler, "compiler", lambda: None)
+    assert not compiler.must_compile()
+
+
+def test_instructions_that_are_unknown_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiler.VARIABLE, "avx1024")
+    with pytest.raises(ConfigError, match=r"MISTRAL_7B_KERNELS=avx1024 is not known: it can be native, "):
+        compiler.chosen()
 
 
 def test_every_source_is_shipped() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mistral_7b import TrainingError
-from mistral_7b.training.data import IGNORE, PackedDocuments, read_text, text_files
+from mistral_7b.training.data import IGNORE, PackedDocuments, read_text, split_files, text_files
 
 
 def documents(count: int = 9, seed: int = 0) -> list[list[int]]:
@@ -85,3 +87,46 @@ def test_files_are_found_and_bad_ones_named(tmp_path) -> None:
         text_files([str(tmp_path / "b")], (".py",))
     with pytest.raises(TrainingError, match=r"y\.bin: not UTF-8"):
         read_text(tmp_path / "a" / "y.bin")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """corpus/{a,b}.py, corpus/kept/{c,d}.py, and links to what is below kept; the working folder is beside it."""
+    (tmp_path / "corpus" / "kept").mkdir(parents=True)
+    for name in ("a", "b", "kept/c", "kept/d"):
+        (tmp_path / "corpus" / f"{name}.py").write_text(f"name = {name!r}\n")
+    (tmp_path / "alias").symlink_to(tmp_path / "corpus" / "kept")
+    (tmp_path / "corpus" / "link.py").symlink_to(tmp_path / "corpus" / "kept" / "c.py")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "corpus"
+
+
+@pytest.mark.parametrize(
+    ("data", "held_out", "training", "left_out"),
+    [
+        (["corpus"], ["corpus/kept"], ["a", "b"], 2),  # which the link leads to as well
+        (["{tmp}/corpus"], ["corpus/kept"], ["a", "b"], 2),
+        (["corpus"], ["{tmp}/corpus/kept/"], ["a", "b"], 2),
+        (["corpus"], ["alias"], ["a", "b"], 2),
+        (["corpus"], ["./corpus/../corpus/kept/c.py"], ["a", "b", "d"], 1),
+        (["corpus", "corpus", "corpus/a.py"], ["corpus/kept"], ["a", "b"], 2),
+        (["corpus"], ["corpus/kept", "alias", "corpus/kept/c.py"], ["a", "b"], 2),
+        (["corpus/kept/c.py", "corpus/a.py"], ["corpus/kept"], ["a"], 1),  # data in the held-out set
+        (["corpus/a.py"], ["corpus/kept"], ["a"], 0),
+        (["corpus/kept", "alias"], [], ["c", "d"], 0),
+    ],
+)
+def test_what_is_held_out_is_not_trained_on(
+    corpus: Path, data: list[str], held_out: list[str], training: list[str], left_out: int
+) -> None:
+    named = ([word.format(tmp=corpus.parent) for word in words] for words in (data, held_out))
+    files = split_files(*named, (".py",))
+    assert ([p.resolve().stem for p in files.training], files.left_out) == (training, left_out)
+    both = [os.path.realpath(p) for p in (*files.training, *files.held_out)]
+    assert len(both) == len(set(both))
+
+
+@pytest.mark.parametrize("data", ["corpus/kept", "alias", "corpus/link.py", "corpus"])
+def test_nothing_but_held_out_files_is_an_error(corpus: Path, data: str) -> None:
+    with pytest.raises(TrainingError, match=r"nothing remains to train on: all \d files of --data are held out"):
+        split_files([data], ["corpus"], (".py",))

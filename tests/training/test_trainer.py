@@ -161,7 +161,7 @@ def run_args(folder: Path, out: Path, **changes: object) -> TrainArgs:
         "held_out": (text[5],),
         "tokenizer": str(folder / "tokenizer.model.v3"),
     }
-    return dataclasses.replace(TINY, **given, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(TINY, **{**given, **changes})  # type: ignore[arg-type]
 
 
 def test_a_run_from_text_to_a_model_that_opens(folder: Path, tmp_path: Path) -> None:
@@ -178,6 +178,26 @@ def test_a_run_from_text_to_a_model_that_opens(folder: Path, tmp_path: Path) -> 
     model = Mistral7B.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert model.args.sliding_window == 8
     assert (tmp_path / "run" / "model" / "tokenizer.model.v3").exists()
+
+
+def test_held_out_files_of_the_data_are_left_out_and_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        (tmp_path / "in" / f"{i}.py").write_bytes((folder / f"{i}.py").read_bytes())
+    kept = str(tmp_path / "in" / "5.py")
+    apart = run_args(tmp_path / "in", tmp_path / "apart", tokenizer=str(folder / "tokenizer.model.v3"))
+    within = dataclasses.replace(apart, out=str(tmp_path / "within"), data=(str(tmp_path / "in"),))
+    for args in (apart, within):
+        train(args, show=lambda record: None)
+    said = capsys.readouterr().err
+    assert said == "files of --data that are held out, and so not trained on: 1\n"
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("apart", "within")]
+    assert weights[0] == weights[1]
+    with pytest.raises(TrainingError, match="nothing remains to train on"):
+        train(dataclasses.replace(within, out=str(tmp_path / "none"), data=(kept,)))
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(folder: Path, tmp_path: Path) -> None:

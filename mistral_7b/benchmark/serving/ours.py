@@ -10,7 +10,7 @@ import torch
 
 from ...engine.async_llm import AsyncLLM
 from ...engine.config import EngineConfig
-from ...kernels import describe
+from ...kernels import describe, threads
 from ...model import Mistral7B, ModelArgs
 from ...quantization import random_model
 from ...sampling_params import SamplingParams
@@ -34,8 +34,7 @@ class Ours:
 
 def serve(job: ServingJob) -> Served:
     """Open or make the model of a job, and send it its traffic."""
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+    threads.use(job.threads)
     model = build(job).eval()
     config = EngineConfig(max_sequences=job.max_sequences, max_batch_tokens=job.max_batch_tokens)
     traces, alone, cached = asyncio.run(_serve(model, config, job.traffic.draw(model.args.vocab_size)))

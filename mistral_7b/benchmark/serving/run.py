@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from ...errors import BenchmarkError
+from ...kernels import threads
 from .. import machine
 from ..jobs import LLAMA, OURS
 from ..run import PEERS, PeerFiles, call, check_memory
@@ -44,6 +45,9 @@ class ServingPlan:
     peer_python: str = sys.executable
     files: str | None = None
     command: str = ""
+
+    def __post_init__(self) -> None:
+        threads.check(self.threads)
 
     def jobs(self) -> Iterator[ServingJob]:
         """In the order in which they run."""

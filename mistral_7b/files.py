@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all, and one sentence where the system does not take them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator
+
+from .errors import WriteError
+
+ADVICE = {  # what the system says of a place that takes nothing -> what to do
+    errno.ENOSPC: "free some space there, or name another place",
+    errno.EDQUOT: "free some of what you are allowed there, or name another place",
+    errno.EFBIG: "raise the limit (ulimit -f), or name a place whose files may be larger",
+    errno.EROFS: "name a place that can be written to",
+    errno.EACCES: "name a place that you may write to",
+    errno.EPERM: "name a place that you may write to",
+}
+
+
+@contextlib.contextmanager
+def written(path: str | os.PathLike[str], folders: bool = False) -> Iterator[pathlib.Path]:
+    """A place beside `path` to write a file to: it becomes `path` when all is well, else it is removed.
+
+    The folders above it are made, if they are asked for.
+    WriteError if the system refuses, also where a library hides that behind an error of its own.
+    """
+    target = pathlib.Path(path).expanduser()
+    beside = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    try:
+        if folders:
+            beside.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        os.replace(beside, target)
+    except Exception as error:
+        raise_refusal(error, target, beside)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def raise_refusal(error: Exception, path: pathlib.Path, beside: pathlib.Path) -> None:
+    """WriteError if an error says that `path`, which is written at `beside`, is not taken; else nothing."""
+    refusal = refusal_in(error)
+    if refusal is None:
+        return
+    if refusal.filename is not None:
+        named = pathlib.Path(os.fsdecode(refusal.filename)).absolute()
+        places = (path.absolute(), beside.absolute())
+        if not any(place.is_relative_to(named) or named.is_relative_to(place) for place in places):
+            return  # of a file that is read: it is named already
+    advice = ADVICE.get(refusal.errno or 0)
+    raise WriteError(
+        f"{path}: cannot be written ({refusal.strerror or refusal}); nothing half-written was left there"
+        + (f": {advice}" if advice else "")
+    ) from error
+
+
+def refusal_in(error: BaseException) -> OSError | None:
+    """The system's refusal that an error is, or that it came of: torch raises an error of its own on top of it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and (found is error or found.errno in ADVICE):
+            return found
+        found = found.__cause__ or found.__context__
+    return None

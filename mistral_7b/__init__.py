@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.async_llm import AsyncLLM as AsyncLLM
     from .engine.config import EngineConfig as EngineConfig
+    from .engine.config import GrammarLimits as GrammarLimits
     from .engine.llm import LLM as LLM
     from .errors import Mistral7BError as Mistral7BError
     from .model import Mistral7B as Mistral7B
@@ -27,6 +28,7 @@ _HOMES = {
     "LLM": "engine.llm",
     "AsyncLLM": "engine.async_llm",
     "EngineConfig": "engine.config",
+    "GrammarLimits": "engine.config",
     "StructuredOutputs": "sampling_params",
     **dict.fromkeys(
         (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
-from ..errors import EngineError, GenerationError
+from ..errors import EngineError, GenerationError, GrammarError
 from ..messages import tool_call_id
 from ..prompts import Prompt, read_prompt
 from ..sampling import SamplingParams
@@ -52,6 +54,8 @@ class Reader:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, why: str = "") -> None:
         self.engine, self.tokenizer, self.why = engine, tokenizer, why
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
         pool, scheduler = engine.pool, engine.scheduler
         whole = scheduler.most_pages(engine.model.args.max_seq_len) <= pool.n_pages
         self.space = None if whole else pool.n_pages * pool.page  # tokens, where a context has no room
@@ -127,11 +131,25 @@ class Reader:
         """What tells prefixes apart. AdapterError for an adapter that is not loaded."""
         return first_key(asked.cache_salt, str(self.engine.adapters.loading(asked.adapter)))
 
-    @cached_property
+    @property
     def grammars(self) -> Grammars:
         """Those of the tokenizer; made when they are first asked for, as they need llguidance and a process."""
         assert self.tokenizer is not None  # as _bind has seen
-        return Grammars(self.tokenizer, self.engine.model.args.vocab_size, self.engine.config.grammar_limits)
+        with self._lock:
+            if self._grammars is None:
+                args, limits = self.engine.model.args, self.engine.config.grammar_limits
+                self._grammars = Grammars(self.tokenizer, args.vocab_size, limits)
+            return self._grammars
+
+    def warm_up(self) -> None:
+        """Start what the first request with a grammar would wait for, in a thread; nothing without llguidance."""
+
+        def start() -> None:
+            with contextlib.suppress(GrammarError):  # each request with a grammar will say what is missing
+                self.grammars  # noqa: B018
+
+        if self.tokenizer is not None:
+            threading.Thread(target=start, name="grammars", daemon=True).start()
 
     def _bind(self, request: Request, name: str, begun: int, grammar: GrammarSpec | None) -> None:
         """A grammar state for each completion, if one must be obeyed; it has taken the last `begun` tokens.

@@ -1,0 +1,136 @@
+"""What a grammar costs a request: until it is compiled, and for each token. A table, and records in JSON.
+
+    python benchmarks/grammars.py --json FILE
+    python benchmarks/grammars.py --against FOLDER      beside another checkout, in turn, in one run
+
+compile    seconds until a request with a schema that was not seen before is ready, beyond one without a schema
+token      seconds of a step with a grammar beyond one without, for each of its sequences (of the bundled model)
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMAS, TOKENS, ROUNDS = 60, 192, 5
+
+
+def person(i: int) -> dict[str, Any]:
+    """An ordinary schema, each another."""
+    return {
+        "type": "object", "required": ["name", "age", f"field{i}", "tags"], "additionalProperties": False,
+        "properties": {
+            "name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            f"field{i}": {"enum": ["red", "green", "blue"]},
+            "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 8},
+        },
+    }  # fmt: skip
+
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "schema": {"json": {"type": "array", "items": {"type": "string", "minLength": 4}, "minItems": 200}},
+    "regex": {"regex": "([a-z]{2,9} ){400}"},
+}
+
+
+def measure() -> dict[str, float]:
+    """Median seconds by what was measured, with the package that is imported."""
+    from mistral_7b import LLM, EngineConfig, SamplingParams
+    from mistral_7b.engine.reading import Asked
+
+    llm = LLM("demo", EngineConfig(max_sequences=16), quantization="int8")
+
+    def ready(params: SamplingParams) -> float:
+        began = time.perf_counter()
+        llm.reader.text("import os", params, Asked())
+        return time.perf_counter() - began
+
+    def step(n: int, **structured: Any) -> float:
+        params = SamplingParams(max_tokens=TOKENS, seed=1, ignore_eos=True, **structured)
+        requests = [llm.reader.text("import os", params, Asked()) for _ in range(n)]
+        for request in requests:
+            llm.engine.add(request)
+        times = []
+        while not llm.engine.idle:
+            began = time.perf_counter()
+            llm.engine.step()
+            times.append(time.perf_counter() - began)
+        assert all(len(r.completions[0].token_ids) == TOKENS for r in requests)
+        return statistics.median(times[8:])
+
+    ready(SamplingParams(structured_outputs={"json": person(-1)}))  # whatever is made once
+    plain = statistics.median(ready(SamplingParams()) for _ in range(SCHEMAS))
+    found = [ready(SamplingParams(structured_outputs={"json": person(i)})) for i in range(SCHEMAS)]
+    out = {"compile": statistics.median(found) - plain}
+    for n in (1, 16):
+        step(n)
+        rounds = [(step(n), *(step(n, structured_outputs=text) for text in TEXTS.values())) for _ in range(ROUNDS)]
+        free, *bound = (statistics.median(column) for column in zip(*rounds, strict=True))
+        out[f"step of {n}"] = free
+        out.update({f"token, {name}, {n} together": (b - free) / n for name, b in zip(TEXTS, bound, strict=True)})
+    return out
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """The same with the package of a checkout, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, __file__, "--one"],
+        env=environment,
+        cwd=folder,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def commit_of(folder: Path) -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True, capture_output=True
+    ).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, help="a checkout to measure beside this one")
+    parser.add_argument("--runs", type=int, default=3, help="of each, in turn")
+    parser.add_argument("--json", type=Path, help="where to write the records")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure()))
+        return
+    folders = [ROOT] + ([options.against.resolve()] if options.against else [])
+    runs: list[list[dict[str, float]]] = [[] for _ in folders]
+    for _ in range(options.runs):
+        for folder, of in zip(folders, runs, strict=True):
+            of.append(measured(folder))
+    columns = [{name: statistics.median(run[name] for run in of) for name in of[0]} for of in runs]
+    for name in columns[0]:
+        print(f"{name:32}" + "".join(f"{column[name] * 1e3:12.3f} ms" for column in columns))
+    if options.json:
+        from mistral_7b.benchmark import machine
+
+        record = {
+            "command": " ".join(sys.argv), "date": datetime.date.today().isoformat(), "cpu": machine.cpu_name(),
+            "torch": torch.__version__, "python": platform.python_version(),
+            "commits": [commit_of(folder) for folder in folders], "seconds": columns, "runs": runs,
+        }  # fmt: skip
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

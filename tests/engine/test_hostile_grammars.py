@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tiny import tiny_args, tiny_model
 
 from mistral_7b.engine.config import EngineConfig, GrammarLimits
+from mistral_7b.engine.grammar import client
 from mistral_7b.engine.grammar.client import Grammars
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
@@ -296,3 +297,19 @@ def test_those_at_random_are_of_every_kind() -> None:
     assert ENDS["served"] > 30
     assert ENDS["refused"] > 30
     assert ENDS["CPU time"] + ENDS["failed"] > 5
+
+
+def test_a_process_that_stands_still_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock: its request ends, and those that share nothing with it run on meanwhile."""
+    params = SamplingParams(max_tokens=16, structured_outputs=StructuredOutputs(regex="[q-z]{40}"))
+    stuck = llm.reader.text("a", params, Asked())
+    pid = stuck.sequences[0].grammar._process._pid  # type: ignore[union-attr]
+    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        free = llm.reader.text("def f(", SamplingParams(max_tokens=16, seed=1), Asked())
+        run(llm, [stuck, free])
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert "no answer" in str(stuck.error)
+    assert free.error is None

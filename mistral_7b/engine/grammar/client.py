@@ -37,13 +37,14 @@ from ...errors import GrammarError
 from ...sampling_params import StructuredOutputs
 from ...tokenizer import Tokenizer
 from ..config import GrammarLimits
-from .forkserver import MESSAGE
+from .forkserver import ALIVE, MESSAGE
 from .spec import GrammarSpec
 from .vocabulary import Vocabulary, library
 from .worker import LENGTH
 
 KEPT = 32  # processes that wait for the next request with their grammar; some 2 MB each, up to tens
-PATIENCE = 60.0  # seconds that compiling may take by the clock, on however busy a machine
+PATIENCE = 60.0  # seconds that an answer may take by the clock, on however busy a machine
+HURRY = 10.0  # seconds that the server of processes may take for a fork
 _BOOT = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
     "from mistral_7b.engine.grammar.forkserver import main; main(int(sys.argv[2]), int(sys.argv[3]))"
@@ -102,11 +103,6 @@ class Grammars:
         """Numbers of 32 bits in a mask."""
         return self._vocabulary.words
 
-    @property
-    def eos(self) -> int:
-        """The token that ends a text."""
-        return self._vocabulary.eos
-
 
 class ForkServer:
     """The process that forks the others. Started anew if it was ended from outside."""
@@ -128,20 +124,23 @@ class ForkServer:
                 stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
+        ours.settimeout(HURRY)
         return ours
 
     def fork(self) -> tuple[socket.socket, int]:
         """A new worker: the socket to its control, and its pid."""
         ours, theirs = socket.socketpair()
+        ours.settimeout(HURRY)
         with theirs:
             return ours, self._ask(b"f", 0, [theirs.fileno()])
 
     def status(self, pid: int) -> int | None:
-        """How a worker that has ended did, as os.waitpid says; None: not known."""
+        """How a worker that has ended did, as os.waitpid says; None: not known, or it has not."""
         try:
-            return self._ask(b"w", pid, [])
+            status = self._ask(b"w", pid, [])
         except GrammarError:
             return None
+        return None if status == ALIVE else status
 
     def _ask(self, kind: bytes, value: int, fds: list[int]) -> int:
         with self._lock:
@@ -153,17 +152,23 @@ class ForkServer:
                     answer = b""
                 if len(answer) == MESSAGE.size:
                     return int(MESSAGE.unpack(answer)[1])
-                self._socket.close()
-                self._process.wait()
+                self._close()
                 self._socket = self._open()
                 if kind == b"w":  # the old one knew
                     break
         raise GrammarError("structured_outputs: the process for grammars could not be started")
 
+    def _close(self) -> None:
+        self._socket.close()
+        try:
+            self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
     def __del__(self) -> None:
         if hasattr(self, "_socket"):
-            self._socket.close()
-            self._process.wait()
+            self._close()
 
 
 def wait_for_any(states: Sequence[GrammarState], timeout: float) -> None:
@@ -225,9 +230,9 @@ class GrammarState:
         self.late = True  # whether it has no answer yet
         self.finished = False  # whether nothing may follow but EOS
         self.answer: Masks | None = None  # to the last `ask`; None after a `take`
+        self._asked = time.monotonic()
         self._open()
-        if not self.wait(PATIENCE):
-            raise GrammarError(f"structured_outputs: compiling takes more than {PATIENCE:g} s: make it simpler")
+        self.wait()
 
     def ask(self, draft: Sequence[int] = ()) -> None:
         """Ask for the masks of the next token and of those after each token of a draft."""
@@ -242,16 +247,19 @@ class GrammarState:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Whether the answer is there, after so many seconds at most. GrammarError as `masks` and `accept`."""
-        end = None if timeout is None else time.monotonic() + timeout
+        last = self._asked + PATIENCE
+        end = last if timeout is None else time.monotonic() + timeout
         while self.late:
             try:
-                if not self._connection.poll(None if end is None else max(0.0, end - time.monotonic())):
+                if not self._connection.poll(max(0.0, end - time.monotonic())):
+                    if time.monotonic() >= last:
+                        raise GrammarError(f"structured_outputs: the grammar gave no answer in {PATIENCE:g} s")
                     return False
                 reply = self._connection.recv_bytes()
             except (EOFError, OSError):
                 self._begin_again(to_blame=True)
-                continue
-            self._read(reply)
+            else:
+                self._read(reply)
         return True
 
     def masks(self, draft: Sequence[int] = ()) -> tuple[list[np.ndarray], int]:
@@ -300,7 +308,7 @@ class GrammarState:
 
     def _put(self, question: dict[str, Any]) -> None:
         assert not self.late, "one question at a time"
-        self._question, self.late = question, True
+        self._question, self.late, self._asked = question, True, time.monotonic()
         try:
             self._send(question)
         except OSError:

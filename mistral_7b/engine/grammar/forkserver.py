@@ -15,11 +15,13 @@ import os
 import pickle
 import socket
 import struct
+import time
 from collections import OrderedDict
 
 from .worker import serve
 
 MESSAGE = struct.Struct("<cq")  # what is asked, and a pid
+ALIVE = -1  # no wait status
 REMEMBERED = 1024  # wait statuses kept for an engine that asks later
 
 
@@ -45,8 +47,18 @@ def main(server_fd: int, vocabulary_fd: int) -> None:
             os.close(fds[0])
             _reap(ended)
         else:
-            answer = ended.pop(pid) if pid in ended else os.waitpid(pid, 0)[1]
+            answer = _status(ended, pid)
         server.sendall(MESSAGE.pack(kind, answer))
+
+
+def _status(ended: OrderedDict[int, int], pid: int) -> int:
+    """How a process has ended, or is about to; ALIVE after a second."""
+    for _ in range(100):
+        _reap(ended)
+        if pid in ended:
+            return ended.pop(pid)
+        time.sleep(0.01)
+    return ALIVE
 
 
 def _reap(ended: OrderedDict[int, int]) -> None:

@@ -23,6 +23,7 @@ import signal
 import socket
 import struct
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -197,5 +198,7 @@ def serve(vocabulary: Vocabulary, control: socket.socket) -> None:
         status = 0
     except EOFError:  # the engine has gone before it said what it wants
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)

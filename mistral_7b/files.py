@@ -7,6 +7,7 @@ import errno
 import os
 import pathlib
 import secrets
+import shutil
 from collections.abc import Iterator
 
 from .errors import WriteError
@@ -41,6 +42,15 @@ def written(path: str | os.PathLike[str], folders: bool = False) -> Iterator[pat
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def check_room(path: pathlib.Path, needed: int) -> None:
+    """WriteError if so many bytes are not free where `path` is to be."""
+    place = next(p for p in path.absolute().parents if p.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise WriteError(
+            f"{path}: {needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: {ADVICE[errno.ENOSPC]}"
+        )
 
 
 def raise_refusal(error: Exception, path: pathlib.Path, beside: pathlib.Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, WriteError
-from ..files import written
+from ..errors import CheckpointError
+from ..files import check_room, written
 from ..model import ModelArgs
 from . import gguf, gguf_blocks, gguf_tokenizer, hub
 from .gguf_file import ALIGNMENT, ARRAY, BOOL, FLOAT32, INT32, KINDS, MAGIC, STRING, UINT32, Kind, is_gguf
@@ -50,10 +49,7 @@ def write(
     plan = [(t, _kind(t, type, args)) for t in outgoing]
     for tensor, kind in plan:
         _check(tensor, kind)
-    needed = sum(_nbytes(t, kind) for t, kind in plan)
-    place = next(p for p in path.absolute().parents if p.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise WriteError(f"{path}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+    check_room(path, sum(_nbytes(t, kind) for t, kind in plan))
     try:
         with written(path, folders=True) as partial, partial.open("wb") as f:
             f.write(_header(_metadata(args, plan, source), plan))

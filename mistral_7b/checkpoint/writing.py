@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, WriteError
-from ..files import raise_refusal
+from ..errors import CheckpointError
+from ..files import check_room, raise_refusal
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import scheme_of
 from . import gguf, gguf_tokenizer, gguf_writing, hub, huggingface, mistral
@@ -197,9 +197,7 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
 def _check_room(out: pathlib.Path, needed: int) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already; name a new folder, or remove that one")
-    place = next(p for p in out.absolute().parents if p.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise WriteError(f"{out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+    check_room(out, needed)
 
 
 def _bytes(size: int | str) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import pytest
 import torch
 from bench_samples import ARGS, CEILINGS, SHAPE, job_of, measured, record_of
 
+from mistral_7b import WriteError
 from mistral_7b.benchmark import records, work
 from mistral_7b.benchmark.engine_ours import kv_token_bytes
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job
@@ -118,8 +120,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: pathlib.Path, monkeypatc
     def full(source: object, target: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(WriteError, match=r"records\.json: cannot be written \(No space left on device\)"):
         records.write_json(path, [record_of(job_of(), [measured([1.0])])])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["records.json"]

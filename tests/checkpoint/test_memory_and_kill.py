@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_args, tiny_model
 
-from mistral_7b import CheckpointError, Mistral7B, ModelArgs
+from mistral_7b import CheckpointError, Mistral7B, ModelArgs, WriteError
 from mistral_7b.checkpoint import convert, gguf_writing, quantize, writing
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer.model lies beside")
@@ -161,17 +161,20 @@ def test_a_failed_conversion_cleans_up_after_itself(
 
     monkeypatch.setattr(writing, "copy_beside", fail)
     monkeypatch.setattr(gguf_writing, "_encoded", fail)
-    with pytest.raises(CheckpointError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
+    with pytest.raises(WriteError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
         convert(tmp_path / "source", tmp_path / "out", to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_where_there_is_no_room_nothing_is_begun(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("to", ["mistral", "gguf"])
+def test_where_there_is_no_room_nothing_is_begun(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
     tiny_model().save_pretrained(tmp_path / "source")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="GB are needed"):
-        convert(tmp_path / "source", tmp_path / "out")
+    with pytest.raises(WriteError, match="GB are needed"):
+        convert(tmp_path / "source", tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_args, tiny_model, tokens_of
 
-from mistral_7b import CheckpointError, Mistral7B, QuantizationError
+from mistral_7b import CheckpointError, Mistral7B, QuantizationError, WriteError
 from mistral_7b.checkpoint import convert, load, quantize, read_args, read_record
 from mistral_7b.quantization import quantize as quantize_model
 from mistral_7b.quantization.schemes import Scheme
@@ -364,7 +364,7 @@ def test_failed_it_cleans_up_after_itself(
         if name.startswith("layers.1"):
             raise error
 
-    with pytest.raises(CheckpointError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
+    with pytest.raises(WriteError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
         quantize(folders / "plain", tmp_path / "out", "int4", TEXT, "a text", fail)
     assert not list(tmp_path.iterdir())
 

@@ -5,6 +5,8 @@
 
 compile    seconds until a request with a schema that was not seen before is ready, beyond one without a schema
 token      seconds of a step with a grammar beyond one without, for each of its sequences (of the bundled model)
+beside     time of a token of a stream alone, and beside 16 completions whose grammar takes ever longer, until
+           they are ended; how long that takes, and the longest step meanwhile (of this checkout alone)
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS, TOKENS, ROUNDS = 60, 192, 5
+SCHEMAS, TOKENS, ROUNDS = 60, 96, 3
 
 
 def person(i: int) -> dict[str, Any]:
@@ -83,11 +85,49 @@ def measure() -> dict[str, float]:
     return out
 
 
-def measured(folder: Path) -> dict[str, float]:
-    """The same with the package of a checkout, in a process of its own."""
+AMBIGUOUS = 'start: s\ns: s s | "a" | ""'
+
+
+def beside() -> dict[str, float]:
+    """What an expensive grammar costs a stream beside it."""
+    from mistral_7b import LLM, SamplingParams
+    from mistral_7b.engine.reading import Asked
+
+    llm = LLM("demo", quantization="int8")
+    assert llm.tokenizer is not None
+    a = next(t for t in range(llm.tokenizer.vocab_size) if llm.tokenizer.surface(t) == "a")
+    hostile = SamplingParams(
+        n=16, max_tokens=900, min_tokens=400, logit_bias={a: 100}, structured_outputs={"grammar": AMBIGUOUS}
+    )
+
+    def stream(*others: SamplingParams) -> tuple[float, float, float]:
+        """Tokens a second while the others run (or of 400), the longest step, and seconds."""
+        free = llm.reader.text("import os", SamplingParams(max_tokens=2000, ignore_eos=True, seed=1), Asked())
+        bad = [llm.reader.text("a", params, Asked()) for params in others]
+        for request in (free, *bad):
+            llm.engine.add(request)
+        longest, began = 0.0, time.perf_counter()
+        while len(free.completions[0].token_ids) < 400 or any(not r.finished for r in bad):
+            step = time.perf_counter()
+            llm.engine.step()
+            longest = max(longest, time.perf_counter() - step)
+        seconds, tokens = time.perf_counter() - began, len(free.completions[0].token_ids)
+        assert all("CPU time" in str(r.error) for r in bad), "it came to an end of its own"
+        llm.engine.abort(free.id)
+        return tokens / seconds, longest, seconds
+
+    stream()
+    alone, _, _ = stream()
+    rate, longest, seconds = stream(hostile)
+    return {"stream alone, a token": 1 / alone, "stream beside it, a token": 1 / rate,
+            "longest step beside it": longest, "until it is ended": seconds}  # fmt: skip
+
+
+def measured(folder: Path, what: str = "--one") -> dict[str, float]:
+    """What is measured with the package of a checkout, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(
-        [sys.executable, __file__, "--one"],
+        [sys.executable, __file__, what],
         env=environment,
         cwd=folder,
         check=True,
@@ -109,9 +149,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of each, in turn")
     parser.add_argument("--json", type=Path, help="where to write the records")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--beside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure()))
+    if options.one or options.beside:
+        print(json.dumps(measure() if options.one else beside()))
         return
     folders = [ROOT] + ([options.against.resolve()] if options.against else [])
     runs: list[list[dict[str, float]]] = [[] for _ in folders]
@@ -119,8 +160,9 @@ def main() -> None:
         for folder, of in zip(folders, runs, strict=True):
             of.append(measured(folder))
     columns = [{name: statistics.median(run[name] for run in of) for name in of[0]} for of in runs]
+    columns[0].update(measured(ROOT, "--beside"))
     for name in columns[0]:
-        print(f"{name:32}" + "".join(f"{column[name] * 1e3:12.3f} ms" for column in columns))
+        print(f"{name:32}" + "".join(f"{c[name] * 1e3:12.3f} ms" if name in c else "" for c in columns))
     if options.json:
         from mistral_7b.benchmark import machine
 

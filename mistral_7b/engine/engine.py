@@ -226,7 +226,7 @@ class Engine:
     def _end_late(self) -> None:
         """End the sequences whose grammars were late to say that nothing may follow."""
         for s in late_ones(self.scheduler.running):
-            if self.masks.settle(s) and s.grammar is not None and s.grammar.answer is None and s.grammar.finished:
+            if self.masks.settle(s) and s.grammar is not None and s.grammar.over:
                 try:
                     piece = self._piece(s, s.completion.end())
                 except Exception as e:
@@ -259,7 +259,7 @@ class Engine:
         """What has come of a sequence, as a piece; None where its request has ended by an error."""
         s, c, drafted = new.sequence, new.sequence.completion, len(new.sequence.draft)
         try:
-            if not c.finished and self.masks.settle(s, end) and s.grammar is not None and s.grammar.finished:
+            if not c.finished and self.masks.settle(s, end) and s.grammar is not None and s.grammar.over:
                 new.text += c.end()
             if s.ended:
                 return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ ADMIN = "mistral_7b.admin"  # bool: whether it came with an admin key
 NOTES = "mistral_7b.notes"  # dict[str, Any]: what goes into the access log
 REQUESTS = "mistral_7b.requests"  # list[Request]: what the engine was asked
 
+READERS = 64  # requests that are read at once
 WRITES = 400  # a second, of all answers together, as far as
 LONGEST_REST = 0.1  # seconds: a text that grows in steps of this length looks even
 
@@ -93,6 +95,9 @@ class State:
     draining: bool = False
     metrics: Observer = field(default_factory=Silent)
     trace: Callable[[Answered], None] | None = None
+    # Threads that wait for tokens and grammars: many, as a grammar may take seconds of other processes' time, and
+    # apart from the event loop's own, so that these never wait for one.
+    readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "read"))
     running: set[Running] = field(default_factory=set)
     active: int = 0  # HTTP requests inside the guard
     held: int = 0  # bytes of their bodies
@@ -178,7 +183,7 @@ async def read(state: State, make: Callable[[], Request]) -> Request:
     Raises what is wrong with the request; Refusal (422) for one that is larger than this server takes.
     """
     try:
-        request = await asyncio.to_thread(make)
+        request = await asyncio.get_running_loop().run_in_executor(state.readers, make)
     except (QueueFullError, PromptTooLongError):
         raise
     except EngineError as e:  # it could never be computed

@@ -133,7 +133,7 @@ def test_a_draft_model_whose_logits_are_not_finite_costs_nobody_anything() -> No
 class _BrokenGrammar:
     """A grammar that fails after some tokens, and until then allows everything."""
 
-    finished = late = False
+    over = late = False
 
     def __init__(self, error: Exception, after: int) -> None:
         self.error, self.after = error, after
@@ -172,13 +172,13 @@ def test_a_grammar_that_fails_ends_its_own_request_alone(after: int, n: int) -> 
 class _LateGrammar(_BrokenGrammar):
     """A grammar that allows everything, and of whose answers some come late: after so many waits."""
 
-    def __init__(self, waits: list[int], over: int = 10**6) -> None:
-        super().__init__(GenerationError("never"), over)
-        self.waits, self.over, self.left = waits, over, 0
+    def __init__(self, waits: list[int], most: int = 10**6) -> None:
+        super().__init__(GenerationError("never"), most)
+        self.waits, self.left = waits, 0
         self._connection, self._other = Pipe()
 
     @property
-    def finished(self) -> bool:  # type: ignore[override]
+    def over(self) -> bool:  # type: ignore[override]
         return self.after <= 0
 
     def _late(self) -> None:
@@ -228,7 +228,7 @@ def test_a_late_grammar_may_say_that_the_text_is_over() -> None:
     engine = small()
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     slow = request_of(engine, [5, 4, 3], params)
-    slow.sequences[0].grammar = _LateGrammar([0, 0, 0, 4], over=2)  # type: ignore[assignment]
+    slow.sequences[0].grammar = _LateGrammar([0, 0, 0, 4], most=2)  # type: ignore[assignment]
     engine.add(slow)
     run(engine)
     assert slow.error is None

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import GrammarError
+from ...errors import EngineError, GrammarError
 from ...sampling_params import StructuredOutputs
 from ...tokenizer import Tokenizer
 from ..config import GrammarLimits
@@ -120,7 +120,7 @@ class ForkServer:
             fds = (theirs.fileno(), file.fileno())
             # A session of its own: Ctrl-C at the terminal is for the engine, which it ends with.
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, fds)], pass_fds=fds,
+                [sys.executable, "-P", "-c", _BOOT, json.dumps(sys.path), *map(str, fds)], pass_fds=fds,
                 stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
@@ -129,34 +129,35 @@ class ForkServer:
 
     def fork(self) -> tuple[socket.socket, int]:
         """A new worker: the socket to its control, and its pid."""
-        ours, theirs = socket.socketpair()
-        ours.settimeout(HURRY)
-        with theirs:
-            return ours, self._ask(b"f", 0, [theirs.fileno()])
+        pid, fds = self._ask(b"f", 0)
+        control = socket.socket(fileno=fds[0])
+        control.settimeout(HURRY)
+        return control, pid
 
     def status(self, pid: int) -> int | None:
         """How a worker that has ended did, as os.waitpid says; None: not known, or it has not."""
         try:
-            status = self._ask(b"w", pid, [])
-        except GrammarError:
+            status, _ = self._ask(b"w", pid)
+        except EngineError:
             return None
         return None if status == ALIVE else status
 
-    def _ask(self, kind: bytes, value: int, fds: list[int]) -> int:
+    def _ask(self, kind: bytes, value: int) -> tuple[int, list[int]]:
+        """The server's answer, a number and file descriptors. EngineError if there is no server to be had."""
         with self._lock:
             for _ in range(2):
                 try:
-                    socket.send_fds(self._socket, [MESSAGE.pack(kind, value)], fds)
-                    answer = self._socket.recv(MESSAGE.size, socket.MSG_WAITALL)
+                    self._socket.sendall(MESSAGE.pack(kind, value))
+                    answer, fds, _, _ = socket.recv_fds(self._socket, MESSAGE.size, 1)
                 except OSError:
-                    answer = b""
+                    answer, fds = b"", []
                 if len(answer) == MESSAGE.size:
-                    return int(MESSAGE.unpack(answer)[1])
+                    return int(MESSAGE.unpack(answer)[1]), fds
                 self._close()
                 self._socket = self._open()
                 if kind == b"w":  # the old one knew
                     break
-        raise GrammarError("structured_outputs: the process for grammars could not be started")
+        raise EngineError("the process that follows grammars could not be started: see what it wrote to stderr")
 
     def _close(self) -> None:
         self._socket.close()
@@ -181,12 +182,16 @@ class GrammarProcess:
 
     def __init__(self, server: ForkServer, key: str) -> None:
         self._server, self.over = server, False
+        self._status: int | None = None
+        self.requests: set[str] = set()  # that have used it; of many, some
         self._control, self._pid = server.fork()
         data = key.encode()
         self._control.sendall(LENGTH.pack(len(data)) + data)
 
-    def connect(self) -> Connection:
-        """A connection for one completion. OSError if the process has ended."""
+    def connect(self, request: str) -> Connection:
+        """A connection for one completion. ConnectionError if the process has ended."""
+        if len(self.requests) < 2:
+            self.requests.add(request)
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._control, [b"c"], [theirs.fileno()])
@@ -196,17 +201,22 @@ class GrammarProcess:
         """Take no more completions; the process ends with the last it has."""
         self._control.close()
 
+    def ended_by(self) -> int:
+        """The signal that it has ended by; 0: none, or not known."""
+        if self._status is None:
+            self._status = self._server.status(self._pid)
+        return os.WTERMSIG(self._status) if self._status is not None and os.WIFSIGNALED(self._status) else 0
+
     def why(self, limits: GrammarLimits) -> str:
         """Why it has ended, for the user whose grammar it was."""
-        status = self._server.status(self._pid)
-        number = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
+        number = self.ended_by()
         if number == signal.SIGPROF:
             return (
                 f"it takes more CPU time than it may ({limits.compile_seconds:g} s to compile, "
                 f"{limits.mask_seconds:g} s for a token, {limits.request_seconds:g} s for a request): make it "
                 "simpler, or less ambiguous"
             )
-        name = signal.Signals(number).name if number else f"status {status}"
+        name = signal.Signals(number).name if number else f"status {self._status}"
         return f"it is too deep or too large for its compiler, which failed ({name}): make it simpler"
 
 
@@ -229,7 +239,8 @@ class GrammarState:
         self._question: dict[str, Any] = {}  # the newest; the first is to start
         self.late = True  # whether it has no answer yet
         self.finished = False  # whether nothing may follow but EOS
-        self.answer: Masks | None = None  # to the last `ask`; None after a `take`
+        self.over = False  # whether that was known when it took its last token: the text ends without EOS
+        self.answer: Masks | None = None  # what may come next, as far as it is known
         self._asked = time.monotonic()
         self._open()
         self.wait()
@@ -256,7 +267,7 @@ class GrammarState:
                         raise GrammarError(f"structured_outputs: the grammar gave no answer in {PATIENCE:g} s")
                     return False
                 reply = self._connection.recv_bytes()
-            except (EOFError, OSError):
+            except (EOFError, ConnectionError):
                 self._begin_again(to_blame=True)
             else:
                 self._read(reply)
@@ -284,9 +295,9 @@ class GrammarState:
         for attempt in range(2):
             self._process = self._grammars.process(self._key, self._request if self._alone else "")
             try:
-                self._connection = self._process.connect()
+                self._connection = self._process.connect(self._request)
                 self._send({"start": self._tokens, "request": self._request, "spent": self._spent})
-            except OSError:  # it has ended just now
+            except ConnectionError:  # it has ended just now
                 self._process.over = True
                 if attempt:
                     raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}") from None
@@ -297,7 +308,10 @@ class GrammarState:
     def _begin_again(self, to_blame: bool) -> None:
         """The process has ended: begin in another, and ask again what has no answer."""
         self._process.over = True
-        if to_blame and self._alone:
+        sole = self._alone or (
+            self._process.requests == {self._request} and self._process.ended_by() == signal.SIGPROF
+        )
+        if to_blame and sole:
             raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}")
         self._alone = self._alone or to_blame
         if "accept" in self._question:
@@ -311,7 +325,7 @@ class GrammarState:
         self._question, self.late, self._asked = question, True, time.monotonic()
         try:
             self._send(question)
-        except OSError:
+        except ConnectionError:
             self._begin_again(to_blame=False)
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -333,7 +347,8 @@ class GrammarState:
             self._started = True
             if self._question:
                 return
-        elif "over" in header:
+        else:
             table = np.frombuffer(rest, dtype=np.int32).reshape(-1, self._grammars.words)
-            self.answer = Masks(list(table), header["over"])
+            self.answer = Masks(list(table), header["drafted"])
+            self.over = header.get("over", self.over)
         self.late = False

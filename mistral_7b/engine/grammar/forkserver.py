@@ -1,7 +1,7 @@
 """The process that worker processes are forked from: small, without threads, with the vocabulary ready.
 
-    engine's process -- b"f" and the end of a socket --> fork: worker.serve at that socket
-                     <------------------------- its pid
+    engine's process -- b"f" --------------------------> a worker that was forked before, and waits
+                     <---- its pid and its socket, then the next one is forked
                      -- b"w", pid ---------------------> how did it end?
                      <------------------ its wait status
 
@@ -10,6 +10,7 @@ Forking the engine's own process is no choice: it has threads, and gigabytes. Th
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -18,6 +19,11 @@ import struct
 import time
 from collections import OrderedDict
 
+from ...errors import GrammarError
+from ...sampling_params import StructuredOutputs
+from .matcher import CompiledGrammar
+from .spec import GrammarSpec
+from .vocabulary import Vocabulary
 from .worker import serve
 
 MESSAGE = struct.Struct("<cq")  # what is asked, and a pid
@@ -26,29 +32,43 @@ REMEMBERED = 1024  # wait statuses kept for an engine that asks later
 
 
 def main(server_fd: int, vocabulary_fd: int) -> None:
-    """Read the vocabulary from a file, then fork as the socket says until that is closed."""
+    """Read the vocabulary from a file, then hand out workers as the socket says until that is closed."""
     with open(vocabulary_fd, "rb") as file:
         vocabulary = pickle.load(file)
     server = socket.socket(fileno=server_fd)
-    vocabulary.entries  # noqa: B018  # made once, for all
+    _rehearse(vocabulary)
     gc.collect()
     gc.freeze()  # what is shared with the forks is not written to
     ended: OrderedDict[int, int] = OrderedDict()
-    while True:
-        message, fds, _, _ = socket.recv_fds(server, MESSAGE.size, 1)
-        if len(message) < MESSAGE.size:
-            return
-        kind, pid = MESSAGE.unpack(message)
-        if kind == b"f":
-            answer = os.fork()
-            if answer == 0:
-                server.close()
-                serve(vocabulary, socket.socket(fileno=fds[0]))
-            os.close(fds[0])
+    spare, control = _fork(server, vocabulary)
+    with contextlib.suppress(ConnectionError):  # the engine has ended
+        while len(message := server.recv(MESSAGE.size, socket.MSG_WAITALL)) == MESSAGE.size:
+            kind, pid = MESSAGE.unpack(message)
+            if kind == b"w":
+                server.sendall(MESSAGE.pack(kind, _status(ended, pid)))
+                continue
+            with control:
+                socket.send_fds(server, [MESSAGE.pack(kind, spare)], [control.fileno()])
             _reap(ended)
-        else:
-            answer = _status(ended, pid)
-        server.sendall(MESSAGE.pack(kind, answer))
+            spare, control = _fork(server, vocabulary)
+
+
+def _fork(server: socket.socket, vocabulary: Vocabulary) -> tuple[int, socket.socket]:
+    """A worker that waits for its grammar, and the socket to its control."""
+    ours, theirs = socket.socketpair()
+    if (pid := os.fork()) == 0:
+        server.close()
+        ours.close()
+        serve(vocabulary, theirs)
+    theirs.close()
+    return pid, ours
+
+
+def _rehearse(vocabulary: Vocabulary) -> None:
+    """Compile a schema, so that every worker finds made what the first use of anything makes."""
+    spec = StructuredOutputs(json={"properties": {"a": {"type": "integer"}, "b": {"enum": ["c"]}}})
+    with contextlib.suppress(GrammarError):  # as a vocabulary may lack the characters
+        CompiledGrammar(vocabulary, GrammarSpec(spec).lark(spaced=True)).start(at_start=False).masks()
 
 
 def _status(ended: OrderedDict[int, int], pid: int) -> int:

@@ -4,9 +4,9 @@
     GrammarState --{"start": [], ...}----------------> compiles, if it is the first; a MatcherState
                  <-------------------{"spent": 0.003}
                  --{"masks": [draft tokens]}---------->
-                 <----{"over": [...], ...} and masks--
+                 <--{"drafted": [...]} and their masks--
                  --{"accept": [tokens]}-------------->
-                 <-------------------{"finished": ...}  and computes the next mask meanwhile
+                 <----{"over": ...} and the next mask--
 
 A native crash, memory without bound and time without end cost this process, and no other. Time is the CPU's: the
 kernel ends the process when one operation has used up what it may (SIGPROF), wherever that operation is stuck.
@@ -22,14 +22,13 @@ import selectors
 import signal
 import socket
 import struct
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
-
-import numpy as np
 
 from ...errors import GrammarError
 from ..config import GrammarLimits
@@ -37,7 +36,8 @@ from .matcher import CompiledGrammar, MatcherState
 from .spec import GrammarSpec
 from .vocabulary import Vocabulary
 
-NICE = 10  # below the model: an expensive grammar must not slow down what has none
+NICE = 19  # of a worker that is expensive, so that it does not slow down the model and the other grammars
+EXPENSIVE = 0.03  # seconds of one operation
 LENGTH = struct.Struct("<q")  # before the specification
 
 
@@ -84,8 +84,6 @@ class Worker:
         try:
             question = json.loads(connection.recv_bytes())
             connection.send_bytes(self._answer(connection, question))
-            if "accept" in question and connection in self._states:
-                self._prepare(connection)
         except (EOFError, OSError):  # the completion is over
             self._selector.unregister(connection.fileno())
             self._states.pop(connection, None)
@@ -101,19 +99,14 @@ class Worker:
                 return b'{"error": "not started"}'
             state, account = self._states[connection]
             with self._charged(account):
+                header: dict[str, Any] = {}
                 if "accept" in question:
                     for token in question["accept"]:
                         state.accept(token)
-                    header: dict[str, Any] = {"finished": state.finished}
-                    masks: Sequence[np.ndarray] = ()
-                else:
-                    masks, over = state.masks(question["masks"])
-                    header = {"finished": state.finished, "over": over}
-            return (
-                json.dumps({**header, "spent": account.spent}).encode()
-                + b"\n"
-                + b"".join(m.tobytes() for m in masks)
-            )
+                    header["over"] = header["finished"] = state.finished
+                masks, drafted = state.masks(question.get("masks", ()))
+            header = {"finished": state.finished, **header, "drafted": drafted, "spent": account.spent}
+            return json.dumps(header).encode() + b"\n" + b"".join(m.tobytes() for m in masks)
         except GrammarError as e:
             return json.dumps({"error": str(e)}).encode()
         except (MemoryError, RecursionError) as e:
@@ -123,7 +116,7 @@ class Worker:
         """A state for a completion that has taken the tokens `start` already."""
         if self._compiled is None:
             try:
-                with _limited(self.limits.compile_seconds):
+                with _limited(self.limits.compile_seconds), _lowered_soon():
                     text = GrammarSpec.from_json(self.spec).lark(self.spaced)
                     self._compiled = CompiledGrammar(self.vocabulary, text)
             except GrammarError as e:
@@ -140,12 +133,6 @@ class Worker:
                 state.accept(token)
         return json.dumps({"finished": state.finished, "spent": account.spent}).encode()
 
-    def _prepare(self, connection: Connection) -> None:
-        """Compute the next mask before it is asked for: a core is idle while the engine plans its step."""
-        state, account = self._states[connection]
-        with contextlib.suppress(GrammarError, MemoryError, RecursionError), self._charged(account):
-            state.masks()  # which raises the same again when it is asked for
-
     @contextlib.contextmanager
     def _charged(self, account: Account) -> Iterator[None]:
         """CPU time on the account of a request. GrammarError where nothing is left on it."""
@@ -160,7 +147,10 @@ class Worker:
             with _limited(min(left, self.limits.mask_seconds)):
                 yield
         finally:
-            account.spent += time.process_time() - began
+            took = time.process_time() - began
+            account.spent += took
+            if took > EXPENSIVE:
+                _lower()
 
 
 @contextlib.contextmanager
@@ -171,6 +161,22 @@ def _limited(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _lower() -> None:
+    """Let other processes go first from now on."""
+    os.setpriority(os.PRIO_PROCESS, os.getpid(), NICE)
+
+
+@contextlib.contextmanager
+def _lowered_soon() -> Iterator[None]:
+    """`_lower` if what is done here takes long: its native code runs without Python's lock."""
+    timer = threading.Timer(EXPENSIVE, _lower)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _exactly(sock: socket.socket, n: int) -> bytes:
@@ -190,7 +196,6 @@ def serve(vocabulary: Vocabulary, control: socket.socket) -> None:
     status = 1
     try:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-        os.nice(NICE)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         worker = Worker(vocabulary, control)
         resource.setrlimit(resource.RLIMIT_AS, (worker.limits.memory_bytes,) * 2)

@@ -30,7 +30,7 @@ from mistral_7b.benchmark import machine
 from mistral_7b.benchmark.serving.ours import words_for
 from mistral_7b.cli.bench import SHAPES
 from mistral_7b.completion import Completion
-from mistral_7b.engine import engine as engine_module
+from mistral_7b.engine import containment
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.llm import LLM
@@ -120,7 +120,7 @@ def timed_steps(engine: Engine) -> dict[str, float]:
     """Seconds of a step, of its parts outside the model, and of all that is outside: medians."""
     clocks = {
         "model": Clock(engine.model, "hidden", "logits"), "scheduling": Clock(engine.scheduler, "plan", "advance"),
-        "sampling": Clock(engine_module, "sample_rows"), "text": Clock(Completion, "push"),
+        "sampling": Clock(containment, "sample_rows"), "text": Clock(Completion, "push"),
     }  # fmt: skip
     rows: list[dict[str, float]] = []
     with contextlib.ExitStack() as stack:

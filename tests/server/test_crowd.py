@@ -51,7 +51,9 @@ def test_large_bodies_do_not_hold_up_the_event_loop(server: Serving, slowest):
     ]  # fmt: skip
     for i, (path, body) in enumerate(bodies):
         longest = []
-        for _ in range(3):  # one of them may meet the collector on its way through all that other tests have left
+        # One of them may meet the collector on its way through all that other tests have left, and on a slow CPU
+        # most meet caches that the other test process has emptied: the fastest says what the code takes.
+        while len(longest) < 10 and min(longest, default=1.0) >= 0.05:
             before = len(slowest)
             status, _, data = server.ask("POST", path, body.encode()[:MIB])
             assert status in (200, 400, 422), data[:200]

@@ -3,7 +3,7 @@
 SIGTERM or Ctrl-C: no request is taken any more (503 and Retry-After; /health/ready says 503), running answers get
 `drain_timeout` seconds, and what has not ended then is told why it was cut. A second signal ends at once.
 
-An engine that broke ends the process too, as soon as those who wait have been told: who runs it starts it anew.
+An engine that broke ends the process too, once open requests have been told: a supervisor starts it again.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def step(self, ordinary=Engine.step):
         raise RuntimeError("injected")
     ordinary(self)
 Engine.step = step
-"""  # whoever asks with this priority breaks the engine
+"""  # a request with this priority breaks the engine
 
 
 def test_an_engine_that_breaks_ends_the_process(tmp_path):

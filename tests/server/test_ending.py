@@ -187,7 +187,7 @@ def test_an_engine_that_breaks_ends_the_server():
 
 
 def test_an_engine_that_breaks_inside_another_server():
-    """An application that somebody else serves cannot end the process, but says to every probe that it must."""
+    """An application in another server cannot end the process, but says to every probe that it must."""
     import asyncio
 
     import httpx

@@ -19,12 +19,8 @@ import struct
 import time
 from collections import OrderedDict
 
-from ...errors import GrammarError
-from ...sampling_params import StructuredOutputs
-from .matcher import CompiledGrammar
-from .spec import GrammarSpec
 from .vocabulary import Vocabulary
-from .worker import serve
+from .worker import rehearse, serve
 
 MESSAGE = struct.Struct("<cq")  # what is asked, and a pid
 ALIVE = -1  # no wait status
@@ -36,7 +32,7 @@ def main(server_fd: int, vocabulary_fd: int) -> None:
     with open(vocabulary_fd, "rb") as file:
         vocabulary = pickle.load(file)
     server = socket.socket(fileno=server_fd)
-    _rehearse(vocabulary)
+    rehearse(vocabulary)
     gc.collect()
     gc.freeze()  # what is shared with the forks is not written to
     ended: OrderedDict[int, int] = OrderedDict()
@@ -62,13 +58,6 @@ def _fork(server: socket.socket, vocabulary: Vocabulary) -> tuple[int, socket.so
         serve(vocabulary, theirs)
     theirs.close()
     return pid, ours
-
-
-def _rehearse(vocabulary: Vocabulary) -> None:
-    """Compile a schema, so that every worker finds made what the first use of anything makes."""
-    spec = StructuredOutputs(json={"properties": {"a": {"type": "integer"}, "b": {"enum": ["c"]}}})
-    with contextlib.suppress(GrammarError):  # as a vocabulary may lack the characters
-        CompiledGrammar(vocabulary, GrammarSpec(spec).lark(spaced=True)).start(at_start=False).masks()
 
 
 def _status(ended: OrderedDict[int, int], pid: int) -> int:

@@ -61,7 +61,7 @@ def test_a_word_is_found_on_another_branch_and_shown(page: Any) -> None:
 def test_a_token_of_an_answer_that_is_still_coming_branches(page: Any) -> None:
     ask(page, "slow", wait=False)
     page.wait_for_selector(".tok >> nth=9")
-    # The token is drawn anew, again and again, under the pointer: measured in one step, it cannot vanish meanwhile.
+    # The token is drawn anew, again and again: measured in one step, it cannot vanish meanwhile.
     at = page.evaluate("document.querySelectorAll('.tok')[2].getBoundingClientRect().toJSON()")
     page.mouse.move(at["x"] + 4, at["y"] + 4)
     page.wait_for_selector("#alternatives:not([hidden])")

@@ -62,14 +62,14 @@ class Cache(Protocol):
 def layers_of(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor | None) -> list[Memory]:
     """The memories of a model's n layers. CacheError for tokens or a cache that cannot go through it."""
     if tokens.dim() == 0 or tokens.shape[-1] == 0:
-        raise CacheError("no tokens: a forward pass needs at least one, as (B, T) or (T,)")
+        raise CacheError("no tokens: a forward pass needs at least one, as (B, T) or (T,)", field="tokens")
     if sequence_ids is not None and sequence_ids.shape != tokens.shape:
         shapes = f"{tuple(sequence_ids.shape)} ids for tokens {tuple(tokens.shape)}"
-        raise CacheError(f"each token needs the id of its sequence, not {shapes}")
+        raise CacheError(f"each token needs the id of its sequence, not {shapes}", field="sequence_ids")
     memories = list(islice(cache.layers, n_layers))
     if len(memories) < n_layers:
         raise CacheError(
-            f"a cache of {len(memories)} layers is not for this model of {n_layers}: make one that is"
+            f"a cache of {len(memories)} layers is not for this model of {n_layers}", hint="make a cache for it"
         )
     return memories
 
@@ -77,7 +77,9 @@ def layers_of(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor 
 def check_window(window: int | None) -> int | None:
     """The window as it was given. CacheError if no query could see even its own key."""
     if window is not None and window < 1:
-        raise CacheError(f"a window of {window} keys shows nothing: it must be at least 1, or None for all keys")
+        raise CacheError(
+            f"a window of {window} keys shows nothing: it must be at least 1, or None for all keys", field="window"
+        )
     return window
 
 
@@ -111,7 +113,9 @@ Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scale
 def check_kv_dtype(kv_dtype: torch.dtype | None) -> bool:
     """Whether keys and values are kept in int8. CacheError for a type that they cannot be kept in."""
     if kv_dtype not in (None, torch.int8):
-        raise CacheError(f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}")
+        raise CacheError(
+            f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}", field="kv_dtype"
+        )
     return kv_dtype == torch.int8
 
 
@@ -210,7 +214,9 @@ class GrowingCache:
                 )
             )
         if sequence_ids is not None and tokens.dim() != 1:
-            raise CacheError("sequence ids go with packed tokens (T,); the rows of a rectangle need none")
+            raise CacheError(
+                "sequence ids go with packed tokens (T,); the rows of a rectangle need none", field="sequence_ids"
+            )
         if self.batch not in (None, tokens.shape[:-1]):
             raise CacheError(
                 f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot go on "
@@ -363,7 +369,7 @@ class RollingCache(KernelCache):
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         if slack < 0:
-            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}")
+            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}", field="slack")
         self.window, self.static, self.slack = check_window(window), static, slack
         self.slots = (max_seq_len if window is None else min(window, max_seq_len)) + slack
         self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
@@ -421,8 +427,8 @@ class RollingCache(KernelCache):
         endless = self.window is not None and slots == self.window + self.slack
         if lengths and not endless and max(lengths) + T > slots:
             raise CacheError(
-                f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}: "
-                f"make the cache with max_seq_len >= {max(lengths) + T}"
+                f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}",
+                hint=f"make the cache with max_seq_len >= {max(lengths) + T}",
             )
         equal = bool(lengths) and min(lengths) == max(lengths)
         self.start = self.length.clone()
@@ -514,12 +520,13 @@ class _RollingMemory(KeysAndValues):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.dtype != self.dtype:
             raise CacheError(
-                f"this cache holds {self.dtype} and was given {k.dtype}: make it with the model's type"
+                f"this cache holds {self.dtype} and was given {k.dtype}", hint="make it with the model's type"
             )
         if k.shape[-2:] != self.k.shape[-2:]:  # the kernel would write beside its place
             raise CacheError(
                 f"this cache holds {tuple(self.k.shape[-2:])} keys (heads, width) and was given "
-                f"{tuple(k.shape[-2:])}: make it with the model's shape"
+                f"{tuple(k.shape[-2:])}",
+                hint="make it with the model's shape",
             )
         cache, held = self.cache, self.entries
         new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph

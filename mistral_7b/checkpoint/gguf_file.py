@@ -98,7 +98,7 @@ class _Cursor:
         self.end = min(len(data), LONGEST_HEADER)
 
     def fault(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what} (byte {self.at})")
+        return CheckpointError(f"{what} (byte {self.at})", place=self.path)
 
     def take(self, size: int) -> int:
         """Go on by `size` bytes, and say where they begin."""
@@ -162,10 +162,10 @@ def read(path: pathlib.Path) -> Contents:
     try:
         with path.open("rb") as f:
             if f.read(4) != MAGIC:
-                raise CheckpointError(f"{path}: no GGUF file")
+                raise CheckpointError("no GGUF file", place=path)
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: cannot be read ({e})") from e
+        raise CheckpointError(f"cannot be read ({e})", place=path) from e
     with data:
         return _contents(_Cursor(path, data))
 

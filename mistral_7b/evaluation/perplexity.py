@@ -76,7 +76,7 @@ def encode(document: str | Sequence[int], tokenizer: Tokenizer | None) -> list[i
     """Token ids with BOS first."""
     if isinstance(document, str):
         if tokenizer is None:
-            raise EvaluationError("a text needs the model's tokenizer: pass it, or pass token ids")
+            raise EvaluationError("a text needs the model's tokenizer", hint="pass it, or pass token ids")
         return tokenizer.encode(document, bos=True)
     ids = list(document)
     return ids if ids[:1] == [BOS] else [BOS, *ids]

@@ -62,7 +62,7 @@ class Door:
         if self._users and not (admin or user):
             how = 'Basic realm="mistral-7b: the key is the password"' if page else 'Bearer realm="mistral-7b"'
             what = "this key is not known" if key else "a key is needed"
-            raise Refusal(401, f"{what}: send one as `Authorization: Bearer KEY`", code="invalid_api_key",
+            raise Refusal(401, what, hint="send one as `Authorization: Bearer KEY`", code="invalid_api_key",
                           headers={"www-authenticate": how})  # fmt: skip
         return admin
 

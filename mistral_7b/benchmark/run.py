@@ -295,7 +295,7 @@ def _lines(
 
 
 def _failure(said: Sequence[str], code: int) -> BenchmarkError:
-    """What a process failed with, from its lines on stderr: the last is an error's data, or an interpreter's words."""
+    """What a process failed with: the last line on its stderr is an error's data, or what Python itself says."""
     last = said[-1] if said else f"the process ended with code {code}"
     try:
         return BenchmarkError(**json.loads(last))

@@ -184,7 +184,8 @@ class Matcher:
     def _check(self) -> None:
         """Raise what the matcher has come to."""
         if self._matcher.is_error():
-            raise GrammarError(f"structured_outputs: {_reason(self._matcher.get_error())}")
+            report = _reason(self._matcher.get_error())
+            raise GrammarError(f"structured_outputs: {report}", field="structured_outputs")
 
 
 def _holds(mask: np.ndarray, token: int) -> bool:

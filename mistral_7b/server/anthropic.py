@@ -36,7 +36,7 @@ def router(state: State) -> APIRouter:
     async def messages(http_request: HttpRequest, asked: wire.MessagesRequest) -> Response:
         """Answer a conversation, as Anthropic's Messages API does."""
         adapter = state.adapter(asked.model)
-        request = await read(state, partial(_request, state, asked, adapter))
+        request = await read(state, partial(_request, state, asked, adapter), "messages")
         told = Answer(f"msg_{uuid.uuid4().hex}", asked.model or state.model_name, wire.most_calls(asked))
         if asked.stream:
             return await event_stream(_events(state, http_request, request, told))

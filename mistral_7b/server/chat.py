@@ -56,7 +56,7 @@ def router(state: State) -> APIRouter:
         """Answer a conversation."""
         check_n(state, body.n)
         adapter = state.adapter(body.model)
-        request = await read(state, partial(read_chat, state, body, adapter))
+        request = await read(state, partial(read_chat, state, body, adapter), "messages")
         pieces = answer(state, http_request, request)
         agent = http_request.headers.get("user-agent", "")
         mistral = body.of_mistral or any(name in agent for name in MISTRALS_CLIENTS)

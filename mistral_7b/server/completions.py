@@ -45,7 +45,7 @@ def router(state: State) -> APIRouter:
         _check(state, body)
         asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
         prompts = prompts_of(body.prompt)
-        requests = [await read(state, partial(_read, state, body, prompt, asked)) for prompt in prompts]
+        requests = [await read(state, partial(_read, state, body, prompt, asked), "prompt") for prompt in prompts]
         texts = Texts(state, body, requests)
         pieces = together([answer(state, http_request, request) for request in requests])
         if body.stream:

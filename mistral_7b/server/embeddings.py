@@ -42,7 +42,7 @@ def router(state: State) -> APIRouter:
         check_prompts(state, texts, "input")
         asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
         make = state.llm.reader.embedding
-        requests = [await read(state, partial(make, text, body.pooling, asked)) for text in texts]
+        requests = [await read(state, partial(make, text, body.pooling, asked), "input") for text in texts]
         async with aclosing(together([answer(state, http_request, r) for r in requests])) as pieces:
             async for _ in pieces:
                 pass

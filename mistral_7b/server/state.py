@@ -1,6 +1,6 @@
 """What all routes share, and the one way in which a request is followed to its end.
 
-    request = await read(state, partial(state.llm.reader.chat, messages, params, asked))    in a thread
+    request = await read(state, partial(state.llm.reader.chat, messages, params, asked), "messages")    in a thread
     async for piece in answer(state, http_request, request):                                 as it comes
 
 Nothing is cancelled in here: a client that has gone, a time limit and a server that stops each have the engine end
@@ -177,10 +177,10 @@ def note(http_request: HttpRequest, **notes: Any) -> None:
     http_request.scope.setdefault(NOTES, {}).update(notes)
 
 
-async def read(state: State, make: Callable[[], Request]) -> Request:
+async def read(state: State, make: Callable[[], Request], field: str) -> Request:
     """What `make`, a call of the engine's reader, returns; in a thread, as tokens and grammars take their time.
 
-    Raises what is wrong with the request; Refusal (422) for one that is larger than this server takes.
+    Raises what is wrong with the request; Refusal (422) for one whose `field` is larger than this server takes.
     """
     try:
         request = await asyncio.get_running_loop().run_in_executor(state.readers, make)
@@ -191,7 +191,7 @@ async def read(state: State, make: Callable[[], Request]) -> Request:
     most = state.config.max_prompt_tokens or state.llm.engine.model.args.max_seq_len
     if len(request.ids) > most:
         raise Refusal(422, f"the prompt has {len(request.ids)} tokens, and this server takes {most}",
-                      hint="shorten it", code="context_length_exceeded")  # fmt: skip
+                      field=field, hint="shorten it", code="context_length_exceeded")  # fmt: skip
     return request
 
 

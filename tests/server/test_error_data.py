@@ -54,11 +54,11 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     (CHAT, chat(messages=[*HELLO, LATE, LATE, {"role": "assistant", "tool_calls": [CALL]}]), 400, BAD,
      "messages[3]"),
     (CHAT, chat(messages=[LATE]), 400, BAD, "messages"),
-    (CHAT, chat(messages=[{"role": "user", "content": LONG}]), 422, BAD, None),
+    (CHAT, chat(messages=[{"role": "user", "content": LONG}]), 422, BAD, "messages"),
     (CHAT, chat(model="no"), 404, GONE, "model"),
     (CHAT, chat(n=99), 422, BAD, "n"),
     (CHAT, chat(top_logprobs=2), 400, BAD, "top_logprobs"),
-    (CHAT, chat(function_call="f"), 400, BAD, "function_call"),  # pydantic's, whose message a validator of ours has
+    (CHAT, chat(function_call="f"), 400, BAD, "function_call"),  # pydantic
     (TEXT, {"prompt": "a", "temperature": -1}, 400, BAD, "temperature"),
     (TEXT, {"prompt": []}, 400, BAD, "prompt"),
     (TEXT, {"prompt": [99999]}, 400, BAD, "prompt"),
@@ -76,7 +76,7 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     (ANTHROPIC, chat(model="tiny", system="s", messages=[
         *HELLO, {"role": "assistant", "content": [DO]}, {"role": "user", "content": [DONE]}, LATE, *HELLO,
     ]), 400, BAD, "messages[3]"),  # the third in what the model is given: `system` is the first there
-    (ANTHROPIC, chat(model="tiny", messages=[{"role": "user", "content": LONG}]), 422, BAD, None),
+    (ANTHROPIC, chat(model="tiny", messages=[{"role": "user", "content": LONG}]), 422, BAD, "messages"),
     (ANTHROPIC + "/count_tokens", {"model": "tiny", "messages": [LATE]}, 400, BAD, "messages"),
 ]  # fmt: skip
 

@@ -85,7 +85,8 @@ class _Reader:
 
     def _message(self, index: int, message: Mapping[str, Any]) -> Any:
         if not isinstance(message, Mapping) or "role" not in message:
-            raise TokenizerError(f"not a dictionary with a role: {message!r:.80}")
+            field = "role" if isinstance(message, Mapping) else None
+            raise TokenizerError(f"not a dictionary with a role: {message!r:.80}", field=field)
         role, content = message["role"], _content(message.get("content"))
         if role == "assistant":
             calls = [self._call(f"{index}.{k}", c) for k, c in enumerate(message.get("tool_calls") or ())]
@@ -114,10 +115,13 @@ class _Reader:
             raise TokenizerError(
                 "this tokenizer (v1) knows no tool calls; Mistral 7B v0.3 does", field="tool_calls"
             )
-        function = call["function"]
+        try:
+            function = call["function"]
+            name, arguments = function["name"], _arguments(function.get("arguments"))
+        except KeyError as e:
+            raise TokenizerError(f"field {e} of a tool call is missing", field="tool_calls") from e
         return ToolCall(
-            id=tool_call_id(call.get("id") or place),
-            function=FunctionCall(name=function["name"], arguments=_arguments(function.get("arguments"))),
+            id=tool_call_id(call.get("id") or place), function=FunctionCall(name=name, arguments=arguments)
         )
 
     def _result(self, message: Mapping[str, Any], content: Any) -> ToolMessage:
@@ -156,7 +160,10 @@ def _arguments(given: Any) -> Any:
 def _content(content: Any) -> Any:
     """A text, or text chunks, from OpenAI's content. TokenizerError for parts that are no text."""
     if isinstance(content, str):
-        content.encode()  # a lone surrogate has no UTF-8: refused here with a reason
+        try:
+            content.encode()  # a lone surrogate has no UTF-8: refused here with a reason
+        except UnicodeEncodeError as e:
+            raise TokenizerError(str(e), field="content") from e
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, Sequence):

@@ -65,7 +65,9 @@ class Tokenizer:
             )
         if self.version != "v1" and not self._control_names.issuperset(("[INST]", "[/INST]")):
             raise TokenizerError(
-                f"has no control tokens [INST] and [/INST]: it cannot be {self.version}", place=self.path
+                f"has no control tokens [INST] and [/INST]: it cannot be {self.version}",
+                field="version",
+                place=self.path,
             )
         if self.bos_id < 0 or self.eos_id < 0:
             raise TokenizerError("defines no beginning or end of sequence (<s>, </s>)", place=self.path)

@@ -36,7 +36,7 @@ def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
     """
     shown = [r for r in records if r.what in WORDS]
     if not shown:
-        raise BenchmarkError("nothing to draw: a roofline needs decode, prefill or batch16")
+        raise BenchmarkError("nothing to draw: a roofline needs decode, prefill or batch16", field="--what")
     Figure, FigureCanvasAgg = matplotlib_classes()
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     FigureCanvasAgg(figure)  # one that can tell how large a text is

@@ -134,6 +134,7 @@ def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceiling
     if left := [name for name in PROBES if name not in found]:
         raise BenchmarkError(
             f"the ceilings ({', '.join(left)}) could not be measured within {CEILINGS_SECONDS} seconds",
+            field=", ".join(left),
             hint="close other programs",
         )
     return Ceilings(**found)
@@ -181,6 +182,7 @@ def check_memory(args: dict[str, Any], scheme: str) -> None:
     if free and need > free:
         raise BenchmarkError(
             f"{scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            field="--layers",
             hint="close other programs, or take fewer --layers",
         )
 

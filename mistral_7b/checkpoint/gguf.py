@@ -130,7 +130,10 @@ def _args(contents: gguf_file.Contents, tied: bool) -> ModelArgs:
         )
     if metadata.get("split.count", 1) != 1:
         raise CheckpointError(
-            f"one part of {metadata['split.count']}", place=path, hint="join them with llama-gguf-split"
+            f"one part of {metadata['split.count']}",
+            field="split.count",
+            place=path,
+            hint="join them with llama-gguf-split",
         )
     prefix = f"{architecture}."
     data = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}

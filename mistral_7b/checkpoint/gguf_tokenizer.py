@@ -69,6 +69,7 @@ def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
     if kind != "llama":
         raise TokenizerError(
             f"its tokenizer is {kind!r}, and Mistral 7B's is 'llama' (SentencePiece)",
+            field=MODEL,
             place=path,
             hint="name another with --tokenizer, or Tokenizer.from_pretrained",
         )
@@ -116,21 +117,28 @@ def _pieces(path: pathlib.Path, metadata: Any) -> tuple[list[str], list[float], 
         if not isinstance(values, list) or not all(type(v) is wanted for v in values):
             raise TokenizerError(f"{key!r} is missing, or of the wrong type", field=key, place=path)
     if not len(tokens) == len(scores) == len(types):
-        raise TokenizerError(f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types", place=path)
+        raise TokenizerError(
+            f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types", field=TOKENS, place=path
+        )
     tokens = [t.replace(" ", SPACE) if k == USER_DEFINED else t for t, k in zip(tokens, types, strict=True)]
     seen: set[str] = set()
     for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
         if not token or token in seen or "\0" in token:
-            raise TokenizerError(f"token {i} {token!r:.40} is empty, or there already", place=path)
+            raise TokenizerError(
+                f"token {i} {token!r:.40} is empty, or there already", field=f"{TOKENS}[{i}]", place=path
+            )
         if not math.isfinite(score) or not NORMAL <= kind <= BYTE:
-            raise TokenizerError(f"token {i} has score {score} and type {kind}", place=path)
+            raise TokenizerError(f"token {i} has score {score} and type {kind}", field=f"{TYPES}[{i}]", place=path)
         if kind == BYTE and not BYTE_PIECE.fullmatch(token):
-            raise TokenizerError(f"token {i} {token!r:.40} is to be a byte, such as '<0x0A>'", place=path)
+            raise TokenizerError(
+                f"token {i} {token!r:.40} is to be a byte, such as '<0x0A>'", field=f"{TOKENS}[{i}]", place=path
+            )
         seen.add(token)
     count = {kind: types.count(kind) for kind in (UNKNOWN, BYTE)}
     if count[UNKNOWN] != 1 or count[BYTE] not in (0, 256):
         raise TokenizerError(
             f"{count[UNKNOWN]} tokens for the unknown and {count[BYTE]} bytes; there are 1, and 256 or 0",
+            field=TYPES,
             place=path,
         )
     return tokens, scores, types

@@ -87,6 +87,7 @@ def read_record(path: str | os.PathLike[str]) -> Record | None:
     if said.get("format") != FORMAT:
         raise CheckpointError(
             f"quantised in format {said.get('format')!r} and this release reads {FORMAT}",
+            field="quantization_config.format",
             place=path,
             hint="take a newer one",
         )
@@ -120,6 +121,7 @@ def check_asked(path: pathlib.Path, record: Record, asked: str | Scheme | None) 
         return
     raise QuantizationError(
         f"is quantised already, as {record.scheme}, and not as {asked}",
+        field="quantization",
         place=path,
         hint="leave `quantization` out, or quantise the original anew",
     )

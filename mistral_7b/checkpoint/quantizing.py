@@ -49,7 +49,7 @@ def save_quantized(
     scheme = scheme_of(model)
     if scheme is None:
         raise QuantizationError(
-            "the model is not wholly of int8 or int4 modules", hint="quantise it, or save it plain"
+            "the model is not wholly of int8 or int4 modules", field="format", hint="quantise it, or save it plain"
         )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     if meta := [name for name, value in state.items() if value.is_meta]:
@@ -97,7 +97,11 @@ def quantize(
     _check_ids(checkpoint, tokens.flatten(), *(guide or ()))
     guide = None if guide is None else [ids for ids in guide if len(ids)]
     if guide == []:
-        raise QuantizationError("no text to calibrate on", hint="pass rows of token ids, or quantise without")
+        raise QuantizationError(
+            "no text to calibrate on",
+            field="calibration_tokens",
+            hint="pass rows of token ids, or quantise without",
+        )
     held = checkpoint.tensors[EMBEDDING].dtype
     dtype = torch.bfloat16 if held.itemsize == 2 else torch.float32
     tensors = empty_model(checkpoint.args, scheme, dtype).state_dict()
@@ -121,6 +125,7 @@ def _check_ids(checkpoint: Checkpoint, *rows: Tensor) -> None:
         raise QuantizationError(
             f"token {most} is beyond the vocabulary of {checkpoint.args.vocab_size}: the tokenizer belongs to "
             "another model",
+            field="tokens",
             place=checkpoint.folder,
         )
 

@@ -201,7 +201,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _open_gguf(file)
     if (record := quantized.read_record(path)) is not None:
         raise CheckpointError(
-            f"is quantised, as {record.scheme}", place=path, hint="take the original, which lost nothing"
+            f"is quantised, as {record.scheme}",
+            field="quantization_config",
+            place=path,
+            hint="take the original, which lost nothing",
         )
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)

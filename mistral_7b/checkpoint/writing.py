@@ -90,7 +90,9 @@ def save(
         )
     if scheme_of(model) is not None:
         raise CheckpointError(
-            f"the model is quantised, which format {format!r} cannot say", hint="save it as 'quantized'"
+            f"the model is quantised, which format {format!r} cannot say",
+            field="format",
+            hint="save it as 'quantized'",
         )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     plain = dict(expected(model.args))

@@ -116,12 +116,14 @@ class Adapters:
         if len(self._held) >= self.max_adapters:
             raise AdapterError(
                 f"{self.max_adapters} adapters are loaded, as many as there may be",
+                field="max_adapters",
                 hint="unload one, or raise max_adapters",
             )
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.model.args)
         if adapter.rank > self.max_rank:
             raise AdapterError(
                 f"adapter {name!r} is of rank {adapter.rank}, and {self.max_rank} is allowed",
+                field="max_rank",
                 hint="raise max_rank",
             )
         linears, norm, own = dict(self.model.named_modules()), self.model.norm.weight, {}
@@ -187,11 +189,14 @@ class Adapters:
 def _check(name: str, target: str, a: Tensor, b: Tensor, linear: nn.Module | None) -> None:
     """AdapterError if the model has no such Linear, or one of another shape."""
     if linear is None or not hasattr(linear, "in_features"):
-        raise AdapterError(f"adapter {name!r} has a part for {target!r}, which is no Linear of the model")
+        raise AdapterError(
+            f"adapter {name!r} has a part for {target!r}, which is no Linear of the model", field=target
+        )
     if a.shape[1:] != (linear.in_features,) or b.shape != (linear.out_features, a.shape[0]):
         raise AdapterError(
             f"adapter {name!r} has factors {tuple(a.shape)} and {tuple(b.shape)} for {target!r}, which takes "
-            f"{linear.in_features} to {linear.out_features}"
+            f"{linear.in_features} to {linear.out_features}",
+            field=target,
         )
 
 

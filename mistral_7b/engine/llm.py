@@ -56,7 +56,8 @@ def open_engine(
         model = Mistral7B.from_pretrained(model, **{k: v for k, v in how.items() if v is not None})
     elif any(v is not None for v in how.values()):
         raise EngineError(
-            "dtype, device and quantization are for a model that is yet to be opened, not an open one"
+            "dtype, device and quantization are for a model that is yet to be opened, not an open one",
+            field="model",
         )
     model.requires_grad_(False)
     if config.deterministic:

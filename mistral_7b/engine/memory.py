@@ -67,6 +67,7 @@ def pool_for(model: Mistral7B, config: EngineConfig) -> PagePool:
     if n_pages < 1:
         raise ConfigError(
             f"{config.kv_cache_bytes or 'the free'} bytes for keys and values hold no page of {page} tokens",
+            field="kv_cache_bytes",
             hint=f"raise kv_cache_bytes, each page takes {page_bytes}",
         )
     return PagePool(

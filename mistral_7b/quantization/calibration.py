@@ -144,9 +144,13 @@ def rescale_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs
 
 def _check(inputs: list[Tensor], scheme: Scheme) -> None:
     if not scheme.whole:
-        raise QuantizationError(f"calibration is for int8 and int4, not for {scheme}", hint="quantise without")
+        raise QuantizationError(
+            f"calibration is for int8 and int4, not for {scheme}", field="scheme", hint="quantise without"
+        )
     if not inputs:
-        raise QuantizationError("no text to calibrate on", hint="pass documents of token ids, or quantise without")
+        raise QuantizationError(
+            "no text to calibrate on", field="documents", hint="pass documents of token ids, or quantise without"
+        )
 
 
 def _round(parent: nn.Module, names: tuple[str, ...], inputs: Iterable[Tensor], scheme: Scheme) -> None:

@@ -72,11 +72,13 @@ class Scheme:
         if device.type not in ("cpu", "cuda", "meta"):
             raise QuantizationError(
                 f"quantised models run on a CPU or an NVIDIA GPU, not on {device}",
+                field="device",
                 hint="take the device 'cpu', or a model that is not quantised",
             )
         if self.name == "fp8" and not has_fp8(device):
             raise QuantizationError(
                 f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), and {device} is none",
+                field="quantization",
                 hint="take int8, whose weights are as small",
             )
 

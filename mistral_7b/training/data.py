@@ -71,6 +71,7 @@ def split_files(data: Sequence[str], held_out: Sequence[str], suffixes: Sequence
     if not training:
         raise TrainingError(
             f"nothing remains to train on: all {len(found)} files of --data are held out as well",
+            field="held_out",
             hint="name other files with --data, or fewer with --held-out",
         )
     return Files(training, measured, len(found) - len(training))
@@ -98,7 +99,9 @@ class PackedDocuments:
         self.rows_per_epoch = (self.total - 1) // seq_len
         if self.rows_per_epoch < 1:
             raise TrainingError(
-                f"{self.total} tokens of data do not fill one row of {seq_len}", hint="lower seq_len"
+                f"{self.total} tokens of data do not fill one row of {seq_len}",
+                field="seq_len",
+                hint="lower seq_len",
             )
         self._epoch = -1
         self._stream = self._ids = np.empty(0, np.int32)

@@ -83,6 +83,7 @@ class Trainer:
             raise TrainingError(
                 f"update {self.step}: loss {float(loss)}, gradient norm {float(norm)}; the last saved state is "
                 "sound",
+                field="lr",
                 hint="lower the learning rate and resume from it",
             )
         share = args.learning_rate(self.step)
@@ -193,9 +194,11 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     out = Path(args.out)
     state_path = out / "state.pt"
     if (out / "model").exists() and not state_path.exists():
-        raise TrainingError(f"{out / 'model'} is there already, and of no run in {out}", hint="name another --out")
+        raise TrainingError(
+            f"{out / 'model'} is there already, and of no run in {out}", field="out", hint="name another --out"
+        )
     if not args.data:
-        raise TrainingError("no training data", hint="name text files or folders with --data")
+        raise TrainingError("no training data", field="data", hint="name text files or folders with --data")
     files = split_files(args.data, args.held_out, args.suffixes)
     if files.left_out:
         print(f"files of --data that are held out, and so not trained on: {files.left_out}", file=sys.stderr)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hub_server import SHA, Hub, serving
+from refusals import refused
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import CheckpointError, HubError, Mistral7B
@@ -74,9 +75,9 @@ def test_names_that_need_no_hub(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         "owner/näme",
         "",
     ):
-        with pytest.raises(CheckpointError, match=r"no such file or folder"):
+        with refused(CheckpointError, place=wrong):
             names.resolve(wrong)
-    with pytest.raises(HubError, match="owner/name is wanted"):
+    with refused(HubError, field="repo_id"):
         names.pull("just-a-name")
 
 

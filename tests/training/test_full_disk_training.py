@@ -65,7 +65,7 @@ def test_a_run_that_was_cut_by_a_full_disk_resumes_to_the_same_bits(
     """A state takes some 270 writes."""
     error = refusal(tmp_path, training(args, tmp_path / "cut"), monkeypatch, room)
     kept = f"update {saved} is, and the same command resumes there" if saved else "nothing is yet"
-    assert str(error).endswith(f"Update {saved + 1} is not saved; {kept}")
+    assert error.message.endswith(f"Update {saved + 1} is not saved; {kept}")
     assert list(below(tmp_path / "cut")) == ["state.pt"] * (saved > 0)
     resumed: list[int] = []
     for out, show in (("cut", lambda record: resumed.append(record["step"])), ("whole", lambda record: None)):
@@ -96,7 +96,7 @@ def test_a_full_disk_is_met_once_and_not_again_on_the_way_out(
         raise WriteError("full")
 
     monkeypatch.setattr(trainer.Trainer, "save", full)
-    with pytest.raises(WriteError, match=r"^full$"):
+    with pytest.raises(WriteError):
         training(args, tmp_path / "run")()
     assert len(asked) == 1
 

@@ -212,7 +212,7 @@ class GrowingCache:
     def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
         if self.positions is not None and (sequence_ids is None) != (self.sequence_ids is None):
             raise CacheError(
-                "this cache was begun {} sequence ids and must go on so".format(
+                "this cache was begun {} sequence ids and must continue so".format(
                     "without" if self.sequence_ids is None else "with"
                 ),
                 field="sequence_ids",
@@ -223,7 +223,7 @@ class GrowingCache:
             )
         if self.batch not in (None, tokens.shape[:-1]):
             raise CacheError(
-                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot go on "
+                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot continue "
                 f"with {tuple(tokens.shape)}",
                 field="tokens",
             )

@@ -81,7 +81,7 @@ def read_prompt(
     """
     if tokenizer is None and (isinstance(prompt, str) or params.stops):
         raise GenerationError(
-            f"{name}: text prompts and stop texts need a tokenizer, and {why}",
+            f"{name}: text prompts and stop strings need a tokenizer, and {why}",
             field=field if isinstance(prompt, str) else "stop",
             hint="pass tokenizer=...",
         )
@@ -95,10 +95,10 @@ def read_prompt(
         ids = list(prompt)
     if not ids:
         raise GenerationError(f"{name} is empty; it needs one token at least, such as BOS", field=field)
-    for place, token in enumerate(ids):
+    for at, token in enumerate(ids):
         if not isinstance(token, int) or not 0 <= token < args.vocab_size:
             raise GenerationError(
-                f"{name}: {token!r} at place {place} is no token of a vocabulary of {args.vocab_size}",
+                f"{name}: {token!r} at index {at} is no token of a vocabulary of {args.vocab_size}",
                 field=field,
             )
     named = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]

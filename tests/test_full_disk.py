@@ -131,7 +131,7 @@ def test_a_download_onto_a_full_disk_is_no_broken_connection(monkeypatch: pytest
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", full)
     with pytest.raises(
-        WriteError, match=r"some/model could not be written to .* \(No space left on device\): free"
+        WriteError, match=r"some/model could not be written to .* \(No space left on device\); free"
     ):
         hub.pull("some/model")
 

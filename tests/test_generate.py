@@ -399,9 +399,9 @@ def test_prompts_are_checked_and_named():
     good = prompts_of(12)[0]
     for prompts, params, said in [
         ([good, []], GREEDY, "prompt 1 is empty"),
-        ([good, [1, V]], GREEDY, f"prompt 1: {V} at place 1"),
-        ([good, [-1]], GREEDY, "prompt 1: -1 at place 0"),
-        ([good, [1.5]], GREEDY, "prompt 1: 1.5 at place 0"),
+        ([good, [1, V]], GREEDY, f"prompt 1: {V} at index 1"),
+        ([good, [-1]], GREEDY, "prompt 1: -1 at index 0"),
+        ([good, [1.5]], GREEDY, "prompt 1: 1.5 at index 0"),
         ([[1], good], SamplingParams(max_tokens=39), r"prompt 1 has 12 tokens, and max_tokens=39.*context of 50"),
         ([[1], good * 5], SamplingParams(max_tokens=None), "prompt 1 has 60 tokens and fills the context of 50"),
         ([good], SamplingParams(stop="x", max_tokens=2), "tokenizer"),

@@ -125,7 +125,7 @@ def _pieces(path: pathlib.Path, metadata: Any) -> tuple[list[str], list[float], 
     for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
         if not token or token in seen or "\0" in token:
             raise TokenizerError(
-                f"token {i} {token!r:.40} is empty, or there already", field=f"{TOKENS}[{i}]", place=path
+                f"token {i} {token!r:.40} is empty, or a duplicate", field=f"{TOKENS}[{i}]", place=path
             )
         if not math.isfinite(score) or not NORMAL <= kind <= BYTE:
             raise TokenizerError(f"token {i} has score {score} and type {kind}", field=f"{TYPES}[{i}]", place=path)

@@ -155,7 +155,7 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
                 hint=f"unset it and run `mistral-7b pull {repo_id}`",
             ) from e
         raise HubError(
-            f"{repo_id} could not be downloaded from {constants.ENDPOINT} ({first_line(e)})",
+            f"{repo_id} could not be downloaded from {constants.ENDPOINT}: {first_line(e)}",
             hint="check the connection and run it again; the files that have arrived are kept",
         ) from e
 

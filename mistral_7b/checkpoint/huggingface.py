@@ -52,7 +52,9 @@ def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
     if head_dim is None:
         heads, dim = data.get("num_attention_heads"), data.get("hidden_size")
         if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
-            raise CheckpointError("no 'head_dim', and hidden_size / num_attention_heads is not whole", place=path)
+            raise CheckpointError(
+                "no 'head_dim', and hidden_size / num_attention_heads is not whole", field="head_dim", place=path
+            )
         head_dim = dim // heads
     more = {"max_seq_len": data.get("max_position_embeddings"), "tie_embeddings": data.get("tie_word_embeddings")}
     more = {name: value for name, value in more.items() if value is not None}

@@ -57,9 +57,7 @@ class Conversation:
         for i, message in enumerate(messages):
             wanted = "assistant" if i % 2 else "user"
             if message["role"] != wanted:
-                raise UsageError(
-                    f"turn {i + 1} is by {message['role']!r} where {wanted!r} should speak", place=path
-                )
+                raise UsageError(f"turn {i + 1} has role {message['role']!r} where {wanted!r} is due", place=path)
         if len(messages) % 2:
             raise UsageError("ends with a question: its answer is missing", place=path)
         conversation.turns = messages

@@ -84,7 +84,7 @@ def router(state: State) -> APIRouter:
         def take(adapter: Adapter) -> LoadedAdapter:
             if name in state.models:
                 raise Refusal(
-                    409, f"{name!r} is there already", field="name", hint="unload it first, or take another name"
+                    409, f"{name!r} is loaded already", field="name", hint="unload it first, or take another name"
                 )
             engine.adapters.load(name, adapter)
             return loaded(name)

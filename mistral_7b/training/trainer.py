@@ -195,7 +195,9 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     state_path = out / "state.pt"
     if (out / "model").exists() and not state_path.exists():
         raise TrainingError(
-            f"{out / 'model'} is there already, and of no run in {out}", field="out", hint="name another --out"
+            f"{out / 'model'} exists already, and belongs to no run in {out}",
+            field="out",
+            hint="name another --out",
         )
     if not args.data:
         raise TrainingError("no training data", field="data", hint="name text files or folders with --data")
@@ -247,7 +249,7 @@ def _check_same_run(saved: Record, args: TrainArgs, path: Path) -> None:
                 f"is of a run with {name}={saved.get(name)!r}, not {value!r}",
                 field=name,
                 place=path,
-                hint="give the same arguments to go on, or another --out to begin anew",
+                hint="give the same arguments to resume, or another --out to start again",
             )
 
 

@@ -138,7 +138,7 @@ def test_a_save_that_fails_leaves_the_old_file(talk: Talk, tmp_path: pathlib.Pat
         ("3", 'it has no list of "messages"'),
         ('[{"role": "user"}]', "message 1 is not"),
         ('[{"role": "user", "content": "x"}]', "its answer is missing"),
-        ('[{"role": "assistant", "content": "x"}]', "turn 1 is by 'assistant' where 'user' should speak"),
+        ('[{"role": "assistant", "content": "x"}]', "turn 1 has role 'assistant' where 'user' is due"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_changes_nothing(

@@ -223,8 +223,8 @@ class GrowingCache:
             )
         if self.batch not in (None, tokens.shape[:-1]):
             raise CacheError(
-                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot continue "
-                f"with {tuple(tokens.shape)}",
+                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot "
+                f"continue with {tuple(tokens.shape)}",
                 field="tokens",
             )
         self.batch = tokens.shape[:-1]

@@ -21,6 +21,7 @@ CLASSES = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubcla
 WHOLE = {"field": "dim", "place": "config.json, line 3", "hint": "fetch the file again"}
 
 
+@pytest.mark.wording
 def test_the_text_is_made_of_the_data() -> None:
     assert str(Mistral7BError()) == ""
     assert str(Mistral7BError("dim is odd", field="dim")) == "dim is odd"
@@ -32,6 +33,7 @@ def test_the_text_is_made_of_the_data() -> None:
         Mistral7BError("dim is odd", "dim")  # type: ignore[misc]
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_data_survive_pickling_copying_and_json(kind: type[Mistral7BError]) -> None:
     error = kind("dim is odd", **WHOLE)
@@ -56,6 +58,7 @@ def test_refusals_survive_pickling() -> None:
     assert again.body() == why.body()
 
 
+@pytest.mark.wording
 def test_another_class_takes_the_data_over() -> None:
     error = ConfigError("dim is odd", field="dim", hint="make it even")
     other = CheckpointError.of(error, place=pathlib.Path("config.json"), hint=None)

@@ -68,6 +68,7 @@ def test_rounds_repeat_all_of_it(measure: list[Job]) -> None:
     assert {r.repetitions for r in records} == {3}
 
 
+@pytest.mark.wording
 def test_a_peer_that_fails_is_told_once_and_left_out(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     def placed(self: run.PeerFiles, job: Job) -> Job:
         if job.engine == LLAMA:
@@ -90,6 +91,7 @@ def test_nothing_to_show_is_an_error(measure: list[Job], monkeypatch: pytest.Mon
     assert measure == []
 
 
+@pytest.mark.wording
 def test_what_does_not_fit_does_not_spoil_the_rest(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     def check(args: dict[str, Any], scheme: str) -> None:
         if scheme == "none":
@@ -109,6 +111,7 @@ def test_the_better_ceilings_of_before_and_after_count(
     assert {r.read_bandwidth for r in run.run(PLAN)} == {3e9}
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("python", "message"),
     [
@@ -127,6 +130,14 @@ def test_a_process_that_fails_is_one_message(tmp_path: pathlib.Path, python: str
         python = str(script)
     with pytest.raises(BenchmarkError, match=message.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")):
         run.call(python, "{}")
+
+
+def test_an_error_crosses_from_the_process_with_its_data() -> None:
+    with refused(BenchmarkError, field="quantization"):  # it refuses the job itself
+        run.call(sys.executable, job_of(OURS, "int3", threads=1).to_json())
+    data = {"message": "odd", "field": "n", "place": "a.json", "hint": "make it even"}
+    assert run._failure(["a warning", json.dumps(data)], 1).data == data
+    assert run._failure([], 3).field is None
 
 
 def test_the_package_alone_is_on_the_path_of_a_peer(

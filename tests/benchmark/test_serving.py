@@ -84,6 +84,7 @@ def test_nobody_waits_for_a_busy_engine_to_be_sent() -> None:
         assert trace.error is None
 
 
+@pytest.mark.wording
 def test_requests_that_fail_are_told_from_those_that_do_not() -> None:
     class Fragile:
         async def stream(self, prompt: list[int], output: int) -> AsyncIterator[int]:
@@ -147,6 +148,7 @@ def test_a_server_is_started_asked_and_stopped(tmp_path: pathlib.Path, kind: str
         asyncio.run(anext(llama_server.exchange(int(flags[flags.index("--port") + 1]), "GET", "/health")))
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("file", "message"),
     [

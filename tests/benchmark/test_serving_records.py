@@ -123,6 +123,7 @@ def test_engines_take_turns_at_every_point(asked: list[ServingJob]) -> None:
     assert {j.engine for j in asked[12:]} == {OURS}
 
 
+@pytest.mark.wording
 def test_a_peer_that_fails_is_told_once_and_left_out(
     asked: list[ServingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_terminated_bench_leaves_no_files(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,12 +13,20 @@ from engines import GREEDY, add, broken, served, small
 from torch import Tensor
 
 from mistral_7b.completion import TextPiece
+from mistral_7b.engine.containment import because
 from mistral_7b.engine.grammar.client import Masks
 from mistral_7b.engine.request import Request
 from mistral_7b.errors import EngineError, GenerationError
 from mistral_7b.sampling import SamplingParams
 
 # ------------------------------------------------------------------ the model fails
+
+
+@pytest.mark.wording
+def test_an_error_names_the_request_and_what_failed() -> None:
+    request = request_of(small(), [1, 2], GREEDY)
+    error = because(request, "the model's step", RuntimeError("the model broke"))
+    assert str(error) == f"request {request.id}: the model's step failed: RuntimeError('the model broke')"
 
 
 def test_a_step_that_fails_ends_its_own_requests_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +46,6 @@ def test_a_step_that_fails_ends_its_own_requests_with_the_cause(monkeypatch: pyt
         assert request.finished
         assert isinstance(request.error, EngineError)
         assert isinstance(request.error.__cause__, RuntimeError)
-        assert request.id in str(request.error)
         assert str(request.error.__cause__) == "the model broke"
         assert request.output().error is request.error
     assert not third.finished

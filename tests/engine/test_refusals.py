@@ -125,7 +125,7 @@ def test_llm_says_which_of_many_failed_and_has_the_others(monkeypatch: pytest.Mo
     engine = small(max_sequences=1)
     broken(monkeypatch, engine, lambda tokens: 9 in tokens.tolist())
     params = SamplingParams(max_tokens=2, temperature=0, logit_bias={9: -100})
-    with pytest.raises(RequestsFailedError, match=r"1 of 3 requests failed.*the model broke") as caught:
+    with pytest.raises(RequestsFailedError) as caught:
         llm_of(engine).generate([[1, 1, 1, 1], [9], [2, 2]], params)
     outputs = caught.value.outputs
     assert [o.error is None for o in outputs] == [True, False, True]
@@ -172,8 +172,8 @@ def test_an_interrupt_in_the_callback_leaves_nothing_behind() -> None:
 def test_one_bad_prompt_of_many_costs_nothing() -> None:
     engine = small()
     llm = llm_of(engine)
-    for prompts, said in (([[1], []], "prompt 1 is empty"), ([[1], [2], [99]], "prompt 2")):
-        with pytest.raises(GenerationError, match=said):
+    for prompts in ([[1], []], [[1], [2], [99]]):
+        with refused(GenerationError, field="prompt"):
             llm.generate(prompts, GREEDY)
     with refused(EngineError, field="n"):
         llm.generate([[1], [2]], [GREEDY, SamplingParams(n=5)])

@@ -172,10 +172,11 @@ def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> No
     schema = ADMITTED["a pattern that is a property"][0]
     assert not admits(schema, '{"a":1,')
     monkeypatch.setattr(lark_module, "rules", as_before)
-    with pytest.raises(GrammarError, match="no text obeys"):
+    with refused(GrammarError, field="structured_outputs"):
         admits(schema, '{"a":1,"')
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
@@ -245,7 +246,7 @@ def test_what_cannot_be_obeyed_is_refused_by_name_and_place(schema: Any, words: 
     ],
 )
 def test_a_schema_that_no_finite_text_obeys_is_refused(schema: Any) -> None:
-    with pytest.raises(GrammarError, match="no text obeys"):
+    with refused(GrammarError, field="structured_outputs.json"):
         admits({"allOf": [schema]}, "")
 
 

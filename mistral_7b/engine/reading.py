@@ -88,7 +88,7 @@ class Reader:
             asked.priority, asked.adapter, speculation, sink=sink,
         )  # fmt: skip
         self._bind(request, name, begun, grammar or GrammarSpec.of(params.structured_outputs))
-        return self._checked(request, name)
+        return self._checked(request, name, field)
 
     def chat(
         self, messages: Messages, params: SamplingParams, asked: Asked, sink: Sink | None = None,
@@ -137,7 +137,7 @@ class Reader:
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
             asked.priority, asked.adapter, pooling=pooling, sink=sink,
         )  # fmt: skip
-        return self._checked(request, name)
+        return self._checked(request, name, "input")
 
     def _key(self, asked: Asked) -> bytes:
         """What tells prefixes apart. AdapterError for an adapter that is not loaded."""
@@ -180,11 +180,11 @@ class Reader:
             after = () if begun else request.ids
             s.grammar = self.grammars.start(grammar, after, request.ids[at:], request.id)
 
-    def _checked(self, request: Request, name: str) -> Request:
+    def _checked(self, request: Request, name: str, field: str) -> Request:
         try:
             self.engine.scheduler.check(request)
         except EngineError as e:
-            raise EngineError.of(e, message=f"{name}: {e.message}") from None
+            raise EngineError.of(e, message=f"{name}: {e.message}", field=e.field or field) from None
         return request
 
 

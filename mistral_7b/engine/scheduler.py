@@ -89,7 +89,6 @@ class Scheduler:
             raise EngineError(
                 f"a prompt of {len(request.ids)} tokens with {longest - len(request.ids)} more needs "
                 f"{self.most_pages(longest)} pages of {self.page} tokens, and the engine has {self.pool.n_pages}",
-                field="prompt",
                 hint="shorten it, or raise kv_cache_bytes",
             )
 

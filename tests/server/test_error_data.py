@@ -111,6 +111,16 @@ def test_no_message_is_read(
     assert (answered, error["type"], error["param"], error["message"]) == (status, kind, param, REWORDED)
 
 
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), (ANTHROPIC, "messages"), (TEXT, "prompt")])
+def test_what_never_fits_names_the_field_that_it_came_in(
+    server: Serving, monkeypatch: pytest.MonkeyPatch, path: str, field: str
+) -> None:
+    monkeypatch.setattr(server.llm.engine.pool, "n_pages", 1)
+    status, out = server.post(path, {"model": "tiny", "max_tokens": 9, "messages": HELLO} if path != TEXT else
+                              {"prompt": "How will the weather be?", "max_tokens": 9})  # fmt: skip
+    assert (status, out["error"]["code"], out["error"]["param"]) == (422, "too_large", field), out
+
+
 @pytest.mark.usefixtures("reword")
 @pytest.mark.parametrize("path", [CHAT, ANTHROPIC])
 def test_what_the_engine_refuses_keeps_its_code(

@@ -117,7 +117,7 @@ class EngineError(Mistral7BError):
 
 
 class QueueFullError(EngineError):
-    """So many requests are waiting already that this one was refused: try again later."""
+    """As many requests wait as the engine queues, so that this one is refused."""
 
 
 def first_line(error: BaseException) -> str:

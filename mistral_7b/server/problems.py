@@ -20,7 +20,7 @@ from ..errors import (
     TokenizerError,
 )
 
-CLIENT_GONE = 499  # for the log alone: nobody is there to read it
+CLIENT_GONE = 499  # for the log alone: the connection is closed
 RETRY_AFTER = 1  # seconds; a place in the queue is free after a step or a few
 LONGEST = 500  # characters of a message: it may quote what came, whose length the client chose
 OPENAI_TYPES = {
@@ -66,14 +66,14 @@ class Refusal(Mistral7BError):  # noqa: N818  an answer, more than an accident
 
 
 class ClientGoneError(Refusal):
-    """Whoever asked has hung up."""
+    """The client has closed its connection."""
 
     def __init__(self) -> None:
         super().__init__(CLIENT_GONE, "the client has gone")
 
 
 def refusal(error: Exception) -> Refusal:
-    """What an error means to whoever asked. What it was not meant for is told to the log alone."""
+    """The answer to a request that ended with an error. What is no fault of the request is left to the log."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, QueueFullError):

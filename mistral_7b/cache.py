@@ -62,14 +62,16 @@ class Cache(Protocol):
 def layers_of(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor | None) -> list[Memory]:
     """The memories of a model's n layers. CacheError for tokens or a cache that cannot go through it."""
     if tokens.dim() == 0 or tokens.shape[-1] == 0:
-        raise CacheError("no tokens: a forward pass needs at least one, as (B, T) or (T,)")
+        raise CacheError("no tokens: a forward pass needs at least one, as (B, T) or (T,)", field="tokens")
     if sequence_ids is not None and sequence_ids.shape != tokens.shape:
         shapes = f"{tuple(sequence_ids.shape)} ids for tokens {tuple(tokens.shape)}"
-        raise CacheError(f"each token needs the id of its sequence, not {shapes}")
+        raise CacheError(f"each token needs the id of its sequence, not {shapes}", field="sequence_ids")
     memories = list(islice(cache.layers, n_layers))
     if len(memories) < n_layers:
         raise CacheError(
-            f"a cache of {len(memories)} layers is not for this model of {n_layers}: make one that is"
+            f"a cache of {len(memories)} layers is not for this model of {n_layers}",
+            field="cache",
+            hint="make a cache for it",
         )
     return memories
 
@@ -77,7 +79,9 @@ def layers_of(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor 
 def check_window(window: int | None) -> int | None:
     """The window as it was given. CacheError if no query could see even its own key."""
     if window is not None and window < 1:
-        raise CacheError(f"a window of {window} keys shows nothing: it must be at least 1, or None for all keys")
+        raise CacheError(
+            f"a window of {window} keys shows nothing: it must be at least 1, or None for all keys", field="window"
+        )
     return window
 
 
@@ -111,7 +115,9 @@ Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scale
 def check_kv_dtype(kv_dtype: torch.dtype | None) -> bool:
     """Whether keys and values are kept in int8. CacheError for a type that they cannot be kept in."""
     if kv_dtype not in (None, torch.int8):
-        raise CacheError(f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}")
+        raise CacheError(
+            f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}", field="kv_dtype"
+        )
     return kv_dtype == torch.int8
 
 
@@ -163,7 +169,8 @@ class Stateless:
             if self.window is not None and not torch.compiler.is_compiling() and interleaved(sequence_ids):
                 raise CacheError(
                     "sequence ids come back after another: with Stateless the tokens of one sequence must lie "
-                    "together; GrowingCache takes them in any order"
+                    "together; GrowingCache takes them in any order",
+                    field="sequence_ids",
                 )
             positions = run_positions(sequence_ids)
         self.plan = bands(
@@ -205,16 +212,20 @@ class GrowingCache:
     def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
         if self.positions is not None and (sequence_ids is None) != (self.sequence_ids is None):
             raise CacheError(
-                "this cache was begun {} sequence ids and must go on so".format(
+                "this cache was begun {} sequence ids and must continue so".format(
                     "without" if self.sequence_ids is None else "with"
-                )
+                ),
+                field="sequence_ids",
             )
         if sequence_ids is not None and tokens.dim() != 1:
-            raise CacheError("sequence ids go with packed tokens (T,); the rows of a rectangle need none")
+            raise CacheError(
+                "sequence ids go with packed tokens (T,); the rows of a rectangle need none", field="sequence_ids"
+            )
         if self.batch not in (None, tokens.shape[:-1]):
             raise CacheError(
-                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot go on "
-                f"with {tuple(tokens.shape)}"
+                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot "
+                f"continue with {tuple(tokens.shape)}",
+                field="tokens",
             )
         self.batch = tokens.shape[:-1]
         old_p, old_s = self.positions, self.sequence_ids
@@ -245,10 +256,13 @@ class GrowingCache:
         """Forget the last n tokens, in place. CacheError if keys that they pushed out are needed."""
         held = 0 if self.positions is None else self.positions.shape[0]
         if self.sequence_ids is not None:
-            raise CacheError("a packed cache cannot be rolled back: its sequences end in different places")
+            raise CacheError(
+                "a packed cache cannot be rolled back: its sequences end in different places", field="n"
+            )
         if not 0 <= n <= held or (held < self.length and n > 0):
             raise CacheError(
-                f"cannot roll back {n} of {self.length} tokens: the keys before them have left the window"
+                f"cannot roll back {n} of {self.length} tokens: the keys before them have left the window",
+                field="n",
             )
         if n and self.positions is not None:
             self.positions = self.positions[: held - n]
@@ -363,7 +377,7 @@ class RollingCache(KernelCache):
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         if slack < 0:
-            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}")
+            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}", field="slack")
         self.window, self.static, self.slack = check_window(window), static, slack
         self.slots = (max_seq_len if window is None else min(window, max_seq_len)) + slack
         self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
@@ -410,7 +424,8 @@ class RollingCache(KernelCache):
         if tokens.dim() != 2 or tokens.shape[0] != self.length.shape[0] or sequence_ids is not None:
             raise CacheError(
                 f"this rolling cache holds {self.length.shape[0]} rows and takes tokens (B, T) without "
-                f"sequence ids, not {tuple(tokens.shape)}; packed tokens go with GrowingCache"
+                f"sequence ids, not {tuple(tokens.shape)}; packed tokens go with GrowingCache",
+                field="tokens",
             )
         T, slots = tokens.shape[1], self.slots
         self._new_forward()
@@ -421,8 +436,9 @@ class RollingCache(KernelCache):
         endless = self.window is not None and slots == self.window + self.slack
         if lengths and not endless and max(lengths) + T > slots:
             raise CacheError(
-                f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}: "
-                f"make the cache with max_seq_len >= {max(lengths) + T}"
+                f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}",
+                field="tokens",
+                hint=f"make the cache with max_seq_len >= {max(lengths) + T}",
             )
         equal = bool(lengths) and min(lengths) == max(lengths)
         self.start = self.length.clone()
@@ -470,7 +486,9 @@ class RollingCache(KernelCache):
         held = int(self.end.max())
         widest = slots if self.window is None else self.window + self.slack
         if held > self.slots or not self.slots <= slots <= widest:
-            raise CacheError(f"a ring of {self.slots} slots holding {held} tokens cannot become one of {slots}")
+            raise CacheError(
+                f"a ring of {self.slots} slots holding {held} tokens cannot become one of {slots}", field="slots"
+            )
 
         def grown(t: Tensor, value: int) -> Tensor:
             return torch.cat([t, t.new_full((t.shape[0], slots - t.shape[1], *t.shape[2:]), value)], dim=1)
@@ -493,7 +511,8 @@ class RollingCache(KernelCache):
             shortest, longest = int(self.length.min()), int(self.length.max())
             raise CacheError(
                 f"cannot roll back {n if isinstance(n, int) else n.tolist()} tokens of {shortest}..{longest} in a "
-                f"ring of {self.slots}: the keys they overwrote are gone; it was made with slack={self.slack}"
+                f"ring of {self.slots}: the keys they overwrote are gone; it was made with slack={self.slack}",
+                field="n",
             )
         self.length -= counts
         self.positions.masked_fill_(self.positions >= self.length[:, None], EMPTY)
@@ -514,12 +533,16 @@ class _RollingMemory(KeysAndValues):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.dtype != self.dtype:
             raise CacheError(
-                f"this cache holds {self.dtype} and was given {k.dtype}: make it with the model's type"
+                f"this cache holds {self.dtype} and was given {k.dtype}",
+                field="cache",
+                hint="make it with the model's type",
             )
         if k.shape[-2:] != self.k.shape[-2:]:  # the kernel would write beside its place
             raise CacheError(
                 f"this cache holds {tuple(self.k.shape[-2:])} keys (heads, width) and was given "
-                f"{tuple(k.shape[-2:])}: make it with the model's shape"
+                f"{tuple(k.shape[-2:])}",
+                field="cache",
+                hint="make it with the model's shape",
             )
         cache, held = self.cache, self.entries
         new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph

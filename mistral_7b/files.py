@@ -49,7 +49,9 @@ def check_room(path: pathlib.Path, needed: int) -> None:
     place = next(p for p in path.absolute().parents if p.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise WriteError(
-            f"{path}: {needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: {ADVICE[errno.ENOSPC]}"
+            f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free",
+            place=path,
+            hint=ADVICE[errno.ENOSPC],
         )
 
 
@@ -63,10 +65,10 @@ def raise_refusal(error: Exception, path: pathlib.Path, beside: pathlib.Path) ->
         places = (path.absolute(), beside.absolute())
         if not any(place.is_relative_to(named) or named.is_relative_to(place) for place in places):
             return  # of a file that is read: it is named already
-    advice = ADVICE.get(refusal.errno or 0)
     raise WriteError(
-        f"{path}: cannot be written ({refusal.strerror or refusal}); nothing half-written was left there"
-        + (f": {advice}" if advice else "")
+        f"cannot be written ({refusal.strerror or refusal}); nothing half-written was left there",
+        place=path,
+        hint=ADVICE.get(refusal.errno or 0),
     ) from error
 
 

@@ -88,7 +88,9 @@ def stream(
     check_kv_dtype(kv_dtype)
     requests = _read_requests(model, prompt, params, tokenizer)
     if len(requests) != 1:
-        raise GenerationError(f"stream takes one prompt, not {len(requests)}; use generate for many")
+        raise GenerationError(
+            f"stream takes one prompt, not {len(requests)}", field="prompt", hint="use generate for many"
+        )
     if speculate is not None:
         speculate.check(model.args.vocab_size)
     return _pieces(model, requests[0], speculate, kv_dtype)
@@ -327,14 +329,17 @@ def _read_requests(
 ) -> list[_Request]:
     read = read_prompts(model, prompts, params, tokenizer)
     if any(r.params.structured_outputs is not None for r in read):
-        raise SamplingError("structured_outputs: generate and stream keep to no grammar; mistral_7b.LLM does")
+        raise SamplingError(
+            "structured_outputs: generate and stream keep to no grammar; mistral_7b.LLM does",
+            field="structured_outputs",
+        )
     return [_Request(r.prompt, r.ids, r.params, r.completions) for r in read]
 
 
 def _waves(requests: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
     """Requests in groups of at most `size` completions (one request is never divided)."""
     if size < 1:
-        raise GenerationError(f"batch_size must be at least 1, not {size}")
+        raise GenerationError(f"batch_size must be at least 1, not {size}", field="batch_size")
     wave: list[_Request] = []
     for request in requests:
         if wave and sum(len(r.completions) for r in [*wave, request]) > size:

@@ -23,6 +23,7 @@ from mistral_common.tokens.tokenizers.instruct import (
     InstructTokenizerV3,
     InstructTokenizerV7,
 )
+from pydantic import ValidationError
 
 from .errors import TokenizerError
 
@@ -30,9 +31,16 @@ from .errors import TokenizerError
 REFUSALS = (MistralCommonException, ValueError, AssertionError, RuntimeError)
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]], version: str) -> list[Any]:
-    """mistral-common's objects for OpenAI's dictionaries; TokenizerError names the message at fault."""
-    return _Reader(version).read(messages)
+def read_messages(
+    messages: Sequence[Mapping[str, Any]], version: str, labels: Sequence[str] | None = None
+) -> list[Any]:
+    """mistral-common's objects for OpenAI's dictionaries; TokenizerError names the message at fault (`label`)."""
+    return _Reader(version).read(messages, labels)
+
+
+def label(labels: Sequence[str] | None, index: int) -> str:
+    """What errors call a message: by its label, which says where the user put it, or else by its index."""
+    return labels[index] if labels is not None else f"messages[{index}]"
 
 
 def tool_call_id(name: str) -> str:
@@ -55,22 +63,30 @@ class _Reader:
         self.version = version
         self.open_calls: list[ToolCall] = []  # of the assistant's last turn, not answered yet
 
-    def read(self, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def read(self, messages: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) -> list[Any]:
         if isinstance(messages, (str, Mapping)) or not messages:
-            raise TokenizerError("messages must be a list of at least one {'role': ..., 'content': ...}")
+            raise TokenizerError(
+                "messages must be a list of at least one {'role': ..., 'content': ...}", field="messages"
+            )
         chat = []
         for i, message in enumerate(messages):
             try:
                 chat.append(self._message(i, message))
                 if message.get("prefix") and i + 1 < len(messages):
-                    raise TokenizerError('only the last message can have "prefix": true')
-            except (*REFUSALS, KeyError, TypeError, TokenizerError) as e:
-                raise TokenizerError(f"messages[{i}]: {reason(e)}") from e
+                    raise TokenizerError('only the last message can have "prefix": true', field="prefix")
+            except TokenizerError as e:
+                name = label(labels, i)
+                field = f"{name}.{e.field}" if e.field else name
+                raise TokenizerError.of(e, message=f"{name}: {e.message}", field=field) from e
+            except (*REFUSALS, KeyError, TypeError) as e:
+                name = label(labels, i)
+                raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
         return chat
 
     def _message(self, index: int, message: Mapping[str, Any]) -> Any:
         if not isinstance(message, Mapping) or "role" not in message:
-            raise TokenizerError(f"not a dictionary with a role: {message!r:.80}")
+            field = "role" if isinstance(message, Mapping) else None
+            raise TokenizerError(f"not a dictionary with a role: {message!r:.80}", field=field)
         role, content = message["role"], _content(message.get("content"))
         if role == "assistant":
             calls = [self._call(f"{index}.{k}", c) for k, c in enumerate(message.get("tool_calls") or ())]
@@ -78,34 +94,41 @@ class _Reader:
             if calls:  # Mistral's templates have no place for text beside calls, and leave it out
                 content = None
             if not calls and not content:
-                raise TokenizerError("an assistant's message needs content or tool_calls")
+                raise TokenizerError("an assistant's message needs content or tool_calls", field="content")
             return AssistantMessage(
                 content=content, tool_calls=calls or None, prefix=bool(message.get("prefix", False))
             )
         if content is None:
-            raise TokenizerError(f"a message with role {role!r} needs content")
+            raise TokenizerError(f"a message with role {role!r} needs content", field="content")
         if role == "tool":
             return self._result(message, content)
         if role == "user":
             return UserMessage(content=content)
         if role in ("system", "developer"):
             return SystemMessage(content=content)
-        raise TokenizerError(f"unknown role {role!r}; known are system, developer, user, assistant, tool")
+        raise TokenizerError(
+            f"unknown role {role!r}; known are system, developer, user, assistant, tool", field="role"
+        )
 
     def _call(self, place: str, call: Mapping[str, Any]) -> ToolCall:
         if self.version == "v1":
-            raise TokenizerError("this tokenizer (v1) knows no tool calls; Mistral 7B v0.3 does")
-        function = call["function"]
+            raise TokenizerError(
+                "this tokenizer (v1) knows no tool calls; Mistral 7B v0.3 does", field="tool_calls"
+            )
+        try:
+            function = call["function"]
+            name, arguments = function["name"], _arguments(function.get("arguments"))
+        except KeyError as e:
+            raise TokenizerError(f"field {e} of a tool call is missing", field="tool_calls") from e
         return ToolCall(
-            id=tool_call_id(call.get("id") or place),
-            function=FunctionCall(name=function["name"], arguments=_arguments(function.get("arguments"))),
+            id=tool_call_id(call.get("id") or place), function=FunctionCall(name=name, arguments=arguments)
         )
 
     def _result(self, message: Mapping[str, Any], content: Any) -> ToolMessage:
         """A tool's result; without an id it answers the first call that is still open."""
         given = message.get("tool_call_id")
         if not given and not self.open_calls:
-            raise TokenizerError("a tool's message needs a tool_call_id")
+            raise TokenizerError("a tool's message needs a tool_call_id", field="tool_call_id")
         name = tool_call_id(given) if given else self.open_calls[0].id
         call = next((c for c in self.open_calls if c.id == name), None)
         if call is not None:
@@ -137,24 +160,32 @@ def _arguments(given: Any) -> Any:
 def _content(content: Any) -> Any:
     """A text, or text chunks, from OpenAI's content. TokenizerError for parts that are no text."""
     if isinstance(content, str):
-        content.encode()  # a lone surrogate has no UTF-8: refused here with a reason
+        try:
+            content.encode()  # a lone surrogate has no UTF-8: refused here with a reason
+        except UnicodeEncodeError as e:
+            raise TokenizerError(str(e), field="content") from e
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise TokenizerError(f"content must be a text or a list of parts, not {type(content).__name__}")
-    for part in content:
+        raise TokenizerError(
+            f"content must be a text or a list of parts, not {type(content).__name__}", field="content"
+        )
+    for i, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise TokenizerError(f"content part of type {kind!r}: Mistral 7B reads text only")
+            raise TokenizerError(
+                f"content part of type {kind!r}: Mistral 7B reads text only", field=f"content[{i}]"
+            )
     return [TextChunk(text=part["text"]) for part in content]
 
 
 def reason(error: Exception) -> str:
-    """What a refusal says, on one line and without pydantic's links."""
+    """What a refusal of mistral-common's or pydantic's says, on one line."""
     if isinstance(error, KeyError):
         return f"field {error} is missing"
-    lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
-    return "; ".join(lines) or type(error).__name__
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _V2(InstructTokenizerV2):

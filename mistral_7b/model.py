@@ -64,13 +64,17 @@ class ModelArgs:
                 if field.name == "sliding_window":
                     wanted += " (or None for full attention)"
             if not good:
-                raise ConfigError(f"ModelArgs.{field.name} must be {wanted}, not {value!r}")
+                raise ConfigError(f"ModelArgs.{field.name} must be {wanted}, not {value!r}", field=field.name)
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
-                f"ModelArgs.n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
+                f"ModelArgs.n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",
+                field="n_heads",
             )
         if self.head_dim % 2:
-            raise ConfigError(f"ModelArgs.head_dim must be even to be rotated in pairs, not {self.head_dim}")
+            raise ConfigError(
+                f"ModelArgs.head_dim must be even to be rotated in pairs, not {self.head_dim}",
+                field="head_dim",
+            )
 
     @classmethod
     def v0_1(cls) -> ModelArgs:

@@ -40,7 +40,8 @@ class StructuredOutputs:
         if len(given) != 1:
             names = ", ".join(f.name for f in fields(self))
             raise SamplingError(
-                f"structured_outputs takes exactly one of {names}, not {' and '.join(given) or 'none of them'}"
+                f"structured_outputs takes exactly one of {names}, not {' and '.join(given) or 'none of them'}",
+                field="structured_outputs",
             )
         for name in ("regex", "grammar"):
             value = getattr(self, name)
@@ -65,20 +66,23 @@ class StructuredOutputs:
             text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
             schema = json.loads(text, parse_float=_as_written, parse_constant=_as_written)
         except (ValueError, TypeError, RecursionError) as e:
-            raise SamplingError(f"structured_outputs.json is no JSON: {e}") from e
+            raise SamplingError(f"structured_outputs.json is no JSON: {e}", field="structured_outputs.json") from e
         if not isinstance(schema, dict):
             self._refuse("json", "a JSON schema, which is an object")
         object.__setattr__(self, "json", schema)
 
     def _refuse(self, name: str, wanted: str) -> None:
-        raise SamplingError(f"structured_outputs.{name} must be {wanted}, not {getattr(self, name)!r:.80}")
+        field = f"structured_outputs.{name}"
+        raise SamplingError(f"{field} must be {wanted}, not {getattr(self, name)!r:.80}", field=field)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StructuredOutputs:
         """By name, as they come over HTTP; SamplingError for a name that is none."""
-        unknown = set(values) - {f.name for f in fields(cls)}
+        unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
         if unknown:
-            raise SamplingError(f"structured_outputs has no {', '.join(sorted(map(str, unknown)))}")
+            raise SamplingError(
+                f"structured_outputs has no {', '.join(unknown)}", field=f"structured_outputs.{unknown[0]:.100}"
+            )
         return cls(**values)
 
 
@@ -141,7 +145,10 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 self._whole(name, low)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise SamplingError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+            raise SamplingError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
+                field="min_tokens",
+            )
         if not isinstance(self.ignore_eos, bool):
             self._refuse("ignore_eos", "true or false")
         self._check_lists()
@@ -180,7 +187,7 @@ class SamplingParams:
             self._refuse(name, "a whole number" + (f" of at least {low}" if low is not None else ""))
 
     def _refuse(self, name: str, wanted: str) -> None:
-        raise SamplingError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+        raise SamplingError(f"{name} must be {wanted}, not {getattr(self, name)!r}", field=name)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -200,9 +207,9 @@ class SamplingParams:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Parameters by name; SamplingError for a name that is none."""
-        unknown = set(values) - {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise SamplingError(f"unknown sampling parameter {', '.join(sorted(unknown))}")
+            raise SamplingError(f"unknown sampling parameter {', '.join(unknown)}", field=unknown[0])
         return cls(**values)
 
 

@@ -13,6 +13,7 @@ who writes "[INST]" or "</s>" has written six or four harmless characters.
 
 from __future__ import annotations
 
+import codecs
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -32,8 +33,9 @@ from .checkpoint.gguf_file import is_gguf
 from .checkpoint.gguf_tokenizer import extract
 from .checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from .errors import TokenizerError
-from .messages import REFUSALS, TEMPLATES, read_messages, reason
+from .messages import REFUSALS, TEMPLATES, label, read_messages, reason
 
+UTF8 = codecs.getincrementaldecoder("utf-8")
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece; text that holds it reads as a space
 
 
@@ -47,23 +49,28 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str], version: str | None = None) -> None:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
-            raise TokenizerError(f"{self.path}: no such tokenizer file")
+            raise TokenizerError("no such tokenizer file", place=self.path)
         try:  # a version must be named here, or mistral-common guesses one from the file's name
             self._pieces = SentencePieceTokenizer(self.path, tokenizer_version=TokenizerVersion.v1)
         except RuntimeError as e:
             raise TokenizerError(
-                f"{self.path} is not a SentencePiece model ({e}); fetch tokenizer.model again "
-                f"(a file of some hundred bytes is a git-lfs pointer, not the file)"
+                f"is not a SentencePiece model ({e})",
+                place=self.path,
+                hint="fetch tokenizer.model again (a file of some hundred bytes is a git-lfs pointer only)",
             ) from e
         self.version = version or template_version(self._control_names, self.path.name)
         if self.version not in TEMPLATES:
-            raise TokenizerError(f"no chat template {self.version!r}; known are {', '.join(TEMPLATES)}")
+            raise TokenizerError(
+                f"no chat template {self.version!r}; known are {', '.join(TEMPLATES)}", field="version"
+            )
         if self.version != "v1" and not self._control_names.issuperset(("[INST]", "[/INST]")):
             raise TokenizerError(
-                f"{self.path} has no control tokens [INST] and [/INST]: it cannot be {self.version}"
+                f"has no control tokens [INST] and [/INST]: it cannot be {self.version}",
+                field="version",
+                place=self.path,
             )
         if self.bos_id < 0 or self.eos_id < 0:
-            raise TokenizerError(f"{self.path} defines no beginning or end of sequence (<s>, </s>)")
+            raise TokenizerError("defines no beginning or end of sequence (<s>, </s>)", place=self.path)
         self._pieces = SentencePieceTokenizer(self.path, tokenizer_version=TokenizerVersion(self.version))
         self._chat = self._template(ValidationMode.test)
 
@@ -129,7 +136,7 @@ class Tokenizer:
         try:
             return self._pieces.encode(text, bos=bos, eos=eos)
         except (RuntimeError, AssertionError) as e:
-            raise TokenizerError(f"not a text that can be written as UTF-8: {text!r:.80}") from e
+            raise TokenizerError(f"not a text that can be written as UTF-8: {text!r:.80}", field="text") from e
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, those without text left out; bytes that are no UTF-8 become U+FFFD, one each."""
@@ -180,7 +187,7 @@ class Tokenizer:
         knows and may emit. TokenizerError for a negative id.
         """
         if token < 0:
-            raise TokenizerError(f"{token} is no token id: these are whole numbers of at least 0")
+            raise TokenizerError(f"{token} is no token id: these are whole numbers of at least 0", field="ids")
         return self._surfaces[token] if token < len(self._surfaces) else None
 
     @cached_property
@@ -196,38 +203,46 @@ class Tokenizer:
         return surfaces
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> list[int]:
         """Ids of a conversation up to where the assistant speaks, beginning with one BOS.
 
         `messages` and `tools` are OpenAI's: roles system (or developer), user, assistant, tool; content
         a text or a list of text parts; tool_calls. A last message of the assistant with "prefix": True
-        is continued, and its text encoded as given. Raises TokenizerError naming the message at fault.
+        is continued, and its text encoded as given. Raises TokenizerError naming the message at fault: by its
+        label in `labels`, where there are some, else as `messages[i]`.
         """
-        return self.encode_begun(messages, tools)[0]
+        return self.encode_begun(messages, tools, labels)[0]
 
     def encode_begun(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> tuple[list[int], int]:
         """Ids as encode_chat has them, and how many of the last are those of the answer that is continued.
 
         Messages of the assistant that follow each other are one answer, as mistral-common joins them.
         """
         if tools and self.version == "v1":
-            raise TokenizerError("this tokenizer (v1) knows no tools; Mistral 7B v0.3 does")
-        chat = read_messages(messages, self.version)
+            raise TokenizerError("this tokenizer (v1) knows no tools; Mistral 7B v0.3 does", field="tools")
+        chat = read_messages(messages, self.version, labels)
         if not any(m.role == "user" for m in chat):
-            raise TokenizerError("the conversation has no message with role 'user' to answer")
+            raise TokenizerError("the conversation has no message with role 'user' to answer", field="messages")
         try:
             offered = [Tool.from_openai(dict(t)) for t in tools or ()] or None
             if offered:
                 self._chat._chat_completion_request_validator._validate_tools(offered)
         except REFUSALS as e:
-            raise TokenizerError(f"tools: {reason(e)}") from e
+            raise TokenizerError(f"tools: {reason(e)}", field="tools") from e
         try:
             return self._apply(self._chat, chat, offered)
         except REFUSALS as e:
-            raise TokenizerError(f"messages[{self._at_fault(chat)}]: {reason(e)}") from e
+            name = label(labels, self._at_fault(chat))
+            raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
 
     @staticmethod
     def _apply(template: MistralTokenizer, chat: list[Any], tools: list[Tool] | None) -> tuple[list[int], int]:
@@ -287,11 +302,12 @@ class StreamDecoder:
             size = _utf8_size(self._pending[0])
             head = bytes(self._pending[:size])
             try:
-                text += head.decode()
-            except UnicodeDecodeError as e:
-                if e.reason == "unexpected end of data" and not final:
-                    break  # a character begun well: wait for the rest
-                text, size = text + "\ufffd", 1
+                char = UTF8().decode(head, final)
+            except UnicodeDecodeError:
+                char, size = "\ufffd", 1
+            if not char:
+                break  # a character begun well: wait for the rest
+            text += char
             del self._pending[:size]
         return text
 
@@ -310,8 +326,9 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
         return extract(inside[0])
     others = [n for n in ("tokenizer.json", "tekken.json") if (folder / n).is_file()]
     raise TokenizerError(
-        f"{folder} holds no tokenizer.model or tokenizer.model.v3"
-        + (f" ({others[0]} is of another kind)" if others else "")
-        + "; fetch it from the model's repository on the hub: tokenizer.model for v0.1 and v0.2,"
-        " tokenizer.model.v3 for v0.3"
+        "holds no tokenizer.model or tokenizer.model.v3"
+        + (f" ({others[0]} is of another kind)" if others else ""),
+        place=folder,
+        hint="fetch it from the model's repository on the hub: tokenizer.model for v0.1 and v0.2, "
+        "tokenizer.model.v3 for v0.3",
     )

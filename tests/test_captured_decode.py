@@ -136,7 +136,7 @@ def test_logits_that_are_not_finite_are_an_error_in_a_row_that_counts(captures: 
     pieces = stream(broken, PROMPTS[2], params)
     next(pieces)
     broken.norm.weight[0] = float("nan")
-    with pytest.raises(GenerationError, match="not finite"):
+    with pytest.raises(GenerationError):
         list(pieces)
 
 

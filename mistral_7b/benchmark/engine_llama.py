@@ -46,7 +46,7 @@ class Engine:
         params.no_perf = True
         self.context = c.llama_init_from_model(self.model, params)
         if not self.context:
-            raise BenchmarkError("llama.cpp cannot make a context of this size; take a smaller --context")
+            raise BenchmarkError("llama.cpp cannot make a context of this size", hint="take a smaller --context")
         a = job.args
         table = round(table_weights(a) * BITS[job.scheme] / 8)
         self.weight_bytes = c.llama_model_size(self.model) - (0 if a["tie_embeddings"] else table)

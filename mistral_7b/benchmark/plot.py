@@ -36,7 +36,7 @@ def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
     """
     shown = [r for r in records if r.what in WORDS]
     if not shown:
-        raise BenchmarkError("nothing to draw: a roofline needs decode, prefill or batch16")
+        raise BenchmarkError("nothing to draw: a roofline needs decode, prefill or batch16", field="--what")
     Figure, FigureCanvasAgg = matplotlib_classes()
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     FigureCanvasAgg(figure)  # one that can tell how large a text is
@@ -53,7 +53,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
         try:
             figure.savefig(beside, format=target.suffix[1:] or "png", dpi=150)
         except ValueError as error:
-            raise BenchmarkError(f"--plot {target}: {error}") from error
+            raise BenchmarkError(f"--plot {target}: {error}", field="--plot") from error
 
 
 def matplotlib_classes() -> tuple[Any, Any]:
@@ -62,7 +62,7 @@ def matplotlib_classes() -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise BenchmarkError("a picture needs matplotlib: pip install 'mistral-7b[plot]'") from error
+        raise BenchmarkError("a picture needs matplotlib", hint="pip install 'mistral-7b[plot]'") from error
     return Figure, FigureCanvasAgg
 
 

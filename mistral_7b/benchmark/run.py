@@ -133,8 +133,9 @@ def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceiling
     found = find_ceilings(threads, quick)
     if left := [name for name in PROBES if name not in found]:
         raise BenchmarkError(
-            f"the ceilings ({', '.join(left)}) could not be measured within {CEILINGS_SECONDS} seconds: "
-            "close other programs"
+            f"the ceilings ({', '.join(left)}) could not be measured within {CEILINGS_SECONDS} seconds",
+            field=", ".join(left),
+            hint="close other programs",
         )
     return Ceilings(**found)
 
@@ -180,8 +181,9 @@ def check_memory(args: dict[str, Any], scheme: str) -> None:
     need, free = weights + SPARE, machine.memory()[1]
     if free and need > free:
         raise BenchmarkError(
-            f"{scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
-            f"close other programs, or take fewer --layers"
+            f"{scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            field="--layers",
+            hint="close other programs, or take fewer --layers",
         )
 
 
@@ -209,8 +211,9 @@ class PeerFiles:
             size, free = work.weight_memory(args, scheme), shutil.disk_usage(self.folder).free
             if size > free:
                 raise BenchmarkError(
-                    f"{path.name} takes {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f}: "
-                    f"--keep names a folder with more room"
+                    f"{path.name} takes {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f}",
+                    field="--keep",
+                    hint="name a folder with more room",
                 )
             beside = path.with_suffix(".part")
             try:
@@ -223,8 +226,8 @@ class PeerFiles:
     def _need(self, *modules: str) -> None:
         if not _imports(self.python, *modules):
             raise BenchmarkError(
-                f"{self.python} has no {' and '.join(modules)}: pip install llama-cpp-python gguf, or name "
-                f"with --peer-python the Python that has them"
+                f"{self.python} has no {' and '.join(modules)}",
+                hint="pip install llama-cpp-python gguf, or name with --peer-python the Python that has them",
             )
 
 
@@ -247,8 +250,8 @@ def _lines(
     """Run a module of this room under any Python: the package alone is put on its path, none of our libraries.
 
     Yields each line as it is printed, and ends the process after so many `seconds`, if it is not at its end.
-    `variables` are set in its environment unless the user has set them. BenchmarkError with the last line that it
-    said if it fails.
+    `variables` are set in its environment unless the user has set them. BenchmarkError with what it
+    failed with (`_failure`).
     """
     late = threading.Event()
 
@@ -290,7 +293,16 @@ def _lines(
         why = " (out of memory?)" if process.returncode == -9 else ""
         raise BenchmarkError(f"the process was killed by signal {-process.returncode}{why}")
     if process.returncode:
-        raise BenchmarkError(said[-1] if said else f"the process ended with code {process.returncode}")
+        raise _failure(said, process.returncode)
+
+
+def _failure(said: Sequence[str], code: int) -> BenchmarkError:
+    """What a process failed with: the last line on its stderr is an error's data, or what Python itself says."""
+    last = said[-1] if said else f"the process ended with code {code}"
+    try:
+        return BenchmarkError(**json.loads(last))
+    except (ValueError, TypeError):
+        return BenchmarkError(last)
 
 
 def _imports(python: str, *modules: str) -> bool:
@@ -299,4 +311,6 @@ def _imports(python: str, *modules: str) -> bool:
     try:
         return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
     except OSError as error:
-        raise BenchmarkError(f"--peer-python {python} cannot be run: {error.strerror}") from error
+        raise BenchmarkError(
+            f"--peer-python {python} cannot be run: {error.strerror}", field="--peer-python"
+        ) from error

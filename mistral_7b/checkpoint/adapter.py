@@ -87,7 +87,7 @@ def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
     lora = read_json(beside).get("lora") if beside.is_file() else None
     scale = lora.get("scaling", MISTRAL_SCALE) if isinstance(lora, dict) else MISTRAL_SCALE
     if not _is_number(scale):
-        raise CheckpointError(f"{beside}: 'lora.scaling' is {scale!r}, not a number")
+        raise CheckpointError(f"'lora.scaling' is {scale!r}, not a number", field="lora.scaling", place=beside)
     return Adapter(_factors(file, stored, args, "mistral", lambda linear, r: float(scale)), str(path))
 
 
@@ -95,25 +95,31 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder; download the adapter and name where it lies")
+        raise CheckpointError(
+            "no such file or folder", place=path, hint="download the adapter and name where it lies"
+        )
     found = [path / name for name in FILES if (path / name).is_file()]
     if not found:
-        raise CheckpointError(f"{path}: holds no adapter ({', '.join(FILES)})")
+        raise CheckpointError(f"holds no adapter ({', '.join(FILES)})", place=path)
     return found[0]
 
 
 def _read_peft(file: pathlib.Path, stored: dict[str, Stored], args: ModelArgs) -> Adapter:
     path = file.with_name(CONFIG)
     if not path.is_file():
-        raise CheckpointError(f"{file}: PEFT's weights without {CONFIG} beside them, which has their scale")
+        raise CheckpointError(f"PEFT's weights without {CONFIG} beside them, which has their scale", place=file)
     data = read_json(path)
     if data.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: 'peft_type' is {data.get('peft_type')!r}; only 'LORA' can be opened")
+        raise CheckpointError(
+            f"'peft_type' is {data.get('peft_type')!r}; only 'LORA' can be opened", field="peft_type", place=path
+        )
     for field, value in data.items():
         if field in READ or field in IRRELEVANT or value in NOTHING or value in PLAIN.get(field, ()):
             continue
         raise CheckpointError(
-            f"{path}: {field!r} is {str(value)[:60]!r}: a variant of LoRA that cannot be opened; plain ones can"
+            f"{field!r} is {str(value)[:60]!r}: a variant of LoRA that cannot be opened; plain ones can",
+            field=field,
+            place=path,
         )
     ranks = _pattern(path, data, "rank_pattern", "r")
     alphas = _pattern(path, data, "alpha_pattern", "lora_alpha")
@@ -121,7 +127,9 @@ def _read_peft(file: pathlib.Path, stored: dict[str, Stored], args: ModelArgs) -
 
     def scale(linear: str, r: int) -> float:
         if ranks(linear) != r:
-            raise CheckpointError(f"{file}: {linear!r} is of rank {r}; {CONFIG} says {ranks(linear)}")
+            raise CheckpointError(
+                f"{linear!r} is of rank {r}; {CONFIG} says {ranks(linear)}", field=linear, place=file
+            )
         return alphas(linear) / (math.sqrt(r) if rslora else r)
 
     targets = _factors(file, stored, args, "huggingface", scale)
@@ -132,18 +140,25 @@ def _pattern(path: pathlib.Path, data: dict[str, Any], field: str, default: str)
     """A Linear's number, by Hugging Face's name: that of the first pattern matching its end, else `default`."""
     table = data.get(field) or {}
     if not _is_number(data.get(default)):
-        raise CheckpointError(f"{path}: {default!r} is {data.get(default)!r}, not a number")
+        raise CheckpointError(f"{default!r} is {data.get(default)!r}, not a number", field=default, place=path)
     if not isinstance(table, dict) or not all(map(_is_number, table.values())):
-        raise CheckpointError(f"{path}: {field!r} must be a table from names to numbers")
+        raise CheckpointError(f"{field!r} must be a table from names to numbers", field=field, place=path)
     compiled = []
     for pattern, number in table.items():
         # A search that turns back exponentially often needs a repeated group; four repeats are enough for names.
         if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
-            raise CheckpointError(f"{path}: {field!r} has {pattern!r}, too involved a pattern: name the layers")
+            raise CheckpointError(
+                f"{field!r} has {pattern!r}, too involved a pattern",
+                field=field,
+                place=path,
+                hint="name the layers",
+            )
         try:
             compiled.append((re.compile(rf"(?:.*\.)?(?:{pattern})$"), number))
         except (re.error, OverflowError) as e:
-            raise CheckpointError(f"{path}: {field!r} has {pattern!r}, which is no pattern ({e})") from e
+            raise CheckpointError(
+                f"{field!r} has {pattern!r}, which is no pattern ({e})", field=field, place=path
+            ) from e
     return lambda name: next((number for p, number in compiled if p.match(name)), data[default])
 
 
@@ -161,17 +176,17 @@ def _factors(
     """All tensors of an adapter by Mistral's names and layout, in the order of the forward pass."""
     shapes = {name: shape for name, shape in expected(args) if len(shape) == 2}
     halves: dict[str, dict[str, Stored]] = {}
-    for name, one in stored.items():
-        ours, half = _place(file, name, layout)
+    for one in stored.values():
+        ours, half = _place(one, layout)
         if ours not in shapes:
-            raise CheckpointError(f"{file}: tensor {name!r} lies beyond the {args.n_layers} layers of the model")
+            raise one.fault(f"lies beyond the {args.n_layers} layers of the model")
         halves.setdefault(ours, {})[half] = one
     if not halves:
-        raise CheckpointError(f"{file}: holds no tensor of an adapter")
+        raise CheckpointError("holds no tensor of an adapter", place=file)
     out = {}
     for ours, (outputs, inputs) in shapes.items():
         if ours in halves:
-            a, b = _pair(file, ours, halves[ours], outputs, inputs)
+            a, b = _pair(ours, halves[ours], outputs, inputs)
             linear = str(rename(ours, "mistral", layout)).removesuffix(".weight")
             heads = rotated_heads(ours, args) if layout == "huggingface" else None
             view = b if heads is None else interleaved(b, heads)
@@ -179,39 +194,34 @@ def _factors(
     return out
 
 
-def _place(file: pathlib.Path, name: str, layout: str) -> tuple[str, str]:
+def _place(one: Stored, layout: str) -> tuple[str, str]:
     """The weight to which a tensor of an adapter belongs, by Mistral's name, and which half it is, "A" or "B"."""
-    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    plain = one.name.removeprefix(PREFIX).replace(".base_layer.", ".")
     found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", plain)
     ours = rename(f"{found[1]}.weight", layout, "mistral") if found else None
-    if ours == EMBEDDING or "lora_embedding" in name:
-        raise CheckpointError(f"{file}: tensor {name!r} adapts the embedding; only Linears can be adapted")
+    if ours == EMBEDDING or "lora_embedding" in one.name:
+        raise one.fault("adapts the embedding; only Linears can be adapted")
     if rename(plain, layout, "mistral") is not None:
-        raise CheckpointError(
-            f"{file}: tensor {name!r} is a weight of the model itself, of which adapters cannot have their own "
-            "(PEFT leaves them out with save_embedding_layers=False)"
+        raise one.fault(
+            "is a weight of the model itself, of which adapters cannot have their own (PEFT leaves them out with "
+            "save_embedding_layers=False)"
         )
     if found is None or ours is None:
-        raise CheckpointError(f"{file}: tensor {name!r} is no factor of a LoRA adapter of Mistral 7B")
+        raise one.fault("is no factor of a LoRA adapter of Mistral 7B")
     return ours, found[2]
 
 
-def _pair(
-    file: pathlib.Path, ours: str, halves: dict[str, Stored], outputs: int, inputs: int
-) -> tuple[Tensor, Tensor]:
+def _pair(ours: str, halves: dict[str, Stored], outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     """A (r, K) and B (N, r) of one Linear, checked."""
     if len(halves) < 2:
-        name = next(iter(halves.values())).name
-        raise CheckpointError(f"{file}: tensor {name!r} is there without its other half")
+        raise next(iter(halves.values())).fault("is there without its other half")
     a, b = halves["A"], halves["B"]
     r = a.shape[0] if a.shape else 0
     for one, shape in ((a, (r, inputs)), (b, (outputs, r))):
         if one.shape != shape or r == 0:
-            raise CheckpointError(
-                f"{file}: tensor {one.name!r} is of shape {one.shape}; the model's {ours!r} takes {shape}"
-            )
+            raise one.fault(f"is of shape {one.shape}; the model's {ours!r} takes {shape}")
         if not one.dtype.is_floating_point:
-            raise CheckpointError(f"{file}: tensor {one.name!r} is of {one.dtype}, no plain float")
+            raise one.fault(f"is of {one.dtype}, no plain float")
     return a.view(), b.view()
 
 
@@ -225,7 +235,7 @@ def save_adapter(
     not empty, WriteError if it cannot be written.
     """
     if format not in ("peft", "mistral"):
-        raise CheckpointError(f"an adapter's format {format!r} is not known: 'peft' or 'mistral'")
+        raise CheckpointError(f"an adapter's format {format!r} is not known: 'peft' or 'mistral'", field="format")
     tensors: dict[str, Tensor] = {}
     for linear, (a, b, scale) in adapter.targets.items():
         name = linear

@@ -22,21 +22,25 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name, value in pairs:
             if name in out and out[name] != value:
-                raise CheckpointError(f"{path}: {name!r} is given twice, as {out[name]!r} and as {value!r}")
+                raise CheckpointError(
+                    f"{name!r} is given twice, as {out[name]!r} and as {value!r}", field=name, place=path
+                )
             out[name] = value
         return out
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not JSON ({e}); fetch the file again") from e
+        raise CheckpointError(f"not JSON ({e})", place=path, hint="fetch the file again") from e
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
+        raise CheckpointError(f"cannot be read ({e.strerror})", place=path) from e
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__} where a JSON object belongs")
+        raise CheckpointError(f"holds a {type(data).__name__} where a JSON object belongs", place=path)
     for field, value in _numbers(data, ""):
         if not math.isfinite(value):
-            raise CheckpointError(f"{path}: field {field!r} is {value}, not a number that can be used")
+            raise CheckpointError(
+                f"field {field!r} is {value}, not a number that can be used", field=field, place=path
+            )
     return data
 
 
@@ -58,7 +62,9 @@ def agreed(path: pathlib.Path, fields: dict[str, Any]) -> Any:
     values = list(given.values())
     if any(v != values[0] for v in values):
         said = " but ".join(f"{name!r} is {value!r}" for name, value in given.items())
-        raise CheckpointError(f"{path}: {said}; they mean the same, so correct or remove one")
+        raise CheckpointError(
+            f"{said}; they mean the same", field=next(iter(given)), place=path, hint="correct or remove one"
+        )
     return values[0] if values else None
 
 
@@ -83,7 +89,9 @@ def refuse(path: pathlib.Path, data: dict[str, Any], harmless: dict[str, tuple[A
     """CheckpointError if a field that would change what the model computes has a value not listed for it."""
     for field, values in harmless.items():
         if (value := data.get(field)) is not None and value not in values:
-            raise CheckpointError(f"{path}: {field!r} is {_short(value)}, which Mistral 7B does not have")
+            raise CheckpointError(
+                f"{field!r} is {_short(value)}, which Mistral 7B does not have", field=field, place=path
+            )
 
 
 def _short(value: Any) -> str:
@@ -96,9 +104,11 @@ def to_args(path: pathlib.Path, data: dict[str, Any], field_of: dict[str, str], 
     values = dict(known)
     for ours, theirs in field_of.items():
         if data.get(theirs) is None:
-            raise CheckpointError(f"{path}: field {theirs!r} is missing")
+            raise CheckpointError(f"field {theirs!r} is missing", field=theirs, place=path)
         values[ours] = data[theirs]
     try:
         return ModelArgs(**values)
-    except (ConfigError, OverflowError) as e:
-        raise CheckpointError(f"{path}: {e}") from e
+    except ConfigError as e:
+        raise CheckpointError.of(e, place=path) from e
+    except OverflowError as e:
+        raise CheckpointError(str(e), place=path) from e

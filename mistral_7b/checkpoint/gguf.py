@@ -81,7 +81,7 @@ class StoredBlocks(Stored):
         """The blocks' bytes as they lie in the mapped file: (N, K / block * size) uint8."""
         mapped = self.file.map()
         if self.offset + self.nbytes > len(mapped):
-            raise CheckpointError(f"{self.path}: ends before tensor {self.name!r} does; fetch the file again")
+            raise self.fault("lies beyond the end of the file", hint="fetch it again")
         flat = torch.frombuffer(mapped, dtype=torch.uint8, count=self.nbytes, offset=self.offset)
         return flat.view(math.prod(self.shape[:-1]), -1)
 
@@ -102,7 +102,9 @@ def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, Stored]]:
     tensors = _tensors(contents)
     if frequencies := tensors.pop(FREQUENCIES, None):
         if frequencies.nbytes > 1 << 16 or not bool((frequencies.view() == 1).all()):
-            raise CheckpointError(f"{path}: {FREQUENCIES!r} scales the rotary embedding; Mistral 7B's is not")
+            raise CheckpointError(
+                f"{FREQUENCIES!r} scales the rotary embedding; Mistral 7B's is not", field=FREQUENCIES, place=path
+            )
         frequencies.release()
     return _args(contents, tied=rename(OUTPUT, "mistral", "gguf") not in tensors), tensors
 
@@ -121,9 +123,18 @@ def _args(contents: gguf_file.Contents, tied: bool) -> ModelArgs:
     path, metadata = contents.path, contents.metadata
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: 'general.architecture' is {architecture!r}; only 'llama' can be opened")
+        raise CheckpointError(
+            f"'general.architecture' is {architecture!r}; only 'llama' can be opened",
+            field="general.architecture",
+            place=path,
+        )
     if metadata.get("split.count", 1) != 1:
-        raise CheckpointError(f"{path}: one part of {metadata['split.count']}; join them with llama-gguf-split")
+        raise CheckpointError(
+            f"one part of {metadata['split.count']}",
+            field="split.count",
+            place=path,
+            hint="join them with llama-gguf-split",
+        )
     prefix = f"{architecture}."
     data = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
     refuse(path, data, HARMLESS)
@@ -167,10 +178,10 @@ def _head_dim(path: pathlib.Path, data: Mapping[str, Any]) -> Any:
     widths = list(given.values())
     if not set(WIDTHS) & given.keys():  # then it is dim / heads, and that is all of it to be rotated
         if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
-            raise CheckpointError(f"{path}: embedding_length {dim!r} / head_count {heads!r} is not whole")
+            raise CheckpointError(f"embedding_length {dim!r} / head_count {heads!r} is not whole", place=path)
         widths.append(dim // heads)
     if any(width != widths[0] for width in widths):
-        raise CheckpointError(f"{path}: heads of different widths ({given}), or not rotated whole")
+        raise CheckpointError(f"heads of different widths ({given}), or not rotated whole", place=path)
     return widths[0]
 
 

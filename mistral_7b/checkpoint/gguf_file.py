@@ -97,15 +97,16 @@ class _Cursor:
         self.path, self.data, self.at = path, data, 0
         self.end = min(len(data), LONGEST_HEADER)
 
-    def fault(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what} (byte {self.at})")
+    def fault(self, what: str, **data: str | None) -> CheckpointError:
+        return CheckpointError(f"{what} (byte {self.at})", place=self.path, **data)
 
     def take(self, size: int) -> int:
         """Go on by `size` bytes, and say where they begin."""
         begin = self.at
         if size > self.end - begin:
             raise self.fault(
-                f"damaged or cut short: {size} bytes should follow and {self.end - begin} do; fetch the file again"
+                f"damaged or cut short: {size} bytes should follow and {self.end - begin} do",
+                hint="fetch the file again",
             )
         self.at = begin + size
         return begin
@@ -137,13 +138,13 @@ class _Cursor:
         if code in NUMBERS:
             return self.number(code)
         if code != ARRAY:
-            raise self.fault(f"{key!r} is of type {code}, which is none")
+            raise self.fault(f"{key!r} is of type {code}, which is none", field=key)
         code = self.number(UINT32)
         size = self.count(MOST_ELEMENTS, f"elements of {key!r}")
         if code == STRING:
             return [self.text(self.end, f"an element of {key!r}") for _ in range(size)]
         if code not in NUMBERS:
-            raise self.fault(f"{key!r} is an array of type {code}, which no array here is made of")
+            raise self.fault(f"{key!r} is an array of type {code}, which no array here is made of", field=key)
         begin = self.take(size * _BYTES[code])
         return np.frombuffer(self.data, _NUMPY[code], size, begin).tolist()
 
@@ -162,10 +163,10 @@ def read(path: pathlib.Path) -> Contents:
     try:
         with path.open("rb") as f:
             if f.read(4) != MAGIC:
-                raise CheckpointError(f"{path}: no GGUF file")
+                raise CheckpointError("no GGUF file", place=path)
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: cannot be read ({e})") from e
+        raise CheckpointError(f"cannot be read ({e})", place=path) from e
     with data:
         return _contents(_Cursor(path, data))
 
@@ -185,11 +186,11 @@ def _contents(cursor: _Cursor) -> Contents:
     for _ in range(pairs):
         key = cursor.text(LONGEST_KEY, "a key")
         if not key or key in metadata:
-            raise cursor.fault(f"the key {key!r} is given twice" if key else "a key is empty")
+            raise cursor.fault(f"the key {key!r} is given twice" if key else "a key is empty", field=key or None)
         metadata[key] = cursor.value(key)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise cursor.fault(f"'general.alignment' is {alignment!r}, no power of two")
+        raise cursor.fault(f"'general.alignment' is {alignment!r}, no power of two", field="general.alignment")
     table = [_entry(cursor, alignment) for _ in range(tensors)]
     start = cursor.at + -cursor.at % alignment
     entries: dict[str, Entry] = {}
@@ -197,13 +198,15 @@ def _contents(cursor: _Cursor) -> Contents:
     for entry in sorted(table, key=lambda entry: entry.offset):
         entry = dataclasses.replace(entry, offset=start + entry.offset)
         if entry.name in entries:
-            raise cursor.fault(f"tensor {entry.name!r} is named twice")
+            raise cursor.fault(f"tensor {entry.name!r} is named twice", field=entry.name)
         if entry.offset < end:
-            raise cursor.fault(f"tensor {entry.name!r} lies over another")
+            raise cursor.fault(f"tensor {entry.name!r} lies over another", field=entry.name)
         end = entry.offset + entry.nbytes
         if end > len(cursor.data):
             raise cursor.fault(
-                f"cut short: tensor {entry.name!r} would end at byte {end} of {len(cursor.data)}; fetch it again"
+                f"cut short: tensor {entry.name!r} would end at byte {end} of {len(cursor.data)}",
+                field=entry.name,
+                hint="fetch it again",
             )
         entries[entry.name] = entry
     return Contents(cursor.path, metadata, entries)
@@ -214,19 +217,24 @@ def _entry(cursor: _Cursor, alignment: int) -> Entry:
     name = cursor.text(LONGEST_NAME, "a tensor's name")
     rank: int = cursor.number(UINT32)
     if not 1 <= rank <= 4:
-        raise cursor.fault(f"tensor {name!r} has {rank} dimensions")
+        raise cursor.fault(f"tensor {name!r} has {rank} dimensions", field=name)
     sizes = [cursor.number(10) for _ in range(rank)]
     if not all(sizes):
-        raise cursor.fault(f"tensor {name!r} has no elements")
+        raise cursor.fault(f"tensor {name!r} has no elements", field=name)
     code: int = cursor.number(UINT32)
     offset: int = cursor.number(10)
     if code not in _BY_CODE:
         raise cursor.fault(
-            f"tensor {name!r} is of type {_OTHERS.get(code, code)}; those that can be read are {', '.join(KINDS)}"
+            f"tensor {name!r} is of type {_OTHERS.get(code, code)}; those that can be read are {', '.join(KINDS)}",
+            field=name,
         )
     kind = _BY_CODE[code]
     if sizes[0] % kind.block:
-        raise cursor.fault(f"tensor {name!r} has rows of {sizes[0]}, no multiple of {kind.name}'s {kind.block}")
+        raise cursor.fault(
+            f"tensor {name!r} has rows of {sizes[0]}, no multiple of {kind.name}'s {kind.block}", field=name
+        )
     if offset % alignment:
-        raise cursor.fault(f"tensor {name!r} begins at {offset}, no multiple of the alignment {alignment}")
+        raise cursor.fault(
+            f"tensor {name!r} begins at {offset}, no multiple of the alignment {alignment}", field=name
+        )
     return Entry(name, kind, tuple(reversed(sizes)), offset)

@@ -36,7 +36,7 @@ def extract(path: pathlib.Path) -> pathlib.Path:
     try:
         metadata = gguf_file.read(path).metadata
     except CheckpointError as e:
-        raise TokenizerError(str(e)) from e
+        raise TokenizerError.of(e) from e
     model = sentencepiece_model(path, metadata)
     name = file_name(metadata)
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
@@ -68,8 +68,10 @@ def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
     kind = metadata.get(MODEL)
     if kind != "llama":
         raise TokenizerError(
-            f"{path}: its tokenizer is {kind!r}, and Mistral 7B's is 'llama' (SentencePiece); "
-            "name another with --tokenizer, or Tokenizer.from_pretrained"
+            f"its tokenizer is {kind!r}, and Mistral 7B's is 'llama' (SentencePiece)",
+            field=MODEL,
+            place=path,
+            hint="name another with --tokenizer, or Tokenizer.from_pretrained",
         )
     tokens, scores, types = _pieces(path, metadata)
     ids = {
@@ -78,7 +80,11 @@ def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
     }
     for name, token in ids.items():
         if not isinstance(token, int) or not 0 <= token < len(tokens):
-            raise TokenizerError(f"{path}: 'tokenizer.ggml.{name}_token_id' is {token!r}, of {len(tokens)} tokens")
+            raise TokenizerError(
+                f"'tokenizer.ggml.{name}_token_id' is {token!r}, of {len(tokens)} tokens",
+                field=f"tokenizer.ggml.{name}_token_id",
+                place=path,
+            )
     flags = {
         name: metadata.get(f"tokenizer.ggml.{name}", default)
         for name, default in (("add_space_prefix", True), ("remove_extra_whitespaces", False))
@@ -109,23 +115,31 @@ def _pieces(path: pathlib.Path, metadata: Any) -> tuple[list[str], list[float], 
     tokens, scores, types = (metadata.get(key) for key in (TOKENS, SCORES, TYPES))
     for key, values, wanted in ((TOKENS, tokens, str), (SCORES, scores, float), (TYPES, types, int)):
         if not isinstance(values, list) or not all(type(v) is wanted for v in values):
-            raise TokenizerError(f"{path}: {key!r} is missing, or of the wrong type")
+            raise TokenizerError(f"{key!r} is missing, or of the wrong type", field=key, place=path)
     if not len(tokens) == len(scores) == len(types):
-        raise TokenizerError(f"{path}: {len(tokens)} tokens, {len(scores)} scores, {len(types)} types")
+        raise TokenizerError(
+            f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types", field=TOKENS, place=path
+        )
     tokens = [t.replace(" ", SPACE) if k == USER_DEFINED else t for t, k in zip(tokens, types, strict=True)]
     seen: set[str] = set()
     for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
         if not token or token in seen or "\0" in token:
-            raise TokenizerError(f"{path}: token {i} {token!r:.40} is empty, or there already")
+            raise TokenizerError(
+                f"token {i} {token!r:.40} is empty, or a duplicate", field=f"{TOKENS}[{i}]", place=path
+            )
         if not math.isfinite(score) or not NORMAL <= kind <= BYTE:
-            raise TokenizerError(f"{path}: token {i} has score {score} and type {kind}")
+            raise TokenizerError(f"token {i} has score {score} and type {kind}", field=f"{TYPES}[{i}]", place=path)
         if kind == BYTE and not BYTE_PIECE.fullmatch(token):
-            raise TokenizerError(f"{path}: token {i} {token!r:.40} is to be a byte, such as '<0x0A>'")
+            raise TokenizerError(
+                f"token {i} {token!r:.40} is to be a byte, such as '<0x0A>'", field=f"{TOKENS}[{i}]", place=path
+            )
         seen.add(token)
     count = {kind: types.count(kind) for kind in (UNKNOWN, BYTE)}
     if count[UNKNOWN] != 1 or count[BYTE] not in (0, 256):
         raise TokenizerError(
-            f"{path}: {count[UNKNOWN]} tokens for the unknown and {count[BYTE]} bytes; there are 1, and 256 or 0"
+            f"{count[UNKNOWN]} tokens for the unknown and {count[BYTE]} bytes; there are 1, and 256 or 0",
+            field=TYPES,
+            place=path,
         )
     return tokens, scores, types
 
@@ -181,12 +195,14 @@ def metadata(path: pathlib.Path, vocab_size: int) -> dict[str, Any]:
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as e:
-        raise TokenizerError(f"{path} is not a SentencePiece model ({e}); fetch it again") from e
+        raise TokenizerError(f"is not a SentencePiece model ({e})", place=path, hint="fetch it again") from e
     size = model.vocab_size()
     if size > vocab_size:
-        raise TokenizerError(f"{path}: {size} tokens, but the model knows {vocab_size}: it is of another model")
+        raise TokenizerError(
+            f"{size} tokens, but the model knows {vocab_size}: it is of another model", place=path
+        )
     if model.normalize(UNTOUCHED) != SPACE + UNTOUCHED.replace(" ", SPACE):
-        raise TokenizerError(f"{path}: changes text before it cuts it, which GGUF's 'llama' tokenizer does not")
+        raise TokenizerError("changes text before it cuts it, which GGUF's 'llama' tokenizer does not", place=path)
     tokens, scores, types = [], [], []
     for piece in (_fields(content) for field, content in _fields(model.serialized_model_proto()) if field == 1):
         entry: dict[int, Any] = {1: b"", 2: bytes(4), 3: NORMAL} | dict(piece)

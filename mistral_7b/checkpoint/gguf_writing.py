@@ -43,9 +43,9 @@ def write(
     suffers most. Raises CheckpointError, naming the tensor, for what a type cannot hold.
     """
     if type is not None and type not in TYPES:
-        raise CheckpointError(f"type {type!r} is not known: {', '.join(map(repr, TYPES))}")
+        raise CheckpointError(f"type {type!r} is not known: {', '.join(map(repr, TYPES))}", field="type")
     if path.exists():
-        raise CheckpointError(f"{path}: exists already; name a new file, or remove that one")
+        raise CheckpointError("exists already", place=path, hint="name a new file, or remove that one")
     plan = [(t, _kind(t, type, args)) for t in outgoing]
     for tensor, kind in plan:
         _check(tensor, kind)
@@ -59,7 +59,9 @@ def write(
                 tell(tensor)
             f.write(bytes(-f.tell() % ALIGNMENT))
     except (struct.error, OverflowError) as e:  # a number of the configuration, or of a source's tokenizer
-        raise CheckpointError(f"{path}: not written, for GGUF's keys cannot hold what they should ({e})") from e
+        raise CheckpointError(
+            f"not written, for GGUF's keys cannot hold what they should ({e})", place=path
+        ) from e
 
 
 def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
@@ -71,7 +73,9 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
             return tensor.stored.kind
         if tensor.dtype not in _KIND_OF:
             raise CheckpointError(
-                f"tensor {tensor.name!r} is {tensor.dtype}, for which GGUF has no type; give one"
+                f"tensor {tensor.name!r} is {tensor.dtype}, for which GGUF has no type",
+                field=tensor.name,
+                hint="give one",
             )
         return _KIND_OF[tensor.dtype]
     output = EMBEDDING if args.tie_embeddings else OUTPUT
@@ -81,8 +85,10 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
 def _check(tensor: Outgoing, kind: Kind) -> None:
     if tensor.shape[-1] % kind.block:
         raise CheckpointError(
-            f"tensor {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of the {kind.block} values that "
-            f"a block of {kind.name} has; take 'bf16' or 'f16'"
+            f"tensor {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of the {kind.block} values "
+            f"that a block of {kind.name} has",
+            field=tensor.name,
+            hint="take 'bf16' or 'f16'",
         )
 
 
@@ -182,8 +188,10 @@ def _encoded(name: str, values: Tensor, kind: Kind) -> Tensor:
         if kind.block > 1:
             return gguf_blocks.quantise(kind, values)
     except ValueError as e:
-        raise CheckpointError(f"tensor {name!r} holds {e}: it cannot be {kind.name}") from e
+        raise CheckpointError(f"tensor {name!r} holds {e}: it cannot be {kind.name}", field=name) from e
     out = values.to(gguf_blocks.FLOATS[kind.name])
     if bool((out.isinf() & values.isfinite()).any()):
-        raise CheckpointError(f"tensor {name!r} holds values too large for {kind.name}; take 'bf16'")
+        raise CheckpointError(
+            f"tensor {name!r} holds values too large for {kind.name}", field=name, hint="take 'bf16'"
+        )
     return out

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..errors import CheckpointError, HubError, WriteError
+from ..errors import CheckpointError, HubError, WriteError, first_line
 from ..files import ADVICE, refusal_in
 
 DEMO = pathlib.Path(__file__).parent.parent / "demo"
@@ -103,7 +103,7 @@ def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
     if isinstance(source, str) and (named := FILE_ID.fullmatch(source)):
         return pull(named["repo"], file=named["file"])
     if not isinstance(source, str) or not REPO_ID.fullmatch(source):
-        raise CheckpointError(f"{source}: no such file or folder (a model on the hub is named owner/name)")
+        raise CheckpointError("no such file or folder (a model on the hub is named owner/name)", place=source)
     return pull(source)
 
 
@@ -115,7 +115,7 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
     whole. Raises HubError, saying what to do, if the model is gated, missing, or out of reach.
     """
     if not REPO_ID.fullmatch(repo_id):
-        raise HubError(f"{repo_id!r} is no name of a model on the hub: owner/name is wanted")
+        raise HubError(f"{repo_id!r} is no name of a model on the hub: owner/name is wanted", field="repo_id")
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -129,34 +129,34 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
         raise
     except errors.GatedRepoError as e:
         raise HubError(
-            f"{repo_id} is gated: accept its terms at {constants.ENDPOINT}/{repo_id}, then log in with "
-            "`hf auth login` (or set HF_TOKEN) and try again"
+            f"{repo_id} is gated",
+            hint=f"accept its terms at {constants.ENDPOINT}/{repo_id}, then log in with `hf auth login` (or set "
+            "HF_TOKEN) and try again",
         ) from e
     except errors.RevisionNotFoundError as e:
-        raise HubError(f"{repo_id} has no revision {revision!r}") from e
+        raise HubError(f"{repo_id} has no revision {revision!r}", field="revision") from e
     except errors.RepositoryNotFoundError as e:
         raise HubError(
-            f"{repo_id}: no such folder here, and no such model at {constants.ENDPOINT} (if it is private, log in "
-            "with `hf auth login` or set HF_TOKEN)"
+            f"{repo_id}: no such folder here, and no such model at {constants.ENDPOINT}",
+            hint="if it is private, log in with `hf auth login` or set HF_TOKEN",
         ) from e
     # Whatever else the client library and its transport raise is a connection that did not work.
     except Exception as e:
         if (refusal := refusal_in(e)) is not None and refusal.errno in ADVICE:
             raise WriteError(
-                f"{repo_id} could not be written to {constants.HF_HUB_CACHE} ({refusal.strerror}): "
-                f"{ADVICE[refusal.errno]} with HF_HOME; the files that have arrived are kept"
+                f"{repo_id} could not be written to {constants.HF_HUB_CACHE} ({refusal.strerror})",
+                hint=f"{ADVICE[refusal.errno]} with HF_HOME; the files that have arrived are kept",
             ) from e
         if found := _cached(repo_id, revision, file):
             return found
         if isinstance(e, errors.OfflineModeIsEnabled):
             raise HubError(
-                f"{repo_id} is not (wholly) in the cache at {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set: "
-                f"unset it and run `mistral-7b pull {repo_id}`"
+                f"{repo_id} is not (wholly) in the cache at {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set",
+                hint=f"unset it and run `mistral-7b pull {repo_id}`",
             ) from e
-        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise HubError(
-            f"{repo_id} could not be downloaded from {constants.ENDPOINT}: {reason}. Check the connection and run "
-            "it again; the files that have arrived are kept"
+            f"{repo_id} could not be downloaded from {constants.ENDPOINT}: {first_line(e)}",
+            hint="check the connection and run it again; the files that have arrived are kept",
         ) from e
 
 
@@ -164,12 +164,12 @@ def _wanted(repo_id: str, names: list[str], file: str | None) -> list[str]:
     """Of a repository's files those to download: that which was named, or what its one model needs."""
     if file is not None:
         if file not in names:
-            raise HubError(f"{repo_id} holds no {file}; it holds {', '.join(names[:20])}")
+            raise HubError(f"{repo_id} holds no {file}; it holds {', '.join(names[:20])}", field="file")
         return [file]
     if wanted := needed_files(names):
         return wanted
     if found := [name for name in names if name.endswith(".gguf")]:
-        raise HubError(f"{repo_id} holds {len(found)} GGUF files: name one, such as {repo_id}/{found[0]}")
+        raise HubError(f"{repo_id} holds {len(found)} GGUF files", hint=f"name one, such as {repo_id}/{found[0]}")
     raise HubError(f"{repo_id} holds no weights that can be opened here; it holds {', '.join(names[:20])}")
 
 

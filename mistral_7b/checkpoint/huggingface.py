@@ -52,7 +52,9 @@ def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
     if head_dim is None:
         heads, dim = data.get("num_attention_heads"), data.get("hidden_size")
         if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
-            raise CheckpointError(f"{path}: no 'head_dim', and hidden_size / num_attention_heads is not whole")
+            raise CheckpointError(
+                "no 'head_dim', and hidden_size / num_attention_heads is not whole", field="head_dim", place=path
+            )
         head_dim = dim // heads
     more = {"max_seq_len": data.get("max_position_embeddings"), "tie_embeddings": data.get("tie_word_embeddings")}
     more = {name: value for name, value in more.items() if value is not None}
@@ -62,16 +64,24 @@ def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
 def _check_kind(path: pathlib.Path, data: dict[str, Any]) -> None:
     kinds = data.get("architectures")
     if kinds is not None and kinds != [ARCHITECTURE]:
-        raise CheckpointError(f"{path}: 'architectures' is {kinds!r}; only [{ARCHITECTURE!r}] can be opened")
+        raise CheckpointError(
+            f"'architectures' is {kinds!r}; only [{ARCHITECTURE!r}] can be opened",
+            field="architectures",
+            place=path,
+        )
     if data.get("model_type", "mistral") != "mistral":
-        raise CheckpointError(f"{path}: 'model_type' is {data['model_type']!r}; only 'mistral' can be opened")
+        raise CheckpointError(
+            f"'model_type' is {data['model_type']!r}; only 'mistral' can be opened", field="model_type", place=path
+        )
     quantization = data.get("quantization_config")
     if quantization is not None and not (
         isinstance(quantization, dict) and quantization.get("quant_method") == OURS
     ):
         raise CheckpointError(
-            f"{path}: 'quantization_config' says that these weights are quantised in a way that cannot be opened; "
-            "take the unquantised checkpoint"
+            "'quantization_config' says that these weights are quantised in a way that cannot be opened",
+            field="quantization_config",
+            place=path,
+            hint="take the unquantised checkpoint",
         )
     agreed(path, {name: data.get(name) for name in ("dtype", "torch_dtype")})
 
@@ -88,7 +98,9 @@ def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
             kind = agreed(path, {f"{place}.{name}": rope.get(name) for name in ("rope_type", "type")}) or "default"
             refuse(path, rope, {"partial_rotary_factor": (1,)})
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-            raise CheckpointError(f"{path}: {place!r} asks for a rotary embedding that Mistral 7B does not have")
+            raise CheckpointError(
+                f"{place!r} asks for a rotary embedding that Mistral 7B does not have", field=place, place=path
+            )
         found[f"{place}.rope_theta"] = rope.get("rope_theta")
     return agreed(path, found)
 
@@ -96,7 +108,11 @@ def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
 def _check_layer_types(path: pathlib.Path, kinds: Any, window: Any) -> None:
     wanted = "full_attention" if window is None else "sliding_attention"
     if kinds is not None and not (isinstance(kinds, list) and all(kind == wanted for kind in kinds)):
-        raise CheckpointError(f"{path}: 'layer_types' must all be {wanted!r}: every layer of Mistral 7B is alike")
+        raise CheckpointError(
+            f"'layer_types' must all be {wanted!r}: every layer of Mistral 7B is alike",
+            field="layer_types",
+            place=path,
+        )
 
 
 def config(args: ModelArgs, dtype: str) -> dict[str, Any]:

@@ -54,9 +54,11 @@ class Record:
         for name in DISTANCE:
             value = self.distance.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise QuantizationError(f"the distance's {name!r} is {value!r}, not a measured number: {HOW}")
+                raise QuantizationError(
+                    f"the distance's {name!r} is {value!r}, not a measured number", field=name, hint=HOW
+                )
         if not isinstance(self.distance.get("text"), str):
-            raise QuantizationError(f"the distance does not name its 'text': {HOW}")
+            raise QuantizationError("the distance does not name its 'text'", field="text", hint=HOW)
 
     def config(self) -> dict[str, Any]:
         """The content of `quantization_config`."""
@@ -84,22 +86,33 @@ def read_record(path: str | os.PathLike[str]) -> Record | None:
         return None
     if said.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: quantised in format {said.get('format')!r} and this release reads {FORMAT}; take a newer one"
+            f"quantised in format {said.get('format')!r} and this release reads {FORMAT}",
+            field="quantization_config.format",
+            place=path,
+            hint="take a newer one",
         )
     kinds = {"scheme": str, "symmetric": bool, "distance": dict, "bytes": int}
     if said.get("scheme") == "int4":
         kinds["group_size"] = int
     for field, kind in kinds.items():
         if not isinstance(said.get(field), kind):
-            raise CheckpointError(f"{path}: 'quantization_config.{field}' is {said.get(field)!r}, not of its kind")
+            raise CheckpointError(
+                f"'quantization_config.{field}' is {said.get(field)!r}, not of its kind",
+                field=f"quantization_config.{field}",
+                place=path,
+            )
     name, calibration = said["scheme"], said.get("calibration")
     if name not in ("int8", "int4") or not isinstance(calibration, dict | None):
-        raise CheckpointError(f"{path}: 'quantization_config' has no scheme or calibration that can be read")
+        raise CheckpointError(
+            "'quantization_config' has no scheme or calibration that can be read",
+            field="quantization_config",
+            place=path,
+        )
     try:
         scheme = Scheme(name, said["group_size"], said["symmetric"]) if name == "int4" else Scheme(name)
         return Record(scheme, said["distance"], said["bytes"], calibration)
     except QuantizationError as e:
-        raise CheckpointError(f"{path}: {e}") from e
+        raise CheckpointError.of(e, place=path) from e
 
 
 def check_asked(path: pathlib.Path, record: Record, asked: str | Scheme | None) -> None:
@@ -107,8 +120,10 @@ def check_asked(path: pathlib.Path, record: Record, asked: str | Scheme | None) 
     if asked is None or asked in (record.scheme.name, record.scheme):
         return
     raise QuantizationError(
-        f"{path}: is quantised already, as {record.scheme}, and not as {asked}; leave `quantization` out, or "
-        "quantise the original anew"
+        f"is quantised already, as {record.scheme}, and not as {asked}",
+        field="quantization",
+        place=path,
+        hint="leave `quantization` out, or quantise the original anew",
     )
 
 
@@ -126,21 +141,18 @@ def build(
     weights = {}
     for name, like in wanted.items():
         if name not in raw:
-            raise CheckpointError(f"{path}: tensor {name!r} is missing")
+            raise CheckpointError(f"tensor {name!r} is missing", field=name, place=path)
         stored = raw[name]
         if stored.shape != tuple(like.shape):
-            raise CheckpointError(
-                f"{stored.path}: tensor {name!r} is of shape {stored.shape}; its configuration says "
-                f"{tuple(like.shape)}"
-            )
+            raise stored.fault(f"is of shape {stored.shape}; its configuration says {tuple(like.shape)}")
         norm = name.endswith(".weight")  # the only tensors whose type is the model's
         if stored.dtype != like.dtype and not (norm and stored.dtype.is_floating_point):
-            raise CheckpointError(f"{stored.path}: tensor {name!r} is of type {stored.dtype}, not {like.dtype}")
+            raise stored.fault(f"is of type {stored.dtype}, not {like.dtype}")
         weights[name] = stored.view().to(like.dtype)
         if not mmap:  # a tensor at a time, so that none is held twice
             weights[name] = pages.copied(weights[name])
             stored.release()
     if unknown := [name for name in raw if name not in wanted]:
-        raise CheckpointError(f"{raw[unknown[0]].path}: tensor {unknown[0]!r} is unknown: {scheme} has none such")
+        raise raw[unknown[0]].fault(f"is unknown: {scheme} has none such")
     model.load_state_dict(weights, assign=True)
     return model

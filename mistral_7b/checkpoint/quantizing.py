@@ -48,10 +48,12 @@ def save_quantized(
     """Write a model of int8 or int4 modules. QuantizationError if it is none, or without a measured distance."""
     scheme = scheme_of(model)
     if scheme is None:
-        raise QuantizationError("the model is not wholly of int8 or int4 modules: quantise it, or save it plain")
+        raise QuantizationError(
+            "the model is not wholly of int8 or int4 modules", field="format", hint="quantise it, or save it plain"
+        )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     if meta := [name for name, value in state.items() if value.is_meta]:
-        raise CheckpointError(f"{meta[0]!r} is on the meta device and has no data to save")
+        raise CheckpointError(f"{meta[0]!r} is on the meta device and has no data to save", field=meta[0])
     record = Record(scheme, distance or {}, sum(t.nbytes for t in state.values()), calibration)
     with new_folder(pathlib.Path(path), record.nbytes) as folder:
         with _tensor_file(folder / WEIGHTS, state, progress) as put:
@@ -87,14 +89,19 @@ def quantize(
     scheme = Scheme.of(scheme)
     if not scheme.whole:
         raise QuantizationError(
-            f"files hold int8 and int4; {scheme} is made when a model is opened, with quantization='{scheme}'"
+            f"files hold int8 and int4; {scheme} is made when a model is opened, with quantization='{scheme}'",
+            field="scheme",
         )
     checkpoint = open_checkpoint(hub.resolve(source))
     guide = None if calibration_tokens is None else [torch.as_tensor(ids) for ids in calibration_tokens]
     _check_ids(checkpoint, tokens.flatten(), *(guide or ()))
     guide = None if guide is None else [ids for ids in guide if len(ids)]
     if guide == []:
-        raise QuantizationError("no text to calibrate on: pass rows of token ids, or quantise without")
+        raise QuantizationError(
+            "no text to calibrate on",
+            field="calibration_tokens",
+            hint="pass rows of token ids, or quantise without",
+        )
     held = checkpoint.tensors[EMBEDDING].dtype
     dtype = torch.bfloat16 if held.itemsize == 2 else torch.float32
     tensors = empty_model(checkpoint.args, scheme, dtype).state_dict()
@@ -116,8 +123,10 @@ def _check_ids(checkpoint: Checkpoint, *rows: Tensor) -> None:
     most = max((int(ids.max()) for ids in rows if len(ids)), default=0)
     if most >= checkpoint.args.vocab_size:
         raise QuantizationError(
-            f"{checkpoint.folder}: token {most} is beyond the vocabulary of {checkpoint.args.vocab_size}: the "
-            "tokenizer belongs to another model"
+            f"token {most} is beyond the vocabulary of {checkpoint.args.vocab_size}: the tokenizer belongs to "
+            "another model",
+            field="tokens",
+            place=checkpoint.folder,
         )
 
 

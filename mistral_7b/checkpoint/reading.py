@@ -157,7 +157,7 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
     """The model of a checkpoint, each weight rounded when it is read and let go before the next."""
     scheme.check_device(device)
     if scheme.name == "bf16" and dtype != torch.bfloat16:
-        raise QuantizationError(f"quantisation 'bf16' computes in bfloat16, and not in {dtype}")
+        raise QuantizationError(f"quantisation 'bf16' computes in bfloat16, and not in {dtype}", field="dtype")
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
 
     def build(linear: nn.Module, name: str) -> nn.Module:
@@ -200,13 +200,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if file := _gguf_of(path):
         return _open_gguf(file)
     if (record := quantized.read_record(path)) is not None:
-        raise CheckpointError(f"{path}: is quantised, as {record.scheme}: take the original, which lost nothing")
+        raise CheckpointError(
+            f"is quantised, as {record.scheme}",
+            field="quantization_config",
+            place=path,
+            hint="take the original, which lost nothing",
+        )
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
     layout = layout_of(raw)
     if layout not in CONFIGS:
         name = next(iter(raw), None)
-        raise CheckpointError(f"{path}: no tensor has a name of Mistral 7B's (the first is {name!r})")
+        raise CheckpointError(f"no tensor has a name of Mistral 7B's (the first is {name!r})", place=path)
     args, _ = _read_config(folder, prefer=layout)
     return Checkpoint(folder, args, layout, _fit(path, raw, layout, args))
 
@@ -226,7 +231,7 @@ def _open_gguf(path: pathlib.Path) -> Checkpoint:
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointError("no such file or folder", place=path)
     return path
 
 
@@ -234,7 +239,7 @@ def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[Mod
     """The configuration in a folder; of two, that which goes with weights of format `prefer`."""
     found = [folder / name for name in CONFIGS.values() if (folder / name).is_file()]
     if not found:
-        raise CheckpointError(f"{folder}: holds neither config.json nor params.json, so it is not a checkpoint")
+        raise CheckpointError("holds neither config.json nor params.json, so it is not a checkpoint", place=folder)
     configs = {}
     for path in found:
         data = config.read_json(path)
@@ -243,7 +248,7 @@ def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[Mod
         elif huggingface.recognise(data):
             configs["huggingface"] = (path, data)
         else:
-            raise CheckpointError(f"{path}: neither Hugging Face's nor Mistral's configuration of a model")
+            raise CheckpointError("neither Hugging Face's nor Mistral's configuration of a model", place=path)
     format = prefer if prefer in configs else next(iter(configs))
     reader = mistral if format == "mistral" else huggingface
     return reader.read(*configs[format]), format
@@ -254,7 +259,7 @@ def _find_weights(folder: pathlib.Path) -> dict[str, Stored]:
     groups = hub.weight_groups(entry.name for entry in folder.iterdir())
     if not groups:
         raise CheckpointError(
-            f"{folder}: holds no weights (*.safetensors, consolidated.00.pth, pytorch_model.bin)"
+            "holds no weights (*.safetensors, consolidated.00.pth, pytorch_model.bin)", place=folder
         )
     # If none is whole, opening the first says what it lacks.
     group = next((g for g in groups if hub.is_whole(folder, g)), groups[0])
@@ -265,10 +270,12 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     """Tensor -> the file in the same folder that holds it."""
     table = config.read_json(path).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
-        raise CheckpointError(f"{path}: no 'weight_map' from tensors to files")
+        raise CheckpointError("no 'weight_map' from tensors to files", place=path)
     for tensor, file in table.items():
         if file != os.path.basename(file) or file in ("", ".", "..") or "\\" in file or "\0" in file:
-            raise CheckpointError(f"{path}: puts tensor {tensor!r} in {file!r}, outside its own folder")
+            raise CheckpointError(
+                f"puts tensor {tensor!r} in {file!r}, outside its own folder", field=tensor, place=path
+            )
     return table
 
 
@@ -281,14 +288,20 @@ def _read_weights(path: pathlib.Path) -> dict[str, Stored]:
     for shard in dict.fromkeys(index.values()):
         if not (path.parent / shard).is_file():
             first = next(tensor for tensor, file in index.items() if file == shard)
-            raise CheckpointError(f"{path.parent / shard}: missing, with tensor {first!r}; {path.name} names it")
+            raise CheckpointError(
+                f"missing, with tensor {first!r}; {path.name} names it", field=first, place=path.parent / shard
+            )
         for name, stored in read_file(path.parent / shard).items():
             if (place := index.get(name)) != shard:  # in two shards, or in none by the index
-                raise CheckpointError(f"{stored.path}: holds tensor {name!r}, which {path.name} puts in {place!r}")
+                raise CheckpointError(
+                    f"holds tensor {name!r}, which {path.name} puts in {place!r}", field=name, place=stored.path
+                )
             out[name] = stored
     for name, shard in index.items():
         if name not in out:
-            raise CheckpointError(f"{path.parent / shard}: lacks tensor {name!r}, which {path.name} says it holds")
+            raise CheckpointError(
+                f"lacks tensor {name!r}, which {path.name} says it holds", field=name, place=path.parent / shard
+            )
     return out
 
 
@@ -300,33 +313,28 @@ def _fit(path: pathlib.Path, raw: dict[str, Stored], layout: str, args: ModelArg
             continue
         ours = rename(name, layout, "mistral")
         if ours is None:
-            raise CheckpointError(f"{stored.path}: tensor {name!r} is unknown: this is not a plain Mistral 7B")
+            raise stored.fault("is unknown: this is not a plain Mistral 7B")
         have[ours] = stored
     out = {}
     for ours, shape in expected(args):
         if ours not in have:
             if ours == OUTPUT and args.tie_embeddings:
                 continue
-            raise CheckpointError(f"{path}: tensor {rename(ours, 'mistral', layout)!r} is missing")
+            theirs = rename(ours, "mistral", layout)
+            raise CheckpointError(f"tensor {theirs!r} is missing", field=theirs, place=path)
         stored = have.pop(ours)
         if not stored.dtype.is_floating_point:
-            raise CheckpointError(f"{stored.path}: tensor {stored.name!r} is of {stored.dtype}, no plain float")
+            raise stored.fault(f"is of {stored.dtype}, no plain float")
         if stored.shape != shape:
-            raise CheckpointError(
-                f"{stored.path}: tensor {stored.name!r} is of shape {stored.shape}; its configuration says {shape}"
-            )
+            raise stored.fault(f"is of shape {stored.shape}; its configuration says {shape}")
         out[ours] = stored
     if have:
         stored = next(iter(have.values()))
-        raise CheckpointError(
-            f"{stored.path}: tensor {stored.name!r} lies beyond the {args.n_layers} layers of its configuration"
-        )
+        raise stored.fault(f"lies beyond the {args.n_layers} layers of its configuration")
     if args.tie_embeddings and OUTPUT in out:
         extra = out.pop(OUTPUT)
         if not torch.equal(extra.view(), out[EMBEDDING].view()):
-            raise CheckpointError(
-                f"{extra.path}: tensor {extra.name!r} differs from the embedding, to which it should be tied"
-            )
+            raise extra.fault("differs from the embedding, to which it should be tied")
         extra.release()
         out[EMBEDDING].release()
     return out

@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -46,7 +46,7 @@ class MappedFile:
                 with self.path.open("rb") as f:
                     self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
             except (OSError, ValueError) as e:
-                raise CheckpointError(f"{self.path}: cannot be mapped into memory ({e})") from e
+                raise CheckpointError(f"cannot be mapped into memory ({e})", place=self.path) from e
         return self._map
 
 
@@ -70,6 +70,10 @@ class Stored:
         """The size of the tensor's values, in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def fault(self, what: str, **more: str) -> CheckpointError:
+        """The error that says what is wrong with this tensor."""
+        return CheckpointError(f"tensor {self.name!r} {what}", field=self.name, place=self.path, **more)
+
     def _elements(self) -> int:
         """How many elements of the file the tensor reaches over."""
         if self.stride is None:
@@ -81,7 +85,7 @@ class Stored:
         mapped = self.file.map()
         count = self._elements()
         if self.offset + count * self.dtype.itemsize > len(mapped):
-            raise CheckpointError(f"{self.path}: ends before tensor {self.name!r} does; fetch the file again")
+            raise self.fault("lies beyond the end of the file", hint="fetch it again")
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=count * self.dtype.itemsize, offset=self.offset)
         if raw.data_ptr() % self.dtype.itemsize:  # a file whose header is padded to no boundary
             raw = raw.clone()
@@ -103,7 +107,7 @@ def read_file(path: pathlib.Path) -> dict[str, Stored]:
         with path.open("rb") as f:
             head = f.read(8)
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e})") from e
+        raise CheckpointError(f"cannot be read ({e.strerror or e})", place=path) from e
     return _read_pickle(path) if head[:4] == b"PK\x03\x04" else _read_safetensors(path, head)
 
 
@@ -115,16 +119,20 @@ def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
             (length,) = struct.unpack("<Q", f.read(8))
             header: dict[str, Any] = json.loads(f.read(length), object_pairs_hook=_no_name_twice)
     except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from e
+        raise CheckpointError.of(e, place=path) from e
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError, struct.error) as e:
         if head[:1] == b"\x80" and head[2:] != bytes(6):  # no header's length: how pickles begin
-            raise CheckpointError(f"{path}: a pickle of PyTorch before 1.6; save it as safetensors") from e
-        raise CheckpointError(f"{path}: damaged or cut short ({e}); fetch the file again") from e
+            raise CheckpointError(
+                "a pickle of PyTorch before 1.6", place=path, hint="save it as safetensors"
+            ) from e
+        raise CheckpointError(f"damaged or cut short ({e})", place=path, hint="fetch the file again") from e
     header.pop("__metadata__", None)
     file, out = MappedFile(path), {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, which no weight is of")
+            raise CheckpointError(
+                f"tensor {name!r} is of type {entry['dtype']}, which no weight is of", field=name, place=path
+            )
         begin = 8 + length + entry["data_offsets"][0]
         out[name] = Stored(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
     return out
@@ -134,7 +142,8 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
-        raise CheckpointError(f"tensor {next(n for n in names if names.count(n) > 1)!r} is named twice")
+        twice = next(n for n in names if names.count(n) > 1)
+        raise CheckpointError(f"tensor {twice!r} is named twice", field=twice)
     return out
 
 
@@ -144,20 +153,28 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
         starts = _storage_offsets(path)
     # Damaged pickles fail in every way there is; what is certain is that nothing in them was run.
     except Exception as e:
-        reason = str(e).split("\n")[0]
         raise CheckpointError(
-            f"{path}: refused. It is damaged, or holds more than tensors, which could run code on your machine "
-            f"({type(e).__name__}: {reason}). Use a safetensors file"
+            "refused. It is damaged, or holds more than tensors, which could run code on your machine "
+            f"({type(e).__name__}: {first_line(e)})",
+            place=path,
+            hint="use a safetensors file",
         ) from e
     file, out = MappedFile(path), {}
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: holds a {type(tensors).__name__} where a table of tensors belongs")
+        raise CheckpointError(f"holds a {type(tensors).__name__} where a table of tensors belongs", place=path)
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in FLOATS):
-            raise CheckpointError(f"{path}: entry {str(name)[:80]!r} is not a tensor of plain floats")
+            raise CheckpointError(
+                f"entry {str(name)[:80]!r} is not a tensor of plain floats", field=str(name)[:80], place=path
+            )
         start = tensor.untyped_storage()._checkpoint_offset
         if start not in starts:
-            raise CheckpointError(f"{path}: tensor {name!r} is not stored plainly; save it again with torch.save")
+            raise CheckpointError(
+                f"tensor {name!r} is not stored plainly",
+                field=name,
+                place=path,
+                hint="save it again with torch.save",
+            )
         offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
         stride = None if tensor.is_contiguous() else tensor.stride()
         out[name] = Stored(file, name, tensor.dtype, tuple(tensor.shape), offset, stride)

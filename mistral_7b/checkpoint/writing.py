@@ -85,22 +85,30 @@ def save(
         save_quantized(model, path, distance, calibration, progress)
         return
     if distance is not None or calibration is not None:
-        raise CheckpointError(f"format {format!r} has no place for a distance or calibration: 'quantized' has")
+        raise CheckpointError(
+            f"format {format!r} has no place for a distance or calibration: 'quantized' has", field="format"
+        )
     if scheme_of(model) is not None:
         raise CheckpointError(
-            f"the model is quantised, which format {format!r} cannot say: save it as 'quantized'"
+            f"the model is quantised, which format {format!r} cannot say",
+            field="format",
+            hint="save it as 'quantized'",
         )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     plain = dict(expected(model.args))
     for name, value in state.items():
         if name not in plain or tuple(value.shape) != plain[name]:
-            raise CheckpointError(f"{name!r} {tuple(value.shape)} is no weight of a plain Mistral 7B; not saved")
+            raise CheckpointError(
+                f"{name!r} {tuple(value.shape)} is no weight of a plain Mistral 7B; not saved", field=name
+            )
         if value.is_meta:
-            raise CheckpointError(f"{name!r} is on the meta device and has no data to save")
+            raise CheckpointError(f"{name!r} is on the meta device and has no data to save", field=name)
         if value.dtype not in CODES:
-            raise CheckpointError(f"{name!r} is of type {value.dtype}: cannot be saved")
+            raise CheckpointError(f"{name!r} is of type {value.dtype}: cannot be saved", field=name)
     if missing := [name for name in plain if name not in state]:
-        raise CheckpointError(f"the model lacks {missing[0]!r}: quantised or adapted, it cannot be saved")
+        raise CheckpointError(
+            f"the model lacks {missing[0]!r}: quantised or adapted, it cannot be saved", field=missing[0]
+        )
     outgoing = [
         Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
         for name, shape in plain.items()
@@ -149,7 +157,7 @@ def _write(
         gguf_writing.write(out, args, outgoing, type, source, _teller(outgoing, progress))
     elif type is not None:
         raise CheckpointError(
-            f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights"
+            f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights", field="type"
         )
     else:
         _write_folder(out, args, format, outgoing, max_shard_size, source, progress)
@@ -165,7 +173,9 @@ def _write_folder(
     progress: Progress | None,
 ) -> None:
     if format not in ("huggingface", "mistral"):
-        raise CheckpointError(f"format {format!r} is not known: 'huggingface', 'mistral', 'gguf' or 'quantized'")
+        raise CheckpointError(
+            f"format {format!r} is not known: 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
+        )
     limit = _bytes(max_shard_size)
     with new_folder(out, sum(t.nbytes for t in outgoing)) as partial:
         _write_weights(partial, args, format, outgoing, limit, progress)
@@ -196,7 +206,7 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
 
 def _check_room(out: pathlib.Path, needed: int) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists already; name a new folder, or remove that one")
+        raise CheckpointError("exists already", place=out, hint="name a new folder, or remove that one")
     check_room(out, needed)
 
 
@@ -206,7 +216,9 @@ def _bytes(size: int | str) -> int:
         number, unit = found.groups()
         size = int(float(number) * UNITS[unit.upper()]) if unit.upper() in UNITS else 0
     if not isinstance(size, int) or size <= 0:
-        raise CheckpointError(f'max_shard_size {size!r} is no size: bytes, or like "5GB" or "500MB"')
+        raise CheckpointError(
+            f'max_shard_size {size!r} is no size: bytes, or like "5GB" or "500MB"', field="max_shard_size"
+        )
     return size
 
 

@@ -127,15 +127,15 @@ def check(args: Bench) -> None:
     for name in ("context", "prompt", "rounds", "layers"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, not {value}")
+            raise UsageError(f"--{name} must be at least 1, not {value}", field=f"--{name}")
     for name in ("json", "plot"):
         value = getattr(args, name)
         if value and not pathlib.Path(value).expanduser().absolute().parent.is_dir():
-            raise UsageError(f"--{name} {value}: there is no folder {os.path.dirname(value)}")
+            raise UsageError(f"--{name} {value}: there is no folder {os.path.dirname(value)}", field=f"--{name}")
     if args.shape and args.model:
-        raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other")
+        raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other", field="--shape")
     if args.layers and not args.shape:
-        raise UsageError("--layers goes with --shape: a model has the layers it has")
+        raise UsageError("--layers goes with --shape: a model has the layers it has", field="--layers")
 
 
 def plan_of(args: Bench) -> Plan:
@@ -144,7 +144,7 @@ def plan_of(args: Bench) -> Plan:
     whats = tuple(dict.fromkeys(args.what))
     if args.shape:
         if whats == ("load",):
-            raise UsageError("--what load opens files: name a model instead of --shape")
+            raise UsageError("--what load opens files", field="--what", hint="name a model instead of --shape")
         whats = tuple(w for w in whats if w != "load")
 
     from ..benchmark.run import Plan
@@ -167,7 +167,11 @@ def schemes(args: Bench, source: str | None) -> tuple[str, ...]:
         return asked or ("int4", "int8", "bf16")
     own = record.scheme.name
     if asked not in ((), (own,)):
-        raise UsageError(f"--scheme {' '.join(asked)}: {args.model} is quantised already, as {own}; leave it out")
+        raise UsageError(
+            f"--scheme {' '.join(asked)}: {args.model} is quantised already, as {own}",
+            field="--scheme",
+            hint="leave it out",
+        )
     return (own,)
 
 

@@ -55,23 +55,30 @@ def check(args: Bench) -> None:
     options, plain = args.traffic, type(args)()
     if not options.serving:
         if foreign := _changed(options, ServingOptions()):
-            raise UsageError(f"{', '.join(foreign)}: only with --serving")
+            raise UsageError(f"{', '.join(foreign)}: only with --serving", field=foreign[0])
         return
     if foreign := [flag for flag in _changed(args, plain) if flag in ELSEWHERE]:
-        raise UsageError(f"{', '.join(foreign)}: not with --serving, which has --prompt-tokens, --llama-server...")
+        raise UsageError(
+            f"{', '.join(foreign)}: not with --serving, which has --prompt-tokens, --llama-server...",
+            field=foreign[0],
+        )
     for name in ("requests", "prompt_tokens", "output_tokens"):
         if not (values := getattr(options, name)) or min(values) < 1:
-            raise UsageError(f"{_flag(name)} must be at least 1")
+            raise UsageError(f"{_flag(name)} must be at least 1", field=_flag(name))
     for name in ("prompt_tokens", "output_tokens"):
         values = getattr(options, name)
         if len(values) > 2 or values[0] > values[-1]:
-            raise UsageError(f"{_flag(name)} takes a number, or the least and the most, not {_words(values)}")
+            raise UsageError(
+                f"{_flag(name)} takes a number, or the least and the most, not {_words(values)}", field=_flag(name)
+            )
     if not options.rate or not min(options.rate) > 0:
-        raise UsageError(f"--rate takes numbers above 0, or inf, not {_words(options.rate) or 'none'}")
+        raise UsageError(
+            f"--rate takes numbers above 0, or inf, not {_words(options.rate) or 'none'}", field="--rate"
+        )
     if options.seconds is not None and not options.seconds > 0:
-        raise UsageError(f"--seconds must be above 0, not {options.seconds}")
+        raise UsageError(f"--seconds must be above 0, not {options.seconds}", field="--seconds")
     if not 0 <= options.shared <= 1:
-        raise UsageError(f"--shared is a share from 0 to 1, not {options.shared}")
+        raise UsageError(f"--shared is a share from 0 to 1, not {options.shared}", field="--shared")
 
 
 def run(args: Bench, argv: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import first_line
 from .inputs import busy, read_flags
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _attempt(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return find()
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def advice(facts: dict[str, Any]) -> list[str]:

@@ -35,7 +35,7 @@ class Info:
 def run(argv: list[str]) -> int:
     args = read_flags(Info, "info", argv)
     if args.context is not None and args.context < 1:
-        raise UsageError(f"--context must be at least 1, not {args.context}")
+        raise UsageError(f"--context must be at least 1, not {args.context}", field="--context")
     from ..checkpoint import read_args, read_record
 
     path = configuration(args.model)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from ..errors import ConfigError, Mistral7BError, TokenizerError
+from ..errors import ConfigError, Mistral7BError, TokenizerError, first_line
 from ..kernels import threads
 
 if TYPE_CHECKING:
@@ -78,8 +78,9 @@ class ModelOptions:
             tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(
-                f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but the model {source} knows "
-                f"{model.args.vocab_size}: the tokenizer belongs to another model"
+                f"{tokenizer.vocab_size} tokens, but the model {source} knows {model.args.vocab_size}: the "
+                "tokenizer belongs to another model",
+                place=tokenizer.path,
             )
         return model, tokenizer
 
@@ -111,8 +112,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name} cannot be used here: {reason}") from error
+        raise ConfigError(f"--device {name} cannot be used here: {first_line(error)}", field="--device") from error
     return device
 
 

@@ -34,6 +34,8 @@ def run(argv: list[str]) -> int:
         print(hub.pull(named["repo"], revision=args.revision, file=named["file"]))
         return 0
     if not hub.REPO_ID.fullmatch(args.repo_id):
-        raise UsageError(f"{args.repo_id!r} is no name of a model on the hub: owner/name is wanted")
+        raise UsageError(
+            f"{args.repo_id!r} is no name of a model on the hub: owner/name is wanted", field="repo_id"
+        )
     print(hub.pull(args.repo_id, revision=args.revision))
     return 0

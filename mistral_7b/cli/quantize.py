@@ -60,13 +60,15 @@ class Quantize:
 def run(argv: list[str]) -> int:
     args = read_flags(Quantize, "quantize", argv)
     if args.scheme == "int8" and (args.group_size != 128 or args.symmetric):
-        raise UsageError("--group-size and --symmetric belong to int4: int8 has a scale for each output")
+        raise UsageError(
+            "--group-size and --symmetric belong to int4: int8 has a scale for each output", field="--group-size"
+        )
     for flag, value, least in (
         ("tokens", args.tokens, 2),
         ("calibration-tokens", args.calibration_tokens, 2),
     ):
         if value < least:
-            raise UsageError(f"--{flag} must be at least {least}, not {value}")
+            raise UsageError(f"--{flag} must be at least {least}, not {value}", field=f"--{flag}")
     threads.check(args.threads, "--threads")
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
     guides = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
@@ -124,11 +126,13 @@ def texts(name: str, content: str) -> list[str]:
         found = []
         for n, line in lines:
             if (text := _text_of(line)) is None:
-                raise UsageError(f'{name}, line {n}: not a JSON object with a "text", as the first line is')
+                raise UsageError(
+                    'not a JSON object with a "text", as the first line is', place=f"{name}, line {n}"
+                )
             found.append(text)
     kept = [text for text in found if text.strip()]
     if not kept:
-        raise UsageError(f"{name}: the text to calibrate on is empty")
+        raise UsageError("the text to calibrate on is empty", place=name)
     return kept
 
 

@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
     adapters = dict(_adapter(text) for text in args.adapters)
     missing = [name for name in ("fastapi", "uvicorn", "llguidance") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"serve needs {', '.join(missing)}: pip install 'mistral-7b[serve]'")
+        raise UsageError(f"serve needs {', '.join(missing)}", hint="pip install 'mistral-7b[serve]'")
 
     from ..server.serve import bind, url_of
 
@@ -141,5 +141,5 @@ def _spans(model_name: str) -> Spans | None:
 def _adapter(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise UsageError(f"--adapter {text}: write NAME=PATH")
+        raise UsageError(f"--adapter {text} is not NAME=PATH", field="--adapter")
     return name, path

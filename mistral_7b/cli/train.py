@@ -46,13 +46,15 @@ def _config_flags(argv: list[str]) -> list[str]:
     try:
         config = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
+        raise UsageError(f"is not JSON: {error}", place=path) from error
     if not isinstance(config, dict):
-        raise UsageError(f"{path} must hold a JSON object of training options, not a {type(config).__name__}")
+        raise UsageError(f"holds a {type(config).__name__}, not a JSON object of training options", place=path)
     known = sorted(f.name for f in dataclasses.fields(TrainArgs))
     for name in config:
         if name not in known:
-            raise UsageError(f"{path}: unknown training option {name!r}; known are {', '.join(known)}")
+            raise UsageError(
+                f"unknown training option {name!r}; known are {', '.join(known)}", field=name, place=path
+            )
     return [flag for name, value in config.items() for flag in _flags(path, name, value)]
 
 
@@ -64,6 +66,6 @@ def _flags(path: str, name: str, value: Any) -> list[str]:
         case list():
             return [flag, *(str(item) for item in value)]
         case dict():
-            raise UsageError(f"{path}: {name} must be a single value or a list, not an object")
+            raise UsageError(f"{name} must be a single value or a list, not an object", field=name, place=path)
         case _:
             return [f"{flag}={value}"]

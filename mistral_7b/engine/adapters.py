@@ -108,16 +108,23 @@ class Adapters:
         AdapterError, or CheckpointError for what is wrong with its files, and nothing has changed.
         """
         if not name or name in self._held:
-            why = "is loaded already: unload it first, or take another name" if name else "is no name"
-            raise AdapterError(f"adapter {name!r} {why}")
+            raise AdapterError(
+                f"adapter {name!r} {'is loaded already' if name else 'is no name'}",
+                field="name",
+                hint="unload it first, or take another name" if name else None,
+            )
         if len(self._held) >= self.max_adapters:
             raise AdapterError(
-                f"{self.max_adapters} adapters are loaded, as many as there may be: unload one, or allow more"
+                f"{self.max_adapters} adapters are loaded, as many as there may be",
+                field="max_adapters",
+                hint="unload one, or raise max_adapters",
             )
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.model.args)
         if adapter.rank > self.max_rank:
             raise AdapterError(
-                f"adapter {name!r} is of rank {adapter.rank}, and {self.max_rank} is allowed: allow more"
+                f"adapter {name!r} is of rank {adapter.rank}, and {self.max_rank} is allowed",
+                field="max_rank",
+                hint="raise max_rank",
             )
         linears, norm, own = dict(self.model.named_modules()), self.model.norm.weight, {}
         for target, (a, b, scale) in adapter.targets.items():
@@ -147,7 +154,7 @@ class Adapters:
                 rows.setdefault(numbers[name], []).extend(range(total, total + n))
             total += n
         if len(mixture.which):
-            raise AdapterError("adapters are chosen for another call already: leave its `over` first")
+            raise AdapterError("adapters are chosen for another call already", hint="leave its `over` first")
         if not rows:
             yield self.model
             return
@@ -161,7 +168,9 @@ class Adapters:
 
     def _of(self, name: str) -> dict[str, LowRank]:
         if name not in self._held:
-            raise AdapterError(f"no adapter {name!r} is loaded: there is {', '.join(self._held) or 'none'}")
+            raise AdapterError(
+                f"no adapter {name!r} is loaded: there is {', '.join(self._held) or 'none'}", field="adapter"
+            )
         return self._held[name]
 
     def _become(self, held: dict[str, dict[str, LowRank]]) -> None:
@@ -180,11 +189,14 @@ class Adapters:
 def _check(name: str, target: str, a: Tensor, b: Tensor, linear: nn.Module | None) -> None:
     """AdapterError if the model has no such Linear, or one of another shape."""
     if linear is None or not hasattr(linear, "in_features"):
-        raise AdapterError(f"adapter {name!r} has a part for {target!r}, which is no Linear of the model")
+        raise AdapterError(
+            f"adapter {name!r} has a part for {target!r}, which is no Linear of the model", field=target
+        )
     if a.shape[1:] != (linear.in_features,) or b.shape != (linear.out_features, a.shape[0]):
         raise AdapterError(
             f"adapter {name!r} has factors {tuple(a.shape)} and {tuple(b.shape)} for {target!r}, which takes "
-            f"{linear.in_features} to {linear.out_features}"
+            f"{linear.in_features} to {linear.out_features}",
+            field=target,
         )
 
 

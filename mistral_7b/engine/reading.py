@@ -71,14 +71,15 @@ class Reader:
         name: str = "the prompt",
         begun: int = 0,
         grammar: GrammarSpec | None = None,
+        field: str = "prompt",
     ) -> Request:
         """A request to continue a prompt. Raises what says why it cannot be served.
 
         It must obey `grammar`, or else its structured_outputs; the last `begun` tokens of the prompt are the
-        beginning of what must.
+        beginning of what must. Errors call the prompt `name`, and its field in the request `field`.
         """
         args = self.engine.model.args
-        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space)
+        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space, field)
         speculation = asked.speculation or self.engine.config.speculation
         if speculation is not None:
             speculation.check(args.vocab_size)
@@ -87,27 +88,36 @@ class Reader:
             asked.priority, asked.adapter, speculation, sink=sink,
         )  # fmt: skip
         self._bind(request, name, begun, grammar or GrammarSpec.of(params.structured_outputs))
-        return self._checked(request, name)
+        return self._checked(request, name, field)
 
     def chat(
         self, messages: Messages, params: SamplingParams, asked: Asked, sink: Sink | None = None,
         tools: Tools = None, tool_choice: ToolChoice = "auto", name: str = "the conversation",
-        parallel: bool = True,
+        parallel: bool = True, labels: Sequence[str] | None = None,
     ) -> Request:  # fmt: skip
         """A request to answer a conversation; messages, tools and tool_choice are OpenAI's.
 
         "required", or a named tool, makes the model call (lark.tool_spec), once where not `parallel`; with
-        "none" it is shown no tools. With "auto" structured_outputs apply to the text alone.
+        "none" it is shown no tools. With "auto" structured_outputs apply to the text alone. `labels`: what errors
+        call each message, as in Tokenizer.encode_chat.
         """
         if self.tokenizer is None:
-            raise GenerationError(f"{name}: a conversation needs a tokenizer, and {self.why}; pass tokenizer=...")
+            raise GenerationError(
+                f"{name}: a conversation needs a tokenizer, and {self.why}",
+                field="messages",
+                hint="pass tokenizer=...",
+            )
         wanted = params.structured_outputs
         if wanted is not None and tool_choice not in FREE:
-            raise GenerationError(f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other")
+            raise GenerationError(
+                f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other",
+                field="structured_outputs",
+            )
         grammar = GrammarSpec.of(wanted, tools or (), tool_choice, parallel)
         offered = None if tool_choice == "none" else tools
-        ids, begun = self.tokenizer.encode_begun(messages, offered)
-        request = self.text(ids, params, asked, sink, name, begun if wanted is not None else 0, grammar)
+        ids, begun = self.tokenizer.encode_begun(messages, offered, labels)
+        begun = begun if wanted is not None else 0
+        request = self.text(ids, params, asked, sink, name, begun, grammar, "messages")
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request
@@ -117,15 +127,17 @@ class Reader:
     ) -> Request:
         """A request for a prompt's hidden state, "mean" or "last"."""
         if pooling not in POOLINGS:
-            raise GenerationError(f"pooling is {' or '.join(map(repr, POOLINGS))}, not {pooling!r}")
+            raise GenerationError(
+                f"pooling is {' or '.join(map(repr, POOLINGS))}, not {pooling!r}", field="pooling"
+            )
         params = SamplingParams(max_tokens=1, temperature=0)
         args = self.engine.model.args
-        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why)
+        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, field="input")
         request = Request(
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
             asked.priority, asked.adapter, pooling=pooling, sink=sink,
         )  # fmt: skip
-        return self._checked(request, name)
+        return self._checked(request, name, "input")
 
     def _key(self, asked: Asked) -> bytes:
         """What tells prefixes apart. AdapterError for an adapter that is not loaded."""
@@ -160,17 +172,19 @@ class Reader:
         if grammar is None:
             return
         if self.tokenizer is None:
-            raise GenerationError(f"{name}: structured_outputs need a tokenizer, and {self.why}")
+            raise GenerationError(
+                f"{name}: structured_outputs need a tokenizer, and {self.why}", field="structured_outputs"
+            )
         at = len(request.ids) - begun
         for s in request.sequences:
             after = () if begun else request.ids
             s.grammar = self.grammars.start(grammar, after, request.ids[at:], request.id)
 
-    def _checked(self, request: Request, name: str) -> Request:
+    def _checked(self, request: Request, name: str, field: str) -> Request:
         try:
             self.engine.scheduler.check(request)
         except EngineError as e:
-            raise EngineError(f"{name}: {e}") from None
+            raise EngineError.of(e, message=f"{name}: {e.message}", field=e.field or field) from None
         return request
 
 

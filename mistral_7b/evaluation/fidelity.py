@@ -34,7 +34,9 @@ class Distance:
     def of(cls, comparison: Comparison) -> Distance:
         """What has been summed up. EvaluationError if that is nothing."""
         if not comparison.tokens:
-            raise EvaluationError("there is nothing to predict in these documents: each is empty but for BOS")
+            raise EvaluationError(
+                "there is nothing to predict in these documents: each is empty but for BOS", field="documents"
+            )
         found = comparison.result("")
         return cls(**{field.name: found[field.name] for field in fields(cls)})
 

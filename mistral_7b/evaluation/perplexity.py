@@ -68,7 +68,9 @@ def perplexity(
                 nats += F.cross_entropy(model.logits(hidden), targets, reduction="sum").item()
                 tokens += len(targets)
     if not tokens:
-        raise EvaluationError("there is nothing to predict in these documents: each is empty but for BOS")
+        raise EvaluationError(
+            "there is nothing to predict in these documents: each is empty but for BOS", field="documents"
+        )
     return Perplexity(tokens, nats, size if known else 0)
 
 
@@ -76,7 +78,9 @@ def encode(document: str | Sequence[int], tokenizer: Tokenizer | None) -> list[i
     """Token ids with BOS first."""
     if isinstance(document, str):
         if tokenizer is None:
-            raise EvaluationError("a text needs the model's tokenizer: pass it, or pass token ids")
+            raise EvaluationError(
+                "a text needs the model's tokenizer", field="tokenizer", hint="pass it, or pass token ids"
+            )
         return tokenizer.encode(document, bos=True)
     ids = list(document)
     return ids if ids[:1] == [BOS] else [BOS, *ids]

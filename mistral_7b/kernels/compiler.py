@@ -60,7 +60,7 @@ def chosen() -> str:
     """Which instructions the environment asks for. ConfigError for a name that is none."""
     name = os.environ.get(VARIABLE, "native") or "native"
     if name not in INSTRUCTIONS:
-        raise ConfigError(f"{VARIABLE}={name} is not known: it can be {', '.join(INSTRUCTIONS)}")
+        raise ConfigError(f"{VARIABLE}={name} is not known: it can be {', '.join(INSTRUCTIONS)}", field=VARIABLE)
     return name
 
 

@@ -144,9 +144,13 @@ def rescale_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs
 
 def _check(inputs: list[Tensor], scheme: Scheme) -> None:
     if not scheme.whole:
-        raise QuantizationError(f"calibration is for int8 and int4, not for {scheme}: quantise without")
+        raise QuantizationError(
+            f"calibration is for int8 and int4, not for {scheme}", field="scheme", hint="quantise without"
+        )
     if not inputs:
-        raise QuantizationError("no text to calibrate on: pass documents of token ids, or quantise without")
+        raise QuantizationError(
+            "no text to calibrate on", field="documents", hint="pass documents of token ids, or quantise without"
+        )
 
 
 def _round(parent: nn.Module, names: tuple[str, ...], inputs: Iterable[Tensor], scheme: Scheme) -> None:
@@ -170,7 +174,9 @@ def _pick(parent: nn.Module, *names: str) -> dict[str, nn.Linear]:
     linears = {name: parent.get_submodule(name) for name in names}
     for name, linear in linears.items():
         if not isinstance(linear, nn.Linear):
-            raise QuantizationError(f"{name} is no plain Linear but {linear}: calibrate a model as it was loaded")
+            raise QuantizationError(
+                f"{name} is no plain Linear but {linear}", field=name, hint="calibrate a model as it was loaded"
+            )
     return linears  # type: ignore[return-value]
 
 

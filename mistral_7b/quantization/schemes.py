@@ -43,9 +43,13 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise QuantizationError(f"quantisation {self.name!r} is not known: it can be {', '.join(NAMES)}")
+            raise QuantizationError(
+                f"quantisation {self.name!r} is not known: it can be {', '.join(NAMES)}", field="quantization"
+            )
         if self.group_size not in GROUPS:
-            raise QuantizationError(f"group_size must be {' or '.join(map(str, GROUPS))}, not {self.group_size}")
+            raise QuantizationError(
+                f"group_size must be {' or '.join(map(str, GROUPS))}, not {self.group_size}", field="group_size"
+            )
 
     @classmethod
     def of(cls, scheme: str | Scheme) -> Scheme:
@@ -67,13 +71,15 @@ class Scheme:
         device = torch.device(device)
         if device.type not in ("cpu", "cuda", "meta"):
             raise QuantizationError(
-                f"quantised models run on a CPU or an NVIDIA GPU, not on {device}: take the device 'cpu', or a "
-                "model that is not quantised"
+                f"quantised models run on a CPU or an NVIDIA GPU, not on {device}",
+                field="device",
+                hint="take the device 'cpu', or a model that is not quantised",
             )
         if self.name == "fp8" and not has_fp8(device):
             raise QuantizationError(
-                f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), and {device} is none: "
-                "take int8, whose weights are as small"
+                f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), and {device} is none",
+                field="quantization",
+                hint="take int8, whose weights are as small",
             )
 
     def linear(self, weight: Tensor, name: str, device: torch.device | str = "cpu") -> nn.Module:

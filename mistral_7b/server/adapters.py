@@ -7,6 +7,7 @@ what leads elsewhere, by a link even, is not opened, and neither is a pickle.
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 import re
 from typing import Annotated, Literal
@@ -83,7 +84,7 @@ def router(state: State) -> APIRouter:
         def take(adapter: Adapter) -> LoadedAdapter:
             if name in state.models:
                 raise Refusal(
-                    409, f"{name!r} is there already: unload it first, or take another name", param="name"
+                    409, f"{name!r} is loaded already", field="name", hint="unload it first, or take another name"
                 )
             engine.adapters.load(name, adapter)
             return loaded(name)
@@ -93,7 +94,7 @@ def router(state: State) -> APIRouter:
             try:
                 return json_answer(await state.llm.call(lambda: take(adapter)))
             except AdapterError as e:
-                raise Refusal(422, str(e), param="name") from e
+                raise Refusal.of(e, status=422, field="name") from e
 
     @routes.delete("/v1/adapters/{name}", responses=documented(403, 404, 409, answer=UnloadedAdapter))
     async def unload(http_request: HttpRequest, name: str) -> Response:
@@ -102,13 +103,13 @@ def router(state: State) -> APIRouter:
 
         def drop() -> None:
             if name not in engine.adapters.names:
-                raise Refusal(404, f"no adapter {name!r:.100} is loaded", param="name", code="model_not_found")
+                raise Refusal(404, f"no adapter {name!r:.100} is loaded", field="name", code="model_not_found")
             engine.unload_adapter(name)
 
         try:
             await state.llm.call(drop)
         except AdapterError as e:
-            raise Refusal(409, str(e), param="name") from e
+            raise Refusal.of(e, status=409, field="name") from e
         return json_answer(UnloadedAdapter(id=name))
 
     return routes
@@ -122,7 +123,7 @@ def _need_admin(http_request: HttpRequest) -> None:
 def _root(state: State) -> pathlib.Path:
     if state.config.adapter_folder is None:
         raise Refusal(
-            403, "this server has no folder of adapters: start it with --adapter-folder", code="no_folder"
+            403, "this server has no folder of adapters", code="no_folder", hint="start it with --adapter-folder"
         )
     return pathlib.Path(state.config.adapter_folder).expanduser().resolve()
 
@@ -157,8 +158,9 @@ def _read(state: State, folder: str) -> Adapter:
     file = _weights(root, folder)
     if file is None:
         wanted = " or ".join(WEIGHTS)
-        raise Refusal(404, f"there is no adapter {folder!r}: no folder of this name with {wanted}", param="folder")
+        raise Refusal(404, f"there is no adapter {folder!r}: no folder of this name with {wanted}", field="folder")
     try:
         return read_adapter(file, args)
-    except CheckpointError as e:  # which names files: where they lie is nobody's business
-        raise Refusal(422, str(e).replace(f"{root}/", ""), param="folder") from e
+    except CheckpointError as e:  # clients may know the names of files, and not where the folder is
+        place = e.place and os.path.relpath(e.place, root)
+        raise Refusal.of(e, status=422, field="folder", place=place) from e

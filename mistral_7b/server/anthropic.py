@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from ..engine.reading import Asked
 from ..engine.request import Request
-from ..errors import GenerationError, TokenizerError
+from ..errors import GenerationError
 from . import anthropic_wire as wire
 from .answers import documented
 from .anthropic_events import Answer, CountAnswer, MessageAnswer
@@ -36,7 +36,7 @@ def router(state: State) -> APIRouter:
     async def messages(http_request: HttpRequest, asked: wire.MessagesRequest) -> Response:
         """Answer a conversation, as Anthropic's Messages API does."""
         adapter = state.adapter(asked.model)
-        request = await read(state, partial(_request, state, asked, adapter))
+        request = await read(state, partial(_request, state, asked, adapter), "messages")
         told = Answer(f"msg_{uuid.uuid4().hex}", asked.model or state.model_name, wire.most_calls(asked))
         if asked.stream:
             return await event_stream(_events(state, http_request, request, told))
@@ -58,25 +58,19 @@ def router(state: State) -> APIRouter:
 
 
 def _request(state: State, asked: wire.MessagesRequest, adapter: str | None) -> Request:
-    """The engine's request; what is wrong with a message is said of its place in the client's own."""
+    """The engine's request; errors name a message by its place in the client's own."""
     talk = wire.conversation(asked)
-    try:
-        return state.llm.reader.chat(
-            talk.messages, asked.params(), Asked(adapter=adapter), tools=wire.offered(asked),
-            tool_choice=wire.chosen(asked), parallel=wire.most_calls(asked) is None,
-        )  # fmt: skip
-    except TokenizerError as e:
-        raise TokenizerError(talk.named(str(e))) from e
+    return state.llm.reader.chat(
+        talk.messages, asked.params(), Asked(adapter=adapter), tools=wire.offered(asked),
+        tool_choice=wire.chosen(asked), parallel=wire.most_calls(asked) is None, labels=talk.labels,
+    )  # fmt: skip
 
 
 def _count(state: State, asked: wire.CountRequest) -> int:
     if state.llm.tokenizer is None:
         raise GenerationError("this model has no tokenizer: it cannot count tokens")
     talk = wire.conversation(asked)
-    try:
-        return len(state.llm.tokenizer.encode_chat(talk.messages, wire.offered(asked)))
-    except TokenizerError as e:
-        raise TokenizerError(talk.named(str(e))) from e
+    return len(state.llm.tokenizer.encode_chat(talk.messages, wire.offered(asked), talk.labels))
 
 
 async def _events(

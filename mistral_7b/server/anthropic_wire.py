@@ -14,7 +14,6 @@ own template does, and the result of a call that failed begins with "Error: ".
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -198,18 +197,14 @@ class ConversationError(TokenizerError):
 
 @dataclass
 class Conversation:
-    """Messages in OpenAI's words, each with the place in the request that it came from."""
+    """Messages in OpenAI's words, each with the place in the request that it came from as its label."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
-    def add(self, origin: str, message: Mapping[str, Any]) -> None:
+    def add(self, label: str, message: Mapping[str, Any]) -> None:
         self.messages.append(dict(message))
-        self.origins.append(origin)
-
-    def named(self, error: str) -> str:
-        """An error's text with the places of the request instead of these messages' own."""
-        return re.sub(r"messages\[(\d+)\]", lambda found: self.origins[int(found[1])], error)
+        self.labels.append(label)
 
 
 def conversation(request: _Conversation) -> Conversation:
@@ -222,14 +217,16 @@ def conversation(request: _Conversation) -> Conversation:
         origin = f"messages[{i}]"
         blocks = message.content
         if not blocks:
-            raise ConversationError(f"{origin} has no content")
+            raise ConversationError(f"{origin} has no content", field=f"{origin}.content")
         if message.role == "assistant":
             called = _add_assistant(out, origin, blocks)
         else:
             called -= _add_user(out, origin, message.role, blocks, called)
     if out.messages[-1]["role"] == "assistant":
         if called:
-            raise ConversationError(f"{out.origins[-1]} calls tools: their results must follow")
+            raise ConversationError(
+                f"{out.labels[-1]} calls tools: their results must follow", field=out.labels[-1]
+            )
         out.messages[-1]["prefix"] = True
     return out
 
@@ -238,9 +235,9 @@ def _add_assistant(out: Conversation, origin: str, blocks: Sequence[Block]) -> s
     """The assistant's turn; the ids of its calls."""
     calls = [b for b in blocks if isinstance(b, ToolUseBlock)]
     if any(isinstance(b, ToolResultBlock) for b in blocks):
-        raise ConversationError(f"{origin}: a tool_result belongs into a message with role user")
+        raise ConversationError(f"{origin}: a tool_result belongs into a message with role user", field=origin)
     if len({call.id for call in calls}) < len(calls):
-        raise ConversationError(f"{origin}: two calls have the same id")
+        raise ConversationError(f"{origin}: two calls have the same id", field=origin)
     if calls:
         out.add(origin, {"role": "assistant", "tool_calls": [_call(call) for call in calls]})
     else:
@@ -251,11 +248,13 @@ def _add_assistant(out: Conversation, origin: str, blocks: Sequence[Block]) -> s
 def _add_user(out: Conversation, origin: str, role: str, blocks: Sequence[Block], called: set[str]) -> set[str]:
     """A user's turn, or a system's; the ids of the calls that it answers."""
     if any(isinstance(b, ToolUseBlock) for b in blocks):
-        raise ConversationError(f"{origin}: a tool_use belongs into a message with role assistant")
+        raise ConversationError(f"{origin}: a tool_use belongs into a message with role assistant", field=origin)
     results = [b for b in blocks if isinstance(b, ToolResultBlock)]
     for result in results:
         if result.tool_use_id not in called or role != "user":
-            raise ConversationError(f"{origin}: no call before it has the id {result.tool_use_id!r:.80}")
+            raise ConversationError(
+                f"{origin}: no call before it has the id {result.tool_use_id!r:.80}", field=origin
+            )
         out.add(origin, {"role": "tool", "tool_call_id": result.tool_use_id, "content": _result(result)})
     texts = [b for b in blocks if isinstance(b, TextBlock)]
     if texts or not results:

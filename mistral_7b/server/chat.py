@@ -56,7 +56,7 @@ def router(state: State) -> APIRouter:
         """Answer a conversation."""
         check_n(state, body.n)
         adapter = state.adapter(body.model)
-        request = await read(state, partial(read_chat, state, body, adapter))
+        request = await read(state, partial(read_chat, state, body, adapter), "messages")
         pieces = answer(state, http_request, request)
         agent = http_request.headers.get("user-agent", "")
         mistral = body.of_mistral or any(name in agent for name in MISTRALS_CLIENTS)
@@ -75,7 +75,7 @@ def check_n(state: State, n: int | None) -> None:
     """Refusal (422) for more completions than this server makes of one prompt."""
     most = min(state.config.max_n, state.llm.engine.config.max_sequences)
     if n is not None and n > most:
-        raise Refusal(422, f"n must be at most {most} here, not {n}", param="n")
+        raise Refusal(422, f"n must be at most {most} here, not {n}", field="n")
 
 
 # ---------------------------------------------------------------------- the request
@@ -84,8 +84,10 @@ def check_n(state: State, n: int | None) -> None:
 def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
     """The engine's request for a conversation. Takes its time: for a thread."""
     messages = body.plain(body.messages)
+    labels = [f"messages[{i}]" for i in range(len(messages))]
     if body.safe_prompt:
         messages.insert(0, {"role": "system", "content": SAFE})
+        labels.insert(0, "safe_prompt")
     tools = plain_tools(body.tools)
     choice: Any = body.tool_choice or "auto"
     if not isinstance(choice, str):
@@ -94,12 +96,13 @@ def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
     asked = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt)
     return state.llm.reader.chat(
         messages, params, asked, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
+        labels=labels,
     )  # fmt: skip
 
 
 def _top(body: ChatRequest) -> int | None:
     if body.top_logprobs and not body.logprobs:
-        raise Refusal(400, 'top_logprobs needs "logprobs": true', param="top_logprobs")
+        raise Refusal(400, 'top_logprobs needs "logprobs": true', field="top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
@@ -109,12 +112,12 @@ def _structured(body: ChatRequest) -> StructuredOutputs | None:
     if wanted is None or wanted.type == "text":
         return None if body.structured_outputs is None else StructuredOutputs.from_dict(body.structured_outputs)
     if body.structured_outputs is not None:
-        raise Refusal(400, "response_format and structured_outputs exclude each other", param="structured_outputs")
+        raise Refusal(400, "response_format and structured_outputs exclude each other", field="structured_outputs")
     schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
     if wanted.type == "json_object" and not schema:
         return StructuredOutputs(json_object=True)
     if schema is None:
-        raise Refusal(400, "response_format.json_schema.schema is missing", param="response_format")
+        raise Refusal(400, "response_format.json_schema.schema is missing", field="response_format")
     return StructuredOutputs(json=schema)
 
 

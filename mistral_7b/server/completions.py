@@ -45,7 +45,7 @@ def router(state: State) -> APIRouter:
         _check(state, body)
         asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
         prompts = prompts_of(body.prompt)
-        requests = [await read(state, partial(_read, state, body, prompt, asked)) for prompt in prompts]
+        requests = [await read(state, partial(_read, state, body, prompt, asked), "prompt") for prompt in prompts]
         texts = Texts(state, body, requests)
         pieces = together([answer(state, http_request, request) for request in requests])
         if body.stream:
@@ -62,20 +62,20 @@ def _check(state: State, body: CompletionRequest) -> None:
     check_n(state, body.n)
     check_prompts(state, prompts_of(body.prompt), "prompt")
     if body.suffix:
-        raise Refusal(400, "suffix is not served: Mistral 7B was not trained to fill in", param="suffix")
+        raise Refusal(400, "suffix is not served: Mistral 7B was not trained to fill in", field="suffix")
     if body.best_of not in (None, body.n or 1):
-        raise Refusal(400, "best_of is not served: ask for n, with logprobs, and choose", param="best_of")
+        raise Refusal(400, "best_of is not served", field="best_of", hint="ask for n, with logprobs, and choose")
     if body.max_tokens == 0 and not body.echo:
-        raise Refusal(400, "max_tokens must be at least 1, unless echo is true", param="max_tokens")
+        raise Refusal(400, "max_tokens must be at least 1, unless echo is true", field="max_tokens")
 
 
 def check_prompts(state: State, prompts: Sequence[Any], param: str) -> None:
     """Refusal for none, or for more than this server takes at once."""
     if not prompts:
-        raise Refusal(400, f"{param} is empty", param=param)
+        raise Refusal(400, f"{param} is empty", field=param)
     most = state.config.max_prompts
     if len(prompts) > most:
-        raise Refusal(422, f"{param} has {len(prompts)} entries, and this server takes {most}", param=param)
+        raise Refusal(422, f"{param} has {len(prompts)} entries, and this server takes {most}", field=param)
 
 
 def _read(state: State, body: CompletionRequest, prompt: Any, asked: Asked) -> Request:

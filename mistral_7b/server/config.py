@@ -70,16 +70,19 @@ class ServerConfig:
             low = 0 if field.name in ("port", "drain_timeout") else 1
             if field.type in ("int", "int | None") and value is not None:
                 if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                    raise ConfigError(f"{field.name} must be a whole number of at least {low}, not {value!r}")
+                    raise ConfigError(
+                        f"{field.name} must be a whole number of at least {low}, not {value!r}", field=field.name
+                    )
             elif field.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ConfigError(f"{field.name} must be a number of seconds, not {value!r}")
+                raise ConfigError(f"{field.name} must be a number of seconds, not {value!r}", field=field.name)
         if self.port > 65535:
-            raise ConfigError(f"port must be at most 65535, not {self.port}")
+            raise ConfigError(f"port must be at most 65535, not {self.port}", field="port")
         for name in ("api_keys", "admin_keys"):
             if not all(isinstance(k, str) and k.isascii() and k.isprintable() and k.strip() == k and k
                        for k in getattr(self, name)):  # fmt: skip
                 raise ConfigError(
-                    f"{name}: a key is a text of printable ASCII characters without blanks around it"
+                    f"{name}: a key is a text of printable ASCII characters without blanks around it",
+                    field=name,
                 )
 
     @property
@@ -97,8 +100,11 @@ def traces_wanted(environ: Mapping[str, str]) -> bool:
         return False
     protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
     if protocol not in (None, "", "http/protobuf"):
-        raise ConfigError(f"traces are sent as http/protobuf, not as {protocol}: set OTEL_EXPORTER_OTLP_PROTOCOL, "
-                          "and the endpoint's port for HTTP, which is 4318 for most collectors")  # fmt: skip
+        raise ConfigError(
+            f"traces are sent as http/protobuf, not as {protocol}",
+            field="OTEL_EXPORTER_OTLP_PROTOCOL",
+            hint="set it, and the endpoint's port for HTTP, which is 4318 for most collectors",
+        )
     return True
 
 
@@ -119,10 +125,10 @@ def _keys_in(file: pathlib.Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{file} is no text: write a key on each line") from e
+        raise ConfigError("is no text", place=file, hint="write a key on each line") from e
     keys = [key for line in text.splitlines() if (key := line.split("#")[0].strip())]
     if not keys:
-        raise ConfigError(f"{file} holds no key: write one on each line")
+        raise ConfigError("holds no key", place=file, hint="write one on each line")
     if os.name == "posix" and file.stat().st_mode & stat.S_IROTH:
         logging.getLogger("mistral_7b.server").warning("every user of this machine may read %s: chmod 600", file)
     return keys

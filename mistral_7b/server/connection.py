@@ -38,7 +38,7 @@ class Connection(H11Protocol):
         if (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         if len(self.connections) > self.limits.max_connections:
-            self._say(Refusal(503, "too many connections are open: try again later", retry_after=1))
+            self._say(Refusal(503, "too many connections are open", hint="try again later", retry_after=1))
         else:
             self._await_head(self.limits.body_timeout)
 

@@ -37,12 +37,12 @@ def router(state: State) -> APIRouter:
         dim = state.llm.engine.model.args.dim
         for name, wanted in (("dimensions", body.dimensions), ("output_dimension", body.output_dimension)):
             if wanted not in (None, dim):
-                raise Refusal(400, f"{name} must be {dim} here, not {wanted}", param=name)
+                raise Refusal(400, f"{name} must be {dim} here, not {wanted}", field=name)
         texts = prompts_of(body.input)
         check_prompts(state, texts, "input")
         asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
         make = state.llm.reader.embedding
-        requests = [await read(state, partial(make, text, body.pooling, asked)) for text in texts]
+        requests = [await read(state, partial(make, text, body.pooling, asked), "input") for text in texts]
         async with aclosing(together([answer(state, http_request, r) for r in requests])) as pieces:
             async for _ in pieces:
                 pass

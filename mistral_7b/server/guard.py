@@ -117,7 +117,7 @@ class _Visit:
         if not calm and (closed := self.state.closed) is not None:
             raise closed
         if self.state.active >= self.config.max_concurrent and not calm:
-            raise Refusal(429, f"{self.state.active} requests are being served: try again later",
+            raise Refusal(429, f"{self.state.active} requests are being served", hint="try again later",
                           code="too_many_requests", retry_after=1)  # fmt: skip
 
     @property
@@ -178,8 +178,8 @@ class _Visit:
             if self.size > most:
                 raise self.large()
             if self.state.held > BODIES * most:
-                raise Refusal(503, "too much is being sent at once: try again later", code="bodies_too_large",
-                              retry_after=1)  # fmt: skip
+                raise Refusal(503, "too much is being sent at once", hint="try again later",
+                              code="bodies_too_large", retry_after=1)  # fmt: skip
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)

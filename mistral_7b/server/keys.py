@@ -62,7 +62,7 @@ class Door:
         if self._users and not (admin or user):
             how = 'Basic realm="mistral-7b: the key is the password"' if page else 'Bearer realm="mistral-7b"'
             what = "this key is not known" if key else "a key is needed"
-            raise Refusal(401, f"{what}: send one as `Authorization: Bearer KEY`", code="invalid_api_key",
+            raise Refusal(401, what, hint="send one as `Authorization: Bearer KEY`", code="invalid_api_key",
                           headers={"www-authenticate": how})  # fmt: skip
         return admin
 
@@ -72,7 +72,7 @@ class Door:
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         allowed = self.config.allowed_hosts or (OWN_NAMES if self.config.loopback else ())
         if host and allowed and name not in allowed and host not in allowed:
-            raise Refusal(403, f"this server is not called {name!r:.100} (--allowed-host says what it is called)",
+            raise Refusal(403, f"{name!r:.100} is no name of this server", hint="name it with --allowed-host",
                           code="host_not_allowed")  # fmt: skip
 
     def origin_of(self, headers: Headers) -> str | None:
@@ -85,8 +85,8 @@ class Door:
             return text
         if host and _place(text) == host:
             return None
-        raise Refusal(403, f"pages of {text!r:.100} may not ask here (--cors-origins says whose may)",
-                      code="origin_not_allowed")  # fmt: skip
+        raise Refusal(403, f"requests from pages of {text!r:.100} are not allowed", code="origin_not_allowed",
+                      hint="name the origin with --cors-origin")  # fmt: skip
 
 
 def _place(origin: str) -> str:

@@ -44,7 +44,7 @@ def router(state: State) -> APIRouter:
     async def one_model(name: str) -> Model:
         """One of them."""
         if name not in state.models:
-            raise Refusal(404, f"there is no model {name!r:.100} here", param="model", code="model_not_found")
+            raise Refusal(404, f"there is no model {name!r:.100} here", field="model", code="model_not_found")
         return model(name)
 
     return routes

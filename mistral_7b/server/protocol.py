@@ -232,9 +232,9 @@ class Ending(Body):
         if self.continue_final_message:
             field, last = "continue_final_message", messages[-1]
             if self.add_generation_prompt:
-                raise Refusal(400, f"{field} and add_generation_prompt exclude each other", param=field)
+                raise Refusal(400, f"{field} and add_generation_prompt exclude each other", field=field)
             if last.role != "assistant" or last.tool_calls or not last.content:
-                raise Refusal(400, f"{field} needs a last message of the assistant's, with a text", param=field)
+                raise Refusal(400, f"{field} needs a last message of the assistant's, with a text", field=field)
             out[-1]["prefix"] = True
         return out
 

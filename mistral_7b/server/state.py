@@ -1,6 +1,6 @@
 """What all routes share, and the one way in which a request is followed to its end.
 
-    request = await read(state, partial(state.llm.reader.chat, messages, params, asked))    in a thread
+    request = await read(state, partial(state.llm.reader.chat, messages, params, asked), "messages")    in a thread
     async for piece in answer(state, http_request, request):                                 as it comes
 
 Nothing is cancelled in here: a client that has gone, a time limit and a server that stops each have the engine end
@@ -113,7 +113,7 @@ class State:
             return None
         if model not in self.models:
             known = ", ".join(map(repr, self.models))
-            raise Refusal(404, f"there is no model {model!r:.100} here: there is {known}", param="model",
+            raise Refusal(404, f"there is no model {model!r:.100} here: there is {known}", field="model",
                           code="model_not_found")  # fmt: skip
         return model
 
@@ -123,7 +123,7 @@ class State:
         if self.llm.broken is not None:
             return engine_broke(503)
         if self.draining:
-            return Refusal(503, "the server is shutting down: ask again in a moment", code="shutting_down",
+            return Refusal(503, "the server is shutting down", hint="ask again in a moment", code="shutting_down",
                            retry_after=5)  # fmt: skip
         return None
 
@@ -163,7 +163,7 @@ def engine_broke(status: int) -> Refusal:
     503 to a request that came after: a proxy may send it to another server at once. 500 to one that was with the
     engine, which a proxy leaves to its client: it may be what broke the engine, and would break the next.
     """
-    return Refusal(status, "the engine of this server broke: ask again in a moment", code="engine_broken",
+    return Refusal(status, "the engine of this server broke", hint="ask again in a moment", code="engine_broken",
                    retry_after=5)  # fmt: skip
 
 
@@ -177,21 +177,21 @@ def note(http_request: HttpRequest, **notes: Any) -> None:
     http_request.scope.setdefault(NOTES, {}).update(notes)
 
 
-async def read(state: State, make: Callable[[], Request]) -> Request:
+async def read(state: State, make: Callable[[], Request], field: str) -> Request:
     """What `make`, a call of the engine's reader, returns; in a thread, as tokens and grammars take their time.
 
-    Raises what is wrong with the request; Refusal (422) for one that is larger than this server takes.
+    Raises what is wrong with the request; Refusal (422) for one whose `field` is larger than this server takes.
     """
     try:
         request = await asyncio.get_running_loop().run_in_executor(state.readers, make)
     except (QueueFullError, PromptTooLongError):
         raise
     except EngineError as e:  # it could never be computed
-        raise Refusal(422, str(e), code="too_large") from e
+        raise Refusal.of(e, status=422, code="too_large") from e
     most = state.config.max_prompt_tokens or state.llm.engine.model.args.max_seq_len
     if len(request.ids) > most:
-        raise Refusal(422, f"the prompt has {len(request.ids)} tokens, and this server takes {most}: shorten it",
-                      code="context_length_exceeded")  # fmt: skip
+        raise Refusal(422, f"the prompt has {len(request.ids)} tokens, and this server takes {most}",
+                      field=field, hint="shorten it", code="context_length_exceeded")  # fmt: skip
     return request
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, FailFast, Field, StrictBool, StrictInt, model_validator
 from starlette.responses import Response
 
-from ..errors import GenerationError
+from ..errors import GenerationError, TokenizerError
 from ..tokenizer import Tokenizer
 from .answers import documented
 from .problems import Refusal
@@ -83,7 +83,7 @@ def router(state: State) -> APIRouter:
         for place, token in enumerate(asked.tokens):
             if token >= most:
                 raise Refusal(400, f"tokens.{place}: {token} lies outside the vocabulary of {most}",
-                              param="tokens")  # fmt: skip
+                              field="tokens")  # fmt: skip
         text = await asyncio.to_thread(_tokenizer(state).decode, asked.tokens)
         return json_answer({"prompt": text})
 
@@ -98,7 +98,10 @@ def _tokenizer(state: State) -> Tokenizer:
 
 def _encode(tokenizer: Tokenizer, asked: TokenizeRequest) -> list[int]:
     if asked.prompt is not None:
-        return tokenizer.encode(asked.prompt, bos=asked.add_special_tokens)
+        try:
+            return tokenizer.encode(asked.prompt, bos=asked.add_special_tokens)
+        except TokenizerError as e:
+            raise TokenizerError.of(e, field="prompt") from e
     assert asked.messages is not None  # as _one_of_two has seen
     return tokenizer.encode_chat(asked.plain(asked.messages), plain_tools(asked.tools))
 

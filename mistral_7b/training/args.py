@@ -78,17 +78,20 @@ class TrainArgs:
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "rows", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
-                raise TrainingError(f"TrainArgs.{name} must be at least 1, not {getattr(self, name)}")
+                raise TrainingError(f"TrainArgs.{name} must be at least 1, not {getattr(self, name)}", field=name)
         for name in ("lr", "muon_lr", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise TrainingError(f"TrainArgs.{name} must be a finite number above 0, not {value}")
+                raise TrainingError(f"TrainArgs.{name} must be a finite number above 0, not {value}", field=name)
         if self.rows % self.accumulate:
             raise TrainingError(
-                f"TrainArgs.rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})"
+                f"TrainArgs.rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})", field="rows"
             )
         if not 0 <= self.warmup <= self.steps:
-            raise TrainingError(f"TrainArgs.warmup must lie in 0..steps ({self.steps}), not {self.warmup}")
+            raise TrainingError(
+                f"TrainArgs.warmup must lie in 0..steps ({self.steps}), not {self.warmup}",
+                field="warmup",
+            )
 
     def learning_rate(self, step: int) -> float:
         """Share of the peak rate at update `step` (from 0): linear warm-up, then cosine to `final_lr`."""

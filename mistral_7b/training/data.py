@@ -42,10 +42,10 @@ def text_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
         elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
             if not inside:
-                raise TrainingError(f"{path}: no file ending in {', '.join(suffixes)} below this folder")
+                raise TrainingError(f"no file ending in {', '.join(suffixes)} below this folder", place=path)
             found.extend(inside)
         else:
-            raise TrainingError(f"{path}: no such file or folder")
+            raise TrainingError("no such file or folder", place=path)
     once: dict[Path, Path] = {}
     for path in found:
         once.setdefault(path.resolve(), path)
@@ -70,8 +70,9 @@ def split_files(data: Sequence[str], held_out: Sequence[str], suffixes: Sequence
     training = [path for path in found if path.resolve() not in hidden]
     if not training:
         raise TrainingError(
-            f"nothing remains to train on: all {len(found)} files of --data are held out as well; "
-            "name other files with --data, or fewer with --held-out"
+            f"nothing remains to train on: all {len(found)} files of --data are held out as well",
+            field="held_out",
+            hint="name other files with --data, or fewer with --held-out",
         )
     return Files(training, measured, len(found) - len(training))
 
@@ -81,7 +82,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise TrainingError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise TrainingError(f"not UTF-8 ({error.reason} at byte {error.start})", place=path) from None
 
 
 class PackedDocuments:
@@ -97,7 +98,11 @@ class PackedDocuments:
         self.total = sum(len(d) for d in self.documents)
         self.rows_per_epoch = (self.total - 1) // seq_len
         if self.rows_per_epoch < 1:
-            raise TrainingError(f"{self.total} tokens of data do not fill one row of {seq_len}: lower seq_len")
+            raise TrainingError(
+                f"{self.total} tokens of data do not fill one row of {seq_len}",
+                field="seq_len",
+                hint="lower seq_len",
+            )
         self._epoch = -1
         self._stream = self._ids = np.empty(0, np.int32)
         self._order = np.empty(0, np.int64)

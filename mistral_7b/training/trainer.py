@@ -81,8 +81,10 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.masters, args.clip)
         if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
             raise TrainingError(
-                f"update {self.step}: loss {float(loss)}, gradient norm {float(norm)}; "
-                f"the last saved state is sound: lower the learning rate and resume from it"
+                f"update {self.step}: loss {float(loss)}, gradient norm {float(norm)}; the last saved state is "
+                "sound",
+                field="lr",
+                hint="lower the learning rate and resume from it",
             )
         share = args.learning_rate(self.step)
         for optimizer, peak in zip(self.optimizers, (args.lr, args.muon_lr), strict=False):
@@ -131,7 +133,9 @@ class Trainer:
             kept = (
                 f"update {self.saved} is, and the same command resumes there" if self.saved else "nothing is yet"
             )
-            raise WriteError(f"{error}. Update {self.step} is not saved; {kept}") from error
+            raise WriteError.of(
+                error, message=f"{error.message}. Update {self.step} is not saved; {kept}"
+            ) from error
         self.saved = self.step
 
     def run(self, state_path: Path, show: Callable[[Record], None], measure: Callable[[], float] | None) -> None:
@@ -190,9 +194,13 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     out = Path(args.out)
     state_path = out / "state.pt"
     if (out / "model").exists() and not state_path.exists():
-        raise TrainingError(f"{out / 'model'} is there already, and of no run in {out}: name another --out")
+        raise TrainingError(
+            f"{out / 'model'} exists already, and belongs to no run in {out}",
+            field="out",
+            hint="name another --out",
+        )
     if not args.data:
-        raise TrainingError("no training data: name text files or folders with --data")
+        raise TrainingError("no training data", field="data", hint="name text files or folders with --data")
     files = split_files(args.data, args.held_out, args.suffixes)
     if files.left_out:
         print(f"files of --data that are held out, and so not trained on: {files.left_out}", file=sys.stderr)
@@ -238,8 +246,10 @@ def _check_same_run(saved: Record, args: TrainArgs, path: Path) -> None:
     for name, value in now.items():
         if name not in FREE and saved.get(name) != value:
             raise TrainingError(
-                f"{path} is of a run with {name}={saved.get(name)!r}, not {value!r}: "
-                f"give the same arguments to go on, or another --out to begin anew"
+                f"is of a run with {name}={saved.get(name)!r}, not {value!r}",
+                field=name,
+                place=path,
+                hint="give the same arguments to resume, or another --out to start again",
             )
 
 

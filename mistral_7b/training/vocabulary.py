@@ -48,6 +48,8 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             minloglevel=1,
         )
     except RuntimeError as error:
-        raise TrainingError(f"cannot learn {vocab_size} tokens from this text: {error}") from None
+        raise TrainingError(
+            f"cannot learn {vocab_size} tokens from this text: {error}", field="vocab_size"
+        ) from None
     with written(path) as beside:
         beside.write_bytes(model.getvalue())

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 import torch
 from bench_samples import job_of, measured, record_of
+from refusals import refused
 
 from mistral_7b.benchmark import machine, plot, roofline
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS
@@ -214,9 +215,9 @@ def test_labels_hit_neither_each_other_nor_points_nor_roofs() -> None:
 
 
 def test_what_cannot_be_drawn(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(BenchmarkError, match="nothing to draw"):
+    with refused(BenchmarkError, field="--what"):
         plot.draw(tmp_path / "a.png", [record_of(job_of(what="load", prompt=1), [measured([1.0])])])
-    with pytest.raises(BenchmarkError, match=r"--plot .*a\.nonsense"):
+    with refused(BenchmarkError, field="--plot"):
         plot.draw(tmp_path / "a.nonsense", samples())
     assert list(tmp_path.iterdir()) == []
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from bench_samples import ARGS, CEILINGS, job_of, measured
+from refusals import refused
 
 from mistral_7b.benchmark import process, run
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job, Measured
@@ -67,6 +68,7 @@ def test_rounds_repeat_all_of_it(measure: list[Job]) -> None:
     assert {r.repetitions for r in records} == {3}
 
 
+@pytest.mark.wording
 def test_a_peer_that_fails_is_told_once_and_left_out(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     def placed(self: run.PeerFiles, job: Job) -> Job:
         if job.engine == LLAMA:
@@ -84,11 +86,12 @@ def test_a_peer_that_fails_is_told_once_and_left_out(measure: list[Job], monkeyp
 
 def test_nothing_to_show_is_an_error(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.machine, "memory", lambda: (2 << 30, 1 << 30))
-    with pytest.raises(BenchmarkError, match=r"int4 weights of this shape take 0\.0 GB and 1\.1 GB are free"):
+    with refused(BenchmarkError, field="--layers"):
         run.run(PLAN)
     assert measure == []
 
 
+@pytest.mark.wording
 def test_what_does_not_fit_does_not_spoil_the_rest(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     def check(args: dict[str, Any], scheme: str) -> None:
         if scheme == "none":
@@ -108,6 +111,7 @@ def test_the_better_ceilings_of_before_and_after_count(
     assert {r.read_bandwidth for r in run.run(PLAN)} == {3e9}
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("python", "message"),
     [
@@ -126,6 +130,14 @@ def test_a_process_that_fails_is_one_message(tmp_path: pathlib.Path, python: str
         python = str(script)
     with pytest.raises(BenchmarkError, match=message.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")):
         run.call(python, "{}")
+
+
+def test_an_error_crosses_from_the_process_with_its_data() -> None:
+    with refused(BenchmarkError, field="quantization"):  # it refuses the job itself
+        run.call(sys.executable, job_of(OURS, "int3", threads=1).to_json())
+    data = {"message": "odd", "field": "n", "place": "a.json", "hint": "make it even"}
+    assert run._failure(["a warning", json.dumps(data)], 1).data == data
+    assert run._failure([], 3).field is None
 
 
 def test_the_package_alone_is_on_the_path_of_a_peer(
@@ -173,7 +185,7 @@ def test_a_probe_that_never_ends_is_ended_and_the_others_count(stuck: None) -> N
 
 def test_a_bench_without_all_ceilings_says_which(stuck: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.find_ceilings, "__defaults__", (None, False, 1.0, lambda text: None))
-    with pytest.raises(BenchmarkError, match=r"the ceilings \(fp32, bf16, int8\) could not be measured within"):
+    with refused(BenchmarkError, field="fp32, bf16, int8"):
         run.measure_ceilings()
 
 
@@ -284,7 +296,7 @@ def test_transformers_of_random_weights_is_whole() -> None:
 def test_a_full_disk_is_seen_before_the_file_is_begun(tmp_path: pathlib.Path, monkeypatch) -> None:
     monkeypatch.setattr(run, "_imports", lambda python, *modules: True)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: run.shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(BenchmarkError, match=r"BF16.gguf takes .* has 0\.0: --keep names a folder"):
+    with refused(BenchmarkError, field="--keep"):
         run.PeerFiles(PLAN.peer_python, str(tmp_path), lambda text: None).placed(PLAN.job(LLAMA, "BF16", "decode"))
     assert list(tmp_path.iterdir()) == []
 

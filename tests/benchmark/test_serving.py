@@ -16,6 +16,7 @@ from itertools import pairwise
 import pytest
 from bench_samples import ARGS
 from fake_llama_server import install
+from refusals import refused
 from serving_samples import job_of
 
 from mistral_7b.benchmark.jobs import LLAMA, OURS
@@ -83,6 +84,7 @@ def test_nobody_waits_for_a_busy_engine_to_be_sent() -> None:
         assert trace.error is None
 
 
+@pytest.mark.wording
 def test_requests_that_fail_are_told_from_those_that_do_not() -> None:
     class Fragile:
         async def stream(self, prompt: list[int], output: int) -> AsyncIterator[int]:
@@ -146,6 +148,7 @@ def test_a_server_is_started_asked_and_stopped(tmp_path: pathlib.Path, kind: str
         asyncio.run(anext(llama_server.exchange(int(flags[flags.index("--port") + 1]), "GET", "/health")))
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -161,7 +164,7 @@ def test_a_server_that_fails_says_why(tmp_path: pathlib.Path, file: str, message
 
 
 def test_a_server_that_is_not_there(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(BenchmarkError, match="--llama-server /no/such/server cannot be run"):
+    with refused(BenchmarkError, field="--llama-server"):
         llama_server.serve(job_of(LLAMA, "Q4_0", source="x.gguf"), "/no/such/server")
 
 

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of
 
@@ -212,7 +213,7 @@ def test_training_a_loaded_model_leaves_its_file_alone(tmp_path: pathlib.Path) -
 def test_saving_over_the_folder_it_came_from_is_refused_and_harmless(tmp_path: pathlib.Path) -> None:
     tiny_model().save_pretrained(tmp_path / "out")
     model = opened(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with refused(CheckpointError, place=tmp_path / "out"):
         model.save_pretrained(tmp_path / "out")
     assert same_bits(model, opened(tmp_path / "out"))
     (tmp_path / "empty").mkdir()
@@ -247,7 +248,7 @@ def test_shards_keep_their_bounds_and_the_index_is_complete(tmp_path: pathlib.Pa
 
 @pytest.mark.parametrize("size", ["5 apples", "GB", 0, -1, "0GB", "nan"])
 def test_a_strange_shard_size_is_refused(tmp_path: pathlib.Path, size: int | str) -> None:
-    with pytest.raises(CheckpointError, match="max_shard_size"):
+    with refused(CheckpointError, field="max_shard_size"):
         tiny_model().save_pretrained(tmp_path / "out", max_shard_size=size)
 
 
@@ -275,17 +276,17 @@ def test_a_header_padded_to_no_boundary_is_read(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_cannot_be_saved_is_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'tok_embeddings.weight' is on the meta device"):
+    with refused(CheckpointError, field="tok_embeddings.weight"):
         Mistral7B(TINY, device="meta").save_pretrained(tmp_path / "out")
     adapted = tiny_model()
     adapted.output = torch.nn.Linear(TINY.dim, TINY.vocab_size, bias=True)
-    with pytest.raises(CheckpointError, match=r"'output.bias' .* no weight of a plain Mistral 7B"):
+    with refused(CheckpointError, field="output.bias"):
         adapted.save_pretrained(tmp_path / "out")
     quantised = tiny_model()
     quantised.layers[1].attention.wk = torch.nn.Identity()
-    with pytest.raises(CheckpointError, match=r"lacks 'layers.1.attention.wk.weight'"):
+    with refused(CheckpointError, field="layers.1.attention.wk.weight"):
         quantised.save_pretrained(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="format 'onnx' is not known"):
+    with refused(CheckpointError, field="format"):
         tiny_model().save_pretrained(tmp_path / "out", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -297,5 +298,5 @@ def test_a_tied_model_whose_file_unties_it_is_refused(tmp_path: pathlib.Path) ->
     save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path)
     opened(tmp_path / "out")
     save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"] + 1}, path)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor 'lm_head.weight' differs"):
+    with refused(CheckpointError, field="lm_head.weight", place=path):
         opened(tmp_path / "out")

@@ -11,6 +11,7 @@ import pytest
 from gguf_inputs import BLOCKS, built, grown, mutated, pairs_of, seeds, survives, tensors_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from mistral_7b import CheckpointError
 from mistral_7b.checkpoint.gguf_file import KINDS
@@ -55,7 +56,7 @@ def test_rows_that_are_no_whole_blocks_are_refused_and_not_rounded_down(tmp_path
         (tmp_path / "x.gguf").write_bytes(
             built(pairs_of(BLOCKS), [*tensors[:-1], (name, (wrong, *rest), kind, offset, data)])
         )
-        with pytest.raises(CheckpointError, match=f"has rows of {wrong}, no multiple of Q8_0's 32"):
+        with refused(CheckpointError, field=name, place=tmp_path / "x.gguf"):
             open_checkpoint(tmp_path / "x.gguf")
 
 
@@ -66,7 +67,7 @@ def test_a_tensor_of_nothing_is_refused(tmp_path: pathlib.Path) -> None:
         (tmp_path / "x.gguf").write_bytes(
             built(pairs_of(BLOCKS), [*tensors, ("rope_freqs.weight", sizes, 0, 1 << 16, b"")])
         )
-        with pytest.raises(CheckpointError, match=r"'rope_freqs.weight' has no elements"):
+        with refused(CheckpointError, field="rope_freqs.weight", place=tmp_path / "x.gguf"):
             open_checkpoint(tmp_path / "x.gguf")
 
 

@@ -11,6 +11,7 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from sentencepiece import SentencePieceProcessor
 from tiny import tiny_args, tiny_model
 
@@ -117,7 +118,7 @@ def test_more_rows_than_tokens_are_filled_up(tmp_path: pathlib.Path) -> None:
     more = Tokenizer(tmp_path / "tokenizer.model.v3")
     assert more.vocab_size == demo.vocab_size + 3
     assert more.encode("[PAD4096] x") == demo.encode("[PAD4096] x")
-    with pytest.raises(TokenizerError, match="4096 tokens, but the model knows 4095"):
+    with refused(TokenizerError, place=demo.path):
         gguf_tokenizer.metadata(demo.path, 4095)
 
 
@@ -128,30 +129,28 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "field"),
     [
-        ("model", "gpt2", "its tokenizer is 'gpt2', and Mistral 7B's is 'llama'"),
-        ("model", None, "its tokenizer is None"),
-        ("tokens", None, "'tokenizer.ggml.tokens' is missing"),
-        ("tokens", ["<unk>", "<s>", "</s>", ""], "token 3 '' is empty"),
-        ("tokens", ["<unk>", "<s>", "</s>", "<s>"], "there already"),
-        ("tokens", ["<unk>", "<s>", "</s>"], "3 tokens, 4 scores, 4 types"),
-        ("scores", [0, 0, 0, 1], "'tokenizer.ggml.scores' is missing, or of the wrong type"),
-        ("scores", [0.0, 0.0, 0.0, float("nan")], "token 3 has score nan"),
-        ("token_type", [2, 3, 3, 7], "token 3 has score -1.0 and type 7"),
-        ("token_type", [2, 3, 3, 6], "is to be a byte"),
-        ("token_type", [1, 3, 3, 1], "0 tokens for the unknown"),
-        ("bos_token_id", 4, "'tokenizer.ggml.bos_token_id' is 4, of 4 tokens"),
-        ("eos_token_id", "2", "'tokenizer.ggml.eos_token_id' is '2'"),
+        ("model", "gpt2", "model"),
+        ("model", None, "model"),
+        ("tokens", None, "tokens"),
+        ("tokens", ["<unk>", "<s>", "</s>", ""], "tokens[3]"),
+        ("tokens", ["<unk>", "<s>", "</s>", "<s>"], "tokens[3]"),
+        ("tokens", ["<unk>", "<s>", "</s>"], "tokens"),
+        ("scores", [0, 0, 0, 1], "scores"),
+        ("scores", [0.0, 0.0, 0.0, float("nan")], "token_type[3]"),
+        ("token_type", [2, 3, 3, 7], "token_type[3]"),
+        ("token_type", [2, 3, 3, 6], "tokens[3]"),
+        ("token_type", [1, 3, 3, 1], "token_type"),
+        ("bos_token_id", 4, "bos_token_id"),
+        ("eos_token_id", "2", "eos_token_id"),
     ],
 )
-def test_one_clear_error(key: str, value: Any, said: str) -> None:
+def test_one_clear_error(key: str, value: Any, field: str) -> None:
     path = pathlib.Path("x.gguf")
     gguf_tokenizer.sentencepiece_model(path, GOOD)
-    with pytest.raises(TokenizerError) as error:
+    with refused(TokenizerError, field=f"tokenizer.ggml.{field}", place=path):
         gguf_tokenizer.sentencepiece_model(path, {**GOOD, f"tokenizer.ggml.{key}": value})
-    assert said in str(error.value)
-    assert "x.gguf" in str(error.value)
 
 
 def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces() -> None:
@@ -167,5 +166,5 @@ def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces(
 def test_a_file_without_a_tokenizer_says_so(tmp_path: pathlib.Path) -> None:
     with pytest.warns(UserWarning, match="has no tokenizer"):
         tiny_model().save_pretrained(tmp_path / "x.gguf", format="gguf")
-    with pytest.raises(TokenizerError, match="its tokenizer is 'none'"):
+    with refused(TokenizerError, field="tokenizer.ggml.model", place=tmp_path / "x.gguf"):
         Tokenizer.from_pretrained(tmp_path / "x.gguf")

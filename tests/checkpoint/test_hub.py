@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hub_server import SHA, Hub, serving
+from refusals import refused
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import CheckpointError, HubError, Mistral7B
@@ -74,9 +75,9 @@ def test_names_that_need_no_hub(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
         "owner/näme",
         "",
     ):
-        with pytest.raises(CheckpointError, match=r"no such file or folder"):
+        with refused(CheckpointError, place=wrong):
             names.resolve(wrong)
-    with pytest.raises(HubError, match="owner/name is wanted"):
+    with refused(HubError, field="repo_id"):
         names.pull("just-a-name")
 
 
@@ -159,7 +160,7 @@ def test_a_gated_model_says_what_to_do(tmp_path: pathlib.Path, hub: Hub) -> None
     hub.gated[GATED] = "secret"
     for token in ({}, {"HF_TOKEN": "wrong"}):
         said = pull(tmp_path, hub.url, GATED, **token)
-        assert said.startswith(f"HubError: {GATED} is gated: accept its terms at {hub.url}/{GATED}")
+        assert said.startswith(f"HubError: {GATED} is gated; accept its terms at {hub.url}/{GATED}")
         assert "hf auth login" in said
     assert pull(tmp_path, hub.url, GATED, HF_TOKEN="secret").endswith(SHA)
 
@@ -168,7 +169,7 @@ def test_what_is_not_there_says_so(tmp_path: pathlib.Path, hub: Hub) -> None:
     assert "no such model" in pull(tmp_path, hub.url, "someone/nothing")
     assert f"{REPO} has no revision 'v9'" in pull(tmp_path, hub.url, REPO, "v9")
     said = pull(tmp_path, hub.url, "someone/gguf")
-    assert said == "HubError: someone/gguf holds 2 GGUF files: name one, such as someone/gguf/x.f16.gguf"
+    assert said == "HubError: someone/gguf holds 2 GGUF files; name one, such as someone/gguf/x.f16.gguf"
     said = pull(tmp_path, hub.url, "someone/gguf", "main", "y.gguf")
     assert "someone/gguf holds no y.gguf; it holds x.f16.gguf, x.q8_0.gguf" in said
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_args, tiny_model, tokens_of
@@ -77,9 +77,9 @@ def test_four_ways_to_one_model(tmp_path: pathlib.Path, scheme: Scheme, layout: 
 def test_bf16_while_loading_is_the_packed_model(folders: pathlib.Path) -> None:
     wanted = logits(quantize_model(load(folders / "plain"), "bf16"))
     assert torch.equal(logits(load(folders / "plain", quantization="bf16")), wanted)
-    with pytest.raises(QuantizationError, match="float32"):
+    with refused(QuantizationError, field="dtype"):
         load(folders / "plain", quantization="bf16", dtype=torch.float32)
-    with pytest.raises(QuantizationError, match="'int3' is not known"):
+    with refused(QuantizationError, field="quantization"):
         load(folders / "plain", quantization="int3")
 
 
@@ -187,7 +187,7 @@ def test_transformers_refuses_rather_than_draws_weights(folders: pathlib.Path) -
 
 def test_another_scheme_is_not_to_be_had(folders: pathlib.Path) -> None:
     for asked in ("int8", "bf16", Scheme("int4", 32)):
-        with pytest.raises(QuantizationError, match="already, as int4 in groups of 128"):
+        with refused(QuantizationError, field="quantization"):
             load(folders / "int4", quantization=asked)
     assert load(folders / "int4", quantization=Scheme("int4")).args == TINY
 
@@ -197,10 +197,10 @@ def test_what_is_quantised_is_not_taken_for_an_original(folders: pathlib.Path, t
         lambda: convert(folders / "int4", tmp_path / "out", to="mistral"),
         lambda: quantize(folders / "int4", tmp_path / "out", "int8", TEXT, "a text"),
     ):
-        with pytest.raises(CheckpointError, match="is quantised, as int4 in groups of 128"):
+        with refused(CheckpointError, field="quantization_config"):
             act()
     for scheme in ("bf16", "fp8"):
-        with pytest.raises(QuantizationError, match=f"files hold int8 and int4; {scheme} is made when"):
+        with refused(QuantizationError, field="scheme"):
             quantize(folders / "plain", tmp_path / "out", scheme, TEXT, "a text")
     assert not list(tmp_path.iterdir())
 
@@ -212,21 +212,21 @@ def test_what_is_quantised_is_not_taken_for_an_original(folders: pathlib.Path, t
 def test_no_saving_without_a_measured_distance(
     folders: pathlib.Path, tmp_path: pathlib.Path, distance: dict[str, Any] | None
 ) -> None:
-    with pytest.raises(QuantizationError, match="mistral-7b quantize"):
+    with pytest.raises(QuantizationError):
         load(folders / "int4").save_pretrained(tmp_path / "out", format="quantized", distance=distance)
     assert not list(tmp_path.iterdir())
 
 
 def test_formats_and_models_that_do_not_go_together(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
     quantised, plain = load(folders / "int4"), load(folders / "plain")
-    with pytest.raises(CheckpointError, match="save it as 'quantized'"):
+    with refused(CheckpointError, field="format"):
         quantised.save_pretrained(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="no place for a distance"):
+    with refused(CheckpointError, field="format"):
         plain.save_pretrained(tmp_path / "out", distance=DISTANCE)
-    with pytest.raises(QuantizationError, match="not wholly of int8 or int4"):
+    with refused(QuantizationError, field="format"):
         plain.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
     quantised.layers[1].attention.wo = plain.layers[1].attention.wo
-    with pytest.raises(QuantizationError, match="not wholly of int8 or int4"):
+    with refused(QuantizationError, field="format"):
         quantised.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
     assert not list(tmp_path.iterdir())
 
@@ -259,21 +259,23 @@ def _add(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "field"),
     [
-        (_drop, f"tensor '{Q1}' is missing"),
-        (_transpose, f"tensor '{Q1}' is of shape"),
-        (_sign, f"tensor '{Q1}' is of type torch.int8, not torch.uint8"),
-        (_narrow, "'output.scale' is of type torch.bfloat16, not torch.float32"),
-        (_whole, "'norm.weight' is of type torch.uint8"),
-        (_add, "'layers.0.attention.wq.weight' is unknown"),
+        (_drop, Q1),
+        (_transpose, Q1),
+        (_sign, Q1),
+        (_narrow, "output.scale"),
+        (_whole, "norm.weight"),
+        (_add, "layers.0.attention.wq.weight"),
     ],
 )
-def test_damaged_weights(copy: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], None], said: str) -> None:
+def test_damaged_weights(
+    copy: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], None], field: str
+) -> None:
     tensors = load_file(copy / WEIGHTS)
     change(tensors)
     save_file({k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}, copy / WEIGHTS)
-    with pytest.raises(CheckpointError, match=re.escape(said)):
+    with refused(CheckpointError, field=field):
         load(copy)
 
 
@@ -281,39 +283,38 @@ def test_damaged_weights(copy: pathlib.Path, change: Callable[[dict[str, torch.T
 def test_truncated_weights(copy: pathlib.Path, keep: int) -> None:
     raw = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(raw[:keep])
-    with pytest.raises(CheckpointError, match=r"quantized\.safetensors: damaged or cut short"):
+    with refused(CheckpointError, place=copy / WEIGHTS):
         load(copy)
     (copy / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match="no weights"):
+    with refused(CheckpointError, place=copy):
         load(copy)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "named"),
     [
-        ("format", 2, "format 2"),
-        ("format", None, "format None"),
-        ("scheme", "int3", "no scheme"),
-        ("scheme", "bf16", "no scheme"),
-        ("scheme", "int8", "is unknown: int8 has none such"),
-        ("group_size", 32, "is of shape"),
-        ("group_size", 64, "group_size must be"),
-        ("group_size", None, "'quantization_config.group_size'"),
-        ("symmetric", "yes", "'quantization_config.symmetric'"),
-        ("bytes", "many", "'quantization_config.bytes'"),
-        ("calibration", 3, "calibration"),
-        ("distance", None, "'quantization_config.distance'"),
+        ("format", 2, "quantization_config.format"),
+        ("format", None, "quantization_config.format"),
+        ("scheme", "int3", "quantization_config"),
+        ("scheme", "bf16", "quantization_config"),
+        ("scheme", "int8", "layers.0.attention.wq.groups"),
+        ("group_size", 32, "layers.0.attention.wq.codes"),
+        ("group_size", 64, "group_size"),
+        ("group_size", None, "quantization_config.group_size"),
+        ("symmetric", "yes", "quantization_config.symmetric"),
+        ("bytes", "many", "quantization_config.bytes"),
+        ("calibration", 3, "quantization_config"),
+        ("distance", None, "quantization_config.distance"),
         ("distance", {"kl": 0.1}, "top1_agreement"),
-        ("quant_method", "gptq", "cannot be opened"),
+        ("quant_method", "gptq", "quantization_config"),
     ],
 )
-def test_damaged_configuration(copy: pathlib.Path, field: str, value: object, said: str) -> None:
+def test_damaged_configuration(copy: pathlib.Path, field: str, value: object, named: str) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"][field] = value
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as error:
+    with refused(CheckpointError, field=named):
         load(copy)
-    assert said in str(error.value)
 
 
 def test_codes_under_a_plain_name_are_no_weight(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -322,7 +323,7 @@ def test_codes_under_a_plain_name_are_no_weight(folders: pathlib.Path, tmp_path:
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.uint8)
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"'lm_head.weight' is of torch.uint8, no plain float"):
+    with refused(CheckpointError, field="lm_head.weight"):
         load(tmp_path / "plain")
 
 

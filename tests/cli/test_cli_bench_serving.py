@@ -63,6 +63,7 @@ def test_a_command_is_kept_without_the_places_of_this_machine() -> None:
     )
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
     [

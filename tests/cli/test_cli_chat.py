@@ -84,6 +84,7 @@ def test_the_bundled_model_says_what_it_is(run, windowed: str, short: str, monke
     assert "base model" not in run("chat", short, stdin="").err
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

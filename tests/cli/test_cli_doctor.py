@@ -140,6 +140,7 @@ def test_kernels_that_cannot_be_built_are_advice_and_no_warning(monkeypatch: pyt
     assert "no C++ compiler was found" in facts["missing"]
 
 
+@pytest.mark.wording
 def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("an odd machine\nwith details")

@@ -202,6 +202,7 @@ def test_dtype_and_threads(run, windowed: str, monkeypatch) -> None:
     assert seen == {"dtype": torch.float32, "device": "cpu", "threads": 3}
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

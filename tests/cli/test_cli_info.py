@@ -62,6 +62,7 @@ def test_weights_are_not_needed(run, windowed: str, tmp_path: pathlib.Path) -> N
     assert json.loads(run("info", str(tmp_path), "--json").out)["args"]["sliding_window"] == 8
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 import torch
+from refusals import refused
 
 from mistral_7b.checkpoint import load, read_record
 from mistral_7b.cli.inputs import UsageError
@@ -123,10 +124,10 @@ def test_a_file_to_calibrate_on_is_a_text_or_lines_of_json() -> None:
     assert texts("f", "\n".join(lines)) == ["one\u2028two", "three"]
     for plain in ("{\n}", '["text"]', '{"text": 3}\nx', "x\n" + lines[0]):
         assert texts("f", plain) == [plain]
-    with pytest.raises(UsageError, match="f, line 3: not a JSON object"):
+    with refused(UsageError, place="f, line 3"):
         texts("f", f"{lines[0]}\n\n{lines[2]}x")
     for empty in ("", " \n", '{"text": ""}\n{"text": " "}'):
-        with pytest.raises(UsageError, match="f: the text to calibrate on is empty"):
+        with refused(UsageError, place="f"):
             texts("f", empty)
 
 

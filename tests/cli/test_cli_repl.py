@@ -116,6 +116,7 @@ def test_save_writes_over_conversations_only(talk: Talk, tmp_path: pathlib.Path)
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.wording
 def test_a_save_that_fails_leaves_the_old_file(talk: Talk, tmp_path: pathlib.Path, monkeypatch) -> None:
     file = tmp_path / "talk.json"
     talk("one", f"/save {file}")
@@ -138,7 +139,7 @@ def test_a_save_that_fails_leaves_the_old_file(talk: Talk, tmp_path: pathlib.Pat
         ("3", 'it has no list of "messages"'),
         ('[{"role": "user"}]', "message 1 is not"),
         ('[{"role": "user", "content": "x"}]', "its answer is missing"),
-        ('[{"role": "assistant", "content": "x"}]', "turn 1 is by 'assistant' where 'user' should speak"),
+        ('[{"role": "assistant", "content": "x"}]', "turn 1 has role 'assistant' where 'user' is due"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_changes_nothing(
@@ -166,6 +167,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(talk: Talk) -> None:
     assert [m["content"] for m in conversation.messages] == ["one", "half an", "go on", "half an"]
 
 
+@pytest.mark.wording
 def test_an_error_is_told_and_the_dialogue_goes_on(talk: Talk) -> None:
     def answer(messages: list[Message]) -> Iterator[str]:
         if messages[-1]["content"] == "late":

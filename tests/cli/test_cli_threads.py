@@ -7,6 +7,7 @@ import pathlib
 import pytest
 import torch
 from command import start
+from refusals import refused
 
 from mistral_7b.benchmark import run as bench
 from mistral_7b.benchmark.serving.run import ServingPlan
@@ -50,7 +51,7 @@ def test_python_doors_refuse_it_too() -> None:
     )
     for plan in plans:
         for n in (0, threads.most() + 1, 100_000):
-            with pytest.raises(ConfigError, match=rf"threads must be at (least 1|most \d+), not {n}"):
+            with refused(ConfigError, field="threads"):
                 plan(n)
 
 

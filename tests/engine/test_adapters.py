@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from refusals import refused
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of
 from torch import Tensor, nn
 
@@ -175,14 +176,14 @@ def test_adapters_come_and_go() -> None:
     assert adapters.names == ("narrow", "wide")
     assert torch.equal(logits(adapters, names, tokens, 5), before)
     adapters.unload("narrow")
-    with pytest.raises(AdapterError, match="no adapter 'narrow' is loaded: there is wide"):
+    with refused(AdapterError, field="adapter"):
         logits(adapters, names, tokens, 5)
     adapters.load("narrow", adapter_of(ARGS, 1, 0, lambda n: n != "output"))  # behind the other now
     assert [adapters.loading(name) for name in ("narrow", "wide")] == [4, 2]
     assert torch.equal(logits(adapters, names, tokens, 5), before)
     for name in ("narrow", "wide"):
         adapters.unload(name)
-    with pytest.raises(AdapterError, match="there is none"):
+    with refused(AdapterError, field="adapter"):
         adapters.unload("wide")
     assert torch.equal(logits(adapters, [None, None], tokens, 5), model(tokens)[0])
 
@@ -200,21 +201,21 @@ def test_what_cannot_be_loaded_changes_nothing(tmp_path) -> None:  # type: ignor
     before = now()
     wrong = Factors(torch.zeros(4, 41), torch.zeros(60, 4), 1.0)
     good = adapter_of(TINY, 4, 1)
-    for name, source, error, says in (
-        ("one", good, AdapterError, "'one' is loaded already"),
-        ("", good, AdapterError, "'' is no name"),
-        ("two", adapter_of(TINY, 17, 1), AdapterError, "of rank 17, and 16 is allowed"),
-        ("two", Adapter({"layers.0.attention.wq": wrong}), AdapterError, r"\(4, 41\) and \(60, 4\)"),
-        ("two", Adapter({"layers.2.attention.wq": wrong}), AdapterError, "which is no Linear"),
-        ("two", Adapter({"tok_embeddings": wrong}), AdapterError, "which is no Linear"),
-        ("two", tmp_path, CheckpointError, "holds no adapter"),
+    for name, source, error, field in (
+        ("one", good, AdapterError, "name"),
+        ("", good, AdapterError, "name"),
+        ("two", adapter_of(TINY, 17, 1), AdapterError, "max_rank"),
+        ("two", Adapter({"layers.0.attention.wq": wrong}), AdapterError, "layers.0.attention.wq"),
+        ("two", Adapter({"layers.2.attention.wq": wrong}), AdapterError, "layers.2.attention.wq"),
+        ("two", Adapter({"tok_embeddings": wrong}), AdapterError, "tok_embeddings"),
+        ("two", tmp_path, CheckpointError, None),
     ):
-        with pytest.raises(error, match=says):
+        with refused(error, field=field):
             adapters.load(name, source)  # type: ignore[arg-type]
         assert adapters.names == ("one",)
         assert torch.equal(now(), before)
     adapters.load("two", good)
-    with pytest.raises(AdapterError, match="2 adapters are loaded, as many as there may be"):
+    with refused(AdapterError, field="max_adapters"):
         adapters.load("three", good)
 
 
@@ -224,13 +225,13 @@ def test_another_number_of_rows_is_an_error(scheme: str | None) -> None:
     adapters = loaded(model if scheme is None else quantize(model, scheme))
     tokens = tokens_of((1, 20), ARGS)
     with (
-        pytest.raises(AdapterError, match="chosen for 3 rows, and the model got 20"),
+        pytest.raises(AdapterError),
         adapters.over([("wide", 3)]) as m,
     ):
         m.hidden(tokens, m.rolling_cache())
     with adapters.over([("wide", 20)]) as m:  # and the next call is none the worse for it
         hidden = m.hidden(tokens, m.rolling_cache())
-        with pytest.raises(AdapterError, match="chosen for another call already"), adapters.over([("odd", 1)]):
+        with pytest.raises(AdapterError), adapters.over([("odd", 1)]):
             pass
     with adapters.over([("odd", 1)]) as m:  # the rows of which logits are wanted are a call of their own
         assert not torch.equal(m.logits(hidden[0, -1:]), adapters.model.logits(hidden[0, -1:]))

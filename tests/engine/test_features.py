@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from refusals import refused
 from tiny import tiny_args, tiny_model, tokens_of
 
 from mistral_7b.checkpoint.adapter import Adapter, Factors
@@ -86,13 +87,13 @@ def test_guesses_and_grammars_go_together(spoken, max_draft):
 
 def test_an_invalid_schema_is_refused_at_once(spoken):
     steps = spoken.engine.counts.steps
-    with pytest.raises(GrammarError, match="structured_outputs"):
+    with refused(GrammarError, field="structured_outputs.json"):
         spoken.generate("Say:", structured(json={"type": "nonsense"}))
-    with pytest.raises(GrammarError, match="structured_outputs"):
+    with refused(GrammarError, field="structured_outputs"):
         spoken.generate("Say:", structured(regex="(unclosed"))
     assert spoken.engine.counts.steps == steps
     bare = LLM(tiny_model(), CONFIG)
-    with pytest.raises(GenerationError, match="structured_outputs need a tokenizer"):
+    with refused(GenerationError, field="structured_outputs"):
         bare.generate([1, 2], structured(json_object=True))
 
 
@@ -141,9 +142,9 @@ def test_without_tools_the_control_token_begins_nothing(spoken):
     (none,) = spoken.chat(MESSAGES, bias, tools=[WEATHER], tool_choice="none")
     assert none.prompt_token_ids == free.prompt_token_ids
     assert none.outputs[0].tool_calls == []
-    with pytest.raises(GrammarError, match="tool_choice names 'x'"):
+    with refused(GrammarError, field="tool_choice"):
         spoken.chat(MESSAGES, tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "x"}})
-    with pytest.raises(GenerationError, match="exclude each other"):
+    with refused(GenerationError, field="structured_outputs"):
         spoken.chat(MESSAGES, structured(json_object=True), tools=[WEATHER], tool_choice="required")
 
 
@@ -205,13 +206,13 @@ def test_an_adapter_in_use_stays(monkeypatch):
     request = llm.reader.text([1, 2, 3], SamplingParams(max_tokens=5), Asked(adapter="a1"))
     llm.engine.add(request)
     llm.engine.step()
-    with pytest.raises(AdapterError, match="'a1' is in use by 1 requests"):
+    with pytest.raises(AdapterError):
         llm.engine.unload_adapter("a1")
     llm.engine.unload_adapter("a2")
     while not request.finished:
         llm.engine.step()
     llm.engine.unload_adapter("a1")
-    with pytest.raises(AdapterError, match="no adapter 'a1'"):
+    with refused(AdapterError, field="adapter"):
         llm.generate([1], adapter="a1")
 
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from refusals import refused
 
 from mistral_7b.engine.grammar import lark as lark_module
 from mistral_7b.engine.grammar.lark import tool_spec
@@ -171,10 +172,11 @@ def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> No
     schema = ADMITTED["a pattern that is a property"][0]
     assert not admits(schema, '{"a":1,')
     monkeypatch.setattr(lark_module, "rules", as_before)
-    with pytest.raises(GrammarError, match="no text obeys"):
+    with refused(GrammarError, field="structured_outputs"):
         admits(schema, '{"a":1,"')
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
@@ -214,9 +216,9 @@ def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )  # fmt: skip
 def test_what_cannot_be_obeyed_is_refused_by_name_and_place(schema: Any, words: str) -> None:
-    with pytest.raises(GrammarError, match=words) as e:
+    with refused(GrammarError, field="structured_outputs.json") as e:
         admits(schema, "")
-    assert str(e.value).startswith("structured_outputs.json: ")
+    assert re.search(words, str(e.value))
     assert len(str(e.value)) < 500
 
 
@@ -244,7 +246,7 @@ def test_what_cannot_be_obeyed_is_refused_by_name_and_place(schema: Any, words: 
     ],
 )
 def test_a_schema_that_no_finite_text_obeys_is_refused(schema: Any) -> None:
-    with pytest.raises(GrammarError, match="no text obeys"):
+    with refused(GrammarError, field="structured_outputs.json"):
         admits({"allOf": [schema]}, "")
 
 
@@ -253,9 +255,9 @@ def test_numbers_are_read_as_they_are_written() -> None:
         "enum": [12345678901234567890, 0.1, 1000.0]
     }
     for number in ("0.12345678901234567890", "1e400", "NaN", "-Infinity"):
-        with pytest.raises(SamplingError, match=re.escape(f"{number} is no number that a float holds")):
+        with refused(SamplingError, field="structured_outputs.json"):
             StructuredOutputs(json=f'{{"const": {number}}}')
-    with pytest.raises(SamplingError, match="json is no JSON"):
+    with refused(SamplingError, field="structured_outputs.json"):
         StructuredOutputs(json={"const": float("inf")})
 
 
@@ -263,8 +265,9 @@ def test_numbers_are_read_as_they_are_written() -> None:
 def test_parameters_of_a_tool_are_an_object(parameters: Any) -> None:
     tools = [{"function": {"name": "a"}}, {"function": {"name": "b", "parameters": parameters}}]
     for choice in ("required", "auto"):
-        with pytest.raises(GrammarError, match=r"tools\[1\]\.function\.parameters"):
+        with pytest.raises(GrammarError) as e:
             tool_spec(tools, choice)
+        assert str(e.value.field).startswith("tools[1].function.parameters")
 
 
 def test_a_tool_with_a_schema_that_cannot_be_used_is_named() -> None:
@@ -272,7 +275,6 @@ def test_a_tool_with_a_schema_that_cannot_be_used_is_named() -> None:
         {"function": {"name": "a"}},
         {"function": {"name": "b", "parameters": {"properties": {"c": {"not": {}}}}}},
     ]
-    words = r"tools\[1\]\.function\.parameters: not is not supported, at #/properties/c"
     for choice in ("required", {"type": "function", "function": {"name": "b"}}):
-        with pytest.raises(GrammarError, match=words):
+        with refused(GrammarError, field="tools[1].function.parameters"):
             tool_spec(tools, choice)

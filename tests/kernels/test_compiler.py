@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from refusals import refused
 
 from mistral_7b.errors import ConfigError
 from mistral_7b.kernels import compiler
@@ -57,7 +58,7 @@ def test_what_has_to_be_compiled_is_known_beforehand(tmp_path: Path, monkeypatch
 
 def test_instructions_that_are_unknown_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(compiler.VARIABLE, "avx1024")
-    with pytest.raises(ConfigError, match=r"MISTRAL_7B_KERNELS=avx1024 is not known: it can be native, "):
+    with refused(ConfigError, field="MISTRAL_7B_KERNELS"):
         compiler.chosen()
 
 

@@ -60,7 +60,9 @@ def running(server: str, file: str, flags: list[Any]) -> Iterator[tuple[int, sub
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**PEER_VARIABLES, **os.environ}
             )
         except OSError as error:
-            raise BenchmarkError(f"--llama-server {server} cannot be run: {error.strerror}") from error
+            raise BenchmarkError(
+                f"--llama-server {server} cannot be run: {error.strerror}", field="--llama-server"
+            ) from error
         try:
             until = time.monotonic() + START
             while not asyncio.run(healthy(port)):

@@ -157,7 +157,9 @@ class ForkServer:
                 self._socket = self._open()
                 if kind == b"w":  # the old one knew
                     break
-        raise EngineError("the process that follows grammars could not be started: see what it wrote to stderr")
+        raise EngineError(
+            "the process that follows grammars could not be started", hint="see what it wrote to stderr"
+        )
 
     def _close(self) -> None:
         self._socket.close()
@@ -207,17 +209,22 @@ class GrammarProcess:
             self._status = self._server.status(self._pid)
         return os.WTERMSIG(self._status) if self._status is not None and os.WIFSIGNALED(self._status) else 0
 
-    def why(self, limits: GrammarLimits) -> str:
+    def why(self, limits: GrammarLimits) -> GrammarError:
         """Why it has ended, for the user whose grammar it was."""
         number = self.ended_by()
         if number == signal.SIGPROF:
-            return (
-                f"it takes more CPU time than it may ({limits.compile_seconds:g} s to compile, "
-                f"{limits.mask_seconds:g} s for a token, {limits.request_seconds:g} s for a request): make it "
-                "simpler, or less ambiguous"
+            return GrammarError(
+                f"structured_outputs: the grammar takes more CPU time than it may ({limits.compile_seconds:g} s "
+                f"to compile, {limits.mask_seconds:g} s for a token, {limits.request_seconds:g} s for a request)",
+                field="structured_outputs",
+                hint="make it simpler, or less ambiguous",
             )
         name = signal.Signals(number).name if number else f"status {self._status}"
-        return f"it is too deep or too large for its compiler, which failed ({name}): make it simpler"
+        return GrammarError(
+            f"structured_outputs: the grammar is too deep or too large for its compiler, which failed ({name})",
+            field="structured_outputs",
+            hint="make it simpler",
+        )
 
 
 @dataclass(frozen=True)
@@ -264,7 +271,10 @@ class GrammarState:
             try:
                 if not self._connection.poll(max(0.0, end - time.monotonic())):
                     if time.monotonic() >= last:
-                        raise GrammarError(f"structured_outputs: the grammar gave no answer in {PATIENCE:g} s")
+                        raise GrammarError(
+                            f"structured_outputs: the grammar gave no answer in {PATIENCE:g} s",
+                            field="structured_outputs",
+                        )
                     return False
                 reply = self._connection.recv_bytes()
             except (EOFError, ConnectionError):
@@ -300,7 +310,7 @@ class GrammarState:
             except ConnectionError:  # it has ended just now
                 self._process.over = True
                 if attempt:
-                    raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}") from None
+                    raise self._process.why(self._grammars.limits) from None
             else:
                 self._started = False
                 return
@@ -312,7 +322,7 @@ class GrammarState:
             self._process.requests == {self._request} and self._process.ended_by() == signal.SIGPROF
         )
         if to_blame and sole:
-            raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}")
+            raise self._process.why(self._grammars.limits)
         self._alone = self._alone or to_blame
         if "accept" in self._question:
             self._question = {"accept": []}  # they are among those that it starts with
@@ -336,11 +346,12 @@ class GrammarState:
         head, _, rest = reply.partition(b"\n")
         header = json.loads(head)
         if "error" in header:
-            raise GrammarError(header["error"])
+            raise GrammarError(**header["error"])
         if "refused" in header:
             raise GrammarError(
-                "the answer begins with what structured_outputs do not allow: change the beginning, or leave one "
-                "of the two out"
+                "the answer begins with what structured_outputs do not allow",
+                field="structured_outputs",
+                hint="change the beginning, or leave one of the two out",
             )
         self._spent, self.finished = header["spent"], header["finished"]
         if not self._started:

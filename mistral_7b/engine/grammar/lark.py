@@ -45,10 +45,13 @@ def lark(spec: StructuredOutputs, spaced: bool) -> str:
         try:
             text = library().grammar_from("grammar", spec.grammar)
         except (ValueError, RecursionError) as e:
-            raise GrammarError(f"structured_outputs.grammar: {e}") from e
+            raise GrammarError(f"structured_outputs.grammar: {e}", field="structured_outputs.grammar") from e
         _check_multiples(text)
     if len(text) > LONGEST:
-        raise GrammarError(f"structured_outputs has {len(text)} characters; at most {LONGEST} are taken")
+        raise GrammarError(
+            f"structured_outputs has {len(text)} characters; at most {LONGEST} are taken",
+            field="structured_outputs",
+        )
     return f"{text}\n{OPTIONS}"
 
 
@@ -64,7 +67,11 @@ def _check_multiples(text: str) -> None:
             continue  # no number: the compiler says so
         steps = math.lcm(steps, max(value, 1))
         if steps > STEPS:
-            raise GrammarError(f"structured_outputs: multipleOf {number} takes too long; give a rounder number")
+            raise GrammarError(
+                f"structured_outputs: multipleOf {number} takes too long",
+                field="structured_outputs",
+                hint="give a rounder number",
+            )
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
@@ -93,11 +100,13 @@ def tool_spec(
         functions = {i: f for i, f in functions.items() if f["name"] == name}
         parallel = False
         if not functions:
-            raise GrammarError(f"tool_choice names {name!r}, which is none of the tools")
+            raise GrammarError(f"tool_choice names {name!r}, which is none of the tools", field="tool_choice")
     elif choice not in ("required", "any"):
-        raise GrammarError(f"tool_choice must be auto, none, required or name a function, not {choice!r}")
+        raise GrammarError(
+            f"tool_choice must be auto, none, required or name a function, not {choice!r}", field="tool_choice"
+        )
     if not functions:
-        raise GrammarError(f"tool_choice is {choice!r}, and there are no tools")
+        raise GrammarError(f"tool_choice is {choice!r}, and there are no tools", field="tool_choice")
     return StructuredOutputs(grammar="start: called\n" + _calls(functions, parallel))
 
 
@@ -135,11 +144,11 @@ def _function(place: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """What stands in a tool of OpenAI's form. GrammarError unless it has a name, and arguments of an object."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise GrammarError(f"tools[{place}] has no function with a name")
+        raise GrammarError(f"tools[{place}] has no function with a name", field=f"tools[{place}]")
     parameters = function.get("parameters")
     where = f"tools[{place}].function.parameters"
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise GrammarError(f"{where} must be the JSON schema of an object, not {parameters!r:.80}")
+        raise GrammarError(f"{where} must be the JSON schema of an object, not {parameters!r:.80}", field=where)
     if parameters and parameters.get("type", "object") != "object":
-        raise GrammarError(f"{where}.type must be 'object', not {parameters['type']!r:.80}")
+        raise GrammarError(f"{where}.type must be 'object', not {parameters['type']!r:.80}", field=f"{where}.type")
     return function

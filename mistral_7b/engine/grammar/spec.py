@@ -56,7 +56,7 @@ class GrammarSpec:
         try:
             return json.dumps(values)
         except (TypeError, ValueError, RecursionError) as e:
-            raise GrammarError(f"tools or structured_outputs are no JSON: {e}") from e
+            raise GrammarError(f"tools or structured_outputs are no JSON: {e}", field="structured_outputs") from e
 
     @classmethod
     def from_json(cls, text: str) -> GrammarSpec:

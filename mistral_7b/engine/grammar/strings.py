@@ -95,7 +95,12 @@ def is_empty(terminal: str) -> bool:
 def fault(value: str) -> str | None:
     """What llguidance finds wrong with what may stand in a rule."""
     matcher = library().LLMatcher(_tokenizer(), f"start: {value}\n{NO_FORCING}", log_level=0)
-    return matcher.get_error().splitlines()[0] if matcher.is_error() else None
+    return _report(matcher) if matcher.is_error() else None
+
+
+def _report(matcher: Any) -> str:
+    """What llguidance finds wrong, without the picture of the place."""
+    return str(matcher.get_error()).splitlines()[0]
 
 
 def _written(text: str) -> str:
@@ -108,7 +113,7 @@ def _matcher(terminal: str) -> Any:
     """llguidance's matcher of a terminal, over bytes. Raises GrammarError for a terminal beyond its limits."""
     matcher = library().LLMatcher(_tokenizer(), f"start: T\nT: {terminal}\n{NO_FORCING}", log_level=0)
     if matcher.is_error():
-        raise GrammarError(matcher.get_error().splitlines()[0])
+        raise GrammarError(_report(matcher))
     return matcher
 
 

@@ -100,7 +100,7 @@ class Worker:
             if "start" in question:
                 return self._start(connection, question)
             if connection not in self._states:  # its start has failed, and that was said
-                return b'{"error": "not started"}'
+                return _told(GrammarError("not started"))
             state, account = self._states[connection]
             with self._charged(account):
                 header: dict[str, Any] = {}
@@ -112,9 +112,11 @@ class Worker:
             header = {"finished": state.finished, **header, "drafted": drafted, "spent": account.spent}
             return json.dumps(header).encode() + b"\n" + b"".join(m.tobytes() for m in masks)
         except GrammarError as e:
-            return json.dumps({"error": str(e)}).encode()
+            return _told(e)
         except (MemoryError, RecursionError) as e:
-            return json.dumps({"error": f"structured_outputs: too deep or too large: {e!r}"}).encode()
+            return _told(
+                GrammarError(f"structured_outputs: too deep or too large: {e!r}", field="structured_outputs")
+            )
 
     def _start(self, connection: Connection, question: dict[str, Any]) -> bytes:
         """A state for a completion that has taken the tokens `start` already."""
@@ -144,7 +146,9 @@ class Worker:
         if left <= 0:
             raise GrammarError(
                 f"structured_outputs: the grammar has used up the {self.limits.request_seconds:g} s of CPU time "
-                "that one request may take: make it simpler, or less ambiguous"
+                "that one request may take",
+                field="structured_outputs",
+                hint="make it simpler, or less ambiguous",
             )
         began = time.process_time()
         try:
@@ -155,6 +159,11 @@ class Worker:
             account.spent += took
             if took > self.expensive:
                 _lower()
+
+
+def _told(error: GrammarError) -> bytes:
+    """The answer that makes the engine's process raise this error."""
+    return json.dumps({"error": error.data}).encode()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from mistral_7b.engine.grammar import lark as lark_module
 from mistral_7b.engine.grammar.lark import tool_spec
 from mistral_7b.errors import GrammarError, SamplingError
 from mistral_7b.sampling_params import StructuredOutputs
-from tests.engine.drawing import in_process
+from tests.engine import drawing
 
 LOW, HIGH, BIG = -(2**63), 2**63 - 1, 1234567890123456789
 LIST: dict[str, Any] = {
@@ -25,14 +25,7 @@ LIST: dict[str, Any] = {
 
 def admits(schema: Any, text: str) -> bool:
     """Whether a text can be written under a schema, and end there."""
-    tokenizer, grammars = in_process("demo")
-    ids = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size)}
-    state = grammars.start(StructuredOutputs(json=schema), [1])
-    for byte in text.encode():
-        if state.finished or not state.allows(ids[bytes([byte])]):
-            return False
-        state.accept(ids[bytes([byte])])
-    return state.finished or state.allows(tokenizer.eos_id)
+    return drawing.admits(StructuredOutputs(json=schema), text)
 
 
 def as_before(schema: Any, where: str, name: str, style: object = None) -> str:

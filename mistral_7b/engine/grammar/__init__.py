@@ -5,6 +5,7 @@ lark         the same, written as a grammar
 schema       a JSON schema, read; a $ref in it is found by pointers.py
 shapes       what a schema allows: numbers, texts, arrays and objects that can be intersected
 rules        a schema's rules, which never come to a dead end
+embedded     the schemas within a user's own Lark grammar
 strings      terminals of JSON strings; patterns.py rewrites regular expressions for them
 digits       terminals of numbers between bounds
 vocabulary   the tokens as llguidance knows them, and masks over them

@@ -46,7 +46,7 @@ class GrammarSpec:
         assert spec is not None  # or `of` had returned None
         if self.structured is not None and self.tools:
             spec = or_tools(spec, self.tools, self.parallel, spaced)
-        return lark(spec, spaced)
+        return lark(spec, spaced, own=spec is self.structured)
 
     def to_json(self) -> str:
         """As text; equal specifications have equal texts. GrammarError for what cannot be written as JSON."""

@@ -124,5 +124,5 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_a_beginning_whose_blanks_the_grammar_forbids_is_refused(
     llm: LLM, spec: dict[str, Any], text: str
 ) -> None:
-    with pytest.raises(GrammarError, match="begins with what structured_outputs do not allow"):
+    with pytest.raises(GrammarError, match="^structured_outputs: the answer begins with what they do not allow"):
         chat(llm, spec, text)

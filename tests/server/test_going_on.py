@@ -127,4 +127,5 @@ def test_a_schema_holds_for_the_whole_answer_in_anthropics_words(server: Serving
 def test_a_beginning_that_the_schema_forbids_is_refused(server: Serving, text: str) -> None:
     status, body = server.post("/v1/chat/completions", going_on(text))
     assert status == 400
-    assert "begins with what structured_outputs do not allow" in body["error"]["message"]
+    assert "begins with what they do not allow" in body["error"]["message"]
+    assert body["error"]["param"] == "structured_outputs"

@@ -339,8 +339,8 @@ class GrammarState:
             raise GrammarError(header["error"])
         if "refused" in header:
             raise GrammarError(
-                "the answer begins with what structured_outputs do not allow: change the beginning, or leave one "
-                "of the two out"
+                "structured_outputs: the answer begins with what they do not allow: change the beginning, or "
+                "leave one of the two out"
             )
         self._spent, self.finished = header["spent"], header["finished"]
         if not self._started:

@@ -111,7 +111,7 @@ class MatcherState:
     def accept(self, token: int) -> None:
         """Take the next token. Raises GrammarError for one that is not allowed, and as masks() does."""
         if not self.allows(token):
-            raise GrammarError(f"token {token} is not what the grammar allows here")
+            raise GrammarError(f"structured_outputs: token {token} is not what the grammar allows here")
         only_eos = self._matcher.vocabulary.only_eos
         if token == self._matcher.vocabulary.eos:
             self._ended = True

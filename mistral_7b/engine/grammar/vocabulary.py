@@ -33,7 +33,7 @@ def library() -> Any:
         import llguidance
     except ImportError as e:
         raise GrammarError(
-            "structured outputs need llguidance, which is not installed: pip install 'mistral-7b[serve]'"
+            "structured_outputs need llguidance, which is not installed: pip install 'mistral-7b[serve]'"
         ) from e
     return llguidance
 

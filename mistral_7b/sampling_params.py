@@ -64,7 +64,7 @@ class StructuredOutputs:
         schema: Any = self.json
         try:
             text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-            schema = json.loads(text, parse_float=_as_written, parse_constant=_as_written)
+            schema = json.loads(text, parse_float=as_written, parse_constant=as_written)
         except (ValueError, TypeError, RecursionError) as e:
             raise SamplingError(f"structured_outputs.json is no JSON: {e}", field="structured_outputs.json") from e
         if not isinstance(schema, dict):
@@ -213,7 +213,7 @@ class SamplingParams:
         return cls(**values)
 
 
-def _as_written(number: str) -> float:
+def as_written(number: str) -> float:
     """The float that a text means, which no other text means any shorter. ValueError where it loses digits."""
     value = float(number)
     if not math.isfinite(value) or Decimal(repr(value)) != Decimal(number):

@@ -11,9 +11,10 @@ from refusals import refused
 
 from mistral_7b.engine.grammar import lark as lark_module
 from mistral_7b.engine.grammar.lark import tool_spec
+from mistral_7b.engine.grammar.spec import GrammarSpec
 from mistral_7b.errors import GrammarError, SamplingError
 from mistral_7b.sampling_params import StructuredOutputs
-from tests.engine.drawing import in_process
+from tests.engine import drawing
 
 LOW, HIGH, BIG = -(2**63), 2**63 - 1, 1234567890123456789
 LIST: dict[str, Any] = {
@@ -26,14 +27,7 @@ LIST: dict[str, Any] = {
 
 def admits(schema: Any, text: str) -> bool:
     """Whether a text can be written under a schema, and end there."""
-    tokenizer, grammars = in_process("demo")
-    ids = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size)}
-    state = grammars.start(StructuredOutputs(json=schema), [1])
-    for byte in text.encode():
-        if state.finished or not state.allows(ids[bytes([byte])]):
-            return False
-        state.accept(ids[bytes([byte])])
-    return state.finished or state.allows(tokenizer.eos_id)
+    return drawing.admits(StructuredOutputs(json=schema), text)
 
 
 def as_before(schema: Any, where: str, name: str, style: object = None) -> str:
@@ -220,6 +214,41 @@ def test_what_cannot_be_obeyed_is_refused_by_name_and_place(schema: Any, words: 
         admits(schema, "")
     assert re.search(words, str(e.value))
     assert len(str(e.value)) < 500
+
+
+MANY = "(a|b)*a(a|b){40}c"  # whose complement has more states than llguidance looks at
+WITHIN = {"patternProperties": {MANY: {}, "b": {}}}
+FIXED = "^((a{1,1000}){1,1000}){1,1000}$"
+
+
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"properties": {"x": WITHIN}}, "#/properties/x$"),
+        ({"items": {"type": "string", "pattern": FIXED, "allOf": [{"pattern": "b"}]}}, "#/items$"),
+        (
+            {"properties": {"x": {"pattern": FIXED}}, "patternProperties": {"x": {"pattern": "b"}}},
+            "#/properties/x and ",
+        ),
+    ],
+)
+def test_patterns_that_are_too_much_are_refused_by_their_place(schema: Any, place: str) -> None:
+    with pytest.raises(
+        GrammarError, match=f"^structured_outputs.json: pattern, format .* together: .*, at {place}"
+    ):
+        admits(schema, "")
+
+
+def test_what_is_no_json_is_named() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": {1}}}}
+    for name, spec in (
+        ("tools", GrammarSpec(None, [tool], "required")),
+        ("tool_choice", GrammarSpec(None, [], {"function": {1}})),
+    ):
+        with pytest.raises(GrammarError, match=f"^{name} cannot be written as JSON: Object of type set"):
+            spec.to_json()
+    spec = GrammarSpec(StructuredOutputs(choice=["a"]), [], {"function": {"name": "f"}}, False)
+    assert GrammarSpec.from_json(spec.to_json()).to_json() == spec.to_json()
 
 
 @pytest.mark.parametrize(

@@ -205,4 +205,5 @@ def _reason(report: str) -> str:
         lines.append(line.strip())
     text = " ".join(line for line in lines if line.strip("^ "))
     text = re.sub(r"^at \d+\(\d+\): ", "", text).replace("(in regex): regex parse error: ", "")
+    text = text.replace("nested %lark {", "%json and %lark {")  # the one may have been the other (embedded.py)
     return DEAD_END if not text or text.startswith("NoExtension") else text[:400]

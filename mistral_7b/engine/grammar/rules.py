@@ -90,9 +90,12 @@ class _Writer:
         while left:
             places = left.pop()
             if places not in self._shapes:
-                self._shapes[places] = self._reader.shapes(places)
+                try:
+                    self._shapes[places] = self._reader.shapes(places)
+                    left += [inner for shape in self._shapes[places] for inner in self._inside(shape)]
+                except strings.TerminalError as e:
+                    self._refuse(places, f"{strings.TOO_MUCH}: {e}")
                 self._alike.setdefault(tuple(self._shapes[places]), places)
-                left += [inner for shape in self._shapes[places] for inner in self._inside(shape)]
             if len(self._shapes) > RULES:
                 raise GrammarError(f"{self._where} is too large", field=self._where)
 

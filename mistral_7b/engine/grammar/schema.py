@@ -82,6 +82,8 @@ class Reader:
                     self._known[place] = [self._literal(place)]
                 else:
                     self._known[place] = self._read(place)
+            except strings.TerminalError as e:
+                self.refuse(place, f"{strings.TOO_MUCH}: {e}")
             finally:
                 self._active.pop()
         return self._known[place]

@@ -120,7 +120,7 @@ def test_train_config_and_flags_that_override_it(
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "must hold a JSON object"),
+        ("[]", "not a JSON object of training options"),
         ('{"step": 3}', "unknown training option 'step'"),
         ('{"steps": "many"}', "--steps"),
         ('{"steps": 2.5}', "--steps"),

@@ -17,6 +17,7 @@ from mistral_7b.sampling import SamplingParams
 from mistral_7b.tokenizer import Tokenizer
 
 
+@pytest.mark.wording
 def test_answers_are_those_of_the_chat_template(run, windowed: str) -> None:
     flags = ("--temperature", "0", "--max-tokens", "20", "--system", "be brief")
     code, out, err = run("chat", windowed, *flags, stdin="hello\n/exit\n")
@@ -46,6 +47,7 @@ def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
     assert made == [None, torch.int8, None]
 
 
+@pytest.mark.wording
 def test_a_full_context_loses_nothing(run, short: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "talk.json"
     lines = f"hello\n{'many words ' * 60}\n/save {file}\n"
@@ -58,6 +60,7 @@ def test_a_full_context_loses_nothing(run, short: str, tmp_path: pathlib.Path) -
     assert out.strip() == saved[1]["content"]
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize("limit", ["None", "1000"])
 def test_an_answer_may_fill_the_context(run, short: str, limit: str) -> None:
     code, _, err = run("chat", short, "--max-tokens", limit, "--ignore-eos", stdin="hello\n")

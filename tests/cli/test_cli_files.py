@@ -25,6 +25,7 @@ def test_convert_there_and_back(run, windowed: str, tmp_path: pathlib.Path) -> N
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -55,6 +56,7 @@ def test_pull_prints_the_folder(run, monkeypatch, tmp_path: pathlib.Path) -> Non
     assert seen == ["some/model", "v2"]
 
 
+@pytest.mark.wording
 def test_pull_refuses_what_is_no_id_and_fails_offline(run, monkeypatch, tmp_path: pathlib.Path) -> None:
     code, _, err = run("pull", "no-id")
     assert code == 2
@@ -116,6 +118,7 @@ def test_train_config_and_flags_that_override_it(
     assert (trained[1].tie_embeddings, trained[1].data) == (False, ("x", "y z"))
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("text", "message"),
     [

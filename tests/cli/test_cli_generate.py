@@ -77,6 +77,7 @@ def test_every_sampling_flag_arrives(run, windowed: str) -> None:
     assert run("generate", windowed, "--prompt", PROMPT, *words).out == wanted[0] + "\n"
 
 
+@pytest.mark.wording
 def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> None:
     """The same text, by lookup and by a draft model, with what came of it in both kinds of output."""
     prompt, flags = "a b a b a b a b", ["--max-tokens", "40", "--seed", "5", "--dtype", "float32"]
@@ -229,6 +230,7 @@ def test_what_is_refused(run, short: str, flags: list[str], message: str) -> Non
     assert "Traceback" not in err
 
 
+@pytest.mark.wording
 def test_bytes_that_are_no_text(run, short: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "p").write_bytes(b"ab\xff")
     code, _, err = run("generate", short, "--prompt-file", str(tmp_path / "p"))
@@ -236,6 +238,7 @@ def test_bytes_that_are_no_text(run, short: str, tmp_path: pathlib.Path) -> None
     assert "is not UTF-8 text (byte 2)" in err
 
 
+@pytest.mark.wording
 def test_tokenizer_of_another_model(run, tmp_path: pathlib.Path, windowed: str) -> None:
     folder = write_model(tmp_path / "small", vocab_size=300)
     code, _, err = run("generate", str(folder), "--prompt", "x")

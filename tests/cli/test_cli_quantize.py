@@ -24,6 +24,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.mark.wording
 def test_quantise_inform_and_generate(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int4")
     code, stdout, err = run(
@@ -80,6 +81,7 @@ def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.
     assert json.loads(run("info", out, "--json").out)["quantization"]["calibration"] == record.calibration
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
     [

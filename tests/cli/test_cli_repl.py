@@ -83,6 +83,7 @@ def test_messages_of_several_lines(monkeypatch, typed: list[str], message: str) 
         read_message()
 
 
+@pytest.mark.wording
 def test_commands_are_not_messages(talk: Talk) -> None:
     out, err = talk("/help", "/nope", "/system", " /usr is a folder")
     assert out == "heard /usr is a folder \n"
@@ -104,6 +105,7 @@ def test_save_and_load(talk: Talk, tmp_path: pathlib.Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["talk.json"]
 
 
+@pytest.mark.wording
 def test_save_writes_over_conversations_only(talk: Talk, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "thesis.txt"
     file.write_text("years of work")
@@ -132,6 +134,7 @@ def test_a_save_that_fails_leaves_the_old_file(talk: Talk, tmp_path: pathlib.Pat
     assert [f.name for f in tmp_path.iterdir()] == ["talk.json"]
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("text", "message"),
     [

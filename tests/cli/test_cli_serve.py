@@ -104,6 +104,7 @@ def test_an_engine_that_breaks_ends_the_process(tmp_path):
         process.wait()
 
 
+@pytest.mark.wording
 def test_what_cannot_be_served_is_said_in_a_line(run, tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -29,6 +29,7 @@ def set_to(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize("n", [0, -1, threads.most() + 1, 20_000, 100_000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_it(

@@ -138,6 +138,7 @@ def test_what_anthropics_rules_forbid_is_refused(messages: list[dict[str, Any]],
     assert refused.value.field == field
 
 
+@pytest.mark.wording
 def test_it_is_said_which_rule_was_broken() -> None:
     with pytest.raises(ConversationError, match=r"messages\[1\] calls tools: their results must follow"):
         conversation(request(USER, CALLS))

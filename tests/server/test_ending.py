@@ -183,7 +183,7 @@ def test_an_engine_that_breaks_ends_the_server():
         half.close()
         server.thread.join(10)
         assert not server.thread.is_alive()
-        assert "ZeroDivisionError" in str(server.server.broken)
+        assert isinstance(server.server.broken.__cause__, ZeroDivisionError)
 
 
 def test_an_engine_that_breaks_inside_another_server():

@@ -101,6 +101,7 @@ def test_the_field_is_named(
     assert out["error"]["message"] != REWORDED
 
 
+@pytest.mark.wording  # it rewords what is said itself
 @pytest.mark.usefixtures("reword")
 @pytest.mark.parametrize(("path", "body", "status", "kind", "param"), CASES)
 def test_no_message_is_read(
@@ -121,6 +122,7 @@ def test_what_never_fits_names_the_field_that_it_came_in(
     assert (status, out["error"]["code"], out["error"]["param"]) == (422, "too_large", field), out
 
 
+@pytest.mark.wording  # it rewords what is said itself
 @pytest.mark.usefixtures("reword")
 @pytest.mark.parametrize("path", [CHAT, ANTHROPIC])
 def test_what_the_engine_refuses_keeps_its_code(

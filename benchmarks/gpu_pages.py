@@ -1,4 +1,4 @@
-"""What `make gpu-check` measures of attention over pages (kernels/paged.py): exactness, then speed.
+"""What `make gpu-check` measures of attention over pages (kernels/gpu/paged.py): exactness, then speed.
 
 Records as in gpu_measures.py. Decode is bounded by reading keys and values, prefill by products.
 """
@@ -10,9 +10,9 @@ from gpu_measures import Record, ceilings, seconds
 from torch import Tensor
 
 from mistral_7b import ModelArgs
-from mistral_7b.kernels import fused
 from mistral_7b.kernels.attend import Place, Remembered, attend_twin, quantize_kv
-from mistral_7b.kernels.paged import paged_attend
+from mistral_7b.kernels.gpu import elementwise as gpu
+from mistral_7b.kernels.gpu.paged import paged_attend
 
 PAGE = 16
 Entries = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # k, v and their scales
@@ -44,7 +44,7 @@ def attended(q: Tensor, new: Entries, old: Entries, place: Place, window: int | 
 @torch.inference_mode()
 def over_pages(device: torch.device, args: ModelArgs) -> list[Record]:
     """Both kinds of keys and values against the twin, a row alone and among others, and both speeds."""
-    if not fused.runs_kernels(torch.empty(1, device=device)):
+    if not gpu.runs_kernels(torch.empty(1, device=device)):
         why = "needs a CUDA device and Triton; tests/kernels run it in Triton's interpreter, where it is installed"
         return [{"what": "attention over pages", "skipped": why}]
     bandwidth, peak, _ = ceilings(device)

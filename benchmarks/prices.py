@@ -22,7 +22,8 @@ import torch
 
 from mistral_7b.benchmark import machine
 from mistral_7b.generate import stream
-from mistral_7b.kernels import compiler, describe
+from mistral_7b.kernels import describe
+from mistral_7b.kernels.cpu import compiler
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization import Scheme, random_model
 from mistral_7b.sampling_params import SamplingParams

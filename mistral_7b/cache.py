@@ -30,8 +30,8 @@ from torch import Tensor
 
 from .attention import Band, attention, banded_attention, bands, visible
 from .errors import CacheError
-from .kernels import pages
 from .kernels.attend import Place, Remembered, attend, available, quantize_kv
+from .kernels.cpu import huge_pages
 
 EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
 
@@ -372,7 +372,7 @@ class RollingCache(KernelCache):
         empty = torch.zeros(batch, self.slots, n_kv_heads, head_dim, dtype=dtype, device=device)
         blank = compressed(empty, empty, check_kv_dtype(kv_dtype))
         self.layers: list[_RollingMemory] = [
-            _RollingMemory(self, tuple(pages.copied(t) for t in blank), dtype) for _ in range(n_layers)
+            _RollingMemory(self, tuple(huge_pages.copied(t) for t in blank), dtype) for _ in range(n_layers)
         ]
         self._new_forward()
 

@@ -2,7 +2,7 @@
 
     token (B, 1) --model over a static ring--> logits (B, V) --pick--> token (B, 1), out[step]
 
-One step is captured once (kernels/graph.py) and replayed CHUNK times, on buffers that stay where they are; then
+One step is captured once (kernels/gpu/graph.py) and replayed CHUNK times, on buffers that stay in place; then
 CHUNK tokens of every row are read back, and whatever ended a completion is found on the host, which drops the
 tokens after it. Random numbers are a function of seed, completion and place (sampling.uniforms), so the host sets
 them out beforehand.
@@ -18,7 +18,7 @@ import torch
 
 from .cache import RollingCache
 from .completion import Completion
-from .kernels.graph import WARM_UP, Recorder
+from .kernels.gpu.graph import WARM_UP, Recorder
 from .model import Mistral7B
 from .sampling import SamplingParams, pick, ways_of
 

@@ -96,9 +96,9 @@ def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
     """
     import torch
 
-    from ..kernels import compiler, pages
+    from ..kernels.cpu import compiler, huge_pages
 
-    words = _filled(pages.empty(((size or buffer_bytes()) // 4,), torch.int32), seconds)
+    words = _filled(huge_pages.empty(((size or buffer_bytes()) // 4,), torch.int32), seconds)
     numbers, size = words.view(torch.float32), words.nbytes
     half = numbers.numel() // 2
     ways: list[Callable[[], object]] = [
@@ -164,7 +164,8 @@ def int8_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
     """int8 product by this package's kernel, its inputs' rounding included; None where it is not compiled."""
     import torch
 
-    from ..kernels import compiler, layout
+    from ..kernels import layout
+    from ..kernels.cpu import compiler
     from ..kernels.linear import int8_linear
 
     if compiler.library() is None:

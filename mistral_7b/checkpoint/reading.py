@@ -89,8 +89,8 @@ def load(
     each is and where it runs. A folder that `mistral-7b quantize` wrote is opened as what it is, on a GPU too,
     and `dtype` is then that of the arithmetic.
 
-    `mmap=False` copies quantised weights from their file into huge pages (kernels/pages.py): a CPU reads those
-    faster, but opening takes seconds, and processes share nothing.
+    `mmap=False` copies quantised weights from their file onto huge pages (kernels/cpu/huge_pages.py): a CPU reads
+    those faster, but opening takes seconds, and processes share nothing.
 
     On a CPU, weights whose type and layout are those of the file stay mapped: they are read when first
     used and shared between processes (the file may be replaced meanwhile, but not written into). All

@@ -23,7 +23,7 @@ from ..attention import banded_attention, bands
 from ..cache import Entries, KernelCache, KeysAndValues, compressed, expanded, fast, four
 from ..errors import CacheError
 from ..kernels.attend import Place, Remembered, attend, available
-from ..kernels.fused import runs_kernels
+from ..kernels.gpu.elementwise import runs_kernels
 from ..sampling import put
 from .pages import PagePool
 

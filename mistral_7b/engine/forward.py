@@ -11,8 +11,8 @@ steps, once prompts are read. There is one for each number of sequences, filled 
 
     columns   64  256  1024 ...                of the table of pages, as the longest of them needs
 
-No row's result depends on those beside it (kernels/paged.py; docs/gpu.md says where products do), so filling up
-changes none. A graph is recorded when it is first needed.
+No row's result depends on those beside it (kernels/gpu/paged.py; docs/gpu.md says where products do), so filling
+up changes none. A graph is recorded when it is first needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..kernels.graph import WARM_UP, Recorder
+from ..kernels.gpu.graph import WARM_UP, Recorder
 from ..model import Mistral7B
 from ..sampling import put
 from .adapters import Adapters

@@ -11,4 +11,4 @@ paged                 attention over pages for a GPU, with triton_paged
 graph                 work for a GPU recorded once and replayed
 """
 
-from .compiler import describe as describe
+from .cpu.compiler import describe as describe

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiler
-from .fused import runs_kernels
+from .cpu import compiler
+from .gpu.elementwise import runs_kernels
+from .gpu.paged import paged_attend
 from .linear import OPS
-from .paged import paged_attend
 
 
 class Place(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiler
+from .cpu import compiler
 from .linear import FLOATS, OPS
 
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import compiler, layout
+from . import layout
+from .cpu import compiler
 
 OPS = torch.library.Library("mistral_7b", "DEF")
 FLOATS = (torch.float32, torch.bfloat16)  # what the kernels read and write; others go by way of float32

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiler
+from .cpu import compiler
 from .linear import FLOATS
 
 RANKS = 4  # that the kernel takes at once

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Cache, KernelCache, Memory, layers_of
-from ..kernels.block import Block, finish, project, run_layers, usable
+from ..kernels.cpu.block import Block, finish, project, run_layers, usable
 from ..kernels.elementwise import rms_norm, rotate, silu_mul
 from ..model import Attention, FeedForward, Mistral7B, RMSNorm, Rope, TransformerBlock, rope_phases
 from .linear import Compressed

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import layout, pages
-from ..kernels.block import Weights
+from ..kernels import layout
+from ..kernels.cpu import huge_pages
+from ..kernels.cpu.block import Weights
 from ..kernels.linear import block_linear, int4_linear, int8_linear, int_weight
 from .rounding import Int4Codes, Int8Codes, round_int8
 
@@ -53,7 +54,7 @@ class Int8Linear(Compressed):
         """A Linear of what `round_int8` returns."""
         out, made = cls(q.q.shape[1], q.q.shape[0], "meta"), {}
         rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 4
-        made["codes"] = pages.copied(layout.tile_int8(layout.pad(q.q, rows, columns, 128)))
+        made["codes"] = huge_pages.copied(layout.tile_int8(layout.pad(q.q, rows, columns, 128)))
         made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
         out.load_state_dict(made, assign=True)
         return out
@@ -104,7 +105,7 @@ class Int4Linear(Compressed):
         group_size = q.q.shape[1] // q.m.shape[1]
         out, made = cls(in_features, q.q.shape[0], group_size, "meta"), {}
         rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 8
-        made["codes"] = pages.copied(layout.tile_int4(layout.pad(q.q, rows, columns, 8)))
+        made["codes"] = huge_pages.copied(layout.tile_int4(layout.pad(q.q, rows, columns, 8)))
         m, z = (layout.pad(t, rows, columns // group_size, value) for t, value in ((q.m, 1), (q.z, 8)))
         made["groups"] = layout.tile_groups(m, z)
         made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
@@ -149,7 +150,7 @@ class BlockLinear(Compressed):
         self.bits = bits
         rows = layout.padded(self.out_features, layout.TILE)
         q = layout.pad(q, rows, self.in_features, 128 if bits == 8 else 8)
-        self.register_buffer("codes", pages.copied(layout.tile_int8(q) if bits == 8 else layout.tile_int4(q)))
+        self.register_buffer("codes", huge_pages.copied(layout.tile_int8(q) if bits == 8 else layout.tile_int4(q)))
         d = nn.functional.pad(d, (0, 0, 0, rows - self.out_features))
         self.register_buffer("d", d.unflatten(0, (-1, layout.TILE)).transpose(1, 2).contiguous())
 

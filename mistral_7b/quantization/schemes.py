@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from ..kernels import pages
-from ..kernels.weight_only import has_fp8
+from ..kernels.cpu import huge_pages
+from ..kernels.gpu.weight_only import has_fp8
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
 from .fused import fuse
@@ -180,7 +180,7 @@ def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtyp
 
 def _random(name: str, like: Tensor, block: Tensor, symmetric: bool) -> Tensor:
     """Codes at random; multipliers 3..6 about a zero point of 7 or 8; scales that keep activations of size 1."""
-    out = pages.empty(like.shape, like.dtype)
+    out = huge_pages.empty(like.shape, like.dtype)
     if name == "scale":
         return out.fill_(2e-4)
     flat = out.view(torch.uint8).view(-1)

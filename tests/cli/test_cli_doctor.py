@@ -99,7 +99,7 @@ def test_a_probe_that_never_ends_does_not_hang_it(run, tmp_path: pathlib.Path, m
 
 
 def test_kernels_that_have_to_be_compiled_are_said_to_be(run, monkeypatch) -> None:
-    from mistral_7b.kernels import compiler
+    from mistral_7b.kernels.cpu import compiler
 
     monkeypatch.setattr(compiler, "must_compile", lambda: True)
     code, out, err = run("doctor", "--no-measure", "--json")
@@ -131,7 +131,7 @@ def test_what_is_missing_is_told(change: dict[str, object], text: str) -> None:
 
 
 def test_kernels_that_cannot_be_built_are_advice_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mistral_7b.kernels import compiler
+    from mistral_7b.kernels.cpu import compiler
 
     monkeypatch.setattr(compiler, "compiler", lambda: None)
     monkeypatch.setattr(compiler, "library", compiler.library.__wrapped__)

@@ -22,7 +22,7 @@ from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.reading import Asked
 from mistral_7b.kernels.attend import available
-from mistral_7b.kernels.graph import WARM_UP
+from mistral_7b.kernels.gpu.graph import WARM_UP
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
 from mistral_7b.sampling import SamplingParams

@@ -11,7 +11,7 @@ import torch
 from interpreter import DEVICE, INTERPRETED
 from torch import Tensor
 
-from mistral_7b.kernels import weight_only as w
+from mistral_7b.kernels.gpu import weight_only as w
 
 SHAPES = ((37, 70), (300, 261), (33, 1100))  # N, K: multiples of no block
 ROWS = (1, 2, 3, 16, 17, 64)

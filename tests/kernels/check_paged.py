@@ -13,8 +13,9 @@ import torch
 from interpreter import DEVICE, INTERPRETED
 from torch import Tensor
 
-from mistral_7b.kernels import attend, paged
+from mistral_7b.kernels import attend
 from mistral_7b.kernels.attend import Place, Remembered, attend_twin, quantize_kv
+from mistral_7b.kernels.gpu import paged
 
 PAGE = 4
 ULP = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

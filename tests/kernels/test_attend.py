@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mistral_7b.attention import attention, visible
-from mistral_7b.kernels import compiler
 from mistral_7b.kernels.attend import Place, Remembered, attend, attend_twin, available, quantize_kv
+from mistral_7b.kernels.cpu import compiler
 
 compiled = pytest.mark.skipif(not available(), reason="without the kernel PyTorch's operators attend")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mistral_7b.errors import ConfigError
-from mistral_7b.kernels import compiler
+from mistral_7b.kernels.cpu import compiler
 
 
 def test_the_entry_includes_every_source() -> None:

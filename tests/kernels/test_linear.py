@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_7b.kernels import compiler, layout
+from mistral_7b.kernels import layout
+from mistral_7b.kernels.cpu import compiler
 from mistral_7b.kernels.linear import (
     block_linear_twin,
     int4_linear,

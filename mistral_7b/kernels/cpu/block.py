@@ -11,9 +11,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ..attend import LONG, PTR, Place, Where
+from ..linear import FLOATS
 from . import compiler
-from .attend import LONG, PTR, Place, Where
-from .linear import FLOATS
 
 
 class Weights(ctypes.Structure):

@@ -21,9 +21,9 @@ import subprocess
 import sys
 import warnings
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
-SOURCE = pathlib.Path(__file__).with_name("cpu") / "entry.cpp"  # which includes all that lies beside it
+SOURCE = pathlib.Path(__file__).with_name("entry.cpp")  # which includes all that lies beside it
 COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP is the one that PyTorch has loaded already
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .elementwise import rms_norm_twin, rotate_twin, silu_mul_twin
-from .linear import OPS
+from ..elementwise import rms_norm_twin, rotate_twin, silu_mul_twin
+from ..linear import OPS
 
 KINDS = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels take
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once as well
@@ -41,7 +41,7 @@ def runs_kernels(x: Tensor) -> bool:
     """
     if not (x.is_cuda or INTERPRETED) or x.dtype not in KINDS or torch.compiler.is_compiling():
         return False
-    return not (x.requires_grad and torch.is_grad_enabled()) and triton_module("triton_fused") is not None
+    return not (x.requires_grad and torch.is_grad_enabled()) and triton_module("triton_elementwise") is not None
 
 
 def launch(module: str, kernel: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **how: Any) -> None:
@@ -131,7 +131,7 @@ def decode_attention_twin(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) 
     return out.reshape(B, 1, H, K).to(q.dtype)
 
 
-_launch = functools.partial(launch, "triton_fused")
+_launch = functools.partial(launch, "triton_elementwise")
 
 
 def _power(n: int) -> int:

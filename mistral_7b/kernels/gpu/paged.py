@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .fused import launch
+from .elementwise import launch
 
 SPLIT = 512  # positions whose keys one program must take together
 BLOCK_M = 32  # rows of a tile: low enough for mma.sync, high enough for prefill to use a loaded key 32 times
@@ -50,7 +50,7 @@ def paged_attend(
     them in the pages table[b] (B, columns), of all these the last `window` (None or 0: all). It may have no rows.
     Rows after the last offset belong to no sequence: they give zeros and are not kept.
     k, v and pages are of q's type, or int8 with float32 scales (N, G, 1) and (n_pages, page, G, 1); pages are
-    contiguous. With `keep` the new ones are then written to theirs. For tensors that `fused.runs_kernels` takes.
+    contiguous. With `keep` the new ones are then written to theirs. For what `runs_kernels` takes.
     """
     (N, H, K), (G, B) = q.shape, (k.shape[1], len(start))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

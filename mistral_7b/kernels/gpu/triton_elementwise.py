@@ -1,4 +1,4 @@
-"""Triton kernels for what lies between the matrix products. fused.py says what they compute.
+"""Triton kernels for what lies between the matrix products. elementwise.py says what they compute.
 
 Each does in one pass over memory what PyTorch does in three to eight. Sums run in float32 in an order fixed
 by the shape of one row, so no row depends on how many there are.

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import launch, runs_kernels
+from .elementwise import launch, runs_kernels
 
 TILE_ROWS = 64  # more rows than these: expanding the weight costs less than reading it once per 16 rows
 PROGRAMS = 264  # programs that fill the GPU, two for each of an H200's 132 multiprocessors; a constant, so

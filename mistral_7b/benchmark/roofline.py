@@ -96,7 +96,8 @@ def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
     """
     import torch
 
-    from ..kernels.cpu import compiler, huge_pages
+    from ..kernels.backend import READ, Backend, uses
+    from ..kernels.cpu import calls, huge_pages
 
     words = _filled(huge_pages.empty(((size or buffer_bytes()) // 4,), torch.int32), seconds)
     numbers, size = words.view(torch.float32), words.nbytes
@@ -106,8 +107,8 @@ def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
         lambda: numbers.amax(),
         lambda: torch.dot(numbers[:half], numbers[half:]),
     ]
-    if (kernels := compiler.library()) is not None:
-        ways.insert(0, lambda: kernels.m7b_read(words.data_ptr(), size, torch.get_num_threads()))
+    if uses(Backend.CPU, READ, numbers):
+        ways.insert(0, lambda: calls.read(words))
     return size / _shortest(ways, seconds)
 
 
@@ -165,13 +166,13 @@ def int8_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
     import torch
 
     from ..kernels import layout
-    from ..kernels.cpu import compiler
+    from ..kernels.backend import QUANTIZED_LINEAR, Backend, uses
     from ..kernels.linear import int8_linear
 
-    if compiler.library() is None:
+    scale, x = torch.ones(side), _random(rows, side).to(torch.bfloat16)
+    if not uses(Backend.CPU, QUANTIZED_LINEAR, x):
         return None
     codes = layout.tile_int8(_random(side, side).mul_(40).add_(128).clamp_(1, 255).to(torch.uint8))
-    scale, x = torch.ones(side), _random(rows, side).to(torch.bfloat16)
     return 2 * side * side * _most(lambda m: int8_linear(x[:m], codes, scale, side), rows, seconds)
 
 

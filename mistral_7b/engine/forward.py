@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..kernels.backend import LINEAR, STEP, Backend, uses
 from ..kernels.gpu.graph import WARM_UP, Recorder
 from ..model import Mistral7B
 from ..sampling import put
@@ -138,12 +139,11 @@ def filled(n: int) -> int:
 
 def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> Forward:
     """How steps are computed where the pages lie. Nothing else in the engine asks which device that is."""
-    device = pool.layers[0][0].device
-    if device.type != "cuda":
-        modules = adapters.model.modules()
-        fill = any(type(m) is torch.nn.Linear and m.weight.dtype == torch.bfloat16 for m in modules)
-        return Forward(adapters, pool, fill)
-    recorder = Recorder(device)
+    keys = pool.layers[0][0]
+    if not uses(Backend.CUDA_GRAPH, STEP, keys):
+        linears = [m for m in adapters.model.modules() if type(m) is torch.nn.Linear]
+        return Forward(adapters, pool, any(uses(Backend.ONEDNN, LINEAR, m.weight) for m in linears))
+    recorder = Recorder(keys.device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
         def rehearse() -> None:

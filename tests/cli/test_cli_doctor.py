@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from mistral_7b import kernels
 from mistral_7b.benchmark import machine
 from mistral_7b.cli import doctor
 from mistral_7b.errors import BenchmarkError
+from mistral_7b.kernels import backend
 
 GOOD = {
     "torch": {"threads": 4, "gpu": None}, "ceilings": {}, "cores": 4,
@@ -26,7 +26,7 @@ GOOD = {
 @pytest.fixture(autouse=True)
 def _compiled() -> None:
     """So that no command of these says that it compiles."""
-    kernels.describe()
+    backend.describe()
 
 
 def test_json_has_the_facts(run, ceilings_asked: list) -> None:
@@ -148,7 +148,7 @@ def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
         raise BenchmarkError("killed")
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
-    monkeypatch.setattr(kernels, "describe", broken)
+    monkeypatch.setattr(backend, "describe", broken)
     monkeypatch.setattr("mistral_7b.benchmark.run.find_ceilings", unmeasured)
     monkeypatch.setattr(machine, "read", lambda path: "")
     monkeypatch.setattr(machine, "_output", lambda *command: "")

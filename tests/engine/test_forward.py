@@ -21,14 +21,14 @@ from mistral_7b.engine.forward import COLUMNS, DecodeStep, Forward, GraphForward
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.reading import Asked
-from mistral_7b.kernels.attend import available
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.kernels.gpu.graph import WARM_UP
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
 from mistral_7b.sampling import SamplingParams
 from mistral_7b.speculation import Speculation
 
-compiled = pytest.mark.skipif(not available(), reason="without the kernels rows depend on their neighbours")
+compiled = pytest.mark.skipif(library() is None, reason="without the kernels rows depend on their neighbours")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 NINE = [1, 17, 40, 8, 9, 3, 25, 33, 16]  # tokens of prompts; window 8
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from interpreter import DEVICE
@@ -11,6 +13,7 @@ from torch import Tensor
 from mistral_7b.attention import attention, visible
 from mistral_7b.cache import Stateless
 from mistral_7b.kernels import elementwise
+from mistral_7b.kernels.gpu import decode_attention as decode
 from mistral_7b.kernels.gpu import elementwise as gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,10 +25,14 @@ launched: list[str] = []
 def _kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     launched.clear()
-    real = gpu._launch
-    monkeypatch.setattr(
-        gpu, "_launch", lambda name, *rest, **how: (launched.append(name), real(name, *rest, **how))
-    )
+    for module in (gpu, decode):
+        real = module._launch
+
+        def launch(name: str, *rest: object, real: Any = real, **how: object) -> None:
+            launched.append(name)
+            real(name, *rest, **how)
+
+        monkeypatch.setattr(module, "_launch", launch)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -75,15 +82,15 @@ def test_attention_of_one_token(B: int, S: int, H: int, G: int, K: int, dtype: t
     p_k[:, 0] = p_q[:, 0]
     for window in (None, 7):
         seen = visible(p_q, p_k, window)  # (B, 1, S)
-        wanted = gpu.decode_attention_twin(q, k, v, seen)
+        wanted = decode.decode_attention_twin(q, k, v, seen)
         near(wanted, plain(q, k, v, seen), units=8)
         poisoned = [t.masked_fill(~seen[:, 0, :, None, None], float("nan")) for t in (k, v)]
-        near(gpu.decode_attention(q, *poisoned, seen), wanted)
+        near(decode.decode_attention(q, *poisoned, seen), wanted)
         for row in range(B):  # a row alone is the row among others
             alone = slice(row, row + 1)
-            one = gpu.decode_attention(q[alone], k[alone], v[alone], seen[alone])
-            assert torch.equal(one, gpu.decode_attention(q, k, v, seen)[alone])
-    near(gpu.decode_attention(q, k, v, None), gpu.decode_attention_twin(q, k, v, None))
+            one = decode.decode_attention(q[alone], k[alone], v[alone], seen[alone])
+            assert torch.equal(one, decode.decode_attention(q, k, v, seen)[alone])
+    near(decode.decode_attention(q, k, v, None), decode.decode_attention_twin(q, k, v, None))
     assert set(launched) == {"attend_split", "attend_merge"}
 
 
@@ -99,10 +106,10 @@ def test_every_number_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = normal(B, 1, G * R, K), normal(B, S, G, K), normal(B, S, G, K)
     seen = torch.zeros(B, 1, S, dtype=torch.bool, device=DEVICE)
     seen[:, :, 600:650] = True  # two of the five splits hold all there is
-    wanted = gpu.decode_attention_twin(q, k, v, seen)
+    wanted = decode.decode_attention_twin(q, k, v, seen)
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
-    near(gpu.decode_attention(q, k, v, seen), wanted)
+    near(decode.decode_attention(q, k, v, seen), wanted)
     assert len(made) == 4
     assert not any(t.isnan().any() for t in made)
 
@@ -111,8 +118,8 @@ def test_more_room_in_the_ring_changes_nothing() -> None:
     B, S, G, R, K = 2, 300, 2, 3, 16
     q, k, v = normal(B, 1, G * R, K), normal(B, 900, G, K), normal(B, 900, G, K)
     seen = torch.arange(900, device=DEVICE).expand(B, 1, -1) < S
-    near_full = gpu.decode_attention(q, k[:, :S], v[:, :S], seen[..., :S])
-    assert torch.equal(gpu.decode_attention(q, k, v, seen), near_full)
+    near_full = decode.decode_attention(q, k[:, :S], v[:, :S], seen[..., :S])
+    assert torch.equal(decode.decode_attention(q, k, v, seen), near_full)
 
 
 @pytest.mark.parametrize("window", [8, None])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_7b.kernels import layout
+from mistral_7b.kernels import backend, layout
 from mistral_7b.kernels.cpu import compiler
 from mistral_7b.kernels.linear import (
     block_linear_twin,
@@ -72,7 +72,7 @@ def test_blocks_are_their_twin(n: int, k: int, bits: int, dtype: torch.dtype) ->
     linear = BlockLinear(d, q, bits)
     for m in ROWS:
         x = activations(m, k, dtype)
-        wanted = block_linear_twin(x, linear.codes, linear.d, n)
+        wanted = block_linear_twin(x, linear.codes, linear.d, n, linear.bits)
         assert torch.equal(linear(x), wanted)
     weight = (q.float() - (8 if bits == 4 else 128)).unflatten(1, (-1, 32)) * d.float()[..., None]
     assert torch.equal(linear.dequantized(), weight.flatten(1))
@@ -183,6 +183,6 @@ def test_every_path_gives_the_same_bits(instructions: str) -> None:
 
 
 def test_the_path_is_the_one_asked_for() -> None:
-    asked, found = compiler.chosen(), compiler.describe()["running"]
+    asked, found = compiler.asked(), backend.running()
     wanted = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "scalar": "scalar", "off": "PyTorch operators"}
     assert asked == "native" or found == wanted[asked]

@@ -43,7 +43,7 @@ void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, void
         }
     }
     for (int i = 0; i < R; i++)
-        give(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, y[i], w.N - tile * TILE_N);
+        store(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, y[i], w.N - tile * TILE_N);
 }
 
 template <class T>

@@ -36,9 +36,9 @@ Sums fold(Sums total, Sums s, const uint8_t* group, int32_t sum) {
     return _mm512_add_epi32(total, _mm512_mullo_epi32(m, s));
 }
 // How a group's nibbles become bytes 128 + m (q - z), for a line of them: q * m + shift.
-struct Widening {
+struct Repacking {
     __m512i m, shift;
-    explicit Widening(const uint8_t* group) {
+    explicit Repacking(const uint8_t* group) {
         const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group)));
         const __m512i z = _mm512_srli_epi32(b, 4);
         m = _mm512_and_si512(b, _mm512_set1_epi32(15));
@@ -46,7 +46,7 @@ struct Widening {
         shift = _mm512_mullo_epi32(shift, _mm512_set1_epi32(0x01010101));
         m = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));  // m q <= 225: two bytes multiply without a carry
     }
-    void put(uint8_t* out, Line q) const { _mm512_storeu_si512(out, _mm512_add_epi8(_mm512_mullo_epi16(q, m), shift)); }
+    void store(uint8_t* out, Line q) const { _mm512_storeu_si512(out, _mm512_add_epi8(_mm512_mullo_epi16(q, m), shift)); }
 };
 
 #else
@@ -107,10 +107,10 @@ inline Sums fold(Sums total, Sums s, const uint8_t* group, int32_t sum) {
     for (int n = 0; n < 16; n++) total.v[n] += (group[n] & 15) * (s.v[n] - (group[n] >> 4) * sum);
     return total;
 }
-struct Widening {
+struct Repacking {
     const uint8_t* group;
-    explicit Widening(const uint8_t* g) : group(g) {}
-    void put(uint8_t* out, const Line& q) const {
+    explicit Repacking(const uint8_t* g) : group(g) {}
+    void store(uint8_t* out, const Line& q) const {
         for (int n = 0; n < 16; n++)
             for (int j = 0; j < 4; j++)
                 out[4 * n + j] = uint8_t(128 + (group[n] & 15) * (int(q.b[4 * n + j]) - (group[n] >> 4)));

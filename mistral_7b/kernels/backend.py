@@ -102,7 +102,7 @@ def _fp8_products(device: torch.device, dtype: torch.dtype) -> tuple[Backend, st
 
 def _linear(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     if device.type == "cpu" and dtype == BF16:
-        return Backend.ONEDNN, "it makes code for each number of rows, and keeps it"
+        return Backend.ONEDNN, "where it knows bfloat16: it makes code for each number of rows, and keeps it"
     return Backend.PYTORCH, "F.linear"
 
 
@@ -149,42 +149,49 @@ OPERATIONS = {
 
 def choose(operation: Operation, x: Tensor, *others: Tensor) -> Choice:
     """What computes an operation of x and the other tensors, and why."""
-    gradient, fitting = x.requires_grad, True
-    for t in others:
-        gradient = gradient or t.requires_grad
-        fitting = fitting and t.dtype == (operation.others or x.dtype)
+    fitting, gradient = (True, x.requires_grad) if not others else _together(operation, x, others)
     gradient = gradient and torch.is_grad_enabled()
-    return _known(operation.name, x.device, x.dtype, fitting, gradient, torch.compiler.is_compiling())
+    return _decided(operation.name, x.device, x.dtype, fitting, gradient, False, compiler.library())
 
 
 def uses(backend: Backend, operation: Operation, x: Tensor, *others: Tensor) -> bool:
-    """Whether it is this backend that computes an operation of x and the other tensors."""
-    return choose(operation, x, *others).backend is backend
+    """Whether it is this backend that computes an operation of x and the other tensors.
+
+    Also where torch.compile traces, which takes the answer for a constant.
+    """
+    if not torch.compiler.is_compiling():
+        return choose(operation, x, *others).backend is backend
+    fitting, gradient = _together(operation, x, others)
+    gradient = gradient and torch.is_grad_enabled()
+    return _used_in_a_graph(backend.name, operation.name, x.device, x.dtype, fitting, gradient)
+
+
+def _together(operation: Operation, x: Tensor, others: tuple[Tensor, ...]) -> tuple[bool, bool]:
+    """Whether the tensors are of the types that belong together, and whether any of them has a gradient."""
+    wanted = operation.others or x.dtype
+    return all(t.dtype == wanted for t in others), any(t.requires_grad for t in (x, *others))
 
 
 def table(device: torch.device, dtype: torch.dtype = BF16) -> list[Choice]:
     """What computes each operation that a device has a kernel or a rule for, in inference."""
     known = [op for op in OPERATIONS.values() if op.rule or (op.cpu if device.type == "cpu" else op.triton)]
-    return [_known(op.name, device, F32 if op is READ else dtype, True, False, False) for op in known]
+    library = compiler.library()
+    return [_decided(op.name, device, F32 if op is READ else dtype, True, False, False, library) for op in known]
 
 
 @torch.compiler.assume_constant_result
-def _known(
-    name: str, device: torch.device, dtype: torch.dtype, fitting: bool, gradient: bool, compiling: bool
-) -> Choice:
-    return _decided(name, device, dtype, fitting, gradient, compiling, compiler.library())
+def _used_in_a_graph(
+    backend: str, name: str, device: torch.device, dtype: torch.dtype, fitting: bool, gradient: bool
+) -> bool:
+    choice = _decided(name, device, dtype, fitting, gradient, True, compiler.library())
+    return choice.backend is Backend[backend]
 
 
 @functools.cache
 def _decided(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    fitting: bool,
-    gradient: bool,
-    compiling: bool,
+    name: str, device: torch.device, dtype: torch.dtype, fitting: bool, gradient: bool, compiling: bool,
     library: Any,
-) -> Choice:
+) -> Choice:  # fmt: skip
     """By the rules. `library` is the compiled C++; None: there is none."""
     return Choice(name, *_reasoned(OPERATIONS[name], device, dtype, fitting, gradient, compiling, library))
 

@@ -41,8 +41,8 @@ class Paged(Protocol):
 
 
 @dataclass
-class Nobody:
-    """Fills a row: remembers nothing, and what it writes goes to a page that is nobody's."""
+class PaddingRow:
+    """A row that belongs to no request: it remembers nothing, and writes to a page that no request has."""
 
     pages: np.ndarray
     first: int = 0

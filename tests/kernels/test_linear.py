@@ -61,6 +61,24 @@ def test_int4_and_the_int8_that_it_stands_for_are_the_twin(n: int, k: int, group
         assert torch.equal(int8_linear(x, as_int8, scale, n), wanted)
 
 
+@pytest.mark.parametrize("code", [0, 1, 128, 255])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_products_do_not_saturate(bits: int, code: int) -> None:
+    """vpmaddubsw adds two products in 16 bits, and saturates: the largest codes by the largest activations."""
+    n, k = 17, 128
+    for m in ROWS[:7]:
+        x = torch.ones(m, k)
+        x[1::2] = -1  # activations 127 and -127
+        x[:, 5::7] *= -1
+        codes = torch.full((n, k), min(code, 2**bits - 1), dtype=torch.uint8)
+        linear = BlockLinear(torch.ones(n, k // 32).half(), codes, bits)
+        assert torch.equal(linear(x), block_linear_twin(x, linear.codes, linear.d, n, linear.bits))
+        whole = codes.short() - 128
+        tiles = layout.tile_int8(torch.nn.functional.pad(codes, (0, 0, 0, -n % 16)))
+        wanted = linear_twin(x, whole.to(torch.int8), torch.ones(n))
+        assert torch.equal(int8_linear(x, tiles, torch.ones(layout.padded(n, 16)), n), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (33, 96), (67, 1120)])

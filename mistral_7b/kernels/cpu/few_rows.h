@@ -98,10 +98,10 @@ void few_rows(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_
         dot_tiles4<R, W>(r, row, w.codes + tile * size / 2, apart * size / 2, w.groups + tile * G * TILE_N, apart * G * TILE_N, s);
     for (int i = 0; i < R; i++) {
         int32_t sum = 0;
-        for (int64_t g = 0; eight && g < G; g++) sum += r.sum[(row + i) * G + g];
+        for (int64_t g = 0; SUBTRACT && eight && g < G; g++) sum += r.sum[(row + i) * G + g];
         for (int t = 0; t < W; t++) {
             store(v, s[i][t]);
-            for (auto& n : v) n -= 128 * sum;
+            for (auto& n : v) n -= SUBTRACT * sum;
             finish<T>(r, w, row + i, tile + t * apart, v, out);
         }
     }
@@ -125,7 +125,7 @@ void product_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
     static thread_local Scratch<uint8_t> repacked_of;
     uint8_t* repacked = w.bits == 4 && r.M > FEW ? repacked_of.get(w.Kp * TILE_N) : nullptr;
     int64_t tile = tiles.begin;
-    if (!repacked) {  // two streams, one through each half: what is asked for ahead is always what comes next
+    if (!repacked && r.M <= ROWS_BY_TWO) {  // two streams, one through each half: what is asked for ahead is always what comes next
         const int64_t half = (tiles.end - tiles.begin) / 2;
         for (; tile < tiles.begin + half; tile++) any_rows<T, 2>(r, w, tile, half, nullptr, out);
         tile += half;

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from .attention import Band, attention, banded_attention, bands, visible
 from .errors import CacheError
-from .kernels import pages
-from .kernels.attend import Place, Remembered, attend, available, quantize_kv
+from .kernels.attend import Place, Remembered, attend, quantize_kv
+from .kernels.backend import ATTENTION, Backend, uses
+from .kernels.cpu import huge_pages
 
 EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
 
@@ -59,21 +60,19 @@ class Cache(Protocol):
         ...
 
 
-def layers_of(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor | None) -> list[Memory]:
-    """The memories of a model's n layers. CacheError for tokens or a cache that cannot go through it."""
+def check_fit(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor | None) -> None:
+    """CacheError for tokens or a cache that cannot go through a model of so many layers."""
     if tokens.dim() == 0 or tokens.shape[-1] == 0:
         raise CacheError("no tokens: a forward pass needs at least one, as (B, T) or (T,)", field="tokens")
     if sequence_ids is not None and sequence_ids.shape != tokens.shape:
         shapes = f"{tuple(sequence_ids.shape)} ids for tokens {tuple(tokens.shape)}"
         raise CacheError(f"each token needs the id of its sequence, not {shapes}", field="sequence_ids")
-    memories = list(islice(cache.layers, n_layers))
-    if len(memories) < n_layers:
+    if (held := sum(1 for _ in islice(cache.layers, n_layers))) < n_layers:
         raise CacheError(
-            f"a cache of {len(memories)} layers is not for this model of {n_layers}",
+            f"a cache of {held} layers is not for this model of {n_layers}",
             field="cache",
             hint="make a cache for it",
         )
-    return memories
 
 
 def check_window(window: int | None) -> int | None:
@@ -135,12 +134,6 @@ def expanded(entries: Entries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return entries[0], entries[1]
     k, v, k_scale, v_scale = entries
     return (k * k_scale).to(dtype), (v * v_scale).to(dtype)
-
-
-def fast(q: Tensor) -> bool:
-    """Whether the kernel attends for these queries: bfloat16 on a CPU, when no gradient is wanted."""
-    wanted = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    return wanted and not (q.requires_grad and torch.is_grad_enabled()) and available()
 
 
 class Stateless:
@@ -300,7 +293,7 @@ class _GrowingMemory(KeysAndValues):
         cache, old = self.cache, self.entries
         new = compressed(k, v, cache.int8)
         held = tuple(torch.cat(pair, dim=-3) for pair in zip(old, new, strict=True)) if old else new
-        if cache.sequence_ids is None and fast(q):
+        if cache.sequence_ids is None and uses(Backend.CPU, ATTENTION, q):
             out = self._attend_fast(q, new, old or new)
         else:
             out = banded_attention(q, *expanded(held, q.dtype), cache.plan)
@@ -334,9 +327,10 @@ class KernelCache(ABC):
     def place(self) -> Place:
         """Where the keys and values of every layer lie, for the tokens of the last `extend`."""
 
+    @property
     @abstractmethod
-    def is_fast(self) -> bool:
-        """Whether the kernels take it, for a model without gradients."""
+    def dtype(self) -> torch.dtype:
+        """The type of the model that it is for."""
 
     @abstractmethod
     def writable(self) -> KernelCache: ...
@@ -386,7 +380,7 @@ class RollingCache(KernelCache):
         empty = torch.zeros(batch, self.slots, n_kv_heads, head_dim, dtype=dtype, device=device)
         blank = compressed(empty, empty, check_kv_dtype(kv_dtype))
         self.layers: list[_RollingMemory] = [
-            _RollingMemory(self, tuple(pages.copied(t) for t in blank), dtype) for _ in range(n_layers)
+            _RollingMemory(self, tuple(huge_pages.copied(t) for t in blank), dtype) for _ in range(n_layers)
         ]
         self._new_forward()
 
@@ -406,9 +400,9 @@ class RollingCache(KernelCache):
     def place(self) -> Place:
         return Place(self.start, self.held, self.slots)
 
-    def is_fast(self) -> bool:
-        memory = self.layers[0]
-        return memory.dtype == torch.bfloat16 and memory.k.device.type == "cpu" and available()
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].dtype
 
     def rows(self, start: int, stop: int) -> RollingCache:
         """The sequences start..stop as a cache of their own, on the same memory."""
@@ -546,7 +540,7 @@ class _RollingMemory(KeysAndValues):
             )
         cache, held = self.cache, self.entries
         new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
-        if fast(q):
+        if uses(Backend.CPU, ATTENTION, q):
             return attend(q, *four(new), Remembered(*four(held), cache.place), cache.window, keep=True)
         if cache.decoding:  # the new key takes the place of the one that has just left the window
             self._write(new)

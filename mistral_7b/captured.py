@@ -2,7 +2,7 @@
 
     token (B, 1) --model over a static ring--> logits (B, V) --pick--> token (B, 1), out[step]
 
-One step is captured once (kernels/graph.py) and replayed CHUNK times, on buffers that stay where they are; then
+One step is captured once (kernels/gpu/graph.py) and replayed CHUNK times, on buffers that stay in place; then
 CHUNK tokens of every row are read back, and whatever ended a completion is found on the host, which drops the
 tokens after it. Random numbers are a function of seed, completion and place (sampling.uniforms), so the host sets
 them out beforehand.
@@ -18,7 +18,8 @@ import torch
 
 from .cache import RollingCache
 from .completion import Completion
-from .kernels.graph import WARM_UP, Recorder
+from .kernels.backend import STEP, Backend, uses
+from .kernels.gpu.graph import WARM_UP, Recorder
 from .model import Mistral7B
 from .sampling import SamplingParams, pick, ways_of
 
@@ -30,9 +31,10 @@ def supports(model: Mistral7B, rows: Sequence[Completion]) -> bool:
 
     What looks at a row's own tokens (penalties), bans some, or wants log-probabilities decodes step by step.
     """
-    cuda = model.norm.weight.is_cuda
     plain = all(_plain(c.params) for c in rows)
-    return cuda and plain and max(c.max_tokens for c in rows) > 2 * CHUNK
+    return (
+        uses(Backend.CUDA_GRAPH, STEP, model.norm.weight) and plain and max(c.max_tokens for c in rows) > 2 * CHUNK
+    )
 
 
 def _plain(p: SamplingParams) -> bool:
@@ -77,7 +79,7 @@ class CapturedDecode:
             u[:steps, row] = torch.tensor([c.u(ahead) for ahead in range(steps)], dtype=torch.float64)
         self.u.copy_(u)
         self.at.zero_()
-        if self.graph is None and self.token.is_cuda:
+        if self.graph is None and uses(Backend.CUDA_GRAPH, STEP, self.model.norm.weight):
             self._capture()
         for _ in range(steps):
             if self.graph is None:

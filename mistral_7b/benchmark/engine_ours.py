@@ -8,7 +8,7 @@ import time
 import torch
 
 from ..generate import PREFILL_CHUNK, stream
-from ..kernels import describe, threads
+from ..kernels import backend, threads
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import compressed_bytes, random_model
 from ..sampling_params import SamplingParams
@@ -26,7 +26,7 @@ class Engine:
         self.weight_bytes = compressed_bytes(self.model)
         self.kv_token_bytes = kv_token_bytes(self.model)
         self.threads = torch.get_num_threads()
-        self.path = f"kernels: {describe()['running']}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
+        self.path = f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
         self.versions = {"torch": torch.__version__, "python": platform.python_version()}
 
     @torch.inference_mode()

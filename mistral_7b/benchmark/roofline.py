@@ -96,9 +96,10 @@ def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
     """
     import torch
 
-    from ..kernels import compiler, pages
+    from ..kernels.backend import READ, Backend, uses
+    from ..kernels.cpu import calls, huge_pages
 
-    words = _filled(pages.empty(((size or buffer_bytes()) // 4,), torch.int32), seconds)
+    words = _filled(huge_pages.empty(((size or buffer_bytes()) // 4,), torch.int32), seconds)
     numbers, size = words.view(torch.float32), words.nbytes
     half = numbers.numel() // 2
     ways: list[Callable[[], object]] = [
@@ -106,8 +107,8 @@ def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
         lambda: numbers.amax(),
         lambda: torch.dot(numbers[:half], numbers[half:]),
     ]
-    if (kernels := compiler.library()) is not None:
-        ways.insert(0, lambda: kernels.m7b_read(words.data_ptr(), size, torch.get_num_threads()))
+    if uses(Backend.CPU, READ, numbers):
+        ways.insert(0, lambda: calls.read(words))
     return size / _shortest(ways, seconds)
 
 
@@ -164,13 +165,14 @@ def int8_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
     """int8 product by this package's kernel, its inputs' rounding included; None where it is not compiled."""
     import torch
 
-    from ..kernels import compiler, layout
+    from ..kernels import layout
+    from ..kernels.backend import QUANTIZED_LINEAR, Backend, uses
     from ..kernels.linear import int8_linear
 
-    if compiler.library() is None:
+    scale, x = torch.ones(side), _random(rows, side).to(torch.bfloat16)
+    if not uses(Backend.CPU, QUANTIZED_LINEAR, x):
         return None
     codes = layout.tile_int8(_random(side, side).mul_(40).add_(128).clamp_(1, 255).to(torch.uint8))
-    scale, x = torch.ones(side), _random(rows, side).to(torch.bfloat16)
     return 2 * side * side * _most(lambda m: int8_linear(x[:m], codes, scale, side), rows, seconds)
 
 

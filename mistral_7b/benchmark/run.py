@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import BenchmarkError
-from ..kernels import compiler, threads
+from ..kernels import threads
+from ..kernels.cpu import compiler
 from . import machine, work
 from .jobs import BATCH, BATCH_PROMPT, LLAMA, LOADS, OURS, TRANSFORMERS, Job, Measured
 from .records import Record, record
@@ -36,7 +37,7 @@ PEERS = {
     "none": ((TRANSFORMERS, "bf16"),),
 }
 # What makes a peer faster: with malloc on huge pages llama.cpp decodes Q4_0 of 7B at 7.55 tokens a second and not
-# 7.22 (two cores of a Sapphire Rapids). Ours asks for its own (kernels/pages.py).
+# 7.22 (two cores of a Sapphire Rapids). Ours asks for its own (kernels/cpu/huge_pages.py).
 PEER_VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 SPARE = 1 << 30  # bytes beside weights and cache: activations, libraries
 CEILINGS_SECONDS = 60.0  # for all of them, where seven are enough if nothing else runs

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, QuantizationError
-from ..kernels import pages
+from ..kernels.cpu import huge_pages
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import Scheme, empty_model
 from . import config
@@ -150,7 +150,7 @@ def build(
             raise stored.fault(f"is of type {stored.dtype}, not {like.dtype}")
         weights[name] = stored.view().to(like.dtype)
         if not mmap:  # a tensor at a time, so that none is held twice
-            weights[name] = pages.copied(weights[name])
+            weights[name] = huge_pages.copied(weights[name])
             stored.release()
     if unknown := [name for name in raw if name not in wanted]:
         raise raw[unknown[0]].fault(f"is unknown: {scheme} has none such")

@@ -24,7 +24,7 @@ from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
 from ..quantization.calibration import calibrate_block, calibrate_output
 from ..quantization.distance import Comparison
-from ..quantization.fused import fuse
+from ..quantization.fused import fused
 from ..quantization.linear import Int8Embedding
 from ..quantization.schemes import Scheme, empty_model, scheme_of
 from ..surgery import replace_linears
@@ -167,7 +167,7 @@ class _Stream:
             replace_linears(block, self._rounded)
         else:  # which changes the norms too
             self.calibration = calibrate_block(block, self.calibration, self.checkpoint.args, self.scheme)
-        fuse(block)
+        block = fused(block)
         self._put_all(name, block)
         for key in keys:
             self.checkpoint.tensors[f"{name}.{key}"].release()
@@ -181,19 +181,19 @@ class _Stream:
         """The last norm and the output, and from the logits of both the distance."""
         held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # a tied output
         weights = [self.checkpoint.read(name, self.dtype) for name in ("norm.weight", held)]
-        (norm, linear), (fused, plain) = self._last(*weights), self._last(*weights)
+        (norm, linear), (scaled, plain) = self._last(*weights), self._last(*weights)
         if self.calibration is None:
             rounded = self._rounded(plain, "output")
         else:
-            rounded = calibrate_output(fused, plain, self.calibration, self.scheme)
-        fuse(fused)
-        self._put_all("norm", fused)
+            rounded = calibrate_output(scaled, plain, self.calibration, self.scheme)
+        scaled = fused(scaled)
+        self._put_all("norm", scaled)
         self._put_all("output", rounded)
         comparison = Comparison()
         last = x.shape[1] - 1  # the last token of a row has nothing to predict
         places = (t[:, :last].flatten(0, 1).split(ROWS) for t in (x, y, self.tokens[:, 1:, None]))
         for a, b, targets in zip(*places, strict=True):
-            comparison.add(linear(norm(a)), rounded(fused(b)), targets[:, 0])
+            comparison.add(linear(norm(a)), rounded(scaled(b)), targets[:, 0])
         self.checkpoint.tensors[held].release()
         return comparison
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, QuantizationError
+from ..kernels.backend import weight_layout
 from ..model import Mistral7B, ModelArgs
 from ..quantization.fused import fuse
 from ..quantization.gpu import to_gpu
@@ -89,8 +90,8 @@ def load(
     each is and where it runs. A folder that `mistral-7b quantize` wrote is opened as what it is, on a GPU too,
     and `dtype` is then that of the arithmetic.
 
-    `mmap=False` copies quantised weights from their file into huge pages (kernels/pages.py): a CPU reads those
-    faster, but opening takes seconds, and processes share nothing.
+    `mmap=False` copies quantised weights from their file onto huge pages (kernels/cpu/huge_pages.py): a CPU reads
+    those faster, but opening takes seconds, and processes share nothing.
 
     On a CPU, weights whose type and layout are those of the file stay mapped: they are read when first
     used and shared between processes (the file may be replaced meanwhile, but not written into). All
@@ -107,7 +108,7 @@ def load(
     if quantization is not None:
         return _quantize(checkpoint, Scheme.of(quantization), dtype, device)
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
-    kept = _keep_blocks(model, checkpoint) if torch.device(device).type == "cpu" else set()
+    kept = _keep_blocks(model, checkpoint) if weight_layout(device) == "tiles" else set()
     weights = {name: checkpoint.read(name, dtype, device) for name in checkpoint.tensors if name not in kept}
     if checkpoint.args.tie_embeddings and OUTPUT not in kept:
         weights[OUTPUT] = weights[EMBEDDING]
@@ -145,9 +146,9 @@ def _open_quantized(
     folder = path if path.is_dir() else path.parent
     args, _ = _read_config(folder)
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
-    on_cpu = torch.device(device).type == "cpu"
-    model = quantized.build(path, args, record.scheme, raw, dtype, mmap or not on_cpu)
-    if not on_cpu:
+    tiles = weight_layout(device) == "tiles"
+    model = quantized.build(path, args, record.scheme, raw, dtype, mmap or not tiles)
+    if not tiles:
         to_gpu(model, device)
     model.source = folder
     return model

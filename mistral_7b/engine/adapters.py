@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.adapter import Adapter, read_adapter
 from ..errors import AdapterError
-from ..kernels.block import Weights
+from ..kernels.cpu.arguments import Weights
 from ..kernels.low_rank import LowRank, LowRanks, Mixture
 from ..model import Mistral7B
 from ..quantization.linear import Compressed

@@ -13,6 +13,7 @@ import torch
 
 from ..completion import RequestOutput
 from ..errors import EngineError
+from ..kernels.backend import LINEAR, Backend, uses
 from ..model import Mistral7B
 from ..prompts import Prompt, as_prompts, params_for, tokenizer_beside
 from ..quantization import Scheme, quantize
@@ -75,7 +76,7 @@ def _make_deterministic(model: Mistral7B) -> None:
     """Let no row depend on the number of others. Weights in whole numbers need nothing for it, on a CPU."""
     if isinstance(model.output, Compressed):
         return
-    if model.norm.weight.dtype != torch.bfloat16 or model.norm.weight.device.type != "cpu":
+    if not uses(Backend.ONEDNN, LINEAR, model.norm.weight):
         raise EngineError(
             "deterministic=True takes a model in bfloat16, int8 or int4 on a CPU, not one in "
             f"{str(model.norm.weight.dtype).removeprefix('torch.')} on {model.norm.weight.device}",

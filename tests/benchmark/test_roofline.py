@@ -15,7 +15,7 @@ from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS
 from mistral_7b.benchmark.records import Record
 from mistral_7b.engine import memory
 from mistral_7b.errors import BenchmarkError
-from mistral_7b.kernels import compiler
+from mistral_7b.kernels.cpu import compiler
 from mistral_7b.kernels.linear import linear_twin
 
 

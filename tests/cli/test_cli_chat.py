@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mistral_7b.generate import generate
-from mistral_7b.kernels import compiler
+from mistral_7b.kernels.cpu import compiler
 from mistral_7b.model import Mistral7B
 from mistral_7b.sampling import SamplingParams
 from mistral_7b.tokenizer import Tokenizer

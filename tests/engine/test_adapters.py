@@ -15,12 +15,12 @@ from mistral_7b.checkpoint.adapter import Adapter, Factors
 from mistral_7b.checkpoint.names import expected
 from mistral_7b.engine.adapters import Adapters, Run
 from mistral_7b.errors import AdapterError, CheckpointError
-from mistral_7b.kernels.attend import available
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
-from mistral_7b.quantization.fused import FusedBlock, FusedMistral7B
+from mistral_7b.quantization.fused import FusedBlock, FusedLayers
 
-compiled = pytest.mark.skipif(not available(), reason="without the kernels rows depend on their neighbours")
+compiled = pytest.mark.skipif(library() is None, reason="without the kernels rows depend on their neighbours")
 SCHEMES = {
     "int8": Scheme("int8"),
     "int4": Scheme("int4", 32),
@@ -95,11 +95,12 @@ def test_blocks_stay_in_one_call_and_in_parts_have_the_same_bits(
     _, adapters = quantised(scheme)
     names, tokens = ["wide", None, "odd"], tokens_of((3, LENGTH), ARGS)
     with adapters.over([("wide", 1)]) as adapted:
-        assert isinstance(adapted, FusedMistral7B)
-        assert adapted._described() is not None
+        assert isinstance(adapted.layers, FusedLayers)
+        x = torch.empty(1, ARGS.dim, dtype=torch.bfloat16)
+        assert adapted.layers.described(x, adapted.rolling_cache()) is not None
     together = logits(adapters, names, tokens, 5)
     with monkeypatch.context() as patch:
-        patch.setattr(FusedBlock, "_described", lambda self: None)
+        patch.setattr(FusedBlock, "described", lambda self, dtype: None)
         assert torch.equal(logits(adapters, names, tokens, 5), together)
 
 

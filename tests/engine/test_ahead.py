@@ -17,7 +17,7 @@ from tiny import tiny_args, tiny_model, tokens_of
 from torch import Tensor
 
 from mistral_7b.engine import request as request_module
-from mistral_7b.engine.batch import Nobody, PagedBatch
+from mistral_7b.engine.batch import PaddingRow, PagedBatch
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.flight import Flight
@@ -99,7 +99,7 @@ def contents(model: Mistral7B, tokens: list[int]) -> list[tuple[Tensor, ...]]:
     """Keys and values of tokens, in pages one after another."""
     args, n = model.args, len(tokens) // PAGE
     pool = PagePool(args.n_layers, args.n_kv_heads, args.head_dim, n, PAGE, dtype=torch.float64)
-    batch = PagedBatch(pool, args.sliding_window, [(Nobody(np.arange(n), stop=n), len(tokens))])
+    batch = PagedBatch(pool, args.sliding_window, [(PaddingRow(np.arange(n), stop=n), len(tokens))])
     model.hidden(torch.tensor(tokens), batch)
     return pool.layers
 

@@ -13,7 +13,7 @@ from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
 from mistral_7b.errors import AdapterError, GenerationError, GrammarError
-from mistral_7b.kernels.attend import available
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.quantization import quantize
 from mistral_7b.sampling_params import SamplingParams
 from mistral_7b.speculation import Speculation
@@ -179,7 +179,7 @@ def adapted(scheme):
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_every_request_runs_with_its_own_adapter(scheme):
-    if scheme and not available():
+    if scheme and library() is None:
         pytest.skip("without the kernel PyTorch's operators attend")
     llm = adapted(scheme)
     prompts = [tokens_of((n,), seed=n).tolist() for n in (5, 30, 30, 30, 17, 41)]
@@ -226,7 +226,7 @@ def test_an_adapter_loaded_anew_shares_no_prefix_with_the_old():
     assert llm.generate(prompt, params, adapter="a1")[0].num_cached_tokens == 0
 
 
-@pytest.mark.skipif(not available(), reason="without the kernel PyTorch's operators attend")
+@pytest.mark.skipif(library() is None, reason="without the kernel PyTorch's operators attend")
 def test_deterministic_bfloat16_gives_the_same_bits_in_any_company():
     model = tiny_model(tiny_args(max_seq_len=512), torch.bfloat16)
     llm = LLM(model, EngineConfig(12, 48, page_size=4, deterministic=True))

@@ -11,7 +11,7 @@ from tiny import TINY, tiny_args, tiny_model, tokens_of
 from torch import Tensor, nn
 
 from mistral_7b.errors import CacheError
-from mistral_7b.kernels.attend import available
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.kernels.linear import linear_twin
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize, random_model
@@ -26,7 +26,7 @@ SCHEMES = {
     "int4-symmetric": Scheme("int4", 32, symmetric=True),
 }
 ROWS = (1, 2, 3, 16, 17, 64, 300)
-compiled = pytest.mark.skipif(not available(), reason="without the kernel PyTorch's operators attend")
+compiled = pytest.mark.skipif(library() is None, reason="without the kernel PyTorch's operators attend")
 ARGS = tiny_args(max_seq_len=512)
 
 
@@ -119,7 +119,7 @@ def test_packed_bfloat16_is_deterministic_where_that_is_asked_for() -> None:
     tokens = tokens_of((1, 300), args)
     whole = model(tokens)[0]
     torch.testing.assert_close(plain(tokens)[0], whole, atol=0.3, rtol=0.1)
-    if available():
+    if library() is not None:
         for size in (1, 3, 17, 64):
             ring = model.rolling_cache(1)
             assert torch.equal(torch.cat([model(part, ring)[0] for part in tokens.split(size, 1)], 1), whole)

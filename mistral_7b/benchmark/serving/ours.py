@@ -10,7 +10,7 @@ import torch
 
 from ...engine.async_llm import AsyncLLM
 from ...engine.config import EngineConfig
-from ...kernels import describe, threads
+from ...kernels import backend, threads
 from ...model import Mistral7B, ModelArgs
 from ...quantization import random_model
 from ...sampling_params import SamplingParams
@@ -40,7 +40,7 @@ def serve(job: ServingJob) -> Served:
     traces, alone, cached = asyncio.run(_serve(model, config, job.traffic.draw(model.args.vocab_size)))
     return Served(
         traces, alone, torch.get_num_threads(), peak_memory(),
-        f"kernels: {describe()['running']}; PyTorch: {torch.backends.cpu.get_cpu_capability()}",
+        f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}",
         {"torch": torch.__version__, "python": platform.python_version()}, cached,
     )  # fmt: skip
 

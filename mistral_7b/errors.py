@@ -72,5 +72,9 @@ class EngineError(Mistral7BError):
     """A request that the engine cannot serve: it can never fit, or its step failed (`__cause__` says why)."""
 
 
+class AbandonedError(EngineError):
+    """A request that nobody waits for any more, given up while it was read."""
+
+
 class QueueFullError(EngineError):
     """So many requests are waiting already that this one was refused: try again later."""

@@ -6,6 +6,7 @@ GrammarProcess   one of these others (worker.py): a grammar, and the completions
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -16,12 +17,17 @@ import sys
 import tempfile
 import threading
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from ...errors import EngineError
 from ..config import GrammarLimits
 from .forkserver import ALIVE, MESSAGE
 from .vocabulary import Vocabulary
 from .worker import LENGTH
+
+if TYPE_CHECKING:
+    from .client import GrammarState
 
 HURRY = 10.0  # seconds that the server of processes may take for a fork
 _BOOT = (
@@ -54,7 +60,7 @@ class ForkServer:
         return ours
 
     def fork(self) -> tuple[socket.socket, int]:
-        """A new worker: the socket to its control, and its pid."""
+        """A new worker: the socket to its control, and its pid. EngineError if there is none."""
         pid, fds = self._ask(b"f", 0)
         control = socket.socket(fileno=fds[0])
         control.settimeout(HURRY)
@@ -68,8 +74,13 @@ class ForkServer:
             return None
         return None if status == ALIVE else status
 
+    def signal(self, kind: bytes, pid: int) -> None:
+        """Send a worker one of forkserver.SIGNALS; nothing happens if it has ended."""
+        with contextlib.suppress(EngineError):
+            self._ask(kind, pid)
+
     def _ask(self, kind: bytes, value: int) -> tuple[int, list[int]]:
-        """The server's answer, a number and file descriptors. EngineError if there is no server to be had."""
+        """The server's answer, a number and file descriptors. EngineError if there is no server."""
         with self._lock:
             for _ in range(2):
                 try:
@@ -81,7 +92,7 @@ class ForkServer:
                     return int(MESSAGE.unpack(answer)[1]), fds
                 self._close()
                 self._socket = self._open()
-                if kind == b"w":  # the old one knew
+                if kind != b"f":  # the old one knew
                     break
         raise EngineError("the process that follows grammars could not be started: see what it wrote to stderr")
 
@@ -105,6 +116,10 @@ class GrammarProcess:
         self._server, self.over = server, False
         self._status: int | None = None
         self.requests: set[str] = set()  # that have used it; of many, some
+        self.states: WeakSet[GrammarState] = WeakSet()  # that use it
+        self.starting: WeakSet[GrammarState] = WeakSet()  # of these, those that wait for it to be compiled
+        self.since = self.used = 0.0  # when it began to compile, or to stand still; and when it was asked last
+        self.ended: EngineError | None = None  # why it was ended from here; its states are not to blame
         self._control, self._pid = server.fork()
         data = key.encode()
         self._control.sendall(LENGTH.pack(len(data)) + data)
@@ -117,6 +132,19 @@ class GrammarProcess:
         with theirs:
             socket.send_fds(self._control, [b"c"], [theirs.fileno()])
         return Connection(ours.detach())
+
+    def stop(self) -> None:
+        """Let it stand still."""
+        self._server.signal(b"s", self._pid)
+
+    def resume(self) -> None:
+        """Let it run again."""
+        self._server.signal(b"c", self._pid)
+
+    def end(self, why: EngineError) -> None:
+        """End it, whatever it does."""
+        self.over, self.ended = True, why
+        self._server.signal(b"k", self._pid)
 
     def close(self) -> None:
         """Take no more completions; the process ends with the last it has."""

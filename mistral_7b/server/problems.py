@@ -15,6 +15,7 @@ from ..errors import (
     GenerationError,
     GrammarError,
     Mistral7BError,
+    ProcessError,
     PromptTooLongError,
     QueueFullError,
     SamplingError,
@@ -74,6 +75,8 @@ def refusal(error: Exception) -> Refusal:
         return error
     if isinstance(error, QueueFullError):
         return Refusal(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
+    if isinstance(error, ProcessError):
+        return Refusal(503, str(error), code="no_process", retry_after=RETRY_AFTER)
     if isinstance(error, PromptTooLongError):
         return Refusal(422, str(error), code="context_length_exceeded")
     if isinstance(error, AdapterError):

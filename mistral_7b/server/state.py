@@ -24,7 +24,7 @@ from starlette.types import Scope
 from ..completion import TextPiece
 from ..engine.async_llm import AsyncLLM
 from ..engine.request import Request
-from ..errors import AbandonedError, EngineError, PromptTooLongError, QueueFullError
+from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
 from .config import ServerConfig
 from .problems import ClientGoneError, Refusal
 
@@ -195,7 +195,7 @@ async def read(state: State, make: Callable[[], Request]) -> Request:
         request = await asyncio.get_running_loop().run_in_executor(state.readers, make)
     except AbandonedError as e:
         raise ClientGoneError from e
-    except (QueueFullError, PromptTooLongError):
+    except (QueueFullError, PromptTooLongError, ProcessError):
         raise
     except EngineError as e:  # it could never be computed
         raise Refusal(422, str(e), code="too_large") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -88,6 +89,23 @@ def test_what_no_turn_is_left_for_is_told_to_come_again(server: Serving, monkeyp
     assert (status, error["code"]) == (429, "queue_full")
     assert "0 grammars wait to be compiled" in error["message"]
     assert "retry-after" in headers
+
+
+def test_a_process_that_cannot_be_started_is_the_servers_fault(
+    server: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fork(self: client.ForkServer) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client.ForkServer, "fork", fork)
+        asked = {"messages": HELLO, "structured_outputs": {"regex": "abcd?"}}
+        status, headers, data = server.ask("POST", CHAT, asked)
+    error = json.loads(data)["error"]
+    assert (status, error["code"], error["param"]) == (503, "no_process", None)
+    assert "Too many open files" in error["message"]
+    assert "retry-after" in headers
+    assert server.ask("POST", CHAT, asked)[0] == 200
 
 
 def ended(pid: int) -> bool:

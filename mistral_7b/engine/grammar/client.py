@@ -28,11 +28,11 @@ from weakref import WeakSet
 
 import numpy as np
 
-from ...errors import EngineError, GrammarError
+from ...errors import EngineError, GrammarError, ProcessError
 from ...sampling_params import StructuredOutputs
 from ...tokenizer import Tokenizer
 from ..config import GrammarLimits
-from .processes import ForkServer, GrammarProcess
+from .processes import ForkServer, GrammarProcess, starting
 from .spec import GrammarSpec
 from .turns import LOOK, Gone, Turns, check
 from .vocabulary import Vocabulary, library
@@ -49,7 +49,7 @@ class Grammars:
     May be used from several threads. `vocab_size` is the model's, which may exceed the tokenizer's. There are
     `most` processes at once, which must be more than are `kept` and completions that run; turns.py says how many
     compile.
-    Raises GrammarError if llguidance is not installed.
+    Raises GrammarError if llguidance is not installed, ProcessError if no process can be started.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Grammars:
 
         `request` names what CPU time is charged to. Raises GrammarError, with the reason, for a grammar that is
         malformed, too large, obeyed by no text, or does not allow `begun`; QueueFullError where too many are being
-        compiled; AbandonedError within a moment when `gone` is set.
+        compiled; ProcessError where no process can be started; AbandonedError within a moment when `gone` is set.
         """
         if isinstance(spec, StructuredOutputs):
             spec = GrammarSpec(spec)
@@ -240,17 +240,22 @@ class GrammarState:
         """Begin, or begin again, in a process that is there or a new one."""
         alone = self._request if self._alone else ""
         for attempt in range(2):
-            if self._first:
-                self._process = self._grammars.first_process(self._key, alone, self, self._gone)
-            else:
-                self._process = self._grammars.process(self._key, alone)
+            with starting():
+                if self._first:
+                    self._process = self._grammars.first_process(self._key, alone, self, self._gone)
+                else:
+                    self._process = self._grammars.process(self._key, alone)
             try:
-                self._connect()
+                with starting():
+                    self._connect()
                 return
             except ConnectionError:  # it has ended just now
                 self._process.over = True
                 if attempt:
                     raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}") from None
+            except ProcessError:
+                self._grammars.leave(self._process, self, answered=False)
+                raise
 
     def _connect(self) -> None:
         """Begin in this process."""

@@ -1,0 +1,75 @@
+"""What the system does to the processes that follow grammars: no files are left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/engine")))}
+
+FILES = """
+import os, resource, signal, sys
+from test_grammar_turns import *
+from mistral_7b.engine.reading import Asked
+tokenizer = Tokenizer.from_pretrained()
+args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=256)
+llm = LLM(tiny_model(args), EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=4), tokenizer=tokenizer)
+free, bad = (
+    llm.reader.text("a", SamplingParams(max_tokens=20, ignore_eos=True, structured_outputs=spec), Asked())
+    for spec in (None, StructuredOutputs(regex="[a-z ]{60}"))
+)
+for request in (free, bad):
+    llm.engine.add(request)
+for _ in range(3):
+    llm.engine.step()
+process = bad.sequences[0].grammar._process
+os.kill(process._pid, signal.SIGKILL)
+process.ended_by()
+if sys.argv[2] == "server":
+    llm.reader.grammars._server._process.kill()
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, most))
+
+def leave(files):
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+    for fd in taken[len(taken) - files:]:
+        os.close(fd)
+
+leave(int(sys.argv[1]))
+while not llm.engine.idle:
+    llm.engine.step()
+print(type(bad.error).__name__, bad.error)
+print(free.error, len(free.completions[0].token_ids))
+leave(int(sys.argv[1]))
+try:
+    llm.reader.text("a", SamplingParams(structured_outputs=StructuredOutputs(regex="b")), Asked())
+except Exception as e:
+    print(type(e).__name__, e)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
+print(llm.generate("a", SamplingParams(structured_outputs=StructuredOutputs(regex="bc")))[0].outputs[0].text)
+"""
+
+
+@pytest.mark.parametrize(("left", "killed"), [(0, "worker"), (1, "worker"), (0, "server"), (1, "server")])
+def test_no_files_left_is_said_by_its_name_and_ends_no_other(left: int, killed: str) -> None:
+    """A process ends in the middle of a step, and no other can be started."""
+    done = subprocess.run(
+        [sys.executable, "-c", FILES, str(left), killed], capture_output=True, text=True, timeout=120, env=ENV
+    )
+    assert done.returncode == 0, done.stderr
+    bad, free, asked, again = done.stdout.splitlines()
+    for error in (bad, asked):
+        assert error.startswith("ProcessError no process could be started")
+        assert "Too many open files" in error
+    assert free == "None 20"
+    assert again == "bc"

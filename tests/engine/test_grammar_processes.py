@@ -1,13 +1,15 @@
-"""What the system does to the processes that follow grammars: no files are left."""
+"""What the system does to the processes that follow grammars: no files are left, or their engine is killed."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_grammar_turns import until
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/engine")))}
@@ -73,3 +75,37 @@ def test_no_files_left_is_said_by_its_name_and_ends_no_other(left: int, killed: 
         assert "Too many open files" in error
     assert free == "None 20"
     assert again == "bc"
+
+
+KILLED = """
+import time
+from test_grammar_turns import *
+tokenizer = Tokenizer.from_pretrained()
+grammars = Grammars(tokenizer, tokenizer.vocab_size, LONG)
+asking = [Asking(grammars, slow(i)) for i in range(6)]
+assert until(lambda: "T" in workers(grammars).values(), 20)
+print(grammars._server._process.pid, *workers(grammars), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("first", ["engine", "fork server"])
+def test_workers_end_within_a_second_of_a_kill(first: str) -> None:
+    """Those that compile, and those that stand still."""
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, env=ENV) as engine:
+        assert engine.stdout is not None
+        server, *pids = map(int, engine.stdout.readline().split())
+        assert len(pids) > 2
+        assert all(alive(pid) for pid in (server, *pids))
+        if first == "fork server":
+            os.kill(server, signal.SIGKILL)
+        engine.kill()
+        assert until(lambda: not any(alive(pid) for pid in (server, *pids)), 1.0)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; it may have nobody to wait for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

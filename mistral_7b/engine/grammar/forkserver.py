@@ -6,12 +6,14 @@
                      <------------------ its wait status
                      -- b"s", b"c" or b"k", pid -------> stop it, continue it, kill it
 
-Forking the engine's own process is no choice: it has threads, and gigabytes. This one ends with its engine.
+Forking the engine's own process is no choice: it has threads, and gigabytes. This one ends with its engine,
+however that ends, and all workers with this one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import pickle
@@ -31,6 +33,7 @@ from .worker import serve
 MESSAGE = struct.Struct("<cq")  # what is asked, and a pid
 ALIVE = -1  # no wait status
 SIGNALS = {b"s": signal.SIGSTOP, b"c": signal.SIGCONT, b"k": signal.SIGKILL}
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 REMEMBERED = 1024  # wait statuses kept for an engine that asks later
 
 
@@ -57,18 +60,30 @@ def main(server_fd: int, vocabulary_fd: int) -> None:
                 server.sendall(MESSAGE.pack(kind, value))
     except ConnectionError:  # the engine has ended
         pass
+    finally:
+        workers.kill()
 
 
 def _fork(workers: Workers, server: socket.socket, vocabulary: Vocabulary) -> tuple[int, socket.socket]:
     """A worker that waits for its grammar, and the socket to its control."""
     ours, theirs = socket.socketpair()
+    parent = os.getpid()
     if (pid := os.fork()) == 0:
+        _end_with(parent)
         server.close()
         ours.close()
         serve(vocabulary, theirs)
     theirs.close()
     workers.alive.add(pid)
     return pid, ours
+
+
+def _end_with(parent: int) -> None:
+    """Have this process killed when its parent ends, if that is killed itself. Linux alone can do so."""
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before
+        os._exit(1)
 
 
 def _rehearse(vocabulary: Vocabulary) -> None:
@@ -101,6 +116,11 @@ class Workers:
             return 0
         os.kill(pid, number)
         return 1
+
+    def kill(self) -> None:
+        """End them all: no other process would, where they compile."""
+        for pid in self.alive:
+            os.kill(pid, signal.SIGKILL)
 
     def reap(self) -> None:
         """Note how those have ended that did."""

@@ -116,6 +116,14 @@ class EngineError(Mistral7BError):
     """A request that the engine cannot serve: it can never fit, or its step failed (`__cause__` says why)."""
 
 
+class ProcessError(EngineError):
+    """A process that was to follow a grammar could not be started: the system has no more to give."""
+
+
+class AbandonedError(EngineError):
+    """A request that nobody waits for any more, given up while it was read."""
+
+
 class QueueFullError(EngineError):
     """As many requests wait as the engine queues, so that this one is refused."""
 

@@ -19,7 +19,7 @@ from ..speculation import Speculation
 from ..tokenizer import Tokenizer
 from ..tool_calls import ToolCallStream
 from .engine import Engine
-from .grammar.client import Grammars
+from .grammar.client import KEPT, MOST, Grammars
 from .grammar.spec import FREE, GrammarSpec
 from .pages import first_key
 from .request import Request, Sink
@@ -40,6 +40,7 @@ class Asked:
         adapter: the LoRA adapter to use, by name; none: the model as it is
         cache_salt: only requests of one salt share what was computed for their prompts (one a tenant)
         speculation: guess tokens ahead; none: as the engine's configuration says
+        gone: set when nobody waits any more for the request to be read: it ends with AbandonedError
     """
 
     request_id: str | None = None
@@ -47,6 +48,7 @@ class Asked:
     adapter: str | None = None
     cache_salt: str | None = None
     speculation: Speculation | None = None
+    gone: threading.Event | None = None
 
 
 class Reader:
@@ -87,7 +89,7 @@ class Reader:
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
             asked.priority, asked.adapter, speculation, sink=sink,
         )  # fmt: skip
-        self._bind(request, name, begun, grammar or GrammarSpec.of(params.structured_outputs))
+        self._bind(request, name, begun, grammar or GrammarSpec.of(params.structured_outputs), asked.gone)
         return self._checked(request, name, field)
 
     def chat(
@@ -149,8 +151,9 @@ class Reader:
         assert self.tokenizer is not None  # as _bind has seen
         with self._lock:
             if self._grammars is None:
-                args, limits = self.engine.model.args, self.engine.config.grammar_limits
-                self._grammars = Grammars(self.tokenizer, args.vocab_size, limits)
+                args, config = self.engine.model.args, self.engine.config
+                most = max(MOST, KEPT + config.max_sequences)
+                self._grammars = Grammars(self.tokenizer, args.vocab_size, config.grammar_limits, most=most)
             return self._grammars
 
     def warm_up(self) -> None:
@@ -163,7 +166,9 @@ class Reader:
         if self.tokenizer is not None:
             threading.Thread(target=start, name="grammars", daemon=True).start()
 
-    def _bind(self, request: Request, name: str, begun: int, grammar: GrammarSpec | None) -> None:
+    def _bind(
+        self, request: Request, name: str, begun: int, grammar: GrammarSpec | None, gone: threading.Event | None
+    ) -> None:
         """A grammar state for each completion, if one must be obeyed; it has taken the last `begun` tokens.
 
         These are a text of their own, whatever precedes them: the space that SentencePiece writes before a text's
@@ -178,7 +183,7 @@ class Reader:
         at = len(request.ids) - begun
         for s in request.sequences:
             after = () if begun else request.ids
-            s.grammar = self.grammars.start(grammar, after, request.ids[at:], request.id)
+            s.grammar = self.grammars.start(grammar, after, request.ids[at:], request.id, gone)
 
     def _checked(self, request: Request, name: str, field: str) -> Request:
         try:

@@ -6,6 +6,7 @@ What is sent is read in anthropic_wire.py, what is answered made in anthropic_ev
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -23,7 +24,7 @@ from .answers import documented
 from .anthropic_events import Answer, CountAnswer, MessageAnswer
 from .routes import JsonRoute, json_answer
 from .sse import event_stream, frame
-from .state import State, answer, read
+from .state import State, answer, left, read
 
 ERRORS = (400, 404, 422, 429, 500, 503, 504)
 
@@ -36,7 +37,8 @@ def router(state: State) -> APIRouter:
     async def messages(http_request: HttpRequest, asked: wire.MessagesRequest) -> Response:
         """Answer a conversation, as Anthropic's Messages API does."""
         adapter = state.adapter(asked.model)
-        request = await read(state, partial(_request, state, asked, adapter), "messages")
+        make = partial(_request, state, asked, adapter, left(http_request))
+        request = await read(state, make, "messages")
         told = Answer(f"msg_{uuid.uuid4().hex}", asked.model or state.model_name, wire.most_calls(asked))
         if asked.stream:
             return await event_stream(_events(state, http_request, request, told))
@@ -57,11 +59,13 @@ def router(state: State) -> APIRouter:
     return routes
 
 
-def _request(state: State, asked: wire.MessagesRequest, adapter: str | None) -> Request:
+def _request(
+    state: State, asked: wire.MessagesRequest, adapter: str | None, gone: threading.Event | None
+) -> Request:
     """The engine's request; errors name a message by its place in the client's own."""
     talk = wire.conversation(asked)
     return state.llm.reader.chat(
-        talk.messages, asked.params(), Asked(adapter=adapter), tools=wire.offered(asked),
+        talk.messages, asked.params(), Asked(adapter=adapter, gone=gone), tools=wire.offered(asked),
         tool_choice=wire.chosen(asked), parallel=wire.most_calls(asked) is None, labels=talk.labels,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -33,7 +34,7 @@ from .problems import Refusal
 from .protocol import ChatRequest, plain, plain_tools
 from .routes import JsonRoute, json_answer
 from .sse import DONE, Frames, event_stream, frame
-from .state import State, answer, read
+from .state import State, answer, left, read
 
 MISTRALS_CLIENTS = ("mistral-client", "mistralai")  # how they call themselves: their API streams whole calls
 # Mistral's own words for safe_prompt, from its guide to guardrails.
@@ -56,7 +57,8 @@ def router(state: State) -> APIRouter:
         """Answer a conversation."""
         check_n(state, body.n)
         adapter = state.adapter(body.model)
-        request = await read(state, partial(read_chat, state, body, adapter), "messages")
+        make = partial(read_chat, state, body, adapter, left(http_request))
+        request = await read(state, make, "messages")
         pieces = answer(state, http_request, request)
         agent = http_request.headers.get("user-agent", "")
         mistral = body.of_mistral or any(name in agent for name in MISTRALS_CLIENTS)
@@ -81,8 +83,10 @@ def check_n(state: State, n: int | None) -> None:
 # ---------------------------------------------------------------------- the request
 
 
-def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
-    """The engine's request for a conversation. Takes its time: for a thread."""
+def read_chat(
+    state: State, body: ChatRequest, adapter: str | None, gone: threading.Event | None = None
+) -> Request:
+    """The engine's request for a conversation; `gone` as in Asked. Takes its time: for a thread."""
     messages = body.plain(body.messages)
     labels = [f"messages[{i}]" for i in range(len(messages))]
     if body.safe_prompt:
@@ -93,7 +97,7 @@ def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
     if not isinstance(choice, str):
         choice = dict(plain(choice))
     params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=_structured(body))
-    asked = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt)
+    asked = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, gone=gone)
     return state.llm.reader.chat(
         messages, params, asked, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
         labels=labels,

@@ -25,7 +25,7 @@ from .problems import Refusal
 from .protocol import CompletionRequest, prompts_of
 from .routes import JsonRoute, json_answer
 from .sse import DONE, Frames, event_stream, frame
-from .state import State, answer, read
+from .state import State, answer, left, read
 
 DEFAULT_TOKENS = 16  # OpenAI's
 AHEAD = 16  # pieces of one prompt that wait to be written while others are
@@ -43,7 +43,8 @@ def router(state: State) -> APIRouter:
     async def completions(body: CompletionRequest, http_request: HttpRequest) -> Response:
         """Go on with one prompt or several."""
         _check(state, body)
-        asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
+        asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt,
+                      gone=left(http_request))  # fmt: skip
         prompts = prompts_of(body.prompt)
         requests = [await read(state, partial(_read, state, body, prompt, asked), "prompt") for prompt in prompts]
         texts = Texts(state, body, requests)

@@ -13,6 +13,7 @@ import asyncio
 import gc
 import logging
 import re
+import threading
 import time
 import uuid
 from typing import Any
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .config import ServerConfig
 from .keys import Door
 from .problems import CLIENT_GONE, ClientGoneError, Refusal, refusal
-from .state import ADMIN, GONE, NOTES, Answered, State
+from .state import ADMIN, GONE, LEFT, NOTES, Answered, State
 
 logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")
@@ -84,6 +85,7 @@ class _Visit:
         self.status, self.began, self.size = 0, time.perf_counter(), 0
         self.cors: list[tuple[bytes, bytes]] = []
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.left = threading.Event()
         self.body: bytes | None = b""
 
     async def run(self) -> None:
@@ -148,7 +150,7 @@ class _Visit:
         except Refusal as e:
             await self.refuse(e)
             return
-        self.scope[GONE] = self.gone
+        self.scope[GONE], self.scope[LEFT] = self.gone, self.left
         watcher = asyncio.create_task(self.watch())
         try:
             await self.guard.app(self.scope, self.receive, self.send)
@@ -199,6 +201,7 @@ class _Visit:
     async def watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self.left.set()
         if not self.gone.done():
             self.gone.set_result(None)
 

@@ -14,6 +14,7 @@ from ..errors import (
     EngineError,
     GenerationError,
     Mistral7BError,
+    ProcessError,
     PromptTooLongError,
     QueueFullError,
     SamplingError,
@@ -78,6 +79,8 @@ def refusal(error: Exception) -> Refusal:
         return error
     if isinstance(error, QueueFullError):
         return Refusal.of(error, status=429, code="queue_full", retry_after=RETRY_AFTER)
+    if isinstance(error, ProcessError):
+        return Refusal.of(error, status=503, code="no_process", retry_after=RETRY_AFTER)
     if isinstance(error, PromptTooLongError):
         return Refusal.of(error, status=422, code="context_length_exceeded")
     if isinstance(error, AdapterError):

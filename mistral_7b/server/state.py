@@ -10,6 +10,7 @@ the request, whose stream then ends, and `answer` raises why.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +24,13 @@ from starlette.types import Scope
 from ..completion import TextPiece
 from ..engine.async_llm import AsyncLLM
 from ..engine.request import Request
-from ..errors import EngineError, PromptTooLongError, QueueFullError
+from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
 from .config import ServerConfig
 from .problems import ClientGoneError, Refusal
 
 # What the guard leaves in a request's scope.
 GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has hung up
+LEFT = "mistral_7b.left"  # threading.Event, set when it has: what is done for it in a thread looks at that
 ADMIN = "mistral_7b.admin"  # bool: whether it came with an admin key
 NOTES = "mistral_7b.notes"  # dict[str, Any]: what goes into the access log
 REQUESTS = "mistral_7b.requests"  # list[Request]: what the engine was asked
@@ -177,14 +179,23 @@ def note(http_request: HttpRequest, **notes: Any) -> None:
     http_request.scope.setdefault(NOTES, {}).update(notes)
 
 
+def left(http_request: HttpRequest) -> threading.Event | None:
+    """Is set when the client has hung up; for Asked.gone."""
+    event: threading.Event | None = http_request.scope.get(LEFT)
+    return event
+
+
 async def read(state: State, make: Callable[[], Request], field: str) -> Request:
     """What `make`, a call of the engine's reader, returns; in a thread, as tokens and grammars take their time.
 
-    Raises what is wrong with the request; Refusal (422) for one whose `field` is larger than this server takes.
+    Raises what is wrong with the request; Refusal (422) for one whose `field` is larger than this server takes;
+    ClientGoneError where the client has hung up and `make` was told so (`left`).
     """
     try:
         request = await asyncio.get_running_loop().run_in_executor(state.readers, make)
-    except (QueueFullError, PromptTooLongError):
+    except AbandonedError as e:
+        raise ClientGoneError from e
+    except (QueueFullError, PromptTooLongError, ProcessError):
         raise
     except EngineError as e:  # it could never be computed
         raise Refusal.of(e, status=422, code="too_large") from e

@@ -13,6 +13,7 @@ matcher      where one completion stands in its grammar, and which tokens may co
 worker       a process that follows one grammar, with limits of CPU time and memory
 forkserver   the small process that workers are forked from
 processes    the two, as the engine's process starts, asks and ends them
+turns        which grammars are compiled at one time
 client       Grammars and GrammarState, as the engine sees them
 
 spec to forkserver import no torch and no tokenizer: they run in the worker. Imports nothing by itself.

@@ -6,6 +6,8 @@ GrammarProcess   one of these others (worker.py): a grammar, and the completions
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import pickle
@@ -15,13 +17,19 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
+from weakref import WeakSet
 
-from ...errors import EngineError, GrammarError
+from ...errors import EngineError, GrammarError, ProcessError
 from ..config import GrammarLimits
 from .forkserver import ALIVE, MESSAGE
 from .vocabulary import Vocabulary
 from .worker import LENGTH
+
+if TYPE_CHECKING:
+    from .client import GrammarState
 
 HURRY = 10.0  # seconds that the server of processes may take for a fork
 _BOOT = (
@@ -30,17 +38,44 @@ _BOOT = (
 )
 
 
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """ProcessError, with the system's own reason, where it has no files, memory or processes left.
+
+    A ConnectionError says something else, that a process has ended, and is left as it is.
+    """
+    try:
+        yield
+    except ConnectionError:
+        raise
+    except OSError as e:
+        raise ProcessError(
+            f"no process could be started to follow a grammar: {e.strerror or e}; allow this process more "
+            "(ulimit -n for files), or ask for less at once"
+        ) from e
+
+
+@contextlib.contextmanager
+def _closed_on_error(sock: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        sock.close()
+        raise
+
+
 class ForkServer:
     """The process that forks the others. Started anew if it was ended from outside."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._lock = threading.Lock()
-        self._socket = self._open()
+        with starting():
+            self._socket = self._open()
 
     def _open(self) -> socket.socket:
         ours, theirs = socket.socketpair()
-        with theirs, tempfile.TemporaryFile() as file:
+        with _closed_on_error(ours), theirs, tempfile.TemporaryFile() as file:
             pickle.dump(self._vocabulary, file)
             file.seek(0)
             fds = (theirs.fileno(), file.fileno())
@@ -54,8 +89,10 @@ class ForkServer:
         return ours
 
     def fork(self) -> tuple[socket.socket, int]:
-        """A new worker: the socket to its control, and its pid."""
+        """A new worker: the socket to its control, and its pid. ProcessError, or OSError, if there is none."""
         pid, fds = self._ask(b"f", 0)
+        if not fds:  # the kernel has dropped it, and the worker ends
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         control = socket.socket(fileno=fds[0])
         control.settimeout(HURRY)
         return control, pid
@@ -64,12 +101,17 @@ class ForkServer:
         """How a worker that has ended did, as os.waitpid says; None: not known, or it has not."""
         try:
             status, _ = self._ask(b"w", pid)
-        except EngineError:
+        except (EngineError, OSError):
             return None
         return None if status == ALIVE else status
 
+    def signal(self, kind: bytes, pid: int) -> None:
+        """Send a worker one of forkserver.SIGNALS; nothing happens if it has ended."""
+        with contextlib.suppress(EngineError, OSError):
+            self._ask(kind, pid)
+
     def _ask(self, kind: bytes, value: int) -> tuple[int, list[int]]:
-        """The server's answer, a number and file descriptors. EngineError if there is no server to be had."""
+        """The server's answer, a number and file descriptors. ProcessError, or OSError, if there is no server."""
         with self._lock:
             for _ in range(2):
                 try:
@@ -81,9 +123,9 @@ class ForkServer:
                     return int(MESSAGE.unpack(answer)[1]), fds
                 self._close()
                 self._socket = self._open()
-                if kind == b"w":  # the old one knew
+                if kind != b"f":  # the old one knew
                     break
-        raise EngineError(
+        raise ProcessError(
             "the process that follows grammars could not be started", hint="see what it wrote to stderr"
         )
 
@@ -101,12 +143,16 @@ class ForkServer:
 
 
 class GrammarProcess:
-    """A worker, and what it follows."""
+    """A worker, and what it follows. OSError if the system has no more to give."""
 
     def __init__(self, server: ForkServer, key: str) -> None:
         self._server, self.over = server, False
         self._status: int | None = None
         self.requests: set[str] = set()  # that have used it; of many, some
+        self.states: WeakSet[GrammarState] = WeakSet()  # that use it
+        self.starting: WeakSet[GrammarState] = WeakSet()  # of these, those that wait for it to be compiled
+        self.since = self.used = 0.0  # when it began to compile, or to stand still; and when it was asked last
+        self.ended: EngineError | None = None  # why it was ended from here; its states are not to blame
         self._control, self._pid = server.fork()
         data = key.encode()
         self._control.sendall(LENGTH.pack(len(data)) + data)
@@ -116,9 +162,22 @@ class GrammarProcess:
         if len(self.requests) < 2:
             self.requests.add(request)
         ours, theirs = socket.socketpair()
-        with theirs:
+        with _closed_on_error(ours), theirs:
             socket.send_fds(self._control, [b"c"], [theirs.fileno()])
         return Connection(ours.detach())
+
+    def stop(self) -> None:
+        """Let it stand still."""
+        self._server.signal(b"s", self._pid)
+
+    def resume(self) -> None:
+        """Let it run again."""
+        self._server.signal(b"c", self._pid)
+
+    def end(self, why: EngineError) -> None:
+        """End it, whatever it does."""
+        self.over, self.ended = True, why
+        self._server.signal(b"k", self._pid)
 
     def close(self) -> None:
         """Take no more completions; the process ends with the last it has."""

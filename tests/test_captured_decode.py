@@ -167,7 +167,8 @@ def test_what_decodes_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(TINY)
     plain, sampled = completion(temperature=0), completion(temperature=0.7, top_p=0.9)
     assert not captured.supports(model, [plain])  # not without CUDA
-    on_cuda = type("", (), {"norm": type("", (), {"weight": type("", (), {"is_cuda": True})})})
+    weight = type("", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16, "requires_grad": False})
+    on_cuda = type("", (), {"norm": type("", (), {"weight": weight})})
     assert captured.supports(on_cuda, [plain, completion(temperature=0, stop_token_ids=[3], seed=4)])
     assert captured.supports(on_cuda, [sampled, completion(temperature=0.7, top_p=0.9, seed=8)])
     assert captured.supports(on_cuda, [plain, sampled])

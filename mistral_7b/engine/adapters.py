@@ -58,6 +58,10 @@ class CompressedLoraLinear(LoraLinear, Compressed):
 
     base: Compressed
 
+    def __init__(self, base: Compressed, adapters: LowRanks) -> None:
+        super().__init__(base, adapters)
+        self.bits = base.bits
+
     def described(self) -> Weights:
         out = self.base.described()
         out.adapters = ctypes.addressof(self.adapters.table)
@@ -178,7 +182,9 @@ class Adapters:
 
         def build(linear: nn.Module, name: str) -> nn.Module:
             adapters = LowRanks([own.get(name) for own in held.values()], self._mixture)
-            return (CompressedLoraLinear if isinstance(linear, Compressed) else LoraLinear)(linear, adapters)
+            if isinstance(linear, Compressed):
+                return CompressedLoraLinear(linear, adapters)
+            return LoraLinear(linear, adapters)
 
         adapted, targets = _shell(self.model), {target for own in held.values() for target in own}
         replace_linears(adapted, build, lambda name, _: name in targets)

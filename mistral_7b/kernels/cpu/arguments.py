@@ -1,6 +1,6 @@
 """What the C++ is given: each structure is one of the same name in cpu/, with the same fields in the same order.
 
-A structure points at memory and holds on to nothing: whoever makes one keeps the tensors for as long.
+A structure points at memory and holds no reference: its maker keeps the tensors for as long as it is used.
 
 M rows · K inputs, N outputs, Kp inputs with their padding · D width of a row or of a head · H query heads ·
 G key/value heads · `bf16`: whether numbers are bfloat16, else float32

@@ -202,7 +202,7 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
         raise TrainingError("no training data", field="data", hint="name text files or folders with --data")
     files = split_files(args.data, args.held_out, args.suffixes)
     if files.left_out:
-        print(f"files of --data that are held out, and so not trained on: {files.left_out}", file=sys.stderr)
+        print(f"held-out files of --data, excluded from training: {files.left_out}", file=sys.stderr)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     data = PackedDocuments.from_files(files.training, tokenizer, args.seq_len, args.seed)
     held_out = [(tokens, size) for _, tokens, size in held_out_documents(files.held_out, tokenizer) if size]

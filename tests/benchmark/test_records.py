@@ -147,7 +147,7 @@ def test_times_that_scatter_are_doubted() -> None:
         record_of(job_of(LLAMA, "Q4_0"), [measured([1.0, 2.0])]),
     )
     assert doubt([calm]) == ""
-    assert doubt([calm, wild]).endswith("not to be quoted: decode llama.cpp Q4_0")
+    assert doubt([calm, wild]).endswith("do not quote these results: decode llama.cpp Q4_0")
 
 
 def test_a_job_survives_the_way_to_its_process() -> None:

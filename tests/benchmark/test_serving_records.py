@@ -168,8 +168,8 @@ def test_tables_hold_the_figures_and_ours_over_the_peer() -> None:
     ratio = [cell.strip() for cell in text.splitlines()[-2].split("|")[1:6]]
     assert ratio == ["int4", "llama.cpp Q4_0", "2 at once", "2.50", "1.00"]
     assert "ours over" not in text_of(records[:3])
-    assert report.doubt([record_of(failed=2)]) == "2 requests failed: throughput and times are of the others"
-    assert "something else was running: mistral_7b int4 2 at 0.5/s" in report.doubt(records)
+    assert report.doubt([record_of(failed=2)]) == "2 requests failed; throughput and latency exclude them"
+    assert "the machine was busy: mistral_7b int4 2 at 0.5/s" in report.doubt(records)
     assert report.doubt([record_of()]) == ""
 
 

@@ -111,7 +111,7 @@ def test_what_cannot_be_served_is_said_in_a_line(run, tmp_path, monkeypatch):
         result = run("serve", "--port", str(taken.getsockname()[1]))
     assert result.code == 2
     assert "cannot listen at 127.0.0.1:" in result.err
-    assert run("serve", "--adapter", "nonsense").err == "mistral-7b: --adapter nonsense: write NAME=PATH\n"
+    assert run("serve", "--adapter", "nonsense").err == "mistral-7b: --adapter nonsense is not NAME=PATH\n"
     assert run("serve", "--api-key-file", str(tmp_path / "none")).code == 2
     assert "max_n must be" in run("serve", "--max-n", "0").err
     result = run("serve", "--host", "0.0.0.0", "--adapter", "nonsense")

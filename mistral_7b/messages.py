@@ -1,7 +1,7 @@
-"""A conversation as the OpenAI API writes it, to mistral-common's message objects; and its chat templates.
+"""Convert conversations of the OpenAI API to mistral-common's messages; chat templates.
 
-mistral-common's own converter refuses null fields and ids such as "call_6kZ..."; this one takes what
-clients send: missing and null fields, list content, either kind of id, results without a name.
+mistral-common's own converter rejects null fields and ids such as "call_6kZ...". This one accepts what clients
+send: missing and null fields, list content, any ids, and tool results without a name.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ from pydantic import ValidationError
 
 from .errors import TokenizerError
 
-# What mistral-common says no with; RuntimeError is SentencePiece at a text that cannot be UTF-8.
+# Exceptions of mistral-common; SentencePiece raises RuntimeError for text that is not valid UTF-8.
 REFUSALS = (MistralCommonException, ValueError, AssertionError, RuntimeError)
 
 
 def read_messages(
     messages: Sequence[Mapping[str, Any]], version: str, labels: Sequence[str] | None = None
 ) -> list[Any]:
-    """mistral-common's objects for OpenAI's dictionaries; TokenizerError names the message at fault (`label`)."""
+    """Convert OpenAI's dictionaries to mistral-common's messages.
+
+    Raises TokenizerError naming the invalid message (see `label`).
+    """
     return _Reader(version).read(messages, labels)
 
 
 def label(labels: Sequence[str] | None, index: int) -> str:
-    """What errors call a message: by its label, which says where the user put it, or else by its index."""
+    """Return the name of a message in errors: its label if there are labels, else its index."""
     return labels[index] if labels is not None else f"messages[{index}]"
 
 
 def tool_call_id(name: str) -> str:
-    """A tool call's id as Mistral's templates want it: 9 letters or digits.
+    """Return a tool call id in the form of Mistral's templates: 9 letters or digits.
 
-    One that has this form is kept. Any other ("call_6kZ...") always gives the same 9 characters, so that
-    a call and its result meet, and a conversation sent again gives the same tokens.
+    An id in this form is unchanged. Any other id ("call_6kZ...") is hashed, so that a call and its result match
+    and a conversation sent again encodes to the same tokens.
     """
     if re.fullmatch("[a-zA-Z0-9]{9}", name):
         return name
@@ -57,11 +60,11 @@ def tool_call_id(name: str) -> str:
 
 
 class _Reader:
-    """OpenAI's message dictionaries to mistral-common's objects, for one conversation."""
+    """Converter for the messages of one conversation."""
 
     def __init__(self, version: str) -> None:
         self.version = version
-        self.open_calls: list[ToolCall] = []  # of the assistant's last turn, not answered yet
+        self.open_calls: list[ToolCall] = []  # calls of the last assistant message without a result
 
     def read(self, messages: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) -> list[Any]:
         if isinstance(messages, (str, Mapping)) or not messages:
@@ -91,7 +94,7 @@ class _Reader:
         if role == "assistant":
             calls = [self._call(f"{index}.{k}", c) for k, c in enumerate(message.get("tool_calls") or ())]
             self.open_calls = list(calls)
-            if calls:  # Mistral's templates have no place for text beside calls, and leave it out
+            if calls:  # Mistral's templates drop text beside tool calls
                 content = None
             if not calls and not content:
                 raise TokenizerError("an assistant's message needs content or tool_calls", field="content")
@@ -125,7 +128,7 @@ class _Reader:
         )
 
     def _result(self, message: Mapping[str, Any], content: Any) -> ToolMessage:
-        """A tool's result; without an id it answers the first call that is still open."""
+        """Convert a tool result; without an id it belongs to the first call without a result."""
         given = message.get("tool_call_id")
         if not given and not self.open_calls:
             raise TokenizerError("a tool's message needs a tool_call_id", field="tool_call_id")
@@ -138,10 +141,10 @@ class _Reader:
 
 
 def _arguments(given: Any) -> Any:
-    """A call's arguments: null, or a text that says null or nothing, is an empty object.
+    """Return the arguments of a call; null, "null" and blank text become an empty object.
 
-    An object that is written as JSON within a string is decoded. Any other text stays as the model wrote it, which
-    need not be JSON: a call may have been cut off.
+    An object encoded twice is decoded once. Other text is unchanged and may be invalid JSON: the call may have
+    been truncated.
     """
     text = given
     while isinstance(text, str):
@@ -158,10 +161,10 @@ def _arguments(given: Any) -> Any:
 
 
 def _content(content: Any) -> Any:
-    """A text, or text chunks, from OpenAI's content. TokenizerError for parts that are no text."""
+    """Return text or text chunks. TokenizerError for parts other than text."""
     if isinstance(content, str):
         try:
-            content.encode()  # a lone surrogate has no UTF-8: refused here with a reason
+            content.encode()  # rejects lone surrogates with a clear message
         except UnicodeEncodeError as e:
             raise TokenizerError(str(e), field="content") from e
     if content is None or isinstance(content, str):
@@ -180,7 +183,7 @@ def _content(content: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What a refusal of mistral-common's or pydantic's says, on one line."""
+    """Return the message of a mistral-common or pydantic exception on one line."""
     if isinstance(error, KeyError):
         return f"field {error} is missing"
     if isinstance(error, ValidationError):
@@ -189,10 +192,10 @@ def reason(error: Exception) -> str:
 
 
 class _V2(InstructTokenizerV2):
-    """The v2 template; an answer that is to be continued is encoded as given, blanks at its end included.
+    """The v2 template, except that a continued answer keeps its trailing spaces.
 
-    mistral-common strips spaces from the end of every answer. One that is over was trained on like that; one that
-    is continued would no longer be the text to which its client joins the rest.
+    mistral-common strips trailing spaces from every answer, as in training. A continued answer must match the text
+    to which the client appends the continuation.
     """
 
     def _encode_normal_content_assistant_message(self, message: AssistantMessage) -> list[int]:

@@ -1,7 +1,7 @@
-"""One job in a process of its own: python -m mistral_7b.benchmark.process JOB-AS-JSON
+"""Run one job in its own process: python -m mistral_7b.benchmark.process JOB-AS-JSON
 
-The last line of what it prints is the result as JSON, of ceilings each line a part of it; a failure is the
-last line on stderr, an error's data as JSON, and exit code 1.
+The last line on stdout is the result as JSON; for ceilings, each line holds a part of it. On failure the last line
+on stderr is the error's data as JSON, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 def ceilings(n: int | None, quick: bool, until: float) -> None:
-    """A line for the threads, and one for each ceiling as soon as it is measured."""
+    """Print the number of threads, then each ceiling as soon as it is measured."""
     import torch
 
     from . import roofline

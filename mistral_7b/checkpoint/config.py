@@ -1,4 +1,4 @@
-"""What the two configuration files share: JSON read strictly, theta and window, and the way to ModelArgs."""
+"""Read configuration files: strict JSON, theta, window and ModelArgs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ V0_1_THETA, V0_1_WINDOW, LATER_THETA = 1e4, 4096, 1e6
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file, or CheckpointError: also for NaN, and for a field given twice differently."""
+    """Read a JSON object. CheckpointError for invalid JSON, NaN or conflicting duplicates."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -45,7 +45,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _numbers(value: Any, field: str) -> Iterator[tuple[str, float]]:
-    """Every float in a JSON value, with the path of fields that leads to it."""
+    """Yield every float in a JSON value with its field path, such as "a.b[0]"."""
     if isinstance(value, float):
         yield field, value
     elif isinstance(value, dict):
@@ -57,7 +57,7 @@ def _numbers(value: Any, field: str) -> Iterator[tuple[str, float]]:
 
 
 def agreed(path: pathlib.Path, fields: dict[str, Any]) -> Any:
-    """The one value of fields that mean the same thing, None if none is given; CheckpointError if they differ."""
+    """Return the common value of synonymous fields or None; CheckpointError if they differ."""
     given = {name: value for name, value in fields.items() if value is not None}
     values = list(given.values())
     if any(v != values[0] for v in values):
@@ -69,10 +69,9 @@ def agreed(path: pathlib.Path, fields: dict[str, Any]) -> Any:
 
 
 def theta_and_window(path: pathlib.Path, theta: Any, window: Any) -> tuple[Any, Any]:
-    """RoPE's theta and the window, with theta supplied where a file leaves it out.
+    """Return RoPE's theta and the window. A given theta is never changed.
 
-    v0.1's `params.json` has a window and no theta, and means 1e4; the releases without a window were
-    trained with 1e6. Any theta that is given is taken as it stands.
+    A missing theta is 1e4 if there is a window (the `params.json` of v0.1), else 1e6 (later releases).
     """
     if theta is None:
         theta = LATER_THETA if window is None else V0_1_THETA
@@ -86,7 +85,7 @@ def theta_and_window(path: pathlib.Path, theta: Any, window: Any) -> tuple[Any, 
 
 
 def refuse(path: pathlib.Path, data: dict[str, Any], harmless: dict[str, tuple[Any, ...]]) -> None:
-    """CheckpointError if a field that would change what the model computes has a value not listed for it."""
+    """Raise CheckpointError if a field that changes the model has a value not in `harmless`."""
     for field, values in harmless.items():
         if (value := data.get(field)) is not None and value not in values:
             raise CheckpointError(
@@ -100,7 +99,7 @@ def _short(value: Any) -> str:
 
 
 def to_args(path: pathlib.Path, data: dict[str, Any], field_of: dict[str, str], **known: Any) -> ModelArgs:
-    """ModelArgs with fields read from `data` by the names in `field_of`, and those `known` already."""
+    """Build ModelArgs from the fields `data[field_of[name]]` and from the `known` values."""
     values = dict(known)
     for ours, theirs in field_of.items():
         if data.get(theirs) is None:

@@ -1,6 +1,6 @@
 """Hugging Face's config.json.
 
-transformers 5 writes `rope_parameters` and `dtype`; before it, `rope_theta` and `torch_dtype`.
+transformers 5 writes `rope_parameters` and `dtype`; earlier versions write `rope_theta` and `torch_dtype`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FIELDS = {
     "vocab_size": "vocab_size",
 }
 ARCHITECTURE = "MistralForCausalLM"
-OURS = "mistral_7b"  # the quantisation method of checkpoints that this package wrote (quantized.py)
-HARMLESS = {  # field -> the values that leave the model as it is
+OURS = "mistral_7b"  # `quant_method` of checkpoints written by quantizing.py
+HARMLESS = {  # field -> the values that do not change the model
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -34,17 +34,17 @@ HARMLESS = {  # field -> the values that leave the model as it is
 
 
 def recognise(data: dict[str, Any]) -> bool:
-    """Whether this JSON object is a Hugging Face config, by its fields."""
+    """Return whether a JSON object has the fields of a Hugging Face config.json."""
     return "model_type" in data or "architectures" in data or "hidden_size" in data
 
 
 def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
-    """ModelArgs from the content of a config.json. CheckpointError, naming the field, if it is not Mistral's."""
+    """Build ModelArgs from a config.json. CheckpointError names an invalid field."""
     _check_kind(path, data)
     refuse(path, data, HARMLESS)
     theta, window = theta_and_window(path, _theta(path, data), data.get("sliding_window"))
     if "sliding_window" not in data and theta == V0_1_THETA:
-        # transformers would fill in its class default, 4096; with v0.1's theta that is also v0.1's window.
+        # transformers defaults to a window of 4096, which is also that of v0.1, whose theta is 1e4.
         warnings.warn(f"{path}: no 'sliding_window', but theta 1e4 as in v0.1: taking its 4096", stacklevel=2)
         window = V0_1_WINDOW
     _check_layer_types(path, data.get("layer_types"), window)
@@ -87,7 +87,7 @@ def _check_kind(path: pathlib.Path, data: dict[str, Any]) -> None:
 
 
 def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
-    """theta from wherever this version of transformers put it; no scaling of RoPE may be asked for."""
+    """Return theta from the field of any version of transformers; CheckpointError for scaled RoPE."""
     found = {"rope_theta": data.get("rope_theta")}
     for place in ("rope_parameters", "rope_scaling"):
         rope = data.get(place)
@@ -116,7 +116,7 @@ def _check_layer_types(path: pathlib.Path, kinds: Any, window: Any) -> None:
 
 
 def config(args: ModelArgs, dtype: str) -> dict[str, Any]:
-    """The content of config.json, for transformers 5 and before; `dtype` as in "bfloat16"."""
+    """Return the content of config.json for any transformers; `dtype` is like "bfloat16"."""
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "mistral",

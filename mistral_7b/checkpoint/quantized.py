@@ -1,11 +1,11 @@
-"""Quantised checkpoints: the very tensors of the modules in quantization/linear.py, where they lie.
+"""Quantized checkpoints: memory-mapped tensors of the modules in quantization/linear.py.
 
     quantized.safetensors   layers.0.attention.wq.codes, .groups, .scale, ..., tok_embeddings.codes, norm.weight
-    config.json             Hugging Face's fields, and in `quantization_config` what was done and what it cost
+    config.json             Hugging Face's fields; `quantization_config` holds the scheme and the measured loss
 
-Names and order of rows are Mistral's. The tiles are the same on every machine and in memory, so that opening
-is mapping: nothing is packed and nothing copied. The file is not called model.safetensors, because transformers 5
-only warns of a method that it does not know, and would then draw at random all weights whose names it misses.
+Names and row order are Mistral's. The tiles have the layout used in memory, on every machine, so that loading is
+mapping, without packing or copying. The file is not called model.safetensors, because transformers 5 only warns
+about an unknown quantization method and then initializes all weights with unknown names at random.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ HOW = (
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a quantised checkpoint says of itself. QuantizationError if its distance was not measured.
+    """The `quantization_config` of a checkpoint. QuantizationError for an incomplete distance.
 
-    distance      from the original on a text: kl (nats a token), top1_agreement (0..1), perplexity_original,
-                  perplexity, tokens (that were predicted), text (which it was)
-    calibration   how the rounding was guided; None: to the nearest
+    distance      from the original on a text: kl (nats per token), top1_agreement (0..1), perplexity_original,
+                  perplexity, tokens (number predicted), text (its name)
+    calibration   how rounding was calibrated; None: round to nearest
     nbytes        of all tensors
     """
 
@@ -61,7 +61,7 @@ class Record:
             raise QuantizationError("the distance does not name its 'text'", field="text", hint=HOW)
 
     def config(self) -> dict[str, Any]:
-        """The content of `quantization_config`."""
+        """Return the content of `quantization_config`."""
         grouped = self.scheme.name == "int4"
         return {
             "quant_method": OURS,
@@ -76,7 +76,7 @@ class Record:
 
 
 def read_record(path: str | os.PathLike[str]) -> Record | None:
-    """What a folder's (or the folder's of a file) config.json says of quantisation; None if it is not of ours."""
+    """Return the record in a folder's (or file's folder's) config.json; None for other methods."""
     path = pathlib.Path(path)
     path = (path if path.is_dir() else path.parent) / "config.json"
     if not path.is_file():
@@ -116,7 +116,7 @@ def read_record(path: str | os.PathLike[str]) -> Record | None:
 
 
 def check_asked(path: pathlib.Path, record: Record, asked: str | Scheme | None) -> None:
-    """QuantizationError if another scheme is asked for than the one in which a folder is quantised."""
+    """Raise QuantizationError if `asked` is a scheme other than that of the folder."""
     if asked is None or asked in (record.scheme.name, record.scheme):
         return
     raise QuantizationError(
@@ -135,7 +135,7 @@ def build(
     dtype: torch.dtype,
     mmap: bool,
 ) -> Mistral7B:
-    """On a CPU the model that `raw` holds, mapped or copied. CheckpointError for one that does not fit."""
+    """Build the CPU model from `raw`, mapped or copied. CheckpointError on a mismatch."""
     model = empty_model(args, scheme, dtype)
     wanted = model.state_dict()
     weights = {}
@@ -145,11 +145,11 @@ def build(
         stored = raw[name]
         if stored.shape != tuple(like.shape):
             raise stored.fault(f"is of shape {stored.shape}; its configuration says {tuple(like.shape)}")
-        norm = name.endswith(".weight")  # the only tensors whose type is the model's
+        norm = name.endswith(".weight")  # norms are the only tensors of the model's dtype
         if stored.dtype != like.dtype and not (norm and stored.dtype.is_floating_point):
             raise stored.fault(f"is of type {stored.dtype}, not {like.dtype}")
         weights[name] = stored.view().to(like.dtype)
-        if not mmap:  # a tensor at a time, so that none is held twice
+        if not mmap:  # one tensor at a time, so that the model is never held twice
             weights[name] = huge_pages.copied(weights[name])
             stored.release()
     if unknown := [name for name in raw if name not in wanted]:

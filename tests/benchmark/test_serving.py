@@ -1,4 +1,4 @@
-"""Traffic as it is drawn, the client that keeps to it, and what becomes of both engines under it."""
+"""Traffic, the open-loop client, and both engines under load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_arrivals_are_random_and_of_the_rate() -> None:
     gaps = [b - a for a, b in pairwise(at)]
     assert at[0] == 0
     assert statistics.mean(gaps) == pytest.approx(1 / 4, rel=0.1)
-    assert statistics.stdev(gaps) == pytest.approx(1 / 4, rel=0.1)  # as those of a Poisson process are
+    assert statistics.stdev(gaps) == pytest.approx(1 / 4, rel=0.1)  # as in a Poisson process
     assert {a.at for a in Traffic(20, None).draw(100)} == {0.0}
 
 
@@ -53,7 +53,7 @@ def test_every_rate_asks_the_same_questions() -> None:
 
 
 class Sluggish:
-    """A target that answers one request after another, and holds up the whole process while it begins."""
+    """A target that answers requests sequentially, and blocks the process when it starts."""
 
     def __init__(self) -> None:
         self.began, self.called = time.perf_counter(), []
@@ -74,9 +74,9 @@ def test_nobody_waits_for_a_busy_engine_to_be_sent() -> None:
         return target, await drive(target, [Arrival(at, [1], 3) for at in (0.0, 0.02, 0.12, 0.13)])
 
     target, traces = asyncio.run(run())
-    # Those that arrive while the process is held up are sent right after, and their time runs from when they came.
+    # Requests that arrive while the process is blocked are sent right after; latency counts from arrival.
     assert [t.arrived for t in traces] == [0.0, 0.02, 0.12, 0.13]
-    assert target.called[3] - target.called[0] < 0.35  # all were there before the second was answered
+    assert target.called[3] - target.called[0] < 0.35  # all arrived before the second was answered
     for turn, trace in enumerate(traces):
         assert len(trace.tokens) == 3
         assert trace.tokens[0] >= 0.1 + 0.15 * turn

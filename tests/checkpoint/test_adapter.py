@@ -1,4 +1,4 @@
-"""Adapters of PEFT and mistral-finetune: PEFT's own logits from its files, ours in PEFT, and what is refused."""
+"""LoRA adapters: PEFT's logits from its files, our files in PEFT, mistral-finetune, and errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def theirs(base: pathlib.Path) -> MistralForCausalLM:
 
 
 def peft_model(base: pathlib.Path, name: str) -> PeftModel:
-    """A model whose every factor is random, and matters."""
+    """A PEFT model with random factors, so that each one affects the logits."""
     model = get_peft_model(
         theirs(base), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1, **CONFIGS[name])
     ).eval()
@@ -65,7 +65,7 @@ def peft_model(base: pathlib.Path, name: str) -> PeftModel:
 
 @pytest.fixture(scope="module")
 def saved(base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[pathlib.Path, Tensor]]:
-    """Each configuration's folder as PEFT wrote it, and PEFT's logits."""
+    """For each configuration the folder written by PEFT, and PEFT's logits."""
     out = {}
     for name in CONFIGS:
         folder = tmp_path_factory.mktemp("peft") / "adapter"
@@ -130,13 +130,13 @@ def test_mistral_finetune_writes_and_reads_in_this_layout(tmp_path: pathlib.Path
     stored = load_file(tmp_path / "lora" / "lora.safetensors")
     assert stored.keys() == {f"layers.{n}.attention.wq.lora_{half}.weight" for n in (0, 1) for half in "AB"}
     first, second = adapter.targets.values()
-    assert torch.equal(stored["layers.0.attention.wq.lora_B.weight"], first.b)  # in their own order
+    assert torch.equal(stored["layers.0.attention.wq.lora_B.weight"], first.b)  # rows in Mistral's order
     assert torch.equal(stored["layers.1.attention.wq.lora_B.weight"], second.b / 4)
     again = read_adapter(tmp_path / "lora", TINY)
     assert [f.scale for f in again.targets.values()] == [2.0, 2.0]
     assert torch.equal(ours(again), ours(adapter))
 
-    save_file(stored, tmp_path / "alone.safetensors")  # the file alone means 2, beside params.json what that says
+    save_file(stored, tmp_path / "alone.safetensors")  # scale 2 without params.json, else its value
     assert read_adapter(tmp_path / "alone.safetensors", TINY).targets["layers.0.attention.wq"].scale == 2.0
     (tmp_path / "params.json").write_text(json.dumps({"dim": 40, "lora": {"enable": True, "scaling": 3}}))
     assert read_adapter(tmp_path / "alone.safetensors", TINY).targets["layers.0.attention.wq"].scale == 3.0

@@ -1,4 +1,4 @@
-"""Damaged, contradictory and malicious files: one CheckpointError, naming file and tensor, and no model."""
+"""Damaged, inconsistent and malicious files raise a CheckpointError naming file and tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Q1 = "model.layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A good checkpoint in each layout: one (single file), many (shards), mistral."""
+    """A valid checkpoint in each layout: one (single file), many (shards), mistral."""
     folder = tmp_path_factory.mktemp("originals")
     model = tiny_model()
     model.save_pretrained(folder / "one")
@@ -47,7 +47,7 @@ def copies(originals: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def rejected(path: pathlib.Path, place: pathlib.Path, field: str | None = None) -> None:
-    """Loading and converting fail with one error about this file, or one in this folder, and nothing is left."""
+    """Check that loading and converting raise an error about this file or folder, and leave nothing."""
     out = path.parent / "converted"
     before = set(path.parent.iterdir())
     for attempt in (lambda: Mistral7B.from_pretrained(path), lambda: convert(path, out, to="mistral")):
@@ -58,7 +58,7 @@ def rejected(path: pathlib.Path, place: pathlib.Path, field: str | None = None) 
 
 
 def rewrite(path: pathlib.Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the tensors of a safetensors file, or the object in a JSON file, in place."""
+    """Modify the tensors of a safetensors file, or the object of a JSON file, in place."""
     if path.suffix == ".json":
         data = json.loads(path.read_text())
         change(data)
@@ -188,7 +188,7 @@ def test_what_is_no_checkpoint(tmp_path: pathlib.Path, copies: pathlib.Path) -> 
 
 
 class Trap:
-    """Pickled, it makes a file when it is opened carelessly."""
+    """Its pickle creates a file when it is loaded unsafely."""
 
     def __init__(self, evidence: pathlib.Path) -> None:
         self.evidence = evidence
@@ -211,7 +211,7 @@ def test_trap_23_a_malicious_pickle_is_refused_and_not_run(copies: pathlib.Path,
     rejected(folder, path)
     assert not evidence.exists()
     torch.load(path, weights_only=False) if not bare else pickle.loads(path.read_bytes())
-    assert evidence.exists()  # the trap was armed
+    assert evidence.exists()  # the pickle is indeed malicious
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"norm.weight": "text"}, {3: torch.ones(2)}, torch.ones(2)])
@@ -318,7 +318,7 @@ def test_fuzzed_pickles(originals: pathlib.Path, copies: pathlib.Path, edits: li
         torch.save(tiny_model().state_dict(), whole)
     raw = bytearray(whole.read_bytes())
     for place, value in edits:
-        # In the pickle at the beginning, or the directory at the end.
+        # In the pickle at the start, or in the zip directory at the end.
         raw[place % 4000 if place % 2 else -1 - place % 2000] = value
     (folder / "consolidated.00.pth").write_bytes(raw)
     opens_or_says_why(folder)

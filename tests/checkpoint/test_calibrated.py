@@ -1,4 +1,4 @@
-"""Calibrated while a checkpoint is written, a layer at a time: the model calibrated whole, to the bit."""
+"""Calibration layer by layer during writing is bit-identical to calibrating the whole model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_on_disk_it_is_the_model_calibrated_in_memory(
     tmp_path: pathlib.Path, scheme: Scheme, layout: str, tied: bool
 ) -> None:
     plain = tiny_model(tiny_args(tie_embeddings=tied), torch.bfloat16)
-    if not tied:  # an outlier, so that the last norm is rescaled too
+    if not tied:  # an outlier, so that the last norm is also rescaled
         plain.norm.weight[3] *= 64
         plain.output.weight[:, 3] /= 64
     plain.save_pretrained(tmp_path / "plain", format=layout)

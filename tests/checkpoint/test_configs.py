@@ -1,4 +1,4 @@
-"""Trap 8: what each release's configuration means, and which ones are refused."""
+"""The ModelArgs of each release's configuration, and invalid configurations."""
 
 from __future__ import annotations
 

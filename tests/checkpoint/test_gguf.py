@@ -1,4 +1,4 @@
-"""GGUF in and out: to the bit among our formats, against the gguf package's reader and writer, and in error."""
+"""Reading and writing GGUF: bit-identical, compared with the gguf package, and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mistral_7b.checkpoint.names import expected, rename
 from mistral_7b.checkpoint.reading import open_checkpoint
 from mistral_7b.quantization.linear import BlockLinear
 
-# All sizes different, and rows of 32's multiples, so that every type of block fits but the K ones.
+# All sizes differ, and rows are multiples of 32, so that all block types but K types fit.
 NARROW = tiny_args(dim=64, head_dim=32, n_heads=4, n_kv_heads=2, hidden_dim=96)
 CONFIGS = {
     "window": TINY,
@@ -39,7 +39,7 @@ CONFIGS = {
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:no tokenizer.model lies beside"),
-    pytest.mark.filterwarnings("ignore:.*theta 1e4 as in v0.1"),  # where it is the subject, it is caught
+    pytest.mark.filterwarnings("ignore:.*theta 1e4 as in v0.1"),  # tests of this warning catch it
 ]
 
 
@@ -48,7 +48,7 @@ def opened(path: pathlib.Path, dtype: torch.dtype = torch.float32) -> Mistral7B:
 
 
 def weights_of(model: Mistral7B) -> dict[str, torch.Tensor]:
-    """All weights by Mistral's names; of blocks that are kept, the values that they stand for."""
+    """All weights by Mistral's names; blocks are dequantized."""
     out = {name: value for name, value in model.state_dict().items() if name.endswith("weight")}
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, BlockLinear)}
     return out | {f"{name}.weight": m.dequantized().to(model.norm.weight.dtype) for name, m in blocks.items()}
@@ -129,7 +129,7 @@ def their_file(
     path: pathlib.Path, args: ModelArgs, change: Callable[[gguf.GGUFWriter], None] = lambda w: None,
     kinds: Callable[[str], str] = lambda name: "F32", arch: str = "llama", **keys: Any,
 ) -> Mistral7B:  # fmt: skip
-    """A file as converters write it, by the gguf package; `keys` replaces keys, None leaves one out."""
+    """A file as converters write it, by the gguf package; `keys` replaces keys, None omits one."""
     model = tiny_model(args)
     values = {
         "context_length": args.max_seq_len, "embedding_length": args.dim, "block_count": args.n_layers,
@@ -188,7 +188,7 @@ def test_blocks_are_handed_out_as_they_lie(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_converting_to_gguf_keeps_blocks_to_the_bit(tmp_path: pathlib.Path, kind: str) -> None:
-    """Also those that quantising anew would not give: here every code is far from its block's largest."""
+    """Blocks that requantization would change: every code is far from its block's maximum."""
 
     def weak(writer: gguf.GGUFWriter) -> None:
         for tensor in writer.tensors[0].values():
@@ -226,7 +226,7 @@ def test_v0_1_has_its_window_with_a_notice_and_later_ones_none(tmp_path: pathlib
 
 
 def test_what_older_converters_left_out(tmp_path: pathlib.Path) -> None:
-    args = tiny_args(dim=60, sliding_window=None, rope_theta=1e6)  # 6 heads of 10, as dim / heads has it
+    args = tiny_args(dim=60, sliding_window=None, rope_theta=1e6)  # 6 heads of width 10 = dim / heads
     left_out = dict.fromkeys(("attention__key_length", "attention__value_length", "vocab_size"))
     their_file(tmp_path / "x.gguf", args, **left_out)
     assert read_args(tmp_path / "x.gguf")[0] == args
@@ -350,7 +350,7 @@ def test_lengths_beyond_the_file_cost_an_error_and_no_memory(
 def test_more_of_anything_than_a_file_can_mean_is_refused_at_its_number(
     tmp_path: pathlib.Path, raw: bytes
 ) -> None:
-    """Before any is read: what a file holds becomes Python objects, which are larger than it."""
+    """Limits are checked before parsing: Python objects are larger than the file."""
     head = raw[:8] + struct.pack("<QQ", 1, 1)
     for name, content in {
         "65536": raw[:8] + struct.pack("<QQ", (1 << 16) + 1, 0),

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file: the ids of the SentencePiece file that it was made from, and its errors."""
+"""Tokenizers in GGUF files: the ids of the original SentencePiece file, and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, Tokenizer, Any]:
-    """A tokenizer, that which came back from a GGUF file, and the file."""
+    """A tokenizer, the one extracted from a GGUF file, and the file."""
     folder = tmp_path_factory.mktemp("vocabulary")
     name = request.param
     original = Tokenizer.from_pretrained() if name == "demo" else getattr(Tokenizer, name)()
@@ -154,7 +154,7 @@ def test_one_clear_error(key: str, value: Any, field: str) -> None:
 
 
 def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces() -> None:
-    """So converters write them; SentencePiece finds one in a text only with its own sign for a space."""
+    """As written by converters; SentencePiece matches one only with its own space symbol."""
     keys = {
         **GOOD, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b c"],
         "tokenizer.ggml.scores": [0.0] * 5, "tokenizer.ggml.token_type": [2, 3, 3, 1, 4],

@@ -1,4 +1,4 @@
-"""Names on the hub, against a look-alike on loopback. Each program runs by itself, as its user would run it."""
+"""Hub ids, with a hub server on loopback. Each download runs in its own process."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_names_that_need_no_hub(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="module")
 def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
-    """A small model in both layouts at once, as v0.3's repositories hold it. Its first shard is of 14 MB."""
+    """A small model in both layouts, as in v0.3's repositories. Its first shard has 14 MB."""
     folder = tmp_path_factory.mktemp("repos")
     model = tiny_model(tiny_args(vocab_size=90_001), torch.float32)
     both = folder / "both"
@@ -108,7 +108,7 @@ def hub(repos: dict[str, pathlib.Path]) -> Iterator[Hub]:
 
 
 def pull(home: pathlib.Path, endpoint: str, *what: str, **env: str) -> str:
-    """What a separate program prints that pulls `what` with HF_HOME and HF_ENDPOINT set; it must end well."""
+    """Return the output of a process that pulls `what` with HF_HOME and HF_ENDPOINT set."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     run = subprocess.run(
         [sys.executable, "-c", PULL, *what], capture_output=True, text=True, timeout=120,
@@ -136,7 +136,7 @@ def test_a_pull_fetches_one_copy_of_the_weights_and_goes_on_where_it_was_cut(
     wanted = sorted(names.needed_files(path.name for path in repos[REPO].iterdir()))
     assert "consolidated.safetensors" not in wanted
     assert hub.downloads() == sorted(p.name for p in folder.iterdir()) == wanted
-    # The client keeps what has arrived in pieces of 10 MiB, and asks for the rest.
+    # The client keeps received chunks of 10 MiB, and requests the rest.
     resumed = [(path.rsplit("/", 1)[1], range) for _, path, range in hub.asked if range]
     assert resumed == [("model-00001-of-00002.safetensors", f"bytes={10 * 2**20}-")]
     for name in wanted:
@@ -144,10 +144,10 @@ def test_a_pull_fetches_one_copy_of_the_weights_and_goes_on_where_it_was_cut(
     assert same(weights(folder), weights(repos[REPO]))
 
     hub.asked.clear()
-    assert pull(tmp_path, hub.url, REPO) == str(folder)  # again: nothing is fetched twice
+    assert pull(tmp_path, hub.url, REPO) == str(folder)  # again, without a second download
     assert hub.downloads() == []
     assert pull(tmp_path, hub.url, REPO, HF_HUB_OFFLINE="1") == str(folder)
-    assert pull(tmp_path, "http://127.0.0.1:9", REPO) == str(folder)  # and with the hub out of reach
+    assert pull(tmp_path, "http://127.0.0.1:9", REPO) == str(folder)  # and with the hub unreachable
 
 
 def test_mistrals_own_layout(tmp_path: pathlib.Path, hub: Hub, repos: dict[str, pathlib.Path]) -> None:

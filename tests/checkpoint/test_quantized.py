@@ -1,4 +1,4 @@
-"""Quantised folders: what is written is what is opened, mapped as it lies, and nothing else opens."""
+"""Quantized folders: exact round trips, memory-mapping, and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DISTANCE = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """`plain`, the original in bfloat16, and `int4`, quantised from it."""
+    """`plain`, the original in bfloat16, and `int4`, quantized from it."""
     folder = tmp_path_factory.mktemp("quantized")
     tiny_model(dtype=torch.bfloat16).save_pretrained(folder / "plain")
     (folder / "plain" / "tokenizer_config.json").write_text("{}")
@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def copy(folders: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A quantised folder to damage."""
+    """A quantized folder to damage."""
     return pathlib.Path(shutil.copytree(folders / "int4", tmp_path / "copy"))
 
 
@@ -59,7 +59,7 @@ def logits(model: Mistral7B) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_four_ways_to_one_model(tmp_path: pathlib.Path, scheme: Scheme, layout: str, tied: bool) -> None:
-    """Quantised in memory, while loading, on disk, and from memory to disk: the same bits."""
+    """Quantization in memory, during loading, on disk, and saved from memory: the same bits."""
     tiny_model(tiny_args(tie_embeddings=tied), torch.bfloat16).save_pretrained(tmp_path / "plain", format=layout)
     record = quantize(tmp_path / "plain", tmp_path / "disk", scheme, TEXT, "random tokens")
     model = quantize_model(load(tmp_path / "plain"), scheme)
@@ -85,7 +85,7 @@ def test_bf16_while_loading_is_the_packed_model(folders: pathlib.Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the map of memory from Linux's /proc")
 def test_weights_are_mapped_and_begin_at_lines(tmp_path: pathlib.Path) -> None:
-    """Of ordinary sizes all begin at 64 bytes; no tensor of whatever size is a copy."""
+    """With ordinary sizes, all tensors are aligned to 64 bytes; tensors of any size are mapped."""
     ordinary = tiny_args(dim=64, head_dim=16, n_heads=4, n_kv_heads=4, hidden_dim=128, vocab_size=96)
     for name, args in (("ordinary", ordinary), ("odd", TINY)):
         tiny_model(args, torch.bfloat16).save_pretrained(tmp_path / name)
@@ -135,7 +135,7 @@ def test_what_the_folder_says(folders: pathlib.Path) -> None:
 
 
 def test_the_distance_is_that_of_the_two_models(tmp_path: pathlib.Path) -> None:
-    """By the definitions, from two whole models; the text's rows are longer than two windows."""
+    """Computed by definition from two whole models; rows are longer than two windows."""
     tiny_model().save_pretrained(tmp_path / "plain")
     found = quantize(tmp_path / "plain", tmp_path / "int4", "int4", TEXT, "a text").distance
     models = load(tmp_path / "plain", dtype=torch.float32), load(tmp_path / "int4", dtype=torch.float32)
@@ -151,12 +151,12 @@ def test_the_distance_is_that_of_the_two_models(tmp_path: pathlib.Path) -> None:
     }
     assert found.pop("text") == "a text"
     assert found == pytest.approx(wanted, rel=1e-3)
-    assert 0.001 < found["kl"] < 1  # there was something to measure
+    assert 0.001 < found["kl"] < 1  # the distance is not zero
 
 
 @pytest.mark.parametrize("kernels", ["off", "scalar"])
 def test_the_folder_is_the_same_on_every_machine(tmp_path: pathlib.Path, kernels: str) -> None:
-    """Written and opened where other instructions run: the same file, and the same products."""
+    """Written and loaded with other instruction sets: the same file and the same products."""
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
     quantize(tmp_path / "plain", tmp_path / "here", "int4", TEXT, "a text")
     code = (
@@ -351,7 +351,7 @@ def test_killed_it_leaves_nothing_that_opens(folders: pathlib.Path, tmp_path: pa
     assert not out.exists()
     (rest,) = tmp_path.iterdir()
     assert rest.name.startswith(".out.partial-")
-    assert [path.name for path in rest.iterdir()] == [WEIGHTS]  # it was in the middle of writing
+    assert [path.name for path in rest.iterdir()] == [WEIGHTS]  # it was killed while writing
     for path in (rest, rest / WEIGHTS):
         with pytest.raises(CheckpointError):
             load(path)

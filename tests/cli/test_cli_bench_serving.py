@@ -1,4 +1,4 @@
-"""`mistral-7b bench --serving`: end to end beside a peer, and what it refuses."""
+"""`mistral-7b bench --serving`: end to end with a peer, and errors."""
 
 from __future__ import annotations
 

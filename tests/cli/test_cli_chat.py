@@ -105,7 +105,7 @@ def test_what_is_refused(run, windowed: str, flags: list[str], message: str) -> 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_on_a_terminal(windowed: str, tmp_path: pathlib.Path, plain: bool) -> None:
-    """Ctrl-C stops the answer and not the program, at the prompt it clears the line, Ctrl-D leaves."""
+    """Ctrl-C stops the answer and not the program, or clears the line at the prompt; Ctrl-D exits."""
     env = {"PATH": "/usr/bin:/bin", "TERM": "xterm", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "s")}
     env["XDG_CACHE_HOME"] = str(compiler.cache_folder().parent.parent)
     argv = ["-m", "mistral_7b", "chat", windowed, "--max-tokens", "1000000", "--ignore-eos"]

@@ -1,4 +1,4 @@
-"""`mistral-7b doctor`: facts and advice, on this machine and on odd ones."""
+"""`mistral-7b doctor`: facts and hints, on this machine and on unusual ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOOD = {
 
 @pytest.fixture(autouse=True)
 def _compiled() -> None:
-    """So that no command of these says that it compiles."""
+    """Prevents the message that the kernels are compiled."""
     backend.describe()
 
 

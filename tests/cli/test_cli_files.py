@@ -1,4 +1,4 @@
-"""`mistral-7b convert`, `pull` and `train`: flags in, the right call out, errors as one message."""
+"""`mistral-7b convert`, `pull` and `train`: calls made for given flags, and errors as one message."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_pull_refuses_what_is_no_id_and_fails_offline(run, monkeypatch, tmp_path
 
 @pytest.fixture
 def trained(monkeypatch) -> list[TrainArgs]:
-    """Training stands still; what it was called with is kept."""
+    """Replaces training; the arguments are recorded."""
     calls: list[TrainArgs] = []
 
     def train(args: TrainArgs) -> dict[str, float]:

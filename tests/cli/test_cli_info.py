@@ -46,7 +46,7 @@ def test_numbers_of_the_released_model() -> None:
     facts = describe(ModelArgs.v0_1(), 32768, "bfloat16")
     assert facts["parameters"] == 7_241_732_096  # as published for Mistral-7B-v0.1
     assert facts["weights_bytes"] == 14_483_464_192
-    assert facts["cache_bytes"] == 2 * 32 * 8 * 128 * 2 * 4096  # 8 times less than without the window
+    assert facts["cache_bytes"] == 2 * 32 * 8 * 128 * 2 * 4096  # an eighth of the size without the window
     assert facts["cache_bytes_without_window"] == 8 * facts["cache_bytes"]
 
 

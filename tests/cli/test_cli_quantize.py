@@ -1,4 +1,4 @@
-"""`mistral-7b quantize`, and what the other commands make of its folders."""
+"""`mistral-7b quantize`, and its folders in other commands."""
 
 from __future__ import annotations
 
@@ -139,4 +139,4 @@ def test_texts_become_rows_that_each_begin_anew_and_do_not_mix() -> None:
     assert len(ids[0]) == 6
     made = documents(tokenizer, ["one two three four five six", "and another"], 100, 5)
     assert made == [[1, *ids[0][:4]], [1, *ids[0][4:]], [1, *ids[1]]]
-    assert documents(tokenizer, ["one two three four five six"], 6, 5) == made[:1]  # <s> alone says nothing
+    assert documents(tokenizer, ["one two three four five six"], 6, 5) == made[:1]  # a row of <s> alone is dropped

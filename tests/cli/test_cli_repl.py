@@ -1,4 +1,4 @@
-"""The dialogue without a model: messages, commands, files, what Ctrl-C and errors leave behind."""
+"""The dialogue without a model: messages, commands, files, state after Ctrl-C and errors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Talk = Callable[..., tuple[str, str]]
 
 
 def echo(messages: list[Message]) -> Iterator[str]:
-    """Answers with what it was asked, a word at a time."""
+    """Echoes the question, one word at a time."""
     for word in f"heard {messages[-1]['content']}".split(" "):
         yield word + " "
 
 
 @pytest.fixture
 def talk(monkeypatch, capsys) -> Talk:
-    """Type lines into a dialogue; what stands on stdout and stderr afterwards."""
+    """Enter lines in a dialogue; return stdout and stderr."""
 
     def call(*lines: str, answer: Answer = echo, conversation: Conversation | None = None) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -194,7 +194,7 @@ def test_state_lies_where_xdg_says(monkeypatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert state_file("x") == tmp_path / "mistral-7b" / "x"
     monkeypatch.setenv("HOME", str(tmp_path))
-    for relative in ("", "not/absolute"):  # which the specification says to ignore
+    for relative in ("", "not/absolute"):  # the specification requires ignoring these
         monkeypatch.setenv("XDG_STATE_HOME", relative)
         assert state_file("x") == tmp_path / ".local" / "state" / "mistral-7b" / "x"
 
@@ -207,7 +207,7 @@ LONG = (
 
 
 def drawn(text: str, render: Callable[[str], object], pieces: int) -> list[str]:
-    """What a person sees, scrolled back too, when text comes in pieces on a terminal of 12 lines."""
+    """Return the screen and scrollback of a 12-line terminal to which text is streamed."""
     screen = pyte.HistoryScreen(60, 12, history=1000, ratio=0.5)
     screen.set_mode(pyte.modes.LNM)
     file = io.StringIO()

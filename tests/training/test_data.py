@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing padded, no document seeing another, the same rows for the same update."""
+"""Packing: no loss, no padding, no attention across documents, rows determined by the update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mistral_7b.training.data import IGNORE, PackedDocuments, read_text, split_f
 
 
 def documents(count: int = 9, seed: int = 0) -> list[list[int]]:
-    """Documents whose every token is unique, so that each can be told where it came from."""
+    """Documents with unique tokens, so that the origin of each token is known."""
     lengths = np.random.default_rng(seed).integers(3, 40, count)
     ends = np.cumsum(lengths)
     return [list(range(end - n, end)) for end, n in zip(ends, lengths, strict=True)]
@@ -41,7 +41,7 @@ def test_targets_are_the_next_token_of_the_same_document() -> None:
     ignored = [token for token, target in pairs if target == IGNORE]
     ends = {d[-1] for d in docs}
     assert ends & set(ignored), "the last token of a document has no next token"
-    # Elsewhere a target is missing only where the stream was rolled: once an epoch at most.
+    # Otherwise a target is missing only where the stream was rolled: at most once per epoch.
     assert sum(token not in ends for token in ignored) <= 3
 
 
@@ -92,7 +92,7 @@ def test_files_are_found_and_bad_ones_named(tmp_path) -> None:
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """corpus/{a,b}.py, corpus/kept/{c,d}.py, and links to what is below kept; the working folder is beside it."""
+    """corpus/{a,b}.py, corpus/kept/{c,d}.py, and links to files in kept; the working folder is beside it."""
     (tmp_path / "corpus" / "kept").mkdir(parents=True)
     for name in ("a", "b", "kept/c", "kept/d"):
         (tmp_path / "corpus" / f"{name}.py").write_text(f"name = {name!r}\n")

@@ -1,4 +1,4 @@
-"""A disk that becomes full while a model is trained: one sentence, and the last saved state resumes."""
+"""A disk that fills up during training: one error message, and the last saved state resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> TrainArgs:
 
 @pytest.fixture(autouse=True)
 def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than all else, and is tested by itself."""
+    """Plotting would take most of the time, and has its own test."""
     monkeypatch.setattr(trainer, "draw_curve", lambda log, path: True)
 
 
@@ -45,7 +45,7 @@ def training(args: TrainArgs, out: Path, **changes: object) -> Callable[[], obje
 def test_a_state_that_cannot_be_saved_leaves_the_one_before(
     args: TrainArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every write of it."""
+    """The disk fills up at each write."""
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     data = PackedDocuments.from_files([Path(args.data[0])], tokenizer, args.seq_len, args.seed)
     one = trainer.Trainer(args, trainer.open_model(args, tokenizer), data)
@@ -62,7 +62,7 @@ def test_a_state_that_cannot_be_saved_leaves_the_one_before(
 def test_a_run_that_was_cut_by_a_full_disk_resumes_to_the_same_bits(
     args: TrainArgs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, saved: int
 ) -> None:
-    """A state takes some 270 writes."""
+    """Saving a state takes about 270 writes."""
     error = refusal(tmp_path, training(args, tmp_path / "cut"), monkeypatch, room)
     assert error.place == str(tmp_path / "cut" / "state.pt")
     assert list(below(tmp_path / "cut")) == ["state.pt"] * (saved > 0)

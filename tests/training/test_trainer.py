@@ -1,4 +1,4 @@
-"""The loop: gradients, accumulation, resuming, the loss it reports."""
+"""The training loop: gradients, accumulation, resuming, reported loss."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tiny_trainer(**changes: object) -> Trainer:
 
 
 def test_chunked_loss_and_gradients_are_those_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", 7)  # no divisor of the number of tokens
+    monkeypatch.setattr(loss_module, "CHUNK", 7)  # does not divide the number of tokens
     model = tiny_trainer().model.double()
     tokens = torch.randint(0, 50, (2, 24))
     targets = torch.randint(0, 50, (2, 24)).masked_fill(torch.rand(2, 24) < 0.3, IGNORE)
@@ -52,7 +52,7 @@ def test_chunked_loss_and_gradients_are_those_of_plain_autograd(monkeypatch: pyt
 
 
 def test_trap_20_one_part_of_eight_rows_is_eight_parts_of_one() -> None:
-    """Parts hold unequal numbers of targets, so a mean of their means would differ."""
+    """Parts have unequal numbers of targets, so that a mean of means would differ."""
     gradients = []
     for accumulate in (1, 8):
         trainer = tiny_trainer(accumulate=accumulate)
@@ -193,7 +193,7 @@ def test_held_out_files_of_the_data_are_left_out_and_counted(
     for args in (apart, within):
         train(args, show=lambda record: None)
     said = capsys.readouterr().err
-    assert said == "files of --data that are held out, and so not trained on: 1\n"
+    assert said == "held-out files of --data, excluded from training: 1\n"
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("apart", "within")]
     assert weights[0] == weights[1]
     with refused(TrainingError, field="held_out"):

@@ -50,8 +50,8 @@ def starting() -> Iterator[None]:
         raise
     except OSError as e:
         raise ProcessError(
-            f"no process could be started to follow a grammar: {e.strerror or e}; allow this process more "
-            "(ulimit -n for files), or ask for less at once"
+            f"no process could be started to follow a grammar: {e.strerror or e}",
+            hint="allow this process more (ulimit -n for files), or ask for less at once",
         ) from e
 
 

@@ -160,7 +160,7 @@ def test_refused(server: Serving, name: str) -> None:
     for field, value in refused.items():
         status, out = server.post(path, {**ASK[path], field: value})
         assert (status, out["error"]["param"]) == (400, field)
-        assert re.search(r"not served|this model does not think", out["error"]["message"]), out
+        assert re.search(r"not supported|this model does not think", out["error"]["message"]), out
         assert server.post(path, {**ASK[path], field: None})[0] == 200  # as clients write what is not set
 
 

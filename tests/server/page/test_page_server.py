@@ -46,7 +46,7 @@ def test_page_and_server_agree(browser: Any, server: Any) -> None:
 def test_a_file_that_is_not_there_is_refused_like_all_else(server: Any, name: str) -> None:
     answered = httpx.get(f"{server.url}/web/{name}")
     assert answered.status_code == 404
-    why = f"there is nothing at /web/{name}"
+    why = f"there is no route /web/{name}"
     error = {"message": why, "type": "not_found_error", "param": None, "code": "no_such_route"}
     assert answered.json() == {"error": error}
     assert "default-src 'none'" in answered.headers["content-security-policy"]

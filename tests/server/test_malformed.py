@@ -1,4 +1,4 @@
-"""Ten kinds of malformed HTTP, a few of each; benchmarks/serving_malformed.py sends a thousand."""
+"""Ten kinds of malformed HTTP, a few requests of each; benchmarks/serving_malformed.py sends a thousand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mistral_7b.server.problems import Refusal
 
 @pytest.fixture(scope="module")
 def patient() -> Iterator[Serving]:
-    """A server that soon has enough of a body that does not come."""
+    """A server with a short timeout for bodies."""
     for body in BODIES.values():
         if "model" in body:
             body["model"] = "tiny"
@@ -42,7 +42,7 @@ def test_a_kind_is_refused_and_leaves_nothing_behind(patient: Serving, name: str
     assert sum(outcome.statuses.values()) == count
     patient.idle()
     while files is not None and len(os.listdir("/proc/self/fd")) > files + 2 and outcome.slowest < 5:
-        time.sleep(0.05)  # sockets are closed soon after
+        time.sleep(0.05)  # the server closes sockets a moment later
         outcome.slowest += 0.05
     assert files is None or len(os.listdir("/proc/self/fd")) <= files + 2
     assert patient.llm.engine.pool.held == 0

@@ -91,8 +91,8 @@ def load(
     the schemes and the devices they support. A folder written by `mistral-7b quantize` is loaded with its own
     scheme, on CPU or GPU; `dtype` is then the compute type.
 
-    `mmap=False` copies quantized weights into huge pages (kernels/cpu/huge_pages.py). A CPU reads those faster, but
-    loading takes seconds and the memory is not shared between processes.
+    `mmap=False` copies quantized weights into huge pages (kernels/cpu/huge_pages.py). A CPU reads those faster,
+    but loading takes seconds and the memory is not shared between processes.
 
     On a CPU, weights stored with the requested type and layout stay memory-mapped: they are loaded on first use
     and shared between processes. The file may be replaced while in use, but not modified in place. All other

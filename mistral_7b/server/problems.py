@@ -1,7 +1,7 @@
-"""Every error, as a status and {"error": {"message", "type", "param", "code"}}; in streams too.
+"""Error responses: a status and {"error": {"message", "type", "param", "code"}}, in streams as well.
 
-Under /v1/messages the names are Anthropic's, which asks for {"type": "error", "error": {"type", "message"}}: the
-same object with a field more serves both.
+Under /v1/messages the types are Anthropic's. Its shape, {"type": "error", "error": {"type", "message"}}, is the
+same object with one more field.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..errors import (
     TokenizerError,
 )
 
-CLIENT_GONE = 499  # for the log alone: the connection is closed
-RETRY_AFTER = 1  # seconds; a place in the queue is free after a step or a few
-LONGEST = 500  # characters of a message: it may quote what came, whose length the client chose
+CLIENT_GONE = 499  # only for the log: the connection is closed
+RETRY_AFTER = 1  # seconds; the queue has room again after a few steps
+LONGEST = 500  # characters of a message, which may quote client input of any length
 OPENAI_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
     500: "server_error", 503: "server_error", 504: "timeout_error",
@@ -31,10 +31,10 @@ OPENAI_TYPES = {
 ANTHROPIC_TYPES = {**OPENAI_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 
-class Refusal(Mistral7BError):  # noqa: N818  an answer, more than an accident
-    """A request that is not served, with all that is said about it.
+class Refusal(Mistral7BError):  # noqa: N818  a response, raised by routes on purpose
+    """An error response, raised as an exception.
 
-    `field` is the answer's `param`; `code` is for programs; `retry_after` in seconds.
+    `field` becomes `param` in the body; `code` is machine-readable; `retry_after` is in seconds.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Refusal(Mistral7BError):  # noqa: N818  an answer, more than an accident
             self.headers["retry-after"] = str(retry_after)
 
     def body(self, path: str = "") -> dict[str, Any]:
-        """What is answered on this path."""
+        """The JSON body for a route's path."""
         anthropic = path.startswith("/v1/messages")
         kind = (ANTHROPIC_TYPES if anthropic else OPENAI_TYPES).get(self.status, "invalid_request_error")
         error = {"message": str(self), "type": kind, "param": self.field, "code": self.code}
@@ -70,11 +70,11 @@ class ClientGoneError(Refusal):
     """The client has closed its connection."""
 
     def __init__(self) -> None:
-        super().__init__(CLIENT_GONE, "the client has gone")
+        super().__init__(CLIENT_GONE, "the client has disconnected")
 
 
 def refusal(error: Exception) -> Refusal:
-    """The answer to a request that ended with an error. What is no fault of the request is left to the log."""
+    """The error response for an exception. Details of server faults go to the log only."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, QueueFullError):
@@ -88,12 +88,12 @@ def refusal(error: Exception) -> Refusal:
     if isinstance(error, (SamplingError, TokenizerError, GenerationError)):  # GrammarError is a SamplingError
         return Refusal.of(error, status=400)
     if isinstance(error, EngineError):
-        return Refusal(500, "the model could not compute this request; the server's log says why")
-    return Refusal(500, "something went wrong in the server; its log says what")
+        return Refusal(500, "the engine failed on this request; see the server's log")
+    return Refusal(500, "internal server error; see the server's log")
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> Refusal:
-    """What pydantic found wrong with a body: the first thing, with its field."""
+    """The error response for pydantic's validation errors; it reports the first one, with its field."""
     first = errors[0]
     param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     kind = first["type"]

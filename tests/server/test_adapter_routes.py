@@ -1,4 +1,4 @@
-"""/v1/adapters: loaded by whoever may, from the one folder, and used by name."""
+"""/v1/adapters: loading requires an admin key and stays inside one folder; requests use adapters by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny import tiny_args
 from mistral_7b.checkpoint.adapter import Adapter, Factors, save_adapter
 from mistral_7b.server.config import ServerConfig
 
-ARGS = tiny_args(vocab_size=32768, sliding_window=64, max_seq_len=1024)  # as the server's model
+ARGS = tiny_args(vocab_size=32768, sliding_window=64, max_seq_len=1024)  # those of the server's model
 KEY, ADMIN = "key-of-the-tests", "admin-of-the-tests"
 
 
@@ -29,7 +29,7 @@ def adapter(seed: int) -> Adapter:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Two adapters; a pickle; a broken one; links out of the folder, and what they lead to."""
+    """A folder with two adapters, a pickle, an invalid adapter, and links to targets outside."""
     root = tmp_path_factory.mktemp("all")
     inside, outside = root / "adapters", root / "outside"
     save_adapter(adapter(1), inside / "sql", ARGS)
@@ -141,7 +141,7 @@ def test_conflicts(admin: httpx.Client, user: httpx.Client) -> None:
         assert (again.status_code, again.json()["error"]["param"]) == (409, "name")
         body = {"model": "sql", "prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
         with user.stream("POST", "/v1/completions", json=body) as stream:
-            lines = stream.iter_lines()  # and no closing it: that would hang up
+            lines = stream.iter_lines()  # not closed, which would disconnect
             next(lines)
             assert admin.delete("/v1/adapters/sql").status_code == 409
     finally:

@@ -1,4 +1,4 @@
-"""Anthropic's own client against /v1/messages: whole, streamed, with tools, and refused."""
+"""Anthropic's client against /v1/messages: responses, streams, tools, errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEATHER = {
     },
 }  # fmt: skip
 SEED = {"seed": 3, "temperature": 0.8}
-MANY = {"seed": 2}  # with which several calls are made
+MANY = {"seed": 2}  # gives several calls
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Conversations of Anthropic's Messages API: the same tokens as OpenAI's way of writing them, or refused."""
+"""Conversion of Anthropic's conversations: the same tokens as in OpenAI's format, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients are told what an error's data say: with every message reworded, `param`, status and type stay."""
+"""`param`, status and type come from an error's attributes: they stay the same if every message is replaced."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     (CHAT, chat(structured_outputs={"jason": {}}), 400, BAD, "structured_outputs.jason"),
     (CHAT, chat(structured_outputs={}), 400, BAD, "structured_outputs"),
     (CHAT, chat(structured_outputs={"regex": "a", "choice": ["b"]}), 400, BAD, "structured_outputs"),
-    (CHAT, chat(structured_outputs={"regex": "a("}), 400, BAD, "structured_outputs"),  # the worker's own
+    (CHAT, chat(structured_outputs={"regex": "a("}), 400, BAD, "structured_outputs"),  # the grammar worker's error
     (CHAT, chat(structured_outputs={"grammar": "start: X\nX: /a/ & /b/"}), 400, BAD, "structured_outputs"),
     (CHAT, chat(structured_outputs={"json": LAW}, messages=BEGUN), 400, BAD, "structured_outputs"),
     (CHAT, chat(tool_choice="required"), 400, BAD, "tool_choice"),
@@ -75,7 +75,7 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
      "messages[1].content"),
     (ANTHROPIC, chat(model="tiny", system="s", messages=[
         *HELLO, {"role": "assistant", "content": [DO]}, {"role": "user", "content": [DONE]}, LATE, *HELLO,
-    ]), 400, BAD, "messages[3]"),  # the third in what the model is given: `system` is the first there
+    ]), 400, BAD, "messages[3]"),  # index 4 in the prompt's messages, where `system` is the first
     (ANTHROPIC, chat(model="tiny", messages=[{"role": "user", "content": LONG}]), 422, BAD, "messages"),
     (ANTHROPIC + "/count_tokens", {"model": "tiny", "messages": [LATE]}, 400, BAD, "messages"),
 ]  # fmt: skip
@@ -83,7 +83,7 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
 
 @pytest.fixture
 def reword(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every error of this process says the same from now on."""
+    """Give every error in this process the same message."""
     make = Mistral7BError.__init__
 
     def init(self: Mistral7BError, message: str = "", **data: Any) -> None:

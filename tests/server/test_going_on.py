@@ -1,4 +1,4 @@
-"""An answer that has begun is gone on with, in whichever of four dialects that is asked for."""
+"""Continuing a last assistant message: Mistral's, vLLM's and Anthropic's request formats give the same prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALL = {"id": "123456789", "type": "function", "function": {"name": "f", "argume
 
 @pytest.fixture
 def given(server: Serving, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The token ids of each prompt that the engine is given."""
+    """The token ids of each prompt that reaches the engine."""
     out: list[list[int]] = []
     make = server.llm.reader.chat
 

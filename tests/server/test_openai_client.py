@@ -1,4 +1,4 @@
-"""OpenAI's own client, over a real connection."""
+"""OpenAI's client against a real server."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_one_call_where_no_more_are_wanted(client):
     ]  # fmt: skip
     assert [len(c.message.tool_calls) for c in one.choices] == [1] * 6
     assert max(len(c.message.tool_calls) for c in many.choices) > 1
-    assert one.usage.completion_tokens < many.usage.completion_tokens  # the others were not written
+    assert one.usage.completion_tokens < many.usage.completion_tokens  # the other calls were not generated
     none = client.chat.completions.create(**{**ask, "max_tokens": 5}, tool_choice="none", logit_bias={"5": 100})
     assert none.choices[0].message.tool_calls is None
     auto = client.chat.completions.create(**{**ask, "max_tokens": 5}, tool_choice="auto")
@@ -190,7 +190,7 @@ def test_a_prompt_can_be_scored(client):
 
 def test_embeddings(client):
     texts = ["one", "two two"]
-    by_client = client.embeddings.create(model="tiny", input=texts)  # which asks for base64
+    by_client = client.embeddings.create(model="tiny", input=texts)  # the client requests base64
     floats = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
     for a, b in zip(by_client.data, floats.data, strict=True):
         assert a.embedding == pytest.approx(b.embedding, abs=1e-7)

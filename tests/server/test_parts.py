@@ -1,4 +1,4 @@
-"""Parts of a body, to which clients add fields: what would change the answer is obeyed or refused by name."""
+"""Extra fields in parts of a body: those that would change the response are supported or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize: the tokenizer's own ids, there and back."""
+"""/tokenize and /detokenize: the tokenizer's ids, and the round trip."""
 
 from __future__ import annotations
 

@@ -211,7 +211,8 @@ export class Page {
     conversation.settings = settings;
     this.view.draw();
     keep("settings", JSON.stringify(settings));
-    if (this.conversations.includes(conversation)) this.store.save(conversation).catch(() => {}); // the next message saves it
+    if (!this.conversations.includes(conversation)) return;
+    this.store.save(conversation).catch(() => {}); // on failure, the next message saves it
   }
 
   // ------------------------------------------------------------------ list of conversations

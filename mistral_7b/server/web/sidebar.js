@@ -130,7 +130,7 @@ export class Sidebar {
         iconButton("save", `Export ${title}`, () => this.actions.save(id)),
         iconButton("bin", `Delete ${title}`, async () => {
           if (
-            await confirmed("Delete this conversation?", `“${title}” and all its versions will be deleted.`, "Delete")
+            await confirmed("Delete conversation?", `“${title}” and all its versions will be deleted.`, "Delete")
           )
             this.actions.remove(id);
         }),

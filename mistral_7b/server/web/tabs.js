@@ -24,7 +24,7 @@ export class Tabs {
     page.store.tell = (what, id, listed) => this.tell(what, id, listed);
   }
 
-  /** @param {What} what @param {string} id of a conversation @param {boolean} [listed] whether its record changed, too */
+  /** @param {What} what @param {string} id of a conversation @param {boolean} [listed] its record changed, too */
   tell(what, id, listed = false) {
     this.channel?.postMessage({ what, id, listed });
   }

@@ -43,7 +43,7 @@ export function place(message) {
  * @param {string} content @param {number} at @param {string} text */
 function shown(content, at, text) {
   if (content.startsWith(text, at)) return text.length;
-  if (text.startsWith(" ") && content.startsWith(text.slice(1), at)) return text.length - 1; // leading space of an answer
+  if (text.startsWith(" ") && content.startsWith(text.slice(1), at)) return text.length - 1; // first space
   let same = 0; // a stop string may have cut the token
   while (same < text.length && content[at + same] === text[same]) same++;
   if (at + same === content.length) return same;
@@ -68,7 +68,7 @@ export function tint(block, tokens, ends) {
     /** @type {(Node | string)[]} */
     const parts = [];
     for (const line of block.raw.includes(node.data, at) ? [node.data] : node.data.split(/(?<=\n)/)) {
-      const found = block.raw.indexOf(line.trimEnd(), at); // whitespace at the end of a line may be rendered differently
+      const found = block.raw.indexOf(line.trimEnd(), at); // trailing whitespace may be rendered differently
       if (found < 0) {
         // the source differs, as for &amp;
         parts.push(line);

@@ -105,7 +105,8 @@ export class Writer {
   /** Count the conversation's tokens: the usage of a stopped answer is never sent.
    * @param {Tree} tree @param {Message} message */
   async #count(tree, message) {
-    const { model, messages, tools } = requestOf(tree.upTo(message.id), tree.conversation.settings, this.actions.model());
+    const path = tree.upTo(message.id);
+    const { model, messages, tools } = requestOf(path, tree.conversation.settings, this.actions.model());
     const said = message.tokens?.length ?? 0;
     try {
       const all = await count({ model, messages, tools, continue_final_message: Boolean(message.content) });

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..kernels.fused import runs_kernels
 from ..kernels.graph import WARM_UP, Recorder
 from ..model import Mistral7B
 from ..sampling import put
@@ -137,9 +138,12 @@ def filled(n: int) -> int:
 
 
 def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> Forward:
-    """How steps are computed where the pages lie. Nothing else in the engine asks which device that is."""
+    """How steps are computed where the pages lie. Nothing else in the engine asks which device that is.
+
+    Without the kernels attention asks the host where pages lie, which a graph would know of one step alone.
+    """
     device = pool.layers[0][0].device
-    if device.type != "cuda":
+    if device.type != "cuda" or not runs_kernels(adapters.model.norm.weight.detach()):
         modules = adapters.model.modules()
         fill = any(type(m) is torch.nn.Linear and m.weight.dtype == torch.bfloat16 for m in modules)
         return Forward(adapters, pool, fill)

@@ -36,7 +36,7 @@ from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
-from mistral_7b.kernels import describe
+from mistral_7b.kernels import backend
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization import random_model
 from mistral_7b.sampling_params import SamplingParams
@@ -227,7 +227,7 @@ def main() -> None:
     if options.json:
         head = {
             "date": datetime.date.today().isoformat(), "commit": machine.commit(), "torch": torch.__version__,
-            "threads": torch.get_num_threads(), "cpu": machine.cpu_name(), "kernels": describe()["running"],
+            "threads": torch.get_num_threads(), "cpu": machine.cpu_name(), "kernels": backend.running(),
             "shape": options.shape, "layers": model.args.n_layers,
             "command": f"python benchmarks/engine.py --shape {options.shape}",
         }  # fmt: skip

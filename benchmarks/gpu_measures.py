@@ -23,8 +23,11 @@ from mistral_7b.engine.forward import Forward, GraphForward
 from mistral_7b.engine.llm import open_engine
 from mistral_7b.engine.reading import Asked
 from mistral_7b.generate import generate
-from mistral_7b.kernels import elementwise, fused
-from mistral_7b.kernels import weight_only as w
+from mistral_7b.kernels import elementwise
+from mistral_7b.kernels.backend import WEIGHT_ONLY, Backend, choose, has_fp8, uses
+from mistral_7b.kernels.gpu import elementwise as gpu
+from mistral_7b.kernels.gpu import weight_only as w
+from mistral_7b.kernels.gpu.decode_attention import decode_attention, decode_attention_twin
 from mistral_7b.quantization.fused import fuse
 from mistral_7b.quantization.gpu import Fp8Linear, GpuInt4Linear, GpuInt8Linear
 from mistral_7b.surgery import replace_linears
@@ -162,11 +165,11 @@ def speeds(device: torch.device, args: ModelArgs, prompt: int) -> list[Record]:
     """Every scheme: prefill, decode of one row and of 16 as a graph, and of one row by steps."""
     bandwidth, peak, records = ceilings(device)
     for scheme in SCHEMES:
-        if scheme == "fp8" and device.type == "cuda" and not w.has_fp8(device):
+        if scheme == "fp8" and device.type == "cuda" and not has_fp8(device):
             records.append({"what": "fp8", "skipped": "this GPU has none: it takes compute capability 8.9"})
             continue
         model = model_of(scheme, args, device)
-        kernels_run = scheme == "bf16" or fused.runs_kernels(model.norm.weight)
+        kernels_run = scheme == "bf16" or uses(Backend.TRITON, WEIGHT_ONLY, model.norm.weight)
         label = scheme if kernels_run else f"{scheme} twin"
         records += [prefill(model, label, n, peak) for n in (prompt, 4 * prompt)]
         records += [decode(model, label, prompt, batch, bandwidth) for batch in (1, 16)]
@@ -177,10 +180,8 @@ def speeds(device: torch.device, args: ModelArgs, prompt: int) -> list[Record]:
 
 def kernels(device: torch.device, args: ModelArgs) -> list[Record]:
     """Every kernel against its twin on this device, at the model's shapes and at odd ones."""
-    if not fused.runs_kernels(torch.empty(1, device=device)):
-        why = (
-            "needs a CUDA device and Triton; tests/kernels run them in Triton's interpreter, where it is installed"
-        )
+    if (choice := choose(WEIGHT_ONLY, torch.empty(1, device=device))).backend is not Backend.TRITON:
+        why = f"{choice.reason}; tests/kernels run them in Triton's interpreter, where it is installed"
         return [{"what": "kernels against their twins", "skipped": why}]
     records = []
     for N, K in ((args.hidden_dim, args.dim), (args.dim, args.hidden_dim), (333, 1100)):
@@ -206,7 +207,7 @@ def linears(device: torch.device, N: int, K: int) -> list[Record]:
             lambda x, four=four, **how: w.int4_linear(x, *four, **how),
             lambda x, four=four: w.int4_twin(x, *four),
         )
-    if w.has_fp8(device):
+    if has_fp8(device):
         ways["fp8"] = (lambda x, **how: w.fp8_linear(x, *fp8, **how), lambda x: w.fp8_twin(x, *fp8))
     records = []
     for name, (linear, twin) in ways.items():
@@ -240,15 +241,15 @@ def betweens(device: torch.device, args: ModelArgs) -> list[Record]:
     seen = visible(torch.tensor([[0], [300], [S]], device=device), torch.arange(S, device=device).expand(3, -1), S)
     hidden = ~seen[:, 0, :, None, None]
     pairs = {
-        "RMSNorm": (fused.rms_norm(x, weight, 1e-5), elementwise.rms_norm_twin(x, weight, 1e-5)),
-        "SiLU x mul": (fused.silu_mul(x, y), elementwise.silu_mul_twin(x, y)),
+        "RMSNorm": (gpu.rms_norm(x, weight, 1e-5), elementwise.rms_norm_twin(x, weight, 1e-5)),
+        "SiLU x mul": (gpu.silu_mul(x, y), elementwise.silu_mul_twin(x, y)),
         "RoPE": (
-            fused.rotate(heads, angle.cos(), angle.sin()),
+            gpu.rotate(heads, angle.cos(), angle.sin()),
             elementwise.rotate_twin(heads, angle.cos(), angle.sin()),
         ),
         "attention of one token": (
-            fused.decode_attention(q, *(t.masked_fill(hidden, float("nan")) for t in (k, v)), seen),
-            fused.decode_attention_twin(q, k, v, seen),
+            decode_attention(q, *(t.masked_fill(hidden, float("nan")) for t in (k, v)), seen),
+            decode_attention_twin(q, k, v, seen),
         ),
     }
     records = []

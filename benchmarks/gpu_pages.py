@@ -1,4 +1,4 @@
-"""What `make gpu-check` measures of attention over pages (kernels/paged.py): exactness, then speed.
+"""What `make gpu-check` measures of attention over pages (kernels/gpu/paged.py): exactness, then speed.
 
 Records as in gpu_measures.py. Decode is bounded by reading keys and values, prefill by products.
 """
@@ -10,9 +10,9 @@ from gpu_measures import Record, ceilings, seconds
 from torch import Tensor
 
 from mistral_7b import ModelArgs
-from mistral_7b.kernels import fused
 from mistral_7b.kernels.attend import Place, Remembered, attend_twin, quantize_kv
-from mistral_7b.kernels.paged import paged_attend
+from mistral_7b.kernels.backend import PAGED_ATTENTION, Backend, choose
+from mistral_7b.kernels.gpu.paged import paged_attend
 
 PAGE = 16
 Entries = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # k, v and their scales
@@ -35,17 +35,14 @@ def place_of(starts: list[int], lengths: list[int], device: torch.device) -> Pla
 
 def attended(q: Tensor, new: Entries, old: Entries, place: Place, window: int | None) -> Tensor:
     """By the kernel, without keeping."""
-    assert place.table is not None
-    assert place.offsets is not None
-    where = (place.start, place.held, place.offsets, place.table)
-    return paged_attend(q, *new, *old, *where, page=PAGE, window=window, keep=False)
+    return paged_attend(q, *new, Remembered(*old, place), window, keep=False)
 
 
 @torch.inference_mode()
 def over_pages(device: torch.device, args: ModelArgs) -> list[Record]:
     """Both kinds of keys and values against the twin, a row alone and among others, and both speeds."""
-    if not fused.runs_kernels(torch.empty(1, device=device)):
-        why = "needs a CUDA device and Triton; tests/kernels run it in Triton's interpreter, where it is installed"
+    if (choice := choose(PAGED_ATTENTION, torch.empty(1, device=device))).backend is not Backend.TRITON:
+        why = f"{choice.reason}; tests/kernels run it in Triton's interpreter, where it is installed"
         return [{"what": "attention over pages", "skipped": why}]
     bandwidth, peak, _ = ceilings(device)
     records = []
@@ -65,10 +62,7 @@ def exactness(device: torch.device, args: ModelArgs, int8: bool) -> list[Record]
     empty = torch.zeros(whole_place.table.numel(), PAGE, G, K, device=device).bfloat16()
     old = entries(empty, empty.clone(), int8)
     new = entries(k, v, int8)
-    whole = paged_attend(
-        q, *new, *old, whole_place.start, whole_place.held, torch.tensor([0, T], device=device), whole_place.table,
-        PAGE, W,
-    )  # fmt: skip
+    whole = paged_attend(q, *new, Remembered(*old, whole_place), W)
     wanted = attend_twin(q, *new, Remembered(*old, whole_place), W)
     far = float((whole.double() - wanted.double()).abs().max() / wanted.double().abs().max())
     alike = True

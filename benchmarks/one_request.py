@@ -73,7 +73,8 @@ class Checkout:
         )  # fmt: skip
 
     def round(self) -> dict[str, float]:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         figures: dict[str, float] = json.loads(self.process.stdout.readline())

@@ -22,7 +22,8 @@ import torch
 
 from mistral_7b.benchmark import machine
 from mistral_7b.generate import stream
-from mistral_7b.kernels import compiler, describe
+from mistral_7b.kernels import backend
+from mistral_7b.kernels.cpu import compiler
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization import Scheme, random_model
 from mistral_7b.sampling_params import SamplingParams
@@ -132,7 +133,7 @@ def main() -> None:
         head = {
             "date": datetime.date.today().isoformat(), "commit": machine.commit(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "cpu": machine.cpu_name(),
-            "kernels": describe()["running"], "layers": options.layers, "command": "python benchmarks/prices.py",
+            "kernels": backend.running(), "layers": options.layers, "command": "python benchmarks/prices.py",
         }  # fmt: skip
         options.json.write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
 

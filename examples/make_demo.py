@@ -133,24 +133,24 @@ CARD = """\
 
 A small Mistral: {parameters:.2f} million parameters (bfloat16, input and output embeddings shared), {n_layers}
 layers of width {dim}, {n_heads} query heads on {n_kv_heads} key heads, a sliding window of {window} tokens, a
-vocabulary of {vocabulary} tokens in the format of Mistral's v3 tokenizer. It is a base model of Python source:
-it continues code, answers no questions, and knows nothing but what one reads in the standard library.
+vocabulary of {vocabulary} tokens in the format of Mistral's v3 tokenizer. It is a base model trained
+on the Python standard library: it continues code and does not answer questions.
 
-Made from nothing by `make demo`, on {date}, on {cpus} cores ({machine}), in {hours:.1f} hours of updates.
+Trained from scratch by `make demo` on {date}, on {cpus} cores ({machine}), in {hours:.1f} hours.
 
 | | |
 |---|---|
 | data | source of the standard library of CPython {python} (PSF-2.0), {train_files} files, {train_mb:.1f} MB |
-| held out | {held_files} files, {held_mb:.2f} MB, by hash of name; near copies not trained on |
+| held out | {held_files} files, {held_mb:.2f} MB, by file name hash; near duplicates excluded from training |
 | tokens seen | {tokens:.1f} million, {epochs:.1f} epochs |
 | **held-out bits per byte** | **{bits:.3f}** ({library:.3f} on library modules, {tests:.3f} on their tests) |
-| `xz -9e` on the same files | {xz_alone:.3f} alone, {xz_seen:.3f} with all the training files in view |
+| `xz -9e` on the same files | {xz_alone:.3f} alone, {xz_seen:.3f} with the training files as context |
 
-[manifest.json](manifest.json) names every file with its SHA-256 and whether it was seen.
+[manifest.json](manifest.json) lists every file with its SHA-256 and its split.
 
-![loss](curve.png)
+![Loss curve](curve.png)
 
-What it writes (temperature 0.8, top_p 0.9, seed 0; nothing is picked out):
+Samples (temperature 0.8, top_p 0.9, seed 0; not selected):
 
 {samples}
 """

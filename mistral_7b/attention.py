@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import fused
+from .kernels.backend import DECODE_ATTENTION, Backend, uses
+from .kernels.gpu.decode_attention import decode_attention
 
 BLOCK = 1024  # queries attended at once: a mask is at most BLOCK x (BLOCK + W), however long the prompt
 
@@ -46,9 +47,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     `mask` (..., T, S) is True where a key is visible; None means that all are, or, with `causal`,
     those up to the query's own (T = S). H is a multiple of G: query head h reads key head h // (H/G).
     """
-    if q.dim() == 4 and q.shape[1] == 1 and fused.runs_kernels(q):  # decode on a GPU: each key read once
+    if q.dim() == 4 and q.shape[1] == 1 and uses(Backend.TRITON, DECODE_ATTENTION, q):
         seen = None if mask is None else mask.expand(q.shape[0], -1, -1)
-        return fused.decode_attention(q, k, v, seen)
+        return decode_attention(q, k, v, seen)
     packed = q.dim() == 3
     if packed:
         q, k, v = q[None], k[None], v[None]

@@ -30,8 +30,9 @@ from torch import Tensor
 
 from .attention import Band, attention, banded_attention, bands, visible
 from .errors import CacheError
-from .kernels import pages
-from .kernels.attend import Place, Remembered, attend, available, quantize_kv
+from .kernels.attend import Place, Remembered, attend, quantize_kv
+from .kernels.backend import ATTENTION, Backend, uses
+from .kernels.cpu import huge_pages
 
 EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
 
@@ -59,25 +60,27 @@ class Cache(Protocol):
         ...
 
 
-def layers_of(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor | None) -> list[Memory]:
-    """The memories of a model's n layers. CacheError for tokens or a cache that cannot go through it."""
+def check_fit(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor | None) -> None:
+    """CacheError for tokens or a cache that cannot go through a model of so many layers."""
     if tokens.dim() == 0 or tokens.shape[-1] == 0:
-        raise CacheError("no tokens: a forward pass needs at least one, as (B, T) or (T,)")
+        raise CacheError("no tokens: a forward pass needs at least one, as (B, T) or (T,)", field="tokens")
     if sequence_ids is not None and sequence_ids.shape != tokens.shape:
         shapes = f"{tuple(sequence_ids.shape)} ids for tokens {tuple(tokens.shape)}"
-        raise CacheError(f"each token needs the id of its sequence, not {shapes}")
-    memories = list(islice(cache.layers, n_layers))
-    if len(memories) < n_layers:
+        raise CacheError(f"each token needs the id of its sequence, not {shapes}", field="sequence_ids")
+    if (held := sum(1 for _ in islice(cache.layers, n_layers))) < n_layers:
         raise CacheError(
-            f"a cache of {len(memories)} layers is not for this model of {n_layers}: make one that is"
+            f"a cache of {held} layers is not for this model of {n_layers}",
+            field="cache",
+            hint="make a cache for it",
         )
-    return memories
 
 
 def check_window(window: int | None) -> int | None:
     """The window as it was given. CacheError if no query could see even its own key."""
     if window is not None and window < 1:
-        raise CacheError(f"a window of {window} keys shows nothing: it must be at least 1, or None for all keys")
+        raise CacheError(
+            f"a window of {window} keys shows nothing: it must be at least 1, or None for all keys", field="window"
+        )
     return window
 
 
@@ -111,7 +114,9 @@ Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scale
 def check_kv_dtype(kv_dtype: torch.dtype | None) -> bool:
     """Whether keys and values are kept in int8. CacheError for a type that they cannot be kept in."""
     if kv_dtype not in (None, torch.int8):
-        raise CacheError(f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}")
+        raise CacheError(
+            f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}", field="kv_dtype"
+        )
     return kv_dtype == torch.int8
 
 
@@ -129,12 +134,6 @@ def expanded(entries: Entries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return entries[0], entries[1]
     k, v, k_scale, v_scale = entries
     return (k * k_scale).to(dtype), (v * v_scale).to(dtype)
-
-
-def fast(q: Tensor) -> bool:
-    """Whether the kernel attends for these queries: bfloat16 on a CPU, when no gradient is wanted."""
-    wanted = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    return wanted and not (q.requires_grad and torch.is_grad_enabled()) and available()
 
 
 class Stateless:
@@ -163,7 +162,8 @@ class Stateless:
             if self.window is not None and not torch.compiler.is_compiling() and interleaved(sequence_ids):
                 raise CacheError(
                     "sequence ids come back after another: with Stateless the tokens of one sequence must lie "
-                    "together; GrowingCache takes them in any order"
+                    "together; GrowingCache takes them in any order",
+                    field="sequence_ids",
                 )
             positions = run_positions(sequence_ids)
         self.plan = bands(
@@ -205,16 +205,20 @@ class GrowingCache:
     def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
         if self.positions is not None and (sequence_ids is None) != (self.sequence_ids is None):
             raise CacheError(
-                "this cache was begun {} sequence ids and must go on so".format(
+                "this cache was begun {} sequence ids and must continue so".format(
                     "without" if self.sequence_ids is None else "with"
-                )
+                ),
+                field="sequence_ids",
             )
         if sequence_ids is not None and tokens.dim() != 1:
-            raise CacheError("sequence ids go with packed tokens (T,); the rows of a rectangle need none")
+            raise CacheError(
+                "sequence ids go with packed tokens (T,); the rows of a rectangle need none", field="sequence_ids"
+            )
         if self.batch not in (None, tokens.shape[:-1]):
             raise CacheError(
-                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot go on "
-                f"with {tuple(tokens.shape)}"
+                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot "
+                f"continue with {tuple(tokens.shape)}",
+                field="tokens",
             )
         self.batch = tokens.shape[:-1]
         old_p, old_s = self.positions, self.sequence_ids
@@ -245,10 +249,13 @@ class GrowingCache:
         """Forget the last n tokens, in place. CacheError if keys that they pushed out are needed."""
         held = 0 if self.positions is None else self.positions.shape[0]
         if self.sequence_ids is not None:
-            raise CacheError("a packed cache cannot be rolled back: its sequences end in different places")
+            raise CacheError(
+                "a packed cache cannot be rolled back: its sequences end in different places", field="n"
+            )
         if not 0 <= n <= held or (held < self.length and n > 0):
             raise CacheError(
-                f"cannot roll back {n} of {self.length} tokens: the keys before them have left the window"
+                f"cannot roll back {n} of {self.length} tokens: the keys before them have left the window",
+                field="n",
             )
         if n and self.positions is not None:
             self.positions = self.positions[: held - n]
@@ -286,7 +293,7 @@ class _GrowingMemory(KeysAndValues):
         cache, old = self.cache, self.entries
         new = compressed(k, v, cache.int8)
         held = tuple(torch.cat(pair, dim=-3) for pair in zip(old, new, strict=True)) if old else new
-        if cache.sequence_ids is None and fast(q):
+        if cache.sequence_ids is None and uses(Backend.CPU, ATTENTION, q):
             out = self._attend_fast(q, new, old or new)
         else:
             out = banded_attention(q, *expanded(held, q.dtype), cache.plan)
@@ -320,9 +327,10 @@ class KernelCache(ABC):
     def place(self) -> Place:
         """Where the keys and values of every layer lie, for the tokens of the last `extend`."""
 
+    @property
     @abstractmethod
-    def is_fast(self) -> bool:
-        """Whether the kernels take it, for a model without gradients."""
+    def dtype(self) -> torch.dtype:
+        """The type of the model that it is for."""
 
     @abstractmethod
     def writable(self) -> KernelCache: ...
@@ -363,7 +371,7 @@ class RollingCache(KernelCache):
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         if slack < 0:
-            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}")
+            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}", field="slack")
         self.window, self.static, self.slack = check_window(window), static, slack
         self.slots = (max_seq_len if window is None else min(window, max_seq_len)) + slack
         self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
@@ -372,7 +380,7 @@ class RollingCache(KernelCache):
         empty = torch.zeros(batch, self.slots, n_kv_heads, head_dim, dtype=dtype, device=device)
         blank = compressed(empty, empty, check_kv_dtype(kv_dtype))
         self.layers: list[_RollingMemory] = [
-            _RollingMemory(self, tuple(pages.copied(t) for t in blank), dtype) for _ in range(n_layers)
+            _RollingMemory(self, tuple(huge_pages.copied(t) for t in blank), dtype) for _ in range(n_layers)
         ]
         self._new_forward()
 
@@ -392,9 +400,9 @@ class RollingCache(KernelCache):
     def place(self) -> Place:
         return Place(self.start, self.held, self.slots)
 
-    def is_fast(self) -> bool:
-        memory = self.layers[0]
-        return memory.dtype == torch.bfloat16 and memory.k.device.type == "cpu" and available()
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].dtype
 
     def rows(self, start: int, stop: int) -> RollingCache:
         """The sequences start..stop as a cache of their own, on the same memory."""
@@ -410,7 +418,8 @@ class RollingCache(KernelCache):
         if tokens.dim() != 2 or tokens.shape[0] != self.length.shape[0] or sequence_ids is not None:
             raise CacheError(
                 f"this rolling cache holds {self.length.shape[0]} rows and takes tokens (B, T) without "
-                f"sequence ids, not {tuple(tokens.shape)}; packed tokens go with GrowingCache"
+                f"sequence ids, not {tuple(tokens.shape)}; packed tokens go with GrowingCache",
+                field="tokens",
             )
         T, slots = tokens.shape[1], self.slots
         self._new_forward()
@@ -421,8 +430,9 @@ class RollingCache(KernelCache):
         endless = self.window is not None and slots == self.window + self.slack
         if lengths and not endless and max(lengths) + T > slots:
             raise CacheError(
-                f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}: "
-                f"make the cache with max_seq_len >= {max(lengths) + T}"
+                f"{max(lengths)} tokens held and {T} more do not fit a context of {slots}",
+                field="tokens",
+                hint=f"make the cache with max_seq_len >= {max(lengths) + T}",
             )
         equal = bool(lengths) and min(lengths) == max(lengths)
         self.start = self.length.clone()
@@ -470,7 +480,8 @@ class RollingCache(KernelCache):
             shortest, longest = int(self.length.min()), int(self.length.max())
             raise CacheError(
                 f"cannot roll back {n if isinstance(n, int) else n.tolist()} tokens of {shortest}..{longest} in a "
-                f"ring of {self.slots}: the keys they overwrote are gone; it was made with slack={self.slack}"
+                f"ring of {self.slots}: the keys they overwrote are gone; it was made with slack={self.slack}",
+                field="n",
             )
         self.length -= counts
         self.positions.masked_fill_(self.positions >= self.length[:, None], EMPTY)
@@ -491,16 +502,20 @@ class _RollingMemory(KeysAndValues):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.dtype != self.dtype:
             raise CacheError(
-                f"this cache holds {self.dtype} and was given {k.dtype}: make it with the model's type"
+                f"this cache holds {self.dtype} and was given {k.dtype}",
+                field="cache",
+                hint="make it with the model's type",
             )
         if k.shape[-2:] != self.k.shape[-2:]:  # the kernel would write beside its place
             raise CacheError(
                 f"this cache holds {tuple(self.k.shape[-2:])} keys (heads, width) and was given "
-                f"{tuple(k.shape[-2:])}: make it with the model's shape"
+                f"{tuple(k.shape[-2:])}",
+                field="cache",
+                hint="make it with the model's shape",
             )
         cache, held = self.cache, self.entries
         new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
-        if fast(q):
+        if uses(Backend.CPU, ATTENTION, q):
             return attend(q, *four(new), Remembered(*four(held), cache.place), cache.window, keep=True)
         if cache.decoding:  # the new key takes the place of the one that has just left the window
             self._write(new)

@@ -1,11 +1,55 @@
 """What the package raises on purpose: one root, so that `except Mistral7BError` catches it all.
 
-A message says what was wrong, where (file, tensor, field) and what to do.
+A message is for people: no code reads it. What code needs stands beside it: the error's class, and the attributes
+of the root. They survive pickling, so that an error crosses processes whole.
 """
+
+from __future__ import annotations
+
+import copyreg
+import os
+from typing import Any, Self
 
 
 class Mistral7BError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Root of every error this package raises on purpose. `str()` gives "place: message; hint".
+
+    Attributes:
+        message: what is wrong, in one sentence
+        field: the parameter, request field, key or tensor at fault: `temperature`, `messages[2].content`
+        place: where that is: a file, and the line in it where one is to blame
+        hint: what to do
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        field: str | None = None,
+        place: str | os.PathLike[str] | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.field, self.hint = message, field, hint
+        self.place = None if place is None else os.fspath(place)
+
+    @classmethod
+    def of(cls, error: Mistral7BError, **changed: Any) -> Self:
+        """An error of this class with what another says, but for the arguments that are `changed`."""
+        return cls(**{**error.data, **changed})
+
+    @property
+    def data(self) -> dict[str, str | None]:
+        """All that it says, by name: what makes an equal error of it in another process."""
+        return {"message": self.message, "field": self.field, "place": self.place, "hint": self.hint}
+
+    def __str__(self) -> str:
+        text = f"{self.place}: {self.message}" if self.place else self.message
+        return f"{text}; {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Past `__init__`, whose arguments differ between the classes."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ConfigError(Mistral7BError):
@@ -72,5 +116,19 @@ class EngineError(Mistral7BError):
     """A request that the engine cannot serve: it can never fit, or its step failed (`__cause__` says why)."""
 
 
+class ProcessError(EngineError):
+    """A process that was to follow a grammar could not be started: the system has no more to give."""
+
+
+class AbandonedError(EngineError):
+    """A request that nobody waits for any more, given up while it was read."""
+
+
 class QueueFullError(EngineError):
-    """So many requests are waiting already that this one was refused: try again later."""
+    """As many requests wait as the engine queues, so that this one is refused."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for people: its first line, or its class where it says nothing."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and one sentence where the system does not take them."""
+"""Atomic file writes, and errors of the file system as WriteError."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from .errors import WriteError
 
-ADVICE = {  # what the system says of a place that takes nothing -> what to do
+ADVICE = {  # errno of a failed write -> hint
     errno.ENOSPC: "free some space there, or name another place",
     errno.EDQUOT: "free some of what you are allowed there, or name another place",
     errno.EFBIG: "raise the limit (ulimit -f), or name a place whose files may be larger",
@@ -24,10 +24,10 @@ ADVICE = {  # what the system says of a place that takes nothing -> what to do
 
 @contextlib.contextmanager
 def written(path: str | os.PathLike[str], folders: bool = False) -> Iterator[pathlib.Path]:
-    """A place beside `path` to write a file to: it becomes `path` when all is well, else it is removed.
+    """Yield a temporary path beside `path`; rename it to `path` on success, else remove it.
 
-    The folders above it are made, if they are asked for.
-    WriteError if the system refuses, also where a library hides that behind an error of its own.
+    `folders` creates missing parent folders. Raises WriteError if the system refuses the write, even if a library
+    wraps that error in its own.
     """
     target = pathlib.Path(path).expanduser()
     beside = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
@@ -45,16 +45,18 @@ def written(path: str | os.PathLike[str], folders: bool = False) -> Iterator[pat
 
 
 def check_room(path: pathlib.Path, needed: int) -> None:
-    """WriteError if so many bytes are not free where `path` is to be."""
+    """Raise WriteError unless `needed` bytes are free on the disk of `path`."""
     place = next(p for p in path.absolute().parents if p.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise WriteError(
-            f"{path}: {needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free: {ADVICE[errno.ENOSPC]}"
+            f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free",
+            place=path,
+            hint=ADVICE[errno.ENOSPC],
         )
 
 
 def raise_refusal(error: Exception, path: pathlib.Path, beside: pathlib.Path) -> None:
-    """WriteError if an error says that `path`, which is written at `beside`, is not taken; else nothing."""
+    """Raise WriteError if `error` is a failed write of `path` (or its temporary `beside`)."""
     refusal = refusal_in(error)
     if refusal is None:
         return
@@ -62,16 +64,16 @@ def raise_refusal(error: Exception, path: pathlib.Path, beside: pathlib.Path) ->
         named = pathlib.Path(os.fsdecode(refusal.filename)).absolute()
         places = (path.absolute(), beside.absolute())
         if not any(place.is_relative_to(named) or named.is_relative_to(place) for place in places):
-            return  # of a file that is read: it is named already
-    advice = ADVICE.get(refusal.errno or 0)
+            return  # an error about another file, which it names
     raise WriteError(
-        f"{path}: cannot be written ({refusal.strerror or refusal}); nothing half-written was left there"
-        + (f": {advice}" if advice else "")
+        f"cannot be written ({refusal.strerror or refusal}); nothing half-written was left there",
+        place=path,
+        hint=ADVICE.get(refusal.errno or 0),
     ) from error
 
 
 def refusal_in(error: BaseException) -> OSError | None:
-    """The system's refusal that an error is, or that it came of: torch raises an error of its own on top of it."""
+    """Return the OSError that an error is or was caused by: torch wraps it in its own."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) and (found is error or found.errno in ADVICE):

@@ -82,7 +82,9 @@ def stream(
     """
     engine, requests = _open(model, prompt, params, tokenizer, 1, speculate, kv_dtype, adapter)
     if len(requests) != 1:
-        raise GenerationError(f"stream takes one prompt, not {len(requests)}; use generate for many")
+        raise GenerationError(
+            f"stream takes one prompt, not {len(requests)}", field="prompt", hint="use generate for many"
+        )
     return _certain(engine, requests[0])
 
 
@@ -104,7 +106,7 @@ def _open(
     """An engine for these prompts alone, and their requests."""
     int8 = check_kv_dtype(kv_dtype)
     if batch_size < 1:
-        raise GenerationError(f"batch_size must be at least 1, not {batch_size}")
+        raise GenerationError(f"batch_size must be at least 1, not {batch_size}", field="batch_size")
     several = as_prompts(prompts)
     why = ""
     if tokenizer is None:

@@ -1,7 +1,7 @@
-"""A conversation as the OpenAI API writes it, to mistral-common's message objects; and its chat templates.
+"""Convert conversations of the OpenAI API to mistral-common's messages; chat templates.
 
-mistral-common's own converter refuses null fields and ids such as "call_6kZ..."; this one takes what
-clients send: missing and null fields, list content, either kind of id, results without a name.
+mistral-common's own converter rejects null fields and ids such as "call_6kZ...". This one accepts what clients
+send: missing and null fields, list content, any ids, and tool results without a name.
 """
 
 from __future__ import annotations
@@ -23,23 +23,34 @@ from mistral_common.tokens.tokenizers.instruct import (
     InstructTokenizerV3,
     InstructTokenizerV7,
 )
+from pydantic import ValidationError
 
 from .errors import TokenizerError
 
-# What mistral-common says no with; RuntimeError is SentencePiece at a text that cannot be UTF-8.
+# Exceptions of mistral-common; SentencePiece raises RuntimeError for text that is not valid UTF-8.
 REFUSALS = (MistralCommonException, ValueError, AssertionError, RuntimeError)
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]], version: str) -> list[Any]:
-    """mistral-common's objects for OpenAI's dictionaries; TokenizerError names the message at fault."""
-    return _Reader(version).read(messages)
+def read_messages(
+    messages: Sequence[Mapping[str, Any]], version: str, labels: Sequence[str] | None = None
+) -> list[Any]:
+    """Convert OpenAI's dictionaries to mistral-common's messages.
+
+    Raises TokenizerError naming the invalid message (see `label`).
+    """
+    return _Reader(version).read(messages, labels)
+
+
+def label(labels: Sequence[str] | None, index: int) -> str:
+    """Return the name of a message in errors: its label if there are labels, else its index."""
+    return labels[index] if labels is not None else f"messages[{index}]"
 
 
 def tool_call_id(name: str) -> str:
-    """A tool call's id as Mistral's templates want it: 9 letters or digits.
+    """Return a tool call id in the form of Mistral's templates: 9 letters or digits.
 
-    One that has this form is kept. Any other ("call_6kZ...") always gives the same 9 characters, so that
-    a call and its result meet, and a conversation sent again gives the same tokens.
+    An id in this form is unchanged. Any other id ("call_6kZ...") is hashed, so that a call and its result match
+    and a conversation sent again encodes to the same tokens.
     """
     if re.fullmatch("[a-zA-Z0-9]{9}", name):
         return name
@@ -49,63 +60,78 @@ def tool_call_id(name: str) -> str:
 
 
 class _Reader:
-    """OpenAI's message dictionaries to mistral-common's objects, for one conversation."""
+    """Converter for the messages of one conversation."""
 
     def __init__(self, version: str) -> None:
         self.version = version
-        self.open_calls: list[ToolCall] = []  # of the assistant's last turn, not answered yet
+        self.open_calls: list[ToolCall] = []  # calls of the last assistant message without a result
 
-    def read(self, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def read(self, messages: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) -> list[Any]:
         if isinstance(messages, (str, Mapping)) or not messages:
-            raise TokenizerError("messages must be a list of at least one {'role': ..., 'content': ...}")
+            raise TokenizerError(
+                "messages must be a list of at least one {'role': ..., 'content': ...}", field="messages"
+            )
         chat = []
         for i, message in enumerate(messages):
             try:
                 chat.append(self._message(i, message))
                 if message.get("prefix") and i + 1 < len(messages):
-                    raise TokenizerError('only the last message can have "prefix": true')
-            except (*REFUSALS, KeyError, TypeError, TokenizerError) as e:
-                raise TokenizerError(f"messages[{i}]: {reason(e)}") from e
+                    raise TokenizerError('only the last message can have "prefix": true', field="prefix")
+            except TokenizerError as e:
+                name = label(labels, i)
+                field = f"{name}.{e.field}" if e.field else name
+                raise TokenizerError.of(e, message=f"{name}: {e.message}", field=field) from e
+            except (*REFUSALS, KeyError, TypeError) as e:
+                name = label(labels, i)
+                raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
         return chat
 
     def _message(self, index: int, message: Mapping[str, Any]) -> Any:
         if not isinstance(message, Mapping) or "role" not in message:
-            raise TokenizerError(f"not a dictionary with a role: {message!r:.80}")
+            field = "role" if isinstance(message, Mapping) else None
+            raise TokenizerError(f"not a dictionary with a role: {message!r:.80}", field=field)
         role, content = message["role"], _content(message.get("content"))
         if role == "assistant":
             calls = [self._call(f"{index}.{k}", c) for k, c in enumerate(message.get("tool_calls") or ())]
             self.open_calls = list(calls)
-            if calls:  # Mistral's templates have no place for text beside calls, and leave it out
+            if calls:  # Mistral's templates drop text beside tool calls
                 content = None
             if not calls and not content:
-                raise TokenizerError("an assistant's message needs content or tool_calls")
+                raise TokenizerError("an assistant's message needs content or tool_calls", field="content")
             return AssistantMessage(
                 content=content, tool_calls=calls or None, prefix=bool(message.get("prefix", False))
             )
         if content is None:
-            raise TokenizerError(f"a message with role {role!r} needs content")
+            raise TokenizerError(f"a message with role {role!r} needs content", field="content")
         if role == "tool":
             return self._result(message, content)
         if role == "user":
             return UserMessage(content=content)
         if role in ("system", "developer"):
             return SystemMessage(content=content)
-        raise TokenizerError(f"unknown role {role!r}; known are system, developer, user, assistant, tool")
+        raise TokenizerError(
+            f"unknown role {role!r}; known are system, developer, user, assistant, tool", field="role"
+        )
 
     def _call(self, place: str, call: Mapping[str, Any]) -> ToolCall:
         if self.version == "v1":
-            raise TokenizerError("this tokenizer (v1) knows no tool calls; Mistral 7B v0.3 does")
-        function = call["function"]
+            raise TokenizerError(
+                "this tokenizer (v1) knows no tool calls; Mistral 7B v0.3 does", field="tool_calls"
+            )
+        try:
+            function = call["function"]
+            name, arguments = function["name"], _arguments(function.get("arguments"))
+        except KeyError as e:
+            raise TokenizerError(f"field {e} of a tool call is missing", field="tool_calls") from e
         return ToolCall(
-            id=tool_call_id(call.get("id") or place),
-            function=FunctionCall(name=function["name"], arguments=_arguments(function.get("arguments"))),
+            id=tool_call_id(call.get("id") or place), function=FunctionCall(name=name, arguments=arguments)
         )
 
     def _result(self, message: Mapping[str, Any], content: Any) -> ToolMessage:
-        """A tool's result; without an id it answers the first call that is still open."""
+        """Convert a tool result; without an id it belongs to the first call without a result."""
         given = message.get("tool_call_id")
         if not given and not self.open_calls:
-            raise TokenizerError("a tool's message needs a tool_call_id")
+            raise TokenizerError("a tool's message needs a tool_call_id", field="tool_call_id")
         name = tool_call_id(given) if given else self.open_calls[0].id
         call = next((c for c in self.open_calls if c.id == name), None)
         if call is not None:
@@ -115,10 +141,10 @@ class _Reader:
 
 
 def _arguments(given: Any) -> Any:
-    """A call's arguments: null, or a text that says null or nothing, is an empty object.
+    """Return the arguments of a call; null, "null" and blank text become an empty object.
 
-    An object that is written as JSON within a string is decoded. Any other text stays as the model wrote it, which
-    need not be JSON: a call may have been cut off.
+    An object encoded twice is decoded once. Other text is unchanged and may be invalid JSON: the call may have
+    been truncated.
     """
     text = given
     while isinstance(text, str):
@@ -135,33 +161,41 @@ def _arguments(given: Any) -> Any:
 
 
 def _content(content: Any) -> Any:
-    """A text, or text chunks, from OpenAI's content. TokenizerError for parts that are no text."""
+    """Return text or text chunks. TokenizerError for parts other than text."""
     if isinstance(content, str):
-        content.encode()  # a lone surrogate has no UTF-8: refused here with a reason
+        try:
+            content.encode()  # rejects lone surrogates with a clear message
+        except UnicodeEncodeError as e:
+            raise TokenizerError(str(e), field="content") from e
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise TokenizerError(f"content must be a text or a list of parts, not {type(content).__name__}")
-    for part in content:
+        raise TokenizerError(
+            f"content must be a text or a list of parts, not {type(content).__name__}", field="content"
+        )
+    for i, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise TokenizerError(f"content part of type {kind!r}: Mistral 7B reads text only")
+            raise TokenizerError(
+                f"content part of type {kind!r}: Mistral 7B reads text only", field=f"content[{i}]"
+            )
     return [TextChunk(text=part["text"]) for part in content]
 
 
 def reason(error: Exception) -> str:
-    """What a refusal says, on one line and without pydantic's links."""
+    """Return the message of a mistral-common or pydantic exception on one line."""
     if isinstance(error, KeyError):
         return f"field {error} is missing"
-    lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
-    return "; ".join(lines) or type(error).__name__
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _V2(InstructTokenizerV2):
-    """The v2 template; an answer that is to be continued is encoded as given, blanks at its end included.
+    """The v2 template, except that a continued answer keeps its trailing spaces.
 
-    mistral-common strips spaces from the end of every answer. One that is over was trained on like that; one that
-    is continued would no longer be the text to which its client joins the rest.
+    mistral-common strips trailing spaces from every answer, as in training. A continued answer must match the text
+    to which the client appends the continuation.
     """
 
     def _encode_normal_content_assistant_message(self, message: AssistantMessage) -> list[int]:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import Cache, GrowingCache, Memory, RollingCache, layers_of
+from .cache import Cache, GrowingCache, Memory, RollingCache, check_fit
 from .errors import ConfigError
 
 
@@ -64,13 +64,17 @@ class ModelArgs:
                 if field.name == "sliding_window":
                     wanted += " (or None for full attention)"
             if not good:
-                raise ConfigError(f"ModelArgs.{field.name} must be {wanted}, not {value!r}")
+                raise ConfigError(f"ModelArgs.{field.name} must be {wanted}, not {value!r}", field=field.name)
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
-                f"ModelArgs.n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
+                f"ModelArgs.n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",
+                field="n_heads",
             )
         if self.head_dim % 2:
-            raise ConfigError(f"ModelArgs.head_dim must be even to be rotated in pairs, not {self.head_dim}")
+            raise ConfigError(
+                f"ModelArgs.head_dim must be even to be rotated in pairs, not {self.head_dim}",
+                field="head_dim",
+            )
 
     @classmethod
     def v0_1(cls) -> ModelArgs:
@@ -171,6 +175,15 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+class Layers(nn.ModuleList):
+    """N blocks, one after another, each over its own layer of the cache."""
+
+    def forward(self, x: Tensor, rope: Rope, cache: Cache) -> Tensor:  # (..., D)
+        for layer, memory in zip(self, cache.layers, strict=False):  # a cache may have more of them
+            x = layer(x, rope, memory)
+        return x
+
+
 class Mistral7B(nn.Module):
     """The whole model: embedding, N blocks, norm, and the projection onto the vocabulary.
 
@@ -194,7 +207,7 @@ class Mistral7B(nn.Module):
         # Built on meta, so that 7 billion numbers are drawn once and not twice.
         factory: dict[str, Any] = {"dtype": dtype, "device": "meta"}
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, **factory)
-        self.layers = nn.ModuleList(TransformerBlock(args, **factory) for _ in range(args.n_layers))
+        self.layers = Layers(TransformerBlock(args, **factory) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps, **factory)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False, **factory)
         self.tie()
@@ -232,13 +245,11 @@ class Mistral7B(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: Cache, sequence_ids: Tensor | None = None) -> Tensor:
         """Final normalised states of tokens (...): (..., D). Writes into `cache`."""
-        memories = layers_of(cache, len(self.layers), tokens, sequence_ids)
+        check_fit(cache, len(self.layers), tokens, sequence_ids)
         positions = cache.extend(tokens, sequence_ids)
         x = self.tok_embeddings(tokens)  # (..., D)
         rope = rope_phases(positions, self.args.head_dim, self.args.rope_theta, x.dtype)
-        for layer, memory in zip(self.layers, memories, strict=True):
-            x = layer(x, rope, memory)
-        return self.norm(x)
+        return self.norm(self.layers(x, rope, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states (..., D), in float32 at least: (..., V)."""

@@ -104,8 +104,9 @@ def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     if not (biased or banned or penalized or ruled):
         return logits
     V, device = logits.shape[-1], logits.device
-    logits = logits.clone(memory_format=torch.contiguous_format)
-    flat = logits.view(-1)  # token t of row i lies at i * V + t, and none is named twice
+    if biased or banned or penalized:
+        logits = logits.clone(memory_format=torch.contiguous_format)
+        flat = logits.view(-1)  # token t of row i lies at i * V + t, and none is named twice
     if biased:
         at = put([i * V + token for i, bias in biased for token in bias], device)
         flat[at] += put([x for _, bias in biased for x in bias.values()], device, np.float64).to(flat.dtype)
@@ -114,8 +115,10 @@ def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     if penalized:
         _penalize(flat, V, penalized)
     if ruled:
-        at = put([i for i, _ in ruled], device)
-        logits[at] = allow(logits[at], put(np.stack([mask for _, mask in ruled]), device, np.int32))
+        allowed = np.ones((len(rows), V), dtype=bool)
+        for i, mask in ruled:
+            allowed[i] = np.unpackbits(mask.view(np.uint8), count=V, bitorder="little")
+        logits = torch.where(put(allowed, device, np.bool_), logits, -math.inf)
     return logits
 
 
@@ -144,13 +147,6 @@ def lift(banned: Sequence[int], mask: np.ndarray | None) -> Sequence[int]:
     for token in banned:
         left.view(np.uint8)[token // 8] &= 255 ^ (1 << token % 8)
     return banned if left.any() else ()
-
-
-def allow(logits: Tensor, masks: Tensor) -> Tensor:
-    """Logits (R, V) with -inf for tokens whose bit in masks (R, ceil(V / 32)) int32 is not set."""
-    bits = torch.arange(32, dtype=torch.int32, device=masks.device)
-    allowed = (masks[:, :, None] >> bits).bitwise_and(1).bool().flatten(1)[:, : logits.shape[-1]]
-    return logits.masked_fill(~allowed, -math.inf)
 
 
 def ways_of(params: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> Ways:

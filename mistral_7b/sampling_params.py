@@ -1,6 +1,6 @@
-"""What may be asked of sampling. Imports no torch: the command line and the HTTP protocol read this file.
+"""Sampling parameters. Imports no torch: the command line and HTTP protocol import it.
 
-Names, defaults and ranges are vLLM's; what is done with them stands in sampling.py.
+Names, defaults and ranges are vLLM's; sampling.py implements them.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 from .errors import SamplingError
 
-GREEDY_BELOW = 1e-5  # temperatures under this are taken as 0, as in vLLM
+GREEDY_BELOW = 1e-5  # lower temperatures count as 0, as in vLLM
 
 
 @dataclass(frozen=True)
 class StructuredOutputs:
-    """What the text must look like; exactly one is given. The names are vLLM's.
+    """A constraint on the generated text; exactly one field is given. The names are vLLM's.
 
     Attributes:
         json: a JSON schema, as a dictionary or as JSON text
         json_object: any JSON object
-        regex: a regular expression that the whole text matches, as Rust's regex crate reads it
+        regex: a regular expression (syntax of Rust's regex crate) that the whole text matches
         choice: the text is one of these
-        grammar: a context-free grammar, in Lark's notation as llguidance takes it, or in llama.cpp's GBNF
+        grammar: a context-free grammar, in llguidance's variant of Lark or in llama.cpp's GBNF
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -40,7 +40,8 @@ class StructuredOutputs:
         if len(given) != 1:
             names = ", ".join(f.name for f in fields(self))
             raise SamplingError(
-                f"structured_outputs takes exactly one of {names}, not {' and '.join(given) or 'none of them'}"
+                f"structured_outputs takes exactly one of {names}, not {' and '.join(given) or 'none of them'}",
+                field="structured_outputs",
             )
         for name in ("regex", "grammar"):
             value = getattr(self, name)
@@ -59,53 +60,56 @@ class StructuredOutputs:
             self._read_schema()
 
     def _read_schema(self) -> None:
-        """A schema given as text becomes the dictionary that it says."""
+        """Parse a schema given as text."""
         schema: Any = self.json
         try:
             text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-            schema = json.loads(text, parse_float=_as_written, parse_constant=_as_written)
+            schema = json.loads(text, parse_float=as_written, parse_constant=as_written)
         except (ValueError, TypeError, RecursionError) as e:
-            raise SamplingError(f"structured_outputs.json is no JSON: {e}") from e
+            raise SamplingError(f"structured_outputs.json is no JSON: {e}", field="structured_outputs.json") from e
         if not isinstance(schema, dict):
             self._refuse("json", "a JSON schema, which is an object")
         object.__setattr__(self, "json", schema)
 
     def _refuse(self, name: str, wanted: str) -> None:
-        raise SamplingError(f"structured_outputs.{name} must be {wanted}, not {getattr(self, name)!r:.80}")
+        field = f"structured_outputs.{name}"
+        raise SamplingError(f"{field} must be {wanted}, not {getattr(self, name)!r:.80}", field=field)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StructuredOutputs:
-        """By name, as they come over HTTP; SamplingError for a name that is none."""
-        unknown = set(values) - {f.name for f in fields(cls)}
+        """Build from a dictionary by field name; SamplingError for an unknown name."""
+        unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
         if unknown:
-            raise SamplingError(f"structured_outputs has no {', '.join(sorted(map(str, unknown)))}")
+            raise SamplingError(
+                f"structured_outputs has no {', '.join(unknown)}", field=f"structured_outputs.{unknown[0]:.100}"
+            )
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. A value out of its range raises SamplingError naming the field.
+    """Parameters of a completion. SamplingError names a field whose value is out of range.
 
     Attributes:
         n: completions per prompt
         temperature: >= 0; 0 always takes the most probable token
         top_k: keep the k most probable tokens; 0 or -1 keeps all
-        top_p: in (0, 1]: keep the fewest most probable tokens that sum to p
-        min_p: in [0, 1]: keep tokens at least min_p times as probable as the first
+        top_p: in (0, 1]: keep the fewest most probable tokens whose probabilities sum to p
+        min_p: in [0, 1]: keep tokens at least min_p times as probable as the most probable
         repetition_penalty: > 0: divides positive and multiplies negative logits of tokens in prompt or output
-        presence_penalty: in [-2, 2]: taken from logits of tokens in the output
-        frequency_penalty: in [-2, 2]: taken once per occurrence in the output
+        presence_penalty: in [-2, 2]: subtracted from logits of tokens in the output
+        frequency_penalty: in [-2, 2]: subtracted once per occurrence in the output
         logit_bias: {token id: number in [-100, 100]} added to logits
-        stop: text or texts at which to end; the completion's text ends before it
-        stop_token_ids: tokens at which to end
-        ignore_eos: go on after the end-of-sequence token
-        max_tokens: most tokens to generate; None: as many as the context holds
-        min_tokens: tokens before which neither EOS nor a stop may end the completion
-        seed: whole number that fixes the tokens; None draws one from torch's generator
-        logprobs: also return log-probabilities of the token and the most probable k; -1: of all
+        stop: stop string or strings; the completion's text ends before it
+        stop_token_ids: tokens that end the completion
+        ignore_eos: continue after the end-of-sequence token
+        max_tokens: token limit of the completion; None: as many as the context holds
+        min_tokens: minimum number of tokens; EOS and stop strings are ignored before it
+        seed: integer seed for reproducible sampling; None draws one from torch's generator
+        logprobs: return log-probabilities of the token and its top-k alternatives; -1: of all
         prompt_logprobs: the same for the prompt's tokens
-        structured_outputs: what the text must look like (a StructuredOutputs, or a dictionary of its fields);
-            the engine's alone, and `generate` refuses it
+        structured_outputs: constraint on the text (a StructuredOutputs, or a dictionary of its fields);
+            supported by the engine only, `generate` refuses it
     """
 
     n: int = 1
@@ -141,7 +145,10 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 self._whole(name, low)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise SamplingError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+            raise SamplingError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
+                field="min_tokens",
+            )
         if not isinstance(self.ignore_eos, bool):
             self._refuse("ignore_eos", "true or false")
         self._check_lists()
@@ -159,7 +166,7 @@ class SamplingParams:
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 self._refuse("logit_bias", "a dictionary from token ids to numbers")
-            try:  # over HTTP the keys are texts
+            try:  # over HTTP the keys are strings
                 bias = {int(token): float(number) for token, number in self.logit_bias.items()}
             except (TypeError, ValueError):
                 self._refuse("logit_bias", "a dictionary from token ids to numbers")
@@ -180,7 +187,7 @@ class SamplingParams:
             self._refuse(name, "a whole number" + (f" of at least {low}" if low is not None else ""))
 
     def _refuse(self, name: str, wanted: str) -> None:
-        raise SamplingError(f"{name} must be {wanted}, not {getattr(self, name)!r}")
+        raise SamplingError(f"{name} must be {wanted}, not {getattr(self, name)!r}", field=name)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -189,25 +196,25 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
+        """Whether decoding is greedy: the most probable token is always taken."""
         return self.temperature < GREEDY_BELOW
 
     @property
     def penalizes(self) -> bool:
-        """Whether logits depend on the tokens so far, so that a History is needed."""
+        """Whether logits depend on previous tokens, so that a History is needed."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Parameters by name; SamplingError for a name that is none."""
-        unknown = set(values) - {f.name for f in fields(cls)}
+        """Build from a dictionary by field name; SamplingError for an unknown name."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
-            raise SamplingError(f"unknown sampling parameter {', '.join(sorted(unknown))}")
+            raise SamplingError(f"unknown sampling parameter {', '.join(unknown)}", field=unknown[0])
         return cls(**values)
 
 
-def _as_written(number: str) -> float:
-    """The float that a text means, which no other text means any shorter. ValueError where it loses digits."""
+def as_written(number: str) -> float:
+    """Parse a number; ValueError if a float cannot represent its decimal digits exactly."""
     value = float(number)
     if not math.isfinite(value) or Decimal(repr(value)) != Decimal(number):
         raise ValueError(f"{number} is no number that a float holds exactly as it is written")
@@ -215,7 +222,7 @@ def _as_written(number: str) -> float:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is a text, and none with half a character in it."""
+    """Return whether a value is a string without lone surrogates."""
     return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 

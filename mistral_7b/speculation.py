@@ -83,16 +83,19 @@ class Speculation:
     def __post_init__(self) -> None:
         for name, low in (("max_draft", 1), ("min_ngram", 1), ("ngram", self.min_ngram)):
             if getattr(self, name) < low:
-                raise GenerationError(f"{name} must be at least {low}, not {getattr(self, name)}")
+                raise GenerationError(f"{name} must be at least {low}, not {getattr(self, name)}", field=name)
         if self.row_cost is not None and not self.row_cost >= 0:
-            raise GenerationError(f"row_cost must be a number of at least 0, not {self.row_cost}")
+            raise GenerationError(
+                f"row_cost must be a number of at least 0, not {self.row_cost}", field="row_cost"
+            )
 
     def check(self, vocab_size: int) -> None:
         """GenerationError if the draft model speaks another vocabulary."""
         if self.draft_model is not None and self.draft_model.args.vocab_size != vocab_size:
             raise GenerationError(
                 f"the draft model knows {self.draft_model.args.vocab_size} tokens and the model {vocab_size}: "
-                f"they must share one vocabulary"
+                "they must share one vocabulary",
+                field="draft_model",
             )
 
     def guesser(self, prompt: Sequence[int], room: int) -> Guesser:

@@ -1,18 +1,19 @@
-"""Text to token ids and back, chats to token ids, and text a token at a time.
+"""The tokenizer: text and chats to token ids, ids to text, and incremental decoding.
 
-mistral-common does the encoding, so that ids are Mistral's own; this file gives it a small face, finds
-the right file and template, and takes chats as the OpenAI API writes them.
+mistral-common does the encoding, so that ids are Mistral's own. This file selects the vocabulary file and the
+chat template, and takes chats in the format of the OpenAI API.
 
-    version   releases                 a chat with a system text becomes
+    version   releases                 a chat with a system prompt becomes
     v1        7B v0.1, v0.2            <s>[INST] system\\n\\nuser [/INST]answer</s>   markers are plain text
-    v3        7B v0.3                  <s>[INST] system\\n\\nuser[/INST] answer</s>   markers are control ids
+    v3        7B v0.3                  <s>[INST] system\\n\\nuser[/INST] answer</s>   markers are control tokens
 
-A control id can only come from this file's own hand: SentencePiece never yields one for text, so a user
-who writes "[INST]" or "</s>" has written six or four harmless characters.
+Only this file inserts control tokens: SentencePiece never encodes text as one, so that "[INST]" or "</s>" in a
+user's message is plain text.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -32,44 +33,50 @@ from .checkpoint.gguf_file import is_gguf
 from .checkpoint.gguf_tokenizer import extract
 from .checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from .errors import TokenizerError
-from .messages import REFUSALS, TEMPLATES, read_messages, reason
+from .messages import REFUSALS, TEMPLATES, label, read_messages, reason
 
-SPACE = "\u2581"  # how SentencePiece writes a space inside a piece; text that holds it reads as a space
+UTF8 = codecs.getincrementaldecoder("utf-8")
+SPACE = "\u2581"  # SentencePiece's symbol for a space; in text it also decodes to a space
 
 
 class Tokenizer:
-    """One SentencePiece vocabulary and the chat template that belongs to it.
+    """A SentencePiece vocabulary with its chat template.
 
-    `version` None reads the template from the vocabulary itself. Raises TokenizerError for a file that
-    is missing, is no SentencePiece model, or lacks the control tokens that its template needs.
+    `version` None detects the template from the vocabulary. Raises TokenizerError for a file that is missing, is
+    not a SentencePiece model, or lacks the control tokens of its template.
     """
 
     def __init__(self, path: str | os.PathLike[str], version: str | None = None) -> None:
         self.path = pathlib.Path(path)
         if not self.path.is_file():
-            raise TokenizerError(f"{self.path}: no such tokenizer file")
-        try:  # a version must be named here, or mistral-common guesses one from the file's name
+            raise TokenizerError("no such tokenizer file", place=self.path)
+        try:  # without a version, mistral-common would guess one from the file name
             self._pieces = SentencePieceTokenizer(self.path, tokenizer_version=TokenizerVersion.v1)
         except RuntimeError as e:
             raise TokenizerError(
-                f"{self.path} is not a SentencePiece model ({e}); fetch tokenizer.model again "
-                f"(a file of some hundred bytes is a git-lfs pointer, not the file)"
+                f"is not a SentencePiece model ({e})",
+                place=self.path,
+                hint="fetch tokenizer.model again (a file of some hundred bytes is a git-lfs pointer only)",
             ) from e
         self.version = version or template_version(self._control_names, self.path.name)
         if self.version not in TEMPLATES:
-            raise TokenizerError(f"no chat template {self.version!r}; known are {', '.join(TEMPLATES)}")
+            raise TokenizerError(
+                f"no chat template {self.version!r}; known are {', '.join(TEMPLATES)}", field="version"
+            )
         if self.version != "v1" and not self._control_names.issuperset(("[INST]", "[/INST]")):
             raise TokenizerError(
-                f"{self.path} has no control tokens [INST] and [/INST]: it cannot be {self.version}"
+                f"has no control tokens [INST] and [/INST]: it cannot be {self.version}",
+                field="version",
+                place=self.path,
             )
         if self.bos_id < 0 or self.eos_id < 0:
-            raise TokenizerError(f"{self.path} defines no beginning or end of sequence (<s>, </s>)")
+            raise TokenizerError("defines no beginning or end of sequence (<s>, </s>)", place=self.path)
         self._pieces = SentencePieceTokenizer(self.path, tokenizer_version=TokenizerVersion(self.version))
         self._chat = self._template(ValidationMode.test)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] = "demo") -> Tokenizer:
-        """The tokenizer of a model: its folder, a file in it, a GGUF file, a hub id, or "demo"."""
+        """Load the tokenizer of a model: a folder, a file in it, a GGUF file, a hub id, or "demo"."""
         path = resolve(source)
         if path.is_file() and is_gguf(path):
             return cls(extract(path))
@@ -79,22 +86,22 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer in one SentencePiece file, whatever its name."""
+        """Load one SentencePiece file, whatever its name."""
         return cls(path)
 
     @classmethod
     def v1(cls) -> Tokenizer:
-        """As released with Mistral 7B v0.1 and v0.2: 32000 tokens, no control tokens but <s> and </s>."""
+        """The tokenizer of Mistral 7B v0.1 and v0.2: 32000 tokens; <s> and </s> are control tokens."""
         return cls(MistralTokenizer._data_path() / "tokenizer.model.v1", "v1")
 
     @classmethod
     def v2(cls) -> Tokenizer:
-        """32768 tokens, with control tokens. No Mistral 7B speaks v2; v0.3 has this vocabulary but speaks v3."""
+        """Template v2: 32768 tokens with control tokens. No Mistral 7B uses it (v0.3 uses v3)."""
         return cls(MistralTokenizer._data_path() / "mistral_instruct_tokenizer_240216.model.v2", "v2")
 
     @classmethod
     def v3(cls) -> Tokenizer:
-        """As Mistral 7B v0.3 speaks: 32768 tokens, tool calls with ids."""
+        """The tokenizer of Mistral 7B v0.3: 32768 tokens, tool calls with ids."""
         return cls(MistralTokenizer._data_path() / "mistral_instruct_tokenizer_240323.model.v3", "v3")
 
     @cached_property
@@ -121,44 +128,41 @@ class Tokenizer:
 
     @property
     def unk_id(self) -> int:
-        """The token that stands for what has none; byte tokens leave nothing to it."""
+        """The unknown token; with byte tokens, no text encodes to it."""
         return self._pieces.unk_id
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
-        """Ids of plain text; no character of it can become a control token."""
+        """Encode plain text; it never produces a control token."""
         try:
             return self._pieces.encode(text, bos=bos, eos=eos)
         except (RuntimeError, AssertionError) as e:
-            raise TokenizerError(f"not a text that can be written as UTF-8: {text!r:.80}") from e
+            raise TokenizerError(f"not a text that can be written as UTF-8: {text!r:.80}", field="text") from e
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, those without text left out; bytes that are no UTF-8 become U+FFFD, one each."""
-        silent = self.bos_id  # in place of what SentencePiece does not know: bytes on its two sides stay apart
+        """Decode ids, skipping control tokens; each invalid UTF-8 byte becomes U+FFFD."""
+        silent = self.bos_id  # replaces ids unknown to SentencePiece, so that bytes around one are not joined
         return self._pieces.decode([silent if self.is_control(i) else i for i in ids])
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one at a time, and follow upon the ids `after`.
+        """Return an incremental decoder for ids that follow the ids `after`.
 
-        The first word of a text is written with a space before it that decoding drops. If `after` ends
-        in text, then what comes is no first word, and its space is kept.
+        SentencePiece puts a space before the first word of a text, and decoding drops it. The space is kept if
+        `after` ends in text, since the next word is then not the first.
         """
         return StreamDecoder(self, keep_space=bool(after) and not self.is_control(after[-1]))
 
     @cached_property
     def tool_calls_id(self) -> int | None:
-        """The control token [TOOL_CALLS], with which a model begins to call tools; None: it knows none."""
+        """The id of [TOOL_CALLS], which starts tool calls; None if the vocabulary lacks it."""
         name = "[TOOL_CALLS]"
         return self._pieces.vocab().index(name) if name in self._control_names else None
 
     def is_control(self, token: int) -> bool:
-        """Whether an id has no text: <s>, </s>, [TOOL_CALLS] and the like, and ids behind the vocabulary."""
+        """Return whether an id has no text: control tokens, and ids beyond the vocabulary."""
         return self.surface(token) is None
 
     def piece(self, token: int) -> str:
-        """One id as a person should see it: " the", "[INST]", "<unused_32005>" behind the vocabulary.
-
-        A byte that is no character is "<0xE2>".
-        """
+        """Return an id for display: " the", "[INST]", "<0xE2>", "<unused_32005>" if out of range."""
         surface = self.surface(token)
         if isinstance(surface, bytes) and surface.isascii():
             return surface.decode()
@@ -167,20 +171,20 @@ class Tokenizer:
         return surface.replace(SPACE, " ") if isinstance(surface, str) else self._pieces.id_to_piece(token)
 
     def piece_bytes(self, token: int) -> bytes:
-        """The bytes that one id adds to a text; none where it has none."""
+        """Return the UTF-8 bytes that one id adds to a text; empty for control tokens."""
         surface = self.surface(token)
         if isinstance(surface, str):
             return surface.replace(SPACE, " ").encode()
         return surface or b""
 
     def surface(self, token: int) -> str | bytes | None:
-        """What stands in the vocabulary: a piece with SPACE for spaces, a single byte, None for no text.
+        """Return the piece (with SPACE for spaces), a single byte, or None for an id without text.
 
-        Control tokens have no text, nor do ids behind the vocabulary, which a model with added or padding tokens
-        knows and may emit. TokenizerError for a negative id.
+        Control tokens have no text, nor do ids beyond the vocabulary, which a model with added or padding tokens
+        may emit. Raises TokenizerError for a negative id.
         """
         if token < 0:
-            raise TokenizerError(f"{token} is no token id: these are whole numbers of at least 0")
+            raise TokenizerError(f"{token} is no token id: these are whole numbers of at least 0", field="ids")
         return self._surfaces[token] if token < len(self._surfaces) else None
 
     @cached_property
@@ -196,38 +200,46 @@ class Tokenizer:
         return surfaces
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> list[int]:
-        """Ids of a conversation up to where the assistant speaks, beginning with one BOS.
+        """Encode a conversation up to the assistant's next message, with one BOS at the start.
 
-        `messages` and `tools` are OpenAI's: roles system (or developer), user, assistant, tool; content
-        a text or a list of text parts; tool_calls. A last message of the assistant with "prefix": True
-        is continued, and its text encoded as given. Raises TokenizerError naming the message at fault.
+        `messages` and `tools` are those of the OpenAI API: roles system (or developer), user, assistant, tool;
+        content a text or a list of text parts; tool_calls. A last assistant message with "prefix": True is
+        continued, and its text encoded unchanged. Raises TokenizerError naming the invalid message, by its entry
+        in `labels` if given, else as `messages[i]`.
         """
-        return self.encode_begun(messages, tools)[0]
+        return self.encode_begun(messages, tools, labels)[0]
 
     def encode_begun(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        labels: Sequence[str] | None = None,
     ) -> tuple[list[int], int]:
-        """Ids as encode_chat has them, and how many of the last are those of the answer that is continued.
+        """Return the ids of encode_chat, and how many belong to a continued assistant message.
 
-        Messages of the assistant that follow each other are one answer, as mistral-common joins them.
+        Consecutive assistant messages count as one, as mistral-common joins them.
         """
         if tools and self.version == "v1":
-            raise TokenizerError("this tokenizer (v1) knows no tools; Mistral 7B v0.3 does")
-        chat = read_messages(messages, self.version)
+            raise TokenizerError("this tokenizer (v1) knows no tools; Mistral 7B v0.3 does", field="tools")
+        chat = read_messages(messages, self.version, labels)
         if not any(m.role == "user" for m in chat):
-            raise TokenizerError("the conversation has no message with role 'user' to answer")
+            raise TokenizerError("the conversation has no message with role 'user' to answer", field="messages")
         try:
             offered = [Tool.from_openai(dict(t)) for t in tools or ()] or None
             if offered:
                 self._chat._chat_completion_request_validator._validate_tools(offered)
         except REFUSALS as e:
-            raise TokenizerError(f"tools: {reason(e)}") from e
+            raise TokenizerError(f"tools: {reason(e)}", field="tools") from e
         try:
             return self._apply(self._chat, chat, offered)
         except REFUSALS as e:
-            raise TokenizerError(f"messages[{self._at_fault(chat)}]: {reason(e)}") from e
+            name = label(labels, self._at_fault(chat))
+            raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
 
     @staticmethod
     def _apply(template: MistralTokenizer, chat: list[Any], tools: list[Tool] | None) -> tuple[list[int], int]:
@@ -236,8 +248,8 @@ class Tokenizer:
         return encoded.tokens, len(encoded.prefix_ids or ())
 
     def _at_fault(self, chat: list[Any]) -> int:
-        """The first message with which a refused conversation cannot be encoded any more."""
-        lenient = self._template(ValidationMode.agnostic)  # lets any role be the last
+        """Return the index of the first message that makes a conversation invalid."""
+        lenient = self._template(ValidationMode.agnostic)  # accepts any last role
         for i in range(len(chat)):
             try:
                 self._apply(lenient, chat[: i + 1], None)
@@ -247,24 +259,24 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of tokens that come one by one: what is pushed and flushed, joined, is `decode` of them all.
+    """Incremental decoder: the joined results of push and flush equal `decode` of all ids.
 
-    Text is given out as soon as no later token can change it: the bytes of a character wait for its last.
+    Text is returned as soon as no later token can change it; incomplete UTF-8 characters are buffered.
     """
 
     def __init__(self, tokenizer: Tokenizer, keep_space: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._at_start = not keep_space  # the next piece is a text's first, and loses its space
+        self._at_start = not keep_space  # the next piece is the first of a text: drop its space
         self._pending = bytearray()
 
     def push(self, token: int) -> str:
-        """The text that is certain now that `token` has come."""
+        """Add a token; return the text that is now final."""
         surface = self._tokenizer.surface(token)
         if isinstance(surface, bytes):
             self._at_start = False
             self._pending += surface
             return self._settle()
-        text = self.flush()  # a byte that another piece follows will never be completed
+        text = self.flush()  # bytes followed by a piece can never be completed
         if surface is None:
             return text
         if self._at_start and surface.startswith(SPACE):
@@ -274,11 +286,11 @@ class StreamDecoder:
 
     @property
     def waiting(self) -> bool:
-        """Whether a character has begun whose last byte has not come."""
+        """Whether the bytes of an incomplete character are buffered."""
         return bool(self._pending)
 
     def flush(self) -> str:
-        """The text still held back, when no more tokens come."""
+        """Return the buffered text at the end of the stream."""
         return self._settle(final=True)
 
     def _settle(self, final: bool = False) -> str:
@@ -287,22 +299,23 @@ class StreamDecoder:
             size = _utf8_size(self._pending[0])
             head = bytes(self._pending[:size])
             try:
-                text += head.decode()
-            except UnicodeDecodeError as e:
-                if e.reason == "unexpected end of data" and not final:
-                    break  # a character begun well: wait for the rest
-                text, size = text + "\ufffd", 1
+                char = UTF8().decode(head, final)
+            except UnicodeDecodeError:
+                char, size = "\ufffd", 1
+            if not char:
+                break  # an incomplete character: wait for more bytes
+            text += char
             del self._pending[:size]
         return text
 
 
 def _utf8_size(first: int) -> int:
-    """Bytes of the UTF-8 character that begins with the byte `first` (1 where none does)."""
+    """Return the length of a UTF-8 character from its first byte (1 if invalid)."""
     return 1 if first < 0xC0 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
 
 
 def _find(folder: pathlib.Path) -> pathlib.Path:
-    """The tokenizer file of a folder: its own, or that within its only GGUF file."""
+    """Return the tokenizer file of a folder, or one extracted from its only GGUF file."""
     if file := sentencepiece_file(folder):
         return file
     inside = [f for f in folder.glob("*.gguf") if is_gguf(f)]
@@ -310,8 +323,9 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
         return extract(inside[0])
     others = [n for n in ("tokenizer.json", "tekken.json") if (folder / n).is_file()]
     raise TokenizerError(
-        f"{folder} holds no tokenizer.model or tokenizer.model.v3"
-        + (f" ({others[0]} is of another kind)" if others else "")
-        + "; fetch it from the model's repository on the hub: tokenizer.model for v0.1 and v0.2,"
-        " tokenizer.model.v3 for v0.3"
+        "holds no tokenizer.model or tokenizer.model.v3"
+        + (f" ({others[0]} is of another kind)" if others else ""),
+        place=folder,
+        hint="fetch it from the model's repository on the hub: tokenizer.model for v0.1 and v0.2, "
+        "tokenizer.model.v3 for v0.3",
     )

@@ -1,17 +1,17 @@
-"""Tool calls, read from a model's tokens while they come.
+"""Incremental parser of tool calls in a model's output.
 
     [TOOL_CALLS]  [{"name": "weather", "arguments": {"city": "Rome"}}, ...]  </s>
 
-The control token begins them, and nothing else can: text that spells "[TOOL_CALLS]" is text. A call is given out
-once it has a name and the first character of its arguments, and then as far as they have come with each token.
-These fragments, joined, are the arguments as the model wrote them.
+Only the control token starts a list: text that spells "[TOOL_CALLS]" is content. A call is emitted once its name
+and the first character of its arguments are known; each later token emits a fragment of the arguments.
+Concatenated, the fragments are the arguments as written by the model.
 
-Arguments are an object. Null, and none at all, stand for an empty one. Some models write the object as JSON within
-a string: it is decoded. With any other arguments there is no call.
+Arguments are a JSON object. Null or missing arguments become an empty object. An object encoded as a JSON string,
+which some models write, is decoded. Any other arguments are invalid.
 
-What cannot be such a list is text, from the first character on that is part of nothing given out. Where a list is
-cut off, by a token limit or a stop string, this rest is left out. The "id" that a model may write behind the
-arguments, having read conversations, comes too late: by then the call has one.
+A list that becomes invalid is content, from the first character after the last emitted fragment. If the list is
+truncated by the token limit or a stop string, this rest is dropped. An "id" that the model writes after the
+arguments is ignored, because the call has been emitted with an id by then.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DIGITS = "0123456789"
 LITERALS = {"t": "rue", "f": "alse", "n": "ull"}
 ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
-# A part of the list being read: it is sent one character after another, and returns when it has its last.
+# Parsers are generators: one character is sent at a time, and they return at their last character.
 Reading = Generator[None, str, None]
-ReadingOn = Generator[None, str, str]  # returns a text, or the first character behind it
+ReadingOn = Generator[None, str, str]  # returns the parsed text, or the first character after it
 
 
 @dataclass
 class ToolCall:
-    """One call. `id` is 9 letters or digits; `arguments` is the text of a JSON object."""
+    """One call. `id` is 9 letters or digits; `arguments` is the JSON text of an object."""
 
     index: int
     id: str
@@ -41,7 +41,7 @@ class ToolCall:
 
 @dataclass
 class ToolCallDelta:
-    """What has become certain of call `index`: pieces of its arguments, with the first its id and name."""
+    """New parts of call `index`: argument fragments; the first delta has `id` and `name`."""
 
     index: int
     id: str | None = None
@@ -50,36 +50,36 @@ class ToolCallDelta:
 
 
 class ToolCallStream:
-    """Tells text and tool calls apart, for one completion.
+    """Separates content and tool calls in one completion.
 
-    `control` is the id of [TOOL_CALLS]; None for a vocabulary without it, where all is text. `ids` gives the id of
-    call 0, 1, ... (messages.tool_call_id makes one of any text). How the text is divided among tokens changes
-    nothing but where fragments begin and end.
+    `control` is the id of [TOOL_CALLS]; None if the vocabulary lacks it (all text is content). `ids` returns the
+    id of call 0, 1, ... (see messages.tool_call_id). The tokenization of the text affects only the bounds of
+    fragments.
     """
 
     def __init__(self, control: int | None, ids: Callable[[int], str]) -> None:
-        self.calls: list[ToolCall] = []  # as far as they have come
+        self.calls: list[ToolCall] = []  # parsed so far
         self.control, self._ids = control, ids
-        self._list: _CallList | None = None  # the one that is being read
+        self._list: _CallList | None = None  # the list being parsed
 
     def push(self, token: int, text: str) -> tuple[str, list[ToolCallDelta]]:
-        """Take a token and the text that is certain with it; what of it is content, and what came of calls."""
+        """Add a token and its decoded text; return new content and tool call deltas."""
         content, deltas = self._read(text)
-        if token == self.control:  # the text that came with it was written before it
+        if token == self.control:  # `text` precedes the control token
             content += self.close()[0]
             self._list = _CallList()
         return content, deltas
 
     @property
     def reading(self) -> bool:
-        """Whether a list is being read: what comes is no content as long as it may be a part of this."""
+        """Whether a list is being parsed: text is held back while it may belong to the list."""
         return self._list is not None
 
     def close(self, cut: bool = False) -> tuple[str, list[ToolCallDelta]]:
-        """At the end: what of a list that breaks off is text, as far as it was not given out with a call.
+        """End the completion; return the rest of an incomplete list as content.
 
-        Where the completion was `cut`, more would have come: nothing of the list is text, and a call is one once
-        it has a name.
+        If the completion was `cut` (token limit or stop string), the rest is dropped, and a call counts once its
+        name is known.
         """
         calls, self._list = self._list, None
         deltas: list[ToolCallDelta] = []
@@ -119,37 +119,37 @@ class ToolCallStream:
 
 
 class _WrongError(Exception):
-    """A character that cannot come here."""
+    """Raised for a character that is invalid at its position."""
 
 
 class _CallList:
-    """A list of calls, read a character at a time.
+    """Parser of a list of calls, one character at a time.
 
-    `name` is the present call's, once it is complete, and `fragment` what has come of its arguments. Once there
-    are both, the reader takes the fragment away, and notes that the call has `begun`.
+    `name` is the current call's name once complete, `fragment` its new argument text. The caller takes the
+    fragment and sets `begun` when the call has been emitted.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.begun = False
         self.fragment = ""
-        self._raw = ""  # all that is part of nothing given out yet
-        self._complete = False  # a call or the list, with the present character
+        self._raw = ""  # text not yet emitted
+        self._complete = False  # the current character completes a call or the list
         self._over = False
         self._reading = self._read_list()
         next(self._reading)
 
     def left(self) -> str:
-        """The text of what breaks off here; blanks behind the whole list are nothing."""
+        """Return the text not emitted; whitespace after the complete list is dropped."""
         return "" if self._over else self._raw
 
     def push(self, char: str) -> bool:
-        """Take the next character; whether it may come here. If not, nothing more may be pushed."""
+        """Add a character; return whether it is valid. After False nothing more may be pushed."""
         self._complete = False
         try:
             self._reading.send(char)
         except _WrongError:
-            self._over = False  # blanks behind the list stand before text, and are text
+            self._over = False  # whitespace between the list and text is content
             return False
         self._raw += char
         if self._complete or (self.name is not None and self.fragment):
@@ -195,7 +195,7 @@ class _CallList:
             self.name = text
 
     def _read_arguments(self, char: str) -> Reading:
-        """An object or null that begins with `char`; or a string that says one of the two, or nothing."""
+        """Parse an object or null starting with `char`, or a string that contains one or is blank."""
         quoted = char == '"'
         if quoted:
             while (char := (yield from _char())) in tuple(WHITESPACE):
@@ -228,14 +228,14 @@ def _need(condition: bool) -> None:
 
 
 def _skip() -> ReadingOn:
-    """Read on until a character that is no whitespace, and return it."""
+    """Skip whitespace; return the first other character."""
     while (char := (yield)) in WHITESPACE:
         pass
     return char
 
 
 def _string() -> ReadingOn:
-    """A string whose quotation mark has been read; return what it says."""
+    """Parse a string after its opening quotation mark; return its value."""
     parts = []
     while char := (yield from _char()):
         parts.append(char)
@@ -243,7 +243,7 @@ def _string() -> ReadingOn:
 
 
 def _char() -> ReadingOn:
-    """The next character that a string says, or "" at its end."""
+    """Return the next decoded character of a string, or "" at its end."""
     char = yield
     if char == '"':
         return ""
@@ -255,7 +255,7 @@ def _char() -> ReadingOn:
         _need(char in ESCAPES)
         return ESCAPES[char]
     code = yield from _hexadecimal()
-    if 0xD800 <= code < 0xDC00:  # the first half of a character: the second must follow
+    if 0xD800 <= code < 0xDC00:  # a high surrogate must be followed by a low one
         _need((yield) == "\\" and (yield) == "u")
         low = yield from _hexadecimal()
         _need(0xDC00 <= low < 0xE000)
@@ -265,7 +265,7 @@ def _char() -> ReadingOn:
 
 
 def _hexadecimal() -> Generator[None, str, int]:
-    """The number that four digits say."""
+    """Parse four hexadecimal digits."""
     digits = ""
     for _ in range(4):
         digits += yield
@@ -274,10 +274,10 @@ def _hexadecimal() -> Generator[None, str, int]:
 
 
 def _value(char: str) -> Reading:
-    """An object or list that begins with `char`, which has been read. Nesting costs no recursion."""
+    """Parse an object or list whose first character is `char`, without recursion."""
     closers: list[str] = []
     while True:
-        following = ""  # what had to be read to see that a number has ended
+        following = ""  # the character that ended a number
         if char in "[{":
             closers.append("]" if char == "[" else "}")
             char = yield from _skip()
@@ -308,7 +308,7 @@ def _value(char: str) -> Reading:
 
 
 def _key(char: str) -> ReadingOn:
-    """A key that begins with `char`, and its colon; return the first character of the value."""
+    """Parse a key starting with `char` and its colon; return the first character of the value."""
     _need(char == '"')
     yield from _string()
     _need((yield from _skip()) == ":")
@@ -316,7 +316,7 @@ def _key(char: str) -> ReadingOn:
 
 
 def _number(char: str) -> ReadingOn:
-    """A number that begins with `char`; return the character behind it."""
+    """Parse a number starting with `char`; return the character after it."""
     if char == "-":
         char = yield
     if char == "0":
@@ -334,7 +334,7 @@ def _number(char: str) -> ReadingOn:
 
 
 def _digits(char: str) -> ReadingOn:
-    """One digit or more, the first being `char`; return the character behind them."""
+    """Parse one or more digits starting with `char`; return the character after them."""
     _need(char in DIGITS)
     while char in DIGITS:
         char = yield

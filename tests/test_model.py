@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
 from torch import Tensor
 
@@ -46,14 +47,14 @@ BAD = (
 
 @pytest.mark.parametrize(("field", "value"), BAD)
 def test_a_bad_field_is_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"ModelArgs.{field}"):
+    with refused(ConfigError, field=field):
         tiny_args(**{field: value})
 
 
 def test_fields_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"n_heads \(6\) must be a multiple of n_kv_heads \(4\)"):
+    with refused(ConfigError, field="n_heads"):
         tiny_args(n_kv_heads=4)
-    with pytest.raises(ConfigError, match="head_dim must be even"):
+    with refused(ConfigError, field="head_dim"):
         tiny_args(head_dim=9)
     with pytest.raises(TypeError):
         ModelArgs(window=4096)  # type: ignore[call-arg]

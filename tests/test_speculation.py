@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from tiny import tiny_args, tiny_model
 from torch import Tensor
 
@@ -511,16 +512,13 @@ def test_measured_costs_turn_guessing_off(model: Mistral7B, monkeypatch: pytest.
 
 
 def test_what_is_refused(model: Mistral7B) -> None:
-    for wrong, said in (
-        ({"max_draft": 0}, "max_draft must be at least 1, not 0"),
-        ({"min_ngram": 0}, "min_ngram must be at least 1"),
-        ({"ngram": 2, "min_ngram": 3}, "ngram must be at least 3, not 2"),
-        ({"row_cost": -1.0}, "row_cost must be a number of at least 0"),
-        ({"row_cost": math.nan}, "row_cost must be a number of at least 0"),
-    ):
-        with pytest.raises(GenerationError, match=said):
+    for wrong in (
+        {"max_draft": 0}, {"min_ngram": 0}, {"ngram": 2, "min_ngram": 3}, {"row_cost": -1.0},
+        {"row_cost": math.nan},
+    ):  # fmt: skip
+        with refused(GenerationError, field=next(iter(wrong))):
             Speculation(**wrong)  # type: ignore[arg-type]
     other = Speculation(tiny_model(tiny_args(vocab_size=66)))
     for call in (generate, stream):
-        with pytest.raises(GenerationError, match=r"knows 66 tokens and the model 67.*one vocabulary"):
+        with refused(GenerationError, field="draft_model"):
             call(model, [3, 4], GREEDY, speculate=other)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 
 from mistral_7b.errors import GenerationError, SamplingError
 from mistral_7b.generate import generate, stream
@@ -18,27 +19,27 @@ from tests.tiny import tiny_args, tiny_model
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "field"),
     [
-        ({}, "exactly one of json, json_object, regex, choice, grammar, not none of them"),
-        ({"json_object": False}, "none of them"),
-        ({"regex": "a", "choice": ["b"]}, "not regex and choice"),
-        ({"regex": 3}, "regex must be a text"),
-        ({"regex": "\ud800"}, "regex must be a text that can be written as UTF-8"),
-        ({"grammar": ["start: x"]}, "grammar must be a text"),
-        ({"choice": "yes"}, "choice must be a list of at least one text"),
-        ({"choice": []}, "choice must be a list of at least one text"),
-        ({"choice": ["a", 1]}, "choice must be a list of texts"),
-        ({"choice": ["\udfff"]}, "choice must be a list of texts that can be written as UTF-8"),
-        ({"json": "{"}, "json is no JSON: Expecting"),
-        ({"json": "[]"}, "json must be a JSON schema, which is an object"),
-        ({"json": {"enum": {1, 2}}}, "json is no JSON: Object of type set"),
-        ({"json_object": "yes"}, "json_object must be true or false"),
-        ({"jason": {}}, "structured_outputs has no jason"),
+        ({}, "structured_outputs"),
+        ({"json_object": False}, "structured_outputs"),
+        ({"regex": "a", "choice": ["b"]}, "structured_outputs"),
+        ({"regex": 3}, "structured_outputs.regex"),
+        ({"regex": "\ud800"}, "structured_outputs.regex"),
+        ({"grammar": ["start: x"]}, "structured_outputs.grammar"),
+        ({"choice": "yes"}, "structured_outputs.choice"),
+        ({"choice": []}, "structured_outputs.choice"),
+        ({"choice": ["a", 1]}, "structured_outputs.choice"),
+        ({"choice": ["\udfff"]}, "structured_outputs.choice"),
+        ({"json": "{"}, "structured_outputs.json"),
+        ({"json": "[]"}, "structured_outputs.json"),
+        ({"json": {"enum": {1, 2}}}, "structured_outputs.json"),
+        ({"json_object": "yes"}, "structured_outputs.json_object"),
+        ({"jason": {}}, "structured_outputs.jason"),
     ],
 )
-def test_what_may_not_be_asked(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(SamplingError, match=words):
+def test_what_may_not_be_asked(values: dict[str, Any], field: str) -> None:
+    with refused(SamplingError, field=field):
         SamplingParams.from_dict({"structured_outputs": values})
 
 
@@ -48,7 +49,7 @@ def test_what_may_be_asked() -> None:
     assert StructuredOutputs(choice=["a", ""]).choice == ("a", "")
     assert StructuredOutputs(json={}).json == {}
     assert StructuredOutputs(regex="").regex == ""
-    with pytest.raises(SamplingError, match="structured_outputs must be a StructuredOutputs or a dictionary"):
+    with refused(SamplingError, field="structured_outputs"):
         SamplingParams(structured_outputs="json")  # type: ignore[arg-type]
 
 
@@ -102,5 +103,5 @@ def test_generate_and_stream_obey_a_grammar() -> None:
     assert [c.finish_reason for c in outputs] == ["stop", "stop"]
     assert "".join(map(str, stream(model, "Say", params, tokenizer))) == outputs[0].text
     for call in (generate, stream):
-        with pytest.raises(GenerationError, match="prompt 0: structured_outputs need a tokenizer"):
+        with refused(GenerationError, field="structured_outputs"):
             call(model, [1, 5, 6], params)

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 import torch
+from refusals import refused
 from tiny import tiny_args, tiny_model
 
 from mistral_7b.completion import Completion
@@ -89,9 +90,9 @@ def test_what_is_beyond_the_model_is_refused_at_the_door(model: Mistral7B) -> No
     llm = LLM(model, ENGINE, tokenizer=TOKENIZER)
     for bad in (-1, model.args.vocab_size):
         for run in (lambda ids: generate(model, [ids], PLAIN, TOKENIZER), lambda ids: llm.generate([ids], PLAIN)):
-            with pytest.raises(GenerationError, match=rf"{bad} at place 1 is no token of a vocabulary of"):
+            with refused(GenerationError, field="prompt"):
                 run([1, bad])
-    with pytest.raises(SamplingError, match="the vocabulary has"):
+    with refused(SamplingError, field="logit_bias"):
         generate(model, [PROMPT], SamplingParams(logit_bias={model.args.vocab_size: 1.0}), TOKENIZER)
 
 

@@ -1,14 +1,14 @@
-"""How fast it is, beside what this machine could do and what others do on it.
+"""Benchmarks: speed and memory, compared with hardware limits and other engines.
 
-    machine.py     what this machine is; roofline.py  what it could do at best, measured
-    work.py        the bytes and operations that a piece of work cannot do without
-    jobs.py        one measurement: engine, scheme, what. timing.py runs it, the same way for every engine
-    engine_*.py    ours, llama.cpp, transformers: `begin` reads a prompt, `step` decodes one token a row
-    process.py     one job in a process of its own, so that peak memory is its own
-    run.py         jobs in turn, and records of them; report.py, plot.py  for people
-    serving/       many requests at once: rates of arrivals, and what comes of them
+    machine.py     facts about this machine; roofline.py  its measured ceilings
+    work.py        the minimum bytes and operations of a workload
+    jobs.py        one measurement as data: engine, scheme, workload; timing.py  runs it, alike for every engine
+    engine_*.py    mistral_7b, llama.cpp, transformers: `begin` prefills, `step` decodes one token per row
+    process.py     runs one job in its own process, for its own peak memory
+    run.py         runs jobs and collects records; report.py, plot.py  present them
+    serving/       concurrent requests at given arrival rates
 
-Nothing here imports torch until something is measured.
+Nothing here imports torch before a measurement starts.
 """
 
 from __future__ import annotations

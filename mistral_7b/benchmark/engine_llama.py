@@ -1,4 +1,4 @@
-"""llama.cpp at its best on a CPU: its C interface, called as its own benchmark calls it.
+"""llama.cpp in its fastest CPU setup, through its C API, as in llama-bench.
 
 Runs under the Python that has llama_cpp (`--peer-python`), which needs neither torch nor transformers.
 """
@@ -19,12 +19,12 @@ from .jobs import Job
 from .machine import features
 from .work import BITS, table_weights
 
-CHUNK = 512  # tokens a call, llama.cpp's own default
+CHUNK = 512  # tokens per call, llama.cpp's default
 
 
 @c.llama_log_callback
 def _silent(level: int, text: bytes, data: Any) -> None:
-    """llama.cpp tells its life on stderr, which is for what went wrong."""
+    """Discard llama.cpp's log, so that stderr holds errors only."""
 
 
 class Engine:
@@ -46,7 +46,7 @@ class Engine:
         params.no_perf = True
         self.context = c.llama_init_from_model(self.model, params)
         if not self.context:
-            raise BenchmarkError("llama.cpp cannot make a context of this size; take a smaller --context")
+            raise BenchmarkError("llama.cpp cannot make a context of this size", hint="take a smaller --context")
         a = job.args
         table = round(table_weights(a) * BITS[job.scheme] / 8)
         self.weight_bytes = c.llama_model_size(self.model) - (0 if a["tie_embeddings"] else table)
@@ -68,7 +68,7 @@ class Engine:
         self._decode(self.newest[:, None])
 
     def _decode(self, tokens: Any) -> None:
-        """Tokens (B, T) after those that are held; the greedy choice after each row's last one."""
+        """Decode tokens (B, T) after the cached ones; keep each row's most likely next token."""
         rows, T = tokens.shape
         batch = self.batch
         batch.n_tokens = rows * T

@@ -1,4 +1,4 @@
-"""This package under a Job, through its public functions alone."""
+"""This package as a benchmark engine, through its public API only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import torch
 
 from ..generate import PREFILL_CHUNK, stream
-from ..kernels import describe, threads
+from ..kernels import backend, threads
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import compressed_bytes, random_model
 from ..sampling_params import SamplingParams
@@ -16,7 +16,7 @@ from .jobs import WARM_UP, Job
 
 
 class Engine:
-    """Prefill in chunks as `generate` does it, decode with one token a row, both into one rolling cache."""
+    """Chunked prefill as in `generate`, then one token per row and step, in a rolling cache."""
 
     def __init__(self, job: Job) -> None:
         threads.use(job.threads)
@@ -26,7 +26,7 @@ class Engine:
         self.weight_bytes = compressed_bytes(self.model)
         self.kv_token_bytes = kv_token_bytes(self.model)
         self.threads = torch.get_num_threads()
-        self.path = f"kernels: {describe()['running']}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
+        self.path = f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
         self.versions = {"torch": torch.__version__, "python": platform.python_version()}
 
     @torch.inference_mode()
@@ -42,7 +42,7 @@ class Engine:
         self.logits = self.model.logits(self.model.hidden(self.logits.argmax(-1), self.cache))
 
     def generated(self, seconds: float) -> float:
-        """Tokens a second of `generate`, sampling and text included, after the job's prompt: the median."""
+        """Return the median tokens per second of `generate`, including sampling and text."""
         params = SamplingParams(temperature=0, max_tokens=self.job.room, ignore_eos=True)
         times: list[float] = []
         pieces = stream(self.model, self.tokens[0].tolist(), params)
@@ -59,14 +59,14 @@ class Engine:
 
 
 def build(job: Job) -> Mistral7B:
-    """The model of a job: opened where it has a source, otherwise of random weights, made in memory."""
+    """Return the model of a job: loaded from its source, or with random weights."""
     scheme = None if job.scheme == "none" else job.scheme
     if job.source is not None:
-        # A quantised file is copied to huge pages for what runs long, and mapped where opening counts.
+        # Quantized weights are copied to huge pages, but stay mapped when the load time is measured.
         return Mistral7B.from_pretrained(job.source, quantization=scheme, mmap=job.what == "load")
     return random_model(ModelArgs(**job.args), scheme)
 
 
 def kv_token_bytes(model: Mistral7B) -> int:
-    """Bytes of one token's keys and values in all layers of a rolling cache."""
+    """Return the bytes of one token's keys and values in all layers of a rolling cache."""
     return sum(entry.nbytes for layer in model.rolling_cache(1, 1).layers for entry in layer.entries)

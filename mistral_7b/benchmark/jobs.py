@@ -1,4 +1,4 @@
-"""One measurement, as plain data that goes from the command to a process of its own, and what comes back."""
+"""A job (one measurement) and its result, as plain data exchanged with a worker process."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ What = Literal["decode", "prefill", "batch16", "load"]
 Scheme = Literal["int4", "int8", "bf16", "none"]
 
 OURS, LLAMA, TRANSFORMERS = "mistral_7b", "llama.cpp", "transformers"
-BATCH, BATCH_PROMPT = 16, 32  # rows that decode together, and the prompt of each
+BATCH, BATCH_PROMPT = 16, 32  # rows of a batch, and tokens in the prompt of each
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Work for one engine. `args` are the fields of ModelArgs; `source` is a file or folder to open."""
+    """A workload for one engine. `args` are fields of ModelArgs; `source` is a file or folder."""
 
     engine: str
     scheme: str
     what: str
     args: dict[str, Any]
-    source: str | None = None  # none: random weights of this shape
+    source: str | None = None  # None: random weights of this shape
     rows: int = 1
-    prompt: int = 512  # tokens each row holds before anything is decoded
-    threads: int | None = None  # none: as many as PyTorch takes by itself
+    prompt: int = 512  # prompt tokens of each row
+    threads: int | None = None  # None: PyTorch's default
     quick: bool = False
-    started: float | None = None  # load: when the process was started (seconds since 1970)
+    started: float | None = None  # load: start time of the process (Unix time)
 
     @property
     def room(self) -> int:
-        """Tokens a row may decode, warming up included."""
+        """Number of tokens a row may decode, including warmup."""
         return WARM_UP + STEPS[self.quick].most
 
     def to_json(self) -> str:
@@ -43,29 +43,29 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a process found: `seconds` of every repetition, each of which made or read `tokens`."""
+    """The result of a process: `seconds` of every repetition, each of `tokens` tokens."""
 
     seconds: list[float]
     tokens: int
-    weight_bytes: int  # that one pass through the model reads
-    kv_token_bytes: int  # keys and values of one token, all layers
+    weight_bytes: int  # read by one forward pass
+    kv_token_bytes: int  # keys and values of one token in all layers
     peak_rss_bytes: int
     threads: int
-    path: str  # the code that ran: instruction sets, kernels
+    path: str  # instruction sets and kernels that ran
     versions: dict[str, str]
-    generate_tokens_per_s: float | None = None  # decoding through `generate`, sampling and text included
+    generate_tokens_per_s: float | None = None  # decoding with `generate`, including sampling and text
 
 
 @dataclasses.dataclass(frozen=True)
 class Repetitions:
-    """At least `least`, then until `most` of them or `seconds` have passed."""
+    """At least `least` repetitions, then until `most` repetitions or `seconds` are reached."""
 
     least: int
     most: int
     seconds: float
 
 
-WARM_UP = 3  # steps; a prompt is read once
+WARM_UP = 3  # warmup steps; prefill warms up with one prompt
 STEPS = {False: Repetitions(8, 64, 15.0), True: Repetitions(3, 8, 2.0)}  # by Job.quick
 PROMPTS = {False: Repetitions(3, 9, 10.0), True: Repetitions(2, 3, 2.0)}
-LOADS = {False: 3, True: 1}  # processes, after one that warms the page cache
+LOADS = {False: 3, True: 1}  # number of processes, after one that warms the page cache

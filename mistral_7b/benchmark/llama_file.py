@@ -1,8 +1,8 @@
-"""A GGUF file of random weights, in any shape and type, written as fast as the disk takes it.
+"""Write a GGUF file of random weights, of any shape and type, at disk speed.
 
-Speed does not depend on the weights' values, but a file that llama.cpp opens needs every tensor, and blocks
-whose scales are sane. All tensors are cut out of one pool of random blocks. Its vocabulary is made up, a word
-a token, so that a server has something to send.
+Speed does not depend on the values of weights, but llama.cpp needs every tensor, and blocks with plausible scales.
+All tensors are slices of one pool of random blocks. The vocabulary is artificial, one word per token, so that a
+server has text to send.
 
 Runs under the Python that has gguf: python -m mistral_7b.benchmark.llama_file FILE TYPE ARGS-AS-JSON
 """
@@ -23,13 +23,13 @@ BLOCK = 32
 
 
 def random_blocks(kind: str, weights: int) -> np.ndarray[Any, Any]:
-    """Bytes of so many weights (a multiple of 32) of type Q4_0, Q8_0 or BF16."""
+    """Return the bytes of `weights` weights (a multiple of 32) of type Q4_0, Q8_0 or BF16."""
     draw = np.random.default_rng(0)
     if kind == "BF16":
         # bfloat16 is the upper half of float32
         wide = draw.uniform(-WEIGHT, WEIGHT, weights).astype(np.float32)
         return (wide.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    size, spread = {"Q4_0": (BLOCK // 2, 4.6), "Q8_0": (BLOCK, 73.9)}[kind]  # spread: deviation of the codes
+    size, spread = {"Q4_0": (BLOCK // 2, 4.6), "Q8_0": (BLOCK, 73.9)}[kind]  # spread: std of the codes
     blocks = np.empty(weights // BLOCK, dtype=[("d", "<f2"), ("q", "u1", size)])
     blocks["d"] = WEIGHT / spread
     blocks["q"] = np.frombuffer(draw.bytes(blocks["q"].size), np.uint8).reshape(-1, size)
@@ -37,7 +37,7 @@ def random_blocks(kind: str, weights: int) -> np.ndarray[Any, Any]:
 
 
 def write(path: str, kind: str, args: dict[str, Any]) -> None:
-    """Write the file. ValueError if a row is no whole number of blocks."""
+    """Write the file. ValueError if a row is not a whole number of blocks."""
     D, F, V, K = args["dim"], args["hidden_dim"], args["vocab_size"], args["head_dim"]
     q, kv = args["n_heads"] * K, args["n_kv_heads"] * K
     if any(n % BLOCK for n in (D, F, q)):
@@ -48,7 +48,7 @@ def write(path: str, kind: str, args: dict[str, Any]) -> None:
     quantised = gguf.GGMLQuantizationType[kind]
 
     def matrix(name: str, rows: int, columns: int) -> None:
-        width = round(columns * BITS[kind] / 8)  # bytes of a row
+        width = round(columns * BITS[kind] / 8)  # bytes per row
         writer.add_tensor(f"{name}.weight", pool[: rows * width].reshape(rows, width), raw_dtype=quantised)
 
     def norm(name: str) -> None:
@@ -90,7 +90,7 @@ def add_facts(writer: Any, args: dict[str, Any]) -> None:
 
 
 def add_vocabulary(writer: Any, size: int) -> None:
-    """SentencePiece's three control tokens, and a word for each of the others."""
+    """Add SentencePiece's three control tokens, and a word for each other token."""
     kind = gguf.TokenType
     words = size - 3
     writer.add_tokenizer_model("llama")

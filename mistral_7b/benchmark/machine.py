@@ -1,4 +1,4 @@
-"""What this machine is, read from the system; what cannot be read is left out."""
+"""Facts about this machine, read from the operating system; unreadable facts are omitted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 from ..engine.memory import memory as memory
 from ..engine.memory import read
 
-# Flag of the CPU -> what people call it, in the order of how much it brings. Linux's names.
+# CPU flag in Linux -> common name, from the least to the most useful.
 X86 = {
     "avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI",
     "avx512_bf16": "AVX-512 bf16", "amx_int8": "AMX int8", "amx_bf16": "AMX bf16",
@@ -22,7 +22,7 @@ ARM = {"asimd": "NEON", "asimddp": "dot product", "i8mm": "int8 matrices", "bf16
 
 
 def cpu_name() -> str:
-    """As the maker calls it; the architecture where no name is to be had."""
+    """Return the vendor's name of the CPU, or the architecture if unavailable."""
     found = re.search(r"^model name\s*:\s*(.+)$", read("/proc/cpuinfo"), re.MULTILINE)
     if found:
         return found[1].strip()
@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets by Linux's names; empty where they cannot be read."""
+    """Return CPU features by their names in Linux; empty if unreadable."""
     if platform.system() == "Darwin":
         known = _output("sysctl", "-a", "hw.optional").lower()
         arm = {"asimd": "neon", "asimddp": "feat_dotprod", "i8mm": "feat_i8mm", "bf16": "feat_bf16"}
@@ -41,19 +41,19 @@ def cpu_flags() -> set[str]:
 
 
 def instruction_sets() -> dict[str, bool]:
-    """Those that matter to this package, by name, and whether this CPU has them."""
+    """Return the instruction sets relevant to this package, and whether this CPU has each."""
     known = ARM if platform.machine().lower() in ("arm64", "aarch64") else X86
     flags = cpu_flags()
     return {name: flag in flags for flag, name in known.items()}
 
 
 def cores() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache of the CPU; 0 where it is not told."""
+    """Return the size of the largest CPU cache in bytes; 0 if unknown."""
     sizes = [0]
     for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         found = re.fullmatch(r"(\d+)([KMG]?)", read(path).strip())
@@ -63,9 +63,9 @@ def last_level_cache() -> int:
 
 
 def peak_memory(pid: int | None = None) -> int:
-    """Bytes of memory that this process, or another, has held at most, mapped files included; 0: unknown.
+    """Return the peak resident memory of a process in bytes, with mapped files; 0 if unknown.
 
-    Of Linux's two counters VmHWM is the one that a large parent does not show through.
+    Linux's VmHWM, unlike ru_maxrss, does not include the memory of a large parent.
     """
     found = re.search(r"^VmHWM:\s+(\d+) kB", read(f"/proc/{pid or 'self'}/status"), re.MULTILINE)
     if found:
@@ -81,7 +81,7 @@ def peak_memory(pid: int | None = None) -> int:
 
 
 def version(package: str) -> str | None:
-    """The installed version of a package, without importing it; None: it is not there."""
+    """Return the installed version of a package, without importing it; None if not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -89,17 +89,17 @@ def version(package: str) -> str | None:
 
 
 def features(system_info: str) -> str:
-    """What a build of llama.cpp uses, from its own account: "AVX512, AMX_INT8, ..."; AMX missing is said too."""
+    """Return the CPU features used by a llama.cpp build: "AVX512, AMX_INT8, ...", or "no AMX"."""
     on = re.findall(r"(\w+) = 1", system_info)
     return ", ".join([*on, *([] if "AMX_INT8" in on else ["no AMX"])])
 
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the checkout that runs, with "-dirty" if it was changed; None: it runs from elsewhere."""
+    """Return this checkout's commit, with "-dirty" if modified; None outside a checkout."""
     here = pathlib.Path(__file__).parent
     git = ("git", "-C", str(here))
-    if not _output(*git, "ls-files", "__init__.py"):  # an environment may lie within a foreign checkout
+    if not _output(*git, "ls-files", "__init__.py"):  # a virtual environment may be inside another checkout
         return None
     return _output(*git, "describe", "--always", "--dirty", "--exclude", "*") or None
 

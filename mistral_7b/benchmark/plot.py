@@ -1,8 +1,8 @@
-"""The roofline of a machine, and what was measured below it.
+"""Roofline plot (Williams et al., 2009, "Roofline") of a machine and its records.
 
-Operations a second over operations for each byte that has to be read (Williams et al., 2009, "Roofline"):
-a point on the slope is bound by reading, one under the flat roof by the matrix units. Engines differ by
-marker and fill, so that the picture can be read in grey.
+Operations per second over operations per byte read. A point below the slope is limited by memory bandwidth, a
+point below the flat roof by the matrix units. Engines differ in marker and fill, so that the plot is legible in
+grayscale.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = {OURS: ("o", "#1a5fb4"), LLAMA: ("s", "#c64600"), TRANSFORMERS: ("^", "#613583")}
-LINES = ("-", "--", ":")  # of the roofs, the highest first
+LINES = ("-", "--", ":")  # line styles of the roofs, highest first
 WORDS = {"decode": "decode", "prefill": "prefill", "batch16": "16 rows"}
 INTEGERS = ("int4", "int8", "Q4_0", "Q8_0")
-# Places of a label around its point, in points; the first that is free is taken.
+# Candidate offsets of a label from its point, in points; the first free one is used.
 PLACES = [(7, 0), (-7, 0), (7, -9), (-7, 9), (7, 9), (-7, -9)] + [
     (side * 14, up) for step in range(2, 9) for up in (-11 * step, 11 * step) for side in (1, -1)
 ]
 
 
 def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
-    """Draw the records into a PNG, PDF or SVG (by the name's ending), renamed into place when it is whole.
+    """Plot the records as PNG, PDF or SVG (by file name suffix), written atomically.
 
-    Raises BenchmarkError if matplotlib is missing, the ending is unknown, or nothing can be drawn.
+    Raises BenchmarkError if matplotlib is missing, the suffix is unknown, or there is nothing to plot.
     """
     shown = [r for r in records if r.what in WORDS]
     if not shown:
-        raise BenchmarkError("nothing to draw: a roofline needs decode, prefill or batch16")
+        raise BenchmarkError("nothing to draw: a roofline needs decode, prefill or batch16", field="--what")
     Figure, FigureCanvasAgg = matplotlib_classes()
     figure = Figure(figsize=(9, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)  # one that can tell how large a text is
+    FigureCanvasAgg(figure)  # a canvas that can measure text
     axes = figure.add_subplot()
     roofs(axes, shown)
     points(axes, shown)
@@ -47,27 +47,27 @@ def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure, renamed into place when it is whole; BenchmarkError for an ending that is unknown."""
+    """Write a figure atomically. BenchmarkError for an unknown file name suffix."""
     target = pathlib.Path(path).expanduser()
     with written(target) as beside:
         try:
             figure.savefig(beside, format=target.suffix[1:] or "png", dpi=150)
         except ValueError as error:
-            raise BenchmarkError(f"--plot {target}: {error}") from error
+            raise BenchmarkError(f"--plot {target}: {error}", field="--plot") from error
 
 
 def matplotlib_classes() -> tuple[Any, Any]:
-    """Figure and a canvas for it that needs no screen; BenchmarkError if there is no matplotlib."""
+    """Return Figure and its headless canvas. BenchmarkError if matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise BenchmarkError("a picture needs matplotlib: pip install 'mistral-7b[plot]'") from error
+        raise BenchmarkError("a picture needs matplotlib", hint="pip install 'mistral-7b[plot]'") from error
     return Figure, FigureCanvasAgg
 
 
 def roofs(axes: Axes, records: list[Record]) -> None:
-    """The slope of the bandwidth, and a flat roof for each type of matrix product."""
+    """Plot the bandwidth slope and a flat roof for each matrix product type."""
     bandwidth = max(r.read_bandwidth for r in records)
     peaks = {"int8" if r.scheme in INTEGERS else "bf16": r.matrix_peak for r in records}
     left = 0.6 * min(r.intensity for r in records)
@@ -84,7 +84,7 @@ def roofs(axes: Axes, records: list[Record]) -> None:
     lowest = 0.4 * min(min(r.operations_per_s for r in records), left * bandwidth)
     axes.set(
         xscale="log", yscale="log", xlim=(left, right), ylim=(lowest, 2.2 * top),
-        xlabel="operations for each byte that must be read", ylabel="operations a second",
+        xlabel="arithmetic intensity (operations per byte read)", ylabel="operations per second",
         title=f"{records[0].model} on {records[0].threads} threads of {records[0].cpu}, {records[0].date}",
     )  # fmt: skip
     axes.grid(True, which="major", color="0.9", lw=0.8)
@@ -92,13 +92,13 @@ def roofs(axes: Axes, records: list[Record]) -> None:
     turn = _slope(axes)
     at = left * (top / bandwidth / left) ** 0.3
     axes.annotate(
-        f"reading, {bandwidth / 1e9:.1f} GB/s", (at, at * bandwidth), (-6, 6), textcoords="offset points",
+        f"memory bandwidth, {bandwidth / 1e9:.1f} GB/s", (at, at * bandwidth), (-6, 6), textcoords="offset points",
         rotation=turn, rotation_mode="anchor", ha="left", va="bottom", fontsize=9, color="0.25",
     )  # fmt: skip
 
 
 def points(axes: Axes, records: list[Record]) -> None:
-    """Each record as a marker, with the scheme and the percentage of its ceiling beside it."""
+    """Plot each record as a marker, labelled with its scheme and percentage of the ceiling."""
     for engine in dict.fromkeys(r.engine for r in records):
         marker, color = MARKERS[engine]
         mine = [r for r in records if r.engine == engine]
@@ -112,7 +112,7 @@ def points(axes: Axes, records: list[Record]) -> None:
     spots = axes.transData.transform([(r.intensity, r.operations_per_s) for r in records])
     taken = [_box(x, y, 6) for x, y in spots]
     taken += [text.get_window_extent(renderer) for text in axes.texts]
-    for line in axes.lines:  # the roofs, as a row of small boxes
+    for line in axes.lines:  # roofs as rows of small boxes, which labels must not overlap
         (x0, y0), (x1, y1) = axes.transData.transform(line.get_xydata())[[0, -1]]
         taken += [_box(x0 + (x1 - x0) * n / 200, y0 + (y1 - y0) * n / 200, 2) for n in range(201)]
     for r in sorted(records, key=lambda r: -r.operations_per_s):
@@ -120,7 +120,7 @@ def points(axes: Axes, records: list[Record]) -> None:
 
 
 def _label(axes: Axes, renderer: Any, r: Record, taken: list[Any]) -> Any:
-    """Write a point's label where it hits nothing; returns the box that it takes."""
+    """Place a point's label where it overlaps nothing; return its box."""
     from matplotlib.text import Text
 
     text = f"{WORDS[r.what]} {r.scheme}  {r.ceiling_fraction:.0%}"
@@ -133,7 +133,7 @@ def _label(axes: Axes, renderer: Any, r: Record, taken: list[Any]) -> Any:
             arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.6, "shrinkB": 4} if far else None,
         )  # fmt: skip
         note.update_positions(renderer)
-        box: Any = Text.get_window_extent(note, renderer)  # an annotation's own would count its line too
+        box: Any = Text.get_window_extent(note, renderer)  # an annotation's own extent includes its arrow
         inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
         if inside and not box.count_overlaps(taken):
             return box
@@ -142,14 +142,14 @@ def _label(axes: Axes, renderer: Any, r: Record, taken: list[Any]) -> Any:
 
 
 def _box(x: float, y: float, half: float) -> Any:
-    """A square of pixels around (x, y)."""
+    """Return a square of pixels around (x, y)."""
     from matplotlib.transforms import Bbox
 
     return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
 def _slope(axes: Axes) -> float:
-    """Degrees at which a line of slope 1 climbs on the page."""
+    """Return the angle in degrees of a line of slope 1 on the figure."""
     import math
 
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
-"""One job in a process of its own: python -m mistral_7b.benchmark.process JOB-AS-JSON
+"""Run one job in its own process: python -m mistral_7b.benchmark.process JOB-AS-JSON
 
-The last line of what it prints is the result as JSON, of ceilings each line a part of it; a failure is one line on
-stderr and exit code 1.
+The last line on stdout is the result as JSON; for ceilings, each line holds a part of it. On failure the last line
+on stderr is the error's data as JSON, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 
-from ..errors import Mistral7BError
+from ..errors import Mistral7BError, first_line
 from ..kernels import threads
 from .jobs import LLAMA, OURS, STEPS, TRANSFORMERS, Job
 from .timing import measure
@@ -36,14 +36,15 @@ def main(argv: list[str]) -> int:
             rate = engine.generated(STEPS[job.quick].seconds)
             found = dataclasses.replace(found, generate_tokens_per_s=rate)
     except (Mistral7BError, ImportError, MemoryError) as error:
-        print(f"{type(error).__name__}: {error}" if not str(error) else error, file=sys.stderr)
+        said = error.data if isinstance(error, Mistral7BError) else {"message": first_line(error)}
+        print(json.dumps(said), file=sys.stderr)
         return 1
     print(json.dumps(dataclasses.asdict(found)))
     return 0
 
 
 def ceilings(n: int | None, quick: bool, until: float) -> None:
-    """A line for the threads, and one for each ceiling as soon as it is measured."""
+    """Print the number of threads, then each ceiling as soon as it is measured."""
     import torch
 
     from . import roofline

@@ -1,4 +1,4 @@
-"""Records: what a benchmark leaves behind, one for each engine, scheme and kind of work."""
+"""Benchmark records, one for each engine, scheme and workload."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .roofline import Ceilings
 class Record:
     """One measurement. Rates are medians over all repetitions and rounds.
 
-    tokens_per_s      of all rows together; for load, loads a second (1 / seconds to the first token)
-    bytes_per_s       weights and cache that the work has to read, over the time it took
-    ceiling_fraction  the time it would take at this machine's ceilings, over the time it took
-    context           tokens each row held at the start; for prefill, those that were read
-    spread            (90th percentile - 10th) / median of the seconds
+    tokens_per_s      of all rows together; for load, loads per second (1 / seconds to the first token)
+    bytes_per_s       required reads of weights and cache, divided by the measured time
+    ceiling_fraction  time at this machine's ceilings, divided by the measured time
+    context           tokens in each row's cache at the start; for prefill, the prompt length
+    spread            (90th percentile - 10th percentile) / median of the seconds
     """
 
     engine: str
@@ -43,7 +43,7 @@ class Record:
     model: str
     rows: int
     operations_per_s: float
-    read_bandwidth: float  # the ceilings measured in the same run
+    read_bandwidth: float  # ceilings measured in the same run
     matrix_peak: float
     seconds: float  # median
     spread: float
@@ -53,14 +53,14 @@ class Record:
 
     @property
     def intensity(self) -> float:
-        """Operations for each byte read: where it stands below the roofline."""
+        """Arithmetic intensity: operations per byte read."""
         return self.operations_per_s / self.bytes_per_s
 
 
 def record(
     job: Job, found: list[Measured], ceilings: Ceilings, *, cpu: str, date: str, commit: str | None, model: str
 ) -> Record:
-    """What several processes measured of one job, as one Record."""
+    """Combine the measurements of one job by several processes into a Record."""
     times = [s for m in found for s in m.seconds]
     seconds, last = statistics.median(times), found[-1]
     ops, size = demand(job, last)
@@ -79,18 +79,18 @@ def record(
 
 
 def demand(job: Job, found: Measured) -> tuple[int, int]:
-    """Operations and bytes of one repetition of a job: what it cannot do without."""
+    """Return the minimum operations and bytes of one repetition of a job."""
     if job.what in ("prefill", "load"):
         new, held = job.prompt, 0
     else:
-        new, held = 1, job.prompt + len(found.seconds) // 2  # in the middle of the steps that were timed
+        new, held = 1, job.prompt + len(found.seconds) // 2  # context at the middle of the timed steps
     ops = work.operations(job.args, job.rows, held, new)
     size = work.bytes_read(job.args, found.weight_bytes, found.kv_token_bytes, job.rows, held + new)
     return ops, size
 
 
 def spread(times: list[float]) -> float:
-    """Distance of the 90th percentile from the 10th, over the median: 0 for a single time."""
+    """Return (90th percentile - 10th percentile) / median; 0 for a single time."""
     if len(times) < 2:
         return 0.0
     deciles = statistics.quantiles(times, n=10, method="inclusive")
@@ -98,16 +98,13 @@ def spread(times: list[float]) -> float:
 
 
 def write_json(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
-    """Write records (dataclasses), beside the place and renamed: nothing half-written is ever seen there.
-
-    WriteError if the system does not take them.
-    """
+    """Write records (dataclasses) as JSON, atomically. Raises WriteError if writing fails."""
     text = json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n"
     with written(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> list[Record]:
-    """Records that `write_json` has written."""
+    """Read records written by `write_json`."""
     data: list[dict[str, Any]] = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     return [Record(**fields) for fields in data]

@@ -1,4 +1,4 @@
-"""Records as tables for people: figures beside their ceilings, and ours over each peer's."""
+"""Tables of records: results relative to ceilings, and ratios to each peer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ TITLES = {
     "decode": "decode, 1 row after {context} tokens",
     "prefill": "prefill of {context} tokens",
     "batch16": "{rows} rows decoding together after {context} tokens each",
-    "load": "load, to the first token (pages of the file in memory)",
+    "load": "load, to the first token (file in the page cache)",
 }
 
-QUIET = 0.2  # spread of the seconds; on an idle machine it is below a tenth
+QUIET = 0.2  # spread of the seconds; below 0.1 on an idle machine
 
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as each peer one of our schemes is, and which peer is the fastest."""
+    """The speed of one of our schemes relative to each peer."""
 
     what: str
     scheme: str
-    times: dict[str, float]  # "llama.cpp Q4_0" -> tokens a second of ours over theirs
+    times: dict[str, float]  # "llama.cpp Q4_0" -> our tokens per second / the peer's
 
     @property
     def best_peer(self) -> str:
@@ -35,7 +35,7 @@ class Ratio:
 
 
 def ratios(records: list[Record]) -> list[Ratio]:
-    """Ours against every peer that did the same work in the same run, schemes of other sizes included."""
+    """Compare each of our records with every peer record of the same workload."""
     out = []
     for ours in (r for r in records if r.engine == OURS):
         peers = [r for r in records if r.engine != OURS and r.what == ours.what]
@@ -46,20 +46,20 @@ def ratios(records: list[Record]) -> list[Ratio]:
 
 
 def heading(records: list[Record]) -> str:
-    """What was measured, on what, and the ceilings."""
+    """Return a heading: model, machine, ceilings, versions."""
     r = records[0]
     peaks = {r.matrix_peak: None for r in records}
     products = " and ".join(f"{p / 1e12:.2f}" for p in sorted(peaks, reverse=True))
     versions = {name: v for r in records for name, v in r.versions.items()}
     return (
         f"{r.model}, {r.threads} threads of {r.cpu}, {r.date}, commit {r.commit or 'unknown'}\n"
-        f"ceilings: reading {r.read_bandwidth / 1e9:.1f} GB/s, matrix products {products} Top/s\n"
+        f"ceilings: memory bandwidth {r.read_bandwidth / 1e9:.1f} GB/s, matrix products {products} Top/s\n"
         f"{', '.join(f'{name} {v}' for name, v in versions.items())}"
     )
 
 
 def tables(records: list[Record]) -> list[Table]:
-    """One table for each kind of work, and one of ratios where there are peers; in Markdown's lines."""
+    """Return one table per workload, and of ratios if there are peers, in Markdown style."""
     kinds = list(dict.fromkeys(r.what for r in records))
     out = [figures(what, [r for r in records if r.what == what]) for what in kinds]
     compared = ratios(records)
@@ -67,7 +67,7 @@ def tables(records: list[Record]) -> list[Table]:
 
 
 def figures(what: str, records: list[Record]) -> Table:
-    """What was measured of one kind of work."""
+    """Return the table of one workload."""
     title = TITLES[what].format(context=records[0].context, rows=records[0].rows)
     rate = "seconds" if what == "load" else "tok/s"
     out = table(title, "engine", "scheme", rate, "spread", "GB/s", "Top/s", "of ceiling", "peak memory")
@@ -81,9 +81,9 @@ def figures(what: str, records: list[Record]) -> Table:
 
 
 def ratio_table(compared: list[Ratio]) -> Table:
-    """A row for each of our figures, a column for each peer; the best peer's is marked."""
+    """Return the table of ratios: a row per record of ours, a column per peer."""
     peers = list(dict.fromkeys(name for r in compared for name in r.times))
-    out = table("ours over each peer (* the fastest peer of that work)", "work", "scheme", *peers)
+    out = table("ours over each peer (*: the fastest peer)", "work", "scheme", *peers)
     for r in compared:
         cells = [f"{r.times[p]:.2f}{'*' if p == r.best_peer else ' '}" if p in r.times else "" for p in peers]
         out.add_row(r.what, r.scheme, *cells)
@@ -91,22 +91,20 @@ def ratio_table(compared: list[Ratio]) -> Table:
 
 
 def doubt(records: list[Record]) -> str:
-    """Why these figures should not be believed: times that scatter; empty if they do not."""
+    """Return a warning if times vary too much to be quoted, else ""."""
     wide = [f"{r.what} {r.engine} {r.scheme}" for r in records if r.spread > QUIET]
     if not wide:
         return ""
-    return (
-        f"spread above {QUIET:.0%}, so something else was running and they are not to be quoted: {', '.join(wide)}"
-    )
+    return f"spread above {QUIET:.0%}: the machine was busy, so do not quote these results: {', '.join(wide)}"
 
 
 def paths(records: list[Record]) -> dict[str, str]:
-    """Which code ran, for each engine and scheme."""
+    """Return the kernels that ran, for each engine and scheme."""
     return {f"{r.engine} {r.scheme}": r.path for r in records}
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table in Markdown's lines, the first two columns to the left."""
+    """Return an empty table in Markdown style with the first two columns left-aligned."""
     from rich import box
     from rich.table import Table
 

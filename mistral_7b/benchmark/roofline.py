@@ -1,13 +1,13 @@
-"""What this machine could do at best, measured: bytes read a second, and operations of a matrix product.
+"""Measure this machine's ceilings: memory bandwidth and matrix product throughput.
 
-The bandwidth is that of reading a buffer far beyond the last cache with all threads, in huge pages, by the
-fastest of several loops: ours, which asks ahead of time for what it reads, and PyTorch's reductions. The peaks
-are products of large matrices: PyTorch's in float32, oneDNN's in bfloat16, and in int8 this package's own kernel,
-its rounding of the activations included. (Where oneDNN has no int8 product for a CPU it runs a reference loop, a
-thousand times slower.) What runs here may not pass them, up to what measuring leaves open: 1 to 3%.
+Bandwidth is measured by reading a buffer much larger than the last-level cache, in huge pages, with all threads
+and the fastest of several loops: our own loop with prefetching, and reductions of PyTorch. The peaks are products
+of large matrices: PyTorch's in float32, oneDNN's in bfloat16, and in int8 this package's kernel, including the
+quantization of its activations. (Where oneDNN lacks an int8 kernel for a CPU, it runs a reference loop, a thousand
+times slower.) No workload here should exceed these ceilings by more than the measurement error of 1 to 3%.
 
-Every probe has a time, and keeps to it on a CPU that it knows nothing of: work begins small and grows as long as
-the next run is expected to fit.
+Every probe has a time limit, which it also keeps on unknown CPUs: work starts small and grows while the next run
+is expected to fit.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .machine import last_level_cache, memory
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROBES = ("read_bandwidth", "fp32", "bf16", "int8")  # in the order in which they are measured
-SECONDS = 1.5  # of a probe; a quick one takes a fifth
-LEAST = 0.2  # seconds: in less a probe would find less than there is
-CHUNK = 64 << 20  # bytes of the buffer that are filled at a time
-GROWTH = 4  # rows of a product, over those of the one before
+PROBES = ("read_bandwidth", "fp32", "bf16", "int8")  # in the order of measurement
+SECONDS = 1.5  # per probe; a fifth with `quick`
+LEAST = 0.2  # seconds: a shorter probe underestimates the ceiling
+CHUNK = 64 << 20  # bytes of the buffer filled per step
+GROWTH = 4  # growth factor of a product's rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Bytes a second, and operations a second by type; a type that this machine cannot do is None."""
+    """Bytes per second, and operations per second by type; None for unsupported types."""
 
     read_bandwidth: float
     fp32: float
@@ -41,16 +41,16 @@ class Ceilings:
     threads: int = 1
 
     def peak(self, scheme: str) -> float:
-        """Operations a second at best for the products of a scheme.
+        """Return the peak operations per second for the products of a scheme.
 
-        Never below that of a more exact type, which could do the same work: on a CPU without bf16
+        The peak is at least that of more precise types, which could do the same work: on a CPU without bf16
         instructions float32 is faster.
         """
         integers = scheme in ("int4", "int8", "Q4_0", "Q8_0")
         return max(self.fp32, self.bf16 or 0, (self.int8 or 0) if integers else 0)
 
     def best(self, other: Ceilings) -> Ceilings:
-        """The better of two measurements of one machine, by each figure."""
+        """Return the maximum of two measurements of one machine, field by field."""
         return Ceilings(
             max(self.read_bandwidth, other.read_bandwidth), max(self.fp32, other.fp32),
             max(self.bf16 or 0, other.bf16 or 0) or None, max(self.int8 or 0, other.int8 or 0) or None,
@@ -59,10 +59,10 @@ class Ceilings:
 
 
 def measure(quick: bool = False, until: float | None = None) -> Iterator[tuple[str, float | None]]:
-    """Each of PROBES as soon as it is measured: some seconds, and 2 GB of memory where there is as much.
+    """Yield each of PROBES as soon as it is measured; uses 2 GB of memory if free.
 
-    `until`, by the clock of time.time(), is shared by those that are left, and what cannot be measured well in
-    that time is not; none: each has the time it takes at best.
+    `until` (as time.time()) is a deadline shared by the remaining probes; those that no longer fit are skipped.
+    None gives each probe its full time.
     """
     import torch
 
@@ -83,22 +83,23 @@ def measure(quick: bool = False, until: float | None = None) -> Iterator[tuple[s
 
 
 def buffer_bytes() -> int:
-    """Four times the last cache and 2 GB at least, so that it holds little; a quarter of free memory at most."""
+    """Return the buffer size: 4 times the last-level cache, >= 2 GB, <= 1/4 of free memory."""
     wanted = max(2 << 30, 4 * last_level_cache())
     free = memory()[1] or 4 << 30
     return max(CHUNK, min(wanted, free // 4)) >> 20 << 20
 
 
 def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
-    """Bytes a second of reading `size` bytes with as many threads as PyTorch has: the best of several ways.
+    """Return the bytes per second of reading `size` bytes with all threads, best of all loops.
 
-    Less is read where to fill that takes longer than it may be read for.
+    The buffer is smaller where filling it would exceed `seconds`.
     """
     import torch
 
-    from ..kernels import compiler, pages
+    from ..kernels.backend import READ, Backend, uses
+    from ..kernels.cpu import calls, huge_pages
 
-    words = _filled(pages.empty(((size or buffer_bytes()) // 4,), torch.int32), seconds)
+    words = _filled(huge_pages.empty(((size or buffer_bytes()) // 4,), torch.int32), seconds)
     numbers, size = words.view(torch.float32), words.nbytes
     half = numbers.numel() // 2
     ways: list[Callable[[], object]] = [
@@ -106,13 +107,13 @@ def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
         lambda: numbers.amax(),
         lambda: torch.dot(numbers[:half], numbers[half:]),
     ]
-    if (kernels := compiler.library()) is not None:
-        ways.insert(0, lambda: kernels.m7b_read(words.data_ptr(), size, torch.get_num_threads()))
+    if uses(Backend.CPU, READ, numbers):
+        ways.insert(0, lambda: calls.read(words))
     return size / _shortest(ways, seconds)
 
 
 def _filled(words: Tensor, seconds: float) -> Tensor:
-    """As much of a buffer as is filled in so many seconds: its first part at least."""
+    """Fill a buffer for at most `seconds`; return the filled part, at least the first chunk."""
     end, done = time.perf_counter() + seconds, 0
     for part in words.split(CHUNK // words.itemsize):
         part.fill_(1)
@@ -123,7 +124,7 @@ def _filled(words: Tensor, seconds: float) -> Tensor:
 
 
 def _shortest(ways: Sequence[Callable[[], object]], seconds: float) -> float:
-    """Seconds of the fastest run, the ways taking turns while another run is expected to fit."""
+    """Return the time of the fastest run, cycling through loops while the next run should fit."""
     end, best = time.perf_counter() + seconds, float("inf")
     for way in itertools.cycle(ways):
         began = time.perf_counter()
@@ -136,7 +137,7 @@ def _shortest(ways: Sequence[Callable[[], object]], seconds: float) -> float:
 
 
 def fp32_peak(side: int, rows: int, seconds: float = SECONDS) -> float:
-    """float32 matrix product, operations a second."""
+    """Return the operations per second of PyTorch's float32 matrix product."""
     import torch.nn.functional as F
 
     w, x = _random(side, side), _random(rows, side)
@@ -144,7 +145,7 @@ def fp32_peak(side: int, rows: int, seconds: float = SECONDS) -> float:
 
 
 def bf16_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
-    """bfloat16 product with the weight packed once for oneDNN; by the plain operator where it cannot be packed."""
+    """Return the operations per second of a bfloat16 product, prepacked for oneDNN if possible."""
     import torch
     import torch.nn.functional as F
 
@@ -161,33 +162,37 @@ def bf16_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
 
 
 def int8_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
-    """int8 product by this package's kernel, its inputs' rounding included; None where it is not compiled."""
+    """Return the operations per second of this package's int8 product; None if not compiled.
+
+    The time includes the quantization of activations.
+    """
     import torch
 
-    from ..kernels import compiler, layout
+    from ..kernels import layout
+    from ..kernels.backend import QUANTIZED_LINEAR, Backend, uses
     from ..kernels.linear import int8_linear
 
-    if compiler.library() is None:
+    scale, x = torch.ones(side), _random(rows, side).to(torch.bfloat16)
+    if not uses(Backend.CPU, QUANTIZED_LINEAR, x):
         return None
     codes = layout.tile_int8(_random(side, side).mul_(40).add_(128).clamp_(1, 255).to(torch.uint8))
-    scale, x = torch.ones(side), _random(rows, side).to(torch.bfloat16)
     return 2 * side * side * _most(lambda m: int8_linear(x[:m], codes, scale, side), rows, seconds)
 
 
 def _random(rows: int, columns: int) -> Tensor:
-    """Random numbers, each row the same: speed does not depend on them, and to draw more would take its time."""
+    """Return random numbers, repeated in each row: speed does not depend on them."""
     import torch
 
     return torch.randn(columns).repeat(rows, 1)
 
 
 def _most(work: Callable[[int], object], most: int, seconds: float) -> float:
-    """Rows a second of work(rows), at best. Rows grow from 1 to `most` while the next run is expected to fit.
+    """Return the peak rows per second of work(rows), growing rows from 1 to `most`.
 
-    Each has GROWTH times the rows of the one before it, so that none is started whose length nothing tells of.
+    Each run has at most GROWTH times the rows of the previous one, so that its duration can be predicted.
     """
     end, rows, best = time.perf_counter() + seconds, 1, 0.0
-    work(rows)  # starts threads, and makes what is made once
+    work(rows)  # warmup: starts threads and initializes
     while True:
         began = time.perf_counter()
         work(rows)

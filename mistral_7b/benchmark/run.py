@@ -1,7 +1,7 @@
-"""Jobs in turn, each in a process of its own, and the records of them.
+"""Run jobs, each in its own process, and collect records.
 
-Engines take turns within each kind of work (ours, peer, ours, peer ...), so that a machine which drifts
-drifts for all of them. The parent holds no model: what a process needs, nobody else takes from it.
+Engines alternate within each workload (ours, peer, ours, peer ...), so that a drift of the machine affects all of
+them. The parent process holds no model, which leaves the memory to the jobs.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import BenchmarkError
-from ..kernels import compiler, threads
+from ..kernels import threads
+from ..kernels.cpu import compiler
 from . import machine, work
 from .jobs import BATCH, BATCH_PROMPT, LLAMA, LOADS, OURS, TRANSFORMERS, Job, Measured
 from .records import Record, record
 from .roofline import PROBES, Ceilings
 
 PACKAGE = pathlib.Path(__file__).parent.parent
-# The peers of each of our schemes: the same bits a weight, or the nearest they have.
+# The peers of each of our schemes, with the closest number of bits per weight.
 PEERS = {
     "int4": ((LLAMA, "Q4_0"),),
     "int8": ((LLAMA, "Q8_0"),),
     "bf16": ((LLAMA, "BF16"), (TRANSFORMERS, "bf16")),
     "none": ((TRANSFORMERS, "bf16"),),
 }
-# What makes a peer faster: with malloc on huge pages llama.cpp decodes Q4_0 of 7B at 7.55 tokens a second and not
-# 7.22 (two cores of a Sapphire Rapids). Ours asks for its own (kernels/pages.py).
+# Environment variables that speed up peers: with malloc on huge pages llama.cpp decodes Q4_0 of 7B at 7.55 tokens
+# per second, else at 7.22 (two cores of a Sapphire Rapids). This package allocates its own (cpu/huge_pages.py).
 PEER_VARIABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-SPARE = 1 << 30  # bytes beside weights and cache: activations, libraries
-CEILINGS_SECONDS = 60.0  # for all of them, where seven are enough if nothing else runs
-ENDING = 1.0  # seconds between the end of the last probe's time and that of the process
+SPARE = 1 << 30  # bytes besides weights and cache: activations, libraries
+CEILINGS_SECONDS = 60.0  # for all probes; 7 s suffice on an idle machine
+ENDING = 1.0  # seconds from the probes' deadline to that of the process
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be measured. `args` are the fields of ModelArgs, `model` the name in the records."""
+    """What to measure. `args` are the fields of ModelArgs; `model` is the name in the records."""
 
     model: str
     args: dict[str, Any]
@@ -59,19 +60,19 @@ class Plan:
     rounds: int = 1
     peers: bool = False
     peer_python: str = sys.executable
-    files: str | None = None  # a folder that keeps the peers' files
+    files: str | None = None  # a folder to keep the peers' files in
 
     def __post_init__(self) -> None:
         threads.check(self.threads)
 
     def jobs(self) -> Iterator[Job]:
-        """In the order in which they run."""
+        """Yield the jobs in the order they run."""
         for what in self.whats:
             seen = []
             for scheme in self.schemes:
                 for engine, kind in ((OURS, scheme), *(PEERS[scheme] if self.peers else ())):
                     if (engine, kind) in seen or (what == "load" and engine == TRANSFORMERS):
-                        continue  # transformers would need the model in a format of its own on disk
+                        continue  # transformers needs the model on disk in its own format
                     seen.append((engine, kind))
                     yield self.job(engine, kind, what)
 
@@ -84,10 +85,10 @@ class Plan:
 
 
 def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Record]:
-    """Measure everything in the plan, and the ceilings before and after it: the better ones count.
+    """Run the plan; ceilings are measured before and after, and the better values count.
 
-    All engines get as many threads as the ceilings had. What cannot be done here is told, and left out.
-    Raises BenchmarkError if that is everything.
+    All engines use the number of threads of the ceilings. Jobs that cannot run are reported through `tell` and
+    skipped. Raises BenchmarkError if no job could run.
     """
     compile_kernels(tell)
     tell("measuring this machine's ceilings")
@@ -106,7 +107,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
                     check_memory(job.args, job.scheme)
                     runs = measure(files.placed(job), plan.peer_python)
                 except BenchmarkError as error:
-                    tell(f"left out: {job.engine} {job.scheme}: {error}")
+                    tell(f"skipped: {job.engine} {job.scheme}: {error}")
                     missing[job.engine, job.scheme] = error
                     continue
                 found.setdefault((job.engine, job.scheme, job.what), (job, []))[1].extend(runs)
@@ -122,19 +123,20 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
 
 
 def compile_kernels(tell: Callable[[str], None]) -> None:
-    """Compile the CPU kernels if none are kept, and say so: no measurement's time is for that."""
+    """Compile the CPU kernels if not cached, so that no measurement includes it."""
     if compiler.must_compile():
         tell("compiling the CPU kernels, once: up to a minute")
     compiler.library()
 
 
 def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceilings:
-    """All ceilings. BenchmarkError if this machine does not get them done within a minute."""
+    """Measure all ceilings. BenchmarkError if that takes more than a minute."""
     found = find_ceilings(threads, quick)
     if left := [name for name in PROBES if name not in found]:
         raise BenchmarkError(
-            f"the ceilings ({', '.join(left)}) could not be measured within {CEILINGS_SECONDS} seconds: "
-            "close other programs"
+            f"the ceilings ({', '.join(left)}) could not be measured within {CEILINGS_SECONDS} seconds",
+            field=", ".join(left),
+            hint="close other programs",
         )
     return Ceilings(**found)
 
@@ -145,10 +147,10 @@ def find_ceilings(
     seconds: float = CEILINGS_SECONDS,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Those fields of Ceilings that are measured within `seconds`; `tell` hears what is measured next.
+    """Return the fields of Ceilings measured within `seconds`; `tell` gets the next name.
 
-    By a process of its own, which takes gigabytes for a moment, shares the time among its probes, and is ended if
-    it does not keep to it.
+    Runs in a separate process, which briefly uses gigabytes of memory. Its probes share the time, and the process
+    is killed at the deadline.
     """
     asked = json.dumps([threads, quick, time.time() + seconds - ENDING])
     found: dict[str, Any] = {}
@@ -161,10 +163,10 @@ def find_ceilings(
 
 
 def measure(job: Job, peer_python: str) -> list[Measured]:
-    """Run a job: one process, or for load several, of which the first warms the page cache."""
+    """Run a job in one process; for load in several, the first of which warms the page cache."""
     python = sys.executable if job.engine == OURS else peer_python
     if job.engine == TRANSFORMERS and not _imports(python, "transformers"):
-        python = sys.executable  # the peer's Python may hold llama.cpp alone
+        python = sys.executable  # the peer's Python may have only llama.cpp
     runs = []
     for n in range(1 + LOADS[job.quick] if job.what == "load" else 1):
         now = dataclasses.replace(job, started=time.time()) if job.what == "load" else job
@@ -175,31 +177,32 @@ def measure(job: Job, peer_python: str) -> list[Measured]:
 
 
 def check_memory(args: dict[str, Any], scheme: str) -> None:
-    """BenchmarkError if the machine would have to swap, or to kill."""
+    """Raise BenchmarkError if the weights do not fit in free memory."""
     weights = work.weight_memory(args, scheme)
     need, free = weights + SPARE, machine.memory()[1]
     if free and need > free:
         raise BenchmarkError(
-            f"{scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
-            f"close other programs, or take fewer --layers"
+            f"{scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            field="--layers",
+            hint="close other programs, or take fewer --layers",
         )
 
 
 class PeerFiles:
-    """The GGUF files of random weights that llama.cpp reads: one a type, made when first needed."""
+    """GGUF files of random weights for llama.cpp, one per type, created when first needed."""
 
     def __init__(self, python: str, folder: str, tell: Callable[[str], None]) -> None:
         self.python, self.folder, self.tell = python, pathlib.Path(folder).expanduser(), tell
 
     def placed(self, job: Job) -> Job:
-        """The job with the file that it needs."""
+        """Return the job with the path of the file it needs."""
         if job.engine != LLAMA:
             return job
         self._need("llama_cpp", "gguf")
         return dataclasses.replace(job, source=self.gguf(job.args, job.scheme))
 
     def gguf(self, args: dict[str, Any], scheme: str) -> str:
-        """The file of this shape and type; BenchmarkError if it cannot be made."""
+        """Return the file of this shape and type. BenchmarkError if it cannot be created."""
         shape = "-".join(str(args[k]) for k in ("n_layers", "dim", "hidden_dim", "vocab_size"))
         path = self.folder / f"random-words-{shape}-{scheme}.gguf"
         if not path.exists():
@@ -209,8 +212,9 @@ class PeerFiles:
             size, free = work.weight_memory(args, scheme), shutil.disk_usage(self.folder).free
             if size > free:
                 raise BenchmarkError(
-                    f"{path.name} takes {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f}: "
-                    f"--keep names a folder with more room"
+                    f"{path.name} takes {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f}",
+                    field="--keep",
+                    hint="name a folder with more room",
                 )
             beside = path.with_suffix(".part")
             try:
@@ -223,8 +227,8 @@ class PeerFiles:
     def _need(self, *modules: str) -> None:
         if not _imports(self.python, *modules):
             raise BenchmarkError(
-                f"{self.python} has no {' and '.join(modules)}: pip install llama-cpp-python gguf, or name "
-                f"with --peer-python the Python that has them"
+                f"{self.python} has no {' and '.join(modules)}",
+                hint="pip install llama-cpp-python gguf, or name with --peer-python the Python that has them",
             )
 
 
@@ -237,18 +241,17 @@ def call(python: str, *argv: str, **variables: str) -> dict[str, Any]:
 
 
 def _python(python: str, module: str, *argv: str, **variables: str) -> str:
-    """What a module of this room prints, see `_lines`."""
+    """Run a module of this package and return its output, see `_lines`."""
     return "".join(_lines(python, module, argv, variables))
 
 
 def _lines(
     python: str, module: str, argv: Sequence[str], variables: Mapping[str, str], seconds: float | None = None
 ) -> Iterator[str]:
-    """Run a module of this room under any Python: the package alone is put on its path, none of our libraries.
+    """Run a module of this folder under any Python, with only this package added to its path.
 
-    Yields each line as it is printed, and ends the process after so many `seconds`, if it is not at its end.
-    `variables` are set in its environment unless the user has set them. BenchmarkError with the last line that it
-    said if it fails.
+    Yields each line of stdout as it is printed. The process is killed after `seconds`. `variables` are set in its
+    environment unless the user has set them. Raises BenchmarkError with the error of the process (`_failure`).
     """
     late = threading.Event()
 
@@ -281,7 +284,7 @@ def _lines(
                 process.wait()
             finally:
                 timer.cancel()
-                process.kill()  # of one at its end nothing is left to end
+                process.kill()  # no effect if it has exited
         complaint.seek(0)
         said = complaint.read().strip().splitlines()
     if late.is_set():
@@ -290,13 +293,24 @@ def _lines(
         why = " (out of memory?)" if process.returncode == -9 else ""
         raise BenchmarkError(f"the process was killed by signal {-process.returncode}{why}")
     if process.returncode:
-        raise BenchmarkError(said[-1] if said else f"the process ended with code {process.returncode}")
+        raise _failure(said, process.returncode)
+
+
+def _failure(said: Sequence[str], code: int) -> BenchmarkError:
+    """Build the error of a failed process from the last line of its stderr: JSON data or text."""
+    last = said[-1] if said else f"the process ended with code {code}"
+    try:
+        return BenchmarkError(**json.loads(last))
+    except (ValueError, TypeError):
+        return BenchmarkError(last)
 
 
 def _imports(python: str, *modules: str) -> bool:
-    """Whether this Python finds the modules."""
+    """Return whether this Python can import the modules."""
     code = f"import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, {modules!r})))"
     try:
         return subprocess.run([python, "-c", code], capture_output=True, check=False).returncode == 0
     except OSError as error:
-        raise BenchmarkError(f"--peer-python {python} cannot be run: {error.strerror}") from error
+        raise BenchmarkError(
+            f"--peer-python {python} cannot be run: {error.strerror}", field="--peer-python"
+        ) from error

@@ -1,4 +1,4 @@
-"""Every engine under the same work, and the clock on it."""
+"""Time the same workload for every engine."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .machine import peak_memory
 
 
 class Engine(Protocol):
-    """A model that is ready to work on the rows of one Job."""
+    """A loaded model with the rows of one Job."""
 
-    weight_bytes: int  # that one pass reads: all but the embedding table
+    weight_bytes: int  # read by one forward pass: all but the embedding table
     kv_token_bytes: int
     threads: int
     path: str
     versions: dict[str, str]
 
     def begin(self) -> None:
-        """Forget everything, read the prompt into every row, and have the logits that follow it."""
+        """Clear the cache, prefill the prompt in every row, and compute the next logits."""
 
     def step(self) -> None:
-        """Feed every row the token its logits were highest for, and have the next logits."""
+        """Feed each row its most likely token, and compute the next logits."""
 
 
 def measure(engine: Engine, job: Job) -> Measured:
-    """Time what the job asks for, after warming up."""
+    """Run and time a job, after a warmup."""
     if job.what == "prefill":
         engine.begin()
         seconds, tokens = repeat(engine.begin, PROMPTS[job.quick]), job.rows * job.prompt
@@ -46,7 +46,7 @@ def measure(engine: Engine, job: Job) -> Measured:
 
 
 def repeat(work: Callable[[], None], times: Repetitions) -> list[float]:
-    """Seconds of each repetition."""
+    """Return the seconds of each repetition."""
     out: list[float] = []
     end = time.perf_counter() + times.seconds
     while len(out) < times.least or (len(out) < times.most and time.perf_counter() < end):

@@ -1,22 +1,22 @@
-"""Open any format, save any: Hugging Face's, Mistral's own, GGUF, quantised.
+"""Read and write checkpoints: Hugging Face, Mistral, GGUF and quantized formats.
 
-names           one table of tensor names, and the order of q's and k's rows
-config          what both configuration files share: strict JSON, theta and window
+names           one table of tensor names, and the row order of wq and wk
+config          helpers shared by both configuration files: strict JSON, theta, window
 huggingface     config.json
 mistral         params.json
-stored          tensors where they lie in files, mapped and not read
-gguf_file       GGUF's container: header, metadata, table of tensors (imports no torch)
-gguf_blocks     its quantised blocks, to values and back
-gguf            its keys -> ModelArgs, and its tensors where they lie
-gguf_tokenizer  the tokenizer inside it, as a SentencePiece model and back (imports no torch)
-gguf_writing    the one file, a tensor at a time
-chat_templates  the templates in it, for llama.cpp; chat_template_json is their part that rereads JSON
-reading         a folder or file -> a checked Checkpoint -> a model
-writing         a model or Checkpoint -> a folder or file, a tensor at a time
-quantized       what a quantised folder holds, and opening it
-quantizing      a model or Checkpoint -> a quantised folder, a layer at a time, and its distance from the original
-adapter         LoRA adapters: PEFT's folders, mistral-finetune's files, and writing them
-hub             a name -> a folder or file, downloading what is needed (imports no torch)
+stored          tensors in memory-mapped files, loaded lazily
+gguf_file       the GGUF container: header, metadata, tensor table (imports no torch)
+gguf_blocks     GGUF's quantized blocks: dequantize and quantize
+gguf            GGUF metadata -> ModelArgs, and its tensors
+gguf_tokenizer  GGUF tokenizer metadata <-> SentencePiece model (imports no torch)
+gguf_writing    write a GGUF file, one tensor at a time
+chat_templates  chat templates for GGUF files; chat_template_json is the part that parses JSON
+reading         a folder or file -> a validated Checkpoint -> a model
+writing         a model or Checkpoint -> a folder or file, one tensor at a time
+quantized       read a quantized folder
+quantizing      write a quantized folder, one layer at a time, and measure its distance from the original
+adapter         read and write LoRA adapters: PEFT and mistral-finetune
+hub             a name -> a local path, downloading what is needed (imports no torch)
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HOMES = {
 __all__ = ["convert", "load", "quantize", "read_args", "read_record", "save"]
 
 
-def __getattr__(name: str) -> Any:  # lazy: `checkpoint.hub` is used where torch is not wanted
+def __getattr__(name: str) -> Any:  # lazy: importing `checkpoint.hub` must not import torch
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,9 +1,9 @@
-"""LoRA adapters as others write them: PEFT's folders and mistral-finetune's files, to Mistral's names and layout.
+"""Read and write LoRA adapters of PEFT and mistral-finetune, in Mistral's names and layout.
 
-An adapter is, for some Linears of a model, two thin factors: W becomes W + scale * B A.
+An adapter holds two low-rank factors for each adapted Linear: W becomes W + scale * B A.
 
     PEFT               adapter_config.json, adapter_model.safetensors (or .bin): base_model.model.{Hugging Face's
-                       name}.lora_A.weight; the rows of B for q and k lie in Hugging Face's order (names.py);
+                       name}.lora_A.weight; the rows of B for q and k are in Hugging Face's order (names.py);
                        scale alpha / r, or alpha / sqrt(r) with use_rslora
     mistral-finetune   lora.safetensors: {Mistral's name}.lora_A.weight; scale 2, or that of params.json beside it
 
@@ -36,23 +36,23 @@ CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "lora.safet
 PREFIX = "base_model.model."
 MISTRAL_SCALE = 2.0
 
-# Of PEFT's configuration: what is read here, and what changes nothing about an adapter that is trained.
+# Fields of PEFT's configuration: those read here, and those that do not affect a trained adapter.
 READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 IRRELEVANT = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "parent_library",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-PLAIN = {  # field -> the values that mean plain LoRA, beside those of NOTHING
+PLAIN = {  # field -> the values of plain LoRA, besides those in NOTHING
     "bias": ("none",),
-    # Others ("pissa", "olora", ...) begin by changing the model's own weights.
+    # Others ("pissa", "olora", ...) modify the base weights at initialization.
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
 NOTHING: tuple[Any, ...] = (None, False, {}, [])
 
 
 class Factors(NamedTuple):
-    """What is added to one Linear's weight (N, K): scale * b @ a."""
+    """The update of one Linear's weight (N, K): scale * b @ a."""
 
     a: Tensor  # (r, K)
     b: Tensor  # (N, r)
@@ -63,21 +63,22 @@ class Factors(NamedTuple):
 class Adapter:
     """A LoRA adapter in Mistral's names and layout."""
 
-    targets: Mapping[str, Factors]  # by the Linear's name, as "layers.0.attention.wq"
-    source: str = ""  # where it was read
-    base_model: str = ""  # what its configuration calls the model it was trained for
+    targets: Mapping[str, Factors]  # keyed by the Linear's name, such as "layers.0.attention.wq"
+    source: str = ""  # the path it was read from
+    base_model: str = ""  # the base model's name in its configuration
 
     @property
     def rank(self) -> int:
-        """The largest rank among its targets."""
+        """The largest rank among the targets."""
         return max(f.a.shape[0] for f in self.targets.values())
 
 
 def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
-    """The adapter in a folder, or a file of weights with its configuration beside it, for a model of this shape.
+    """Read an adapter from a folder, or from a weight file with its configuration beside it.
 
-    CheckpointError, naming the field or tensor, if it is another variant of LoRA, does not fit the model, or is
-    damaged. A pickle (.bin) is opened with `weights_only=True` alone.
+    `args` is the configuration of the base model. Raises CheckpointError, naming the field or tensor, if the
+    adapter is another variant of LoRA, does not fit the model, or is damaged. A pickle (.bin) is opened with
+    `weights_only=True`.
     """
     file = _find(pathlib.Path(path).expanduser())
     stored = read_file(file)
@@ -87,7 +88,7 @@ def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
     lora = read_json(beside).get("lora") if beside.is_file() else None
     scale = lora.get("scaling", MISTRAL_SCALE) if isinstance(lora, dict) else MISTRAL_SCALE
     if not _is_number(scale):
-        raise CheckpointError(f"{beside}: 'lora.scaling' is {scale!r}, not a number")
+        raise CheckpointError(f"'lora.scaling' is {scale!r}, not a number", field="lora.scaling", place=beside)
     return Adapter(_factors(file, stored, args, "mistral", lambda linear, r: float(scale)), str(path))
 
 
@@ -95,25 +96,31 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such file or folder; download the adapter and name where it lies")
+        raise CheckpointError(
+            "no such file or folder", place=path, hint="download the adapter and name where it lies"
+        )
     found = [path / name for name in FILES if (path / name).is_file()]
     if not found:
-        raise CheckpointError(f"{path}: holds no adapter ({', '.join(FILES)})")
+        raise CheckpointError(f"holds no adapter ({', '.join(FILES)})", place=path)
     return found[0]
 
 
 def _read_peft(file: pathlib.Path, stored: dict[str, Stored], args: ModelArgs) -> Adapter:
     path = file.with_name(CONFIG)
     if not path.is_file():
-        raise CheckpointError(f"{file}: PEFT's weights without {CONFIG} beside them, which has their scale")
+        raise CheckpointError(f"PEFT's weights without {CONFIG} beside them, which has their scale", place=file)
     data = read_json(path)
     if data.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: 'peft_type' is {data.get('peft_type')!r}; only 'LORA' can be opened")
+        raise CheckpointError(
+            f"'peft_type' is {data.get('peft_type')!r}; only 'LORA' can be opened", field="peft_type", place=path
+        )
     for field, value in data.items():
         if field in READ or field in IRRELEVANT or value in NOTHING or value in PLAIN.get(field, ()):
             continue
         raise CheckpointError(
-            f"{path}: {field!r} is {str(value)[:60]!r}: a variant of LoRA that cannot be opened; plain ones can"
+            f"{field!r} is {str(value)[:60]!r}: a variant of LoRA that cannot be opened; plain ones can",
+            field=field,
+            place=path,
         )
     ranks = _pattern(path, data, "rank_pattern", "r")
     alphas = _pattern(path, data, "alpha_pattern", "lora_alpha")
@@ -121,7 +128,9 @@ def _read_peft(file: pathlib.Path, stored: dict[str, Stored], args: ModelArgs) -
 
     def scale(linear: str, r: int) -> float:
         if ranks(linear) != r:
-            raise CheckpointError(f"{file}: {linear!r} is of rank {r}; {CONFIG} says {ranks(linear)}")
+            raise CheckpointError(
+                f"{linear!r} is of rank {r}; {CONFIG} says {ranks(linear)}", field=linear, place=file
+            )
         return alphas(linear) / (math.sqrt(r) if rslora else r)
 
     targets = _factors(file, stored, args, "huggingface", scale)
@@ -129,21 +138,28 @@ def _read_peft(file: pathlib.Path, stored: dict[str, Stored], args: ModelArgs) -
 
 
 def _pattern(path: pathlib.Path, data: dict[str, Any], field: str, default: str) -> Callable[[str], float]:
-    """A Linear's number, by Hugging Face's name: that of the first pattern matching its end, else `default`."""
+    """Return a map from Linear names to numbers: the first matching pattern or `default`."""
     table = data.get(field) or {}
     if not _is_number(data.get(default)):
-        raise CheckpointError(f"{path}: {default!r} is {data.get(default)!r}, not a number")
+        raise CheckpointError(f"{default!r} is {data.get(default)!r}, not a number", field=default, place=path)
     if not isinstance(table, dict) or not all(map(_is_number, table.values())):
-        raise CheckpointError(f"{path}: {field!r} must be a table from names to numbers")
+        raise CheckpointError(f"{field!r} must be a table from names to numbers", field=field, place=path)
     compiled = []
     for pattern, number in table.items():
-        # A search that turns back exponentially often needs a repeated group; four repeats are enough for names.
+        # Exponential backtracking needs a repeated group; four quantifiers are enough for names.
         if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
-            raise CheckpointError(f"{path}: {field!r} has {pattern!r}, too involved a pattern: name the layers")
+            raise CheckpointError(
+                f"{field!r} has {pattern!r}, too involved a pattern",
+                field=field,
+                place=path,
+                hint="name the layers",
+            )
         try:
             compiled.append((re.compile(rf"(?:.*\.)?(?:{pattern})$"), number))
         except (re.error, OverflowError) as e:
-            raise CheckpointError(f"{path}: {field!r} has {pattern!r}, which is no pattern ({e})") from e
+            raise CheckpointError(
+                f"{field!r} has {pattern!r}, which is no pattern ({e})", field=field, place=path
+            ) from e
     return lambda name: next((number for p, number in compiled if p.match(name)), data[default])
 
 
@@ -158,20 +174,20 @@ def _factors(
     layout: str,
     scale: Callable[[str, int], float],
 ) -> dict[str, Factors]:
-    """All tensors of an adapter by Mistral's names and layout, in the order of the forward pass."""
+    """Return the factors by Mistral's names and in its layout, in forward order."""
     shapes = {name: shape for name, shape in expected(args) if len(shape) == 2}
     halves: dict[str, dict[str, Stored]] = {}
-    for name, one in stored.items():
-        ours, half = _place(file, name, layout)
+    for one in stored.values():
+        ours, half = _place(one, layout)
         if ours not in shapes:
-            raise CheckpointError(f"{file}: tensor {name!r} lies beyond the {args.n_layers} layers of the model")
+            raise one.fault(f"lies beyond the {args.n_layers} layers of the model")
         halves.setdefault(ours, {})[half] = one
     if not halves:
-        raise CheckpointError(f"{file}: holds no tensor of an adapter")
+        raise CheckpointError("holds no tensor of an adapter", place=file)
     out = {}
     for ours, (outputs, inputs) in shapes.items():
         if ours in halves:
-            a, b = _pair(file, ours, halves[ours], outputs, inputs)
+            a, b = _pair(ours, halves[ours], outputs, inputs)
             linear = str(rename(ours, "mistral", layout)).removesuffix(".weight")
             heads = rotated_heads(ours, args) if layout == "huggingface" else None
             view = b if heads is None else interleaved(b, heads)
@@ -179,53 +195,48 @@ def _factors(
     return out
 
 
-def _place(file: pathlib.Path, name: str, layout: str) -> tuple[str, str]:
-    """The weight to which a tensor of an adapter belongs, by Mistral's name, and which half it is, "A" or "B"."""
-    plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+def _place(one: Stored, layout: str) -> tuple[str, str]:
+    """Return the weight (Mistral's name) that a tensor belongs to, and its factor, "A" or "B"."""
+    plain = one.name.removeprefix(PREFIX).replace(".base_layer.", ".")
     found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", plain)
     ours = rename(f"{found[1]}.weight", layout, "mistral") if found else None
-    if ours == EMBEDDING or "lora_embedding" in name:
-        raise CheckpointError(f"{file}: tensor {name!r} adapts the embedding; only Linears can be adapted")
+    if ours == EMBEDDING or "lora_embedding" in one.name:
+        raise one.fault("adapts the embedding; only Linears can be adapted")
     if rename(plain, layout, "mistral") is not None:
-        raise CheckpointError(
-            f"{file}: tensor {name!r} is a weight of the model itself, of which adapters cannot have their own "
-            "(PEFT leaves them out with save_embedding_layers=False)"
+        raise one.fault(
+            "is a weight of the model itself, of which adapters cannot have their own (PEFT leaves them out with "
+            "save_embedding_layers=False)"
         )
     if found is None or ours is None:
-        raise CheckpointError(f"{file}: tensor {name!r} is no factor of a LoRA adapter of Mistral 7B")
+        raise one.fault("is no factor of a LoRA adapter of Mistral 7B")
     return ours, found[2]
 
 
-def _pair(
-    file: pathlib.Path, ours: str, halves: dict[str, Stored], outputs: int, inputs: int
-) -> tuple[Tensor, Tensor]:
-    """A (r, K) and B (N, r) of one Linear, checked."""
+def _pair(ours: str, halves: dict[str, Stored], outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Return A (r, K) and B (N, r) of one Linear, after checking shapes and types."""
     if len(halves) < 2:
-        name = next(iter(halves.values())).name
-        raise CheckpointError(f"{file}: tensor {name!r} is there without its other half")
+        raise next(iter(halves.values())).fault("is there without its other half")
     a, b = halves["A"], halves["B"]
     r = a.shape[0] if a.shape else 0
     for one, shape in ((a, (r, inputs)), (b, (outputs, r))):
         if one.shape != shape or r == 0:
-            raise CheckpointError(
-                f"{file}: tensor {one.name!r} is of shape {one.shape}; the model's {ours!r} takes {shape}"
-            )
+            raise one.fault(f"is of shape {one.shape}; the model's {ours!r} takes {shape}")
         if not one.dtype.is_floating_point:
-            raise CheckpointError(f"{file}: tensor {one.name!r} is of {one.dtype}, no plain float")
+            raise one.fault(f"is of {one.dtype}, no plain float")
     return a.view(), b.view()
 
 
 def save_adapter(
     adapter: Adapter, path: str | os.PathLike[str], args: ModelArgs, format: str = "peft", base_model: str = ""
 ) -> None:
-    """Write an adapter into a new folder as PEFT ("peft") or mistral-finetune ("mistral") would.
+    """Write an adapter to a new folder for PEFT ("peft") or mistral-finetune ("mistral").
 
-    Values keep their type and bits, but that mistral-finetune's scale is always 2: what differs goes into B.
-    `base_model` is the name of the model it belongs to, for PEFT's users. CheckpointError if `path` is there and
-    not empty, WriteError if it cannot be written.
+    Values keep their type and bits, except that mistral-finetune's scale is always 2: B is rescaled to match.
+    `base_model` is the base model's name, which PEFT records. Raises CheckpointError if `path` exists and is not
+    empty, WriteError if it cannot be written.
     """
     if format not in ("peft", "mistral"):
-        raise CheckpointError(f"an adapter's format {format!r} is not known: 'peft' or 'mistral'")
+        raise CheckpointError(f"an adapter's format {format!r} is not known: 'peft' or 'mistral'", field="format")
     tensors: dict[str, Tensor] = {}
     for linear, (a, b, scale) in adapter.targets.items():
         name = linear
@@ -246,7 +257,7 @@ def save_adapter(
 
 
 def _write(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
-    ordered = sorted(tensors.items(), key=lambda named: -named[1].dtype.itemsize)  # wide ones first: all aligned
+    ordered = sorted(tensors.items(), key=lambda named: -named[1].dtype.itemsize)  # widest first keeps alignment
     with file.open("wb") as f:
         f.write(header_of((name, t.dtype, tuple(t.shape)) for name, t in ordered))
         for _, t in ordered:
@@ -254,12 +265,12 @@ def _write(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _theirs(linear: str) -> str:
-    """A Linear's name as Hugging Face has it."""
+    """Return Hugging Face's name of a Linear."""
     return str(rename(f"{linear}.weight", "mistral", "huggingface")).removesuffix(".weight")
 
 
 def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
-    """The content of adapter_config.json: the commonest rank and alpha, and patterns for whatever differs."""
+    """Return adapter_config.json: the most common rank and alpha, and patterns for the others."""
     ranks = {_theirs(linear): f.a.shape[0] for linear, f in adapter.targets.items()}
     alphas = {_theirs(linear): f.scale * f.a.shape[0] for linear, f in adapter.targets.items()}
     r, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))

@@ -1,12 +1,12 @@
-"""Jinja that rereads JSON: reread(text) is json.dumps(json.loads(text)), or json.dumps(text) of what is no JSON.
+"""Jinja macro that normalizes JSON: reread(text) is json.dumps(json.loads(text)).
 
-Strings are cut out first, so that it takes a step for each token of the JSON and not for each character. `want`
-says what may come next, `stack` what is open. JSON that json.dumps spells in a way that Jinja cannot is `odd`, and
-refused by raise_exception:
+If the text is not valid JSON, it is json.dumps(text). Strings are split off first, so that a step handles one
+JSON token and not one character. `want` is what may come next, `stack` the open brackets. JSON that Jinja
+cannot spell as json.dumps does is `odd` and rejected with raise_exception:
 
-    escapes other than \\" \\\\ \\b \\f \\n \\r \\t       "\\u00e9" is "é", and Jinja has no name for it
+    escapes other than \\" \\\\ \\b \\f \\n \\r \\t       "\\u00e9" is "é", which Jinja cannot decode
     numbers not spelled as by Python      1.50, -0, and all with an exponent
-    a key that an object has twice        the last value counts, in the first one's place
+    duplicate keys in an object           the last value is used, at the first position
 """
 
 from __future__ import annotations

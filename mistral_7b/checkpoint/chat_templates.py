@@ -1,20 +1,20 @@
-"""The chat templates that go into GGUF files, for llama.cpp: nothing in this package executes them.
+"""Jinja chat templates in GGUF files, for llama.cpp; this package never executes them.
 
-A conversation that a template renders and llama.cpp tokenises has the ids that `Tokenizer.encode_chat` gives it.
-llama.cpp puts a space before any text that follows a special token, so none is written here. (The tokenizers of
-transformers do not; to them the templates are of use for the text alone.) A template wants what both have:
-`raise_exception`, and a `tojson` that is Python's json.dumps with ensure_ascii=False.
+A conversation rendered by a template and tokenized by llama.cpp has the ids of `Tokenizer.encode_chat`.
+llama.cpp inserts a space before text that follows a special token, so the templates write none.
+(Tokenizers of transformers do not; with them only the rendered text is useful.) A template needs what both
+engines provide: `raise_exception`, and a `tojson` equal to Python's json.dumps with ensure_ascii=False.
 
-What a template cannot say as encode_chat does it refuses by raise_exception:
+A template calls raise_exception where it cannot match encode_chat:
 
-    text that spells a special token              in a rendered text the two cannot be told apart
-    ids of calls that are not 9 letters or digits encode_chat hashes them, and Jinja cannot (v3, v7)
+    text that spells a special token              rendered text cannot distinguish the two
+    call ids that are not 9 letters or digits     encode_chat hashes them, Jinja cannot (v3, v7)
     some JSON in arguments and results            see chat_template_json.py (v2, v3; v7: in arguments)
 
-A last message of the assistant is rendered as given, for `continue_final_message` of transformers; with "prefix"
-it is not closed. Calls without their results are rendered, which encode_chat refuses: llama.cpp tries a template
-with such. What it does without Jinja it chooses by looking for certain texts in a template: v1 has one of them in
-its comment, and no other may have a space before [INST], or double quotes around it.
+A final assistant message is rendered as given, for `continue_final_message` of transformers; with "prefix" it
+has no EOS. Tool calls without results are rendered, although encode_chat rejects them, because llama.cpp
+probes templates with such. Without Jinja, llama.cpp selects its built-in format by searching a template for
+certain strings: v1 has one in its comment; no other may have a space before [INST] or double quotes around it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEADS = {
     "v7": "{#- Mistral's template v7. -#}\n",
 }
 
-# text(content): the text of a message. plain(text): itself, where it spells no control token.
+# text(content): the text of a message. plain(text): the text, checked to contain no control token.
 TEXTS = r"""
 {%- macro join(first, second) -%}
 {{- first ~ ('\n\n' if first and second else '') ~ second -}}
@@ -62,8 +62,8 @@ TEXTS = r"""
 {%- endmacro -%}
 """
 
-# name(function), arguments(given), nine(id): of a tool or a call of it. Some engines strip blanks, whatever they
-# are told to strip.
+# name(function), arguments(given), nine(id): fields of a tool or tool call. Some engines ignore the argument of
+# strip and strip only blanks; the first lines detect that.
 CALLS = r"""
 {%- if 'xaa'.rstrip('a') ~ 'axa'.strip('a') ~ 'aax'.lstrip('a') != 'xxx' -%}
 {{- raise_exception('this template needs strip, lstrip and rstrip that take the characters to strip') -}}
@@ -94,7 +94,7 @@ CALLS = r"""
 {%- endmacro -%}
 """
 
-# The roles, and what must be known of a conversation before its first message is rendered.
+# Validates the roles, and collects what the first rendered message depends on.
 SURVEY = r"""
 {{- bos_token -}}
 {%- set ns = namespace(system='', systems=false, first='', last=-1, begin=0, before='', text='', calls=[]) -%}
@@ -120,7 +120,7 @@ SURVEY = r"""
 {%- set ns.before = '' -%}
 """
 
-# Messages of one role that follow each other are one: `turn` is true with the last, and ns.text all their text.
+# Consecutive messages of one role form one turn: `turn` is true at the last, and ns.text is the joined text.
 TURN = r"""
 {%- for message in messages -%}
 {%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
@@ -158,7 +158,7 @@ V1 = r"""
 {%- endif -%}
 {%- endfor -%}"""
 
-# v2, v3 and v7 with @SYSTEM and so on, which are those of one of them.
+# v2, v3 and v7. @SYSTEM and the other placeholders are filled from PARTS.
 LATER = r"""@FIRST
 @TURN@SYSTEM
 {%- if role == 'user' and turn -%}
@@ -235,8 +235,8 @@ PARTS = {
 
 
 def chat_template(version: str, special: Iterable[str]) -> str:
-    """The template of a version, for a vocabulary with these `special` tokens: whose names mean more than text."""
-    # [control_8], [control_9], ...: a text with [control_ is refused, rather than listing hundreds.
+    """Return the template of a version for a vocabulary whose special tokens are `special`."""
+    # Hundreds of tokens [control_8], [control_9], ... are covered by rejecting the prefix [control_.
     names = sorted({re.sub(r"^(\[\w*[A-Za-z_])\d+\]$", r"\1", name) for name in special})
     text = HEADS[version] + f"{{%- set controls = {names!r} -%}}" + TEXTS
     if version == "v1":
@@ -248,10 +248,10 @@ def chat_template(version: str, special: Iterable[str]) -> str:
 
 
 def template_version(controls: Container[str], name: str) -> str:
-    """Which template a vocabulary was made for: its control tokens tell.
+    """Return the template version of a vocabulary, determined by its control tokens.
 
-    v2 and v3 have the same ones; of the two only v3 was ever released for a 7B model, so v2 has to be asked for
-    by the ending `.v2` of the file's name.
+    v2 and v3 have the same control tokens. Only v3 was released for a 7B model, so v2 is chosen only by a file
+    name that ends in `.v2`.
     """
     if "[INST]" not in controls:
         return "v1"

@@ -1,4 +1,4 @@
-"""What the two configuration files share: JSON read strictly, theta and window, and the way to ModelArgs."""
+"""Read configuration files: strict JSON, theta, window and ModelArgs."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ V0_1_THETA, V0_1_WINDOW, LATER_THETA = 1e4, 4096, 1e6
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file, or CheckpointError: also for NaN, and for a field given twice differently."""
+    """Read a JSON object. CheckpointError for invalid JSON, NaN or conflicting duplicates."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name, value in pairs:
             if name in out and out[name] != value:
-                raise CheckpointError(f"{path}: {name!r} is given twice, as {out[name]!r} and as {value!r}")
+                raise CheckpointError(
+                    f"{name!r} is given twice, as {out[name]!r} and as {value!r}", field=name, place=path
+                )
             out[name] = value
         return out
 
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not JSON ({e}); fetch the file again") from e
+        raise CheckpointError(f"not JSON ({e})", place=path, hint="fetch the file again") from e
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
+        raise CheckpointError(f"cannot be read ({e.strerror})", place=path) from e
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__} where a JSON object belongs")
+        raise CheckpointError(f"holds a {type(data).__name__} where a JSON object belongs", place=path)
     for field, value in _numbers(data, ""):
         if not math.isfinite(value):
-            raise CheckpointError(f"{path}: field {field!r} is {value}, not a number that can be used")
+            raise CheckpointError(
+                f"field {field!r} is {value}, not a number that can be used", field=field, place=path
+            )
     return data
 
 
 def _numbers(value: Any, field: str) -> Iterator[tuple[str, float]]:
-    """Every float in a JSON value, with the path of fields that leads to it."""
+    """Yield every float in a JSON value with its field path, such as "a.b[0]"."""
     if isinstance(value, float):
         yield field, value
     elif isinstance(value, dict):
@@ -53,20 +57,21 @@ def _numbers(value: Any, field: str) -> Iterator[tuple[str, float]]:
 
 
 def agreed(path: pathlib.Path, fields: dict[str, Any]) -> Any:
-    """The one value of fields that mean the same thing, None if none is given; CheckpointError if they differ."""
+    """Return the common value of synonymous fields or None; CheckpointError if they differ."""
     given = {name: value for name, value in fields.items() if value is not None}
     values = list(given.values())
     if any(v != values[0] for v in values):
         said = " but ".join(f"{name!r} is {value!r}" for name, value in given.items())
-        raise CheckpointError(f"{path}: {said}; they mean the same, so correct or remove one")
+        raise CheckpointError(
+            f"{said}; they mean the same", field=next(iter(given)), place=path, hint="correct or remove one"
+        )
     return values[0] if values else None
 
 
 def theta_and_window(path: pathlib.Path, theta: Any, window: Any) -> tuple[Any, Any]:
-    """RoPE's theta and the window, with theta supplied where a file leaves it out.
+    """Return RoPE's theta and the window. A given theta is never changed.
 
-    v0.1's `params.json` has a window and no theta, and means 1e4; the releases without a window were
-    trained with 1e6. Any theta that is given is taken as it stands.
+    A missing theta is 1e4 if there is a window (the `params.json` of v0.1), else 1e6 (later releases).
     """
     if theta is None:
         theta = LATER_THETA if window is None else V0_1_THETA
@@ -80,10 +85,12 @@ def theta_and_window(path: pathlib.Path, theta: Any, window: Any) -> tuple[Any, 
 
 
 def refuse(path: pathlib.Path, data: dict[str, Any], harmless: dict[str, tuple[Any, ...]]) -> None:
-    """CheckpointError if a field that would change what the model computes has a value not listed for it."""
+    """Raise CheckpointError if a field that changes the model has a value not in `harmless`."""
     for field, values in harmless.items():
         if (value := data.get(field)) is not None and value not in values:
-            raise CheckpointError(f"{path}: {field!r} is {_short(value)}, which Mistral 7B does not have")
+            raise CheckpointError(
+                f"{field!r} is {_short(value)}, which Mistral 7B does not have", field=field, place=path
+            )
 
 
 def _short(value: Any) -> str:
@@ -92,13 +99,15 @@ def _short(value: Any) -> str:
 
 
 def to_args(path: pathlib.Path, data: dict[str, Any], field_of: dict[str, str], **known: Any) -> ModelArgs:
-    """ModelArgs with fields read from `data` by the names in `field_of`, and those `known` already."""
+    """Build ModelArgs from the fields `data[field_of[name]]` and from the `known` values."""
     values = dict(known)
     for ours, theirs in field_of.items():
         if data.get(theirs) is None:
-            raise CheckpointError(f"{path}: field {theirs!r} is missing")
+            raise CheckpointError(f"field {theirs!r} is missing", field=theirs, place=path)
         values[ours] = data[theirs]
     try:
         return ModelArgs(**values)
-    except (ConfigError, OverflowError) as e:
-        raise CheckpointError(f"{path}: {e}") from e
+    except ConfigError as e:
+        raise CheckpointError.of(e, place=path) from e
+    except OverflowError as e:
+        raise CheckpointError(str(e), place=path) from e

@@ -1,8 +1,7 @@
-"""GGUF of architecture `llama`, as which every Mistral 7B is stored: its keys, and its tensors where they lie.
+"""GGUF files of architecture `llama`, which Mistral 7B uses: ModelArgs and tensors.
 
-q's and k's rows are in Mistral's own order, so nothing is permuted. A key for the window is not among those
-that llama.cpp reads for this architecture; files written here have it all the same, and in others theta 1e4
-means v0.1 and its window of 4096.
+The rows of q and k are in Mistral's order, so nothing is permuted. llama.cpp reads no key for the window with
+this architecture. Files written here have one; in other files theta 1e4 means v0.1 and its window of 4096.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .gguf_file import Kind
 from .names import EMBEDDING, OUTPUT, rename
 from .stored import MappedFile, Stored
 
-ARCHITECTURES = ("llama", "mistral")  # the second is what a few converters called the same thing
+ARCHITECTURES = ("llama", "mistral")  # "mistral": the name used by a few converters
 FIELDS = {
     "dim": "embedding_length",
     "n_layers": "block_count",
@@ -38,7 +37,7 @@ FIELDS = {
 }
 WINDOW, THETA, HEAD_DIM = "attention.sliding_window", "rope.freq_base", "rope.dimension_count"
 WIDTHS = ("attention.key_length", "attention.value_length")
-HARMLESS: dict[str, tuple[Any, ...]] = {  # key -> the values that leave the model as it is
+HARMLESS: dict[str, tuple[Any, ...]] = {  # key -> the values that do not change the model
     "expert_count": (0,),
     "expert_used_count": (0,),
     "rope.scaling.type": ("none", "linear"),
@@ -57,19 +56,19 @@ HARMLESS: dict[str, tuple[Any, ...]] = {  # key -> the values that leave the mod
     "embedding_scale": (0, 1),
 }
 SPEAKS_OF_TRAINING = ("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")
-FREQUENCIES = "rope_freqs.weight"  # what each rotary frequency is divided by
+FREQUENCIES = "rope_freqs.weight"  # divisors of the rotary frequencies
 TOKENS = "tokenizer.ggml.tokens"
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredBlocks(Stored):
-    """A quantised tensor in a file; what it stands for is float32."""
+    """A quantized tensor in a file, with values in float32."""
 
     kind: Kind = gguf_file.KINDS["Q8_0"]
 
     @property
     def kept(self) -> bool:
-        """Whether this is a matrix whose blocks can be used as they are."""
+        """Whether this is a matrix whose blocks the kernels use without repacking."""
         return len(self.shape) == 2 and self.kind.name in gguf_blocks.ZERO_POINTS
 
     @property
@@ -78,31 +77,36 @@ class StoredBlocks(Stored):
         return math.prod(self.shape) // self.kind.block * self.kind.size
 
     def raw(self) -> Tensor:
-        """The blocks' bytes as they lie in the mapped file: (N, K / block * size) uint8."""
+        """Return the blocks as a view of the mapped file: (N, K / block * size) uint8."""
         mapped = self.file.map()
         if self.offset + self.nbytes > len(mapped):
-            raise CheckpointError(f"{self.path}: ends before tensor {self.name!r} does; fetch the file again")
+            raise self.fault("lies beyond the end of the file", hint="fetch it again")
         flat = torch.frombuffer(mapped, dtype=torch.uint8, count=self.nbytes, offset=self.offset)
         return flat.view(math.prod(self.shape[:-1]), -1)
 
     def view(self) -> Tensor:
-        """The values, float32: a new tensor, for blocks cannot be looked at as they lie."""
+        """Return the dequantized values in float32; unlike `Stored.view`, a copy."""
         return self.values(torch.float32)
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The values, dequantised and then rounded to `dtype`; only this copy stays in memory."""
+        """Return the dequantized values, rounded to `dtype`, and release the blocks' pages."""
         out = gguf_blocks.dequantise_to(self.kind, self.raw(), dtype).view(self.shape)
         self.release()
         return out
 
 
 def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, Stored]]:
-    """The configuration in a file, and its tensors by GGUF's names. CheckpointError if it is no Mistral 7B."""
+    """Return a file's configuration, and its tensors by GGUF's names.
+
+    Raises CheckpointError if it is not a Mistral 7B.
+    """
     contents = gguf_file.read(path)
     tensors = _tensors(contents)
     if frequencies := tensors.pop(FREQUENCIES, None):
         if frequencies.nbytes > 1 << 16 or not bool((frequencies.view() == 1).all()):
-            raise CheckpointError(f"{path}: {FREQUENCIES!r} scales the rotary embedding; Mistral 7B's is not")
+            raise CheckpointError(
+                f"{FREQUENCIES!r} scales the rotary embedding; Mistral 7B's is not", field=FREQUENCIES, place=path
+            )
         frequencies.release()
     return _args(contents, tied=rename(OUTPUT, "mistral", "gguf") not in tensors), tensors
 
@@ -121,9 +125,18 @@ def _args(contents: gguf_file.Contents, tied: bool) -> ModelArgs:
     path, metadata = contents.path, contents.metadata
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: 'general.architecture' is {architecture!r}; only 'llama' can be opened")
+        raise CheckpointError(
+            f"'general.architecture' is {architecture!r}; only 'llama' can be opened",
+            field="general.architecture",
+            place=path,
+        )
     if metadata.get("split.count", 1) != 1:
-        raise CheckpointError(f"{path}: one part of {metadata['split.count']}; join them with llama-gguf-split")
+        raise CheckpointError(
+            f"one part of {metadata['split.count']}",
+            field="split.count",
+            place=path,
+            hint="join them with llama-gguf-split",
+        )
     prefix = f"{architecture}."
     data = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
     refuse(path, data, HARMLESS)
@@ -140,7 +153,7 @@ def _args(contents: gguf_file.Contents, tied: bool) -> ModelArgs:
 
 
 def _vocabulary(contents: gguf_file.Contents) -> int | None:
-    """How many tokens the tokenizer has, or the embedding where there is none."""
+    """Return the vocabulary size: of the tokenizer, else of the embedding."""
     tokens = contents.metadata.get(TOKENS)
     if isinstance(tokens, list):
         return len(tokens)
@@ -149,7 +162,7 @@ def _vocabulary(contents: gguf_file.Contents) -> int | None:
 
 
 def _theta_and_window(path: pathlib.Path, data: Mapping[str, Any]) -> tuple[Any, Any]:
-    """RoPE's theta, llama.cpp's own default where it is not given, and the window: None for 0."""
+    """Return RoPE's theta (by default llama.cpp's) and the window (None for 0)."""
     theta, window = data.get(THETA, V0_1_THETA), data.get(WINDOW)
     if WINDOW not in data and theta == V0_1_THETA:
         warnings.warn(
@@ -161,21 +174,21 @@ def _theta_and_window(path: pathlib.Path, data: Mapping[str, Any]) -> tuple[Any,
 
 
 def _head_dim(path: pathlib.Path, data: Mapping[str, Any]) -> Any:
-    """The one width of a head that rotation, keys and values have."""
+    """Return the head width, which must be equal for rotation, keys and values."""
     given = {name: data[name] for name in (HEAD_DIM, *WIDTHS) if data.get(name) is not None}
     heads, dim = data.get(FIELDS["n_heads"]), data.get(FIELDS["dim"])
     widths = list(given.values())
-    if not set(WIDTHS) & given.keys():  # then it is dim / heads, and that is all of it to be rotated
+    if not set(WIDTHS) & given.keys():  # the width defaults to dim / heads and must equal the rotated part
         if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
-            raise CheckpointError(f"{path}: embedding_length {dim!r} / head_count {heads!r} is not whole")
+            raise CheckpointError(f"embedding_length {dim!r} / head_count {heads!r} is not whole", place=path)
         widths.append(dim // heads)
     if any(width != widths[0] for width in widths):
-        raise CheckpointError(f"{path}: heads of different widths ({given}), or not rotated whole")
+        raise CheckpointError(f"heads of different widths ({given}), or not rotated whole", place=path)
     return widths[0]
 
 
 def metadata(args: ModelArgs) -> dict[str, Any]:
-    """The keys of a file, without general ones and the tokenizer's."""
+    """Return the `llama.*` keys of a file."""
     values = {theirs: getattr(args, ours) for ours, theirs in FIELDS.items()}
     values |= dict.fromkeys((HEAD_DIM, *WIDTHS), args.head_dim)
     values |= {THETA: float(args.rope_theta), WINDOW: args.sliding_window or 0}
@@ -184,10 +197,10 @@ def metadata(args: ModelArgs) -> dict[str, Any]:
 
 
 def plain_dtype(stored: Stored, tensors: Mapping[str, Stored]) -> torch.dtype:
-    """The type in which another format should have a tensor of a GGUF file.
+    """Return the type in which other formats store a tensor of a GGUF file.
 
-    llama.cpp wants vectors in float32 whatever the matrices are. One whose values the matrices' type holds
-    exactly is taken back to it, so that a checkpoint which went through GGUF is what it was.
+    llama.cpp requires vectors in float32. A vector is converted back to the type of the matrices if that is
+    exact, so that converting to GGUF and back restores the checkpoint.
     """
     wide = tensors[EMBEDDING].dtype
     if len(stored.shape) > 1 or wide == torch.float32:

@@ -1,7 +1,7 @@
-"""GGUF's quantised blocks, to values and back: vectorised, and bit for bit what the gguf package computes.
+"""Dequantize and quantize GGUF's blocks, vectorized and bit-identical to the gguf package.
 
-A row of K values is cut into blocks; each has scales of its own, in float16. n blocks · d, m a block's
-scale and minimum · q a value's small integer. The arithmetic is float32, rounded after every operation.
+A row of K values is divided into blocks, each with its own float16 scales. n blocks · d, m scale and minimum
+of a block · q integer code of a value. The arithmetic is float32, rounded after every operation.
 
     Q8_0   d q                 q -127..127      Q4_K  Q5_K   256 values in 8 groups, each with a 6-bit scale
     Q4_0   d (q - 8)           q 0..15                       and minimum of its own: (d s) q - (m t)
@@ -19,18 +19,18 @@ from torch import Tensor
 from .gguf_file import KINDS, Kind
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ZERO_POINTS = {"Q8_0": 128, "Q4_0": 8}  # the kinds whose blocks are kept as they are, and their codes' zero
-VALUES_AT_ONCE = 1 << 18  # so that a chunk's float32 copies, 1 MB each, stay in a core's cache: 3 times as fast
+ZERO_POINTS = {"Q8_0": 128, "Q4_0": 8}  # zero points of the types used without repacking
+VALUES_AT_ONCE = 1 << 18  # float32 copies of a chunk (1 MB each) fit in a core's cache: 3 times as fast
 
 
 def dequantise(kind: Kind, raw: Tensor) -> Tensor:
-    """Values (N, K) float32 of the rows of bytes (N, K / block * size) uint8."""
+    """Dequantize rows of blocks (N, K / block * size) uint8 to values (N, K) float32."""
     blocks = raw.reshape(-1, kind.size)
     return _VALUES[kind.name](blocks).view(raw.shape[0], -1)
 
 
 def dequantise_to(kind: Kind, raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same as `dtype`, a chunk of rows at a time, so that only one copy of the whole is ever held."""
+    """Dequantize to `dtype`, one chunk of rows at a time to bound the memory of float32 copies."""
     rows, width = raw.shape[0], raw.shape[1] // kind.size * kind.block
     out = torch.empty(rows, width, dtype=dtype)
     step = max(1, VALUES_AT_ONCE // max(1, width))
@@ -40,16 +40,20 @@ def dequantise_to(kind: Kind, raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def codes(kind: Kind, raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales d (N, K/32) float16 and codes q (N, K) uint8 of Q8_0 or Q4_0: a value is d (q - zero point)."""
+    """Return scales d (N, K/32) float16 and codes q (N, K) uint8 of Q8_0 or Q4_0.
+
+    A value is d (q - zero point).
+    """
     blocks = raw.reshape(-1, kind.size)
     q = blocks[:, 2:] ^ 128 if kind.name == "Q8_0" else _nibbles(blocks[:, 2:], 16).flatten(1)
     return _halves(blocks[:, :2]).view(raw.shape[0], -1), q.reshape(raw.shape[0], -1)
 
 
 def quantise(kind: Kind, values: Tensor) -> Tensor:
-    """Rows of bytes (N, K / 32 * size) uint8 of values (N, K), for Q8_0 or Q4_0. ValueError for what cannot be.
+    """Quantize values (N, K) to Q8_0 or Q4_0 blocks (N, K / 32 * size) uint8.
 
-    Q8_0 rounds to nearest, halves away from zero; Q4_0 scales by the largest value, sign and all, to -8.
+    Q8_0 rounds to nearest, ties away from zero. Q4_0 scales the value of largest magnitude to -8. Raises
+    ValueError for values that are not finite or exceed the range of float16 scales.
     """
     blocks = values.to(torch.float32).reshape(-1, kind.block)
     if kind.name == "Q8_0":
@@ -73,25 +77,25 @@ def _inverse(d: Tensor) -> Tensor:
 
 
 def _halves(raw: Tensor) -> Tensor:
-    """Two bytes each (n, 2) -> float16 (n, 1)."""
+    """Reinterpret two bytes (n, 2) as float16 (n, 1)."""
     return raw.contiguous().view(torch.float16)
 
 
 def _nibbles(raw: Tensor, run: int) -> Tensor:
-    """(n, r * run) bytes -> (n, 2r, run): of each run of bytes the low halves, then the high ones."""
+    """Unpack bytes (n, r * run) to (n, 2r, run): low nibbles of each run, then high nibbles."""
     runs = raw.reshape(len(raw), -1, 1, run)
     return torch.cat([runs & 15, runs >> 4], 2).flatten(1, 2)
 
 
 def _bits(raw: Tensor, width: int, run: int) -> Tensor:
-    """(n, r * run) bytes -> (n, r * 8/width, run): of each run the lowest `width` bits, the next, ..."""
+    """Unpack bytes (n, r * run) to (n, r * 8/width, run): lowest bits of each run first."""
     runs = raw.reshape(len(raw), -1, 1, run)
     shifts = range(0, 8, width)
     return torch.cat([(runs >> s) & ((1 << width) - 1) for s in shifts], 2).flatten(1, 2)
 
 
 def _fifth_bits(raw: Tensor) -> Tensor:
-    """4 bytes, a bit for each of 32 values, the first the lowest: (n, 4) -> (n, 32)."""
+    """Unpack 4 bytes (n, 4) to one bit for each of 32 values (n, 32), least significant first."""
     return _bits(raw, 1, 1).flatten(1)
 
 
@@ -120,11 +124,11 @@ def _q5_1(b: Tensor) -> Tensor:
 
 
 def _group_scales(b: Tensor) -> tuple[Tensor, Tensor]:
-    """d s and m t of a K block's 8 groups, (n, 8, 1) each.
+    """Return d s and m t of the 8 groups of a K block, (n, 8, 1) each.
 
-    s and t are 6 bits wide and lie in 12 bytes, after d and m: s of groups 0..3 in the low 6 bits of bytes
-    0..3, t likewise in bytes 4..7; of groups 4..7 the low halves of s and t in bytes 8..11, and their two
-    high bits in those which the first eight bytes have left.
+    s and t have 6 bits and are packed in 12 bytes after d and m. Groups 0..3: s in the low 6 bits of bytes 0..3,
+    t in those of bytes 4..7. Groups 4..7: low nibbles of s and t in bytes 8..11, and their two high bits in the
+    high two bits of bytes 0..7.
     """
     d, m, low = _halves(b[:, :2]).float(), _halves(b[:, 2:4]).float(), b[:, 4:16]
     first, second, rest = low[:, :4], low[:, 4:8], low[:, 8:]

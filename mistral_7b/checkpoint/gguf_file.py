@@ -1,12 +1,12 @@
-"""The GGUF container: header, metadata and the table of tensors, read strictly. Imports no torch.
+"""The GGUF container: parse header, metadata and tensor table strictly. Imports no torch.
 
     "GGUF"  version  tensors  pairs      4 bytes, uint32, 2 x uint64
-    pairs                                key, type, value; an array is its elements' type, their number, they
-    tensors                              name, sizes (the innermost first), type, offset
-    padding to the alignment, then the data, from which the offsets count
+    pairs                                key, type, value; an array is element type, count, elements
+    tensors                              name, dimensions (innermost first), type, offset
+    padding to the alignment, then the data; offsets count from the start of the data
 
-Nothing in a file is believed: every length is checked against what is left of the file before anything of
-that length is made, so that a damaged or hostile one costs an error and no more. Source: ggml's gguf.h.
+The file is not trusted: every length is checked against the remaining bytes before anything of that length is
+allocated, so that a damaged or malicious file raises CheckpointError. Source: ggml's gguf.h.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..errors import CheckpointError
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32  # bytes, unless `general.alignment` says otherwise
-VERSIONS = (2, 3)  # 1 had 32-bit lengths and no one writes it; 3 is 2 with a name for big-endian files
+VERSIONS = (2, 3)  # 1 (obsolete) had 32-bit lengths; 3 adds only a big-endian variant to 2
 
 
 class Kind(NamedTuple):
-    """A type of tensor: `block` values of a row lie together in `size` bytes."""
+    """A tensor type: each `block` consecutive values of a row are stored in `size` bytes."""
 
     code: int
     name: str
@@ -44,13 +44,13 @@ _KINDS = (
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _KINDS}
 _BY_CODE = {kind.code: kind for kind in _KINDS}
-_OTHERS = {  # of which no more than the name is known here
+_OTHERS = {  # known by name only, for error messages
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
-# Codes of values in the metadata, and how struct and numpy call them.
+# Type codes of metadata values, and their formats in struct and numpy.
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 NUMBERS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?",
@@ -59,7 +59,7 @@ NUMBERS = {
 _BYTES = {code: struct.calcsize(form) for code, form in NUMBERS.items()}
 _NUMPY = {code: np.dtype(form if code != BOOL else "u1") for code, form in NUMBERS.items()}
 
-# Far above any model's, and what they bound is made of Python objects, which are larger than their bytes.
+# Far above any model's values. They bound memory: Python objects are larger than their bytes in the file.
 MOST_PAIRS, MOST_TENSORS, MOST_ELEMENTS, LONGEST_NAME, LONGEST_KEY = 4096, 1 << 16, 1 << 20, 64, 1 << 16
 LONGEST_HEADER = 1 << 27
 
@@ -68,12 +68,12 @@ Value = Any  # int, float, bool, str, or a list of one of these
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of the table; its bytes are known to lie within the file."""
+    """One entry of the tensor table; its data is known to lie within the file."""
 
     name: str
     kind: Kind
-    shape: tuple[int, ...]  # as PyTorch has it: the innermost size last
-    offset: int  # bytes from the file's beginning
+    shape: tuple[int, ...]  # in PyTorch's order: innermost dimension last
+    offset: int  # bytes from the start of the file
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +83,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What stands before a file's data."""
+    """The metadata and tensor table of a file."""
 
     path: pathlib.Path
     metadata: Mapping[str, Value]
@@ -91,21 +91,22 @@ class Contents:
 
 
 class _Cursor:
-    """A place in the file's header, that moves only over bytes which are there."""
+    """A bounds-checked read position in the header of a file."""
 
     def __init__(self, path: pathlib.Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
         self.end = min(len(data), LONGEST_HEADER)
 
-    def fault(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what} (byte {self.at})")
+    def fault(self, what: str, **data: str | None) -> CheckpointError:
+        return CheckpointError(f"{what} (byte {self.at})", place=self.path, **data)
 
     def take(self, size: int) -> int:
-        """Go on by `size` bytes, and say where they begin."""
+        """Advance by `size` bytes and return the previous position."""
         begin = self.at
         if size > self.end - begin:
             raise self.fault(
-                f"damaged or cut short: {size} bytes should follow and {self.end - begin} do; fetch the file again"
+                f"damaged or cut short: {size} bytes should follow and {self.end - begin} do",
+                hint="fetch the file again",
             )
         self.at = begin + size
         return begin
@@ -137,19 +138,19 @@ class _Cursor:
         if code in NUMBERS:
             return self.number(code)
         if code != ARRAY:
-            raise self.fault(f"{key!r} is of type {code}, which is none")
+            raise self.fault(f"{key!r} is of type {code}, which is none", field=key)
         code = self.number(UINT32)
         size = self.count(MOST_ELEMENTS, f"elements of {key!r}")
         if code == STRING:
             return [self.text(self.end, f"an element of {key!r}") for _ in range(size)]
         if code not in NUMBERS:
-            raise self.fault(f"{key!r} is an array of type {code}, which no array here is made of")
+            raise self.fault(f"{key!r} is an array of type {code}, which no array here is made of", field=key)
         begin = self.take(size * _BYTES[code])
         return np.frombuffer(self.data, _NUMPY[code], size, begin).tolist()
 
 
 def is_gguf(path: pathlib.Path) -> bool:
-    """Whether a file begins as a GGUF file does."""
+    """Return whether a file starts with GGUF's magic bytes."""
     try:
         with path.open("rb") as f:
             return f.read(4) == MAGIC
@@ -158,14 +159,14 @@ def is_gguf(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path) -> Contents:
-    """Metadata and table of a file. CheckpointError if anything in it cannot be, or lies outside the file."""
+    """Parse metadata and tensor table. CheckpointError if anything is invalid or out of bounds."""
     try:
         with path.open("rb") as f:
             if f.read(4) != MAGIC:
-                raise CheckpointError(f"{path}: no GGUF file")
+                raise CheckpointError("no GGUF file", place=path)
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path}: cannot be read ({e})") from e
+        raise CheckpointError(f"cannot be read ({e})", place=path) from e
     with data:
         return _contents(_Cursor(path, data))
 
@@ -185,11 +186,11 @@ def _contents(cursor: _Cursor) -> Contents:
     for _ in range(pairs):
         key = cursor.text(LONGEST_KEY, "a key")
         if not key or key in metadata:
-            raise cursor.fault(f"the key {key!r} is given twice" if key else "a key is empty")
+            raise cursor.fault(f"the key {key!r} is given twice" if key else "a key is empty", field=key or None)
         metadata[key] = cursor.value(key)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise cursor.fault(f"'general.alignment' is {alignment!r}, no power of two")
+        raise cursor.fault(f"'general.alignment' is {alignment!r}, no power of two", field="general.alignment")
     table = [_entry(cursor, alignment) for _ in range(tensors)]
     start = cursor.at + -cursor.at % alignment
     entries: dict[str, Entry] = {}
@@ -197,36 +198,43 @@ def _contents(cursor: _Cursor) -> Contents:
     for entry in sorted(table, key=lambda entry: entry.offset):
         entry = dataclasses.replace(entry, offset=start + entry.offset)
         if entry.name in entries:
-            raise cursor.fault(f"tensor {entry.name!r} is named twice")
+            raise cursor.fault(f"tensor {entry.name!r} is named twice", field=entry.name)
         if entry.offset < end:
-            raise cursor.fault(f"tensor {entry.name!r} lies over another")
+            raise cursor.fault(f"tensor {entry.name!r} lies over another", field=entry.name)
         end = entry.offset + entry.nbytes
         if end > len(cursor.data):
             raise cursor.fault(
-                f"cut short: tensor {entry.name!r} would end at byte {end} of {len(cursor.data)}; fetch it again"
+                f"cut short: tensor {entry.name!r} would end at byte {end} of {len(cursor.data)}",
+                field=entry.name,
+                hint="fetch it again",
             )
         entries[entry.name] = entry
     return Contents(cursor.path, metadata, entries)
 
 
 def _entry(cursor: _Cursor, alignment: int) -> Entry:
-    """One line of the table, its offset still counted from where the data begins."""
+    """Parse one entry of the tensor table; its offset still counts from the start of the data."""
     name = cursor.text(LONGEST_NAME, "a tensor's name")
     rank: int = cursor.number(UINT32)
     if not 1 <= rank <= 4:
-        raise cursor.fault(f"tensor {name!r} has {rank} dimensions")
+        raise cursor.fault(f"tensor {name!r} has {rank} dimensions", field=name)
     sizes = [cursor.number(10) for _ in range(rank)]
     if not all(sizes):
-        raise cursor.fault(f"tensor {name!r} has no elements")
+        raise cursor.fault(f"tensor {name!r} has no elements", field=name)
     code: int = cursor.number(UINT32)
     offset: int = cursor.number(10)
     if code not in _BY_CODE:
         raise cursor.fault(
-            f"tensor {name!r} is of type {_OTHERS.get(code, code)}; those that can be read are {', '.join(KINDS)}"
+            f"tensor {name!r} is of type {_OTHERS.get(code, code)}; those that can be read are {', '.join(KINDS)}",
+            field=name,
         )
     kind = _BY_CODE[code]
     if sizes[0] % kind.block:
-        raise cursor.fault(f"tensor {name!r} has rows of {sizes[0]}, no multiple of {kind.name}'s {kind.block}")
+        raise cursor.fault(
+            f"tensor {name!r} has rows of {sizes[0]}, no multiple of {kind.name}'s {kind.block}", field=name
+        )
     if offset % alignment:
-        raise cursor.fault(f"tensor {name!r} begins at {offset}, no multiple of the alignment {alignment}")
+        raise cursor.fault(
+            f"tensor {name!r} begins at {offset}, no multiple of the alignment {alignment}", field=name
+        )
     return Entry(name, kind, tuple(reversed(sizes)), offset)

@@ -1,8 +1,8 @@
-"""The tokenizer inside a GGUF file, as a SentencePiece model and back. Imports no torch.
+"""Convert between GGUF's tokenizer metadata and a SentencePiece model. Imports no torch.
 
-GGUF has the pieces, their scores and types, and what little else decides how a `llama` (SentencePiece,
-byte-pair) tokenizer cuts text. That is enough to write the model file that mistral-common opens. It is kept
-in the user's cache under the hash of its content, so that it is the same file however often it is asked for.
+GGUF stores the pieces, scores and types of a `llama` (SentencePiece BPE) tokenizer and its few flags. That is
+enough to write the model file that mistral-common opens. The file is cached in the user's cache folder under
+the hash of its content, so that repeated loads share one file.
 """
 
 from __future__ import annotations
@@ -24,31 +24,34 @@ from .chat_templates import HEADS, chat_template, template_version
 
 MODEL, TEMPLATE = "tokenizer.ggml.model", "tokenizer.chat_template"
 TOKENS, SCORES, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # in both formats
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same codes in both formats
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-SPACE = "\u2581"  # how SentencePiece writes a space in a piece
-BPE = 2  # SentencePiece's number for the kind of model
-UNTOUCHED = " \ufb01  \uff21"  # a ligature, two spaces, a wide letter: what normalisation would change
+SPACE = "\u2581"  # SentencePiece's symbol for a space
+BPE = 2  # ModelType in SentencePiece's TrainerSpec
+UNTOUCHED = " \ufb01  \uff21"  # a ligature, two spaces, a wide letter: normalization would change them
 
 
 def extract(path: pathlib.Path) -> pathlib.Path:
-    """The SentencePiece model of a GGUF file, written to the cache; TokenizerError if it has none that fits."""
+    """Write a GGUF file's SentencePiece model to the cache; return its path.
+
+    Raises TokenizerError if the file has no usable tokenizer.
+    """
     try:
         metadata = gguf_file.read(path).metadata
     except CheckpointError as e:
-        raise TokenizerError(str(e)) from e
+        raise TokenizerError.of(e) from e
     model = sentencepiece_model(path, metadata)
     name = file_name(metadata)
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     folder = root / "mistral-7b" / "tokenizers" / hashlib.sha256(model).hexdigest()[:32]
     try:
         return _kept(folder / name, model)
-    except (OSError, WriteError):  # no home that can be written to: this process has the file for itself
+    except (OSError, WriteError):  # the cache is not writable: use a temporary file
         return _kept(pathlib.Path(tempfile.mkdtemp(prefix="mistral-7b-")) / name, model)
 
 
 def file_name(metadata: Any) -> str:
-    """What a release would call this vocabulary's file: its control tokens tell v3 from v1, the template v2."""
+    """Return the release's file name for this vocabulary, with the version if it is v2 or v3."""
     if "[INST]" not in metadata[TOKENS]:
         return "tokenizer.model"
     v2 = str(metadata.get(TEMPLATE)).startswith(HEADS["v2"].strip())
@@ -56,7 +59,7 @@ def file_name(metadata: Any) -> str:
 
 
 def _kept(path: pathlib.Path, content: bytes) -> pathlib.Path:
-    """The file with this content: as it lies there already, or written and renamed."""
+    """Write `content` to `path` atomically unless the file already holds it."""
     if not path.is_file() or path.read_bytes() != content:
         with written(path, folders=True) as beside:
             beside.write_bytes(content)
@@ -64,12 +67,14 @@ def _kept(path: pathlib.Path, content: bytes) -> pathlib.Path:
 
 
 def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
-    """A SentencePiece model (a protobuf message) with the pieces of a file's metadata."""
+    """Build a serialized SentencePiece ModelProto from GGUF metadata."""
     kind = metadata.get(MODEL)
     if kind != "llama":
         raise TokenizerError(
-            f"{path}: its tokenizer is {kind!r}, and Mistral 7B's is 'llama' (SentencePiece); "
-            "name another with --tokenizer, or Tokenizer.from_pretrained"
+            f"its tokenizer is {kind!r}, and Mistral 7B's is 'llama' (SentencePiece)",
+            field=MODEL,
+            place=path,
+            hint="name another with --tokenizer, or Tokenizer.from_pretrained",
         )
     tokens, scores, types = _pieces(path, metadata)
     ids = {
@@ -78,7 +83,11 @@ def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
     }
     for name, token in ids.items():
         if not isinstance(token, int) or not 0 <= token < len(tokens):
-            raise TokenizerError(f"{path}: 'tokenizer.ggml.{name}_token_id' is {token!r}, of {len(tokens)} tokens")
+            raise TokenizerError(
+                f"'tokenizer.ggml.{name}_token_id' is {token!r}, of {len(tokens)} tokens",
+                field=f"tokenizer.ggml.{name}_token_id",
+                place=path,
+            )
     flags = {
         name: metadata.get(f"tokenizer.ggml.{name}", default)
         for name, default in (("add_space_prefix", True), ("remove_extra_whitespaces", False))
@@ -105,32 +114,40 @@ def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
 
 
 def _pieces(path: pathlib.Path, metadata: Any) -> tuple[list[str], list[float], list[int]]:
-    """Tokens, scores and types, each such that SentencePiece takes it."""
+    """Return tokens, scores and types, validated for SentencePiece."""
     tokens, scores, types = (metadata.get(key) for key in (TOKENS, SCORES, TYPES))
     for key, values, wanted in ((TOKENS, tokens, str), (SCORES, scores, float), (TYPES, types, int)):
         if not isinstance(values, list) or not all(type(v) is wanted for v in values):
-            raise TokenizerError(f"{path}: {key!r} is missing, or of the wrong type")
+            raise TokenizerError(f"{key!r} is missing, or of the wrong type", field=key, place=path)
     if not len(tokens) == len(scores) == len(types):
-        raise TokenizerError(f"{path}: {len(tokens)} tokens, {len(scores)} scores, {len(types)} types")
+        raise TokenizerError(
+            f"{len(tokens)} tokens, {len(scores)} scores, {len(types)} types", field=TOKENS, place=path
+        )
     tokens = [t.replace(" ", SPACE) if k == USER_DEFINED else t for t, k in zip(tokens, types, strict=True)]
     seen: set[str] = set()
     for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
         if not token or token in seen or "\0" in token:
-            raise TokenizerError(f"{path}: token {i} {token!r:.40} is empty, or there already")
+            raise TokenizerError(
+                f"token {i} {token!r:.40} is empty, or a duplicate", field=f"{TOKENS}[{i}]", place=path
+            )
         if not math.isfinite(score) or not NORMAL <= kind <= BYTE:
-            raise TokenizerError(f"{path}: token {i} has score {score} and type {kind}")
+            raise TokenizerError(f"token {i} has score {score} and type {kind}", field=f"{TYPES}[{i}]", place=path)
         if kind == BYTE and not BYTE_PIECE.fullmatch(token):
-            raise TokenizerError(f"{path}: token {i} {token!r:.40} is to be a byte, such as '<0x0A>'")
+            raise TokenizerError(
+                f"token {i} {token!r:.40} is to be a byte, such as '<0x0A>'", field=f"{TOKENS}[{i}]", place=path
+            )
         seen.add(token)
     count = {kind: types.count(kind) for kind in (UNKNOWN, BYTE)}
     if count[UNKNOWN] != 1 or count[BYTE] not in (0, 256):
         raise TokenizerError(
-            f"{path}: {count[UNKNOWN]} tokens for the unknown and {count[BYTE]} bytes; there are 1, and 256 or 0"
+            f"{count[UNKNOWN]} tokens for the unknown and {count[BYTE]} bytes; there are 1, and 256 or 0",
+            field=TYPES,
+            place=path,
         )
     return tokens, scores, types
 
 
-# A protobuf message is a sequence of fields: a tag, and a varint (0), 4 bytes (5), or a length and bytes (2).
+# Protobuf: a message is a sequence of fields: a tag, then a varint (0), 4 bytes (5), or length and bytes (2).
 def _varint(value: int) -> bytes:
     out = bytearray()
     while value > 127:
@@ -152,7 +169,7 @@ def _message(field: int, content: bytes) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message that protobuf itself has read before: a varint's number, or the bytes."""
+    """Yield (field number, value) of a valid message: an int for a varint, else bytes."""
     at = 0
 
     def varint() -> int:
@@ -175,18 +192,20 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def metadata(path: pathlib.Path, vocab_size: int) -> dict[str, Any]:
-    """GGUF's keys for the tokenizer in a SentencePiece file, filled up with unused tokens to `vocab_size`."""
+    """Return the tokenizer keys of a SentencePiece file, padded with unused tokens."""
     from sentencepiece import SentencePieceProcessor
 
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as e:
-        raise TokenizerError(f"{path} is not a SentencePiece model ({e}); fetch it again") from e
+        raise TokenizerError(f"is not a SentencePiece model ({e})", place=path, hint="fetch it again") from e
     size = model.vocab_size()
     if size > vocab_size:
-        raise TokenizerError(f"{path}: {size} tokens, but the model knows {vocab_size}: it is of another model")
+        raise TokenizerError(
+            f"{size} tokens, but the model knows {vocab_size}: it is of another model", place=path
+        )
     if model.normalize(UNTOUCHED) != SPACE + UNTOUCHED.replace(" ", SPACE):
-        raise TokenizerError(f"{path}: changes text before it cuts it, which GGUF's 'llama' tokenizer does not")
+        raise TokenizerError("changes text before it cuts it, which GGUF's 'llama' tokenizer does not", place=path)
     tokens, scores, types = [], [], []
     for piece in (_fields(content) for field, content in _fields(model.serialized_model_proto()) if field == 1):
         entry: dict[int, Any] = {1: b"", 2: bytes(4), 3: NORMAL} | dict(piece)
@@ -196,7 +215,7 @@ def metadata(path: pathlib.Path, vocab_size: int) -> dict[str, Any]:
     more = vocab_size - size
     of_kind = {kind: {t for t, k in zip(tokens, types, strict=True) if k == kind} for kind in set(types)}
     controls = of_kind.get(CONTROL, set())
-    special = controls | of_kind.get(UNKNOWN, set()) | of_kind.get(USER_DEFINED, set())  # as llama.cpp cuts text
+    special = controls | of_kind.get(UNKNOWN, set()) | of_kind.get(USER_DEFINED, set())  # as in llama.cpp
     return {
         MODEL: "llama",
         "tokenizer.ggml.pre": "default",

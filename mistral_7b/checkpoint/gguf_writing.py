@@ -1,4 +1,4 @@
-"""One GGUF file as llama.cpp reads it: header, tokenizer, and the tensors, each in its turn."""
+"""Write a GGUF file for llama.cpp: header, metadata, tokenizer and tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .names import EMBEDDING, OUTPUT, rename
 if TYPE_CHECKING:
     from .writing import Outgoing
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's names for a whole file
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's codes of `general.file_type`
 TYPES = tuple(name.lower() for name in FILE_TYPES)
 VERSION, QUANTIZATION_VERSION = 3, 2
 _KIND_OF = {dtype: KINDS[name] for name, dtype in gguf_blocks.FLOATS.items()}
@@ -36,16 +36,16 @@ def write(
     source: pathlib.Path | None,
     tell: Callable[[Outgoing], None],
 ) -> None:
-    """Write the file `path`, which must not exist: beside its place, and renamed when it is whole.
+    """Write the file `path`, which must not exist, atomically (written, then renamed).
 
-    `type` is that of the matrices; None leaves each as it is, and blocks of Q8_0 and Q4_0 to the bit.
-    Vectors are float32, as llama.cpp wants them. With "q4_0" the output is Q8_0, for it is the matrix that
-    suffers most. Raises CheckpointError, naming the tensor, for what a type cannot hold.
+    `type` is the type of the matrices; None keeps the type of each, and Q8_0 and Q4_0 blocks bit by bit. Vectors
+    are float32, as llama.cpp requires. With "q4_0" the output matrix is Q8_0, because it is the most sensitive to
+    quantization. Raises CheckpointError, naming the tensor, if a type cannot hold its values.
     """
     if type is not None and type not in TYPES:
-        raise CheckpointError(f"type {type!r} is not known: {', '.join(map(repr, TYPES))}")
+        raise CheckpointError(f"type {type!r} is not known: {', '.join(map(repr, TYPES))}", field="type")
     if path.exists():
-        raise CheckpointError(f"{path}: exists already; name a new file, or remove that one")
+        raise CheckpointError("exists already", place=path, hint="name a new file, or remove that one")
     plan = [(t, _kind(t, type, args)) for t in outgoing]
     for tensor, kind in plan:
         _check(tensor, kind)
@@ -58,12 +58,14 @@ def write(
                 _write_tensor(f, tensor, kind)
                 tell(tensor)
             f.write(bytes(-f.tell() % ALIGNMENT))
-    except (struct.error, OverflowError) as e:  # a number of the configuration, or of a source's tokenizer
-        raise CheckpointError(f"{path}: not written, for GGUF's keys cannot hold what they should ({e})") from e
+    except (struct.error, OverflowError) as e:  # a configuration or tokenizer value out of range
+        raise CheckpointError(
+            f"not written, for GGUF's keys cannot hold what they should ({e})", place=path
+        ) from e
 
 
 def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
-    """The type that a tensor has in the file."""
+    """Return the type of a tensor in the file."""
     if len(tensor.shape) == 1:
         return KINDS["F32"]
     if type is None:
@@ -71,7 +73,9 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
             return tensor.stored.kind
         if tensor.dtype not in _KIND_OF:
             raise CheckpointError(
-                f"tensor {tensor.name!r} is {tensor.dtype}, for which GGUF has no type; give one"
+                f"tensor {tensor.name!r} is {tensor.dtype}, for which GGUF has no type",
+                field=tensor.name,
+                hint="give one",
             )
         return _KIND_OF[tensor.dtype]
     output = EMBEDDING if args.tie_embeddings else OUTPUT
@@ -81,8 +85,10 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
 def _check(tensor: Outgoing, kind: Kind) -> None:
     if tensor.shape[-1] % kind.block:
         raise CheckpointError(
-            f"tensor {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of the {kind.block} values that "
-            f"a block of {kind.name} has; take 'bf16' or 'f16'"
+            f"tensor {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of the {kind.block} values "
+            f"that a block of {kind.name} has",
+            field=tensor.name,
+            hint="take 'bf16' or 'f16'",
         )
 
 
@@ -106,7 +112,7 @@ def _metadata(args: ModelArgs, plan: list[tuple[Outgoing, Kind]], source: pathli
 
 
 def _from_source(source: pathlib.Path | None, vocab_size: int) -> dict[str, Any]:
-    """Name and tokenizer: of a GGUF source as they are, or from the SentencePiece file beside the weights."""
+    """Return the name and tokenizer keys of a GGUF source, else those of a SentencePiece file."""
     if source is not None and is_gguf(source):
         return {
             k: v for k, v in read_gguf(source).metadata.items() if k.startswith(("tokenizer.", "general.name"))
@@ -145,7 +151,7 @@ def _text(value: str) -> bytes:
 
 
 def _value(value: Any) -> Iterator[bytes]:
-    """A value with its type before it: whole numbers are uint32 alone, and int32 in arrays, as in ggml."""
+    """Yield a metadata value with its type code. As in ggml, ints are uint32; int32 in arrays."""
     if isinstance(value, list):
         first = value[0] if value else 0
         code, form = {str: (STRING, ""), float: (FLOAT32, "f")}.get(type(first), (INT32, "i"))
@@ -162,7 +168,7 @@ def _value(value: Any) -> Iterator[bytes]:
 
 
 def _write_tensor(f: BinaryIO, tensor: Outgoing, kind: Kind) -> None:
-    """Fetch one tensor, write it as `kind` some rows at a time, and let it go."""
+    """Load one tensor, write it as `kind` a chunk of rows at a time, and release it."""
     stored = tensor.stored
     if isinstance(stored, gguf.StoredBlocks) and stored.kind == kind:
         f.write(stored.raw().numpy().data)
@@ -177,13 +183,15 @@ def _write_tensor(f: BinaryIO, tensor: Outgoing, kind: Kind) -> None:
 
 
 def _encoded(name: str, values: Tensor, kind: Kind) -> Tensor:
-    """Rows of values as `kind` has them."""
+    """Return rows of values in the representation of `kind`."""
     try:
         if kind.block > 1:
             return gguf_blocks.quantise(kind, values)
     except ValueError as e:
-        raise CheckpointError(f"tensor {name!r} holds {e}: it cannot be {kind.name}") from e
+        raise CheckpointError(f"tensor {name!r} holds {e}: it cannot be {kind.name}", field=name) from e
     out = values.to(gguf_blocks.FLOATS[kind.name])
     if bool((out.isinf() & values.isfinite()).any()):
-        raise CheckpointError(f"tensor {name!r} holds values too large for {kind.name}; take 'bf16'")
+        raise CheckpointError(
+            f"tensor {name!r} holds values too large for {kind.name}", field=name, hint="take 'bf16'"
+        )
     return out

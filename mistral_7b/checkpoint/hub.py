@@ -1,7 +1,7 @@
-"""A name -> a folder on this machine, downloading what is needed and no more. Imports no torch.
+"""Resolve a model name to a local path, downloading only the files needed. Imports no torch.
 
-Everything goes through huggingface_hub, so HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE hold, files
-land in its cache once for all programs, and a broken connection is resumed where it broke.
+Downloads use huggingface_hub: HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply, files are stored in
+its shared cache, and an interrupted download resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..errors import CheckpointError, HubError, WriteError
+from ..errors import CheckpointError, HubError, WriteError, first_line
 from ..files import ADVICE, refusal_in
 
 DEMO = pathlib.Path(__file__).parent.parent / "demo"
@@ -25,7 +25,7 @@ TOKENIZER_FILES = re.compile(
     r"|added_tokens\.json|chat_template\.jinja"
 )
 SENTENCEPIECE = re.compile(r"tokenizer\.model(\.v(?P<version>\d+)(m\d+)?)?")
-STEMS = (  # of weights, those that are preferred first
+STEMS = (  # (stem, suffix) of weight files, in order of preference
     ("model", "safetensors"),
     ("consolidated", "safetensors"),
     ("pytorch_model", "bin"),
@@ -35,16 +35,16 @@ CONFIG_FILES = ("config.json", "params.json", "generation_config.json")
 
 
 class WeightGroup(NamedTuple):
-    """A whole copy of the weights: the file to open it by (itself, or its shards' index), and all its files."""
+    """A complete copy of the weights: the file to open (weights or shard index), and all files."""
 
     door: str
     files: list[str]
 
 
 def weight_groups(names: Iterable[str]) -> list[WeightGroup]:
-    """The copies of the weights among these file names, the preferred one first.
+    """Return the copies of the weights among these file names, in order of preference.
 
-    safetensors before pickles, and Hugging Face's before Mistral's own: the order of transformers.
+    As in transformers, safetensors precede pickles, and Hugging Face's layout precedes Mistral's.
     """
     names = sorted(names)
     groups = []
@@ -56,14 +56,14 @@ def weight_groups(names: Iterable[str]) -> list[WeightGroup]:
         if (index := f"{stem}.{suffix}.index.json") in names:
             shards = [n for n in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{suffix}", n)]
             groups.append(WeightGroup(index, [index, *shards]))
-    if not groups:  # a name of someone's own: open it if there is no choice to make
+    if not groups:  # a non-standard name is unambiguous if it is the only one
         alone = [n for n in names if n.endswith((".safetensors", ".pth", ".bin", ".gguf"))]
         groups = [WeightGroup(alone[0], alone)] if len(alone) == 1 else []
     return groups
 
 
 def needed_files(names: Iterable[str]) -> list[str]:
-    """Of a repository's files those to download: one copy of the weights, configurations, tokenizers."""
+    """Select the files to download: one copy of the weights, configurations, tokenizers."""
     names = list(names)
     groups = weight_groups(names)
     small = [n for n in names if n in CONFIG_FILES or TOKENIZER_FILES.fullmatch(n)]
@@ -71,7 +71,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
 
 
 def is_whole(folder: pathlib.Path, group: WeightGroup) -> bool:
-    """Whether every file of a copy of the weights is in the folder, by its index if it has one."""
+    """Return whether all files of a weight group are in the folder, including indexed shards."""
     if not group.door.endswith(".json"):
         return (folder / group.door).is_file()
     try:
@@ -82,7 +82,7 @@ def is_whole(folder: pathlib.Path, group: WeightGroup) -> bool:
 
 
 def sentencepiece_file(folder: pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer file of a folder: of several, the one whose name has the highest version."""
+    """Return the SentencePiece file of a folder, of several that of the highest version."""
     files = [f for f in folder.iterdir() if SENTENCEPIECE.fullmatch(f.name)] if folder.is_dir() else []
     if not files:
         return None
@@ -90,10 +90,10 @@ def sentencepiece_file(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
-    """The folder or file that a name means: "demo" the bundled model, a path itself, else a hub id.
+    """Return the local path of a model: "demo" (the bundled model), a path, or a hub id.
 
-    A hub id ("owner/name", or "owner/name/FILE.gguf" for one file of it) is downloaded unless its files are
-    here already. Raises HubError if that fails, CheckpointError if the name is neither.
+    A hub id is "owner/name", or "owner/name/FILE.gguf" for one file of a repository. It is downloaded unless
+    it is in the cache. Raises HubError if the download fails, CheckpointError if the name is neither.
     """
     if source == "demo":
         return DEMO
@@ -103,19 +103,19 @@ def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
     if isinstance(source, str) and (named := FILE_ID.fullmatch(source)):
         return pull(named["repo"], file=named["file"])
     if not isinstance(source, str) or not REPO_ID.fullmatch(source):
-        raise CheckpointError(f"{source}: no such file or folder (a model on the hub is named owner/name)")
+        raise CheckpointError("no such file or folder (a model on the hub is named owner/name)", place=source)
     return pull(source)
 
 
 def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathlib.Path:
-    """Download a model from the hub, and return its folder in the cache, or that `file` of it if one is named.
+    """Download a model; return its folder in the cache, or the path of `file` if given.
 
-    Only what is needed (see `needed_files`), resuming what was begun; progress bars go to stderr unless
-    HF_HUB_DISABLE_PROGRESS_BARS is set. Without a connection, the copy in the cache is returned if it is
-    whole. Raises HubError, saying what to do, if the model is gated, missing, or out of reach.
+    Downloads only the files in `needed_files` and resumes partial downloads. Progress bars go to stderr unless
+    HF_HUB_DISABLE_PROGRESS_BARS is set. Without a connection, a complete cached copy is returned. Raises
+    HubError, with a hint, if the model is gated, missing or unreachable.
     """
     if not REPO_ID.fullmatch(repo_id):
-        raise HubError(f"{repo_id!r} is no name of a model on the hub: owner/name is wanted")
+        raise HubError(f"{repo_id!r} is no name of a model on the hub: owner/name is wanted", field="repo_id")
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -129,52 +129,52 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
         raise
     except errors.GatedRepoError as e:
         raise HubError(
-            f"{repo_id} is gated: accept its terms at {constants.ENDPOINT}/{repo_id}, then log in with "
-            "`hf auth login` (or set HF_TOKEN) and try again"
+            f"{repo_id} is gated",
+            hint=f"accept its terms at {constants.ENDPOINT}/{repo_id}, then log in with `hf auth login` (or set "
+            "HF_TOKEN) and try again",
         ) from e
     except errors.RevisionNotFoundError as e:
-        raise HubError(f"{repo_id} has no revision {revision!r}") from e
+        raise HubError(f"{repo_id} has no revision {revision!r}", field="revision") from e
     except errors.RepositoryNotFoundError as e:
         raise HubError(
-            f"{repo_id}: no such folder here, and no such model at {constants.ENDPOINT} (if it is private, log in "
-            "with `hf auth login` or set HF_TOKEN)"
+            f"{repo_id}: no such folder here, and no such model at {constants.ENDPOINT}",
+            hint="if it is private, log in with `hf auth login` or set HF_TOKEN",
         ) from e
-    # Whatever else the client library and its transport raise is a connection that did not work.
+    # Every other error of the client library and its transport is treated as a failed connection.
     except Exception as e:
         if (refusal := refusal_in(e)) is not None and refusal.errno in ADVICE:
             raise WriteError(
-                f"{repo_id} could not be written to {constants.HF_HUB_CACHE} ({refusal.strerror}): "
-                f"{ADVICE[refusal.errno]} with HF_HOME; the files that have arrived are kept"
+                f"{repo_id} could not be written to {constants.HF_HUB_CACHE} ({refusal.strerror})",
+                hint=f"{ADVICE[refusal.errno]} with HF_HOME; the files that have arrived are kept",
             ) from e
         if found := _cached(repo_id, revision, file):
             return found
         if isinstance(e, errors.OfflineModeIsEnabled):
             raise HubError(
-                f"{repo_id} is not (wholly) in the cache at {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set: "
-                f"unset it and run `mistral-7b pull {repo_id}`"
+                f"{repo_id} is not (wholly) in the cache at {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set",
+                hint=f"unset it and run `mistral-7b pull {repo_id}`",
             ) from e
-        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise HubError(
-            f"{repo_id} could not be downloaded from {constants.ENDPOINT}: {reason}. Check the connection and run "
-            "it again; the files that have arrived are kept"
+            f"{repo_id} could not be downloaded from {constants.ENDPOINT}: {first_line(e)}",
+            hint="check the connection and run it again; the files that have arrived are kept",
         ) from e
 
 
 def _wanted(repo_id: str, names: list[str], file: str | None) -> list[str]:
-    """Of a repository's files those to download: that which was named, or what its one model needs."""
+    """Return the files to download: `file` if given, else `needed_files` of the one model."""
     if file is not None:
         if file not in names:
-            raise HubError(f"{repo_id} holds no {file}; it holds {', '.join(names[:20])}")
+            raise HubError(f"{repo_id} holds no {file}; it holds {', '.join(names[:20])}", field="file")
         return [file]
     if wanted := needed_files(names):
         return wanted
     if found := [name for name in names if name.endswith(".gguf")]:
-        raise HubError(f"{repo_id} holds {len(found)} GGUF files: name one, such as {repo_id}/{found[0]}")
+        raise HubError(f"{repo_id} holds {len(found)} GGUF files", hint=f"name one, such as {repo_id}/{found[0]}")
     raise HubError(f"{repo_id} holds no weights that can be opened here; it holds {', '.join(names[:20])}")
 
 
 def _cached(repo_id: str, revision: str, file: str | None) -> pathlib.Path | None:
-    """The folder of a model in the cache, if its weights are all there, or that file of it."""
+    """Return the cached folder of a model, or `file` in it; None if it is incomplete."""
     import huggingface_hub
 
     for name in (file,) if file else ("config.json", "params.json"):

@@ -1,6 +1,6 @@
 """Hugging Face's config.json.
 
-transformers 5 writes `rope_parameters` and `dtype`; before it, `rope_theta` and `torch_dtype`.
+transformers 5 writes `rope_parameters` and `dtype`; earlier versions write `rope_theta` and `torch_dtype`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FIELDS = {
     "vocab_size": "vocab_size",
 }
 ARCHITECTURE = "MistralForCausalLM"
-OURS = "mistral_7b"  # the quantisation method of checkpoints that this package wrote (quantized.py)
-HARMLESS = {  # field -> the values that leave the model as it is
+OURS = "mistral_7b"  # `quant_method` of checkpoints written by quantizing.py
+HARMLESS = {  # field -> the values that do not change the model
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -34,17 +34,17 @@ HARMLESS = {  # field -> the values that leave the model as it is
 
 
 def recognise(data: dict[str, Any]) -> bool:
-    """Whether this JSON object is a Hugging Face config, by its fields."""
+    """Return whether a JSON object has the fields of a Hugging Face config.json."""
     return "model_type" in data or "architectures" in data or "hidden_size" in data
 
 
 def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
-    """ModelArgs from the content of a config.json. CheckpointError, naming the field, if it is not Mistral's."""
+    """Build ModelArgs from a config.json. CheckpointError names an invalid field."""
     _check_kind(path, data)
     refuse(path, data, HARMLESS)
     theta, window = theta_and_window(path, _theta(path, data), data.get("sliding_window"))
     if "sliding_window" not in data and theta == V0_1_THETA:
-        # transformers would fill in its class default, 4096; with v0.1's theta that is also v0.1's window.
+        # transformers defaults to a window of 4096, which is also that of v0.1, whose theta is 1e4.
         warnings.warn(f"{path}: no 'sliding_window', but theta 1e4 as in v0.1: taking its 4096", stacklevel=2)
         window = V0_1_WINDOW
     _check_layer_types(path, data.get("layer_types"), window)
@@ -52,7 +52,9 @@ def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
     if head_dim is None:
         heads, dim = data.get("num_attention_heads"), data.get("hidden_size")
         if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
-            raise CheckpointError(f"{path}: no 'head_dim', and hidden_size / num_attention_heads is not whole")
+            raise CheckpointError(
+                "no 'head_dim', and hidden_size / num_attention_heads is not whole", field="head_dim", place=path
+            )
         head_dim = dim // heads
     more = {"max_seq_len": data.get("max_position_embeddings"), "tie_embeddings": data.get("tie_word_embeddings")}
     more = {name: value for name, value in more.items() if value is not None}
@@ -62,22 +64,30 @@ def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
 def _check_kind(path: pathlib.Path, data: dict[str, Any]) -> None:
     kinds = data.get("architectures")
     if kinds is not None and kinds != [ARCHITECTURE]:
-        raise CheckpointError(f"{path}: 'architectures' is {kinds!r}; only [{ARCHITECTURE!r}] can be opened")
+        raise CheckpointError(
+            f"'architectures' is {kinds!r}; only [{ARCHITECTURE!r}] can be opened",
+            field="architectures",
+            place=path,
+        )
     if data.get("model_type", "mistral") != "mistral":
-        raise CheckpointError(f"{path}: 'model_type' is {data['model_type']!r}; only 'mistral' can be opened")
+        raise CheckpointError(
+            f"'model_type' is {data['model_type']!r}; only 'mistral' can be opened", field="model_type", place=path
+        )
     quantization = data.get("quantization_config")
     if quantization is not None and not (
         isinstance(quantization, dict) and quantization.get("quant_method") == OURS
     ):
         raise CheckpointError(
-            f"{path}: 'quantization_config' says that these weights are quantised in a way that cannot be opened; "
-            "take the unquantised checkpoint"
+            "'quantization_config' says that these weights are quantised in a way that cannot be opened",
+            field="quantization_config",
+            place=path,
+            hint="take the unquantised checkpoint",
         )
     agreed(path, {name: data.get(name) for name in ("dtype", "torch_dtype")})
 
 
 def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
-    """theta from wherever this version of transformers put it; no scaling of RoPE may be asked for."""
+    """Return theta from the field of any version of transformers; CheckpointError for scaled RoPE."""
     found = {"rope_theta": data.get("rope_theta")}
     for place in ("rope_parameters", "rope_scaling"):
         rope = data.get(place)
@@ -88,7 +98,9 @@ def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
             kind = agreed(path, {f"{place}.{name}": rope.get(name) for name in ("rope_type", "type")}) or "default"
             refuse(path, rope, {"partial_rotary_factor": (1,)})
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-            raise CheckpointError(f"{path}: {place!r} asks for a rotary embedding that Mistral 7B does not have")
+            raise CheckpointError(
+                f"{place!r} asks for a rotary embedding that Mistral 7B does not have", field=place, place=path
+            )
         found[f"{place}.rope_theta"] = rope.get("rope_theta")
     return agreed(path, found)
 
@@ -96,11 +108,15 @@ def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
 def _check_layer_types(path: pathlib.Path, kinds: Any, window: Any) -> None:
     wanted = "full_attention" if window is None else "sliding_attention"
     if kinds is not None and not (isinstance(kinds, list) and all(kind == wanted for kind in kinds)):
-        raise CheckpointError(f"{path}: 'layer_types' must all be {wanted!r}: every layer of Mistral 7B is alike")
+        raise CheckpointError(
+            f"'layer_types' must all be {wanted!r}: every layer of Mistral 7B is alike",
+            field="layer_types",
+            place=path,
+        )
 
 
 def config(args: ModelArgs, dtype: str) -> dict[str, Any]:
-    """The content of config.json, for transformers 5 and before; `dtype` as in "bfloat16"."""
+    """Return the content of config.json for any transformers; `dtype` is like "bfloat16"."""
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "mistral",

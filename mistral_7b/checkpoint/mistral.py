@@ -1,4 +1,4 @@
-"""Mistral's own params.json, as mistral-inference reads it."""
+"""Mistral's own params.json, as read by mistral-inference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIELDS = {
     name: name
     for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 }
-HARMLESS: dict[str, tuple[Any, ...]] = {  # field -> the values that leave the model as it is
+HARMLESS: dict[str, tuple[Any, ...]] = {  # field -> the values that do not change the model
     "model_type": ("transformer",),
     "moe": (),
     "vision_encoder": (),
@@ -33,12 +33,12 @@ OTHER = {
 
 
 def recognise(data: dict[str, Any]) -> bool:
-    """Whether this JSON object is a params.json, by its fields."""
+    """Return whether a JSON object has the fields of a params.json."""
     return "dim" in data and "n_layers" in data
 
 
 def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
-    """ModelArgs from the content of a params.json. CheckpointError, naming the field, if it does not fit."""
+    """Build ModelArgs from a params.json. CheckpointError names an invalid field."""
     refuse(path, data, HARMLESS)
     if strange := sorted(data.keys() - FIELDS.keys() - HARMLESS.keys() - OTHER):
         warnings.warn(f"{path}: fields {', '.join(map(repr, strange))} are not known and not used", stacklevel=2)
@@ -51,7 +51,7 @@ def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
 
 
 def params(args: ModelArgs) -> dict[str, Any]:
-    """The content of params.json. Theta is always written: left out, mistral-inference would take 1e6."""
+    """Return the content of params.json, always with theta: mistral-inference defaults to 1e6."""
     out: dict[str, Any] = {name: getattr(args, name) for name in FIELDS}
     out["rope_theta"] = args.rope_theta
     if args.sliding_window is not None:

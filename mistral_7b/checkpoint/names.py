@@ -1,9 +1,9 @@
-"""The one table of tensor names, and the one difference in layout: the order of q's and k's rows.
+"""The table of tensor names in every format, and the row order of wq and wk.
 
-Within the package a tensor bears Mistral's name and layout. Names change at the door, by this table
-alone. Hugging Face rotates element i of a head with element i + K/2 (half-split); Mistral and GGUF
-rotate neighbours 2i and 2i + 1 (interleaved). So the rows of wq and wk, and of nothing else, are
-permuted within each head:
+Inside the package every tensor has Mistral's name and layout. Names are translated by this table alone,
+when a checkpoint is read or written. Hugging Face rotates element i of a head with element i + K/2
+(half-split). Mistral and GGUF rotate neighbours 2i and 2i + 1 (interleaved). The rows of wq and wk, and of
+no other tensor, are therefore permuted within each head:
 
     Mistral        x0 y0 x1 y1 x2 y2        Hugging Face        x0 x1 x2 y0 y1 y2
 
@@ -25,7 +25,7 @@ FORMATS = ("mistral", "huggingface", "gguf")
 
 
 class Row(NamedTuple):
-    """One kind of tensor: its shape, and its names without ".weight" in three formats ({} is the layer)."""
+    """A kind of tensor: shape, and name without ".weight" in each format ({} is the layer)."""
 
     mistral: str
     huggingface: str
@@ -49,7 +49,7 @@ TABLE = (
 )
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
-# Rotary frequencies that early converters stored: they follow from theta and are no weights.
+# Rotary frequencies, stored by early converters. They are computed from theta, so they are ignored.
 DERIVED = re.compile(r"(model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope\.freqs|rope_freqs\.weight)")
 
 _LAYER = re.compile(r"\.(0|[1-9]\d*)\.")
@@ -57,7 +57,7 @@ _ROWS = {fmt: {getattr(row, fmt): row for row in TABLE} for fmt in FORMATS}
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A tensor's name as the table has it, and its layer's number ("" if it has none)."""
+    """Return the table's name of a tensor ({} for the layer) and the layer ("" if none)."""
     name, suffix, rest = name.rpartition(".weight")
     if not suffix or rest or "{" in name:
         return "", ""
@@ -68,14 +68,14 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def rename(name: str, source: str, target: str) -> str | None:
-    """A tensor's name in format `target`, given that in `source`; None if `source` has no such name."""
+    """Translate a tensor name from format `source` to `target`; None if `source` has no such name."""
     pattern, layer = _split(name)
     row = _ROWS[source].get(pattern)
     return None if row is None else getattr(row, target).format(layer) + ".weight"
 
 
 def layout_of(names: Iterable[str]) -> str | None:
-    """The format in which most of these are names of tensors; None if in none of them any is."""
+    """Return the format that knows most of these names; None if no format knows any."""
     patterns = [_split(name)[0] for name in names]
     count = {fmt: sum(p in _ROWS[fmt] for p in patterns) for fmt in FORMATS}
     best = max(count, key=lambda fmt: count[fmt])
@@ -83,9 +83,9 @@ def layout_of(names: Iterable[str]) -> str | None:
 
 
 def expected(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Mistral's name and the shape of every tensor of a model, in the order of the forward pass.
+    """Yield name (Mistral's) and shape of every tensor, in the order of the forward pass.
 
-    With tied embeddings `output.weight` is among them: it is the same tensor as the embedding.
+    `output.weight` is included even when it is tied to the embedding.
     """
     size = {
         "D": args.dim,
@@ -104,17 +104,17 @@ def expected(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def rotated_heads(name: str, args: ModelArgs) -> int | None:
-    """How many heads' rows the tensor of this (Mistral) name holds, if it is rotated: wq H, wk G."""
+    """Return the number of heads in a rotated tensor (wq: H, wk: G), None for others."""
     if ".attention.wq." in name:
         return args.n_heads
     return args.n_kv_heads if ".attention.wk." in name else None
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows (heads * K, ...) from Mistral's interleaved order to Hugging Face's: a new tensor."""
+    """Permute rows (heads * K, ...) from interleaved to half-split; returns a copy."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows (heads * K, ...) from Hugging Face's half-split order to Mistral's: a new tensor."""
+    """Permute rows (heads * K, ...) from half-split to interleaved; returns a copy."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()

@@ -1,8 +1,8 @@
-"""A model or a checkpoint -> a quantised folder (quantized.py), with its measured distance from the original.
+"""Write a quantized folder (quantized.py) and measure its distance from the original.
 
-A checkpoint goes through a layer at a time: the original block and the quantised one run side by side on the
-same text, each on what its own predecessors made of it, so that the distance is that of whole models and yet
-no more than a layer of either is in memory. With a text to calibrate on, that goes along in the same pass.
+A checkpoint is processed one layer at a time. The original and the quantized block run on the same text, each
+on the output of its own predecessor, so that the distance is that of the whole models while only one layer of
+each is in memory. The calibration text, if any, passes through in the same loop.
 
 R rows · T tokens · D width · V vocabulary
 """
@@ -24,7 +24,7 @@ from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
 from ..quantization.calibration import calibrate_block, calibrate_output
 from ..quantization.distance import Comparison
-from ..quantization.fused import fuse
+from ..quantization.fused import fused
 from ..quantization.linear import Int8Embedding
 from ..quantization.schemes import Scheme, empty_model, scheme_of
 from ..surgery import replace_linears
@@ -35,7 +35,7 @@ from .reading import Checkpoint, open_checkpoint
 from .writing import ALIGNMENT, Progress, copy_beside, header_of, new_folder, write_json
 
 Put = Callable[[str, Tensor], None]
-ROWS = 256  # of logits at a time
+ROWS = 256  # logits per chunk
 
 
 def save_quantized(
@@ -45,13 +45,18 @@ def save_quantized(
     calibration: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model of int8 or int4 modules. QuantizationError if it is none, or without a measured distance."""
+    """Write a model of int8 or int4 modules to a new folder.
+
+    Raises QuantizationError for other models, or without a measured distance.
+    """
     scheme = scheme_of(model)
     if scheme is None:
-        raise QuantizationError("the model is not wholly of int8 or int4 modules: quantise it, or save it plain")
+        raise QuantizationError(
+            "the model is not wholly of int8 or int4 modules", field="format", hint="quantise it, or save it plain"
+        )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     if meta := [name for name, value in state.items() if value.is_meta]:
-        raise CheckpointError(f"{meta[0]!r} is on the meta device and has no data to save")
+        raise CheckpointError(f"{meta[0]!r} is on the meta device and has no data to save", field=meta[0])
     record = Record(scheme, distance or {}, sum(t.nbytes for t in state.values()), calibration)
     with new_folder(pathlib.Path(path), record.nbytes) as folder:
         with _tensor_file(folder / WEIGHTS, state, progress) as put:
@@ -71,30 +76,35 @@ def quantize(
     calibration_tokens: Iterable[Sequence[int] | Tensor] | None = None,
     calibration_text: str = "",
 ) -> Record:
-    """Round the checkpoint `source` (folder, file or hub id), into the folder `out`.
+    """Quantize the checkpoint `source` (folder, file or hub id) into the folder `out`.
 
-    tokens              (R, T) ids on which the distance is measured; each row is read by itself
-    text                what they are, for the record
+    tokens              (R, T) ids on which the distance is measured; rows are independent
+    text                name of that text, for the record
     progress            called as progress(done, total, name) after each tensor, in bytes
-    calibration_tokens  rows of ids, BOS first, that guide the rounding as in `quantization.calibrate`, to the
-                        same bits; none: to the nearest
-    calibration_text    what those are, for the record
+    calibration_tokens  rows of ids, BOS first, for calibration; bit-identical to `quantization.calibrate`;
+                        None rounds to nearest
+    calibration_text    name of that text, for the record
 
-    `out` must not exist, or be empty; it is there whole or not at all. Raises CheckpointError and
-    QuantizationError as `load` does, and QuantizationError for nothing to calibrate on or an id beyond the
+    `out` must not exist or be an empty folder; it is created completely or not at all. Raises CheckpointError and
+    QuantizationError as `load` does, and QuantizationError for empty calibration data or an id beyond the
     vocabulary.
     """
     scheme = Scheme.of(scheme)
     if not scheme.whole:
         raise QuantizationError(
-            f"files hold int8 and int4; {scheme} is made when a model is opened, with quantization='{scheme}'"
+            f"files hold int8 and int4; {scheme} is made when a model is opened, with quantization='{scheme}'",
+            field="scheme",
         )
     checkpoint = open_checkpoint(hub.resolve(source))
     guide = None if calibration_tokens is None else [torch.as_tensor(ids) for ids in calibration_tokens]
     _check_ids(checkpoint, tokens.flatten(), *(guide or ()))
     guide = None if guide is None else [ids for ids in guide if len(ids)]
     if guide == []:
-        raise QuantizationError("no text to calibrate on: pass rows of token ids, or quantise without")
+        raise QuantizationError(
+            "no text to calibrate on",
+            field="calibration_tokens",
+            hint="pass rows of token ids, or quantise without",
+        )
     held = checkpoint.tensors[EMBEDDING].dtype
     dtype = torch.bfloat16 if held.itemsize == 2 else torch.float32
     tensors = empty_model(checkpoint.args, scheme, dtype).state_dict()
@@ -112,25 +122,27 @@ def quantize(
 
 
 def _check_ids(checkpoint: Checkpoint, *rows: Tensor) -> None:
-    """QuantizationError for a token that the model does not know."""
+    """Raise QuantizationError for a token id beyond the vocabulary."""
     most = max((int(ids.max()) for ids in rows if len(ids)), default=0)
     if most >= checkpoint.args.vocab_size:
         raise QuantizationError(
-            f"{checkpoint.folder}: token {most} is beyond the vocabulary of {checkpoint.args.vocab_size}: the "
-            "tokenizer belongs to another model"
+            f"token {most} is beyond the vocabulary of {checkpoint.args.vocab_size}: the tokenizer belongs to "
+            "another model",
+            field="tokens",
+            place=checkpoint.folder,
         )
 
 
 @dataclasses.dataclass
 class _Stream:
-    """A checkpoint's layers, one after another, into `put`; and texts through both models."""
+    """Quantize a checkpoint layer by layer into `put`, running texts through both models."""
 
     checkpoint: Checkpoint
     scheme: Scheme
     dtype: torch.dtype
     tokens: Tensor  # (R, T)
     put: Put
-    guide: list[Tensor] | None = None  # rows (T,) to calibrate on
+    guide: list[Tensor] | None = None  # calibration rows (T,)
 
     def run(self) -> Comparison:
         args = self.checkpoint.args
@@ -139,8 +151,8 @@ class _Stream:
         weight = self.checkpoint.read(EMBEDDING, self.dtype)
         embedding = Int8Embedding.from_weight(weight)
         self._put_all("tok_embeddings", embedding)
-        x, y = weight[self.tokens], embedding(self.tokens)  # (R, T, D) of the original, and of the quantised
-        # What each row of the guide has become before the next block: (T, D)
+        x, y = weight[self.tokens], embedding(self.tokens)  # (R, T, D), original and quantized
+        # Inputs of the next block for each calibration row: (T, D)
         self.calibration = None if self.guide is None else [embedding(ids) for ids in self.guide]
         self.checkpoint.tensors[EMBEDDING].release()
         for layer in range(args.n_layers):
@@ -148,7 +160,7 @@ class _Stream:
         return self._head(x, y)
 
     def _block(self, layer: int, x: Tensor, y: Tensor, rope: Rope, memory: Stateless) -> tuple[Tensor, Tensor]:
-        """The layer's outputs, of the original for x and, once its weights are rounded, of the quantised for y."""
+        """Quantize a layer; return its original output for x and its quantized output for y."""
         name = f"layers.{layer}"
         block = TransformerBlock(self.checkpoint.args, dtype=self.dtype, device="meta")
         keys = list(block.state_dict())
@@ -156,9 +168,9 @@ class _Stream:
         x = block(x, rope, memory)
         if self.calibration is None:
             replace_linears(block, self._rounded)
-        else:  # which changes the norms too
+        else:  # calibration also changes the norms
             self.calibration = calibrate_block(block, self.calibration, self.checkpoint.args, self.scheme)
-        fuse(block)
+        block = fused(block)
         self._put_all(name, block)
         for key in keys:
             self.checkpoint.tensors[f"{name}.{key}"].release()
@@ -169,27 +181,27 @@ class _Stream:
         return self.scheme.linear(linear.weight, name)
 
     def _head(self, x: Tensor, y: Tensor) -> Comparison:
-        """The last norm and the output, and from the logits of both the distance."""
+        """Quantize the output layer and compare the logits of both models."""
         held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # a tied output
         weights = [self.checkpoint.read(name, self.dtype) for name in ("norm.weight", held)]
-        (norm, linear), (fused, plain) = self._last(*weights), self._last(*weights)
+        (norm, linear), (scaled, plain) = self._last(*weights), self._last(*weights)
         if self.calibration is None:
             rounded = self._rounded(plain, "output")
         else:
-            rounded = calibrate_output(fused, plain, self.calibration, self.scheme)
-        fuse(fused)
-        self._put_all("norm", fused)
+            rounded = calibrate_output(scaled, plain, self.calibration, self.scheme)
+        scaled = fused(scaled)
+        self._put_all("norm", scaled)
         self._put_all("output", rounded)
         comparison = Comparison()
-        last = x.shape[1] - 1  # the last token of a row has nothing to predict
+        last = x.shape[1] - 1  # the last token of a row has no target
         places = (t[:, :last].flatten(0, 1).split(ROWS) for t in (x, y, self.tokens[:, 1:, None]))
         for a, b, targets in zip(*places, strict=True):
-            comparison.add(linear(norm(a)), rounded(fused(b)), targets[:, 0])
+            comparison.add(linear(norm(a)), rounded(scaled(b)), targets[:, 0])
         self.checkpoint.tensors[held].release()
         return comparison
 
     def _last(self, norm: Tensor, output: Tensor) -> tuple[RMSNorm, nn.Linear]:
-        """The last norm and the output with these weights."""
+        """Return the final norm and the output layer with these weights."""
         args = self.checkpoint.args
         made = (
             RMSNorm(args.dim, args.norm_eps, dtype=self.dtype, device="meta"),
@@ -206,10 +218,10 @@ class _Stream:
 
 @contextlib.contextmanager
 def _tensor_file(path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Progress | None) -> Iterator[Put]:
-    """A safetensors file for tensors like these (of meta or not); what is yielded puts one in its place.
+    """Yield a function that writes tensors, in any order, to a preallocated safetensors file.
 
-    In any order: places are known from the start. Those that fill whole lines of 64 bytes come first, so that all
-    of them, and in a model of ordinary sizes all there are, begin with one.
+    `tensors` gives types and shapes and may be on meta. Tensors of a multiple of 64 bytes come first, so that each
+    of them (all tensors, in a model of ordinary sizes) is aligned to 64 bytes.
     """
     order = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT != 0, -tensors[n].dtype.itemsize))
     header = header_of((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order)
@@ -239,7 +251,7 @@ def _tensor_file(path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Pr
 def _write_rest(
     folder: pathlib.Path, args: ModelArgs, dtype: torch.dtype, record: Record, source: pathlib.Path | None
 ) -> None:
-    """All but the weights; the configuration last, without which nothing opens."""
+    """Write all files but the weights; the configuration last, since nothing opens without it."""
     copy_beside(source, folder, "huggingface")
     if not (folder / "generation_config.json").exists():
         write_json(folder / "generation_config.json", huggingface.GENERATION)

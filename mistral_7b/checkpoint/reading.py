@@ -1,7 +1,7 @@
-"""A folder or a file -> a Checkpoint whose every tensor has been checked, unread -> a model.
+"""Open a folder or file as a Checkpoint (validated, not loaded) and build the model.
 
-Formats are told by content: a configuration by its fields, weights by the names of their tensors.
-File names only say where to look first, in the order in which transformers looks.
+Formats are detected by content: a configuration by its fields, weights by their tensor names. File names
+only set the search order, which is that of transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, QuantizationError
+from ..kernels.backend import weight_layout
 from ..model import Mistral7B, ModelArgs
 from ..quantization.fused import fuse
 from ..quantization.gpu import to_gpu
@@ -31,17 +32,17 @@ CONFIGS = {"huggingface": "config.json", "mistral": "params.json"}
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Weights on disk that fit their configuration; nothing of them has been read yet."""
+    """Weights on disk, validated against their configuration; data is not loaded."""
 
-    folder: pathlib.Path  # where the tokenizer lies too: of GGUF, the file itself
+    folder: pathlib.Path  # also holds the tokenizer; for GGUF, the file itself
     args: ModelArgs
     format: str  # the layout of the weights: "huggingface", "mistral" or "gguf"
-    tensors: Mapping[str, Stored]  # by Mistral's names
+    tensors: Mapping[str, Stored]  # keyed by Mistral's names
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor in Mistral's layout: a view of the mapped file where nothing has to change, else a copy.
+        """Load one tensor in Mistral's layout: a view of the mapped file if possible, else a copy.
 
-        Of what was copied nothing stays in memory but the copy.
+        After a copy, the source pages are released.
         """
         stored = self.tensors[name]
         if isinstance(stored, gguf.StoredBlocks):
@@ -54,9 +55,10 @@ class Checkpoint:
         return tensor
 
     def blocks(self, name: str) -> tuple[str, Tensor, Tensor] | None:
-        """What a GGUF file holds of a tensor (N, K) in "Q8_0" or "Q4_0": w = d (q - z), z 128 or 8.
+        """Return the GGUF blocks of a (N, K) matrix in "Q8_0" or "Q4_0"; None for other types.
 
-        Returns the kind, d (N, K/32) float16 and q (N, K) uint8, copies; None if it is stored otherwise.
+        The value is (kind, d, q): scales d (N, K/32) float16 and codes q (N, K) uint8, both copies. The weight is
+        d (q - z) with zero point z 128 (Q8_0) or 8 (Q4_0).
         """
         stored = self.tensors[name]
         if not isinstance(stored, gguf.StoredBlocks) or not self.keeps_blocks(name):
@@ -66,12 +68,12 @@ class Checkpoint:
         return stored.kind.name, d, q
 
     def keeps_blocks(self, name: str) -> bool:
-        """Whether `blocks` would give any."""
+        """Return whether `blocks` is not None for this tensor."""
         stored = self.tensors[name]
         return isinstance(stored, gguf.StoredBlocks) and stored.kept
 
     def nbytes(self) -> int:
-        """The size of all weights, in bytes."""
+        """Return the size of all weights, in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
 
 
@@ -83,20 +85,20 @@ def load(
     quantization: str | Scheme | None = None,
     mmap: bool = True,
 ) -> Mistral7B:
-    """The model in a folder or file, or of a hub id, with its weights as `dtype` on `device`.
+    """Load the model from a folder, a file or a hub id, with weights of `dtype` on `device`.
 
-    `quantization` ("int8", "int4", "bf16", "fp8") rounds the weights while they are read; schemes.py says what
-    each is and where it runs. A folder that `mistral-7b quantize` wrote is opened as what it is, on a GPU too,
-    and `dtype` is then that of the arithmetic.
+    `quantization` ("int8", "int4", "bf16", "fp8") quantizes the weights during loading; schemes.py describes
+    the schemes and the devices they support. A folder written by `mistral-7b quantize` is loaded with its own
+    scheme, on CPU or GPU; `dtype` is then the compute type.
 
-    `mmap=False` copies quantised weights from their file into huge pages (kernels/pages.py): a CPU reads those
-    faster, but opening takes seconds, and processes share nothing.
+    `mmap=False` copies quantized weights into huge pages (kernels/cpu/huge_pages.py). A CPU reads those faster,
+    but loading takes seconds and the memory is not shared between processes.
 
-    On a CPU, weights whose type and layout are those of the file stay mapped: they are read when first
-    used and shared between processes (the file may be replaced meanwhile, but not written into). All
-    others are copied one at a time, so that loading never holds the model twice. Raises CheckpointError
-    for whatever is wrong with the files, HubError for a download, QuantizationError for a scheme that cannot
-    be had; there is no partial model.
+    On a CPU, weights stored with the requested type and layout stay memory-mapped: they are loaded on first use
+    and shared between processes. The file may be replaced while in use, but not modified in place. All other
+    weights are copied one at a time, so that loading never holds the model twice. Raises CheckpointError for
+    invalid files, HubError for a failed download, QuantizationError for an unsupported scheme; a partial model
+    is never returned.
     """
     path = hub.resolve(source)
     if (record := quantized.read_record(path)) is not None:
@@ -107,7 +109,7 @@ def load(
     if quantization is not None:
         return _quantize(checkpoint, Scheme.of(quantization), dtype, device)
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
-    kept = _keep_blocks(model, checkpoint) if torch.device(device).type == "cpu" else set()
+    kept = _keep_blocks(model, checkpoint) if weight_layout(device) == "tiles" else set()
     weights = {name: checkpoint.read(name, dtype, device) for name in checkpoint.tensors if name not in kept}
     if checkpoint.args.tie_embeddings and OUTPUT not in kept:
         weights[OUTPUT] = weights[EMBEDDING]
@@ -121,14 +123,14 @@ def load(
 
 
 def _keep_blocks(model: Mistral7B, checkpoint: Checkpoint) -> set[str]:
-    """Put GGUF's blocks, with which the kernels multiply as they stand, in the Linears' place: their names."""
+    """Replace Linears by BlockLinears on GGUF's blocks, without repacking; return their names."""
 
     def held(name: str) -> str:
         return f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else EMBEDDING  # a tied output
 
     def build(linear: nn.Module, name: str) -> nn.Module:
         blocks = checkpoint.blocks(held(name))
-        assert blocks is not None  # as picked below
+        assert blocks is not None  # guaranteed by `kept`
         kind, d, q = blocks
         return BlockLinear(d, q, 8 if kind == "Q8_0" else 4)
 
@@ -141,23 +143,23 @@ def _keep_blocks(model: Mistral7B, checkpoint: Checkpoint) -> set[str]:
 def _open_quantized(
     path: pathlib.Path, record: quantized.Record, dtype: torch.dtype, device: torch.device | str, mmap: bool
 ) -> Mistral7B:
-    """The model of a quantised folder, or of a file of weights in one."""
+    """Load a quantized folder, or the weight file of one."""
     folder = path if path.is_dir() else path.parent
     args, _ = _read_config(folder)
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
-    on_cpu = torch.device(device).type == "cpu"
-    model = quantized.build(path, args, record.scheme, raw, dtype, mmap or not on_cpu)
-    if not on_cpu:
+    tiles = weight_layout(device) == "tiles"
+    model = quantized.build(path, args, record.scheme, raw, dtype, mmap or not tiles)
+    if not tiles:
         to_gpu(model, device)
     model.source = folder
     return model
 
 
 def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device: torch.device | str) -> Mistral7B:
-    """The model of a checkpoint, each weight rounded when it is read and let go before the next."""
+    """Load a checkpoint, quantizing one weight at a time."""
     scheme.check_device(device)
     if scheme.name == "bf16" and dtype != torch.bfloat16:
-        raise QuantizationError(f"quantisation 'bf16' computes in bfloat16, and not in {dtype}")
+        raise QuantizationError(f"quantisation 'bf16' computes in bfloat16, and not in {dtype}", field="dtype")
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
 
     def build(linear: nn.Module, name: str) -> nn.Module:
@@ -171,7 +173,7 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
         embedding = Int8Embedding.from_weight(checkpoint.read(EMBEDDING, dtype))
         model.set_submodule("tok_embeddings", embedding.to(device))
         checkpoint.tensors[EMBEDDING].release()
-    # Norms, and an embedding that is not rounded
+    # The norms, and the embedding unless it is quantized
     left = [name for name in model.state_dict() if name in checkpoint.tensors and name not in made]
     weights = {name: checkpoint.read(name, dtype, device) for name in left}
     model.load_state_dict(weights, strict=False, assign=True)
@@ -181,9 +183,9 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
 
 
 def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
-    """The configuration in a folder (or beside a file) and the name of its format; no weights are read.
+    """Return the configuration and format of a folder or file, without loading weights.
 
-    The format is "huggingface", "mistral", or "quantized" (`quantized.read_record` tells more of that).
+    The format is "huggingface", "mistral", "gguf" or "quantized" (see `quantized.read_record`).
     """
     path = _existing(path)
     if file := _gguf_of(path):
@@ -195,24 +197,29 @@ def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Find and check the weights and configuration in a folder, or of a file and its configuration beside it."""
+    """Find and validate the weights and configuration of a folder or file."""
     path = _existing(path)
     if file := _gguf_of(path):
         return _open_gguf(file)
     if (record := quantized.read_record(path)) is not None:
-        raise CheckpointError(f"{path}: is quantised, as {record.scheme}: take the original, which lost nothing")
+        raise CheckpointError(
+            f"is quantised, as {record.scheme}",
+            field="quantization_config",
+            place=path,
+            hint="take the original, which lost nothing",
+        )
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
     layout = layout_of(raw)
     if layout not in CONFIGS:
         name = next(iter(raw), None)
-        raise CheckpointError(f"{path}: no tensor has a name of Mistral 7B's (the first is {name!r})")
+        raise CheckpointError(f"no tensor has a name of Mistral 7B's (the first is {name!r})", place=path)
     args, _ = _read_config(folder, prefer=layout)
     return Checkpoint(folder, args, layout, _fit(path, raw, layout, args))
 
 
 def _gguf_of(path: pathlib.Path) -> pathlib.Path | None:
-    """The GGUF file that is meant: `path` by its content, or the only weights in that folder."""
+    """Return `path` if it is a GGUF file, or a folder's GGUF file if it has no other weights."""
     if path.is_dir() and (groups := hub.weight_groups(entry.name for entry in path.iterdir())):
         path = path / groups[0].door
     return path if path.is_file() and is_gguf(path) else None
@@ -226,15 +233,15 @@ def _open_gguf(path: pathlib.Path) -> Checkpoint:
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointError("no such file or folder", place=path)
     return path
 
 
 def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[ModelArgs, str]:
-    """The configuration in a folder; of two, that which goes with weights of format `prefer`."""
+    """Return the configuration of a folder and its format; `prefer` decides between two."""
     found = [folder / name for name in CONFIGS.values() if (folder / name).is_file()]
     if not found:
-        raise CheckpointError(f"{folder}: holds neither config.json nor params.json, so it is not a checkpoint")
+        raise CheckpointError("holds neither config.json nor params.json, so it is not a checkpoint", place=folder)
     configs = {}
     for path in found:
         data = config.read_json(path)
@@ -243,37 +250,39 @@ def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[Mod
         elif huggingface.recognise(data):
             configs["huggingface"] = (path, data)
         else:
-            raise CheckpointError(f"{path}: neither Hugging Face's nor Mistral's configuration of a model")
+            raise CheckpointError("neither Hugging Face's nor Mistral's configuration of a model", place=path)
     format = prefer if prefer in configs else next(iter(configs))
     reader = mistral if format == "mistral" else huggingface
     return reader.read(*configs[format]), format
 
 
 def _find_weights(folder: pathlib.Path) -> dict[str, Stored]:
-    """The weights of a folder. Of the two copies in v0.3's repositories, the first that is whole."""
+    """Return the tensors of a folder: those of the first complete weight group."""
     groups = hub.weight_groups(entry.name for entry in folder.iterdir())
     if not groups:
         raise CheckpointError(
-            f"{folder}: holds no weights (*.safetensors, consolidated.00.pth, pytorch_model.bin)"
+            "holds no weights (*.safetensors, consolidated.00.pth, pytorch_model.bin)", place=folder
         )
-    # If none is whole, opening the first says what it lacks.
+    # If no group is complete, opening the first raises the error that names the missing file.
     group = next((g for g in groups if hub.is_whole(folder, g)), groups[0])
     return _read_weights(folder / group.door)
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
-    """Tensor -> the file in the same folder that holds it."""
+    """Return the `weight_map` of an index: tensor name -> file name in the same folder."""
     table = config.read_json(path).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
-        raise CheckpointError(f"{path}: no 'weight_map' from tensors to files")
+        raise CheckpointError("no 'weight_map' from tensors to files", place=path)
     for tensor, file in table.items():
         if file != os.path.basename(file) or file in ("", ".", "..") or "\\" in file or "\0" in file:
-            raise CheckpointError(f"{path}: puts tensor {tensor!r} in {file!r}, outside its own folder")
+            raise CheckpointError(
+                f"puts tensor {tensor!r} in {file!r}, outside its own folder", field=tensor, place=path
+            )
     return table
 
 
 def _read_weights(path: pathlib.Path) -> dict[str, Stored]:
-    """All tensors of one file, or of the shards that an index names."""
+    """Return the tensors of one file, or of all shards in an index."""
     if not path.name.endswith(".json"):
         return read_file(path)
     index = _read_index(path)
@@ -281,52 +290,53 @@ def _read_weights(path: pathlib.Path) -> dict[str, Stored]:
     for shard in dict.fromkeys(index.values()):
         if not (path.parent / shard).is_file():
             first = next(tensor for tensor, file in index.items() if file == shard)
-            raise CheckpointError(f"{path.parent / shard}: missing, with tensor {first!r}; {path.name} names it")
+            raise CheckpointError(
+                f"missing, with tensor {first!r}; {path.name} names it", field=first, place=path.parent / shard
+            )
         for name, stored in read_file(path.parent / shard).items():
-            if (place := index.get(name)) != shard:  # in two shards, or in none by the index
-                raise CheckpointError(f"{stored.path}: holds tensor {name!r}, which {path.name} puts in {place!r}")
+            if (place := index.get(name)) != shard:  # in two shards, or not in the index
+                raise CheckpointError(
+                    f"holds tensor {name!r}, which {path.name} puts in {place!r}", field=name, place=stored.path
+                )
             out[name] = stored
     for name, shard in index.items():
         if name not in out:
-            raise CheckpointError(f"{path.parent / shard}: lacks tensor {name!r}, which {path.name} says it holds")
+            raise CheckpointError(
+                f"lacks tensor {name!r}, which {path.name} says it holds", field=name, place=path.parent / shard
+            )
     return out
 
 
 def _fit(path: pathlib.Path, raw: dict[str, Stored], layout: str, args: ModelArgs) -> dict[str, Stored]:
-    """The tensors by Mistral's names, in the order of the forward pass, each there and of the right shape."""
+    """Return the tensors by Mistral's names in forward order, after checking names and shapes."""
     have = {}
     for name, stored in raw.items():
         if DERIVED.fullmatch(name):
             continue
         ours = rename(name, layout, "mistral")
         if ours is None:
-            raise CheckpointError(f"{stored.path}: tensor {name!r} is unknown: this is not a plain Mistral 7B")
+            raise stored.fault("is unknown: this is not a plain Mistral 7B")
         have[ours] = stored
     out = {}
     for ours, shape in expected(args):
         if ours not in have:
             if ours == OUTPUT and args.tie_embeddings:
                 continue
-            raise CheckpointError(f"{path}: tensor {rename(ours, 'mistral', layout)!r} is missing")
+            theirs = rename(ours, "mistral", layout)
+            raise CheckpointError(f"tensor {theirs!r} is missing", field=theirs, place=path)
         stored = have.pop(ours)
         if not stored.dtype.is_floating_point:
-            raise CheckpointError(f"{stored.path}: tensor {stored.name!r} is of {stored.dtype}, no plain float")
+            raise stored.fault(f"is of {stored.dtype}, no plain float")
         if stored.shape != shape:
-            raise CheckpointError(
-                f"{stored.path}: tensor {stored.name!r} is of shape {stored.shape}; its configuration says {shape}"
-            )
+            raise stored.fault(f"is of shape {stored.shape}; its configuration says {shape}")
         out[ours] = stored
     if have:
         stored = next(iter(have.values()))
-        raise CheckpointError(
-            f"{stored.path}: tensor {stored.name!r} lies beyond the {args.n_layers} layers of its configuration"
-        )
+        raise stored.fault(f"lies beyond the {args.n_layers} layers of its configuration")
     if args.tie_embeddings and OUTPUT in out:
         extra = out.pop(OUTPUT)
         if not torch.equal(extra.view(), out[EMBEDDING].view()):
-            raise CheckpointError(
-                f"{extra.path}: tensor {extra.name!r} differs from the embedding, to which it should be tied"
-            )
+            raise extra.fault("differs from the embedding, to which it should be tied")
         extra.release()
         out[EMBEDDING].release()
     return out

@@ -1,12 +1,12 @@
-"""Tensors where they lie in their files: name, type, shape and place are known, bytes are not read.
+"""Tensors in memory-mapped files, with known name, dtype, shape and offset.
 
-A file is mapped once, privately (writing to a tensor never reaches the file), and a tensor is a view of
-the map. Its pages come into memory when touched and leave when `release` is called, so that copying a
-checkpoint tensor by tensor never holds it twice. Both containers are the same in this view:
+A file is mapped once, privately (writing to a tensor never changes the file), and each tensor is a view of
+the mapping. Pages are loaded when touched and dropped by `release`, so that copying a checkpoint one tensor
+at a time never holds it twice. Two containers are supported:
 
-    safetensors                    an 8-byte length, a JSON header of names and offsets, the bytes
-    PyTorch's pickle in a zip      opened with `weights_only=True` on the meta device, which runs no code
-                                   from the file and gives each storage's offset in it
+    safetensors           an 8-byte header length, a JSON header of names and offsets, then the data
+    PyTorch's zip pickle  opened with `weights_only=True` on the meta device: runs no code from the file, and
+                          gives the offset of each storage
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "U8": torch.uint8, "I8": torch.int8,  # of quantised weights
+    "U8": torch.uint8, "I8": torch.int8,  # quantized weights only
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-FLOATS = {dtype for dtype in CODES if dtype.is_floating_point}  # of weights that are not quantised
+FLOATS = {dtype for dtype in CODES if dtype.is_floating_point}  # dtypes of unquantized weights
 
 
 class MappedFile:
-    """A file of weights, mapped when its first tensor is read."""
+    """A weight file, memory-mapped when its first tensor is read."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
@@ -46,19 +46,19 @@ class MappedFile:
                 with self.path.open("rb") as f:
                     self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
             except (OSError, ValueError) as e:
-                raise CheckpointError(f"{self.path}: cannot be mapped into memory ({e})") from e
+                raise CheckpointError(f"cannot be mapped into memory ({e})", place=self.path) from e
         return self._map
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor in a file."""
+    """One tensor in a file, not yet loaded."""
 
     file: MappedFile
-    name: str  # as the file calls it
+    name: str  # the name in the file
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int  # bytes from the file's beginning
+    offset: int  # bytes from the start of the file
     stride: tuple[int, ...] | None = None  # in elements; None: contiguous
 
     @property
@@ -70,27 +70,31 @@ class Stored:
         """The size of the tensor's values, in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def fault(self, what: str, **more: str) -> CheckpointError:
+        """Return a CheckpointError about this tensor."""
+        return CheckpointError(f"tensor {self.name!r} {what}", field=self.name, place=self.path, **more)
+
     def _elements(self) -> int:
-        """How many elements of the file the tensor reaches over."""
+        """Return the number of elements of the file that the tensor spans."""
         if self.stride is None:
             return torch.Size(self.shape).numel()
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
 
     def view(self) -> Tensor:
-        """The tensor as a view of the mapped file (writable, but never back to the file)."""
+        """Return the tensor as a view of the mapped file; writes to it never reach the file."""
         mapped = self.file.map()
         count = self._elements()
         if self.offset + count * self.dtype.itemsize > len(mapped):
-            raise CheckpointError(f"{self.path}: ends before tensor {self.name!r} does; fetch the file again")
+            raise self.fault("lies beyond the end of the file", hint="fetch it again")
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=count * self.dtype.itemsize, offset=self.offset)
-        if raw.data_ptr() % self.dtype.itemsize:  # a file whose header is padded to no boundary
+        if raw.data_ptr() % self.dtype.itemsize:  # the header is not padded, so the data is unaligned
             raw = raw.clone()
             self.release()
         flat = raw.view(self.dtype)
         return flat.view(self.shape) if self.stride is None else flat.as_strided(self.shape, self.stride)
 
     def release(self) -> None:
-        """Let the system take the tensor's pages back; touched again, they are read again."""
+        """Let the operating system drop the tensor's pages; the next access loads them again."""
         mapped = self.file.map()
         if hasattr(mapped, "madvise"):
             begin = self.offset - self.offset % mmap.PAGESIZE
@@ -98,12 +102,12 @@ class Stored:
 
 
 def read_file(path: pathlib.Path) -> dict[str, Stored]:
-    """What a file of weights holds, by its content whatever it is called. CheckpointError if it is damaged."""
+    """Return the tensors of a weight file by its content. CheckpointError if it is damaged."""
     try:
         with path.open("rb") as f:
             head = f.read(8)
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e})") from e
+        raise CheckpointError(f"cannot be read ({e.strerror or e})", place=path) from e
     return _read_pickle(path) if head[:4] == b"PK\x03\x04" else _read_safetensors(path, head)
 
 
@@ -115,16 +119,20 @@ def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
             (length,) = struct.unpack("<Q", f.read(8))
             header: dict[str, Any] = json.loads(f.read(length), object_pairs_hook=_no_name_twice)
     except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from e
+        raise CheckpointError.of(e, place=path) from e
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError, struct.error) as e:
-        if head[:1] == b"\x80" and head[2:] != bytes(6):  # no header's length: how pickles begin
-            raise CheckpointError(f"{path}: a pickle of PyTorch before 1.6; save it as safetensors") from e
-        raise CheckpointError(f"{path}: damaged or cut short ({e}); fetch the file again") from e
+        if head[:1] == b"\x80" and head[2:] != bytes(6):  # a pickle's first bytes, not a plausible header length
+            raise CheckpointError(
+                "a pickle of PyTorch before 1.6", place=path, hint="save it as safetensors"
+            ) from e
+        raise CheckpointError(f"damaged or cut short ({e})", place=path, hint="fetch the file again") from e
     header.pop("__metadata__", None)
     file, out = MappedFile(path), {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: tensor {name!r} is of type {entry['dtype']}, which no weight is of")
+            raise CheckpointError(
+                f"tensor {name!r} is of type {entry['dtype']}, which no weight is of", field=name, place=path
+            )
         begin = 8 + length + entry["data_offsets"][0]
         out[name] = Stored(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
     return out
@@ -134,7 +142,8 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
-        raise CheckpointError(f"tensor {next(n for n in names if names.count(n) > 1)!r} is named twice")
+        twice = next(n for n in names if names.count(n) > 1)
+        raise CheckpointError(f"tensor {twice!r} is named twice", field=twice)
     return out
 
 
@@ -142,22 +151,30 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
     try:
         tensors = torch.load(path, map_location="meta", weights_only=True)
         starts = _storage_offsets(path)
-    # Damaged pickles fail in every way there is; what is certain is that nothing in them was run.
+    # A damaged pickle can raise any exception; `weights_only` guarantees that no code ran.
     except Exception as e:
-        reason = str(e).split("\n")[0]
         raise CheckpointError(
-            f"{path}: refused. It is damaged, or holds more than tensors, which could run code on your machine "
-            f"({type(e).__name__}: {reason}). Use a safetensors file"
+            "refused. It is damaged, or holds more than tensors, which could run code on your machine "
+            f"({type(e).__name__}: {first_line(e)})",
+            place=path,
+            hint="use a safetensors file",
         ) from e
     file, out = MappedFile(path), {}
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"{path}: holds a {type(tensors).__name__} where a table of tensors belongs")
+        raise CheckpointError(f"holds a {type(tensors).__name__} where a table of tensors belongs", place=path)
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in FLOATS):
-            raise CheckpointError(f"{path}: entry {str(name)[:80]!r} is not a tensor of plain floats")
+            raise CheckpointError(
+                f"entry {str(name)[:80]!r} is not a tensor of plain floats", field=str(name)[:80], place=path
+            )
         start = tensor.untyped_storage()._checkpoint_offset
         if start not in starts:
-            raise CheckpointError(f"{path}: tensor {name!r} is not stored plainly; save it again with torch.save")
+            raise CheckpointError(
+                f"tensor {name!r} is not stored plainly",
+                field=name,
+                place=path,
+                hint="save it again with torch.save",
+            )
         offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
         stride = None if tensor.is_contiguous() else tensor.stride()
         out[name] = Stored(file, name, tensor.dtype, tuple(tensor.shape), offset, stride)
@@ -165,12 +182,12 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
 
 
 def _storage_offsets(path: pathlib.Path) -> set[int]:
-    """Where the uncompressed entries of a zip file begin, in bytes."""
+    """Return the byte offsets of the uncompressed entries of a zip file."""
     out = set()
     with zipfile.ZipFile(path) as archive, path.open("rb") as f:
         for entry in archive.infolist():
             if entry.compress_type == zipfile.ZIP_STORED:
-                f.seek(entry.header_offset + 26)  # the local header: 30 bytes, then name and padding
+                f.seek(entry.header_offset + 26)  # local header: 30 bytes, then the name and padding
                 name, extra = struct.unpack("<HH", f.read(4))
                 out.add(entry.header_offset + 30 + name + extra)
     return out

@@ -1,7 +1,7 @@
-"""A model or a checkpoint -> a folder (or GGUF's one file) that others open, a tensor at a time.
+"""Write a model or checkpoint as a folder (or one GGUF file), one tensor at a time.
 
-The folder is written beside its place and renamed when it is whole; its configuration is written last,
-so that what an interrupted run leaves behind opens for nobody.
+The folder is written under a temporary name and renamed when it is complete. Its configuration is written
+last, so that the remains of an interrupted run cannot be opened.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from .names import EMBEDDING, OUTPUT, expected, half_split, rename, rotated_head
 from .reading import open_checkpoint
 from .stored import CODES, Stored
 
-Progress = Callable[[int, int, str], None]  # bytes written, bytes in all, the tensor just written
+Progress = Callable[[int, int, str], None]  # bytes written, total bytes, name of the tensor just written
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-ALIGNMENT = 64  # bytes: tensors of a file that is mapped begin where vector loads like it
+ALIGNMENT = 64  # bytes: alignment of mapped tensors, for aligned vector loads
 
 
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
-    """One tensor to be written: by Mistral's name, its data fetched only when its turn comes."""
+    """One tensor to write: its name in Mistral's layout, and a function that loads its data."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     fetch: Callable[[], Tensor]  # in Mistral's layout
-    release: Callable[[], None] = lambda: None  # called when it has been written
-    stored: Stored | None = None  # where it lies in a file, if it does: quantised blocks are copied from there
+    release: Callable[[], None] = lambda: None  # called after the tensor is written
+    stored: Stored | None = None  # the source file's tensor, if any: quantized blocks are copied unchanged
 
     @property
     def nbytes(self) -> int:
-        """The size of the tensor's values, in bytes."""
+        """The size of the data, in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -67,40 +67,47 @@ def save(
     distance: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model as transformers ("huggingface"), mistral-inference ("mistral") or llama.cpp ("gguf") loads it,
-    or "quantized".
+    """Write a model in format "huggingface", "mistral", "gguf" or "quantized".
 
-    `path` must not exist, or be an empty folder; GGUF is one file, `type` that of its matrices: "f32", "f16",
-    "bf16", "q8_0", "q4_0", or None for the model's own. `max_shard_size` is in bytes or like "5GB"; Mistral's
-    layout is one file whatever its size. The tokenizer is taken along from where the model was opened.
-    Raises CheckpointError if a weight has no data, or is not one of a plain Mistral 7B (merge an
-    adapter, or save before quantising).
+    These load in transformers, mistral-inference, llama.cpp and this package. `path` must not exist or be an
+    empty folder. `max_shard_size` is in bytes or like "5GB"; Mistral's layout is always one file. GGUF is one
+    file; `type` is the type of its matrices: "f32", "f16", "bf16", "q8_0", "q4_0", or None for the model's own.
+    The tokenizer is copied from the model's source. Raises CheckpointError if a weight has no data or does not
+    belong to a plain Mistral 7B (merge adapters and save before quantizing).
 
-    A model of int8 or int4 modules is "quantized", one file too, with its measured `distance` from the original
-    and how it was calibrated (see quantized.Record); QuantizationError without.
+    A model of int8 or int4 modules is saved as "quantized", with its measured `distance` from the original and
+    its `calibration` (see quantized.Record). Raises QuantizationError without a distance.
     """
     if format == "quantized":
-        from .quantizing import save_quantized  # which stands on this module
+        from .quantizing import save_quantized  # it imports this module
 
         save_quantized(model, path, distance, calibration, progress)
         return
     if distance is not None or calibration is not None:
-        raise CheckpointError(f"format {format!r} has no place for a distance or calibration: 'quantized' has")
+        raise CheckpointError(
+            f"format {format!r} has no place for a distance or calibration: 'quantized' has", field="format"
+        )
     if scheme_of(model) is not None:
         raise CheckpointError(
-            f"the model is quantised, which format {format!r} cannot say: save it as 'quantized'"
+            f"the model is quantised, which format {format!r} cannot say",
+            field="format",
+            hint="save it as 'quantized'",
         )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     plain = dict(expected(model.args))
     for name, value in state.items():
         if name not in plain or tuple(value.shape) != plain[name]:
-            raise CheckpointError(f"{name!r} {tuple(value.shape)} is no weight of a plain Mistral 7B; not saved")
+            raise CheckpointError(
+                f"{name!r} {tuple(value.shape)} is no weight of a plain Mistral 7B; not saved", field=name
+            )
         if value.is_meta:
-            raise CheckpointError(f"{name!r} is on the meta device and has no data to save")
+            raise CheckpointError(f"{name!r} is on the meta device and has no data to save", field=name)
         if value.dtype not in CODES:
-            raise CheckpointError(f"{name!r} is of type {value.dtype}: cannot be saved")
+            raise CheckpointError(f"{name!r} is of type {value.dtype}: cannot be saved", field=name)
     if missing := [name for name in plain if name not in state]:
-        raise CheckpointError(f"the model lacks {missing[0]!r}: quantised or adapted, it cannot be saved")
+        raise CheckpointError(
+            f"the model lacks {missing[0]!r}: quantised or adapted, it cannot be saved", field=missing[0]
+        )
     outgoing = [
         Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
         for name, shape in plain.items()
@@ -116,16 +123,16 @@ def convert(
     progress: Progress | None = None,
     type: str | None = None,
 ) -> None:
-    """Write the checkpoint `source` (folder, file or hub id) as format `to` into the folder (or file) `out`.
+    """Convert the checkpoint `source` (folder, file or hub id) to format `to` at `out`.
 
-    Values keep their type and bits, but for what GGUF's `type` asks (see `save`) and for quantised tensors,
-    of which other formats get the values they stand for. No more than a tensor or two is in memory at a
-    time. `out` must not exist, or be empty. `progress(done, total, name)` is called after each tensor, in bytes.
+    Values keep their type and bits, except for GGUF's `type` (see `save`) and for quantized tensors, which other
+    formats store dequantized. At most two tensors are in memory at a time. `out` must not exist or be an empty
+    folder. `progress(done, total, name)` is called after each tensor, in bytes.
     """
     checkpoint = open_checkpoint(hub.resolve(source))
     outgoing = []
     for name, shape in expected(checkpoint.args):
-        held = name if name in checkpoint.tensors else EMBEDDING  # a tied output is stored once
+        held = name if name in checkpoint.tensors else EMBEDDING  # a tied output is stored once, as the embedding
         stored = checkpoint.tensors[held]
         dtype = stored.dtype if checkpoint.format != "gguf" else gguf.plain_dtype(stored, checkpoint.tensors)
         fetch = functools.partial(checkpoint.read, held, dtype)
@@ -149,7 +156,7 @@ def _write(
         gguf_writing.write(out, args, outgoing, type, source, _teller(outgoing, progress))
     elif type is not None:
         raise CheckpointError(
-            f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights"
+            f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights", field="type"
         )
     else:
         _write_folder(out, args, format, outgoing, max_shard_size, source, progress)
@@ -165,7 +172,9 @@ def _write_folder(
     progress: Progress | None,
 ) -> None:
     if format not in ("huggingface", "mistral"):
-        raise CheckpointError(f"format {format!r} is not known: 'huggingface', 'mistral', 'gguf' or 'quantized'")
+        raise CheckpointError(
+            f"format {format!r} is not known: 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
+        )
     limit = _bytes(max_shard_size)
     with new_folder(out, sum(t.nbytes for t in outgoing)) as partial:
         _write_weights(partial, args, format, outgoing, limit, progress)
@@ -175,9 +184,10 @@ def _write_folder(
 
 @contextlib.contextmanager
 def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
-    """A folder beside `out` to write `needed` bytes into; it becomes `out` when all is well, else it goes.
+    """Yield a temporary folder for `needed` bytes; rename it to `out` on success.
 
-    CheckpointError if `out` is there and not empty, WriteError if there is no room or writing fails.
+    On an error it is removed. Raises CheckpointError if `out` exists and is not empty, WriteError if the disk is
+    full or writing fails.
     """
     _check_room(out, needed)
     partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
@@ -185,7 +195,7 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
         partial.mkdir(parents=True)
         yield partial
         if out.exists():
-            out.rmdir()  # empty, as checked; not everywhere can a folder be renamed onto another
+            out.rmdir()  # empty, as checked; some systems cannot rename onto a folder
         os.replace(partial, out)
     except Exception as error:
         raise_refusal(error, out, partial)
@@ -196,22 +206,24 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
 
 def _check_room(out: pathlib.Path, needed: int) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists already; name a new folder, or remove that one")
+        raise CheckpointError("exists already", place=out, hint="name a new folder, or remove that one")
     check_room(out, needed)
 
 
 def _bytes(size: int | str) -> int:
-    """A size in bytes, from a number or a text such as "5GB" (10^9) or "5GiB" (2^30)."""
+    """Parse a size in bytes from a number or a string such as "5GB" (10^9) or "5GiB" (2^30)."""
     if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())):
         number, unit = found.groups()
         size = int(float(number) * UNITS[unit.upper()]) if unit.upper() in UNITS else 0
     if not isinstance(size, int) or size <= 0:
-        raise CheckpointError(f'max_shard_size {size!r} is no size: bytes, or like "5GB" or "500MB"')
+        raise CheckpointError(
+            f'max_shard_size {size!r} is no size: bytes, or like "5GB" or "500MB"', field="max_shard_size"
+        )
     return size
 
 
 def _teller(outgoing: list[Outgoing], progress: Progress | None) -> Callable[[Outgoing], None]:
-    """What to call when a tensor has been written: it counts the bytes and tells `progress`."""
+    """Return a callback for written tensors that counts bytes and calls `progress`."""
     done, total = 0, sum(t.nbytes for t in outgoing)
 
     def tell(tensor: Outgoing) -> None:
@@ -231,7 +243,7 @@ def _write_weights(
     limit: int,
     progress: Progress | None,
 ) -> None:
-    """All tensors: one file in Mistral's layout, in Hugging Face's shards of at most `limit` bytes."""
+    """Write all tensors: one file in Mistral's layout, else shards of at most `limit` bytes."""
     tell = _teller(outgoing, progress)
     if format == "mistral":
         _write_safetensors(folder / "consolidated.safetensors", args, format, outgoing, tell)
@@ -253,7 +265,7 @@ def _write_weights(
 
 
 def _shards(outgoing: list[Outgoing], limit: int) -> list[list[Outgoing]]:
-    """Consecutive tensors, together at most `limit` bytes; one that is larger has a shard to itself."""
+    """Group consecutive tensors into shards of at most `limit` bytes (or one larger tensor)."""
     shards: list[list[Outgoing]] = [[]]
     size = 0
     for tensor in outgoing:
@@ -268,8 +280,8 @@ def _shards(outgoing: list[Outgoing], limit: int) -> list[list[Outgoing]]:
 def _write_safetensors(
     path: pathlib.Path, args: ModelArgs, format: str, tensors: list[Outgoing], tell: Callable[[Outgoing], None]
 ) -> None:
-    """One safetensors file, its tensors fetched, written and let go one after another."""
-    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # stable; wide ones first keeps all aligned
+    """Write one safetensors file, loading, writing and releasing one tensor at a time."""
+    tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # stable; widest first keeps alignment
     names = [rename(t.name, "mistral", format) for t in tensors]
     assert None not in names, "a tensor is not in the table"
     with path.open("wb") as f:
@@ -284,7 +296,7 @@ def _write_safetensors(
 
 
 def header_of(tensors: Iterable[tuple[str | None, torch.dtype, tuple[int, ...]]]) -> bytes:
-    """How a safetensors file begins that holds tensors of these names, types and shapes, in this order."""
+    """Return a safetensors header for tensors of these names, types and shapes, in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
@@ -296,7 +308,7 @@ def header_of(tensors: Iterable[tuple[str | None, torch.dtype, tuple[int, ...]]]
 
 
 def copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
-    """Tokenizer files, and generation_config.json where it belongs, from where the model came."""
+    """Copy the tokenizer files, and for Hugging Face generation_config.json, from the source."""
     if source is not None and is_gguf(source):
         metadata = read_gguf(source).metadata
         if metadata.get(gguf_tokenizer.MODEL) == "llama":

@@ -1,10 +1,10 @@
-"""The command `mistral-7b`: one subcommand a module, each with `run(argv) -> exit code`.
+"""The command `mistral-7b`: one module per subcommand, each with `run(argv) -> exit code`.
 
-Only the module of the command that was asked for is imported, and none imports torch before its flags
-are read: `--help` answers in a quarter of a second.
+Only the module of the requested command is imported, and none imports torch before its flags are parsed, so that
+`--help` takes a quarter of a second.
 
-Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 141 the reader of our output has gone.
-MISTRAL_7B_DEBUG=1 shows the traceback behind a message.
+Exit codes: 0 success, 1 failure, 2 invalid input, 130 interrupted by Ctrl-C, 141 stdout closed by its reader.
+MISTRAL_7B_DEBUG=1 shows the traceback of an error.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from ..files import ADVICE, refusal_in
 
 COMMANDS = {
     "generate": "continue a text",
-    "chat": "talk with an instruction-tuned model",
-    "info": "what a checkpoint is, and the memory it needs",
-    "convert": "rewrite a checkpoint in another format",
-    "quantize": "round a checkpoint to int8 or int4",
+    "chat": "chat with an instruction-tuned model",
+    "info": "show a checkpoint's release, shape and memory requirements",
+    "convert": "convert a checkpoint to another format",
+    "quantize": "quantize a checkpoint to int8 or int4",
     "pull": "download a model from the Hugging Face hub",
-    "serve": "answer over HTTP, as OpenAI's API does",
+    "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",
-    "bench": "measure speed and memory beside the machine's ceilings and other engines",
-    "doctor": "look at this machine: what it has, what runs, what is missing",
+    "bench": "measure speed and memory, compared with hardware limits and other engines",
+    "doctor": "check this machine: hardware, kernels, missing software",
 }
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `mistral-7b` with these arguments (default: those of the process) and return its exit code."""
+    """Run `mistral-7b` with these arguments (default: sys.argv) and return its exit code."""
     debug = os.environ.get("MISTRAL_7B_DEBUG", "") not in ("", "0")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks is no failure
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot encode
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # here, where a reader that has gone is noticed quietly
+        sys.stdout.flush()  # raises BrokenPipeError here, not at exit
         return code
-    except SystemExit as exit:  # from reading flags, which has said why
+    except SystemExit as exit:  # from the flag parser, which has printed the reason
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except KeyboardInterrupt:
         if sys.stderr.isatty():
-            print(file=sys.stderr)  # the terminal has written ^C
+            print(file=sys.stderr)  # end the line on which the terminal shows ^C
         return INTERRUPTED
     except BrokenPipeError:
         _forget_stdout()
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         code = _report(error)
         try:
             sys.stdout.flush()
-        except OSError:  # it is standard output that takes nothing, and what it still holds is lost
+        except OSError:  # stdout itself fails: its buffer is lost
             _forget_stdout()
         return code
 
@@ -94,13 +94,13 @@ def _help() -> str:
         "usage: mistral-7b [-h] [--version] COMMAND ...\n\n"
         "Mistral 7B in PyTorch: readable, exact and fast at once.\n\n"
         f"commands:\n{commands}\n\n"
-        "`mistral-7b COMMAND --help` tells the rest. Wherever a MODEL is named it is a folder, a hub id\n"
-        '(owner/name), or "demo": the small model of Python code that is bundled, and the default.'
+        "`mistral-7b COMMAND --help` lists the flags of a command. MODEL is a folder, a file, a hub id\n"
+        '(owner/name), or "demo" (the default): the bundled small model of Python code.'
     )
 
 
 def _report(error: Exception) -> int:
-    """Say in one message what went wrong, and give the exit code for it."""
+    """Print an error as one message and return its exit code."""
     hint = ""
     bad_input = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
     if isinstance(error, Mistral7BError):
@@ -120,6 +120,6 @@ def _report(error: Exception) -> int:
 
 
 def _forget_stdout() -> None:
-    """Point standard output at nothing, so that flushing it at exit does not complain a second time."""
+    """Redirect stdout to the null device, so that flushing it at exit does not fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

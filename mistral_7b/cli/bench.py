@@ -1,4 +1,4 @@
-"""`mistral-7b bench`: how fast, beside what this machine could do at best and what others do on it."""
+"""`mistral-7b bench`: speed and memory, compared with hardware limits and other engines."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ What = Literal["decode", "prefill", "batch16", "load"]
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure speed and memory, each figure beside its ceiling on this machine, and beside other engines."""
+    """Measure speed and memory, compared with this machine's ceilings and other engines."""
 
     model: ModelName = ""
-    """A folder, a file, a hub id or "demo"; not with --shape. None: demo."""
+    """A folder, a file, a hub id or "demo" (the default); not with --shape."""
     shape: Literal["7b", "tiny"] | None = None
-    """Random weights of this shape instead, made in memory: speed does not depend on their values."""
+    """Use random weights of this shape, created in memory: speed does not depend on their values."""
     layers: int | None = None
-    """With --shape: so many layers and no more, where memory is short."""
+    """With --shape: number of layers, to save memory."""
     scheme: tuple[Scheme, ...] = ()
-    """How the weights are held; none: as they are, by PyTorch's own operators. Without the flag int4, int8 and
-    bf16, or of a quantised folder the one that it is in."""
+    """Quantization of the weights; none: unquantized, with PyTorch's operators.
+    Default: int4, int8 and bf16, or the scheme of a quantized folder."""
     what: tuple[What, ...] = ("decode", "prefill", "batch16", "load")
-    """decode: one token after another; prefill: reading a prompt; batch16: sixteen rows decoding
-    together; load: from the start of the process to the first token (not with --shape)."""
+    """decode: one row, one token per step; prefill: a prompt; batch16: 16 rows decoding together;
+    load: from the start of the process to the first token (not with --shape)."""
     context: int = 512
-    """Tokens that are held when decoding begins."""
+    """Context length in tokens when decoding starts."""
     prompt: int = 512
-    """Tokens that are read in prefill."""
+    """Prompt length in tokens for prefill."""
     threads: int | None = None
-    """CPU threads, for every engine, at most four for each CPU of the machine; none: as many as PyTorch takes."""
+    """CPU threads of every engine, at most 4 per CPU; None: PyTorch's default."""
     peers: bool = False
-    """Measure llama.cpp and transformers too, on random weights of the same shape, in turn."""
+    """Also measure llama.cpp and transformers, on random weights of the same shape."""
     peer_python: str = sys.executable
-    """The Python that has llama_cpp and gguf, if it is another: a build for this CPU is worth its trouble."""
+    """The Python with llama_cpp and gguf. A llama.cpp built for this CPU is much faster than a wheel."""
     keep: str | None = None
-    """A folder for the peers' files of random weights, kept for next time; none: a temporary one."""
+    """A folder in which to keep the peers' weight files; None: a temporary one."""
     rounds: int = 1
-    """Go through all of it so many times, and take the medians."""
+    """Number of rounds over all measurements; results are medians."""
     quick: bool = False
-    """A few repetitions of everything: to see that it runs, not to quote."""
+    """Few repetitions: checks that everything runs; do not quote the results."""
     json: str | None = None
     """Write the records to this file."""
     plot: str | None = None
-    """Draw the roofline, or of --serving throughput and times, into this file (.png, .pdf, .svg)."""
+    """Plot the roofline, or with --serving throughput and latency, to this file (.png, .pdf, .svg)."""
     traffic: ServingOptions = dataclasses.field(default_factory=ServingOptions)
 
 
@@ -85,7 +85,7 @@ def show(
     args: Bench, measure: Callable[[Callable[[str], None]], list[Any]], report: Any,
     draw: Callable[[str, list[Any]], None],
 ) -> None:  # fmt: skip
-    """Measure, write the records, and show them as `report`, a module, has them."""
+    """Measure, write the records, and print them with the module `report`."""
     from ..benchmark.records import write_json
 
     def tell(text: str) -> None:
@@ -94,13 +94,15 @@ def show(
     if args.plot:
         from ..benchmark.plot import matplotlib_classes
 
-        matplotlib_classes()  # missing matplotlib is told now, not after an hour
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # files of peers are removed
+        matplotlib_classes()  # fail now, not after an hour of measurements
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # exits cleanly, which removes temporary files
     records = measure(tell)
     try:
         if args.json:
             write_json(args.json, records)
-    finally:  # what took an hour is seen, though it cannot be kept
+    finally:  # print the results even if writing the file fails
         print_tables(records, report)
     if doubt := report.doubt(records):
         tell(doubt)
@@ -109,7 +111,7 @@ def show(
 
 
 def print_tables(records: list[Any], report: Any) -> None:
-    """Show records as `report`, a module, has them."""
+    """Print records with the module `report`."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -121,30 +123,30 @@ def print_tables(records: list[Any], report: Any) -> None:
 
 
 def check(args: Bench) -> None:
-    """UsageError, naming the flag, for what cannot be, whatever is measured."""
+    """Raise UsageError, naming the flag, for invalid flags of any measurement."""
     check_serving(args)
     threads.check(args.threads, "--threads")
     for name in ("context", "prompt", "rounds", "layers"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, not {value}")
+            raise UsageError(f"--{name} must be at least 1, not {value}", field=f"--{name}")
     for name in ("json", "plot"):
         value = getattr(args, name)
         if value and not pathlib.Path(value).expanduser().absolute().parent.is_dir():
-            raise UsageError(f"--{name} {value}: there is no folder {os.path.dirname(value)}")
+            raise UsageError(f"--{name} {value}: there is no folder {os.path.dirname(value)}", field=f"--{name}")
     if args.shape and args.model:
-        raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other")
+        raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other", field="--shape")
     if args.layers and not args.shape:
-        raise UsageError("--layers goes with --shape: a model has the layers it has")
+        raise UsageError("--layers goes with --shape: a model has the layers it has", field="--layers")
 
 
 def plan_of(args: Bench) -> Plan:
-    """The plan that the flags ask for. UsageError, naming the flag, for one that cannot be."""
+    """Return the plan of the flags. Raises UsageError, naming the flag, if it is invalid."""
     check(args)
     whats = tuple(dict.fromkeys(args.what))
     if args.shape:
         if whats == ("load",):
-            raise UsageError("--what load opens files: name a model instead of --shape")
+            raise UsageError("--what load opens files", field="--what", hint="name a model instead of --shape")
         whats = tuple(w for w in whats if w != "load")
 
     from ..benchmark.run import Plan
@@ -159,7 +161,7 @@ def plan_of(args: Bench) -> Plan:
 
 
 def schemes(args: Bench, source: str | None) -> tuple[str, ...]:
-    """What was asked for, or of a quantised folder its own. UsageError if another is asked for than that."""
+    """Return the requested schemes, or that of a quantized folder. UsageError if they conflict."""
     from ..checkpoint import read_record
 
     asked = tuple(dict.fromkeys(args.scheme))
@@ -167,14 +169,18 @@ def schemes(args: Bench, source: str | None) -> tuple[str, ...]:
         return asked or ("int4", "int8", "bf16")
     own = record.scheme.name
     if asked not in ((), (own,)):
-        raise UsageError(f"--scheme {' '.join(asked)}: {args.model} is quantised already, as {own}; leave it out")
+        raise UsageError(
+            f"--scheme {' '.join(asked)}: {args.model} is quantised already, as {own}",
+            field="--scheme",
+            hint="leave it out",
+        )
     return (own,)
 
 
 def subject(args: Bench, longest: int, flags: str) -> tuple[str, str | None, dict[str, Any]]:
-    """Name, place (none for a shape) and ModelArgs as a dict of what is to be measured.
+    """Return name, path (None for a shape) and ModelArgs as a dict of the model to measure.
 
-    UsageError if it does not hold the longest context that is needed, naming the flags that ask for it.
+    Raises UsageError, naming `flags`, if its context is shorter than `longest`.
     """
     from ..model import ModelArgs
 

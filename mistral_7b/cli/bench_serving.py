@@ -1,4 +1,4 @@
-"""`mistral-7b bench --serving`: many requests at once, at one rate of arrivals after another."""
+"""`mistral-7b bench --serving`: concurrent requests over a sweep of arrival rates."""
 
 from __future__ import annotations
 
@@ -20,62 +20,70 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ServingOptions:
-    """What is asked of the engine, and how often."""
+    """Options of --serving."""
 
     serving: bool = False
-    """Measure many requests at once instead: throughput, and how long each takes. With the flags below and
-    --shape, --layers, --scheme, --threads, --rounds, --json, --plot; for a peer --keep and --peer-python."""
+    """Measure throughput and latency of concurrent requests.
+    Uses the flags below and --shape, --layers, --scheme, --threads, --rounds, --json, --plot; for a peer --keep,
+    --peer-python."""
     rate: tuple[float, ...] = (math.inf,)
-    """Arrivals a second, at random and independent of each other; inf: all at once."""
+    """Arrivals per second (Poisson); inf: all at once."""
     requests: tuple[int, ...] = (32,)
-    """How many requests; with several numbers each rate is measured with each."""
+    """Number of requests; several numbers are measured at each rate."""
     seconds: float | None = None
-    """Let requests arrive for so long, however many that makes; those all at once are --requests still."""
+    """Duration of arrivals, instead of --requests (which still applies to rate inf)."""
     prompt_tokens: tuple[int, ...] = (128,)
-    """Tokens of a prompt; two numbers: drawn between them."""
+    """Prompt length in tokens; two numbers: a uniform range."""
     output_tokens: tuple[int, ...] = (64,)
-    """Tokens of a completion; two numbers: drawn between them."""
+    """Completion length in tokens; two numbers: a uniform range."""
     shared: float = 0.0
-    """The share of each prompt, 0 to 1, that is the same text for all."""
+    """Fraction of each prompt, 0 to 1, that is a prefix common to all."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of arrivals and prompts."""
     max_sequences: int = EngineConfig.max_sequences
-    """Completions that are computed together at most, by a peer too."""
+    """Maximum number of concurrent sequences, also for a peer."""
     max_batch_tokens: int = EngineConfig.max_batch_tokens
-    """Tokens of one step of the engine at most."""
+    """Maximum number of tokens per engine step."""
     llama_server: str | None = None
-    """llama.cpp's llama-server, to be measured under the same requests, on random weights of the same shape."""
+    """Path of llama.cpp's llama-server, to measure with the same requests and random weights."""
 
 
 ELSEWHERE = ("--what", "--context", "--prompt", "--peers", "--quick")
 
 
 def check(args: Bench) -> None:
-    """UsageError for flags that do not go together, and numbers that cannot be."""
+    """Raise UsageError for conflicting flags and invalid numbers."""
     options, plain = args.traffic, type(args)()
     if not options.serving:
         if foreign := _changed(options, ServingOptions()):
-            raise UsageError(f"{', '.join(foreign)}: only with --serving")
+            raise UsageError(f"{', '.join(foreign)}: only with --serving", field=foreign[0])
         return
     if foreign := [flag for flag in _changed(args, plain) if flag in ELSEWHERE]:
-        raise UsageError(f"{', '.join(foreign)}: not with --serving, which has --prompt-tokens, --llama-server...")
+        raise UsageError(
+            f"{', '.join(foreign)}: not with --serving, which has --prompt-tokens, --llama-server...",
+            field=foreign[0],
+        )
     for name in ("requests", "prompt_tokens", "output_tokens"):
         if not (values := getattr(options, name)) or min(values) < 1:
-            raise UsageError(f"{_flag(name)} must be at least 1")
+            raise UsageError(f"{_flag(name)} must be at least 1", field=_flag(name))
     for name in ("prompt_tokens", "output_tokens"):
         values = getattr(options, name)
         if len(values) > 2 or values[0] > values[-1]:
-            raise UsageError(f"{_flag(name)} takes a number, or the least and the most, not {_words(values)}")
+            raise UsageError(
+                f"{_flag(name)} takes a number, or the least and the most, not {_words(values)}", field=_flag(name)
+            )
     if not options.rate or not min(options.rate) > 0:
-        raise UsageError(f"--rate takes numbers above 0, or inf, not {_words(options.rate) or 'none'}")
+        raise UsageError(
+            f"--rate takes numbers above 0, or inf, not {_words(options.rate) or 'none'}", field="--rate"
+        )
     if options.seconds is not None and not options.seconds > 0:
-        raise UsageError(f"--seconds must be above 0, not {options.seconds}")
+        raise UsageError(f"--seconds must be above 0, not {options.seconds}", field="--seconds")
     if not 0 <= options.shared <= 1:
-        raise UsageError(f"--shared is a share from 0 to 1, not {options.shared}")
+        raise UsageError(f"--shared is a share from 0 to 1, not {options.shared}", field="--shared")
 
 
 def run(args: Bench, argv: Sequence[str]) -> int:
-    """Measure it all and show it."""
+    """Run all measurements and print the results."""
     from .bench import show
 
     plan = plan_of(args, argv)
@@ -87,7 +95,7 @@ def run(args: Bench, argv: Sequence[str]) -> int:
 
 
 def plan_of(args: Bench, argv: Sequence[str]) -> ServingPlan:
-    """The plan that the flags ask for. UsageError, naming the flag, for one that cannot be."""
+    """Return the plan of the flags. Raises UsageError, naming the flag, if it is invalid."""
     from ..benchmark.serving.run import ServingPlan
     from ..benchmark.serving.traffic import Traffic
     from .bench import check, schemes, subject
@@ -110,14 +118,14 @@ def plan_of(args: Bench, argv: Sequence[str]) -> ServingPlan:
 
 
 def counts(rate: float, options: ServingOptions) -> tuple[int, ...]:
-    """How many requests are sent at a rate, for each time that it is measured."""
+    """Return the numbers of requests to measure at a rate."""
     if options.seconds is None or math.isinf(rate):
         return tuple(dict.fromkeys(options.requests))
     return (max(1, round(rate * options.seconds)),)
 
 
 def command(argv: Sequence[str]) -> str:
-    """The command as it was given; of paths the last part, for the rest is nobody else's."""
+    """Return the command line, with absolute paths reduced to their last part for privacy."""
     words = (pathlib.Path(word).name if pathlib.Path(word).is_absolute() else word for word in argv)
     return f"mistral-7b bench {shlex.join(words)}"
 

@@ -49,7 +49,7 @@ class Chat(TextOptions):
 def run(argv: list[str]) -> int:
     args = read_flags(Chat, "chat", argv)
     if args.sampling.n != 1:
-        raise UsageError("--n: a chat has one answer at a time")
+        raise UsageError("--n: a chat has one answer at a time", field="--n")
     params = args.constrained(args.sampling)
     conversation = Conversation.load(args.load) if args.load else Conversation()
     if args.system_file:
@@ -108,7 +108,8 @@ def answers(llm: LLM, params: SamplingParams) -> Answer:
         if room < 1:
             raise GenerationError(
                 f"the conversation with this question is {len(ids)} tokens and the model holds {context}: "
-                f"the question is not kept, all else is. /save FILE, then /reset"
+                "the question is not kept, all else is",
+                hint="/save FILE, then /reset",
             )
         limit = min(params.max_tokens or room, room)
         finish = None

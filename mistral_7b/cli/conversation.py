@@ -41,7 +41,7 @@ class Conversation:
             try:
                 read_messages(target)
             except UsageError as error:
-                raise UsageError(f"{error}; it is not written over, choose another name") from error
+                raise UsageError.of(error, hint="it is not written over, choose another name") from error
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
         with written(target) as beside:
             beside.touch(mode=0o600)  # a conversation is for its user's eyes
@@ -57,9 +57,9 @@ class Conversation:
         for i, message in enumerate(messages):
             wanted = "assistant" if i % 2 else "user"
             if message["role"] != wanted:
-                raise UsageError(f"{path}: turn {i + 1} is by {message['role']!r} where {wanted!r} should speak")
+                raise UsageError(f"turn {i + 1} has role {message['role']!r} where {wanted!r} is due", place=path)
         if len(messages) % 2:
-            raise UsageError(f"{path} ends with a question: its answer is missing")
+            raise UsageError("ends with a question: its answer is missing", place=path)
         conversation.turns = messages
         return conversation
 
@@ -69,11 +69,11 @@ def read_messages(path: pathlib.Path) -> list[Message]:
     try:
         data = json.loads(read_text(str(path)))
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
+        raise UsageError(f"is not JSON: {error}", place=path) from error
     messages = data.get("messages") if isinstance(data, dict) else data
     if not isinstance(messages, list):
-        raise UsageError(f'{path} is not a conversation: it has no list of "messages"')
+        raise UsageError('is not a conversation: it has no list of "messages"', place=path)
     for i, message in enumerate(messages):
         if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
-            raise UsageError(f'{path}: message {i + 1} is not {{"role": text, "content": text}}')
+            raise UsageError(f'message {i + 1} is not {{"role": text, "content": text}}', place=path)
     return [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -1,4 +1,4 @@
-"""`mistral-7b convert`: a checkpoint in one format, written in another, a tensor at a time."""
+"""`mistral-7b convert`: convert a checkpoint to another format, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write a checkpoint in another format. Values keep their bits; no half-written folder ever opens."""
+    """Convert a checkpoint to another format, bit for bit. The output is complete or absent."""
 
     source: Source
     """A folder, a file, a hub id or "demo"."""
     out: Folder
-    """The folder to make; of GGUF, the file."""
+    """The output folder; for GGUF, the output file."""
     to: Literal["huggingface", "mistral", "gguf"]
     """huggingface: config.json and model*.safetensors; mistral: params.json and consolidated.safetensors;
-    gguf: one file with tokenizer and all, as llama.cpp reads it."""
+    gguf: one file for llama.cpp, including the tokenizer."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
-    """Of the matrices in a GGUF file; none: as they are. q8_0 and q4_0 quantise, in blocks of 32 values."""
+    """GGUF: type of the matrices; None: unchanged. q8_0 and q4_0 quantize in blocks of 32 values."""
     max_shard_size: str = "5GB"
-    """Of a file in Hugging Face's format; Mistral's is one file."""
+    """Maximum file size in Hugging Face's format; Mistral's is one file."""
 
 
 def run(argv: list[str]) -> int:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import first_line
 from .inputs import busy, read_flags
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ PACKAGES = {  # package -> what it is for, and the extra that brings it, if any
 MEASURED = {  # the ceilings in the order in which they are measured
     "read_bandwidth": "reading memory", "fp32": "products in float32", "bf16": "in bf16", "int8": "in int8",
 }  # fmt: skip
-NAMES = 18  # characters of the longest name of a row
+NAMES = 27  # characters of the longest name of a row
 NEEDED = {"bf16": 15.5e9, "int8": 8.5e9, "int4": 5.0e9}  # bytes for Mistral 7B with a context of 4096
 
 
@@ -120,13 +121,13 @@ def torch_facts() -> dict[str, Any]:
     }
 
 
-def kernel_facts() -> dict[str, str]:
-    """What the package's own kernels say of themselves; they are compiled for it if they were not."""
+def kernel_facts() -> dict[str, Any]:
+    """What computes what here, and why (kernels/backend.py); the kernels are compiled for it if they were not."""
     from ..benchmark.run import compile_kernels
-    from ..kernels import describe
+    from ..kernels import backend
 
     compile_kernels(lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
-    return describe()
+    return backend.describe()
 
 
 def ceilings() -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _attempt(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return find()
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def advice(facts: dict[str, Any]) -> list[str]:
@@ -188,8 +189,17 @@ def rows(facts: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
         without = "" if torch.get("mkldnn", True) else ", without oneDNN"
         return {"PyTorch": version + without, "GPU": torch.get("gpu") or "none"}
     if "kernels" in found:
-        return {f"kernels: {name}": str(value) for name, value in found["kernels"].items()}
+        return kernel_rows(found["kernels"])
     return ceiling_rows(found["ceilings"], facts["kernels"].get("running", ""))
+
+
+def kernel_rows(facts: dict[str, Any]) -> dict[str, str]:
+    """The kernels, and for each operation the backend that computes it, with the reason."""
+    out = {f"kernels: {name}": str(value) for name, value in facts.items() if name != "operations"}
+    for device, operations in facts.get("operations", {}).items():
+        for name, choice in operations.items():
+            out[f"{device}: {name}"] = f"{choice['backend']}: {choice['reason']}"
+    return out
 
 
 def machine_rows(facts: dict[str, Any]) -> dict[str, str]:

@@ -52,7 +52,9 @@ def run(argv: list[str]) -> int:
     params = args.constrained(args.sampling)
     scored = params.logprobs is not None or params.prompt_logprobs is not None
     if scored and not args.json:
-        raise UsageError("--logprobs and --prompt-logprobs are part of the JSON output: add --json")
+        raise UsageError(
+            "--logprobs and --prompt-logprobs are part of the JSON output", field="--logprobs", hint="add --json"
+        )
     prompt = given_prompt(args)
     echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
     prompt = prompt or DEMO_PROMPT
@@ -85,7 +87,7 @@ def speculation(args: Generate) -> Speculation | None:
     """How tokens are to be guessed ahead, if at all; opens the model that guesses."""
     if not args.speculate:
         if args.max_draft is not None:
-            raise UsageError("--max-draft goes with --speculate")
+            raise UsageError("--max-draft goes with --speculate", field="--max-draft")
         return None
     from ..speculation import Speculation
 
@@ -96,7 +98,7 @@ def speculation(args: Generate) -> Speculation | None:
 def given_prompt(args: Generate) -> str:
     """The prompt that was given, by flag, file or pipe; "" where the bundled model may use its own."""
     if args.prompt and args.prompt_file:
-        raise UsageError("--prompt and --prompt-file exclude each other")
+        raise UsageError("--prompt and --prompt-file exclude each other", field="--prompt")
     prompt = args.prompt
     if args.prompt_file:
         prompt = read_text(args.prompt_file)
@@ -105,9 +107,9 @@ def given_prompt(args: Generate) -> str:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise UsageError("the prompt is not UTF-8 text") from error
+        raise UsageError("the prompt is not UTF-8 text", field="--prompt") from error
     if not prompt and args.model != "demo":
-        raise UsageError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
+        raise UsageError("no prompt", hint="give --prompt TEXT or --prompt-file FILE, or pipe a text in")
     return prompt
 
 

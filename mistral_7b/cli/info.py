@@ -1,4 +1,4 @@
-"""`mistral-7b info`: what a checkpoint is and what it needs, from its configuration alone."""
+"""`mistral-7b info`: describe a checkpoint and its memory requirements."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What a checkpoint is: release, shape, sizes, and the memory that it needs. Loads no weights."""
+    """Show a checkpoint's release, shape, sizes and memory requirements; loads no weights."""
 
     model: ModelName = "demo"
     """A folder, a file, a hub id or "demo"."""
     context: int | None = None
-    """Tokens for which the cache is reckoned; none: all that the model can hold."""
+    """Context length for the size of the KV cache; None: the model's maximum."""
     dtype: DType = "bfloat16"
-    """Of weights and cache."""
+    """Type of weights and cache."""
     json: bool = False
     """Print one JSON object."""
 
@@ -35,7 +35,7 @@ class Info:
 def run(argv: list[str]) -> int:
     args = read_flags(Info, "info", argv)
     if args.context is not None and args.context < 1:
-        raise UsageError(f"--context must be at least 1, not {args.context}")
+        raise UsageError(f"--context must be at least 1, not {args.context}", field="--context")
     from ..checkpoint import read_args, read_record
 
     path = configuration(args.model)
@@ -54,19 +54,19 @@ def run(argv: list[str]) -> int:
 
 
 def configuration(source: str) -> pathlib.Path:
-    """The folder or file of a model; of one on the hub that is not here, the configuration alone is fetched."""
+    """Return the path of a model; for one on the hub, download only its configuration."""
     from ..checkpoint import hub
 
     if source != "demo" and not pathlib.Path(source).expanduser().exists() and hub.REPO_ID.fullmatch(source):
         import huggingface_hub
 
-        with contextlib.suppress(Exception):  # whatever it was, `resolve` meets it too and says it well
+        with contextlib.suppress(Exception):  # `resolve` fails in the same way, with a clear error
             return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=list(hub.CONFIG_FILES)))
     return hub.resolve(source)
 
 
 def release(args: ModelArgs) -> str:
-    """The release whose shape this is, or what is unlike any."""
+    """Return the release that has this shape, or "custom"."""
     from ..model import ModelArgs
 
     for name in ("v0_1", "v0_2", "v0_3"):
@@ -77,7 +77,7 @@ def release(args: ModelArgs) -> str:
 
 
 def describe(args: ModelArgs, context: int, dtype: str) -> dict[str, Any]:
-    """Sizes in bytes of weights and of one sequence's cache after `context` tokens."""
+    """Return the sizes in bytes of the weights and of one sequence's cache at `context` tokens."""
     from ..model import Mistral7B
 
     size = BYTES[dtype]
@@ -99,13 +99,13 @@ def describe(args: ModelArgs, context: int, dtype: str) -> dict[str, Any]:
 
 
 def disk_bytes(path: pathlib.Path) -> int:
-    """Bytes of a file, or of the files in a folder; links count as what they point to."""
+    """Return the size of a file, or of the files in a folder (following links), in bytes."""
     files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
     return sum(f.stat().st_size for f in files)
 
 
 def table(facts: dict[str, Any]) -> Table:
-    """The facts for a person."""
+    """Return the facts as a table."""
     from rich.table import Table
     from rich.text import Text
 
@@ -139,13 +139,13 @@ def table(facts: dict[str, Any]) -> Table:
 
 
 def quantization_rows(said: dict[str, Any]) -> dict[str, str]:
-    """Rows on how a checkpoint was quantised, and what that cost, from its `quantization_config`."""
+    """Return table rows on a checkpoint's quantization, from its `quantization_config`."""
     d, kind = said["distance"], said["scheme"]
     calibration = said["calibration"] or {"none": "rounded to nearest"}
     if said["group_size"]:
         kind += f", groups of {said['group_size']}, {'symmetric' if said['symmetric'] else 'asymmetric'}"
     return {
-        "quantised": kind,
+        "quantization": kind,
         "calibration": ", ".join(f"{name}: {value}" for name, value in calibration.items()),
         "distance": f"KL {d['kl']:.4g}, top-1 agreement {d['top1_agreement']:.1%}, perplexity "
         f"{d['perplexity_original']:.4g} -> {d['perplexity']:.4g}",
@@ -154,7 +154,7 @@ def quantization_rows(said: dict[str, Any]) -> dict[str, str]:
 
 
 def readable(n: int) -> str:
-    """A count of bytes in the unit that suits it: 14.5 GB is 14.5e9."""
+    """Format a number of bytes with a decimal unit: 14.5 GB is 14.5e9."""
     size = float(n)
     for unit in ("B", "kB", "MB"):
         if size < 1000:

@@ -1,4 +1,4 @@
-"""What the commands have in common: flags from dataclasses, the model that is meant, text from outside."""
+"""Shared by the commands: flags from dataclasses, loading a model, reading text files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
-from ..errors import ConfigError, Mistral7BError, TokenizerError
+from ..errors import ConfigError, Mistral7BError, TokenizerError, first_line
 from ..kernels import threads
 from ..sampling_params import SamplingParams, StructuredOutputs
 
@@ -27,65 +27,66 @@ DType = Literal["bfloat16", "float16", "float32"]
 
 
 class UsageError(Mistral7BError):
-    """A command line that cannot be carried out."""
+    """An invalid command line."""
 
 
 def read_flags(kind: type[T], command: str, argv: list[str]) -> T:
-    """Make `kind` from the flags of one command; SystemExit after --help (0) and bad flags (2)."""
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)  # a None of several fields stays None
+    """Parse the flags of a command into `kind`; SystemExit after --help (0) and bad flags (2)."""
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)  # a group whose default is None stays None
     return tyro.cli(kind, prog=f"mistral-7b {command}", args=argv, config=config)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """Where and how the model runs."""
+    """How the model is loaded and where it runs."""
 
     dtype: DType = "bfloat16"
-    """Of the weights and of the arithmetic."""
+    """Type of weights and computation."""
     quantization: Literal["int8", "int4", "bf16", "fp8"] | None = None
-    """Round the weights while they are read; bf16: packed for the CPU's matrix unit; fp8: on GPUs from Ada on.
-    None: as they are stored."""
+    """Quantize the weights during loading; bf16: unquantized, packed for the CPU's matrix unit;
+    fp8: GPUs from Ada on. None: as stored."""
     mmap: bool = True
-    """Read quantised weights where they lie in their file; copied first, they are read faster, seconds later."""
+    """Memory-map quantized weights; --no-mmap copies them: slower to load, then faster to read."""
     kv: Literal["model", "int8"] = "model"
-    """Keys and values in the model's own type, or rounded to int8: about half the memory of bfloat16."""
+    """KV cache type: the model's own, or int8 (about half the memory of bfloat16)."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps...; auto: the first accelerator there is."""
+    """cpu, cuda, cuda:1, mps...; auto: the first accelerator, else cpu."""
     threads: int | None = None
-    """CPU threads, at most four for each CPU of the machine; none: as many as PyTorch takes by itself."""
+    """CPU threads, at most 4 per CPU; None: PyTorch's default."""
     tokenizer: str | None = None
-    """A tokenizer file, or a folder or model that has one; none: that of the model."""
+    """A tokenizer file, or a folder or model with one; None: that of the model."""
 
     def __post_init__(self) -> None:
         threads.check(self.threads, "--threads")
 
     @property
     def kv_dtype(self) -> torch.dtype | None:
-        """What `generate` and `stream` are to keep keys and values in; None: as they are."""
+        """The `kv_dtype` of `generate` and `stream`; None: the model's type."""
         import torch
 
         return torch.int8 if self.kv == "int8" else None
 
     def open(self, source: str) -> tuple[Mistral7B, Tokenizer]:
-        """Load the model that `source` names, and its tokenizer."""
+        """Load the model `source` and its tokenizer."""
         with busy(f"opening {source}"):
             import torch
 
             from ..tokenizer import Tokenizer
 
-            torch.seed()  # two runs differ, unless they are given a --seed
+            torch.seed()  # random by default; --seed makes a run reproducible
             threads.use(self.threads)
             model = self._load(source)
             tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(
-                f"{tokenizer.path}: {tokenizer.vocab_size} tokens, but the model {source} knows "
-                f"{model.args.vocab_size}: the tokenizer belongs to another model"
+                f"{tokenizer.vocab_size} tokens, but the model {source} knows {model.args.vocab_size}: the "
+                "tokenizer belongs to another model",
+                place=tokenizer.path,
             )
         return model, tokenizer
 
     def open_model(self, source: str) -> Mistral7B:
-        """Load a model besides the first, of the same type and in the same place."""
+        """Load another model with the same type and device."""
         with busy(f"opening {source}"):
             return self._load(source)
 
@@ -128,7 +129,7 @@ class TextOptions(ModelOptions):
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device that is meant. ConfigError if there is none such on this machine."""
+    """Return the torch device of this name. ConfigError if it is not available."""
     import torch
 
     if name == "auto":
@@ -138,14 +139,13 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name} cannot be used here: {reason}") from error
+        raise ConfigError(f"--device {name} cannot be used here: {first_line(error)}", field="--device") from error
     return device
 
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal's stderr that something goes on; nothing is left of it. Yields what changes the words."""
+    """Show a spinner on a terminal's stderr; yield a function that changes its text."""
     if not sys.stderr.isatty():
         yield lambda what: None
         return
@@ -156,7 +156,7 @@ def busy(what: str) -> Iterator[Callable[[str], None]]:
 
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file, or of standard input for "-"."""
+    """Read a UTF-8 file, or standard input for "-"."""
     try:
         if path == "-":
             return sys.stdin.read()

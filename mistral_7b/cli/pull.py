@@ -1,4 +1,4 @@
-"""`mistral-7b pull`: download a model, so that it can be named from then on, also without a connection."""
+"""`mistral-7b pull`: download a model, so that it can be used by name, also offline."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ RepoId = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OWNER/NAME"
 
 @dataclasses.dataclass(frozen=True)
 class Pull:
-    """Download a model from the Hugging Face hub: one copy of the weights, configuration, tokenizer.
+    """Download a model from the hub: one copy of the weights, configuration, tokenizer.
 
-    It resumes what was begun, and prints the folder at the end. HF_HOME says where files go, HF_ENDPOINT
-    whence they come, HF_TOKEN who asks (for gated models).
+    Resumes partial downloads and prints the folder. HF_HOME sets the cache folder, HF_ENDPOINT the server,
+    HF_TOKEN the access token (for gated models).
     """
 
     repo_id: RepoId
@@ -34,6 +34,8 @@ def run(argv: list[str]) -> int:
         print(hub.pull(named["repo"], revision=args.revision, file=named["file"]))
         return 0
     if not hub.REPO_ID.fullmatch(args.repo_id):
-        raise UsageError(f"{args.repo_id!r} is no name of a model on the hub: owner/name is wanted")
+        raise UsageError(
+            f"{args.repo_id!r} is no name of a model on the hub: owner/name is wanted", field="repo_id"
+        )
     print(hub.pull(args.repo_id, revision=args.revision))
     return 0

@@ -1,4 +1,4 @@
-"""`mistral-7b quantize`: a checkpoint in int8 or int4, with the distance from its original, a layer at a time."""
+"""`mistral-7b quantize`: write a checkpoint in int8 or int4 and measure its distance."""
 
 from __future__ import annotations
 
@@ -22,51 +22,53 @@ if TYPE_CHECKING:
 Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
 
-ROW = 512  # tokens that are read together
+ROW = 512  # tokens per row of the text
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """Round a checkpoint's weights, and measure on a text how far that takes it from the original.
+    """Quantize a checkpoint's weights, and measure on a text the distance from the original.
 
-    The folder opens wherever a MODEL is named. No half-written folder ever opens.
+    The folder can be used wherever a MODEL is named. It is created completely or not at all.
     """
 
     source: Source
     """A folder, a file, a hub id or "demo"."""
     out: Folder
-    """The folder to make."""
+    """The output folder."""
     scheme: Literal["int8", "int4"] = "int4"
-    """int8: half of bfloat16's bytes, nearly exact; int4: a quarter."""
+    """int8: half the size of bfloat16, nearly lossless; int4: a quarter."""
     group_size: Literal[32, 128] = 128
-    """Of int4: inputs that share a multiplier; 32 is closer to the original and 5% larger."""
+    """int4: inputs per group, which share a scale; 32 is more accurate and 5% larger."""
     symmetric: bool = False
-    """Of int4: the middle code is zero in every group. It saves nothing, and is further from the original."""
+    """int4: use a fixed zero point in every group. Same size, less accurate."""
     text: str = ""
-    """A file on which the distance is measured; without one it is this package's own source."""
+    """Text file to measure the distance on; default: this package's source."""
     tokens: int = 4096
-    """How many tokens of the text, at most."""
+    """Maximum number of tokens of that text."""
     calibrate: str = ""
-    """A file like what the model is to read, plain or JSONL whose lines have a "text": the rounding is guided
-    by what it makes the model compute. Closer to the original, for a minute of a core a block of 7B."""
+    """Calibration text that resembles the model's inputs: a text file, or JSONL with "text".
+    Reduces the quantization error; takes about a minute of one core per block of 7B."""
     calibration_tokens: int = 8192
-    """How many tokens of that, at most."""
+    """Maximum number of calibration tokens."""
     tokenizer: str | None = None
-    """A tokenizer file, or a folder or model that has one; none: that of the model."""
+    """A tokenizer file, or a folder or model with one; None: that of the model."""
     threads: int | None = None
-    """CPU threads, at most four for each CPU of the machine; none: as many as PyTorch takes by itself."""
+    """CPU threads, at most 4 per CPU; None: PyTorch's default."""
 
 
 def run(argv: list[str]) -> int:
     args = read_flags(Quantize, "quantize", argv)
     if args.scheme == "int8" and (args.group_size != 128 or args.symmetric):
-        raise UsageError("--group-size and --symmetric belong to int4: int8 has a scale for each output")
+        raise UsageError(
+            "--group-size and --symmetric belong to int4: int8 has a scale for each output", field="--group-size"
+        )
     for flag, value, least in (
         ("tokens", args.tokens, 2),
         ("calibration-tokens", args.calibration_tokens, 2),
     ):
         if value < least:
-            raise UsageError(f"--{flag} must be at least {least}, not {value}")
+            raise UsageError(f"--{flag} must be at least {least}, not {value}", field=f"--{flag}")
     threads.check(args.threads, "--threads")
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
     guides = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
@@ -99,13 +101,13 @@ def run(argv: list[str]) -> int:
 
 
 def own_source() -> tuple[str, str]:
-    """A name and a text that is always at hand: the modules at the root of this package."""
+    """Return name and content of the default text: the modules at the root of this package."""
     root = pathlib.Path(__file__).parent.parent
     return "the source of mistral_7b", "".join(f.read_text(encoding="utf-8") for f in sorted(root.glob("*.py")))
 
 
 def rows(tokenizer: Tokenizer, text: str, most: int, length: int) -> Tensor:
-    """At most so many tokens of a text as rows (R, T <= length), each begun anew with <s>."""
+    """Return at most `most` tokens of a text as rows (R, T <= length), each starting with BOS."""
     import torch
 
     ids = tokenizer.encode(text, bos=False)[:most]
@@ -117,18 +119,20 @@ def rows(tokenizer: Tokenizer, text: str, most: int, length: int) -> Tensor:
 
 
 def texts(name: str, content: str) -> list[str]:
-    """The texts of a file: of JSONL, which begins with an object that has a "text", one a line; else the whole."""
+    """Return the texts of a JSONL file (detected by its first line), or the whole file as one."""
     lines = [(n, line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
     found = [content]
     if lines and _text_of(lines[0][1]) is not None:
         found = []
         for n, line in lines:
             if (text := _text_of(line)) is None:
-                raise UsageError(f'{name}, line {n}: not a JSON object with a "text", as the first line is')
+                raise UsageError(
+                    'not a JSON object with a "text", as the first line is', place=f"{name}, line {n}"
+                )
             found.append(text)
     kept = [text for text in found if text.strip()]
     if not kept:
-        raise UsageError(f"{name}: the text to calibrate on is empty")
+        raise UsageError("the text to calibrate on is empty", place=name)
     return kept
 
 
@@ -142,7 +146,7 @@ def _text_of(line: str) -> str | None:
 
 
 def documents(tokenizer: Tokenizer, texts: list[str], most: int, length: int) -> list[list[int]]:
-    """At most so many tokens of texts as rows of at most `length`, each begun anew with <s>, which counts."""
+    """Return at most `most` tokens as rows of at most `length`, each with a BOS that counts."""
     out: list[list[int]] = []
     for text in texts:
         ids = tokenizer.encode(text, bos=False)
@@ -155,7 +159,7 @@ def documents(tokenizer: Tokenizer, texts: list[str], most: int, length: int) ->
 
 
 def summary(record: Record) -> str:
-    """What a quantised checkpoint is and what it lost, in a line."""
+    """Return one line on a quantized checkpoint and its loss."""
     d = record.distance
     lost = d["perplexity"] / d["perplexity_original"] - 1
     guide = record.calibration

@@ -1,7 +1,7 @@
-"""Text that grows on a terminal, rendered again and again while it comes.
+"""Incremental rendering of growing text on a terminal.
 
-Lines that will hardly change any more are printed for good and scroll away; only the last few are
-redrawn. A live display of the whole text could not be taller than the screen.
+Lines that are unlikely to change are printed and scroll away; only the last few are redrawn. A live display of
+the whole text could not be taller than the screen.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ImportError:  # not on Windows
     termios = None  # type: ignore[assignment]
 
 Render = Callable[[str], RenderableType]
-REDRAWN = 6  # last lines: what one more word can still change in a paragraph or list
+REDRAWN = 6  # number of last lines that the next word of a paragraph or list may change
 
 
 def as_markdown(text: str) -> RenderableType:
@@ -37,12 +37,12 @@ def as_python(text: str) -> RenderableType:
 
 
 class LiveText:
-    """The growing text; `push` adds to it."""
+    """The growing text; `push` appends to it."""
 
     def __init__(self, live: Live, render: Render) -> None:
         self._live, self._render = live, render
         self._text = ""
-        self._printed = 0  # lines that stand for good
+        self._printed = 0  # number of lines printed for good
         self._due = 0.0
 
     def push(self, piece: str) -> None:
@@ -51,12 +51,12 @@ class LiveText:
             self.draw(REDRAWN)
 
     def draw(self, redrawn: int) -> None:
-        """Print all lines but the last `redrawn`, and show those below."""
+        """Print all lines but the last `redrawn`, and display those."""
         began = time.monotonic()
-        with uninterrupted():  # a line must not be printed and forgotten, or it would stand there twice
+        with uninterrupted():  # an interrupt between print and count would print lines twice
             self._draw(redrawn)
         took = time.monotonic() - began
-        self._due = time.monotonic() + max(0.08, 5 * took)  # a long answer is drawn less often, not slower
+        self._due = time.monotonic() + max(0.08, 5 * took)  # long answers are redrawn less often
 
     def _draw(self, redrawn: int) -> None:
         console = self._live.console
@@ -74,8 +74,8 @@ def _segments(lines: list[list[Segment]]) -> Segments:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let a Ctrl-C that comes meanwhile wait until the end."""
-    if threading.current_thread() is not threading.main_thread():  # Python delivers it to the main one
+    """Defer Ctrl-C to the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
         yield
         return
     caught: list[int] = []
@@ -90,7 +90,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_keys() -> Iterator[None]:
-    """Keep the terminal from showing keys, ^C among them, in the midst of what is drawn."""
+    """Turn off the terminal's echo, so that keys (such as ^C) do not disturb the display."""
     if termios is None or not sys.stdin.isatty():
         yield
         return
@@ -106,7 +106,7 @@ def silent_keys() -> Iterator[None]:
 
 @contextlib.contextmanager
 def live_text(console: Console, render: Render) -> Iterator[LiveText]:
-    """A LiveText on a terminal; on leaving, by Ctrl-C too, all of it stands."""
+    """Yield a LiveText; on exit, also by Ctrl-C, the whole text is printed."""
     live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
     with silent_keys(), live:
         text = LiveText(live, render)

@@ -99,7 +99,8 @@ class Repl:
         command = self._commands.get(name.strip())
         if command is None:
             raise UsageError(
-                f"there is no command {name.strip()}: /help lists them (a space before the / sends it as text)"
+                f"there is no command {name.strip()}",
+                hint="/help lists them (a space before the / sends it as text)",
             )
         command(rest.strip())
 

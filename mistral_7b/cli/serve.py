@@ -1,4 +1,4 @@
-"""`mistral-7b serve`: a model over HTTP, for OpenAI's, Anthropic's and Mistral's clients."""
+"""`mistral-7b serve`: serve a model over HTTP with the OpenAI, Anthropic and Mistral APIs."""
 
 from __future__ import annotations
 
@@ -24,52 +24,52 @@ Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Http(ServerConfig):
-    """The door."""
+    """HTTP server."""
 
     api_keys: Annotated[Repeated, tyro.conf.arg(name="api-key")] = ()
-    """Whoever has this key may ask; may be given again. The list of processes shows it: a file is better."""
+    """API key for requests. Visible in the process list: prefer --api-key-file."""
     admin_keys: Annotated[Repeated, tyro.conf.arg(name="admin-key")] = ()
-    """Whoever has this key may also load and unload adapters; without one nobody may. May be given again."""
+    """API key for loading and unloading adapters, which is disabled without one."""
     cors_origins: Annotated[Repeated, tyro.conf.arg(name="cors-origin")] = ()
-    """Pages of this origin may ask, such as https://example.org; * is all. May be given again."""
+    """Allowed CORS origin, such as https://example.org; * allows all."""
     allowed_hosts: Annotated[Repeated, tyro.conf.arg(name="allowed-host")] = ()
-    """A name by which the server may be called; none: any, or only this machine's own on loopback."""
+    """Allowed Host header; None: any, or on loopback only local names."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """What goes on at once; more of it in docs/engine.md."""
+    """Engine; see docs/engine.md."""
 
     max_sequences: int = EngineConfig.max_sequences
-    """Completions computed together; more wait."""
+    """Maximum number of concurrent sequences; more wait."""
     max_batch_tokens: int = EngineConfig.max_batch_tokens
-    """Tokens of one step: more make prompts cheaper, and streams that run beside them less even."""
+    """Maximum number of tokens per step: larger steps speed up prefill and delay other streams."""
     max_waiting: int | None = 256
-    """Requests that may wait; one more is answered 429."""
+    """Maximum number of waiting requests; further ones get status 429."""
     kv_cache_bytes: int | None = EngineConfig.kv_cache_bytes
-    """Memory for keys and values; none: half of what is free (nine tenths on an accelerator)."""
+    """Memory for the KV cache; None: half of free memory (nine tenths on an accelerator)."""
     prefix_caching: bool = EngineConfig.prefix_caching
-    """Begin a prompt where an earlier one that began alike has left off."""
+    """Reuse the cached prefix of earlier prompts."""
     deterministic: bool = EngineConfig.deterministic
-    """The same tokens to the bit whatever runs beside; int8 and int4 on a CPU are so by themselves."""
+    """Bit-identical results in any batch; int8 and int4 on a CPU always are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Serve(ModelOptions):
-    """Serve a model over HTTP: the bundled one, if none is named."""
+    """Serve a model over HTTP; by default the bundled model."""
 
     model: ModelName = "demo"
     """A folder, a file, a hub id or "demo"."""
     name: str = ""
-    """What clients call the model; none: the last part of its path."""
+    """Model name for clients; None: the last part of its path."""
     adapters: Annotated[Repeated, tyro.conf.arg(name="adapter", metavar="NAME=PATH")] = ()
-    """A LoRA adapter, and what clients call it. May be given again."""
+    """A LoRA adapter and its name for clients."""
     api_key_file: str = ""
-    """A file with a key on each line, besides those of --api-key and of MISTRAL_7B_API_KEY."""
+    """A file with one key per line, in addition to --api-key and MISTRAL_7B_API_KEY."""
     admin_key_file: str = ""
-    """The same for --admin-key and MISTRAL_7B_ADMIN_KEY."""
+    """The same, in addition to --admin-key and MISTRAL_7B_ADMIN_KEY."""
     quiet: bool = False
-    """No line for each request in the log."""
+    """Do not log requests."""
     http: Http = dataclasses.field(default_factory=Http)
     engine: Engine = dataclasses.field(default_factory=Engine)
 
@@ -80,11 +80,11 @@ def run(argv: list[str]) -> int:
     adapters = dict(_adapter(text) for text in args.adapters)
     missing = [name for name in ("fastapi", "uvicorn", "llguidance") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"serve needs {', '.join(missing)}: pip install 'mistral-7b[serve]'")
+        raise UsageError(f"serve needs {', '.join(missing)}", hint="pip install 'mistral-7b[serve]'")
 
     from ..server.serve import bind, url_of
 
-    sock = bind(config)  # before the model is loaded: a port that is taken is said at once
+    sock = bind(config)  # before loading the model, so that a port in use fails at once
     model, tokenizer = args.open(args.model)
     engine = EngineConfig(**vars(args.engine), kv_dtype="int8" if args.kv == "int8" else None)
 
@@ -101,7 +101,7 @@ def run(argv: list[str]) -> int:
     app = build(llm, config, name)
     spans = app.state.serving.trace = _spans(name) if traced else None
     server = Server(app)
-    print(f"mistral-7b: serving {args.model} at {url_of(sock)} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    print(f"mistral-7b: serving {args.model} at {url_of(sock)} (Ctrl-C stops it)", file=sys.stderr, flush=True)
     server.run(sockets=[sock])
     asyncio.run(llm.close())
     if spans is not None:
@@ -113,22 +113,22 @@ def run(argv: list[str]) -> int:
 
 
 def _config(args: Serve) -> ServerConfig:
-    """The server's configuration, with keys from wherever they are."""
+    """Return the server's configuration with the keys from flags, files and environment."""
     api = read_keys(args.http.api_keys, args.api_key_file, "MISTRAL_7B_API_KEY")
     admin = read_keys(args.http.admin_keys, args.admin_key_file, "MISTRAL_7B_ADMIN_KEY")
     config = dataclasses.replace(args.http, api_keys=api, admin_keys=admin)
     if not api and not config.loopback:
         print(
-            f"mistral-7b: {config.host} can be reached by others, and there is no --api-key: anybody may ask",
+            f"mistral-7b: {config.host} is reachable from other machines without an --api-key: access is open",
             file=sys.stderr,
         )
     return config
 
 
 def _spans(model_name: str) -> Spans | None:
-    """What makes spans of requests; None, and a line about it, where OpenTelemetry is not installed.
+    """Return the tracer of requests, or None (with a message) without OpenTelemetry.
 
-    The variables that ask for traces may be meant for all programs of a machine: they keep none from starting.
+    The environment variables may be set for all programs of a machine, so their presence must not prevent a start.
     """
     try:
         from ..server.tracing import Spans
@@ -141,5 +141,5 @@ def _spans(model_name: str) -> Spans | None:
 def _adapter(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise UsageError(f"--adapter {text}: write NAME=PATH")
+        raise UsageError(f"--adapter {text} is not NAME=PATH", field="--adapter")
     return name, path

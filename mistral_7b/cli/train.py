@@ -1,4 +1,4 @@
-"""`mistral-7b train`: every field of TrainArgs is a flag, and a key of the configuration file."""
+"""`mistral-7b train`: every field of TrainArgs is a flag and a key of the config file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .inputs import UsageError, read_flags, read_text
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a model on text files, from fresh weights or from a saved model."""
+    """Train a model on text files, from random weights or a saved model."""
 
     config: pathlib.Path | None = None
-    """JSON file whose keys are the flags below without their dashes; flags given here come before it."""
+    """JSON file with the flags below as keys (with underscores); command-line flags override it."""
     training: TrainArgs = dataclasses.field(default_factory=TrainArgs)
-    """What is trained, on what, and how."""
+    """Training options."""
 
 
 def run(argv: list[str]) -> int:
-    # The file becomes flags that stand before those given: one reader checks both, and the last one wins.
+    # The file's options become flags before those given: one parser checks both, and the last value wins.
     args = read_flags(Train, "train", [*_config_flags(argv), *argv])
     from .. import training
 
@@ -30,7 +30,7 @@ def run(argv: list[str]) -> int:
     measured = last.get("held_out_bits_per_byte")
     if measured is not None:
         print(f"held out: {measured:.4f} bits per byte")
-    print(f"the model is in {args.training.out}/model, its log.jsonl and curve.png beside it")
+    print(f"the model is in {args.training.out}/model; log.jsonl and curve.png are beside it")
     return 0
 
 
@@ -46,13 +46,15 @@ def _config_flags(argv: list[str]) -> list[str]:
     try:
         config = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is not JSON: {error}") from error
+        raise UsageError(f"is not JSON: {error}", place=path) from error
     if not isinstance(config, dict):
-        raise UsageError(f"{path} must hold a JSON object of training options, not a {type(config).__name__}")
+        raise UsageError(f"holds a {type(config).__name__}, not a JSON object of training options", place=path)
     known = sorted(f.name for f in dataclasses.fields(TrainArgs))
     for name in config:
         if name not in known:
-            raise UsageError(f"{path}: unknown training option {name!r}; known are {', '.join(known)}")
+            raise UsageError(
+                f"unknown training option {name!r}; known are {', '.join(known)}", field=name, place=path
+            )
     return [flag for name, value in config.items() for flag in _flags(path, name, value)]
 
 
@@ -64,6 +66,6 @@ def _flags(path: str, name: str, value: Any) -> list[str]:
         case list():
             return [flag, *(str(item) for item in value)]
         case dict():
-            raise UsageError(f"{path}: {name} must be a single value or a list, not an object")
+            raise UsageError(f"{name} must be a single value or a list, not an object", field=name, place=path)
         case _:
             return [f"{flag}={value}"]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.adapter import Adapter, read_adapter
 from ..errors import AdapterError
-from ..kernels.block import Weights
+from ..kernels.cpu.arguments import Weights
 from ..kernels.low_rank import LowRank, LowRanks, Mixture
 from ..model import Mistral7B
 from ..quantization.linear import Compressed
@@ -57,6 +57,10 @@ class CompressedLoraLinear(LoraLinear, Compressed):
     """The same of a quantised Linear, which a block that is computed in one call takes as it takes that."""
 
     base: Compressed
+
+    def __init__(self, base: Compressed, adapters: LowRanks) -> None:
+        super().__init__(base, adapters)
+        self.bits = base.bits
 
     def described(self) -> Weights:
         out = self.base.described()
@@ -108,16 +112,23 @@ class Adapters:
         AdapterError, or CheckpointError for what is wrong with its files, and nothing has changed.
         """
         if not name or name in self._held:
-            why = "is loaded already: unload it first, or take another name" if name else "is no name"
-            raise AdapterError(f"adapter {name!r} {why}")
+            raise AdapterError(
+                f"adapter {name!r} {'is loaded already' if name else 'is no name'}",
+                field="name",
+                hint="unload it first, or take another name" if name else None,
+            )
         if len(self._held) >= self.max_adapters:
             raise AdapterError(
-                f"{self.max_adapters} adapters are loaded, as many as there may be: unload one, or allow more"
+                f"{self.max_adapters} adapters are loaded, as many as there may be",
+                field="max_adapters",
+                hint="unload one, or raise max_adapters",
             )
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.model.args)
         if adapter.rank > self.max_rank:
             raise AdapterError(
-                f"adapter {name!r} is of rank {adapter.rank}, and {self.max_rank} is allowed: allow more"
+                f"adapter {name!r} is of rank {adapter.rank}, and {self.max_rank} is allowed",
+                field="max_rank",
+                hint="raise max_rank",
             )
         linears, norm, own = dict(self.model.named_modules()), self.model.norm.weight, {}
         for target, (a, b, scale) in adapter.targets.items():
@@ -147,7 +158,7 @@ class Adapters:
                 rows.setdefault(numbers[name], []).extend(range(total, total + n))
             total += n
         if len(mixture.which):
-            raise AdapterError("adapters are chosen for another call already: leave its `over` first")
+            raise AdapterError("adapters are chosen for another call already", hint="leave its `over` first")
         if not rows:
             yield self.model
             return
@@ -161,7 +172,9 @@ class Adapters:
 
     def _of(self, name: str) -> dict[str, LowRank]:
         if name not in self._held:
-            raise AdapterError(f"no adapter {name!r} is loaded: there is {', '.join(self._held) or 'none'}")
+            raise AdapterError(
+                f"no adapter {name!r} is loaded: there is {', '.join(self._held) or 'none'}", field="adapter"
+            )
         return self._held[name]
 
     def _become(self, held: dict[str, dict[str, LowRank]]) -> None:
@@ -169,7 +182,9 @@ class Adapters:
 
         def build(linear: nn.Module, name: str) -> nn.Module:
             adapters = LowRanks([own.get(name) for own in held.values()], self._mixture)
-            return (CompressedLoraLinear if isinstance(linear, Compressed) else LoraLinear)(linear, adapters)
+            if isinstance(linear, Compressed):
+                return CompressedLoraLinear(linear, adapters)
+            return LoraLinear(linear, adapters)
 
         adapted, targets = _shell(self.model), {target for own in held.values() for target in own}
         replace_linears(adapted, build, lambda name, _: name in targets)
@@ -180,11 +195,14 @@ class Adapters:
 def _check(name: str, target: str, a: Tensor, b: Tensor, linear: nn.Module | None) -> None:
     """AdapterError if the model has no such Linear, or one of another shape."""
     if linear is None or not hasattr(linear, "in_features"):
-        raise AdapterError(f"adapter {name!r} has a part for {target!r}, which is no Linear of the model")
+        raise AdapterError(
+            f"adapter {name!r} has a part for {target!r}, which is no Linear of the model", field=target
+        )
     if a.shape[1:] != (linear.in_features,) or b.shape != (linear.out_features, a.shape[0]):
         raise AdapterError(
             f"adapter {name!r} has factors {tuple(a.shape)} and {tuple(b.shape)} for {target!r}, which takes "
-            f"{linear.in_features} to {linear.out_features}"
+            f"{linear.in_features} to {linear.out_features}",
+            field=target,
         )
 
 

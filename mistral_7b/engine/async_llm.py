@@ -253,7 +253,7 @@ class AsyncLLM:
     def _check_open(self) -> None:
         """With the lock held until the command is there: or the thread might end before, and nobody hear of it."""
         if self._why is not None:
-            raise EngineError(str(self._why)) from self._why.__cause__
+            raise EngineError.of(self._why) from self._why.__cause__
 
     def _submit(self, request: Request, mailbox: _Mailbox) -> None:
         """Hand a request to the thread. QueueFullError if too many wait already."""
@@ -272,7 +272,7 @@ class AsyncLLM:
             self._check_open()
             waiting = self.engine.scheduler.waiting + self._coming
             if most is not None and waiting >= most:
-                raise QueueFullError(f"{waiting} requests are waiting, and no more may: try again later")
+                raise QueueFullError(f"{waiting} requests are waiting, and no more may", hint="try again later")
             self._coming += 1
             self._commands.put(command)
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ..attention import banded_attention, bands
-from ..cache import Entries, KernelCache, KeysAndValues, compressed, expanded, fast, four
+from ..cache import Entries, KernelCache, KeysAndValues, compressed, expanded, four
 from ..errors import CacheError
-from ..kernels.attend import Place, Remembered, attend, available
-from ..kernels.fused import runs_kernels
+from ..kernels.attend import Place, Remembered, attend
+from ..kernels.backend import PAGED_ATTENTION, Backend, uses
 from ..sampling import put
 from .pages import PagePool
 
@@ -41,8 +41,8 @@ class Paged(Protocol):
 
 
 @dataclass
-class Nobody:
-    """Fills a row: remembers nothing, and what it writes goes to a page that is nobody's."""
+class PaddingRow:
+    """A row that belongs to no request: it remembers nothing, and writes to a page that no request has."""
 
     pages: np.ndarray
     first: int = 0
@@ -93,9 +93,9 @@ class PagedBatch(KernelCache):
     def place(self) -> Place:
         return self._place
 
-    def is_fast(self) -> bool:
-        """Whether the kernels attend, for a model without gradients."""
-        return self.pool.dtype == torch.bfloat16 and self.table.device.type == "cpu" and available()
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pool.dtype
 
     def writable(self) -> PagedBatch:
         return self
@@ -123,7 +123,7 @@ class _PagedMemory(KeysAndValues):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (N, H, K), (N, G, K)
         batch = self.batch
         new = compressed(k, v, batch.pool.int8)
-        if fast(q) or runs_kernels(q):  # on a CPU, on a GPU
+        if not uses(Backend.PYTORCH, PAGED_ATTENTION, q):
             old = Remembered(*four(self.entries), batch.place)
             return attend(q, *four(new), old, batch.window, keep=True)
         held = tuple(t.flatten(0, 1) for t in self.entries)  # (rows, G, K)

@@ -16,7 +16,8 @@ class GrammarLimits:
     """What a grammar (a schema, regex, choice or Lark text) may use of the machine; past it its request ends.
 
     CPU seconds, so that a busy machine ends no request. An ordinary schema compiles in 10 ms, and a token takes
-    0.1 ms. A value out of its range raises ConfigError naming the field.
+    0.1 ms. What all grammars together may use is fixed (grammar/turns.py, grammar/client.py). A value out of its
+    range raises ConfigError naming the field.
 
     Attributes:
         compile_seconds: to read and compile it
@@ -34,10 +35,11 @@ class GrammarLimits:
         for name in ("compile_seconds", "mask_seconds", "request_seconds"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 86_400:
-                raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}")
+                raise ConfigError(f"{name} must be a number of seconds above 0, not {value!r}", field=name)
         if not isinstance(self.memory_bytes, int) or self.memory_bytes < 1 << 29:
             raise ConfigError(
-                f"memory_bytes must be a whole number of at least {1 << 29}, not {self.memory_bytes!r}"
+                f"memory_bytes must be a whole number of at least {1 << 29}, not {self.memory_bytes!r}",
+                field="memory_bytes",
             )
 
 
@@ -77,11 +79,14 @@ class EngineConfig:
         for name, low in lows.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}")
+                raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}", field=name)
         if self.max_batch_tokens < self.max_sequences + self.page_size:
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must leave room for a page of a prompt beside every "
-                f"sequence: at least max_sequences + page_size = {self.max_sequences + self.page_size}"
+                f"sequence: at least max_sequences + page_size = {self.max_sequences + self.page_size}",
+                field="max_batch_tokens",
             )
         if self.kv_dtype not in (None, "int8"):
-            raise ConfigError(f'kv_dtype is "int8", or None for the model\'s own type, not {self.kv_dtype!r}')
+            raise ConfigError(
+                f'kv_dtype is "int8", or None for the model\'s own type, not {self.kv_dtype!r}', field="kv_dtype"
+            )

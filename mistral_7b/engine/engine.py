@@ -67,10 +67,10 @@ class Engine:
     def add(self, request: Request) -> None:
         """Let a request wait its turn. EngineError, and nothing changed, if it cannot ever be served."""
         if request.id in self.requests:
-            raise EngineError(f"a request called {request.id!r} is running already: give each its own id")
+            raise EngineError(f"a request called {request.id!r} is running already", field="request_id")
         if not self.has_room:
             raise QueueFullError(
-                f"{self.scheduler.waiting} requests are waiting, and no more may: try again later"
+                f"{self.scheduler.waiting} requests are waiting, and no more may", hint="try again later"
             )
         request.order = self._arrivals
         self.scheduler.add(request)
@@ -91,7 +91,7 @@ class Engine:
         """Forget an adapter. AdapterError while requests use it."""
         users = sum(r.adapter == name for r in self.requests.values())
         if users:
-            raise AdapterError(f"adapter {name!r} is in use by {users} requests: wait for them, or end them")
+            raise AdapterError(f"adapter {name!r} is in use by {users} requests", hint="wait for them")
         self.adapters.unload(name)
 
     def abort(self, request_id: str) -> None:

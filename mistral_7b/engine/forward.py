@@ -1,17 +1,17 @@
 """From a plan to hidden states and logits: launched kernel by kernel, or as one recorded graph.
 
-Where code is made for each number of rows, a step is filled up with rows of nobody to one of few numbers:
+Where code is made for each number of rows, a step is padded to one of few sizes:
 
     rows      1  2  4  8  16  24 ... 64  80  96 ...
 
 oneDNN makes such code, for bfloat16 on a CPU, and keeps it: some 200 MB where every number of rows comes up.
 
 On a GPU a graph is replayed for steps in which every sequence feeds one token and none has an adapter: for most
-steps, once prompts are read. There is one for each number of sequences, filled up in the same way, and of
+steps, once prompts are read. There is one for each number of sequences, padded in the same way, and of
 
     columns   64  256  1024 ...                of the table of pages, as the longest of them needs
 
-No row's result depends on those beside it (kernels/paged.py; docs/gpu.md says where products do), so filling up
+No row's result depends on those beside it (kernels/gpu/paged.py; docs/gpu.md says where products do), so padding
 changes none. A graph is recorded when it is first needed.
 """
 
@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..kernels.fused import runs_kernels
-from ..kernels.graph import WARM_UP, Recorder
+from ..kernels.backend import LINEAR, STEP, Backend, uses
+from ..kernels.gpu.graph import WARM_UP, Recorder
 from ..model import Mistral7B
 from ..sampling import put
 from .adapters import Adapters
-from .batch import Nobody, Paged, PagedBatch, Parts
+from .batch import PaddingRow, Paged, PagedBatch, Parts
 from .config import EngineConfig
 from .flight import Plan, Rows
 from .pages import PagePool
@@ -47,7 +47,7 @@ class Forward:
     def __init__(self, adapters: Adapters, pool: PagePool, fill: bool = False) -> None:
         self.adapters, self.pool, self.fill = adapters, pool, fill
         self.window = adapters.model.args.sliding_window
-        self.nobody = Nobody(np.array([pool.scratch]))
+        self.padding = PaddingRow(np.array([pool.scratch]))
 
     def hidden(self, plan: Plan, tokens: Tensor) -> Tensor:
         """Final states (N, D) of a plan's tokens (N,), whose keys and values are then in its pages.
@@ -59,7 +59,7 @@ class Forward:
         if more := self._missing(rows):
             tokens = pad(tokens, (0, more))
         with self.adapters.over([*runs, (None, more)]) as model:
-            return model.hidden(tokens, PagedBatch(self.pool, self.window, self._filled_up(plan, more)))[:rows]
+            return model.hidden(tokens, PagedBatch(self.pool, self.window, self._padded(plan, more)))[:rows]
 
     def logits(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Logits (R, V) of these rows, in their order, of hidden (N, D)."""
@@ -72,11 +72,11 @@ class Forward:
 
     def _missing(self, rows: int) -> int:
         """How many rows more a step should have."""
-        return filled(rows) - rows if self.fill else 0
+        return bucket_size(rows) - rows if self.fill else 0
 
-    def _filled_up(self, plan: Plan, more: int) -> list[tuple[Paged, int]]:
-        """A plan with so many rows of nobody after it."""
-        return [*plan, *[(self.nobody, 1)] * more]
+    def _padded(self, plan: Plan, more: int) -> list[tuple[Paged, int]]:
+        """A plan with so many padding rows after it."""
+        return [*plan, *[(self.padding, 1)] * more]
 
 
 class GraphForward(Forward):
@@ -94,8 +94,8 @@ class GraphForward(Forward):
     def hidden(self, plan: Plan, tokens: Tensor) -> Tensor:
         if len(tokens) > len(plan) or any(s.request.adapter is not None for s, _ in plan):
             return super().hidden(plan, tokens)
-        size = min(filled(len(plan)), self.most)
-        parts = self._filled_up(plan, size - len(plan))
+        size = min(bucket_size(len(plan)), self.most)
+        parts = self._padded(plan, size - len(plan))
         longest, columns = max(s.stop for s, _ in plan), COLUMNS
         while columns < longest:
             columns *= WIDER
@@ -129,8 +129,8 @@ class DecodeStep:
         self.out.copy_(self.model.hidden(self.tokens, self.batch))
 
 
-def filled(n: int) -> int:
-    """The number of rows, among those for which code or a graph is made, that n are filled up to."""
+def bucket_size(n: int) -> int:
+    """The number of rows, among those for which code or a graph is made, to which n are padded."""
     if n <= 4:
         return (0, 1, 2, 4, 4)[n]
     step = 8 if n <= 64 else 16
@@ -138,16 +138,12 @@ def filled(n: int) -> int:
 
 
 def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> Forward:
-    """How steps are computed where the pages lie. Nothing else in the engine asks which device that is.
-
-    Without the kernels attention asks the host where pages lie, which a graph would know of one step alone.
-    """
-    device = pool.layers[0][0].device
-    if device.type != "cuda" or not runs_kernels(adapters.model.norm.weight.detach()):
-        modules = adapters.model.modules()
-        fill = any(type(m) is torch.nn.Linear and m.weight.dtype == torch.bfloat16 for m in modules)
-        return Forward(adapters, pool, fill)
-    recorder = Recorder(device)
+    """How steps are computed where the pages lie. Nothing else in the engine asks which device that is."""
+    keys = pool.layers[0][0]
+    if not uses(Backend.CUDA_GRAPH, STEP, keys):
+        linears = [m for m in adapters.model.modules() if type(m) is torch.nn.Linear]
+        return Forward(adapters, pool, any(uses(Backend.ONEDNN, LINEAR, m.weight) for m in linears))
+    recorder = Recorder(keys.device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
         def rehearse() -> None:

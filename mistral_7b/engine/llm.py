@@ -13,6 +13,7 @@ import torch
 
 from ..completion import RequestOutput, TextPiece
 from ..errors import EngineError
+from ..kernels.backend import LINEAR, Backend, uses
 from ..model import Mistral7B
 from ..quantization import Scheme, quantize
 from ..quantization.linear import Compressed
@@ -60,7 +61,8 @@ def open_engine(
         model.requires_grad_(False)
     elif any(v is not None for v in how.values()):
         raise EngineError(
-            "dtype, device and quantization are for a model that is yet to be opened, not an open one"
+            "dtype, device and quantization are for a model that is yet to be opened, not an open one",
+            field="model",
         )
     if config.deterministic:
         _make_deterministic(model)
@@ -77,10 +79,11 @@ def _make_deterministic(model: Mistral7B) -> None:
     """Let no row depend on the number of others. Weights in whole numbers need nothing for it, on a CPU."""
     if isinstance(model.output, Compressed):
         return
-    if model.norm.weight.dtype != torch.bfloat16 or model.norm.weight.device.type != "cpu":
+    if not uses(Backend.ONEDNN, LINEAR, model.norm.weight):
         raise EngineError(
             "deterministic=True takes a model in bfloat16, int8 or int4 on a CPU, not one in "
-            f"{str(model.norm.weight.dtype).removeprefix('torch.')} on {model.norm.weight.device}"
+            f"{str(model.norm.weight.dtype).removeprefix('torch.')} on {model.norm.weight.device}",
+            field="deterministic",
         )
     quantize(model, Scheme("bf16", deterministic=True))
 
@@ -245,13 +248,15 @@ def _asked(asked: Asked | Sequence[Asked] | None, each: Mapping[str, Any], n: in
     if asked is None:
         asked = Asked(**each)
     elif each:
-        raise EngineError("give `asked`, or its fields by name, not both")
+        raise EngineError("give `asked`, or its fields by name, not both", field="asked")
     if isinstance(asked, Asked):
         if asked.request_id is not None and n > 1:
             return [replace(asked, request_id=f"{asked.request_id}-{i}") for i in range(n)]
         return [asked] * n
     if len(asked) != n:
-        raise EngineError(f"{n} prompts with {len(asked)} of `asked`; give one, or one for each")
+        raise EngineError(
+            f"{n} prompts with {len(asked)} of `asked`", field="asked", hint="give one, or one for each"
+        )
     return list(asked)
 
 

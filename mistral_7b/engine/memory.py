@@ -71,8 +71,9 @@ def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | No
         n_pages = min(max(int(share) // page_bytes, 0 if lengths is None else needs[0]), most)
     if n_pages < 1:
         raise ConfigError(
-            f"{config.kv_cache_bytes or 'the free'} bytes for keys and values hold no page of {page} tokens: "
-            f"raise kv_cache_bytes, each page takes {page_bytes}"
+            f"{config.kv_cache_bytes or 'the free'} bytes for keys and values hold no page of {page} tokens",
+            field="kv_cache_bytes",
+            hint=f"raise kv_cache_bytes, each page takes {page_bytes}",
         )
     return PagePool(
         args.n_layers, args.n_kv_heads, args.head_dim, n_pages, page, dtype=p.dtype, device=p.device, int8=int8

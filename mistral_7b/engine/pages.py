@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..cache import Entries, compressed
-from ..kernels import pages as huge_pages
+from ..kernels.cpu import huge_pages
 
 Key = bytes
 

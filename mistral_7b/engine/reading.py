@@ -16,7 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from ..completion import Completion
-from ..errors import EngineError, GenerationError, GrammarError, Mistral7BError, PromptTooLongError, SamplingError
+from ..errors import (
+    EngineError,
+    GenerationError,
+    GrammarError,
+    Mistral7BError,
+    PromptTooLongError,
+    SamplingError,
+    TokenizerError,
+)
 from ..messages import tool_call_id
 from ..model import Mistral7B, ModelArgs
 from ..sampling import SamplingParams, draw_seed
@@ -24,7 +32,7 @@ from ..speculation import Speculation
 from ..tokenizer import Tokenizer
 from ..tool_calls import ToolCallStream
 from .engine import Engine
-from .grammar.client import Grammars
+from .grammar.client import KEPT, MOST, Grammars
 from .grammar.spec import FREE, GrammarSpec
 from .pages import first_key
 from .request import Request, Sink
@@ -61,60 +69,79 @@ def params_for(
     """The parameters of each prompt."""
     each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
     if len(each) != len(prompts):
-        raise GenerationError(f"{len(prompts)} prompts with {len(each)} SamplingParams; give one, or one for each")
+        raise GenerationError(
+            f"{len(prompts)} prompts with {len(each)} SamplingParams",
+            field="params",
+            hint="give one, or one for each",
+        )
     return each
 
 
 def read_prompt(
     args: ModelArgs, name: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None, why: str = "",
-    space: int | None = None,
+    space: int | None = None, field: str = "prompt",
 ) -> ReadPrompt:  # fmt: skip
-    """One prompt, called `name` in errors; `why` says why there is no tokenizer, if there is none.
+    """One prompt; errors call it `name`, and the request's field that it came in `field`.
+
+    `why`: why there is no tokenizer, if there is none.
 
     `space`: tokens for which there is memory, the prompt's included, where that is less than a context.
     """
     if tokenizer is None and (isinstance(prompt, str) or params.stops):
         raise GenerationError(
-            f"{name}: text prompts and stop texts need a tokenizer, and {why}; pass tokenizer=..."
+            f"{name}: text prompts and stop strings need a tokenizer, and {why}",
+            field=field if isinstance(prompt, str) else "stop",
+            hint="pass tokenizer=...",
         )
     if isinstance(prompt, str):
         assert tokenizer is not None  # as was just seen
-        ids = tokenizer.encode(prompt)
+        try:
+            ids = tokenizer.encode(prompt)
+        except TokenizerError as e:
+            raise TokenizerError.of(e, message=f"{name}: {e.message}", field=field) from e
     else:
         ids = list(prompt)
     if not ids:
-        raise GenerationError(f"{name} is empty; it needs one token at least, such as BOS")
-    for place, token in enumerate(ids):
+        raise GenerationError(f"{name} is empty; it needs one token at least, such as BOS", field=field)
+    for at, token in enumerate(ids):
         if not isinstance(token, int) or not 0 <= token < args.vocab_size:
             raise GenerationError(
-                f"{name}: {token!r} at place {place} is no token of a vocabulary of {args.vocab_size}"
+                f"{name}: {token!r} at index {at} is no token of a vocabulary of {args.vocab_size}",
+                field=field,
             )
     named = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]
     if named and max(named) >= args.vocab_size:
         raise SamplingError(
-            f"token {max(named)} in logit_bias or stop_token_ids: the vocabulary has {args.vocab_size}"
+            f"token {max(named)} in logit_bias or stop_token_ids: the vocabulary has {args.vocab_size}",
+            field="logit_bias" if max(named) in (params.logit_bias or ()) else "stop_token_ids",
         )
-    room = _room(args, name, len(ids), params, space)
+    room = _room(args, name, field, len(ids), params, space)
     seed = draw_seed() if params.seed is None else params.seed
     completions = [Completion(ids, params, room, seed, k, tokenizer) for k in range(params.n)]
     return ReadPrompt(prompt if isinstance(prompt, str) else None, ids, params, completions)
 
 
-def _room(args: ModelArgs, name: str, length: int, params: SamplingParams, space: int | None) -> int:
+def _room(args: ModelArgs, name: str, field: str, length: int, params: SamplingParams, space: int | None) -> int:
     """How many tokens may be generated. With a window the context has no end, so `max_tokens` alone rules."""
     context, left = args.max_seq_len, args.max_seq_len - length
     if params.max_tokens is None and left < 1:
-        raise PromptTooLongError(f"{name} has {length} tokens and fills the context of {context}: shorten it")
+        raise PromptTooLongError(
+            f"{name} has {length} tokens and fills the context of {context}", field=field, hint="shorten it"
+        )
     if params.max_tokens is None and space is not None:
         left = min(left, space - length)
         if left < 1:
             raise PromptTooLongError(
-                f"{name} has {length} tokens and fills the memory for {space}: shorten it, or raise kv_cache_bytes"
+                f"{name} has {length} tokens and fills the memory for {space}",
+                field=field,
+                hint="shorten it, or raise kv_cache_bytes",
             )
     if params.max_tokens is not None and params.max_tokens > left and args.sliding_window is None:
         raise PromptTooLongError(
             f"{name} has {length} tokens, and max_tokens={params.max_tokens} more do not fit the context of "
-            f"{context}: shorten it, or lower max_tokens (None takes what is left)"
+            f"{context}",
+            field=field,
+            hint="shorten it, or lower max_tokens (None takes what is left)",
         )
     return left if params.max_tokens is None else params.max_tokens
 
@@ -144,6 +171,7 @@ class Asked:
         adapter: the LoRA adapter to use, by name; none: the model as it is
         cache_salt: only requests of one salt share what was computed for their prompts (one a tenant)
         speculation: guess tokens ahead; none: as the engine's configuration says
+        gone: set when nobody waits any more for the request to be read: it ends with AbandonedError
     """
 
     request_id: str | None = None
@@ -151,6 +179,7 @@ class Asked:
     adapter: str | None = None
     cache_salt: str | None = None
     speculation: Speculation | None = None
+    gone: threading.Event | None = None
 
 
 class Reader:
@@ -175,15 +204,16 @@ class Reader:
         name: str = "the prompt",
         begun: int = 0,
         grammar: GrammarSpec | None = None,
+        field: str = "prompt",
     ) -> Request:
         """A request to continue a prompt. Raises what says why it cannot be served.
 
         It must obey `grammar`, or else its structured_outputs; the last `begun` tokens of the prompt are the
-        beginning of what must.
+        beginning of what must. Errors call the prompt `name`, and its field in the request `field`.
         """
         args = self.engine.model.args
-        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space)
-        return self.request(read, asked, sink, name, begun, grammar)
+        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space, field)
+        return self.request(read, asked, sink, name, begun, grammar, field)
 
     def request(
         self,
@@ -193,6 +223,7 @@ class Reader:
         name: str = "the prompt",
         begun: int = 0,
         grammar: GrammarSpec | None = None,
+        field: str = "prompt",
     ) -> Request:
         """The same for a prompt that was read with this tokenizer."""
         speculation = asked.speculation or self.engine.config.speculation
@@ -202,28 +233,37 @@ class Reader:
             asked.request_id or _fresh_id(), read.prompt, read.ids, read.params, read.completions,
             self._key(asked), asked.priority, asked.adapter, speculation, sink=sink,
         )  # fmt: skip
-        self._bind(request, name, begun, grammar or GrammarSpec.of(read.params.structured_outputs))
-        return self._checked(request, name)
+        self._bind(request, name, begun, grammar or GrammarSpec.of(read.params.structured_outputs), asked.gone)
+        return self._checked(request, name, field)
 
     def chat(
         self, messages: Messages, params: SamplingParams, asked: Asked, sink: Sink | None = None,
         tools: Tools = None, tool_choice: ToolChoice = "auto", name: str = "the conversation",
-        parallel: bool = True,
+        parallel: bool = True, labels: Sequence[str] | None = None,
     ) -> Request:  # fmt: skip
         """A request to answer a conversation; messages, tools and tool_choice are OpenAI's.
 
         "required", or a named tool, makes the model call (lark.tool_spec), once where not `parallel`; with
-        "none" it is shown no tools. With "auto" structured_outputs apply to the text alone.
+        "none" it is shown no tools. With "auto" structured_outputs apply to the text alone. `labels`: what errors
+        call each message, as in Tokenizer.encode_chat.
         """
         if self.tokenizer is None:
-            raise GenerationError(f"{name}: a conversation needs a tokenizer, and {self.why}; pass tokenizer=...")
+            raise GenerationError(
+                f"{name}: a conversation needs a tokenizer, and {self.why}",
+                field="messages",
+                hint="pass tokenizer=...",
+            )
         wanted = params.structured_outputs
         if wanted is not None and tool_choice not in FREE:
-            raise GenerationError(f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other")
+            raise GenerationError(
+                f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other",
+                field="structured_outputs",
+            )
         grammar = GrammarSpec.of(wanted, tools or (), tool_choice, parallel)
         offered = None if tool_choice == "none" else tools
-        ids, begun = self.tokenizer.encode_begun(messages, offered)
-        request = self.text(ids, params, asked, sink, name, begun if wanted is not None else 0, grammar)
+        ids, begun = self.tokenizer.encode_begun(messages, offered, labels)
+        begun = begun if wanted is not None else 0
+        request = self.text(ids, params, asked, sink, name, begun, grammar, "messages")
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request
@@ -233,15 +273,17 @@ class Reader:
     ) -> Request:
         """A request for a prompt's hidden state, "mean" or "last"."""
         if pooling not in POOLINGS:
-            raise GenerationError(f"pooling is {' or '.join(map(repr, POOLINGS))}, not {pooling!r}")
+            raise GenerationError(
+                f"pooling is {' or '.join(map(repr, POOLINGS))}, not {pooling!r}", field="pooling"
+            )
         params = SamplingParams(max_tokens=1, temperature=0)
         args = self.engine.model.args
-        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why)
+        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, field="input")
         request = Request(
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
             asked.priority, asked.adapter, pooling=pooling, sink=sink,
         )  # fmt: skip
-        return self._checked(request, name)
+        return self._checked(request, name, "input")
 
     def _key(self, asked: Asked) -> bytes:
         """What tells prefixes apart. AdapterError for an adapter that is not loaded."""
@@ -253,8 +295,9 @@ class Reader:
         assert self.tokenizer is not None  # as _bind has seen
         with self._lock:
             if self._grammars is None:
-                args, limits = self.engine.model.args, self.engine.config.grammar_limits
-                self._grammars = Grammars(self.tokenizer, args.vocab_size, limits)
+                args, config = self.engine.model.args, self.engine.config
+                most = max(MOST, KEPT + config.max_sequences)
+                self._grammars = Grammars(self.tokenizer, args.vocab_size, config.grammar_limits, most=most)
             return self._grammars
 
     def warm_up(self) -> None:
@@ -267,7 +310,9 @@ class Reader:
         if self.tokenizer is not None:
             threading.Thread(target=start, name="grammars", daemon=True).start()
 
-    def _bind(self, request: Request, name: str, begun: int, grammar: GrammarSpec | None) -> None:
+    def _bind(
+        self, request: Request, name: str, begun: int, grammar: GrammarSpec | None, gone: threading.Event | None
+    ) -> None:
         """A grammar state for each completion, if one must be obeyed; it has taken the last `begun` tokens.
 
         These are a text of their own, whatever precedes them: the space that SentencePiece writes before a text's
@@ -276,17 +321,19 @@ class Reader:
         if grammar is None:
             return
         if self.tokenizer is None:
-            raise GenerationError(f"{name}: structured_outputs need a tokenizer, and {self.why}")
+            raise GenerationError(
+                f"{name}: structured_outputs need a tokenizer, and {self.why}", field="structured_outputs"
+            )
         at = len(request.ids) - begun
         for s in request.sequences:
             after = () if begun else request.ids
-            s.grammar = self.grammars.start(grammar, after, request.ids[at:], request.id)
+            s.grammar = self.grammars.start(grammar, after, request.ids[at:], request.id, gone)
 
-    def _checked(self, request: Request, name: str) -> Request:
+    def _checked(self, request: Request, name: str, field: str) -> Request:
         try:
             self.engine.scheduler.check(request)
         except EngineError as e:
-            raise EngineError(f"{name}: {e}") from None
+            raise EngineError.of(e, message=f"{name}: {e.message}", field=e.field or field) from None
         return request
 
 

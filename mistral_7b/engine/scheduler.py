@@ -81,14 +81,15 @@ class Scheduler:
             longest += request.completions[0].max_tokens
         if n > self.config.max_sequences:
             raise EngineError(
-                f"n={n} completions at once are more than the engine's {self.config.max_sequences}: lower n, or "
-                f"raise max_sequences"
+                f"n={n} completions at once are more than the engine's {self.config.max_sequences}",
+                field="n",
+                hint="lower n, or raise max_sequences",
             )
         if self.most_pages(longest) > self.pool.n_pages:
             raise EngineError(
                 f"a prompt of {len(request.ids)} tokens with {longest - len(request.ids)} more needs "
-                f"{self.most_pages(longest)} pages of {self.page} tokens, and the engine has {self.pool.n_pages}: "
-                f"shorten it, or raise kv_cache_bytes"
+                f"{self.most_pages(longest)} pages of {self.page} tokens, and the engine has {self.pool.n_pages}",
+                hint="shorten it, or raise kv_cache_bytes",
             )
 
     def most_pages(self, tokens: int) -> int:

@@ -1,7 +1,7 @@
-"""What a model is worth, and how far one is from another.
+"""Evaluate a model, and compare it with its original.
 
-perplexity   nats a token and bits a byte of texts
-fidelity     the distance of a quantised, adapted or merged model from what it came from
+perplexity   perplexity and bits per byte of texts
+fidelity     the distance of a quantized, adapted or merged model from its original
 """
 
 from .fidelity import Distance as Distance

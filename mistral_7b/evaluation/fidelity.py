@@ -1,8 +1,8 @@
-"""How far a quantised, adapted or merged model is from what it came from.
+"""The distance of a quantized, adapted or merged model from its original.
 
-    KL = 1/T sum_t sum_v p_t(v) log(p_t(v) / q_t(v))          p: the original, q: the other; nats a token
+    KL = 1/T sum_t sum_v p_t(v) log(p_t(v) / q_t(v))          p: original, q: other model; nats per token
 
-Perplexity alone hides errors that happen to help; the divergence does not. T tokens · V vocabulary
+Perplexity alone can hide errors that happen to improve it; KL cannot. T tokens · V vocabulary
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ from .perplexity import encode, pieces, scored
 
 @dataclass(frozen=True)
 class Distance:
-    """Of a model from its original on a text, over `tokens` predictions."""
+    """The distance of a model from its original on a text, over `tokens` predictions."""
 
     tokens: int
-    kl: float  # mean KL(original || model), nats a token
-    top1_agreement: float  # share of the predictions whose likeliest token is the same
+    kl: float  # mean KL(original || model), nats per token
+    top1_agreement: float  # fraction of predictions with the same most likely token
     perplexity_original: float
     perplexity: float
 
     @classmethod
     def of(cls, comparison: Comparison) -> Distance:
-        """What has been summed up. EvaluationError if that is nothing."""
+        """Summarize a comparison. Raises EvaluationError if it holds no prediction."""
         if not comparison.tokens:
-            raise EvaluationError("there is nothing to predict in these documents: each is empty but for BOS")
+            raise EvaluationError(
+                "there is nothing to predict in these documents: each is empty but for BOS", field="documents"
+            )
         found = comparison.result("")
         return cls(**{field.name: found[field.name] for field in fields(cls)})
 
     @property
     def ratio(self) -> float:
-        """Perplexity over the original's: 1.01 is a loss of 1%."""
+        """Perplexity relative to the original's: 1.01 is 1% worse."""
         return self.perplexity / self.perplexity_original
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and the ratio, for a file."""
+        """Return the fields and the ratio, for JSON."""
         return asdict(self) | {"ratio": self.ratio}
 
 
@@ -55,7 +57,7 @@ def distance(
     documents: Iterable[str | Sequence[int]],
     tokenizer: Tokenizer | None = None,
 ) -> Distance:
-    """The distance of `model` from `original` on documents, texts or token ids, as `perplexity` takes them."""
+    """Measure the distance of `model` from `original` on documents, given as to `perplexity`."""
     comparison = Comparison()
     for document in documents:
         for ids in pieces(encode(document, tokenizer), original):

@@ -1,8 +1,8 @@
-"""What a model pays for texts: nats a token, bits a byte.
+"""Perplexity and bits per byte of texts.
 
     perplexity = exp(-1/T sum_t log p(x_t | x_<t))          bits per byte = -sum_t log2 p(x_t | x_<t) / bytes
 
-T tokens · D width · V vocabulary. Every document begins with BOS, which is given and not asked for.
+T tokens · D width · V vocabulary. Every document begins with BOS, which is not predicted.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..errors import EvaluationError
 from ..model import Mistral7B
 from ..tokenizer import Tokenizer
 
-CHUNK = 512  # tokens in one forward: logits of more are never held
-BOS = 1  # of every Mistral vocabulary
+CHUNK = 512  # tokens per forward pass: bounds the memory of logits
+BOS = 1  # in every Mistral vocabulary
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`nats` in all for `tokens` tokens, which stand for `bytes` bytes (0: not known)."""
+    """The total `nats` of `tokens` tokens, which encode `bytes` bytes (0: unknown)."""
 
     tokens: int
     nats: float
@@ -34,16 +34,16 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """e to the mean nats a token."""
+        """exp of the mean nats per token."""
         return math.exp(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """What no tokenizer can flatter; None where the bytes are not known."""
+        """Bits per byte, which do not depend on the tokenizer; None if the bytes are unknown."""
         return self.nats / math.log(2) / self.bytes if self.bytes else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts and what follows from them, for a file."""
+        """Return the counts and derived figures, for JSON."""
         return asdict(self) | {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
 
@@ -51,10 +51,10 @@ class Perplexity:
 def perplexity(
     model: Mistral7B, documents: Iterable[str | Sequence[int]], tokenizer: Tokenizer | None = None
 ) -> Perplexity:
-    """The price of documents, each a text or token ids (BOS is put before those that lack it).
+    """Measure the perplexity of documents: texts, or token ids (BOS is added if missing).
 
-    Texts need the model's `tokenizer`. The window slides as in generation, so a document's length is free; a
-    model without a window takes it in pieces of `max_seq_len`. EvaluationError if nothing is left to predict.
+    Texts need the model's `tokenizer`. With a sliding window, documents may have any length; without one, they are
+    split into pieces of `max_seq_len`. Raises EvaluationError if there is nothing to predict.
     """
     tokens, nats, size = 0, 0.0, 0
     known = True
@@ -68,22 +68,26 @@ def perplexity(
                 nats += F.cross_entropy(model.logits(hidden), targets, reduction="sum").item()
                 tokens += len(targets)
     if not tokens:
-        raise EvaluationError("there is nothing to predict in these documents: each is empty but for BOS")
+        raise EvaluationError(
+            "there is nothing to predict in these documents: each is empty but for BOS", field="documents"
+        )
     return Perplexity(tokens, nats, size if known else 0)
 
 
 def encode(document: str | Sequence[int], tokenizer: Tokenizer | None) -> list[int]:
-    """Token ids with BOS first."""
+    """Return token ids with BOS first."""
     if isinstance(document, str):
         if tokenizer is None:
-            raise EvaluationError("a text needs the model's tokenizer: pass it, or pass token ids")
+            raise EvaluationError(
+                "a text needs the model's tokenizer", field="tokenizer", hint="pass it, or pass token ids"
+            )
         return tokenizer.encode(document, bos=True)
     ids = list(document)
     return ids if ids[:1] == [BOS] else [BOS, *ids]
 
 
 def pieces(ids: list[int], model: Mistral7B) -> Iterator[list[int]]:
-    """The document whole, or without a window cut into what the context holds, BOS before each."""
+    """Yield the document, or without a window its pieces of context length, each with BOS."""
     room = model.args.max_seq_len if model.args.sliding_window is None else len(ids)
     body = ids[1:]
     for start in range(0, len(body), max(1, room - 1)):
@@ -92,7 +96,7 @@ def pieces(ids: list[int], model: Mistral7B) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def scored(model: Mistral7B, ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states (t, D) and the tokens that follow them (t,), chunk by chunk; the last token predicts none."""
+    """Yield hidden states (t, D) and their target tokens (t,), chunk by chunk."""
     tokens = torch.tensor(ids, device=model.norm.weight.device)
     cache = model.rolling_cache(max_seq_len=max(1, len(ids) - 1))
     for part, targets in zip(tokens[:-1].split(CHUNK), tokens[1:].split(CHUNK), strict=True):

@@ -12,17 +12,16 @@ sums in float64.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import compiler
-from .fused import runs_kernels
+from .backend import ATTENTION, PAGED_ATTENTION, Backend, choose
+from .cpu import calls
+from .gpu.paged import paged_attend
 from .linear import OPS
-from .paged import paged_attend
 
 
 class Place(NamedTuple):
@@ -55,38 +54,11 @@ class Remembered(NamedTuple):
     place: Place
 
 
-LONG, PTR = ctypes.c_int64, ctypes.c_void_p
-
-
-class Where(ctypes.Structure):
-    """A Place as cpu/keys.h has it: see there. It holds on to the tensors pointed at."""
-
-    _fields_ = (
-        ("B", LONG), ("N", LONG), ("offsets", PTR), ("start", PTR), ("held", PTR),
-        ("slots", LONG), ("origin", LONG), ("table", PTR), ("columns", LONG), ("page", LONG), ("window", LONG),
-    )  # fmt: skip
-
-    def __init__(self, of: Place, rows: int, window: int) -> None:
-        start, held, table, offsets = self.tensors = [
-            None if t is None else t.contiguous() for t in (of.start, of.held, of.table, of.offsets)
-        ]
-        super().__init__(
-            of.start.shape[0], rows, _at(offsets), _at(start), _at(held), of.slots, of.origin,
-            _at(table), 0 if table is None else table.shape[1], of.page, window,
-        )  # fmt: skip
-
-
-@torch.compiler.assume_constant_result
-def available() -> bool:
-    """Whether the kernel is compiled on this machine."""
-    return compiler.library() is not None
-
-
 def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys or values (..., K) to int8 with a float32 scale (..., 1) for each head of each token."""
-    wide = x.float()
-    top = wide.abs().amax(-1, keepdim=True)
-    q = (wide * torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)).round_()
+    exact = x.float()
+    top = exact.abs().amax(-1, keepdim=True)
+    q = (exact * torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)).round_()
     return q.to(torch.int8), top / 127
 
 
@@ -96,39 +68,14 @@ def _attend(
     start: Tensor, held: Tensor, slots: int, origin: int, table: Tensor | None, page: int, offsets: Tensor | None,
     window: int, keep: bool,
 ) -> Tensor:  # fmt: skip
-    place = Place(start, held, slots, origin, table, page, offsets)
-    lib = compiler.library()
-    if lib is None or q.dtype != torch.bfloat16:
-        old = Remembered(old_k, old_v, old_k_scale, old_v_scale, place)
-        return attend_twin(q, k, v, k_scale, v_scale, old, window, keep)
-    H, K = q.shape[-2:]
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    where = Where(place, q.numel() // (H * K), window)
-    out = torch.empty_like(q)
-    lib.m7b_attend(
-        ctypes.byref(where), k.dtype == torch.int8, H, k.shape[-2], K, q.data_ptr(), k.data_ptr(), v.data_ptr(),
-        _at(k_scale), _at(v_scale), old_k.data_ptr(), old_v.data_ptr(), _at(old_k_scale), _at(old_v_scale),
-        keep, torch.get_num_threads(), out.data_ptr(),
-    )  # fmt: skip
-    return out
-
-
-def _attend_cuda(
-    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
-    old_k: Tensor, old_v: Tensor, old_k_scale: Tensor | None, old_v_scale: Tensor | None,
-    start: Tensor, held: Tensor, slots: int, origin: int, table: Tensor | None, page: int, offsets: Tensor | None,
-    window: int, keep: bool,
-) -> Tensor:  # fmt: skip
-    if table is not None and offsets is not None and runs_kernels(q):
-        old = (old_k, old_v, old_k_scale, old_v_scale)
-        return paged_attend(q, k, v, k_scale, v_scale, *old, start, held, offsets, table, page, window, keep)
-    place = Place(start, held, slots, origin, table, page, offsets)
-    where = Remembered(old_k, old_v, old_k_scale, old_v_scale, place)
-    return attend_twin(q, k, v, k_scale, v_scale, where, window, keep)
-
-
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    old = Remembered(
+        old_k, old_v, old_k_scale, old_v_scale, Place(start, held, slots, origin, table, page, offsets)
+    )
+    arguments = (q, k, v, k_scale, v_scale, old, window, keep)
+    backend = choose(ATTENTION if table is None or offsets is None else PAGED_ATTENTION, q).backend
+    if backend is Backend.CPU:
+        return calls.attend(*arguments)
+    return paged_attend(*arguments) if backend is Backend.TRITON else attend_twin(*arguments)
 
 
 OPS.define(
@@ -136,8 +83,8 @@ OPS.define(
     "Tensor(c!)? old_k_scale, Tensor(d!)? old_v_scale, Tensor start, Tensor held, int slots, int origin, "
     "Tensor? table, int page, Tensor? offsets, int window, bool keep) -> Tensor"
 )
-OPS.impl("attend", _attend, "CPU")
-OPS.impl("attend", _attend_cuda, "CUDA")
+for device in ("CPU", "CUDA"):
+    OPS.impl("attend", _attend, device)
 torch.library.register_fake("mistral_7b::attend", lambda q, *rest: torch.empty_like(q))
 
 
@@ -173,7 +120,9 @@ def attend_twin(
         positions = torch.arange(start - int(place.held[b]), start, device=q.device)
         rows = _rows(place, b, positions)
         own = slice(first, end)
-        keys, values = (torch.cat(pair) for pair in zip(_wide(new, own), _wide(held, rows), strict=True))
+        keys, values = (
+            torch.cat(pair) for pair in zip(_in_float64(new, own), _in_float64(held, rows), strict=True)
+        )
         p_q = torch.arange(start, start + T, device=q.device)
         distance = p_q[:, None] - torch.cat([p_q, positions])  # (T, T + held)
         hidden = (distance < 0) | (distance >= (window or 2**62))
@@ -194,7 +143,7 @@ def _rows(place: Place, b: int, positions: Tensor) -> Tensor:
     return place.table[b, positions // place.page] * place.page + positions % place.page
 
 
-def _wide(entries: list[Tensor], rows: Tensor | slice) -> list[Tensor]:
+def _in_float64(entries: list[Tensor], rows: Tensor | slice) -> list[Tensor]:
     """Keys and values of these rows, in float64."""
     k, v = (t[rows].double() for t in entries[:2])
     return [k, v] if len(entries) == 2 else [k * entries[2][rows].double(), v * entries[3][rows].double()]

@@ -10,14 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiler
-from .linear import FLOATS, OPS
+from .backend import RMS_NORM, ROTATE, SILU_MUL, Backend, choose
+from .cpu import calls
+from .gpu import elementwise as gpu
+from .linear import OPS
 
 
 def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) in float32, cast, times the weight."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def silu_mul_twin(gate: Tensor, up: Tensor) -> Tensor:
@@ -26,59 +28,42 @@ def silu_mul_twin(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate_twin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbouring pairs of x (..., heads, K) turned by angles (..., 1, K/2)."""
+    """Neighbouring pairs of x (..., heads, K) rotated by angles (..., 1, K/2)."""
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    lib = compiler.library()
-    if lib is None or x.dtype not in FLOATS or weight.dtype != x.dtype:
+    backend = choose(RMS_NORM, x, weight).backend
+    if backend is Backend.PYTORCH or not x.numel():
         return rms_norm_twin(x, weight, eps)
-    x, D = x.contiguous(), x.shape[-1]
-    out = torch.empty_like(x)
-    lib.m7b_rms_norm(
-        x.dtype == torch.bfloat16, x.data_ptr(), weight.data_ptr(), x.numel() // D, D, eps,
-        torch.get_num_threads(), out.data_ptr(),
-    )  # fmt: skip
-    return out
+    return (calls if backend is Backend.CPU else gpu).rms_norm(x, weight, eps)
 
 
 def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    lib = compiler.library()
-    if lib is None or gate.dtype not in FLOATS:
+    backend = choose(SILU_MUL, gate, up).backend
+    if backend is Backend.PYTORCH or not gate.numel():
         return silu_mul_twin(gate, up)
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    lib.m7b_silu_mul(
-        gate.dtype == torch.bfloat16, gate.data_ptr(), up.data_ptr(), gate.numel(),
-        torch.get_num_threads(), out.data_ptr(),
-    )  # fmt: skip
-    return out
+    return (calls if backend is Backend.CPU else gpu).silu_mul(gate, up)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    lib = compiler.library()
-    heads, K = x.shape[-2:]
-    M, angles = x.numel() // max(1, heads * K), cos.numel() // max(1, K // 2)
+    backend = choose(ROTATE, x, cos, sin).backend
+    if backend is Backend.TRITON and x.numel():
+        return gpu.rotate(x, cos, sin)
     # A table of angles serves rows that come round again: (T,) positions for tokens (B, T).
-    regular = cos.dtype == torch.float32 and angles and cos.shape[:-2] == x.shape[x.dim() - cos.dim() : -2]
-    if lib is None or x.dtype not in FLOATS or not regular or not M:
-        return rotate_twin(x, cos, sin)
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-    out = torch.empty_like(x)
-    lib.m7b_rotate(
-        x.dtype == torch.bfloat16, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), M, angles, heads, K,
-        torch.get_num_threads(), out.data_ptr(),
-    )  # fmt: skip
-    return out
+    regular = cos.shape[:-2] == x.shape[x.dim() - cos.dim() : -2]
+    if backend is Backend.CPU and x.numel() and regular:
+        return calls.rotate(x, cos, sin)
+    return rotate_twin(x, cos, sin)
 
 
 OPS.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 OPS.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
 OPS.define("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 for name, kernel in (("rms_norm", _rms_norm), ("silu_mul", _silu_mul), ("rotate", _rotate)):
-    OPS.impl(name, kernel, "CPU")
+    for device in ("CPU", "CUDA"):
+        OPS.impl(name, kernel, device)
     torch.library.register_fake(f"mistral_7b::{name}", lambda x, *rest: torch.empty_like(x))
 
 

@@ -20,10 +20,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import compiler, layout
+from . import layout
+from .backend import QUANTIZED_LINEAR, Backend, uses
+from .cpu import calls, compiler
+from .cpu.arguments import Weights
 
 OPS = torch.library.Library("mistral_7b", "DEF")
-FLOATS = (torch.float32, torch.bfloat16)  # what the kernels read and write; others go by way of float32
+BLOCK = 32  # inputs of a block of GGUF's
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,34 +54,43 @@ def linear_twin(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (sums * sx * scale).to(x.dtype)
 
 
-def _run(
-    x: Tensor, bits: int, codes: Tensor, groups: Tensor | None, group_size: int, scale: Tensor, n: int
-) -> Tensor:
-    lib = compiler.library()
-    if lib is None:
-        compiler.warn_if_missing()
-        weight = int_weight(codes, groups, group_size)[:n, : x.shape[-1]]
-        return linear_twin(x, weight, scale[:n])
-    if x.dtype not in FLOATS:
-        return _run(x.float(), bits, codes, groups, group_size, scale, n).to(x.dtype)
-    x = x.contiguous()
-    K = x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], n))
-    if x.numel():
-        lib.m7b_linear(
-            x.dtype == torch.bfloat16, x.data_ptr(), x.numel() // K, K, bits, codes.data_ptr(),
-            0 if groups is None else groups.data_ptr(), group_size, scale.data_ptr(), n,
-            codes.shape[1] * (32 // bits), torch.get_num_threads(), out.data_ptr(),
-        )  # fmt: skip
-    return out
+def compiled(x: Tensor) -> bool:
+    """Whether the CPU's kernels multiply x. Where they are missing for want of a compiler, that is said once."""
+    if uses(Backend.CPU, QUANTIZED_LINEAR, x):
+        return True
+    compiler.warn_if_missing()
+    return False
+
+
+def int8_weights(codes: Tensor, scale: Tensor, n: int) -> Weights:
+    """An int8 weight as the kernels take it; it points at the tensors."""
+    columns = codes.shape[1] * 4
+    return Weights(N=n, Kp=columns, group=columns, codes=codes.data_ptr(), scale=scale.data_ptr(), bits=8)
+
+
+def int4_weights(codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Weights:
+    """An int4 weight as the kernels take it; it points at the tensors."""
+    return Weights(
+        N=n, Kp=codes.shape[1] * 8, group=group_size, codes=codes.data_ptr(), groups=groups.data_ptr(),
+        scale=scale.data_ptr(), bits=4,
+    )  # fmt: skip
+
+
+def block_weights(codes: Tensor, d: Tensor, n: int, bits: int) -> Weights:
+    """GGUF's blocks as the kernels take them; it points at the tensors."""
+    return Weights(N=n, Kp=d.shape[1] * BLOCK, group=BLOCK, codes=codes.data_ptr(), d=d.data_ptr(), bits=bits)
 
 
 def _int8(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
-    return _run(x, 8, codes, None, 0, scale, n)
+    if compiled(x):
+        return calls.linear(int8_weights(codes, scale, n), x)
+    return linear_twin(x, int_weight(codes, None)[:n, : x.shape[-1]], scale[:n])
 
 
 def _int4(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
-    return _run(x, 4, codes, groups, group_size, scale, n)
+    if compiled(x):
+        return calls.linear(int4_weights(codes, groups, scale, n, group_size), x)
+    return linear_twin(x, int_weight(codes, groups, group_size)[:n, : x.shape[-1]], scale[:n])
 
 
 OPS.define("int8_linear(Tensor x, Tensor codes, Tensor scale, int n) -> Tensor")
@@ -101,12 +113,8 @@ def int4_linear(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int,
     return torch.ops.mistral_7b.int4_linear(x, codes, groups, scale, n, group_size)
 
 
-BLOCK = 32
-
-
-def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int) -> Tensor:
+def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
     """The product with blocks in plain PyTorch, a block after another: see `block_linear`."""
-    bits = 4 if codes.shape[1] * 8 == d.shape[1] * BLOCK else 8
     q = layout.untile_int4(codes).double() - 8 if bits == 4 else layout.untile_int8(codes).double() - 128
     scale = d.transpose(1, 2).flatten(0, 1).float()  # (N, K/32)
     xq, sx = quantize_rows(x.unflatten(-1, (-1, BLOCK)))  # (..., K/32, 32), (..., K/32, 1)
@@ -117,28 +125,19 @@ def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int) -> Tensor:
     return out[..., :n].to(x.dtype)
 
 
-def _block(x: Tensor, codes: Tensor, d: Tensor, n: int) -> Tensor:
-    lib = compiler.library()
-    if lib is None:
-        compiler.warn_if_missing()
-        return block_linear_twin(x, codes, d, n)
-    if x.dtype not in FLOATS:
-        return _block(x.float(), codes, d, n).to(x.dtype)
-    x, K = x.contiguous(), x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], n))
-    if x.numel():
-        lib.m7b_block_linear(
-            x.dtype == torch.bfloat16, x.data_ptr(), x.numel() // K, K, 4 if codes.shape[1] * 8 == K else 8,
-            codes.data_ptr(), d.data_ptr(), n, torch.get_num_threads(), out.data_ptr(),
-        )  # fmt: skip
-    return out
+def _block(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
+    if compiled(x):
+        return calls.linear(block_weights(codes, d, n, bits), x)
+    return block_linear_twin(x, codes, d, n, bits)
 
 
-OPS.define("block_linear(Tensor x, Tensor codes, Tensor d, int n) -> Tensor")
+OPS.define("block_linear(Tensor x, Tensor codes, Tensor d, int n, int bits) -> Tensor")
 OPS.impl("block_linear", _block, "CPU")
-torch.library.register_fake("mistral_7b::block_linear", lambda x, codes, d, n: x.new_empty((*x.shape[:-1], n)))
+torch.library.register_fake(
+    "mistral_7b::block_linear", lambda x, codes, d, n, bits: x.new_empty((*x.shape[:-1], n))
+)
 
 
-def block_linear(x: Tensor, codes: Tensor, d: Tensor, n: int) -> Tensor:
-    """x (..., K) by blocks: codes in tiles of int8 or int4, d float16 (N/16, K/32, 16): (..., n), of x's type."""
-    return torch.ops.mistral_7b.block_linear(x, codes, d, n)
+def block_linear(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
+    """x (..., K) by blocks: codes of 4 or 8 `bits` in tiles, d float16 (N/16, K/32, 16): (..., n), of x's type."""
+    return torch.ops.mistral_7b.block_linear(x, codes, d, n, bits)

@@ -1,38 +1,28 @@
 """y += (x A^T) B for some rows: what LoRA adapters add to a product, each to rows of its own.
 
 The kernel sums in float32, in an order that depends on nothing but the shape, and rounds once: a row's result is
-the same bits whatever rows and adapters are beside it. Within a block that is computed in one call (block.py) it
-runs there. The twin is PyTorch's own products, for other devices and types; those promise no such thing.
+the same bits whatever rows and adapters are beside it. Within a block that is computed in one call (cpu/calls.py)
+it runs there. The twin is PyTorch's own products, for other devices and types; those promise no such thing.
 
     M rows of x and y · K inputs · N outputs · r rank
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiler
-from .linear import FLOATS
+from .backend import LOW_RANK, Backend, uses
+from .cpu import arguments, calls
 
 RANKS = 4  # that the kernel takes at once
-LONG, PTR = ctypes.c_int64, ctypes.c_void_p
-
-
-class _LowRank(ctypes.Structure):
-    _fields_ = (("rank", LONG), ("a", PTR), ("b", PTR))  # as in cpu.cpp
-
-
-class _Mixture(ctypes.Structure):
-    _fields_ = (("n", LONG), ("which", PTR), ("counts", PTR), ("rows", PTR), ("total", LONG), ("refused", LONG))
 
 
 class LowRank:
-    """An adapter's two factors for one product, laid out for the kernel: A (r, K), and B turned, (r, N).
+    """An adapter's two factors for one product, laid out for the kernel: A (r, K), and B transposed, (r, N).
 
     r is filled up with zeros.
     """
@@ -42,6 +32,10 @@ class LowRank:
         fill = (0, 0, 0, -a.shape[0] % RANKS)
         self.a = F.pad(a.to(dtype), fill).to(device).contiguous()
         self.b = F.pad(b.to(dtype).T, fill).to(device).contiguous()
+
+    def described(self) -> arguments.LowRank:
+        """Itself as the kernel takes it; it points at the tensors."""
+        return arguments.LowRank(rank=self.a.shape[0], a=self.a.data_ptr(), b=self.b.data_ptr())
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +47,7 @@ class Mixture:
     """Which rows of a call belong to which adapters, by number. All products of a model share one."""
 
     def __init__(self) -> None:
-        self.struct = _Mixture()
+        self.struct = arguments.Mixture()
         self.choose({}, 0, "cpu")
 
     def choose(self, rows: Mapping[int, Sequence[int]], total: int, device: torch.device | str) -> None:
@@ -75,8 +69,8 @@ class LowRanks:
 
     def __init__(self, own: Sequence[LowRank | None], mixture: Mixture) -> None:
         self.own, self.mixture = own, mixture
-        parts = [_LowRank() if o is None else _LowRank(o.a.shape[0], o.a.data_ptr(), o.b.data_ptr()) for o in own]
-        self.table = (_LowRank * len(own))(*parts)
+        parts = [arguments.LowRank() if o is None else o.described() for o in own]
+        self.table = (arguments.LowRank * len(own))(*parts)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add to y (..., N), contiguous, in place, what they make of x (..., K)."""
@@ -85,16 +79,10 @@ class LowRanks:
         if not adding:
             return
         x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        lib = compiler.library()
-        ours = x.device.type == "cpu" and x.dtype in FLOATS and x.dtype == y.dtype == adding[0].a.dtype
-        if lib is None or not ours or y.requires_grad or torch.compiler.is_compiling():
+        if uses(Backend.CPU, LOW_RANK, y, x, adding[0].a):
+            calls.low_rank(self.table, mixture.struct, x, y)
+        else:
             self.add_twin(x, y)
-            return
-        x = x.contiguous()
-        lib.m7b_add_low_rank(
-            x.dtype == torch.bfloat16, x.data_ptr(), *x.shape, y.shape[1], ctypes.addressof(self.table),
-            ctypes.addressof(mixture.struct), torch.get_num_threads(), y.data_ptr(),
-        )  # fmt: skip
 
     def add_twin(self, x: Tensor, y: Tensor) -> None:
         """`add` of x (M, K) to y (M, N) in plain PyTorch."""

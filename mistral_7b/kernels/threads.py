@@ -22,11 +22,12 @@ def most() -> int:
 def check(threads: int | None, name: str = "threads") -> None:
     """ConfigError for a number of threads that this machine cannot run; None is as many as PyTorch takes."""
     if threads is not None and threads < 1:
-        raise ConfigError(f"{name} must be at least 1, not {threads}")
+        raise ConfigError(f"{name} must be at least 1, not {threads}", field=name)
     if threads is not None and threads > most():
         raise ConfigError(
             f"{name} must be at most {most()}, not {threads}: {PER_CPU} for each of this machine's "
-            f"{os.cpu_count() or 1} CPUs, for more only wait for each other"
+            f"{os.cpu_count() or 1} CPUs, for more only wait for each other",
+            field=name,
         )
 
 
@@ -43,5 +44,7 @@ def use(threads: int | None = None, name: str = "threads") -> None:
     elif (found := torch.get_num_threads()) > most():
         raise ConfigError(
             f"the environment makes PyTorch take {found} threads, and {most()} are accepted on this machine's "
-            f"{os.cpu_count() or 1} CPUs: unset OMP_NUM_THREADS, or set it to the number of CPUs"
+            f"{os.cpu_count() or 1} CPUs",
+            field="OMP_NUM_THREADS",
+            hint="unset OMP_NUM_THREADS, or set it to the number of CPUs",
         )

@@ -31,7 +31,7 @@ from ..model import Mistral7B, ModelArgs, RMSNorm, TransformerBlock, rope_phases
 from .feedback import Feedback
 from .fused import fuse
 from .linear import Int4Linear, Int8Embedding, Int8Linear
-from .rescaling import multiply, put, sample, search
+from .rescaling import multiply, sample, search, set_weight
 from .schemes import Scheme
 
 
@@ -104,8 +104,8 @@ def calibrate_output(norm: RMSNorm, output: nn.Module, inputs: list[Tensor], sch
     """
     assert isinstance(output, nn.Linear)
     s = search({"output": output}, norm(sample(inputs)), scheme)
-    put(norm, norm.weight / s)
-    put(output, output.weight * s)
+    set_weight(norm, norm.weight / s)
+    set_weight(output, output.weight * s)
     return scheme.linear(output.weight, "output")
 
 
@@ -124,29 +124,33 @@ def rescale_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs
 
     s = search(_pick(a, "wq", "wk", "wv"), block.attention_norm(sample(inputs)), scheme)
     multiply(_pick(a, "wq", "wk", "wv"), s)
-    put(block.attention_norm, block.attention_norm.weight / s)
+    set_weight(block.attention_norm, block.attention_norm.weight / s)
 
     heads = [_attended(block, x, args) for x in inputs]
     s = search(_pick(a, "wo"), sample(heads), scheme, shared)
     middle = [x + a.wo(h) for x, h in zip(inputs, heads, strict=True)]
     del heads
     multiply(_pick(a, "wo"), s)
-    put(a.wv, a.wv.weight / s.view(args.n_kv_heads, -1, width)[:, 0].reshape(-1, 1))
+    set_weight(a.wv, a.wv.weight / s.view(args.n_kv_heads, -1, width)[:, 0].reshape(-1, 1))
 
     s = search(_pick(f, "w1", "w3"), block.ffn_norm(sample(middle)), scheme)
     multiply(_pick(f, "w1", "w3"), s)
-    put(block.ffn_norm, block.ffn_norm.weight / s)
+    set_weight(block.ffn_norm, block.ffn_norm.weight / s)
 
     s = search(_pick(f, "w2"), _gated(block, sample(middle)), scheme)
     multiply(_pick(f, "w2"), s)
-    put(f.w3, f.w3.weight / s[:, None])
+    set_weight(f.w3, f.w3.weight / s[:, None])
 
 
 def _check(inputs: list[Tensor], scheme: Scheme) -> None:
     if not scheme.whole:
-        raise QuantizationError(f"calibration is for int8 and int4, not for {scheme}: quantise without")
+        raise QuantizationError(
+            f"calibration is for int8 and int4, not for {scheme}", field="scheme", hint="quantise without"
+        )
     if not inputs:
-        raise QuantizationError("no text to calibrate on: pass documents of token ids, or quantise without")
+        raise QuantizationError(
+            "no text to calibrate on", field="documents", hint="pass documents of token ids, or quantise without"
+        )
 
 
 def _round(parent: nn.Module, names: tuple[str, ...], inputs: Iterable[Tensor], scheme: Scheme) -> None:
@@ -170,7 +174,9 @@ def _pick(parent: nn.Module, *names: str) -> dict[str, nn.Linear]:
     linears = {name: parent.get_submodule(name) for name in names}
     for name, linear in linears.items():
         if not isinstance(linear, nn.Linear):
-            raise QuantizationError(f"{name} is no plain Linear but {linear}: calibrate a model as it was loaded")
+            raise QuantizationError(
+                f"{name} is no plain Linear but {linear}", field=name, hint="calibrate a model as it was loaded"
+            )
     return linears  # type: ignore[return-value]
 
 

@@ -56,7 +56,9 @@ class Feedback:
         diagonal = lower.diagonal()
         diagonal += (DAMPING * diagonal.mean()).clamp_min(TINY)
         if not diagonal.isfinite().all():
-            raise QuantizationError("calibration met activations that are not finite: check the model's weights")
+            raise QuantizationError(
+                "calibration met activations that are not finite", hint="check the model's weights"
+            )
         torch.linalg.cholesky(lower, out=lower)
         self.lower = lower.div_(lower.diagonal().clone())  # (K, K)
 

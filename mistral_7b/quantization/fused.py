@@ -1,25 +1,32 @@
-"""The other parts of a block through the kernels: the model's own modules, computed in fewer passes over memory.
+"""A model's blocks through the kernels: its own parameters and Linears, computed in fewer passes over memory.
 
-Each takes the place of a module of model.py and keeps its parameters and children, by the same names; only
-`forward` is another. Quantised models use them: once its products are fast, this would be half of a step.
+`fuse` builds them and puts them in the places of model.py's, by the same names; only `forward` is another.
+Quantised models use them: once its products are fast, what lies between would be half of a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cache import Cache, KernelCache, Memory, layers_of
-from ..kernels.block import Block, finish, project, run_layers, usable
+from ..cache import Cache, KernelCache, Memory
+from ..kernels.backend import BLOCK, LAYERS, Backend, uses
+from ..kernels.cpu import calls
+from ..kernels.cpu.arguments import Block
 from ..kernels.elementwise import rms_norm, rotate, silu_mul
-from ..model import Attention, FeedForward, Mistral7B, RMSNorm, Rope, TransformerBlock, rope_phases
+from ..model import Attention, FeedForward, Layers, Mistral7B, RMSNorm, Rope, TransformerBlock
 from .linear import Compressed
 
 
 class FusedRMSNorm(RMSNorm):
     """RMSNorm in one pass."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        nn.Module.__init__(self)
+        self.eps, self.weight = norm.eps, norm.weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D)
         return rms_norm(x, self.weight, self.eps)
@@ -27,6 +34,11 @@ class FusedRMSNorm(RMSNorm):
 
 class FusedAttention(Attention):
     """Attention whose queries and keys are rotated in one pass."""
+
+    def __init__(self, attention: Attention) -> None:
+        nn.Module.__init__(self)
+        self.head_dim = attention.head_dim
+        self.wq, self.wk, self.wv, self.wo = attention.wq, attention.wk, attention.wv, attention.wo
 
     def forward(self, x: Tensor, rope: Rope, memory: Memory) -> Tensor:  # x: (..., D)
         q, k, v = self.wq(x), self.wk(x), self.wv(x)
@@ -38,6 +50,10 @@ class FusedAttention(Attention):
 class FusedFeedForward(FeedForward):
     """SwiGLU whose gate is applied in one pass."""
 
+    def __init__(self, feed_forward: FeedForward) -> None:
+        nn.Module.__init__(self)
+        self.w1, self.w2, self.w3 = feed_forward.w1, feed_forward.w2, feed_forward.w3
+
     def forward(self, x: Tensor) -> Tensor:  # (..., D)
         return self.w2(silu_mul(self.w1(x), self.w3(x)))
 
@@ -48,79 +64,93 @@ class FusedBlock(TransformerBlock):
     Where a part of it is another than a quantised Linear, it is computed part by part.
     """
 
-    _block: tuple[list[Tensor], Block] | None = None
+    _description: tuple[list[Tensor], Block] | None = None
+
+    def __init__(self, block: TransformerBlock) -> None:
+        nn.Module.__init__(self)
+        self.attention_norm, self.attention = fused(block.attention_norm), fused(block.attention)
+        self.ffn_norm, self.feed_forward = fused(block.ffn_norm), fused(block.feed_forward)
 
     def forward(self, x: Tensor, rope: Rope, memory: Memory) -> Tensor:  # (..., D)
         cos, sin = rope
         # A table of angles serves rows that come round again: (T,) positions for tokens (B, T).
-        regular = cos.dtype == torch.float32 and cos.shape[:-2] == x.shape[x.dim() + 1 - cos.dim() : -1]
-        block = self._described() if regular and usable(x) and x.dtype == self.ffn_norm.weight.dtype else None
+        regular = cos.shape[:-2] == x.shape[x.dim() + 1 - cos.dim() : -1]
+        block = self.described(x.dtype) if regular and uses(Backend.CPU, BLOCK, x) else None
         if block is None or x.shape[-1] != block.dim:
             return super().forward(x, rope, memory)
-        q, k, v = project(block, x, cos.contiguous(), sin.contiguous())
-        return finish(block, x, memory.attend(q, k, v))
+        q, k, v = calls.project(block, x, cos, sin)
+        return calls.finish_block(block, x, memory.attend(q, k, v))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_block": None}  # addresses are of no use to a copy
+    def described(self, dtype: torch.dtype) -> Block | None:
+        """The block's weights as the kernels take them, described anew when one of them is another tensor.
 
-    def _described(self) -> Block | None:
-        """The block's weights for the kernels, described anew when one of them is another tensor."""
+        None if a part of it is another than a quantised Linear, or a norm is not of `dtype`, that of the block's
+        input: the kernels read both as one.
+        """
         a, f = self.attention, self.feed_forward
         linears: tuple[Any, ...] = (a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3)
-        if not all(isinstance(m, Compressed) for m in linears):
-            return None
         norms = [self.attention_norm.weight, self.ffn_norm.weight]
-        tensors = norms + [t for m in linears for t in m.described_by()]
-        if self._block is None or any(x is not y for x, y in zip(tensors, self._block[0], strict=False)):
-            of = Block(
-                *(m.described() for m in linears), norms[0].data_ptr(), norms[1].data_ptr(),
-                a.wq.in_features, a.head_dim, self.ffn_norm.eps,
-            )  # fmt: skip
-            self._block = (tensors, of)
-        return self._block[1]
-
-
-class FusedMistral7B(Mistral7B):
-    """A model whose blocks run in one call over a ring or pages: no Python between them."""
-
-    def hidden(self, tokens: Tensor, cache: Cache, sequence_ids: Tensor | None = None) -> Tensor:
-        """Final normalised states of tokens (...): (..., D). Writes into `cache`."""
-        if not isinstance(cache, KernelCache) or not cache.is_fast() or (blocks := self._described()) is None:
-            return super().hidden(tokens, cache, sequence_ids)
-        layers_of(cache, len(self.layers), tokens, sequence_ids)
-        if cache.layers[0].k.shape[-2:] != (self.args.n_kv_heads, self.args.head_dim):
-            return super().hidden(tokens, cache, sequence_ids)  # where the cache refuses
-        positions = cache.extend(tokens, sequence_ids)
-        x = self.tok_embeddings(tokens)  # (..., D)
-        cos, sin = rope_phases(positions, self.args.head_dim, self.args.rope_theta, x.dtype)
-        entries = [memory.entries for memory in cache.layers[: len(blocks)]]
-        x = run_layers(blocks, x, cos, sin, entries, cache.place, cache.window)
-        return self.norm(x)
-
-    def _described(self) -> list[Block] | None:
-        """All blocks' weights for the kernels, if these can have them."""
-        weight = self.norm.weight
-        if weight.dtype != torch.bfloat16 or not usable(weight):
+        if any(t.dtype != dtype for t in norms) or not all(isinstance(m, Compressed) for m in linears):
             return None
-        blocks = [layer._described() if isinstance(layer, FusedBlock) else None for layer in self.layers]
-        return None if None in blocks else blocks  # type: ignore[return-value]
+        tensors = norms + [t for m in linears for t in m.described_by()]
+        if self._description is None or any(
+            x is not y for x, y in zip(tensors, self._description[0], strict=False)
+        ):
+            names = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+            block = Block(
+                **{name: m.described() for name, m in zip(names, linears, strict=True)},
+                attention_norm=norms[0].data_ptr(), ffn_norm=norms[1].data_ptr(), dim=a.wq.in_features,
+                head_dim=a.head_dim, eps=self.ffn_norm.eps,
+            )  # fmt: skip
+            self._description = (tensors, block)
+        return self._description[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_description": None}  # addresses are of no use to a copy
 
 
-FUSED: dict[type[nn.Module], type[nn.Module]] = {
+class FusedLayers(Layers):
+    """Blocks that run in one call over a ring or pages: no Python between them."""
+
+    def forward(self, x: Tensor, rope: Rope, cache: Cache) -> Tensor:  # (..., D)
+        if not isinstance(cache, KernelCache) or (blocks := self.described(x, cache)) is None:
+            return super().forward(x, rope, cache)
+        entries = [memory.entries for memory in cache.layers[: len(blocks)]]
+        return calls.layers(blocks, x, *rope, entries, cache.place, cache.window)
+
+    def described(self, x: Tensor, cache: KernelCache) -> list[Block] | None:
+        """All blocks' weights as the kernels take them; None if these cannot take x, the cache or a block."""
+        if not uses(Backend.CPU, LAYERS, x):
+            return None
+        blocks: list[Block] = []
+        for layer in self:
+            if not isinstance(layer, FusedBlock) or (block := layer.described(x.dtype)) is None:
+                return None
+            blocks.append(block)
+        held, first = cache.layers[0].k, blocks[0]
+        heads = (first.wk.N // first.head_dim, first.head_dim)
+        # A cache of another type or shape refuses what it is given.
+        return blocks if cache.dtype == x.dtype and held.device == x.device and held.shape[-2:] == heads else None
+
+
+FUSED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     RMSNorm: FusedRMSNorm,
     Attention: FusedAttention,
     FeedForward: FusedFeedForward,
     TransformerBlock: FusedBlock,
-    Mistral7B: FusedMistral7B,
+    Layers: lambda layers: FusedLayers(map(fused, layers)),
 }
 
 
-def fuse(model: nn.Module) -> None:
-    """Let every norm, attention and feed-forward of a model or block run through the kernels, in place.
+def fuse(model: Mistral7B) -> None:
+    """Put blocks and a norm that run through the kernels in the places of a model's own.
 
     The kernels know no gradients: for inference alone.
     """
-    for module in model.modules():
-        if type(module) in FUSED:
-            module.__class__ = FUSED[type(module)]
+    model.layers, model.norm = fused(model.layers), fused(model.norm)
     model.requires_grad_(False)
+
+
+def fused(module: nn.Module) -> Any:
+    """What computes the same through the kernels, of the same parts; the module itself where that is nothing."""
+    return FUSED[type(module)](module) if type(module) in FUSED else module

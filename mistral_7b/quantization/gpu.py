@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import layout
-from ..kernels.weight_only import (
+from ..kernels.gpu.weight_only import (
     expand_int4,
     expand_int8,
     fp8_linear,

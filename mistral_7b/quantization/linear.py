@@ -9,9 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import layout, pages
-from ..kernels.block import Weights
-from ..kernels.linear import block_linear, int4_linear, int8_linear, int_weight
+from ..kernels import layout
+from ..kernels.backend import PACKED_LINEAR, Backend, uses
+from ..kernels.cpu import huge_pages
+from ..kernels.cpu.arguments import Weights
+from ..kernels.linear import (
+    block_linear,
+    block_weights,
+    int4_linear,
+    int4_weights,
+    int8_linear,
+    int8_weights,
+    int_weight,
+)
 from .rounding import Int4Codes, Int8Codes, round_int8
 
 
@@ -20,9 +30,10 @@ class Compressed(nn.Module):
 
     in_features: int
     out_features: int
+    bits: int  # of a code
 
     def described(self) -> Weights:
-        """Itself for kernels/block.py."""
+        """Itself as the kernels take it: it points at the tensors."""
         raise NotImplementedError
 
     def described_by(self) -> list[Tensor]:
@@ -36,6 +47,8 @@ class Compressed(nn.Module):
 
 class Int8Linear(Compressed):
     """y = x W^T with int8 weights, a float scale for each output, and activations that become int8 by row."""
+
+    bits = 8
 
     def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -53,7 +66,7 @@ class Int8Linear(Compressed):
         """A Linear of what `round_int8` returns."""
         out, made = cls(q.q.shape[1], q.q.shape[0], "meta"), {}
         rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 4
-        made["codes"] = pages.copied(layout.tile_int8(layout.pad(q.q, rows, columns, 128)))
+        made["codes"] = huge_pages.copied(layout.tile_int8(layout.pad(q.q, rows, columns, 128)))
         made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
         out.load_state_dict(made, assign=True)
         return out
@@ -70,8 +83,7 @@ class Int8Linear(Compressed):
         return self.integers() * self.scale[: self.out_features, None]
 
     def described(self) -> Weights:
-        n, columns = self.out_features, self.codes.shape[1] * 4
-        return Weights(n, columns, columns, self.codes.data_ptr(), 0, self.scale.data_ptr(), 0, 8)
+        return int8_weights(self.codes, self.scale, self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int8"
@@ -79,6 +91,8 @@ class Int8Linear(Compressed):
 
 class Int4Linear(Compressed):
     """y = x W^T with int4 weights in groups, each an int8 weight in compressed form (rounding.py)."""
+
+    bits = 4
 
     def __init__(
         self, in_features: int, out_features: int, group_size: int, device: torch.device | str | None = None
@@ -104,7 +118,7 @@ class Int4Linear(Compressed):
         group_size = q.q.shape[1] // q.m.shape[1]
         out, made = cls(in_features, q.q.shape[0], group_size, "meta"), {}
         rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 8
-        made["codes"] = pages.copied(layout.tile_int4(layout.pad(q.q, rows, columns, 8)))
+        made["codes"] = huge_pages.copied(layout.tile_int4(layout.pad(q.q, rows, columns, 8)))
         m, z = (layout.pad(t, rows, columns // group_size, value) for t, value in ((q.m, 1), (q.z, 8)))
         made["groups"] = layout.tile_groups(m, z)
         made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
@@ -123,17 +137,7 @@ class Int4Linear(Compressed):
         return self.integers() * self.scale[: self.out_features, None]
 
     def described(self) -> Weights:
-        n, codes, groups = self.out_features, self.codes, self.groups
-        return Weights(
-            n,
-            codes.shape[1] * 8,
-            self.group_size,
-            codes.data_ptr(),
-            groups.data_ptr(),
-            self.scale.data_ptr(),
-            0,
-            4,
-        )
+        return int4_weights(self.codes, self.groups, self.scale, self.out_features, self.group_size)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, int4 in groups of {self.group_size}"
@@ -149,7 +153,7 @@ class BlockLinear(Compressed):
         self.bits = bits
         rows = layout.padded(self.out_features, layout.TILE)
         q = layout.pad(q, rows, self.in_features, 128 if bits == 8 else 8)
-        self.register_buffer("codes", pages.copied(layout.tile_int8(q) if bits == 8 else layout.tile_int4(q)))
+        self.register_buffer("codes", huge_pages.copied(layout.tile_int8(q) if bits == 8 else layout.tile_int4(q)))
         d = nn.functional.pad(d, (0, 0, 0, rows - self.out_features))
         self.register_buffer("d", d.unflatten(0, (-1, layout.TILE)).transpose(1, 2).contiguous())
 
@@ -157,7 +161,7 @@ class BlockLinear(Compressed):
     d: Tensor
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        return block_linear(x, self.codes, self.d, self.out_features)
+        return block_linear(x, self.codes, self.d, self.out_features, self.bits)
 
     def dequantized(self) -> Tensor:
         """The weight that it stands for, float32 (N, K)."""
@@ -168,15 +172,14 @@ class BlockLinear(Compressed):
         return weight[: self.out_features]
 
     def described(self) -> Weights:
-        n, k = self.out_features, self.in_features
-        return Weights(n, k, 32, self.codes.data_ptr(), 0, 0, self.d.data_ptr(), self.bits)
+        return block_weights(self.codes, self.d, self.out_features, self.bits)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {'Q8_0' if self.bits == 8 else 'Q4_0'}"
 
 
 class Int8Embedding(nn.Module):
-    """Rows of int8 with a scale each, gathered as they lie and widened after."""
+    """Rows of int8 with a scale each, gathered as they lie and dequantized after."""
 
     def __init__(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -220,8 +223,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.deterministic = deterministic
-        self.packs = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         weight = weight.detach()
+        self.packs = uses(Backend.ONEDNN, PACKED_LINEAR, weight)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.ROWS) if self.packs else weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)

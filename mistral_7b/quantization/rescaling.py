@@ -60,9 +60,9 @@ def search(
 def multiply(linears: dict[str, nn.Linear], s: Tensor) -> None:
     """Multiply the Linears' columns."""
     for linear in linears.values():
-        put(linear, linear.weight * s)
+        set_weight(linear, linear.weight * s)
 
 
-def put(module: nn.Module, weight: Tensor) -> None:
+def set_weight(module: nn.Module, weight: Tensor) -> None:
     """Give a module another weight. Never written in place: it may be mapped from a file, or tied to another."""
     module.weight = nn.Parameter(weight, requires_grad=False)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from ..kernels import pages
-from ..kernels.weight_only import has_fp8
+from ..kernels.backend import has_fp8, weight_layout
+from ..kernels.cpu import huge_pages
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
 from .fused import fuse
@@ -43,9 +43,13 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise QuantizationError(f"quantisation {self.name!r} is not known: it can be {', '.join(NAMES)}")
+            raise QuantizationError(
+                f"quantisation {self.name!r} is not known: it can be {', '.join(NAMES)}", field="quantization"
+            )
         if self.group_size not in GROUPS:
-            raise QuantizationError(f"group_size must be {' or '.join(map(str, GROUPS))}, not {self.group_size}")
+            raise QuantizationError(
+                f"group_size must be {' or '.join(map(str, GROUPS))}, not {self.group_size}", field="group_size"
+            )
 
     @classmethod
     def of(cls, scheme: str | Scheme) -> Scheme:
@@ -65,15 +69,17 @@ class Scheme:
     def check_device(self, device: torch.device | str) -> None:
         """QuantizationError for a device on which there are no products in this scheme."""
         device = torch.device(device)
-        if device.type not in ("cpu", "cuda", "meta"):
+        if weight_layout(device) is None:
             raise QuantizationError(
-                f"quantised models run on a CPU or an NVIDIA GPU, not on {device}: take the device 'cpu', or a "
-                "model that is not quantised"
+                f"quantised models run on a CPU or an NVIDIA GPU, not on {device}",
+                field="device",
+                hint="take the device 'cpu', or a model that is not quantised",
             )
         if self.name == "fp8" and not has_fp8(device):
             raise QuantizationError(
-                f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), and {device} is none: "
-                "take int8, whose weights are as small"
+                f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), and {device} is none",
+                field="quantization",
+                hint="take int8, whose weights are as small",
             )
 
     def linear(self, weight: Tensor, name: str, device: torch.device | str = "cpu") -> nn.Module:
@@ -83,18 +89,18 @@ class Scheme:
         does not know the scheme.
         """
         self.check_device(device)
-        on_cpu = torch.device(device).type == "cpu"
+        tiles = weight_layout(device) == "tiles"
         if self.name == "fp8":
             return Fp8Linear.from_weight(weight).to(device)
         if self.name == "bf16":
-            return PackedLinear(weight.bfloat16(), self.deterministic) if on_cpu else _plain(weight, device)
+            return PackedLinear(weight.bfloat16(), self.deterministic) if tiles else _plain(weight, device)
         made: Int8Linear | Int4Linear
         if self.name == "int8" or name == "output":
             made = Int8Linear.from_codes(round_int8(weight))
         else:
             codes = round_int4(weight, self.group_size, self.symmetric)
             made = Int4Linear.from_codes(codes, weight.shape[1])
-        return made if on_cpu else row_by_row(made, device)
+        return made if tiles else row_by_row(made, device)
 
     def empty_linear(self, in_features: int, out_features: int, name: str) -> Int8Linear | Int4Linear:
         """The same on the meta device, to be filled from a file."""
@@ -180,7 +186,7 @@ def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtyp
 
 def _random(name: str, like: Tensor, block: Tensor, symmetric: bool) -> Tensor:
     """Codes at random; multipliers 3..6 about a zero point of 7 or 8; scales that keep activations of size 1."""
-    out = pages.empty(like.shape, like.dtype)
+    out = huge_pages.empty(like.shape, like.dtype)
     if name == "scale":
         return out.fill_(2e-4)
     flat = out.view(torch.uint8).view(-1)

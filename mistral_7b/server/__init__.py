@@ -1,17 +1,17 @@
-"""HTTP: what OpenAI's, Anthropic's and Mistral's clients speak, over AsyncLLM. In the order of reading:
+"""HTTP server for the OpenAI, Anthropic and Mistral APIs, on top of AsyncLLM. In reading order:
 
-config       what the server may use, and whom it lets in
-protocol     the wire's requests and answers; imports no torch
-problems     every error, as a status and a body
-state        what all routes share, and `answer`: the one way in which a request is followed
+config       server settings: limits, timeouts, access
+protocol     request bodies as pydantic models; imports no torch
+problems     error responses: status and body
+state        state that all routes share, and `answer`, which runs one request
 sse          server-sent events
 openai       chat completions, completions, embeddings, models
 page         the chat page, whose files are in web/
-guard        before any route: keys, limits, headers, the access log
-app          all of it as one application
-tracing      spans for OpenTelemetry; imported where they are asked for
-connection   a socket: slow readers and slow writers
-serve        the process: listening, draining, ending
+guard        ASGI middleware: keys, limits, headers, the access log
+app          builds the FastAPI application
+tracing      OpenTelemetry spans; imported only when enabled
+connection   one client connection: timeouts and buffer limits
+serve        the server process: listen, drain, shut down
 
-No route opens a path, runs a template or reads a pickle that a request names.
+No route opens a path, renders a template or unpickles data named by a request.
 """

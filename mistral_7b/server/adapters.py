@@ -1,12 +1,13 @@
-"""/v1/adapters: which LoRA adapters are loaded; load and unload one, with an admin key.
+"""/v1/adapters: list LoRA adapters; load and unload them with an admin key.
 
-An adapter is loaded from a folder right inside the configured one, named by that folder's name, never by a path:
-what leads elsewhere, by a link even, is not opened, and neither is a pickle.
+An adapter is loaded from a direct subfolder of the configured folder, given by name, never by path. Symbolic links
+that lead outside are not followed, and pickles are not loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
 import re
 from typing import Annotated, Literal
@@ -31,14 +32,14 @@ BESIDE = ("adapter_config.json", "params.json")
 
 
 class LoadRequest(Body):
-    """Load the adapter in `folder`, by default the one of its `name`."""
+    """POST /v1/adapters. `folder`: name of the subfolder to load; default: `name`."""
 
     name: Name
     folder: Name | None = None
 
 
 class LoadedAdapter(BaseModel):
-    """An adapter that requests can name as their `model`. `bytes`: the memory that it takes."""
+    """An adapter that requests can use as their `model`. `bytes`: its size in memory."""
 
     id: str
     object: Literal["adapter"] = "adapter"
@@ -46,7 +47,7 @@ class LoadedAdapter(BaseModel):
 
 
 class AdapterList(BaseModel):
-    """`available`: folders from which others can be loaded, for who has an admin key."""
+    """Response of GET /v1/adapters. `available`: folders to load from; null without an admin key."""
 
     object: Literal["list"] = "list"
     data: list[LoadedAdapter]
@@ -62,73 +63,73 @@ class UnloadedAdapter(BaseModel):
 def router(state: State) -> APIRouter:
     """The routes."""
     routes = APIRouter(tags=["adapters"], route_class=JsonRoute)
-    engine, one_at_a_time = state.llm.engine, asyncio.Lock()
+    engine, load_lock = state.llm.engine, asyncio.Lock()
 
     def loaded(name: str) -> LoadedAdapter:
         return LoadedAdapter(id=name, bytes=engine.adapters.nbytes(name))
 
     @routes.get("/v1/adapters", responses=documented(answer=AdapterList))
     async def adapters(http_request: HttpRequest) -> Response:
-        """The adapters that are loaded, in the order of loading."""
+        """The loaded adapters, in the order of loading."""
         data = await state.llm.call(lambda: [loaded(name) for name in engine.adapters.names])
         available = await asyncio.to_thread(_folders, state) if is_admin(http_request) else None
         return json_answer(AdapterList(data=data, available=available))
 
     @routes.post("/v1/adapters", responses=documented(400, 403, 404, 409, 422, answer=LoadedAdapter))
-    async def load(http_request: HttpRequest, asked: LoadRequest) -> Response:
-        """Load an adapter. Answers that are being written are not disturbed."""
-        _need_admin(http_request)
-        name = asked.name
+    async def load(http_request: HttpRequest, body: LoadRequest) -> Response:
+        """Load an adapter. Running requests are not affected."""
+        _require_admin(http_request)
+        name = body.name
 
-        def take(adapter: Adapter) -> LoadedAdapter:
+        def install(adapter: Adapter) -> LoadedAdapter:
             if name in state.models:
                 raise Refusal(
-                    409, f"{name!r} is there already: unload it first, or take another name", param="name"
+                    409, f"{name!r} is already loaded", field="name", hint="unload it first, or use another name"
                 )
             engine.adapters.load(name, adapter)
             return loaded(name)
 
-        async with one_at_a_time:  # or many of them would be read into memory at once
-            adapter = await asyncio.to_thread(_read, state, asked.folder or name)
+        async with load_lock:  # bounds memory: at most one adapter is being read
+            adapter = await asyncio.to_thread(_read, state, body.folder or name)
             try:
-                return json_answer(await state.llm.call(lambda: take(adapter)))
+                return json_answer(await state.llm.call(lambda: install(adapter)))
             except AdapterError as e:
-                raise Refusal(422, str(e), param="name") from e
+                raise Refusal.of(e, status=422, field="name") from e
 
     @routes.delete("/v1/adapters/{name}", responses=documented(403, 404, 409, answer=UnloadedAdapter))
     async def unload(http_request: HttpRequest, name: str) -> Response:
-        """Forget an adapter that no request uses."""
-        _need_admin(http_request)
+        """Unload an adapter. 409 while requests use it."""
+        _require_admin(http_request)
 
-        def drop() -> None:
+        def remove() -> None:
             if name not in engine.adapters.names:
-                raise Refusal(404, f"no adapter {name!r:.100} is loaded", param="name", code="model_not_found")
+                raise Refusal(404, f"no adapter {name!r:.100} is loaded", field="name", code="model_not_found")
             engine.unload_adapter(name)
 
         try:
-            await state.llm.call(drop)
+            await state.llm.call(remove)
         except AdapterError as e:
-            raise Refusal(409, str(e), param="name") from e
+            raise Refusal.of(e, status=409, field="name") from e
         return json_answer(UnloadedAdapter(id=name))
 
     return routes
 
 
-def _need_admin(http_request: HttpRequest) -> None:
+def _require_admin(http_request: HttpRequest) -> None:
     if not is_admin(http_request):
-        raise Refusal(403, "loading and unloading adapters takes an admin key", code="admin_key_needed")
+        raise Refusal(403, "loading and unloading adapters requires an admin key", code="admin_key_needed")
 
 
 def _root(state: State) -> pathlib.Path:
     if state.config.adapter_folder is None:
         raise Refusal(
-            403, "this server has no folder of adapters: start it with --adapter-folder", code="no_folder"
+            403, "this server has no adapter folder", code="no_folder", hint="start it with --adapter-folder"
         )
     return pathlib.Path(state.config.adapter_folder).expanduser().resolve()
 
 
 def _folders(state: State) -> list[str]:
-    """Names of the folders that hold an adapter."""
+    """Sorted names of the subfolders that contain an adapter."""
     if state.config.adapter_folder is None:
         return []
     root = _root(state)
@@ -142,7 +143,7 @@ def _folders(state: State) -> list[str]:
 
 
 def _weights(root: pathlib.Path, folder: str) -> pathlib.Path | None:
-    """The file of weights in a folder, if all that would be opened lies within `root`."""
+    """The weights file in a folder; None if it is missing, or if a file to open lies outside `root`."""
     for name in WEIGHTS:
         file = root / folder / name
         if file.is_file():
@@ -152,13 +153,14 @@ def _weights(root: pathlib.Path, folder: str) -> pathlib.Path | None:
 
 
 def _read(state: State, folder: str) -> Adapter:
-    """The adapter in a folder. Refusal for one that is not there, or cannot be read."""
+    """Read the adapter in a folder. Refusal if it is missing (404) or invalid (422)."""
     root, args = _root(state), state.llm.engine.model.args
     file = _weights(root, folder)
     if file is None:
         wanted = " or ".join(WEIGHTS)
-        raise Refusal(404, f"there is no adapter {folder!r}: no folder of this name with {wanted}", param="folder")
+        raise Refusal(404, f"there is no adapter {folder!r}: no folder of this name has {wanted}", field="folder")
     try:
         return read_adapter(file, args)
-    except CheckpointError as e:  # which names files: where they lie is nobody's business
-        raise Refusal(422, str(e).replace(f"{root}/", ""), param="folder") from e
+    except CheckpointError as e:  # do not disclose the absolute path of the folder
+        place = e.place and os.path.relpath(e.place, root)
+        raise Refusal.of(e, status=422, field="folder", place=place) from e

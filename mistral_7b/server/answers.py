@@ -1,10 +1,10 @@
-"""What is answered, as OpenAI's clients read it. Imports no torch."""
+"""Response bodies of the OpenAI-compatible routes. Imports no torch."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, NotRequired
 
-from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic requires it before Python 3.12
 
 
 class ErrorDetail(TypedDict):
@@ -55,7 +55,7 @@ class FunctionDelta(TypedDict):
 
 
 class CallDelta(TypedDict):
-    """The first of a call has its id, type and name; Mistral's client would want the name in each."""
+    """A part of a tool call. Only the first part has id, type and name; Mistral's client needs a name in each."""
 
     index: int
     id: NotRequired[str]
@@ -153,7 +153,7 @@ class Capabilities(TypedDict):
 
 
 class Model(TypedDict):
-    """OpenAI's fields, then vLLM's, Mistral's and Anthropic's."""
+    """A model in the lists of OpenAI, vLLM, Mistral and Anthropic, whose fields follow in this order."""
 
     id: str
     object: Literal["model"]
@@ -182,7 +182,7 @@ class Health(TypedDict):
 
 
 def documented(*statuses: int, answer: Any = None, stream: bool = False) -> dict[int | str, dict[str, Any]]:
-    """`responses` for a route: what it answers when all is well, and the errors that it may answer."""
+    """FastAPI's `responses` of a route: its success model and the error statuses, for the OpenAPI schema."""
     out: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in statuses}
     if answer is not None:
         out[200] = {"model": answer}

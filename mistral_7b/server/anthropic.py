@@ -1,11 +1,12 @@
-"""POST /v1/messages and /v1/messages/count_tokens, for clients of Anthropic's Messages API.
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API.
 
-What is sent is read in anthropic_wire.py, what is answered made in anthropic_events.py.
+Request bodies are in anthropic_wire.py, responses and events in anthropic_events.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -17,13 +18,13 @@ from starlette.responses import Response
 
 from ..engine.reading import Asked
 from ..engine.request import Request
-from ..errors import GenerationError, TokenizerError
+from ..errors import GenerationError
 from . import anthropic_wire as wire
 from .answers import documented
 from .anthropic_events import Answer, CountAnswer, MessageAnswer
 from .routes import JsonRoute, json_answer
 from .sse import event_stream, frame
-from .state import State, answer, read
+from .state import State, answer, left, read
 
 ERRORS = (400, 404, 422, 429, 500, 503, 504)
 
@@ -33,65 +34,62 @@ def router(state: State) -> APIRouter:
     routes = APIRouter(tags=["Anthropic"], route_class=JsonRoute)
 
     @routes.post("/v1/messages", responses=documented(*ERRORS, answer=MessageAnswer, stream=True))
-    async def messages(http_request: HttpRequest, asked: wire.MessagesRequest) -> Response:
-        """Answer a conversation, as Anthropic's Messages API does."""
-        adapter = state.adapter(asked.model)
-        request = await read(state, partial(_request, state, asked, adapter))
-        told = Answer(f"msg_{uuid.uuid4().hex}", asked.model or state.model_name, wire.most_calls(asked))
-        if asked.stream:
-            return await event_stream(_events(state, http_request, request, told))
+    async def messages(http_request: HttpRequest, body: wire.MessagesRequest) -> Response:
+        """Complete a conversation, as Anthropic's Messages API does."""
+        adapter = state.adapter(body.model)
+        make = partial(_request, state, body, adapter, left(http_request))
+        request = await read(state, make, "messages")
+        message = Answer(f"msg_{uuid.uuid4().hex}", body.model or state.model_name, wire.most_calls(body))
+        if body.stream:
+            return await event_stream(_events(state, http_request, request, message))
         async with aclosing(answer(state, http_request, request)) as pieces:
             async for piece in pieces:
-                for _ in told.take(piece):
+                for _ in message.take(piece):
                     pass
-                if told.full:
+                if message.full:
                     break
-        return json_answer(told.message(len(request.ids), request.cached or 0))
+        return json_answer(message.message(len(request.ids), request.cached or 0))
 
     @routes.post("/v1/messages/count_tokens", responses=documented(*ERRORS, answer=CountAnswer))
-    async def count_tokens(asked: wire.CountRequest) -> Response:
-        """How many tokens a conversation has, in this model's own template."""
-        state.adapter(asked.model)
-        return json_answer({"input_tokens": await asyncio.to_thread(_count, state, asked)})
+    async def count_tokens(body: wire.CountRequest) -> Response:
+        """Number of tokens of a conversation, in this model's template."""
+        state.adapter(body.model)
+        return json_answer({"input_tokens": await asyncio.to_thread(_count, state, body)})
 
     return routes
 
 
-def _request(state: State, asked: wire.MessagesRequest, adapter: str | None) -> Request:
-    """The engine's request; what is wrong with a message is said of its place in the client's own."""
-    talk = wire.conversation(asked)
-    try:
-        return state.llm.reader.chat(
-            talk.messages, asked.params(), Asked(adapter=adapter), tools=wire.offered(asked),
-            tool_choice=wire.chosen(asked), parallel=wire.most_calls(asked) is None,
-        )  # fmt: skip
-    except TokenizerError as e:
-        raise TokenizerError(talk.named(str(e))) from e
+def _request(
+    state: State, body: wire.MessagesRequest, adapter: str | None, gone: threading.Event | None
+) -> Request:
+    """Build the engine request. Errors name a message by its index in the client's request."""
+    talk = wire.conversation(body)
+    return state.llm.reader.chat(
+        talk.messages, body.params(), Asked(adapter=adapter, gone=gone), tools=wire.offered(body),
+        tool_choice=wire.chosen(body), parallel=wire.most_calls(body) is None, labels=talk.labels,
+    )  # fmt: skip
 
 
-def _count(state: State, asked: wire.CountRequest) -> int:
+def _count(state: State, body: wire.CountRequest) -> int:
     if state.llm.tokenizer is None:
         raise GenerationError("this model has no tokenizer: it cannot count tokens")
-    talk = wire.conversation(asked)
-    try:
-        return len(state.llm.tokenizer.encode_chat(talk.messages, wire.offered(asked)))
-    except TokenizerError as e:
-        raise TokenizerError(talk.named(str(e))) from e
+    talk = wire.conversation(body)
+    return len(state.llm.tokenizer.encode_chat(talk.messages, wire.offered(body), talk.labels))
 
 
 async def _events(
-    state: State, http_request: HttpRequest, request: Request, told: Answer
+    state: State, http_request: HttpRequest, request: Request, message: Answer
 ) -> AsyncGenerator[bytes, None]:
-    """The answer's events on the wire. The first comes with the first token: by then the cache has been asked."""
-    begun = False
+    """Encoded events. The first one is sent with the first token, when the number of cached tokens is known."""
+    started = False
     async with aclosing(answer(state, http_request, request)) as pieces:
         async for piece in pieces:
-            if not begun:
-                begun = True
-                yield frame(told.begin(len(request.ids), request.cached or 0), "message_start")
-            for event in told.take(piece):
+            if not started:
+                started = True
+                yield frame(message.begin(len(request.ids), request.cached or 0), "message_start")
+            for event in message.take(piece):
                 yield frame(event, event["type"])
-            if told.full:
+            if message.full:
                 break
-    for event in told.end(len(request.ids), request.cached or 0):
+    for event in message.end(len(request.ids), request.cached or 0):
         yield frame(event, event["type"])

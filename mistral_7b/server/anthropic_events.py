@@ -1,10 +1,10 @@
-"""Answers as clients of Anthropic's Messages API read them: a list of blocks, whole or in events.
+"""Responses of Anthropic's Messages API: a list of content blocks, whole or as events.
 
     pieces     "Let me "   "look."   call 0: weather   call 0: {"ci   call 0: ty": "Rome"}   finish: stop
     events     start text · delta    delta             stop · start tool_use · delta · delta  stop · message_delta
     blocks     text "Let me look."   tool_use weather {"city": "Rome"}                        stop_reason tool_use
 
-Whoever streams sends the events on; whoever does not lets them pass and asks for the `message` in the end.
+A streaming route sends the events; a route that does not stream drops them and reads `message` at the end.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic_core import from_json, to_json
-from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
+from typing_extensions import TypedDict  # pydantic requires it before Python 3.12
 
 from ..tool_calls import ToolCallDelta
 
 if TYPE_CHECKING:
     from ..completion import TextPiece
 
-Event = dict[str, Any]  # with its "type"
+Event = dict[str, Any]  # has a "type"
 
 
 class Usage(TypedDict):
@@ -49,7 +49,7 @@ class CountAnswer(TypedDict):
 
 
 def usage(prompt: int, cached: int, generated: int) -> Usage:
-    """Tokens: Anthropic's `input_tokens` are those that were not found in the cache."""
+    """Token counts. Anthropic's `input_tokens` exclude those found in the prefix cache."""
     return {
         "input_tokens": prompt - cached, "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached,
         "output_tokens": generated,
@@ -57,7 +57,7 @@ def usage(prompt: int, cached: int, generated: int) -> Usage:
 
 
 class Answer:
-    """A message that grows with a request's pieces. With `most_calls`, what comes after so many is left out."""
+    """A response message built from a request's pieces. It ends before a call beyond `most_calls`."""
 
     def __init__(self, name: str, model: str, most_calls: int | None = None) -> None:
         self.name, self.model, self.most_calls = name, model, most_calls
@@ -65,24 +65,24 @@ class Answer:
         self.generated = 0  # tokens
         self.stop_reason: str | None = None
         self.stop_sequence: str | None = None
-        self._texts: list[str] = []  # of the last block: its text, or a call's input as JSON
+        self._texts: list[str] = []  # parts of the last block: text, or a call's input as JSON
         self._calls = 0
 
     @property
     def full(self) -> bool:
-        """Whether nothing that could still come would be taken."""
+        """Whether the message is complete: further pieces are ignored."""
         return self.stop_reason is not None
 
     def begin(self, prompt: int, cached: int) -> Event:
-        """The first event."""
+        """The message_start event."""
         return {"type": "message_start", "message": self.message(prompt, cached)}
 
     def take(self, piece: TextPiece) -> Iterator[Event]:
-        """What a piece adds."""
+        """Add a piece; yield its events."""
         if self.full:
             return
         self.generated += len(piece.token_ids)
-        before = self._calls == 0  # text stands before the calls, or is what is left of a list that broke off
+        before = self._calls == 0  # text precedes the calls, or follows them if their list is invalid
         if piece.text and before:
             yield from self._write(piece.text)
         for delta in piece.tool_calls:
@@ -96,7 +96,7 @@ class Answer:
             self._stop(piece.finish_reason, piece.stop_reason)
 
     def end(self, prompt: int, cached: int) -> Iterator[Event]:
-        """The last events. A message that was ended from outside has no `stop_reason`."""
+        """The final events. An aborted message has no `stop_reason`."""
         if not self.full:
             yield from self._close()
         delta = {"stop_reason": self.stop_reason, "stop_sequence": self.stop_sequence}
@@ -104,7 +104,7 @@ class Answer:
         yield {"type": "message_stop"}
 
     def message(self, prompt: int, cached: int) -> MessageAnswer:
-        """The message as it stands."""
+        """The message so far."""
         return {
             "id": self.name, "type": "message", "role": "assistant", "model": self.model,
             "content": list(self.blocks), "stop_reason": self.stop_reason,
@@ -138,7 +138,7 @@ class Answer:
         return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
 
     def _close(self) -> Iterator[Event]:
-        """The last block is complete."""
+        """Complete the last block."""
         if not self.blocks:
             return
         block, text = self.blocks[-1], "".join(self._texts)
@@ -159,14 +159,14 @@ class Answer:
 
 
 def read_input(text: str) -> dict[str, Any]:
-    """A call's arguments as an object that can be written again; an empty one where they broke off.
+    """Parse a call's arguments to an object that can be encoded as JSON; empty if they are truncated or invalid.
 
-    A number too large for a float becomes the largest, and half a character a question mark.
+    A number beyond float's range becomes the largest float, and a lone surrogate a question mark.
     """
     try:
         value = json.loads(text, parse_float=_finite)
         value = from_json(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-        to_json({"content": [{"input": value}]})  # which may nest only so deep
+        to_json({"content": [{"input": value}]})  # ValueError if it is nested too deeply
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,20 +1,19 @@
-"""What clients of Anthropic's Messages API send, and the same in the words of the rest of this package.
+"""Request bodies of Anthropic's Messages API, and their conversion to OpenAI's message format.
 
-    Anthropic                                   OpenAI, as messages.py reads it
+    Anthropic                                   OpenAI format, as messages.py reads it
     system                                      a first message with role system
     user: [tool_result ..., text ...]           a tool message for each result, then a user message
-    assistant: [text ..., tool_use ...]         one assistant message; calls alone, if there are any
-    assistant, as the last message              "prefix": True: it is continued, blanks at its end included
+    assistant: [text ..., tool_use ...]         one assistant message; only its calls, if there are any
+    assistant, as the last message              "prefix": True: it is continued, trailing whitespace included
     tool {name, input_schema}                   {"type": "function", "function": {name, parameters}}
 
-Mistral's template has no place for text beside calls, and none for `is_error`: the text is left out, as Mistral's
-own template does, and the result of a call that failed begins with "Error: ".
+Mistral's template supports neither text next to tool calls nor `is_error`. The text is dropped, as Mistral's own
+template does, and the result of a failed call gets the prefix "Error: ".
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -28,24 +27,26 @@ from .protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop, not_served
 MOST_TOKENS = 2**31 - 1
 NO_THINKING = "this model does not think before it answers: leave `thinking` out, or disable it"
 
-# ---------------------------------------------------------------------- what comes
+# ---------------------------------------------------------------------- request bodies
 
 
 class _Wire(BaseModel):
-    """Types are what they are: "5" is no number. Unknown fields are passed over in messages, blocks and tools,
-    which carry hints such as `cache_control`, and refused everywhere else."""
+    """Base class with strict types: "5" is not a number.
+
+    Messages, blocks and tools ignore unknown fields, because clients add hints such as `cache_control`.
+    """
 
     model_config = ConfigDict(strict=True, protected_namespaces=(), hide_input_in_errors=True)
 
 
 class _Strict(_Wire):
-    """What says how to answer: an unknown field is refused."""
+    """Base class of all other bodies, in which unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 def _as_blocks(content: Any) -> Any:
-    """A text is short for one block of it."""
+    """Expand a string to one text block."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -85,8 +86,8 @@ class Tool(_Wire):
     input_schema: dict[str, Any]
     description: str | None = None
     type: Literal["custom"] | None = None
-    allowed_callers: list[Literal["direct"]] | None = None  # there is nothing else that could call it
-    input_examples: Annotated[None, not_served("the template has no place for them; the description has")] = None
+    allowed_callers: list[Literal["direct"]] | None = None  # the model is the only caller
+    input_examples: Annotated[None, not_served("Mistral's template has none; use the description")] = None
 
 
 class AutoChoice(_Strict):
@@ -124,7 +125,7 @@ class OutputConfig(_Strict):
 
 
 class _Conversation(_Strict):
-    """What counting tokens and answering have in common."""
+    """Fields that /v1/messages and /v1/messages/count_tokens share."""
 
     model: str
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -133,7 +134,7 @@ class _Conversation(_Strict):
     tool_choice: Choice | None = None
     thinking: dict[str, Any] | None = None
     output_config: OutputConfig | None = None
-    # Taken, and without meaning here.
+    # Accepted and ignored.
     cache_control: Any = None
     speed: Any = None
     user_profile_id: Any = None
@@ -149,7 +150,7 @@ class _Conversation(_Strict):
     @model_validator(mode="after")
     def _need_tools(self) -> _Conversation:
         if isinstance(self.tool_choice, AnyChoice | NamedChoice) and not self.tools:
-            raise ValueError("tool_choice asks for a call, and there are no tools")
+            raise ValueError("tool_choice requires a call, but there are no tools")
         return self
 
 
@@ -158,7 +159,7 @@ class CountRequest(_Conversation):
 
 
 class MessagesRequest(_Conversation):
-    """POST /v1/messages. `seed` is this server's own."""
+    """POST /v1/messages. `seed` is an extension of this server."""
 
     max_tokens: int = Field(ge=1, le=MOST_TOKENS)
     stop_sequences: Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
@@ -168,14 +169,14 @@ class MessagesRequest(_Conversation):
     top_k: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     metadata: dict[str, Any] | None = None
-    # Taken, and without meaning here.
+    # Accepted and ignored.
     service_tier: Any = None
     inference_geo: Any = None
     diagnostics: Any = None
-    container: Annotated[None, not_served("there is nowhere to run code")] = None
+    container: Annotated[None, not_served("this server cannot run code")] = None
 
     def params(self) -> SamplingParams:
-        """How to sample; SamplingError for a value out of its range."""
+        """The engine's sampling parameters. SamplingError names a field that is out of range."""
         given = {
             "max_tokens": self.max_tokens, "stop": self.stop_sequences, "temperature": self.temperature,
             "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed, "structured_outputs": self._spec(),
@@ -183,64 +184,62 @@ class MessagesRequest(_Conversation):
         return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
 
     def _spec(self) -> StructuredOutputs | None:
-        """What the text must look like."""
+        """The constraint on the text, or None."""
         if self.output_config is not None and self.output_config.format is not None:
             return StructuredOutputs(json=self.output_config.format.json_schema)
         return None
 
 
-# ---------------------------------------------------------------------- the same in other words
+# ---------------------------------------------------------------------- conversion to OpenAI's format
 
 
 class ConversationError(TokenizerError):
-    """A conversation that Anthropic's own rules forbid."""
+    """A conversation that breaks Anthropic's rules."""
 
 
 @dataclass
 class Conversation:
-    """Messages in OpenAI's words, each with the place in the request that it came from."""
+    """Messages in OpenAI's format. Each label names the field of the request that the message comes from."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
-    def add(self, origin: str, message: Mapping[str, Any]) -> None:
+    def add(self, label: str, message: Mapping[str, Any]) -> None:
         self.messages.append(dict(message))
-        self.origins.append(origin)
-
-    def named(self, error: str) -> str:
-        """An error's text with the places of the request instead of these messages' own."""
-        return re.sub(r"messages\[(\d+)\]", lambda found: self.origins[int(found[1])], error)
+        self.labels.append(label)
 
 
 def conversation(request: _Conversation) -> Conversation:
-    """The conversation of a request. ConversationError says which message breaks Anthropic's rules."""
+    """Convert the conversation of a request. ConversationError names a message that breaks Anthropic's rules."""
     out = Conversation()
     if request.system and any(block.text for block in request.system):
         out.add("system", {"role": "system", "content": _text(request.system)})
-    called: set[str] = set()  # by the assistant's last turn, and not answered yet
+    called: set[str] = set()  # ids of the last assistant turn's calls that have no result yet
     for i, message in enumerate(request.messages):
         origin = f"messages[{i}]"
         blocks = message.content
         if not blocks:
-            raise ConversationError(f"{origin} has no content")
+            raise ConversationError(f"{origin} has no content", field=f"{origin}.content")
         if message.role == "assistant":
             called = _add_assistant(out, origin, blocks)
         else:
             called -= _add_user(out, origin, message.role, blocks, called)
     if out.messages[-1]["role"] == "assistant":
         if called:
-            raise ConversationError(f"{out.origins[-1]} calls tools: their results must follow")
+            raise ConversationError(
+                f"{out.labels[-1]} calls tools: their results must follow", field=out.labels[-1]
+            )
         out.messages[-1]["prefix"] = True
     return out
 
 
 def _add_assistant(out: Conversation, origin: str, blocks: Sequence[Block]) -> set[str]:
-    """The assistant's turn; the ids of its calls."""
+    """Add an assistant turn; return the ids of its calls."""
     calls = [b for b in blocks if isinstance(b, ToolUseBlock)]
     if any(isinstance(b, ToolResultBlock) for b in blocks):
-        raise ConversationError(f"{origin}: a tool_result belongs into a message with role user")
+        raise ConversationError(f"{origin}: a tool_result requires the role user", field=origin)
     if len({call.id for call in calls}) < len(calls):
-        raise ConversationError(f"{origin}: two calls have the same id")
+        raise ConversationError(f"{origin}: two calls have the same id", field=origin)
     if calls:
         out.add(origin, {"role": "assistant", "tool_calls": [_call(call) for call in calls]})
     else:
@@ -249,13 +248,15 @@ def _add_assistant(out: Conversation, origin: str, blocks: Sequence[Block]) -> s
 
 
 def _add_user(out: Conversation, origin: str, role: str, blocks: Sequence[Block], called: set[str]) -> set[str]:
-    """A user's turn, or a system's; the ids of the calls that it answers."""
+    """Add a user or system turn; return the ids of the calls that it has results for."""
     if any(isinstance(b, ToolUseBlock) for b in blocks):
-        raise ConversationError(f"{origin}: a tool_use belongs into a message with role assistant")
+        raise ConversationError(f"{origin}: a tool_use requires the role assistant", field=origin)
     results = [b for b in blocks if isinstance(b, ToolResultBlock)]
     for result in results:
         if result.tool_use_id not in called or role != "user":
-            raise ConversationError(f"{origin}: no call before it has the id {result.tool_use_id!r:.80}")
+            raise ConversationError(
+                f"{origin}: the previous turn has no call with id {result.tool_use_id!r:.80}", field=origin
+            )
         out.add(origin, {"role": "tool", "tool_call_id": result.tool_use_id, "content": _result(result)})
     texts = [b for b in blocks if isinstance(b, TextBlock)]
     if texts or not results:
@@ -264,13 +265,13 @@ def _add_user(out: Conversation, origin: str, role: str, blocks: Sequence[Block]
 
 
 def _text(blocks: Sequence[Block]) -> Any:
-    """The text of blocks, or several texts."""
+    """The content of text blocks: a string for one block, otherwise a list."""
     texts = [b.text for b in blocks if isinstance(b, TextBlock)]
     return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
 
 
 def _result(result: ToolResultBlock) -> Any:
-    """What a tool gave."""
+    """The content of a tool result."""
     blocks = result.content or [TextBlock(type="text", text="")]
     if result.is_error:
         blocks = [TextBlock(type="text", text="Error: " + blocks[0].text), *blocks[1:]]
@@ -283,7 +284,7 @@ def _call(block: ToolUseBlock) -> dict[str, Any]:
 
 
 def offered(request: _Conversation) -> list[dict[str, Any]] | None:
-    """The tools in OpenAI's words; None if the model is not to see any."""
+    """The tools in OpenAI's format; None if the prompt must not contain any."""
     if not request.tools or isinstance(request.tool_choice, NoChoice):
         return None
     return [
@@ -298,7 +299,7 @@ def offered(request: _Conversation) -> list[dict[str, Any]] | None:
 
 
 def chosen(request: _Conversation) -> str | dict[str, Any]:
-    """tool_choice in OpenAI's words."""
+    """`tool_choice` in OpenAI's format."""
     choice = request.tool_choice
     if isinstance(choice, NamedChoice):
         return {"type": "function", "function": {"name": choice.name}}
@@ -308,6 +309,6 @@ def chosen(request: _Conversation) -> str | dict[str, Any]:
 
 
 def most_calls(request: _Conversation) -> int | None:
-    """How many tools may be called at once; None: any number."""
+    """The maximum number of tool calls in one turn; None: no limit."""
     choice = request.tool_choice
     return 1 if choice is not None and getattr(choice, "disable_parallel_tool_use", False) else None

@@ -1,4 +1,4 @@
-"""All of it as one application."""
+"""Builds the FastAPI application: routers, error handlers, middleware."""
 
 from __future__ import annotations
 
@@ -22,66 +22,72 @@ from .problems import Refusal, invalid, refusal
 from .routes import json_answer
 from .state import State
 
-# FastAPI's own spans and logs quote what clients send, and know nothing of models: tracing.py has ours.
-OWN_SPANS: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+# FastAPI's own spans and logs quote request data and lack the model's attributes; tracing.py replaces them.
+FASTAPI_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 ROUTERS = (openai, anthropic, tokens, adapters, metrics, health, page)
 
 
 def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "mistral-7b") -> FastAPI:
-    """The application; its State is `app.state.serving`. ConfigError for a model without a tokenizer."""
+    """Return the application; its State is `app.state.serving`.
+
+    Raises ConfigError for a model without a tokenizer.
+    """
     if llm.tokenizer is None:
-        raise ConfigError(f"the server needs the model's tokenizer, and {llm.reader.why}")
+        raise ConfigError(f"the server needs the model's tokenizer: {llm.reader.why}")
     state = State(llm, config or ServerConfig(), model_name)
     app = FastAPI(
-        title="mistral_7b", version=__version__, docs_url=None, redoc_url=None,  # they load scripts from outside
-        openapi_url=None, telemetry=OWN_SPANS,
+        title="mistral_7b", version=__version__, docs_url=None, redoc_url=None,  # both load scripts from a CDN
+        openapi_url=None, telemetry=FASTAPI_TELEMETRY,
         responses=documented(400, 401, 403, 404, 408, 413, 429, 500, 503), separate_input_output_schemas=False,
     )  # fmt: skip
     app.state.serving = state
-    for room in ROUTERS:
-        app.include_router(room.router(state))
-    _install_document(app)
-    _install_problems(app)
+    for module in ROUTERS:
+        app.include_router(module.router(state))
+    _install_openapi(app)
+    _install_error_handlers(app)
     app.add_middleware(Guard, state=state)
-    for route in app.routes:  # FastAPI makes them ready when it first looks at them: not while somebody waits
+    for route in app.routes:  # FastAPI prepares a route at its first match: do it now, not during a request
         route.matches({"type": "http", "method": "GET", "path": "/nowhere", "root_path": "", "headers": []})
     return app
 
 
-def _install_document(app: FastAPI) -> None:
-    """GET /openapi.json, made when it is first asked for, and in a thread: it takes a third of a second."""
-    made: list[bytes] = []
+def _install_openapi(app: FastAPI) -> None:
+    """Add GET /openapi.json.
+
+    The schema takes a third of a second: it is built at the first request, on a worker thread, and cached.
+    """
+    cache: list[bytes] = []
 
     @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
-    async def document() -> Response:
-        if not made:
-            made.append(await asyncio.to_thread(lambda: to_json(app.openapi())))
-        return json_answer(made[0])
+    async def openapi() -> Response:
+        if not cache:
+            cache.append(await asyncio.to_thread(lambda: to_json(app.openapi())))
+        return json_answer(cache[0])
 
 
-def _install_problems(app: FastAPI) -> None:
-    """Every error in one shape. What is unforeseen goes on to the guard, which logs it."""
+def _install_error_handlers(app: FastAPI) -> None:
+    """Return every error in one JSON shape. Unexpected errors propagate to the guard, which logs them."""
 
-    def told(request: HttpRequest, why: Refusal) -> Response:
+    def respond(request: HttpRequest, why: Refusal) -> Response:
         return json_answer(why.body(request.url.path), why.status, why.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def wrong_field(request: HttpRequest, error: RequestValidationError) -> Response:
-        return told(request, invalid(error.errors()))
+    async def validation_error(request: HttpRequest, error: RequestValidationError) -> Response:
+        return respond(request, invalid(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def no_route(request: HttpRequest, error: HTTPException) -> Response:
+    async def http_exception(request: HttpRequest, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 404:
-            return told(request, Refusal(404, f"there is nothing at {path:.200}", code="no_such_route"))
+            return respond(request, Refusal(404, f"there is no route {path:.200}", code="no_such_route"))
         if error.status_code == 405:
-            why = f"{request.method} is not what {path:.200} takes"
-            return told(request, Refusal(405, why, code="method_not_allowed", headers=error.headers))
-        return told(request, Refusal(error.status_code, str(error.detail), headers=error.headers))
+            why = f"{path:.200} does not allow the method {request.method}"
+            return respond(request, Refusal(405, why, code="method_not_allowed", headers=error.headers))
+        return respond(request, Refusal(error.status_code, str(error.detail), headers=error.headers))
 
     @app.exception_handler(Mistral7BError)
-    async def refused(request: HttpRequest, error: Mistral7BError) -> Response:
+    async def package_error(request: HttpRequest, error: Mistral7BError) -> Response:
         why = refusal(error)
         if why.status >= 500 and why is not error:
             raise error
-        return told(request, why)
+        return respond(request, why)

@@ -1,7 +1,8 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions: the engine request of a conversation, and its response, whole or streamed."""
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -33,10 +34,10 @@ from .problems import Refusal
 from .protocol import ChatRequest, plain, plain_tools
 from .routes import JsonRoute, json_answer
 from .sse import DONE, Frames, event_stream, frame
-from .state import State, answer, read
+from .state import State, answer, left, read
 
-MISTRALS_CLIENTS = ("mistral-client", "mistralai")  # how they call themselves: their API streams whole calls
-# Mistral's own words for safe_prompt, from its guide to guardrails.
+MISTRALS_CLIENTS = ("mistral-client", "mistralai")  # in the User-Agent: their API streams whole calls
+# The system prompt that Mistral's guardrails guide gives for safe_prompt.
 SAFE = (
     "Always assist with care, respect, and truth. Respond with utmost utility yet securely. Avoid harmful, "
     "unethical, prejudiced, or negative content. Ensure replies promote fairness and positivity."
@@ -53,10 +54,11 @@ def router(state: State) -> APIRouter:
         tags=["OpenAI"],
     )
     async def chat_completions(body: ChatRequest, http_request: HttpRequest) -> Response:
-        """Answer a conversation."""
+        """Complete a conversation."""
         check_n(state, body.n)
         adapter = state.adapter(body.model)
-        request = await read(state, partial(read_chat, state, body, adapter))
+        make = partial(read_chat, state, body, adapter, left(http_request))
+        request = await read(state, make, "messages")
         pieces = answer(state, http_request, request)
         agent = http_request.headers.get("user-agent", "")
         mistral = body.of_mistral or any(name in agent for name in MISTRALS_CLIENTS)
@@ -72,57 +74,62 @@ def router(state: State) -> APIRouter:
 
 
 def check_n(state: State, n: int | None) -> None:
-    """Refusal (422) for more completions than this server makes of one prompt."""
+    """Refusal (422) if `n` is over the server's or the engine's limit."""
     most = min(state.config.max_n, state.llm.engine.config.max_sequences)
     if n is not None and n > most:
-        raise Refusal(422, f"n must be at most {most} here, not {n}", param="n")
+        raise Refusal(422, f"n must be at most {most} here, not {n}", field="n")
 
 
 # ---------------------------------------------------------------------- the request
 
 
-def read_chat(state: State, body: ChatRequest, adapter: str | None) -> Request:
-    """The engine's request for a conversation. Takes its time: for a thread."""
+def read_chat(
+    state: State, body: ChatRequest, adapter: str | None, gone: threading.Event | None = None
+) -> Request:
+    """Build the engine request of a conversation; `gone` as in Asked. Slow: call it on a worker thread."""
     messages = body.plain(body.messages)
+    labels = [f"messages[{i}]" for i in range(len(messages))]
     if body.safe_prompt:
         messages.insert(0, {"role": "system", "content": SAFE})
+        labels.insert(0, "safe_prompt")
     tools = plain_tools(body.tools)
     choice: Any = body.tool_choice or "auto"
     if not isinstance(choice, str):
         choice = dict(plain(choice))
     params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=_structured(body))
-    asked = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt)
+    options = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, gone=gone)
     return state.llm.reader.chat(
-        messages, params, asked, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
+        messages, params, options, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
+        labels=labels,
     )  # fmt: skip
 
 
 def _top(body: ChatRequest) -> int | None:
     if body.top_logprobs and not body.logprobs:
-        raise Refusal(400, 'top_logprobs needs "logprobs": true', param="top_logprobs")
+        raise Refusal(400, 'top_logprobs requires "logprobs": true', field="top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
 def _structured(body: ChatRequest) -> StructuredOutputs | None:
-    """What the text must look like: OpenAI's response_format or vLLM's structured_outputs."""
+    """The constraint on the text: OpenAI's response_format or vLLM's structured_outputs."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return None if body.structured_outputs is None else StructuredOutputs.from_dict(body.structured_outputs)
     if body.structured_outputs is not None:
-        raise Refusal(400, "response_format and structured_outputs exclude each other", param="structured_outputs")
+        raise Refusal(400, "response_format and structured_outputs exclude each other", field="structured_outputs")
     schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
     if wanted.type == "json_object" and not schema:
         return StructuredOutputs(json_object=True)
     if schema is None:
-        raise Refusal(400, "response_format.json_schema.schema is missing", param="response_format")
+        raise Refusal(400, "response_format.json_schema.schema is missing", field="response_format")
     return StructuredOutputs(json=schema)
 
 
-# ---------------------------------------------------------------------- the answer
+# ---------------------------------------------------------------------- the response
 
 
 class Choices:
-    """The completions of one request, as they come; in chunks, or whole."""
+    """Collects the completions of one request, for chunks and for the whole response."""
 
     def __init__(self, state: State, body: ChatRequest, request: Request, mistral: bool = False) -> None:
         tokenizer = state.llm.tokenizer
@@ -132,7 +139,7 @@ class Choices:
             "id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
             "model": body.model or state.model_name,
         }  # fmt: skip
-        self.calls_alone = body.parallel_tool_calls is False  # the first call is the only one
+        self.first_call_only = body.parallel_tool_calls is False
         top = body.top_logprobs or 0
         self.choices = [_Choice(i, mistral) for i in range(request.params.n)]
         self.logprobs = (
@@ -142,17 +149,17 @@ class Choices:
         )
 
     def add(self, piece: TextPiece) -> list[ChunkChoice]:
-        """What a piece is as chunks."""
+        """Add a piece; return its chunks."""
         self.tokens += len(piece.token_ids)
         found = None
         if self.logprobs is not None:
             text, found = self.logprobs[piece.index].of(piece)
             piece = replace(piece, text=text)
-        return self.choices[piece.index].add(piece, found, self.calls_alone)
+        return self.choices[piece.index].add(piece, found, self.first_call_only)
 
     @property
     def usage(self) -> Usage:
-        """What it took so far."""
+        """Tokens so far."""
         prompt = len(self.request.ids)
         return {
             "prompt_tokens": prompt, "completion_tokens": self.tokens, "total_tokens": prompt + self.tokens,
@@ -160,12 +167,12 @@ class Choices:
         }  # fmt: skip
 
     def whole(self) -> dict[str, Any]:
-        """The answer, when all has come."""
+        """The complete response body."""
         return {**self.head, "choices": [c.whole() for c in self.choices], "usage": self.usage}
 
 
 class _Choice:
-    """One completion."""
+    """One completion. `whole_calls`: stream each tool call in one chunk, as Mistral's API does."""
 
     def __init__(self, index: int, whole_calls: bool) -> None:
         self.index, self.begun, self.whole_calls = index, False, whole_calls
@@ -174,13 +181,13 @@ class _Choice:
         self.logprobs: ChoiceLogprobs | None = None
         self.reason = "stop"
 
-    def add(self, piece: TextPiece, logprobs: ChoiceLogprobs | None, alone: bool) -> list[ChunkChoice]:
-        """Take a piece. The role comes first, and the reason for the end in a chunk of its own."""
+    def add(self, piece: TextPiece, logprobs: ChoiceLogprobs | None, first_call_only: bool) -> list[ChunkChoice]:
+        """Add a piece; return its chunks. The role and the finish reason have chunks of their own."""
         chunks: list[ChunkChoice] = []
         if not self.begun:
             self.begun = True
             chunks.append(self._chunk({"role": "assistant", "content": ""}))
-        deltas = _merged([self._call(d) for d in piece.tool_calls if not (alone and d.index)])
+        deltas = _merged([self._call(d) for d in piece.tool_calls if not (first_call_only and d.index)])
         delta: Delta = {}
         if piece.text:
             delta["content"] = piece.text
@@ -210,7 +217,7 @@ class _Choice:
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _call(self, delta: Any) -> CallDelta:
-        """A part of a tool call: id, type and name once, then its arguments."""
+        """Add a part of a tool call. The first part has id, type and name; the others have arguments only."""
         if delta.name is None:
             self.calls[delta.index]["function"]["arguments"] += delta.arguments
             return {"index": delta.index, "function": {"arguments": delta.arguments}}
@@ -228,7 +235,7 @@ class _Choice:
 
 
 def _merged(deltas: list[CallDelta]) -> list[CallDelta]:
-    """No two parts of one call: some clients expect at most one in a chunk."""
+    """Join the parts of each call, because some clients expect at most one part of a call per chunk."""
     out: dict[int, CallDelta] = {}
     for delta in deltas:
         first = out.setdefault(delta["index"], delta)
@@ -238,18 +245,18 @@ def _merged(deltas: list[CallDelta]) -> list[CallDelta]:
 
 
 async def _stream(choices: Choices, body: ChatRequest, pieces: AsyncGenerator[TextPiece, None]) -> Frames:
-    """Chunks. One write carries all that has come of a piece."""
+    """The response as server-sent events. All chunks of a piece share one write."""
     head = {**choices.head, "object": "chat.completion.chunk"}
     usage = {"usage": None} if body.with_usage else {}
-    going_on = len(choices.choices)
+    unfinished = len(choices.choices)
     async with aclosing(pieces):
         async for piece in pieces:
-            answers = [{**head, "choices": [chunk], **usage} for chunk in choices.add(piece)]
-            going_on -= piece.finish_reason is not None
-            if choices.mistral and not going_on:
-                answers[-1]["usage"] = choices.usage
-            if answers:
-                yield b"".join(map(frame, answers))
+            chunks = [{**head, "choices": [chunk], **usage} for chunk in choices.add(piece)]
+            unfinished -= piece.finish_reason is not None
+            if choices.mistral and not unfinished:
+                chunks[-1]["usage"] = choices.usage
+            if chunks:
+                yield b"".join(map(frame, chunks))
     if body.with_usage:
         yield frame({**head, "choices": [], "usage": choices.usage})
     yield DONE

@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts, or token ids, gone on with."""
+"""POST /v1/completions: continue prompts given as text or token ids."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .problems import Refusal
 from .protocol import CompletionRequest, prompts_of
 from .routes import JsonRoute, json_answer
 from .sse import DONE, Frames, event_stream, frame
-from .state import State, answer, read
+from .state import State, answer, left, read
 
 DEFAULT_TOKENS = 16  # OpenAI's
-AHEAD = 16  # pieces of one prompt that wait to be written while others are
+AHEAD = 16  # size of the queue that merges the pieces of several prompts
 
 
 def router(state: State) -> APIRouter:
@@ -41,18 +41,21 @@ def router(state: State) -> APIRouter:
         tags=["OpenAI"],
     )
     async def completions(body: CompletionRequest, http_request: HttpRequest) -> Response:
-        """Go on with one prompt or several."""
+        """Complete one or several prompts."""
         _check(state, body)
-        asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
+        options = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt,
+                        gone=left(http_request))  # fmt: skip
         prompts = prompts_of(body.prompt)
-        requests = [await read(state, partial(_read, state, body, prompt, asked)) for prompt in prompts]
+        requests = [
+            await read(state, partial(_read, state, body, prompt, options), "prompt") for prompt in prompts
+        ]
         texts = Texts(state, body, requests)
         pieces = together([answer(state, http_request, request) for request in requests])
         if body.stream:
             return await event_stream(_stream(texts, body, pieces))
         async with aclosing(pieces):
-            async for place, piece in pieces:
-                texts.add(place, piece)
+            async for index, piece in pieces:
+                texts.add(index, piece)
         return json_answer(texts.whole())
 
     return routes
@@ -62,35 +65,35 @@ def _check(state: State, body: CompletionRequest) -> None:
     check_n(state, body.n)
     check_prompts(state, prompts_of(body.prompt), "prompt")
     if body.suffix:
-        raise Refusal(400, "suffix is not served: Mistral 7B was not trained to fill in", param="suffix")
+        raise Refusal(400, "suffix is not supported: Mistral 7B was not trained to infill", field="suffix")
     if body.best_of not in (None, body.n or 1):
-        raise Refusal(400, "best_of is not served: ask for n, with logprobs, and choose", param="best_of")
+        raise Refusal(400, "best_of is not supported", field="best_of", hint="use n with logprobs, and choose")
     if body.max_tokens == 0 and not body.echo:
-        raise Refusal(400, "max_tokens must be at least 1, unless echo is true", param="max_tokens")
+        raise Refusal(400, "max_tokens must be at least 1, unless echo is true", field="max_tokens")
 
 
 def check_prompts(state: State, prompts: Sequence[Any], param: str) -> None:
-    """Refusal for none, or for more than this server takes at once."""
+    """Refusal for an empty list (400), or for more prompts than `max_prompts` (422)."""
     if not prompts:
-        raise Refusal(400, f"{param} is empty", param=param)
+        raise Refusal(400, f"{param} is empty", field=param)
     most = state.config.max_prompts
     if len(prompts) > most:
-        raise Refusal(422, f"{param} has {len(prompts)} entries, and this server takes {most}", param=param)
+        raise Refusal(422, f"{param} has {len(prompts)} entries; the server's limit is {most}", field=param)
 
 
-def _read(state: State, body: CompletionRequest, prompt: Any, asked: Asked) -> Request:
+def _read(state: State, body: CompletionRequest, prompt: Any, options: Asked) -> Request:
     limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     echoed = body.logprobs if body.echo else None
     params = body.params(max_tokens=limit, logprobs=body.logprobs, prompt_logprobs=echoed)
-    return state.llm.reader.text(prompt, params, asked)
+    return state.llm.reader.text(prompt, params, options)
 
 
-# ---------------------------------------------------------------------- the answer
+# ---------------------------------------------------------------------- the response
 
 
 @dataclass
 class _Text:
-    """One completion, an echoed prompt included; its tokens as parts of it and `logprobs`, if asked for."""
+    """One completion, with the echoed prompt; `parts` and `logprobs` are None unless logprobs are requested."""
 
     index: int
     texts: list[str]
@@ -101,7 +104,7 @@ class _Text:
 
 
 class Texts:
-    """The completions of one HTTP request, as they come; in chunks, or whole."""
+    """Collects the completions of one HTTP request, for chunks and for the whole response."""
 
     def __init__(self, state: State, body: CompletionRequest, requests: Sequence[Request]) -> None:
         assert state.llm.tokenizer is not None
@@ -120,9 +123,9 @@ class Texts:
             return _Text(index, [], None, None)
         return _Text(index, [], Parts(self.tokenizer, request.ids), text_logprobs(self.tokenizer, (), self.top))
 
-    def add(self, place: int, piece: TextPiece) -> TextChoice:
-        """What a piece of prompt `place` is as a chunk: with its first, the prompt, if that is wanted."""
-        request, text = self.requests[place], self.texts[place * self.n + piece.index]
+    def add(self, index: int, piece: TextPiece) -> TextChoice:
+        """Add a piece of prompt `index`; return it as a chunk. With `echo`, the first chunk has the prompt."""
+        request, text = self.requests[index], self.texts[index * self.n + piece.index]
         parts: list[Part] = []
         new = ""
         if not text.begun and self.body.echo:
@@ -161,7 +164,7 @@ class Texts:
         }  # fmt: skip
 
     def whole(self) -> dict[str, Any]:
-        """The answer, when all has come."""
+        """The complete response body."""
         choices: list[TextChoice] = [
             {"index": t.index, "text": "".join(t.texts), "logprobs": t.logprobs, "finish_reason": t.reason}
             for t in self.texts
@@ -172,8 +175,8 @@ class Texts:
 async def _stream(texts: Texts, body: CompletionRequest, pieces: AsyncGenerator[Any, None]) -> Frames:
     usage = {"usage": None} if body.with_usage else {}
     async with aclosing(pieces):
-        async for place, piece in pieces:
-            chunk = texts.add(place, piece)
+        async for index, piece in pieces:
+            chunk = texts.add(index, piece)
             if chunk["text"] or chunk["finish_reason"] or chunk["logprobs"]:
                 yield frame({**texts.head, "choices": [chunk], **usage})
     if body.with_usage:
@@ -184,34 +187,34 @@ async def _stream(texts: Texts, body: CompletionRequest, pieces: AsyncGenerator[
 async def together(
     streams: Sequence[AsyncGenerator[TextPiece, None]],
 ) -> AsyncGenerator[tuple[int, TextPiece], None]:
-    """The pieces of several requests as they come, each with the place of its own. One that fails ends all."""
+    """Merge the streams of several requests: yield (request index, piece). One that fails ends all."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as pieces:
             async for piece in pieces:
                 yield 0, piece
         return
-    news: asyncio.Queue[tuple[int, TextPiece | BaseException | None]] = asyncio.Queue(AHEAD)
+    queue: asyncio.Queue[tuple[int, TextPiece | BaseException | None]] = asyncio.Queue(AHEAD)
 
-    async def follow(place: int, stream: AsyncGenerator[TextPiece, None]) -> None:
+    async def follow(index: int, stream: AsyncGenerator[TextPiece, None]) -> None:
         try:
             async with aclosing(stream) as pieces:
                 async for piece in pieces:
-                    await news.put((place, piece))
-            await news.put((place, None))
+                    await queue.put((index, piece))
+            await queue.put((index, None))
         except Exception as e:
-            await news.put((place, e))
+            await queue.put((index, e))
 
-    tasks = [asyncio.create_task(follow(place, stream)) for place, stream in enumerate(streams)]
+    tasks = [asyncio.create_task(follow(index, stream)) for index, stream in enumerate(streams)]
     try:
-        left = len(tasks)
-        while left:
-            place, new = await news.get()
-            if isinstance(new, BaseException):
-                raise new
-            if new is None:
-                left -= 1
+        unfinished = len(tasks)
+        while unfinished:
+            index, item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                unfinished -= 1
             else:
-                yield place, new
+                yield index, item
     finally:
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""How a server is set up. Imports no torch, so that the command line can show it."""
+"""Server settings. Imports no torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What a server may use and whom it lets in. A value out of its range raises ConfigError naming the field.
+    """Address, access control, limits and timeouts. ConfigError names a field that is out of range.
 
-    How many requests may wait is the engine's matter: EngineConfig.max_waiting.
+    The length of the queue is an engine setting: EngineConfig.max_waiting.
 
     Attributes:
-        host: address to listen at; the default is this machine alone
-        port: 0 takes a free one
-        api_keys: whoever has one of these may ask; none: everybody
-        admin_keys: whoever has one of these may ask, and load and unload adapters; none: nobody may do that
-        adapter_folder: folder in which adapters may be loaded, each a folder in it; none: no request loads any
-        cors_origins: pages of other origins that may ask, such as "https://example.org"; "*": all
-        allowed_hosts: names by which the server may be called; none: any, or only this machine's own where it
-            listens at no other, so that no web page reaches it under a name of its own
-        max_body_bytes: of a request
-        max_prompt_tokens: of one prompt; None: as many as the context holds
-        max_n: completions for one prompt
-        max_prompts: prompts, or texts to be embedded, in one request
-        max_concurrent: requests that are served or wait at once; one more is answered 429
-        max_connections: sockets that are open at once
-        body_timeout: seconds in which a request's head, and then its body, must have come
-        idle_timeout: seconds for which a reader may take nothing of what lies ready for it
-        request_timeout: seconds in which an answer must be complete
-        keep_alive: seconds for which a connection waits for its next request
-        drain_timeout: seconds that running answers get to end when the server is told to stop
-        log_prompts: write prompts into the log
+        host: address to bind; the default is the loopback interface
+        port: TCP port; 0 picks a free one
+        api_keys: keys that allow requests; empty: no key is needed
+        admin_keys: keys that also allow loading and unloading adapters; empty: these routes are disabled
+        adapter_folder: folder whose subfolders can be loaded as adapters; None: loading is disabled
+        cors_origins: other origins whose pages may send requests, such as "https://example.org"; "*": any
+        allowed_hosts: accepted `Host` names; empty: any, or, on a loopback address, only the loopback names,
+            which prevents DNS rebinding
+        max_body_bytes: size of a request body
+        max_prompt_tokens: tokens of one prompt; None: the model's context length
+        max_n: completions of one prompt
+        max_prompts: prompts, or inputs to embed, in one request
+        max_concurrent: requests running or queued at the same time; beyond that, 429
+        max_connections: open connections
+        body_timeout: seconds to receive a request's head, and again its body
+        idle_timeout: seconds without progress after which a stalled reader is disconnected
+        request_timeout: seconds to complete a response
+        keep_alive: seconds that an idle connection stays open
+        drain_timeout: seconds that running requests have to finish at shutdown
+        log_prompts: include prompts in the access log
     """
 
     host: str = "127.0.0.1"
@@ -70,42 +70,48 @@ class ServerConfig:
             low = 0 if field.name in ("port", "drain_timeout") else 1
             if field.type in ("int", "int | None") and value is not None:
                 if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                    raise ConfigError(f"{field.name} must be a whole number of at least {low}, not {value!r}")
+                    raise ConfigError(
+                        f"{field.name} must be a whole number of at least {low}, not {value!r}", field=field.name
+                    )
             elif field.type == "float" and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ConfigError(f"{field.name} must be a number of seconds, not {value!r}")
+                raise ConfigError(f"{field.name} must be a number of seconds, not {value!r}", field=field.name)
         if self.port > 65535:
-            raise ConfigError(f"port must be at most 65535, not {self.port}")
+            raise ConfigError(f"port must be at most 65535, not {self.port}", field="port")
         for name in ("api_keys", "admin_keys"):
             if not all(isinstance(k, str) and k.isascii() and k.isprintable() and k.strip() == k and k
                        for k in getattr(self, name)):  # fmt: skip
                 raise ConfigError(
-                    f"{name}: a key is a text of printable ASCII characters without blanks around it"
+                    f"{name}: a key consists of printable ASCII characters, without spaces at either end",
+                    field=name,
                 )
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Whether `host` is a loopback address."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
 
 def traces_wanted(environ: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry's variables say where traces go. ConfigError where they ask for another protocol."""
+    """Whether the OTEL_* variables enable traces. ConfigError for a protocol other than http/protobuf."""
     off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     kinds = environ.get("OTEL_TRACES_EXPORTER", "") or "otlp"
-    place = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
-    if off or "otlp" not in kinds or not place:
+    endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if off or "otlp" not in kinds or not endpoint:
         return False
     protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
     if protocol not in (None, "", "http/protobuf"):
-        raise ConfigError(f"traces are sent as http/protobuf, not as {protocol}: set OTEL_EXPORTER_OTLP_PROTOCOL, "
-                          "and the endpoint's port for HTTP, which is 4318 for most collectors")  # fmt: skip
+        raise ConfigError(
+            f"traces are sent as http/protobuf, not as {protocol}",
+            field="OTEL_EXPORTER_OTLP_PROTOCOL",
+            hint="set it, and the endpoint's port for HTTP, which is 4318 for most collectors",
+        )
     return True
 
 
 def read_keys(given: tuple[str, ...], file: str, variable: str) -> tuple[str, ...]:
-    """Keys as they are given, and those of a file (one a line, # begins a comment) and a variable.
+    """Collect keys from flags, a file (one per line, # begins a comment) and an environment variable.
 
-    OSError for a file that cannot be read; ConfigError for one that holds no key: it was meant to close a door.
+    OSError for a file that cannot be read. ConfigError for a file without keys: the server would be open to all.
     """
     keys = list(given)
     if file:
@@ -119,10 +125,10 @@ def _keys_in(file: pathlib.Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{file} is no text: write a key on each line") from e
+        raise ConfigError("is not UTF-8 text", place=file, hint="write one key per line") from e
     keys = [key for line in text.splitlines() if (key := line.split("#")[0].strip())]
     if not keys:
-        raise ConfigError(f"{file} holds no key: write one on each line")
+        raise ConfigError("contains no key", place=file, hint="write one key per line")
     if os.name == "posix" and file.stat().st_mode & stat.S_IROTH:
-        logging.getLogger("mistral_7b.server").warning("every user of this machine may read %s: chmod 600", file)
+        logging.getLogger("mistral_7b.server").warning("%s is readable by every user: chmod 600", file)
     return keys

@@ -1,7 +1,7 @@
-"""A connection that nobody can hold for nothing.
+"""A client connection that cannot be held open without progress.
 
-uvicorn's, with time limits for a head that does not come and for a reader who takes nothing, small buffers, and
-errors in the shape that all others have.
+uvicorn's h11 protocol, with timeouts for the request head and for stalled readers, small write buffers, and errors
+in the server's JSON shape.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .config import ServerConfig
 from .problems import Refusal
 
-BUFFER = 1 << 16  # bytes written and not yet taken, in the process and in the kernel each
-PIECE = 1 << 14  # bytes that are read at once: a head is held to its limit only where a piece ends
+BUFFER = 1 << 16  # bytes of unsent output, in the process and in the kernel each
+PIECE = 1 << 14  # bytes parsed at once: h11 checks the size of a head only after each piece
 
 
 class Connection(H11Protocol):
-    """One connection; `limits` are those of its server."""
+    """One connection. `limits` is the server's configuration."""
 
     limits: ServerConfig
     _head: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
-    _ending: asyncio.TimerHandle | None = None
+    _closing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,12 +38,12 @@ class Connection(H11Protocol):
         if (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         if len(self.connections) > self.limits.max_connections:
-            self._say(Refusal(503, "too many connections are open: try again later", retry_after=1))
+            self._reject(Refusal(503, "too many connections are open", hint="try again later", retry_after=1))
         else:
-            self._await_head(self.limits.body_timeout)
+            self._start_head_timer(self.limits.body_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head, self._stuck, self._ending):
+        for timer in (self._head, self._stuck, self._closing):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -59,13 +59,13 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self._end_soon()
+            self._abort_later()
         elif not self._busy:
-            self._await_head(self.limits.keep_alive + self.limits.body_timeout)
+            self._start_head_timer(self.limits.keep_alive + self.limits.body_timeout)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._end_soon()
+        self._abort_later()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -78,55 +78,56 @@ class Connection(H11Protocol):
             self._stuck = None
 
     def send_400_response(self, msg: str) -> None:
-        """What came is not to be had: called where h11's error about it is being handled."""
+        """Reject malformed input. uvicorn calls this while it handles h11's error."""
         if self._busy and self.cycle.response_started:
             self.transport.close()
         else:
             error = sys.exception()
             if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-                self._say(Refusal(431, f"the request's head is larger than {HEAD} bytes", code="head_too_large"))
+                self._reject(Refusal(431, f"the request head is larger than {HEAD} bytes", code="head_too_large"))
             else:
-                self._say(Refusal(400, "this is no HTTP that can be understood", code="bad_http"))
+                self._reject(Refusal(400, "the request is not valid HTTP", code="bad_http"))
 
     @property
     def _busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _await_head(self, seconds: float) -> None:
+    def _start_head_timer(self, seconds: float) -> None:
         if self._head is not None:
             self._head.cancel()
-        self._head = self.loop.call_later(seconds, self._no_head)
+        self._head = self.loop.call_later(seconds, self._head_timeout)
 
-    def _no_head(self) -> None:
+    def _head_timeout(self) -> None:
         self._head = None
         if self.transport.is_closing() or self._busy:
             return
-        if self.conn.their_state is h11.SEND_BODY:  # it was answered by its head, and its body goes on coming
-            self._hang_up()
+        if self.conn.their_state is h11.SEND_BODY:  # already answered from its head; the body is still arriving
+            self._close()
         else:
-            self._say(Refusal(408, "no request came in time", code="head_timeout"))
+            self._reject(Refusal(408, "no complete request head arrived in time", code="head_timeout"))
 
-    def _end_soon(self) -> None:
-        """What lies ready may still be taken, for a while."""
-        if self._ending is None:
-            self._ending = self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
+    def _abort_later(self) -> None:
+        """Abort the closing connection if its remaining output is not read in time."""
+        if self._closing is None:
+            self._closing = self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
 
-    def _say(self, why: Refusal) -> None:
-        """Answer without having understood the question, and hang up."""
+    def _reject(self, why: Refusal) -> None:
+        """Send an error without an HTTP request, and close."""
         self.transport.write(_raw(why))
-        self._hang_up()
+        self._close()
 
-    def _hang_up(self) -> None:
+    def _close(self) -> None:
         self.transport.close()
-        self._end_soon()
+        self._abort_later()
 
 
 def connection_class(config: ServerConfig) -> type[Connection]:
-    """The protocol of a server with these limits."""
+    """The protocol class for a server with this configuration."""
     return type("Connection", (Connection,), {"limits": config})
 
 
 def _raw(why: Refusal) -> bytes:
+    """A complete HTTP/1.1 error response."""
     body = json.dumps(why.body())
     headers: dict[str, Any] = {
         "content-type": "application/json", "content-length": len(body), "connection": "close", **why.headers,

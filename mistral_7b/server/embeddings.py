@@ -1,4 +1,4 @@
-"""POST /v1/embeddings."""
+"""POST /v1/embeddings: pooled hidden states of texts."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def router(state: State) -> APIRouter:
         tags=["OpenAI"],
     )
     async def embeddings(body: EmbeddingRequest, http_request: HttpRequest) -> Response:
-        """The texts' hidden states, of length 1: the mean over a text's tokens, or the last."""
+        """Embed texts: the mean of the final hidden states, or the last one; normalized to length 1 by default."""
         dim = state.llm.engine.model.args.dim
         for name, wanted in (("dimensions", body.dimensions), ("output_dimension", body.output_dimension)):
             if wanted not in (None, dim):
-                raise Refusal(400, f"{name} must be {dim} here, not {wanted}", param=name)
+                raise Refusal(400, f"{name} must be {dim}, not {wanted}", field=name)
         texts = prompts_of(body.input)
         check_prompts(state, texts, "input")
-        asked = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
+        options = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
         make = state.llm.reader.embedding
-        requests = [await read(state, partial(make, text, body.pooling, asked)) for text in texts]
+        requests = [await read(state, partial(make, text, body.pooling, options), "input") for text in texts]
         async with aclosing(together([answer(state, http_request, r) for r in requests])) as pieces:
             async for _ in pieces:
                 pass
@@ -52,7 +52,7 @@ def router(state: State) -> APIRouter:
             if body.encoding_format == "base64":
                 vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
             data.append(to_json({"object": "embedding", "index": i, "embedding": vector}))
-            await asyncio.sleep(0)  # thousands of numbers each: let others have a turn
+            await asyncio.sleep(0)  # encoding thousands of numbers takes time: let other tasks run
         tokens = sum(len(r.ids) for r in requests)
         end = to_json({"id": f"embd-{uuid.uuid4().hex}", "model": body.model or state.model_name,
                        "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})  # fmt: skip

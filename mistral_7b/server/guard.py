@@ -1,10 +1,10 @@
-"""What stands before every route: names, keys, limits, headers, the access log.
+"""ASGI middleware around every route: access control, limits, security headers, the access log.
 
-    host, origin, key, draining, how many at once        by the headers alone
-    body                                                 whole, bounded in size and time, before any route runs
-    the route                                            told when the client hangs up
+    admit    host, origin, key, draining, concurrency     from the headers alone
+    read     the whole body, limited in size and time     before the route runs
+    serve    the route                                    with a future that is done on disconnect
 
-A pure ASGI middleware: what streams through it is not copied.
+Pure ASGI rather than BaseHTTPMiddleware, which would copy every streamed chunk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import gc
 import logging
 import re
+import threading
 import time
 import uuid
 from typing import Any
@@ -23,16 +24,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .config import ServerConfig
 from .keys import Door
 from .problems import CLIENT_GONE, ClientGoneError, Refusal, refusal
-from .state import ADMIN, GONE, NOTES, Answered, State
+from .state import ADMIN, GONE, LEFT, NOTES, Answered, State
 
 logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")
 
-OPEN = "/health/live"  # for whoever asks, always
-CALM = ("/", "/health", "/health/live", "/health/ready", "/metrics")  # answered however much goes on
-PAGE = ("/web/",)  # small files, from memory: a full server still shows who comes that it is there
-BODIES = 64  # the largest bodies that are in memory together
-SWEEP = 1 << 26  # bytes of bodies after which the collector looks for them
+OPEN = "/health/live"  # skips all checks
+CALM = ("/", "/health", "/health/live", "/health/ready", "/metrics")  # served under full load and while draining
+PAGE = ("/web/",)  # likewise: small files from memory, so that the page loads and can report a full server
+BODIES = 64  # limit of all bodies in memory, in bodies of the maximum size
+SWEEP = 1 << 26  # bytes of finished bodies after which the garbage collector runs
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
@@ -46,24 +47,27 @@ HEADERS = [
 
 
 class Guard:
-    """The middleware. `state.active` and `state.held` count what is inside."""
+    """The middleware. It keeps `state.active` and `state.held`."""
 
     def __init__(self, app: ASGIApp, state: State) -> None:
         self.app, self.state = app, state
         self.config: ServerConfig = state.config
         self.door = Door(state.config)
-        self.gone = 0  # bytes of bodies that have been answered and that nobody has looked for
+        self.gone = 0  # bytes of finished bodies since the last garbage collection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            await _Visit(self, scope, receive, send).run()
+            await _Exchange(self, scope, receive, send).run()
         elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1003, "reason": "there are no websockets here"})
+            await send({"type": "websocket.close", "code": 1003, "reason": "websockets are not supported"})
         else:
             await self.app(scope, receive, send)
 
     def leave(self, size: int) -> None:
-        """A body has been answered. An error keeps its frames, and they the body, until the collector comes."""
+        """Account for a finished body, and collect garbage now and then.
+
+        An error's traceback is in a reference cycle and keeps the body alive until a collection.
+        """
         self.state.held -= size
         self.gone += size
         if self.gone > SWEEP:
@@ -71,8 +75,8 @@ class Guard:
             gc.collect(1)
 
 
-class _Visit:
-    """One HTTP request."""
+class _Exchange:
+    """One HTTP request and its response."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
@@ -84,6 +88,7 @@ class _Visit:
         self.status, self.began, self.size = 0, time.perf_counter(), 0
         self.cors: list[tuple[bytes, bytes]] = []
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.left = threading.Event()
         self.body: bytes | None = b""
 
     async def run(self) -> None:
@@ -104,7 +109,7 @@ class _Visit:
     # ------------------------------------------------------------------ by the headers
 
     def admit(self) -> None:
-        """Refusal for whoever may not come in, or not now."""
+        """Check headers and load. Refusal if the request is not allowed, or not now."""
         if self.path == OPEN:
             return
         door, calm = self.guard.door, self.path in CALM or self.path.startswith(PAGE)
@@ -117,12 +122,12 @@ class _Visit:
         if not calm and (closed := self.state.closed) is not None:
             raise closed
         if self.state.active >= self.config.max_concurrent and not calm:
-            raise Refusal(429, f"{self.state.active} requests are being served: try again later",
+            raise Refusal(429, f"{self.state.active} requests are being served", hint="try again later",
                           code="too_many_requests", retry_after=1)  # fmt: skip
 
     @property
     def preflight(self) -> bool:
-        """Whether a browser asks if a page of an origin that may ask may ask."""
+        """Whether this is a CORS preflight from an allowed origin."""
         asks = b"access-control-request-method" in self.headers
         return self.scope["method"] == "OPTIONS" and asks and bool(self.cors)
 
@@ -131,10 +136,10 @@ class _Visit:
             self.cors = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin"),
                          (b"access-control-expose-headers", b"x-request-id, request-id, retry-after")]  # fmt: skip
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ body and route
 
     async def serve(self) -> None:
-        """Read the body, and let the route answer."""
+        """Read the body and run the route."""
         try:
             if self.preflight:
                 await self.answer_preflight()
@@ -148,25 +153,25 @@ class _Visit:
         except Refusal as e:
             await self.refuse(e)
             return
-        self.scope[GONE] = self.gone
+        self.scope[GONE], self.scope[LEFT] = self.gone, self.left
         watcher = asyncio.create_task(self.watch())
         try:
             await self.guard.app(self.scope, self.receive, self.send)
         except Exception as e:
             if self.status:
-                raise  # the connection is cut: an answer that has begun cannot be taken back
-            if (told := refusal(e)).status >= 500:
+                raise  # the response has started: uvicorn closes the connection
+            if (why := refusal(e)).status >= 500:
                 logger.exception("request %s failed", self.id.decode())
-            await self.refuse(told)
+            await self.refuse(why)
         finally:
             watcher.cancel()
             self.gone.cancel()
 
     async def read(self) -> bytes:
-        """The body. Refusal (413) if it is too large, (503) if all bodies together are."""
+        """The body. Refusal (413) if it is too large, (503) if all bodies in memory are."""
         most, parts = self.config.max_body_bytes, []
-        said = self.headers.get(b"content-length", b"0")
-        if not said.isdigit() or len(said) > 18 or int(said) > most:
+        length = self.headers.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > 18 or int(length) > most:
             raise self.large()
         while True:
             message = await self._receive()
@@ -178,18 +183,19 @@ class _Visit:
             if self.size > most:
                 raise self.large()
             if self.state.held > BODIES * most:
-                raise Refusal(503, "too much is being sent at once: try again later", code="bodies_too_large",
-                              retry_after=1)  # fmt: skip
+                raise Refusal(503, "request bodies in progress exceed the memory limit", hint="try again later",
+                              code="bodies_too_large", retry_after=1)  # fmt: skip
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
 
     def large(self) -> Refusal:
-        """Made where it is raised: an error that a frame keeps keeps the frame, and the megabyte that has come."""
+        """The 413 error. A method, so that no local variable of `read` holds it: frame and error would keep the
+        received bytes alive in a reference cycle."""
         return Refusal(413, f"the body is larger than {self.config.max_body_bytes} bytes", code="body_too_large")
 
     async def receive(self) -> Message:
-        """The whole body, and then nothing until the client hangs up."""
+        """The route's `receive`: the whole body once, then `http.disconnect` when the client disconnects."""
         if self.body is not None:
             body, self.body = self.body, None
             return {"type": "http.request", "body": body, "more_body": False}
@@ -199,10 +205,11 @@ class _Visit:
     async def watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self.left.set()
         if not self.gone.done():
             self.gone.set_result(None)
 
-    # ------------------------------------------------------------------ what is sent
+    # ------------------------------------------------------------------ response
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -214,7 +221,7 @@ class _Visit:
         await self._send(message)
 
     async def refuse(self, why: Refusal) -> None:
-        """Answer with an error."""
+        """Send an error response."""
         if why.status == CLIENT_GONE:
             self.status = CLIENT_GONE
             return
@@ -235,10 +242,10 @@ class _Visit:
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
         await self.send({"type": "http.response.body", "body": body})
 
-    # ------------------------------------------------------------------ what is told of it
+    # ------------------------------------------------------------------ metrics, trace, log
 
     def end(self) -> None:
-        """It has been answered, or whoever asked has gone: count it, and write it down."""
+        """Record the finished request in metrics, trace and access log."""
         seconds = time.perf_counter() - self.began
         status = CLIENT_GONE if self.gone.done() and not self.gone.cancelled() else self.status
         route: str = getattr(self.scope.get("route"), "path_format", "")
@@ -248,7 +255,7 @@ class _Visit:
         self.log(status, seconds)
 
     def log(self, status: int, seconds: float) -> None:
-        """A line of the access log: who, what, how it went; no text of a prompt, unless that was asked for."""
+        """Write a line of the access log. It holds no prompt unless `log_prompts` is set."""
         client = self.scope.get("client")
         notes: dict[str, Any] = self.scope.get(NOTES, {})
         access.info("request", extra={"fields": {

@@ -1,4 +1,4 @@
-"""GET /health/live, /health/ready: whether the process can go on, and whether it takes requests."""
+"""GET /health/live and /health/ready: liveness and readiness probes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .state import State
 
 
 def router(state: State) -> APIRouter:
-    """The routes; /health is /health/ready."""
+    """The routes; /health is an alias of /health/ready."""
     routes = APIRouter(tags=["operations"])
 
     answers = {**documented(answer=Health), 503: {"model": Health}}
 
     @routes.get("/health/live", responses=answers)
     async def live() -> Response:
-        """Whether the process is of any use: not after its engine broke, when only a restart helps."""
+        """Liveness: 200, or 503 after an engine failure, when only a restart helps."""
         if state.llm.broken is not None:
             return json_answer({"status": "broken"}, 503)
         return json_answer({"status": "live"})
@@ -25,7 +25,7 @@ def router(state: State) -> APIRouter:
     @routes.get("/health", responses=answers)
     @routes.get("/health/ready", responses=answers)
     async def ready() -> Response:
-        """Whether requests are taken: not while the server shuts down, nor after its engine broke."""
+        """Readiness: 200 while requests are accepted, 503 while draining or after an engine failure."""
         if state.llm.broken is not None:
             return json_answer({"status": "broken"}, 503)
         if state.draining:

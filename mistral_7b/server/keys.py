@@ -1,4 +1,4 @@
-"""Who may come in: keys, and the places from which web pages may ask."""
+"""Access control by headers: API keys, host names, origins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Keys:
-    """Keys, compared in a time that says nothing about them."""
+    """A set of keys with a constant-time membership test."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
@@ -33,7 +33,7 @@ class Keys:
 
 
 def key_of(headers: Headers) -> bytes:
-    """The key that a request brings: as a bearer, in Anthropic's header, or as a browser's password."""
+    """The key of a request: a bearer token, a basic-auth password, or `x-api-key`; b"" if there is none."""
     kind, _, value = headers.get(b"authorization", b"").strip().partition(b" ")
     if kind.lower() == b"bearer":
         return value.strip()
@@ -46,50 +46,50 @@ def key_of(headers: Headers) -> bytes:
 
 
 class Door:
-    """Lets a request in or refuses it, by what its headers say."""
+    """Checks a request's key, host and origin against the configuration."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self._admins, self._users = Keys(config.admin_keys), Keys(config.api_keys)
 
     def check_key(self, headers: Headers, page: bool) -> bool:
-        """Whether it has an admin key. Refusal (401) without a key, where one is needed.
+        """Whether the request has an admin key. Refusal (401) if a valid key is required and missing.
 
-        `page`: a person opens the page, and their browser is told to ask for the key, as a password.
+        `page`: a browser loads a page; the 401 then asks for basic auth, with the key as the password.
         """
         key = key_of(headers)
         admin, user = key in self._admins, key in self._users
         if self._users and not (admin or user):
             how = 'Basic realm="mistral-7b: the key is the password"' if page else 'Bearer realm="mistral-7b"'
-            what = "this key is not known" if key else "a key is needed"
-            raise Refusal(401, f"{what}: send one as `Authorization: Bearer KEY`", code="invalid_api_key",
+            what = "the API key is invalid" if key else "an API key is required"
+            raise Refusal(401, what, hint="send one as `Authorization: Bearer KEY`", code="invalid_api_key",
                           headers={"www-authenticate": how})  # fmt: skip
         return admin
 
     def check_host(self, headers: Headers) -> None:
-        """Refusal (403) where the server is called by a name that is not its own."""
+        """Refusal (403) for a `Host` that is not allowed, which prevents DNS rebinding."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         allowed = self.config.allowed_hosts or (OWN_NAMES if self.config.loopback else ())
         if host and allowed and name not in allowed and host not in allowed:
-            raise Refusal(403, f"this server is not called {name!r:.100} (--allowed-host says what it is called)",
+            raise Refusal(403, f"the host {name!r:.100} is not allowed", hint="allow it with --allowed-host",
                           code="host_not_allowed")  # fmt: skip
 
     def origin_of(self, headers: Headers) -> str | None:
-        """The origin of the page that asks, where it is to be told that it may. Refusal (403) if it may not."""
+        """The origin to allow in CORS headers; None for same-origin requests. Refusal (403) if not allowed."""
         origin = headers.get(b"origin")
         if origin is None:
             return None
         text, host = origin.decode("latin-1"), headers.get(b"host", b"").decode("latin-1").lower()
         if text in self.config.cors_origins or "*" in self.config.cors_origins:
             return text
-        if host and _place(text) == host:
+        if host and _authority(text) == host:
             return None
-        raise Refusal(403, f"pages of {text!r:.100} may not ask here (--cors-origins says whose may)",
-                      code="origin_not_allowed")  # fmt: skip
+        raise Refusal(403, f"the origin {text!r:.100} is not allowed", code="origin_not_allowed",
+                      hint="allow it with --cors-origin")  # fmt: skip
 
 
-def _place(origin: str) -> str:
+def _authority(origin: str) -> str:
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

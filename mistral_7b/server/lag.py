@@ -1,4 +1,4 @@
-"""How long the event loop is kept from its work: whoever streams waits for it, all at once."""
+"""Measures the lag of the event loop, which delays every stream at once."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PERIOD = 0.01  # seconds: shorter delays harm nobody
+PERIOD = 0.01  # seconds between two measurements
 
 
 async def watch(told: Callable[[float, float], None]) -> None:
-    """Sleep a moment, again and again; each time `told(late, blocked)`, in seconds.
+    """Call `told(late, blocked)` every PERIOD, with both in seconds.
 
-    late: how much later than it was due the loop came round: everything that kept it away. blocked: that, less
-    what its thread waited for a core that other processes had: what this process did to itself, by work in the
-    loop or by other threads that kept Python's lock.
+    late: how long after its due time the loop resumed this task. blocked: `late` without the time in which the
+    thread was runnable but had no core. That part is caused by this process: work in the loop, or other threads
+    that hold the GIL.
     """
     with _starvation() as starved:
         waited = starved()
@@ -30,9 +30,10 @@ async def watch(told: Callable[[float, float], None]) -> None:
 
 @contextmanager
 def _starvation() -> Iterator[Callable[[], float]]:
-    """A function: for how many seconds this thread could have run and had no core, ever.
+    """Yield a function for the seconds that this thread has spent runnable without a core.
 
-    0 where the system does not say. The file stays open, as to open it takes longer than all else here.
+    Always 0 where /proc/thread-self/schedstat is missing. The file stays open, because opening it costs more than
+    the rest of a measurement.
     """
     try:
         file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)

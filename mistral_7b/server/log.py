@@ -1,4 +1,4 @@
-"""Logs as lines of JSON, on stderr."""
+"""Structured logging: JSON lines on stderr."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import time
 
 
 class JsonLines(logging.Formatter):
-    """One object a line; what is in `extra={"fields": ...}` stands beside the message."""
+    """Formats a record as one JSON object; `extra={"fields": ...}` adds members to it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as a line."""
+        """The record as one line of JSON."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "time": f"{moment}.{int(record.msecs):03d}Z", "level": record.levelname.lower(),
@@ -24,9 +24,9 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(access: bool = True) -> None:
-    """Write this package's log lines, uvicorn's errors and OpenTelemetry's warnings.
+    """Log this package's records, uvicorn's errors and OpenTelemetry's warnings to stderr.
 
-    `access`: a line for each request too.
+    `access`: also one line per request.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())

@@ -1,10 +1,10 @@
-"""Log-probabilities as OpenAI's two forms write them: of the tokens that a text is made of, and of no others.
+"""Log-probabilities in OpenAI's chat and completions formats, for exactly the tokens that make up the text.
 
-    tokens   " So"   " it"   "<0xE9>" "<0xBE>" "<0x98>"   "! En"   "d."        the stop text is " End"
+    tokens   " So"   " it"   "<0xE9>" "<0xBE>" "<0x98>"   "! En"   "d."        the stop string is " End"
     text     "So"    " it"     龘 (e9      be       98)    "!"
 
-A token is told once all of its text is certain. What the space before a first word, a stop text or a tool call
-take away is no text, so that the tokens told so far, joined, are the text so far.
+A token is emitted once all of its text is final. The leading space of the first word, stop strings and tool calls
+are removed from the tokens as from the text: at any time, the emitted tokens joined are the emitted text.
 """
 
 from __future__ import annotations
@@ -20,55 +20,56 @@ from ..tokenizer import SPACE, Tokenizer
 from ..tool_calls import ToolCallStream
 from .answers import ChoiceLogprobs, TextLogprobs, TokenLogprob, TopLogprob
 
-LOWEST = -9999.0  # what OpenAI writes for what is all but impossible: JSON has no infinity
+LOWEST = -9999.0  # OpenAI's value for very unlikely tokens: JSON has no infinity
 Entry = dict[int, Logprob]
 
 
 @dataclass
 class Part:
-    """What a token adds to a text: `data`, at character `offset`.
+    """The bytes `data` that a token adds to a text, at character `offset`.
 
-    The bytes of one character all stand where it does, and the last completes it. `first`: the token stands where
-    a text's first word does, which loses its space.
+    Byte tokens of one character share its offset; the last one counts the character. `first`: the token starts
+    the text, where the decoder strips a leading space.
     """
 
     token: int
     entry: Entry | None
     first: bool
     data: bytes
-    characters: int = 0  # that end with it
+    characters: int = 0  # number of characters that this token completes
     offset: int = 0
 
 
 class Parts:
-    """The tokens of a completion as parts of its text, which follows upon the ids `after` at character `length`.
+    """Splits the text of a completion into the parts of its tokens.
 
-    With `calls`, tool calls are told apart from the text.
+    The text follows the token ids `after`, and starts at character `length`. With `calls`, tool calls are parsed
+    and left out.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, after: Sequence[int] = (), length: int = 0, calls: bool = False
     ) -> None:
-        self.length = length  # of the text that has been told
+        self.length = length  # characters of the text emitted so far
         self._tokenizer, self._decoder = tokenizer, tokenizer.stream(after)
         self._first = not after or tokenizer.is_control(after[-1])
         self._calls = ToolCallStream(tokenizer.tool_calls_id if calls else None, str)
-        self._bytes: list[Part] = []  # of a character that is not complete
-        self._read: list[Part] = []  # may be a tool call's
-        self._content: deque[Part] = deque()  # content, unless a stop text comes first
-        self._given: float = 0  # bytes of the text that are not told yet
+        self._bytes: list[Part] = []  # byte tokens of an incomplete character
+        self._read: list[Part] = []  # decoded tokens that may belong to a tool call
+        self._content: deque[Part] = deque()  # content that a stop string may still remove
+        self._given: float = 0  # bytes of final text whose tokens are not emitted yet
 
     def of(self, piece: TextPiece) -> list[Part]:
-        """The tokens that are told with this piece: those of its text, or nearly."""
+        """Add a piece; return the tokens to emit with it, whose text may lag behind the piece's."""
         for token, entry in zip(piece.token_ids, piece.logprobs, strict=True):
-            if piece.stop_reason != token:  # which is no text
+            if piece.stop_reason != token:  # a stop token has no text
                 self.push(token, entry)
         if piece.finish_reason is not None:
             self.end()
         return self.told(len(piece.text.encode()), last=piece.finish_reason is not None)
 
     def push(self, token: int, entry: Entry | None) -> None:
-        """Take the next token."""
+        """Add the next token."""
         text, surface = self._decoder.push(token), self._tokenizer.surface(token)
         part = Part(token, entry, self._first, surface if isinstance(surface, bytes) else b"")
         self._first = self._first and surface is None
@@ -82,13 +83,13 @@ class Parts:
         self._sort(self._calls.push(token, text)[0])
 
     def end(self) -> None:
-        """No more tokens come."""
+        """Flush the decoders after the last token."""
         text = self._decoder.flush()
         self._complete(text)
         self._sort(self._calls.push(NO_TOKEN, text)[0] + self._calls.close()[0])
 
     def told(self, size: float = math.inf, last: bool = True) -> list[Part]:
-        """The tokens whose text is certain with `size` more bytes of it; the `last` of all may be cut."""
+        """Return the tokens that are final with `size` more bytes of text. `last`: cut the final token there."""
         out = []
         self._given += size
         while self._content and len(self._content[0].data) <= self._given:
@@ -103,21 +104,21 @@ class Parts:
         return out
 
     def _complete(self, text: str) -> str:
-        """Divide text among the tokens that are bytes; return what is another token's."""
-        for place, character in enumerate(text):
+        """Assign decoded text to the pending byte tokens; return the rest, which is the current token's."""
+        for i, character in enumerate(text):
             if not self._bytes:
-                return text[place:]
+                return text[i:]
             data = character.encode()
             count = len(data)
             if b"".join(part.data for part in self._bytes[:count]) != data:
-                count, self._bytes[0].data = 1, data  # a byte that is part of none: U+FFFD stands for it
+                count, self._bytes[0].data = 1, data  # an invalid byte, decoded as U+FFFD
             self._bytes[count - 1].characters = 1
             self._read += self._bytes[:count]
             del self._bytes[:count]
         return ""
 
     def _sort(self, content: str) -> None:
-        """Content ends where all that was read does. What was read before it is a tool call's."""
+        """Move tokens from `_read` to `_content`. The content is the end of the text read; the rest is a call."""
         if self._calls.reading and not content:
             return
         call = sum(len(part.data) for part in self._read) - len(content.encode())
@@ -131,19 +132,19 @@ class Parts:
 
 
 def joined(parts: Sequence[Part]) -> str:
-    """The text of tokens that were told together."""
+    """The text of tokens that were emitted together."""
     return b"".join(part.data for part in parts).decode()
 
 
 class ChatLogprobs:
-    """Those of one completion of a chat. Control tokens, such as EOS, are no part of its text."""
+    """Log-probabilities of one chat completion. Control tokens such as EOS are left out."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], top: int, calls: bool) -> None:
         self.tokenizer, self.top = tokenizer, top
         self._parts = Parts(tokenizer, prompt, calls=calls)
 
     def of(self, piece: TextPiece) -> tuple[str, ChoiceLogprobs]:
-        """What of the text is told with a piece, and its tokens."""
+        """Add a piece; return the text to emit with it, and the log-probabilities of that text's tokens."""
         parts = self._parts.of(piece)
         content: list[TokenLogprob] = []
         for part in parts:
@@ -157,9 +158,9 @@ class ChatLogprobs:
 
 
 def text_logprobs(tokenizer: Tokenizer, parts: Sequence[Part], top: int) -> TextLogprobs:
-    """Those of a text's tokens.
+    """Log-probabilities in the format of /v1/completions.
 
-    Several tokens may spell the same (a letter, and its byte): `top_logprobs` has the likeliest.
+    If several tokens have the same spelling (a letter and its byte token), `top_logprobs` has the likeliest.
     """
     out: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for part in parts:
@@ -182,13 +183,13 @@ def _one(text: str, data: bytes, found: Logprob) -> TopLogprob:
 
 
 def _shown(tokenizer: Tokenizer, part: Part) -> str:
-    """A token as a person should see it, as far as it is text."""
+    """The token's readable form, reduced to the part that is in the text."""
     is_text = isinstance(tokenizer.surface(part.token), str)
     return part.data.decode() if is_text else tokenizer.piece(part.token)
 
 
 def _alternative(tokenizer: Tokenizer, token: int, part: Part) -> tuple[str, bytes]:
-    """What another token would be in the place of this one, uncut: for a person, and its bytes."""
+    """Another token in the position of `part`: its whole readable form, and its bytes."""
     text, data, surface = tokenizer.piece(token), tokenizer.piece_bytes(token), tokenizer.surface(token)
     if part.first and isinstance(surface, str) and surface.startswith(SPACE):
         text, data = text[1:], data[1:]

@@ -1,11 +1,12 @@
-"""GET /metrics, for Prometheus: gauges and totals read from the engine when asked for, times as they pass.
+"""GET /metrics: Prometheus metrics of the engine, the event loop and HTTP.
 
-    the engine     requests running and waiting, pages, tokens, preemptions, guesses     read at each scrape
-    the loop       how late it comes round                                               a hundred times a second
-    `answer`       time to first token, between tokens, in all, in the queue; endings    Observer's calls
-    the guard      HTTP requests by route, method and status                             one more such call
+    source         metrics                                                               updated
+    engine         requests running and waiting, pages, tokens, preemptions, drafts      at each scrape
+    event loop     lag                                                                   100 times per second
+    `answer`       time to first token, inter-token latency, queue time, finish reasons  by Observer calls
+    guard          HTTP requests by route, method and status                             by an Observer call
 
-No label takes a value that a client chose: a route is one of the app's templates, a method one that HTTP names.
+Label values are bounded: routes are path templates of the application, and unknown methods become "other".
 """
 
 from __future__ import annotations
@@ -35,44 +36,44 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 class Metrics:
-    """An Observer that keeps what it is told, beside what the engine counts."""
+    """An Observer that records metrics, in one registry with the engine's counters."""
 
     def __init__(self, llm: AsyncLLM, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(llm, model_name))
         ProcessCollector(registry=self.registry)
-        self._arrived = Counter(PREFIX + "requests", "Requests that were asked for", registry=self.registry)
+        self._arrived = Counter(PREFIX + "requests", "Requests received", registry=self.registry)
         self._finished = Counter(
-            PREFIX + "requests_finished", "Requests that have ended, by reason", ["reason"], registry=self.registry
+            PREFIX + "requests_finished", "Finished requests, by reason", ["reason"], registry=self.registry
         )
-        for reason in REASONS:  # from zero on, so that rates are right from the first
+        for reason in REASONS:  # export 0 from the start: rate() needs a first sample
             self._finished.labels(reason)
         self._first = self._histogram(
-            "time_to_first_token_seconds", "From arrival to the first token", TO_FIRST_TOKEN
+            "time_to_first_token_seconds", "Time from arrival to the first token", TO_FIRST_TOKEN
         )
         self._inter = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of one answer", BETWEEN_TOKENS
+            "inter_token_latency_seconds", "Time between two tokens of one response", BETWEEN_TOKENS
         )
-        self._whole = self._histogram("request_latency_seconds", "From arrival to the end", WHOLE)
+        self._whole = self._histogram("request_latency_seconds", "Time from arrival to the last token", WHOLE)
         self._queued = self._histogram(
-            "request_queue_time_seconds", "From arrival to the first step", TO_FIRST_TOKEN
+            "request_queue_time_seconds", "Time from arrival to the first step", TO_FIRST_TOKEN
         )
-        self._prompt = self._histogram("request_prompt_tokens", "Tokens of one prompt", TOKENS)
-        self._answer = self._histogram("request_generation_tokens", "Tokens generated for one request", TOKENS)
-        self._lag = self._histogram("event_loop_lag_seconds", "How late the event loop comes round", LAG)
+        self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens per request", TOKENS)
+        self._answer = self._histogram("request_generation_tokens", "Generated tokens per request", TOKENS)
+        self._lag = self._histogram("event_loop_lag_seconds", "Lag of the event loop", LAG)
         self._blocked = self._histogram(
-            "event_loop_blocked_seconds", "The same, less what it waited for a core", LAG
+            "event_loop_blocked_seconds", "Lag of the event loop, without waits for a core", LAG
         )
         self._longest = [
             Gauge(PREFIX + name, help, registry=self.registry)
             for name, help in (
-                ("event_loop_longest_lag_seconds", "The most so far that the event loop was late"),
-                ("event_loop_longest_block_seconds", "The most so far, less what it waited for a core"),
+                ("event_loop_longest_lag_seconds", "Maximum lag of the event loop since the start"),
+                ("event_loop_longest_block_seconds", "Maximum lag since the start, without waits for a core"),
             )
         ]
         self._most = [0.0, 0.0]
         self._answered = Counter(
-            PREFIX + "http_requests", "HTTP requests that were answered", ["route", "method", "status"],
+            PREFIX + "http_requests", "Finished HTTP requests", ["route", "method", "status"],
             registry=self.registry,
         )  # fmt: skip
         self._took = Histogram(
@@ -95,7 +96,7 @@ class Metrics:
 
     def ended(self, request: Request, reason: str, seconds: float) -> None:
         self._finished.labels(reason if reason in REASONS else "error").inc()
-        if reason == "refused":  # it took no time, and would make answers look faster than they are
+        if reason == "refused":  # rejected at once: it would lower the latency statistics
             return
         self._whole.observe(seconds)
         if (queued := request.metrics.queue_time) is not None:
@@ -118,7 +119,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """What the engine says of itself. It goes on in its thread: each number is right, but not of one moment."""
+    """Exports the engine's counters. The engine keeps running meanwhile, so values may be a step apart."""
 
     def __init__(self, llm: AsyncLLM, model_name: str) -> None:
         self.llm, self.model_name = llm, model_name
@@ -126,45 +127,49 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         engine = self.llm.engine
         info = {"version": __version__, "model": self.model_name}
-        yield InfoMetricFamily(PREFIX + "build", "What runs here", info)
+        yield InfoMetricFamily(PREFIX + "build", "Version and model", info)
         for name, help, value in (
             (
                 "requests_running",
-                "Requests being computed",
+                "Running requests",
                 len({s.request for s in list(engine.scheduler.running)}),
             ),
-            ("sequences_running", "Completions being computed", len(engine.scheduler.running)),
-            ("requests_waiting", "Requests that wait to begin, or to go on", engine.scheduler.waiting),
-            ("kv_cache_usage_ratio", "Part of the pages that is held", engine.pool.held / engine.pool.n_pages),
-            ("kv_cache_pages_held", "Pages that requests hold: none, when there are none", engine.pool.held),
-            ("kv_cache_pages", "Pages of keys and values", engine.pool.n_pages),
-            ("adapters_loaded", "LoRA adapters that are loaded", len(engine.adapters.names)),
-            ("engine_broken", "1 after the engine broke: nothing is computed", int(self.llm.broken is not None)),
+            ("sequences_running", "Running sequences", len(engine.scheduler.running)),
+            ("requests_waiting", "Requests in the queue, preempted ones included", engine.scheduler.waiting),
+            ("kv_cache_usage_ratio", "Fraction of the KV pages in use", engine.pool.held / engine.pool.n_pages),
+            ("kv_cache_pages_held", "KV pages in use by requests", engine.pool.held),
+            ("kv_cache_pages", "KV pages in total", engine.pool.n_pages),
+            ("adapters_loaded", "Loaded LoRA adapters", len(engine.adapters.names)),
+            ("engine_broken", "1 after an engine failure, else 0", int(self.llm.broken is not None)),
         ):
             yield GaugeMetricFamily(PREFIX + name, help, value)
         counts = engine.counts
         for name, help, value in (
-            ("steps", "Steps of the engine", counts.steps),
-            ("prompt_tokens", "Tokens of prompts that have begun", counts.prompt_tokens),
-            ("generation_tokens", "Tokens generated", counts.generated_tokens),
-            ("computed_tokens", "Tokens fed to the model, again and in vain included", counts.computed_tokens),
-            ("preemptions", "Times that a sequence lost its pages", counts.preemptions),
-            ("prefix_cache_queries", "Tokens of prompts looked up in the prefix cache", counts.prompt_tokens),
-            ("prefix_cache_hits", "Tokens of prompts found there", counts.cached_tokens),
-            ("drafted_tokens", "Tokens guessed ahead", counts.drafted_tokens),
-            ("accepted_tokens", "Guesses that held", counts.accepted_tokens),
+            ("steps", "Engine steps", counts.steps),
+            ("prompt_tokens", "Prompt tokens of started requests", counts.prompt_tokens),
+            ("generation_tokens", "Generated tokens", counts.generated_tokens),
+            (
+                "computed_tokens",
+                "Tokens fed to the model, recomputed and rejected included",
+                counts.computed_tokens,
+            ),
+            ("preemptions", "Preemptions of sequences", counts.preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", counts.prompt_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache", counts.cached_tokens),
+            ("drafted_tokens", "Draft tokens of speculative decoding", counts.drafted_tokens),
+            ("accepted_tokens", "Accepted draft tokens", counts.accepted_tokens),
         ):
             yield CounterMetricFamily(PREFIX + name, help, value)
 
 
 def router(state: State) -> APIRouter:
-    """The route; from now on `state.metrics` is told what happens."""
+    """The route. Installs the Metrics observer as `state.metrics`."""
     routes = APIRouter(tags=["operations"])
     state.metrics = metrics = Metrics(state.llm, state.model_name)
 
     @routes.get("/metrics", response_class=Response)
     async def scrape() -> Response:
-        """All metrics, as text for Prometheus."""
+        """All metrics in Prometheus' text format."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return routes

@@ -1,4 +1,4 @@
-"""What OpenAI's clients ask for: chat completions, completions, embeddings, models."""
+"""The OpenAI-compatible routes: chat completions, completions, embeddings, models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .state import State
 
 
 def router(state: State) -> APIRouter:
-    """All of them."""
+    """All routes of the OpenAI API."""
     routes = APIRouter()
     for part in (chat, completions, embeddings):
         routes.include_router(part.router(state))
@@ -42,9 +42,9 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/v1/models/{name:path}", responses=documented(404, answer=Model), tags=["OpenAI"])
     async def one_model(name: str) -> Model:
-        """One of them."""
+        """The model or one adapter, by name."""
         if name not in state.models:
-            raise Refusal(404, f"there is no model {name!r:.100} here", param="model", code="model_not_found")
+            raise Refusal(404, f"there is no model {name!r:.100}", field="model", code="model_not_found")
         return model(name)
 
     return routes

@@ -1,7 +1,7 @@
-"""The chat page at "/": files of server/web, read once, so that no path from a request is ever opened.
+"""The chat page at "/": the files of server/web, read once at startup, so that no request opens a path.
 
-Each is sent packed where the browser takes that, and with the hash of its bytes as ETag: a browser asks again each
-time and is told 304, so that a page and its modules are always of one version.
+Files are sent gzipped if the browser accepts that, with a hash as ETag. Browsers revalidate each file and get 304,
+so that the page and its modules always have the same version.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TYPES = {
     ".svg": "image/svg+xml",
     ".woff2": "font/woff2",
 }
-# All from this server, nothing inline, and HTML made of text by DOMPurify alone. The guard has a policy for every
-# route; where there are two, a browser holds to both.
+# Same-origin resources only, nothing inline, and HTML from strings only through DOMPurify. The guard also sends a
+# policy with every response; a browser enforces both.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -49,7 +49,7 @@ HEADERS = {"cache-control": "no-cache", "content-security-policy": POLICY, "vary
 
 @dataclass(frozen=True)
 class File:
-    """A file as it is sent. `packed` is None for what packing does not make smaller."""
+    """A file with its headers. `packed`: its gzipped bytes, or None if they are not smaller."""
 
     type: str
     plain: bytes
@@ -65,7 +65,7 @@ class File:
 
     def response(self, request: Request) -> Response:
         pack = self.packed is not None and "gzip" in request.headers.get("accept-encoding", "")
-        tag = f'"{self.tag}{"-gzip" if pack else ""}"'  # a tag names bytes, and these differ
+        tag = f'"{self.tag}{"-gzip" if pack else ""}"'  # the bytes differ, so must the ETag
         headers = {**HEADERS, "etag": tag}
         if tag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
@@ -75,7 +75,7 @@ class File:
 
 
 def files() -> dict[str, File]:
-    """By their paths under /web/. Licences lie beside the libraries and are not part of the page."""
+    """All files by their path under /web/, without the licences of the libraries."""
     return {
         path.relative_to(WEB).as_posix(): File.read(path)
         for path in sorted(WEB.rglob("*"))
@@ -84,7 +84,7 @@ def files() -> dict[str, File]:
 
 
 def router(state: State) -> APIRouter:
-    """GET / and GET /web/..."""
+    """The routes GET / and GET /web/..."""
     known = files()
     routes = APIRouter(include_in_schema=False)
 
@@ -95,7 +95,7 @@ def router(state: State) -> APIRouter:
     @routes.api_route("/web/{name:path}", methods=["GET", "HEAD"])
     async def file(name: str, request: Request) -> Response:
         if name not in known:
-            raise HTTPException(404)  # answered as any other path where there is nothing
+            raise HTTPException(404)  # the same response as for any unknown route
         return known[name].response(request)
 
     return routes

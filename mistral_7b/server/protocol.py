@@ -1,7 +1,7 @@
-"""What goes over the wire: OpenAI's requests, with vLLM's and Mistral's fields. Imports no torch.
+"""Request bodies: OpenAI's fields, with vLLM's and Mistral's extensions. Imports no torch.
 
-Pydantic reads them: whatever has the wrong type, or a name that nobody knows, is refused with its field. Answers
-stand in answers.py.
+Pydantic validates them: a wrong type or an unknown field gives a 400 that names the field. Response bodies are in
+answers.py.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .problems import Refusal
 INT64 = 1 << 63
 MOST_MESSAGES = 4096
 MOST_STOPS = 16
-LONGEST_STOP = 256  # characters: each new token is compared with all of them
-MOST_IDS = 1024  # in stop_token_ids and logit_bias
+LONGEST_STOP = 256  # characters: each new token is compared with all stop strings
+MOST_IDS = 1024  # entries of stop_token_ids and logit_bias
 MOST_LOGPROBS = 20
-MOST_PROMPTS = 2048  # that are read; ServerConfig.max_prompts says how many are answered
+MOST_PROMPTS = 2048  # limit of parsing; ServerConfig.max_prompts limits what is served
 
 
 class _First(FailFast):
-    """The first wrong entry of a list is enough."""
+    """Stops the validation of a list at its first invalid entry."""
 
-    __hash__ = object.__hash__  # for unions
+    __hash__ = object.__hash__  # FailFast has no hash, which pydantic needs in unions
 
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
@@ -51,24 +51,24 @@ Schema = dict[str, Any]
 
 
 def not_served(why: str) -> BeforeValidator:
-    """For a field that clients know, and that cannot be passed over: null alone is taken."""
+    """A validator for a known field that is not supported and must not be ignored: only null is valid."""
 
     def refuse(value: Any) -> None:
         if value is not None:
-            raise ValueError(f"not served here: {why}")
+            raise ValueError(f"not supported: {why}")
 
     return BeforeValidator(refuse)
 
 
 class Body(BaseModel):
-    """A body or a part of one; a field that it does not know is refused."""
+    """A request body or a part of one; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
     def _one_unknown(cls, data: Any) -> Any:
-        """Of thousands of unknown fields one is enough: each would be a complaint of its own."""
+        """Keep only the first unknown field: pydantic would build one error for each of thousands."""
         if not isinstance(data, dict) or len(data) <= len(cls.model_fields):
             return data
         known = {field.alias or name for name, field in cls.model_fields.items()}
@@ -77,18 +77,18 @@ class Body(BaseModel):
 
 
 class Part(BaseModel):
-    """A part to which clients add what they like. A field that refuses stands for what would change the answer."""
+    """A part that ignores unknown fields. Unsupported fields that would change the response are refused."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=(), hide_input_in_errors=True)
 
 
 class StreamOptions(Body):
     include_usage: StrictBool | None = None
-    include_obfuscation: StrictBool | None = None  # tolerated: there is none
+    include_obfuscation: StrictBool | None = None  # ignored: the streams are not padded
 
 
 class Sampling(Body):
-    """What chat completions and completions have in common."""
+    """Fields that chat completions and completions share."""
 
     model: str | None = None
     stream: StrictBool | None = None
@@ -118,7 +118,7 @@ class Sampling(Body):
     random_seed: Int | None = None
 
     def params(self, **others: Any) -> SamplingParams:
-        """As the engine takes them. SamplingError names what is out of its range."""
+        """The engine's sampling parameters. SamplingError names a field that is out of range."""
         names = (
             "n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias",
             "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
@@ -131,7 +131,7 @@ class Sampling(Body):
 
     @property
     def with_usage(self) -> bool:
-        """Whether a stream ends with what it took."""
+        """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
@@ -146,7 +146,7 @@ class MessageToolCall(Part):
 
 
 class Message(Part):
-    """One message of a conversation. Fields that an answer has (annotations, reasoning, ...) may come back."""
+    """One message of a conversation. Extra fields of a response (annotations, reasoning, ...) may be sent back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
@@ -154,19 +154,19 @@ class Message(Part):
     tool_call_id: str | None = None
     name: str | None = None
     prefix: StrictBool | None = None
-    # Refused: the model would not be told of them.
-    function_call: Annotated[None, not_served("say tool_calls")] = None
+    # Refused: the prompt would not contain them.
+    function_call: Annotated[None, not_served("use tool_calls")] = None
     audio: Annotated[None, not_served("this model reads and writes text")] = None
-    refusal: Annotated[None, not_served("say it as content")] = None
+    refusal: Annotated[None, not_served("put it into content")] = None
 
     @model_validator(mode="after")
-    def _of_the_assistant(self) -> Message:
+    def _assistant_fields(self) -> Message:
         if self.role != "assistant" and (self.tool_calls or self.prefix):
-            raise ValueError(f"{'tool_calls' if self.tool_calls else 'prefix'} goes with the role assistant alone")
+            raise ValueError(f"{'tool_calls' if self.tool_calls else 'prefix'} requires the role assistant")
         return self
 
 
-SAY_PARAMETERS = not_served("say parameters")
+SAY_PARAMETERS = not_served("use parameters")
 
 
 class Function(Part):
@@ -174,7 +174,7 @@ class Function(Part):
     description: str | None = None
     parameters: Schema | None = None
     strict: StrictBool | None = None
-    # Refused: a tool without arguments would be offered.
+    # Refused: ignoring them would offer a tool without parameters.
     input_schema: Annotated[None, SAY_PARAMETERS] = None
     inputSchema: Annotated[None, SAY_PARAMETERS] = None  # noqa: N815
     parametersJsonSchema: Annotated[None, SAY_PARAMETERS] = None  # noqa: N815
@@ -202,7 +202,7 @@ class SchemaFormat(Body):
 
 
 class ResponseFormat(SchemaFormat):
-    """OpenAI's, or with the schema beside the type, as llama.cpp, Together and Fireworks have it."""
+    """OpenAI's format; `schema` next to `type` is also valid, as in llama.cpp, Together and Fireworks."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
@@ -210,31 +210,31 @@ class ResponseFormat(SchemaFormat):
     @model_validator(mode="after")
     def _one_schema(self) -> ResponseFormat:
         if self.json_schema is not None and (self.type != "json_schema" or self.schema_ is not None):
-            raise ValueError("json_schema goes with the type json_schema, and without a schema beside it")
+            raise ValueError("json_schema requires the type json_schema, and excludes schema")
         if self.type == "text" and self.schema_ is not None:
-            raise ValueError("a schema goes with the types json_object and json_schema")
+            raise ValueError("schema requires the type json_object or json_schema")
         return self
 
 
 class Ending(Body):
-    """How a conversation ends, in vLLM's words.
+    """vLLM's fields for the end of a conversation.
 
-    Mistral's template always ends where the assistant speaks, and opens its turn with no tokens of its own:
-    alone, `add_generation_prompt` changes nothing. `continue_final_message` is Mistral's `"prefix": true`.
+    Mistral's template opens the assistant's turn without any tokens, so `add_generation_prompt` alone has no
+    effect. `continue_final_message` is equivalent to Mistral's `"prefix": true`.
     """
 
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
 
     def plain(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages as dictionaries; one that is to be gone on with says so. Refusal where that makes no sense."""
+        """Messages as dictionaries; one to continue gets "prefix". Refusal if the last cannot be continued."""
         out = [dict(plain(m)) for m in messages]
         if self.continue_final_message:
             field, last = "continue_final_message", messages[-1]
             if self.add_generation_prompt:
-                raise Refusal(400, f"{field} and add_generation_prompt exclude each other", param=field)
+                raise Refusal(400, f"{field} and add_generation_prompt exclude each other", field=field)
             if last.role != "assistant" or last.tool_calls or not last.content:
-                raise Refusal(400, f"{field} needs a last message of the assistant's, with a text", param=field)
+                raise Refusal(400, f"{field} requires a last message with role assistant and text", field=field)
             out[-1]["prefix"] = True
         return out
 
@@ -252,7 +252,7 @@ class ChatRequest(Sampling, Ending):
     tool_choice: Literal["auto", "none", "required", "any"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
     safe_prompt: StrictBool | None = None
-    # Tolerated: there is nothing here that they could change.
+    # Accepted and ignored: they would not change the response.
     store: Any = None
     service_tier: Any = None
     reasoning_effort: Any = None
@@ -264,26 +264,28 @@ class ChatRequest(Sampling, Ending):
     safety_identifier: Any = None
     prompt_mode: Any = None
     modalities: list[Literal["text"]] | None = None
-    # Refused: without them the answer would be another than the one asked for.
-    functions: Annotated[None, not_served("name them in tools")] = None
-    function_call: Annotated[None, not_served("say tool_choice")] = None
+    # Refused: ignoring them would change the response.
+    functions: Annotated[None, not_served("use tools")] = None
+    function_call: Annotated[None, not_served("use tool_choice")] = None
     audio: Annotated[None, not_served("this model reads and writes text")] = None
-    web_search_options: Annotated[None, not_served("nothing is looked up")] = None
-    moderation: Annotated[None, not_served("nothing moderates")] = None
-    guardrails: Annotated[None, not_served("nothing moderates; safe_prompt asks the model to be careful")] = None
-    prompt_logprobs: Annotated[None, not_served("ask /v1/completions, with echo and logprobs")] = None
-    top_prompt_logprobs: Annotated[None, not_served("ask /v1/completions, with echo and logprobs")] = None
+    web_search_options: Annotated[None, not_served("this server has no web search")] = None
+    moderation: Annotated[None, not_served("this server has no moderation")] = None
+    guardrails: Annotated[None, not_served("this server has no moderation; safe_prompt adds a system prompt")] = (
+        None
+    )
+    prompt_logprobs: Annotated[None, not_served("use /v1/completions with echo and logprobs")] = None
+    top_prompt_logprobs: Annotated[None, not_served("use /v1/completions with echo and logprobs")] = None
 
     @property
     def of_mistral(self) -> bool:
-        """Whether it is asked in Mistral's own words: its streams have whole calls, and usage at the end."""
+        """Whether Mistral's fields are used: its streams have whole tool calls, and usage in the last chunk."""
         return self.tool_choice == "any" or any(
             value is not None for value in (self.random_seed, self.safe_prompt, self.prompt_mode)
         )
 
     @property
     def limit(self) -> int | None:
-        """Tokens that an answer may have; None: as many as the context holds."""
+        """Token limit of the response; None: the rest of the context."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
@@ -298,7 +300,7 @@ class CompletionRequest(Sampling):
 
 
 class EmbeddingRequest(Body):
-    """POST /v1/embeddings. `pooling` and `normalize` are this server's own."""
+    """POST /v1/embeddings. `pooling` and `normalize` are extensions of this server."""
 
     model: str | None = None
     input: Prompts
@@ -315,19 +317,19 @@ class EmbeddingRequest(Body):
 
 
 def prompts_of(prompt: Prompts) -> list[Any]:
-    """Each a text or a list of ids."""
+    """The prompts as a list; each is a string or a list of token ids."""
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
     return list(prompt)
 
 
 def plain(part: BaseModel) -> Mapping[str, Any]:
-    """A part as the dictionary that came, less what is null."""
+    """A part as the dictionary that was sent, without null fields."""
     return part.model_dump(exclude_none=True, by_alias=True)
 
 
 def plain_tools(tools: Sequence[ToolDefinition] | None) -> list[dict[str, Any]] | None:
-    """Tools as dictionaries, each with a schema, which Mistral's template wants; None for none."""
+    """Tools as dictionaries, each with `parameters`, which Mistral's template requires; None for none."""
     out = [dict(plain(tool)) for tool in tools or ()]
     for tool in out:
         tool["function"].setdefault("parameters", {"type": "object", "properties": {}})

@@ -1,4 +1,4 @@
-"""How routes read JSON, and answer it."""
+"""JSON bodies: strict parsing of requests, and JSON responses."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from fastapi import Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json, to_json
 
-LARGE = 1 << 16  # bytes of a body that take milliseconds to read, and as many again to look at
+LARGE = 1 << 16  # bytes: a body of this size takes milliseconds to parse, and as long again to validate
 
 
 class _JsonRequest(HttpRequest):
-    """A request whose JSON is JSON: UTF-8, no NaN, no half characters, no deeper than a parser's stack."""
+    """A request with strict JSON parsing: UTF-8 only, no NaN, no lone surrogates, limited nesting depth."""
 
     async def json(self) -> Any:
         try:
             body = await self.body()
-            data = _parsed(body)
+            data = _parse(body)
         except ValueError as e:
-            raise json.JSONDecodeError(f"the body is no JSON: {e}", "", 0) from None
+            raise json.JSONDecodeError(f"the body is not valid JSON: {e}", "", 0) from None
         if len(body) > LARGE:
-            await asyncio.sleep(0)  # others have a turn before what was read is looked at
+            await asyncio.sleep(0)  # let other tasks run between parsing and validation
         return data
 
 
-def _parsed(body: bytes) -> Any:
-    """What a body says. While it is read the collector would look through it again and again, and find nothing."""
-    collecting = gc.isenabled()
+def _parse(body: bytes) -> Any:
+    """Parse a body. The garbage collector is off meanwhile: it would scan the growing tree and free nothing."""
+    gc_enabled = gc.isenabled()
     gc.disable()
     try:
         return from_json(body, allow_inf_nan=False, cache_strings=False)
     finally:
-        if collecting:
+        if gc_enabled:
             gc.enable()
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read by _JsonRequest."""
+    """A FastAPI route whose body is parsed by _JsonRequest."""
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -54,6 +54,6 @@ class JsonRoute(APIRoute):
 
 
 def json_answer(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A body that is JSON already or becomes it."""
+    """Return a JSON response. `content` is encoded JSON as bytes, or an object to encode."""
     data = content if isinstance(content, bytes) else to_json(content)
     return Response(data, status, headers, "application/json")

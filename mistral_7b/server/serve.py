@@ -1,9 +1,9 @@
-"""The process: listening, and ending well.
+"""The server process: listen, serve, and shut down gracefully.
 
-SIGTERM or Ctrl-C: no request is taken any more (503 and Retry-After; /health/ready says 503), running answers get
-`drain_timeout` seconds, and what has not ended then is told why it was cut. A second signal ends at once.
+SIGTERM or Ctrl-C starts draining: new requests get 503 with Retry-After, and so does /health/ready. Running
+requests have `drain_timeout` seconds to finish; the rest end with an error. A second signal exits immediately.
 
-An engine that broke ends the process too, once open requests have been told: a supervisor starts it again.
+A failed engine also ends the process, after all open requests got an error, so that a supervisor restarts it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .state import State
 
 logger = logging.getLogger("mistral_7b.server")
 
-COLLECT = (5_000, 3, 20)  # a young collection of so many takes 5 ms, and as long as it takes nobody is answered
+COLLECT = (5_000, 3, 20)  # garbage collector thresholds: a collection of 5,000 objects blocks the loop for 5 ms
 OTHER_FILES = 256
-ACCEPTED = 16  # connections in one round of the event loop: more, and those that are open wait for them
-LAST_WORDS = 2  # seconds for what was cut, or lost its engine, to say so
+ACCEPTED = 16  # connections accepted per event loop iteration: more would delay the open ones
+LAST_WORDS = 2  # seconds to send the final errors of cut requests
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """The address, taken before the model is loaded. ConfigError if it cannot be had."""
+    """Bind the configured address, before the model is loaded. ConfigError if that fails."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -50,13 +50,13 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 def url_of(sock: socket.socket) -> str:
-    """Where a bound socket is reached."""
+    """The URL of a bound socket."""
     host, port = sock.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _allow_files(n: int) -> None:
-    """Raise the process's own limit of open files, as far as it may."""
+def _raise_file_limit(n: int) -> None:
+    """Raise the soft limit of open files to `n`, or to the hard limit if that is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = n if hard == resource.RLIM_INFINITY else min(n, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -65,7 +65,7 @@ def _allow_files(n: int) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, that drains before it ends."""
+    """A uvicorn server that drains before it exits."""
 
     def __init__(self, app: FastAPI) -> None:
         self.state: State = app.state.serving
@@ -75,46 +75,46 @@ class Server(uvicorn.Server):
             access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=int(config.keep_alive),
             timeout_graceful_shutdown=LAST_WORDS, backlog=ACCEPTED,
         ))  # fmt: skip
-        self.broken: EngineError | None = None  # why it ended by itself
-        self._told = 0
-        self._limit, self._until = 0.0, 0.0
+        self.broken: EngineError | None = None  # the engine failure that ended the server
+        self._signals = 0
+        self._limit, self._deadline = 0.0, 0.0
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until it is told to stop.
+        """Serve until a signal or `stop`.
 
-        What is there by now is there to stay, and the collector need not look at it, which would take a fifth of a
-        second in which nobody is answered.
+        Objects that exist now live until exit. They are frozen, because a full collection over them would block
+        the event loop for 0.2 seconds.
         """
-        _allow_files(self.state.config.max_connections + OTHER_FILES)
+        _raise_file_limit(self.state.config.max_connections + OTHER_FILES)
         gc.freeze()
-        usual = gc.get_threshold()
+        previous = gc.get_threshold()
         gc.set_threshold(*COLLECT)
         try:
             super().run(sockets)
         finally:
-            gc.set_threshold(*usual)
+            gc.set_threshold(*previous)
             gc.unfreeze()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and look after the event loop from now on."""
+        """Listen, and start to measure the event loop's lag."""
         await super().startup(sockets)
         for sock in sockets or ():
-            sock.listen(self.state.config.max_connections)  # may wait in the kernel
+            sock.listen(self.state.config.max_connections)  # the kernel's backlog; uvicorn set ACCEPTED
         self._watch = asyncio.create_task(watch(self.state.metrics.lagged))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come: begin to end; the second time, end."""
-        self._told += 1
-        if self._told > 1:
+        """Handle a signal: the first starts draining, the second exits immediately."""
+        self._signals += 1
+        if self._signals > 1:
             self.should_exit = self.force_exit = True
 
     def stop(self) -> None:
-        """What a signal does, for whoever runs the server in a thread."""
-        self._told += 1
+        """Start draining, as a signal does, for a server that runs on a thread."""
+        self._signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
-        if self._told and not self.state.draining:
+        """Check for draining, engine failure and the drain deadline; uvicorn calls this ten times a second."""
+        if self._signals and not self.state.draining:
             self._drain(self.state.config.drain_timeout)
         if self.broken is None and self.state.llm.broken is not None:
             self.broken = self.state.llm.broken
@@ -122,20 +122,20 @@ class Server(uvicorn.Server):
         if self.state.draining and not self.should_exit:
             if not self.state.active:
                 self.should_exit = True
-            elif time.monotonic() > self._until:
+            elif time.monotonic() > self._deadline:
                 self._cut()
         return await super().on_tick(counter)
 
     def _drain(self, seconds: float) -> None:
-        """Take no requests any more, and end when all answers have, or after so long."""
+        """Refuse new requests, and exit once all running ones have finished, or after `seconds`."""
         self.state.draining = True
-        self._limit, self._until = seconds, time.monotonic() + seconds
+        self._limit, self._deadline = seconds, time.monotonic() + seconds
         logger.info("shutting down", extra={"fields": {"running": self.state.active}})
 
     def _cut(self) -> None:
         limit = self._limit
-        why = Refusal(503, f"the server shuts down, and this answer was not complete after {limit:g} seconds",
+        why = Refusal(503, f"the server is shutting down; this request did not finish within {limit:g} seconds",
                       code="shutting_down", retry_after=5)  # fmt: skip
         cut = self.state.cut(why)
-        logger.warning("answers were cut", extra={"fields": {"answers": cut, "seconds": limit}})
+        logger.warning("requests were cut", extra={"fields": {"answers": cut, "seconds": limit}})
         self.should_exit = True

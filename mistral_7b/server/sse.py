@@ -1,7 +1,7 @@
-"""Server-sent events: written as they come, and no faster than they are read.
+"""Server-sent events with backpressure: events are written no faster than the client reads.
 
-What is not written yet waits in the engine's mailbox, which holds no more than an answer, and connection.py hangs
-up on who takes nothing at all.
+Unwritten pieces wait in the engine's mailbox, which holds at most one response per request. connection.py closes
+connections whose client stops reading.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ DONE = b"data: [DONE]\n\n"
 
 
 def frame(data: Any, event: str | None = None) -> bytes:
-    """One event."""
+    """Encode one event; `event` is its type, by default none."""
     head = f"event: {event}\n".encode() if event else b""
     return b"%sdata: %s\n\n" % (head, to_json(data))
 
 
 def error_frame(error: Refusal, path: str) -> bytes:
-    """An error in the middle of a stream."""
+    """Encode an error as an event, for a stream that has started."""
     return frame(error.body(path), "error" if path.startswith("/v1/messages") else None)
 
 
 async def event_stream(frames: Frames) -> Response:
-    """A response of these events. The first is awaited here: what goes wrong before it has a status of its own."""
+    """Return a streaming response. The first event is awaited here, so that earlier errors set the status."""
     try:
         first = await anext(frames)
     except BaseException:
@@ -45,7 +45,7 @@ async def event_stream(frames: Frames) -> Response:
 
 
 class EventStream(Response):
-    """Events whose first has come."""
+    """A streaming response of server-sent events, whose first event is available."""
 
     media_type = "text/event-stream"
 
@@ -55,21 +55,21 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self._told(scope["path"])) as frames:
+        async with aclosing(self._frames(scope["path"])) as frames:
             async for data in frames:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _told(self, path: str) -> Frames:
-        """The events; an error that ends them is one, too."""
+    async def _frames(self, path: str) -> Frames:
+        """All events; an error that ends the stream becomes the last one."""
         yield self.first
         try:
             async with aclosing(self.frames) as frames:
                 async for data in frames:
                     yield data
         except Exception as e:
-            told = refusal(e)
-            if told.status >= 500 and told is not e:
+            why = refusal(e)
+            if why.status >= 500 and why is not e:
                 logger.exception("a stream ended with an error")
-            if told.status != CLIENT_GONE:
-                yield error_frame(told, path)
+            if why.status != CLIENT_GONE:
+                yield error_frame(why, path)

@@ -1,15 +1,16 @@
-"""What all routes share, and the one way in which a request is followed to its end.
+"""State that all routes share, and the functions that prepare and run one engine request.
 
-    request = await read(state, partial(state.llm.reader.chat, messages, params, asked))    in a thread
-    async for piece in answer(state, http_request, request):                                 as it comes
+    request = await read(state, partial(state.llm.reader.chat, messages, params, options), "messages")
+    async for piece in answer(state, http_request, request):
 
-Nothing is cancelled in here: a client that has gone, a time limit and a server that stops each have the engine end
-the request, whose stream then ends, and `answer` raises why.
+`read` encodes on a worker thread; `answer` streams. No task is cancelled: on a disconnect, a timeout or shutdown
+the engine aborts the request, its stream ends, and `answer` raises the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,43 +24,43 @@ from starlette.types import Scope
 from ..completion import TextPiece
 from ..engine.async_llm import AsyncLLM
 from ..engine.request import Request
-from ..errors import EngineError, PromptTooLongError, QueueFullError
+from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
 from .config import ServerConfig
 from .problems import ClientGoneError, Refusal
 
-# What the guard leaves in a request's scope.
-GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has hung up
-ADMIN = "mistral_7b.admin"  # bool: whether it came with an admin key
-NOTES = "mistral_7b.notes"  # dict[str, Any]: what goes into the access log
-REQUESTS = "mistral_7b.requests"  # list[Request]: what the engine was asked
+# Keys of the ASGI scope, set by the guard and the routes.
+GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has disconnected
+LEFT = "mistral_7b.left"  # threading.Event, set when the client has disconnected: for worker threads
+ADMIN = "mistral_7b.admin"  # bool: whether the request has an admin key
+NOTES = "mistral_7b.notes"  # dict[str, Any]: fields of the access log
+REQUESTS = "mistral_7b.requests"  # list[Request]: the engine requests
 
-READERS = 64  # requests that are read at once
-WRITES = 400  # a second, of all answers together, as far as
-LONGEST_REST = 0.1  # seconds: a text that grows in steps of this length looks even
+READERS = 64  # worker threads that encode prompts and compile grammars
+WRITES = 400  # writes per second, over all streams; LONGEST_REST takes precedence
+LONGEST_REST = 0.1  # seconds between two writes of a stream: longer intervals would be visible as stutter
 
 
 class Observer(Protocol):
-    """Is told what happens, in the event loop's thread; times in seconds."""
+    """Receives request events on the event loop's thread; all times are in seconds."""
 
     def arrived(self, request: Request) -> None: ...
     def first_token(self, request: Request, seconds: float) -> None: ...
     def inter_token(self, seconds: float) -> None: ...
     def ended(self, request: Request, reason: str, seconds: float) -> None:
-        """`reason`: "stop", "length", "abort" (the client has gone), "timeout", "shutdown", "refused" (the queue
-        was full) or "error"."""
+        """`reason`: stop, length, abort (client disconnected), timeout, shutdown, refused (queue full), error."""
         ...
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
-        """An HTTP request has been answered. `route`: the template of its path, "" where it came to none."""
+        """An HTTP response has ended. `route`: the path template, "" if no route matched."""
         ...
 
     def lagged(self, late: float, blocked: float) -> None:
-        """How late the event loop came round, and for how much of it the process itself is to blame."""
+        """Lag of the event loop, and the part of it that this process caused; see lag.watch."""
         ...
 
 
 class Silent:
-    """An observer that nobody asks."""
+    """An Observer that ignores all events."""
 
     def arrived(self, request: Request) -> None: ...
     def first_token(self, request: Request, seconds: float) -> None: ...
@@ -71,9 +72,9 @@ class Silent:
 
 @dataclass(frozen=True)
 class Answered:
-    """An HTTP request that has been answered, or whose client has gone, for whoever traces such.
+    """A finished HTTP request, as State.trace receives it.
 
-    `route` as in Observer.answered; `began` in seconds of `time.perf_counter`, `seconds` from then on.
+    `route`: see Observer.answered. `began`: value of `time.perf_counter`. `seconds`: duration.
     """
 
     scope: Scope
@@ -86,7 +87,7 @@ class Answered:
 
 @dataclass
 class State:
-    """A server's model and what is known of its requests. Belongs to the event loop's thread."""
+    """The served model, the configuration, and the requests in progress. For the event loop's thread only."""
 
     llm: AsyncLLM
     config: ServerConfig
@@ -95,55 +96,55 @@ class State:
     draining: bool = False
     metrics: Observer = field(default_factory=Silent)
     trace: Callable[[Answered], None] | None = None
-    # Threads that wait for tokens and grammars: many, as a grammar may take seconds of other processes' time, and
-    # apart from the event loop's own, so that these never wait for one.
+    # A large pool, because a thread may wait seconds for a grammar that other processes compile, and a separate
+    # one, so that users of the default executor never queue behind it.
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "read"))
     running: set[Running] = field(default_factory=set)
-    active: int = 0  # HTTP requests inside the guard
+    active: int = 0  # HTTP requests that the guard has admitted
     held: int = 0  # bytes of their bodies
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that a request's `model` may have: the model itself first, then its adapters."""
+        """Accepted values of a request's `model`: the base model first, then the loaded adapters."""
         return (self.model_name, *self.llm.engine.adapters.names)
 
     def adapter(self, model: str | None) -> str | None:
-        """The adapter that `model` names; None: the model itself. Refusal (404) for a name that is neither."""
+        """The adapter that `model` names, or None for the base model. Refusal (404) for an unknown name."""
         if not model or model == self.model_name:
             return None
         if model not in self.models:
             known = ", ".join(map(repr, self.models))
-            raise Refusal(404, f"there is no model {model!r:.100} here: there is {known}", param="model",
+            raise Refusal(404, f"there is no model {model!r:.100}; available: {known}", field="model",
                           code="model_not_found")  # fmt: skip
         return model
 
     @property
     def closed(self) -> Refusal | None:
-        """Why no request is taken any more; None: they are."""
+        """The reason why new requests are refused (503), or None."""
         if self.llm.broken is not None:
             return engine_broke(503)
         if self.draining:
-            return Refusal(503, "the server is shutting down: ask again in a moment", code="shutting_down",
+            return Refusal(503, "the server is shutting down", hint="retry in a moment", code="shutting_down",
                            retry_after=5)  # fmt: skip
         return None
 
     def rest(self) -> float:
-        """Seconds that an answer waits, after some of it was written, for more to come together.
+        """Seconds that a stream waits after a write, so that several tokens share the next one.
 
-        A write goes through many layers and keeps Python's lock from the engine's thread: all answers together
-        get so many a second, but none looks as if it stuttered.
+        Each write runs through many layers and holds the GIL, which the engine's thread needs. The rate over all
+        streams is therefore limited to WRITES per second.
         """
         return min(len(self.running) / WRITES, LONGEST_REST)
 
     def cut(self, why: Refusal) -> int:
-        """End whatever is running; how many that were."""
+        """Abort all running requests for the reason `why`; return their number."""
         for running in list(self.running):
             running.end("shutdown", why)
         return len(self.running)
 
 
 class Running:
-    """A request that is being answered, and how it is ended from outside."""
+    """A running request, which other tasks can abort with a reason."""
 
     def __init__(self, llm: AsyncLLM, request: Request) -> None:
         self.llm, self.request = llm, request
@@ -151,55 +152,64 @@ class Running:
         self.reason = "abort"
 
     def end(self, reason: str, why: Refusal) -> None:
-        """Have the engine end it within one step; the first reason is the one that counts."""
+        """Abort the request within one engine step. Only the first call's reason is kept."""
         if self.why is None:
             self.why, self.reason = why, reason
             self.llm.abort(self.request.id)
 
 
 def engine_broke(status: int) -> Refusal:
-    """What is said when the engine broke; its log says why.
+    """The error after an engine failure, whose cause is in the log.
 
-    503 to a request that came after: a proxy may send it to another server at once. 500 to one that was with the
-    engine, which a proxy leaves to its client: it may be what broke the engine, and would break the next.
+    503 for a request that arrived later: a proxy may retry it on another server. 500 for one that the engine was
+    running, which a proxy must not retry: it may have caused the failure and would break the next server, too.
     """
-    return Refusal(status, "the engine of this server broke: ask again in a moment", code="engine_broken",
+    return Refusal(status, "the server's engine failed", hint="retry in a moment", code="engine_broken",
                    retry_after=5)  # fmt: skip
 
 
 def is_admin(http_request: HttpRequest) -> bool:
-    """Whether the request came with an admin key."""
+    """Whether the request has an admin key."""
     return bool(http_request.scope.get(ADMIN, False))
 
 
 def note(http_request: HttpRequest, **notes: Any) -> None:
-    """Put something into the request's line of the access log."""
+    """Add fields to the request's line of the access log."""
     http_request.scope.setdefault(NOTES, {}).update(notes)
 
 
-async def read(state: State, make: Callable[[], Request]) -> Request:
-    """What `make`, a call of the engine's reader, returns; in a thread, as tokens and grammars take their time.
+def left(http_request: HttpRequest) -> threading.Event | None:
+    """An event, set when the client has disconnected; for Asked.gone."""
+    event: threading.Event | None = http_request.scope.get(LEFT)
+    return event
 
-    Raises what is wrong with the request; Refusal (422) for one that is larger than this server takes.
+
+async def read(state: State, make: Callable[[], Request], field: str) -> Request:
+    """Run `make`, a call of the engine's reader, on a worker thread, because tokenizing and grammars are slow.
+
+    Raises the reader's errors for an invalid request, and Refusal (422) naming `field` for one that is too large;
+    ClientGoneError if the client has disconnected and `make` was given the event (`left`).
     """
     try:
         request = await asyncio.get_running_loop().run_in_executor(state.readers, make)
-    except (QueueFullError, PromptTooLongError):
+    except AbandonedError as e:
+        raise ClientGoneError from e
+    except (QueueFullError, PromptTooLongError, ProcessError):
         raise
-    except EngineError as e:  # it could never be computed
-        raise Refusal(422, str(e), code="too_large") from e
+    except EngineError as e:  # larger than the engine's memory, even alone
+        raise Refusal.of(e, status=422, code="too_large") from e
     most = state.config.max_prompt_tokens or state.llm.engine.model.args.max_seq_len
     if len(request.ids) > most:
-        raise Refusal(422, f"the prompt has {len(request.ids)} tokens, and this server takes {most}: shorten it",
-                      code="context_length_exceeded")  # fmt: skip
+        raise Refusal(422, f"the prompt has {len(request.ids)} tokens; the server's limit is {most}",
+                      field=field, hint="shorten it", code="context_length_exceeded")  # fmt: skip
     return request
 
 
 async def answer(state: State, http_request: HttpRequest, request: Request) -> AsyncGenerator[TextPiece, None]:
-    """Have a request computed, and give out its pieces as they come.
+    """Run a request on the engine and yield its pieces.
 
-    Ended early it ends the request; close it (contextlib.aclosing) rather than leave it. Raises QueueFullError,
-    what the request ended with, ClientGoneError, or a Refusal when time is up or the server stops.
+    Closing the generator early aborts the request: wrap it in contextlib.aclosing. Raises QueueFullError, the
+    request's own error, ClientGoneError, or Refusal on a timeout or shutdown.
     """
     began = time.perf_counter()
     running, metrics, limit = Running(state.llm, request), state.metrics, state.config.request_timeout
@@ -208,17 +218,17 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
         raise ClientGoneError
     metrics.arrived(request)
 
-    def leave(_: object) -> None:
+    def abort(_: object) -> None:
         running.end("abort", ClientGoneError())
 
     if gone is not None:
-        gone.add_done_callback(leave)
-    late = Refusal(504, f"the answer was not complete after {limit:g} seconds", code="timeout",
-                   headers={"x-should-retry": "false"})  # fmt: skip
-    timer = asyncio.get_running_loop().call_later(limit, running.end, "timeout", late)
+        gone.add_done_callback(abort)
+    timeout = Refusal(504, f"the response was not complete after {limit:g} seconds", code="timeout",
+                      headers={"x-should-retry": "false"})  # fmt: skip
+    timer = asyncio.get_running_loop().call_later(limit, running.end, "timeout", timeout)
     state.running.add(running)
     reason, tokens = "abort", 0
-    newest: dict[int, float] = {}  # when each completion's last piece came
+    newest: dict[int, float] = {}  # time of each completion's latest piece
     try:
         async with aclosing(state.llm.follow(request, state.rest)) as pieces:
             async for piece in pieces:
@@ -245,7 +255,7 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
         raise
     finally:
         if gone is not None:
-            gone.remove_done_callback(leave)
+            gone.remove_done_callback(abort)
         timer.cancel()
         state.running.discard(running)
         metrics.ended(request, reason, time.perf_counter() - began)
@@ -253,7 +263,7 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
 
 
 def _note(state: State, http_request: HttpRequest, request: Request, reason: str, tokens: int) -> None:
-    """Add a request to what the access log says of the HTTP request that it belongs to."""
+    """Add an engine request to the access log fields of its HTTP request."""
     notes = http_request.scope.setdefault(NOTES, {})
     notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + len(request.ids)
     notes["completion_tokens"] = notes.get("completion_tokens", 0) + tokens

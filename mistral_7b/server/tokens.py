@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them: a text, or a conversation, to token ids, and ids to a text."""
+"""POST /tokenize and /detokenize, as in vLLM: text or conversations to token ids, and ids to text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, FailFast, Field, StrictBool, StrictInt, model_validator
 from starlette.responses import Response
 
-from ..errors import GenerationError
+from ..errors import GenerationError, TokenizerError
 from ..tokenizer import Tokenizer
 from .answers import documented
 from .problems import Refusal
@@ -20,7 +20,7 @@ from .state import State
 
 
 class TokenizeRequest(Ending):
-    """A `prompt`, or `messages` with their `tools`: one of the two."""
+    """POST /tokenize: either `prompt`, or `messages` with optional `tools`."""
 
     model: str | None = None
     prompt: str | None = None
@@ -30,23 +30,23 @@ class TokenizeRequest(Ending):
     return_token_strs: StrictBool | None = None
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> TokenizeRequest:
+    def _prompt_or_messages(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give a prompt or messages, one of the two")
+            raise ValueError("give either prompt or messages")
         if self.messages is None and (self.tools or self.continue_final_message):
-            raise ValueError("tools and continue_final_message go with messages")
+            raise ValueError("tools and continue_final_message require messages")
         return self
 
 
 class DetokenizeRequest(Body):
-    """Ids of the model's vocabulary to a text, those without text left out."""
+    """POST /detokenize. Ids of the vocabulary that have no text are skipped."""
 
     model: str | None = None
     tokens: Annotated[list[Annotated[StrictInt, Field(ge=0)]], FailFast()]
 
 
 class TokenizeAnswer(BaseModel):
-    """`token_strs` are the tokens as a person should see them: " the", "[INST]", "<0xE2>"."""
+    """Response of /tokenize. `token_strs`: readable forms such as " the", "[INST]", "<0xE2>"."""
 
     count: int
     max_model_len: int
@@ -63,28 +63,28 @@ def router(state: State) -> APIRouter:
     routes = APIRouter(tags=["tokens"], route_class=JsonRoute)
 
     @routes.post("/tokenize", responses=documented(400, 404, answer=TokenizeAnswer))
-    async def tokenize(asked: TokenizeRequest) -> Response:
-        """Token ids of a text or of a conversation, as the model would be given them."""
-        state.adapter(asked.model)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """Token ids of a text or a conversation, as the model would receive them."""
+        state.adapter(body.model)
         tokenizer = _tokenizer(state)
-        ids = await asyncio.to_thread(_encode, tokenizer, asked)
+        ids = await asyncio.to_thread(_encode, tokenizer, body)
         return json_answer(
             {
                 "count": len(ids), "max_model_len": state.llm.engine.model.args.max_seq_len, "tokens": ids,
-                "token_strs": _pieces(tokenizer, ids) if asked.return_token_strs else None,
+                "token_strs": _pieces(tokenizer, ids) if body.return_token_strs else None,
             }
         )  # fmt: skip
 
     @routes.post("/detokenize", responses=documented(400, 404, answer=DetokenizeAnswer))
-    async def detokenize(asked: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
-        state.adapter(asked.model)
-        most = state.llm.engine.model.args.vocab_size
-        for place, token in enumerate(asked.tokens):
-            if token >= most:
-                raise Refusal(400, f"tokens.{place}: {token} lies outside the vocabulary of {most}",
-                              param="tokens")  # fmt: skip
-        text = await asyncio.to_thread(_tokenizer(state).decode, asked.tokens)
+        state.adapter(body.model)
+        vocab_size = state.llm.engine.model.args.vocab_size
+        for i, token in enumerate(body.tokens):
+            if token >= vocab_size:
+                raise Refusal(400, f"tokens.{i}: {token} is not below the vocabulary size {vocab_size}",
+                              field="tokens")  # fmt: skip
+        text = await asyncio.to_thread(_tokenizer(state).decode, body.tokens)
         return json_answer({"prompt": text})
 
     return routes
@@ -96,11 +96,14 @@ def _tokenizer(state: State) -> Tokenizer:
     return state.llm.tokenizer
 
 
-def _encode(tokenizer: Tokenizer, asked: TokenizeRequest) -> list[int]:
-    if asked.prompt is not None:
-        return tokenizer.encode(asked.prompt, bos=asked.add_special_tokens)
-    assert asked.messages is not None  # as _one_of_two has seen
-    return tokenizer.encode_chat(asked.plain(asked.messages), plain_tools(asked.tools))
+def _encode(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:
+    if body.prompt is not None:
+        try:
+            return tokenizer.encode(body.prompt, bos=body.add_special_tokens)
+        except TokenizerError as e:
+            raise TokenizerError.of(e, field="prompt") from e
+    assert body.messages is not None  # validated by _prompt_or_messages
+    return tokenizer.encode_chat(body.plain(body.messages), plain_tools(body.tools))
 
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

@@ -1,9 +1,8 @@
-"""OpenTelemetry: a span for each HTTP request, sent by OTLP over HTTP.
+"""OpenTelemetry tracing: one span per HTTP request, exported with OTLP over HTTP.
 
-Imported only where the environment says where spans go (config.traces_wanted).
-A span is made when its request has ended, of what is known by then, so that nothing is added to a token's way. Its
-names are those of OpenTelemetry's conventions for HTTP servers and for generative AI; no text of a prompt, unless
-prompts are logged too.
+Imported only if the environment configures an exporter (config.traces_wanted). A span is created after its request
+has finished, so that tracing adds no work per token. Attributes follow OpenTelemetry's semantic conventions for
+HTTP servers and generative AI; prompts are included only if `log_prompts` is set.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ OPERATIONS = {
     "/v1/chat/completions": "chat", "/v1/messages": "chat", "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }  # fmt: skip
-GOOD = ("stop", "length", "abort", "refused")  # ends for which the server is not to blame
-UNTRACED = ("/health", "/health/live", "/health/ready", "/metrics")  # asked every few seconds, by machines
-LONGEST = 200  # characters of what a client chose
-FAREWELL = 5.0  # seconds in which what is left must have been sent
+GOOD = ("stop", "length", "abort", "refused")  # reasons that are not server faults
+UNTRACED = ("/health", "/health/live", "/health/ready", "/metrics")  # probes, polled every few seconds
+LONGEST = 200  # characters of a client's path or user agent
+FLUSH_TIMEOUT = 5.0  # seconds
 SECOND = 1_000_000_000
 
 
 class Spans:
-    """Makes spans of requests; what State.trace calls."""
+    """Creates a span for each finished request; a value for State.trace."""
 
     def __init__(self, model_name: str, processor: SpanProcessor | None = None) -> None:
-        """`processor`: where spans go; None: as the OTEL_* variables say."""
+        """`processor`: receives the spans; None: an OTLP exporter configured by the OTEL_* variables."""
         self.model_name = model_name
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         self._provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("mistral_7b", __version__)
 
     def __call__(self, request: Answered) -> None:
-        """Make the span of a request that has ended; it takes over the trace that `traceparent` names."""
+        """Create the span of a finished request, as a child of the trace in its `traceparent` header."""
         if request.route in UNTRACED:
             return
         end = time.time_ns()
@@ -61,13 +60,13 @@ class Spans:
         span.end(end)
 
     def close(self) -> None:
-        """Send what is left; a collector that does not answer holds nobody up for long."""
+        """Export the remaining spans, for at most FLUSH_TIMEOUT seconds."""
         sending = threading.Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
-        sending.join(FAREWELL)
+        sending.join(FLUSH_TIMEOUT)
 
     def _model(self, answered: Answered) -> dict[str, Any]:
-        """What the engine was asked, and what it did; nothing, for a request that did not come so far."""
+        """The generative AI attributes; empty for a request that did not reach the engine."""
         requests: list[Request] = answered.scope.get(REQUESTS, [])
         if not requests:
             return {}
@@ -113,7 +112,7 @@ def _http(request: Answered, headers: dict[str, str]) -> dict[str, Any]:
 
 
 def _fault(request: Answered) -> str | None:
-    """What went wrong on the server's side: a status, or, in a stream that had begun well, how it ended."""
+    """The value of `error.type`: a 5xx status, or the finish reason of a failed stream; None without a fault."""
     if request.status >= 500:
         return str(request.status)
     reason: str | None = request.scope.get(NOTES, {}).get("reason")
@@ -121,7 +120,7 @@ def _fault(request: Answered) -> str | None:
 
 
 def _resource() -> Resource:
-    """Who sends the spans: as OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say, or by the program's own name."""
+    """The resource from OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES; the default name is mistral-7b."""
     resource = Resource.create({"service.version": __version__})
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         return resource.merge(Resource({SERVICE_NAME: "mistral-7b"}))

@@ -1,4 +1,4 @@
-"""Training from plain text: data, loss, the loop."""
+"""Training on plain text: data, loss and training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["TrainArgs", "train"]
 
 
-def __getattr__(name: str) -> Any:  # torch is imported when training begins, not when --help is read
+def __getattr__(name: str) -> Any:  # lazy, so that --help does not import torch
     if name == "train":
         from .trainer import train
 

@@ -1,4 +1,4 @@
-"""The knobs of a training run, each once. Imports no torch: the command line reads this file."""
+"""The arguments of a training run. Imports no torch: the command line reads this file."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ..errors import TrainingError
 
 @dataclasses.dataclass(frozen=True)
 class TrainArgs:
-    """A run of training on plain text files, from fresh weights or from a saved model.
+    """Train on plain text files, from initial weights or a saved model.
 
-    Raises TrainingError, naming the field, for values that cannot be.
+    Raises TrainingError, naming the field, for invalid values.
     """
 
     out: str = "runs/train"
-    """Folder for the checkpoint to resume from, the log, the curve and the finished model."""
+    """Output folder: state to resume from, log, loss curve and trained model."""
     data: tuple[str, ...] = ()
-    """Text files, or folders whose files of `suffixes` are read."""
+    """Text files, or folders that are searched for files with `suffixes`."""
     held_out: tuple[str, ...] = ()
-    """Files or folders that are only measured on, in bits per byte; left out of `data`."""
+    """Files or folders for evaluation only, in bits per byte; excluded from `data`."""
     suffixes: tuple[str, ...] = (".py", ".txt", ".md")
-    """Which files of a folder are text."""
+    """File suffixes to read in folders."""
     tokenizer: str = "demo"
-    """A folder, a file or a name, as everywhere."""
+    """Tokenizer: a folder, a file or a model name."""
     init: str | None = None
-    """A model to start from; none: fresh weights of the shape below."""
+    """Model to start from; None: random weights with the shape below."""
 
     dim: int = 320
     n_layers: int = 6
@@ -41,57 +41,63 @@ class TrainArgs:
     tie_embeddings: bool = False
 
     steps: int = 1000
-    """Updates in all; the learning rate's schedule ends there."""
+    """Total number of updates; the learning rate schedule ends there."""
     seq_len: int = 2048
-    """Tokens a row; documents are packed into rows and do not see each other."""
+    """Tokens per row; documents are packed into rows without attention across them."""
     rows: int = 4
-    """Rows an update."""
+    """Rows per update."""
     accumulate: int = 1
-    """Parts in which the rows of an update are computed, to save memory; gradients are the same."""
+    """Gradient accumulation: parts into which an update is split to save memory."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: AdamW for embeddings, norms and the output; Muon (Newton-Schulz) for the matrices between."""
+    """muon: Muon (Newton-Schulz) for the matrices in the layers, AdamW for all other weights."""
     lr: float = 3e-3
     """Peak learning rate of AdamW."""
     muon_lr: float = 2e-2
     """Peak learning rate of Muon."""
     warmup: int = 100
-    """Updates of linear warm-up, before cosine decay."""
+    """Updates of linear warmup before cosine decay."""
     final_lr: float = 0.05
-    """Share of the peak at which the cosine ends."""
+    """Final learning rate, as a fraction of the peak."""
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum gradient norm."""
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of activations and gradients; the master weights are float32."""
+    """Type of activations and gradients; the master weights are float32."""
     device: str = "cpu"
     compile: bool = False
-    """torch.compile each block: faster after a minute or two of building."""
+    """torch.compile each block: faster after one or two minutes of compilation."""
 
     save_every: int = 100
-    """Updates between checkpoints; Ctrl-C saves one as well."""
+    """Updates between saved states; Ctrl-C also saves one."""
     eval_every: int = 0
-    """Updates between measurements on `held_out`; 0: at the end alone."""
+    """Updates between evaluations on `held_out`; 0: only at the end."""
     log_every: int = 10
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "rows", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
-                raise TrainingError(f"TrainArgs.{name} must be at least 1, not {getattr(self, name)}")
+                raise TrainingError(f"TrainArgs.{name} must be at least 1, not {getattr(self, name)}", field=name)
         for name in ("lr", "muon_lr", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise TrainingError(f"TrainArgs.{name} must be a finite number above 0, not {value}")
+                raise TrainingError(f"TrainArgs.{name} must be a finite number above 0, not {value}", field=name)
         if self.rows % self.accumulate:
             raise TrainingError(
-                f"TrainArgs.rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})"
+                f"TrainArgs.rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})", field="rows"
             )
         if not 0 <= self.warmup <= self.steps:
-            raise TrainingError(f"TrainArgs.warmup must lie in 0..steps ({self.steps}), not {self.warmup}")
+            raise TrainingError(
+                f"TrainArgs.warmup must lie in 0..steps ({self.steps}), not {self.warmup}",
+                field="warmup",
+            )
 
     def learning_rate(self, step: int) -> float:
-        """Share of the peak rate at update `step` (from 0): linear warm-up, then cosine to `final_lr`."""
+        """Return the fraction of the peak rate at update `step` (from 0).
+
+        Linear warmup, then cosine decay to `final_lr`.
+        """
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)

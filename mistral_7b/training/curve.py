@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""Plot the loss curve of a run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..files import written
 
 
 def draw_curve(log: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw loss, its running mean and the held-out figures over updates; False if matplotlib is missing.
+    """Plot loss, its running mean and the held-out results; return False without matplotlib.
 
-    WriteError if the picture cannot be written.
+    Raises WriteError if the image cannot be written.
     """
     try:
         from matplotlib.figure import Figure

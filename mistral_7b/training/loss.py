@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, and its price per byte of text."""
+"""Next-token cross-entropy, and bits per byte of text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..cache import Stateless
 from ..model import Mistral7B
 from .data import IGNORE
 
-CHUNK = 2048  # tokens projected onto the vocabulary at once: float32 logits of a whole batch are never held
+CHUNK = 2048  # tokens per vocabulary projection: bounds the memory of float32 logits
 
 
 def loss_backward(model: Mistral7B, hidden: Tensor, targets: Tensor, n_targets: int) -> Tensor:
-    """Sum of the cross-entropy of hidden states (..., D) over `n_targets`, and its gradients.
+    """Return the summed cross-entropy of hidden states (..., D) over `n_targets`; run backward.
 
-    `n_targets` counts the targets of the whole update, not of this part of it: parts of unequal count
-    would otherwise weigh the same. The projection is differentiated a chunk at a time, so that only a
-    chunk's logits live at once; the sum of their gradients then runs back through the blocks.
+    `n_targets` counts the targets of the whole update, so that accumulated parts with different counts are
+    weighted correctly. Loss and gradient are computed chunk by chunk, so that only one chunk's logits are in
+    memory. The gradient of the hidden states is then propagated through the blocks.
     """
     flat = hidden.detach().flatten(0, -2).requires_grad_()
     wanted = targets.flatten()
@@ -36,7 +36,7 @@ def loss_backward(model: Mistral7B, hidden: Tensor, targets: Tensor, n_targets: 
 
 @torch.inference_mode()
 def document_nll(model: Mistral7B, tokens: list[int]) -> float:
-    """Nats that the model needs for tokens[1:] given those before, in one windowed forward."""
+    """Return the negative log-likelihood (nats) of tokens[1:] in one windowed forward pass."""
     device = model.norm.weight.device
     ids = torch.tensor([tokens], device=device)
     hidden = model.hidden(ids[:, :-1], Stateless(model.args.sliding_window))[0]
@@ -47,9 +47,12 @@ def document_nll(model: Mistral7B, tokens: list[int]) -> float:
 
 
 def bits_per_byte(model: Mistral7B, documents: Iterable[tuple[list[int], int]]) -> float:
-    """Total bits over total bytes of (tokens with BOS, bytes) documents: what a tokenizer cannot flatter."""
+    """Return total bits over total bytes of (tokens with BOS, bytes) documents.
+
+    Unlike nats per token, it does not depend on the tokenizer.
+    """
     bits = size = 0.0
-    with torch.compiler.set_stance("force_eager"):  # every document has another length: compiling cannot pay
+    with torch.compiler.set_stance("force_eager"):  # each length would recompile
         for tokens, n_bytes in documents:
             bits += document_nll(model, tokens) / math.log(2)
             size += n_bytes

@@ -1,4 +1,4 @@
-"""One line a training run shows of itself."""
+"""The progress line of a training run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .args import TrainArgs
 
 
 class ProgressLine:
-    """Called with each record of the log: rewrites one line on a terminal, else prints every `log_every`-th."""
+    """Shows log records: one updated line on a terminal, else every `log_every`-th record."""
 
     def __init__(self, args: TrainArgs, file: TextIO | None = None) -> None:
         self.args, self.file = args, file or sys.stderr

@@ -1,4 +1,4 @@
-"""The loop: rows in, one update, a line of progress, and a state from which it goes on to the same bits."""
+"""The training loop, with saved states from which a run resumes bit-identically."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from .data import IGNORE, PackedDocuments, held_out_documents, split_files
 from .loss import bits_per_byte, loss_backward
 from .progress import ProgressLine
 
-Record = dict[str, Any]  # one line of the log
+Record = dict[str, Any]  # one entry of the log
 
 
 class Trainer:
-    """A model, its float32 master weights and optimizers, and where it stands.
+    """A model with float32 master weights, optimizers and training progress.
 
-    The model computes in `args.dtype`; updates smaller than bfloat16 can hold are summed in the masters.
+    The model computes in `args.dtype`. The master weights accumulate updates below bfloat16's resolution.
     """
 
     def __init__(self, args: TrainArgs, model: Mistral7B, data: PackedDocuments) -> None:
         self.args, self.model, self.data = args, model, data
         self.step, self.saved, self.seconds = 0, 0, 0.0
         self.log: list[Record] = []
-        self.weights = list(model.parameters())  # a tied weight comes once
+        self.weights = list(model.parameters())  # a tied weight appears once
         self.masters = [p.detach().float().clone() for p in self.weights]
         self.optimizers = self._optimizers()
         if args.compile:
@@ -65,7 +65,7 @@ class Trainer:
         return found
 
     def update(self) -> Record:
-        """One update on the next rows: computes, clips, steps. Returns its loss, gradient norm and rate."""
+        """Run one optimizer step on the next rows; return loss, gradient norm and learning rate."""
         args = self.args
         rows = self.data.rows(self.step * args.rows, args.rows)
         n_targets = int((rows.targets != IGNORE).sum())
@@ -81,8 +81,10 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.masters, args.clip)
         if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
             raise TrainingError(
-                f"update {self.step}: loss {float(loss)}, gradient norm {float(norm)}; "
-                f"the last saved state is sound: lower the learning rate and resume from it"
+                f"update {self.step}: loss {float(loss)}, gradient norm {float(norm)}; the last saved state is "
+                "sound",
+                field="lr",
+                hint="lower the learning rate and resume from it",
             )
         share = args.learning_rate(self.step)
         for optimizer, peak in zip(self.optimizers, (args.lr, args.muon_lr), strict=False):
@@ -96,7 +98,7 @@ class Trainer:
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Round the masters into the model's own weights."""
+        """Round the master weights into the model's weights."""
         for master, weight in zip(self.masters, self.weights, strict=True):
             weight.copy_(master)
 
@@ -120,24 +122,26 @@ class Trainer:
         self._publish()
 
     def save(self, path: Path) -> None:
-        """Write the state beside its place and rename it: a killed run or a full disk leaves the last one whole.
+        """Save the state atomically: a killed run or a full disk keeps the previous state.
 
-        WriteError says which update that is.
+        WriteError names the update of that state.
         """
         try:
-            with written(path) as beside, beside.open("wb") as file:  # to a path, torch says no more than "failed"
+            with written(path) as beside, beside.open("wb") as file:  # given a path, torch would hide the OSError
                 torch.save(self.state(), file)
         except WriteError as error:
             kept = (
                 f"update {self.saved} is, and the same command resumes there" if self.saved else "nothing is yet"
             )
-            raise WriteError(f"{error}. Update {self.step} is not saved; {kept}") from error
+            raise WriteError.of(
+                error, message=f"{error.message}. Update {self.step} is not saved; {kept}"
+            ) from error
         self.saved = self.step
 
     def run(self, state_path: Path, show: Callable[[Record], None], measure: Callable[[], float] | None) -> None:
-        """Go on to the last update, saving as it goes; on Ctrl-C save, and let the interruption through.
+        """Train to the last update, saving states; after Ctrl-C save, then re-raise.
 
-        WriteError if a state cannot be saved: another attempt would fail as well, so none is made.
+        Raises WriteError if a state cannot be saved; the save is not retried.
         """
         args = self.args
         try:
@@ -166,36 +170,39 @@ class Trainer:
 
 
 def open_model(args: TrainArgs, tokenizer: Tokenizer) -> Mistral7B:
-    """The model to train: `init` opened, or fresh weights of the shape that `args` give."""
+    """Return the model to train: loaded from `init`, or initialized with the shape in `args`."""
     torch.manual_seed(args.seed)
     dtype = getattr(torch, args.dtype)
     if args.init is not None:
         return Mistral7B.from_pretrained(args.init, dtype=dtype, device=args.device)
     shared = {f.name for f in dataclasses.fields(ModelArgs)} & {f.name for f in dataclasses.fields(TrainArgs)}
     shape = {name: getattr(args, name) for name in shared}
-    # Drawn in float32 and rounded: bfloat16 draws have too few steps near zero.
+    # Sampled in float32 and rounded: samples in bfloat16 are too coarse near zero.
     model = Mistral7B(ModelArgs(vocab_size=tokenizer.vocab_size, **shape), dtype=torch.float32, device=args.device)
     return model.to(dtype)
 
 
 def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Record:
-    """Train as `args` say, or go on where `args.out` stopped; returns the last record of the log.
+    """Train as configured, or resume the run in `args.out`; return the last log record.
 
-    Leaves in `args.out`: `state.pt` to resume from, `log.jsonl`, `curve.png` (if matplotlib is there),
-    and `model/`, the finished model with its tokenizer. Files of `held_out` that lie in `data` are not trained
-    on, and a line on stderr says how many. Raises TrainingError for data that cannot be used, or a state of a
-    run with other arguments.
+    `args.out` then holds `state.pt` to resume from, `log.jsonl`, `curve.png` (if matplotlib is installed) and
+    `model/`, the trained model with its tokenizer. Files of `held_out` inside `data` are excluded from training; a
+    line on stderr gives their number. Raises TrainingError for unusable data or a state with other arguments.
     """
     threads.use()
     out = Path(args.out)
     state_path = out / "state.pt"
     if (out / "model").exists() and not state_path.exists():
-        raise TrainingError(f"{out / 'model'} is there already, and of no run in {out}: name another --out")
+        raise TrainingError(
+            f"{out / 'model'} exists already, and belongs to no run in {out}",
+            field="out",
+            hint="name another --out",
+        )
     if not args.data:
-        raise TrainingError("no training data: name text files or folders with --data")
+        raise TrainingError("no training data", field="data", hint="name text files or folders with --data")
     files = split_files(args.data, args.held_out, args.suffixes)
     if files.left_out:
-        print(f"files of --data that are held out, and so not trained on: {files.left_out}", file=sys.stderr)
+        print(f"held-out files of --data, excluded from training: {files.left_out}", file=sys.stderr)
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
     data = PackedDocuments.from_files(files.training, tokenizer, args.seq_len, args.seed)
     held_out = [(tokens, size) for _, tokens, size in held_out_documents(files.held_out, tokenizer) if size]
@@ -218,7 +225,7 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     return last
 
 
-# What may differ when a run goes on; with other `steps` the schedule is that of the new number.
+# Arguments that may change on resume. With other `steps`, the schedule is that of the new number.
 FREE = (
     "steps",
     "out",
@@ -238,16 +245,18 @@ def _check_same_run(saved: Record, args: TrainArgs, path: Path) -> None:
     for name, value in now.items():
         if name not in FREE and saved.get(name) != value:
             raise TrainingError(
-                f"{path} is of a run with {name}={saved.get(name)!r}, not {value!r}: "
-                f"give the same arguments to go on, or another --out to begin anew"
+                f"is of a run with {name}={saved.get(name)!r}, not {value!r}",
+                field=name,
+                place=path,
+                hint="give the same arguments to resume, or another --out to start again",
             )
 
 
 def _save_model(model: Mistral7B, tokenizer: Tokenizer, path: Path) -> None:
-    """Write the model, in place of that of an earlier end of this same run, which stays until all is written."""
-    model.source = tokenizer.path.parent  # whence the tokenizer file goes along
+    """Write the model, then replace that of an earlier end of the same run."""
+    model.source = tokenizer.path.parent  # the tokenizer file is copied from here
     beside = path.with_name(f".next.{path.name}")
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(beside, ignore_errors=True)  # left by a run killed at this point
     model.save_pretrained(beside)
     if path.exists():
         shutil.rmtree(path)

@@ -1,7 +1,7 @@
 """Train a SentencePiece vocabulary in the format of Mistral's v3 tokenizer files.
 
-Byte-pair encoding with byte fallback, one digit a token, whitespace kept, the control tokens of v3 in
-their places (3 `[INST]` ... 9 `[/TOOL_RESULTS]`), so that mistral-common opens it as its own.
+BPE with byte fallback, one token per digit, whitespace preserved, and v3's control tokens at their ids
+(3 `[INST]` ... 9 `[/TOOL_RESULTS]`), so that mistral-common opens the file.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CONTROL = (
 
 
 def train_vocabulary(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Learn `vocab_size` tokens from `texts` and write the file (name it `tokenizer.model.v3`).
+    """Train `vocab_size` tokens on `texts` and write the file (name it `tokenizer.model.v3`).
 
-    Lines keep their ends: a piece may hold a newline, which source code has one of in every 35 bytes.
-    Raises TrainingError if the texts are too few for so many tokens, WriteError if the file cannot be written.
+    Texts keep their newlines, so that a piece may contain one: source code has one in every 35 bytes. Raises
+    TrainingError if the texts are too short for `vocab_size`, WriteError if the file cannot be written.
     """
     import sentencepiece
 
@@ -48,6 +48,8 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, path: Path) -> None:
             minloglevel=1,
         )
     except RuntimeError as error:
-        raise TrainingError(f"cannot learn {vocab_size} tokens from this text: {error}") from None
+        raise TrainingError(
+            f"cannot learn {vocab_size} tokens from this text: {error}", field="vocab_size"
+        ) from None
     with written(path) as beside:
         beside.write_bytes(model.getvalue())

@@ -1,4 +1,4 @@
-"""Jobs and results made up for the tests of the benchmark."""
+"""Sample jobs and results for the benchmark tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs and results of serving made up for the tests."""
+"""Sample serving jobs and results for the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/engine.py: that it measures the engine's own step, and what it says of a tiny model."""
+"""benchmarks/engine.py: it measures the engine's overhead per step; results for a tiny model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_all_of_it_on_a_tiny_model(script: ModuleType) -> None:
     token = 2 * 2 * 3 * 10 * 4  # layers, k and v, heads, width, float32
     assert pages["most_bytes"] == pages["most_tokens"] * token
     assert llm.engine.idle
-    assert model.hidden.__func__ is type(model).hidden  # the model is as it was
+    assert model.hidden.__func__ is type(model).hidden  # the model is restored
     llm.engine.check()
 
 

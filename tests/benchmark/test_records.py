@@ -1,4 +1,4 @@
-"""Bytes and operations against counts by hand, ceilings, and the records that hold them."""
+"""Bytes and operations compared with manual counts, ceilings, and records."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pathlib
 import pytest
 import torch
 from bench_samples import ARGS, CEILINGS, SHAPE, job_of, measured, record_of
+from refusals import refused
 
 from mistral_7b import WriteError
 from mistral_7b.benchmark import records, work
@@ -35,7 +36,7 @@ def test_bytes_of_a_step_by_hand() -> None:
     assert compressed_bytes(Mistral7B(dataclasses.replace(SHAPE, tie_embeddings=True))) == compressed_bytes(model)
     assert kv_token_bytes(model) == 2 * 2 * 2 * 16 * 2  # layers, k and v, heads, width, bytes
     assert work.layer_weights(ARGS) == 2 * (layer - 2 * 64)
-    # Three rows that hold 6 tokens, or 50 of which the window of 8 is seen.
+    # Three rows of 6 tokens, or of 50 tokens with 8 visible in the window.
     assert work.bytes_read(ARGS, 1000, 256, 3, 6) == 1000 + 3 * 6 * 256
     assert work.bytes_read(ARGS, 1000, 256, 3, 50) == 1000 + 3 * 8 * 256
 
@@ -97,7 +98,7 @@ def test_sixteen_rows_read_the_weights_once() -> None:
 def test_peaks_by_scheme() -> None:
     assert [CEILINGS.peak(s) for s in ("int4", "Q8_0", "bf16", "none", "BF16")] == [4e10, 4e10, 2e10, 2e10, 2e10]
     old = Ceilings(read_bandwidth=1, fp32=9.0, bf16=3.0, int8=None)
-    assert [old.peak(s) for s in ("int4", "bf16")] == [9.0, 9.0]  # float32 can do their work, and faster
+    assert [old.peak(s) for s in ("int4", "bf16")] == [9.0, 9.0]  # float32 is faster and can do their work
     assert old.best(Ceilings(2, 8.0, 4.0, 5.0)) == Ceilings(2, 9.0, 4.0, 5.0)
 
 
@@ -121,7 +122,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: pathlib.Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(WriteError, match=r"records\.json: cannot be written \(No space left on device\)"):
+    with refused(WriteError, place=path):
         records.write_json(path, [record_of(job_of(), [measured([1.0])])])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["records.json"]
@@ -146,7 +147,7 @@ def test_times_that_scatter_are_doubted() -> None:
         record_of(job_of(LLAMA, "Q4_0"), [measured([1.0, 2.0])]),
     )
     assert doubt([calm]) == ""
-    assert doubt([calm, wild]).endswith("not to be quoted: decode llama.cpp Q4_0")
+    assert doubt([calm, wild]).endswith("do not quote these results: decode llama.cpp Q4_0")
 
 
 def test_a_job_survives_the_way_to_its_process() -> None:

@@ -1,4 +1,4 @@
-"""Jobs in turn and in processes of their own, peers that are missing, and machines that are too small."""
+"""Alternating jobs in their own processes, missing peers, and too little memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from bench_samples import ARGS, CEILINGS, job_of, measured
+from refusals import refused
 
 from mistral_7b.benchmark import process, run
 from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job, Measured
@@ -27,7 +28,7 @@ PEER_PYTHON = os.environ.get("MISTRAL_7B_PEER_PYTHON", sys.executable)  # the Py
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """No processes: every job takes a second; those asked for are listed."""
+    """Replaces processes: every job takes a second; jobs are recorded."""
     asked: list[Job] = []
 
     def one(job: Job, peer_python: str) -> list[Measured]:
@@ -67,6 +68,7 @@ def test_rounds_repeat_all_of_it(measure: list[Job]) -> None:
     assert {r.repetitions for r in records} == {3}
 
 
+@pytest.mark.wording
 def test_a_peer_that_fails_is_told_once_and_left_out(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     def placed(self: run.PeerFiles, job: Job) -> Job:
         if job.engine == LLAMA:
@@ -77,18 +79,19 @@ def test_a_peer_that_fails_is_told_once_and_left_out(measure: list[Job], monkeyp
     told: list[str] = []
     records = run.run(PLAN, told.append)
     assert {r.engine for r in records} == {OURS, TRANSFORMERS}
-    assert [t for t in told if "left out" in t] == [
-        "left out: llama.cpp Q4_0: no llama here", "left out: llama.cpp BF16: no llama here",
+    assert [t for t in told if "skipped" in t] == [
+        "skipped: llama.cpp Q4_0: no llama here", "skipped: llama.cpp BF16: no llama here",
     ]  # fmt: skip
 
 
 def test_nothing_to_show_is_an_error(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.machine, "memory", lambda: (2 << 30, 1 << 30))
-    with pytest.raises(BenchmarkError, match=r"int4 weights of this shape take 0\.0 GB and 1\.1 GB are free"):
+    with refused(BenchmarkError, field="--layers"):
         run.run(PLAN)
     assert measure == []
 
 
+@pytest.mark.wording
 def test_what_does_not_fit_does_not_spoil_the_rest(measure: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     def check(args: dict[str, Any], scheme: str) -> None:
         if scheme == "none":
@@ -97,7 +100,7 @@ def test_what_does_not_fit_does_not_spoil_the_rest(measure: list[Job], monkeypat
     monkeypatch.setattr(run, "check_memory", check)
     told: list[str] = []
     assert {r.scheme for r in run.run(PLAN, told.append)} == {"int4", "Q4_0", "bf16", "BF16"}
-    assert [t for t in told if "left out" in t] == ["left out: mistral_7b none: too large"]
+    assert [t for t in told if "skipped" in t] == ["skipped: mistral_7b none: too large"]
 
 
 def test_the_better_ceilings_of_before_and_after_count(
@@ -108,6 +111,7 @@ def test_the_better_ceilings_of_before_and_after_count(
     assert {r.read_bandwidth for r in run.run(PLAN)} == {3e9}
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("python", "message"),
     [
@@ -128,10 +132,18 @@ def test_a_process_that_fails_is_one_message(tmp_path: pathlib.Path, python: str
         run.call(python, "{}")
 
 
+def test_an_error_crosses_from_the_process_with_its_data() -> None:
+    with refused(BenchmarkError, field="quantization"):  # the process itself rejects the job
+        run.call(sys.executable, job_of(OURS, "int3", threads=1).to_json())
+    data = {"message": "odd", "field": "n", "place": "a.json", "hint": "make it even"}
+    assert run._failure(["a warning", json.dumps(data)], 1).data == data
+    assert run._failure([], 3).field is None
+
+
 def test_the_package_alone_is_on_the_path_of_a_peer(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its Python must not see this one's libraries, which may lie beside the package."""
+    """The peer's Python must not import our libraries, which may be installed beside the package."""
     script = tmp_path / "python"
     script.write_text('#!/bin/sh\necho "$PYTHONPATH|$(ls "${PYTHONPATH%%:*}")|$*"\n')
     script.chmod(0o755)
@@ -173,7 +185,7 @@ def test_a_probe_that_never_ends_is_ended_and_the_others_count(stuck: None) -> N
 
 def test_a_bench_without_all_ceilings_says_which(stuck: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.find_ceilings, "__defaults__", (None, False, 1.0, lambda text: None))
-    with pytest.raises(BenchmarkError, match=r"the ceilings \(fp32, bf16, int8\) could not be measured within"):
+    with refused(BenchmarkError, field="fp32, bf16, int8"):
         run.measure_ceilings()
 
 
@@ -205,7 +217,7 @@ def test_peers_get_huge_pages_unless_the_user_has_settings(
 @pytest.mark.parametrize("what", ["decode", "prefill", "batch16"])
 @pytest.mark.parametrize("engine", [OURS, TRANSFORMERS])
 def test_every_engine_does_every_work(engine: str, what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Decoding in a process of its own, the rest as that process does it, for a process takes seconds to start."""
+    """Decoding in a process; the rest in this one, because a process takes seconds to start."""
     job = job_of(engine, "none" if engine == OURS else "bf16", what, prompt=5, threads=1, quick=True)
     job = dataclasses.replace(job, rows=16 if what == "batch16" else 1)
     if what == "decode":
@@ -267,7 +279,7 @@ def test_engines_of_one_shape_read_equally_many_bytes() -> None:
 
 
 def test_transformers_of_random_weights_is_whole() -> None:
-    """Nothing is left as it came from meta: logits are finite, and rotary angles those of a model made plainly."""
+    """All tensors are initialized after meta: logits are finite, rotary angles are correct."""
     import torch
     import transformers
 
@@ -284,7 +296,7 @@ def test_transformers_of_random_weights_is_whole() -> None:
 def test_a_full_disk_is_seen_before_the_file_is_begun(tmp_path: pathlib.Path, monkeypatch) -> None:
     monkeypatch.setattr(run, "_imports", lambda python, *modules: True)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: run.shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(BenchmarkError, match=r"BF16.gguf takes .* has 0\.0: --keep names a folder"):
+    with refused(BenchmarkError, field="--keep"):
         run.PeerFiles(PLAN.peer_python, str(tmp_path), lambda text: None).placed(PLAN.job(LLAMA, "BF16", "decode"))
     assert list(tmp_path.iterdir()) == []
 

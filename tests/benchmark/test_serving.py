@@ -1,4 +1,4 @@
-"""Traffic as it is drawn, the client that keeps to it, and what becomes of both engines under it."""
+"""Traffic, the open-loop client, and both engines under load."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from itertools import pairwise
 import pytest
 from bench_samples import ARGS
 from fake_llama_server import install
+from refusals import refused
 from serving_samples import job_of
 
 from mistral_7b.benchmark.jobs import LLAMA, OURS
@@ -30,7 +31,7 @@ def test_arrivals_are_random_and_of_the_rate() -> None:
     gaps = [b - a for a, b in pairwise(at)]
     assert at[0] == 0
     assert statistics.mean(gaps) == pytest.approx(1 / 4, rel=0.1)
-    assert statistics.stdev(gaps) == pytest.approx(1 / 4, rel=0.1)  # as those of a Poisson process are
+    assert statistics.stdev(gaps) == pytest.approx(1 / 4, rel=0.1)  # as in a Poisson process
     assert {a.at for a in Traffic(20, None).draw(100)} == {0.0}
 
 
@@ -52,7 +53,7 @@ def test_every_rate_asks_the_same_questions() -> None:
 
 
 class Sluggish:
-    """A target that answers one request after another, and holds up the whole process while it begins."""
+    """A target that answers requests sequentially, and blocks the process when it starts."""
 
     def __init__(self) -> None:
         self.began, self.called = time.perf_counter(), []
@@ -73,9 +74,9 @@ def test_nobody_waits_for_a_busy_engine_to_be_sent() -> None:
         return target, await drive(target, [Arrival(at, [1], 3) for at in (0.0, 0.02, 0.12, 0.13)])
 
     target, traces = asyncio.run(run())
-    # Those that arrive while the process is held up are sent right after, and their time runs from when they came.
+    # Requests that arrive while the process is blocked are sent right after; latency counts from arrival.
     assert [t.arrived for t in traces] == [0.0, 0.02, 0.12, 0.13]
-    assert target.called[3] - target.called[0] < 0.35  # all were there before the second was answered
+    assert target.called[3] - target.called[0] < 0.35  # all arrived before the second was answered
     for turn, trace in enumerate(traces):
         assert len(trace.tokens) == 3
         assert trace.tokens[0] >= 0.1 + 0.15 * turn
@@ -83,6 +84,7 @@ def test_nobody_waits_for_a_busy_engine_to_be_sent() -> None:
         assert trace.error is None
 
 
+@pytest.mark.wording
 def test_requests_that_fail_are_told_from_those_that_do_not() -> None:
     class Fragile:
         async def stream(self, prompt: list[int], output: int) -> AsyncIterator[int]:
@@ -146,6 +148,7 @@ def test_a_server_is_started_asked_and_stopped(tmp_path: pathlib.Path, kind: str
         asyncio.run(anext(llama_server.exchange(int(flags[flags.index("--port") + 1]), "GET", "/health")))
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -161,7 +164,7 @@ def test_a_server_that_fails_says_why(tmp_path: pathlib.Path, file: str, message
 
 
 def test_a_server_that_is_not_there(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(BenchmarkError, match="--llama-server /no/such/server cannot be run"):
+    with refused(BenchmarkError, field="--llama-server"):
         llama_server.serve(job_of(LLAMA, "Q4_0", source="x.gguf"), "/no/such/server")
 
 

@@ -1,4 +1,4 @@
-"""What traces come to, by hand; engines in turn; tables and picture."""
+"""Records of traces, computed by hand; alternating engines; tables and plot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from bench_samples import ARGS
+from refusals import refused
 from serving_samples import HERE, job_of, served
 
 from mistral_7b.benchmark.jobs import LLAMA, OURS
@@ -53,7 +54,7 @@ def test_rounds_are_medians_of_rates_and_all_of_the_times() -> None:
 
 
 def queue(rate: float, seconds: float, service: float = 1.0) -> list[Trace]:
-    """One server that takes `service` seconds a request, in the order of arrival."""
+    """A server that takes `service` seconds per request, in order of arrival."""
     free, traces = 0.0, []
     for arrival in Traffic(round(rate * seconds), rate, seed=3).draw(100):
         free = max(free, arrival.at) + service
@@ -88,7 +89,7 @@ PLAN = run.ServingPlan(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[ServingJob]:
-    """No processes: everybody answers the same; the jobs asked for are listed."""
+    """Replaces processes: every engine gives the same answers; jobs are recorded."""
     jobs: list[ServingJob] = []
 
     def call(python: str, *argv: str) -> dict:
@@ -115,13 +116,14 @@ def test_engines_take_turns_at_every_point(asked: list[ServingJob]) -> None:
     assert [(r.engine, r.scheme, r.rate, r.rounds) for r in records] == [
         (engine, scheme, traffic.rate, 2) for engine, scheme, _, traffic in once
     ]
-    # Nobody said how many threads: the peer gets as many as ours took.
+    # The number of threads is not set: the peer gets as many as ours used.
     assert [j.threads for j in asked] == [None] + [3] * 11
     assert {(j.max_sequences, j.max_batch_tokens) for j in asked} == {(8, 64)}
     run.run(dataclasses.replace(PLAN, server=None, rounds=1))
     assert {j.engine for j in asked[12:]} == {OURS}
 
 
+@pytest.mark.wording
 def test_a_peer_that_fails_is_told_once_and_left_out(
     asked: list[ServingJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,9 +133,9 @@ def test_a_peer_that_fails_is_told_once_and_left_out(
     monkeypatch.setattr(run.PeerFiles, "gguf", none)
     told: list[str] = []
     assert {r.engine for r in run.run(PLAN, told.append)} == {OURS}
-    assert [t for t in told if "left out" in t] == ["left out: llama.cpp Q4_0: no llama here"]
+    assert [t for t in told if "skipped" in t] == ["skipped: llama.cpp Q4_0: no llama here"]
     monkeypatch.setattr(run, "call", lambda *argv: none(None, {}, ""))
-    with pytest.raises(BenchmarkError, match="no llama here"):
+    with pytest.raises(BenchmarkError):
         run.run(PLAN)
 
 
@@ -162,12 +164,12 @@ def test_tables_hold_the_figures_and_ours_over_the_peer() -> None:
         "0.75 / 0.975 / 0.995", "750 / 1850 / 1970", "2.75 / 2.98 / 3",
     ]  # fmt: skip
     (pair,) = report.ratios(records)
-    assert pair == (records[2], peer)  # who was not under the same traffic is not compared
+    assert pair == (records[2], peer)  # records of other traffic are not compared
     ratio = [cell.strip() for cell in text.splitlines()[-2].split("|")[1:6]]
     assert ratio == ["int4", "llama.cpp Q4_0", "2 at once", "2.50", "1.00"]
     assert "ours over" not in text_of(records[:3])
-    assert report.doubt([record_of(failed=2)]) == "2 requests failed: throughput and times are of the others"
-    assert "something else was running: mistral_7b int4 2 at 0.5/s" in report.doubt(records)
+    assert report.doubt([record_of(failed=2)]) == "2 requests failed; throughput and latency exclude them"
+    assert "the machine was busy: mistral_7b int4 2 at 0.5/s" in report.doubt(records)
     assert report.doubt([record_of()]) == ""
 
 
@@ -184,6 +186,6 @@ def test_the_picture_has_every_engine_and_point(tmp_path: pathlib.Path) -> None:
     assert places == sorted(places)
     for text in ("mistral_7b int4", "llama.cpp Q4_0", "the queue grew", "p99"):
         assert f"<!-- {text} -->" in drawn
-    with pytest.raises(BenchmarkError, match="--plot"):
+    with refused(BenchmarkError, field="--plot"):
         plot.draw(tmp_path / "serving.xyz", records)
     assert [p.name for p in tmp_path.iterdir()] == ["serving.svg"]

@@ -1,4 +1,4 @@
-"""Conversations drawn at random, and texts that are JSON or nearly."""
+"""Random conversations, and texts that are valid or nearly valid JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ODD = [
 
 
 class Drawing:
-    """Conversations drawn at random, of which most can be encoded."""
+    """Yield random conversations, most of which can be encoded."""
 
     def __init__(self, seed: int, version: str) -> None:
         self.draw = random.Random(seed)
@@ -64,7 +64,7 @@ class Drawing:
         )()  # fmt: skip
 
     def calls(self) -> Chat:
-        """An assistant's calls, and what came of them."""
+        """An assistant's tool calls and their results."""
         ids = ["".join(self.draw.choices("abcXYZ0123456789", k=9)) for _ in range(self.draw.choice([1, 1, 2, 3]))]
         ids = [self.draw.choice(["call_6kZ", "a bcdefgh"]) if self.chance(0.01) else name for name in ids]
         given = [self.value, lambda: self.json(self.value()), lambda: self.draw.choice([None, "", *ODD])]
@@ -78,7 +78,7 @@ class Drawing:
         return [{"role": "assistant", "content": said, "tool_calls": calls}, *results]
 
     def chat(self) -> Chat:
-        """Mostly a user's turns, calls and answers; now and then what Mistral's templates have no place for."""
+        """Mostly user turns, calls and answers; some messages are not supported by Mistral's templates."""
         out: Chat = []
         for _ in range(self.draw.randrange(1, 5)):
             if not out or out[-1]["role"] == "user" or self.chance(0.03):
@@ -109,7 +109,7 @@ class Drawing:
         return out
 
     def offered(self) -> Any:
-        """Tools, some with fields that the template has no place for."""
+        """Tools, some with fields that the template ignores."""
         if not self.tools or self.chance(0.6):
             return None
         schema = {"type": "object", "properties": {"b": {"type": "string", "description": self.text()}, "a": {}}}

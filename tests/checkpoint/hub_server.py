@@ -1,7 +1,7 @@
-"""A look-alike of the hub on loopback: what huggingface_hub asks when it lists and downloads a model.
+"""A hub server on loopback: the requests of huggingface_hub that list and download a model.
 
-It counts what was asked for, honours Range, can cut a connection once in the middle of a file, and can
-hide a repository behind a gate.
+It records requests, supports Range, can drop a connection once in the middle of a file, and can serve a gated
+repository.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHA = "5" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repos` (id -> folder); everything asked for is in `asked` as (method, path, Range header)."""
+    """Serves `repos` (id -> folder); `asked` logs each request as (method, path, Range header)."""
 
     daemon_threads = True
 
@@ -36,7 +36,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def downloads(self) -> list[str]:
-        """The files that were asked for, each once, in order of their names."""
+        """The requested files, sorted, without duplicates."""
         return sorted(
             {path.rsplit("/", 1)[1] for method, path, _ in self.asked if method == "GET" and "resolve" in path}
         )
@@ -121,7 +121,7 @@ def _etag(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def serving(repos: dict[str, pathlib.Path]) -> Iterator[Hub]:
-    """A hub that runs while the block does."""
+    """Run a hub server for the duration of the block."""
     hub = Hub(repos)
     thread = threading.Thread(target=hub.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""The configuration files of every release of Mistral 7B, in both forms, and what they mean."""
+"""The configuration files of every Mistral 7B release, in both formats, and their ModelArgs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PARAMS: dict[str, Any] = {
 }  # fmt: skip
 
 V1, V2, V3 = ModelArgs.v0_1(), ModelArgs.v0_2(), ModelArgs.v0_3()
-# name: (file, its content, what it means)
+# name: (file, content, expected ModelArgs)
 RELEASES: dict[str, tuple[str, dict[str, Any], ModelArgs]] = {
     "v0.1 base, Hugging Face": ("config.json", _V1_HF, V1),
     "v0.1 instruct, Hugging Face": ("config.json", {**_V1_HF, "transformers_version": "4.34.0.dev0"}, V1),
@@ -50,7 +50,7 @@ RELEASES: dict[str, tuple[str, dict[str, Any], ModelArgs]] = {
 
 
 def transformers_5(old: dict[str, Any]) -> dict[str, Any]:
-    """The same config.json as transformers 5 would write it."""
+    """The same config.json as written by transformers 5."""
     new = {k: v for k, v in old.items() if k not in ("rope_theta", "torch_dtype")}
     new["rope_parameters"] = {"rope_theta": old["rope_theta"], "rope_type": "default"}
     return {**new, "dtype": old["torch_dtype"]}

@@ -1,4 +1,4 @@
-"""Damaged, contradictory and malicious files: one CheckpointError, naming file and tensor, and no model."""
+"""Damaged, inconsistent and malicious files raise a CheckpointError naming file and tensor."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_model
 
@@ -30,7 +31,7 @@ Q1 = "model.layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A good checkpoint in each layout: one (single file), many (shards), mistral."""
+    """A valid checkpoint in each layout: one (single file), many (shards), mistral."""
     folder = tmp_path_factory.mktemp("originals")
     model = tiny_model()
     model.save_pretrained(folder / "one")
@@ -45,20 +46,19 @@ def copies(originals: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "copies"
 
 
-def refused(path: pathlib.Path, *said: str) -> None:
-    """Loading and converting both fail with one error that says all of this, and nothing is left."""
+def rejected(path: pathlib.Path, place: pathlib.Path, field: str | None = None) -> None:
+    """Check that loading and converting raise an error about this file or folder, and leave nothing."""
     out = path.parent / "converted"
     before = set(path.parent.iterdir())
     for attempt in (lambda: Mistral7B.from_pretrained(path), lambda: convert(path, out, to="mistral")):
-        with pytest.raises(CheckpointError) as error:
+        with refused(CheckpointError, field=field) as error:
             attempt()
-        for words in said:
-            assert words in str(error.value)
+        assert pathlib.Path(str(error.value.place)).is_relative_to(place)
     assert set(path.parent.iterdir()) == before
 
 
 def rewrite(path: pathlib.Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the tensors of a safetensors file, or the object in a JSON file, in place."""
+    """Modify the tensors of a safetensors file, or the object of a JSON file, in place."""
     if path.suffix == ".json":
         data = json.loads(path.read_text())
         change(data)
@@ -78,13 +78,13 @@ def test_truncated_safetensors(copies: pathlib.Path, keep: float) -> None:
     for path in (copies / "one" / "model.safetensors", shard_of(copies / "many", Q1)):
         raw = path.read_bytes()
         path.write_bytes(raw[: int(len(raw) * keep) if keep == 0.5 else int(keep)])
-        refused(path.parent, path.name)
+        rejected(path.parent, path)
 
 
 def test_longer_than_its_header_says(copies: pathlib.Path) -> None:
     path = copies / "one" / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"\0" * 8)
-    refused(copies / "one", path.name)
+    rejected(copies / "one", path)
 
 
 def test_a_missing_shard(copies: pathlib.Path) -> None:
@@ -93,14 +93,14 @@ def test_a_missing_shard(copies: pathlib.Path) -> None:
         t for t, f in json.loads((copies / "many" / INDEX).read_text())["weight_map"].items() if f == shard.name
     )
     shard.unlink()
-    refused(copies / "many", shard.name, first, "missing")
+    rejected(copies / "many", shard, first)
 
 
 def test_a_tensor_in_two_shards(copies: pathlib.Path) -> None:
     folder = copies / "many"
     other = shard_of(folder, "lm_head.weight")
     rewrite(other, lambda t: t.update({Q1: load_file(shard_of(folder, Q1))[Q1]}))
-    refused(folder, Q1, other.name)
+    rejected(folder, other, Q1)
 
 
 def test_an_index_that_names_a_tensor_twice(copies: pathlib.Path) -> None:
@@ -109,7 +109,7 @@ def test_an_index_that_names_a_tensor_twice(copies: pathlib.Path) -> None:
         '"weight_map": {', f'"weight_map": {{"{Q1}": "model-00001-of-00005.safetensors",', 1
     )
     path.write_text(text)
-    refused(copies / "many", INDEX, Q1, "twice")
+    rejected(copies / "many", path, Q1)
 
 
 def test_a_header_that_names_a_tensor_twice(copies: pathlib.Path) -> None:
@@ -118,46 +118,51 @@ def test_a_header_that_names_a_tensor_twice(copies: pathlib.Path) -> None:
     length = struct.unpack("<Q", raw[:8])[0]
     header = raw[8 : 8 + length].rstrip().replace(b'"model.norm.weight"', b'"lm_head.weight"')
     path.write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
-    refused(copies / "one", path.name)
+    rejected(copies / "one", path)
 
 
 def test_an_index_that_disagrees_with_its_shards(copies: pathlib.Path) -> None:
     folder = copies / "many"
     other = shard_of(folder, "lm_head.weight").name
     rewrite(folder / INDEX, lambda d: d["weight_map"].update({Q1: other}))
-    refused(folder, Q1, INDEX)
+    rejected(folder, folder, Q1)
     rewrite(folder / INDEX, lambda d: d["weight_map"].pop(Q1))
-    refused(folder, Q1, INDEX)
+    rejected(folder, folder, Q1)
     rewrite(folder / INDEX, lambda d: d["weight_map"].update({Q1: other, "model.extra.weight": other}))
-    refused(folder, INDEX)
+    rejected(folder, folder)
 
 
 @pytest.mark.parametrize("place", ["../one/model.safetensors", "/etc/passwd", "..", "", 7])
 def test_an_index_that_leads_out_of_its_folder(copies: pathlib.Path, place: Any) -> None:
     rewrite(copies / "many" / INDEX, lambda d: d["weight_map"].update({Q1: place}))
-    refused(copies / "many", INDEX)
+    rejected(copies / "many", copies / "many" / INDEX)
 
 
-CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str | None]] = {
     "wrong shape": (lambda t: t.update({Q1: t[Q1][:-1]}), Q1),
     "transposed": (lambda t: t.update({Q1: t[Q1].t()}), Q1),
     "scalar": (lambda t: t.update({Q1: t[Q1][0, 0]}), Q1),
-    "unknown tensor": (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": t[Q1][0]}), "q_proj.bias"),
+    "unknown tensor": (
+        lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": t[Q1][0]}),
+        "model.layers.1.self_attn.q_proj.bias",
+    ),
     "missing tensor": (lambda t: t.pop(Q1), Q1),
     "one layer too many": (lambda t: t.update({Q1.replace("1", "2"): t[Q1]}), Q1.replace("1", "2")),
     "whole numbers": (lambda t: t.update({Q1: t[Q1].to(torch.int8)}), Q1),
     "another model": (
         lambda t: (t.clear(), t.update({"transformer.wte.weight": torch.ones(2)})),
-        "transformer.wte",
+        None,
     ),
-    "empty": (lambda t: t.clear(), "no tensor"),
+    "empty": (lambda t: t.clear(), None),
 }
 
 
-@pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=CHANGES)
-def test_tensors_that_do_not_fit(copies: pathlib.Path, change: Callable[[dict[str, Any]], Any], said: str) -> None:
+@pytest.mark.parametrize(("change", "field"), CHANGES.values(), ids=CHANGES)
+def test_tensors_that_do_not_fit(
+    copies: pathlib.Path, change: Callable[[dict[str, Any]], Any], field: str | None
+) -> None:
     rewrite(copies / "one" / "model.safetensors", change)
-    refused(copies / "one", said, str(copies / "one"))
+    rejected(copies / "one", copies / "one", field)
 
 
 @pytest.mark.parametrize(
@@ -168,22 +173,22 @@ def test_tensors_that_do_not_fit(copies: pathlib.Path, change: Callable[[dict[st
 )  # fmt: skip
 def test_a_config_that_does_not_fit(copies: pathlib.Path, field: str, value: Any) -> None:
     rewrite(copies / "one" / "config.json", lambda d: d.update({field: value}))
-    refused(copies / "one", str(copies / "one"))
+    rejected(copies / "one", copies / "one")
 
 
 def test_what_is_no_checkpoint(tmp_path: pathlib.Path, copies: pathlib.Path) -> None:
     empty = tmp_path / "empty" / "folder"
     empty.mkdir(parents=True)
-    refused(empty, str(empty), "no weights")
-    refused(empty / "nothing", "no such file or folder")
+    rejected(empty, empty)
+    rejected(empty / "nothing", empty / "nothing")
     (copies / "one" / "config.json").unlink()
-    refused(copies / "one", "neither config.json nor params.json")
+    rejected(copies / "one", copies / "one")
     (copies / "many" / "notes.txt").write_text("hello")
-    refused(copies / "many" / "notes.txt", "notes.txt")
+    rejected(copies / "many" / "notes.txt", copies / "many" / "notes.txt")
 
 
 class Trap:
-    """Pickled, it makes a file when it is opened carelessly."""
+    """Its pickle creates a file when it is loaded unsafely."""
 
     def __init__(self, evidence: pathlib.Path) -> None:
         self.evidence = evidence
@@ -203,10 +208,10 @@ def test_trap_23_a_malicious_pickle_is_refused_and_not_run(copies: pathlib.Path,
         path.write_bytes(pickle.dumps(state))
     else:
         torch.save(state, path)
-    refused(folder, path.name)
+    rejected(folder, path)
     assert not evidence.exists()
     torch.load(path, weights_only=False) if not bare else pickle.loads(path.read_bytes())
-    assert evidence.exists()  # the trap was armed
+    assert evidence.exists()  # the pickle is indeed malicious
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"norm.weight": "text"}, {3: torch.ones(2)}, torch.ones(2)])
@@ -214,7 +219,7 @@ def test_a_pickle_of_something_else(copies: pathlib.Path, content: Any) -> None:
     folder = copies / "mistral"
     (folder / "consolidated.safetensors").unlink()
     torch.save(content, folder / "consolidated.00.pth")
-    refused(folder, "consolidated.00.pth")
+    rejected(folder, folder / "consolidated.00.pth")
 
 
 def test_a_pickle_cut_short_compressed_or_old(copies: pathlib.Path) -> None:
@@ -226,15 +231,15 @@ def test_a_pickle_cut_short_compressed_or_old(copies: pathlib.Path) -> None:
     assert Mistral7B.from_pretrained(folder).args == TINY
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refused(folder, path.name)
+    rejected(folder, path)
     path.write_bytes(whole)
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(folder / "new", "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.namelist():
             new.writestr(entry, old.read(entry))
     (folder / "new").replace(path)
-    refused(folder, path.name)
+    rejected(folder, path)
     torch.save(state, path, _use_new_zipfile_serialization=False)
-    refused(folder, path.name, "PyTorch before 1.6")
+    rejected(folder, path)
 
 
 FUZZ = settings(
@@ -313,7 +318,7 @@ def test_fuzzed_pickles(originals: pathlib.Path, copies: pathlib.Path, edits: li
         torch.save(tiny_model().state_dict(), whole)
     raw = bytearray(whole.read_bytes())
     for place, value in edits:
-        # In the pickle at the beginning, or the directory at the end.
+        # In the pickle at the start, or in the zip directory at the end.
         raw[place % 4000 if place % 2 else -1 - place % 2000] = value
     (folder / "consolidated.00.pth").write_bytes(raw)
     opens_or_says_why(folder)

@@ -1,7 +1,7 @@
-"""The chat templates in GGUF files: a conversation rendered and tokenised has the ids that encode_chat gives it.
+"""Chat templates of GGUF files: a rendered and tokenized conversation has encode_chat's ids.
 
-Rendered as transformers and llama.cpp do, and tokenised as llama.cpp does: names of special tokens in the rendered
-text are these tokens, and what stands between two of them is encoded as a text of its own.
+Rendering follows transformers and llama.cpp, tokenization follows llama.cpp: names of special tokens in the
+rendered text become these tokens, and the text between two of them is encoded separately.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def raise_exception(message: str) -> None:
 
 
 def environment(**options: bool) -> jinja2.Environment:
-    """As transformers makes it."""
+    """The Jinja environment of transformers."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)  # type: ignore[arg-type]
     made.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     made.globals["raise_exception"] = raise_exception
@@ -43,7 +43,7 @@ def environment(**options: bool) -> jinja2.Environment:
 
 
 class Written:
-    """A template as it is written, and the vocabulary as llama.cpp cuts text by it."""
+    """A template as written to GGUF, and llama.cpp's tokenization with the vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         keys = gguf_tokenizer.metadata(tokenizer.path, tokenizer.vocab_size)
@@ -73,11 +73,11 @@ class Written:
 
 WRITTEN = {version: Written(tokenizer) for version, tokenizer in OURS.items()}
 
-# ------------------------------------------------------------------ what a template cannot say
+# ------------------------------------------------------------------ unsupported conversations
 
 
 def unspeakable(text: str) -> bool:
-    """Whether a text is JSON that a template cannot spell as Python's json.dumps does: exactly this is refused."""
+    """Return whether a text is JSON that a template cannot format as json.dumps does (and must reject)."""
     found: list[bool] = []
 
     def pairs(given: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def unspeakable(text: str) -> bool:
 
 
 def inexpressible(version: str, chat: Chat, tools: Any) -> bool:
-    """Whether a template must refuse a conversation that can be encoded."""
+    """Return whether a template must reject a conversation that encode_chat accepts."""
     last = max(i for i, m in enumerate(chat) if m["role"] == "user")
     texts, ids = [json.dumps(tools, ensure_ascii=False)], []
     for i, m in enumerate(chat):
@@ -115,7 +115,7 @@ def inexpressible(version: str, chat: Chat, tools: Any) -> bool:
         if any(map(unspeakable, read)):
             return True
     named = any(not re.fullmatch("[a-zA-Z0-9]{9}", name) for name in ids)
-    # [control_8] and its like are known by what they begin with.
+    # Tokens such as [control_8] are matched by their prefix.
     names = {re.sub(r"^(\[(control|REFERENCE_DOC)_)\d+\]$", r"\1", name) for name in WRITTEN[version].special}
     return (named and version != "v2") or any(name in text for text in texts for name in names)
 
@@ -146,7 +146,7 @@ MUTATED = '{}[]",:\\/ \n\t0123456789.-+eEu_tnafNI"é'
 
 
 def test_a_text_is_reread_as_json_dumps_of_json_loads() -> None:
-    """Texts that are JSON, and texts that are it but for a character or two."""
+    """Valid JSON, and JSON with one or two changed characters."""
     draw, drawing, counts = random.Random(0), Drawing(0, "v3"), [0, 0, 0]
     macro = environment().from_string(chat_templates.JSON + "{{ reread(text) }}")
     for _ in range(1500):
@@ -171,7 +171,7 @@ def test_a_text_is_reread_as_json_dumps_of_json_loads() -> None:
     assert min(counts) > 100, counts
 
 
-# ------------------------------------------------------------------ one by one
+# ------------------------------------------------------------------ single cases
 
 USER: dict[str, Any] = {"role": "user", "content": "Hi"}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": '{"x":1}'}}
@@ -201,7 +201,7 @@ REFUSED: list[tuple[str, Chat, str]] = [
     ("v3", [USER, CALLED, {**RESULT, "content": '["\\u00e9"]'}], "JSON with escapes other than"),
     ("v3", [USER, CALLED, {**RESULT, "content": "1.50"}], "JSON with the number 1.50"),
     ("v3", [USER, CALLED, {**RESULT, "content": '{"a": 1, "a": 2}'}], "JSON with a key twice"),
-    # What encode_chat refuses too:
+    # Also rejected by encode_chat:
     ("v1", [USER, CALLED, RESULT], "know no tools"),
     ("v1", [{"role": "system", "content": "Hi"}], "no message with role 'user'"),
     ("v3", [{"role": "system", "content": "Hi"}], "no message with role 'user'"),
@@ -225,7 +225,7 @@ def test_what_is_refused_says_why(version: str, chat: Chat, said: str) -> None:
 
 @pytest.mark.parametrize("method", ["strip", "lstrip", "rstrip"])
 def test_an_engine_that_cannot_strip_characters_is_refused(method: str) -> None:
-    """The Jinja of transformers.js strips blanks, whatever it is told to, and would render something else."""
+    """The Jinja of transformers.js ignores strip's argument, and would render other text."""
     source = re.sub(rf"\.{method}\([^)]+\)", f".{method}()", WRITTEN["v3"].source)
     assert source != WRITTEN["v3"].source
     with pytest.raises(jinja2.TemplateError, match="that take the characters to strip"):
@@ -235,7 +235,7 @@ def test_an_engine_that_cannot_strip_characters_is_refused(method: str) -> None:
 @every
 @pytest.mark.parametrize("text", ["It will be", "It will be ", " a \n ", "   ", "\n"])
 def test_transformers_continues_a_last_message_as_given(version: str, text: str) -> None:
-    """With continue_final_message, which marks the text's end and cuts there: it must not have been stripped."""
+    """continue_final_message cuts the rendered text at the last message, which must not be stripped."""
     rendering = pytest.importorskip("transformers.utils.chat_template_utils")
     written, last = WRITTEN[version], {"role": "assistant", "content": text}
     (found,), _ = rendering.render_jinja_template(
@@ -250,7 +250,7 @@ def test_transformers_continues_a_last_message_as_given(version: str, text: str)
 
 
 def test_llama_cpp_finds_what_it_looks_for() -> None:
-    """It tries what a template can by a conversation that no model would have: a call without its result."""
+    """llama.cpp probes a template with a call without its result."""
     sources = {version: written.source for version, written in WRITTEN.items()}
     for version in ("v2", "v3", "v7", "demo"):
         second = {**CALL, "id": "call00002"}
@@ -280,7 +280,7 @@ def test_the_vocabulary_is_read_back_with_its_version(version: str, tmp_path: pa
 
 
 def test_tokens_of_a_users_own_are_special_too() -> None:
-    """Names are literals in the template, whatever characters they have; numbered ones are known by their stem."""
+    """Token names are literals in the template for any characters; numbered names share a prefix."""
     names = ["<|im_start|>", "it's", 'a"b', "\\n", "[THING_12]", "7]"]
     template = environment().from_string(chat_templates.chat_template("v1", names))
     for name in ["<|im_start|>", "it's", 'a"b', "\\n", "[THING_", "7]"]:

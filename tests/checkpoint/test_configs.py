@@ -1,4 +1,4 @@
-"""Trap 8: what each release's configuration means, and which ones are refused."""
+"""The ModelArgs of each release's configuration, and invalid configurations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import pytest
+from refusals import refused
 from releases import RELEASES, V1, V2, transformers_5
 
 from mistral_7b import CheckpointError, ModelArgs
@@ -71,12 +72,12 @@ DISAGREEING = {
 
 @pytest.mark.parametrize("data", DISAGREEING.values(), ids=DISAGREEING)
 def test_trap_08_two_fields_that_disagree_are_refused(tmp_path: pathlib.Path, data: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json.* but .*correct or remove one"):
+    with refused(CheckpointError, place=tmp_path / "config.json"):
         args_of(tmp_path, data)
 
 
 def test_trap_08_two_windows_that_disagree_are_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(CheckpointError, match=r"params\.json.*'sliding_window' is 8 but '_sliding_window' is 16"):
+    with refused(CheckpointError, field="sliding_window", place=tmp_path / "params.json"):
         args_of(tmp_path, {**PARAMS, "sliding_window": 8, "_sliding_window": 16}, "params.json")
     assert (
         args_of(tmp_path, {**PARAMS, "sliding_window": 8, "_sliding_window": 8}, "params.json").sliding_window == 8
@@ -85,7 +86,7 @@ def test_trap_08_two_windows_that_disagree_are_refused(tmp_path: pathlib.Path) -
 
 def test_trap_08_one_field_given_twice_is_refused(tmp_path: pathlib.Path) -> None:
     text = json.dumps(HF_V1)[:-1] + ', "rope_theta": 1000000.0}'
-    with pytest.raises(CheckpointError, match=r"config\.json: 'rope_theta' is given twice"):
+    with refused(CheckpointError, field="rope_theta", place=tmp_path / "config.json"):
         args_of(tmp_path, text)
 
 
@@ -94,18 +95,18 @@ def test_fields_that_agree_in_old_and_new_style_are_fine(tmp_path: pathlib.Path)
 
 
 REFUSED = {
-    "NaN": ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' is nan"),
-    "NaN inside": ({"rope_parameters": {"rope_theta": float("inf")}}, "'rope_parameters.rope_theta' is inf"),
-    "overflow": ({"rope_theta": 10**400}, r"config\.json"),
+    "NaN": ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    "NaN inside": ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_parameters.rope_theta"),
+    "overflow": ({"rope_theta": 10**400}, None),
     "text for a number": ({"hidden_size": "4096"}, "head_dim"),
     "float for a whole number": ({"num_hidden_layers": 32.5}, "n_layers"),
     "negative": ({"intermediate_size": -1}, "hidden_dim"),
     "window of none": ({"sliding_window": 0}, "sliding_window"),
-    "heads that do not divide": ({"num_key_value_heads": 5}, "n_kv_heads"),
-    "no eps": ({"rms_norm_eps": None}, "'rms_norm_eps' is missing"),
-    "another architecture": ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*MistralForCausalLM"),
+    "heads that do not divide": ({"num_key_value_heads": 5}, "n_heads"),
+    "no eps": ({"rms_norm_eps": None}, "rms_norm_eps"),
+    "another architecture": ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
     "a classifier": ({"architectures": ["MistralForSequenceClassification"]}, "architectures"),
-    "another model": ({"model_type": "mixtral"}, "mixtral"),
+    "another model": ({"model_type": "mixtral"}, "model_type"),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     "scaled RoPE": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     "YaRN": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters"),
@@ -118,18 +119,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("change", "field"), REFUSED.values(), ids=REFUSED)
 def test_configs_that_cannot_be_are_refused_by_name(
-    tmp_path: pathlib.Path, change: dict[str, Any], message: str
+    tmp_path: pathlib.Path, change: dict[str, Any], field: str | None
 ) -> None:
-    with pytest.raises(CheckpointError, match=message) as error:
+    with refused(CheckpointError, field=field, place=tmp_path / "config.json"):
         args_of(tmp_path, {**HF_V1, **change})
-    assert "config.json" in str(error.value)
 
 
 @pytest.mark.parametrize("change", [{"moe": {"num_experts": 8}}, {"vision_encoder": {}}, {"dim": None}])
 def test_params_that_cannot_be_are_refused(tmp_path: pathlib.Path, change: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=rf"params\.json.*{next(iter(change))}"):
+    with refused(CheckpointError, field=next(iter(change)), place=tmp_path / "params.json"):
         args_of(tmp_path, {**PARAMS, **change}, "params.json")
 
 
@@ -140,7 +140,7 @@ def test_unknown_params_are_warned_of(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", '{"a": 1}', "[" * 100_000])
 def test_what_is_no_config_is_refused(tmp_path: pathlib.Path, text: str) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with refused(CheckpointError, place=tmp_path / "config.json"):
         args_of(tmp_path, text)
 
 

@@ -1,4 +1,4 @@
-"""Quantised models elsewhere than on a CPU: which Linears they get, and what is refused. Meta stands for a GPU."""
+"""Quantized models on other devices: their Linears, and errors. Meta stands in for a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from refusals import refused
 from tiny import TINY, tiny_model, tokens_of
 from torch import nn
 
@@ -34,7 +35,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def products(model: Mistral7B) -> dict[type[nn.Module], int]:
-    """How many there are of each kind of Linear and embedding."""
+    """Count each type of Linear and embedding."""
     kinds = (nn.Linear, nn.Embedding, GpuInt8Linear, GpuInt4Linear, Fp8Linear, Int8Embedding)
     return dict(Counter(type(m) for m in model.modules() if isinstance(m, kinds) or hasattr(m, "in_features")))
 
@@ -57,7 +58,7 @@ def test_opened_on_a_gpu_every_linear_is_for_gpus(
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4"), Scheme("int4", 32, symmetric=True)], ids=str)
 def test_a_weight_rounded_for_a_gpu_is_the_one_in_a_file(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the scheme or through `to_gpu`, the same modules with the same values."""
+    """The scheme and `to_gpu` give the same modules with the same values."""
     monkeypatch.setattr(schemes, "row_by_row", lambda linear, device: row_by_row(linear, "cpu"))
     model = quantize_model(tiny_model(dtype=torch.bfloat16), scheme)
     to_gpu(model, "cpu")
@@ -75,7 +76,7 @@ def test_fp8_computes_what_it_should(plain: pathlib.Path, monkeypatch: pytest.Mo
     assert products(model) == MADE["fp8"]
     with torch.inference_mode():
         wanted, got = load(plain)(TEXT)[0], model(TEXT)[0]
-    assert 1e-3 < (got - wanted).norm() / wanted.norm() < 0.3  # random weights are the worst there are
+    assert 1e-3 < (got - wanted).norm() / wanted.norm() < 0.3  # random weights are the worst case
 
 
 def test_what_a_device_cannot_do_is_refused(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -86,7 +87,7 @@ def test_what_a_device_cannot_do_is_refused(plain: pathlib.Path, tmp_path: pathl
         lambda: random_model(TINY, "fp8"),
         lambda: quantize_model(model, "fp8"),
     ):
-        with pytest.raises(QuantizationError, match=r"fp8 needs an NVIDIA GPU .* 8\.9 or later .* take int8"):
+        with refused(QuantizationError, field="quantization"):
             act()
     assert isinstance(model.output, nn.Linear)
     quantize(plain, tmp_path / "int8", "int8", TEXT, "a text")
@@ -94,5 +95,5 @@ def test_what_a_device_cannot_do_is_refused(plain: pathlib.Path, tmp_path: pathl
         lambda: load(plain, quantization="int4", device="mps"),
         lambda: load(tmp_path / "int8", device="mps"),
     ):
-        with pytest.raises(QuantizationError, match="a CPU or an NVIDIA GPU, not on mps"):
+        with refused(QuantizationError, field="device"):
             act()

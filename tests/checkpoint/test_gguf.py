@@ -1,4 +1,4 @@
-"""GGUF in and out: to the bit among our formats, against the gguf package's reader and writer, and in error."""
+"""Reading and writing GGUF: bit-identical, compared with the gguf package, and errors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
+from refusals import refused
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
 
 from mistral_7b import CheckpointError, Mistral7B, ModelArgs, TokenizerError
@@ -27,7 +28,7 @@ from mistral_7b.checkpoint.names import expected, rename
 from mistral_7b.checkpoint.reading import open_checkpoint
 from mistral_7b.quantization.linear import BlockLinear
 
-# All sizes different, and rows of 32's multiples, so that every type of block fits but the K ones.
+# All sizes differ, and rows are multiples of 32, so that all block types but K types fit.
 NARROW = tiny_args(dim=64, head_dim=32, n_heads=4, n_kv_heads=2, hidden_dim=96)
 CONFIGS = {
     "window": TINY,
@@ -38,7 +39,7 @@ CONFIGS = {
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:no tokenizer.model lies beside"),
-    pytest.mark.filterwarnings("ignore:.*theta 1e4 as in v0.1"),  # where it is the subject, it is caught
+    pytest.mark.filterwarnings("ignore:.*theta 1e4 as in v0.1"),  # tests of this warning catch it
 ]
 
 
@@ -47,7 +48,7 @@ def opened(path: pathlib.Path, dtype: torch.dtype = torch.float32) -> Mistral7B:
 
 
 def weights_of(model: Mistral7B) -> dict[str, torch.Tensor]:
-    """All weights by Mistral's names; of blocks that are kept, the values that they stand for."""
+    """All weights by Mistral's names; blocks are dequantized."""
     out = {name: value for name, value in model.state_dict().items() if name.endswith("weight")}
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, BlockLinear)}
     return out | {f"{name}.weight": m.dequantized().to(model.norm.weight.dtype) for name, m in blocks.items()}
@@ -128,7 +129,7 @@ def their_file(
     path: pathlib.Path, args: ModelArgs, change: Callable[[gguf.GGUFWriter], None] = lambda w: None,
     kinds: Callable[[str], str] = lambda name: "F32", arch: str = "llama", **keys: Any,
 ) -> Mistral7B:  # fmt: skip
-    """A file as converters write it, by the gguf package; `keys` replaces keys, None leaves one out."""
+    """A file as converters write it, by the gguf package; `keys` replaces keys, None omits one."""
     model = tiny_model(args)
     values = {
         "context_length": args.max_seq_len, "embedding_length": args.dim, "block_count": args.n_layers,
@@ -187,7 +188,7 @@ def test_blocks_are_handed_out_as_they_lie(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_converting_to_gguf_keeps_blocks_to_the_bit(tmp_path: pathlib.Path, kind: str) -> None:
-    """Also those that quantising anew would not give: here every code is far from its block's largest."""
+    """Blocks that requantization would change: every code is far from its block's maximum."""
 
     def weak(writer: gguf.GGUFWriter) -> None:
         for tensor in writer.tensors[0].values():
@@ -225,7 +226,7 @@ def test_v0_1_has_its_window_with_a_notice_and_later_ones_none(tmp_path: pathlib
 
 
 def test_what_older_converters_left_out(tmp_path: pathlib.Path) -> None:
-    args = tiny_args(dim=60, sliding_window=None, rope_theta=1e6)  # 6 heads of 10, as dim / heads has it
+    args = tiny_args(dim=60, sliding_window=None, rope_theta=1e6)  # 6 heads of width 10 = dim / heads
     left_out = dict.fromkeys(("attention__key_length", "attention__value_length", "vocab_size"))
     their_file(tmp_path / "x.gguf", args, **left_out)
     assert read_args(tmp_path / "x.gguf")[0] == args
@@ -239,47 +240,46 @@ def test_what_older_converters_left_out(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "field"),
     [
-        ({"arch": "qwen2"}, "'general.architecture' is 'qwen2'; only 'llama'"),
-        ({"expert_count": 8}, "'expert_count' is 8, which Mistral 7B does not have"),
-        ({"rope__scaling__type": "yarn"}, "'rope.scaling.type' is \"yarn\""),
-        ({"rope__scaling__factor": 4.0}, "'rope.scaling.factor' is 4.0"),
-        ({"rope__scale_linear": 2.0}, "'rope.scale_linear' is 2.0"),
-        ({"attention__head_count": [6, 6]}, "ModelArgs.n_heads must be a whole number"),
-        ({"attention__head_count_kv": 4}, "n_heads (6) must be a multiple of n_kv_heads (4)"),
-        ({"embedding_length": None}, "'embedding_length' is missing"),
-        ({"embedding_length": "many"}, "ModelArgs.dim must be a whole number"),
-        ({"block_count": 3}, "tensor 'blk.2.attn_norm.weight' is missing"),
-        ({"block_count": 1}, "'blk.1.attn_norm.weight' lies beyond the 1 layers"),
-        ({"feed_forward_length": 57}, "tensor 'blk.0.ffn_gate.weight' is of shape (56, 40)"),
-        ({"rope__dimension_count": 8}, "heads of different widths"),
-        ({"attention__value_length": 8}, "heads of different widths"),
-        ({"attention__layer_norm_rms_epsilon": float("nan")}, "ModelArgs.norm_eps must be a finite number"),
-        ({"attention__causal": False}, "'attention.causal' is false"),
+        ({"arch": "qwen2"}, "general.architecture"),
+        ({"expert_count": 8}, "expert_count"),
+        ({"rope__scaling__type": "yarn"}, "rope.scaling.type"),
+        ({"rope__scaling__factor": 4.0}, "rope.scaling.factor"),
+        ({"rope__scale_linear": 2.0}, "rope.scale_linear"),
+        ({"attention__head_count": [6, 6]}, "n_heads"),
+        ({"attention__head_count_kv": 4}, "n_heads"),
+        ({"embedding_length": None}, "embedding_length"),
+        ({"embedding_length": "many"}, "dim"),
+        ({"block_count": 3}, "blk.2.attn_norm.weight"),
+        ({"block_count": 1}, "blk.1.attn_norm.weight"),
+        ({"feed_forward_length": 57}, "blk.0.ffn_gate.weight"),
+        ({"rope__dimension_count": 8}, None),
+        ({"attention__value_length": 8}, None),
+        ({"attention__layer_norm_rms_epsilon": float("nan")}, "norm_eps"),
+        ({"attention__causal": False}, "attention.causal"),
     ],
 )  # fmt: skip
-def test_what_is_no_mistral_is_refused_by_name(tmp_path: pathlib.Path, keys: dict[str, Any], said: str) -> None:
+def test_what_is_no_mistral_is_refused_by_name(
+    tmp_path: pathlib.Path, keys: dict[str, Any], field: str | None
+) -> None:
     their_file(tmp_path / "x.gguf", TINY, **keys)
     for attempt in (read_args, opened, open_checkpoint):
-        with pytest.raises(CheckpointError) as error:
+        with refused(CheckpointError, field=field, place=tmp_path / "x.gguf"):
             attempt(tmp_path / "x.gguf")
-        assert said in str(error.value)
-        assert "x.gguf" in str(error.value)
 
 
 def test_other_things_that_change_what_is_computed(tmp_path: pathlib.Path) -> None:
-    for name, add, said in (
-        ("bias", ("blk.0.attn_q.bias", np.ones(60, dtype=np.float32)), "'blk.0.attn_q.bias' is unknown"),
-        ("freqs", ("rope_freqs.weight", np.full(5, 8, dtype=np.float32)), "'rope_freqs.weight' scales"),
-        ("moe", ("blk.0.ffn_gate_inp.weight", np.ones((8, 40), dtype=np.float32)), "is unknown"),
+    for name, add in (
+        ("bias", ("blk.0.attn_q.bias", np.ones(60, dtype=np.float32))),
+        ("freqs", ("rope_freqs.weight", np.full(5, 8, dtype=np.float32))),
+        ("moe", ("blk.0.ffn_gate_inp.weight", np.ones((8, 40), dtype=np.float32))),
     ):
         their_file(tmp_path / f"{name}.gguf", TINY, lambda w, add=add: w.add_tensor(*add), rope__freq_base=1e6)
-        with pytest.raises(CheckpointError) as error:
+        with refused(CheckpointError, field=add[0], place=tmp_path / f"{name}.gguf"):
             open_checkpoint(tmp_path / f"{name}.gguf")
-        assert said in str(error.value)
     their_file(tmp_path / "part.gguf", TINY, lambda w: w.add_uint16("split.count", 3), rope__freq_base=1e6)
-    with pytest.raises(CheckpointError, match="one part of 3; join them"):
+    with refused(CheckpointError, field="split.count", place=tmp_path / "part.gguf"):
         open_checkpoint(tmp_path / "part.gguf")
     their_file(tmp_path / "odd.gguf", TINY, rope__freq_base=1e6, new_idea=1)
     with pytest.warns(UserWarning, match="'new_idea' are not known and not used"):
@@ -292,9 +292,7 @@ def test_a_type_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:
         writer.add_tensor("output2.weight", np.zeros((2, 18), dtype=np.uint8), raw_dtype=kind)
 
     their_file(tmp_path / "x.gguf", TINY, exotic)
-    with pytest.raises(
-        CheckpointError, match=r"'output2.weight' is of type IQ4_NL; those that can be read are F32"
-    ):
+    with refused(CheckpointError, field="output2.weight", place=tmp_path / "x.gguf"):
         open_checkpoint(tmp_path / "x.gguf")
 
 
@@ -312,16 +310,14 @@ def test_versions(tmp_path: pathlib.Path, raw: bytes, version: int) -> None:
     if version in (2, 3):
         assert read_args(path)[0] == NARROW
     else:
-        with pytest.raises(
-            CheckpointError, match="big-endian" if version > 4 else f"of version {version}; 2 and 3"
-        ):
+        with refused(CheckpointError, place=path):
             read_args(path)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 8, 23, 24, 30, 200, 900, -21, -53, -2000])
 def test_cut_short_anywhere(tmp_path: pathlib.Path, raw: bytes, keep: int) -> None:
     (tmp_path / "x.gguf").write_bytes(raw[:keep])
-    with pytest.raises(CheckpointError, match=r"x\.gguf"):
+    with refused(CheckpointError, place=tmp_path / "x.gguf"):
         open_checkpoint(tmp_path / "x.gguf")
 
 
@@ -346,14 +342,15 @@ def test_lengths_beyond_the_file_cost_an_error_and_no_memory(
         "offset": raw[:8] + struct.pack("<QQ", 1, 0) + key + struct.pack("<IQIQ", 1, 1, 0, size & ~31),
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content + bytes(64))
-        with pytest.raises(CheckpointError, match=name):
+        with refused(CheckpointError, place=tmp_path / name):
             open_checkpoint(tmp_path / name)
 
 
+@pytest.mark.wording
 def test_more_of_anything_than_a_file_can_mean_is_refused_at_its_number(
     tmp_path: pathlib.Path, raw: bytes
 ) -> None:
-    """Before any is read: what a file holds becomes Python objects, which are larger than it."""
+    """Limits are checked before parsing: Python objects are larger than the file."""
     head = raw[:8] + struct.pack("<QQ", 1, 1)
     for name, content in {
         "65536": raw[:8] + struct.pack("<QQ", (1 << 16) + 1, 0),
@@ -368,50 +365,48 @@ def test_more_of_anything_than_a_file_can_mean_is_refused_at_its_number(
 
 def test_tensors_named_twice_or_one_over_another(tmp_path: pathlib.Path, raw: bytes) -> None:
     (tmp_path / "twice.gguf").write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"))
-    with pytest.raises(CheckpointError, match=r"'blk.0.ffn_up.weight' is named twice"):
+    with refused(CheckpointError, field="blk.0.ffn_up.weight", place=tmp_path / "twice.gguf"):
         open_checkpoint(tmp_path / "twice.gguf")
     at = raw.index(b"output_norm.weight") + len(b"output_norm.weight") + 4 + 8 + 4
     (tmp_path / "over.gguf").write_bytes(raw[:at] + bytes(8) + raw[at + 8 :])
-    with pytest.raises(CheckpointError, match="lies over another"):
+    with refused(CheckpointError, place=tmp_path / "over.gguf"):
         open_checkpoint(tmp_path / "over.gguf")
     (tmp_path / "unaligned.gguf").write_bytes(raw[:at] + b"\1" + raw[at + 1 :])
-    with pytest.raises(CheckpointError, match="no multiple of the alignment"):
+    with refused(CheckpointError, place=tmp_path / "unaligned.gguf"):
         open_checkpoint(tmp_path / "unaligned.gguf")
 
 
 @pytest.mark.parametrize("type", ["q8_0", "q4_0"])
 def test_rows_that_make_no_blocks_are_refused_and_nothing_is_left(tmp_path: pathlib.Path, type: str) -> None:
     tiny_model(tiny_args(dim=64, hidden_dim=70)).save_pretrained(tmp_path / "in")
-    with pytest.raises(
-        CheckpointError, match=r"'layers.0.attention.wo.weight' has rows of 60, no multiple of the 32"
-    ):
+    with refused(CheckpointError, field="layers.0.attention.wo.weight"):
         convert(tmp_path / "in", tmp_path / "out" / "x.gguf", to="gguf", type=type)
     assert {p.name for p in tmp_path.iterdir()} == {"in"}
 
 
 def test_what_a_type_cannot_hold_is_refused(tmp_path: pathlib.Path) -> None:
-    for type, bad, said in (("f16", 1e5, "too large for F16"), ("q8_0", float("nan"), "cannot be Q8_0")):
+    for type, bad in (("f16", 1e5), ("q8_0", float("nan"))):
         model = tiny_model(NARROW)
         model.layers[1].feed_forward.w2.weight[3, 5] = bad
-        with pytest.raises(CheckpointError, match=rf"'layers.1.feed_forward.w2.weight' holds .*{said}"):
+        with refused(CheckpointError, field="layers.1.feed_forward.w2.weight"):
             model.save_pretrained(tmp_path / "x.gguf", format="gguf", type=type)
     tiny_model(NARROW).save_pretrained(tmp_path / "a")
-    with pytest.raises(CheckpointError, match="is not known: 'f32'"):
+    with refused(CheckpointError, field="type"):
         convert(tmp_path / "a", tmp_path / "x.gguf", to="gguf", type="q3")
-    with pytest.raises(CheckpointError, match="is chosen for GGUF alone"):
+    with refused(CheckpointError, field="type"):
         convert(tmp_path / "a", tmp_path / "b", to="mistral", type="q8_0")
     (tmp_path / "there.gguf").write_bytes(b"mine")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with refused(CheckpointError, place=tmp_path / "there.gguf"):
         convert(tmp_path / "a", tmp_path / "there.gguf", to="gguf")
     assert {p.name for p in tmp_path.iterdir()} == {"a", "there.gguf"}
 
 
 def test_a_source_whose_keys_cannot_be_written_again_is_refused(tmp_path: pathlib.Path) -> None:
     their_file(tmp_path / "x.gguf", NARROW, lambda w: w.add_int64("tokenizer.ggml.odd", -1))
-    with pytest.raises(CheckpointError, match=r"y.gguf: not written, for GGUF's keys"):
+    with refused(CheckpointError, place=tmp_path / "y.gguf"):
         convert(tmp_path / "x.gguf", tmp_path / "y.gguf", to="gguf")
     their_file(tmp_path / "z.gguf", NARROW, lambda w: w.add_tokenizer_model("llama"))
-    with pytest.raises(TokenizerError, match=r"z.gguf: 'tokenizer.ggml.tokens' is missing"):
+    with refused(TokenizerError, field="tokenizer.ggml.tokens", place=tmp_path / "z.gguf"):
         convert(tmp_path / "z.gguf", tmp_path / "out", to="mistral")
     assert {p.name for p in tmp_path.iterdir()} == {"x.gguf", "z.gguf"}
 
@@ -422,7 +417,7 @@ def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: pathlib.Path) -> Non
     assert same_bits(opened(tmp_path), model)
     assert read_args(tmp_path) == (NARROW, "gguf")
     shutil.copy(tmp_path / "x.gguf", tmp_path / "y.gguf")
-    with pytest.raises(CheckpointError, match=r"holds no weights|holds neither"):
+    with refused(CheckpointError, place=tmp_path):
         opened(tmp_path)
     (tmp_path / "y.gguf").rename(tmp_path / "renamed.bin")  # told by content, not by name
     assert same_bits(opened(tmp_path / "renamed.bin"), model)

@@ -1,4 +1,4 @@
-"""Quantised blocks to values and back, bit for bit with the gguf package, which is the oracle here."""
+"""Dequantizing and quantizing blocks, bit-identical to the gguf package (the reference)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WRITTEN = [KINDS["Q8_0"], KINDS["Q4_0"]]
 
 
 def bits(values: np.ndarray) -> np.ndarray:
-    """What must be the same: the bits of numbers, and of what is none only that."""
+    """Return the bits to compare; all NaNs are equal."""
     return np.where(np.isnan(values), 0x7FC00000, values.view(np.uint32))
 
 
@@ -30,7 +30,7 @@ def random_rows(kind: Kind, seed: int, rows: int = 37, blocks: int = 3) -> np.nd
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=20, deadline=None)
 def test_any_bytes_mean_what_they_mean_to_the_gguf_package(kind: Kind, seed: int) -> None:
-    """Random bytes have scales of every kind: negative, subnormal, infinite, not a number."""
+    """Random bytes include scales of every kind: negative, subnormal, infinite, NaN."""
     raw = random_rows(kind, seed)
     with np.errstate(all="ignore"):
         wanted = dequantize(raw, GGMLQuantizationType[kind.name])
@@ -61,7 +61,7 @@ def test_codes_and_scales_are_what_the_values_are_made_of(kind: Kind) -> None:
 
 
 def awkward(seed: int) -> np.ndarray:
-    """Rows of every size, with zeros, ties of magnitude, halves exactly between two codes."""
+    """Rows of various magnitudes, with zeros, ties of magnitude, and values halfway between codes."""
     draw = np.random.default_rng(seed)
     x = draw.standard_normal((41, 96)) * 10.0 ** draw.uniform(-12, 4, (41, 1))
     x[0] = 0

@@ -1,10 +1,10 @@
-"""GGUF files against llama.cpp itself: each reads what the other writes, and computes the same.
+"""GGUF files and llama.cpp: each reads the other's files, with equal logits.
 
-Needs llama-cpp-python (`pip install llama-cpp-python`, which builds llama.cpp; benchmarks use its source tree
-too); without it these tests are skipped. llama.cpp has no sliding window for the architecture `llama`, so
-prompts stay within it. Its arithmetic rounds activations to the type of the weights (to bfloat16, float16, or
-8 bits in blocks of 32 or 256) before every product, and this package's in float32 does not: that, and not the
-files, is what the tolerances are for. With float32 weights nothing is rounded, and they are tight.
+Skipped without llama-cpp-python (`pip install llama-cpp-python` builds llama.cpp; benchmarks also use its source
+tree). llama.cpp has no sliding window for the architecture `llama`, so that prompts stay within it. llama.cpp
+rounds activations to the type of the weights (bfloat16, float16, or 8 bits in blocks of 32 or 256) before every
+product, while this package computes in float32. The tolerances allow for this rounding; with float32 weights,
+where nothing is rounded, they are tight.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mistral_7b.checkpoint.hub import DEMO
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python to compare with llama.cpp")
 
-# The largest |difference| of logits over their standard deviation, and the largest KL of a token, in nats.
+# Maximum |difference| of logits over their standard deviation, and maximum KL of a token in nats.
 # Measured on an AMX Xeon: f32 and f16 1.2e-5, bf16 0.017, q8_0 0.052, q4_0 0.064; QUANTISED_THERE 0.16 to 0.31.
 EXACT = (2e-4, 1e-5)
 TOLERANCES = {"f32": EXACT, "f16": EXACT, "bf16": (0.05, 2e-4), "q8_0": (0.15, 2e-3), "q4_0": (0.15, 2e-3)}
@@ -51,7 +51,7 @@ def _quiet() -> None:
 
 
 def their_logits(path: pathlib.Path, tokens: list[int]) -> Tensor:
-    """llama.cpp's logits of every token, (T, V) float32; keys and values kept in float32."""
+    """Return llama.cpp's logits of every token, (T, V) float32, with a float32 KV cache."""
     model = llama_cpp.Llama(
         str(path), n_ctx=512, n_batch=512, n_ubatch=512, logits_all=True, n_threads=2, n_threads_batch=2,
         type_k=0, type_v=0, flash_attn=False, verbose=False,
@@ -63,7 +63,7 @@ def their_logits(path: pathlib.Path, tokens: list[int]) -> Tensor:
 
 
 def compared(path: pathlib.Path, theirs: Tensor, tokens: list[int], most: float, most_kl: float) -> None:
-    """Our logits in float32 of the file at `path` are near `theirs`."""
+    """Check that our float32 logits of the file at `path` are close to `theirs`."""
     ours = Mistral7B.from_pretrained(path, dtype=torch.float32)(torch.tensor(tokens)[None])[0][0].detach()
     off = float((ours - theirs).abs().max() / theirs.std())
     kl = float((theirs.log_softmax(-1).exp() * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).max())
@@ -93,7 +93,7 @@ def quantised(source: pathlib.Path, out: pathlib.Path, file_type: int) -> None:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A model with rows wide enough for every type, in float32, with a tokenizer that llama.cpp wants."""
+    """A float32 model with rows wide enough for every type, and a tokenizer for llama.cpp."""
     model = tiny_model(WIDE)
     model.source = DEMO
     path = tmp_path_factory.mktemp("wide") / "f32.gguf"
@@ -109,10 +109,10 @@ def test_we_read_their_quantised_files_as_they_do(tmp_path: pathlib.Path, wide: 
     assert any(kind.startswith(name.removesuffix("_M")) for kind in kinds)
     quantised(theirs, again, 0)  # back to float32, by llama.cpp
     plain = tmp_path / "plain.gguf"
-    convert(theirs, plain, to="gguf", type="f32")  # and by us: what is opened as it stands would keep its blocks
+    convert(theirs, plain, to="gguf", type="f32")  # dequantized by us: loading would keep its blocks
     ours = Mistral7B.from_pretrained(plain, dtype=torch.float32).state_dict()
     for tensor, value in Mistral7B.from_pretrained(again, dtype=torch.float32).state_dict().items():
-        # Equal here; a compiler that fuses d q + m rounds once less.
+        # Equal here; a compiler that fuses d q + m rounds only once.
         torch.testing.assert_close(ours[tensor], value, rtol=1e-6, atol=1e-7 * float(value.abs().max()))
     compared(plain, their_logits(again, tokens), tokens, *EXACT)
     compared(theirs, their_logits(theirs, tokens), tokens, *ROUNDED)
@@ -136,7 +136,7 @@ CHATS: tuple[list[dict[str, str]], ...] = (
 def vocabulary(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, object]:
-    """A tokenizer of ours, and llama.cpp's from a file that we wrote with it."""
+    """Our tokenizer, and llama.cpp's from a GGUF file with it."""
     folder = tmp_path_factory.mktemp("vocabulary")
     ours = Tokenizer.from_pretrained() if request.param == "demo" else getattr(Tokenizer, request.param)()
     shutil.copyfile(ours.path, folder / ("tokenizer.model" if request.param == "v1" else "tokenizer.model.v3"))
@@ -163,7 +163,7 @@ def test_trap_16_llama_cpp_gives_chats_the_ids_that_we_do(
 
 
 def test_llama_cpp_knows_the_templates_without_jinja(vocabulary: tuple[Tokenizer, Any]) -> None:
-    """By their texts: v1 puts spaces outside of [INST], v3 does not."""
+    """Compare texts: v1 puts spaces outside [INST], v3 does not."""
     ours, theirs = vocabulary
     role, content = b"user", b"Hello"
     message = llama_cpp.llama_chat_message(role, content)

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file: the ids of the SentencePiece file that it was made from, and its errors."""
+"""Tokenizers in GGUF files: the ids of the original SentencePiece file, and errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from sentencepiece import SentencePieceProcessor
 from tiny import tiny_args, tiny_model
 
@@ -36,7 +37,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, Tokenizer, Any]:
-    """A tokenizer, that which came back from a GGUF file, and the file."""
+    """A tokenizer, the one extracted from a GGUF file, and the file."""
     folder = tmp_path_factory.mktemp("vocabulary")
     name = request.param
     original = Tokenizer.from_pretrained() if name == "demo" else getattr(Tokenizer, name)()
@@ -117,7 +118,7 @@ def test_more_rows_than_tokens_are_filled_up(tmp_path: pathlib.Path) -> None:
     more = Tokenizer(tmp_path / "tokenizer.model.v3")
     assert more.vocab_size == demo.vocab_size + 3
     assert more.encode("[PAD4096] x") == demo.encode("[PAD4096] x")
-    with pytest.raises(TokenizerError, match="4096 tokens, but the model knows 4095"):
+    with refused(TokenizerError, place=demo.path):
         gguf_tokenizer.metadata(demo.path, 4095)
 
 
@@ -128,34 +129,32 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "field"),
     [
-        ("model", "gpt2", "its tokenizer is 'gpt2', and Mistral 7B's is 'llama'"),
-        ("model", None, "its tokenizer is None"),
-        ("tokens", None, "'tokenizer.ggml.tokens' is missing"),
-        ("tokens", ["<unk>", "<s>", "</s>", ""], "token 3 '' is empty"),
-        ("tokens", ["<unk>", "<s>", "</s>", "<s>"], "there already"),
-        ("tokens", ["<unk>", "<s>", "</s>"], "3 tokens, 4 scores, 4 types"),
-        ("scores", [0, 0, 0, 1], "'tokenizer.ggml.scores' is missing, or of the wrong type"),
-        ("scores", [0.0, 0.0, 0.0, float("nan")], "token 3 has score nan"),
-        ("token_type", [2, 3, 3, 7], "token 3 has score -1.0 and type 7"),
-        ("token_type", [2, 3, 3, 6], "is to be a byte"),
-        ("token_type", [1, 3, 3, 1], "0 tokens for the unknown"),
-        ("bos_token_id", 4, "'tokenizer.ggml.bos_token_id' is 4, of 4 tokens"),
-        ("eos_token_id", "2", "'tokenizer.ggml.eos_token_id' is '2'"),
+        ("model", "gpt2", "model"),
+        ("model", None, "model"),
+        ("tokens", None, "tokens"),
+        ("tokens", ["<unk>", "<s>", "</s>", ""], "tokens[3]"),
+        ("tokens", ["<unk>", "<s>", "</s>", "<s>"], "tokens[3]"),
+        ("tokens", ["<unk>", "<s>", "</s>"], "tokens"),
+        ("scores", [0, 0, 0, 1], "scores"),
+        ("scores", [0.0, 0.0, 0.0, float("nan")], "token_type[3]"),
+        ("token_type", [2, 3, 3, 7], "token_type[3]"),
+        ("token_type", [2, 3, 3, 6], "tokens[3]"),
+        ("token_type", [1, 3, 3, 1], "token_type"),
+        ("bos_token_id", 4, "bos_token_id"),
+        ("eos_token_id", "2", "eos_token_id"),
     ],
 )
-def test_one_clear_error(key: str, value: Any, said: str) -> None:
+def test_one_clear_error(key: str, value: Any, field: str) -> None:
     path = pathlib.Path("x.gguf")
     gguf_tokenizer.sentencepiece_model(path, GOOD)
-    with pytest.raises(TokenizerError) as error:
+    with refused(TokenizerError, field=f"tokenizer.ggml.{field}", place=path):
         gguf_tokenizer.sentencepiece_model(path, {**GOOD, f"tokenizer.ggml.{key}": value})
-    assert said in str(error.value)
-    assert "x.gguf" in str(error.value)
 
 
 def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces() -> None:
-    """So converters write them; SentencePiece finds one in a text only with its own sign for a space."""
+    """As written by converters; SentencePiece matches one only with its own space symbol."""
     keys = {
         **GOOD, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b c"],
         "tokenizer.ggml.scores": [0.0] * 5, "tokenizer.ggml.token_type": [2, 3, 3, 1, 4],
@@ -167,5 +166,5 @@ def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces(
 def test_a_file_without_a_tokenizer_says_so(tmp_path: pathlib.Path) -> None:
     with pytest.warns(UserWarning, match="has no tokenizer"):
         tiny_model().save_pretrained(tmp_path / "x.gguf", format="gguf")
-    with pytest.raises(TokenizerError, match="its tokenizer is 'none'"):
+    with refused(TokenizerError, field="tokenizer.ggml.model", place=tmp_path / "x.gguf"):
         Tokenizer.from_pretrained(tmp_path / "x.gguf")

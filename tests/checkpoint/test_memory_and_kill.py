@@ -1,4 +1,4 @@
-"""What loading and converting hold in memory, and what a killed conversion leaves behind."""
+"""Memory of loading and converting, and the remains of a killed conversion."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from refusals import refused
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import CheckpointError, Mistral7B, ModelArgs, WriteError
@@ -141,11 +142,11 @@ def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path: pathlib.Path, t
     (rest,) = [path for path in tmp_path.iterdir() if path.name != "source"]
     assert rest.name.startswith(".out.partial-")
     written = list(rest.iterdir()) if rest.is_dir() else [rest]
-    assert any(path.suffix == ".safetensors" or to == "gguf" for path in written)  # it was in the middle of it
+    assert any(path.suffix == ".safetensors" or to == "gguf" for path in written)  # it was killed while writing
     for path in (rest, *written):
         with pytest.raises(CheckpointError):
             Mistral7B.from_pretrained(path)
-    convert(tmp_path / "source", out, to=to)  # and what it left is in nobody's way
+    convert(tmp_path / "source", out, to=to)  # the remains do not prevent a new run
     assert Mistral7B.from_pretrained(out).args == tiny_args()
 
 
@@ -173,7 +174,7 @@ def test_where_there_is_no_room_nothing_is_begun(
     tiny_model().save_pretrained(tmp_path / "source")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(WriteError, match="GB are needed"):
+    with refused(WriteError, place=tmp_path / "out"):
         convert(tmp_path / "source", tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Quantised folders: what is written is what is opened, mapped as it lies, and nothing else opens."""
+"""Quantized folders: exact round trips, memory-mapping, and errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import TINY, tiny_args, tiny_model, tokens_of
@@ -36,7 +36,7 @@ DISTANCE = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """`plain`, the original in bfloat16, and `int4`, quantised from it."""
+    """`plain`, the original in bfloat16, and `int4`, quantized from it."""
     folder = tmp_path_factory.mktemp("quantized")
     tiny_model(dtype=torch.bfloat16).save_pretrained(folder / "plain")
     (folder / "plain" / "tokenizer_config.json").write_text("{}")
@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def copy(folders: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A quantised folder to damage."""
+    """A quantized folder to damage."""
     return pathlib.Path(shutil.copytree(folders / "int4", tmp_path / "copy"))
 
 
@@ -59,7 +59,7 @@ def logits(model: Mistral7B) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_four_ways_to_one_model(tmp_path: pathlib.Path, scheme: Scheme, layout: str, tied: bool) -> None:
-    """Quantised in memory, while loading, on disk, and from memory to disk: the same bits."""
+    """Quantization in memory, during loading, on disk, and saved from memory: the same bits."""
     tiny_model(tiny_args(tie_embeddings=tied), torch.bfloat16).save_pretrained(tmp_path / "plain", format=layout)
     record = quantize(tmp_path / "plain", tmp_path / "disk", scheme, TEXT, "random tokens")
     model = quantize_model(load(tmp_path / "plain"), scheme)
@@ -77,15 +77,15 @@ def test_four_ways_to_one_model(tmp_path: pathlib.Path, scheme: Scheme, layout: 
 def test_bf16_while_loading_is_the_packed_model(folders: pathlib.Path) -> None:
     wanted = logits(quantize_model(load(folders / "plain"), "bf16"))
     assert torch.equal(logits(load(folders / "plain", quantization="bf16")), wanted)
-    with pytest.raises(QuantizationError, match="float32"):
+    with refused(QuantizationError, field="dtype"):
         load(folders / "plain", quantization="bf16", dtype=torch.float32)
-    with pytest.raises(QuantizationError, match="'int3' is not known"):
+    with refused(QuantizationError, field="quantization"):
         load(folders / "plain", quantization="int3")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the map of memory from Linux's /proc")
 def test_weights_are_mapped_and_begin_at_lines(tmp_path: pathlib.Path) -> None:
-    """Of ordinary sizes all begin at 64 bytes; no tensor of whatever size is a copy."""
+    """With ordinary sizes, all tensors are aligned to 64 bytes; tensors of any size are mapped."""
     ordinary = tiny_args(dim=64, head_dim=16, n_heads=4, n_kv_heads=4, hidden_dim=128, vocab_size=96)
     for name, args in (("ordinary", ordinary), ("odd", TINY)):
         tiny_model(args, torch.bfloat16).save_pretrained(tmp_path / name)
@@ -135,7 +135,7 @@ def test_what_the_folder_says(folders: pathlib.Path) -> None:
 
 
 def test_the_distance_is_that_of_the_two_models(tmp_path: pathlib.Path) -> None:
-    """By the definitions, from two whole models; the text's rows are longer than two windows."""
+    """Computed by definition from two whole models; rows are longer than two windows."""
     tiny_model().save_pretrained(tmp_path / "plain")
     found = quantize(tmp_path / "plain", tmp_path / "int4", "int4", TEXT, "a text").distance
     models = load(tmp_path / "plain", dtype=torch.float32), load(tmp_path / "int4", dtype=torch.float32)
@@ -151,12 +151,12 @@ def test_the_distance_is_that_of_the_two_models(tmp_path: pathlib.Path) -> None:
     }
     assert found.pop("text") == "a text"
     assert found == pytest.approx(wanted, rel=1e-3)
-    assert 0.001 < found["kl"] < 1  # there was something to measure
+    assert 0.001 < found["kl"] < 1  # the distance is not zero
 
 
 @pytest.mark.parametrize("kernels", ["off", "scalar"])
 def test_the_folder_is_the_same_on_every_machine(tmp_path: pathlib.Path, kernels: str) -> None:
-    """Written and opened where other instructions run: the same file, and the same products."""
+    """Written and loaded with other instruction sets: the same file and the same products."""
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")
     quantize(tmp_path / "plain", tmp_path / "here", "int4", TEXT, "a text")
     code = (
@@ -187,7 +187,7 @@ def test_transformers_refuses_rather_than_draws_weights(folders: pathlib.Path) -
 
 def test_another_scheme_is_not_to_be_had(folders: pathlib.Path) -> None:
     for asked in ("int8", "bf16", Scheme("int4", 32)):
-        with pytest.raises(QuantizationError, match="already, as int4 in groups of 128"):
+        with refused(QuantizationError, field="quantization"):
             load(folders / "int4", quantization=asked)
     assert load(folders / "int4", quantization=Scheme("int4")).args == TINY
 
@@ -197,10 +197,10 @@ def test_what_is_quantised_is_not_taken_for_an_original(folders: pathlib.Path, t
         lambda: convert(folders / "int4", tmp_path / "out", to="mistral"),
         lambda: quantize(folders / "int4", tmp_path / "out", "int8", TEXT, "a text"),
     ):
-        with pytest.raises(CheckpointError, match="is quantised, as int4 in groups of 128"):
+        with refused(CheckpointError, field="quantization_config"):
             act()
     for scheme in ("bf16", "fp8"):
-        with pytest.raises(QuantizationError, match=f"files hold int8 and int4; {scheme} is made when"):
+        with refused(QuantizationError, field="scheme"):
             quantize(folders / "plain", tmp_path / "out", scheme, TEXT, "a text")
     assert not list(tmp_path.iterdir())
 
@@ -212,21 +212,21 @@ def test_what_is_quantised_is_not_taken_for_an_original(folders: pathlib.Path, t
 def test_no_saving_without_a_measured_distance(
     folders: pathlib.Path, tmp_path: pathlib.Path, distance: dict[str, Any] | None
 ) -> None:
-    with pytest.raises(QuantizationError, match="mistral-7b quantize"):
+    with pytest.raises(QuantizationError):
         load(folders / "int4").save_pretrained(tmp_path / "out", format="quantized", distance=distance)
     assert not list(tmp_path.iterdir())
 
 
 def test_formats_and_models_that_do_not_go_together(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
     quantised, plain = load(folders / "int4"), load(folders / "plain")
-    with pytest.raises(CheckpointError, match="save it as 'quantized'"):
+    with refused(CheckpointError, field="format"):
         quantised.save_pretrained(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="no place for a distance"):
+    with refused(CheckpointError, field="format"):
         plain.save_pretrained(tmp_path / "out", distance=DISTANCE)
-    with pytest.raises(QuantizationError, match="not wholly of int8 or int4"):
+    with refused(QuantizationError, field="format"):
         plain.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
     quantised.layers[1].attention.wo = plain.layers[1].attention.wo
-    with pytest.raises(QuantizationError, match="not wholly of int8 or int4"):
+    with refused(QuantizationError, field="format"):
         quantised.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
     assert not list(tmp_path.iterdir())
 
@@ -259,21 +259,23 @@ def _add(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "field"),
     [
-        (_drop, f"tensor '{Q1}' is missing"),
-        (_transpose, f"tensor '{Q1}' is of shape"),
-        (_sign, f"tensor '{Q1}' is of type torch.int8, not torch.uint8"),
-        (_narrow, "'output.scale' is of type torch.bfloat16, not torch.float32"),
-        (_whole, "'norm.weight' is of type torch.uint8"),
-        (_add, "'layers.0.attention.wq.weight' is unknown"),
+        (_drop, Q1),
+        (_transpose, Q1),
+        (_sign, Q1),
+        (_narrow, "output.scale"),
+        (_whole, "norm.weight"),
+        (_add, "layers.0.attention.wq.weight"),
     ],
 )
-def test_damaged_weights(copy: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], None], said: str) -> None:
+def test_damaged_weights(
+    copy: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], None], field: str
+) -> None:
     tensors = load_file(copy / WEIGHTS)
     change(tensors)
     save_file({k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}, copy / WEIGHTS)
-    with pytest.raises(CheckpointError, match=re.escape(said)):
+    with refused(CheckpointError, field=field):
         load(copy)
 
 
@@ -281,39 +283,38 @@ def test_damaged_weights(copy: pathlib.Path, change: Callable[[dict[str, torch.T
 def test_truncated_weights(copy: pathlib.Path, keep: int) -> None:
     raw = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(raw[:keep])
-    with pytest.raises(CheckpointError, match=r"quantized\.safetensors: damaged or cut short"):
+    with refused(CheckpointError, place=copy / WEIGHTS):
         load(copy)
     (copy / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match="no weights"):
+    with refused(CheckpointError, place=copy):
         load(copy)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "named"),
     [
-        ("format", 2, "format 2"),
-        ("format", None, "format None"),
-        ("scheme", "int3", "no scheme"),
-        ("scheme", "bf16", "no scheme"),
-        ("scheme", "int8", "is unknown: int8 has none such"),
-        ("group_size", 32, "is of shape"),
-        ("group_size", 64, "group_size must be"),
-        ("group_size", None, "'quantization_config.group_size'"),
-        ("symmetric", "yes", "'quantization_config.symmetric'"),
-        ("bytes", "many", "'quantization_config.bytes'"),
-        ("calibration", 3, "calibration"),
-        ("distance", None, "'quantization_config.distance'"),
+        ("format", 2, "quantization_config.format"),
+        ("format", None, "quantization_config.format"),
+        ("scheme", "int3", "quantization_config"),
+        ("scheme", "bf16", "quantization_config"),
+        ("scheme", "int8", "layers.0.attention.wq.groups"),
+        ("group_size", 32, "layers.0.attention.wq.codes"),
+        ("group_size", 64, "group_size"),
+        ("group_size", None, "quantization_config.group_size"),
+        ("symmetric", "yes", "quantization_config.symmetric"),
+        ("bytes", "many", "quantization_config.bytes"),
+        ("calibration", 3, "quantization_config"),
+        ("distance", None, "quantization_config.distance"),
         ("distance", {"kl": 0.1}, "top1_agreement"),
-        ("quant_method", "gptq", "cannot be opened"),
+        ("quant_method", "gptq", "quantization_config"),
     ],
 )
-def test_damaged_configuration(copy: pathlib.Path, field: str, value: object, said: str) -> None:
+def test_damaged_configuration(copy: pathlib.Path, field: str, value: object, named: str) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"][field] = value
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as error:
+    with refused(CheckpointError, field=named):
         load(copy)
-    assert said in str(error.value)
 
 
 def test_codes_under_a_plain_name_are_no_weight(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -322,7 +323,7 @@ def test_codes_under_a_plain_name_are_no_weight(folders: pathlib.Path, tmp_path:
     tensors = load_file(path)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.uint8)
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"'lm_head.weight' is of torch.uint8, no plain float"):
+    with refused(CheckpointError, field="lm_head.weight"):
         load(tmp_path / "plain")
 
 
@@ -350,7 +351,7 @@ def test_killed_it_leaves_nothing_that_opens(folders: pathlib.Path, tmp_path: pa
     assert not out.exists()
     (rest,) = tmp_path.iterdir()
     assert rest.name.startswith(".out.partial-")
-    assert [path.name for path in rest.iterdir()] == [WEIGHTS]  # it was in the middle of writing
+    assert [path.name for path in rest.iterdir()] == [WEIGHTS]  # it was killed while writing
     for path in (rest, rest / WEIGHTS):
         with pytest.raises(CheckpointError):
             load(path)

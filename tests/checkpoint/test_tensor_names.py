@@ -1,4 +1,4 @@
-"""The table of names against the model itself, and trap 9's permutation."""
+"""The table of names compared with the model, and the permutation of wq and wk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models on disk, and the command in a process of its own."""
+"""Small models on disk, and the command in its own process."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def write_model(folder: pathlib.Path, **changes: object) -> pathlib.Path:
 
 
 def start(*argv: str, before: str = "", **options: object) -> subprocess.Popen[bytes]:
-    """The real command in a process of its own, whose Ctrl-C works whatever that of this one does.
+    """Start the real command in its own process, where Ctrl-C works as usual.
 
-    `before` is Python that runs ahead of it, to leave out what takes long.
+    `before` is Python code that runs first, to replace slow parts.
     """
     command = ["-c", f"{before}\nimport runpy; runpy.run_module('mistral_7b', run_name='__main__')"]
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Models that the tests share, and the command as a function that returns what it printed."""
+"""Shared models, and the command as a function that returns its output."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mistral_7b.cli import main
 
 @pytest.fixture(scope="session")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model with a window of 8, whose text may go on for ever."""
+    """A model with a window of 8, which can generate text without limit."""
     return str(write_model(tmp_path_factory.mktemp("models") / "windowed", sliding_window=8))
 
 
 @pytest.fixture(scope="session")
 def short(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model without a window, whose context is 64 tokens."""
+    """A model without a window and with a context of 64 tokens."""
     folder = tmp_path_factory.mktemp("models") / "short"
     return str(write_model(folder, sliding_window=None, rope_theta=1e6, max_seq_len=64))
 

@@ -1,4 +1,4 @@
-"""`mistral-7b bench --serving`: end to end beside a peer, and what it refuses."""
+"""`mistral-7b bench --serving`: end to end with a peer, and errors."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def test_a_command_is_kept_without_the_places_of_this_machine() -> None:
     )
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
     [

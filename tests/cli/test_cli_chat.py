@@ -14,12 +14,13 @@ from command import write_model
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.generate import generate
-from mistral_7b.kernels import compiler
+from mistral_7b.kernels.cpu import compiler
 from mistral_7b.model import Mistral7B
 from mistral_7b.sampling import SamplingParams
 from mistral_7b.tokenizer import Tokenizer
 
 
+@pytest.mark.wording
 def test_answers_are_those_of_the_chat_template(run, windowed: str) -> None:
     flags = ("--temperature", "0", "--max-tokens", "20", "--system", "be brief")
     code, out, err = run("chat", windowed, *flags, stdin="hello\n/exit\n")
@@ -85,6 +86,7 @@ def test_a_turn_computes_its_own_tokens_alone(
         assert now - known <= computed == now - known // page * page < now - known + page
 
 
+@pytest.mark.wording
 def test_a_full_context_loses_nothing(run, short: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "talk.json"
     lines = f"hello\n{'many words ' * 60}\n/save {file}\n"
@@ -97,6 +99,7 @@ def test_a_full_context_loses_nothing(run, short: str, tmp_path: pathlib.Path) -
     assert out.strip() == saved[1]["content"]
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize("limit", ["None", "1000"])
 def test_an_answer_may_fill_the_context(run, short: str, limit: str) -> None:
     code, _, err = run("chat", short, "--max-tokens", limit, "--ignore-eos", stdin="hello\n")
@@ -123,6 +126,7 @@ def test_the_bundled_model_says_what_it_is(run, windowed: str, short: str, monke
     assert "base model" not in run("chat", short, stdin="").err
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -140,7 +144,7 @@ def test_what_is_refused(run, windowed: str, flags: list[str], message: str) -> 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_on_a_terminal(windowed: str, tmp_path: pathlib.Path, plain: bool) -> None:
-    """Ctrl-C stops the answer and not the program, at the prompt it clears the line, Ctrl-D leaves."""
+    """Ctrl-C stops the answer and not the program, or clears the line at the prompt; Ctrl-D exits."""
     env = {"PATH": "/usr/bin:/bin", "TERM": "xterm", "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "s")}
     env["XDG_CACHE_HOME"] = str(compiler.cache_folder().parent.parent)
     argv = ["-m", "mistral_7b", "chat", windowed, "--max-tokens", "1000000", "--ignore-eos"]

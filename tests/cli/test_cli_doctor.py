@@ -1,4 +1,4 @@
-"""`mistral-7b doctor`: facts and advice, on this machine and on odd ones."""
+"""`mistral-7b doctor`: facts and hints, on this machine and on unusual ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from mistral_7b import kernels
 from mistral_7b.benchmark import machine
 from mistral_7b.cli import doctor
 from mistral_7b.errors import BenchmarkError
+from mistral_7b.kernels import backend
 
 GOOD = {
     "torch": {"threads": 4, "gpu": None}, "ceilings": {}, "cores": 4,
@@ -25,8 +25,8 @@ GOOD = {
 
 @pytest.fixture(autouse=True)
 def _compiled() -> None:
-    """So that no command of these says that it compiles."""
-    kernels.describe()
+    """Prevents the message that the kernels are compiled."""
+    backend.describe()
 
 
 def test_json_has_the_facts(run, ceilings_asked: list) -> None:
@@ -99,7 +99,7 @@ def test_a_probe_that_never_ends_does_not_hang_it(run, tmp_path: pathlib.Path, m
 
 
 def test_kernels_that_have_to_be_compiled_are_said_to_be(run, monkeypatch) -> None:
-    from mistral_7b.kernels import compiler
+    from mistral_7b.kernels.cpu import compiler
 
     monkeypatch.setattr(compiler, "must_compile", lambda: True)
     code, out, err = run("doctor", "--no-measure", "--json")
@@ -131,7 +131,7 @@ def test_what_is_missing_is_told(change: dict[str, object], text: str) -> None:
 
 
 def test_kernels_that_cannot_be_built_are_advice_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mistral_7b.kernels import compiler
+    from mistral_7b.kernels.cpu import compiler
 
     monkeypatch.setattr(compiler, "compiler", lambda: None)
     monkeypatch.setattr(compiler, "library", compiler.library.__wrapped__)
@@ -140,6 +140,7 @@ def test_kernels_that_cannot_be_built_are_advice_and_no_warning(monkeypatch: pyt
     assert "no C++ compiler was found" in facts["missing"]
 
 
+@pytest.mark.wording
 def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("an odd machine\nwith details")
@@ -148,7 +149,7 @@ def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
         raise BenchmarkError("killed")
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
-    monkeypatch.setattr(kernels, "describe", broken)
+    monkeypatch.setattr(backend, "describe", broken)
     monkeypatch.setattr("mistral_7b.benchmark.run.find_ceilings", unmeasured)
     monkeypatch.setattr(machine, "read", lambda path: "")
     monkeypatch.setattr(machine, "_output", lambda *command: "")

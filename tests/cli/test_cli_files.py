@@ -1,4 +1,4 @@
-"""`mistral-7b convert`, `pull` and `train`: flags in, the right call out, errors as one message."""
+"""`mistral-7b convert`, `pull` and `train`: calls made for given flags, and errors as one message."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def test_convert_there_and_back(run, windowed: str, tmp_path: pathlib.Path) -> N
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -55,6 +56,7 @@ def test_pull_prints_the_folder(run, monkeypatch, tmp_path: pathlib.Path) -> Non
     assert seen == ["some/model", "v2"]
 
 
+@pytest.mark.wording
 def test_pull_refuses_what_is_no_id_and_fails_offline(run, monkeypatch, tmp_path: pathlib.Path) -> None:
     code, _, err = run("pull", "no-id")
     assert code == 2
@@ -68,7 +70,7 @@ def test_pull_refuses_what_is_no_id_and_fails_offline(run, monkeypatch, tmp_path
 
 @pytest.fixture
 def trained(monkeypatch) -> list[TrainArgs]:
-    """Training stands still; what it was called with is kept."""
+    """Replaces training; the arguments are recorded."""
     calls: list[TrainArgs] = []
 
     def train(args: TrainArgs) -> dict[str, float]:
@@ -116,11 +118,12 @@ def test_train_config_and_flags_that_override_it(
     assert (trained[1].tie_embeddings, trained[1].data) == (False, ("x", "y z"))
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "must hold a JSON object"),
+        ("[]", "not a JSON object of training options"),
         ('{"step": 3}', "unknown training option 'step'"),
         ('{"steps": "many"}', "--steps"),
         ('{"steps": 2.5}', "--steps"),

@@ -1,4 +1,4 @@
-"""`mistral-7b generate`: what is printed, where, and what is refused."""
+"""`mistral-7b generate`: output on stdout and stderr, and errors."""
 
 from __future__ import annotations
 
@@ -78,10 +78,11 @@ def test_every_sampling_flag_arrives(run, windowed: str) -> None:
     assert run("generate", windowed, "--prompt", PROMPT, *words).out == wanted[0] + "\n"
 
 
+@pytest.mark.wording
 def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> None:
-    """The same text, by lookup and by a draft model, with what came of it in both kinds of output."""
+    """Prompt lookup and a draft model give the same text; both outputs have statistics."""
     prompt, flags = "a b a b a b a b", ["--max-tokens", "40", "--seed", "5", "--dtype", "float32"]
-    flags += ["--logit-bias", "1032", "90"]  # one token over and over: there is something to guess
+    flags += ["--logit-bias", "1032", "90"]  # repeats one token, so that drafts are accepted
     plain = run("generate", windowed, "--prompt", prompt, *flags).out
     for how in ("prompt-lookup", windowed):
         result = run("generate", windowed, "--prompt", prompt, *flags, "--speculate", how, "--max-draft", "3")
@@ -116,7 +117,7 @@ def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> 
 
 
 def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
-    """The flag arrives, with and without log-probabilities; in float32, where every machine rounds alike."""
+    """The flag takes effect, with and without log-probabilities; float32 rounds alike everywhere."""
     flags = ["--prompt", PROMPT, "--max-tokens", "60", "--seed", "5", "--dtype", "float32", "--kv", "int8"]
     made: list[object] = []
     plain = PagePool.__init__
@@ -125,7 +126,7 @@ def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
         made.append(how["int8"])
         plain(pool, *args, **how)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patch:  # so few tokens may be the same in both types
+    with monkeypatch.context() as patch:  # so few tokens may be equal in both types
         patch.setattr(PagePool, "__init__", noted)
         code, out, err = run("generate", windowed, *flags)
     assert code == 0, err
@@ -185,7 +186,7 @@ def test_runs_differ_unless_seeded(run, windowed: str) -> None:
     command = ("generate", windowed, "--prompt", PROMPT, "--max-tokens", "12")
     assert run(*command).out != run(*command).out
     assert run(*command, "--seed", "3").out == run(*command, "--seed", "3").out
-    told = json.loads(run(*command, "--json").out)  # the seed that was drawn brings the text back
+    told = json.loads(run(*command, "--json").out)  # the seed that was drawn reproduces the text
     assert run(*command, "--seed", str(told["seed"])).out == told["outputs"][0]["text"] + "\n"
 
 
@@ -203,6 +204,7 @@ def test_dtype_and_threads(run, windowed: str, monkeypatch) -> None:
     assert seen == {"dtype": torch.float32, "device": "cpu", "threads": 3}
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -229,6 +231,7 @@ def test_what_is_refused(run, short: str, flags: list[str], message: str) -> Non
     assert "Traceback" not in err
 
 
+@pytest.mark.wording
 def test_bytes_that_are_no_text(run, short: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "p").write_bytes(b"ab\xff")
     code, _, err = run("generate", short, "--prompt-file", str(tmp_path / "p"))
@@ -236,6 +239,7 @@ def test_bytes_that_are_no_text(run, short: str, tmp_path: pathlib.Path) -> None
     assert "is not UTF-8 text (byte 2)" in err
 
 
+@pytest.mark.wording
 def test_tokenizer_of_another_model(run, tmp_path: pathlib.Path, windowed: str) -> None:
     folder = write_model(tmp_path / "small", vocab_size=300)
     code, _, err = run("generate", str(folder), "--prompt", "x")

@@ -1,4 +1,4 @@
-"""The command as a whole: help, exit codes, one message for what goes wrong, Ctrl-C, a reader that leaves."""
+"""The whole command: help, exit codes, error messages, Ctrl-C, a closed stdout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mistral_7b import cli, errors
 def test_help_is_fast_and_imports_no_torch(command: str) -> None:
     argv = [sys.executable, "-X", "importtime", "-m", "mistral_7b", *command.split(), "--help"]
     took = []
-    for _ in range(5):  # the processor's time, and the best run: the machine may be busy with other things
+    for _ in range(5):  # CPU time, minimum over runs: the machine may be busy
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(argv, capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""The dialogue without a model: messages, commands, files, what Ctrl-C and errors leave behind."""
+"""The dialogue without a model: messages, commands, files, state after Ctrl-C and errors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Talk = Callable[..., tuple[str, str]]
 
 
 def echo(messages: list[Message]) -> Iterator[str]:
-    """Answers with what it was asked, a word at a time."""
+    """Echoes the question, one word at a time."""
     for word in f"heard {messages[-1]['content']}".split(" "):
         yield word + " "
 
 
 @pytest.fixture
 def talk(monkeypatch, capsys) -> Talk:
-    """Type lines into a dialogue; what stands on stdout and stderr afterwards."""
+    """Enter lines in a dialogue; return stdout and stderr."""
 
     def call(*lines: str, answer: Answer = echo, conversation: Conversation | None = None) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -83,6 +83,7 @@ def test_messages_of_several_lines(monkeypatch, typed: list[str], message: str) 
         read_message()
 
 
+@pytest.mark.wording
 def test_commands_are_not_messages(talk: Talk) -> None:
     out, err = talk("/help", "/nope", "/system", " /usr is a folder")
     assert out == "heard /usr is a folder \n"
@@ -104,6 +105,7 @@ def test_save_and_load(talk: Talk, tmp_path: pathlib.Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["talk.json"]
 
 
+@pytest.mark.wording
 def test_save_writes_over_conversations_only(talk: Talk, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "thesis.txt"
     file.write_text("years of work")
@@ -116,6 +118,7 @@ def test_save_writes_over_conversations_only(talk: Talk, tmp_path: pathlib.Path)
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.wording
 def test_a_save_that_fails_leaves_the_old_file(talk: Talk, tmp_path: pathlib.Path, monkeypatch) -> None:
     file = tmp_path / "talk.json"
     talk("one", f"/save {file}")
@@ -131,6 +134,7 @@ def test_a_save_that_fails_leaves_the_old_file(talk: Talk, tmp_path: pathlib.Pat
     assert [f.name for f in tmp_path.iterdir()] == ["talk.json"]
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -138,7 +142,7 @@ def test_a_save_that_fails_leaves_the_old_file(talk: Talk, tmp_path: pathlib.Pat
         ("3", 'it has no list of "messages"'),
         ('[{"role": "user"}]', "message 1 is not"),
         ('[{"role": "user", "content": "x"}]', "its answer is missing"),
-        ('[{"role": "assistant", "content": "x"}]', "turn 1 is by 'assistant' where 'user' should speak"),
+        ('[{"role": "assistant", "content": "x"}]', "turn 1 has role 'assistant' where 'user' is due"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_changes_nothing(
@@ -166,6 +170,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(talk: Talk) -> None:
     assert [m["content"] for m in conversation.messages] == ["one", "half an", "go on", "half an"]
 
 
+@pytest.mark.wording
 def test_an_error_is_told_and_the_dialogue_goes_on(talk: Talk) -> None:
     def answer(messages: list[Message]) -> Iterator[str]:
         if messages[-1]["content"] == "late":
@@ -189,7 +194,7 @@ def test_state_lies_where_xdg_says(monkeypatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert state_file("x") == tmp_path / "mistral-7b" / "x"
     monkeypatch.setenv("HOME", str(tmp_path))
-    for relative in ("", "not/absolute"):  # which the specification says to ignore
+    for relative in ("", "not/absolute"):  # the specification requires ignoring these
         monkeypatch.setenv("XDG_STATE_HOME", relative)
         assert state_file("x") == tmp_path / ".local" / "state" / "mistral-7b" / "x"
 
@@ -202,7 +207,7 @@ LONG = (
 
 
 def drawn(text: str, render: Callable[[str], object], pieces: int) -> list[str]:
-    """What a person sees, scrolled back too, when text comes in pieces on a terminal of 12 lines."""
+    """Return the screen and scrollback of a 12-line terminal to which text is streamed."""
     screen = pyte.HistoryScreen(60, 12, history=1000, ratio=0.5)
     screen.set_mode(pyte.modes.LNM)
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""`serve`: the real command, asked over HTTP."""
+"""`serve`: the real command, with requests over HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("llguidance")
 
 
 def url_of(process) -> str:
-    """Where it says it listens."""
+    """Return the URL that it prints."""
     for line in process.stderr:
         if found := re.search(rb"http://[0-9.:]+", line):
             return found[0].decode()
@@ -78,7 +78,7 @@ Engine.step = step
 
 
 def test_an_engine_that_breaks_ends_the_process(tmp_path):
-    """In seconds and with a code that has it started again; the open stream is told why."""
+    """Within seconds, with an exit code that triggers a restart; open streams get the error."""
     folder = write_model(tmp_path / "model", sliding_window=64)
     process = start("serve", str(folder), "--port", "0", before=BREAKS)
     try:
@@ -104,6 +104,7 @@ def test_an_engine_that_breaks_ends_the_process(tmp_path):
         process.wait()
 
 
+@pytest.mark.wording
 def test_what_cannot_be_served_is_said_in_a_line(run, tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -111,10 +112,10 @@ def test_what_cannot_be_served_is_said_in_a_line(run, tmp_path, monkeypatch):
         result = run("serve", "--port", str(taken.getsockname()[1]))
     assert result.code == 2
     assert "cannot listen at 127.0.0.1:" in result.err
-    assert run("serve", "--adapter", "nonsense").err == "mistral-7b: --adapter nonsense: write NAME=PATH\n"
+    assert run("serve", "--adapter", "nonsense").err == "mistral-7b: --adapter nonsense is not NAME=PATH\n"
     assert run("serve", "--api-key-file", str(tmp_path / "none")).code == 2
     assert "max_n must be" in run("serve", "--max-n", "0").err
     result = run("serve", "--host", "0.0.0.0", "--adapter", "nonsense")
-    assert "anybody may ask" in result.err
+    assert "access is open" in result.err
     monkeypatch.setenv("MISTRAL_7B_API_KEY", "key")
-    assert "anybody may ask" not in run("serve", "--host", "0.0.0.0", "--adapter", "nonsense").err
+    assert "access is open" not in run("serve", "--host", "0.0.0.0", "--adapter", "nonsense").err

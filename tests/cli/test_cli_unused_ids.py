@@ -1,4 +1,4 @@
-"""`generate` and `chat` with a model that emits ids which its tokenizer does not know."""
+"""`generate` and `chat` with a model that emits ids beyond its tokenizer's vocabulary."""
 
 from __future__ import annotations
 

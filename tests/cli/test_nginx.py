@@ -1,4 +1,4 @@
-"""deploy/nginx.conf in a real nginx: no key stays on a server that is full, broken or dead."""
+"""deploy/nginx.conf in a real nginx: keys move away from a server that is full, broken or dead."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ http {{
     include {folder}/mistral.conf;
 }}
 """
-# Of an engine that broke: the process stays while a client is sending, so that there is time to look.
+# Of a broken engine: the process stays while a client is sending, so that it can be observed.
 LINGERS = "import mistral_7b.server.serve as serve\nserve.LAST_WORDS = 30\n"
 
 
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def nginx(folder: pathlib.Path, *ports: int) -> Iterator[int]:
-    """The shipped file before two servers of this machine; the port that it listens at."""
+    """Run the shipped file as proxy of two local servers; return its port."""
     listens, conf = free_port(), CONF
     for shipped, port in zip(("10.0.0.5:8000", "10.0.0.6:8000"), ports, strict=True):
         assert conf.count(shipped) == 2
@@ -67,7 +67,7 @@ def nginx(folder: pathlib.Path, *ports: int) -> Iterator[int]:
 
 
 def post(port: int, key: str, **body: object) -> tuple[int, dict[str, str], dict]:
-    """Status, headers and JSON of a completion asked for with this key."""
+    """Request a completion with this key; return status, headers and JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     data = json.dumps({"prompt": "a", "max_tokens": 1, "ignore_eos": True, **body})
     headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
@@ -81,7 +81,7 @@ def post(port: int, key: str, **body: object) -> tuple[int, dict[str, str], dict
 
 
 def servers_of(port: int) -> dict[str, str]:
-    """Which server answers each key; all must be answered."""
+    """Return the server that answers each key; every request must succeed."""
     found = {}
     for key in KEYS:
         status, _, answer = post(port, key)
@@ -124,7 +124,7 @@ def test_two_servers_one_of_which_breaks_and_ends(tmp_path: pathlib.Path) -> Non
 
 
 class Upstream:
-    """A server that answers each POST as `behave` says, and counts them."""
+    """A server that answers each POST with `behave`, and counts requests."""
 
     def __init__(self, behave: Callable[[http.server.BaseHTTPRequestHandler], None]) -> None:
         self.asked = 0
@@ -159,7 +159,7 @@ def says(status: int, name: str = "") -> Callable[[http.server.BaseHTTPRequestHa
 
 
 def dies(handler: http.server.BaseHTTPRequestHandler) -> None:
-    """As a process that ends without an answer."""
+    """Close the connection without an answer, as a process that exits."""
     handler.close_connection = True
     handler.connection.shutdown(socket.SHUT_RDWR)
 

@@ -103,6 +103,18 @@ def beginnings(tokenizer: Tokenizer) -> Iterator[list[int]]:
     yield tokenizer.encode_chat([{"role": "user", "content": "hi"}])
 
 
+def admits(spec: StructuredOutputs, text: str) -> bool:
+    """Whether a text can be written under a specification, and end there."""
+    tokenizer, grammars = in_process("demo")
+    ids = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size)}
+    state = grammars.start(spec, [1])
+    for byte in text.encode():
+        if state.finished or not state.allows(ids[bytes([byte])]):
+            return False
+        state.accept(ids[bytes([byte])])
+    return state.finished or state.allows(tokenizer.eos_id)
+
+
 def allowed(mask: np.ndarray) -> np.ndarray:
     assert mask.dtype == np.int32
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))

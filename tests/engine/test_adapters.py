@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from refusals import refused
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of
 from torch import Tensor, nn
 
@@ -14,12 +15,12 @@ from mistral_7b.checkpoint.adapter import Adapter, Factors
 from mistral_7b.checkpoint.names import expected
 from mistral_7b.engine.adapters import Adapters, Run
 from mistral_7b.errors import AdapterError, CheckpointError
-from mistral_7b.kernels.attend import available
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
-from mistral_7b.quantization.fused import FusedBlock, FusedMistral7B
+from mistral_7b.quantization.fused import FusedBlock, FusedLayers
 
-compiled = pytest.mark.skipif(not available(), reason="without the kernels rows depend on their neighbours")
+compiled = pytest.mark.skipif(library() is None, reason="without the kernels rows depend on their neighbours")
 SCHEMES = {
     "int8": Scheme("int8"),
     "int4": Scheme("int4", 32),
@@ -94,11 +95,12 @@ def test_blocks_stay_in_one_call_and_in_parts_have_the_same_bits(
     _, adapters = quantised(scheme)
     names, tokens = ["wide", None, "odd"], tokens_of((3, LENGTH), ARGS)
     with adapters.over([("wide", 1)]) as adapted:
-        assert isinstance(adapted, FusedMistral7B)
-        assert adapted._described() is not None
+        assert isinstance(adapted.layers, FusedLayers)
+        x = torch.empty(1, ARGS.dim, dtype=torch.bfloat16)
+        assert adapted.layers.described(x, adapted.rolling_cache()) is not None
     together = logits(adapters, names, tokens, 5)
     with monkeypatch.context() as patch:
-        patch.setattr(FusedBlock, "_described", lambda self: None)
+        patch.setattr(FusedBlock, "described", lambda self, dtype: None)
         assert torch.equal(logits(adapters, names, tokens, 5), together)
 
 
@@ -175,14 +177,14 @@ def test_adapters_come_and_go() -> None:
     assert adapters.names == ("narrow", "wide")
     assert torch.equal(logits(adapters, names, tokens, 5), before)
     adapters.unload("narrow")
-    with pytest.raises(AdapterError, match="no adapter 'narrow' is loaded: there is wide"):
+    with refused(AdapterError, field="adapter"):
         logits(adapters, names, tokens, 5)
     adapters.load("narrow", adapter_of(ARGS, 1, 0, lambda n: n != "output"))  # behind the other now
     assert [adapters.loading(name) for name in ("narrow", "wide")] == [4, 2]
     assert torch.equal(logits(adapters, names, tokens, 5), before)
     for name in ("narrow", "wide"):
         adapters.unload(name)
-    with pytest.raises(AdapterError, match="there is none"):
+    with refused(AdapterError, field="adapter"):
         adapters.unload("wide")
     assert torch.equal(logits(adapters, [None, None], tokens, 5), model(tokens)[0])
 
@@ -200,21 +202,21 @@ def test_what_cannot_be_loaded_changes_nothing(tmp_path) -> None:  # type: ignor
     before = now()
     wrong = Factors(torch.zeros(4, 41), torch.zeros(60, 4), 1.0)
     good = adapter_of(TINY, 4, 1)
-    for name, source, error, says in (
-        ("one", good, AdapterError, "'one' is loaded already"),
-        ("", good, AdapterError, "'' is no name"),
-        ("two", adapter_of(TINY, 17, 1), AdapterError, "of rank 17, and 16 is allowed"),
-        ("two", Adapter({"layers.0.attention.wq": wrong}), AdapterError, r"\(4, 41\) and \(60, 4\)"),
-        ("two", Adapter({"layers.2.attention.wq": wrong}), AdapterError, "which is no Linear"),
-        ("two", Adapter({"tok_embeddings": wrong}), AdapterError, "which is no Linear"),
-        ("two", tmp_path, CheckpointError, "holds no adapter"),
+    for name, source, error, field in (
+        ("one", good, AdapterError, "name"),
+        ("", good, AdapterError, "name"),
+        ("two", adapter_of(TINY, 17, 1), AdapterError, "max_rank"),
+        ("two", Adapter({"layers.0.attention.wq": wrong}), AdapterError, "layers.0.attention.wq"),
+        ("two", Adapter({"layers.2.attention.wq": wrong}), AdapterError, "layers.2.attention.wq"),
+        ("two", Adapter({"tok_embeddings": wrong}), AdapterError, "tok_embeddings"),
+        ("two", tmp_path, CheckpointError, None),
     ):
-        with pytest.raises(error, match=says):
+        with refused(error, field=field):
             adapters.load(name, source)  # type: ignore[arg-type]
         assert adapters.names == ("one",)
         assert torch.equal(now(), before)
     adapters.load("two", good)
-    with pytest.raises(AdapterError, match="2 adapters are loaded, as many as there may be"):
+    with refused(AdapterError, field="max_adapters"):
         adapters.load("three", good)
 
 
@@ -224,13 +226,13 @@ def test_another_number_of_rows_is_an_error(scheme: str | None) -> None:
     adapters = loaded(model if scheme is None else quantize(model, scheme))
     tokens = tokens_of((1, 20), ARGS)
     with (
-        pytest.raises(AdapterError, match="chosen for 3 rows, and the model got 20"),
+        pytest.raises(AdapterError),
         adapters.over([("wide", 3)]) as m,
     ):
         m.hidden(tokens, m.rolling_cache())
     with adapters.over([("wide", 20)]) as m:  # and the next call is none the worse for it
         hidden = m.hidden(tokens, m.rolling_cache())
-        with pytest.raises(AdapterError, match="chosen for another call already"), adapters.over([("odd", 1)]):
+        with pytest.raises(AdapterError), adapters.over([("odd", 1)]):
             pass
     with adapters.over([("odd", 1)]) as m:  # the rows of which logits are wanted are a call of their own
         assert not torch.equal(m.logits(hidden[0, -1:]), adapters.model.logits(hidden[0, -1:]))

@@ -27,9 +27,8 @@ def test_closing_ends_whoever_runs_waits_or_comes() -> None:
         await llm.close()
         for stream in await asyncio.gather(*streams, return_exceptions=True):
             assert isinstance(stream, EngineError)
-            assert "closed" in str(stream)
         for again in (tokens_of(llm, [1]), llm.call(lambda: None)):
-            with pytest.raises(EngineError, match="closed"):
+            with pytest.raises(EngineError):
                 await again
         await llm.close()
         assert llm.engine.pool.held == 0
@@ -51,11 +50,11 @@ def test_whatever_ends_the_thread_is_heard_of(caplog: pytest.LogCaptureFixture) 
         async with open_llm() as llm:
             assert await tokens_of(llm, [1]) == llm.engine.model.greedy([1], 12)
             llm.engine.step = step  # type: ignore[method-assign]
-            with pytest.raises(EngineError, match="index out of bounds"):
-                await tokens_of(llm, [1])
-            assert "index out of bounds" in str(llm.broken)
-            with pytest.raises(EngineError, match="index out of bounds"):
-                await tokens_of(llm, [1])
+            for _ in range(2):
+                with pytest.raises(EngineError) as caught:
+                    await tokens_of(llm, [1])
+                assert isinstance(caught.value.__cause__, PanicException)
+            assert isinstance(llm.broken.__cause__, PanicException)  # type: ignore[union-attr]
 
     play(scene())
     (record,) = [r for r in caplog.records if r.name == "mistral_7b.engine"]
@@ -127,7 +126,7 @@ def test_a_step_that_fails_is_raised_where_it_is_waited_for() -> None:
                 return hidden(tokens, batch)
 
             llm.engine.model.hidden = failing
-            with pytest.raises(EngineError, match="the model broke") as caught:
+            with pytest.raises(EngineError) as caught:
                 await tokens_of(llm, [9], GREEDY)
             assert isinstance(caught.value.__cause__, RuntimeError)
             llm.engine.model.hidden = hidden
@@ -150,7 +149,7 @@ def test_a_bug_in_the_engine_ends_every_stream_and_hangs_none() -> None:
         llm.engine.scheduler.plan = plan  # type: ignore
         for error in await asyncio.gather(*streams, return_exceptions=True):
             assert isinstance(error, EngineError)
-            assert "a bug" in str(error)
+            assert str(error.__cause__) == "a bug"
         with pytest.raises(EngineError):
             await tokens_of(llm, [1])
         with pytest.raises(EngineError):

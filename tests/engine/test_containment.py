@@ -153,7 +153,6 @@ def broken(request: Request, place: Place, after: int) -> Iterator[list[int]]:
 def check_end(victim: Request, place: Place) -> None:
     assert isinstance(victim.error, Mistral7BError), f"{place} failed, and no error says so"
     assert isinstance(victim.error.__cause__, InjectedError)
-    assert victim.id in str(victim.error)
 
 
 @pytest.mark.parametrize("name", ASKED)

@@ -13,12 +13,20 @@ from engines import GREEDY, add, broken, served, small
 from torch import Tensor
 
 from mistral_7b.completion import TextPiece
+from mistral_7b.engine.containment import because
 from mistral_7b.engine.grammar.client import Masks
 from mistral_7b.engine.request import Request
 from mistral_7b.errors import EngineError, GenerationError
 from mistral_7b.sampling import SamplingParams
 
 # ------------------------------------------------------------------ the model fails
+
+
+@pytest.mark.wording
+def test_an_error_names_the_request_and_what_failed() -> None:
+    request = request_of(small(), [1, 2], GREEDY)
+    error = because(request, "the model's step", RuntimeError("the model broke"))
+    assert str(error) == f"request {request.id}: the model's step failed: RuntimeError('the model broke')"
 
 
 def test_a_step_that_fails_ends_its_own_requests_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,8 +46,7 @@ def test_a_step_that_fails_ends_its_own_requests_with_the_cause(monkeypatch: pyt
         assert request.finished
         assert isinstance(request.error, EngineError)
         assert isinstance(request.error.__cause__, RuntimeError)
-        assert request.id in str(request.error)
-        assert "the model broke" in str(request.error)
+        assert str(request.error.__cause__) == "the model broke"
         assert request.output().error is request.error
     assert not third.finished
     assert first.completions[0].token_ids == engine.model.greedy(first.ids, 12)[:2]  # what had come is not lost
@@ -72,7 +79,6 @@ def test_logits_that_are_not_finite_fail_one_request_alone(monkeypatch: pytest.M
         monkeypatch.setattr(engine.model, "logits", poison)
         served(engine, requests[0], requests[2])
         assert isinstance(requests[1].error, GenerationError)
-        assert "not finite" in str(requests[1].error)
         assert requests[1].completions[0].token_ids == engine.model.greedy([7, 7, 7, 9], 3)
 
 
@@ -164,7 +170,6 @@ def test_a_grammar_that_fails_ends_its_own_request_alone(after: int, n: int) -> 
     engine.add(bad)
     served(engine, good)
     assert isinstance(bad.error, GenerationError)
-    assert "no way on" in str(bad.error)
     again = add(engine, [5, 4, 3, 2, 1, 2, 3, 4, 5])
     served(engine, *again)
 

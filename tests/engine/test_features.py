@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from refusals import refused
 from tiny import tiny_args, tiny_model, tokens_of
 
 from mistral_7b.checkpoint.adapter import Adapter, Factors
@@ -12,7 +13,7 @@ from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
 from mistral_7b.errors import AdapterError, GenerationError, GrammarError
-from mistral_7b.kernels.attend import available
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.quantization import quantize
 from mistral_7b.sampling_params import SamplingParams
 from mistral_7b.speculation import Speculation
@@ -86,13 +87,13 @@ def test_guesses_and_grammars_go_together(spoken, max_draft):
 
 def test_an_invalid_schema_is_refused_at_once(spoken):
     steps = spoken.engine.counts.steps
-    with pytest.raises(GrammarError, match="structured_outputs"):
+    with refused(GrammarError, field="structured_outputs.json"):
         spoken.generate("Say:", structured(json={"type": "nonsense"}))
-    with pytest.raises(GrammarError, match="structured_outputs"):
+    with refused(GrammarError, field="structured_outputs"):
         spoken.generate("Say:", structured(regex="(unclosed"))
     assert spoken.engine.counts.steps == steps
     bare = LLM(tiny_model(), CONFIG)
-    with pytest.raises(GenerationError, match="structured_outputs need a tokenizer"):
+    with refused(GenerationError, field="structured_outputs"):
         bare.generate([1, 2], structured(json_object=True))
 
 
@@ -141,9 +142,9 @@ def test_without_tools_the_control_token_begins_nothing(spoken):
     (none,) = spoken.chat(MESSAGES, bias, tools=[WEATHER], tool_choice="none")
     assert none.prompt_token_ids == free.prompt_token_ids
     assert none.outputs[0].tool_calls == []
-    with pytest.raises(GrammarError, match="tool_choice names 'x'"):
+    with refused(GrammarError, field="tool_choice"):
         spoken.chat(MESSAGES, tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "x"}})
-    with pytest.raises(GenerationError, match="exclude each other"):
+    with refused(GenerationError, field="structured_outputs"):
         spoken.chat(MESSAGES, structured(json_object=True), tools=[WEATHER], tool_choice="required")
 
 
@@ -178,7 +179,7 @@ def adapted(scheme):
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_every_request_runs_with_its_own_adapter(scheme):
-    if scheme and not available():
+    if scheme and library() is None:
         pytest.skip("without the kernel PyTorch's operators attend")
     llm = adapted(scheme)
     prompts = [tokens_of((n,), seed=n).tolist() for n in (5, 30, 30, 30, 17, 41)]
@@ -205,13 +206,13 @@ def test_an_adapter_in_use_stays(monkeypatch):
     request = llm.reader.text([1, 2, 3], SamplingParams(max_tokens=5), Asked(adapter="a1"))
     llm.engine.add(request)
     llm.engine.step()
-    with pytest.raises(AdapterError, match="'a1' is in use by 1 requests"):
+    with pytest.raises(AdapterError):
         llm.engine.unload_adapter("a1")
     llm.engine.unload_adapter("a2")
     while not request.finished:
         llm.engine.step()
     llm.engine.unload_adapter("a1")
-    with pytest.raises(AdapterError, match="no adapter 'a1'"):
+    with refused(AdapterError, field="adapter"):
         llm.generate([1], adapter="a1")
 
 
@@ -225,7 +226,7 @@ def test_an_adapter_loaded_anew_shares_no_prefix_with_the_old():
     assert llm.generate(prompt, params, adapter="a1")[0].num_cached_tokens == 0
 
 
-@pytest.mark.skipif(not available(), reason="without the kernel PyTorch's operators attend")
+@pytest.mark.skipif(library() is None, reason="without the kernel PyTorch's operators attend")
 def test_deterministic_bfloat16_gives_the_same_bits_in_any_company():
     model = tiny_model(tiny_args(max_seq_len=512), torch.bfloat16)
     llm = LLM(model, EngineConfig(12, 48, page_size=4, deterministic=True))

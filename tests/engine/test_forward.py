@@ -14,21 +14,21 @@ from torch import Tensor
 
 from mistral_7b.checkpoint.adapter import Adapter, Factors
 from mistral_7b.completion import RequestOutput
-from mistral_7b.engine.batch import Nobody, PagedBatch
+from mistral_7b.engine.batch import PaddingRow, PagedBatch
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.flight import Plan
-from mistral_7b.engine.forward import COLUMNS, DecodeStep, Forward, GraphForward, filled
+from mistral_7b.engine.forward import COLUMNS, DecodeStep, Forward, GraphForward, bucket_size
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.reading import Asked
-from mistral_7b.kernels.attend import available
-from mistral_7b.kernels.graph import WARM_UP
+from mistral_7b.kernels.cpu.compiler import library
+from mistral_7b.kernels.gpu.graph import WARM_UP
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
 from mistral_7b.sampling import SamplingParams
 from mistral_7b.speculation import Speculation
 
-compiled = pytest.mark.skipif(not available(), reason="without the kernels rows depend on their neighbours")
+compiled = pytest.mark.skipif(library() is None, reason="without the kernels rows depend on their neighbours")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 NINE = [1, 17, 40, 8, 9, 3, 25, 33, 16]  # tokens of prompts; window 8
 
@@ -105,11 +105,11 @@ def _asked(name: str) -> Asked:
 
 
 def test_rows_are_filled_up_to_few_numbers_and_by_few() -> None:
-    sizes = [filled(n) for n in range(1, 513)]
+    sizes = [bucket_size(n) for n in range(1, 513)]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) <= 3 + 8 + (512 - 64) / 16
     for n, size in enumerate(sizes, 1):
-        assert filled(size) == size >= n
+        assert bucket_size(size) == size >= n
         assert size - n < max(8, n / 4)
         assert n > 2 or size == n
 
@@ -184,7 +184,7 @@ def test_a_step_asks_the_device_for_nothing() -> None:
     """On meta there are no values to ask for: what would wait for the device fails there."""
     model = Mistral7B(tiny_args(), device="meta")
     pool = PagePool(2, 3, 10, 20, 4, dtype=torch.bfloat16, device="meta")
-    parts = [(Nobody(np.arange(6), stop=6, computed=21), 1), (Nobody(np.array([pool.scratch])), 1)]
+    parts = [(PaddingRow(np.arange(6), stop=6, computed=21), 1), (PaddingRow(np.array([pool.scratch])), 1)]
     with torch.inference_mode():
         step = DecodeStep(model, PagedBatch(pool, 8, parts, 64))
         out = step(parts, torch.zeros(1, dtype=torch.long, device="meta"), lambda run: run)
@@ -227,7 +227,7 @@ def test_steps_filled_up_give_what_others_do(monkeypatch: pytest.MonkeyPatch) ->
         asked = [Asked(adapter="a" if i % 3 == 1 else None) for i in range(len(NINE))]
         outputs.append(llm.generate(prompts_of(NINE), replace(GREEDY, logprobs=2), asked=asked))
         sizes.append(seen)
-    assert sizes[1] == {filled(n) for n in sizes[1]}
+    assert sizes[1] == {bucket_size(n) for n in sizes[1]}
     assert sizes[0] - sizes[1]
     for plainly, full in zip(*outputs, strict=True):
         assert plainly.outputs[0].token_ids == full.outputs[0].token_ids

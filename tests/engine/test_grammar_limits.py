@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import refused
 
 from mistral_7b.engine.grammar import client, matcher
 from mistral_7b.engine.grammar.client import Grammars
@@ -29,6 +30,7 @@ def v3() -> tuple[Tokenizer, Grammars]:
     return opened("v3")
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -92,7 +94,7 @@ def test_hostile_grammars_are_bounded(v3: tuple[Tokenizer, Grammars], name: str)
             state.accept(int(chance.choice(allowed(state.masks()[0][0]))))
     assert time.monotonic() - began < 30  # by the clock, on a busy machine: of the CPU's time it is 6 at most
     if name.startswith("multiples"):
-        with pytest.raises(GrammarError, match="takes too long"):
+        with pytest.raises(GrammarError):
             grammars.start(StructuredOutputs(**HOSTILE[name]), [1])
 
 
@@ -148,7 +150,7 @@ def test_no_completion_uses_up_what_another_needs(monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patched:
         patched.setattr(matcher, "PROGRESS", 10**9)  # no renewal beyond the first
         state = tight.start(at_start=True)
-        with pytest.raises(GrammarError, match="too many states"):
+        with refused(GrammarError, field="structured_outputs"):
             walk([state], letters, 600)
     for _ in range(3):
         walk([tight.start(at_start=True), free.start(at_start=True)], letters, 250)
@@ -190,5 +192,7 @@ def test_threads_may_share_grammars(v3: tuple[Tokenizer, Grammars]) -> None:
 
 def test_without_llguidance_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(GrammarError, match=r"pip install 'mistral-7b\[serve\]'"):
+    with refused(GrammarError, field="structured_outputs") as e:
         Grammars(Tokenizer.from_pretrained(), 4096)
+    assert isinstance(e.value.__cause__, ImportError)
+    assert e.value.hint

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from tiny import tiny_args, tiny_model
 
 from mistral_7b.engine.config import EngineConfig, GrammarLimits
@@ -138,7 +139,7 @@ def test_so_does_a_hostile_tool(llm: LLM, wanted: list[list[int]], name: str, ch
 
 @pytest.mark.parametrize("name", ["rules", "terminals"])
 def test_a_crash_is_one_clear_error(llm: LLM, name: str) -> None:
-    with pytest.raises(GrammarError, match="too deep or too large") as e:
+    with refused(GrammarError, field="structured_outputs") as e:
         llm.reader.text("a", SamplingParams(structured_outputs=StructuredOutputs(**HOSTILE[name])), Asked())
     assert len(str(e.value)) < 300
 
@@ -162,7 +163,7 @@ def test_an_ambiguous_grammar_ends_at_its_budget_and_slows_no_other(llm: LLM, wa
             assert len(free.completions[0].token_ids) == before + 1, "a step passed it over"
             longest = max(longest, time.monotonic() - began)
     assert isinstance(bad.error, GrammarError)
-    assert "CPU time" in str(bad.error)
+    assert bad.error.field == "structured_outputs"
     assert free.error is None
     assert longest < 0.5  # on a busy machine; the moment is 10 ms
     run(llm, others := beside(llm))
@@ -212,7 +213,7 @@ def test_processes_end_with_their_engine() -> None:
 
 def test_limits_are_checked() -> None:
     for wrong in ({"mask_seconds": 0}, {"compile_seconds": "1"}, {"memory_bytes": 5}, {"request_seconds": True}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
+        with refused(ConfigError, field=next(iter(wrong))):
             GrammarLimits(**wrong)  # type: ignore[arg-type]
 
 
@@ -250,7 +251,7 @@ SCHEMAS = st.recursive(
     ),
     max_leaves=6,
 )
-CRASH = '%json {"const": -9223372036854775808}'  # in a grammar of one's own it goes to llguidance as it stands
+LARGE = '%json {"const": -9223372036854775808}'  # at which llguidance's own reading crashes
 PARTS = [
     '"a"',
     "/a+/",
@@ -264,7 +265,7 @@ PARTS = [
     "<[*]>",
     "/(?s:.)*/",
     "%json {}",
-    CRASH,
+    LARGE,
 ]
 LARKS = st.builds(
     lambda a, b, c: f"start: s\ns: {' '.join(a)} | {' '.join(b)}\nt: {' | '.join(c)}\nX: /[a-z]{{1,300}}/",
@@ -292,6 +293,7 @@ def test_random_hostile_grammars_leave_the_others_their_bits(
     ENDS["served" if error is None else kinds[0] if kinds else "refused"] += 1
 
 
+@pytest.mark.wording
 def test_those_at_random_are_of_every_kind() -> None:
     """A control of the test above: what it drew was served often, refused often, and ended often on the way."""
     assert ENDS["served"] > 30
@@ -311,5 +313,5 @@ def test_a_process_that_stands_still_is_given_up(llm: LLM, monkeypatch: pytest.M
         run(llm, [stuck, free])
     finally:
         os.kill(pid, signal.SIGKILL)
-    assert "no answer" in str(stuck.error)
+    assert isinstance(stuck.error, GrammarError)
     assert free.error is None

@@ -1,10 +1,10 @@
 """LLM as a user meets it: what comes out, in which shape, and what is refused."""
 
 import gc
-import re
 
 import pytest
 import torch
+from refusals import refused
 from tiny import tiny_args, tiny_model, tokens_of, truth
 
 from mistral_7b.engine.batch import PagedBatch
@@ -12,7 +12,14 @@ from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.request import Request, SequenceState
-from mistral_7b.errors import AdapterError, ConfigError, EngineError, GenerationError, SamplingError
+from mistral_7b.errors import (
+    AdapterError,
+    ConfigError,
+    EngineError,
+    GenerationError,
+    PromptTooLongError,
+    SamplingError,
+)
 from mistral_7b.generate import generate
 from mistral_7b.sampling_params import SamplingParams
 from mistral_7b.speculation import Speculation
@@ -186,33 +193,31 @@ def test_memory_is_as_was_said():
     page = 2 * args.n_layers * args.n_kv_heads * args.head_dim * 8 * 4  # bytes of a page of 4 in float64
     assert llm_of(EngineConfig(6, 16, page_size=4, kv_cache_bytes=10 * page + 1)).engine.pool.n_pages == 10
     assert llm_of().engine.pool.n_pages == 6 * (8 + 16 + 4) // 4  # what six sequences with a window ever hold
-    with pytest.raises(ConfigError, match="no page of 4 tokens"):
+    with refused(ConfigError, field="kv_cache_bytes"):
         llm_of(EngineConfig(6, 16, page_size=4, kv_cache_bytes=page - 1))
 
 
 FOREIGN = Speculation(tiny_model(tiny_args(vocab_size=9)))
 REFUSED = {
-    "is empty": ([], GREEDY, {}),
-    "is no token of a vocabulary of 67": ([67], GREEDY, {}),
-    "do not fit the context of 96": ([1] * 90, GREEDY, {}),
-    "n=7 completions at once are more than the engine's 6": ([1], SamplingParams(n=7), {}),
-    "no adapter 'x' is loaded: there is none": ([1], GREEDY, {"adapter": "x"}),
-    "need a tokenizer": ("text", GREEDY, {}),
-    "they must share one vocabulary": (
-        [1],
-        GREEDY,
+    "no tokens": (GenerationError, "prompt", [], GREEDY, {}),
+    "a token that the model lacks": (GenerationError, "prompt", [67], GREEDY, {}),
+    "too long": (PromptTooLongError, "prompt", [1] * 90, GREEDY, {}),
+    "too many completions": (EngineError, "n", [1], SamplingParams(n=7), {}),
+    "an adapter that is not loaded": (AdapterError, "adapter", [1], GREEDY, {"adapter": "x"}),
+    "a text without a tokenizer": (GenerationError, "prompt", "text", GREEDY, {}),
+    "a draft model of another vocabulary": (
+        GenerationError, "draft_model", [1], GREEDY,
         {"speculation": Speculation(tiny_model(tiny_args(vocab_size=9)))},
     ),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("why", REFUSED)
-def test_what_cannot_be_served_is_refused_before_anything_is_computed(why):
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_refused_before_anything_is_computed(name):
     llm = llm_of(window=None)
-    prompt, params, asked = REFUSED[why]
-    with pytest.raises((AdapterError, EngineError, GenerationError), match=re.escape(why)) as caught:
+    kind, field, prompt, params, asked = REFUSED[name]
+    with refused(kind, field=field):
         llm.generate([[1, 2], prompt], [GREEDY, params], asked=[Asked(), Asked(**asked)])
-    assert why != "is empty" or "prompt 1" in str(caught.value)
     assert llm.engine.counts.steps == 0
     assert llm.engine.idle
     assert len(llm.generate([1, 2], GREEDY)) == 1
@@ -222,36 +227,36 @@ def test_what_never_fits_the_pages_is_refused():
     args = tiny_args()
     page = 2 * args.n_layers * args.n_kv_heads * args.head_dim * 8 * 4
     llm = llm_of(EngineConfig(6, 16, page_size=4, kv_cache_bytes=5 * page), window=None)
-    with pytest.raises(EngineError, match=r"prompt 0: .*needs 8 pages of 4 tokens, and the engine has 5"):
+    with refused(EngineError, field="prompt"):
         llm.generate([1] * 20, GREEDY)
     assert len(llm.generate([1] * 8, GREEDY)[0].outputs[0].token_ids) == 12
 
 
 @pytest.mark.parametrize(
-    ("fields", "why"),
+    "fields",
     [
-        ({"max_sequences": 0}, "max_sequences must be a whole number of at least 1"),
-        ({"page_size": 1.5}, "page_size"),
-        ({"kv_cache_bytes": -1}, "kv_cache_bytes"),
-        ({"max_batch_tokens": 64}, "max_sequences \\+ page_size = 80"),
-        ({"kv_dtype": "fp8"}, "kv_dtype"),
+        {"max_sequences": 0},
+        {"page_size": 1.5},
+        {"kv_cache_bytes": -1},
+        {"max_batch_tokens": 64},
+        {"kv_dtype": "fp8"},
     ],
 )
-def test_a_configuration_that_cannot_be(fields, why):
-    with pytest.raises(ConfigError, match=why):
+def test_a_configuration_that_cannot_be(fields):
+    with refused(ConfigError, field=next(iter(fields))):
         EngineConfig(**fields)
 
 
 def test_arguments_that_contradict_each_other():
-    with pytest.raises(EngineError, match="yet to be opened"):
+    with refused(EngineError, field="model"):
         LLM(tiny_model(), SMALL, device="cpu")
-    with pytest.raises(EngineError, match="not both"):
+    with refused(EngineError, field="asked"):
         llm_of().generate([1], GREEDY, asked=Asked(), priority=1)
-    with pytest.raises(EngineError, match="deterministic=True takes a model in bfloat16"):
+    with refused(EngineError, field="deterministic"):
         llm_of(EngineConfig(deterministic=True))
     with pytest.raises(TypeError, match="colour"):
         llm_of().generate([1], GREEDY, colour="red")
-    with pytest.raises(GenerationError, match="pooling is 'mean' or 'last', not 'max'"):
+    with refused(GenerationError, field="pooling"):
         llm_of().embed([1], pooling="max")
     with pytest.raises(SamplingError):
         llm_of().generate([1], SamplingParams(logit_bias={99: 1.0}))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from automaton import Automaton, check, request_of, run
 from engines import GREEDY, add, broken, served, small
+from refusals import refused
 from torch import Tensor
 
 from mistral_7b.completion import TextPiece
@@ -32,20 +33,19 @@ def test_what_can_never_be_computed_is_refused_and_leaves_nothing() -> None:
     engine = small(model, n_pages=5)  # 20 tokens
     fits = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
     (request,) = add(engine, [1] * 10, params=fits)
-    for prompt, params, said in (
-        ([1] * 11, fits, "6 pages of 4 tokens, and the engine has 5"),
-        ([1] * 10, SamplingParams(max_tokens=11), "6 pages"),
-        ([1], SamplingParams(n=5, max_tokens=1), "n=5"),
+    for prompt, params, field in (
+        ([1] * 11, fits, "prompt"),
+        ([1] * 10, SamplingParams(max_tokens=11), "prompt"),
+        ([1], SamplingParams(n=5, max_tokens=1), "n"),
     ):
-        with pytest.raises(EngineError, match=said):
+        with refused(EngineError, field=field):
             request_of(engine, prompt, params)
-    with pytest.raises(GenerationError, match="empty"):
-        request_of(engine, [], fits)
-    with pytest.raises(GenerationError, match="no token"):
-        request_of(engine, [11], fits)
-    with pytest.raises(AdapterError, match="no adapter 'french'"):
+    for prompt in ([], [11]):
+        with refused(GenerationError, field="prompt"):
+            request_of(engine, prompt, fits)
+    with refused(AdapterError, field="adapter"):
         request_of(engine, [1], fits, adapter="french")
-    with pytest.raises(GenerationError, match="need a tokenizer"):
+    with refused(GenerationError, field="stop"):
         request_of(engine, [1], SamplingParams(stop="x"))
     run(engine)
     assert request.completions[0].token_ids == model.greedy([1] * 10, 10)
@@ -57,7 +57,7 @@ def test_without_a_limit_a_completion_is_as_long_as_there_is_memory() -> None:
     (request,) = add(engine, [1] * 12, params=endless)
     run(engine)
     assert (len(request.completions[0].token_ids), request.completions[0].finish_reason) == (8, "length")
-    with pytest.raises(PromptTooLongError, match="20 tokens and fills the memory for 20"):
+    with refused(PromptTooLongError, field="prompt"):
         request_of(engine, [1] * 20, endless)
 
 
@@ -69,7 +69,7 @@ def test_a_window_lets_a_long_request_through_a_small_pool() -> None:
     run(engine)
     for request in requests:
         assert request.completions[0].token_ids == model.greedy(request.ids, 60)
-    with pytest.raises(EngineError, match="pages"):
+    with refused(EngineError, field="prompt"):
         request_of(small(model, n_pages=6, max_batch_tokens=16), [1] * 100, GREEDY)
 
 
@@ -86,10 +86,10 @@ def test_a_pool_for_one_serves_any_number_one_after_another() -> None:
 def test_two_requests_of_one_name_and_a_full_queue() -> None:
     engine = small(max_sequences=1, max_waiting=2)
     (first,) = add(engine, [1, 2], request_id="same")
-    with pytest.raises(EngineError, match="'same' is running"):
+    with refused(EngineError, field="request_id"):
         add(engine, [3, 4], request_id="same")
     (second,) = add(engine, [3, 4])
-    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+    with pytest.raises(QueueFullError):
         add(engine, [5, 6])
     engine.step()
     (third,) = add(engine, [5, 6])
@@ -108,7 +108,7 @@ def test_two_requests_of_one_name_and_a_full_queue() -> None:
     ],
 )  # fmt: skip
 def test_a_configuration_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
+    with refused(ConfigError, field="max_batch_tokens" if wrong == {"max_sequences": 250} else next(iter(wrong))):
         EngineConfig(**wrong)
 
 
@@ -125,7 +125,7 @@ def test_llm_says_which_of_many_failed_and_has_the_others(monkeypatch: pytest.Mo
     engine = small(max_sequences=1)
     broken(monkeypatch, engine, lambda tokens: 9 in tokens.tolist())
     params = SamplingParams(max_tokens=2, temperature=0, logit_bias={9: -100})
-    with pytest.raises(RequestsFailedError, match=r"1 of 3 requests failed.*the model broke") as caught:
+    with pytest.raises(RequestsFailedError) as caught:
         llm_of(engine).generate([[1, 1, 1, 1], [9], [2, 2]], params)
     outputs = caught.value.outputs
     assert [o.error is None for o in outputs] == [True, False, True]
@@ -172,10 +172,10 @@ def test_an_interrupt_in_the_callback_leaves_nothing_behind() -> None:
 def test_one_bad_prompt_of_many_costs_nothing() -> None:
     engine = small()
     llm = llm_of(engine)
-    for prompts, said in (([[1], []], "prompt 1 is empty"), ([[1], [2], [99]], "prompt 2")):
-        with pytest.raises(GenerationError, match=said):
+    for prompts in ([[1], []], [[1], [2], [99]]):
+        with refused(GenerationError, field="prompt"):
             llm.generate(prompts, GREEDY)
-    with pytest.raises(EngineError, match="prompt 1: n=5"):
+    with refused(EngineError, field="n"):
         llm.generate([[1], [2]], [GREEDY, SamplingParams(n=5)])
     assert engine.idle
     assert engine.counts.steps == 0
@@ -191,7 +191,7 @@ def test_more_prompts_than_may_wait_are_fed_as_there_is_room() -> None:
 
 def test_a_name_twice_in_one_call_ends_the_call_and_leaves_nothing() -> None:
     engine = small()
-    with pytest.raises(EngineError, match="running already"):
+    with refused(EngineError, field="request_id"):
         llm_of(engine).generate([[1], [2]], GREEDY, asked=[Asked("a"), Asked("a")])
     assert engine.idle
     check(engine)

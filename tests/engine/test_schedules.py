@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from tiny import tiny_args, tiny_model, tokens_of, truth
 
 from mistral_7b.completion import CompletionOutput, RequestOutput
@@ -26,7 +27,7 @@ from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
 from mistral_7b.engine.scheduler import most_pages
 from mistral_7b.generate import generate
-from mistral_7b.kernels.attend import available
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
 from mistral_7b.sampling import SamplingParams
@@ -195,7 +196,7 @@ def _same_logprobs(mine: Sequence[Any] | None, theirs: Sequence[Any] | None, exa
 
 
 def needs_kernels(kind: str) -> Any:
-    without = kind in EXACT and not available()
+    without = kind in EXACT and library() is None
     return pytest.param(kind, marks=pytest.mark.skipif(without, reason="exact with the compiled kernels"))
 
 
@@ -310,9 +311,9 @@ def test_deterministic_mode_is_what_makes_bfloat16_exact() -> None:
     prompts, params = [list(job.prompt) for job in jobs], [job.params for job in jobs]
     together = llm.generate(prompts, params)
     for i, output in enumerate(together):
-        same(output, LLM(model, config).generate(prompts[i], params[i])[0], exact=available())
-        if available():
+        same(output, LLM(model, config).generate(prompts[i], params[i])[0], exact=library() is not None)
+        if library() is not None:
             same(output, alone("bfloat16", i), exact=True)
-    with pytest.raises(EngineError, match="float64"):
+    with refused(EngineError, field="deterministic"):
         LLM(model_of("float64"), config)
     assert pool_for(model, config).dtype == torch.bfloat16

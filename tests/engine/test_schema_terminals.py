@@ -54,6 +54,7 @@ def test_patterns_that_python_reads_otherwise(pattern: str, good: list[str], bad
     assert [text for text in [*good, *bad] if strings.holds(terminal, text)] == good
 
 
+@pytest.mark.wording
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [

@@ -7,6 +7,7 @@ import random
 
 import jsonschema
 import pytest
+from refusals import refused
 
 from mistral_7b.engine.grammar.client import Grammars
 from mistral_7b.engine.grammar.lark import or_tools, tool_spec
@@ -85,14 +86,14 @@ def test_a_text_or_calls_where_the_model_is_free(v3: tuple[Tokenizer, Grammars],
 def test_what_tool_choice_cannot_be() -> None:
     assert tool_spec(TOOLS, "auto") is None
     assert tool_spec(TOOLS, "none") is None
-    with pytest.raises(GrammarError, match="'fly', which is none of the tools"):
+    with refused(GrammarError, field="tool_choice"):
         tool_spec(TOOLS, {"type": "function", "function": {"name": "fly"}})
-    with pytest.raises(GrammarError, match="there are no tools"):
+    with refused(GrammarError, field="tool_choice"):
         tool_spec([], "required")
-    with pytest.raises(GrammarError, match="must be auto, none, required"):
+    with refused(GrammarError, field="tool_choice"):
         tool_spec(TOOLS, "sometimes")
-    with pytest.raises(GrammarError, match=r"tools\[0\] has no function with a name"):
+    with refused(GrammarError, field="tools[0]"):
         tool_spec([{"type": "function"}], "any")
     v1 = Tokenizer.v1()
-    with pytest.raises(GrammarError, match="TOOL_CALLS"):
+    with refused(GrammarError, field="structured_outputs"):
         Grammars(v1, 32000).start(tool_spec(TOOLS, "required"), [1])  # type: ignore[arg-type]

@@ -12,8 +12,15 @@ import pytest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from mistral_7b.kernels import fused, paged, triton_fused, triton_linear, triton_paged
-from mistral_7b.kernels import weight_only as w
+from mistral_7b.kernels.gpu import decode_attention as decode
+from mistral_7b.kernels.gpu import (
+    paged,
+    triton_decode,
+    triton_elementwise,
+    triton_linear,
+    triton_paged,
+)
+from mistral_7b.kernels.gpu import weight_only as w
 
 KINDS = ("bf16", "fp16", "fp32")
 # Multiples of 16 in a real model, which Triton is told.
@@ -93,18 +100,23 @@ def test_fp8(capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused(kind: str, capability: int) -> None:
-    f = triton_fused
+    f = triton_elementwise
     assembly(f.rms_norm, capability, {"x": kind, "weight": kind, "out": kind}, {"BLOCK": 4096})
     assembly(f.silu_mul, capability, {"gate": kind, "up": kind, "out": kind}, {"BLOCK": 1024})
     rope = {"x": kind, "cos": "fp32", "sin": "fp32", "out": kind}
     assembly(f.rotate, capability, rope, {"BLOCK_H": 8, "BLOCK_P": 64})
     shares = {"tops": "fp32", "totals": "fp32", "sums": "fp32"}
     for masked in (True, False):
-        blocks = {"SPLIT": fused.SPLIT, "BLOCK_S": fused.BLOCK_S, "BLOCK_R": 16, "BLOCK_K": 128}
+        blocks = {
+            "SPLIT": decode.SPLIT,
+            "BLOCK_S": decode.BLOCK_S,
+            "BLOCK_R": 16,
+            "BLOCK_K": 128,
+        }
         pointers = {"q": kind, "k": kind, "v": kind, "seen": "u8", **shares}
-        ptx = assembly(f.attend_split, capability, pointers, {"MASKED": masked, **blocks})
+        ptx = assembly(triton_decode.attend_split, capability, pointers, {"MASKED": masked, **blocks})
         assert ("mma.sync" in ptx) == (kind != "fp32")
-    assembly(f.attend_merge, capability, {**shares, "out": kind}, {"BLOCK_SPLITS": 16, "BLOCK_K": 128})
+    assembly(triton_decode.attend_merge, capability, {**shares, "out": kind}, {"BLOCK_SPLITS": 16, "BLOCK_K": 128})
 
 
 def layouts_of_sums(ttgir: str) -> list[tuple[str, str]]:

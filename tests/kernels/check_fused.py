@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from interpreter import DEVICE
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from mistral_7b.attention import attention, visible
 from mistral_7b.cache import Stateless
-from mistral_7b.kernels import elementwise, fused
+from mistral_7b.kernels import elementwise
+from mistral_7b.kernels.gpu import decode_attention as decode
+from mistral_7b.kernels.gpu import elementwise as gpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ULP = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -21,10 +25,14 @@ launched: list[str] = []
 def _kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     launched.clear()
-    real = fused._launch
-    monkeypatch.setattr(
-        fused, "_launch", lambda name, *rest, **how: (launched.append(name), real(name, *rest, **how))
-    )
+    for module in (gpu, decode):
+        real = module._launch
+
+        def launch(name: str, *rest: object, real: Any = real, **how: object) -> None:
+            launched.append(name)
+            real(name, *rest, **how)
+
+        monkeypatch.setattr(module, "_launch", launch)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -42,9 +50,9 @@ def near(actual: Tensor, wanted: Tensor, units: float = 2.0) -> None:
 @pytest.mark.parametrize("shape", [(1, 40), (2, 3, 300), (17, 64), (300, 7)])
 def test_norm_and_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, up, weight = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype), normal(shape[-1], dtype=dtype)
-    near(fused.rms_norm(x, weight, 1e-5), elementwise.rms_norm_twin(x, weight, 1e-5))
-    near(fused.silu_mul(x, up), elementwise.silu_mul_twin(x, up))
-    assert torch.equal(fused.rms_norm(x, weight, 1e-5)[:1], fused.rms_norm(x[:1], weight, 1e-5))
+    near(gpu.rms_norm(x, weight, 1e-5), elementwise.rms_norm_twin(x, weight, 1e-5))
+    near(gpu.silu_mul(x, up), elementwise.silu_mul_twin(x, up))
+    assert torch.equal(gpu.rms_norm(x, weight, 1e-5)[:1], gpu.rms_norm(x[:1], weight, 1e-5))
     assert {"rms_norm", "silu_mul"} == set(launched)
 
 
@@ -52,9 +60,9 @@ def test_norm_and_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("heads", [1, 6, 9])
 def test_rotation(heads: int, dtype: torch.dtype) -> None:
     x, angle = normal(2, 3, heads, 10, dtype=dtype), 10 * normal(2, 3, 1, 5)
-    near(fused.rotate(x, angle.cos(), angle.sin()), elementwise.rotate_twin(x, angle.cos(), angle.sin()))
+    near(gpu.rotate(x, angle.cos(), angle.sin()), elementwise.rotate_twin(x, angle.cos(), angle.sin()))
     shared = angle[0]  # (T, 1, K/2) for both rows
-    near(fused.rotate(x, shared.cos(), shared.sin()), elementwise.rotate_twin(x, shared.cos(), shared.sin()))
+    near(gpu.rotate(x, shared.cos(), shared.sin()), elementwise.rotate_twin(x, shared.cos(), shared.sin()))
     assert set(launched) == {"rotate"}
 
 
@@ -74,15 +82,15 @@ def test_attention_of_one_token(B: int, S: int, H: int, G: int, K: int, dtype: t
     p_k[:, 0] = p_q[:, 0]
     for window in (None, 7):
         seen = visible(p_q, p_k, window)  # (B, 1, S)
-        wanted = fused.decode_attention_twin(q, k, v, seen)
+        wanted = decode.decode_attention_twin(q, k, v, seen)
         near(wanted, plain(q, k, v, seen), units=8)
         poisoned = [t.masked_fill(~seen[:, 0, :, None, None], float("nan")) for t in (k, v)]
-        near(fused.decode_attention(q, *poisoned, seen), wanted)
+        near(decode.decode_attention(q, *poisoned, seen), wanted)
         for row in range(B):  # a row alone is the row among others
             alone = slice(row, row + 1)
-            one = fused.decode_attention(q[alone], k[alone], v[alone], seen[alone])
-            assert torch.equal(one, fused.decode_attention(q, k, v, seen)[alone])
-    near(fused.decode_attention(q, k, v, None), fused.decode_attention_twin(q, k, v, None))
+            one = decode.decode_attention(q[alone], k[alone], v[alone], seen[alone])
+            assert torch.equal(one, decode.decode_attention(q, k, v, seen)[alone])
+    near(decode.decode_attention(q, k, v, None), decode.decode_attention_twin(q, k, v, None))
     assert set(launched) == {"attend_split", "attend_merge"}
 
 
@@ -98,10 +106,10 @@ def test_every_number_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = normal(B, 1, G * R, K), normal(B, S, G, K), normal(B, S, G, K)
     seen = torch.zeros(B, 1, S, dtype=torch.bool, device=DEVICE)
     seen[:, :, 600:650] = True  # two of the five splits hold all there is
-    wanted = fused.decode_attention_twin(q, k, v, seen)
+    wanted = decode.decode_attention_twin(q, k, v, seen)
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
-    near(fused.decode_attention(q, k, v, seen), wanted)
+    near(decode.decode_attention(q, k, v, seen), wanted)
     assert len(made) == 4
     assert not any(t.isnan().any() for t in made)
 
@@ -110,8 +118,8 @@ def test_more_room_in_the_ring_changes_nothing() -> None:
     B, S, G, R, K = 2, 300, 2, 3, 16
     q, k, v = normal(B, 1, G * R, K), normal(B, 900, G, K), normal(B, 900, G, K)
     seen = torch.arange(900, device=DEVICE).expand(B, 1, -1) < S
-    near_full = fused.decode_attention(q, k[:, :S], v[:, :S], seen[..., :S])
-    assert torch.equal(fused.decode_attention(q, k, v, seen), near_full)
+    near_full = decode.decode_attention(q, k[:, :S], v[:, :S], seen[..., :S])
+    assert torch.equal(decode.decode_attention(q, k, v, seen), near_full)
 
 
 @pytest.mark.parametrize("window", [8, None])

@@ -11,7 +11,8 @@ import torch
 from interpreter import DEVICE, INTERPRETED
 from torch import Tensor
 
-from mistral_7b.kernels import weight_only as w
+from mistral_7b.kernels.backend import has_fp8
+from mistral_7b.kernels.gpu import weight_only as w
 
 SHAPES = ((37, 70), (300, 261), (33, 1100))  # N, K: multiples of no block
 ROWS = (1, 2, 3, 16, 17, 64)
@@ -97,7 +98,7 @@ def test_many_rows_go_through_the_expanded_weight(M: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 2, 17, 64, 300])
 def test_fp8_is_near_its_twin(M: int, dtype: torch.dtype) -> None:
-    if not INTERPRETED and not w.has_fp8(DEVICE):
+    if not INTERPRETED and not has_fp8(DEVICE):
         pytest.skip("this GPU has no fp8")
     for N, K in ((33, 70), (48, 272)):  # the second is one that torch._scaled_mm takes
         q, scale = w.to_fp8(torch.randn(N, K, device=DEVICE))

@@ -13,8 +13,9 @@ import torch
 from interpreter import DEVICE, INTERPRETED
 from torch import Tensor
 
-from mistral_7b.kernels import attend, paged
+from mistral_7b.kernels import attend
 from mistral_7b.kernels.attend import Place, Remembered, attend_twin, quantize_kv
+from mistral_7b.kernels.gpu import paged
 
 PAGE = 4
 ULP = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -45,7 +46,7 @@ def _small_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Batch(NamedTuple):
-    """What `paged_attend` is given, in its order up to `page`."""
+    """What `paged_attend` is given, flat."""
 
     q: Tensor
     k: Tensor
@@ -116,14 +117,22 @@ def forms(t: Tensor, int8: bool) -> tuple[Tensor, ...]:
     return quantize_kv(t) if int8 else (t,)
 
 
+def attended(given: Batch, window: int | None, **how: bool) -> Tensor:
+    return paged.paged_attend(*given[:5], remembered(given), window, **how)
+
+
+def remembered(given: Batch) -> Remembered:
+    place = Place(given.start, given.held, 1, 0, given.table, given.page, given.offsets)
+    return Remembered(*given[5:9], place)
+
+
 def copied(given: Batch) -> Batch:
     return Batch(*(t.clone() if isinstance(t, Tensor) else t for t in given))
 
 
 def twin(given: Batch, window: int | None) -> Tensor:
     """In float64, and written to the pages as well."""
-    place = Place(given.start, given.held, 1, 0, given.table, PAGE, given.offsets)
-    return attend_twin(*given[:5], Remembered(*given[5:9], place), window, keep=True)
+    return attend_twin(*given[:5], remembered(given), window, keep=True)
 
 
 def near(actual: Tensor, wanted: Tensor) -> None:
@@ -143,7 +152,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, given: Batch, window: int | None,
     ways, outs = (given, copied(given)), []
     for way, programs in zip(ways, (1, 2048), strict=True):
         monkeypatch.setattr(paged, "PROGRAMS", programs)
-        outs.append(paged.paged_attend(*way, window, **how))
+        outs.append(attended(way, window, **how))
     assert not outs[0].isnan().any()
     assert torch.equal(*outs)
     return outs[0]
@@ -203,7 +212,7 @@ def test_a_row_is_the_same_in_any_chunk_place_and_company(
 ) -> None:
     length = 90  # more than two windows, and splits
     case, other = sequence(length, 2, 1, 10, dtype), sequence(length, 2, 1, 10, dtype)
-    whole = paged.paged_attend(*batch([case], [0], [length], int8=int8), window, keep=False)
+    whole = attended(batch([case], [0], [length], int8=int8), window, keep=False)
     for start, T in ((0, 1), (89, 1), (31, 2), (29, 13)):
         held = start if window is None else min(start, window - 1)
         given = batch([other, case, other], [40, start, 3], [1, T, 1], held=[40, held, 3], int8=int8)
@@ -249,7 +258,7 @@ def test_rows_of_a_wider_matrix_are_taken_as_they_lie() -> None:
     q, k, v = (t.unflatten(1, (-1, 16)) for t in wide.split([64, 32, 32], 1))
     assert not q.is_contiguous()
     parted = copied(given)._replace(q=q, k=k, v=v)
-    assert torch.equal(paged.paged_attend(*parted, 30), paged.paged_attend(*given, 30))
+    assert torch.equal(attended(parted, 30), attended(given, 30))
     assert same(parted.old_v, given.old_v)
 
 
@@ -257,13 +266,13 @@ def test_the_operator_comes_here_for_pages_and_packed_rows() -> None:
     """Called as a CUDA device calls it; for anything else the twin works, a rectangle over pages say."""
     given = batch([sequence(40, 4, 2, 10) for _ in "ab"], [30, 5], [1, 1])
     *tensors, start, held, offsets, table, page = given
-    wanted = paged.paged_attend(*copied(given), 20)
+    wanted = attended(copied(given), 20)
     launched.clear()
-    out = attend._attend_cuda(*tensors, start, held, 1, 0, table, page, offsets, 20, True)
+    out = attend._attend(*tensors, start, held, 1, 0, table, page, offsets, 20, True)
     assert torch.equal(out, wanted)
     assert [name for name, _ in launched] == ["attend_tiles", "remember"]
     whole = [None if t is None else t[:, None] for t in tensors[:5]]
-    out = attend._attend_cuda(*whole, *tensors[5:], start, held, 1, 0, table, page, None, 20, True)
+    out = attend._attend(*whole, *tensors[5:], start, held, 1, 0, table, page, None, 20, True)
     near(out[:, 0], wanted)
     assert len(launched) == 2
 
@@ -274,7 +283,7 @@ def test_what_is_launched_depends_on_sizes_alone() -> None:
     grids = []
     for starts, lengths in (([140, 0, 9], [1, 1, 1]), ([0, 0, 0], [3, 0, 0]), ([99, 3, 150], [0, 2, 1])):
         launched.clear()
-        paged.paged_attend(*batch(cases, starts, lengths, columns=40), 50)
+        attended(batch(cases, starts, lengths, columns=40), 50)
         grids.append(list(launched))
     assert grids[0] == grids[1] == grids[2]
     assert len(grids[0]) == 3
@@ -284,14 +293,14 @@ def test_what_is_launched_depends_on_sizes_alone() -> None:
 def test_a_captured_graph_goes_on_with_other_values() -> None:
     cases = [sequence(160, 4, 2, 10) for _ in range(3)]
     first, second = (batch(cases, starts, [1, 1, 1], columns=40) for starts in ([140, 0, 9], [3, 150, 70]))
-    wanted, held = paged.paged_attend(*copied(second), 50), copied(first)
+    wanted, held = attended(copied(second), 50), copied(first)
     aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        paged.paged_attend(*copied(first), 50)
+        attended(copied(first), 50)
     torch.cuda.current_stream().wait_stream(aside)
     with torch.cuda.graph(graph, stream=aside):
-        out = paged.paged_attend(*held, 50)
+        out = attended(held, 50)
     for place, value in zip(held, second, strict=True):
         if isinstance(place, Tensor) and isinstance(value, Tensor):
             place.copy_(value)

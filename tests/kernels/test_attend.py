@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from mistral_7b.attention import attention, visible
-from mistral_7b.kernels import compiler
-from mistral_7b.kernels.attend import Place, Remembered, attend, attend_twin, available, quantize_kv
+from mistral_7b.kernels.attend import Place, Remembered, attend, attend_twin, quantize_kv
+from mistral_7b.kernels.backend import ATTENTION, Backend, uses
+from mistral_7b.kernels.cpu import compiler
 
-compiled = pytest.mark.skipif(not available(), reason="without the kernel PyTorch's operators attend")
+compiled = pytest.mark.skipif(
+    not uses(Backend.CPU, ATTENTION, torch.empty(1, dtype=torch.bfloat16)),
+    reason="without the kernel PyTorch's operators attend",
+)
 
 
 class Case(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from test_attend import Case, chunk, compiled, forms, sequence
 from torch import Tensor
 
-from mistral_7b.kernels import compiler
 from mistral_7b.kernels.attend import Place, Remembered, attend, attend_twin
+from mistral_7b.kernels.cpu import compiler
 
 # (first new position, new tokens): decoding, drafts and chunks of prompts, in no order
 RAGGED = [(130, 1), (0, 65), (63, 2), (70, 64), (64, 7), (200, 1), (0, 1), (5, 130), (12, 0), (150, 2)]

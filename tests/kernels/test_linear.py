@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_7b.kernels import compiler, layout
+from mistral_7b.kernels import backend, layout
+from mistral_7b.kernels.cpu import compiler
 from mistral_7b.kernels.linear import (
     block_linear_twin,
     int4_linear,
@@ -60,6 +61,24 @@ def test_int4_and_the_int8_that_it_stands_for_are_the_twin(n: int, k: int, group
         assert torch.equal(int8_linear(x, as_int8, scale, n), wanted)
 
 
+@pytest.mark.parametrize("code", [0, 1, 128, 255])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_products_do_not_saturate(bits: int, code: int) -> None:
+    """vpmaddubsw adds two products in 16 bits, and saturates: the largest codes by the largest activations."""
+    n, k = 17, 128
+    for m in ROWS[:7]:
+        x = torch.ones(m, k)
+        x[1::2] = -1  # activations 127 and -127
+        x[:, 5::7] *= -1
+        codes = torch.full((n, k), min(code, 2**bits - 1), dtype=torch.uint8)
+        linear = BlockLinear(torch.ones(n, k // 32).half(), codes, bits)
+        assert torch.equal(linear(x), block_linear_twin(x, linear.codes, linear.d, n, linear.bits))
+        whole = codes.short() - 128
+        tiles = layout.tile_int8(torch.nn.functional.pad(codes, (0, 0, 0, -n % 16)))
+        wanted = linear_twin(x, whole.to(torch.int8), torch.ones(n))
+        assert torch.equal(int8_linear(x, tiles, torch.ones(layout.padded(n, 16)), n), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (33, 96), (67, 1120)])
@@ -71,7 +90,7 @@ def test_blocks_are_their_twin(n: int, k: int, bits: int, dtype: torch.dtype) ->
     linear = BlockLinear(d, q, bits)
     for m in ROWS:
         x = activations(m, k, dtype)
-        wanted = block_linear_twin(x, linear.codes, linear.d, n)
+        wanted = block_linear_twin(x, linear.codes, linear.d, n, linear.bits)
         assert torch.equal(linear(x), wanted)
     weight = (q.float() - (8 if bits == 4 else 128)).unflatten(1, (-1, 32)) * d.float()[..., None]
     assert torch.equal(linear.dequantized(), weight.flatten(1))
@@ -182,6 +201,6 @@ def test_every_path_gives_the_same_bits(instructions: str) -> None:
 
 
 def test_the_path_is_the_one_asked_for() -> None:
-    asked, found = compiler.chosen(), compiler.describe()["running"]
+    asked, found = compiler.asked(), backend.running()
     wanted = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "scalar": "scalar", "off": "PyTorch operators"}
     assert asked == "native" or found == wanted[asked]

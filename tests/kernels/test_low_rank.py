@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_7b.kernels.compiler import library
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.kernels.low_rank import LowRank, LowRanks, Mixture
 
 SIZES = [(40, 67), (15, 16), (64, 65), (1024, 320), (3, 1)]

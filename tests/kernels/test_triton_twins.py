@@ -7,8 +7,9 @@ import torch
 from tiny import TINY, tiny_model
 
 from mistral_7b.attention import attention, visible
-from mistral_7b.kernels import fused
-from mistral_7b.kernels import weight_only as w
+from mistral_7b.kernels.elementwise import rms_norm_twin, rotate_twin, silu_mul_twin
+from mistral_7b.kernels.gpu import weight_only as w
+from mistral_7b.kernels.gpu.decode_attention import decode_attention_twin
 from mistral_7b.model import FeedForward, RMSNorm, rope_phases, rotate
 
 
@@ -80,11 +81,11 @@ def test_without_a_gpu_the_fused_steps_are_what_the_model_computes(dtype: torch.
     norm, forward = model.layers[0].ffn_norm, model.layers[0].feed_forward
     assert isinstance(norm, RMSNorm)
     assert isinstance(forward, FeedForward)
-    assert torch.equal(fused.rms_norm(x, norm.weight, norm.eps), norm(x))
-    assert torch.equal(forward.w2(fused.silu_mul(forward.w1(x), forward.w3(x))), forward(x))
+    assert torch.equal(rms_norm_twin(x, norm.weight, norm.eps), norm(x))
+    assert torch.equal(forward.w2(silu_mul_twin(forward.w1(x), forward.w3(x))), forward(x))
     heads = torch.randn(2, 5, 6, 10).to(dtype)
     rope = rope_phases(torch.arange(5), 10, TINY.rope_theta, dtype)
-    assert torch.equal(fused.rotate(heads, *rope), rotate(heads, rope))
+    assert torch.equal(rotate_twin(heads, *rope), rotate(heads, rope))
 
 
 def test_the_operators_know_the_gpu() -> None:
@@ -95,5 +96,5 @@ def test_the_operators_know_the_gpu() -> None:
 def test_decode_attention_is_attention() -> None:
     q, k, v = (torch.randn(2, n, h, 10, dtype=torch.float64) for n, h in ((1, 6), (40, 3), (40, 3)))
     seen = visible(torch.tensor([[50], [39]]), torch.arange(40).expand(2, -1), 20)
-    torch.testing.assert_close(fused.decode_attention(q, k, v, seen), attention(q, k, v, seen))
-    torch.testing.assert_close(fused.decode_attention(q, k, v, None), attention(q, k, v))
+    torch.testing.assert_close(decode_attention_twin(q, k, v, seen), attention(q, k, v, seen))
+    torch.testing.assert_close(decode_attention_twin(q, k, v, None), attention(q, k, v))

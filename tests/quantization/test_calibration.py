@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 from tiny import TINY, tiny_model, tokens_of
 from torch import Tensor
 
@@ -210,15 +211,15 @@ def test_tied_embeddings_part_when_they_are_quantised() -> None:
 
 def test_what_cannot_be_calibrated_is_refused_and_left_as_it_was() -> None:
     model = tiny_model()
-    with pytest.raises(QuantizationError, match="no text"):
+    with refused(QuantizationError, field="documents"):
         calibrate(model, [[]], "int4")
-    with pytest.raises(QuantizationError, match="not for bf16"):
+    with refused(QuantizationError, field="scheme"):
         calibrate(model, DOCUMENTS, "bf16")
     assert isinstance(model.tok_embeddings, torch.nn.Embedding)
-    with pytest.raises(QuantizationError, match="no plain Linear"):
+    with refused(QuantizationError, field="wq"):
         calibrate_block(quantize(tiny_model(), "int8").layers[0], [torch.randn(5, TINY.dim)], TINY, Scheme("int8"))
     model.layers[0].attention_norm.weight[0] = torch.nan
-    with pytest.raises(QuantizationError, match="not finite"):
+    with pytest.raises(QuantizationError):
         calibrate(model, DOCUMENTS, "int8")
 
 

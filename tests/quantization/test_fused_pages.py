@@ -44,8 +44,9 @@ class Pages(KernelCache):
         held = self.start if self.window is None else self.start.clamp(max=self.window - 1)
         return Place(self.start, held, 1, 0, self.table, PAGE, self.offsets)
 
-    def is_fast(self) -> bool:
-        return self.fast
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.fast else torch.float32  # another than the model's: block after block
 
     def writable(self) -> Pages:
         return self

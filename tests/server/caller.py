@@ -1,4 +1,4 @@
-"""A small model that has learnt when to call a tool, how, and what to say of the result."""
+"""A small model trained to call a tool and to use its result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def calls_of(*cities: str) -> str:
 
 
 def turns() -> list[tuple[list[dict[str, Any]], str, bool]]:
-    """Conversations, what is said to each, and whether that is a call."""
+    """Conversations, each with its response and whether that is a tool call."""
     out: list[tuple[list[dict[str, Any]], str, bool]] = [([user("Hello")], "Hi there!", False)]
     for asked in (("Rome",), ("Oslo",), CITIES):
         talk = [user(f"Weather in {' and '.join(asked)}?")]
@@ -48,7 +48,7 @@ def turns() -> list[tuple[list[dict[str, Any]], str, bool]]:
 
 
 def trained() -> Mistral7B:
-    """Taught the turns above by heart, in a few seconds. What it has not read makes no odds."""
+    """Train a model on the turns above until it reproduces them; takes a few seconds."""
     tokenizer = Tokenizer.v3()
     torch.manual_seed(0)
     args = tiny_args(
@@ -67,7 +67,7 @@ def trained() -> Mistral7B:
         owners += [turn] * len(prompt + answer)
         answers += range(len(tokens) - len(answer), len(tokens))
     ids, turn_of, places = torch.tensor([tokens]), torch.tensor([owners]), torch.tensor(answers)
-    used, targets = ids[0, places].unique(return_inverse=True)  # all other tokens have logits of 0, and stay so
+    used, targets = ids[0, places].unique(return_inverse=True)  # the logits of all other tokens stay 0
     words = model.output.weight.detach()[used].clone().requires_grad_()
     model.output.weight.data.zero_()
     learning = [words, *model.layers.parameters(), *model.norm.parameters()]

@@ -1,4 +1,4 @@
-"""Servers that tests share."""
+"""The server that the tests of this package share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mistral_7b.checkpoint.adapter import Adapter, Factors
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Serving]:
-    """An open one, with an adapter called "sql"."""
+    """A server without keys, with an adapter "sql"."""
     import torch
 
     with serving() as it:

@@ -1,4 +1,4 @@
-"""A real server on a free port, in a thread of its own, with a small model of random weights."""
+"""Runs a real server on a free port, on its own thread, with a small model of random weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HELLO = [{"role": "user", "content": "How will the weather be?"}]
 
 @dataclass
 class Serving:
-    """A server that runs."""
+    """A running server."""
 
     url: str
     llm: AsyncLLM
@@ -55,7 +55,7 @@ class Serving:
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        """One request: status, headers, body. What is no text is sent as JSON."""
+        """Send one request; return status, headers and body. A body that is not bytes is sent as JSON."""
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
@@ -66,12 +66,12 @@ class Serving:
             connection.close()
 
     def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-        """Status and JSON."""
+        """Send a POST request; return its status and parsed JSON."""
         status, _, data = self.ask("POST", path, body, headers)
         return status, json.loads(data)
 
     def raw(self, data: bytes, seconds: float = 5.0) -> bytes:
-        """What comes back for these bytes until the server hangs up, or for so long."""
+        """Send bytes; return what arrives until the server closes, or for `seconds` without data."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as sock:
             sock.sendall(data)
             out = b""
@@ -81,7 +81,7 @@ class Serving:
             return out
 
     def idle(self, seconds: float = 5.0) -> None:
-        """Wait until nothing runs; every page must be accounted for."""
+        """Wait until no request runs; then check that no page is leaked."""
         end = time.monotonic() + seconds
         while (not self.llm.engine.idle or self.state.active) and time.monotonic() < end:
             time.sleep(0.005)
@@ -98,7 +98,7 @@ def serving(
     trained: Mistral7B | None = None,
     **model: Any,
 ) -> Iterator[Serving]:
-    """A server while it is needed, of a model that is `trained` or has random weights."""
+    """Run a server for the block, with the model `trained` or a tiny one of random weights."""
     args = tiny_args(**{"vocab_size": 32768, "sliding_window": 64, "max_seq_len": 1024, **model})
     config = config or ServerConfig(port=0)
     sock = bind(config)

@@ -1,4 +1,4 @@
-"""Pieces of a completion as events and blocks: the events, put together by Anthropic's client, are the message."""
+"""Anthropic's events and messages: Anthropic's client assembles the events to the same message."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ CASES: dict[str, tuple[list[TextPiece], list[dict[str, Any]], str, str | None]] 
 
 
 def told(answer: Answer, pieces: list[TextPiece]) -> list[Event]:
-    """All events of an answer to a prompt of 9 tokens, 4 of them cached."""
+    """All events of a response to a prompt of 9 tokens, 4 of them cached."""
     events = [answer.begin(9, 4)]
     for piece in pieces:
         events += answer.take(piece)
-    return json.loads(json.dumps([*events, *answer.end(9, 4)]))  # as they were when they were sent
+    return json.loads(json.dumps([*events, *answer.end(9, 4)]))  # a copy, as sent at that time
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,8 +97,8 @@ def test_a_message_and_its_events_say_the_same(case: str) -> None:
     assert message["usage"]["input_tokens"] + message["usage"]["cache_read_input_tokens"] == 9
     assert message["usage"]["output_tokens"] == sum(len(p.token_ids) for p in pieces)
     found = snapshot.to_dict()
-    del found["stop_details"]  # the client's own
-    if case == "arguments cut short":  # the client keeps what of them it understands
+    del found["stop_details"]  # added by the client
+    if case == "arguments cut short":  # the client keeps the part that it can parse
         found["content"][0]["input"] = {}
     assert found == message
 
@@ -129,7 +129,7 @@ def test_no_more_calls_than_asked_for() -> None:
     answer = Answer("msg_1", "m", most_calls=1)
     for number, piece in enumerate(pieces):
         list(answer.take(piece))
-        assert answer.full == (number >= 2)  # where the second begins
+        assert answer.full == (number >= 2)  # the second call ends the message
     message = answer.message(9, 4)
     assert message["content"] == blocks[:2]
     assert message["stop_reason"] == "tool_use"

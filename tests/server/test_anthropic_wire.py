@@ -1,4 +1,4 @@
-"""Conversations of Anthropic's Messages API: the same tokens as OpenAI's way of writing them, or refused."""
+"""Conversion of Anthropic's conversations: the same tokens as in OpenAI's format, or an error."""
 
 from __future__ import annotations
 
@@ -120,24 +120,28 @@ def test_a_conversation_gives_the_tokens_of_the_same_in_openais_words(
 
 
 @pytest.mark.parametrize(
-    ("messages", "why"),
+    ("messages", "field"),
     [
-        ([USER, CALLS], r"messages\[1\] calls tools: their results must follow"),
-        ([USER, {"role": "user", "content": [result(1, content="x")]}], r"messages\[1\]: no call .* 'toolu_1'"),
-        (
-            [USER, CALLS, {"role": "user", "content": [result(3)]}],
-            r"messages\[2\]: no call before it has the id 'toolu_3'",
-        ),
-        ([USER, CALLS, USER, {"role": "user", "content": [result(1)]}, CALLS], r"messages\[4\] calls tools"),
-        ([{"role": "user", "content": CALLS["content"]}], r"messages\[0\]: a tool_use belongs"),
-        ([USER, {"role": "assistant", "content": [result(1)]}], r"messages\[1\]: a tool_result belongs"),
-        ([USER, {"role": "assistant", "content": CALLS["content"][1:2] * 2}], "two calls have the same id"),
-        ([{"role": "user", "content": []}], r"messages\[0\] has no content"),
+        ([USER, CALLS], "messages[1]"),
+        ([USER, {"role": "user", "content": [result(1, content="x")]}], "messages[1]"),
+        ([USER, CALLS, {"role": "user", "content": [result(3)]}], "messages[2]"),
+        ([USER, CALLS, USER, {"role": "user", "content": [result(1)]}, CALLS], "messages[4]"),
+        ([{"role": "user", "content": CALLS["content"]}], "messages[0]"),
+        ([USER, {"role": "assistant", "content": [result(1)]}], "messages[1]"),
+        ([USER, {"role": "assistant", "content": CALLS["content"][1:2] * 2}], "messages[1]"),
+        ([{"role": "user", "content": []}], "messages[0].content"),
     ],
 )
-def test_what_anthropics_rules_forbid_is_refused(messages: list[dict[str, Any]], why: str) -> None:
-    with pytest.raises(ConversationError, match=why):
+def test_what_anthropics_rules_forbid_is_refused(messages: list[dict[str, Any]], field: str) -> None:
+    with pytest.raises(ConversationError) as refused:
         conversation(request(*messages))
+    assert refused.value.field == field
+
+
+@pytest.mark.wording
+def test_it_is_said_which_rule_was_broken() -> None:
+    with pytest.raises(ConversationError, match=r"messages\[1\] calls tools: their results must follow"):
+        conversation(request(USER, CALLS))
 
 
 def test_an_error_names_the_place_in_the_request(tokenizer: Tokenizer) -> None:
@@ -145,39 +149,41 @@ def test_an_error_names_the_place_in_the_request(tokenizer: Tokenizer) -> None:
     asked = conversation(
         request(USER, CALLS, {"role": "user", "content": [result(1), result(2)]}, odd, USER, system="s")
     )
-    with pytest.raises(TokenizerError) as refused:
-        tokenizer.encode_chat(asked.messages)
-    assert "messages[5]: " in str(refused.value)
-    assert asked.named(str(refused.value)).startswith("messages[3]: ")
-    assert asked.named("messages[0]: no").startswith("system: ")
+    assert asked.labels == ["system", *(f"messages[{i}]" for i in (0, 1, 2, 2, 3, 4))]
+    for labels, field in ((None, "messages[5]"), (asked.labels, "messages[3]")):
+        with pytest.raises(TokenizerError) as refused:
+            tokenizer.encode_chat(asked.messages, labels=labels)
+        assert refused.value.field == field
 
 
 @pytest.mark.parametrize(
-    ("fields", "why"),
+    ("fields", "kind", "place"),
     [
-        ({"thinking": {"type": "enabled", "budget_tokens": 2048}}, "does not think"),
-        ({"thinking": {"type": "adaptive"}}, "does not think"),
-        ({"max_tokens": "8"}, "valid integer"),
-        ({"max_tokens": 0}, "greater than or equal to 1"),
-        ({"max_tokens": 10**30}, "less than or equal"),
-        ({"max_tokens": None}, "valid integer"),
-        ({"temperature": True}, "valid number"),
-        ({"n": 2}, "Extra inputs"),
-        ({"mcp_servers": []}, "Extra inputs"),
-        ({"messages": []}, "at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "'user', 'assistant' or 'system'"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2048}}, "value_error", "thinking"),
+        ({"thinking": {"type": "adaptive"}}, "value_error", "thinking"),
+        ({"max_tokens": "8"}, "int_type", "max_tokens"),
+        ({"max_tokens": 0}, "greater_than_equal", "max_tokens"),
+        ({"max_tokens": 10**30}, "less_than_equal", "max_tokens"),
+        ({"max_tokens": None}, "int_type", "max_tokens"),
+        ({"temperature": True}, "float_type", "temperature"),
+        ({"n": 2}, "extra_forbidden", "n"),
+        ({"mcp_servers": []}, "extra_forbidden", "mcp_servers"),
+        ({"messages": []}, "too_short", "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "literal_error", "messages.0.role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-            "'image' .* does not match any of the expected tags",
+            "union_tag_invalid", "messages.0.content.0",
         ),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "custom"),
-        ({"tool_choice": {"type": "any"}}, "there are no tools"),
-        ({"tool_choice": {"type": "tool", "name": "weather"}, "tools": []}, "there are no tools"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "missing", "tools.0.input_schema"),
+        ({"tool_choice": {"type": "any"}}, "value_error", ""),
+        ({"tool_choice": {"type": "tool", "name": "weather"}, "tools": []}, "value_error", ""),
     ],
-)
-def test_what_cannot_be_read_is_refused(fields: dict[str, Any], why: str) -> None:
-    with pytest.raises(ValidationError, match=why):
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused(fields: dict[str, Any], kind: str, place: str) -> None:
+    with pytest.raises(ValidationError) as refused:
         request(*fields.pop("messages", [USER]), **fields)
+    error = refused.value.errors()[0]
+    assert (error["type"], ".".join(map(str, error["loc"]))) == (kind, place)
 
 
 def test_parameters_of_sampling() -> None:
@@ -188,8 +194,9 @@ def test_parameters_of_sampling() -> None:
     )  # fmt: skip
     wanted = SamplingParams(max_tokens=8, temperature=0, top_p=0.5, top_k=3, seed=7, stop=["a", "b"])
     assert asked.params() == wanted
-    with pytest.raises(SamplingError, match="top_p"):
+    with pytest.raises(SamplingError) as refused:
         request(USER, top_p=2).params()
+    assert refused.value.field == "top_p"
 
 
 def test_a_format_is_a_schema_for_the_text() -> None:
@@ -220,8 +227,9 @@ def test_every_tool_choice(choice: Any, openai: Any, seen: bool, calls: int | No
 def test_counting_takes_the_same_conversation_and_no_parameters() -> None:
     count = CountRequest.model_validate({"model": "m", "messages": [USER], "tools": [WEATHER], "system": "s"})
     assert conversation(count).messages == conversation(request(USER, system="s")).messages
-    with pytest.raises(ValidationError, match="Extra"):
+    with pytest.raises(ValidationError) as refused:
         CountRequest.model_validate({"model": "m", "messages": [USER], "max_tokens": 3})
+    assert [(e["type"], e["loc"]) for e in refused.value.errors()] == [("extra_forbidden", ("max_tokens",))]
 
 
 def test_the_input_of_a_call_may_be_any_json(tokenizer: Tokenizer) -> None:

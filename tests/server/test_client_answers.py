@@ -1,4 +1,4 @@
-"""Answers, held against the clients' own types: strictly, and fields that these do not know are named here."""
+"""Responses validate strictly against the clients' own types, except for extra fields that are listed here."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CALLS = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 300, "seed": 
 LOGPROBS = {"max_tokens": 6, "n": 2, "seed": 1, "logprobs": True, "top_logprobs": 2}
 SHORT = {"max_tokens": 4}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
-USAGE = {"usage.prompt_tokens_details"}  # Mistral's has its own name for cached tokens, in the client nowhere
-OTHERS = {  # vLLM's, Mistral's and Anthropic's
+USAGE = {"usage.prompt_tokens_details"}  # Mistral's client has no field for cached tokens
+OTHERS = {  # fields of vLLM, Mistral and Anthropic
     "root", "parent", "max_model_len", "type", "capabilities", "max_context_length", "display_name", "created_at",
 }  # fmt: skip
 
 
 def strange(part: Any, path: str = "") -> Iterator[str]:
-    """The fields that a client's type does not know."""
+    """Fields that a client's type does not define."""
     if isinstance(part, BaseModel):
         yield from (f"{path}{name}" for name in part.model_extra or {})
         for name in type(part).model_fields:
@@ -45,7 +45,7 @@ def strange(part: Any, path: str = "") -> Iterator[str]:
 
 
 def seen_by(kind: Any, data: Any) -> set[str]:
-    """What this client's type does not know; "field: null" for one that it does not expect to be null."""
+    """Fields that a client's type does not define, and "field: null" for an unexpected null."""
     try:
         return set(strange(TypeAdapter(kind).validate_json(json.dumps(data), strict=True)))
     except ValidationError as e:
@@ -82,7 +82,7 @@ def test_completions(server: Serving) -> None:
     body = {"prompt": ["one", "two"], "max_tokens": 4, "n": 2, "seed": 1}
     assert seen_by(Completion, server.post("/v1/completions", body)[1]) == set()
     scored = server.post("/v1/completions", {**body, "logprobs": 2, "echo": True})[1]
-    # OpenAI's own server writes null for the first token, and in a stream for a reason that is not there yet.
+    # OpenAI's server also sends null for the first token and, in a stream, before the finish reason.
     first = {"choices.logprobs.token_logprobs: null", "choices.logprobs.top_logprobs: null"}
     assert seen_by(Completion, scored) == first
     chunks = events(server, "/v1/completions", {**body, "logprobs": 2, **STREAM})
@@ -94,7 +94,7 @@ def test_completions(server: Serving) -> None:
 
 def test_embeddings_and_models(server: Serving) -> None:
     _, out = server.post("/v1/embeddings", {"input": ["one", "two"], "model": "tiny"})
-    assert seen_by(CreateEmbeddingResponse, out) == {"id"}  # which Mistral's client wants
+    assert seen_by(CreateEmbeddingResponse, out) == {"id"}  # required by Mistral's client
     assert seen_by(EmbeddingResponse, out) == set()
     models = json.loads(server.ask("GET", "/v1/models")[2])["data"]
     assert [seen_by(Model, model) for model in models] == [OTHERS] * 2

@@ -1,4 +1,4 @@
-"""Many at once: some vanish, some send garbage, and nobody else notices; the event loop is never held up."""
+"""Large bodies do not block the event loop, and clients that disconnect or send garbage do not affect others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def slowest(monkeypatch: pytest.MonkeyPatch):
-    """The processor's time, in seconds, of each callback of event loops so far."""
+    """The CPU time in seconds of every event loop callback so far."""
     seconds: list[float] = []
     run = asyncio.events.Handle._run
 
@@ -51,8 +51,8 @@ def test_large_bodies_do_not_hold_up_the_event_loop(server: Serving, slowest):
     ]  # fmt: skip
     for i, (path, body) in enumerate(bodies):
         longest = []
-        # One of them may meet the collector on its way through all that other tests have left, and on a slow CPU
-        # most meet caches that the other test process has emptied: the fastest says what the code takes.
+        # The minimum of several runs: a single one may include a garbage collection of other tests' objects, or
+        # start with caches that another test process has evicted.
         while len(longest) < 10 and min(longest, default=1.0) >= 0.05:
             before = len(slowest)
             status, _, data = server.ask("POST", path, body.encode()[:MIB])
@@ -64,7 +64,7 @@ def test_large_bodies_do_not_hold_up_the_event_loop(server: Serving, slowest):
 
 
 async def _one(server: Serving, kind: str, seed: int) -> bytes:
-    """A client: what it was sent."""
+    """Run one client; return what it received."""
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     body = json.dumps({"messages": HELLO, "max_tokens": 20, "seed": seed, "stream": True, "ignore_eos": True})
     if kind == "garbage":

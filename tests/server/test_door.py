@@ -1,4 +1,4 @@
-"""Every route, found by walking the app, wants the key; pages of other origins ask only where they are named."""
+"""Access control: every route of the application requires the key, and CORS allows only the listed origins."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def closed() -> Iterator[Serving]:
 
 
 def paths_of(app: FastAPI) -> set[str]:
-    """What there is to ask for: the document's paths, and all that it does not show."""
+    """The paths of all routes, including those that are not in the OpenAPI schema."""
     found, routes = set(app.openapi()["paths"]), list(app.routes)
     while routes:
         route = routes.pop()
@@ -66,7 +66,7 @@ def test_a_browser_is_asked_for_the_key_and_then_has_the_page(closed: Serving) -
     status, headers, _ = closed.ask("GET", "/", headers=browser)
     assert status == 401
     assert headers["www-authenticate"].startswith("Basic realm=")
-    for path in ("/", "/web/main.js", "/web/style.css", "/v1/models"):  # sent along from then on, by itself
+    for path in ("/", "/web/main.js", "/web/style.css", "/v1/models"):  # sent by the browser from then on
         assert closed.ask("GET", path, headers={"authorization": "Basic OmtleQ=="})[0] == 200, path
 
 
@@ -89,15 +89,15 @@ def test_preflights_of_strangers_are_refused_and_those_of_friends_are_not_asked_
         status, headers, _ = closed.ask("GET", "/v1/models", headers={"origin": origin, **KEY})
         assert status == 403
         assert "access-control-allow-origin" not in headers
-    # a friend's page still needs the key, and may read why it was refused
+    # a page of an allowed origin still needs the key, and can read the error
     status, headers, _ = closed.ask("GET", "/v1/models", headers={"origin": FRIEND})
     assert (status, headers["access-control-allow-origin"]) == (401, FRIEND)
-    # and what is no preflight is a request like others
+    # an OPTIONS request that is not a preflight is handled like any other
     assert closed.ask("OPTIONS", "/v1/models", headers={"origin": FRIEND})[0] == 401
 
 
 def test_no_origin_may_ask_where_none_is_named(server: Serving) -> None:
-    """A page elsewhere can send what needs no preflight, and has no answer: nothing runs."""
+    """Requests of other origins that need no preflight are refused, too, and reach no engine."""
     before = server.llm.engine.counts.steps
     for headers in ({"content-type": "text/plain"}, {}, {"access-control-request-method": "POST"}):
         for method in ("POST", "OPTIONS"):
@@ -119,11 +119,13 @@ def test_key_files_that_close_nothing_are_refused(tmp_path, monkeypatch: pytest.
         read_keys((), str(file), "SOME_KEY")
     for nothing in ("", "\n \n", "# one\n"):
         file.write_text(nothing)
-        with pytest.raises(ConfigError, match="holds no key"):
+        with pytest.raises(ConfigError) as refused:
             read_keys((), str(file), "SOME_KEY")
+        assert refused.value.place == str(file)
     file.write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ConfigError, match="no text"):
+    with pytest.raises(ConfigError) as refused:
         read_keys((), str(file), "SOME_KEY")
+    assert isinstance(refused.value.__cause__, UnicodeDecodeError)
     file.write_text("\ufeffalpha\r\nbeta\r\n")  # as an editor on Windows may leave it
     assert read_keys((), str(file), "SOME_KEY") == ("alpha", "beta")
     monkeypatch.setenv("SOME_KEY", "  ")

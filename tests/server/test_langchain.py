@@ -1,4 +1,4 @@
-"""LangChain's clients of OpenAI, Mistral and Anthropic, over a real connection; where they are installed."""
+"""LangChain's clients for OpenAI, Mistral and Anthropic against a real server; skipped if not installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Weather(BaseModel):
 
 @pytest.fixture(params=["openai", "mistral", "anthropic"])
 def chat(request: pytest.FixtureRequest, server: Serving) -> Any:
-    """Long enough for calls; bind(max_tokens=...) for less."""
+    """A chat model with a token limit for tool calls; bind(max_tokens=...) lowers it."""
     common: dict[str, Any] = {"model": "tiny", "api_key": "none", "max_tokens": 400, "timeout": 20}
     if request.param == "openai":
         return ChatOpenAI(base_url=f"{server.url}/v1", max_retries=0, seed=3, stream_usage=True, **common)

@@ -1,4 +1,4 @@
-"""Small memory, short contexts, few sockets, and what the log may hold."""
+"""Limits of memory, context, bodies and connections, and logging of prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAT = "/v1/chat/completions"
 
 
 def test_an_answer_without_a_limit_fits_what_memory_there_is():
-    """A context of 1024 tokens, and pages for some 200."""
+    """The context has 1024 tokens, the KV pages hold about 200."""
     engine = EngineConfig(max_sequences=2, max_batch_tokens=64, page_size=4, kv_cache_bytes=100_000)
     with serving(engine=engine, sliding_window=None) as server:
         room = server.llm.engine.pool.n_pages * 4

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens that are parts of characters: their bytes are the text, and their place its."""
+"""Log-probabilities: their tokens' bytes concatenate to the text, byte tokens, stops and tool calls included."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokenizer() -> Tokenizer:
 
 
 def wanted(tokenizer: Tokenizer, ids: list[int], keep_space: bool = False) -> list[int]:
-    """Counted another way: the whole characters among the bytes before a token."""
+    """Expected offsets, computed independently: the complete characters in the bytes before each token."""
     data, out = b"", []
     for token in ids:
         new = tokenizer.piece_bytes(token)
@@ -50,7 +50,7 @@ def wanted(tokenizer: Tokenizer, ids: list[int], keep_space: bool = False) -> li
 
 
 def told(parts: Parts, tokens: Sequence[int]) -> list[Part]:
-    """All tokens of a text."""
+    """Push all tokens; return all parts."""
     for token in tokens:
         parts.push(token, None)
     parts.end()
@@ -63,7 +63,7 @@ def test_where_tokens_stand(tokenizer: Tokenizer, text: str) -> None:
     parts = Parts(tokenizer)
     assert [part.offset for part in told(parts, ids)] == wanted(tokenizer, ids)
     assert parts.length == len(text)
-    for cut in range(1, len(ids)):  # and where a completion begins
+    for cut in range(1, len(ids)):  # the prompt's length
         head, tail = ids[:cut], ids[cut:]
         found = told(Parts(tokenizer, head, 100), tail)
         if "\ufffd" not in tokenizer.decode(head):
@@ -115,7 +115,7 @@ ODD = [[BYTE[b"\xe9"]], [BYTE[b"\xbf"]], [0], [V3.eos_id], [3], [5], [V3.encode(
 def test_tokens_told_so_far_are_the_text_so_far(
     runs: list[list[int]], stops: list[str], sizes: list[int], calls: bool, chat: bool, cut: bool
 ) -> None:
-    """Whatever is generated, however it ends, and however many tokens come at once."""
+    """For any tokens, stop conditions, and numbers of tokens per piece."""
     tokens = [token for run in runs for token in run]
     prompt = [1, 3, 4] if chat else V3.encode("Say")
     stream = ToolCallStream(V3.tool_calls_id, str) if calls else None
@@ -188,7 +188,7 @@ def test_a_completions_tokens_stand_in_the_text(
 
 
 def spelled(choice: dict[str, Any]) -> str:
-    """What the log-probabilities of an answer, or of a part of it, say that it is."""
+    """The text that the log-probabilities of a response or chunk spell."""
     found = choice["logprobs"]
     if found is None:
         return ""
@@ -234,7 +234,7 @@ def test_an_echoed_text_is_its_tokens(server: Serving) -> None:
 
 @pytest.mark.parametrize("most", [0, 1])
 def test_scores_are_the_models_own(server: Serving, tokenizer: Tokenizer, most: int) -> None:
-    """As lm-eval's local-completions asks: ids in batches, echoed with the log-probabilities of each."""
+    """The request of lm-eval's local-completions: batches of ids, with `echo` and `logprobs`."""
     import torch
 
     model, greedy = server.llm.engine.model, [1, 7, 9]

@@ -1,4 +1,4 @@
-"""Ten kinds of malformed HTTP, a few of each; benchmarks/serving_malformed.py sends a thousand."""
+"""Ten kinds of malformed HTTP, a few requests of each; benchmarks/serving_malformed.py sends a thousand."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from serving_malformed import BODIES, KINDS, bombard
 
 from mistral_7b.server.config import ServerConfig
-from mistral_7b.server.guard import _Visit
+from mistral_7b.server.guard import _Exchange
 from mistral_7b.server.problems import Refusal
 
 
 @pytest.fixture(scope="module")
 def patient() -> Iterator[Serving]:
-    """A server that soon has enough of a body that does not come."""
+    """A server with a short timeout for bodies."""
     for body in BODIES.values():
         if "model" in body:
             body["model"] = "tiny"
@@ -42,7 +42,7 @@ def test_a_kind_is_refused_and_leaves_nothing_behind(patient: Serving, name: str
     assert sum(outcome.statuses.values()) == count
     patient.idle()
     while files is not None and len(os.listdir("/proc/self/fd")) > files + 2 and outcome.slowest < 5:
-        time.sleep(0.05)  # sockets are closed soon after
+        time.sleep(0.05)  # the server closes sockets a moment later
         outcome.slowest += 0.05
     assert files is None or len(os.listdir("/proc/self/fd")) <= files + 2
     assert patient.llm.engine.pool.held == 0
@@ -67,7 +67,7 @@ def test_a_body_that_is_too_large_is_free_without_the_collector(patient: Serving
         asyncio.run(bombard(patient.port, KINDS["100 MB body"], 12, 2))
         patient.idle()
         time.sleep(0.1)
-        left = [o for o in gc.get_objects() if isinstance(o, (Refusal, _Visit))]
+        left = [o for o in gc.get_objects() if isinstance(o, (Refusal, _Exchange))]
     finally:
         gc.enable()
     assert not left, gc.get_referrers(left[0])
@@ -79,7 +79,7 @@ def test_the_collector_looks_for_large_bodies_that_errors_keep(patient: Serving)
     try:
         for _ in range(90):
             assert patient.ask("POST", "/v1/completions", b'["' + b"a" * 1_000_000)[0] == 400
-        left = [o for o in gc.get_objects() if isinstance(o, _Visit)]
+        left = [o for o in gc.get_objects() if isinstance(o, _Exchange)]
     finally:
         gc.enable()
     assert len(left) < 68

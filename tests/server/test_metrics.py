@@ -1,4 +1,4 @@
-"""/metrics: what Prometheus reads is what was done; and the dashboard asks for nothing else."""
+"""/metrics: counters match the requests made, labels are bounded, and the dashboard uses existing metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def client() -> Iterator[httpx.Client]:
 
 
 def scrape(client: httpx.Client) -> Samples:
-    """By name and the labels' values."""
+    """Samples by name and label values."""
     response = client.get("/metrics")
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -45,7 +45,7 @@ def test_what_was_done_is_counted(client: httpx.Client) -> None:
         body = client.post("/v1/chat/completions", json={"model": "tiny", "max_tokens": 7, **ASK}).json()
         usages.append(body["usage"])
     with client.stream("POST", "/v1/chat/completions", json={"max_tokens": 900, "stream": True, **ASK}) as stream:
-        lines = stream.iter_lines()  # and no closing it: that would hang up
+        lines = stream.iter_lines()  # not closed, which would disconnect
         next(lines)
         during = scrape(client)
     deadline = time.monotonic() + 10
@@ -118,7 +118,7 @@ def test_who_finds_the_queue_full_is_refused_and_no_error(client: httpx.Client) 
     assert ends["refused"] >= 1
     assert ends["error"] == 0
     assert ends["refused"] + ends["abort"] == after["requests_total", ""] == 4
-    # one that was refused took no time, and is in none of the times
+    # refused requests are not in the latency histograms
     assert after["request_latency_seconds_count", ""] == after["requests_total", ""] - ends["refused"]
 
 

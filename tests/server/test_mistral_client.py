@@ -1,4 +1,4 @@
-"""Mistral's own client against /v1/chat/completions and its neighbours."""
+"""Mistral's client against /v1/chat/completions, /v1/embeddings and /v1/models."""
 
 from __future__ import annotations
 

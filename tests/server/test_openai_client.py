@@ -1,4 +1,4 @@
-"""OpenAI's own client, over a real connection."""
+"""OpenAI's client against a real server."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_one_call_where_no_more_are_wanted(client):
     ]  # fmt: skip
     assert [len(c.message.tool_calls) for c in one.choices] == [1] * 6
     assert max(len(c.message.tool_calls) for c in many.choices) > 1
-    assert one.usage.completion_tokens < many.usage.completion_tokens  # the others were not written
+    assert one.usage.completion_tokens < many.usage.completion_tokens  # the other calls were not generated
     none = client.chat.completions.create(**{**ask, "max_tokens": 5}, tool_choice="none", logit_bias={"5": 100})
     assert none.choices[0].message.tool_calls is None
     auto = client.chat.completions.create(**{**ask, "max_tokens": 5}, tool_choice="auto")
@@ -190,7 +190,7 @@ def test_a_prompt_can_be_scored(client):
 
 def test_embeddings(client):
     texts = ["one", "two two"]
-    by_client = client.embeddings.create(model="tiny", input=texts)  # which asks for base64
+    by_client = client.embeddings.create(model="tiny", input=texts)  # the client requests base64
     floats = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
     for a, b in zip(by_client.data, floats.data, strict=True):
         assert a.embedding == pytest.approx(b.embedding, abs=1e-7)
@@ -209,9 +209,9 @@ def test_models_and_adapters(client):
         lambda: client.chat.completions.create(model="nobody", **ask),
         lambda: client.embeddings.create(model="nobody", input="x"),
     ):
-        with pytest.raises(openai.NotFoundError, match="nobody") as error:
+        with pytest.raises(openai.NotFoundError) as error:
             call()
-        assert error.value.code == "model_not_found"
+        assert (error.value.code, error.value.param) == ("model_not_found", "model")
 
 
 def test_an_answer_is_gone_on_with(client):
@@ -270,15 +270,15 @@ def test_async_clients_side_by_side(server):
         ({"extra_body": {"temperatur": 1}}, openai.BadRequestError, "temperatur"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-         openai.BadRequestError, "messages[0]"),
+         openai.BadRequestError, "messages[0].content[0]"),
         ({"n": 13}, openai.UnprocessableEntityError, "n"),
         ({"max_tokens": 4, "messages": [{"role": "user", "content": "x " * 2000}]},
-         openai.UnprocessableEntityError, None),
-        ({"stop": "x" * 1000}, openai.BadRequestError, "stop"),
+         openai.UnprocessableEntityError, "messages"),
+        ({"stop": "x" * 1000}, openai.BadRequestError, "stop.constrained-str"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}},
-         openai.BadRequestError, "structured_outputs"),
+         openai.BadRequestError, "structured_outputs.json"),
         ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice"),
-        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, None),
+        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias"),
         ({"logit_bias": {"a": 1}}, openai.BadRequestError, "logit_bias"),
     ],
 )  # fmt: skip
@@ -286,6 +286,4 @@ def test_what_is_refused(client, change, kind, param):
     ask = {"model": "tiny", "messages": HELLO, "max_tokens": 4, **change}
     with pytest.raises(kind) as error:
         client.chat.completions.create(**ask)
-    assert error.value.type == "invalid_request_error"
-    if param:
-        assert (error.value.param or "").split(".")[0] == param
+    assert (error.value.type, error.value.param) == ("invalid_request_error", param)

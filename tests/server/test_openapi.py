@@ -1,4 +1,4 @@
-"""What the OpenAPI document says is answered, whatever is sent; with schemathesis, where it is installed."""
+"""Responses conform to the OpenAPI schema for generated requests; needs schemathesis."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_answer_is_documented(server: Serving, mode: str) -> None:
         @given(operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
         def holds(case) -> None:
             if isinstance(case.body, dict) and case.path in GENERATE:
-                for name in {"max_tokens", *({"max_completion_tokens"} & case.body.keys())}:  # not a whole context
+                for name in {"max_tokens", *({"max_completion_tokens"} & case.body.keys())}:  # short responses
                     most = case.body.setdefault(name, 2)
                     case.body[name] = min(most, 2) if type(most) is int else most
             seen.add(case.call_and_validate(checks=CHECKS, timeout=20).status_code)

@@ -1,4 +1,4 @@
-"""What the documents tell to type is typed: curl against a real server. And deploy/ names what there is."""
+"""The documents' curl commands run against a real server, and deploy/ uses existing metrics."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_curl_is_answered(ready: Serving, page: str, command: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     text, _, status = done.stdout.rpartition("\n")
-    if "/v1/adapters" in command:  # there is no such adapter here, which only one who is let in is told
+    if "/v1/adapters" in command:  # the 404 for a missing adapter shows that the admin key was accepted
         assert status in ("400", "404"), text
         assert "sql" in text
     elif " -N " in command:

@@ -1,4 +1,4 @@
-"""Clients that misbehave beside clients that do not, for seconds; benchmarks/serving_soak.py takes ten minutes."""
+"""Well-behaved and misbehaving clients together for seconds; benchmarks/serving_soak.py runs for ten minutes."""
 
 from __future__ import annotations
 

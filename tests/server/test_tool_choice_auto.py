@@ -1,4 +1,4 @@
-"""A model that is free to call tools, and does, with OpenAI's client over a real connection."""
+"""`tool_choice: "auto"` with a model trained to call tools, and OpenAI's client."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_id_type_and_name_come_with_the_first_part_of_a_call_alone(taught: Servi
 
 
 def test_a_cut_inside_a_call_shows_no_scaffolding(taught: Serving) -> None:
-    """After every token in an answer, after every third in a stream and in Anthropic's answer."""
+    """For a token limit of every length, and of every third in a stream and in Anthropic's format."""
     text, partial = f"Weather in {' and '.join(CITIES)}?", set()
     whole = taught.post("/v1/chat/completions", asked(text))[1]["usage"]["completion_tokens"]
     for limit in range(1, whole):
@@ -172,7 +172,7 @@ def test_a_format_is_for_the_answer_and_leaves_calls_free(client: Any, stream: b
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
     def said(text: str, **more: Any) -> Any:
-        ask = asked(text, response_format=form, **more) | {"max_tokens": 500}  # it likes blanks between parts
+        ask = asked(text, response_format=form, **more) | {"max_tokens": 500}  # room for whitespace
         if not stream:
             return client.chat.completions.create(**ask).choices[0]
         with client.chat.completions.stream(**ask) as events:
@@ -180,7 +180,7 @@ def test_a_format_is_for_the_answer_and_leaves_calls_free(client: Any, stream: b
 
     called = said("Weather in Rome?")
     assert (called.finish_reason, cities(called.message)) == ("tool_calls", ["Rome"])
-    bias = {"5": -100}  # so that it does not call, whatever it would rather do
+    bias = {"5": -100}  # excludes [TOOL_CALLS]
     for text in (said("Hello", logit_bias=bias), said("Weather in Rome?", tool_choice="none")):
         assert text.message.tool_calls is None
         assert json.loads(text.message.content) == {"ok": True}

@@ -1,4 +1,4 @@
-"""Ids that a model knows and its tokenizer does not, over HTTP: no text, a name where a token must have one."""
+"""Ids of the model's vocabulary that the tokenizer lacks: no text, and a name in log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mistral_7b.quantization import Scheme, quantize
 
-V = 32768  # of the tokenizer
+V = 32768  # the tokenizer's vocabulary
 NAME = f"<unused_{V + 5}>"
 CHAT, TEXT, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 FORCED = {"logit_bias": {str(V + 5): 100}, "max_tokens": 4, "temperature": 0}
@@ -25,7 +25,7 @@ PLAIN = {"prompt": "The sky", "max_tokens": 8, "temperature": 0, "logprobs": 2, 
 @pytest.fixture(scope="module")
 def padded() -> Iterator[Serving]:
     model = tiny_model(tiny_args(vocab_size=V + 64, sliding_window=64, max_seq_len=1024))
-    quantize(model, Scheme("int8"))  # whose rows do not depend on their neighbours
+    quantize(model, Scheme("int8"))  # its results do not depend on the batch
     with serving(trained=model) as server:
         yield server
         server.idle()
@@ -57,14 +57,14 @@ def test_a_chat(padded: Serving) -> None:
     choice = answer["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("", "length")
     assert answer["usage"]["completion_tokens"] == 4
-    assert choice["logprobs"]["content"] == []  # joined, they are the content
+    assert choice["logprobs"]["content"] == []  # their bytes concatenate to the content, which is empty
     chunks = [c["choices"][0] for c in events(padded, CHAT, body)]
     assert "".join(c["delta"].get("content", "") for c in chunks) == ""
     assert chunks[-1]["finish_reason"] == "length"
 
 
 def test_an_alternative_has_a_name_and_no_bytes(padded: Serving) -> None:
-    """It is likely by itself, and a bias keeps it from being chosen: log-probabilities are of the raw logits."""
+    """The id is likely, but a bias excludes it from sampling: log-probabilities are those of the raw logits."""
     with likely(padded, V + 5):
         body = {"messages": HELLO, "logprobs": True, "top_logprobs": 1, "max_tokens": 1,
                 "logit_bias": {str(V + 5): -100, "7000": 50}, "temperature": 0}  # fmt: skip
@@ -126,7 +126,7 @@ def test_anthropics_messages(padded: Serving) -> None:
 
 
 class Biased(nn.Module):
-    """The output of a model in love with one id."""
+    """An output layer that always prefers one id."""
 
     def __init__(self, output: nn.Module, token: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Biased(nn.Module):
 
 
 class likely:  # noqa: N801  a context manager
-    """While it is open the model emits `token`, whatever is asked."""
+    """While active, the model generates only `token`."""
 
     def __init__(self, server: Serving, token: int) -> None:
         self.model, self.token = server.llm.engine.model, token

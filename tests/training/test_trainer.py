@@ -1,4 +1,4 @@
-"""The loop: gradients, accumulation, resuming, the loss it reports."""
+"""The training loop: gradients, accumulation, resuming, reported loss."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from refusals import refused
 
 from mistral_7b import Mistral7B, ModelArgs, TrainingError
 from mistral_7b.cache import Stateless
@@ -37,7 +38,7 @@ def tiny_trainer(**changes: object) -> Trainer:
 
 
 def test_chunked_loss_and_gradients_are_those_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", 7)  # no divisor of the number of tokens
+    monkeypatch.setattr(loss_module, "CHUNK", 7)  # does not divide the number of tokens
     model = tiny_trainer().model.double()
     tokens = torch.randint(0, 50, (2, 24))
     targets = torch.randint(0, 50, (2, 24)).masked_fill(torch.rand(2, 24) < 0.3, IGNORE)
@@ -51,7 +52,7 @@ def test_chunked_loss_and_gradients_are_those_of_plain_autograd(monkeypatch: pyt
 
 
 def test_trap_20_one_part_of_eight_rows_is_eight_parts_of_one() -> None:
-    """Parts hold unequal numbers of targets, so a mean of their means would differ."""
+    """Parts have unequal numbers of targets, so that a mean of means would differ."""
     gradients = []
     for accumulate in (1, 8):
         trainer = tiny_trainer(accumulate=accumulate)
@@ -126,7 +127,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_masters() -> None:
     with torch.no_grad():
         trainer.weights[0].fill_(float("nan"))
     before = [m.clone() for m in trainer.masters]
-    with pytest.raises(TrainingError, match="lower the learning rate"):
+    with refused(TrainingError, field="lr"):
         trainer.update()
     assert all(a.equal(b) for a, b in zip(before, trainer.masters, strict=True))
 
@@ -192,10 +193,10 @@ def test_held_out_files_of_the_data_are_left_out_and_counted(
     for args in (apart, within):
         train(args, show=lambda record: None)
     said = capsys.readouterr().err
-    assert said == "files of --data that are held out, and so not trained on: 1\n"
+    assert said == "held-out files of --data, excluded from training: 1\n"
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("apart", "within")]
     assert weights[0] == weights[1]
-    with pytest.raises(TrainingError, match="nothing remains to train on"):
+    with refused(TrainingError, field="held_out"):
         train(dataclasses.replace(within, out=str(tmp_path / "none"), data=(kept,)))
     assert not (tmp_path / "none").exists()
 
@@ -220,26 +221,26 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(folder: Path, tmp_
 
 def test_a_state_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
     train(run_args(folder, tmp_path / "run", steps=2), show=lambda record: None)
-    with pytest.raises(TrainingError, match=r"lr=0\.01, not 0\.5"):
+    with refused(TrainingError, field="lr", place=tmp_path / "run" / "state.pt"):
         train(run_args(folder, tmp_path / "run", steps=2, lr=0.5))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "field"),
     [
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"lr": float("nan")}, "lr must be a finite number"),
-        ({"accumulate": 3}, "multiple of accumulate"),
-        ({"warmup": 7}, "warmup must lie in"),
+        ({"steps": 0}, "steps"),
+        ({"lr": float("nan")}, "lr"),
+        ({"accumulate": 3}, "rows"),
+        ({"warmup": 7}, "warmup"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_by_name(changes: dict, message: str) -> None:
-    with pytest.raises(TrainingError, match=message):
+def test_arguments_that_cannot_be_are_refused_by_name(changes: dict, field: str) -> None:
+    with refused(TrainingError, field=field):
         dataclasses.replace(TINY, **changes)
 
 
 def test_no_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no training data"):
+    with refused(TrainingError, field="data"):
         train(dataclasses.replace(TINY, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
@@ -247,7 +248,7 @@ def test_no_data_is_refused(tmp_path: Path) -> None:
 def test_a_model_of_no_run_here_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").touch()
-    with pytest.raises(TrainingError, match="name another --out"):
+    with refused(TrainingError, field="out"):
         train(run_args(folder, tmp_path))
     assert (tmp_path / "model" / "mine").exists()
 
@@ -260,6 +261,6 @@ def test_the_vocabulary_is_one_of_mistrals_v3(folder: Path) -> None:
     assert [tokenizer.get_special_token(n) for n in names] == [3, 4, 5, 6, 7, 8]
     text = "def f(x):\n\n    return x  # [INST] 12345 é\n"
     assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)) == text
-    with pytest.raises(TrainingError, match="cannot learn"):
+    with refused(TrainingError, field="vocab_size"):
         train_vocabulary(["a b c"], 4000, folder / "no")
     assert not (folder / "no").exists()

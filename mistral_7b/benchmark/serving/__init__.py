@@ -1,12 +1,12 @@
-"""Many requests at once: how much comes out, and how long each waits, at one rate of arrivals after another.
+"""Serving benchmark: throughput and latency of concurrent requests over arrival rates.
 
-    traffic.py       what is asked, and when: drawn beforehand, the same for every engine
-    client.py        sends it at its time, whether the engine keeps up or not, and notes when each token comes
-    ours.py          this package's engine, in a process of its own; llama_server.py  llama.cpp's
-    records.py       what that comes to; report.py, plot.py  for people
-    run.py           engines in turn
+    traffic.py       requests and arrival times, drawn beforehand, the same for every engine
+    client.py        sends them on time, in an open loop, and records the time of every token
+    ours.py          this package's engine in its own process; llama_server.py  llama.cpp's server
+    records.py       results; report.py, plot.py  present them
+    run.py           runs the engines alternately
 
-Nothing here imports torch until something is measured.
+Nothing here imports torch before a measurement starts.
 """
 
 from __future__ import annotations

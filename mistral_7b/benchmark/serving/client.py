@@ -1,7 +1,7 @@
-"""Requests sent at their time, and the time of every token that comes back.
+"""Load generator: sends requests at their arrival times and records token times.
 
-The loop is open: who arrives does not wait for who came before, and time is counted from the moment that was
-drawn for a request, not from when somebody got round to sending it. So an engine that falls behind shows it.
+The loop is open: a request does not wait for earlier ones, and its latency counts from its drawn arrival time, not
+from the time it was sent. The delay of an overloaded engine is therefore visible.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Protocol
 from ...errors import BenchmarkError, Mistral7BError
 from .traffic import CONTROLS, Arrival
 
-LEAD = 0.05  # seconds in which tasks are made before the first request arrives
-WARM_UP = 8  # tokens of the request that nobody times
+LEAD = 0.05  # seconds to create tasks before the first arrival
+WARM_UP = 8  # tokens of the warmup request
 
 
 class Target(Protocol):
-    """What answers requests."""
+    """Something that answers requests."""
 
     def stream(self, prompt: list[int], output: int) -> AsyncIterator[int]:
-        """Continue a prompt greedily by `output` tokens, whatever they are: how many have come, as they come."""
+        """Continue a prompt greedily by `output` tokens, ignoring EOS; yield numbers of new tokens."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What became of one request; all times in seconds after the first arrival.
+    """The result of one request; all times in seconds after the first arrival.
 
-    arrived   as it was drawn
-    tokens    when each came
-    prompt    how many tokens were sent
-    error     why no more came, if there should have
+    arrived   drawn arrival time
+    tokens    arrival time of each token
+    prompt    number of prompt tokens
+    error     why the completion is incomplete, if it is
     """
 
     arrived: float
@@ -48,10 +48,10 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What an engine made of its traffic.
+    """The result of an engine's traffic.
 
-    alone   seconds that the first request would take if it were alone, nearly
-    cached  tokens of prompts that had not to be computed
+    alone   estimated seconds of the first request without other load
+    cached  prompt tokens found in the prefix cache
     """
 
     traces: list[Trace]
@@ -68,7 +68,7 @@ class Served:
 
 
 async def drive(target: Target, arrivals: Sequence[Arrival]) -> list[Trace]:
-    """Send every request at its time. BenchmarkError if none of them is answered."""
+    """Send every request at its arrival time. BenchmarkError if none is answered."""
     began = time.perf_counter() + LEAD
     traces = await asyncio.gather(*(_one(target, a, began) for a in arrivals))
     if all(t.error for t in traces):
@@ -91,9 +91,9 @@ async def _one(target: Target, arrival: Arrival, began: float) -> Trace:
 
 
 async def warm_up(target: Target, arrivals: Sequence[Arrival], vocabulary: int) -> float:
-    """The first request with other tokens: whatever is made at first use is there afterwards.
+    """Send the first request with other tokens, so that one-time initialization is done.
 
-    It is cut short; returns the seconds that the whole of it would take.
+    The completion is shortened; returns the estimated seconds of the whole request.
     """
     first, draw = arrivals[0], random.Random("warm up")
     prompt = draw.choices(range(min(CONTROLS, vocabulary - 1), vocabulary), k=len(first.prompt))

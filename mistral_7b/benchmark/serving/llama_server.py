@@ -1,4 +1,4 @@
-"""llama.cpp's server under traffic: started and stopped here, asked over HTTP as its users ask it."""
+"""llama.cpp's server under load: start, send requests over HTTP, stop."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .client import Served, Trace, drive, warm_up
 from .traffic import ServingJob
 
 HOST = "127.0.0.1"
-START = 600.0  # seconds until a server must have read its model
-SLOT = 256  # llama.cpp rounds the context of a sequence up to so many tokens
+START = 600.0  # time limit in seconds for loading the model
+SLOT = 256  # llama.cpp rounds the context of a sequence up to a multiple of this
 
 
 def serve(job: ServingJob, server: str) -> Served:
@@ -49,7 +49,7 @@ def serve(job: ServingJob, server: str) -> Served:
 
 @contextlib.contextmanager
 def running(server: str, file: str, flags: list[Any]) -> Iterator[tuple[int, subprocess.Popen, str]]:
-    """A server that has read its file: port, process, what it says of its build. BenchmarkError if it fails."""
+    """Yield port, process and build information of a ready server. BenchmarkError on failure."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
@@ -60,7 +60,9 @@ def running(server: str, file: str, flags: list[Any]) -> Iterator[tuple[int, sub
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**PEER_VARIABLES, **os.environ}
             )
         except OSError as error:
-            raise BenchmarkError(f"--llama-server {server} cannot be run: {error.strerror}") from error
+            raise BenchmarkError(
+                f"--llama-server {server} cannot be run: {error.strerror}", field="--llama-server"
+            ) from error
         try:
             until = time.monotonic() + START
             while not asyncio.run(healthy(port)):
@@ -79,13 +81,13 @@ def running(server: str, file: str, flags: list[Any]) -> Iterator[tuple[int, sub
 
 
 def said_by(log: IO[str]) -> list[str]:
-    """What a process has written so far; the place at which it goes on to write is its own."""
+    """Return the lines written so far by a process, without moving its file position."""
     log.flush()
     return os.pread(log.fileno(), 1 << 24, 0).decode(errors="replace").strip().splitlines()
 
 
 class Llama:
-    """`/v1/completions` of a server as a Target: a connection for each request, read as events come."""
+    """A server's `/v1/completions` as a Target: one streaming connection per request."""
 
     def __init__(self, port: int) -> None:
         self.port, self.cached = port, 0
@@ -106,12 +108,12 @@ class Llama:
                     yield 1
         if usage is not None:
             self.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-            if usage["completion_tokens"] > come:  # some had no text of their own
+            if usage["completion_tokens"] > come:  # tokens without text send no event
                 yield usage["completion_tokens"] - come
 
 
 async def events(port: int, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-    """The events of a streamed answer. BenchmarkError for an answer that is none."""
+    """Yield the events of a streamed response. BenchmarkError for an error response."""
     async with contextlib.aclosing(exchange(port, "POST", path, json.dumps(body).encode())) as parts:
         try:
             status, held = await anext(parts), b""
@@ -128,7 +130,7 @@ async def events(port: int, path: str, body: dict[str, Any]) -> AsyncGenerator[d
 
 
 async def healthy(port: int) -> bool:
-    """Whether a server is there and has read its model."""
+    """Return whether the server has loaded its model."""
     try:
         async with contextlib.aclosing(exchange(port, "GET", "/health")) as parts:
             return await anext(parts) == b"200"
@@ -137,7 +139,7 @@ async def healthy(port: int) -> bool:
 
 
 async def exchange(port: int, method: str, path: str, body: bytes = b"") -> AsyncGenerator[bytes]:
-    """One request of HTTP/1.1: the status, then the body in parts as they come. EOFError if it breaks off."""
+    """Send an HTTP/1.1 request; yield the status, then the body in parts. EOFError if cut off."""
     reader, writer = await asyncio.open_connection(HOST, port)
     try:
         facts = ("Connection: close", "Content-Type: application/json", f"Content-Length: {len(body)}")
@@ -155,7 +157,7 @@ async def exchange(port: int, method: str, path: str, body: bytes = b"") -> Asyn
 
 
 def version(server: str) -> dict[str, str]:
-    """What the server says it is."""
+    """Return the version of the server."""
     try:
         said = subprocess.run([server, "--version"], capture_output=True, text=True, check=False, timeout=60)
     except (OSError, subprocess.SubprocessError):

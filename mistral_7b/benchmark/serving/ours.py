@@ -1,4 +1,4 @@
-"""This package's engine under traffic, in its own process: the client's loop beside the engine's thread."""
+"""This package's engine under load, in its own process together with the client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ...engine.async_llm import AsyncLLM
 from ...engine.config import EngineConfig
-from ...kernels import describe, threads
+from ...kernels import backend, threads
 from ...model import Mistral7B, ModelArgs
 from ...quantization import random_model
 from ...sampling_params import SamplingParams
@@ -33,14 +33,14 @@ class Ours:
 
 
 def serve(job: ServingJob) -> Served:
-    """Open or make the model of a job, and send it its traffic."""
+    """Load or create the model of a job, and send it the job's traffic."""
     threads.use(job.threads)
     model = build(job).eval()
     config = EngineConfig(max_sequences=job.max_sequences, max_batch_tokens=job.max_batch_tokens)
     traces, alone, cached = asyncio.run(_serve(model, config, job.traffic.draw(model.args.vocab_size)))
     return Served(
         traces, alone, torch.get_num_threads(), peak_memory(),
-        f"kernels: {describe()['running']}; PyTorch: {torch.backends.cpu.get_cpu_capability()}",
+        f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}",
         {"torch": torch.__version__, "python": platform.python_version()}, cached,
     )  # fmt: skip
 
@@ -55,7 +55,7 @@ async def _serve(
 
 
 def build(job: ServingJob) -> Mistral7B:
-    """The model of a job: opened where it has a source, otherwise of random weights, made in memory."""
+    """Return the model of a job: loaded from its source, or with random weights."""
     scheme = None if job.scheme == "none" else job.scheme
     if job.source is not None:
         return Mistral7B.from_pretrained(job.source, quantization=scheme, mmap=False)
@@ -63,8 +63,8 @@ def build(job: ServingJob) -> Mistral7B:
 
 
 def words_for(model: Mistral7B) -> Tokenizer | None:
-    """For random weights the vocabulary of v0.1, so that tokens are made text as they would be; none if too small.
+    """Return v0.1's tokenizer for random weights, so that detokenization is timed.
 
-    None for a model with a tokenizer of its own, too: the engine finds that.
+    None if the vocabulary is too small, or for a loaded model, whose tokenizer the engine finds itself.
     """
     return Tokenizer.v1() if model.source is None and model.args.vocab_size >= 32000 else None

@@ -1,4 +1,4 @@
-"""Four pictures of a sweep: what came out, and the three times that a request waits, at each rate of arrivals."""
+"""Plot a sweep: throughput and three latencies over arrival rates."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 PANELS = {
     "first_token": "seconds to the first token",
     "between_tokens": "seconds between tokens",
-    "latency": "seconds for a whole request",
+    "latency": "seconds per request",
 }
 LINES = {"p50": "-", "p95": "--", "p99": ":"}
 
 
 def draw(path: str | os.PathLike[str], records: Sequence[ServingRecord]) -> None:
-    """Draw the records into a PNG, PDF or SVG (by the name's ending), renamed into place when it is whole.
+    """Plot the records as PNG, PDF or SVG (by file name suffix), written atomically.
 
-    Raises BenchmarkError if matplotlib is missing or the ending is unknown.
+    Raises BenchmarkError if matplotlib is missing or the suffix is unknown.
     """
     Figure, FigureCanvasAgg = matplotlib_classes()
     figure = Figure(figsize=(11, 7.6), layout="constrained")
@@ -46,7 +46,7 @@ def draw(path: str | os.PathLike[str], records: Sequence[ServingRecord]) -> None
 
 
 def throughput(axes: Axes, records: Sequence[ServingRecord], points: Sequence[str]) -> None:
-    """Output tokens a second; a ring around a point says that the queue grew there."""
+    """Plot output tokens per second; a ring marks points where the queue grew."""
     named = set()
     for mine in lines(records):
         x, y = [points.index(r.name) for r in mine], [r.tokens_per_s for r in mine]
@@ -59,12 +59,12 @@ def throughput(axes: Axes, records: Sequence[ServingRecord], points: Sequence[st
             [points.index(r.name) for r in grew], [r.tokens_per_s for r in grew], s=170, marker="o",
             facecolors="none", edgecolors="0.2", linewidths=1.2, label="the queue grew", zorder=2,
         )  # fmt: skip
-    axes.set(ylabel="output tokens a second", ylim=(0, 1.12 * max(r.tokens_per_s for r in records)))
+    axes.set(ylabel="output tokens per second", ylim=(0, 1.12 * max(r.tokens_per_s for r in records)))
     axes.legend(loc="best", fontsize=9, frameon=False)
 
 
 def times(axes: Axes, records: Sequence[ServingRecord], points: Sequence[str], name: str) -> None:
-    """Percentiles of one of the times, on a logarithmic scale."""
+    """Plot percentiles of one latency, on a logarithmic scale."""
     from matplotlib.ticker import LogFormatter
 
     for mine in lines(records):
@@ -76,12 +76,12 @@ def times(axes: Axes, records: Sequence[ServingRecord], points: Sequence[str], n
         axes.plot([], [], line, color="0.3", lw=1.3, label=percentile)
     axes.set(yscale="log", ylabel=PANELS[name])
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(LogFormatter())  # 0.6, not 6 x 10^-1, and only where there is room
+    axes.yaxis.set_minor_formatter(LogFormatter())  # 0.6, not 6 x 10^-1; thinned out automatically
     axes.legend(loc="best", fontsize=9, frameon=False)
 
 
 def lines(records: Sequence[ServingRecord]) -> list[list[ServingRecord]]:
-    """The records of each engine and scheme in the order of the points: those with a rate, those all at once."""
+    """Group records by engine and scheme, separating rates from all-at-once, in plot order."""
     found: dict[tuple[str, str, bool], list[ServingRecord]] = {}
     for r in sorted(records, key=order):
         found.setdefault((r.engine, r.scheme, r.rate is None), []).append(r)
@@ -89,7 +89,7 @@ def lines(records: Sequence[ServingRecord]) -> list[list[ServingRecord]]:
 
 
 def order(r: ServingRecord) -> tuple[float, int]:
-    """From the lowest rate to all at once."""
+    """Return the sort key: from the lowest rate to all at once."""
     return float("inf") if r.rate is None else r.rate, r.requests
 
 

@@ -1,4 +1,4 @@
-"""What serving comes to: throughput, the times that requests waited, and whether the engine kept up."""
+"""Serving records: throughput, latency percentiles, and whether the engine kept up."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .client import Served, Trace
 from .traffic import ServingJob, Span
 
 PERCENTILES = (50, 95, 99)
-FEW = 10  # arrivals, of which nothing can be told
+FEW = 10  # minimum arrivals for `kept_up`
 Times = dict[str, float]  # "p50", "p95", "p99" -> seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class ServingRecord:
-    """One engine at one rate. Rates are medians over rounds; times are of all rounds' requests together.
+    """One engine at one rate. Rates are medians over rounds; times cover the requests of all rounds.
 
-    rate              arrivals a second, None: all at once
-    requests_per_s    that were answered in full, from the first arrival to the last token
-    tokens_per_s      of completions; total_tokens_per_s with those of prompts
+    rate              arrivals per second, None: all at once
+    requests_per_s    completed requests, from the first arrival to the last token
+    tokens_per_s      of completions; total_tokens_per_s includes prompts
     first_token       seconds from the arrival to the first token
-    between_tokens    seconds from one token of a request to its next
+    between_tokens    seconds between consecutive tokens of a request
     latency           seconds from the arrival to the last token
-    unfinished        requests that were not answered in full when the last one arrived, of the worst round
-    kept_up           whether as many ended as arrived, chance aside; None: too short to tell, or all at once
-    failed            requests that were not answered in full at all
-    max_batch_tokens  of this package's engine; the peer decides itself
-    cached_tokens     of prompts, that had not to be computed
+    unfinished        requests not completed at the last arrival, in the worst round
+    kept_up           whether completions matched arrivals, apart from chance; None: unknown, or all at once
+    failed            requests that were never completed
+    max_batch_tokens  of this package's engine; the peer sets its own
+    cached_tokens     prompt tokens found in the prefix cache
     """
 
     engine: str
@@ -70,13 +70,13 @@ class ServingRecord:
 
     @property
     def name(self) -> str:
-        """How many and how often, for people."""
+        """Number and rate of requests, for display."""
         return f"{self.requests} at once" if self.rate is None else f"{self.requests} at {self.rate:g}/s"
 
 
 @dataclasses.dataclass(frozen=True)
 class Circumstances:
-    """What all records of a run have in common."""
+    """Fields common to all records of a run."""
 
     cpu: str
     date: str
@@ -86,7 +86,7 @@ class Circumstances:
 
 
 def record(job: ServingJob, rounds: Sequence[Served], here: Circumstances) -> ServingRecord:
-    """What several rounds of one job come to."""
+    """Combine several rounds of one job."""
     answered = [[t for t in served.traces if not t.error] for served in rounds]
     every, t, last = [t for traces in answered for t in traces], job.traffic, rounds[-1]
     seconds = [max(t.tokens[-1] for t in traces) for traces in answered]
@@ -112,7 +112,7 @@ def record(job: ServingJob, rounds: Sequence[Served], here: Circumstances) -> Se
 
 
 def percentiles(seconds: Sequence[float]) -> Times:
-    """Between neighbours evenly; 0 where nothing was measured."""
+    """Return percentiles, linearly interpolated; 0 without data."""
     if len(seconds) < 2:
         return {f"p{p}": seconds[0] if seconds else 0.0 for p in PERCENTILES}
     hundredths = statistics.quantiles(seconds, n=100, method="inclusive")
@@ -120,18 +120,18 @@ def percentiles(seconds: Sequence[float]) -> Times:
 
 
 def unfinished(traces: Sequence[Trace]) -> int:
-    """Requests not answered in full at the moment when the last one arrived, itself included."""
+    """Return the number of requests not completed at the last arrival, including the last one."""
     last = max(t.arrived for t in traces)
     return sum(t.error is not None or t.tokens[-1] > last for t in traces)
 
 
 def kept_up(served: Served) -> bool | None:
-    """Whether, in the second half of the time in which requests arrived, as many ended as came.
+    """Return whether completions matched arrivals in the second half of the arrival time.
 
-    A queue that grows without bound is one that has grown by more than a tenth of those that came, and by more
-    than chance explains: two standard deviations of the difference of two Poisson numbers, of as many as are there
-    at a time at least (by Little's law arrivals a second times seconds of a request alone). None where that says
-    nothing: too few came, or a request alone takes more than half of the time.
+    The queue grows without bound if it has grown by more than a tenth of the arrivals and by more than chance
+    explains: two standard deviations of the difference of two Poisson counts, each at least the mean number of
+    requests in the system (by Little's law: arrival rate times the latency of a single request). None if there are
+    too few arrivals, or if a single request takes more than half of the time.
     """
     traces = served.traces
     last = max(t.arrived for t in traces)

@@ -1,4 +1,4 @@
-"""Records of serving as tables for people."""
+"""Tables of serving records."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 def heading(records: Sequence[ServingRecord]) -> str:
-    """What was measured, on what."""
+    """Return a heading: model, machine, traffic, versions."""
     r = records[0]
     shared = f", {r.shared:.0%} of each prompt shared" if r.shared else ""
     versions = {name: v for r in records for name, v in r.versions.items()}
     return (
         f"{r.model}, {r.threads} threads of {r.cpu}, {r.date}, commit {r.commit or 'unknown'}\n"
         f"prompts of {_span(r.prompt)} tokens{shared}, completions of {_span(r.output)}, "
-        f"{r.max_sequences} sequences at most together, seed {r.seed}\n"
+        f"at most {r.max_sequences} concurrent sequences, seed {r.seed}\n"
         f"{', '.join(f'{name} {v}' for name, v in versions.items())}"
     )
 
 
 def tables(records: Sequence[ServingRecord]) -> list[Table]:
-    """Throughput, times, and where there is a peer, ours over it."""
+    """Return the tables of throughput and times, and of ratios if there is a peer."""
     compared = ratios(records)
     out = [throughput(records), times(records)]
     return [*out, ratio_table(compared)] if compared else out
@@ -35,7 +35,7 @@ def tables(records: Sequence[ServingRecord]) -> list[Table]:
 
 def throughput(records: Sequence[ServingRecord]) -> Table:
     columns = ("requests/s", "output tok/s", "total tok/s", "spread", "queue", "cached", "failed", "peak memory")
-    out = table("serving: what came out", "engine", "scheme", "arrivals", *columns)
+    out = table("serving: throughput", "engine", "scheme", "arrivals", *columns)
     for r in records:
         out.add_row(
             r.engine, r.scheme, r.name, f"{r.requests_per_s:.3g}", _digits(r.tokens_per_s),
@@ -47,7 +47,7 @@ def throughput(records: Sequence[ServingRecord]) -> Table:
 
 def times(records: Sequence[ServingRecord]) -> Table:
     columns = ("first token, s", "between tokens, ms", "whole request, s")
-    out = table("serving: how long it took, p50 / p95 / p99", "engine", "scheme", "arrivals", *columns)
+    out = table("serving: latency, p50 / p95 / p99", "engine", "scheme", "arrivals", *columns)
     for r in records:
         cells = (_times(r.first_token), _times(r.between_tokens, 1000), _times(r.latency))
         out.add_row(r.engine, r.scheme, r.name, *cells)
@@ -55,7 +55,7 @@ def times(records: Sequence[ServingRecord]) -> Table:
 
 
 def queue(r: ServingRecord) -> str:
-    """Whether the engine kept up with its arrivals."""
+    """Return whether the engine kept up with its arrivals."""
     if r.rate is None:
         return ""
     if r.kept_up is None:
@@ -64,7 +64,7 @@ def queue(r: ServingRecord) -> str:
 
 
 def ratios(records: Sequence[ServingRecord]) -> list[tuple[ServingRecord, ServingRecord]]:
-    """Ours, each with the peer under the same traffic that it is held against."""
+    """Pair each of our records with the peer records of the same traffic."""
     out = []
     for ours in (r for r in records if r.engine == OURS):
         same = (ours.rate, ours.requests)
@@ -73,9 +73,11 @@ def ratios(records: Sequence[ServingRecord]) -> list[tuple[ServingRecord, Servin
 
 
 def ratio_table(compared: Sequence[tuple[ServingRecord, ServingRecord]]) -> Table:
-    """How many times the peer's throughput, and what share of its times."""
+    """Return the table of our throughput and times divided by the peer's."""
     columns = ("output tok/s", "first token p50", "between tokens p50", "whole request p50")
-    out = table("ours over the peer's: more output, less time is better", "ours", "peer", "arrivals", *columns)
+    out = table(
+        "ours over the peer's (throughput: higher is better, latency: lower)", "ours", "peer", "arrivals", *columns
+    )
     for ours, peer in compared:
         pairs = ((getattr(ours, name)["p50"], getattr(peer, name)["p50"]) for name in TIMES)
         shares = [f"{a / b:.2f}" if b else "" for a, b in pairs]
@@ -88,12 +90,12 @@ TIMES = ("first_token", "between_tokens", "latency")
 
 
 def doubt(records: Sequence[ServingRecord]) -> str:
-    """Why these figures should not be believed; empty if nothing speaks against them."""
+    """Return warnings about failures and varying times, else ""."""
     said = []
     if failed := sum(r.failed for r in records):
-        said.append(f"{failed} requests failed: throughput and times are of the others")
+        said.append(f"{failed} requests failed; throughput and latency exclude them")
     if wide := [f"{r.engine} {r.scheme} {r.name}" for r in records if r.spread > QUIET]:
-        said.append(f"spread above {QUIET:.0%}, so something else was running: {', '.join(wide)}")
+        said.append(f"spread above {QUIET:.0%}, so the machine was busy: {', '.join(wide)}")
     return "\n".join(said)
 
 
@@ -111,5 +113,5 @@ def _digits(value: float) -> str:
 
 
 def paths(records: Sequence[ServingRecord]) -> dict[str, str]:
-    """Which code ran, for each engine and scheme."""
+    """Return the kernels that ran, for each engine and scheme."""
     return {f"{r.engine} {r.scheme}": r.path for r in records}

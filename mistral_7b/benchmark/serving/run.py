@@ -1,6 +1,6 @@
-"""Engines in turn under the same traffic, one point of the sweep after another.
+"""Run engines alternately under the same traffic, one point of the sweep after another.
 
-Each engine at each point is a process of its own, so that no keys and values of one point are found by the next.
+Each engine at each point runs in its own process, so that no prefix cache carries over to the next.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .traffic import ServingJob, Traffic
 
 @dataclasses.dataclass(frozen=True)
 class ServingPlan:
-    """What is to be measured. `args` are the fields of ModelArgs, `model` the name in the records.
+    """What to measure. `args` are the fields of ModelArgs; `model` is the name in the records.
 
-    max_sequences  completions computed together, of the peer as well
-    server         llama.cpp's llama-server, if it is to be measured too
-    files          a folder that keeps the peer's files; none: a temporary one
-    command        as it was given, for the records
+    max_sequences  concurrent completions, of the peer as well
+    server         path of llama.cpp's llama-server, to measure it too
+    files          a folder to keep the peer's files in; None: a temporary one
+    command        the command line, for the records
     """
 
     model: str
@@ -50,7 +50,7 @@ class ServingPlan:
         threads.check(self.threads)
 
     def jobs(self) -> Iterator[ServingJob]:
-        """In the order in which they run."""
+        """Yield the jobs in the order they run."""
         for traffic in self.points:
             for scheme in self.schemes:
                 yield self.job(OURS, scheme, traffic)
@@ -66,9 +66,9 @@ class ServingPlan:
 
 
 def run(plan: ServingPlan, tell: Callable[[str], None] = lambda text: None) -> list[ServingRecord]:
-    """Measure everything in the plan. What cannot be done here is told, and left out.
+    """Run the plan. Jobs that cannot run are reported through `tell` and skipped.
 
-    Raises BenchmarkError if that is everything.
+    Raises BenchmarkError if no job could run.
     """
     found: dict[tuple[str, str, Traffic], tuple[ServingJob, list[Served]]] = {}
     missing: dict[tuple[str, str], BenchmarkError] = {}
@@ -83,10 +83,10 @@ def run(plan: ServingPlan, tell: Callable[[str], None] = lambda text: None) -> l
                 try:
                     served = measure(plan, dataclasses.replace(job, threads=threads), files)
                 except BenchmarkError as error:
-                    tell(f"left out: {job.engine} {job.scheme}: {error}")
+                    tell(f"skipped: {job.engine} {job.scheme}: {error}")
                     missing[job.engine, job.scheme] = error
                     continue
-                threads = served.threads  # the peer takes as many as PyTorch has taken by itself
+                threads = served.threads  # the peer uses PyTorch's default, too
                 found.setdefault((job.engine, job.scheme, job.traffic), (job, []))[1].append(served)
     if not found:
         raise next(iter(missing.values()))
@@ -97,7 +97,7 @@ def run(plan: ServingPlan, tell: Callable[[str], None] = lambda text: None) -> l
 
 
 def measure(plan: ServingPlan, job: ServingJob, files: PeerFiles) -> Served:
-    """Run one job. BenchmarkError says why it cannot be."""
+    """Run one job. Raises BenchmarkError if it cannot run."""
     check_memory(job.args, job.scheme)
     if job.engine == OURS:
         return Served.from_dict(call(sys.executable, "serving", job.to_json()))

@@ -1,4 +1,4 @@
-"""Requests and the moments at which they arrive, drawn before anything runs."""
+"""Requests and their arrival times, drawn before a measurement starts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import random
 from typing import Any
 
-BOS, CONTROLS = 1, 3  # <unk>, <s>, </s>: nothing is drawn below
-Span = tuple[int, int]  # the least and the most, both included
+BOS, CONTROLS = 1, 3  # tokens below CONTROLS (<unk>, <s>, </s>) are never drawn
+Span = tuple[int, int]  # minimum and maximum, inclusive
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """One request: it comes `at` seconds after the first, and wants so many tokens, whatever they are."""
+    """One request: arrives `at` seconds after the first, for exactly `output` tokens."""
 
     at: float
     prompt: list[int]
@@ -22,11 +22,11 @@ class Arrival:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """`requests` that arrive independently of each other (Poisson), `rate` of them a second; None: all at once.
+    """Poisson arrivals of `requests` requests, `rate` per second; None: all at once.
 
-    prompt, output  tokens, drawn evenly between two numbers
-    shared          the share of each prompt that is the beginning of one text common to all
-    seed            of everything that is drawn; rates of one seed ask the same questions
+    prompt, output  numbers of tokens, uniform between two bounds
+    shared          fraction of each prompt that is a prefix common to all
+    seed            of all random draws; rates with one seed use the same requests
     """
 
     requests: int
@@ -37,7 +37,7 @@ class Traffic:
     seed: int = 0
 
     def draw(self, vocabulary: int) -> list[Arrival]:
-        """The requests in their order, of tokens below `vocabulary`."""
+        """Return the requests in order of arrival, with tokens below `vocabulary`."""
         asked, clock = random.Random(self.seed), random.Random(f"{self.seed} arrivals")
 
         def tokens(n: int) -> list[int]:
@@ -53,16 +53,16 @@ class Traffic:
 
     @property
     def name(self) -> str:
-        """How many and how often, for people."""
+        """Number and rate of requests, for display."""
         return f"{self.requests} at once" if self.rate is None else f"{self.requests} at {self.rate:g}/s"
 
 
 @dataclasses.dataclass(frozen=True)
 class ServingJob:
-    """One engine under one kind of traffic. `args` are the fields of ModelArgs; `source` is a file or folder.
+    """One engine under one traffic. `args` are fields of ModelArgs; `source` is a path.
 
-    `max_sequences` and `max_batch_tokens` are those of EngineConfig. The peer computes as many sequences together,
-    in batches as large as it likes.
+    `max_sequences` and `max_batch_tokens` are those of EngineConfig. The peer runs as many sequences concurrently,
+    with its own batch size.
     """
 
     engine: str

@@ -17,57 +17,52 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import pickle
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
-from ...errors import EngineError, GrammarError
+from ...errors import EngineError, GrammarError, ProcessError
 from ...sampling_params import StructuredOutputs
 from ...tokenizer import Tokenizer
 from ..config import GrammarLimits
-from .forkserver import ALIVE, MESSAGE
+from .processes import ForkServer, GrammarProcess, starting
 from .spec import GrammarSpec
+from .turns import LOOK, Gone, Turns, check
 from .vocabulary import Vocabulary, library
-from .worker import LENGTH
 
 KEPT = 32  # processes that wait for the next request with their grammar; some 2 MB each, up to tens
+MOST = 96  # processes in all: beyond these the one longest unused ends, and what needs it begins again in another
 PATIENCE = 60.0  # seconds that an answer may take by the clock, on however busy a machine
-HURRY = 10.0  # seconds that the server of processes may take for a fork
-_BOOT = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from mistral_7b.engine.grammar.forkserver import main; main(int(sys.argv[2]), int(sys.argv[3]))"
-)
 _unnamed = itertools.count()
 
 
 class Grammars:
     """The grammars of one tokenizer, compiled once each and kept; the one longest unused leaves first.
 
-    May be used from several threads. `vocab_size` is the model's, which may exceed the tokenizer's.
-    Raises GrammarError if llguidance is not installed.
+    May be used from several threads. `vocab_size` is the model's, which may exceed the tokenizer's. There are
+    `most` processes at once, which must be more than are `kept` and completions that run; turns.py says how many
+    compile.
+    Raises GrammarError if llguidance is not installed, ProcessError if no process can be started.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, limits: GrammarLimits | None = None, kept: int = KEPT
-    ) -> None:
+        self, tokenizer: Tokenizer, vocab_size: int, limits: GrammarLimits | None = None, kept: int = KEPT,
+        most: int = MOST,
+    ) -> None:  # fmt: skip
         library()
-        self.limits, self._kept = limits or GrammarLimits(), kept
+        self.limits, self._kept, self._most = limits or GrammarLimits(), kept, most
         self._vocabulary = Vocabulary(tokenizer, vocab_size)
         self._server = ForkServer(self._vocabulary)
         self._processes: OrderedDict[tuple[str, str], GrammarProcess] = OrderedDict()
-        self._lock = threading.Lock()
+        self._alive: WeakSet[GrammarProcess] = WeakSet()
+        self.turns = Turns(_cpus())
 
     def start(
         self,
@@ -75,28 +70,72 @@ class Grammars:
         after: Sequence[int],
         begun: Sequence[int] = (),
         request: str = "",
+        gone: Gone = None,
     ) -> GrammarState:
         """The state of a completion that follows upon the ids `after` and has taken `begun` already.
 
         `request` names what CPU time is charged to. Raises GrammarError, with the reason, for a grammar that is
-        malformed, too large, obeyed by no text, or does not allow `begun`.
+        malformed, too large, obeyed by no text, or does not allow `begun`; QueueFullError where too many are being
+        compiled; ProcessError where no process can be started; AbandonedError within a moment when `gone` is set.
         """
         if isinstance(spec, StructuredOutputs):
             spec = GrammarSpec(spec)
         at_start = not after or not self._vocabulary.has_text(after[-1])  # as Tokenizer.stream has it
         key = json.dumps([spec.to_json(), not at_start, asdict(self.limits)])
-        return GrammarState(self, key, list(begun), request or f"unnamed {next(_unnamed)}")
+        return GrammarState(self, key, list(begun), request or f"unnamed {next(_unnamed)}", gone)
 
     def process(self, key: str, alone: str = "") -> GrammarProcess:
-        """The process of a grammar; with `alone`, a request's own."""
-        with self._lock:
-            process = self._processes.pop((key, alone), None)
-            if process is None or process.over:
-                process = GrammarProcess(self._server, key)
-            self._processes[key, alone] = process  # the last one: used just now
-            while len(self._processes) > self._kept:  # it runs until its last completion has ended
-                self._processes.popitem(last=False)[1].close()
+        """The process of a grammar that has been compiled before; with `alone`, a request's own."""
+        with self.turns.changed:
+            return self._known(key, alone) or self._begin(key, alone)
+
+    def first_process(self, key: str, alone: str, state: GrammarState, gone: Gone) -> GrammarProcess:
+        """The same for one that is perhaps yet to be compiled: in turn. Call `leave` afterwards."""
+        with self.turns.changed:
+            process = self.turns.wait(lambda: self._known(key, alone), gone)
+            if process is None:
+                process = self._begin(key, alone)
+                self.turns.began(process)
+            process.starting.add(state)
             return process
+
+    def leave(self, process: GrammarProcess, state: GrammarState, answered: bool) -> None:
+        """One of those that wait for it to be compiled has its answer, or gives up: the last such one ends it."""
+        with self.turns.changed:
+            process.starting.discard(state)
+            if not answered and not process.starting and self.turns.compiles(process):
+                process.end(EngineError("no request waits for it any more"))
+            if answered or process.over:
+                self.turns.done(process)
+
+    def tend(self, process: GrammarProcess) -> None:
+        """It compiles, and is waited for: let it do so in turn."""
+        with self.turns.changed:
+            self.turns.tend(process)
+
+    def _known(self, key: str, alone: str) -> GrammarProcess | None:
+        process = self._processes.get((key, alone))
+        if process is None or process.over:
+            return None
+        self._processes.move_to_end((key, alone))  # used just now
+        return process
+
+    def _begin(self, key: str, alone: str) -> GrammarProcess:
+        self._make_room()
+        process = GrammarProcess(self._server, key)
+        self._alive.add(process)
+        self._processes.pop((key, alone), None)
+        self._processes[key, alone] = process
+        while len(self._processes) > self._kept:  # it runs until its last completion has ended
+            self._processes.popitem(last=False)[1].close()
+        return process
+
+    def _make_room(self) -> None:
+        """End those longest unused where there are too many; first those that no completion uses."""
+        alive = [process for process in self._alive if not process.over and not self.turns.compiles(process)]
+        alive.sort(key=lambda process: (len(process.states) > 0, process.used))
+        for process in alive[: max(0, len(alive) + 1 - self._most)]:
+            process.end(EngineError("there were too many processes that follow grammars"))
 
     @property
     def words(self) -> int:
@@ -104,120 +143,14 @@ class Grammars:
         return self._vocabulary.words
 
 
-class ForkServer:
-    """The process that forks the others. Started anew if it was ended from outside."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._lock = threading.Lock()
-        self._socket = self._open()
-
-    def _open(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        with theirs, tempfile.TemporaryFile() as file:
-            pickle.dump(self._vocabulary, file)
-            file.seek(0)
-            fds = (theirs.fileno(), file.fileno())
-            # A session of its own: Ctrl-C at the terminal is for the engine, which it ends with.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOT, json.dumps(sys.path), *map(str, fds)], pass_fds=fds,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-        ours.settimeout(HURRY)
-        return ours
-
-    def fork(self) -> tuple[socket.socket, int]:
-        """A new worker: the socket to its control, and its pid."""
-        pid, fds = self._ask(b"f", 0)
-        control = socket.socket(fileno=fds[0])
-        control.settimeout(HURRY)
-        return control, pid
-
-    def status(self, pid: int) -> int | None:
-        """How a worker that has ended did, as os.waitpid says; None: not known, or it has not."""
-        try:
-            status, _ = self._ask(b"w", pid)
-        except EngineError:
-            return None
-        return None if status == ALIVE else status
-
-    def _ask(self, kind: bytes, value: int) -> tuple[int, list[int]]:
-        """The server's answer, a number and file descriptors. EngineError if there is no server to be had."""
-        with self._lock:
-            for _ in range(2):
-                try:
-                    self._socket.sendall(MESSAGE.pack(kind, value))
-                    answer, fds, _, _ = socket.recv_fds(self._socket, MESSAGE.size, 1)
-                except OSError:
-                    answer, fds = b"", []
-                if len(answer) == MESSAGE.size:
-                    return int(MESSAGE.unpack(answer)[1]), fds
-                self._close()
-                self._socket = self._open()
-                if kind == b"w":  # the old one knew
-                    break
-        raise EngineError("the process that follows grammars could not be started: see what it wrote to stderr")
-
-    def _close(self) -> None:
-        self._socket.close()
-        try:
-            self._process.wait(1)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_socket"):
-            self._close()
+def _cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def wait_for_any(states: Sequence[GrammarState], timeout: float) -> None:
     """Return when one of the answers is there that these wait for, or after so many seconds."""
     wait([state._connection for state in states], timeout)
-
-
-class GrammarProcess:
-    """A worker, and what it follows."""
-
-    def __init__(self, server: ForkServer, key: str) -> None:
-        self._server, self.over = server, False
-        self._status: int | None = None
-        self.requests: set[str] = set()  # that have used it; of many, some
-        self._control, self._pid = server.fork()
-        data = key.encode()
-        self._control.sendall(LENGTH.pack(len(data)) + data)
-
-    def connect(self, request: str) -> Connection:
-        """A connection for one completion. ConnectionError if the process has ended."""
-        if len(self.requests) < 2:
-            self.requests.add(request)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [b"c"], [theirs.fileno()])
-        return Connection(ours.detach())
-
-    def close(self) -> None:
-        """Take no more completions; the process ends with the last it has."""
-        self._control.close()
-
-    def ended_by(self) -> int:
-        """The signal that it has ended by; 0: none, or not known."""
-        if self._status is None:
-            self._status = self._server.status(self._pid)
-        return os.WTERMSIG(self._status) if self._status is not None and os.WIFSIGNALED(self._status) else 0
-
-    def why(self, limits: GrammarLimits) -> str:
-        """Why it has ended, for the user whose grammar it was."""
-        number = self.ended_by()
-        if number == signal.SIGPROF:
-            return (
-                f"it takes more CPU time than it may ({limits.compile_seconds:g} s to compile, "
-                f"{limits.mask_seconds:g} s for a token, {limits.request_seconds:g} s for a request): make it "
-                "simpler, or less ambiguous"
-            )
-        name = signal.Signals(number).name if number else f"status {self._status}"
-        return f"it is too deep or too large for its compiler, which failed ({name}): make it simpler"
 
 
 @dataclass(frozen=True)
@@ -231,7 +164,7 @@ class Masks:
 class GrammarState:
     """Where one completion stands in its grammar. One question at a time: `ask` or `take`, then `wait`."""
 
-    def __init__(self, grammars: Grammars, key: str, begun: list[int], request: str) -> None:
+    def __init__(self, grammars: Grammars, key: str, begun: list[int], request: str, gone: Gone = None) -> None:
         self._grammars, self._key, self._request = grammars, key, request
         self._tokens = begun  # all that it has taken
         self._spent = 0.0  # CPU seconds, of its request
@@ -242,8 +175,21 @@ class GrammarState:
         self.over = False  # whether that was known when it took its last token: the text ends without EOS
         self.answer: Masks | None = None  # what may come next, as far as it is known
         self._asked = time.monotonic()
+        self._first = True  # whether its grammar may yet have to be compiled
+        self._answered = False  # whether the process has answered at all
+        self._gone = gone
+        self._begin()
+
+    def _begin(self) -> None:
+        """Wait until the grammar is compiled. Raises as Grammars.start."""
         self._open()
-        self.wait()
+        try:
+            while not self.wait(LOOK):
+                check(self._gone)
+                self._grammars.tend(self._process)
+        finally:
+            self._grammars.leave(self._process, self, self._answered)
+        self._first, self._gone = False, None
 
     def ask(self, draft: Sequence[int] = ()) -> None:
         """Ask for the masks of the next token and of those after each token of a draft."""
@@ -264,7 +210,10 @@ class GrammarState:
             try:
                 if not self._connection.poll(max(0.0, end - time.monotonic())):
                     if time.monotonic() >= last:
-                        raise GrammarError(f"structured_outputs: the grammar gave no answer in {PATIENCE:g} s")
+                        raise GrammarError(
+                            f"structured_outputs: the grammar gave no answer in {PATIENCE:g} s",
+                            field="structured_outputs",
+                        )
                     return False
                 reply = self._connection.recv_bytes()
             except (EOFError, ConnectionError):
@@ -292,27 +241,47 @@ class GrammarState:
 
     def _open(self) -> None:
         """Begin, or begin again, in a process that is there or a new one."""
+        alone = self._request if self._alone else ""
         for attempt in range(2):
-            self._process = self._grammars.process(self._key, self._request if self._alone else "")
+            with starting():
+                if self._first:
+                    self._process = self._grammars.first_process(self._key, alone, self, self._gone)
+                else:
+                    self._process = self._grammars.process(self._key, alone)
             try:
-                self._connection = self._process.connect(self._request)
-                self._send({"start": self._tokens, "request": self._request, "spent": self._spent})
+                with starting():
+                    self._connect()
+                return
             except ConnectionError:  # it has ended just now
                 self._process.over = True
                 if attempt:
-                    raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}") from None
-            else:
-                self._started = False
-                return
+                    raise self._process.why(self._grammars.limits) from None
+            except ProcessError:
+                self._grammars.leave(self._process, self, answered=False)
+                raise
+
+    def _connect(self) -> None:
+        """Begin in this process."""
+        self._connection = self._process.connect(self._request)
+        self._process.states.add(self)
+        self._process.used = time.monotonic()
+        if self._first:
+            self._asked = self._process.used
+        self._send({"start": self._tokens, "request": self._request, "spent": self._spent})
+        self._started = self._answered = False
 
     def _begin_again(self, to_blame: bool) -> None:
         """The process has ended: begin in another, and ask again what has no answer."""
         self._process.over = True
-        sole = self._alone or (
-            self._process.requests == {self._request} and self._process.ended_by() == signal.SIGPROF
-        )
-        if to_blame and sole:
-            raise GrammarError(f"structured_outputs: {self._process.why(self._grammars.limits)}")
+        if (why := self._process.ended) is not None:
+            to_blame = False
+            if self._first:
+                raise type(why).of(why)
+        if to_blame and (
+            self._alone
+            or (self._process.requests == {self._request} and self._process.ended_by() == signal.SIGPROF)
+        ):
+            raise self._process.why(self._grammars.limits)
         self._alone = self._alone or to_blame
         if "accept" in self._question:
             self._question = {"accept": []}  # they are among those that it starts with
@@ -323,6 +292,7 @@ class GrammarState:
     def _put(self, question: dict[str, Any]) -> None:
         assert not self.late, "one question at a time"
         self._question, self.late, self._asked = question, True, time.monotonic()
+        self._process.used = self._asked
         try:
             self._send(question)
         except ConnectionError:
@@ -333,14 +303,16 @@ class GrammarState:
 
     def _read(self, reply: bytes) -> None:
         """Take a reply. GrammarError if that is what it says."""
+        self._answered = True
         head, _, rest = reply.partition(b"\n")
         header = json.loads(head)
         if "error" in header:
-            raise GrammarError(header["error"])
+            raise GrammarError(**header["error"])
         if "refused" in header:
             raise GrammarError(
-                "the answer begins with what structured_outputs do not allow: change the beginning, or leave one "
-                "of the two out"
+                "the answer begins with what structured_outputs do not allow",
+                field="structured_outputs",
+                hint="change the beginning, or leave one of the two out",
             )
         self._spent, self.finished = header["spent"], header["finished"]
         if not self._started:

@@ -11,15 +11,13 @@ A control token is written with its name in angle brackets: [TOOL_CALLS] is <TOO
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 from ...errors import GrammarError
 from ...sampling_params import StructuredOutputs
-from .rules import AS_TRAINED, STEPS, rules
+from . import embedded
+from .rules import AS_TRAINED, rules
 from .vocabulary import library
 
 LONGEST = 1 << 20  # characters of a grammar
@@ -27,8 +25,10 @@ LONGEST = 1 << 20  # characters of a grammar
 OPTIONS = '%llguidance {"no_forcing": true}\n'
 
 
-def lark(spec: StructuredOutputs, spaced: bool) -> str:
+def lark(spec: StructuredOutputs, spaced: bool, own: bool = False) -> str:
     """The grammar of a text. `spaced`: the model writes a space before a first word, and JSON may begin with it.
+
+    `own`: a `grammar` is the user's, and JSON schemas in it are yet to be written as rules (embedded.py).
 
     Raises GrammarError for what is too large, or is no grammar in either notation.
     """
@@ -45,26 +45,14 @@ def lark(spec: StructuredOutputs, spaced: bool) -> str:
         try:
             text = library().grammar_from("grammar", spec.grammar)
         except (ValueError, RecursionError) as e:
-            raise GrammarError(f"structured_outputs.grammar: {e}") from e
-        _check_multiples(text)
+            raise GrammarError(f"structured_outputs.grammar: {e}", field="structured_outputs.grammar") from e
+        text = embedded.exact(text) if own else text
     if len(text) > LONGEST:
-        raise GrammarError(f"structured_outputs has {len(text)} characters; at most {LONGEST} are taken")
+        raise GrammarError(
+            f"structured_outputs has {len(text)} characters; at most {LONGEST} are taken",
+            field="structured_outputs",
+        )
     return f"{text}\n{OPTIONS}"
-
-
-def _check_multiples(text: str) -> None:
-    """Refuse `multipleOf` where it would take seconds: llguidance has no limit of its own for it."""
-    plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text)
-    steps = 1
-    for number in re.findall(r'"multipleOf"\s*:\s*(\d[\d.eE+-]*)', plain):
-        try:
-            _, digits, exponent = Decimal(number).normalize().as_tuple()
-            value = int("".join(map(str, digits))) * 10 ** min(max(int(exponent), 0), 9)
-        except (ArithmeticError, ValueError):
-            continue  # no number: the compiler says so
-        steps = math.lcm(steps, max(value, 1))
-        if steps > STEPS:
-            raise GrammarError(f"structured_outputs: multipleOf {number} takes too long; give a rounder number")
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
@@ -93,11 +81,13 @@ def tool_spec(
         functions = {i: f for i, f in functions.items() if f["name"] == name}
         parallel = False
         if not functions:
-            raise GrammarError(f"tool_choice names {name!r}, which is none of the tools")
+            raise GrammarError(f"tool_choice names {name!r}, which is none of the tools", field="tool_choice")
     elif choice not in ("required", "any"):
-        raise GrammarError(f"tool_choice must be auto, none, required or name a function, not {choice!r}")
+        raise GrammarError(
+            f"tool_choice must be auto, none, required or name a function, not {choice!r}", field="tool_choice"
+        )
     if not functions:
-        raise GrammarError(f"tool_choice is {choice!r}, and there are no tools")
+        raise GrammarError(f"tool_choice is {choice!r}, and there are no tools", field="tool_choice")
     return StructuredOutputs(grammar="start: called\n" + _calls(functions, parallel))
 
 
@@ -135,11 +125,11 @@ def _function(place: int, tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """What stands in a tool of OpenAI's form. GrammarError unless it has a name, and arguments of an object."""
     function = tool.get("function") if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise GrammarError(f"tools[{place}] has no function with a name")
+        raise GrammarError(f"tools[{place}] has no function with a name", field=f"tools[{place}]")
     parameters = function.get("parameters")
     where = f"tools[{place}].function.parameters"
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise GrammarError(f"{where} must be the JSON schema of an object, not {parameters!r:.80}")
+        raise GrammarError(f"{where} must be the JSON schema of an object, not {parameters!r:.80}", field=where)
     if parameters and parameters.get("type", "object") != "object":
-        raise GrammarError(f"{where}.type must be 'object', not {parameters['type']!r:.80}")
+        raise GrammarError(f"{where}.type must be 'object', not {parameters['type']!r:.80}", field=f"{where}.type")
     return function

@@ -111,7 +111,7 @@ class MatcherState:
     def accept(self, token: int) -> None:
         """Take the next token. Raises GrammarError for one that is not allowed, and as masks() does."""
         if not self.allows(token):
-            raise GrammarError(f"token {token} is not what the grammar allows here")
+            raise GrammarError(f"token {token} is not what the grammar allows here", field="structured_outputs")
         only_eos = self._matcher.vocabulary.only_eos
         if token == self._matcher.vocabulary.eos:
             self._ended = True
@@ -178,13 +178,14 @@ class Matcher:
         if self._matcher.is_accepting():
             mask |= v.only_eos
         if not mask.any():
-            raise GrammarError(f"structured_outputs: {DEAD_END}")
+            raise GrammarError(f"structured_outputs: {DEAD_END}", field="structured_outputs")
         return v.only_eos if np.array_equal(mask, v.only_eos) else mask
 
     def _check(self) -> None:
         """Raise what the matcher has come to."""
         if self._matcher.is_error():
-            raise GrammarError(f"structured_outputs: {_reason(self._matcher.get_error())}")
+            report = _reason(self._matcher.get_error())
+            raise GrammarError(f"structured_outputs: {report}", field="structured_outputs")
 
 
 def _holds(mask: np.ndarray, token: int) -> bool:
@@ -193,7 +194,10 @@ def _holds(mask: np.ndarray, token: int) -> bool:
 
 
 def _reason(report: str) -> str:
-    """What llguidance reports, without the picture of the place in the grammar, which is not the user's own."""
+    """What llguidance reports, without the picture of the place in the grammar, which is not the user's own.
+
+    The report is all that it tells, and only the wording of our message hangs on it.
+    """
     lines = []
     for line in report.splitlines():
         if re.match(r" *\d+ \| |<non-verbose/>", line):
@@ -201,4 +205,5 @@ def _reason(report: str) -> str:
         lines.append(line.strip())
     text = " ".join(line for line in lines if line.strip("^ "))
     text = re.sub(r"^at \d+\(\d+\): ", "", text).replace("(in regex): regex parse error: ", "")
+    text = text.replace("nested %lark {", "%json and %lark {")  # the one may have been the other (embedded.py)
     return DEAD_END if not text or text.startswith("NoExtension") else text[:400]

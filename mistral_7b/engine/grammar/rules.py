@@ -77,7 +77,7 @@ class _Writer:
         self._read(start)
         self._find_possible()
         if start not in self._possible:
-            raise GrammarError(f"{self._where}: no text obeys the schema")
+            raise GrammarError(f"{self._where}: no text obeys the schema", field=self._where)
         self._rules[start] = self._name
         self._left.append(start)
         for places in self._left:  # which grows
@@ -90,11 +90,14 @@ class _Writer:
         while left:
             places = left.pop()
             if places not in self._shapes:
-                self._shapes[places] = self._reader.shapes(places)
+                try:
+                    self._shapes[places] = self._reader.shapes(places)
+                    left += [inner for shape in self._shapes[places] for inner in self._inside(shape)]
+                except strings.TerminalError as e:
+                    self._refuse(places, f"{strings.TOO_MUCH}: {e}")
                 self._alike.setdefault(tuple(self._shapes[places]), places)
-                left += [inner for shape in self._shapes[places] for inner in self._inside(shape)]
             if len(self._shapes) > RULES:
-                raise GrammarError(f"{self._where} is too large")
+                raise GrammarError(f"{self._where} is too large", field=self._where)
 
     def _inside(self, shape: Shape) -> Iterator[Places]:
         """All that what stands inside must obey."""
@@ -109,7 +112,9 @@ class _Writer:
         if shape not in self._cells:
             patterns, own = shape.patterns, " | ".join(map(strings.literal, shape.names))
             if len(patterns) > PATTERNS:
-                raise GrammarError(f"{self._where}: more than {PATTERNS} patternProperties in one object")
+                raise GrammarError(
+                    f"{self._where}: more than {PATTERNS} patternProperties in one object", field=self._where
+                )
             found: dict[Places, list[str]] = {}
             for flags in product((True, False), repeat=len(patterns)):
                 matched = [pattern for pattern, flag in zip(patterns, flags, strict=True) if flag]
@@ -203,7 +208,7 @@ class _Writer:
         names = [name for name in shape.names if shape.property(name) in self._possible]
         matter = max(1, min(len(names), max(shape.least, shape.most or 0)))
         if matter * len(names) > RULES:
-            raise GrammarError(f"{self._where}: minProperties or maxProperties is too large")
+            raise GrammarError(f"{self._where}: minProperties or maxProperties is too large", field=self._where)
         first, rests = self._others(shape, matter, comma, colon)
         required = [name in shape.required for name in names]
         for i in reversed(range(len(names))):

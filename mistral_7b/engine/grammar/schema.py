@@ -65,12 +65,15 @@ class Reader:
         return found
 
     def refuse(self, place: str, reason: str) -> NoReturn:
-        raise GrammarError(f"{self._where}: {reason}, at {place:.150}")
+        raise GrammarError(f"{self._where}: {reason}, at {place:.150}", field=self._where)
 
     def _at(self, place: str) -> list[Shape]:
         if place not in self._known:
             if place in self._active:
-                raise _LoopError(f"{self._where}: no text obeys a schema that refers to itself, at {place:.150}")
+                raise _LoopError(
+                    f"{self._where}: no text obeys a schema that refers to itself, at {place:.150}",
+                    field=self._where,
+                )
             if len(self._active) >= DEEPEST:
                 self.refuse(place, f"more than {DEEPEST} schemas apply to one value")
             self._active.append(place)
@@ -79,6 +82,8 @@ class Reader:
                     self._known[place] = [self._literal(place)]
                 else:
                     self._known[place] = self._read(place)
+            except strings.TerminalError as e:
+                self.refuse(place, f"{strings.TOO_MUCH}: {e}")
             finally:
                 self._active.pop()
         return self._known[place]
@@ -88,7 +93,7 @@ class Reader:
         some = list(some)
         self._meets += len(some) * len(others)
         if self._meets > MEETS:
-            raise GrammarError(f"{self._where} has too many combinations of alternatives")
+            raise GrammarError(f"{self._where} has too many combinations of alternatives", field=self._where)
         met = [shapes.meet(one, other) for one in some for other in others]
         return list(dict.fromkeys(shape for shape in met if shape is not None))
 
@@ -271,7 +276,7 @@ class Reader:
         try:
             strings.of_pattern(pattern)
         except GrammarError as e:
-            self.refuse(place, f"{key} {pattern!r:.80} cannot be used: {e}")
+            self.refuse(place, f"{key} {pattern!r:.80} cannot be used: {e.message}")
         return pattern
 
     def _exact(self, place: str, value: Any, key: str = "the number") -> Fraction:

@@ -46,17 +46,20 @@ class GrammarSpec:
         assert spec is not None  # or `of` had returned None
         if self.structured is not None and self.tools:
             spec = or_tools(spec, self.tools, self.parallel, spaced)
-        return lark(spec, spaced)
+        return lark(spec, spaced, own=spec is self.structured)
 
     def to_json(self) -> str:
         """As text; equal specifications have equal texts. GrammarError for what cannot be written as JSON."""
         given = {f.name: getattr(self.structured, f.name, None) for f in fields(StructuredOutputs)}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
-        values = [given, list(self.tools), self.choice, self.parallel]
-        try:
-            return json.dumps(values)
-        except (TypeError, ValueError, RecursionError) as e:
-            raise GrammarError(f"tools or structured_outputs are no JSON: {e}") from e
+        values = {"structured_outputs": given, "tools": list(self.tools), "tool_choice": self.choice}
+        written = []
+        for name, value in values.items():
+            try:
+                written.append(json.dumps(value))
+            except (TypeError, ValueError, RecursionError) as e:
+                raise GrammarError(f"{name} cannot be written as JSON: {e}", field=name) from e
+        return f"[{', '.join(written)}, {json.dumps(self.parallel)}]"
 
     @classmethod
     def from_json(cls, text: str) -> GrammarSpec:

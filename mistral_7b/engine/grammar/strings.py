@@ -60,6 +60,13 @@ LIMITS = {"hostname": ".{1,253}", "email": "[^@]{1,64}@.{1,253}"}  # beside that
 NO_FORCING = '%llguidance {"no_forcing": true}'
 
 
+class TerminalError(GrammarError):
+    """A terminal beyond llguidance's limits; whoever knows where it comes from says so (`TOO_MUCH`)."""
+
+
+TOO_MUCH = "pattern, format and patternProperties are too much together"
+
+
 def literal(text: str) -> str:
     """A text as JSON writes it, as a string of Lark."""
     return json.dumps(_written(text))
@@ -82,20 +89,25 @@ def of_pattern(pattern: str) -> str:
 
 
 def holds(terminal: str, text: str) -> bool:
-    """Whether a text is in a terminal of strings."""
+    """Whether a text is in a terminal of strings. Raises TerminalError."""
     matcher, written = _matcher(terminal).deep_copy(), _written(text).encode()
     return bool(matcher.try_consume_tokens(list(written)) == len(written) and matcher.is_accepting())
 
 
 def is_empty(terminal: str) -> bool:
-    """Whether no text is in a terminal of strings."""
+    """Whether no text is in a terminal of strings. Raises TerminalError."""
     return bool(_matcher(terminal).deep_copy().try_consume_tokens([ord('"')]) == 0)
 
 
 def fault(value: str) -> str | None:
     """What llguidance finds wrong with what may stand in a rule."""
     matcher = library().LLMatcher(_tokenizer(), f"start: {value}\n{NO_FORCING}", log_level=0)
-    return matcher.get_error().splitlines()[0] if matcher.is_error() else None
+    return _report(matcher) if matcher.is_error() else None
+
+
+def _report(matcher: Any) -> str:
+    """What llguidance finds wrong, without the picture of the place."""
+    return str(matcher.get_error()).splitlines()[0]
 
 
 def _written(text: str) -> str:
@@ -105,10 +117,10 @@ def _written(text: str) -> str:
 
 @functools.lru_cache(256)
 def _matcher(terminal: str) -> Any:
-    """llguidance's matcher of a terminal, over bytes. Raises GrammarError for a terminal beyond its limits."""
+    """llguidance's matcher of a terminal, over bytes. Raises TerminalError for one beyond its limits."""
     matcher = library().LLMatcher(_tokenizer(), f"start: T\nT: {terminal}\n{NO_FORCING}", log_level=0)
     if matcher.is_error():
-        raise GrammarError(matcher.get_error().splitlines()[0])
+        raise TerminalError(_report(matcher))
     return matcher
 
 

@@ -33,7 +33,9 @@ def library() -> Any:
         import llguidance
     except ImportError as e:
         raise GrammarError(
-            "structured outputs need llguidance, which is not installed: pip install 'mistral-7b[serve]'"
+            "structured outputs need llguidance, which is not installed",
+            field="structured_outputs",
+            hint="pip install 'mistral-7b[serve]'",
         ) from e
     return llguidance
 

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -26,11 +27,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 from ...errors import GrammarError
+from ...sampling_params import StructuredOutputs
 from ..config import GrammarLimits
 from .matcher import CompiledGrammar, MatcherState
 from .spec import GrammarSpec
@@ -38,6 +40,8 @@ from .vocabulary import Vocabulary
 
 NICE = 19  # of a worker that is expensive, so that it does not slow down the model and the other grammars
 EXPENSIVE = 0.03  # seconds of one operation
+NEVER = 3600.0  # seconds, for a process whose priority is also that of those forked from it
+QUIET = 0.02  # seconds without work after which a worker rehearses: those it was forked beside are busy
 LENGTH = struct.Struct("<q")  # before the specification
 
 
@@ -51,8 +55,8 @@ class Account:
 class Worker:
     """Follows one grammar. `run` returns when no completion needs it any more."""
 
-    def __init__(self, vocabulary: Vocabulary, control: socket.socket) -> None:
-        self.vocabulary, self.control = vocabulary, control
+    def __init__(self, vocabulary: Vocabulary, control: socket.socket, expensive: float = EXPENSIVE) -> None:
+        self.vocabulary, self.control, self.expensive = vocabulary, control, expensive
         (size,) = LENGTH.unpack(_exactly(control, LENGTH.size))
         text, self.spaced, limits = json.loads(_exactly(control, size))
         self.spec, self.limits = text, GrammarLimits(**limits)
@@ -96,7 +100,7 @@ class Worker:
             if "start" in question:
                 return self._start(connection, question)
             if connection not in self._states:  # its start has failed, and that was said
-                return b'{"error": "not started"}'
+                return _told(GrammarError("not started"))
             state, account = self._states[connection]
             with self._charged(account):
                 header: dict[str, Any] = {}
@@ -108,15 +112,17 @@ class Worker:
             header = {"finished": state.finished, **header, "drafted": drafted, "spent": account.spent}
             return json.dumps(header).encode() + b"\n" + b"".join(m.tobytes() for m in masks)
         except GrammarError as e:
-            return json.dumps({"error": str(e)}).encode()
+            return _told(e)
         except (MemoryError, RecursionError) as e:
-            return json.dumps({"error": f"structured_outputs: too deep or too large: {e!r}"}).encode()
+            return _told(
+                GrammarError(f"structured_outputs: too deep or too large: {e!r}", field="structured_outputs")
+            )
 
     def _start(self, connection: Connection, question: dict[str, Any]) -> bytes:
         """A state for a completion that has taken the tokens `start` already."""
         if self._compiled is None:
             try:
-                with _limited(self.limits.compile_seconds), _lowered_soon():
+                with _limited(self.limits.compile_seconds), _lowered_after(self.expensive):
                     text = GrammarSpec.from_json(self.spec).lark(self.spaced)
                     self._compiled = CompiledGrammar(self.vocabulary, text)
             except GrammarError as e:
@@ -140,7 +146,9 @@ class Worker:
         if left <= 0:
             raise GrammarError(
                 f"structured_outputs: the grammar has used up the {self.limits.request_seconds:g} s of CPU time "
-                "that one request may take: make it simpler, or less ambiguous"
+                "that one request may take",
+                field="structured_outputs",
+                hint="make it simpler, or less ambiguous",
             )
         began = time.process_time()
         try:
@@ -149,8 +157,13 @@ class Worker:
         finally:
             took = time.process_time() - began
             account.spent += took
-            if took > EXPENSIVE:
+            if took > self.expensive:
                 _lower()
+
+
+def _told(error: GrammarError) -> bytes:
+    """The answer that makes the engine's process raise this error."""
+    return json.dumps({"error": error.data}).encode()
 
 
 @contextlib.contextmanager
@@ -169,9 +182,9 @@ def _lower() -> None:
 
 
 @contextlib.contextmanager
-def _lowered_soon() -> Iterator[None]:
-    """`_lower` if what is done here takes long: its native code runs without Python's lock."""
-    timer = threading.Timer(EXPENSIVE, _lower)
+def _lowered_after(seconds: float) -> Iterator[None]:
+    """`_lower` if what is done here takes longer: its native code runs without Python's lock."""
+    timer = threading.Timer(seconds, _lower)
     timer.start()
     try:
         yield
@@ -191,12 +204,33 @@ def _exactly(sock: socket.socket, n: int) -> bytes:
     return b"".join(parts)
 
 
+def rehearse(vocabulary: Vocabulary) -> None:
+    """Follow a grammar for a moment: what a first use makes is made, and its memory is this process's own."""
+    schema = {"properties": {"a": {"type": "integer"}, "b": {"enum": ["c"]}}}
+    key = json.dumps(
+        [GrammarSpec(StructuredOutputs(json=schema)).to_json(), True, asdict(GrammarLimits())]
+    ).encode()
+    (control, ours), (its, connection) = socket.socketpair(), socket.socketpair()
+    with control, ours, connection:
+        ours.sendall(LENGTH.pack(len(key)) + key)
+        with its:
+            socket.send_fds(ours, [b"c"], [its.fileno()])
+        with Connection(os.dup(connection.fileno())) as engine:
+            engine.send_bytes(json.dumps({"start": [], "request": "", "spent": 0.0}).encode())
+            engine.send_bytes(json.dumps({"masks": []}).encode())
+        ours.shutdown(socket.SHUT_WR)  # all that it will be asked waits for it: it returns when it has answered
+        connection.shutdown(socket.SHUT_WR)
+        Worker(vocabulary, control, expensive=NEVER).run()
+
+
 def serve(vocabulary: Vocabulary, control: socket.socket) -> None:
     """What a forked process does: it never returns."""
     status = 1
     try:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if not select.select([control], [], [], QUIET)[0]:  # half of a first compilation is page faults
+            rehearse(vocabulary)
         worker = Worker(vocabulary, control)
         resource.setrlimit(resource.RLIMIT_AS, (worker.limits.memory_bytes,) * 2)
         worker.run()

@@ -10,26 +10,53 @@
 
 namespace {
 
-// y = cast(x / sqrt(mean(x^2) + eps)) * weight, a row at a time; sums in one order whatever the batch.
+struct RMSNormCall {
+    const void *x, *weight;  // (M, D), (D,)
+    void* out;               // (M, D)
+    int64_t M, D;
+    float eps;
+    int bf16, threads;
+};
+
+struct SiluMulCall {
+    const void *gate, *up;  // (n,)
+    void* out;
+    int64_t n;
+    int bf16, threads;
+};
+
+struct RotateCall {
+    const void* x;           // (M, heads, D)
+    const float *cos, *sin;  // (angles, D / 2), repeated if M is a multiple of `angles`
+    void* out;
+    int64_t M, angles, heads, D;
+    int bf16, threads;
+};
+
+// out = cast(x / sqrt(mean(x^2) + eps)) * weight, a row at a time; sums in one order whatever the batch.
 template <class T>
-void rms_norm(const typename T::Store* x, const typename T::Store* weight, int64_t M, int64_t D, float eps, int threads, typename T::Store* y) {
-    parallel(M * D < 1 << 16 ? 1 : threads, [&](int t, int n) {
-        const Span mine = share(M, t, n);
+void rms_norm(const RMSNormCall& c) {
+    using S = typename T::Store;
+    const int64_t D = c.D;
+    const S *x = static_cast<const S*>(c.x), *weight = static_cast<const S*>(c.weight);
+    S* y = static_cast<S*>(c.out);
+    parallel(c.M * D < 1 << 16 ? 1 : c.threads, [&](int t, int n) {
+        const Span mine = share(c.M, t, n);
         for (int64_t m = mine.begin; m < mine.end; m++) {
             const auto* row = x + m * D;
             auto* out = y + m * D;
             F16 sum[4] = {};
             for (int64_t d = 0; d < D; d += 64)
                 for (int u = 0; u < 4 && d + 16 * u < D; u++) {
-                    F16 v = take(row + d + 16 * u, D - d - 16 * u);
+                    F16 v = load(row + d + 16 * u, D - d - 16 * u);
                     sum[u] += v * v;
                 }
             const float mean = total((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(D);
-            const F16 r = all(1.0f / __builtin_sqrtf(mean + eps));
+            const F16 r = all(1.0f / __builtin_sqrtf(mean + c.eps));
             for (int64_t d = 0; d < D; d += 16) {
-                typename T::Store cast[16];
-                give(cast, take(row + d, D - d) * r);
-                give(out + d, take(cast) * take(weight + d, D - d), D - d);
+                S cast[16];
+                store(cast, load(row + d, D - d) * r);
+                store(out + d, load(cast) * load(weight + d, D - d), D - d);
             }
         }
     });
@@ -37,15 +64,18 @@ void rms_norm(const typename T::Store* x, const typename T::Store* weight, int64
 
 // silu(gate) * up, each rounded to its type as PyTorch does.
 template <class T>
-void silu_mul(const typename T::Store* gate, const typename T::Store* up, int64_t n, int threads, typename T::Store* y) {
-    const int64_t lines = (n + 15) / 16;
-    parallel(n < 1 << 15 ? 1 : threads, [&](int t, int of) {
+void silu_mul(const SiluMulCall& c) {
+    using S = typename T::Store;
+    const S *gate = static_cast<const S*>(c.gate), *up = static_cast<const S*>(c.up);
+    S* y = static_cast<S*>(c.out);
+    const int64_t n = c.n, lines = (n + 15) / 16;
+    parallel(n < 1 << 15 ? 1 : c.threads, [&](int t, int of) {
         const Span mine = share(lines, t, of);
         for (int64_t i = mine.begin * 16; i < std::min(n, mine.end * 16); i += 16) {
-            F16 g = take(gate + i, n - i);
-            typename T::Store cast[16];
-            give(cast, g / (1.0f + exponential(-g)));
-            give(y + i, take(cast) * take(up + i, n - i), n - i);
+            F16 g = load(gate + i, n - i);
+            S cast[16];
+            store(cast, g / (1.0f + exponential(-g)));
+            store(y + i, load(cast) * load(up + i, n - i), n - i);
         }
     });
 }
@@ -56,24 +86,26 @@ void add(const typename T::Store* a, const typename T::Store* b, int64_t n, int 
     const int64_t lines = (n + 15) / 16;
     parallel(n < 1 << 16 ? 1 : threads, [&](int t, int of) {
         const Span mine = share(lines, t, of);
-        for (int64_t i = mine.begin * 16; i < std::min(n, mine.end * 16); i += 16) give(y + i, take(a + i, n - i) + take(b + i, n - i), n - i);
+        for (int64_t i = mine.begin * 16; i < std::min(n, mine.end * 16); i += 16) store(y + i, load(a + i, n - i) + load(b + i, n - i), n - i);
     });
 }
 
-// Neighbours (2i, 2i + 1) of each head turned by the angle whose cos and sin stand at its row: (M, heads, D).
+// Neighbours (2i, 2i + 1) of each head rotated by the angle whose cos and sin stand at its row: (M, heads, D).
 template <class T>
-void rotate(const typename T::Store* x, const float* cos, const float* sin, int64_t M, int64_t angles, int64_t heads, int64_t D, int threads, typename T::Store* y) {
-    parallel(M * heads * D < 1 << 16 ? 1 : threads, [&](int t, int n) {
-        const Span mine = share(M, t, n);
+void rotate(const RotateCall& c) {
+    using S = typename T::Store;
+    const int64_t heads = c.heads, D = c.D;
+    parallel(c.M * heads * D < 1 << 16 ? 1 : c.threads, [&](int t, int n) {
+        const Span mine = share(c.M, t, n);
         for (int64_t m = mine.begin; m < mine.end; m++) {
-            const float *c = cos + m % angles * (D / 2), *s = sin + m % angles * (D / 2);
+            const float *cos = c.cos + m % c.angles * (D / 2), *sin = c.sin + m % c.angles * (D / 2);
             for (int64_t h = 0; h < heads; h++) {
-                const auto* in = x + (m * heads + h) * D;
-                auto* out = y + (m * heads + h) * D;
+                const S* in = static_cast<const S*>(c.x) + (m * heads + h) * D;
+                S* out = static_cast<S*>(c.out) + (m * heads + h) * D;
                 for (int64_t i = 0; i < D / 2; i++) {
-                    const float even = T::get(in, 2 * i), odd = T::get(in, 2 * i + 1);
-                    T::put(out, 2 * i, even * c[i] - odd * s[i]);
-                    T::put(out, 2 * i + 1, even * s[i] + odd * c[i]);
+                    const float even = T::load(in, 2 * i), odd = T::load(in, 2 * i + 1);
+                    T::store(out, 2 * i, even * cos[i] - odd * sin[i]);
+                    T::store(out, 2 * i + 1, even * sin[i] + odd * cos[i]);
                 }
             }
         }

@@ -30,71 +30,31 @@
 
 extern "C" {
 
-// y (M, N) = x (M, K) w8^T with w8 of int8 or int4 codes. bf16: x and y are bfloat16, else float32.
-void m7b_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const uint8_t* codes, const uint8_t* groups,
-                int64_t group, const float* scale, int64_t N, int64_t Kp, int threads, void* out) {
-    const Weights w{N, Kp, bits == 4 ? group : Kp, codes, groups, scale, nullptr, bits, nullptr, nullptr};
-    bf16 ? linears<BF16>(x, M, K, {&w}, threads, {out}) : linears<F32>(x, M, K, {&w}, threads, {out});
+// Each takes one structure, which its header defines and arguments.py mirrors. bf16: numbers are bfloat16, else float32.
+
+// x by a weight of int8 or int4 codes, or of GGUF's blocks, of which K is a multiple of 32.
+void m7b_linear(const LinearCall* c) {
+    c->bf16 ? linears<BF16>(c->x, c->M, c->K, {c->weight}, c->threads, {c->out}) : linears<F32>(c->x, c->M, c->K, {c->weight}, c->threads, {c->out});
 }
 
-// y (M, N) = x (M, K) w^T with GGUF's blocks of 8 or 4 bits, K a multiple of 32; d: half floats [N/16][K/32][16].
-void m7b_block_linear(int bf16, const void* x, int64_t M, int64_t K, int bits, const uint8_t* codes, const uint16_t* d,
-                      int64_t N, int threads, void* out) {
-    const Weights w{N, K, BLOCK, codes, nullptr, nullptr, d, bits, nullptr, nullptr};
-    bf16 ? linears<BF16>(x, M, K, {&w}, threads, {out}) : linears<F32>(x, M, K, {&w}, threads, {out});
+void m7b_low_rank(const LowRankCall* c) {
+    const Weights w{c->N, c->K, c->K, nullptr, nullptr, nullptr, nullptr, 0, c->adapters, c->mixture};
+    c->bf16 ? add_low_rank<BF16>(c->x, c->M, c->K, {&w}, c->threads, {c->y}) : add_low_rank<F32>(c->x, c->M, c->K, {&w}, c->threads, {c->y});
 }
 
-// y (M, N) += what adapters make of x (M, K).
-void m7b_add_low_rank(int bf16, const void* x, int64_t M, int64_t K, int64_t N, const void* adapters, void* mixture,
-                      int threads, void* y) {
-    const Weights w{N, K, K, nullptr, nullptr, nullptr, nullptr, 0, static_cast<const LowRank*>(adapters), static_cast<Mixture*>(mixture)};
-    bf16 ? add_low_rank<BF16>(x, M, K, {&w}, threads, {y}) : add_low_rank<F32>(x, M, K, {&w}, threads, {y});
-}
+void m7b_rms_norm(const RMSNormCall* c) { c->bf16 ? rms_norm<BF16>(*c) : rms_norm<F32>(*c); }
 
-void m7b_project(const void* block, int bf16, const void* x, int64_t M, const float* cos, const float* sin, int64_t angles,
-                 int threads, void* q, void* k, void* v) {
-    const Block& b = *static_cast<const Block*>(block);
-    bf16 ? project<BF16>(b, x, M, cos, sin, angles, threads, q, k, v) : project<F32>(b, x, M, cos, sin, angles, threads, q, k, v);
-}
+void m7b_silu_mul(const SiluMulCall* c) { c->bf16 ? silu_mul<BF16>(*c) : silu_mul<F32>(*c); }
 
-void m7b_finish_block(const void* block, int bf16, const void* x, const void* attended, int64_t M, int threads, void* y) {
-    const Block& b = *static_cast<const Block*>(block);
-    bf16 ? finish_block<BF16>(b, x, attended, M, threads, y) : finish_block<F32>(b, x, attended, M, threads, y);
-}
+void m7b_rotate(const RotateCall* c) { c->bf16 ? rotate<BF16>(*c) : rotate<F32>(*c); }
 
-void m7b_rms_norm(int bf16, const void* x, const void* weight, int64_t M, int64_t D, float eps, int threads, void* y) {
-    bf16 ? rms_norm<BF16>((const uint16_t*)x, (const uint16_t*)weight, M, D, eps, threads, (uint16_t*)y)
-         : rms_norm<F32>((const float*)x, (const float*)weight, M, D, eps, threads, (float*)y);
-}
+void m7b_project(const ProjectCall* c) { c->bf16 ? project<BF16>(*c) : project<F32>(*c); }
 
-void m7b_silu_mul(int bf16, const void* gate, const void* up, int64_t n, int threads, void* y) {
-    bf16 ? silu_mul<BF16>((const uint16_t*)gate, (const uint16_t*)up, n, threads, (uint16_t*)y)
-         : silu_mul<F32>((const float*)gate, (const float*)up, n, threads, (float*)y);
-}
+void m7b_finish_block(const FinishBlockCall* c) { c->bf16 ? finish_block<BF16>(*c) : finish_block<F32>(*c); }
 
-// x (M, heads, D); cos and sin (angles, D / 2), repeated if M is a multiple of `angles`.
-void m7b_rotate(int bf16, const void* x, const float* cos, const float* sin, int64_t M, int64_t angles, int64_t heads,
-                int64_t D, int threads, void* y) {
-    bf16 ? rotate<BF16>((const uint16_t*)x, cos, sin, M, angles, heads, D, threads, (uint16_t*)y)
-         : rotate<F32>((const float*)x, cos, sin, M, angles, heads, D, threads, (float*)y);
-}
+void m7b_attend(const Attend* a) { attend(*a, make_plan(*a)); }
 
-void m7b_attend(const void* place, int int8, int64_t H, int64_t G, int64_t D, const void* q, const void* k, const void* v,
-                const float* ks, const float* vs, void* old_k, void* old_v, float* old_ks, float* old_vs, int keep,
-                int threads, void* out) {
-    const Attend a{*static_cast<const Place*>(place), H, G, D, (const uint16_t*)q, k, v, ks, vs, old_k, old_v, old_ks, old_vs,
-                   keep != 0, int8 != 0, (uint16_t*)out};
-    attend(a, make_plan(a, threads), threads);
-}
-
-// x (N, D) bfloat16 through all blocks, in place. old: for each layer its keys and values, in int8 their scales too.
-void m7b_layers(const void* blocks, int64_t n_layers, void* const* old, const void* place, int int8, int64_t H, int64_t G,
-                int64_t D, const float* cos, const float* sin, int64_t angles, int threads, void* x) {
-    Attend a{};
-    static_cast<Place&>(a) = *static_cast<const Place*>(place);
-    a.H = H, a.G = G, a.D = D, a.int8 = int8 != 0;
-    run_layers(static_cast<const Block*>(blocks), n_layers, old, a, static_cast<uint16_t*>(x), cos, sin, angles, threads);
-}
+void m7b_layers(const LayersCall* c) { run_layers(*c); }
 
 // How fast memory can be read, to be timed: the sum of a buffer's 64-bit words, without what is left of 128 bytes.
 // Each thread reads two streams, a line of 64 bytes of each at a time, and asks for what comes 1024 bytes later.
@@ -119,7 +79,7 @@ int64_t m7b_read(const void* p, int64_t nbytes, int threads) {
 }
 
 // The instructions that run here; "" if the system does not grant them, and this library must not be used.
-const char* m7b_path() {
+const char* m7b_instructions() {
 #if defined(WITH_AMX)
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0 ? "AMX" : "";
 #elif defined(__AVX512VNNI__) && defined(__AVX512BW__)

@@ -64,57 +64,57 @@ void dot_tiles4(const Rows& r, int64_t row, const uint8_t* codes, int64_t stride
     }
 }
 
-// The codes of one tile from int4 to int8, inputs begin..end, both multiples of 32.
-inline void widen_tile(const Weights& w, int64_t tile, int64_t begin, int64_t end, uint8_t* out) {
+// The codes of one tile repacked from int4 to int8, inputs begin..end, both multiples of 32.
+inline void repack_tile(const Weights& w, int64_t tile, int64_t begin, int64_t end, uint8_t* out) {
     const uint8_t* codes = w.codes + tile * w.Kp * 8 + begin / 8 * LINE;
     const uint8_t* groups = w.groups + tile * (w.Kp / w.group) * TILE_N;
     for (int64_t k = begin; k < end;) {
         const uint8_t* group = groups + k / w.group * TILE_N;
-        const Widening widen(group);
+        const Repacking repack(group);
         __builtin_prefetch(group + AHEAD / 16);
         for (const int64_t stop = std::min(end, (k / w.group + 1) * w.group); k < stop; k += 8) {
             __builtin_prefetch(codes + AHEAD);
             const Line line = load(codes);
-            widen.put(out, low(line));
-            widen.put(out + LINE, high(line));
+            repack.store(out, low(line));
+            repack.store(out + LINE, high(line));
             codes += LINE;
             out += 2 * LINE;
         }
     }
 }
 
-constexpr int64_t FEW = 4;  // rows up to which weights are used as they lie, and beyond which int4 is widened first
+constexpr int64_t FEW = 4;  // rows up to which weights are used as they lie, and beyond which int4 is repacked first
 
-// Tile `tile`, and with W = 2 the one `apart` tiles on. wide: the codes of a single tile, widened; else null.
+// Tile `tile`, and with W = 2 the one `apart` tiles on. repacked: the codes of a single tile as int8; else null.
 template <class T, int R, int W>
-void few_rows(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t apart, const uint8_t* wide, void* out) {
+void few_rows(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t apart, const uint8_t* repacked, void* out) {
     Sums s[R][W];
     int32_t v[16];
-    const bool eight = wide || w.bits == 8;
+    const bool eight = repacked || w.bits == 8;
     const int64_t G = r.Kp / r.group, size = w.Kp * TILE_N;  // bytes of a tile in 8 bits
     if (eight)
-        dot_tiles8<R, W>(r, row, wide ? wide : w.codes + tile * size, apart * size, s);
+        dot_tiles8<R, W>(r, row, repacked ? repacked : w.codes + tile * size, apart * size, s);
     else
         dot_tiles4<R, W>(r, row, w.codes + tile * size / 2, apart * size / 2, w.groups + tile * G * TILE_N, apart * G * TILE_N, s);
     for (int i = 0; i < R; i++) {
         int32_t sum = 0;
-        for (int64_t g = 0; eight && g < G; g++) sum += r.sum[(row + i) * G + g];
+        for (int64_t g = 0; SUBTRACT && eight && g < G; g++) sum += r.sum[(row + i) * G + g];
         for (int t = 0; t < W; t++) {
             store(v, s[i][t]);
-            for (auto& n : v) n -= 128 * sum;
+            for (auto& n : v) n -= SUBTRACT * sum;
             finish<T>(r, w, row + i, tile + t * apart, v, out);
         }
     }
 }
 
 template <class T, int W>
-void any_rows(const Rows& r, const Weights& w, int64_t tile, int64_t apart, const uint8_t* wide, void* out) {
+void any_rows(const Rows& r, const Weights& w, int64_t tile, int64_t apart, const uint8_t* repacked, void* out) {
     int64_t row = 0;
-    for (; row + FEW <= r.M; row += FEW) few_rows<T, FEW, W>(r, w, row, tile, apart, wide, out);
+    for (; row + FEW <= r.M; row += FEW) few_rows<T, FEW, W>(r, w, row, tile, apart, repacked, out);
     switch (r.M - row) {
-        case 3: few_rows<T, 3, W>(r, w, row, tile, apart, wide, out); break;
-        case 2: few_rows<T, 2, W>(r, w, row, tile, apart, wide, out); break;
-        case 1: few_rows<T, 1, W>(r, w, row, tile, apart, wide, out); break;
+        case 3: few_rows<T, 3, W>(r, w, row, tile, apart, repacked, out); break;
+        case 2: few_rows<T, 2, W>(r, w, row, tile, apart, repacked, out); break;
+        case 1: few_rows<T, 1, W>(r, w, row, tile, apart, repacked, out); break;
         default: break;
     }
 }
@@ -122,17 +122,17 @@ void any_rows(const Rows& r, const Weights& w, int64_t tile, int64_t apart, cons
 // Tiles begin..end of out (M, N) = rows w8^T, by one thread and without AMX.
 template <class T>
 void product_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
-    static thread_local Scratch<uint8_t> wide_of;
-    uint8_t* wide = w.bits == 4 && r.M > FEW ? wide_of.get(w.Kp * TILE_N) : nullptr;
+    static thread_local Scratch<uint8_t> repacked_of;
+    uint8_t* repacked = w.bits == 4 && r.M > FEW ? repacked_of.get(w.Kp * TILE_N) : nullptr;
     int64_t tile = tiles.begin;
-    if (!wide) {  // two streams, one through each half: what is asked for ahead is always what comes next
+    if (!repacked && r.M <= ROWS_BY_TWO) {  // two streams, one through each half: what is asked for ahead is always what comes next
         const int64_t half = (tiles.end - tiles.begin) / 2;
         for (; tile < tiles.begin + half; tile++) any_rows<T, 2>(r, w, tile, half, nullptr, out);
         tile += half;
     }
     for (; tile < tiles.end; tile++) {
-        if (wide) widen_tile(w, tile, 0, w.Kp, wide);
-        any_rows<T, 1>(r, w, tile, 0, wide, out);
+        if (repacked) repack_tile(w, tile, 0, w.Kp, repacked);
+        any_rows<T, 1>(r, w, tile, 0, repacked, out);
     }
 }
 

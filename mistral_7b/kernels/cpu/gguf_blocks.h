@@ -38,12 +38,12 @@ void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, void
         for (int i = 0; i < R; i++) {
             I16 v;
             store(reinterpret_cast<int32_t*>(&v), s[i]);
-            v -= (w.bits == 8 ? 128 : 8) * r.sum[(row + i) * G + g];
+            v -= (w.bits == 8 ? SUBTRACT : 8) * r.sum[(row + i) * G + g];
             y[i] += __builtin_convertvector(v, F16) * (scale * r.scale[(row + i) * G + g]);
         }
     }
     for (int i = 0; i < R; i++)
-        give(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, y[i], w.N - tile * TILE_N);
+        store(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, y[i], w.N - tile * TILE_N);
 }
 
 template <class T>

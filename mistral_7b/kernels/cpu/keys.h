@@ -24,14 +24,14 @@ struct Place {
 };
 
 struct Attend : Place {
-    int64_t H, G, D;         // query heads, key heads, width
-    const uint16_t* q;       // (N, H, D)
-    const void *k, *v;       // (N, G, D): the queries' own keys and values, bfloat16 or int8
-    const float *ks, *vs;    // (N, G): their scales, int8 only
-    void *old_k, *old_v;     // (slots in all, G, D): what is remembered, and where the new goes if `keep`
-    float *old_ks, *old_vs;
-    bool keep, int8;
-    uint16_t* out;           // (N, H, D)
+    int64_t H, G, D;                // query heads, key heads, width
+    const uint16_t* q;              // (N, H, D)
+    const void *k, *v;              // (N, G, D): the queries' own keys and values, bfloat16 or int8
+    const float *k_scale, *v_scale;  // (N, G): their scales, int8 only
+    void *old_k, *old_v;            // (slots in all, G, D): what is remembered, and where the new goes if `keep`
+    float *old_k_scale, *old_v_scale;
+    uint16_t* out;                  // (N, H, D)
+    int int8, keep, threads;
 };
 
 inline int64_t first_row(const Place& a, int64_t b) { return a.offsets ? a.offsets[b] : a.N / a.B * b; }
@@ -80,9 +80,9 @@ inline void read_codes(const int8_t* codes, int64_t n, uint16_t* out) {
     int64_t d = 0;
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
     for (; d + 32 <= n; d += 32) {
-        const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + d)));
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(wide)));
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(wide, 1)));
+        const __m512i words = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + d)));
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(words)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(words, 1)));
         _mm512_storeu_si512(out + d, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
     }
 #endif
@@ -102,7 +102,7 @@ inline void read_block(const Attend& a, const Places& at, bool value, int64_t g,
         const void* from = own ? (value ? a.v : a.k) : (value ? a.old_v : a.old_k);
         if (a.int8) {
             read_codes(static_cast<const int8_t*>(from) + row * a.D, a.D, line);
-            scale[j] = (own ? (value ? a.vs : a.ks) : (value ? a.old_vs : a.old_ks))[row];
+            scale[j] = (own ? (value ? a.v_scale : a.k_scale) : (value ? a.old_v_scale : a.old_k_scale))[row];
         } else {
             const uint16_t* numbers = static_cast<const uint16_t*>(from) + row * a.D;
             if (a.D == 128)
@@ -115,9 +115,9 @@ inline void read_block(const Attend& a, const Places& at, bool value, int64_t g,
 }
 
 // The new keys and values to their places among the remembered: of a chunk longer than a ring, its end.
-void remember(const Attend& a, int threads) {
+void remember(const Attend& a) {
     const int64_t row = a.G * a.D * (a.int8 ? 1 : 2);
-    parallel(a.N * row < 1 << 17 ? 1 : threads, [&](int thread, int n) {
+    parallel(a.N * row < 1 << 17 ? 1 : a.threads, [&](int thread, int n) {
         const Span mine = share(a.N, thread, n);
         for (int64_t b = 0; b < a.B; b++) {
             const int64_t first = first_row(a, b), end = first_row(a, b + 1), kept = a.table ? first : std::max(first, end - a.slots);
@@ -126,8 +126,8 @@ void remember(const Attend& a, int threads) {
                 std::memcpy(static_cast<char*>(a.old_k) + to * row, static_cast<const char*>(a.k) + from * row, row);
                 std::memcpy(static_cast<char*>(a.old_v) + to * row, static_cast<const char*>(a.v) + from * row, row);
                 if (a.int8) {
-                    std::memcpy(a.old_ks + to * a.G, a.ks + from * a.G, a.G * 4);
-                    std::memcpy(a.old_vs + to * a.G, a.vs + from * a.G, a.G * 4);
+                    std::memcpy(a.old_k_scale + to * a.G, a.k_scale + from * a.G, a.G * 4);
+                    std::memcpy(a.old_v_scale + to * a.G, a.v_scale + from * a.G, a.G * 4);
                 }
             }
         }

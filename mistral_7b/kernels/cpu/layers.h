@@ -20,34 +20,64 @@ struct Block {
 };
 
 template <class T>
-typename T::Store* room(int which, int64_t n) {
-    static thread_local Scratch<typename T::Store> rooms[4];
-    return rooms[which].get(n);
+typename T::Store* workspace(int which, int64_t n) {
+    static thread_local Scratch<typename T::Store> workspaces[4];
+    return workspaces[which].get(n);
 }
 
-// q, k, v = rotated projections of the normed x (M, D).
+struct ProjectCall {
+    const Block* block;
+    const void* x;           // (M, dim)
+    const float *cos, *sin;  // (angles, head_dim / 2), repeated if M is a multiple of `angles`
+    void *q, *k, *v;         // (M, heads, head_dim)
+    int64_t M, angles;
+    int bf16, threads;
+};
+
+struct FinishBlockCall {
+    const Block* block;
+    const void *x, *attended;  // (M, dim), (M, heads, head_dim)
+    void* out;                 // (M, dim)
+    int64_t M;
+    int bf16, threads;
+};
+
+// All blocks over a ring or pages. `attend` says where these lie and what they hold; its q, k, v and out are set here.
+struct LayersCall {
+    Attend attend;
+    const Block* blocks;
+    void* const* entries;    // for each layer its keys and values, in int8 their scales too
+    void* x;                 // (N, dim) bfloat16, in place
+    const float *cos, *sin;  // as in ProjectCall
+    int64_t layers, angles;
+};
+
+// q, k, v = rotated projections of the normed x (M, dim).
 template <class T>
-void project(const Block& b, const void* x, int64_t M, const float* cos, const float* sin, int64_t angles, int threads, void* q, void* k, void* v) {
-    using S = typename T::Store;
-    S *h = room<T>(0, M * b.dim), *heads[] = {static_cast<S*>(q), static_cast<S*>(k)};
-    rms_norm<T>(static_cast<const S*>(x), static_cast<const S*>(b.attention_norm), M, b.dim, b.eps, threads, h);
-    linears<T>(h, M, b.dim, {&b.wq, &b.wk, &b.wv}, threads, {q, k, v});
-    for (int i = 0; i < 2; i++)
-        rotate<T>(heads[i], cos, sin, M, angles, (i ? b.wk : b.wq).N / b.head_dim, b.head_dim, threads, heads[i]);
+void project(const ProjectCall& c) {
+    const Block& b = *c.block;
+    auto* h = workspace<T>(0, c.M * b.dim);
+    rms_norm<T>({c.x, b.attention_norm, h, c.M, b.dim, b.eps, c.bf16, c.threads});
+    linears<T>(h, c.M, b.dim, {&b.wq, &b.wk, &b.wv}, c.threads, {c.q, c.k, c.v});
+    const int64_t D = b.head_dim;
+    rotate<T>({c.q, c.cos, c.sin, c.q, c.M, c.angles, b.wq.N / D, D, c.bf16, c.threads});
+    rotate<T>({c.k, c.cos, c.sin, c.k, c.M, c.angles, b.wk.N / D, D, c.bf16, c.threads});
 }
 
-// y = z + feed_forward(norm(z)), z = x + wo(attended).
+// out = z + feed_forward(norm(z)), z = x + wo(attended).
 template <class T>
-void finish_block(const Block& b, const void* x, const void* attended, int64_t M, int threads, void* y) {
+void finish_block(const FinishBlockCall& c) {
     using S = typename T::Store;
-    S *h = room<T>(0, M * b.dim), *gate = room<T>(1, M * b.w1.N), *up = room<T>(2, M * b.w1.N), *z = room<T>(3, M * b.dim);
-    linears<T>(attended, M, b.wq.N, {&b.wo}, threads, {h});
-    add<T>(static_cast<const S*>(x), h, M * b.dim, threads, z);
-    rms_norm<T>(z, static_cast<const S*>(b.ffn_norm), M, b.dim, b.eps, threads, h);
-    linears<T>(h, M, b.dim, {&b.w1, &b.w3}, threads, {gate, up});
-    silu_mul<T>(gate, up, M * b.w1.N, threads, gate);
-    linears<T>(gate, M, b.w1.N, {&b.w2}, threads, {h});
-    add<T>(z, h, M * b.dim, threads, static_cast<S*>(y));
+    const Block& b = *c.block;
+    const int64_t M = c.M;
+    S *h = workspace<T>(0, M * b.dim), *gate = workspace<T>(1, M * b.w1.N), *up = workspace<T>(2, M * b.w1.N), *z = workspace<T>(3, M * b.dim);
+    linears<T>(c.attended, M, b.wq.N, {&b.wo}, c.threads, {h});
+    add<T>(static_cast<const S*>(c.x), h, M * b.dim, c.threads, z);
+    rms_norm<T>({z, b.ffn_norm, h, M, b.dim, b.eps, c.bf16, c.threads});
+    linears<T>(h, M, b.dim, {&b.w1, &b.w3}, c.threads, {gate, up});
+    silu_mul<T>({gate, up, gate, M * b.w1.N, c.bf16, c.threads});
+    linears<T>(gate, M, b.w1.N, {&b.w2}, c.threads, {h});
+    add<T>(z, h, M * b.dim, c.threads, static_cast<S*>(c.out));
 }
 
 // Keys or values (rows, D) of heads to int8, each with its own scale.
@@ -59,28 +89,29 @@ void quantise_heads(const uint16_t* x, int64_t rows, int64_t D, int threads, int
     });
 }
 
-// All blocks of a model over a ring or pages: `a` says where these lie and how far they are filled, and keeps what is new.
-void run_layers(const Block* blocks, int64_t n_layers, void* const* old, Attend a, uint16_t* x, const float* cos, const float* sin, int64_t angles, int threads) {
+void run_layers(const LayersCall& c) {
     static thread_local Scratch<uint16_t> qkv_of;
     static thread_local Scratch<int8_t> codes_of;
     static thread_local Scratch<float> scales_of;
+    Attend a = c.attend;
     const int64_t M = a.N, nq = M * a.H * a.D, nk = M * a.G * a.D;
     uint16_t *q = qkv_of.get(2 * nq + 2 * nk), *k = q + nq, *v = k + nk, *out = v + nk;
     int8_t* codes = codes_of.get(a.int8 ? 2 * nk : 1);
     float* scales = scales_of.get(a.int8 ? 2 * M * a.G : 1);
-    a.q = q, a.k = k, a.v = v, a.out = out, a.keep = true;
-    const Plan plan = make_plan(a, threads);
-    for (int64_t n = 0; n < n_layers; n++) {
-        project<BF16>(blocks[n], x, M, cos, sin, angles, threads, q, k, v);
-        a.old_k = *old++, a.old_v = *old++;
+    a.q = q, a.k = k, a.v = v, a.out = out, a.keep = 1;
+    const Plan plan = make_plan(a);
+    void* const* entry = c.entries;
+    for (const Block* block = c.blocks; block != c.blocks + c.layers; block++) {
+        project<BF16>({block, c.x, c.cos, c.sin, q, k, v, M, c.angles, 1, a.threads});
+        a.old_k = *entry++, a.old_v = *entry++;
         if (a.int8) {
-            a.old_ks = static_cast<float*>(*old++), a.old_vs = static_cast<float*>(*old++);
-            quantise_heads(k, M * a.G, a.D, threads, codes, scales);
-            quantise_heads(v, M * a.G, a.D, threads, codes + nk, scales + M * a.G);
-            a.k = codes, a.v = codes + nk, a.ks = scales, a.vs = scales + M * a.G;
+            a.old_k_scale = static_cast<float*>(*entry++), a.old_v_scale = static_cast<float*>(*entry++);
+            quantise_heads(k, M * a.G, a.D, a.threads, codes, scales);
+            quantise_heads(v, M * a.G, a.D, a.threads, codes + nk, scales + M * a.G);
+            a.k = codes, a.v = codes + nk, a.k_scale = scales, a.v_scale = scales + M * a.G;
         }
-        attend(a, plan, threads);
-        finish_block<BF16>(blocks[n], x, out, M, threads, x);
+        attend(a, plan);
+        finish_block<BF16>({block, c.x, out, c.x, M, 1, a.threads});
     }
 }
 

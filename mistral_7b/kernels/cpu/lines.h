@@ -16,6 +16,8 @@ namespace {
 
 using Line = __m512i;
 using Sums = __m512i;  // sixteen int32
+constexpr int64_t ROWS_BY_TWO = 1 << 30;  // rows up to which the sums of two tiles at once stay in registers
+constexpr int32_t SUBTRACT = 128;  // times the sum of a row's codes, from what dot8 adds up of the weights' codes
 Line load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 Line low(Line v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 Line high(Line v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
@@ -36,9 +38,9 @@ Sums fold(Sums total, Sums s, const uint8_t* group, int32_t sum) {
     return _mm512_add_epi32(total, _mm512_mullo_epi32(m, s));
 }
 // How a group's nibbles become bytes 128 + m (q - z), for a line of them: q * m + shift.
-struct Widening {
+struct Repacking {
     __m512i m, shift;
-    explicit Widening(const uint8_t* group) {
+    explicit Repacking(const uint8_t* group) {
         const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group)));
         const __m512i z = _mm512_srli_epi32(b, 4);
         m = _mm512_and_si512(b, _mm512_set1_epi32(15));
@@ -46,7 +48,89 @@ struct Widening {
         shift = _mm512_mullo_epi32(shift, _mm512_set1_epi32(0x01010101));
         m = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));  // m q <= 225: two bytes multiply without a carry
     }
-    void put(uint8_t* out, Line q) const { _mm512_storeu_si512(out, _mm512_add_epi8(_mm512_mullo_epi16(q, m), shift)); }
+    void store(uint8_t* out, Line q) const { _mm512_storeu_si512(out, _mm512_add_epi8(_mm512_mullo_epi16(q, m), shift)); }
+};
+
+#elif defined(__AVX2__)
+
+// Two halves of 32 bytes: eight outputs by four inputs each.
+struct Line {
+    __m256i half[2];
+};
+struct Sums {
+    __m256i half[2];  // eight int32 each
+};
+constexpr int64_t ROWS_BY_TWO = 2;
+constexpr int32_t SUBTRACT = 0;  // dot8 computes with w8 = q - 128 itself
+inline Line load(const uint8_t* p) {
+    const auto* from = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
+inline Line low(const Line& l) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(l.half[0], mask), _mm256_and_si256(l.half[1], mask)};
+}
+inline Line high(const Line& l) {
+    return low({_mm256_srli_epi16(l.half[0], 4), _mm256_srli_epi16(l.half[1], 4)});
+}
+inline Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline __m256i quad_of(const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    return _mm256_set1_epi32(quad);
+}
+inline __m256i add_quads(__m256i s, __m256i pairs) {  // pairs: int16
+    return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+// vpmaddubsw adds two products of an unsigned and a signed byte in int16, and saturates. |w8| <= 128 times x with the
+// sign of w8, |x| <= 127, is at most 32512 for the two: exact. A code of up to 255 in the place of |w8| would not be.
+inline Sums dot8(Sums s, const Line& l, const int8_t* x) {
+    const __m256i xs = quad_of(x);
+    for (int h = 0; h < 2; h++) {
+        const __m256i w = _mm256_xor_si256(l.half[h], _mm256_set1_epi8(-128));
+        s.half[h] = add_quads(s.half[h], _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xs, w)));
+    }
+    return s;
+}
+inline Sums dot4(Sums s, const Line& l, const int8_t* x) {  // codes below 16
+    const __m256i xs = quad_of(x);
+    for (int h = 0; h < 2; h++) s.half[h] = add_quads(s.half[h], _mm256_maddubs_epi16(l.half[h], xs));
+    return s;
+}
+inline Sums add(const Sums& a, const Sums& b) {
+    return {_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])};
+}
+inline void store(int32_t* out, const Sums& s) {
+    for (int h = 0; h < 2; h++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + h, s.half[h]);
+}
+// A tile's group bytes: multipliers m and zero points z of eight outputs.
+inline __m256i bytes_of(const uint8_t* group) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(group)));
+}
+inline Sums fold(Sums total, const Sums& s, const uint8_t* group, int32_t sum) {
+    for (int h = 0; h < 2; h++) {
+        const __m256i b = bytes_of(group + 8 * h);
+        const __m256i m = _mm256_and_si256(b, _mm256_set1_epi32(15)), z = _mm256_srli_epi32(b, 4);
+        const __m256i centred = _mm256_sub_epi32(s.half[h], _mm256_mullo_epi32(z, _mm256_set1_epi32(sum)));
+        total.half[h] = _mm256_add_epi32(total.half[h], _mm256_mullo_epi32(m, centred));
+    }
+    return total;
+}
+struct Repacking {
+    __m256i m[2], shift[2];
+    explicit Repacking(const uint8_t* group) {
+        for (int h = 0; h < 2; h++) {
+            const __m256i b = bytes_of(group + 8 * h), z = _mm256_srli_epi32(b, 4);
+            const __m256i factor = _mm256_and_si256(b, _mm256_set1_epi32(15));
+            const __m256i from = _mm256_sub_epi32(_mm256_set1_epi32(128), _mm256_mullo_epi32(factor, z));
+            shift[h] = _mm256_mullo_epi32(_mm256_and_si256(from, _mm256_set1_epi32(255)), _mm256_set1_epi32(0x01010101));
+            m[h] = _mm256_or_si256(factor, _mm256_slli_epi32(factor, 16));  // as above
+        }
+    }
+    void store(uint8_t* out, const Line& q) const {
+        for (int h = 0; h < 2; h++)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + h, _mm256_add_epi8(_mm256_mullo_epi16(q.half[h], m[h]), shift[h]));
+    }
 };
 
 #else
@@ -57,6 +141,8 @@ struct Line {
 struct Sums {
     int32_t v[16];
 };
+constexpr int64_t ROWS_BY_TWO = 2;
+constexpr int32_t SUBTRACT = 128;
 inline Line load(const uint8_t* p) {
     Line l;
     std::memcpy(l.b, p, 64);
@@ -71,33 +157,12 @@ inline Line high(Line l) {
     return l;
 }
 inline Sums zero() { return Sums{}; }
-#if defined(__AVX2__)
-inline Sums dot4(Sums s, const Line& l, const int8_t* x) {  // bytes below 16: pairs fit int16
-    int32_t quad;
-    std::memcpy(&quad, x, 4);
-    __m256i xs = _mm256_set1_epi32(quad), one = _mm256_set1_epi16(1);
-    for (int h = 0; h < 2; h++) {
-        __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(l.b + 32 * h));
-        __m256i* to = reinterpret_cast<__m256i*>(s.v + 8 * h);
-        __m256i d = _mm256_madd_epi16(_mm256_maddubs_epi16(v, xs), one);
-        _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), d));
-    }
-    return s;
-}
-inline Sums dot8(Sums s, const Line& l, const int8_t* x) {  // a byte is 16 high + low: both halves fit
-    Sums h = dot4(zero(), high(l), x);
-    s = dot4(s, low(l), x);
-    for (int n = 0; n < 16; n++) s.v[n] += 16 * h.v[n];
-    return s;
-}
-#else
 inline Sums dot8(Sums s, const Line& l, const int8_t* x) {
     for (int n = 0; n < 16; n++)
         for (int j = 0; j < 4; j++) s.v[n] += int32_t(l.b[4 * n + j]) * x[j];
     return s;
 }
 inline Sums dot4(Sums s, const Line& l, const int8_t* x) { return dot8(s, l, x); }
-#endif
 inline Sums add(Sums a, Sums b) {
     for (int n = 0; n < 16; n++) a.v[n] += b.v[n];
     return a;
@@ -107,10 +172,10 @@ inline Sums fold(Sums total, Sums s, const uint8_t* group, int32_t sum) {
     for (int n = 0; n < 16; n++) total.v[n] += (group[n] & 15) * (s.v[n] - (group[n] >> 4) * sum);
     return total;
 }
-struct Widening {
+struct Repacking {
     const uint8_t* group;
-    explicit Widening(const uint8_t* g) : group(g) {}
-    void put(uint8_t* out, const Line& q) const {
+    explicit Repacking(const uint8_t* g) : group(g) {}
+    void store(uint8_t* out, const Line& q) const {
         for (int n = 0; n < 16; n++)
             for (int j = 0; j < 4; j++)
                 out[4 * n + j] = uint8_t(128 + (group[n] & 15) * (int(q.b[4 * n + j]) - (group[n] >> 4)));

@@ -29,6 +29,15 @@ struct Mixture {
     int64_t refused;  // set to the rows of a call that had another number of them: nothing was added there
 };
 
+struct LowRankCall {
+    const LowRank* adapters;
+    Mixture* mixture;
+    const void* x;  // (M, K)
+    void* y;        // (M, N), added to
+    int64_t M, K, N;
+    int bf16, threads;
+};
+
 // An adapter's part in one product, for all of its rows. t: `rank` floats for each of them.
 template <class T>
 struct Addition {
@@ -49,10 +58,10 @@ void add_inner(const Addition<T>& w, int64_t row, int64_t rank) {
     for (int i = 0; i < R; i++) x[i] = w.x + w.rows[row + i] * w.K;
     auto step = [&](int64_t k, int64_t n) {
         F16 v[R];
-        for (int i = 0; i < R; i++) v[i] = take(x[i] + k, n);
+        for (int i = 0; i < R; i++) v[i] = load(x[i] + k, n);
         for (int j = 0; j < ADD_RANKS; j++) {
-            const F16 wide = take(a + j * w.K + k, n);
-            for (int i = 0; i < R; i++) sum[i][j] = fused(v[i], wide, sum[i][j]);
+            const F16 factor = load(a + j * w.K + k, n);
+            for (int i = 0; i < R; i++) sum[i][j] = fused(v[i], factor, sum[i][j]);
         }
     };
     int64_t k = 0;
@@ -75,14 +84,14 @@ void add_outer(const Addition<T>& w, int64_t row, int64_t n) {
         const auto* b = w.b + j * w.N + n;
         for (int u = 0; u < U && 16 * u < left; u++) {
             if (R < 4) __builtin_prefetch(b + 16 * u + ADD_AHEAD);
-            const F16 wide = take(b + 16 * u, left - 16 * u);
-            for (int i = 0; i < R; i++) sum[i][u] = fused(wide, all(w.t[(row + i) * w.rank + j]), sum[i][u]);
+            const F16 factor = load(b + 16 * u, left - 16 * u);
+            for (int i = 0; i < R; i++) sum[i][u] = fused(factor, all(w.t[(row + i) * w.rank + j]), sum[i][u]);
         }
     }
     for (int i = 0; i < R; i++) {
         auto* y = w.y + w.rows[row + i] * w.N + n;
         for (int u = 0; u < U && 16 * u < left; u++)
-            give(y + 16 * u, take(y + 16 * u, left - 16 * u) + sum[i][u], left - 16 * u);
+            store(y + 16 * u, load(y + 16 * u, left - 16 * u) + sum[i][u], left - 16 * u);
     }
 }
 

@@ -13,6 +13,14 @@
 
 namespace {
 
+struct LinearCall {
+    const Weights* weight;
+    const void* x;  // (M, K)
+    void* out;      // (M, N)
+    int64_t M, K;
+    int bf16, threads;
+};
+
 // The same rows by several weights of one form. Their tiles are shared out together: a thread waits but once.
 template <class T>
 void products(const Rows& r, const Weights* const* weights, int64_t n, int threads, void* const* outs) {

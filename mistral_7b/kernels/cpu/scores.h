@@ -1,5 +1,5 @@
-// One block of keys and values against one head's rows of queries, in the room of one thread: scores, probabilities, and
-// the values' weighted sum. On AMX in its tiles, which round and sum in their own way.
+// One block of keys and values against one head's rows of queries, in one thread's workspace: scores, probabilities,
+// and the values' weighted sum. On AMX in its tiles, which round and sum in their own way.
 
 #pragma once
 
@@ -13,17 +13,17 @@
 
 namespace {
 
-struct Room {  // what one thread works in
+struct Workspace {  // what one thread works in
     int64_t D32;
     uint16_t *k, *v, *q, *p, *line;  // AMX's layouts: k (D/2, 64, 2), v (32, D, 2), q (rows, D), p (rows, 64)
     float *kf, *vf;                  // else: k (D, 64), v (64, D)
-    float *s, *o, *top, *sum, *ks, *vs;
+    float *s, *o, *top, *sum, *k_scale, *v_scale;
 };
 
 #if defined(WITH_AMX)
 
-// 16 rows of 16 dwords turned over: out[i][j] = in[j][i].
-inline void turn(const uint32_t* in, int64_t stride, uint32_t* out, int64_t out_stride) {
+// 16 rows of 16 dwords transposed: out[i][j] = in[j][i].
+inline void transpose(const uint32_t* in, int64_t stride, uint32_t* out, int64_t out_stride) {
     __m512i r[16], t[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
     for (int i = 0; i < 16; i += 2) {
@@ -67,24 +67,24 @@ inline void pair_rows(const uint16_t* a, const uint16_t* b, uint16_t* out) {
     _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.second), y));
 }
 
-// Up to so many rows, as in decoding, the keys are the left factor as they lie: a few queries and scores are turned over
+// Up to so many rows, as in decoding, the keys are the left factor as they lie: a few queries and scores are transposed
 // and not 64 keys. Sums have the same terms in the same order, so a row has the same bits in any company.
 constexpr int64_t KEYS_LEFT = 32;
 
 // Queries as the right factor: 16 rows become (D / 2, 16, 2).
-void place_queries(const Room& r, int64_t rows) {
+void place_queries(const Workspace& r, int64_t rows) {
     for (int64_t m = 0; m < rows && rows <= KEYS_LEFT; m += 16) {
         uint16_t* q = r.q + m * r.D32;
         std::memcpy(r.k, q, 16 * r.D32 * 2);
         for (int64_t d = 0; d < r.D32; d += 32)
-            turn(reinterpret_cast<uint32_t*>(r.k + d), r.D32 / 2, reinterpret_cast<uint32_t*>(q) + d / 2 * 16, 16);
+            transpose(reinterpret_cast<uint32_t*>(r.k + d), r.D32 / 2, reinterpret_cast<uint32_t*>(q) + d / 2 * 16, 16);
     }
 }
 
-void place_block(const Room& r, int64_t rows) {  // r.line (2, 64, D32): keys, then values
+void place_block(const Workspace& r, int64_t rows) {  // r.line (2, 64, D32): keys, then values
     for (int64_t j = 0; j < KEYS && rows > KEYS_LEFT; j += 16)
         for (int64_t d = 0; d < r.D32; d += 32)
-            turn(reinterpret_cast<uint32_t*>(r.line + j * r.D32 + d), r.D32 / 2, reinterpret_cast<uint32_t*>(r.k) + d / 2 * KEYS + j, KEYS);
+            transpose(reinterpret_cast<uint32_t*>(r.line + j * r.D32 + d), r.D32 / 2, reinterpret_cast<uint32_t*>(r.k) + d / 2 * KEYS + j, KEYS);
     const uint16_t* values = r.line + KEYS * r.D32;
     for (int64_t j = 0; j < KEYS; j += 2)
         for (int64_t d = 0; d < r.D32; d += 32)
@@ -154,7 +154,7 @@ void product_left(const uint16_t* a, const uint16_t* b, int64_t depth, float* c)
     fence();
 }
 
-void scores(const Room& r, int64_t rows) {
+void scores(const Workspace& r, int64_t rows) {
     for (int64_t m = 0; m < rows; m += 16) {
         const uint16_t* q = r.q + m * r.D32;
         float* s = r.s + m * KEYS;
@@ -162,14 +162,14 @@ void scores(const Room& r, int64_t rows) {
             product(q, r.D32, r.k, KEYS, r.D32, s, KEYS, true, 4);
             continue;
         }
-        alignas(64) float turned[KEYS * 16];
-        product_left(r.line, q, r.D32, turned);
+        alignas(64) float transposed[KEYS * 16];
+        product_left(r.line, q, r.D32, transposed);
         for (int64_t j = 0; j < KEYS; j += 16)
-            turn(reinterpret_cast<uint32_t*>(turned + j * 16), 16, reinterpret_cast<uint32_t*>(s + j), KEYS);
+            transpose(reinterpret_cast<uint32_t*>(transposed + j * 16), 16, reinterpret_cast<uint32_t*>(s + j), KEYS);
     }
 }
 
-void add_values(const Room& r, int64_t rows) {
+void add_values(const Workspace& r, int64_t rows) {
     for (int64_t m = 0; m < rows; m += 16)
         for (int64_t d = 0; d < r.D32; d += 64)
             product(r.p + m * KEYS, KEYS, r.v + 2 * d, r.D32, KEYS, r.o + m * r.D32 + d, r.D32, false, (r.D32 - d) / 16);
@@ -177,9 +177,9 @@ void add_values(const Room& r, int64_t rows) {
 
 #else
 
-void place_queries(const Room&, int64_t) {}
+void place_queries(const Workspace&, int64_t) {}
 
-void place_block(const Room& r, int64_t) {
+void place_block(const Workspace& r, int64_t) {
     const uint16_t* values = r.line + KEYS * r.D32;
     for (int64_t j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < r.D32; d++) {
@@ -188,30 +188,30 @@ void place_block(const Room& r, int64_t) {
         }
 }
 
-void scores(const Room& r, int64_t rows) {
+void scores(const Workspace& r, int64_t rows) {
     for (int64_t m = 0; m < rows; m++) {
         F16 s[4] = {};
         for (int64_t d = 0; d < r.D32; d++) {
             const float q = from_bf16(r.q[m * r.D32 + d]);
-            for (int i = 0; i < 4; i++) s[i] += q * take(r.kf + d * KEYS + 16 * i);
+            for (int i = 0; i < 4; i++) s[i] += q * load(r.kf + d * KEYS + 16 * i);
         }
-        for (int i = 0; i < 4; i++) give(r.s + m * KEYS + 16 * i, s[i]);
+        for (int i = 0; i < 4; i++) store(r.s + m * KEYS + 16 * i, s[i]);
     }
 }
 
-void add_values(const Room& r, int64_t rows) {
+void add_values(const Workspace& r, int64_t rows) {
     for (int64_t m = 0; m < rows; m++)
         for (int64_t d = 0; d < r.D32; d += 16) {
-            F16 o = take(r.o + m * r.D32 + d);
-            for (int64_t j = 0; j < KEYS; j++) o += from_bf16(r.p[m * KEYS + j]) * take(r.vf + j * r.D32 + d);
-            give(r.o + m * r.D32 + d, o);
+            F16 o = load(r.o + m * r.D32 + d);
+            for (int64_t j = 0; j < KEYS; j++) o += from_bf16(r.p[m * KEYS + j]) * load(r.vf + j * r.D32 + d);
+            store(r.o + m * r.D32 + d, o);
         }
 }
 
 #endif
 
-// Scores of one row, keys first..last of the block visible: to probabilities, with the row's maximum and sum.
-void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) {
+// Softmax over one block of a row's scores, of which keys first..last are visible, with the row's maximum and sum so far.
+void softmax_block(const Workspace& r, int64_t m, int64_t first, int64_t last, float scale) {
     if (first >= last) {
         std::memset(r.p + m * KEYS, 0, KEYS * 2);
         return;
@@ -220,7 +220,7 @@ void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) 
     const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     F16 s[4], top = all(-3.0e38f);
     for (int i = 0; i < 4; i++) {
-        s[i] = take(row + 16 * i) * scale * take(r.ks + 16 * i);
+        s[i] = load(row + 16 * i) * scale * load(r.k_scale + 16 * i);
         const I16 key = lane + 16 * i;
         s[i] = (key >= int32_t(first)) & (key < int32_t(last)) ? s[i] : all(-3.0e38f);
         top = larger(top, s[i]);
@@ -229,17 +229,17 @@ void soften(const Room& r, int64_t m, int64_t first, int64_t last, float scale) 
     if (now > before) {
         const F16 shrink = exponential(all(before - now));
         float* o = r.o + m * r.D32;
-        for (int64_t d = 0; d < r.D32; d += 16) give(o + d, take(o + d) * shrink);
-        give(r.sum + 16 * m, take(r.sum + 16 * m) * shrink);
+        for (int64_t d = 0; d < r.D32; d += 16) store(o + d, load(o + d) * shrink);
+        store(r.sum + 16 * m, load(r.sum + 16 * m) * shrink);
         r.top[m] = now;
     }
-    F16 sum = take(r.sum + 16 * m);
+    F16 sum = load(r.sum + 16 * m);
     for (int i = 0; i < 4; i++) {
         const F16 e = exponential(s[i] - now);
         sum += e;
-        give(r.p + m * KEYS + 16 * i, e * take(r.vs + 16 * i));
+        store(r.p + m * KEYS + 16 * i, e * load(r.v_scale + 16 * i));
     }
-    give(r.sum + 16 * m, sum);
+    store(r.sum + 16 * m, sum);
 }
 
 }  // namespace

@@ -110,7 +110,7 @@ void amx_block(const Rows& r, const Weights& w, Span rows, Span tiles, uint8_t* 
         int64_t ldb = w.Kp * TILE_N;
         if (w.bits == 4) {
             for (int64_t t = tiles.begin; t < tiles.end; t++)
-                widen_tile(w, t, k, k + depth, panel + (t - tiles.begin) * depth * TILE_N);
+                repack_tile(w, t, k, k + depth, panel + (t - tiles.begin) * depth * TILE_N);
             b = panel;
             ldb = depth * TILE_N;
         }
@@ -140,12 +140,12 @@ void amx_block(const Rows& r, const Weights& w, Span rows, Span tiles, uint8_t* 
     }
 }
 
-// Up to 16 MT rows by `count` tiles of outputs (up to 4 / MT), all inputs: codes are widened just before they are
-// used, while the matrix unit still works on those before.
+// Up to 16 MT rows by `count` tiles of outputs (up to 4 / MT), all inputs: int4 codes are repacked just before they
+// are used, while the matrix unit still works on those before.
 template <class T, int MT>
 void amx_few(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t count, void* out) {
     constexpr int64_t CHUNK = 128;
-    alignas(64) uint8_t room[4 / MT * CHUNK * TILE_N];
+    alignas(64) uint8_t repacked[4 / MT * CHUNK * TILE_N];
     alignas(64) int32_t c[16 * MT * 64 / MT];
     constexpr int64_t ldc = 64 / MT;
     const int8_t* a = r.q + row * r.Kp;
@@ -155,8 +155,8 @@ void amx_few(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t
         int64_t ldb = w.Kp * TILE_N;
         if (w.bits == 4) {
             ldb = depth * TILE_N;
-            for (int64_t t = 0; t < count; t++) widen_tile(w, tile + t, k, k + depth, room + t * ldb);
-            b = room;
+            for (int64_t t = 0; t < count; t++) repack_tile(w, tile + t, k, k + depth, repacked + t * ldb);
+            b = repacked;
         } else {
             for (int64_t t = 0; t < count; t++)
                 for (int64_t i = 0; i < depth * TILE_N; i += LINE) __builtin_prefetch(b + t * ldb + i + AHEAD);

@@ -44,13 +44,13 @@ float from_half(uint16_t h) {
 
 struct F32 {
     using Store = float;
-    static float get(const float* p, int64_t i) { return p[i]; }
-    static void put(float* p, int64_t i, float v) { p[i] = v; }
+    static float load(const float* p, int64_t i) { return p[i]; }
+    static void store(float* p, int64_t i, float v) { p[i] = v; }
 };
 struct BF16 {
     using Store = uint16_t;
-    static float get(const uint16_t* p, int64_t i) { return from_bf16(p[i]); }
-    static void put(uint16_t* p, int64_t i, float v) { p[i] = to_bf16(v); }
+    static float load(const uint16_t* p, int64_t i) { return from_bf16(p[i]); }
+    static void store(uint16_t* p, int64_t i, float v) { p[i] = to_bf16(v); }
 };
 
 using F16 = float __attribute__((vector_size(64)));
@@ -59,14 +59,14 @@ using H16 = uint16_t __attribute__((vector_size(32)));
 
 inline F16 all(float v) { return v - F16{}; }
 inline F16 larger(F16 a, F16 b) { return a > b ? a : b; }
-inline F16 take(const float* p) {
+inline F16 load(const float* p) {
     F16 v;
     std::memcpy(&v, p, 64);
     return v;
 }
-inline void give(float* p, F16 v) { std::memcpy(p, &v, 64); }
-inline F16 widened(H16 h) { return reinterpret_cast<F16>(__builtin_convertvector(h, I16) << 16); }
-inline H16 narrowed(F16 v) {  // to bfloat16, to nearest even; NaN stays NaN
+inline void store(float* p, F16 v) { std::memcpy(p, &v, 64); }
+inline F16 to_float(H16 h) { return reinterpret_cast<F16>(__builtin_convertvector(h, I16) << 16); }
+inline H16 to_bf16(F16 v) {  // to bfloat16, to nearest even; NaN stays NaN
 #if defined(__AVX512BF16__) && defined(__AVX512DQ__)
     // One instruction does it but for NaN, whose bits it keeps, and numbers below the normal ones, which it drops.
     if (!_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(v), 0xa1))
@@ -77,33 +77,33 @@ inline H16 narrowed(F16 v) {  // to bfloat16, to nearest even; NaN stays NaN
     round = v == v ? round : I16{} + 0x7fc00000;
     return __builtin_convertvector((round >> 16) & 0xffff, H16);
 }
-inline F16 take(const uint16_t* p) {
+inline F16 load(const uint16_t* p) {
     H16 h;
     std::memcpy(&h, p, 32);
-    return widened(h);
+    return to_float(h);
 }
-inline void give(uint16_t* p, F16 v) {
-    H16 h = narrowed(v);
+inline void store(uint16_t* p, F16 v) {
+    H16 h = to_bf16(v);
     std::memcpy(p, &h, 32);
 }
-inline F16 take(const int8_t* p) {
+inline F16 load(const int8_t* p) {
     int8_t __attribute__((vector_size(16))) b;
     std::memcpy(&b, p, 16);
     return __builtin_convertvector(__builtin_convertvector(b, I16), F16);
 }
 // The first n of sixteen, the rest zero: one way for the end of a row and for its middle.
 template <class P>
-F16 take(const P* p, int64_t n) {
-    if (n >= 16) return take(p);
+F16 load(const P* p, int64_t n) {
+    if (n >= 16) return load(p);
     P some[16] = {};
     std::memcpy(some, p, n * sizeof(P));
-    return take(some);
+    return load(some);
 }
 template <class P>
-void give(P* p, F16 v, int64_t n) {
-    if (n >= 16) return give(p, v);
+void store(P* p, F16 v, int64_t n) {
+    if (n >= 16) return store(p, v);
     P some[16];
-    give(some, v);
+    store(some, v);
     std::memcpy(p, some, n * sizeof(P));
 }
 inline float total(F16 v) {

@@ -47,7 +47,7 @@ void quantise_row(const Rows& r, int64_t row, const typename T::Store* x) {
         const int64_t begin = b * r.block, end = std::max(begin, std::min(begin + r.block, r.K));
         uint32_t top = 0;  // the largest bits are the largest magnitude; those of inf and NaN lie above all
         for (int64_t k = begin; k < end; k++) {
-            float v = T::get(x, k);
+            float v = T::load(x, k);
             uint32_t bits;
             std::memcpy(&bits, &v, 4);
             top = std::max(top, bits & 0x7fffffffu);
@@ -58,7 +58,7 @@ void quantise_row(const Rows& r, int64_t row, const typename T::Store* x) {
         const float inverse = absmax > 0 ? 127.0f / absmax : 0.0f;
         const bool finite = top < 0x7f800000u && inverse <= 3.0e38f;
         if (finite)
-            for (int64_t k = begin; k < end; k++) q[k] = int8_t(int32_t(__builtin_rintf(T::get(x, k) * inverse)));
+            for (int64_t k = begin; k < end; k++) q[k] = int8_t(int32_t(__builtin_rintf(T::load(x, k) * inverse)));
         else  // the scale is 0, inf or NaN, and so will the products be
             std::memset(q + begin, 0, end - begin);
     }
@@ -103,8 +103,8 @@ template <class T>
 inline void finish(const Rows& r, const Weights& w, int64_t row, int64_t tile, const int32_t* sums, void* out) {
     I16 v;
     std::memcpy(&v, sums, 64);
-    const F16 y = __builtin_convertvector(v, F16) * r.scale[row] * take(w.scale + tile * TILE_N);
-    give(static_cast<typename T::Store*>(out) + row * w.N + tile * TILE_N, y, w.N - tile * TILE_N);
+    const F16 y = __builtin_convertvector(v, F16) * r.scale[row] * load(w.scale + tile * TILE_N);
+    store(static_cast<typename T::Store*>(out) + row * w.N + tile * TILE_N, y, w.N - tile * TILE_N);
 }
 
 }  // namespace

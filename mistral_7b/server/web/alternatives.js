@@ -1,8 +1,8 @@
 /**
- * What else might have stood in a token's place: shown at the pointer or the focus, and a choice of it branches.
+ * The list of a token's alternatives, shown at the pointer or the focus. Choosing one branches the conversation.
  *
- * One token of each answer can be reached by Tab; from there arrows move along, Enter or Arrow down goes into the
- * list, Escape comes back.
+ * Tab reaches one token of each answer. From there the left and right arrows move along the tokens, Enter or Arrow
+ * down moves into the list, and Escape moves back.
  */
 
 import { icon, make, the } from "./dom.js";
@@ -15,7 +15,7 @@ export function percent(logprob) {
   return p >= 99.95 ? "100%" : p >= 10 ? `${p.toFixed(0)}%` : p >= 0.1 ? `${p.toFixed(1)}%` : "<0.1%";
 }
 
-/** A token's text with its blanks made visible.
+/** A token's text with visible whitespace.
  * @param {Token} token */
 export function visible(token) {
   if (token.t === "") return "(end)";
@@ -29,7 +29,7 @@ export class Alternatives {
     this.box = the("alternatives");
     /** @type {HTMLElement | null} */
     this.at = null;
-    /** Where that token is drawn, anew with each bit of an answer that is still coming. @type {HTMLElement | null} */
+    /** The answer's element; a streaming answer redraws the token in it. @type {HTMLElement | null} */
     this.root = null;
     this.timer = 0;
     this.coming = 0;
@@ -42,13 +42,13 @@ export class Alternatives {
     the("scroll").addEventListener("scroll", () => this.hide(), { passive: true });
     document.addEventListener("pointerdown", ({ target }) => {
       const inside = this.box.contains(/** @type {Node} */ (target)) || this.at?.contains(/** @type {Node} */ (target));
-      if (!inside) this.hide(); // a finger never leaves, as a mouse does
+      if (!inside) this.hide(); // touch sends no pointerleave as a mouse does
     });
   }
 
   /** Watch an answer's tokens.
    * @param {HTMLElement} root @param {string} id the message's
-   * @param {() => Token[]} tokens @param {() => boolean} ready whether it can be branched from now */
+   * @param {() => Token[]} tokens @param {() => boolean} ready whether the list may open */
   watch(root, id, tokens, ready) {
     /** @param {Event} event @returns {HTMLElement | null} */
     const tokenOf = (event) => /** @type {HTMLElement} */ (event.target).closest(".tok");
@@ -58,8 +58,8 @@ export class Alternatives {
     let pointed = -1;
     const point = (/** @type {HTMLElement | null} */ token) => {
       const i = token ? Number(token.dataset.i) : -1;
-      if (i === pointed) return; // drawn anew, perhaps
-      clearTimeout(this.coming); // a pointer on its way elsewhere opens nothing
+      if (i === pointed) return; // the same token, possibly redrawn
+      clearTimeout(this.coming); // a pointer that only passes by does not open the list
       if (pointed >= 0) this.hideSoon();
       pointed = i;
       if (token) this.coming = setTimeout(() => show(token.isConnected ? token : drawn(root, i)), 110);
@@ -74,7 +74,7 @@ export class Alternatives {
     });
   }
 
-  /** Let Tab reach one token of an answer.
+  /** Make one token of an answer reachable with Tab.
    * @param {HTMLElement} root @param {(i: number) => Token | undefined} tokens */
   static reach(root, tokens) {
     const token = /** @type {HTMLElement | null} */ (root.querySelector(".tok"));
@@ -124,7 +124,7 @@ export class Alternatives {
       make("span", { class: "what", "aria-hidden": "true", text: visible(token) }),
       make("span", {
         class: "unseen",
-        text: `${token.t.trim() || visible(token)}${taken ? ", what it said" : ""}, `,
+        text: `${token.t.trim() || visible(token)}${taken ? ", chosen" : ""}, `,
       }),
       taken ? icon("check") : "",
       make("span", { class: "share", text: percent(token.p) }),
@@ -132,7 +132,7 @@ export class Alternatives {
     );
   }
 
-  /** Under the token, or over it where there is no room. */
+  /** Place the list below the token, or above it if there is no room. */
   #put() {
     if (!this.at) return;
     const token = this.at.getClientRects()[0] ?? this.at.getBoundingClientRect();
@@ -156,7 +156,7 @@ export class Alternatives {
     this.box.hidden = true;
   }
 
-  /** Stay with a token that was drawn anew, and go with one that is gone. */
+  /** Keep the list open at a token that was redrawn; close it if the token is gone. */
   follow() {
     if (!this.open || !this.at || this.at.isConnected) return;
     const again = this.root?.isConnected ? drawn(this.root, Number(this.at.dataset.i)) : null;
@@ -224,6 +224,6 @@ function makeStop(element, token) {
   const text = token ? token.t.trim() : element.textContent?.trim();
   element.setAttribute(
     "aria-label",
-    `${text || "blank"}: token, arrows move along, Enter shows what else it might have said`,
+    `${text || "whitespace"}: token, arrow keys move along the tokens, Enter opens the alternatives`,
   );
 }

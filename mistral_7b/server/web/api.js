@@ -1,8 +1,8 @@
-/** Asking the server that this page came from, and what can go wrong with that. */
+/** Requests to the server of this page, and their errors. */
 
 /** @typedef {"key" | "full" | "closing" | "refused" | "failed" | "lost"} Trouble */
 
-/** Something that a person can do something about. `wait`: seconds after which asking again makes sense. */
+/** An error that the user can act on. `wait`: seconds until a retry makes sense. */
 export class Problem extends Error {
   /** @param {Trouble} kind @param {string} message @param {number} [wait] */
   constructor(kind, message, wait = 0) {
@@ -30,16 +30,16 @@ export function useKey(value) {
   try {
     sessionStorage.setItem("key", key);
   } catch {
-    /* it holds until the page is loaded again */
+    /* no storage: the key lasts until the page is reloaded */
   }
 }
 
-/** Whether a key was given before. */
+/** Whether a key is set. */
 export function hasKey() {
   return key !== "";
 }
 
-/** A response with status 200; anything else is thrown as a Problem. An abort stays an AbortError.
+/** Send a request and return a successful response. Throws a Problem, or an AbortError.
  * @param {string} path
  * @param {{body?: object, signal?: AbortSignal}} [how]
  * @returns {Promise<Response>} */
@@ -64,7 +64,7 @@ export async function call(path, { body, signal } = {}) {
   throw await problemOf(response);
 }
 
-/** What fetch and its stream throw, as a Problem; an abort as it is.
+/** Convert an error of fetch or its stream to a Problem; an AbortError stays as it is.
  * @param {any} error */
 export function lostUnlessAborted(error) {
   return error instanceof Problem || error?.name === "AbortError" ? error : new Problem("lost", LOST);
@@ -76,7 +76,7 @@ async function problemOf(response) {
   try {
     said = (await response.json()).error.message;
   } catch {
-    /* something between here and the server spoke, and not its language */
+    /* not the server's JSON, as from a proxy */
   }
   const wait = secondsOf(response.headers.get("retry-after"));
   if (response.status === 401 || response.status === 403) return new Problem("key", said);
@@ -85,7 +85,7 @@ async function problemOf(response) {
   return new Problem(response.status < 500 ? "refused" : "failed", said);
 }
 
-/** Retry-After is a number of seconds or a date.
+/** The seconds of a Retry-After header, which holds a number or a date.
  * @param {string | null} value */
 function secondsOf(value) {
   if (!value) return 0;
@@ -93,7 +93,7 @@ function secondsOf(value) {
   return Number.isFinite(seconds) ? Math.max(0, Math.ceil(seconds)) : 0;
 }
 
-/** Whether the server is there at all; needs no key.
+/** Whether the server responds; needs no key.
  * @returns {Promise<boolean>} */
 export async function alive() {
   try {
@@ -103,7 +103,7 @@ export async function alive() {
   }
 }
 
-/** How many tokens a conversation has.
+/** The number of tokens of a conversation.
  * @param {object} body @returns {Promise<number>} */
 export async function count(body) {
   return (await (await call("/tokenize", { body, signal: AbortSignal.timeout(3000) })).json()).count;

@@ -1,4 +1,4 @@
-/** What stands in the way of asking: no server, no place in its queue, no key. */
+/** The banner for problems that prevent requests: no connection, a full queue, a missing key. */
 
 import { alive } from "./api.js";
 import { make, say, the } from "./dom.js";
@@ -7,7 +7,7 @@ export class Banner {
   constructor() {
     this.box = the("banner");
     this.timer = 0;
-    this.turn = 0; // a banner that was replaced must not go on counting
+    this.turn = 0; // changes with each banner: ends the loop of one that was replaced
   }
 
   hide() {
@@ -16,21 +16,21 @@ export class Banner {
     this.box.hidden = true;
   }
 
-  /** @param {string} kind @param {string} text @param {[string, () => void][]} [deeds] */
-  show(kind, text, deeds = []) {
+  /** @param {string} kind @param {string} text @param {[string, () => void][]} [buttons] labels and actions */
+  show(kind, text, buttons = []) {
     this.hide();
     this.box.className = kind;
     this.words = make("span", { text });
     this.box.replaceChildren(
       make("i", { class: "dot" }),
       this.words,
-      ...deeds.map(([label, deed]) => make("button", { type: "button", onclick: deed }, label)),
+      ...buttons.map(([label, action]) => make("button", { type: "button", onclick: action }, label)),
     );
     this.box.hidden = false;
   }
 
-  /** The queue is full: count down, and ask again only if the person says so.
-   * @param {string} said @param {string} hope what may be in so many seconds
+  /** The queue is full: count down, and retry only if the user chooses to.
+   * @param {string} said @param {string} hope what to expect after the countdown
    * @param {number} seconds @param {() => void} again */
   full(said, hope, seconds, again) {
     let left = seconds;
@@ -42,7 +42,7 @@ export class Banner {
     this.show("full", "", [
       ["Try now", go],
       [
-        "Try when it is time",
+        "Retry automatically",
         () => {
           chosen = true;
           draw();
@@ -54,10 +54,10 @@ export class Banner {
     const draw = () => {
       if (!this.words) return;
       this.words.textContent =
-        left <= 0 ? `${said} ${hope} now.` : `${said} ${chosen ? "Trying again" : hope} in ${left} s.`;
+        left <= 0 ? `${said} ${hope} now.` : `${said} ${chosen ? "Retrying" : hope} in ${left} s.`;
     };
     draw();
-    this.box.setAttribute("role", "group"); // a count read aloud every second would drown everything else
+    this.box.setAttribute("role", "group"); // not an alert: screen readers would announce each second
     say(`${said} ${hope} in ${left} seconds.`);
     this.timer = setInterval(() => {
       left--;
@@ -68,10 +68,10 @@ export class Banner {
     }, 1000);
   }
 
-  /** The server is gone: look for it until it is back.
-   * @param {string} said @param {() => void} back called when it is */
+  /** The connection is lost: poll the server until it responds.
+   * @param {string} said @param {() => void} back called when the server responds */
   async lost(said, back) {
-    this.show("lost", `${said} Looking for it …`);
+    this.show("lost", `${said} Reconnecting …`);
     this.box.setAttribute("role", "alert");
     const { turn } = this;
     for (let wait = 500; turn === this.turn; wait = Math.min(wait * 1.5, 5000)) {

@@ -1,28 +1,28 @@
-/** The box to write in, and the button that sends or stops. */
+/** The message box, and the button that sends or stops. */
 
 import { icon, the } from "./dom.js";
 
 export class Composer {
-  /** @param {{send: (text: string) => boolean | Promise<boolean>, stop: () => void, editLast: () => void}} deeds
-   * `send` says whether the text was taken */
-  constructor(deeds) {
-    this.deeds = deeds;
+  /** @param {{send: (text: string) => boolean | Promise<boolean>, stop: () => void, editLast: () => void}} actions
+   * `send` returns whether the text was accepted */
+  constructor(actions) {
+    this.actions = actions;
     this.area = the("ask");
     this.button = the("send");
     the("composer").addEventListener("submit", (/** @type {Event} */ event) => {
       event.preventDefault();
-      if (this.busy) deeds.stop();
+      if (this.busy) actions.stop();
       else this.#send();
     });
     this.area.addEventListener("input", () => this.#fit());
     this.area.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
-      if (event.isComposing) return; // Enter ends a word of an input method
+      if (event.isComposing) return; // Enter confirms input method text
       if (event.key === "Enter" && !event.shiftKey) {
         event.preventDefault();
         if (!this.busy) this.#send();
       } else if (event.key === "ArrowUp" && !this.area.value) {
         event.preventDefault();
-        deeds.editLast();
+        actions.editLast();
       }
     });
     /** @type {boolean | undefined} */
@@ -30,7 +30,7 @@ export class Composer {
     this.show(false);
   }
 
-  /** @param {boolean} busy whether an answer is being written */
+  /** @param {boolean} busy whether an answer is streaming */
   show(busy) {
     if (this.busy !== busy) {
       this.busy = busy;
@@ -50,13 +50,13 @@ export class Composer {
     if (!text.trim()) return;
     this.area.value = "";
     this.#fit();
-    if (!(await this.deeds.send(text)) && !this.area.value) {
+    if (!(await this.actions.send(text)) && !this.area.value) {
       this.area.value = text;
       this.#fit();
     }
   }
 
-  /** As high as the text, up to what style.css allows. */
+  /** Fit the box's height to the text; style.css sets the maximum. */
   #fit() {
     this.area.style.height = "auto";
     this.area.style.height = `${this.area.scrollHeight}px`;

@@ -1,4 +1,4 @@
-/** What works wherever one is on the page: the buttons above the conversation, and the keys. */
+/** The buttons of the header, and the global keyboard shortcuts. */
 
 import { icon, the } from "./dom.js";
 import { keep, kept } from "./storage.js";
@@ -32,10 +32,10 @@ function switchTint(view, button) {
   draw(kept("tint") !== "off");
 }
 
-/** @param {Page} page @param {KeyboardEvent} event @returns {boolean} whether the key is one of the page's */
+/** @param {Page} page @param {KeyboardEvent} event @returns {boolean} whether the key is a shortcut */
 function pressed(page, event) {
   const control = event.ctrlKey || event.metaKey;
-  const searching = event.target === the("search"); // where Escape empties the field
+  const searching = event.target === the("search"); // there, Escape clears the field
   if (event.key === "Escape" && page.busy && !searching && !document.querySelector("dialog[open]")) page.stop();
   else if (control && event.key === "k") {
     page.sidebar.open(true);

@@ -1,4 +1,4 @@
-/** The conversation on the screen: draws the path through its tree, and no more of it than has changed. */
+/** The view of the current conversation. Draws the chosen path through its tree, and redraws only what changed. */
 
 import { Alternatives } from "./alternatives.js";
 import { icon, the } from "./dom.js";
@@ -7,10 +7,10 @@ import { MessageView } from "./message.js";
 /** @typedef {import("./tree.js").Tree} Tree */
 
 export class ConversationView {
-  /** @param {import("./message.js").Deeds & {branch: (id: string, i: number, k: number) => void}} deeds */
-  constructor(deeds) {
-    this.deeds = deeds;
-    this.alternatives = new Alternatives(deeds.branch);
+  /** @param {import("./message.js").Actions & {branch: (id: string, i: number, k: number) => void}} actions */
+  constructor(actions) {
+    this.actions = actions;
+    this.alternatives = new Alternatives(actions.branch);
     this.list = the("messages");
     this.scroll = the("scroll");
     /** @type {Map<string, MessageView>} */
@@ -30,7 +30,7 @@ export class ConversationView {
       the("ask").focus({ preventScroll: true });
     });
     this.scroll.addEventListener("scroll", () => this.#scrolled(), { passive: true });
-    new ResizeObserver(() => this.#toEnd()).observe(this.scroll); // a keyboard comes up, a banner appears
+    new ResizeObserver(() => this.#toEnd()).observe(this.scroll); // a keyboard or banner changes the height
   }
 
   #scrolled() {
@@ -39,14 +39,14 @@ export class ConversationView {
     this.down.hidden = below < 240;
   }
 
-  /** To the end, if that is where one was; not from under a pointer that chooses a token. */
+  /** Scroll to the end if the view follows it, unless the list of alternatives is open. */
   #toEnd() {
     if (this.alternatives.open) return;
     if (this.follow) this.scroll.scrollTop = this.scroll.scrollHeight;
     this.#scrolled();
   }
 
-  /** Bring a message to the eye. @param {string} id */
+  /** Scroll to a message and highlight it. @param {string} id */
   point(id) {
     this.follow = false;
     const { element } = this.views.get(id) ?? {};
@@ -55,7 +55,7 @@ export class ConversationView {
     element?.addEventListener("animationend", () => element.classList.remove("pointed"), { once: true });
   }
 
-  /** @param {Tree | null} tree @param {boolean} idle nothing is being written in it */
+  /** @param {Tree | null} tree @param {boolean} idle whether no answer is streaming in it */
   show(tree, idle) {
     if (tree !== this.tree) {
       this.views.clear();
@@ -67,7 +67,7 @@ export class ConversationView {
     this.draw();
   }
 
-  /** Draw soon: many tokens may come before. What takes long to draw is drawn less often. */
+  /** Schedule a draw that covers all tokens until then. Slow draws are scheduled less often. */
   drawSoon() {
     if (this.pending) return;
     this.pending = setTimeout(() => this.draw(), Math.max(40, 5 * this.cost));
@@ -93,7 +93,7 @@ export class ConversationView {
     shown.forEach((message, i) => {
       let view = this.views.get(message.id);
       if (!view) {
-        view = new MessageView(message, this.deeds, this.alternatives);
+        view = new MessageView(message, this.actions, this.alternatives);
         this.views.set(message.id, view);
       }
       if (this.list.children[i] !== view.element)
@@ -102,7 +102,7 @@ export class ConversationView {
       view.update({
         ...this.#place(message.id),
         tinted: this.tinted,
-        plain: how === "plain" || (Boolean(format) && /^\s*\{/.test(message.content)), // JSON is no markdown
+        plain: how === "plain" || (Boolean(format) && /^\s*\{/.test(message.content)), // JSON is not Markdown
         idle: this.idle,
         results: next?.role === "tool" ? { message: next, ...this.#place(next.id) } : undefined,
       });
@@ -113,7 +113,7 @@ export class ConversationView {
     this.cost = performance.now() - began;
   }
 
-  /** Which button has the focus: the message's place, and what the button says. */
+  /** The focused button, with the index of its message and its label. */
   #focus() {
     const button = this.list.contains(document.activeElement) && document.activeElement?.closest("button");
     if (!button) return null;
@@ -121,8 +121,7 @@ export class ConversationView {
     return { button, at, label: button.getAttribute("aria-label") ?? button.textContent };
   }
 
-  /** A button drawn anew, or on another version of its message, has the focus again; if there is none, what is
-   * written with.
+  /** Restore the focus to the button's replacement after a redraw or a change of version, or to the message box.
    * @param {{button: HTMLElement, at: number, label: string | null} | null} focus */
   #refocus(focus) {
     if (!focus || (focus.button.isConnected && document.activeElement === focus.button)) return;
@@ -130,8 +129,8 @@ export class ConversationView {
       ...(this.list.children[focus.at]?.querySelectorAll("button:not(:disabled)") ?? []),
     ]);
     const same = buttons.find((b) => (b.getAttribute("aria-label") ?? b.textContent) === focus.label);
-    const turned = buttons.find((b) => b.closest(".siblings"));
-    (same ?? (focus.label?.startsWith("Version") ? turned : null) ?? the("ask")).focus({ preventScroll: true });
+    const versions = buttons.find((b) => b.closest(".siblings"));
+    (same ?? (focus.label?.endsWith(" version") ? versions : null) ?? the("ask")).focus({ preventScroll: true });
   }
 
   /** @param {string} id */
@@ -140,7 +139,7 @@ export class ConversationView {
     return { siblings: siblings.length, at: siblings.indexOf(id) };
   }
 
-  /** Begin to edit the last message that a person wrote. */
+  /** Edit the last user message. */
   editLast() {
     const last = this.tree?.path().findLast((m) => m.role === "user");
     if (last) this.views.get(last.id)?.edit();

@@ -1,14 +1,14 @@
-/** Making elements. Nothing here, or anywhere but in markdown.js, reads text as HTML. */
+/** Creates DOM elements. Only markdown.js turns text into HTML. */
 
-/** The element with this id, which index.html has.
+/** The element of index.html with this id.
  * @param {string} id
  * @returns {any} */
 export function the(id) {
   return document.getElementById(id);
 }
 
-/** A new element. `on...` are listeners, `class`, `text` and `data` what they say, true and null flags; the rest
- * are attributes.
+/** Create an element. `on...` adds a listener; `class`, `text` and `data` set the class, text and dataset; other
+ * names are attributes: true sets an empty one, null or false omits it.
  * @param {string} tag
  * @param {Record<string, any>} [how]
  * @param {...(Node | string | null | undefined | false)} children
@@ -27,7 +27,7 @@ export function make(tag, how = {}, ...children) {
   return element;
 }
 
-/** Lines of a 24 by 24 drawing. */
+/** SVG paths of the icons, in a view box of 24 by 24. */
 const ICONS = {
   menu: "M4 7h16M4 12h16M4 17h16",
   settings: "M4 8h9M19 8h1M4 16h1M11 16h9M16 5.5v5M8 13.5v5",
@@ -62,7 +62,7 @@ export function icon(name) {
   return svg;
 }
 
-/** A button that shows a drawing and says what it does.
+/** Create a button with an icon, and a label as its tooltip and accessible name.
  * @param {keyof typeof ICONS} name
  * @param {string} label
  * @param {(event: Event) => void} onclick
@@ -76,7 +76,7 @@ export function iconButton(name, label, onclick, how = {}) {
   );
 }
 
-/** Copy a text, and let the button say so for a moment.
+/** Copy text to the clipboard, and show the outcome on the button for a moment.
  * @param {HTMLButtonElement} button
  * @param {string} text */
 export async function copy(button, text) {
@@ -87,13 +87,13 @@ export async function copy(button, text) {
     button.replaceChildren(icon("check"), plain ? "Copied" : "");
     say("Copied");
   } catch {
-    button.replaceChildren(plain ? "Select it and press Ctrl+C" : icon("close"));
-    say("This browser does not let the page copy");
+    button.replaceChildren(plain ? "Select the text and press Ctrl+C" : icon("close"));
+    say("The browser does not allow the page to copy");
   }
   setTimeout(() => button.replaceChildren(...before), 1600);
 }
 
-/** The clipboard is for pages from this machine or over TLS; the older way works everywhere.
+/** Copy with the clipboard API, which needs localhost or TLS, or else with the deprecated execCommand.
  * @param {string} text */
 async function toClipboard(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
@@ -108,7 +108,7 @@ async function toClipboard(text) {
   if (!done) throw new Error("not copied");
 }
 
-/** Have a screen reader say something when it is free to.
+/** Announce a text to screen readers.
  * @param {string} text */
 export function say(text) {
   const line = make("p", { text });
@@ -116,7 +116,7 @@ export function say(text) {
   setTimeout(() => line.remove(), 20_000);
 }
 
-/** Ask before something that cannot be undone.
+/** Ask the user to confirm an action that cannot be undone.
  * @param {string} title @param {string} why @param {string} yes
  * @returns {Promise<boolean>} */
 export function confirmed(title, why, yes) {

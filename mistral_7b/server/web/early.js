@@ -1,9 +1,9 @@
-// Runs before anything is drawn, so that a chosen theme does not flash; the rest of it is in theme.js.
+// Sets the stored theme before the first paint, so that the page does not flash; theme.js does the rest.
 (() => {
   try {
     const theme = localStorage.getItem("theme");
     if (theme === "dark" || theme === "light") document.documentElement.dataset.theme = theme;
   } catch {
-    /* no storage here: the system's choice holds */
+    /* no storage: use the system's theme */
   }
 })();

@@ -1,4 +1,4 @@
-/** The page: what is on the screen, and what its buttons do. */
+/** The page: its state, its views, and the actions of their buttons. */
 
 import { Composer } from "./composer.js";
 import { controls } from "./controls.js";
@@ -42,7 +42,7 @@ export class Page {
       results: (id, results) =>
         this.withTree((tree) => this.writer.ask(tree, tree.add(id, { role: "tool", results }).id)),
       branch: async (id, i, k) => {
-        await this.stop(); // a token may be chosen while more are coming
+        await this.stop(); // the answer may still be streaming
         this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent, branch(tree.get(id), i, k)));
       },
     });
@@ -65,7 +65,7 @@ export class Page {
     controls(this);
   }
 
-  /** Show what the browser kept, and ask the server what it has. */
+  /** Load the stored conversations, open one, and connect to the server. */
   async start() {
     this.conversations = await this.store.conversations();
     const wanted = location.hash.slice(1);
@@ -74,7 +74,7 @@ export class Page {
     await this.trouble.connect();
   }
 
-  /** An answer is being written in the conversation on the screen, by this tab or another. */
+  /** Whether an answer is streaming in the current conversation, in this tab or another. */
   get busy() {
     const { tree } = this;
     return this.writer.busy(tree?.conversation.id) || Boolean(tree?.path().some((m) => m.state === "streaming"));
@@ -88,9 +88,9 @@ export class Page {
     await this.tabs.settle(id);
   }
 
-  // ------------------------------------------------------------------ which conversation
+  // ------------------------------------------------------------------ current conversation
 
-  /** An empty conversation, which is kept once something is said in it. */
+  /** Open an empty conversation. It is stored with its first message. */
   begin() {
     const settings = texts(kept("settings"));
     const now = Date.now();
@@ -99,7 +99,7 @@ export class Page {
     this.composer.focus();
   }
 
-  /** @param {string} id @param {string} [message] to be shown, on whatever branch it is */
+  /** @param {string} id @param {string} [message] message to show, on any branch */
   async open(id, message) {
     const conversation = this.conversations.find((c) => c.id === id);
     if (!conversation) return;
@@ -120,7 +120,7 @@ export class Page {
     this.refresh();
   }
 
-  /** Draw all that depends on the conversation. */
+  /** Redraw everything that depends on the current conversation. */
   refresh() {
     const id = this.tree?.conversation.id ?? "";
     this.conversations.sort((a, b) => b.updated - a.updated);
@@ -145,23 +145,24 @@ export class Page {
     if (tree !== this.tree)
       return ended ? this.sidebar.show(this.conversations, this.tree?.conversation.id ?? "") : undefined;
     if (ended || this.view.idle)
-      this.refresh(); // it begins or ends
+      this.refresh(); // the answer has started or finished
     else this.view.drawSoon();
   }
 
-  /** Do something that has an answer written, unless one is being written or the settings are at fault.
-   * @param {(tree: Tree) => unknown} deed @returns {boolean} whether it was done */
-  withTree(deed) {
+  /** Run an action that requests an answer, unless an answer is streaming or the settings are invalid.
+   * @param {(tree: Tree) => unknown} action @returns {boolean} whether it ran */
+  withTree(action) {
     const { tree } = this;
     if (!tree || this.busy) return false;
     const [wrong] = faults(tree.conversation.settings);
     if (wrong) {
-      this.trouble.banner.show("failed", `The settings: ${wrong}.`, [["Show them", () => this.panel.open(true)]]);
+      const open = () => this.panel.open(true);
+      this.trouble.banner.show("failed", `Invalid settings: ${wrong}.`, [["Open settings", open]]);
       return false;
     }
     this.trouble.banner.hide();
     this.view.follow = true;
-    deed(tree);
+    action(tree);
     return true;
   }
 
@@ -174,8 +175,8 @@ export class Page {
     });
   }
 
-  /** A sibling with another text; a person's is answered, the model's is kept as it is.
-   * @param {string} id @param {string} text @returns {boolean} whether it was taken */
+  /** Add an edited version of a message as a sibling. An edited user message gets a new answer.
+   * @param {string} id @param {string} text @returns {boolean} whether the edit was accepted */
   edit(id, text) {
     return this.withTree((tree) => {
       const message = tree.get(id);
@@ -192,12 +193,12 @@ export class Page {
     });
   }
 
-  /** Change the tree, and keep it.
-   * @param {(tree: Tree) => void} deed */
-  async change(deed) {
+  /** Change the tree, and store it.
+   * @param {(tree: Tree) => void} action */
+  async change(action) {
     const { tree } = this;
     if (!tree) return;
-    deed(tree);
+    action(tree);
     this.view.follow = false;
     this.refresh();
     await keepTree(this.store, tree);
@@ -210,10 +211,11 @@ export class Page {
     conversation.settings = settings;
     this.view.draw();
     keep("settings", JSON.stringify(settings));
-    if (this.conversations.includes(conversation)) this.store.save(conversation).catch(() => {}); // kept at the next message
+    if (!this.conversations.includes(conversation)) return;
+    this.store.save(conversation).catch(() => {}); // on failure, the next message saves it
   }
 
-  // ------------------------------------------------------------------ the list
+  // ------------------------------------------------------------------ list of conversations
 
   /** @param {string} id @param {string} title */
   async rename(id, title) {
@@ -230,8 +232,8 @@ export class Page {
     await this.drop(id);
   }
 
-  /** A conversation is gone: from the list, and from the screen.
-   * @param {string} id @param {boolean} [elsewhere] another tab deleted it */
+  /** Remove a deleted conversation from the list and the screen.
+   * @param {string} id @param {boolean} [elsewhere] whether another tab deleted it */
   async drop(id, elsewhere = false) {
     this.store.gone.add(id);
     await this.writer.stop(id);
@@ -261,10 +263,10 @@ export class Page {
       for (const { conversation, messages } of read) await this.store.save(conversation, messages);
       this.conversations = [...read.map((r) => r.conversation), ...this.conversations];
       this.refresh();
-      say(`${read.length} read`);
+      say(`${read.length} imported`);
       if (read.length) await this.open(read[0].conversation.id);
     } catch (error) {
-      this.note("failed", `${file.name} was not read: ${/** @type {Error} */ (error).message}.`);
+      this.note("failed", `${file.name} was not imported: ${/** @type {Error} */ (error).message}.`);
     }
   }
 }

@@ -1,8 +1,8 @@
 /**
- * Markdown to elements, a block at a time: while a text grows, only its last blocks are made again.
+ * Renders Markdown block by block: while a text grows, only its last blocks are rendered again.
  *
- * The one place where text becomes HTML. DOMPurify keeps what is on the list below and drops the rest; the server's
- * Content-Security-Policy lets nothing else do so (trusted types), and loads no picture from elsewhere.
+ * The only module that turns text into HTML. DOMPurify keeps the tags and attributes listed below; the server's
+ * Content-Security-Policy allows no other code to create HTML (trusted types), and no images of other origins.
  */
 
 import { copy, icon, make } from "./dom.js";
@@ -41,7 +41,7 @@ const SAFE = {
     "td",
   ],
   ALLOWED_ATTR: ["href", "title", "class", "start", "align"],
-  ADD_URI_SAFE_ATTR: ["start", "align"], // they hold no address, and DOMPurify takes all but a few for one
+  ADD_URI_SAFE_ATTR: ["start", "align"], // no URIs, although DOMPurify treats them as such by default
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
@@ -56,7 +56,7 @@ const marked = new Marked({
   breaks: true,
   /** @type {Record<string, (token: any) => string>} */
   renderer: {
-    html: ({ text }) => escape(text), // a model that writes <b> shows <b>
+    html: ({ text }) => escape(text), // HTML from the model is shown as text
     image: ({ text, href }) => `<span>${escape(text || href)}</span>`,
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
     code: ({ text, lang }) =>
@@ -69,7 +69,7 @@ let highlighter = null;
 /** @type {Promise<void> | null} */
 let loading = null;
 
-/** Colours are loaded with the first block of code; resolves when they are there.
+/** Load the syntax highlighter, with the first code block that needs it; resolves when it is available.
  * @returns {Promise<void>} */
 function loadHighlighter() {
   loading ??= import("./vendor/highlight.js").then((module) => {
@@ -78,7 +78,7 @@ function loadHighlighter() {
   return loading;
 }
 
-/** A block of code names its language first, and may say more.
+/** The language of a code block: the first word of its info string.
  * @param {string | undefined} info */
 function first(info) {
   return (info ?? "").trim().split(/\s/)[0].toLowerCase();
@@ -95,10 +95,10 @@ function escape(text) {
   return text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
 }
 
-/** A block of a text: the element, and the characters of the source that it was made of.
+/** A rendered block: its element, its source text, and the offset of that text in characters.
  * @typedef {{raw: string, from: number, element: HTMLElement}} Block */
 
-/** A text that is shown as it grows. */
+/** A view of a growing text. */
 export class Rendered {
   /** @param {HTMLElement} root */
   constructor(root) {
@@ -109,9 +109,9 @@ export class Rendered {
     this.plain = false;
   }
 
-  /** Show this text. Blocks that are as before keep their elements.
-   * @param {string} source @param {boolean} [plain] as it is, a line to a block, rather than as markdown
-   * @returns {Block[]} those that were made */
+  /** Show a text. Unchanged blocks keep their elements.
+   * @param {string} source @param {boolean} [plain] one block per line, without Markdown
+   * @returns {Block[]} the new blocks */
   show(source, plain = this.plain) {
     if (plain === this.plain && source === this.source && this.blocks.length) return [];
     if (plain !== this.plain) for (const block of this.blocks.splice(0)) block.element.remove();
@@ -139,7 +139,7 @@ export class Rendered {
     return made;
   }
 
-  /** Make all blocks again. @returns {Block[]} */
+  /** Render all blocks again. @returns {Block[]} */
   again() {
     for (const block of this.blocks.splice(0)) block.element.remove();
     return this.show(this.source);
@@ -162,7 +162,7 @@ export class Rendered {
     return element;
   }
 
-  /** Give a block of code its language's name and a button to copy it.
+  /** Add a header to a code block, with its language and a copy button.
    * @param {HTMLElement} pre */
   #frame(pre) {
     const code = /** @type {HTMLElement} */ (pre.firstElementChild);
@@ -171,11 +171,11 @@ export class Rendered {
       loadHighlighter().then(
         () => this.onload?.(),
         () => {},
-      ); // plain, if it cannot come
+      ); // without the highlighter, the code stays plain
     const button = make("button", { class: "quiet copy", type: "button" }, icon("copy"), "Copy");
     button.addEventListener("click", () => copy(button, code.textContent ?? ""));
     pre.dir = "ltr";
-    pre.tabIndex = 0; // long lines scroll by the arrow keys
+    pre.tabIndex = 0; // makes long lines scrollable with the arrow keys
     pre.setAttribute("role", "region");
     pre.setAttribute("aria-label", language ? `Code, ${language}` : "Code");
     const frame = make("div", { class: "code" });
@@ -183,6 +183,6 @@ export class Rendered {
     frame.append(make("div", { class: "code-head" }, make("span", { text: language || "text" }), button), pre);
   }
 
-  /** Called when colours have come and all should be made `again`. @type {(() => void) | undefined} */
+  /** Called when the highlighter has loaded and `again` should run. @type {(() => void) | undefined} */
   onload;
 }

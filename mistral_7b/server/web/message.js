@@ -1,4 +1,4 @@
-/** One message on the screen: its text, its tool calls, what went wrong, and what can be done with it. */
+/** The view of one message: text, tool calls, status and buttons. */
 
 import { Alternatives } from "./alternatives.js";
 import { copy, icon, iconButton, make } from "./dom.js";
@@ -9,28 +9,28 @@ import { drawCalls } from "./tools.js";
 /** @typedef {import("./tree.js").Message} Message */
 
 /**
- * What a message's buttons do.
- * @typedef {Object} Deeds
- * @property {(id: string, by: number) => void} move
- * @property {(id: string, text: string) => boolean} edit   says whether it was taken
- * @property {(id: string) => void} again        another answer beside this one
- * @property {(id: string) => void} goOn         more of this one
- * @property {(id: string) => void} retry        once more what did not come
+ * The actions of a message's buttons.
+ * @typedef {Object} Actions
+ * @property {(id: string, by: number) => void} move      show another version
+ * @property {(id: string, text: string) => boolean} edit   returns whether the edit was accepted
+ * @property {(id: string) => void} again        generate another version
+ * @property {(id: string) => void} goOn         continue this answer
+ * @property {(id: string) => void} retry        repeat a failed request
  * @property {(id: string, results: {id: string, content: string}[]) => void} results
  */
 
 /**
- * What surrounds a message: its place among its siblings, how it is shown, whether nothing is being written in this
- * conversation now, and the results of its calls with their place.
+ * Context of a message: its index among its siblings, how to draw it, whether no answer is streaming in the
+ * conversation, and the results of its tool calls with their own index.
  * @typedef {{siblings: number, at: number, tinted: boolean, plain: boolean, idle: boolean,
  *   results?: {message: Message, siblings: number, at: number}}} How
  */
 
 export class MessageView {
-  /** @param {Message} message @param {Deeds} deeds @param {Alternatives} alternatives */
-  constructor(message, deeds, alternatives) {
+  /** @param {Message} message @param {Actions} actions @param {Alternatives} alternatives */
+  constructor(message, actions, alternatives) {
     this.message = message;
-    this.deeds = deeds;
+    this.actions = actions;
     this.text = make("div", { class: "text", dir: message.role === "user" ? "auto" : null });
     this.calls = make("div", { class: "calls", hidden: true });
     this.notice = make("div", { class: "notice", hidden: true });
@@ -64,7 +64,7 @@ export class MessageView {
     return this.message.state === "streaming";
   }
 
-  /** Draw what has changed.
+  /** Redraw what has changed.
    * @param {How} how */
   update(how) {
     const { message } = this;
@@ -84,7 +84,7 @@ export class MessageView {
     this.drawn = state;
     const calls = message.calls ?? [];
     this.calls.hidden = !calls.length;
-    const send = how.idle ? (/** @type {any} */ results) => this.deeds.results(message.id, results) : null;
+    const send = how.idle ? (/** @type {any} */ results) => this.actions.results(message.id, results) : null;
     const given = how.results;
     drawCalls(
       this.calls,
@@ -128,11 +128,11 @@ export class MessageView {
       state === "stopped"
         ? "Stopped."
         : state === "length"
-          ? "It reached the most tokens it may have."
+          ? "Stopped at the token limit."
           : state === "full"
-            ? "Not answered yet."
+            ? "No answer yet."
             : state === "cut" || state === "failed"
-              ? (message.problem ?? "The answer was cut off.")
+              ? (message.problem ?? "The answer is incomplete.")
               : "";
     this.notice.hidden = !said || message.role !== "assistant";
     this.notice.className = `notice ${state}`;
@@ -141,14 +141,14 @@ export class MessageView {
       !idle || this.notice.hidden
         ? []
         : [
-            some && make("button", { type: "button", onclick: () => this.deeds.goOn(message.id) }, "Go on"),
+            some && make("button", { type: "button", onclick: () => this.actions.goOn(message.id) }, "Continue"),
             (state === "cut" || state === "failed" || (state === "full" && !some)) &&
               make(
                 "button",
                 {
                   type: "button",
                   class: some ? "quiet" : "",
-                  onclick: () => (some ? this.deeds.again(message.id) : this.deeds.retry(message.id)),
+                  onclick: () => (some ? this.actions.again(message.id) : this.actions.retry(message.id)),
                 },
                 some ? "Start over" : "Try again",
               ),
@@ -158,7 +158,7 @@ export class MessageView {
 
   /** @param {{siblings: number, at: number, idle: boolean}} how */
   #foot({ siblings, at, idle }) {
-    const { message, deeds } = this;
+    const { message, actions } = this;
     this.stats = make("span", { class: "stats" });
     const answer = message.role === "assistant";
     const copying = iconButton("copy", "Copy", () => copy(copying, message.content));
@@ -168,27 +168,27 @@ export class MessageView {
           this.#versions("Versions", message.id, siblings, at, idle),
           message.content && copying,
           idle && message.content && iconButton("edit", "Edit", () => this.edit()),
-          idle && answer && iconButton("again", "Answer again", () => deeds.again(message.id)),
+          idle && answer && iconButton("again", "Regenerate", () => actions.again(message.id)),
           idle &&
             answer &&
             message.content &&
             !message.calls?.length &&
-            iconButton("goOn", "Go on writing", () => deeds.goOn(message.id)),
+            iconButton("goOn", "Continue", () => actions.goOn(message.id)),
         ];
     this.foot.replaceChildren(...parts.filter(Boolean), this.stats);
   }
 
-  /** Arrows among siblings; null for an only child.
+  /** Buttons that switch between siblings; null if there is only one.
    * @param {string} label @param {string} id @param {number} siblings @param {number} at @param {boolean} idle */
   #versions(label, id, siblings, at, idle) {
     if (siblings < 2) return null;
-    const move = (/** @type {number} */ by) => () => this.deeds.move(id, by);
+    const move = (/** @type {number} */ by) => () => this.actions.move(id, by);
     return make(
       "span",
       { class: "siblings", role: "group", "aria-label": label },
-      iconButton("back", "Version before", move(-1), { disabled: at === 0 || !idle }),
+      iconButton("back", "Previous version", move(-1), { disabled: at === 0 || !idle }),
       make("span", { text: `${at + 1} / ${siblings}` }),
-      iconButton("forth", "Version after", move(1), { disabled: at === siblings - 1 || !idle }),
+      iconButton("forth", "Next version", move(1), { disabled: at === siblings - 1 || !idle }),
     );
   }
 
@@ -205,7 +205,7 @@ export class MessageView {
       .join("  ·  ");
   }
 
-  /** Let the text be written anew. */
+  /** Open an editor in place of the text. */
   edit() {
     const { message } = this;
     const area = make("textarea", {
@@ -222,7 +222,7 @@ export class MessageView {
     const save = () => {
       if (!area.value.trim()) return;
       close();
-      if (!this.deeds.edit(message.id, area.value)) open();
+      if (!this.actions.edit(message.id, area.value)) open();
     };
     const open = () => {
       this.text.hidden = this.foot.hidden = true;
@@ -238,12 +238,12 @@ export class MessageView {
       make(
         "div",
         { class: "buttons" },
-        make("span", { class: "hint", text: "The version before stays, a step to the left." }),
-        make("button", { type: "button", class: "quiet", onclick: close }, "Leave it"),
+        make("span", { class: "hint", text: "The previous version is kept." }),
+        make("button", { type: "button", class: "quiet", onclick: close }, "Cancel"),
         make(
           "button",
           { type: "button", class: "main", onclick: save },
-          message.role === "user" ? "Send" : "Keep",
+          message.role === "user" ? "Send" : "Save",
         ),
       ),
     );

@@ -1,4 +1,4 @@
-/** The picker of models and adapters, and how much of the context is used. */
+/** The selection of models and adapters, and the gauge of the context. */
 
 import { models } from "./api.js";
 import { make, the } from "./dom.js";
@@ -14,18 +14,18 @@ export class Picker {
     this.select.addEventListener("change", () => keep("model", this.select.value));
   }
 
-  /** The model's name in requests. */
+  /** The selected model's name for requests. */
   get chosen() {
     return this.models.length ? this.select.value : "";
   }
 
-  /** Tokens that the context holds; undefined if the server does not say. */
+  /** The context length in tokens; undefined if the server does not report it. */
   get context() {
     const model = this.models.find((m) => m.id === this.chosen);
     return model?.max_model_len ?? this.models[0]?.max_model_len;
   }
 
-  /** Ask the server for its models. Throws a Problem. */
+  /** Load the list of models from the server. Throws a Problem. */
   async load() {
     this.models = await models();
     const name = (/** @type {Model} */ m) => make("option", { value: m.id, text: m.id });
@@ -38,14 +38,14 @@ export class Picker {
     this.select.classList.toggle("only", this.models.length < 2);
   }
 
-  /** Nothing is known of the server. @param {string} why */
+  /** Show that no list could be loaded. @param {string} why */
   unknown(why) {
-    if (this.models.length) return; // what was there is likely to come back
+    if (this.models.length) return; // keep the list: the server is likely to return
     this.select.replaceChildren(make("option", { text: why }));
     this.select.disabled = true;
   }
 
-  /** Show how much of the context the conversation fills, as of its last answer.
+  /** Show the share of the context in use, as of the last answer.
    * @param {Message[]} path */
   gauge(path) {
     const usage = path.findLast((m) => m.usage)?.usage;

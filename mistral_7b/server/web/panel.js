@@ -1,4 +1,4 @@
-/** The panel of settings: each with its default in sight, and what is wrong with it beside it. */
+/** The settings panel: each field shows its default as a placeholder, and its error message. */
 
 import { iconButton, make } from "./dom.js";
 import { NUMBERS, fault } from "./settings.js";
@@ -52,7 +52,7 @@ export class Panel {
     this.#follow();
   }
 
-  /** Show what another tab has set, unless someone is at it here.
+  /** Show settings changed in another tab, unless the panel has the focus.
    * @param {Settings} settings */
   follow(settings) {
     if (!this.root.contains(document.activeElement)) this.show(settings);
@@ -67,7 +67,7 @@ export class Panel {
     const reset = make(
       "button",
       { type: "button", class: "quiet", onclick: () => this.#reset() },
-      "Back to the defaults",
+      "Reset to defaults",
     );
     this.schema = this.#field(
       "schema",
@@ -79,7 +79,7 @@ export class Panel {
         "div",
         { class: "panel-head" },
         make("h2", { text: "Settings" }),
-        iconButton("close", "Close the settings", () => this.open(false)),
+        iconButton("close", "Close settings", () => this.open(false)),
       ),
       this.#field("system", "System prompt", make("textarea", { rows: 4, placeholder: "None" })),
       make("h3", { text: "Sampling" }),
@@ -97,49 +97,49 @@ export class Panel {
       ),
       this.#field(
         "stop",
-        "Stop texts",
+        "Stop strings",
         make("textarea", { rows: 2, placeholder: "None", spellcheck: "false" }),
-        "one on each line",
+        "one per line",
       ),
       make("h3", { text: "Answer" }),
       this.#field(
         "format",
-        "Form of the answer",
+        "Format",
         make(
           "select",
           {},
           make("option", { value: "", text: "Text (default)" }),
           make("option", { value: "json", text: "Any JSON object" }),
-          make("option", { value: "schema", text: "JSON that fits a schema" }),
+          make("option", { value: "schema", text: "JSON schema" }),
         ),
       ),
       this.schema,
       this.#field(
         "shown",
-        "Shown as",
+        "Display",
         make(
           "select",
           {},
           make("option", { value: "", text: "Markdown (default)" }),
-          make("option", { value: "plain", text: "Plain text, as it came" }),
+          make("option", { value: "plain", text: "Plain text" }),
         ),
       ),
       make("h3", { text: "Tools" }),
       this.#field(
         "tools",
-        "Functions it may call",
+        "Functions",
         make("textarea", { rows: 7, spellcheck: "false", placeholder: TOOLS_EXAMPLE, class: "mono" }),
-        "a list, as JSON",
+        "a JSON list",
       ),
       this.#field(
         "tool_choice",
-        "When it calls one",
+        "Tool choice",
         make(
           "select",
           {},
-          make("option", { value: "", text: "As it likes (default)" }),
-          make("option", { value: "required", text: "Always" }),
-          make("option", { value: "none", text: "Never" }),
+          make("option", { value: "", text: "Automatic (default)" }),
+          make("option", { value: "required", text: "Required" }),
+          make("option", { value: "none", text: "None" }),
         ),
       ),
       reset,
@@ -181,7 +181,7 @@ export class Panel {
     about.classList.toggle("wrong", Boolean(wrong));
   }
 
-  /** The schema is there only where it counts. */
+  /** Show the schema field only if the format uses it. */
   #follow() {
     if (this.schema) this.schema.hidden = this.settings.format !== "schema";
     const schema = [...this.#inputs()].find((input) => input.name === "schema");

@@ -1,12 +1,12 @@
-/** Finding words in conversations. */
+/** Full-text search in conversations. */
 
 /** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
 
-/** Where something was found: in the title if there is no message; `around` is the text about the first word, which
- * stands between its parts.
+/** A search result. Without `message`, the match is in the title. `around`: the text before the first word's match,
+ * the match, and the text after it.
  * @typedef {{message?: string, around?: [string, string, string]}} Find */
 
-const BEFORE = 24; // characters shown before what was found, and after it
+const BEFORE = 24; // characters of context before the match, and after it
 const AFTER = 60;
 
 export class Seeker {

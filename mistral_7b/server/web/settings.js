@@ -1,4 +1,4 @@
-/** What may be set, its defaults, and the request that comes of it. */
+/** The settings: fields, defaults, validation, and the request body built from them. */
 
 /** @typedef {import("./tree.js").Message} Message */
 
@@ -8,7 +8,7 @@
  */
 
 /**
- * Numbers that the server knows under the same names; left empty, its defaults hold.
+ * Numeric settings, with the server's field names. An empty field uses the server's default.
  * @type {NumberField[]}
  */
 export const NUMBERS = [
@@ -18,18 +18,18 @@ export const NUMBERS = [
     usual: "1",
     min: 0,
     step: "any",
-    hint: "0 always takes the likeliest token",
+    hint: "0: always the most likely token",
   },
-  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "the likeliest that sum to p" },
-  { name: "top_k", label: "Top k", usual: "0", min: -1, step: 1, hint: "the k likeliest tokens; 0 is all" },
-  { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "at least p times as likely as the first" },
+  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "likeliest tokens that sum to p" },
+  { name: "top_k", label: "Top k", usual: "0", min: -1, step: 1, hint: "the k most likely tokens; 0: all" },
+  { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "p times the top probability" },
   {
     name: "repetition_penalty",
     label: "Repetition penalty",
     usual: "1",
     min: 0,
     step: "any",
-    hint: "over 1 avoids what was said",
+    hint: "above 1: avoids tokens already used",
   },
   {
     name: "presence_penalty",
@@ -38,7 +38,7 @@ export const NUMBERS = [
     min: -2,
     max: 2,
     step: "any",
-    hint: "against what was said at all",
+    hint: "once for each token already used",
   },
   {
     name: "frequency_penalty",
@@ -47,19 +47,19 @@ export const NUMBERS = [
     min: -2,
     max: 2,
     step: "any",
-    hint: "against each time it was said",
+    hint: "for each earlier use of a token",
   },
-  { name: "max_tokens", label: "Most tokens", usual: "all that fit", min: 1, step: 1, hint: "in one answer" },
+  { name: "max_tokens", label: "Token limit", usual: "context length", min: 1, step: 1, hint: "per answer" },
   { name: "seed", label: "Seed", usual: "random", step: 1, hint: "same seed, same answer" },
 ];
 
 /**
- * As they stand in a conversation: all are texts, as they were typed, and "" is the default.
+ * The settings of a conversation: strings as they were typed; "" is the default.
  * @typedef {Record<string, string>} Settings
  */
 
-/** Settings as they were kept: the texts among what is there, and none if that cannot be read.
- * @param {unknown} kept an object, or one as JSON @returns {Settings} */
+/** Restore stored settings: drops values that are not strings; empty if the JSON is invalid.
+ * @param {unknown} kept an object, or its JSON @returns {Settings} */
 export function texts(kept) {
   try {
     const all = typeof kept === "string" ? JSON.parse(kept) : kept;
@@ -69,19 +69,19 @@ export function texts(kept) {
   }
 }
 
-/** What is wrong with a setting, in words; "" if nothing.
+/** The error message for a setting; "" if it is valid.
  * @param {string} name @param {string} value
  * @returns {string} */
 export function fault(name, value) {
   const field = NUMBERS.find((f) => f.name === name);
   if (field) return numberFault(field, value);
-  if (!value?.trim()) return name === "schema" ? 'Give a JSON schema, such as {"type": "object"}' : "";
-  if (name === "schema") return jsonFault(value, (v) => isRecord(v), "A schema is a JSON object");
+  if (!value?.trim()) return name === "schema" ? 'Enter a JSON schema, such as {"type": "object"}' : "";
+  if (name === "schema") return jsonFault(value, (v) => isRecord(v), "The schema must be a JSON object");
   if (name === "tools") {
     return jsonFault(
       value,
       (v) => Array.isArray(v) && v.every((tool) => typeof functionOf(tool)?.name === "string"),
-      "Give a list of functions, each with a name",
+      "Enter a list of functions, each with a name",
     );
   }
   return "";
@@ -92,10 +92,10 @@ function numberFault(field, value) {
   if (!value?.trim()) return "";
   const number = Number(value);
   if (!Number.isFinite(number) || (field.step === 1 && !Number.isInteger(number))) {
-    return `${field.label} is a ${field.step === 1 ? "whole " : ""}number`;
+    return `${field.label} must be ${field.step === 1 ? "an integer" : "a number"}`;
   }
-  if (field.min !== undefined && number < field.min) return `${field.label} is at least ${field.min}`;
-  if (field.max !== undefined && number > field.max) return `${field.label} is at most ${field.max}`;
+  if (field.min !== undefined && number < field.min) return `${field.label} must be at least ${field.min}`;
+  if (field.max !== undefined && number > field.max) return `${field.label} must be at most ${field.max}`;
   return "";
 }
 
@@ -104,7 +104,7 @@ function jsonFault(text, fits, wanted) {
   try {
     return fits(JSON.parse(text)) ? "" : wanted;
   } catch (error) {
-    return `This is no JSON: ${/** @type {Error} */ (error).message}`;
+    return `Invalid JSON: ${/** @type {Error} */ (error).message}`;
   }
 }
 
@@ -113,13 +113,13 @@ function isRecord(value) {
   return value !== null && typeof value === "object" && !Array.isArray(value);
 }
 
-/** A tool may be written as the API has it, or as the function alone.
+/** The function of a tool, which may be given in the API's format or as the function alone.
  * @param {any} tool */
 function functionOf(tool) {
   return tool?.function ?? tool;
 }
 
-/** All that is wrong with the settings that count.
+/** The error messages of all settings in use.
  * @param {Settings} settings
  * @returns {string[]} */
 export function faults(settings) {
@@ -127,7 +127,7 @@ export function faults(settings) {
   return names.map((name) => fault(name, settings[name] ?? "")).filter(Boolean);
 }
 
-/** The body of a request that answers the last of these messages, or goes on with it if it is an assistant's.
+/** The request body that answers the last message of a path, or continues it if it is the assistant's.
  * @param {Message[]} path @param {Settings} settings @param {string} model
  * @returns {Record<string, any>} */
 export function requestOf(path, settings, model) {

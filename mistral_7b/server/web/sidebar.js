@@ -5,20 +5,20 @@ import { confirmed, iconButton, make, the } from "./dom.js";
 /** @typedef {import("./search.js").Find} Find @typedef {import("./tree.js").Conversation} Conversation */
 
 /**
- * @typedef {Object} Deeds
- * @property {(id: string, message?: string) => void} open   and show this message
+ * @typedef {Object} Actions
+ * @property {(id: string, message?: string) => void} open   open a conversation, at a message
  * @property {() => void} begin
  * @property {(id: string, title: string) => void} rename
  * @property {(id: string) => void} remove
- * @property {(id: string | null) => void} save   one as a file, or all
+ * @property {(id: string | null) => void} save   export one conversation, or all
  * @property {(file: File) => void} load
  * @property {(query: string) => Promise<Map<string, Find>>} search
  */
 
 export class Sidebar {
-  /** @param {Deeds} deeds */
-  constructor(deeds) {
-    this.deeds = deeds;
+  /** @param {Actions} actions */
+  constructor(actions) {
+    this.actions = actions;
     this.list = the("conversations");
     /** @type {Conversation[]} */
     this.conversations = [];
@@ -26,13 +26,13 @@ export class Sidebar {
     /** @type {Map<string, Find> | null} */
     this.found = null;
     this.menu = the("menu");
-    the("new").addEventListener("click", () => deeds.begin());
-    the("export").addEventListener("click", () => deeds.save(null));
+    the("new").addEventListener("click", () => actions.begin());
+    the("export").addEventListener("click", () => actions.save(null));
     the("import").addEventListener("click", () => the("file").click());
     the("file").addEventListener("change", () => {
       const [file] = the("file").files;
-      if (file) deeds.load(file);
-      the("file").value = ""; // so that the same file can be read again
+      if (file) actions.load(file);
+      the("file").value = ""; // else choosing the same file again fires no event
     });
     the("search").addEventListener("input", () => this.#searchSoon());
     this.menu.addEventListener("click", () => this.open(!this.isOpen));
@@ -57,7 +57,7 @@ export class Sidebar {
     else if (the("sidebar").contains(document.activeElement)) this.menu.focus();
   }
 
-  /** On a phone the list covers the page, and goes when its work is done. */
+  /** Close the list on a narrow screen, where it covers the page. */
   leave() {
     if (narrow.matches) this.open(false);
   }
@@ -73,7 +73,7 @@ export class Sidebar {
     clearTimeout(this.timer);
     this.timer = setTimeout(async () => {
       const query = the("search").value.trim();
-      this.found = query ? await this.deeds.search(query) : null;
+      this.found = query ? await this.actions.search(query) : null;
       this.#draw();
     }, 120);
   }
@@ -92,11 +92,11 @@ export class Sidebar {
     }
     if (at) this.list.querySelectorAll(`[data-id="${at.id}"] button`)[at.button]?.focus();
     the("none").hidden = shown.length > 0;
-    the("none").textContent = this.found ? "Nothing found." : "Conversations are kept in this browser alone.";
+    the("none").textContent = this.found ? "No results." : "Conversations are stored only in this browser.";
     the("export").disabled = this.conversations.length === 0;
   }
 
-  /** Which button of which conversation has the focus, so that it has it still when the list is drawn anew. */
+  /** The focused conversation and the index of its button, to restore the focus after a redraw. */
   #focus() {
     const item = this.list.contains(document.activeElement) && document.activeElement?.closest("li");
     if (!item) return null;
@@ -118,21 +118,21 @@ export class Sidebar {
           type: "button",
           title,
           "aria-current": id === this.current ? "true" : null,
-          onclick: () => this.deeds.open(id, found?.message),
+          onclick: () => this.actions.open(id, found?.message),
         },
         make("span", { text: title, dir: "auto" }),
         around && make("small", { dir: "auto" }, around[0], make("mark", { text: around[1] }), around[2]),
       ),
       make(
         "span",
-        { class: "deeds" },
+        { class: "actions" },
         iconButton("edit", `Rename ${title}`, () => this.#rename(item, conversation)),
-        iconButton("save", `Export ${title}`, () => this.deeds.save(id)),
+        iconButton("save", `Export ${title}`, () => this.actions.save(id)),
         iconButton("bin", `Delete ${title}`, async () => {
           if (
-            await confirmed("Delete this conversation?", `“${title}” and all its versions will be gone.`, "Delete")
+            await confirmed("Delete conversation?", `“${title}” and all its versions will be deleted.`, "Delete")
           )
-            this.deeds.remove(id);
+            this.actions.remove(id);
         }),
       ),
     );
@@ -148,7 +148,7 @@ export class Sidebar {
       if (over) return;
       over = true;
       this.renaming = false;
-      if (keep && input.value.trim()) this.deeds.rename(id, input.value.trim());
+      if (keep && input.value.trim()) this.actions.rename(id, input.value.trim());
       else this.#draw();
     };
     input.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
@@ -158,18 +158,18 @@ export class Sidebar {
       }
     });
     input.addEventListener("blur", () => end(true));
-    this.renaming = true; // the list is not drawn anew under it
+    this.renaming = true; // suspends redraws of the list
     item.replaceChildren(input);
     input.select();
   }
 }
 
-/** How long ago, in words. @param {number} time milliseconds since 1970 */
+/** The heading for a conversation's age. @param {number} time milliseconds since 1970 */
 function ageOf(time) {
   const today = new Date().setHours(0, 0, 0, 0);
   if (time >= today) return "Today";
   const days = Math.ceil((today - time) / 86_400_000);
-  return days <= 1 ? "Yesterday" : days <= 7 ? "In the last week" : days <= 31 ? "In the last month" : "Before that";
+  return days <= 1 ? "Yesterday" : days <= 7 ? "Last week" : days <= 31 ? "Last month" : "Older";
 }
 
 const narrow = matchMedia("(max-width: 760px)");

@@ -1,4 +1,4 @@
-/** What the browser keeps: small choices in localStorage, conversations in IndexedDB. Nothing leaves the browser. */
+/** Storage in the browser: preferences in localStorage, conversations in IndexedDB. Nothing is sent anywhere. */
 
 import { Seeker } from "./search.js";
 
@@ -14,14 +14,14 @@ export function kept(name) {
   }
 }
 
-/** Remember a small choice; null forgets it.
+/** Store a preference; null deletes it.
  * @param {string} name @param {string | null} value */
 export function keep(name, value) {
   try {
     if (value === null) localStorage.removeItem(name);
     else localStorage.setItem(name, value);
   } catch {
-    /* private windows of some browsers: the choice holds until the page is closed */
+    /* no storage, as in private windows of some browsers: the preference lasts until the page is closed */
   }
 }
 
@@ -41,19 +41,19 @@ function finished(transaction) {
   });
 }
 
-/** Conversations and their messages. A message is a record of its own, so that a stream saves only what it adds to. */
+/** Stores conversations and messages. Each message is a separate record, so that streaming saves only that one. */
 export class Store {
   /** @param {IDBDatabase} database */
   constructor(database) {
     this.database = database;
-    /** Conversations that were deleted, here or in another tab: nothing of them is kept any more. @type {Set<string>} */
+    /** Ids of conversations deleted here or in another tab, which are no longer saved. @type {Set<string>} */
     this.gone = new Set();
   }
 
-  /** Called after a change, for other tabs to know. @type {import("./tabs.js").Tabs["tell"]} */
+  /** Called after a change, to notify other tabs. @type {import("./tabs.js").Tabs["tell"]} */
   tell = () => {};
 
-  /** Where the browser lets pages keep nothing, what comes back forgets all when the page is closed.
+  /** Open the database, or a store in memory if the browser allows no storage.
    * @returns {Promise<Store | Forgetful>} */
   static async open() {
     try {
@@ -70,11 +70,11 @@ export class Store {
       request.result.createObjectStore("messages", { keyPath: "id" }).createIndex("conversation", "conversation");
     };
     const database = await done(request);
-    database.onversionchange = () => database.close(); // a newer page in another tab may change the layout
+    database.onversionchange = () => database.close(); // lets a newer page in another tab upgrade the schema
     return new Store(database);
   }
 
-  /** @returns {Promise<Conversation[]>} those changed last first */
+  /** @returns {Promise<Conversation[]>} most recently changed first */
   async conversations() {
     const all = await done(this.database.transaction("conversations").objectStore("conversations").getAll());
     return all.sort((a, b) => b.updated - a.updated);
@@ -101,7 +101,7 @@ export class Store {
     this.tell("changed", id, conversation !== null);
   }
 
-  /** @param {string} id of a conversation, which goes with all its messages */
+  /** Delete a conversation and its messages. @param {string} id */
   async remove(id) {
     this.gone.add(id);
     const transaction = this.database.transaction(["conversations", "messages"], "readwrite");
@@ -118,7 +118,7 @@ export class Store {
     this.tell("removed", id);
   }
 
-  /** The conversations in which every word of the query stands, in one message or in the title.
+  /** Find conversations with all words of the query in one message or in the title.
    * @param {string} query @param {Conversation[]} conversations
    * @returns {Promise<Map<string, Find>>} */
   async search(query, conversations) {
@@ -137,7 +137,7 @@ export class Store {
   }
 }
 
-/** The same for as long as the page is open. */
+/** A Store in memory, which lasts until the page is closed. */
 export class Forgetful {
   /** @type {Map<string, Conversation>} */
   #conversations = new Map();
@@ -146,7 +146,7 @@ export class Forgetful {
   /** @type {Set<string>} */
   gone = new Set();
 
-  /** No other tab sees what is kept here. */
+  /** Does nothing: other tabs cannot see this store. */
   tell() {}
 
   /** @param {string} id */

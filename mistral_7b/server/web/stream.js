@@ -1,10 +1,10 @@
-/** Reading server-sent events from a response, and an answer from them. */
+/** Parses server-sent events, and builds an answer from them. */
 
 import { Problem, call, lostUnlessAborted } from "./api.js";
 
 /** @typedef {import("./tree.js").Message} Message @typedef {import("./tree.js").Token} Token */
 
-/** The data of each event. Lines may end in \n or \r\n, and come cut anywhere.
+/** Yield the data of each event. Lines end in \n or \r\n; chunks may be split anywhere.
  * @param {ReadableStream<Uint8Array>} body
  * @returns {AsyncGenerator<string>} */
 export async function* events(body) {
@@ -23,16 +23,16 @@ export async function* events(body) {
           .split(/\r?\n/)
           .filter((line) => line.startsWith("data:"))
           .map((line) => line.slice(5).replace(/^ /, ""));
-        if (data.length) yield data.join("\n"); // the others are comments that keep the connection open
+        if (data.length) yield data.join("\n"); // events without data are keep-alive comments
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // it may have failed already
+    reader.cancel().catch(() => {}); // the stream may have failed before
   }
 }
 
-/** Ask, and add to the message as its answer comes; `changed` is called after each bit. The message's state says how
- * it ended. Throws a Problem, or an AbortError; whatever had come by then is in the message.
+/** Send a request and stream the answer into the message, whose state tells how it ended. `changed` is called after
+ * each event. Throws a Problem or an AbortError; the message keeps what was received.
  * @param {Message} message @param {object} body
  * @param {{signal: AbortSignal, changed: () => void}} how */
 export async function answer(message, body, { signal, changed }) {
@@ -53,14 +53,14 @@ export async function answer(message, body, { signal, changed }) {
     }
   } catch (error) {
     throw error instanceof SyntaxError
-      ? new Problem("failed", "The server sent what is no JSON.")
+      ? new Problem("failed", "The server sent invalid JSON.")
       : lostUnlessAborted(error);
   }
   if (!ended) throw new Problem("lost", "The connection to the server was lost.");
   if (message.state === "streaming") message.state = "done";
 }
 
-/** Milliseconds, and tokens after the first.
+/** Times in milliseconds; `tokens` counts those after the first event.
  * @typedef {{began: number, first: number, last: number, tokens: number}} Clock */
 
 /** @param {Message} message @param {any} chunk @param {Clock} clock */
@@ -73,7 +73,7 @@ function take(message, chunk, clock) {
   const tokens = choice.logprobs?.content ?? [];
   if (content) message.content += content;
   if (content && !tokens.length && !message.tokens?.length) {
-    message.given = message.content.length; // this server says no probabilities
+    message.given = message.content.length; // the server sends no log-probabilities
   }
   (message.tokens ??= []).push(...tokens.map(token));
   for (const call of calls ?? []) takeCall(message, call);
@@ -87,7 +87,7 @@ function time(message, clock, count) {
   if (!clock.first) {
     clock.first = clock.last;
     message.first = clock.first - clock.began;
-    return; // the rate counts what came after
+    return; // the rate covers later tokens only
   }
   clock.tokens += count;
   if (clock.last > clock.first + 100) message.rate = (1000 * clock.tokens) / (clock.last - clock.first);
@@ -102,7 +102,7 @@ function takeCall(message, delta) {
   call.arguments += delta.function?.arguments ?? "";
 }
 
-/** Bytes are kept only where the text cannot stand for them: a token may be a part of a character.
+/** Convert a log-probability entry. Bytes are stored only if the text differs, as for a part of a character.
  * @param {any} entry @returns {Token} */
 function token(entry) {
   const one = (/** @type {any} */ e) => ({

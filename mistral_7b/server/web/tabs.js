@@ -1,16 +1,16 @@
 /**
- * What the tabs of one browser tell each other, so that none shows, or writes over, what another has changed.
+ * Synchronizes the tabs of one browser, so that none shows or overwrites outdated data.
  *
- * Messages are records of their own and only the tab that changes one keeps it, so tabs add to one tree; what was
- * added elsewhere is read from the store and joins the tree that is on the screen.
+ * Each message is a separate record, saved only by the tab that changes it. Tabs therefore only add to a shared
+ * tree: a tab reads the others' additions from the store and joins them to its own tree.
  */
 
-const PATIENCE = 400; // milliseconds within which a tab that writes an answer says so
-const QUIET = 2000; // milliseconds without news of such an answer, after which the tab that writes is asked for
+const PATIENCE = 400; // milliseconds that a tab has to reply that it streams an answer
+const QUIET = 2000; // milliseconds without an update of a streaming answer, after which its tab is queried
 
 /** @typedef {"changed" | "removed" | "stop" | "who" | "here"} What
- * `stop`: whoever writes there shall stop; `who` asks for one that does, which says `here`. All are about one
- * conversation. */
+ * Messages between tabs, about one conversation. `stop`: stop its answer. `who`: asks which tab streams an answer,
+ * which replies `here`. */
 
 export class Tabs {
   /** @param {import("./main.js").Page} page */
@@ -24,7 +24,7 @@ export class Tabs {
     page.store.tell = (what, id, listed) => this.tell(what, id, listed);
   }
 
-  /** @param {What} what @param {string} id of a conversation @param {boolean} [listed] its record has changed too */
+  /** @param {What} what @param {string} id of a conversation @param {boolean} [listed] its record changed, too */
   tell(what, id, listed = false) {
     this.channel?.postMessage({ what, id, listed });
   }
@@ -43,7 +43,7 @@ export class Tabs {
   async #changed(id, listed) {
     const { page } = this;
     const open = () => (page.tree?.conversation.id === id ? page.tree : page.writer.running.get(id)?.tree);
-    if (!open() && !listed) return; // more of an answer that is not on the screen
+    if (!open() && !listed) return; // an update of an answer that is not on the screen
     const conversation = await page.store.conversation(id);
     const messages = open() ? await page.store.messages(id) : [];
     if (!conversation || page.store.gone.has(id)) return;
@@ -56,13 +56,13 @@ export class Tabs {
     this.#watch();
   }
 
-  /** A tab that is closed, or breaks, says nothing: if no more comes of an answer on the screen, ask. */
+  /** Query the streaming tab if updates stop: a tab that was closed or crashed sends no message. */
   #watch() {
     clearTimeout(this.watching);
     this.watching = setTimeout(() => this.settle(this.page.tree?.conversation.id ?? ""), QUIET);
   }
 
-  /** An answer that no tab writes any more was cut.
+  /** Mark answers that no tab is streaming any more as cut.
    * @param {string} id of a conversation */
   async settle(id) {
     const { page } = this;
@@ -74,12 +74,12 @@ export class Tabs {
     if (await this.#writes(id)) return this.#watch();
     for (const message of pending()) {
       message.state = message.content ? "cut" : "failed";
-      message.problem = "The page was closed while this was being written.";
+      message.problem = "The page was closed before the answer was complete.";
     }
     page.refresh();
   }
 
-  /** Whether another tab has an answer written in this conversation.
+  /** Whether another tab is streaming an answer in this conversation.
    * @param {string} id @returns {Promise<boolean>} */
   async #writes(id) {
     if (!this.channel) return false;

@@ -1,17 +1,17 @@
-/** Dark, light, or as the system says. */
+/** The color theme: dark, light, or the system's. */
 
 import { icon } from "./dom.js";
 import { keep, kept } from "./storage.js";
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-/** @returns {"dark" | "light"} what is on the screen now */
+/** @returns {"dark" | "light"} the current theme */
 function shown() {
   const { theme } = document.documentElement.dataset;
   return theme === "dark" || theme === "light" ? theme : dark.matches ? "dark" : "light";
 }
 
-/** Let a button switch; a choice that is the system's own again is forgotten, so that the page follows the system.
+/** Make a button switch the theme. A choice equal to the system's theme is deleted, so that the page follows it.
  * @param {HTMLButtonElement} button */
 export function switchTheme(button) {
   const draw = () => {

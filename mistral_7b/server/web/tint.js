@@ -1,34 +1,34 @@
 /**
- * Which characters of an answer each token stands for, and the answer tinted by the tokens' probabilities.
+ * Maps tokens to the characters of an answer, and tints them by probability.
  *
- * Markdown is drawn without its marks, so a block's text is found again in its source, from left to right:
+ * Rendered Markdown has no markup, so each piece of a block's text is searched in its source, from left to right:
  *
  *     source     so **very** good         tokens   "so" " **" "very" "**" " good"
- *     drawn      so very good             tinted   "so" " "   "very"      " good"
+ *     rendered   so very good             tinted   "so" " "   "very"      " good"
  */
 
 import { make } from "./dom.js";
 
 /** @typedef {import("./tree.js").Message} Message @typedef {import("./tree.js").Token} Token */
 
-/** Probabilities down to which each tint reaches; style.css colours t0 to t5. */
+/** The lowest probability of each tint, from t0 on; answer.css sets the colours of t0 to t5. */
 const LEVELS = [0.9, 0.7, 0.45, 0.25, 0.1];
 
-/** @param {number} logprob @returns {number} 0 (as good as certain) to 5 */
+/** @param {number} logprob @returns {number} the tint, 0 (likely) to 5 (unlikely) */
 export function level(logprob) {
   const p = Math.exp(logprob);
   const at = LEVELS.findIndex((low) => p >= low);
   return at < 0 ? LEVELS.length : at;
 }
 
-/** Where each token ends in the content, in characters; one longer than the tokens, and its first is where they
- * begin. A token that shows nothing (a part of a character, the end of the answer) ends where the one before does.
+/** The offsets of the tokens in the content, in characters: the start of the first one, then the end of each. A token
+ * without visible text (a part of a character, the end of the answer) ends where the previous one does.
  * @param {Message} message
  * @returns {number[]} */
 export function place(message) {
   const { content, tokens = [] } = message;
   let at = message.given ?? 0;
-  const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // bytes that make no character are one as in the content
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // invalid bytes become U+FFFD, as in the content
   const ends = [at];
   for (const token of tokens) {
     const bytes = token.b ? new Uint8Array(token.b) : new TextEncoder().encode(token.t);
@@ -39,19 +39,19 @@ export function place(message) {
   return ends;
 }
 
-/** How many characters of the content at a place a token's text stands for.
+/** The number of characters of the content at an offset that a token's text covers.
  * @param {string} content @param {number} at @param {string} text */
 function shown(content, at, text) {
   if (content.startsWith(text, at)) return text.length;
-  if (text.startsWith(" ") && content.startsWith(text.slice(1), at)) return text.length - 1; // an answer's first blank
-  let same = 0; // a stop text may have cut it
+  if (text.startsWith(" ") && content.startsWith(text.slice(1), at)) return text.length - 1; // first space
+  let same = 0; // a stop string may have cut the token
   while (same < text.length && content[at + same] === text[same]) same++;
   if (at + same === content.length) return same;
-  const near = content.indexOf(text, at); // a character was lost with a connection: go on after it
+  const near = content.indexOf(text, at); // resynchronize: a character was lost with a connection
   return text && near >= 0 && near - at <= 16 ? near - at + text.length : 0;
 }
 
-/** Wrap a block's text in a span for each token.
+/** Wrap the text of each token of a block in a span.
  * @param {import("./markdown.js").Block} block @param {Token[]} tokens @param {number[]} ends */
 export function tint(block, tokens, ends) {
   const walker = document.createTreeWalker(block.element, NodeFilter.SHOW_TEXT);
@@ -68,9 +68,9 @@ export function tint(block, tokens, ends) {
     /** @type {(Node | string)[]} */
     const parts = [];
     for (const line of block.raw.includes(node.data, at) ? [node.data] : node.data.split(/(?<=\n)/)) {
-      const found = block.raw.indexOf(line.trimEnd(), at); // blanks at the end of a line may be drawn otherwise
+      const found = block.raw.indexOf(line.trimEnd(), at); // trailing whitespace may be rendered differently
       if (found < 0) {
-        // written otherwise in the source, as &amp; is
+        // the source differs, as for &amp;
         parts.push(line);
         continue;
       }
@@ -81,7 +81,7 @@ export function tint(block, tokens, ends) {
   }
 }
 
-/** @param {string} text @param {number} from where it stands in the source
+/** @param {string} text @param {number} from its offset in the source
  * @param {Token[]} tokens @param {number[]} ends
  * @returns {(Node | string)[]} */
 function spans(text, from, tokens, ends) {
@@ -89,7 +89,7 @@ function spans(text, from, tokens, ends) {
   let i = first(ends, from);
   let at = from;
   if (ends[0] > at) {
-    // what was given has no tint
+    // characters without tokens have no tint
     parts.push(text.slice(0, ends[0] - from));
     at = Math.min(ends[0], from + text.length);
   }
@@ -104,7 +104,7 @@ function spans(text, from, tokens, ends) {
   return parts;
 }
 
-/** The first token that ends past a place.
+/** The index of the first token that ends after an offset.
  * @param {number[]} ends @param {number} at */
 function first(ends, at) {
   let [low, high] = [0, ends.length - 1];
@@ -116,7 +116,7 @@ function first(ends, at) {
   return low;
 }
 
-/** The text that an answer has when it says an alternative in place of a token, and the tokens of that.
+/** The beginning of an answer in which an alternative replaces a token: its text and tokens.
  * @param {Message} message @param {number} i the token @param {number} k the alternative
  * @returns {{content: string, tokens: Token[], given: number}} */
 export function branch(message, i, k) {
@@ -127,7 +127,7 @@ export function branch(message, i, k) {
   let start = ends[i];
   let text = other.t;
   if (other.b) {
-    // with the bytes before it that made no character yet
+    // decode it together with the preceding bytes of an incomplete character
     let open = i;
     while (open > 0 && tokens[open - 1].b && ends[open] === ends[open - 1]) open--;
     const bytes = [...tokens.slice(open, i).flatMap((t) => t.b ?? []), ...other.b];

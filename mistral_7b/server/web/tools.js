@@ -1,10 +1,10 @@
-/** Cards for the tools that the model wants called: a person sees each call and types what it gave. */
+/** Cards for tool calls: each shows a call and takes its result as text. */
 
 import { icon, make } from "./dom.js";
 
 /** @typedef {import("./tree.js").Call} Call @typedef {{id: string, content: string}} Result */
 
-/** @param {string} text JSON, or the beginning of some */
+/** @param {string} text JSON, possibly truncated */
 function pretty(text) {
   try {
     return JSON.stringify(JSON.parse(text), null, 2);
@@ -13,9 +13,9 @@ function pretty(text) {
   }
 }
 
-/** Draw the calls. With `send`, results can be typed and sent; those given before stand there already.
+/** Draw the calls. With `send`, results can be edited and sent; earlier results are filled in.
  * @param {HTMLElement} root @param {Call[]} calls @param {Result[] | undefined} results
- * @param {((results: Result[]) => void) | null} send @param {Node | null} versions arrows among results given before */
+ * @param {((results: Result[]) => void) | null} send @param {Node | null} versions buttons to switch results */
 export function drawCalls(root, calls, results, send, versions) {
   const typed = new Map([...root.querySelectorAll("textarea")].map((area) => [area.dataset.id, area.value]));
   const areas = /** @type {HTMLTextAreaElement[]} */ ([]);
@@ -53,7 +53,7 @@ export function drawCalls(root, calls, results, send, versions) {
         class: "main",
         onclick: () => send(calls.map((call, i) => ({ id: call.id, content: areas[i].value }))),
       },
-      results ? "Send other results" : calls.length > 1 ? "Send results" : "Send result",
+      results ? "Send new results" : calls.length > 1 ? "Send results" : "Send result",
     );
   if (button) {
     const check = () => {

@@ -1,4 +1,4 @@
-/** Conversations to a file and back. */
+/** Export and import of conversations as JSON files. */
 
 import { make } from "./dom.js";
 import { texts } from "./settings.js";
@@ -8,7 +8,7 @@ import { newId } from "./tree.js";
 
 const FORMAT = "mistral-7b conversations";
 
-/** Have the browser save conversations as JSON.
+/** Download conversations as a JSON file.
  * @param {import("./storage.js").Store | import("./storage.js").Forgetful} store @param {Conversation[]} conversations */
 export async function exportAll(store, conversations) {
   const all = [];
@@ -22,14 +22,14 @@ export async function exportAll(store, conversations) {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-/** Read an exported file. Conversations get new ids: a file read twice is there twice, and overwrites nothing.
+/** Parse and check an exported file. Conversations get new ids, so that an import overwrites nothing. Throws an Error.
  * @param {string} text
  * @returns {{conversation: Conversation, messages: Message[]}[]} */
 export function readExport(text) {
   const file = parsed(text);
   if (file?.format !== FORMAT || !Array.isArray(file.conversations))
-    throw new Error("it is no export of this page");
-  if (file.version !== 1) throw new Error(`it is of version ${file.version}, and this page reads version 1`);
+    throw new Error("the file is not an export of this page");
+  if (file.version !== 1) throw new Error(`the file has version ${file.version}, but this page reads version 1`);
   return file.conversations.map(readOne);
 }
 
@@ -38,13 +38,13 @@ function parsed(text) {
   try {
     return JSON.parse(text);
   } catch {
-    throw new Error("it is no JSON");
+    throw new Error("the file is not valid JSON");
   }
 }
 
 /** @param {any} from @returns {{conversation: Conversation, messages: Message[]}} */
 function readOne(from) {
-  if (!Array.isArray(from?.messages)) throw new Error("a conversation in it has no messages");
+  if (!Array.isArray(from?.messages)) throw new Error("a conversation has no messages");
   const conversation = {
     id: newId(),
     title: text(from.title, "title"),
@@ -53,9 +53,9 @@ function readOne(from) {
     chosen: /** @type {Record<string, string>} */ ({}),
     settings: texts(record(from.settings)),
   };
-  for (const message of from.messages) if (message !== record(message)) throw new Error("a message in it is no object");
+  for (const message of from.messages) if (message !== record(message)) throw new Error("a message is not an object");
   const ids = new Map(from.messages.map((/** @type {any} */ m) => [text(m.id, "id"), newId()]));
-  if (ids.size < from.messages.length) throw new Error("two messages in it have one id");
+  if (ids.size < from.messages.length) throw new Error("two messages have the same id");
   const messages = from.messages.map((/** @type {any} */ m) => readMessage(m, ids, conversation.id));
   for (const [parent, child] of Object.entries(record(from.chosen))) {
     const [under, id] = [parent === "" ? "" : ids.get(parent), ids.get(String(child))];
@@ -108,7 +108,7 @@ function readMessage(m, ids, conversation) {
 function refuseLoops(message, all) {
   let steps = 0;
   for (let at = message; at.parent !== null; at = /** @type {Message} */ (all.get(at.parent))) {
-    if (++steps > all.size) throw new Error("its messages go round in a circle");
+    if (++steps > all.size) throw new Error("the messages form a cycle");
   }
 }
 
@@ -119,7 +119,7 @@ function alternative(t) {
 
 /** @param {any} value @param {string} what @returns {string} */
 function text(value, what) {
-  if (typeof value !== "string") throw new Error(`a ${what} in it is no text`);
+  if (typeof value !== "string") throw new Error(`a ${what} is not a string`);
   return value;
 }
 

@@ -1,13 +1,12 @@
 /**
- * A conversation is a tree of messages: editing or asking again adds a sibling, and nothing is lost.
+ * A conversation as a tree of messages: editing or regenerating adds a sibling, and overwrites nothing.
  *
- *     hello ── Hi!            the path on the screen follows, from the root, the child chosen last
- *           └─ Good day.      under each message
+ *     hello ── Hi!            the visible path starts at the root and follows the child chosen last
+ *           └─ Good day.      below each message
  */
 
 /**
- * A token as it came: its text, the logarithm of its probability, its bytes if its text is not whole characters,
- * and what else was likely there.
+ * A token: `t` text, `p` log-probability, `b` bytes unless they are the text's, `a` top-k alternatives.
  * @typedef {{t: string, p: number, b?: number[], a?: {t: string, p: number, b?: number[]}[]}} Token
  *
  * @typedef {{id: string, name: string, arguments: string}} Call
@@ -19,23 +18,23 @@
  * @property {"user" | "assistant" | "tool"} role
  * @property {string} content
  * @property {number} created       milliseconds since 1970
- * @property {number} [given]       so many characters of the content were given, and no token stands for them
- * @property {Token[]} [tokens]     the rest of it
- * @property {Call[]} [calls]       tools the model wants called
- * @property {{id: string, content: string}[]} [results]   of a "tool" message: what the calls gave
+ * @property {number} [given]       leading characters of the content that have no tokens
+ * @property {Token[]} [tokens]     tokens of the rest of the content
+ * @property {Call[]} [calls]       tool calls
+ * @property {{id: string, content: string}[]} [results]   results of tool calls, in a "tool" message
  * @property {"streaming" | "done" | "length" | "stopped" | "cut" | "full" | "failed"} [state]
- * @property {string} [problem]     why it was cut or failed, in words
+ * @property {string} [problem]     error message of a cut or failed answer
  * @property {string} [model]
  * @property {{prompt_tokens: number, completion_tokens: number}} [usage]
- * @property {number} [first]       milliseconds until the first token
- * @property {number} [rate]        tokens a second after it
+ * @property {number} [first]       time to first token in milliseconds
+ * @property {number} [rate]        tokens per second after the first
  *
  * @typedef {Object} Conversation
  * @property {string} id
  * @property {string} title
  * @property {number} created
  * @property {number} updated
- * @property {Record<string, string>} chosen   the child chosen under each message; under "" the first message
+ * @property {Record<string, string>} chosen   id of the chosen child by parent id; "" is the root
  * @property {Record<string, any>} settings
  */
 
@@ -43,19 +42,19 @@ const ROOT = "";
 
 /** @returns {string} */
 export function newId() {
-  // randomUUID is missing where the page is served neither from this machine nor over TLS
+  // not crypto.randomUUID, which needs localhost or TLS
   return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join(
     "",
   );
 }
 
-/** Make a record say what another says. @param {any} record @param {any} other */
+/** Overwrite a record in place with another. @param {any} record @param {any} other */
 function replace(record, other) {
   for (const name of Object.keys(record)) if (!(name in other)) delete record[name];
   Object.assign(record, other);
 }
 
-/** Its messages, and which of them are on the screen. */
+/** The messages of a conversation, and the visible path through them. */
 export class Tree {
   /** @param {Conversation} conversation @param {Message[]} [messages] */
   constructor(conversation, messages = []) {
@@ -65,7 +64,7 @@ export class Tree {
     /** @type {Map<string, string[]>} */
     this.children = new Map();
     for (const message of [...messages].sort((a, b) => a.created - b.created)) this.#put(message);
-    /** Messages that are not kept yet. @type {Set<Message>} */
+    /** Messages that are not stored yet. @type {Set<Message>} */
     this.fresh = new Set();
   }
 
@@ -76,7 +75,7 @@ export class Tree {
     this.children.set(key, [...(this.children.get(key) ?? []), message.id]);
   }
 
-  /** Add a message under another (null: as a first one) and show it.
+  /** Add a message below a parent (null: the root) and show it.
    * @param {string | null} parent
    * @param {Partial<Message> & {role: Message["role"]}} fields
    * @returns {Message} */
@@ -89,7 +88,7 @@ export class Tree {
       id: newId(),
       conversation: this.conversation.id,
       parent,
-      created: Math.max(Date.now(), latest + 1), // siblings stay in the order they were made
+      created: Math.max(Date.now(), latest + 1), // keeps siblings in order of creation
     };
     this.#put(message);
     this.fresh.add(message);
@@ -97,10 +96,10 @@ export class Tree {
     return message;
   }
 
-  /** Take in what another tab kept of this conversation. What is on the screen stays there: the other tab's choice
-   * counts only where there was none yet.
+  /** Merge the data that another tab stored. The visible path does not change: the other tab's choice is used only
+   * where this tab has none.
    * @param {Conversation} conversation @param {Message[]} messages
-   * @param {Message} [writing] is being written in this tab, and what was kept of it is old */
+   * @param {Message} [writing] the message that this tab is streaming, whose stored version is outdated */
   join(conversation, messages, writing) {
     Object.assign(this.conversation, conversation, {
       chosen: { ...conversation.chosen, ...this.conversation.chosen },
@@ -119,13 +118,13 @@ export class Tree {
     return message;
   }
 
-  /** The message's parent's children, itself among them.
+  /** Ids of all children of the message's parent, itself included.
    * @param {string} id @returns {string[]} */
   siblings(id) {
     return this.children.get(this.get(id).parent ?? ROOT) ?? [];
   }
 
-  /** Show the path that leads through a message.
+  /** Make the visible path lead through a message.
    * @param {string} id */
   choose(id) {
     for (let at = this.get(id); ; at = this.get(at.parent)) {
@@ -134,7 +133,7 @@ export class Tree {
     }
   }
 
-  /** Show the sibling that many further on.
+  /** Show the sibling `by` positions after a message.
    * @param {string} id @param {number} by */
   move(id, by) {
     const siblings = this.siblings(id);
@@ -142,7 +141,7 @@ export class Tree {
     if (to) this.choose(to);
   }
 
-  /** From the first message to the last that is on the screen.
+  /** The visible path, from the first message to the last.
    * @returns {Message[]} */
   path() {
     const path = [];
@@ -156,7 +155,7 @@ export class Tree {
     }
   }
 
-  /** From the first message to this one.
+  /** The path from the first message to this one.
    * @param {string | null} id @returns {Message[]} */
   upTo(id) {
     const path = [];

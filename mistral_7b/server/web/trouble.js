@@ -1,4 +1,4 @@
-/** What to do when the server does not answer as it should: each kind of problem has a way on that a person chooses. */
+/** Error handling: for each kind of problem, a message and an action for the user to choose. */
 
 import { hasKey, Problem, useKey } from "./api.js";
 import { Banner } from "./banner.js";
@@ -11,7 +11,7 @@ export class Trouble {
     this.banner = new Banner();
   }
 
-  /** Ask the server what models it has: the first thing asked of it, and the first after it was gone. */
+  /** Load the list of models: the first request, also after a lost connection. */
   async connect() {
     try {
       await this.picker.load();
@@ -23,18 +23,18 @@ export class Trouble {
     }
   }
 
-  /** @param {Problem} problem @param {() => void} again asks once more for what did not come */
+  /** @param {Problem} problem @param {() => void} again repeats the failed request */
   meet({ kind, message, wait }, again) {
     if (kind === "key") this.#askForKey(message, again);
-    else if (kind === "full") this.banner.full(message, "There may be room", wait, again);
-    else if (kind === "closing") this.banner.full(message, "It may be back", wait, again);
+    else if (kind === "full") this.banner.full(message, "The queue may have room", wait, again);
+    else if (kind === "closing") this.banner.full(message, "The server may be back", wait, again);
     else if (kind === "lost") this.banner.lost(message, () => this.#found());
     else if (this.picker.models.length)
-      say(message); // the message that it happened to shows it
+      say(message); // the failed answer shows the error
     else this.banner.show("failed", message, [["Try again", () => this.connect()]]);
   }
 
-  /** The server is back. An answer that was cut waits for the person to go on with it. */
+  /** Reload the models once the server is back. A cut answer is continued only if the user chooses to. */
   async #found() {
     const first = !this.picker.models.length;
     try {
@@ -48,14 +48,14 @@ export class Trouble {
   /** @param {string} why @param {() => void} again */
   #askForKey(why, again) {
     const dialog = the("key-dialog");
-    the("key-why").textContent = hasKey() ? `The key was not taken: ${why}` : why;
+    the("key-why").textContent = hasKey() ? `The key was rejected: ${why}` : why;
     if (dialog.open) return;
     the("key").value = "";
     dialog.returnValue = "";
     dialog.showModal();
     const closed = async () => {
       if (dialog.returnValue !== "ok" || !the("key").value.trim()) {
-        this.banner.show("key", "This server asks for a key.", [["Give one", () => this.#askForKey(why, again)]]);
+        this.banner.show("key", "This server requires an API key.", [["Enter key", () => this.#askForKey(why, again)]]);
         return;
       }
       useKey(the("key").value);

@@ -1,4 +1,4 @@
-/** Has answers written: one at a time in a conversation, in any number of conversations at once. */
+/** Requests answers and streams them into messages: at most one per conversation, in any number of conversations. */
 
 import { count, Problem } from "./api.js";
 import { say } from "./dom.js";
@@ -7,9 +7,9 @@ import { answer } from "./stream.js";
 
 /** @typedef {import("./tree.js").Tree} Tree @typedef {import("./tree.js").Message} Message */
 
-const SAVE_EVERY = 800; // milliseconds: what a crash may lose
+const SAVE_EVERY = 800; // milliseconds of streamed text that a crash may lose
 
-/** Keep a conversation, those of its messages that are not kept yet, and others that have changed.
+/** Store a conversation with its unsaved and its changed messages.
  * @param {import("./storage.js").Store | import("./storage.js").Forgetful} store
  * @param {Tree} tree @param {Message[]} [changed] */
 export async function keepTree(store, tree, changed = []) {
@@ -21,10 +21,10 @@ export async function keepTree(store, tree, changed = []) {
 export class Writer {
   /** @param {import("./storage.js").Store | import("./storage.js").Forgetful} store
    * @param {{changed: (tree: Tree, ended: boolean) => void, trouble: (problem: Problem, again: () => void) => void,
-   *   model: () => string}} deeds */
-  constructor(store, deeds) {
+   *   model: () => string}} actions */
+  constructor(store, actions) {
     this.store = store;
-    this.deeds = deeds;
+    this.actions = actions;
     /** @type {Map<string, {tree: Tree, message: Message, controller: AbortController, ended: Promise<void>}>} */
     this.running = new Map();
   }
@@ -34,7 +34,7 @@ export class Writer {
     return this.running.has(conversation ?? "");
   }
 
-  /** Resolves when it has stopped, and is kept.
+  /** Stop a conversation's answer; resolves when it has stopped and is stored.
    * @param {string} conversation */
   async stop(conversation) {
     const running = this.running.get(conversation);
@@ -42,13 +42,13 @@ export class Writer {
     await running?.ended;
   }
 
-  /** Have a new answer written under a message.
-   * @param {Tree} tree @param {string | null} parent @param {Partial<Message>} [begun] how it begins */
+  /** Request a new answer below a message.
+   * @param {Tree} tree @param {string | null} parent @param {Partial<Message>} [begun] its beginning */
   ask(tree, parent, begun = {}) {
     return this.write(tree, tree.add(parent, { given: 0, tokens: [], ...begun, role: "assistant" }));
   }
 
-  /** Have an answer written, or more of it.
+  /** Request an answer, or the continuation of one.
    * @param {Tree} tree @param {Message} message */
   write(tree, message) {
     if (this.busy(tree.conversation.id)) return undefined;
@@ -65,25 +65,25 @@ export class Writer {
   async #write(tree, message, controller) {
     const { conversation } = tree;
     message.state = "streaming";
-    if (!message.content) Object.assign(message, { given: 0, tokens: [], calls: [] }); // a call may have been half said
+    if (!message.content) Object.assign(message, { given: 0, tokens: [], calls: [] }); // drop an incomplete tool call
     delete message.problem;
     conversation.updated = Date.now();
-    this.deeds.changed(tree, false);
+    this.actions.changed(tree, false);
     const reader = new Reader();
     let saved = Date.now();
     /** @type {Problem | null} */
     let problem = null;
     try {
       await keepTree(this.store, tree, [message]);
-      const body = requestOf(tree.upTo(message.id), conversation.settings, this.deeds.model());
+      const body = requestOf(tree.upTo(message.id), conversation.settings, this.actions.model());
       await answer(message, body, {
         signal: controller.signal,
         changed: () => {
           reader.heard(message.content, false);
-          this.deeds.changed(tree, false);
+          this.actions.changed(tree, false);
           if (Date.now() - saved < SAVE_EVERY) return;
           saved = Date.now();
-          this.store.save(null, [message]).catch(() => {}); // the last save says it
+          this.store.save(null, [message]).catch(() => {}); // the final save reports errors
         },
       });
     } catch (error) {
@@ -94,33 +94,34 @@ export class Writer {
     try {
       await keepTree(this.store, tree, [message]);
     } catch (error) {
-      problem ??= new Problem("failed", `This browser could not keep the answer: ${error}`);
+      problem ??= new Problem("failed", `The browser could not store the answer: ${error}`);
     }
-    this.running.delete(conversation.id); // not before it is kept: what the store has is taken for newer then
-    this.deeds.changed(tree, true);
-    if (problem) this.deeds.trouble(problem, () => this.write(tree, message));
+    this.running.delete(conversation.id); // only after the save: from now on tabs prefer the stored version
+    this.actions.changed(tree, true);
+    if (problem) this.actions.trouble(problem, () => this.write(tree, message));
     if (controller.signal.aborted) this.#count(tree, message);
   }
 
-  /** A stopped answer's usage has not come: ask how many tokens the conversation has with it.
+  /** Count the conversation's tokens: the usage of a stopped answer is never sent.
    * @param {Tree} tree @param {Message} message */
   async #count(tree, message) {
-    const { model, messages, tools } = requestOf(tree.upTo(message.id), tree.conversation.settings, this.deeds.model());
+    const path = tree.upTo(message.id);
+    const { model, messages, tools } = requestOf(path, tree.conversation.settings, this.actions.model());
     const said = message.tokens?.length ?? 0;
     try {
       const all = await count({ model, messages, tools, continue_final_message: Boolean(message.content) });
       message.usage = { prompt_tokens: Math.max(0, all - said), completion_tokens: said };
       await this.store.save(null, [message]);
-      this.deeds.changed(tree, true);
+      this.actions.changed(tree, true);
     } catch {
-      /* the gauge stays at what was known before */
+      /* the gauge keeps its previous value */
     }
   }
 }
 
-/** Put into the message how it ended; what a person should hear of otherwise comes back.
+/** Set the message's state after an error.
  * @param {Message} message @param {any} error
- * @returns {Problem | null} */
+ * @returns {Problem | null} the problem to report; null for an abort */
 function end(message, error) {
   if (error?.name === "AbortError") {
     message.state = "stopped";
@@ -131,12 +132,12 @@ function end(message, error) {
     problem.kind === "full" || problem.kind === "closing" ? "full" : message.content ? "cut" : "failed";
   message.problem =
     problem.kind === "lost" && message.content
-      ? "The connection was lost in the middle of this answer. What had come is kept."
+      ? "The connection was lost during this answer. The part received so far is kept."
       : problem.message;
   return problem;
 }
 
-/** Reads a growing answer out: whole paragraphs, when a screen reader is free for them. */
+/** Announces a growing answer to screen readers, by whole paragraphs. */
 class Reader {
   #read = 0;
 
@@ -147,6 +148,6 @@ class Reader {
       say(text.slice(this.#read, to).trim());
       this.#read = to;
     }
-    if (ended) say("The answer has ended.");
+    if (ended) say("The answer is complete.");
   }
 }

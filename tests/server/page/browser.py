@@ -1,4 +1,4 @@
-"""What tests of the page do in a browser, and the scripted server behind it."""
+"""Helpers for tests of the page: the scripted server's process, and actions in a browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Scripted:
-    """The scripted server, in a process of its own that can be killed."""
+    """The scripted server in a separate process, which tests can kill."""
 
     def __init__(self) -> None:
         with socket.socket() as free:
@@ -43,10 +43,10 @@ class Scripted:
 
 
 def opened(browser: Any, url: str, **how: Any) -> Any:
-    """A page in a profile of its own. `page.faults` collects what its scripts complained of."""
+    """Open the page in a new browser profile. `page.faults` collects errors of its scripts."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **how})
     page = context.new_page()
-    page.set_default_timeout(30_000)  # of a machine that others use too
+    page.set_default_timeout(30_000)  # milliseconds; the machine may be loaded
     page.faults = []
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("console", lambda m: page.faults.append(m.text) if m.type == "error" else None)
@@ -56,7 +56,7 @@ def opened(browser: Any, url: str, **how: Any) -> Any:
 
 
 def ready(page: Any) -> None:
-    """Wait until the page listens; its scripts end a little after the browser calls it loaded."""
+    """Wait until the page's scripts have run, which is later than the load event."""
     page.wait_for_selector("#send svg", state="attached")
 
 
@@ -66,7 +66,7 @@ def reload(page: Any) -> None:
 
 
 def ask(page: Any, text: str, wait: bool = True) -> None:
-    """Send a message, and wait for the answer's end."""
+    """Send a message, and wait for the end of the answer unless `wait` is false."""
     page.fill("#ask", text)
     page.press("#ask", "Enter")
     if wait:
@@ -74,7 +74,7 @@ def ask(page: Any, text: str, wait: bool = True) -> None:
 
 
 def more(page: Any, count: int) -> None:
-    """Wait until so many more tokens have come."""
+    """Wait for at least `count` more tokens."""
     page.wait_for_function(
         "n => document.querySelectorAll('.tok').length > n", arg=page.locator(".tok").count() + count
     )
@@ -86,5 +86,5 @@ def answer(page: Any) -> Any:
 
 
 def asked(page: Any) -> list[dict[str, Any]]:
-    """The bodies of all that the server was asked so far."""
+    """The bodies of all requests to the scripted server so far."""
     return page.request.get(page.url.split("/#")[0].rstrip("/") + "/asked").json()

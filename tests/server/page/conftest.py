@@ -1,7 +1,6 @@
-"""A browser and a scripted server for the tests of the page, which skip where there is no such browser.
+"""The browser and the scripted server for tests of the page, which are skipped without the browser.
 
-Both end with their module: while Playwright is there, its event loop runs in this thread, where other tests want
-theirs.
+Both have module scope: Playwright's event loop occupies this thread, where other tests need their own.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def scripted(browser: Any) -> Iterator[Scripted]:
-    """A server that follows a script. A test that kills it starts it again."""
+    """The scripted server. A test that kills it must start it again."""
     server = Scripted()
     yield server
     server.kill()
@@ -40,7 +39,7 @@ def scripted(browser: Any) -> Iterator[Scripted]:
 
 @pytest.fixture
 def page(browser: Any, scripted: Scripted) -> Iterator[Any]:
-    """The page in a profile of its own; its scripts must complain of nothing."""
+    """The page in a new browser profile; fails the test if its scripts report errors."""
     page = opened(browser, scripted.url)
     yield page
     page.context.close()

@@ -1,10 +1,10 @@
-"""A server that answers like OpenAI's from a script, for tests of the page: quick, and the same each time.
+"""A scripted server with OpenAI's API for tests of the page: fast and deterministic.
 
     python -m tests.server.page.scripted PORT
 
-What the last message of a person says chooses the answer: "slow", "long", "markdown", "evil", "emoji", "weather"
-(a tool), "json", "full" (429 the first two times), "length", "error" or "hang up" (in mid-answer), else a
-sentence. With "several" three tokens come in one event, as from a server that has more than one to tell.
+A word in the last user message selects the response: "slow", "long", "markdown", "evil", "emoji", "weather" (a
+tool call), "json", "full" (429 the first two times), "length", "error" or "hang up" (during the response), else a
+sentence. With "several", each event carries three tokens.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ MODELS = [
 
 
 def split(text: str) -> list[bytes]:
-    """Tokens as bytes, some of them a part of a character."""
+    """Split a text into tokens as bytes; some are a part of a character."""
     tokens = []
     for piece in re.findall(r"\n+|[ ]?[A-Za-z]+|[ ]?[0-9]|[ ]?[^\sA-Za-z0-9]|[ ]+", text):
         data = piece.encode()
@@ -71,7 +71,7 @@ def entry(token: bytes, share: float) -> dict[str, Any]:
 
 
 def told(token: bytes, i: int) -> dict[str, Any]:
-    """What the stream says of a token: the stranger its place, the less likely."""
+    """The log-probability entry of a token, with a probability that depends on token and position."""
     share = (0.99, 0.95, 0.8, 0.97, 0.5, 0.99, 0.3, 0.93, 0.15, 0.98, 0.05)[(zlib.crc32(token) + i) % 11]
     others = [b" maybe", b" never", b"\n", b" or"]
     top = [entry(token, share), *(entry(other, (1 - share) / 2 ** (k + 1)) for k, other in enumerate(others))]
@@ -79,7 +79,7 @@ def told(token: bytes, i: int) -> dict[str, Any]:
 
 
 class Script:
-    """What it was asked, and the answers."""
+    """The routes of the scripted server; `asked` records the request bodies."""
 
     def __init__(self) -> None:
         self.key = ""

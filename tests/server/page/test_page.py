@@ -1,4 +1,4 @@
-"""The page as files: what is served, how, and that nothing in it comes from elsewhere."""
+"""The page's files: headers, caching, size, and no resources of other hosts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_has_not_changed_is_not_sent_again(client: TestClient, packing: str
     again = client.get("/", headers=tag)
     assert (again.status_code, again.content) == (304, b"")
     other = {**tag, "accept-encoding": "identity" if packing == "gzip" else "gzip"}
-    assert client.get("/", headers=other).status_code == 200  # other bytes have another tag
+    assert client.get("/", headers=other).status_code == 200  # the ETag depends on the encoding
 
 
 @pytest.mark.parametrize("name", [
@@ -103,5 +103,5 @@ def test_the_panel_shows_the_defaults_that_hold() -> None:
         if name not in (
             "max_tokens",
             "seed",
-        ):  # said in words
+        ):  # described in words
             assert float(usual) == defaults[name], name

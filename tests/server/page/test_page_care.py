@@ -1,4 +1,4 @@
-"""What makes the page pleasant, or safe: the focus stays, nothing typed is lost, and no text runs."""
+"""The page in a browser: focus, unsaved input, search, touch, redraws, and no execution of text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from tests.server.page.scripted import ANSWERS, SENTENCE
 
 def test_the_focus_stays_where_keys_are_pressed(page: Any) -> None:
     ask(page, "first")
-    page.focus(".assistant [aria-label='Answer again']")
+    page.focus(".assistant [aria-label='Regenerate']")
     page.keyboard.press("Enter")
     page.wait_for_selector(".siblings >> text=2 / 2")
     page.wait_for_selector(".assistant[aria-busy=false]")
     focused = "document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"
-    assert page.evaluate(focused) == "ask"  # the buttons were gone while the answer came
-    page.focus("[aria-label='Version before']")
+    assert page.evaluate(focused) == "ask"  # the buttons are hidden while the answer streams
+    page.focus("[aria-label='Previous version']")
     page.keyboard.press("Enter")
     page.wait_for_selector(".siblings >> text=1 / 2")
-    assert page.evaluate(focused) == "Version after"  # the one that can be pressed now
+    assert page.evaluate(focused) == "Next version"  # the button that is enabled now
     page.focus("#conversations .open")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.className") == "open"
@@ -61,7 +61,7 @@ def test_a_word_is_found_on_another_branch_and_shown(page: Any) -> None:
 def test_a_token_of_an_answer_that_is_still_coming_branches(page: Any) -> None:
     ask(page, "slow", wait=False)
     page.wait_for_selector(".tok >> nth=9")
-    # The token is drawn anew, again and again, under the pointer: measured in one step, it cannot vanish meanwhile.
+    # Measured in one call, because each update of the answer replaces the token's element.
     at = page.evaluate("document.querySelectorAll('.tok')[2].getBoundingClientRect().toJSON()")
     page.mouse.move(at["x"] + 4, at["y"] + 4)
     page.wait_for_selector("#alternatives:not([hidden])")
@@ -72,8 +72,8 @@ def test_a_token_of_an_answer_that_is_still_coming_branches(page: Any) -> None:
     page.wait_for_selector(".siblings >> text=2 / 2")
     page.wait_for_selector(".assistant[aria-busy=false]")
     assert asked(page)[-1]["messages"][-1]["content"] == "The window never"
-    page.click("[aria-label='Version before']")
-    page.wait_for_selector(".notice.stopped")  # it had not ended when it was left
+    page.click("[aria-label='Previous version']")
+    page.wait_for_selector(".notice.stopped")  # branching stopped it
 
 
 def test_a_finger_opens_the_alternatives_and_closes_them(browser: Any, scripted: Scripted) -> None:
@@ -90,7 +90,7 @@ def test_a_finger_opens_the_alternatives_and_closes_them(browser: Any, scripted:
 
 
 def test_a_long_answer_is_drawn_a_piece_at_a_time(page: Any) -> None:
-    """Each paragraph is made once or while it grows, never again with each token after it."""
+    """A paragraph is rendered only while it grows, not for each token after it."""
     page.evaluate("""() => { window.made = window.draws = 0; new MutationObserver(all => {
         window.draws += 1;
         for (const { addedNodes } of all)
@@ -99,7 +99,7 @@ def test_a_long_answer_is_drawn_a_piece_at_a_time(page: Any) -> None:
     ask(page, "long")
     made, draws = page.evaluate("[window.made, window.draws]")
     assert "".join(page.locator(".tok").all_text_contents()) == SENTENCE * 60
-    assert 60 <= made <= 60 + 3 * draws  # all paragraphs with each draw would be 60 * draws / 2
+    assert 60 <= made <= 60 + 3 * draws  # rendering all paragraphs at each draw would give 60 * draws / 2
     page.evaluate("document.getElementById('scroll').scrollTop = 0")
     page.click("#down")
     assert page.evaluate("(({scrollHeight: all, scrollTop: top, clientHeight: one}) => all - top - one)"

@@ -1,4 +1,4 @@
-"""The page in a browser: writing, branching, tints, settings, keeping; the server behind it follows a script."""
+"""The page in a browser with a scripted server: messages, branches, tints, settings, storage, tools."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_was_stopped_goes_on_where_it_was(page: Any) -> None:
     page.wait_for_selector(".notice.stopped")
     kept = answer(page).locator(".text").inner_text()
     assert ANSWERS["slow"].startswith(kept.rstrip())
-    page.click(".notice >> text=Go on")
+    page.click(".notice >> text=Continue")
     page.wait_for_selector(".assistant[aria-busy=true]")
     more(page, 5)
     page.click("#send")
@@ -50,10 +50,10 @@ def test_what_was_stopped_goes_on_where_it_was(page: Any) -> None:
 def test_editing_and_asking_again_are_branches(page: Any) -> None:
     ask(page, "first thing")
     ask(page, "second thing")
-    page.click(".assistant >> nth=0 >> [aria-label='Answer again']")
+    page.click(".assistant >> nth=0 >> [aria-label='Regenerate']")
     page.wait_for_selector(".assistant .siblings >> text=2 / 2")
-    assert page.locator(".user").count() == 1  # what followed hangs at the other branch
-    page.click("[aria-label='Version before']")
+    assert page.locator(".user").count() == 1  # the later messages belong to the other branch
+    page.click("[aria-label='Previous version']")
     assert page.locator(".user").count() == 2
     page.hover(".user >> nth=0")
     page.click(".user >> nth=0 >> [aria-label=Edit]")
@@ -62,9 +62,9 @@ def test_editing_and_asking_again_are_branches(page: Any) -> None:
     page.wait_for_selector(".user .siblings >> text=2 / 2")
     page.wait_for_selector(".assistant[aria-busy=false] .stats:not(:empty)")
     assert asked(page)[-1]["messages"] == [{"role": "user", "content": "another thing"}]
-    reload(page)  # the tree and the branch on the screen are kept
+    reload(page)  # the tree and the visible branch are stored
     page.wait_for_selector(".user .siblings >> text=2 / 2")
-    page.click(".user [aria-label='Version before']")
+    page.click(".user [aria-label='Previous version']")
     assert page.locator(".user .text").all_inner_texts() == ["first thing", "second thing"]
 
 
@@ -85,7 +85,7 @@ def test_tokens_are_tinted_and_an_alternative_branches(page: Any) -> None:
     before = "".join(tokens.all_text_contents()[:6])
     assert asked(page)[-1]["messages"][-1] == {"role": "assistant", "content": before + " never", "prefix": True}
     assert answer(page).locator(".text").inner_text() == f"{before} never, and so it went on."
-    assert tokens.nth(6).text_content() == " never"  # what was branched to has a tint too
+    assert tokens.nth(6).text_content() == " never"  # the chosen alternative is tinted, too
     page.click("#tint")
     assert tokens.count() == 0
     assert answer(page).locator(".text").inner_text() == f"{before} never, and so it went on."
@@ -106,12 +106,12 @@ def test_bytes_that_make_no_character_lose_no_place(page: Any) -> None:
 def test_several_tokens_in_one_event_are_several_places(page: Any) -> None:
     ask(page, "several, with emoji")
     tokens = page.locator(".tok")
-    assert tokens.all_text_contents() == ["Good", " ", "🙂", " day"]  # the emoji's bytes lie in two events
+    assert tokens.all_text_contents() == ["Good", " ", "🙂", " day"]  # the emoji's bytes are split over two events
     page.click("#new")
     ask(page, "several")
     assert "".join(tokens.all_text_contents()) == SENTENCE
     assert f"{tokens.count()} tokens" in answer(page).locator(".stats").inner_text()
-    before = "".join(tokens.all_text_contents()[:7])  # the second of its event
+    before = "".join(tokens.all_text_contents()[:7])  # token 7 is the second of its event
     tokens.nth(7).hover()
     page.click("#alternatives button:has-text('·never')")
     page.wait_for_selector(".siblings >> text=2 / 2")
@@ -121,7 +121,7 @@ def test_several_tokens_in_one_event_are_several_places(page: Any) -> None:
 
 
 def test_an_alternative_is_reached_by_keys_alone(page: Any) -> None:
-    page.keyboard.type("tell me")  # the focus is in the box at the start
+    page.keyboard.type("tell me")  # the message box has the focus at the start
     page.keyboard.press("Enter")
     page.wait_for_selector(".assistant[aria-busy=false] .stats:not(:empty)")
     for _ in range(12):
@@ -161,7 +161,7 @@ def test_markdown_is_drawn_with_its_tints(page: Any) -> None:
         text.locator("pre").inner_text().startswith('def visible(i: int, j: int, window: int) -> bool:\n    """')
     )
     assert text.locator("a").get_attribute("rel") == "noopener noreferrer nofollow"
-    # What is not tinted is blank, or written otherwise in the source ("&amp;").
+    # Text without a tint is whitespace, or differs from its source ("&amp;").
     bare = page.evaluate("""() => { const copy = document.querySelector('.assistant .text').cloneNode(true);
         copy.querySelectorAll('.tok, .code-head').forEach(e => e.remove()); return copy.textContent.trim(); }""")
     assert bare.replace(" ", "").replace("\n", "") in ("", "says&shows:")
@@ -208,11 +208,11 @@ def test_conversations_are_kept_found_carried_away_and_back(page: Any, tmp_path:
     assert answer(page).locator(".text").inner_text() == SENTENCE  # the same conversation is open again
     titles = page.locator("#conversations .open span")
     assert titles.all_inner_texts() == ["something of windows", "emoji of the <b>first</b>"]
-    page.fill("#search", "good day 🙂")  # words of an answer
+    page.fill("#search", "good day 🙂")  # words in an answer
     page.wait_for_function("() => document.querySelectorAll('#conversations [data-id]').length === 1")
     assert titles.all_inner_texts() == ["emoji of the <b>first</b>"]
-    page.fill("#search", "good windows")  # in no conversation both
-    page.wait_for_selector("#none >> text=Nothing found.")
+    page.fill("#search", "good windows")  # no conversation has both words
+    page.wait_for_selector("#none >> text=No results.")
     page.fill("#search", "")
     page.wait_for_function("() => document.querySelectorAll('#conversations [data-id]').length === 2")
     with page.expect_download() as download:
@@ -243,16 +243,16 @@ def test_settings_reach_the_request_and_faults_do_not(page: Any) -> None:
     assert page.get_attribute("#set-temperature", "placeholder") == "1"
     page.fill("#set-system", "Be brief.")
     page.fill("#set-temperature", "warm")
-    assert page.inner_text("#about-temperature") == "Temperature is a number"
+    assert page.inner_text("#about-temperature") == "Temperature must be a number"
     page.select_option("#set-format", "schema")
     page.fill("#set-schema", '{"type": "object"')
     ask(page, "json", wait=False)
-    assert "Temperature is a number" in page.wait_for_selector("#banner.failed").inner_text()
-    assert page.input_value("#ask") == "json"  # not lost
+    assert "Temperature must be a number" in page.wait_for_selector("#banner.failed").inner_text()
+    assert page.input_value("#ask") == "json"  # the message is not lost
     page.fill("#set-temperature", "0.25")
     page.fill("#set-seed", "7")
     page.fill("#set-stop", "one\ntwo")
-    assert "no JSON" in page.inner_text("#about-schema")
+    assert "Invalid JSON" in page.inner_text("#about-schema")
     page.fill("#set-schema", '{"type": "object"}')
     ask(page, "json")
     body = asked(page)[-1]
@@ -266,7 +266,7 @@ def test_settings_reach_the_request_and_faults_do_not(page: Any) -> None:
     reload(page)
     page.click("#settings")
     assert page.input_value("#set-temperature") == "0.25"
-    page.click("text=Back to the defaults")
+    page.click("text=Reset to defaults")
     ask(page, "again")
     assert "temperature" not in asked(page)[-1]
 
@@ -294,11 +294,11 @@ def test_a_tool_is_called_answered_and_answered_otherwise(page: Any) -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abcdefghi", "content": "sunny"},
     ]
-    page.wait_for_selector(".assistant >> nth=1 >> [aria-label='Answer again']")
+    page.wait_for_selector(".assistant >> nth=1 >> [aria-label='Regenerate']")
     page.fill(".card textarea", "wet")
-    page.click("text=Send other results")
+    page.click("text=Send new results")
     page.wait_for_selector(".assistant >> nth=1 >> text=It is wet.")
-    page.click(".calls [aria-label='Version before']")
+    page.click(".calls [aria-label='Previous version']")
     page.wait_for_selector(".assistant >> nth=1 >> text=It is sunny.")
 
 
@@ -325,9 +325,9 @@ def test_events_are_the_same_however_they_come_cut(page: Any) -> None:
 
 
 DAMAGES = {
-    "file.format = 'x'": "no export", "file.version = 2": "version 2", "c.messages = 3": "no messages",
+    "file.format = 'x'": "not an export", "file.version = 2": "version 2", "c.messages = 3": "no messages",
     "c.messages[1].parent = 'zz'": "parent is missing", "c.messages[0].content = {}": "content",
-    "c.messages[0].parent = 'b'": "circle", "c.title = null": "title", "": "taken",
+    "c.messages[0].parent = 'b'": "cycle", "c.title = null": "title", "": "taken",
 }  # fmt: skip
 DAMAGED = """async () => {
     const { readExport } = await import('/web/transfer.js');

@@ -1,4 +1,4 @@
-"""The page on the server itself: the two agree on what is asked and what is answered."""
+"""The page against the real server: its requests and responses are compatible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_page_and_server_agree(browser: Any, server: Any) -> None:
     page.wait_for_selector(".assistant[aria-busy=false]")
     assert page.locator(".notice.failed, #banner:visible").count() == 0
     page.click("#settings")
-    page.click("text=Back to the defaults")
+    page.click("text=Reset to defaults")
     page.select_option("#set-format", "schema")
     schema = '{"type": "object", "properties": {"name": {"enum": ["Ada"]}}, "required": ["name"], '
     page.fill("#set-schema", schema + '"additionalProperties": false}')
@@ -46,7 +46,7 @@ def test_page_and_server_agree(browser: Any, server: Any) -> None:
 def test_a_file_that_is_not_there_is_refused_like_all_else(server: Any, name: str) -> None:
     answered = httpx.get(f"{server.url}/web/{name}")
     assert answered.status_code == 404
-    why = f"there is nothing at /web/{name}"
+    why = f"there is no route /web/{name}"
     error = {"message": why, "type": "not_found_error", "param": None, "code": "no_such_route"}
     assert answered.json() == {"error": error}
     assert "default-src 'none'" in answered.headers["content-security-policy"]

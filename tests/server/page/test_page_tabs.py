@@ -1,4 +1,4 @@
-"""Two tabs of one browser show the same, and neither writes over what the other did."""
+"""Two tabs of one browser show the same data and do not overwrite each other's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEPT = """id => new Promise(done => {
 
 
 def beside(page: Any) -> Any:
-    """Another tab, with the same conversation open."""
+    """Open the same conversation in another tab."""
     other = page.context.new_page()
     other.on("pageerror", lambda error: page.faults.append(str(error)))
     other.goto(page.url)
@@ -24,7 +24,7 @@ def beside(page: Any) -> Any:
 
 
 def click(page: Any, selector: str) -> None:
-    """A click in this tab, brought to the front: in one behind, the browser takes seconds for each."""
+    """Click in a tab after bringing it to the front: clicks in background tabs take seconds."""
     page.bring_to_front()
     page.click(selector)
 
@@ -38,14 +38,14 @@ def test_what_one_tab_writes_the_other_shows_and_can_stop(page: Any) -> None:
     assert other.get_attribute("#send", "aria-label") == "Stop"
     other.click("#send")
     for tab in (page, other):
-        tab.wait_for_selector(".notice.stopped >> text=Go on")
+        tab.wait_for_selector(".notice.stopped >> text=Continue")
     assert answer(other).locator(".text").inner_text() == answer(page).locator(".text").inner_text()
     ask(other, "of the other tab")
     page.wait_for_selector(".user >> text=of the other tab")
     other.click("#new")
     ask(other, "emoji")
     page.wait_for_selector("#conversations >> text=emoji")
-    assert page.locator(".user").count() == 3  # a conversation of another tab does not come before this one
+    assert page.locator(".user").count() == 3  # a new conversation in another tab does not replace this one
 
 
 def test_both_tabs_branch_and_all_versions_are_kept(page: Any) -> None:
@@ -54,10 +54,10 @@ def test_both_tabs_branch_and_all_versions_are_kept(page: Any) -> None:
     other = beside(page)
     ask(page, "mine")
     other.wait_for_selector(".user >> text=mine")
-    other.click(".assistant >> nth=0 >> [aria-label='Answer again']")
+    other.click(".assistant >> nth=0 >> [aria-label='Regenerate']")
     other.wait_for_selector(".siblings >> text=2 / 2")
     page.wait_for_selector(".siblings >> text=1 / 2")
-    assert page.locator(".user .text").all_inner_texts() == ["first", "second", "mine"]  # it stays where it was
+    assert page.locator(".user .text").all_inner_texts() == ["first", "second", "mine"]  # branch unchanged
     ask(other, "of the other tab")
     ask(page, "mine again")
     for tab, last in ((page, "mine again"), (other, "of the other tab")):
@@ -78,7 +78,7 @@ def test_a_conversation_deleted_in_one_tab_is_gone_in_both(page: Any) -> None:
     page.wait_for_selector("#empty")
     assert page.locator("#conversations [data-id]").count() == 0
     reload(page)
-    assert page.evaluate(KEPT) == []  # the answer's last words did not bring it back
+    assert page.evaluate(KEPT) == []  # the last save of the answer did not restore it
 
 
 def test_an_answer_whose_tab_is_closed_was_cut(page: Any) -> None:
@@ -88,8 +88,8 @@ def test_an_answer_whose_tab_is_closed_was_cut(page: Any) -> None:
     other = beside(page)
     other.wait_for_selector(".assistant[aria-busy=true] .tok >> nth=5")
     page.close()
-    other.clock.run_for(2000)  # so long without news
-    other.wait_for_selector(".notice.cut >> text=The page was closed while this was being written")
+    other.clock.run_for(2000)  # the QUIET of tabs.js
+    other.wait_for_selector(".notice.cut >> text=The page was closed before the answer was complete")
     ask(other, "and now")
 
 

@@ -1,5 +1,5 @@
-"""The page in a browser when something is wrong: no key, a full queue, a server that dies. And for everybody: axe
-finds nothing serious in any state, wide or narrow, light or dark."""
+"""The page in a browser under errors: missing key, full queue, killed server. Also accessibility: axe reports no
+serious findings on wide and narrow screens, light and dark."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, scripted: Scripted
         assert "missing API key" in page.wait_for_selector("#key-why").inner_text()
         page.fill("#key", "wrong")
         page.press("#key", "Enter")
-        page.wait_for_selector("#key-why >> text=The key was not taken")
+        page.wait_for_selector("#key-why >> text=The key was rejected")
         page.fill("#key", "sesame")
         page.press("#key", "Enter")
         page.wait_for_selector("#key-dialog", state="hidden")
@@ -33,9 +33,9 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Any, scripted: Scripted
         assert "sesame" not in page.evaluate("JSON.stringify({...localStorage})")
         page.evaluate("sessionStorage.setItem('key', 'old')")
         reload(page)
-        page.wait_for_selector("#key-why >> text=The key was not taken")
+        page.wait_for_selector("#key-why >> text=The key was rejected")
         page.click("text=Not now")
-        page.click("#banner >> text=Give one")
+        page.click("#banner >> text=Enter key")
         page.fill("#key", "sesame")
         page.press("#key", "Enter")
         page.wait_for_selector("#model >> text=mistral-7b", state="attached")
@@ -48,19 +48,19 @@ def test_a_full_queue_is_counted_down_and_tried_again_by_choice(page: Any) -> No
     page.clock.install()
     ask(page, "full house", wait=False)
     banner = page.wait_for_selector("#banner.full")
-    assert re.search(r"no more may\. There may be room in [1-3] s\.", banner.inner_text())
+    assert re.search(r"no more may\. The queue may have room in [1-3] s\.", banner.inner_text())
     page.clock.run_for(3000)
-    page.wait_for_selector("#banner >> text=There may be room now")
-    assert len(asked(page)[-1]["messages"]) == 1  # nothing was asked again by itself
+    page.wait_for_selector("#banner >> text=The queue may have room now")
+    assert len(asked(page)[-1]["messages"]) == 1  # no automatic retry
     page.click("#banner >> text=Try now")
     page.wait_for_selector("#banner >> text=/in [1-3] s\\./")
-    page.click("#banner >> text=Try when it is time")
-    page.wait_for_selector("#banner >> text=Trying again in")
+    page.click("#banner >> text=Retry automatically")
+    page.wait_for_selector("#banner >> text=Retrying in")
     page.clock.run_for(3000)
     page.wait_for_selector(".assistant[aria-busy=false] .stats:not(:empty)")
     assert answer(page).locator(".text").inner_text() == SENTENCE
     assert page.locator("#banner").is_hidden()
-    page.faults.clear()  # the browser writes of every 429 to its console
+    page.faults.clear()  # the browser logs every 429 to its console
 
 
 def test_a_server_killed_in_mid_answer_loses_nothing(browser: Any, scripted: Scripted) -> None:
@@ -68,14 +68,14 @@ def test_a_server_killed_in_mid_answer_loses_nothing(browser: Any, scripted: Scr
     ask(page, "slow", wait=False)
     page.wait_for_selector(".tok >> nth=8")
     scripted.kill()
-    page.wait_for_selector(".notice.cut >> text=The connection was lost in the middle of this answer")
+    page.wait_for_selector(".notice.cut >> text=The connection was lost during this answer")
     kept = answer(page).locator(".text").inner_text().rstrip()
     assert ANSWERS["slow"].startswith(kept)
     assert len(kept) > 20
-    assert "Looking for it" in page.inner_text("#banner")
+    assert "Reconnecting" in page.inner_text("#banner")
     scripted.start()
     page.wait_for_selector("#banner.found >> text=The server is back.")
-    page.click(".notice >> text=Go on")
+    page.click(".notice >> text=Continue")
     more(page, 4)
     page.click("#send")
     page.wait_for_selector(".notice.stopped")
@@ -90,7 +90,7 @@ def test_a_page_closed_in_mid_answer_keeps_what_had_come(browser: Any, scripted:
     ask(page, "slow", wait=False)
     page.wait_for_selector(".tok >> nth=40")
     reload(page)
-    page.wait_for_selector(".notice.cut >> text=The page was closed while this was being written")
+    page.wait_for_selector(".notice.cut >> text=The page was closed before the answer was complete")
     assert ANSWERS["slow"].startswith(answer(page).locator(".text").inner_text().rstrip())
     assert page.locator(".tok").count() > 15
     scripted.kill()
@@ -117,7 +117,7 @@ def test_an_error_in_mid_answer_is_said(page: Any) -> None:
 
 def test_a_stream_that_just_ends_was_cut(page: Any) -> None:
     ask(page, "hang up", wait=False)
-    page.wait_for_selector(".notice.cut >> text=The connection was lost in the middle of this answer")
+    page.wait_for_selector(".notice.cut >> text=The connection was lost during this answer")
     page.wait_for_selector("#banner.found")
 
 

@@ -1,7 +1,7 @@
 """Work for a GPU that is recorded once and then started as a whole: CUDA graphs.
 
 A step of the 7B model is a thousand kernels; launched one by one they keep the GPU waiting. Replayed, they are one
-launch, on the tensors that they were recorded with: whoever replays fills these anew. Never yet run on a GPU.
+launch, on the tensors that they were recorded with, which are given new values before. Never yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Memory on huge pages: weights that are streamed from it arrive up to a sixth sooner.
 
 A page of 4 KB is as far as the CPU's prefetchers look ahead, and each needs its own translation. Systems give
-anonymous memory pages of 2 MB to whoever asks; a mapped file gets none.
+anonymous memory huge pages, of 2 MB, where it asks for them; a mapped file gets none.
 """
 
 from __future__ import annotations

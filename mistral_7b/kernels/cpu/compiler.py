@@ -21,9 +21,9 @@ import subprocess
 import sys
 import warnings
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
-SOURCE = pathlib.Path(__file__).with_name("cpu") / "entry.cpp"  # which includes all that lies beside it
+SOURCE = pathlib.Path(__file__).with_name("entry.cpp")  # which includes all that lies beside it
 COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP is the one that PyTorch has loaded already
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
@@ -38,29 +38,16 @@ INSTRUCTIONS = {
 }
 VARIABLE = "MISTRAL_7B_KERNELS"
 
-PTR, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-SIGNATURES = {
-    # the order of arguments is that of cpu/entry.cpp
-    "m7b_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, PTR, LONG, LONG, INT, PTR),
-    "m7b_block_linear": (INT, PTR, LONG, LONG, INT, PTR, PTR, LONG, INT, PTR),
-    "m7b_add_low_rank": (INT, PTR, LONG, LONG, LONG, PTR, PTR, INT, PTR),
-    "m7b_rms_norm": (INT, PTR, PTR, LONG, LONG, ctypes.c_float, INT, PTR),
-    "m7b_silu_mul": (INT, PTR, PTR, LONG, INT, PTR),
-    "m7b_rotate": (INT, PTR, PTR, PTR, LONG, LONG, LONG, LONG, INT, PTR),
-    "m7b_project": (PTR, INT, PTR, LONG, PTR, PTR, LONG, INT, PTR, PTR, PTR),
-    "m7b_finish_block": (PTR, INT, PTR, PTR, LONG, INT, PTR),
-    "m7b_layers": (PTR, LONG, PTR, PTR, INT, *(LONG,) * 3, PTR, PTR, LONG, INT, PTR),
-    "m7b_attend": (PTR, INT, *(LONG,) * 3, *(PTR,) * 9, INT, INT, PTR),
-    "m7b_read": (PTR, LONG, INT),
-}
-RETURNS = {"m7b_read": LONG}  # the others nothing
+FUNCTIONS = (  # each takes one structure of arguments.py, and returns nothing
+    "linear", "low_rank", "rms_norm", "silu_mul", "rotate", "attend", "project", "finish_block", "layers",
+)  # fmt: skip
 
 
-def chosen() -> str:
+def asked() -> str:
     """Which instructions the environment asks for. ConfigError for a name that is none."""
     name = os.environ.get(VARIABLE, "native") or "native"
     if name not in INSTRUCTIONS:
-        raise ConfigError(f"{VARIABLE}={name} is not known: it can be {', '.join(INSTRUCTIONS)}")
+        raise ConfigError(f"{VARIABLE}={name} is not known: it can be {', '.join(INSTRUCTIONS)}", field=VARIABLE)
     return name
 
 
@@ -90,21 +77,27 @@ def cache_folder() -> pathlib.Path:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there are none to be had."""
-    name = chosen()
+    name = asked()
     if name == "off":
         return None
     for instructions in dict.fromkeys((name, "avx512")):  # where a system knows of AMX and does not grant it
         path, why = _build(instructions)
         lib = None if path is None else _load(path)
-        if lib is not None and lib.m7b_path():
+        if lib is not None and lib.m7b_instructions():
             return lib
         _WHY.append(why or f"{path} cannot be loaded; remove it to have it compiled again")
     return None
 
 
+def instructions() -> str:
+    """What the compiled kernels run on: AMX, AVX-512 VNNI, AVX2 or scalar; "" where there are none."""
+    lib = library()
+    return lib.m7b_instructions().decode() if lib else ""
+
+
 def must_compile() -> bool:
     """Whether `library` has to compile first, which takes from ten seconds to a minute: nothing is kept yet."""
-    name, cxx = chosen(), compiler()
+    name, cxx = asked(), compiler()
     return name != "off" and cxx is not None and not _place(cxx, name).exists()
 
 
@@ -133,10 +126,11 @@ def _load(path: pathlib.Path) -> ctypes.CDLL | None:
         lib = ctypes.CDLL(str(path))
     except OSError:
         return None
-    for function, arguments in SIGNATURES.items():
-        getattr(lib, function).argtypes = arguments
-        getattr(lib, function).restype = RETURNS.get(function)
-    lib.m7b_path.restype = ctypes.c_char_p
+    for function in FUNCTIONS:
+        getattr(lib, f"m7b_{function}").argtypes = (ctypes.c_void_p,)
+        getattr(lib, f"m7b_{function}").restype = None
+    lib.m7b_read.argtypes, lib.m7b_read.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+    lib.m7b_instructions.restype = ctypes.c_char_p
     return lib
 
 
@@ -190,15 +184,3 @@ def _build(name: str) -> tuple[pathlib.Path | None, str]:
     finally:
         partial.unlink(missing_ok=True)
     return None, f"{cxx} failed: {said}"
-
-
-def describe() -> dict[str, str]:
-    """What there is of kernels on this machine, for a person: compiler, instructions, library, what is missing."""
-    lib = library()
-    facts = {
-        "compiler": compiler() or "none",
-        "asked for": chosen(),
-        "running": lib.m7b_path().decode() if lib else "PyTorch operators",
-        "library": lib._name if lib else "none",
-    }
-    return facts | ({"missing": missing()} if missing() else {})

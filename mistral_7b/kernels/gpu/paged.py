@@ -1,4 +1,4 @@
-"""Attention over pages on a GPU, for any mixture of decode and prefill: attend.py's operator there.
+"""Attention over pages on a GPU, for any mixture of decode and prefill: ../attend.py's operator there.
 
     rows of queries, packed         0   1   2 3 4 5 6 7 8   9     decode is prefill of length one
     their sequences               [ 0 | 1 | 2 2 2 2 2 2 2 | 3 ]   offsets 0, 1, 2, 9, 10
@@ -22,12 +22,15 @@ the shares of splits that are not there.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fused import launch
+from .launch import launch, power
+
+if TYPE_CHECKING:
+    from ..attend import Remembered
 
 SPLIT = 512  # positions whose keys one program must take together
 BLOCK_M = 32  # rows of a tile: low enough for mma.sync, high enough for prefill to use a loaded key 32 times
@@ -40,9 +43,8 @@ HOW: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": Fals
 
 
 def paged_attend(
-    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None,
-    old_k: Tensor, old_v: Tensor, old_k_scale: Tensor | None, old_v_scale: Tensor | None,
-    start: Tensor, held: Tensor, offsets: Tensor, table: Tensor, page: int, window: int | None, keep: bool = True,
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, old: Remembered,
+    window: int | None, keep: bool = True,
 ) -> Tensor:  # fmt: skip
     """Attention of packed q (N, H, K) over its own k, v (N, G, K) and pages (n_pages, page, G, K): (N, H, K).
 
@@ -50,16 +52,19 @@ def paged_attend(
     them in the pages table[b] (B, columns), of all these the last `window` (None or 0: all). It may have no rows.
     Rows after the last offset belong to no sequence: they give zeros and are not kept.
     k, v and pages are of q's type, or int8 with float32 scales (N, G, 1) and (n_pages, page, G, 1); pages are
-    contiguous. With `keep` the new ones are then written to theirs. For tensors that `fused.runs_kernels` takes.
+    contiguous. With `keep` the new ones are then written to theirs. For what backend.py gives to Triton.
     """
-    (N, H, K), (G, B) = q.shape, (k.shape[1], len(start))
+    place, page = old.place, old.place.page
+    assert place.offsets is not None
+    assert place.table is not None
+    (N, H, K), (G, B) = q.shape, (k.shape[1], len(place.start))
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not N:
         return out
     q, k, v = (_rows(t) for t in (q, k, v))
-    start, held, offsets, table = (t.contiguous() for t in (start, held, offsets, table))
-    scales = [q if t is None else t for t in (k_scale, v_scale, old_k_scale, old_v_scale)]
-    entries = (k, v, *(t if t is q else t.contiguous() for t in scales[:2]), old_k, old_v, *scales[2:])
+    start, held, offsets, table = (t.contiguous() for t in (place.start, place.held, place.offsets, place.table))
+    scales = [q if t is None else t for t in (k_scale, v_scale, old.k_scale, old.v_scale)]
+    entries = (k, v, *(t if t is q else t.contiguous() for t in scales[:2]), old.k, old.v, *scales[2:])
     columns, window = table.shape[1], window or ENDLESS
     cut = _cut(N, H, G, K, B, columns * page, 0 if keep else N, window)
     shared, parts = cut.programs > 1, [out] * 3
@@ -67,7 +72,7 @@ def paged_attend(
         shapes = [(N * H, cut.slots, *last) for last in ((), (), (K,))]
         parts = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
     strides, sizes = (q.stride(0), k.stride(0), v.stride(0)), (cut.slots, window)
-    heads: dict[str, Any] = {"G": G, "R": H // G, "K": K, "SPLIT": SPLIT, "BLOCK_K": max(16, _power(K))}
+    heads: dict[str, Any] = {"G": G, "R": H // G, "K": K, "SPLIT": SPLIT, "BLOCK_K": max(16, power(K))}
     pages: dict[str, Any] = {"PAGE": page, "INT8": k_scale is not None}
     blocks = {"BLOCK_M": cut.height, "BLOCK_S": BLOCK_S // 2 if q.dtype == torch.float32 else BLOCK_S}
     _launch(
@@ -77,12 +82,12 @@ def paged_attend(
     )  # fmt: skip
     if shared:
         _launch(
-            "merge_splits", (N, G), *parts, start, held, offsets, out, B, *sizes, BLOCK_R=_power(H // G), **heads
+            "merge_splits", (N, G), *parts, start, held, offsets, out, B, *sizes, BLOCK_R=power(H // G), **heads
         )
     if keep:
         _launch(
             "remember", (N,), *entries, start, offsets, table, *strides[1:], B, columns, G=G, K=K, **pages,
-            BLOCK=_power(G * K), BLOCK_G=_power(G),
+            BLOCK=power(G * K), BLOCK_G=power(G),
         )  # fmt: skip
     return out
 
@@ -98,7 +103,7 @@ class Cut(NamedTuple):
 
 def _cut(N: int, H: int, G: int, K: int, B: int, paged: int, beside: int, window: int) -> Cut:
     """Positions in pages, `paged` at most, begin at 0; with new ones `beside` them, they begin anywhere."""
-    height = max(BLOCK_M, _power(H // G))
+    height = max(BLOCK_M, power(H // G))
     queries = height // (H // G)
     tiles = (
         N // queries + B + 1
@@ -117,11 +122,6 @@ def _splits(positions: int) -> int:
 def _rows(t: Tensor) -> Tensor:
     """t (N, heads, K), contiguous but for the distance of its rows, which may be those of a wider matrix."""
     return t if t.stride(2) == 1 and t.stride(1) == t.shape[2] else t.contiguous()
-
-
-def _power(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
 
 
 def _launch(kernel: str, grid: tuple[int, ...], first: Tensor, *rest: Any, **constants: Any) -> None:

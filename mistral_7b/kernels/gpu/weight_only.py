@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import launch, runs_kernels
+from ..backend import FP8_LINEAR, ROUND_FP8, WEIGHT_ONLY, Backend, uses
+from .launch import launch
 
 TILE_ROWS = 64  # more rows than these: expanding the weight costs less than reading it once per 16 rows
 PROGRAMS = 264  # programs that fill the GPU, two for each of an H200's 132 multiprocessors; a constant, so
@@ -44,11 +45,6 @@ MATVEC4 = {"BLOCK_N": 16, "BLOCK_K": 1024}  # more rows, so that x, to be unpack
 MAGIC = 0x4B000000  # the bits of 2^23
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}
 E4M3_MAX = 448.0
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether the device multiplies fp8: NVIDIA's Ada (8.9), Hopper (9.0) and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -70,7 +66,7 @@ def whole_int4(packed: Tensor, m: Tensor, z: Tensor, group: int, K: int) -> Tens
 
 def expand_int8(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The int8 (or, with q of e4m3, fp8) weight itself (N, K), rounded once to `dtype`."""
-    if not runs_kernels(scale):
+    if not uses(Backend.TRITON, WEIGHT_ONLY, scale):
         return (_whole_int8(q) * scale[:, None]).to(dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     N, K = q.shape
@@ -83,7 +79,7 @@ def expand_int4(
     packed: Tensor, m: Tensor, z: Tensor, scale: Tensor, group: int, K: int, dtype: torch.dtype
 ) -> Tensor:
     """The int4 weight itself (N, K), rounded once to `dtype`."""
-    if not runs_kernels(scale):
+    if not uses(Backend.TRITON, WEIGHT_ONLY, scale):
         return (whole_int4(packed, m, z, group, K) * scale[:, None]).to(dtype)
     N, G = m.shape
     out = torch.empty(N, K, dtype=dtype, device=packed.device)
@@ -95,7 +91,7 @@ def expand_int4(
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, *, invariant: bool = False) -> Tensor:
     """x (..., K) by the int8 weight q (N, K) uint8, scale (N,) float32: (..., N) in x's type."""
     rows = x.reshape(-1, x.shape[-1])
-    if not runs_kernels(x) or not x.numel():
+    if not x.numel() or not uses(Backend.TRITON, WEIGHT_ONLY, x):
         return int8_twin(x, q, scale)
     if len(rows) > TILE_ROWS and not invariant:
         return F.linear(x, expand_int8(q, scale, x.dtype))
@@ -112,7 +108,7 @@ def int4_linear(
     K, (N, G) = x.shape[-1], m.shape
     rows = x.reshape(-1, K).contiguous()
     M = len(rows)
-    if not runs_kernels(x) or not x.numel():
+    if not x.numel() or not uses(Backend.TRITON, WEIGHT_ONLY, x):
         return int4_twin(x, packed, m, z, scale, group)
     if M > TILE_ROWS and not invariant:
         return F.linear(x, expand_int4(packed, m, z, scale, group, K, x.dtype))
@@ -139,14 +135,14 @@ def fp8_linear(x: Tensor, q: Tensor, scale: Tensor, *, invariant: bool = False) 
 
     The activations are rounded for every number of rows, so that prefill and decode mean the same.
     """
-    if not runs_kernels(x) or not x.numel():
+    if not x.numel() or not uses(Backend.TRITON, WEIGHT_ONLY, x):
         return fp8_twin(x, q, scale)
     rows, x_scale = to_fp8(x.reshape(-1, x.shape[-1]))
     N, K = q.shape
     if len(rows) <= TILE_ROWS or invariant:
         out = _eight(rows, q, scale, x_scale, x.dtype, invariant)
-    elif has_fp8(x.device) and N % 16 == 0 and K % 16 == 0 and x.dtype == torch.bfloat16:
-        # Scaling by rows is for bfloat16 results alone; fast accumulation would keep 14 bits of the sums.
+    elif N % 16 == 0 and K % 16 == 0 and uses(Backend.CUBLAS, FP8_LINEAR, x):
+        # Fast accumulation would keep 14 bits of the sums.
         scales = {"scale_a": x_scale[:, None], "scale_b": scale[None, :]}
         out = torch._scaled_mm(rows, q.T, **scales, out_dtype=torch.bfloat16, use_fast_accum=False)
     else:
@@ -158,7 +154,7 @@ def fp8_linear(x: Tensor, q: Tensor, scale: Tensor, *, invariant: bool = False) 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (M, K) as e4m3 (M, K) with a float32 scale for each row (M,), so that its largest value is 448."""
-    if not runs_kernels(x) or not x.numel() or (x.is_cuda and not has_fp8(x.device)):
+    if not x.numel() or not uses(Backend.TRITON, ROUND_FP8, x):
         return to_fp8_twin(x)
     x = x.contiguous()
     q, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)

@@ -1,7 +1,6 @@
-"""Triton kernels for what lies between the matrix products. fused.py says what they compute.
+"""Triton kernels for attention of one token. decode_attention.py says what they compute.
 
-Each does in one pass over memory what PyTorch does in three to eight. Sums run in float32 in an order fixed
-by the shape of one row, so no row depends on how many there are.
+Sums run in float32 in an order fixed by the ring alone, so no row depends on how many there are.
 """
 
 # mypy: disable-error-code="no-untyped-def, import-not-found, import-untyped"
@@ -9,46 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def rms_norm(x, weight, out, D, eps, BLOCK: tl.constexpr):
-    """A row of D a program: normalised in float32, rounded, times the weight."""
-    at = tl.arange(0, BLOCK)
-    mask = at < D
-    row = tl.program_id(0).to(tl.int64) * D
-    wide = tl.load(x + row + at, mask=mask, other=0.0).to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
-    kind: tl.constexpr = out.dtype.element_ty
-    value = normed.to(kind).to(tl.float32) * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row + at, value.to(kind), mask=mask)
-
-
-@triton.jit
-def silu_mul(gate, up, out, count, BLOCK: tl.constexpr):
-    """silu(gate) * up, rounded in between as two operations would."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
-    kind: tl.constexpr = out.dtype.element_ty
-    silu = (g / (1.0 + tl.exp(-g))).to(kind).to(tl.float32)
-    tl.store(out + at, (silu * tl.load(up + at, mask=mask, other=0.0).to(tl.float32)).to(kind), mask=mask)
-
-
-@triton.jit
-def rotate(x, cos, sin, out, HEADS, HALF, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Rotate the pairs of one token's heads (HEADS, 2 * HALF) by its angles (HALF,)."""
-    token = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    pair = tl.arange(0, BLOCK_P)
-    mask = (h < HEADS)[:, None] & (pair < HALF)[None, :]
-    c = tl.load(cos + token * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
-    s = tl.load(sin + token * HALF + pair, mask=pair < HALF, other=0.0)[None, :]
-    at = (token * HEADS + h[:, None]) * (2 * HALF) + 2 * pair[None, :]
-    even = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    odd = tl.load(x + at + 1, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, (even * c - odd * s).to(out.dtype.element_ty), mask=mask)
-    tl.store(out + at + 1, (even * s + odd * c).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

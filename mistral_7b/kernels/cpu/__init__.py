@@ -1,0 +1,1 @@
+"""Kernels for CPUs: the C++, its compiler and its bindings."""

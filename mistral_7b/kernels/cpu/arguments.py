@@ -1,0 +1,123 @@
+"""What the C++ is given: each structure is one of the same name in cpu/, with the same fields in the same order.
+
+A structure points at memory and holds no reference: its maker keeps the tensors for as long as it is used.
+
+M rows · K inputs, N outputs, Kp inputs with their padding · D width of a row or of a head · H query heads ·
+G key/value heads · `bf16`: whether numbers are bfloat16, else float32
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+PTR, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+Fields = tuple[tuple[str, type], ...]
+
+
+def _fields(kind: type, names: str) -> Fields:
+    return tuple((name, kind) for name in names.split())
+
+
+class Weights(ctypes.Structure):
+    """A quantised weight (weights.h). `adapters` and `mixture`, or 0: what LoRA adapters add to its product."""
+
+    _fields_ = (
+        *_fields(LONG, "N Kp group"), *_fields(PTR, "codes groups scale d"), *_fields(INT, "bits"),
+        *_fields(PTR, "adapters mixture"),
+    )  # fmt: skip
+
+
+class LowRank(ctypes.Structure):
+    """One adapter's factors for one product (low_rank.h)."""
+
+    _fields_ = (*_fields(LONG, "rank"), *_fields(PTR, "a b"))
+
+
+class Mixture(ctypes.Structure):
+    """Which rows of a call belong to which adapters (low_rank.h)."""
+
+    _fields_ = (*_fields(LONG, "n"), *_fields(PTR, "which counts rows"), *_fields(LONG, "total refused"))
+
+
+class Block(ctypes.Structure):
+    """A transformer block's weights (layers.h)."""
+
+    _fields_ = (
+        *_fields(Weights, "wq wk wv wo w1 w2 w3"), *_fields(PTR, "attention_norm ffn_norm"),
+        *_fields(LONG, "dim head_dim"), *_fields(FLOAT, "eps"),
+    )  # fmt: skip
+
+
+class Place(ctypes.Structure):
+    """Where keys and values lie (keys.h)."""
+
+    _fields_ = (
+        *_fields(LONG, "B N"), *_fields(PTR, "offsets start held"), *_fields(LONG, "slots origin"),
+        *_fields(PTR, "table"), *_fields(LONG, "columns page window"),
+    )  # fmt: skip
+
+
+class LinearCall(ctypes.Structure):
+    """out (M, N) = x (M, K) by a weight."""
+
+    _fields_ = (*_fields(PTR, "weight x out"), *_fields(LONG, "M K"), *_fields(INT, "bf16 threads"))
+
+
+class LowRankCall(ctypes.Structure):
+    """y (M, N) += what adapters make of x (M, K)."""
+
+    _fields_ = (*_fields(PTR, "adapters mixture x y"), *_fields(LONG, "M K N"), *_fields(INT, "bf16 threads"))
+
+
+class RMSNormCall(ctypes.Structure):
+    """out (M, D) = RMSNorm of x (M, D) by weight (D,)."""
+
+    _fields_ = (
+        *_fields(PTR, "x weight out"), *_fields(LONG, "M D"), *_fields(FLOAT, "eps"),
+        *_fields(INT, "bf16 threads"),
+    )  # fmt: skip
+
+
+class SiluMulCall(ctypes.Structure):
+    """out (n,) = silu(gate) * up."""
+
+    _fields_ = (*_fields(PTR, "gate up out"), *_fields(LONG, "n"), *_fields(INT, "bf16 threads"))
+
+
+class RotateCall(ctypes.Structure):
+    """out (M, heads, D) = x rotated by cos, sin (angles, D/2), repeated if M is a multiple of `angles`."""
+
+    _fields_ = (
+        *_fields(PTR, "x cos sin out"), *_fields(LONG, "M angles heads D"), *_fields(INT, "bf16 threads"),
+    )  # fmt: skip
+
+
+class Attend(Place):
+    """Attention of bfloat16 q (N, H, D) over its own keys and values and those remembered: out (keys.h)."""
+
+    _fields_ = (
+        *_fields(LONG, "H G D"), *_fields(PTR, "q k v k_scale v_scale old_k old_v old_k_scale old_v_scale out"),
+        *_fields(INT, "int8 keep threads"),
+    )  # fmt: skip
+
+
+class ProjectCall(ctypes.Structure):
+    """q (M, H, D), k and v (M, G, D), the first two rotated, of the normed x (M, dim) of a block."""
+
+    _fields_ = (
+        *_fields(PTR, "block x cos sin q k v"), *_fields(LONG, "M angles"), *_fields(INT, "bf16 threads"),
+    )  # fmt: skip
+
+
+class FinishBlockCall(ctypes.Structure):
+    """A block's output (M, dim) from its input x (M, dim) and what its heads attended to (M, H, D)."""
+
+    _fields_ = (*_fields(PTR, "block x attended out"), *_fields(LONG, "M"), *_fields(INT, "bf16 threads"))
+
+
+class LayersCall(ctypes.Structure):
+    """bfloat16 x (N, dim) through all blocks, in place, over the cache that `attend` describes (layers.h)."""
+
+    _fields_ = (
+        ("attend", Attend), *_fields(PTR, "blocks entries x cos sin"), *_fields(LONG, "layers angles"),
+    )  # fmt: skip

@@ -1,0 +1,111 @@
+"""What the system does to the processes that follow grammars: no files are left, or their engine is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_grammar_turns import until
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/engine")))}
+
+FILES = """
+import os, resource, signal, sys
+from test_grammar_turns import *
+from mistral_7b.engine.reading import Asked
+tokenizer = Tokenizer.from_pretrained()
+args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=256)
+llm = LLM(tiny_model(args), EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=4), tokenizer=tokenizer)
+free, bad = (
+    llm.reader.text("a", SamplingParams(max_tokens=20, ignore_eos=True, structured_outputs=spec), Asked())
+    for spec in (None, StructuredOutputs(regex="[a-z ]{60}"))
+)
+for request in (free, bad):
+    llm.engine.add(request)
+for _ in range(3):
+    llm.engine.step()
+process = bad.sequences[0].grammar._process
+os.kill(process._pid, signal.SIGKILL)
+process.ended_by()
+if sys.argv[2] == "server":
+    llm.reader.grammars._server._process.kill()
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, most))
+
+def leave(files):
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+    for fd in taken[len(taken) - files:]:
+        os.close(fd)
+
+leave(int(sys.argv[1]))
+while not llm.engine.idle:
+    llm.engine.step()
+print(type(bad.error).__name__, bad.error)
+print(free.error, len(free.completions[0].token_ids))
+leave(int(sys.argv[1]))
+try:
+    llm.reader.text("a", SamplingParams(structured_outputs=StructuredOutputs(regex="b")), Asked())
+except Exception as e:
+    print(type(e).__name__, e)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
+print(llm.generate("a", SamplingParams(structured_outputs=StructuredOutputs(regex="bc")))[0].outputs[0].text)
+"""
+
+
+@pytest.mark.parametrize(("left", "killed"), [(0, "worker"), (1, "worker"), (0, "server"), (1, "server")])
+def test_no_files_left_is_said_by_its_name_and_ends_no_other(left: int, killed: str) -> None:
+    """A process ends in the middle of a step, and no other can be started."""
+    done = subprocess.run(
+        [sys.executable, "-c", FILES, str(left), killed], capture_output=True, text=True, timeout=120, env=ENV
+    )
+    assert done.returncode == 0, done.stderr
+    bad, free, asked, again = done.stdout.splitlines()
+    for error in (bad, asked):
+        assert error.startswith("ProcessError no process could be started")
+        assert "Too many open files" in error
+    assert free == "None 20"
+    assert again == "bc"
+
+
+KILLED = """
+import time
+from test_grammar_turns import *
+tokenizer = Tokenizer.from_pretrained()
+grammars = Grammars(tokenizer, tokenizer.vocab_size, LONG)
+asking = [Asking(grammars, slow(i)) for i in range(6)]
+assert until(lambda: "T" in workers(grammars).values(), 20)
+print(grammars._server._process.pid, *workers(grammars), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("first", ["engine", "fork server"])
+def test_workers_end_within_a_second_of_a_kill(first: str) -> None:
+    """Those that compile, and those that stand still."""
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, env=ENV) as engine:
+        assert engine.stdout is not None
+        server, *pids = map(int, engine.stdout.readline().split())
+        assert len(pids) > 2
+        assert all(alive(pid) for pid in (server, *pids))
+        if first == "fork server":
+            os.kill(server, signal.SIGKILL)
+        engine.kill()
+        assert until(lambda: not any(alive(pid) for pid in (server, *pids)), 1.0)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; it may have nobody to wait for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,264 @@
+"""How many grammars are compiled at one time and followed in all, and what ends those that nobody waits for."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_args, tiny_model
+
+from mistral_7b.engine.config import EngineConfig, GrammarLimits
+from mistral_7b.engine.grammar import turns
+from mistral_7b.engine.grammar.client import Grammars, GrammarState
+from mistral_7b.engine.llm import LLM
+from mistral_7b.errors import AbandonedError, EngineError, GrammarError, Mistral7BError, QueueFullError
+from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
+from mistral_7b.tokenizer import Tokenizer
+from tests.engine.drawing import allowed
+
+LONG = GrammarLimits(compile_seconds=60)
+
+
+def slow(i: int = 0) -> StructuredOutputs:
+    """A grammar that takes seconds to compile."""
+    return StructuredOutputs(grammar="start: s\ns: " + " | ".join(f'"a{i}" "{j}" s' for j in range(60_000)))
+
+
+def quick(i: int = 0) -> StructuredOutputs:
+    return StructuredOutputs(regex=f"{i}a*")
+
+
+@pytest.fixture
+def grammars() -> Grammars:
+    tokenizer = Tokenizer.from_pretrained()
+    return Grammars(tokenizer, tokenizer.vocab_size, LONG)
+
+
+def workers(grammars: Grammars) -> dict[int, str]:
+    """The children of its server that are not ended, and their states: "R" runs, "T" stands still."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, (state, parent) = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == grammars._server._process.pid and state != "Z":
+            found[pid] = state
+    return found
+
+
+def until(true: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+class Asking(threading.Thread):
+    """A request that is read in a thread; what came of it."""
+
+    def __init__(self, grammars: Grammars, spec: StructuredOutputs) -> None:
+        super().__init__(daemon=True)
+        self.grammars, self.spec, self.gone = grammars, spec, threading.Event()
+        self.state: GrammarState | None = None
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.state = self.grammars.start(self.spec, [1], gone=self.gone)
+        except Mistral7BError as e:
+            self.error = e
+
+
+def ended(asking: list[Asking], seconds: float = 5.0) -> list[str]:
+    """Let them all go; how they ended."""
+    for each in asking:
+        each.gone.set()
+    for each in asking:
+        each.join(seconds)
+        assert not each.is_alive()
+    return [type(each.error).__name__ for each in asking]
+
+
+def test_one_clients_hostile_grammars_keep_no_other_waiting(grammars: Grammars) -> None:
+    """Few of them are compiled at one time, and an ordinary one waits for each of those before it for a moment."""
+    hostile = [Asking(grammars, slow(i)) for i in range(12)]
+    most = grammars.turns.quick_at_once + grammars.turns.slow_at_once
+    running: list[int] = []
+    took: list[float] = []
+    for i in range(4):
+        began = time.monotonic()
+        ordinary = Asking(grammars, quick(i))
+        while ordinary.is_alive():
+            busy = sum(state != "T" for state in workers(grammars).values())
+            running.append(busy - 1 - i)  # one has been forked ahead of its need, and i are idle
+            time.sleep(0.01)
+        took.append(time.monotonic() - began)
+        assert ordinary.state is not None
+    assert sum(each.is_alive() for each in hostile) >= 10
+    assert max(running) <= most + 1  # the ordinary one has just ended, and is not idle yet
+    assert took[0] < 12 * turns.MOMENT + 3  # on a busy machine
+    assert max(took[1:]) < 3
+    assert "T" in workers(grammars).values()
+    assert ended(hostile).count("AbandonedError") >= 10
+    assert until(lambda: len(workers(grammars)) <= 1 + 4 + 2, 2)
+
+
+def test_no_more_are_begun_than_there_are_turns(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "MOMENT", 60.0)
+    asking = [Asking(grammars, slow(i)) for i in range(grammars.turns.quick_at_once + 3)]
+    assert until(lambda: len(grammars.turns._waiting) >= 3, 20)
+    assert len(workers(grammars)) <= grammars.turns.quick_at_once + 1  # one has been forked ahead of its need
+    assert ended(asking).count("AbandonedError") >= 3
+
+
+def test_those_that_take_long_take_turns_to_their_end(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped or not, each comes to what it would have come to alone."""
+    monkeypatch.setattr(turns, "MOMENT", 0.0)
+    schemas = [{"properties": {f"{i}-{j}": {"type": "integer"} for j in range(400)}} for i in range(5)]
+    medium = [StructuredOutputs(json=schema) for schema in schemas]
+    asking = [Asking(grammars, spec) for spec in medium]
+    for each in asking:
+        each.join(60)
+    masks = [each.state.masks()[0][0] for each in asking if each.state is not None]
+    assert len(masks) == 5
+    assert all(np.array_equal(mask, masks[0]) for mask in masks)  # they begin alike
+    assert not any(grammars.turns.compiles(each.state._process) for each in asking if each.state is not None)
+
+
+def test_what_cannot_wait_is_refused_with_the_limit(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "STANDING", 2)
+    at_once = grammars.turns.slow_at_once + turns.STANDING
+    asking = [Asking(grammars, slow(i)) for i in range(at_once + 2)]
+    assert until(lambda: sum(not each.is_alive() for each in asking) >= 2, 20)
+    full = [each.error for each in asking if not each.is_alive()]
+    assert all(isinstance(error, QueueFullError) and "2 grammars that take long" in str(error) for error in full)
+    late = [each for each in asking if each.is_alive()]
+    monkeypatch.setattr(turns, "WAIT", 0.5)
+    assert until(lambda: sum(not each.is_alive() for each in late) >= turns.STANDING, 20)
+    assert all("others before it took 0.5 s" in str(each.error) for each in late if not each.is_alive())
+    ended(asking)
+    monkeypatch.setattr(turns, "WAITING", 0)
+    with pytest.raises(QueueFullError, match="0 grammars wait to be compiled"):
+        grammars.start(quick(), [1])
+    monkeypatch.setattr(turns, "WAITING", 1)
+    monkeypatch.setattr(turns, "WAIT", 0.2)
+    grammars.turns.quick_at_once = 0
+    with pytest.raises(QueueFullError, match=r"did not come in 0\.2 s"):
+        grammars.start(quick(), [1])
+
+
+def test_a_compile_that_nobody_waits_for_ends(grammars: Grammars) -> None:
+    first, second = Asking(grammars, slow()), Asking(grammars, slow())  # which share a process
+    assert until(lambda: any(len(p.starting) == 2 for p in grammars._alive), 10)
+    (process,) = grammars._alive
+    first.gone.set()
+    first.join(2)
+    assert isinstance(first.error, AbandonedError)
+    assert second.is_alive()
+    assert process._pid in workers(grammars)
+    second.gone.set()
+    second.join(2)
+    assert isinstance(second.error, AbandonedError)
+    assert until(lambda: process._pid not in workers(grammars), 1)
+    assert not grammars.turns.compiles(process)
+    grammars.start(quick(), [1])
+
+
+def test_one_that_waits_for_its_turn_leaves_the_queue(grammars: Grammars) -> None:
+    grammars.turns.quick_at_once = 0
+    waiting, next_one = Asking(grammars, quick(0)), Asking(grammars, quick(1))
+    assert until(lambda: len(grammars.turns._waiting) == 2, 10)
+    assert ended([waiting]) == ["AbandonedError"]
+    grammars.turns.quick_at_once = 1
+    next_one.join(10)
+    assert next_one.state is not None
+    assert len(workers(grammars)) == 2  # it, and one that was forked before it is needed
+
+
+def test_those_that_wait_look_around_now_and_then(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not wake each other."""
+    looks, look = [0], grammars.turns._look
+
+    def counted() -> None:
+        looks[0] += 1
+        look()
+
+    monkeypatch.setattr(grammars.turns, "_look", counted)
+    grammars.turns.quick_at_once = 0
+    waiting = [Asking(grammars, quick(i)) for i in range(4)]
+    assert until(lambda: len(grammars.turns._waiting) == 4, 10)
+    looks[0] = 0
+    time.sleep(1)
+    assert 4 < looks[0] < 60  # ten each
+    ended(waiting)
+
+
+def test_a_failed_compile_leaves_no_turn_taken(grammars: Grammars) -> None:
+    for i in range(8):
+        with pytest.raises(GrammarError):
+            grammars.start(StructuredOutputs(regex=f"{i}("), [1])
+        with pytest.raises(GrammarError, match="too deep or too large"):  # a crash
+            grammars.start(StructuredOutputs(grammar=deep(i)), [1])
+    grammars.start(quick(), [1])
+    assert [*grammars.turns._quick, *grammars.turns._slow, *grammars.turns._standing] == []
+
+
+def deep(i: int) -> str:
+    return f'start: r0\n{chr(10).join(f"r{j}: r{j + 1}" for j in range(6000))}\nr6000: "{i}"'
+
+
+def test_there_are_only_so_many_processes_and_no_text_changes() -> None:
+    """Those longest unused end; what they followed begins again in others, to the same masks."""
+    tokenizer = Tokenizer.from_pretrained()
+    few = Grammars(tokenizer, tokenizer.vocab_size, kept=1, most=4)
+    many = Grammars(tokenizer, tokenizer.vocab_size)
+    pairs = [(few.start(quick(i), [1]), many.start(quick(i), [1])) for i in range(10)]
+    assert len(workers(many)) == 10 + 1
+    chance = random.Random(0)
+    for _ in range(6):
+        chance.shuffle(pairs)
+        for one, other in pairs:
+            mask = one.masks()[0][0]
+            assert np.array_equal(mask, other.masks()[0][0])
+            token = int(chance.choice([t for t in allowed(mask) if t != tokenizer.eos_id]))
+            one.accept(token)
+            other.accept(token)
+        assert until(lambda: len(workers(few)) <= 4 + 1, 2)
+    used = [state for state, _ in pairs[:2]]
+    for state in used:
+        state.masks()
+    few.start(quick(99), [1])
+    assert all(not state._process.over for state in used)
+
+
+def test_who_is_asked_when_his_process_makes_room_is_not_to_blame(grammars: Grammars) -> None:
+    state = grammars.start(quick(), [1])
+    wanted = state.masks()[0][0]
+    for _ in range(3):
+        state._process.stop()
+        state.ask()
+        state._process.end(EngineError("to make room"))
+        assert state.wait()
+        assert state.answer is not None
+        assert np.array_equal(state.answer.masks[0], wanted)
+
+
+def test_a_batch_with_more_grammars_than_processes_is_served() -> None:
+    tokenizer = Tokenizer.from_pretrained()
+    args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=256)
+    config = EngineConfig(max_sequences=2, max_batch_tokens=64, page_size=4)
+    llm = LLM(tiny_model(args), config, tokenizer=tokenizer)
+    llm.reader.grammars._kept, llm.reader.grammars._most = 1, 3
+    params = [SamplingParams(max_tokens=8, structured_outputs=quick(i)) for i in range(9)]
+    outputs = llm.generate(["a"] * 9, params)
+    assert [output.outputs[0].text.strip("a") for output in outputs] == [str(i) for i in range(9)]
+    assert len(workers(llm.reader.grammars)) <= 3 + 1

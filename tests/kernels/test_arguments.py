@@ -1,0 +1,76 @@
+"""The structures that Python passes are those that the C++ reads: the same names, fields, order and types."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mistral_7b.kernels.cpu import arguments, compiler
+
+HEADERS = [path for path in compiler.sources() if path.suffix == ".h"]
+STRUCTURES = {
+    name: kind
+    for name, kind in inspect.getmembers(arguments, inspect.isclass)
+    if issubclass(kind, ctypes.Structure) and kind is not ctypes.Structure
+}
+CTYPES = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
+
+
+def spelt(name: str) -> tuple[str | None, list[tuple[str, type]]]:
+    """A structure of the C++: what it extends, and its fields."""
+    pattern = rf"^struct {name}(?: : (\w+))? \{{\n(.*?)^\}};"
+    ((base, body),) = [m for path in HEADERS for m in re.findall(pattern, path.read_text(), re.M | re.S)]
+    fields = []
+    for statement in re.sub(r"//.*", "", body).split(";"):
+        if not (declared := " ".join(statement.split())):
+            continue
+        kind, names = re.fullmatch(r"(?:const |struct )*(\w+)(.*)", declared).groups()  # type: ignore[union-attr]
+        for field in re.sub(r"\bconst\b", "", names).split(","):
+            pointer = "*" in field
+            found = ctypes.c_void_p if pointer else CTYPES.get(kind) or STRUCTURES[kind]
+            fields.append((field.replace("*", "").strip(), found))
+    return base or None, fields
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_structure_is_spelt_alike_in_both(name: str) -> None:
+    kind = STRUCTURES[name]
+    base, fields = spelt(name)
+    assert [(field, found) for field, found in kind._fields_] == fields
+    assert kind.__base__ is (STRUCTURES[base] if base else ctypes.Structure)
+
+
+def test_every_function_takes_a_structure_that_is_there() -> None:
+    source = compiler.SOURCE.read_text()
+    taken = dict(re.findall(r"^void m7b_(\w+)\(const (\w+)\* \w+\)", source, re.M))
+    assert set(taken) == set(compiler.FUNCTIONS)
+    assert set(taken.values()) <= set(STRUCTURES)
+
+
+@pytest.mark.skipif(compiler.compiler() is None, reason="no C++ compiler on this machine")
+def test_every_structure_has_the_size_that_the_compiler_gives_it(tmp_path: Path) -> None:
+    """Which the fields' own names and types would not show: alignment, and a structure that extends another."""
+    source, program = tmp_path / "sizes.cpp", tmp_path / "sizes"
+    lines = "".join(f'    std::printf("{name} %zu\\n", sizeof({name}));\n' for name in STRUCTURES)
+    include = f'#include <cstdio>\n#include "{compiler.SOURCE.with_name("layers.h")}"\n'
+    source.write_text(f"{include}int main() {{\n{lines}}}\n")
+    cxx = compiler.compiler()
+    assert cxx is not None
+    subprocess.run([cxx, "-std=c++17", "-w", str(source), "-o", str(program)], check=True)
+    printed = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    sizes = {name: int(size) for name, size in (line.split() for line in printed.splitlines())}
+    assert sizes == {name: ctypes.sizeof(kind) for name, kind in STRUCTURES.items()}
+
+
+def test_a_field_that_moved_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(compiler.SOURCE.parent, tmp_path / "cpu")
+    moved = tmp_path / "cpu" / "elementwise.h"
+    moved.write_text(moved.read_text().replace("int64_t M, D;", "int64_t D, M;"))
+    monkeypatch.setattr("test_arguments.HEADERS", [moved])
+    assert spelt("RMSNormCall")[1] != list(arguments.RMSNormCall._fields_)

@@ -4,7 +4,7 @@
 
 overhead       of a step with 32 sequences decoding, the time outside the model, while 0 to 10,000 requests wait;
                and what of it is choosing who computes, sampling, and making text
-one request    through the engine against `generate`: tokens a second of both, in turn
+one request    through the engine against a bare loop over a ring (examples/loop.py): seconds of both, in turn
 prefix         time to the first token of a request that begins as an earlier one did, against that one's
 pages          keys and values held while a prompt of four windows is read, against a window and a step's tokens
 
@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import json
 import random
+import runpy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,6 @@ from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
-from mistral_7b.generate import generate
 from mistral_7b.kernels import backend
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization import random_model
@@ -47,6 +47,8 @@ SAMPLERS: dict[str, dict[str, float]] = {"greedy": {"temperature": 0}, "top_p": 
 STEPS = 24  # timed at each number of waiting requests
 PREFIX, OWN = 2_000, 16  # tokens that are shared, and that are not
 LONG = 4  # windows in the long prompt
+
+LOOP = Path(__file__).resolve().parents[1] / "examples" / "loop.py"
 
 Tell = Callable[..., None]
 
@@ -136,12 +138,12 @@ def timed_steps(engine: Engine) -> dict[str, float]:
 
 
 def one_request(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:
-    """128 tokens read and 64 made, by the engine and by `generate`: each time a prompt that neither has seen."""
-    model, tokenizer = llm.engine.model, llm.tokenizer
+    """128 tokens read and 64 made, by the engine and by the loop: each time a prompt that neither has seen."""
+    model, loop = llm.engine.model, runpy.run_path(str(LOOP))["loop"]
     params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=64, ignore_eos=True, seed=0)
     runs: dict[str, Callable[[list[int]], Any]] = {
         "engine": lambda prompt: llm.generate(prompt, params),
-        "generate": lambda prompt: generate(model, [prompt], params, tokenizer=tokenizer),
+        "loop": lambda prompt: list(loop(model, prompt, params, eos=-1)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
@@ -151,9 +153,9 @@ def one_request(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:
             runs[name](prompt)
             seconds[name].append(time.perf_counter() - began)
     # The machine drifts more than they differ: of neighbours in time the ratio holds.
-    ratio = statistics.median(e / g for e, g in list(zip(seconds["engine"], seconds["generate"], strict=True))[1:])
-    ours, plain = (statistics.median(seconds[name][1:]) for name in ("engine", "generate"))
-    tell("one request of 128 + 64 tokens", engine=ours, generate=plain, engine_over_generate=ratio)
+    ratio = statistics.median(e / n for e, n in list(zip(seconds["engine"], seconds["loop"], strict=True))[1:])
+    ours, plain = (statistics.median(seconds[name][1:]) for name in ("engine", "loop"))
+    tell("one request of 128 + 64 tokens", engine=ours, loop=plain, engine_over_loop=ratio)
 
 
 def prefix(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:

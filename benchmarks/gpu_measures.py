@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mistral_7b import Mistral7B, ModelArgs, SamplingParams, captured
+from mistral_7b import EngineConfig, Mistral7B, ModelArgs, SamplingParams
 from mistral_7b.attention import visible
-from mistral_7b.completion import Completion
+from mistral_7b.engine import engine as loop
+from mistral_7b.engine.forward import Forward, GraphForward
+from mistral_7b.engine.llm import open_engine
+from mistral_7b.engine.reading import Asked
 from mistral_7b.generate import generate
 from mistral_7b.kernels import elementwise
 from mistral_7b.kernels.backend import WEIGHT_ONLY, Backend, choose, has_fp8, uses
@@ -102,30 +105,28 @@ def weight_bytes(model: Mistral7B) -> int:
 
 
 def decode(model: Mistral7B, label: str, prompt: int, batch: int, bandwidth: float) -> Record:
-    """Tokens a second of `batch` rows after `prompt` tokens, as `generate` decodes them, reading back included."""
+    """Tokens a second of `batch` sequences after `prompt` tokens, as the engine decodes them, reading included."""
     device, args = model.norm.weight.device, model.args
-    new, times, warm = 4 * captured.CHUNK, 5, 1
-    params = SamplingParams(temperature=0, max_tokens=2 + new * (times + warm), ignore_eos=True)
+    new, times, warm = 64, 5, 1
+    params = SamplingParams(temperature=0, max_tokens=4 + new * (times + warm), ignore_eos=True)
     need = prompt + params.max_tokens  # type: ignore[operator]
-    cache = model.rolling_cache(batch, need, static=True)
-    rows = []
-    for row in range(batch):
-        tokens = torch.randint(3, args.vocab_size, (1, prompt), device=device)
-        model.hidden(tokens, cache.rows(row, row + 1))
-        rows.append(Completion(tokens[0].tolist(), params, need - prompt, seed=0))
-        rows[-1].push(5)
-    decoder = captured.CapturedDecode(model, cache, rows, need)
+    config = EngineConfig(max_sequences=batch, max_batch_tokens=max(512, batch + 16), prefix_caching=False)
+    reader = open_engine(model, config, None, None, [need] * batch)
+    engine = reader.engine
+    for _ in range(batch):
+        engine.add(reader.text(torch.randint(3, args.vocab_size, (prompt,)).tolist(), params, Asked()))
+    while not all(s.decoding for r in engine.requests.values() for s in r.sequences):
+        engine.step()
 
     def several() -> None:
         for _ in range(new):
-            for c, token in zip(rows, decoder.next(), strict=True):
-                c.push(token)
+            engine.step()
 
     step = seconds(several, device, times, warm) / new
     held = min(prompt + need // 2, args.sliding_window or need)
     cached = batch * held * args.n_layers * args.n_kv_heads * args.head_dim * 2 * 2
     of = (weight_bytes(model) + cached) / step / bandwidth
-    what = f"decode {label}, {batch} after {prompt}, " + ("one graph" if device.type == "cuda" else "not captured")
+    what = f"decode {label}, {batch} after {prompt}, " + ("one graph" if device.type == "cuda" else "not recorded")
     return {"what": what, "value": batch / step, "unit": "tok/s", "of_ceiling": of}
 
 
@@ -259,10 +260,11 @@ def betweens(device: torch.device, args: ModelArgs) -> list[Record]:
 
 
 def same_tokens(device: torch.device, args: ModelArgs) -> list[Record]:
-    """Rows out of step, several times round the ring: as a graph (on CUDA) and by steps, greedy and sampled."""
-    records, chosen = [], captured.supports
-    how = "one graph" if device.type == "cuda" else "not captured"
-    for dtype in (torch.float64, torch.float32):
+    """Rows out of step, several windows long: as a graph (on CUDA) and kernel by kernel, greedy and sampled."""
+    records, chosen, cuda = [], loop.forward_for, device.type == "cuda"
+    how = "one graph" if cuda else "not recorded"
+    graphs = chosen if cuda else GraphForward  # which runs its steps as they are
+    for dtype in (torch.float32,) if cuda else (torch.float64, torch.float32):  # float64 is not recorded
         torch.manual_seed(0)
         model = Mistral7B(args, dtype=dtype, device=device).requires_grad_(False)
         for p in model.parameters():
@@ -271,12 +273,12 @@ def same_tokens(device: torch.device, args: ModelArgs) -> list[Record]:
         for sampling in (SamplingParams(temperature=0), SamplingParams(temperature=1.3, top_p=0.8, seed=1)):
             params = dataclasses.replace(sampling, max_tokens=100, ignore_eos=True)
             tokens = []
-            for captures in (True, False):
-                captured.supports = lambda model, rows, captures=captures: captures  # type: ignore[assignment]
+            for forward_for in (graphs, lambda adapters, pool, config: Forward(adapters, pool)):
+                loop.forward_for = forward_for  # type: ignore[assignment]
                 try:
                     tokens.append([o.outputs[0].token_ids for o in generate(model, prompts, params)])
                 finally:
-                    captured.supports = chosen
+                    loop.forward_for = chosen
             same = tokens[0] == tokens[1]
             kind = "greedy" if params.greedy else "sampled"
             what = f"tokens {how} as by steps: {dtype}, {kind}".replace("torch.", "")

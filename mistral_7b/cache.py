@@ -466,31 +466,6 @@ class RollingCache(KernelCache):
         torch.maximum(self.end, self.length, out=self.end)
         return new_p
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make row `target` hold what row `source` holds."""
-        self.positions[target] = self.positions[source]
-        self.length[target] = self.length[source]
-        self.end[target] = self.end[source]
-        for memory in self.layers:
-            for t in memory.entries:
-                t[target] = t[source]
-
-    def enlarge(self, slots: int) -> None:
-        """Give every row more slots. CacheError once a row has gone round: its slots then mean other positions."""
-        held = int(self.end.max())
-        widest = slots if self.window is None else self.window + self.slack
-        if held > self.slots or not self.slots <= slots <= widest:
-            raise CacheError(
-                f"a ring of {self.slots} slots holding {held} tokens cannot become one of {slots}", field="slots"
-            )
-
-        def grown(t: Tensor, value: int) -> Tensor:
-            return torch.cat([t, t.new_full((t.shape[0], slots - t.shape[1], *t.shape[2:]), value)], dim=1)
-
-        self.positions, self.slots = grown(self.positions, EMPTY), slots
-        for memory in self.layers:  # one layer at a time, so that no more than one exists twice
-            memory.entries = tuple(grown(t, 0) for t in memory.entries)
-
     def rollback(self, n: int | Tensor) -> None:
         """Forget the last n tokens of every row, or n[b] of row b: (B,).
 

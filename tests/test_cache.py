@@ -256,11 +256,10 @@ def test_trap_05_rows_are_rolled_back_by_themselves(model: Mistral7B) -> None:
     with refused(CacheError, field="n"):
         ring.rollback(torch.tensor([0, 5, 0]))
     assert ring.length.tolist() == at  # refused, and nothing changed
-    ring.copy_row(2, 0)
-    spent = slack - (slack + 1 - right[2])  # what row 2 may still take back, and so its copy
+    spent = slack - (slack + 1 - right[2])  # what row 2 may still take back
     with refused(CacheError, field="n"):
-        ring.rollback(torch.tensor([spent + 1, 0, 0]))
-    ring.rollback(torch.tensor([spent, 0, 0]))
+        ring.rollback(torch.tensor([0, 0, spent + 1]))
+    ring.rollback(torch.tensor([0, 0, spent]))
 
 
 def test_trap_05_slack_counts_from_the_furthest_that_a_row_has_been(model: Mistral7B) -> None:
@@ -280,7 +279,7 @@ def test_trap_05_slack_counts_from_the_furthest_that_a_row_has_been(model: Mistr
         model.rolling_cache(slack=-1)
 
 
-def test_a_ring_with_slack_is_enlarged_and_filled(model: Mistral7B, unwindowed: Mistral7B) -> None:
+def test_a_ring_with_slack_is_filled(model: Mistral7B, unwindowed: Mistral7B) -> None:
     tokens = tokens_of((1, 3 * W))
     wanted = truth(model, tokens)
     ring = model.rolling_cache(max_seq_len=3, slack=2)
@@ -288,10 +287,8 @@ def test_a_ring_with_slack_is_enlarged_and_filled(model: Mistral7B, unwindowed: 
     model(tokens_of((1, 2)), ring)
     with refused(CacheError, field="tokens"):
         model(tokens[:, :1], ring)
-    ring.rollback(2)
-    with refused(CacheError, field="slots"):
-        ring.enlarge(W + 3)
-    ring.enlarge(W + 2)
+    ring = model.rolling_cache(slack=2)
+    model(tokens[:, :3], ring)
     for i in range(3, 3 * W):
         close(model(tokens[:, i : i + 1], ring)[0], wanted[:, i : i + 1])
     full = unwindowed.rolling_cache(max_seq_len=6, slack=2)
@@ -410,15 +407,13 @@ def check_held(ring: RollingCache, wanted: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("static", [False, True])
 def test_an_int8_ring_keeps_scales_with_their_codes(static: bool) -> None:
-    """Through rows, enlarge, the wrap, rollback and copy_row."""
+    """Through rows, the wrap and rollback."""
     keys = keys_of(4)
     ring = RollingCache(
-        1, 3, 10, W, batch=3, max_seq_len=5, dtype=torch.float64, static=static, slack=2, kv_dtype=torch.int8
-    )
+        1, 3, 10, W, batch=3, dtype=torch.float64, static=static, slack=2, kv_dtype=torch.int8
+    )  # fmt: skip
     for row, n in enumerate((4, 2, 6)):
         remember(ring.rows(row, row + 1), keys[row : row + 1, :n])
-    check_held(ring, [keys[0, :4], keys[1, :2], keys[2, :6]])
-    ring.enlarge(W + 2)
     check_held(ring, [keys[0, :4], keys[1, :2], keys[2, :6]])
     for row, n in enumerate((4, 2, 6)):  # the third goes round
         remember(ring.rows(row, row + 1), keys[row : row + 1, n : n + 5])
@@ -428,10 +423,9 @@ def test_an_int8_ring_keeps_scales_with_their_codes(static: bool) -> None:
     one_kept = torch.cat([keys[1, :7], keys[3, :1]])
     assert ring.length.tolist() == [9, 8, 11]
     check_held(ring.rows(1, 2), [one_kept])
-    ring.copy_row(1, 2)
-    check_held(ring.rows(1, 3), [one_kept, one_kept])
+    two_back = keys[2, :11]
     remember(ring.rows(2, 3), keys[3:, 20:40])  # longer than the ring, and no other row's
-    check_held(ring.rows(1, 3), [one_kept, torch.cat([one_kept, keys[3, 20:40]])])
+    check_held(ring.rows(1, 3), [one_kept, torch.cat([two_back, keys[3, 20:40]])])
 
 
 @pytest.mark.parametrize("window", [W, None])
@@ -560,27 +554,6 @@ def test_a_ring_shorter_than_its_window_does_not_go_round(model: Mistral7B) -> N
     close(torch.cat(got, dim=1), truth(model, tokens))
     with refused(CacheError, field="tokens"):
         model(tokens[:, :1], ring)
-
-
-def test_a_ring_enlarged_or_copied_goes_on_as_if_it_had_been_so(model: Mistral7B) -> None:
-    tokens = tokens_of((1, 3 * W))
-    wanted = truth(model, tokens)
-    ring = model.rolling_cache(2, max_seq_len=W // 2)
-    model(tokens[:, : W // 2], ring.rows(0, 1))
-    ring.enlarge(W)
-    ring.copy_row(0, 1)
-    for i in range(W // 2, 3 * W):
-        logits, _ = model(tokens[:, i : i + 1].expand(2, 1), ring)
-        close(logits, wanted[:, i : i + 1].expand(2, 1, -1))
-
-
-def test_a_ring_that_has_gone_round_or_would_outgrow_its_window_is_not_enlarged(model: Mistral7B) -> None:
-    ring = model.rolling_cache()
-    with refused(CacheError, field="slots"):
-        ring.enlarge(W + 1)
-    model(tokens_of((1, W + 1)), ring)
-    with refused(CacheError, field="slots"):
-        ring.enlarge(W)
 
 
 def test_interleaved_sequences_are_refused_where_they_would_be_cut_apart(model: Mistral7B) -> None:

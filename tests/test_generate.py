@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mistral_7b.cache import Stateless
 from mistral_7b.completion import Completion
+from mistral_7b.engine.pages import PagePool
 from mistral_7b.errors import CacheError, GenerationError, SamplingError
-from mistral_7b.generate import FIRST_SLOTS, PREFILL_CHUNK, generate, stream
+from mistral_7b.generate import PREFILL_CHUNK, generate, stream
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.sampling import Row, SamplingParams, sample_rows, uniforms
 from mistral_7b.speculation import Speculation
@@ -85,7 +86,8 @@ def test_trap_14_logits_of_a_ragged_batch_are_those_of_each_row_alone(window, mo
     monkeypatch.setattr(model, "logits", lambda h, plain=model.logits: seen.append(plain(h)) or seen[-1])
     out = ids_of(generate(model, prompts, params))
     assert [len(ids) for ids in out] == limits
-    decoded = seen[len(prompts) :]  # after one row of logits for each prefill
+    assert len(seen[0]) == len(prompts)  # all prompts are read in one step
+    decoded = seen[1:]
     assert [len(step) for step in decoded] == [sum(n > t for n in limits) for t in range(1, 20)]
     for prompt, ids in zip(prompts, out, strict=True):
         hidden = model.hidden(torch.tensor([[*prompt, *ids[:-1]]]), Stateless(window))
@@ -94,11 +96,11 @@ def test_trap_14_logits_of_a_ragged_batch_are_those_of_each_row_alone(window, mo
             assert (decoded[t] - row).abs().amax(-1).min() < 1e-10
 
 
-def test_prompts_longer_than_a_chunk_and_caches_that_grow():
+def test_prompts_longer_than_a_chunk_and_texts_of_many_pages():
     for window in (None, 700):
         model = tiny(window, max_seq_len=4 * PREFILL_CHUNK)
         prompts = prompts_of(PREFILL_CHUNK + 70, 9)
-        n = FIRST_SLOTS + 40  # more than the cache has room for at the start
+        n = 300
         out = generate(model, prompts, SamplingParams(temperature=0, max_tokens=n, ignore_eos=True))
         for prompt, ids in zip(prompts, ids_of(out), strict=True):
             hidden = model.hidden(torch.tensor([[*prompt, *ids]]), Stateless(window))
@@ -312,16 +314,32 @@ def test_a_piece_is_given_out_before_the_next_is_computed(monkeypatch):
     assert torch.is_inference_mode_enabled() is False
 
 
-def test_closing_a_stream_frees_its_cache(monkeypatch):
-    model, caches = tiny(), []
-    plain = model.rolling_cache
-    monkeypatch.setattr(model, "rolling_cache", lambda *a, **k: caches.append(plain(*a, **k)) or caches[-1])
+@pytest.fixture
+def pools(monkeypatch):
+    """The memory for keys and values of every call, in the order of the calls."""
+    made, plain = [], PagePool.__init__
+    monkeypatch.setattr(PagePool, "__init__", lambda pool, *a, **k: made.append(pool) or plain(pool, *a, **k))
+    return made
+
+
+def test_closing_a_stream_frees_its_cache(pools):
+    """At once, and not when the collector comes: it may be gigabytes."""
+    model = tiny()
+    generate(model, prompts_of(5), GREEDY)
+    pools.clear()
     pieces = stream(model, prompts_of(5)[0], GREEDY)
-    assert len(next(pieces).token_ids) == 1
-    alive = weakref.ref(caches.pop().positions)
-    pieces.close()
     gc.collect()
-    assert alive() is None
+    gc.disable()
+    try:
+        assert len(next(pieces).token_ids) == 1
+        alive = weakref.ref(pools.pop().layers[0][0])
+        pieces.close()
+        assert alive() is None
+        generate(model, prompts_of(5, 9), GREEDY)
+        alive = weakref.ref(pools.pop().layers[0][0])
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
@@ -337,23 +355,16 @@ def by_hand(model, prompt, n, seed, kv_dtype):
 
 
 @pytest.mark.parametrize("window", [WINDOW, None])
-def test_int8_keys_and_values_are_what_a_loop_over_such_a_cache_gives(window, monkeypatch):
+def test_int8_keys_and_values_are_what_a_loop_over_such_a_cache_gives(window, pools):
     """In a ragged batch, streamed, and with guesses; for a quarter of float64's bytes and less."""
-    model, sizes = tiny(window), []
+    model = tiny(window)
     prompts, n = prompts_of(1, 3, WINDOW + 1, 2 * WINDOW + 5), 40
     params = SamplingParams(max_tokens=n, ignore_eos=True, seed=6)
     wanted = [by_hand(model, p, n, 6, torch.int8) for p in prompts]
     assert wanted != [by_hand(model, p, n, 6, None) for p in prompts]  # the rounding shows
-    plain = model.rolling_cache
-
-    def weighed(*args, **how):
-        cache = plain(*args, **how)
-        sizes.append(sum(t.nbytes for m in cache.layers for t in m.entries))
-        return cache
-
-    monkeypatch.setattr(model, "rolling_cache", weighed)
     generate(model, prompts, params)
     assert ids_of(generate(model, prompts, params, kv_dtype=torch.int8)) == wanted
+    sizes = [sum(t.nbytes for entries in pool.layers for t in entries) for pool in pools]
     assert sizes[1] * 4 < sizes[0]
     assert ids_of(generate(model, prompts, params, kv_dtype=torch.int8, batch_size=1)) == wanted
     guessing = Speculation(max_draft=3, row_cost=0.0)
@@ -379,7 +390,7 @@ def tensor_bytes():
 
 def test_memory_is_flat_beyond_the_window():
     window = 64
-    model, held = tiny(window), []
+    model, tiny_full, held = tiny(window), tiny(None), []
     p = SamplingParams(max_tokens=5 * window, ignore_eos=True, seed=0)
     for i, _ in enumerate(stream(model, prompts_of(10)[0], p)):
         if i >= window and i % (window // 2) == 0:
@@ -387,11 +398,13 @@ def test_memory_is_flat_beyond_the_window():
             held.append(tensor_bytes())
     assert len(held) == 8
     assert len(set(held)) == 1
-    full, grows = tiny(None), []
-    for i, _ in enumerate(stream(full, prompts_of(10)[0], SamplingParams(max_tokens=600, ignore_eos=True))):
-        if i in (50, 500):
-            grows.append(tensor_bytes())
-    assert grows[1] > grows[0]  # the measure sees a cache that grows
+    cache, grows = None, []
+    with torch.no_grad():
+        for step in range(501):  # the control: the measure sees a cache that grows
+            _, cache = tiny_full(torch.tensor([[5]]), cache)
+            if step in (50, 500):
+                grows.append(tensor_bytes())
+    assert grows[1] > grows[0]
 
 
 @pytest.mark.wording

@@ -16,8 +16,8 @@ from refusals import refused
 from tiny import tiny_args, tiny_model
 from torch import Tensor
 
-from mistral_7b.cache import RollingCache
 from mistral_7b.completion import RequestOutput
+from mistral_7b.engine.pages import PagePool
 from mistral_7b.errors import GenerationError
 from mistral_7b.generate import Speculation, generate, stream
 from mistral_7b.model import Mistral7B
@@ -130,8 +130,7 @@ def test_rows_that_differ_in_all_share_a_batch(small: Mistral7B, window: int | N
 
 
 @pytest.mark.parametrize("window", [20, None])
-def test_a_cache_that_grows_has_room_for_guesses(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mistral_7b.generate.FIRST_SLOTS", 1)
+def test_texts_of_many_pages_have_room_for_guesses(window: int | None) -> None:
     model = tiny_model(tiny_args(sliding_window=window, max_seq_len=100), torch.float64)
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=70, ignore_eos=True)
     speculate = Speculation(model, 7, row_cost=FREE)
@@ -249,7 +248,7 @@ def test_an_end_in_the_midst_of_a_draft_is_the_end(model: Mistral7B, max_tokens:
 def test_steps_are_fewer_and_counted(model: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
     speculate, forwards = Speculation(max_draft=8, min_ngram=1, row_cost=FREE), []
     plain = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda t, *a: forwards.append(t.shape[1]) or plain(t, *a))
+    monkeypatch.setattr(model, "hidden", lambda t, *a: forwards.append(len(t)) or plain(t, *a))
     prompt = repeating(5, 6)
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     out = generate(model, prompt, params, speculate=speculate)[0].outputs[0]
@@ -263,17 +262,19 @@ def test_steps_are_fewer_and_counted(model: Mistral7B, monkeypatch: pytest.Monke
     assert (Tally().acceptance, Tally().tokens_per_step) == (0, 0)
 
 
-def test_memory_is_flat_with_guesses_too(model: Mistral7B) -> None:
-    """The ring has its window and the slack, and keeps its place while tokens come and are taken back."""
-    made: list[RollingCache] = []
-    plain = model.rolling_cache
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "rolling_cache", lambda *a, **k: made.append(plain(*a, **k)) or made[-1])
-        params = SamplingParams(temperature=0.9, seed=1, max_tokens=100, ignore_eos=True)
-        speculate = Speculation(max_draft=5, min_ngram=1, row_cost=FREE)
-        places = {made[0].layers[0].k.data_ptr() for _ in stream(model, [3], params, speculate=speculate)}
+def test_memory_is_flat_with_guesses_too(model: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages for the window and a step's tokens, which keep their place while tokens come and are taken back."""
+    made: list[PagePool] = []
+    plain = PagePool.__init__
+    monkeypatch.setattr(PagePool, "__init__", lambda pool, *a, **k: made.append(pool) or plain(pool, *a, **k))
+    params = SamplingParams(temperature=0.9, seed=1, max_tokens=100, ignore_eos=True)
+    speculate = Speculation(max_draft=5, min_ngram=1, row_cost=FREE)
+    places, held = set(), []
+    for _ in stream(model, [3], params, speculate=speculate):
+        places.add(made[0].layers[0][0].data_ptr())
+        held.append(made[0].held)
     assert len(made) == len(places) == 1
-    assert made[0].layers[0].k.shape[1] == 8 + 5
+    assert max(held) <= -(-(8 + 5) // made[0].page) + 1  # of a hundred tokens
     assert speculate.tally.accepted > 0
 
 
@@ -491,12 +492,12 @@ def test_step_time_is_measured_between_and_beyond() -> None:
 def test_measured_costs_turn_guessing_off(model: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which a row costs as much as a step, nothing pays; by one where it is free, all does."""
     clock = [0.0]
-    monkeypatch.setattr("mistral_7b.generate.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mistral_7b.engine.engine.time.perf_counter", lambda: clock[0])
     plain, drafted = model.hidden, []
     for row_cost in (1.0, 0.0):
 
         def hidden(tokens: Tensor, *rest: Any, cost: float = row_cost) -> Tensor:
-            clock[0] += 1 + cost * (tokens.shape[1] - 1)
+            clock[0] += 1 + cost * (len(tokens) - 1)
             return plain(tokens, *rest)
 
         monkeypatch.setattr(model, "hidden", hidden)

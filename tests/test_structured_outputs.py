@@ -10,11 +10,12 @@ import pytest
 import torch
 from refusals import refused
 
-from mistral_7b.errors import SamplingError
+from mistral_7b.errors import GenerationError, SamplingError
 from mistral_7b.generate import generate, stream
 from mistral_7b.sampling import Row, adjust, lift
 from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
-from tests.tiny import tiny_model
+from mistral_7b.tokenizer import Tokenizer
+from tests.tiny import tiny_args, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -92,8 +93,15 @@ def test_a_ban_that_leaves_nothing_is_lifted() -> None:
     assert np.array_equal(more, packed({2, 31, 63}, 64))
 
 
-def test_generate_refuses_what_only_the_engine_does() -> None:
-    params = SamplingParams(structured_outputs=StructuredOutputs(choice=["a"]))
+def test_generate_and_stream_obey_a_grammar() -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = Tokenizer.v3()
+    model = tiny_model(tiny_args(vocab_size=tokenizer.vocab_size))
+    params = SamplingParams(seed=1, max_tokens=20, structured_outputs=StructuredOutputs(choice=["red", "green"]))
+    outputs = [c for r in generate(model, ["Say", "Tell"], params, tokenizer) for c in r.outputs]
+    assert {c.text for c in outputs} <= {"red", "green"}
+    assert [c.finish_reason for c in outputs] == ["stop", "stop"]
+    assert "".join(map(str, stream(model, "Say", params, tokenizer))) == outputs[0].text
     for call in (generate, stream):
-        with refused(SamplingError, field="structured_outputs"):
-            call(tiny_model(), [1, 5, 6], params)
+        with refused(GenerationError, field="structured_outputs"):
+            call(model, [1, 5, 6], params)

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from ..errors import GenerationError
 from ..sampling_params import SamplingParams
 from .conversation import Conversation, Message
-from .inputs import ModelName, ModelOptions, UsageError, read_flags, read_text
+from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
 
 if TYPE_CHECKING:
-    import torch
-
+    from ..engine.llm import LLM
     from ..model import Mistral7B
     from ..tokenizer import Tokenizer
     from .render import Render
     from .repl import Answer
 
+ADAPTER = "adapter"  # what the one that is given is called
 DEMO = (
     "The bundled model is a small base model of Python code: it goes on with code and was never taught to\n"
     "answer. For a conversation take an instruct model: mistral-7b chat mistralai/Mistral-7B-Instruct-v0.3"
@@ -27,7 +27,7 @@ DEMO = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat(ModelOptions):
+class Chat(TextOptions):
     """Talk with an instruction-tuned model; /help at the prompt lists what can be done there."""
 
     model: ModelName = "demo"
@@ -50,6 +50,7 @@ def run(argv: list[str]) -> int:
     args = read_flags(Chat, "chat", argv)
     if args.sampling.n != 1:
         raise UsageError("--n: a chat has one answer at a time", field="--n")
+    params = args.constrained(args.sampling)
     conversation = Conversation.load(args.load) if args.load else Conversation()
     if args.system_file:
         conversation.system = read_text(args.system_file).strip()
@@ -68,7 +69,7 @@ def run(argv: list[str]) -> int:
         from .render import as_markdown, as_python
 
         render = as_python if demo else as_markdown
-    repl = Repl(answers(model, tokenizer, args.sampling, args.kv_dtype), conversation, render)
+    repl = Repl(answers(engine_of(model, tokenizer, args), params), conversation, render)
     if sys.stdin.isatty():
         with history():
             repl.loop()
@@ -84,13 +85,22 @@ def is_demo(model: Mistral7B) -> bool:
     return model.source is not None and model.source.resolve() == resolve("demo").resolve()
 
 
-def answers(
-    model: Mistral7B, tokenizer: Tokenizer, params: SamplingParams, kv_dtype: torch.dtype | None = None
-) -> Answer:
-    """How the model answers a conversation: pieces of text, within what is left of its context."""
-    from ..generate import stream
+def engine_of(model: Mistral7B, tokenizer: Tokenizer, args: Chat) -> LLM:
+    """An engine for one answer at a time, which keeps what it has computed of the conversation."""
+    from ..engine.config import EngineConfig
+    from ..engine.llm import LLM
 
-    context = model.args.max_seq_len
+    kv_dtype = None if args.kv == "model" else args.kv
+    config = EngineConfig(max_sequences=1, max_batch_tokens=512, kv_dtype=kv_dtype)
+    adapters = {ADAPTER: args.adapter} if args.adapter else None
+    return LLM(model, config, tokenizer=tokenizer, adapters=adapters)
+
+
+def answers(llm: LLM, params: SamplingParams) -> Answer:
+    """How the model answers a conversation: pieces of text, within what is left of its context."""
+    tokenizer, context = llm.tokenizer, llm.engine.model.args.max_seq_len
+    assert tokenizer is not None  # the command opens it with the model
+    adapter = next(iter(llm.engine.adapters.names), None)
 
     def answer(messages: list[Message]) -> Iterator[str]:
         ids = tokenizer.encode_chat(messages)
@@ -104,7 +114,7 @@ def answers(
         limit = min(params.max_tokens or room, room)
         finish = None
         limited = dataclasses.replace(params, max_tokens=limit)
-        for piece in stream(model, ids, limited, tokenizer, kv_dtype=kv_dtype):
+        for piece in llm.stream(ids, limited, adapter=adapter):
             finish = piece.finish_reason
             yield piece.text
         if finish == "length":

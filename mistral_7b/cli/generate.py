@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ..sampling_params import SamplingParams
-from .inputs import ModelName, ModelOptions, UsageError, read_flags, read_text
+from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
 
 if TYPE_CHECKING:
-    import torch
-
     from ..generate import TextPiece
     from ..model import Mistral7B
     from ..speculation import Speculation, Tally
@@ -26,7 +24,7 @@ DEMO_PROMPT = "class TestParser(unittest.TestCase):\n"  # the bundled model has 
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate(ModelOptions):
+class Generate(TextOptions):
     """Continue a text. Without a prompt it is read from standard input; the bundled model has one of its own."""
 
     model: ModelName = "demo"
@@ -51,7 +49,7 @@ class Generate(ModelOptions):
 
 def run(argv: list[str]) -> int:
     args = read_flags(Generate, "generate", argv)
-    params = args.sampling
+    params = args.constrained(args.sampling)
     scored = params.logprobs is not None or params.prompt_logprobs is not None
     if scored and not args.json:
         raise UsageError(
@@ -69,10 +67,11 @@ def run(argv: list[str]) -> int:
     written = Written(params.n, len(ids), params.n == 1 and not args.json, speculate.tally if speculate else None)
     if echo and not args.json:
         _show(prompt)
+    how = {"speculate": speculate, "kv_dtype": args.kv_dtype, "adapter": args.adapter}
     if scored:
-        facts, code = score(model, ids, params, tokenizer, written, speculate, args.kv_dtype), 0
+        facts, code = score(model, ids, params, tokenizer, written, **how), 0
     else:
-        code = write(model, ids, params, tokenizer, written, speculate, args.kv_dtype)
+        code = write(model, ids, params, tokenizer, written, **how)
         facts = {"outputs": written.outputs}
     if args.json:
         known = {"model": args.model, "prompt": prompt, "prompt_token_ids": ids, "seed": params.seed}
@@ -193,15 +192,14 @@ def write(
     params: SamplingParams,
     tokenizer: Tokenizer,
     written: Written,
-    speculate: Speculation | None = None,
-    kv_dtype: torch.dtype | None = None,
+    **how: Any,
 ) -> int:
-    """Stream into `written`; the exit code. Ctrl-C ends it, and what has come stays."""
+    """Stream into `written`, `how` as in `stream`; the exit code. Ctrl-C ends it, and what has come stays."""
     from ..generate import stream
 
     written.began = time.perf_counter()
     try:
-        for piece in stream(model, ids, params, tokenizer, speculate=speculate, kv_dtype=kv_dtype):
+        for piece in stream(model, ids, params, tokenizer, **how):
             written.push(piece)
     except KeyboardInterrupt:
         return 130
@@ -214,14 +212,13 @@ def score(
     params: SamplingParams,
     tokenizer: Tokenizer,
     written: Written,
-    speculate: Speculation | None = None,
-    kv_dtype: torch.dtype | None = None,
+    **how: Any,
 ) -> dict[str, Any]:
-    """Generate with log-probabilities; what the JSON output says of it."""
+    """Generate with log-probabilities, `how` as in `generate`; what the JSON output says of it."""
     from ..generate import generate
 
     written.began = time.perf_counter()
-    request = generate(model, [ids], params, tokenizer, speculate=speculate, kv_dtype=kv_dtype)[0]
+    request = generate(model, [ids], params, tokenizer, **how)[0]
     written.count(sum(len(c.token_ids) for c in request.outputs))
     written.first = None  # all came at once
     outputs = [{**vars(c), "logprobs": _named(c.logprobs)} for c in request.outputs]

@@ -13,6 +13,7 @@ import tyro
 
 from ..errors import ConfigError, Mistral7BError, TokenizerError, first_line
 from ..kernels import threads
+from ..sampling_params import SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,32 @@ class ModelOptions:
         return Mistral7B.from_pretrained(
             source, dtype=dtype, device=device, quantization=self.quantization, mmap=self.mmap
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions(ModelOptions):
+    """How the model runs, and what its text must be like."""
+
+    adapter: str | None = None
+    """A LoRA adapter to use with the model: a folder or file that PEFT or mistral-finetune has written."""
+    schema: str = ""
+    """A file with a JSON schema that the text must obey. This and the next three exclude each other."""
+    regex: str = ""
+    """A regular expression that the whole text must match."""
+    choice: tuple[str, ...] = ()
+    """Texts of which it must be one."""
+    grammar: str = ""
+    """A file with a context-free grammar, in Lark's notation or llama.cpp's GBNF, that the text must obey."""
+
+    def constrained(self, params: SamplingParams) -> SamplingParams:
+        """The parameters, with what the text must obey. SamplingError for more than one, or one that cannot be."""
+        wanted = {
+            "json": read_text(self.schema) if self.schema else None, "regex": self.regex or None,
+            "choice": self.choice or None, "grammar": read_text(self.grammar) if self.grammar else None,
+        }  # fmt: skip
+        if not any(wanted.values()):
+            return params
+        return dataclasses.replace(params, structured_outputs=StructuredOutputs(**wanted))  # type: ignore[arg-type]
 
 
 def pick_device(name: str) -> torch.device:

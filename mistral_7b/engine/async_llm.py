@@ -29,14 +29,13 @@ import torch
 from ..completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from ..errors import EngineError, QueueFullError
 from ..model import Mistral7B
-from ..prompts import Prompt
 from ..sampling import SamplingParams
 from ..tokenizer import Tokenizer
 from ..tool_calls import ToolCall
 from .config import EngineConfig
 from .containment import because
 from .llm import EmbeddingOutput, open_engine
-from .reading import Asked, Messages, ToolChoice, Tools
+from .reading import Asked, Messages, Prompt, ToolChoice, Tools
 from .request import Request
 from .threads import release
 

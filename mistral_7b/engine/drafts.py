@@ -39,14 +39,12 @@ class Drafts:
 
     def _draft(self, s: SequenceState, speculation: Speculation, rows: int, spare: int) -> list[int]:
         """A draft of `spare` tokens at most, for a step that has so many rows without it."""
-        c = s.completion
-        if s.guesser is None:
-            s.guesser = speculation.guesser(s.tokens, len(c.prompt) + c.max_tokens)
+        c, guesser = s.completion, s.drafter()
         time_of = self.time if speculation.row_cost is None else StepTime(speculation.row_cost)
-        if spare <= 0 or not time_of.known:
+        if guesser is None or spare <= 0 or not time_of.known:
             return []
         left = c.max_tokens - len(c.token_ids) - 1
-        return s.guesser.guess(min(left, spare), lambda n: time_of(rows + n), partial(self._choose, s))
+        return guesser.guess(min(left, spare), lambda n: time_of(rows + n), partial(self._choose, s))
 
     def _choose(self, s: SequenceState, logits: Tensor, ahead: Sequence[int]) -> int:
         """What a sequence's sampler would take from logits (1, V) if the tokens `ahead` had come first."""

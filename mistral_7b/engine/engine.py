@@ -27,7 +27,7 @@ import torch
 from ..completion import TextPiece
 from ..errors import AdapterError, EngineError, GenerationError, Mistral7BError, QueueFullError
 from ..model import Mistral7B
-from ..sampling import NOT_FINITE, Logprob, put
+from ..sampling import NOT_FINITE, put
 from .adapters import Adapters
 from .config import EngineConfig
 from .containment import because, hidden_of, logits_of, logprobs_of, look_at, sample
@@ -35,7 +35,7 @@ from .drafts import Drafts
 from .extras import Entry
 from .flight import Flight, Plan, feed, picks_of, waits
 from .forward import forward_for
-from .masks import PATIENCE, GrammarMasks, Masks, late_ones, may_sample, wait_for_one
+from .masks import PATIENCE, Masks, ask, collect, late_ones, may_sample, settle, wait_for_one
 from .pages import PagePool
 from .request import Request, SequenceState
 from .scheduler import Counts, Scheduler
@@ -50,7 +50,6 @@ class Engine:
         self.adapters = Adapters(model)
         self.requests: dict[str, Request] = {}  # those that have not ended
         self.device = pool.layers[0][0].device
-        self.masks = GrammarMasks(self._blame)
         self.drafts = Drafts(config, pool.page, self.device)
         self.forward = forward_for(self.adapters, pool, config)
         self._flight: Flight | None = None  # launched, and not yet read
@@ -145,13 +144,13 @@ class Engine:
         """The plan's tokens through the model, and what is sampled after them; its result is not waited for."""
         tokens = feed(plan, self._flight, self.device)  # (N,)
         rows, picks = picks_of(plan)
-        asked = self.masks.ask(picks)
+        asked = ask(picks, self._blame)
         hidden = hidden_of(self.forward, plan, tokens, self._blame)  # (N, D)
         look_at(plan, hidden, self.forward, self._blame)
         sampled, logits, masks = tokens[:0], hidden[:0], Masks()
         if rows:
             logits = logits_of(self.forward, hidden, rows, picks, self._blame)
-            masks = self.masks.collect(asked)
+            masks = collect(asked, self._blame)
             picks = [pick for pick in picks if may_sample(pick.sequence, masks)]
             if [pick.row for pick in picks] != list(range(len(logits))):
                 logits = logits[put([pick.row for pick in picks], self.device)]
@@ -214,9 +213,8 @@ class Engine:
         pieces: dict[Request, list[TextPiece]] = {}
         end = time.monotonic() + PATIENCE
         for new in taken:
-            piece = self._finish_taking(new, end)
-            if piece is not None:
-                pieces.setdefault(new.sequence.request, []).append(piece)
+            if come := self._finish_taking(new, end):
+                pieces.setdefault(new.sequence.request, []).extend(come)
         for s, _ in plan:
             if s.request.pooling and s.need == 0 and not s.ended:
                 pieces.setdefault(s.request, [])
@@ -226,7 +224,7 @@ class Engine:
     def _end_late(self) -> None:
         """End the sequences whose grammars were late to say that nothing may follow."""
         for s in late_ones(self.scheduler.running):
-            if self.masks.settle(s) and s.grammar is not None and s.grammar.over:
+            if settle(s, self._blame) and s.grammar is not None and s.grammar.over:
                 try:
                     piece = self._piece(s, s.completion.end())
                 except Exception as e:
@@ -243,48 +241,45 @@ class Engine:
             if token < 0:
                 self.fail(s.request, GenerationError(NOT_FINITE))
                 return None
-            new.text += c.push(token, entries[place])
+            text = c.push(token, entries[place])
             new.tokens.append(token)
-            new.logprobs += [] if (entry := entries[place]) is None else [entry]
             right = draft[place : place + 1] == [token]
             if right and place < len(over) and over[place] and not c.finished:
-                new.text += c.end()
+                text += c.end()
+            new.pieces.append(self._piece(s, text, (token,), entries[place]))
             if c.finished or not right:
                 break
         if s.grammar is not None and not c.finished:
             s.grammar.take(new.tokens)
         return new
 
-    def _finish_taking(self, new: _Taken, end: float) -> TextPiece | None:
-        """What has come of a sequence, as a piece; None where its request has ended by an error."""
+    def _finish_taking(self, new: _Taken, end: float) -> list[TextPiece]:
+        """What has come of a sequence, a piece for each token; none where its request has ended by an error."""
         s, c, drafted = new.sequence, new.sequence.completion, len(new.sequence.draft)
         try:
-            if not c.finished and self.masks.settle(s, end) and s.grammar is not None and s.grammar.over:
-                new.text += c.end()
+            if not c.finished and settle(s, self._blame, end) and s.grammar is not None and s.grammar.over:
+                new.pieces[-1] = TextPiece.joined([new.pieces[-1], self._piece(s, c.end())])
             if s.ended:
-                return None
+                return []
             s.take(new.tokens)
-            piece = self._piece(s, new.text, new.tokens, new.logprobs)
         except Exception as e:
             self._blame(s.request, "its decoder, drafter or tool calls", e)
-            return None
+            return []
         self.counts.generated_tokens += len(new.tokens)
         self.counts.drafted_tokens += drafted
         self.counts.accepted_tokens += len(new.tokens) - 1
         if s.request.metrics.first_token is None:
             s.request.metrics.first_token = time.perf_counter()
-        if piece.finish_reason is not None:
+        if new.pieces[-1].finish_reason is not None:
             self.scheduler.end(s)
         else:
             self.scheduler.advance(s, len(new.tokens) - 1)
-        return piece
+        return new.pieces
 
-    def _piece(
-        self, s: SequenceState, text: str, tokens: Sequence[int] = (), logprobs: Sequence[dict[int, Logprob]] = ()
-    ) -> TextPiece:
+    def _piece(self, s: SequenceState, text: str, tokens: tuple[int, ...] = (), entry: Entry = None) -> TextPiece:
         """What has come of a sequence, for those who read it."""
-        c, own = s.completion, tuple(logprobs)
-        return TextPiece(text, c.index, tuple(tokens), c.finish_reason, c.stop_reason, own, c.take_deltas())
+        c, own = s.completion, () if entry is None else (entry,)
+        return TextPiece(text, c.index, tokens, c.finish_reason, c.stop_reason, own, c.take_deltas())
 
     def _hand_out(self, pieces: Mapping[Request, list[TextPiece]]) -> None:
         """Pieces to those who read them; requests of which nothing more will come end."""
@@ -342,9 +337,8 @@ class Engine:
 
 @dataclass
 class _Taken:
-    """Tokens that a step has brought a sequence, and their text."""
+    """Tokens that a step has brought a sequence, and what has come of each."""
 
     sequence: SequenceState
     tokens: list[int]
-    logprobs: list[dict[int, Logprob]]
-    text: str = ""
+    pieces: list[TextPiece]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..completion import RequestOutput
+from ..completion import RequestOutput, TextPiece
 from ..errors import EngineError
 from ..kernels.backend import LINEAR, Backend, uses
 from ..model import Mistral7B
-from ..prompts import Prompt, as_prompts, params_for, tokenizer_beside
 from ..quantization import Scheme, quantize
 from ..quantization.linear import Compressed
 from ..sampling import SamplingParams
@@ -23,7 +22,7 @@ from ..tokenizer import Tokenizer
 from .config import EngineConfig
 from .engine import Engine
 from .memory import pool_for
-from .reading import Asked, Messages, Reader, ToolChoice, Tools
+from .reading import Asked, Messages, Prompt, Reader, ToolChoice, Tools, as_prompts, params_for, tokenizer_beside
 from .request import Request, Sink
 
 
@@ -49,24 +48,28 @@ def open_engine(
     config: EngineConfig | None,
     tokenizer: Tokenizer | None,
     adapters: Mapping[str, str | os.PathLike[str]] | None,
+    lengths: Sequence[int] | None = None,
     **how: Any,
 ) -> Reader:
-    """An engine for a model that is open or to be opened, and the reader of its requests."""
+    """An engine for a model that is open or to be opened, and the reader of its requests.
+
+    `lengths` of all sequences that will ever come, where they are known: memory is then no more than these need.
+    """
     config = config or EngineConfig()
     if not isinstance(model, Mistral7B):
         model = Mistral7B.from_pretrained(model, **{k: v for k, v in how.items() if v is not None})
+        model.requires_grad_(False)
     elif any(v is not None for v in how.values()):
         raise EngineError(
             "dtype, device and quantization are for a model that is yet to be opened, not an open one",
             field="model",
         )
-    model.requires_grad_(False)
     if config.deterministic:
         _make_deterministic(model)
     why = ""
     if tokenizer is None:
         tokenizer, why = tokenizer_beside(model)
-    engine = Engine(model, pool_for(model, config), config)
+    engine = Engine(model, pool_for(model, config, lengths), config)
     for name, path in (adapters or {}).items():
         engine.adapters.load(name, path)
     return Reader(engine, tokenizer, why)
@@ -187,29 +190,57 @@ class LLM:
         self._outputs(requests, progress)
         return [EmbeddingOutput(r.embedding(normalize), r.ids) for r in requests]
 
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **each: Any) -> Iterator[TextPiece]:
+        """Continue one prompt, giving out text as it comes; else as `generate`. Errors are raised by the call."""
+        return follow(self.engine, self.reader.text(prompt, params or SamplingParams(), Asked(**each)))
+
     def _outputs(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
         """Compute until all have ended. Whatever interrupts it, nothing of them stays behind."""
         with _bar(len(requests), progress) as advance:
-            try:
-                self._run(requests, advance)
-            finally:
-                for request in requests:
-                    self.engine.give_up(request)
+            run(self.engine, requests, advance)
         outputs = [request.output() for request in requests]
         if any(o.error is not None for o in outputs):
             raise RequestsFailedError(outputs)
         return outputs
 
-    def _run(self, requests: list[Request], advance: Any) -> None:
-        to_come = deque(requests)
+
+def run(engine: Engine, requests: Sequence[Request], advance: Callable[[int], object] = lambda n: None) -> None:
+    """Compute requests until all have ended, well or not; `advance` is told how many more have.
+
+    Whatever interrupts it, none of them stays behind.
+    """
+    to_come = deque(requests)
+    try:
         for request in requests:  # those behind the first that has not ended are not looked at in every step
             while not request.finished:
-                while to_come and self.engine.has_room:
-                    self.engine.add(to_come[0])
-                    to_come.popleft()
-                before = self.engine.counts.ended
-                self.engine.step()
-                advance(self.engine.counts.ended - before)
+                while to_come and engine.has_room:
+                    engine.add(to_come.popleft())
+                before = engine.counts.ended
+                engine.step()
+                advance(engine.counts.ended - before)
+    finally:
+        for request in requests:
+            engine.give_up(request)
+
+
+def follow(engine: Engine, request: Request) -> Iterator[TextPiece]:
+    """Compute a request and give out its pieces as they come. Raises what it ends with, if not well.
+
+    Leaving the loop, or closing the iterator, ends the request.
+    """
+    pieces: deque[TextPiece] = deque()
+    request.sink = lambda _, new: pieces.extend(new)
+    engine.add(request)
+    try:
+        while pieces or not request.finished:
+            if not pieces:
+                engine.step()
+            while pieces:
+                yield pieces.popleft()
+        if request.error is not None:
+            raise request.error
+    finally:
+        engine.give_up(request)
 
 
 def _asked(asked: Asked | Sequence[Asked] | None, each: Mapping[str, Any], n: int) -> list[Asked]:

@@ -23,44 +23,43 @@ PATIENCE = 0.01  # seconds that a step waits for its grammars
 Masks = dict[SequenceState, list[np.ndarray]]
 
 
-class GrammarMasks:
-    """Asks the grammars of sequences, and ends the requests of those that fail."""
+def ask(picks: Sequence[Pick], blame: Blame) -> list[SequenceState]:
+    """Ask which tokens may come next in the sequences that have a grammar; those that will answer.
 
-    def __init__(self, blame: Blame) -> None:
-        self._blame = blame
-
-    def ask(self, picks: Sequence[Pick]) -> list[SequenceState]:
-        """Ask which tokens may come next in the sequences that have a grammar; those that will answer."""
-        asked = []
-        for s in dict.fromkeys(pick.sequence for pick in picks):
-            if s.grammar is None or s.grammar.late:
-                continue
-            try:
-                if s.draft or s.grammar.answer is None:
-                    s.grammar.ask(s.draft)
-                asked.append(s)
-            except Exception as e:
-                self._blame(s.request, "its grammar", e)
-        return asked
-
-    def collect(self, asked: Sequence[SequenceState]) -> Masks:
-        """The masks that are there within a moment."""
-        end = time.monotonic() + PATIENCE
-        found: Masks = {}
-        for s in asked:
-            if self.settle(s, end) and s.grammar is not None and s.grammar.answer is not None:
-                found[s] = s.grammar.answer.masks
-        return found
-
-    def settle(self, s: SequenceState, end: float = 0.0) -> bool:
-        """Whether a sequence's grammar has answered, at the time `end` (time.monotonic) at the latest."""
-        if s.ended or s.grammar is None:
-            return False
+    `blame` ends a request whose grammar fails, here as below.
+    """
+    asked = []
+    for s in dict.fromkeys(pick.sequence for pick in picks if pick.sequence.grammar is not None):
+        if s.grammar is None or s.grammar.late:
+            continue
         try:
-            return s.grammar.wait(max(0.0, end - time.monotonic()))
+            if s.draft or s.grammar.answer is None:
+                s.grammar.ask(s.draft)
+            asked.append(s)
         except Exception as e:
-            self._blame(s.request, "its grammar", e)
-            return False
+            blame(s.request, "its grammar", e)
+    return asked
+
+
+def collect(asked: Sequence[SequenceState], blame: Blame) -> Masks:
+    """The masks that are there within a moment."""
+    end = time.monotonic() + PATIENCE
+    found: Masks = {}
+    for s in asked:
+        if settle(s, blame, end) and s.grammar is not None and s.grammar.answer is not None:
+            found[s] = s.grammar.answer.masks
+    return found
+
+
+def settle(s: SequenceState, blame: Blame, end: float = 0.0) -> bool:
+    """Whether a sequence's grammar has answered, at the time `end` (time.monotonic) at the latest."""
+    if s.ended or s.grammar is None:
+        return False
+    try:
+        return s.grammar.wait(max(0.0, end - time.monotonic()))
+    except Exception as e:
+        blame(s.request, "its grammar", e)
+        return False
 
 
 def may_sample(s: SequenceState, masks: Masks) -> bool:

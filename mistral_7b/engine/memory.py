@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -42,10 +43,11 @@ def read(path: str | pathlib.Path) -> str:
         return ""
 
 
-def pool_for(model: Mistral7B, config: EngineConfig) -> PagePool:
-    """Pages for a model: as many as the configuration's memory holds. ConfigError if that is not even one context.
+def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | None = None) -> PagePool:
+    """Pages for a model: as many as the configuration's memory holds. ConfigError if that is not even one.
 
-    Unless it is said how much, never more than `max_sequences` sequences of the longest kind could hold.
+    Unless it is said how much, never more than `max_sequences` sequences of the longest kind could hold. Where the
+    `lengths` of all sequences that will ever come are known, no more than these could, and enough for the longest.
     """
     import torch
 
@@ -56,14 +58,17 @@ def pool_for(model: Mistral7B, config: EngineConfig) -> PagePool:
     int8 = config.kv_dtype == "int8"
     row = args.head_dim + 4 if int8 else args.head_dim * p.dtype.itemsize  # of a head: a scale is a float32
     page_bytes = 2 * args.n_layers * args.n_kv_heads * row * page
-    longest = most_pages(args.max_seq_len, args.sliding_window, config)
+    known = [args.max_seq_len] * config.max_sequences if lengths is None else lengths
+    needs = sorted((most_pages(n, args.sliding_window, config) for n in known), reverse=True) or [1]
+    # Beside these, one page for each that runs, which a scheduler wants to see free before another begins.
+    most = sum(needs[: config.max_sequences]) + (0 if lengths is None else config.max_sequences)
     if config.kv_cache_bytes is not None:
         n_pages = config.kv_cache_bytes // page_bytes
     else:
         cpu = p.device.type == "cpu"
         free = memory()[1] if cpu else torch.cuda.mem_get_info(p.device)[0] if p.is_cuda else 0
         share = (free or 4 << 30) * (CPU_SHARE if cpu else ACCELERATOR_SHARE)
-        n_pages = min(int(share) // page_bytes, longest * config.max_sequences)
+        n_pages = min(max(int(share) // page_bytes, 0 if lengths is None else needs[0]), most)
     if n_pages < 1:
         raise ConfigError(
             f"{config.kv_cache_bytes or 'the free'} bytes for keys and values hold no page of {page} tokens",

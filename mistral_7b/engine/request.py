@@ -173,10 +173,17 @@ class SequenceState:
 
     def take(self, tokens: Sequence[int]) -> None:
         """These tokens have come."""
+        if (guesser := self.drafter()) is not None:
+            guesser.take(tokens)
         self.tokens += tokens
-        if self.guesser is not None:
-            self.guesser.take(tokens)
         self.draft = []
+
+    def drafter(self) -> Guesser | None:
+        """What proposes draft tokens, if wanted. Made when its first token comes, or after a preemption."""
+        speculation = self.request.speculation
+        if self.guesser is None and speculation is not None:
+            self.guesser = speculation.guesser(self.tokens, len(self.request.ids) + self.completion.max_tokens)
+        return self.guesser
 
     def append(self, page: int) -> None:
         """Hold one page more."""

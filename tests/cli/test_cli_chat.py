@@ -9,7 +9,10 @@ import sys
 import pexpect
 import pytest
 import torch
+from command import write_model
 
+from mistral_7b.engine.config import EngineConfig
+from mistral_7b.engine.pages import PagePool
 from mistral_7b.generate import generate
 from mistral_7b.kernels.cpu import compiler
 from mistral_7b.model import Mistral7B
@@ -33,18 +36,54 @@ def test_answers_are_those_of_the_chat_template(run, windowed: str) -> None:
 
 def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
     made: list[object] = []
-    plain = Mistral7B.rolling_cache
+    plain = PagePool.__init__
 
-    def noted(model: Mistral7B, *args: object, **how: object) -> object:
-        made.append(how["kv_dtype"])
-        return plain(model, *args, **how)  # type: ignore[arg-type]
+    def noted(pool: PagePool, *args: object, **how: object) -> None:
+        made.append(how["int8"])
+        plain(pool, *args, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Mistral7B, "rolling_cache", noted)
+    monkeypatch.setattr(PagePool, "__init__", noted)
     for flags in ([], ["--kv", "int8"], ["--kv", "model"]):
         code, out, err = run("chat", windowed, "--max-tokens", "4", *flags, stdin="hello\n")
         assert code == 0, err
         assert out
-    assert made == [None, torch.int8, None]
+    assert made == [False, True, False]
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_turn_computes_its_own_tokens_alone(
+    run, tmp_path: pathlib.Path, monkeypatch, window: int | None
+) -> None:
+    """What was computed of the turns before is found again, up to a page."""
+    folder = str(write_model(tmp_path / "model", sliding_window=window, max_seq_len=2048))
+    tokenizer, page = Tokenizer.from_pretrained(folder), EngineConfig.page_size
+    (hello,) = tokenizer.encode("Hello", bos=False)
+    fed: list[int] = []
+    plain = Mistral7B.hidden
+
+    def noted(model: Mistral7B, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        fed.append(len(tokens))
+        return plain(model, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Mistral7B, "hidden", noted)
+    questions = ["some words " * 70, "and then?", "and then again?"]
+    flags = ("--max-tokens", "20", "--logit-bias", str(hello), "100", "--dtype", "float32")
+    code, out, err = run("chat", folder, *flags, stdin="\n".join(questions))
+    assert code == 0, err
+    answer = " ".join(["Hello"] * 20)  # whose ids are those that were generated
+    assert out == f"{answer}\n" * 3
+    read = [n for n in fed if n > 1]
+    messages: list[dict[str, str]] = []
+    lengths = []
+    for question in questions:
+        messages.append({"role": "user", "content": question.strip()})
+        lengths.append(len(tokenizer.encode_chat(messages)))
+        messages.append({"role": "assistant", "content": answer})
+    assert lengths[0] > 2 * 64
+    assert read[0] == lengths[0]
+    for before, now, computed in zip(lengths, lengths[1:], read[1:], strict=False):
+        known = before + 19  # the last token of an answer was never fed
+        assert now - known <= computed == now - known // page * page < now - known + page
 
 
 @pytest.mark.wording

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command import write_model
 
+from mistral_7b.engine.pages import PagePool
 from mistral_7b.generate import generate
 from mistral_7b.model import Mistral7B
 from mistral_7b.sampling import SamplingParams
@@ -119,17 +120,17 @@ def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
     """The flag takes effect, with and without log-probabilities; float32 rounds alike everywhere."""
     flags = ["--prompt", PROMPT, "--max-tokens", "60", "--seed", "5", "--dtype", "float32", "--kv", "int8"]
     made: list[object] = []
-    plain_cache = Mistral7B.rolling_cache
+    plain = PagePool.__init__
 
-    def noted(model: Mistral7B, *args: object, **how: object) -> object:
-        made.append(how["kv_dtype"])
-        return plain_cache(model, *args, **how)  # type: ignore[arg-type]
+    def noted(pool: PagePool, *args: object, **how: object) -> None:
+        made.append(how["int8"])
+        plain(pool, *args, **how)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:  # so few tokens may be equal in both types
-        patch.setattr(Mistral7B, "rolling_cache", noted)
+        patch.setattr(PagePool, "__init__", noted)
         code, out, err = run("generate", windowed, *flags)
     assert code == 0, err
-    assert made == [torch.int8]
+    assert made == [True]
     model, tokenizer = (
         Mistral7B.from_pretrained(windowed, dtype=torch.float32),
         Tokenizer.from_pretrained(windowed),

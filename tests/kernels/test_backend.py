@@ -189,7 +189,6 @@ ALLOWED = {
     "benchmark/engine_transformers.py": ({"capability"}, "says in the record what the peer ran on"),
     "benchmark/engine_ours.py": ({"capability"}, "says in the record what PyTorch ran on"),
     "benchmark/serving/ours.py": ({"capability"}, "the same"),
-    "captured.py": ({"cuda"}, "the type of a graph"),
     "cli/serve.py": ({"available"}, "whether packages of the extra `serve` are installed"),
     "model.py": ({"device"}, "MPS has no float64; meta has no memory"),
     "sampling.py": ({"device"}, "MPS has no float64; rows are shared out on a CPU"),

@@ -13,13 +13,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..attention import banded_attention, bands
+from ..attention import Band, banded_attention, bands
 from ..cache import Entries, KernelCache, KeysAndValues, compressed, expanded, four
 from ..errors import CacheError
 from ..kernels.attend import Place, Remembered, attend
@@ -53,6 +53,15 @@ class PaddingRow:
 Parts = Sequence[tuple[Paged, int]]
 
 
+class VisibleRows(NamedTuple):
+    """Where the keys lie that a sequence's new tokens see: rows of all pages, one after another."""
+
+    own: slice  # its new tokens among those of the batch
+    new: Tensor | slice  # rows of these
+    runs: list[slice]  # rows of everything visible, in order; few while pages are taken in order
+    plan: list[Band]
+
+
 class PagedBatch(KernelCache):
     """Sequences with the number of tokens that each feeds; their pages must be there.
 
@@ -79,6 +88,8 @@ class PagedBatch(KernelCache):
         for row, (s, _) in zip(table, parts, strict=True):
             row[: s.stop] = s.pages[: s.stop]
         self.runs = [(s.computed, s.computed - s.first * self.pool.page, n) for s, n in parts]
+        self._pages = table
+        self._visible: list[VisibleRows] = []
         start, held, lengths = zip(*self.runs, strict=True)
         positions = [np.arange(first, first + n) for first, _, n in self.runs]
         return [
@@ -107,10 +118,24 @@ class PagedBatch(KernelCache):
             )
         return self.positions
 
-    def rows(self, b: int, first: int, last: int) -> Tensor:
-        """The rows of pages, page * size + place, in which positions first..last of sequence b lie."""
-        p = torch.arange(first, last, device=self.table.device)
-        return self.table[b, p // self.pool.page] * self.pool.page + p % self.pool.page
+    @property
+    def visible_rows(self) -> list[VisibleRows]:
+        """What attention without a kernel has to know of each sequence. Worked out once for all layers."""
+        if not self._visible:
+            at, size = 0, self.pool.page
+            for pages, (start, before, n) in zip(self._pages, self.runs, strict=True):
+                first = start - before if self.window is None else max(start - before, start + 1 - self.window)
+                p = np.arange(first, start + n)
+                rows = pages[p // size] * size + p % size
+                cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+                runs = [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, cuts)]
+                last = runs[-1].stop
+                new = put(rows[-n:], self.device) if n > last - runs[-1].start else slice(last - n, last)
+                positions = put(p, self.device)
+                plan = bands(positions[-n:], positions, self.window, consecutive=True)
+                self._visible.append(VisibleRows(slice(at, at + n), new, runs, plan))
+                at += n
+        return self._visible
 
 
 class _PagedMemory(KeysAndValues):
@@ -127,15 +152,15 @@ class _PagedMemory(KeysAndValues):
             old = Remembered(*four(self.entries), batch.place)
             return attend(q, *four(new), old, batch.window, keep=True)
         held = tuple(t.flatten(0, 1) for t in self.entries)  # (rows, G, K)
-        out, at = torch.empty_like(q), 0
-        for b, (start, before, n) in enumerate(batch.runs):
-            own = slice(at, at + n)
-            rows = batch.rows(b, start - before, start + n)
+        outs = []
+        for own, rows, runs, plan in batch.visible_rows:
             for t, fresh in zip(held, new, strict=True):
-                t[rows[before:]] = fresh[own]
-            keys, values = expanded(tuple(t[rows] for t in held), q.dtype)
-            p = torch.arange(start - before, start + n, device=q.device)
-            plan = bands(p[before:], p, batch.window, consecutive=True)
-            out[own] = banded_attention(q[own], keys, values, plan)
-            at += n
-        return out
+                t[rows] = fresh[own]
+            seen = [[t[run] for run in runs] for t in held]
+            outs.append(banded_attention(q[own], *expanded(tuple(map(_joined, seen)), q.dtype), plan))
+        return _joined(outs)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Tensors that follow each other, as they lie if there is but one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+import signal
 import sys
+from functools import partial
 
 import pexpect
 import pytest
@@ -149,7 +151,11 @@ def test_on_a_terminal(windowed: str, tmp_path: pathlib.Path, plain: bool) -> No
     env["XDG_CACHE_HOME"] = str(compiler.cache_folder().parent.parent)
     argv = ["-m", "mistral_7b", "chat", windowed, "--max-tokens", "1000000", "--ignore-eos"]
     argv += ["--plain"] if plain else []
-    with pexpect.spawn(sys.executable, argv, env=env, timeout=120, dimensions=(24, 80), encoding="utf-8") as child:
+    # A suite in a shell's background ignores SIGINT, and its children would inherit that.
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with pexpect.spawn(
+        sys.executable, argv, env=env, timeout=120, dimensions=(24, 80), encoding="utf-8", preexec_fn=listening
+    ) as child:
         child.expect("/help lists the commands")
         child.expect("> ")
         child.sendline("hello")

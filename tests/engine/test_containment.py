@@ -18,6 +18,7 @@ import torch
 from tiny import tiny_args, tiny_model
 
 from mistral_7b.checkpoint.adapter import Adapter, Factors
+from mistral_7b.engine import engine, masks
 from mistral_7b.engine.adapters import LowRanks
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.grammar.client import GrammarState
@@ -51,6 +52,13 @@ Place = tuple[type, str]  # a method of a class
 
 class InjectedError(Exception):
     """No error of the project's own."""
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps wait for their grammars on however busy a machine: a late one would change the order of calls."""
+    for module in (engine, masks):
+        monkeypatch.setattr(module, "PATIENCE", 30.0)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ these: above 1 is faster than it was.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import random
@@ -31,6 +32,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mid": {"dim": 1024, "n_layers": 8, "head_dim": 64, "hidden_dim": 3584, "n_heads": 16, "n_kv_heads": 4},
     "large": {"dim": 2048, "n_layers": 8, "head_dim": 128, "hidden_dim": 7168, "n_heads": 16, "n_kv_heads": 4},
 }
+
+
+def circumstances(folders: list[Path]) -> dict[str, Any]:
+    """Date, hardware and the commits that were compared."""
+    import torch
+
+    from mistral_7b.benchmark import machine
+
+    ask = ["git", "rev-parse", "--short", "HEAD"]
+    commits = [subprocess.run(ask, cwd=f, text=True, capture_output=True).stdout.strip() for f in folders]
+    return {
+        "date": datetime.date.today().isoformat(), "cpu": machine.cpu_name(), "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(), "commits": commits,
+    }  # fmt: skip
 
 
 def serve(shape: str, kind: str, prompt: int, tokens: int) -> None:
@@ -148,7 +163,7 @@ def main() -> None:
     if options.cold:
         records.append(compare("cold demo", [(cold(folders[0]), cold(folders[1])) for _ in range(options.cold)]))
     if options.json:
-        options.json.write_text(json.dumps({"records": records}, indent=1) + "\n")
+        options.json.write_text(json.dumps(circumstances(folders) | {"records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

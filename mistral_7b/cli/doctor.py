@@ -160,7 +160,9 @@ def advice(facts: dict[str, Any]) -> list[str]:
             "The CPU's instruction sets cannot be read, or it has none that the kernels use: int8 will be slow."
         )
     elif "AVX2" in sets and not any(on for name, on in sets.items() if "VNNI" in name or "AMX" in name):
-        out.append("This CPU has no integer dot product (VNNI or AMX): bf16 may be as fast as int8 in prefill.")
+        out.append(
+            "This CPU has no integer dot product (VNNI or AMX): int8 and int4 gain less in prefill than elsewhere."
+        )
     threads = facts["torch"].get("threads")
     if threads and threads < facts["cores"] // 2:
         out.append(

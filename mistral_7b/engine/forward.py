@@ -139,11 +139,11 @@ def bucket_size(n: int) -> int:
 
 def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> Forward:
     """How steps are computed where the pages lie. Nothing else in the engine asks which device that is."""
-    keys = pool.layers[0][0]
-    if not uses(Backend.CUDA_GRAPH, STEP, keys):
+    device = pool.layers[0][0].device
+    if not uses(Backend.CUDA_GRAPH, STEP, torch.empty(0, dtype=pool.dtype, device=device)):  # keys may be int8
         linears = [m for m in adapters.model.modules() if type(m) is torch.nn.Linear]
         return Forward(adapters, pool, any(uses(Backend.ONEDNN, LINEAR, m.weight) for m in linears))
-    recorder = Recorder(keys.device)
+    recorder = Recorder(device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
         def rehearse() -> None:

@@ -115,9 +115,12 @@ def _packed_linear(device: torch.device, dtype: torch.dtype) -> tuple[Backend, s
 
 
 def _step(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    if device.type == "cuda":
-        return Backend.CUDA_GRAPH, "a step is recorded once and replayed as one launch"
-    return Backend.PYTORCH, "a step is called kernel by kernel"
+    if device.type != "cuda":
+        return Backend.PYTORCH, "a step is called kernel by kernel"
+    attention, why = _reasoned(PAGED_ATTENTION, device, dtype, True, False, False, None)
+    if attention is Backend.PYTORCH:  # it asks the host where pages lie: a graph would know of one step alone
+        return Backend.PYTORCH, f"attention over pages cannot be recorded: {why}"
+    return Backend.CUDA_GRAPH, "a step is recorded once and replayed as one launch"
 
 
 QUANTIZED_LINEAR = Operation("int8, int4 products", cpu=(*KINDS, F64))  # all by way of FLOATS

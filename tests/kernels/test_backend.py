@@ -76,6 +76,7 @@ def decided(
         (backend.LINEAR, CUDA, BF16, Backend.PYTORCH),
         (backend.PACKED_LINEAR, CPU, F32, Backend.PYTORCH),
         (backend.STEP, CUDA, BF16, Backend.CUDA_GRAPH),
+        (backend.STEP, CUDA, F64, Backend.PYTORCH),  # attention asks the host where pages lie
         (backend.STEP, CPU, BF16, Backend.PYTORCH),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
@@ -108,6 +109,7 @@ def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decided(backend.ATTENTION, CPU, F32)[1] == "it takes bfloat16, not float32"
     monkeypatch.setattr(backend, "has_triton", lambda: False)
     assert decided(backend.WEIGHT_ONLY, CUDA) == (Backend.PYTORCH, "Triton is not installed")
+    assert decided(backend.STEP, CUDA)[0] is Backend.PYTORCH
     monkeypatch.setattr(backend, "has_triton", lambda: True)
     monkeypatch.setattr(backend, "has_fp8", lambda device: False)
     assert "compute capability 8.9" in decided(backend.ROUND_FP8, CUDA)[1]

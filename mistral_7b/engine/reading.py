@@ -171,7 +171,7 @@ class Asked:
         adapter: the LoRA adapter to use, by name; none: the model as it is
         cache_salt: only requests of one salt share what was computed for their prompts (one a tenant)
         speculation: guess tokens ahead; none: as the engine's configuration says
-        gone: set when nobody waits any more for the request to be read: it ends with AbandonedError
+        gone: set when the client has disconnected: reading the request then ends with AbandonedError
     """
 
     request_id: str | None = None
@@ -202,18 +202,13 @@ class Reader:
         asked: Asked,
         sink: Sink | None = None,
         name: str = "the prompt",
-        begun: int = 0,
-        grammar: GrammarSpec | None = None,
-        field: str = "prompt",
     ) -> Request:
-        """A request to continue a prompt. Raises what says why it cannot be served.
+        """A request to continue a prompt, which errors call `name`. Raises what says why it cannot be served."""
+        return self.request(self._read(prompt, params, name, "prompt"), asked, sink, name)
 
-        It must obey `grammar`, or else its structured_outputs; the last `begun` tokens of the prompt are the
-        beginning of what must. Errors call the prompt `name`, and its field in the request `field`.
-        """
+    def _read(self, prompt: Prompt, params: SamplingParams, name: str, field: str) -> ReadPrompt:
         args = self.engine.model.args
-        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space, field)
-        return self.request(read, asked, sink, name, begun, grammar, field)
+        return read_prompt(args, name, prompt, params, self.tokenizer, self.why, self.space, field)
 
     def request(
         self,
@@ -225,7 +220,11 @@ class Reader:
         grammar: GrammarSpec | None = None,
         field: str = "prompt",
     ) -> Request:
-        """The same for a prompt that was read with this tokenizer."""
+        """A request to continue a prompt that was read with this tokenizer.
+
+        It must obey `grammar`, or else its structured_outputs; the last `begun` tokens of the prompt are the
+        beginning of what must. Errors call the prompt `name`, and its field in the request `field`.
+        """
         speculation = asked.speculation or self.engine.config.speculation
         if speculation is not None:
             speculation.check(self.engine.model.args.vocab_size)
@@ -263,7 +262,8 @@ class Reader:
         offered = None if tool_choice == "none" else tools
         ids, begun = self.tokenizer.encode_begun(messages, offered, labels)
         begun = begun if wanted is not None else 0
-        request = self.text(ids, params, asked, sink, name, begun, grammar, "messages")
+        read = self._read(ids, params, name, "messages")
+        request = self.request(read, asked, sink, name, begun, grammar, "messages")
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request
@@ -277,8 +277,7 @@ class Reader:
                 f"pooling is {' or '.join(map(repr, POOLINGS))}, not {pooling!r}", field="pooling"
             )
         params = SamplingParams(max_tokens=1, temperature=0)
-        args = self.engine.model.args
-        read = read_prompt(args, name, prompt, params, self.tokenizer, self.why, field="input")
+        read = self._read(prompt, params, name, "input")
         request = Request(
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
             asked.priority, asked.adapter, pooling=pooling, sink=sink,

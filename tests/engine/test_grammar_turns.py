@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import tiny_args, tiny_model
+from waiting import until
 
 from mistral_7b.engine.config import EngineConfig, GrammarLimits
 from mistral_7b.engine.grammar import turns
@@ -50,15 +50,6 @@ def workers(grammars: Grammars) -> dict[int, str]:
         if int(parent) == grammars._server._process.pid and state != "Z":
             found[pid] = state
     return found
-
-
-def until(true: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 class Asking(threading.Thread):

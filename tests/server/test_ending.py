@@ -6,10 +6,10 @@ import http.client
 import json
 import socket
 import threading
-import time
 
 import pytest
 from serving import HELLO, Serving, serving
+from waiting import until
 
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.server.config import ServerConfig
@@ -23,13 +23,6 @@ def stream(server: Serving, body=LONG):
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.request("POST", CHAT, json.dumps({"stream": True, **body}), {"content-type": "application/json"})
     return connection
-
-
-def until(condition, seconds=5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -54,7 +47,7 @@ def test_pages_are_free_within_a_step_of_the_client_going(server: Serving, strea
     try:
         for _ in range(5):
             connection = stream(server, {**LONG, "n": 2} if streaming else {**LONG, "stream": False})
-            until(lambda: engine.pool.held > 4)
+            assert until(lambda: engine.pool.held > 4)
             connection.sock.close() if connection.sock else connection.close()
             connection.close()
             server.idle()
@@ -77,9 +70,9 @@ def test_who_reads_nothing_is_hung_up_on():
         body = json.dumps({**LONG, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20})
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        until(lambda: not server.llm.engine.idle)
+        assert until(lambda: not server.llm.engine.idle)
         (held,) = server.llm.engine.requests.values()
-        until(lambda: server.llm.engine.idle, 15)
+        assert until(lambda: server.llm.engine.idle, 15)
         assert held.finished
         assert sum(len(c.token_ids) for c in held.completions) < 20_000
         server.idle()
@@ -102,9 +95,9 @@ def test_a_full_queue_is_said_at_once():
     engine = EngineConfig(max_sequences=1, max_batch_tokens=16, page_size=4, max_waiting=1)
     with serving(engine=engine) as server:
         running = stream(server)
-        until(lambda: server.llm.engine.scheduler.running)
+        assert until(lambda: server.llm.engine.scheduler.running)
         waiting = stream(server)
-        until(lambda: server.llm.engine.scheduler.waiting == 1)
+        assert until(lambda: server.llm.engine.scheduler.waiting == 1)
         for body in ({**LONG, "stream": True}, LONG):
             status, headers, data = server.ask("POST", CHAT, body)
             assert (status, json.loads(data)["error"]["code"]) == (429, "queue_full")
@@ -128,9 +121,9 @@ def test_a_server_that_stops_lets_answers_end_and_says_why_it_cut_others():
         readers = [threading.Thread(target=read, args=each) for each in (("short", short), ("long", LONG))]
         for reader in readers:
             reader.start()
-        until(lambda: len(server.state.running) == 2)
+        assert until(lambda: len(server.state.running) == 2)
         server.server.stop()
-        until(lambda: server.state.draining)
+        assert until(lambda: server.state.draining)
         status, headers, data = server.ask("POST", CHAT, short)
         assert (status, json.loads(data)["error"]["code"]) == (503, "shutting_down")
         assert "retry-after" in headers
@@ -158,10 +151,10 @@ def test_an_engine_that_breaks_ends_the_server():
         answer = stream(server).getresponse()
         assert answer.status == 200
         waiting = stream(server, {**LONG, "stream": False})
-        until(lambda: server.llm.engine.scheduler.waiting == 1)
+        assert until(lambda: server.llm.engine.scheduler.waiting == 1)
         half = socket.create_connection(("127.0.0.1", server.port))  # an incomplete body delays the exit
         half.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n".encode())
-        until(lambda: server.state.active == 3)
+        assert until(lambda: server.state.active == 3)
         broke(server)
 
         last = json.loads(answer.read().split(b"\n\n")[-2].removeprefix(b"data: "))

@@ -6,12 +6,12 @@ import errno
 import json
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from serving import HELLO, Serving, serving
+from waiting import until
 
 from mistral_7b.engine.grammar import client, turns
 from mistral_7b.engine.grammar.client import Grammars
@@ -35,15 +35,6 @@ def asking(server: Serving, path: str = CHAT, grammar: str = SLOW) -> socket.soc
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     sock.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
     return sock
-
-
-def until(true: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def compiling(grammars: Grammars) -> list[client.GrammarProcess]:

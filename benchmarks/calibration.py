@@ -14,7 +14,6 @@ import copy
 import datetime
 import json
 import platform
-import subprocess
 import sys
 import sysconfig
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import tyro
+from commits import commit_of
 from torch import Tensor
 
 import mistral_7b
@@ -169,9 +169,7 @@ def main(json_file: Path | None = None, tokens: int = 513, methods: tuple[str, .
     cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
     about = {
         "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit_of(),
         "command": "python " + " ".join(sys.argv),
         "cpu": cpu.split(":")[1].strip(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from commits import commit_of
 
 STEPS = {
     "save": "Mistral7B(ModelArgs()).save_pretrained({folder!r} + '/hf')",
@@ -63,8 +64,7 @@ def main() -> int:
                 broken.append(what)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    header = {"date": datetime.date.today().isoformat(), "commit": commit.stdout.strip(),
+    header = {"date": datetime.date.today().isoformat(), "commit": commit_of(),
               "cpus": os.cpu_count(), "torch": torch.__version__,
               "command": "python benchmarks/full_size_files.py FOLDER"}  # fmt: skip
     if options.json:

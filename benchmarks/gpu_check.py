@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commits import commit_of
 from gpu_measures import kernels, same_tokens, speeds
 from gpu_pages import over_pages
 
@@ -109,9 +110,7 @@ def main() -> int:
     records += over_pages(device, args)
     records += same_tokens(device, TINY)
     records += speeds(device, args, prompt=512 if device.type == "cuda" else 64)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = commit_of(root)
     header = {
         "device": name_of(device),
         "accelerator": device.type != "cpu",

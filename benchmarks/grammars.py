@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from commits import commit_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS, PAUSE, TOKENS, ROUNDS = 40, 0.1, 96, 3
@@ -139,12 +140,6 @@ def measured(folder: Path, what: str = "--one") -> dict[str, float]:
         text=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def commit_of(folder: Path) -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True, capture_output=True
-    ).stdout.strip()
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import tyro
 from calibration import documents
+from commits import commit_of
 from torch import Tensor
 
 from mistral_7b import Mistral7B
@@ -57,9 +57,8 @@ def main(json_file: Path | None = None, files: int = 20, tokens: int = 513, chun
         comparison.add(plain, int8, ids[1:])
     sizes = [token_bytes(model.rolling_cache(kv_dtype=kv_dtype)) for kv_dtype in (None, torch.int8)]
     cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(), "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(), "commit": commit_of(),
         "command": "python " + " ".join(sys.argv), "cpu": cpu.split(":")[1].strip(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

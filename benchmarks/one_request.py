@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from commits import commit_of
+
 HERE = Path(__file__).resolve().parents[1]
 KINDS = ("float32", "bfloat16", "int8", "int4")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -40,11 +42,10 @@ def circumstances(folders: list[Path]) -> dict[str, Any]:
 
     from mistral_7b.benchmark import machine
 
-    ask = ["git", "rev-parse", "--short", "HEAD"]
-    commits = [subprocess.run(ask, cwd=f, text=True, capture_output=True).stdout.strip() for f in folders]
     return {
         "date": datetime.date.today().isoformat(), "cpu": machine.cpu_name(), "torch": torch.__version__,
-        "instructions": torch.backends.cpu.get_cpu_capability(), "commits": commits,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "commits": [commit_of(folder) for folder in folders],
     }  # fmt: skip
 
 

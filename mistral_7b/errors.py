@@ -121,7 +121,7 @@ class ProcessError(EngineError):
 
 
 class AbandonedError(EngineError):
-    """A request that nobody waits for any more, given up while it was read."""
+    """A request whose client disconnected while it was being read."""
 
 
 class QueueFullError(EngineError):

@@ -104,7 +104,7 @@ def test_workers_end_within_a_second_of_a_kill(first: str) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; it may have nobody to wait for it."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -61,7 +61,7 @@ NO_FORCING = '%llguidance {"no_forcing": true}'
 
 
 class TerminalError(GrammarError):
-    """A terminal beyond llguidance's limits; whoever knows where it comes from says so (`TOO_MUCH`)."""
+    """A terminal beyond llguidance's limits; the caller adds the schema's place (`TOO_MUCH`)."""
 
 
 TOO_MUCH = "pattern, format and patternProperties are too much together"

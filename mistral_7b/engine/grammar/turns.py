@@ -19,11 +19,11 @@ from ...errors import AbandonedError, QueueFullError
 from .processes import GrammarProcess
 
 MOMENT = 0.25  # seconds of QUICK
-LOOK = 0.1  # seconds after which whoever waits looks around
+LOOK = 0.1  # seconds between two looks of a waiting request
 WAITING = 32  # grammars that may wait to be begun, and
 STANDING = 16  # that may stand still; one more is refused
 WAIT = 30.0  # seconds that either may take
-Gone = threading.Event | None  # set when whoever asked has gone
+Gone = threading.Event | None  # set when the client has disconnected
 
 
 class Turns:
@@ -118,6 +118,6 @@ class Turns:
 
 
 def check(gone: Gone) -> None:
-    """AbandonedError when whoever asked has gone."""
+    """AbandonedError when the client has disconnected."""
     if gone is not None and gone.is_set():
-        raise AbandonedError("the client has hung up")
+        raise AbandonedError("the client has disconnected")

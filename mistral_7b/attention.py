@@ -12,6 +12,7 @@ memory, so a ring, a page or a shuffled cache needs no rule of its own. W counts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def bands(
     *,
     ordered: bool = True,
     consecutive: bool = False,
-) -> list[Band]:
+) -> tuple[Band, ...]:
     """Cut attention of the last T of S keys into blocks, so that long prompts need no (T, S) mask.
 
     Keys lie in memory so that the queries' own are the last T. `ordered`: each sequence is one run in
@@ -106,10 +107,10 @@ def bands(
         else:
             ids = (None, None) if s_q is None or s_k is None else (s_q[..., rows], s_k[..., keys])
             out.append(Band(rows, keys, visible(p_q[..., rows], p_k[..., keys], window, *ids)))
-    return out
+    return tuple(out)
 
 
-def banded_attention(q: Tensor, k: Tensor, v: Tensor, plan: list[Band]) -> Tensor:
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Band]) -> Tensor:
     """Attention of q (..., T, H, K) over k, v (..., S, G, K), a band at a time: (..., T, H, K)."""
     parts = [
         attention(q[..., b.queries, :, :], k[..., b.keys, :, :], v[..., b.keys, :, :], b.mask, b.causal)

@@ -8,7 +8,8 @@ from refusals import refused
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
 from torch import Tensor
 
-from mistral_7b.cache import EMPTY, Cache, GrowingCache, RollingCache, Stateless
+from mistral_7b.cache import Cache, GrowingCache, RollingCache, Stateless
+from mistral_7b.cache.rolling import EMPTY
 from mistral_7b.errors import CacheError
 from mistral_7b.kernels.attend import quantize_kv
 from mistral_7b.model import Mistral7B
@@ -139,7 +140,9 @@ def test_trap_04_each_position_lies_in_its_slot(chunks: list[int], static: bool)
     for T in chunks:
         p = ring.extend(torch.zeros(1, T, dtype=torch.long))
         assert p.tolist() == [list(range(n, n + T))]
-        assert len(ring.slot[0].unique()) == len(ring.slot[0])  # two writes to a slot: either may win on a GPU
+        assert len(ring.step.new.slot[0].unique()) == len(
+            ring.step.new.slot[0]
+        )  # two writes to a slot: either may win on a GPU
         k = p.double()[..., None, None].expand(1, T, 1, 2)
         ring.layers[0].attend(torch.zeros(1, T, 2, 2, dtype=torch.float64), k, 100 + k)
         n += T

@@ -1,0 +1,41 @@
+"""Keys and values as a cache keeps them: in the model's type, or in int8 with a scale per head and token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheError
+from ..kernels.attend import quantize_kv
+
+Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scales (..., S, G, 1)
+
+
+def check_kv_dtype(kv_dtype: torch.dtype | None) -> bool:
+    """Whether keys and values are kept in int8. CacheError for a type that they cannot be kept in."""
+    if kv_dtype not in (None, torch.int8):
+        raise CacheError(
+            f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}", field="kv_dtype"
+        )
+    return kv_dtype == torch.int8
+
+
+def compressed(k: Tensor, v: Tensor, int8: bool) -> Entries:
+    """Keys and values (..., T, G, K) as they are kept."""
+    if not int8:
+        return k, v
+    (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
+    return k, v, k_scale, v_scale
+
+
+def expanded(entries: Entries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as attention without a kernel reads them."""
+    if len(entries) == 2:
+        return entries[0], entries[1]
+    k, v, k_scale, v_scale = entries
+    return (k * k_scale).to(dtype), (v * v_scale).to(dtype)
+
+
+def four(entries: Entries) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """k, v and their scales as the kernels take them: None where there are no scales."""
+    return entries if len(entries) == 4 else (*entries, None, None)  # type: ignore[return-value]

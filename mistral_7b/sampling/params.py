@@ -1,6 +1,6 @@
 """Sampling parameters. Imports no torch: the command line and HTTP protocol import it.
 
-Names, defaults and ranges are vLLM's; sampling.py implements them.
+Names, defaults and ranges are vLLM's; sampler.py implements them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
-from .errors import SamplingError
+from ..errors import SamplingError
 
 GREEDY_BELOW = 1e-5  # lower temperatures count as 0, as in vLLM
 

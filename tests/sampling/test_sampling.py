@@ -10,24 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refused
 
-from mistral_7b import sampling
-from mistral_7b.completion import Completion
+from mistral_7b.engine.completion import Completion
 from mistral_7b.errors import SamplingError
-from mistral_7b.sampling import (
-    CANDIDATES,
-    History,
-    Row,
-    SamplingParams,
-    adjust,
-    choose,
-    draw_seed,
-    logprobs,
-    pick,
-    sample_rows,
-    uniforms,
-    ways_of,
-    weigh,
-)
+from mistral_7b.sampling import choice as sampling
+from mistral_7b.sampling.choice import CANDIDATES, choose, integer_weights, modes_of, pick, uniforms
+from mistral_7b.sampling.logprobs import logprobs
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.sampling.sampler import History, Row, adjust, draw_seed, sample_rows
 
 V = 97
 
@@ -77,7 +66,7 @@ def twin(logits, p, banned=(), prompt=(), output=()):
 def weights_of(logits, *rows):
     """What the package draws from: (R, V) int64."""
     x = adjust(logits, rows)
-    return weigh(x, x.amax(-1), ways_of([row.params for row in rows], x.shape[-1], x.device))
+    return integer_weights(x, x.amax(-1), modes_of([row.params for row in rows], x.shape[-1], x.device))
 
 
 def probabilities(logits, p, banned=(), prompt=(), output=()):
@@ -309,7 +298,7 @@ def test_rows_may_be_sampled_in_and_out_of_inference_mode():
 def test_captured_ways_are_those_of_the_rows():
     """The same ways with other logits and numbers, as a captured step replays them."""
     params = [SamplingParams(temperature=0), SamplingParams(top_p=0.5), SamplingParams(), SamplingParams(top_k=3)]
-    ways = ways_of(params, V, torch.device("cpu"))
+    ways = modes_of(params, V, torch.device("cpu"))
     for seed in range(20):
         logits, u = random_logits(4, seed=seed), uniforms(seed, 0, 0, 4)
         want = sample_rows(logits, [Row(p, x) for p, x in zip(params, u, strict=True)])

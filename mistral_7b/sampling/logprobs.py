@@ -1,0 +1,66 @@
+"""Log-probabilities of raw logits: of the chosen token, and of the most probable ones beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOGPROB_ROWS = 64  # rows whose logits exist at once where a prompt's are asked for: 8 MB for 32768 tokens
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability, its rank (1: the most probable), and the token as text if that is known."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+def logprobs(
+    logits: Tensor, tokens: Tensor, k: int | Sequence[int], piece: Callable[[int], str] | None = None
+) -> list[dict[int, Logprob]]:
+    """For each row of raw logits (R, V): its token (R,) first, then the k most probable ones; -1: all.
+
+    k is one for all rows, or one for each. Of equally probable tokens those with the lower ids come first, so
+    that what a row gets does not depend on what the others ask for.
+    """
+    R, V = logits.shape
+    each = [k] * R if isinstance(k, int) else list(k)
+    each = [V if number < 0 else min(number, V) for number in each]
+    table = logits.float().log_softmax(-1)  # (R, V)
+    chosen = table.gather(-1, tokens[:, None])
+    ranks = ((table > chosen).sum(-1) + 1).tolist()
+    best = _first(table, max(each, default=0))
+    values = table.gather(-1, best).tolist()
+    rows = zip(each, tokens.tolist(), chosen[:, 0].tolist(), ranks, best.tolist(), values, strict=True)
+    out = []
+    for most, token, value, rank, ids, found in rows:
+        places = {token: (value, rank)}
+        listed = enumerate(zip(ids[:most], found[:most], strict=True), 1)
+        places.update({t: (v, r) for r, (t, v) in listed if t != token})
+        out.append({t: Logprob(v, r, piece(t) if piece else None) for t, (v, r) in places.items()})
+    return out
+
+
+def following_logprobs(
+    project: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, k: int, piece: Callable[[int], str] | None
+) -> list[dict[int, Logprob]]:
+    """Log-probabilities of ids (T,) after hidden (T, D), from what `project` makes of few: (T, V) never exists."""
+    out: list[dict[int, Logprob]] = []
+    for h, t in zip(hidden.split(LOGPROB_ROWS), ids.split(LOGPROB_ROWS), strict=True):
+        out += logprobs(project(h), t, k, piece)
+    return out
+
+
+def _first(table: Tensor, k: int) -> Tensor:
+    """Ids (R, k) of the k highest log-probabilities (R, V), of equals the lower ids.
+
+    The bits of floats that are not negative lie in the order of their values; with the id below them every
+    number is another.
+    """
+    bits = (0 - table).view(torch.int32).long() << 32
+    ids = torch.arange(table.shape[-1], device=table.device)
+    return (bits | ids).topk(k, largest=False).values & (2**32 - 1)

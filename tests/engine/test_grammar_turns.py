@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from mistral_7b.engine.grammar import turns
 from mistral_7b.engine.grammar.client import Grammars, GrammarState
 from mistral_7b.engine.llm import LLM
 from mistral_7b.errors import AbandonedError, EngineError, GrammarError, Mistral7BError, QueueFullError
-from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
+from mistral_7b.text.tokenizer import Tokenizer
 from tests.engine.drawing import allowed
 
 LONG = GrammarLimits(compile_seconds=60)
@@ -95,7 +96,9 @@ def test_one_clients_hostile_grammars_keep_no_other_waiting(grammars: Grammars) 
         took.append(time.monotonic() - began)
         assert ordinary.state is not None
     assert sum(each.is_alive() for each in hostile) >= 10
-    assert max(running) <= most + 1  # the ordinary one has just ended, and is not idle yet
+    # The ordinary one may have ended without being idle yet, and a process may run for a moment after SIGSTOP: so
+    # what counts is what two looks in a row see.
+    assert max(map(min, pairwise(running))) <= most + 1
     assert took[0] < 12 * turns.MOMENT + 3  # on a busy machine
     assert max(took[1:]) < 3
     assert "T" in workers(grammars).values()
@@ -213,7 +216,7 @@ def test_there_are_only_so_many_processes_and_no_text_changes() -> None:
     few = Grammars(tokenizer, tokenizer.vocab_size, kept=1, most=4)
     many = Grammars(tokenizer, tokenizer.vocab_size)
     pairs = [(few.start(quick(i), [1]), many.start(quick(i), [1])) for i in range(10)]
-    assert len(workers(many)) == 10 + 1
+    assert until(lambda: len(workers(many)) == 10 + 1, 10)  # the one that is kept for the next request comes last
     chance = random.Random(0)
     for _ in range(6):
         chance.shuffle(pairs)

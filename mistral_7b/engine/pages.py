@@ -1,13 +1,13 @@
-"""Memory for keys and values in pages: who holds which, which are free, and which begin alike.
+"""KV pages: allocation, reference counts and the prefix cache.
 
-    page    free   ->  held by 1 or more sequences  ->  free                     nobody knows what is in it
+    page    free   ->  held by 1 or more sequences  ->  free                     its contents are of no use
                                   |   ^
                                   v   | found again by its key
-                              idle: held by nobody, and still the keys and values of a known beginning
+                              idle: held by no sequence, and still the keys and values of a known prefix
 
-A page that a sequence has filled gets a key, a hash of its tokens and of the key of the page before it: so a
-key stands for everything from the first token on. Whoever begins alike finds the page by it and shares it.
-Idle pages are taken for something else when no free one is left, the one that was used longest ago first.
+A full page gets a key, a hash of its tokens and of the key of the page before it: a key identifies everything from
+the first token on. A sequence with the same prefix finds the page by its key and shares it. When no page is free,
+the idle page that was used least recently is reused.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..cache import Entries, compressed
+from ..cache.entries import Entries, compressed
 from ..kernels.cpu import huge_pages
 
 Key = bytes
 
 
 def first_key(*parts: str | None) -> Key:
-    """The key before the first page, which tells apart what must never be shared (tenants, adapters)."""
+    """The key before the first page; it separates what must never be shared (tenants, adapters)."""
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
 def next_key(before: Key, tokens: Sequence[int]) -> Key:
-    """The key of a page that holds `tokens`, after the page of key `before`. SHA-256: nobody can forge one."""
+    """The key of a page of `tokens` after the page of key `before`: SHA-256, which cannot be forged."""
     return hashlib.sha256(before + array("I", tokens).tobytes()).digest()
 
 
@@ -39,7 +39,7 @@ class PagePool:
     """`n_pages` pages of `page` tokens each, for all layers of a model.
 
     layers[n] holds keys and values of layer n, (n_pages + 1, page, G, K), in int8 their scales too. The last
-    page belongs to nobody: what must be written somewhere and is never read goes there.
+    page belongs to no sequence: it takes writes that are never read.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class PagePool:
         ]
         self.scratch = n_pages
         self.holders = [0] * n_pages  # how many sequences hold each page
-        self._free = list(range(n_pages - 1, -1, -1))  # the last one is taken first
-        self._idle: OrderedDict[int, None] = OrderedDict()  # the one used longest ago first
+        self._free = list(range(n_pages - 1, -1, -1))  # a stack
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._page_of: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
 
@@ -69,7 +69,7 @@ class PagePool:
         return self.n_pages - self.available
 
     def take(self) -> int:
-        """A page for one holder; its contents are anything. There must be one `available`."""
+        """Allocate a page, with undefined contents. One must be `available`."""
         if self._free:
             page = self._free.pop()
         else:
@@ -79,16 +79,16 @@ class PagePool:
         return page
 
     def share(self, page: int) -> int:
-        """The same page for one holder more."""
+        """Count one more holder of a page, and return it."""
         if self.holders[page] == 0:
             del self._idle[page]
         self.holders[page] += 1
         return page
 
     def release(self, pages: Iterable[int]) -> None:
-        """One holder less. Of pages released together the first is the first to be taken for something else."""
+        """Count one holder less of each page. Of pages released together, the first is reused first."""
         for page in pages:
-            assert self.holders[page] > 0, "a page is released that nobody holds"
+            assert self.holders[page] > 0, "a released page has no holder"
             self.holders[page] -= 1
             if self.holders[page] == 0:
                 if page in self._key_of:
@@ -97,20 +97,20 @@ class PagePool:
                     self._free.append(page)
 
     def know(self, page: int, key: Key) -> None:
-        """From now on this page, which is full and will not change, can be found. A key's first page keeps it."""
+        """Enter a full page into the prefix cache. If the key is known, its first page keeps it."""
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
 
     def find(self, key: Key) -> int | None:
-        """The page of this key, if it is still there."""
+        """The page of this key; None if it is not cached."""
         return self._page_of.get(key)
 
     def is_idle(self, page: int) -> bool:
-        """Whether nobody holds the page."""
+        """Whether no sequence holds the page."""
         return self.holders[page] == 0
 
     def copy(self, source: int) -> int:
-        """A page of one holder's own with what `source` holds; there must be one `available`."""
+        """Allocate a copy of `source`. One page must be `available`."""
         target = self.take()
         for entries in self.layers:
             for t in entries:
@@ -118,18 +118,18 @@ class PagePool:
         return target
 
     def forget(self) -> None:
-        """Make every idle page free: nothing that was computed before will be found again."""
+        """Empty the prefix cache: every idle page becomes free."""
         for page in [p for p in self._key_of if p in self._idle]:
             del self._idle[page], self._page_of[self._key_of.pop(page)]
             self._free.append(page)
 
     def check(self, holders: Iterable[Iterable[int]]) -> None:
-        """AssertionError unless every page is free, idle, or held by just so many of these holders."""
+        """AssertionError unless every page is free, idle, or held by exactly these holders."""
         counts = [0] * self.n_pages
         for pages in holders:
             for page in pages:
                 counts[page] += 1
-        assert counts == self.holders, "pages are held by other sequences than those that run"
+        assert counts == self.holders, "reference counts disagree with the sequences"
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free), "a page is free twice"
         assert not free & idle, "a page is free and idle"
@@ -140,7 +140,7 @@ class PagePool:
 
 
 def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, int8: bool) -> Entries:
-    """Memory of one layer, on a CPU taken from the system only as it is filled."""
+    """Memory of one layer; on a CPU the system allocates it as it is filled."""
     one = compressed(
         torch.zeros(1, 1, 1, shape[-1], dtype=dtype), torch.zeros(1, 1, 1, shape[-1], dtype=dtype), int8
     )

@@ -1,12 +1,12 @@
-"""Who computes what in the next step.
+"""The scheduler: which sequence feeds how many tokens in the next step.
 
-    1. every sequence that is decoding feeds its newest token, and what was guessed after it
-    2. what is left of the budget goes to prompts that have begun, then to those that wait, in order: the first
-       of them gets at most half of what is left while others wait behind it, so that a long prompt holds up nobody
-    3. a sequence whose grammar has not said yet what may come next keeps its pages and computes nothing
-    4. when pages run out, the last in order loses its own, goes back to wait, and is computed again later
+    1. every sequence that is decoding feeds its newest token and its draft tokens
+    2. the rest of the budget goes to running prefills, then to waiting requests, in order: the first of them gets
+       at most half of it while others wait, so that a long prompt does not delay them
+    3. a sequence whose grammar mask is not ready keeps its pages and computes nothing
+    4. when pages run out, the last sequence in order is preempted: it frees its pages, waits, and is recomputed
 
-A part of a prompt ends where a page ends, unless the prompt does: so a sequence with a window never holds more
+A prefill chunk ends where a page ends, unless the prompt ends first: a sequence with a window never holds more
 than the window and one step's tokens.
 """
 
@@ -28,11 +28,11 @@ RANK = attrgetter("rank")
 
 
 class _PagesShortError(Exception):
-    """Pages are short, and nobody may lose his own."""
+    """There are too few free pages, and no sequence may be preempted."""
 
 
 def most_pages(tokens: int, window: int | None, config: EngineConfig) -> int:
-    """The most pages that a sequence of so many tokens ever holds."""
+    """The largest number of pages that a sequence of `tokens` tokens holds at a time."""
     page = config.page_size
     whole = -(-tokens // page)
     if window is None:
@@ -46,14 +46,14 @@ class Counts:
 
     steps: int = 0
     prompt_tokens: int = 0  # of prompts that have begun
-    cached_tokens: int = 0  # of these, those found computed
-    computed_tokens: int = 0  # fed to the model, tokens computed again and wrong guesses included
+    cached_tokens: int = 0  # of these, found in the prefix cache
+    computed_tokens: int = 0  # fed to the model, with recomputed tokens and rejected drafts
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     preemptions: int = 0
-    finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason; "abort", "error"
-    ended: int = 0  # requests, by whatever reason
+    finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason, "abort" or "error"
+    ended: int = 0  # requests, for any reason
 
 
 class Scheduler:
@@ -64,18 +64,18 @@ class Scheduler:
         self.page = pool.page
         self.running: list[SequenceState] = []  # in order
         self.counts = Counts()
-        self._waiting: list[tuple[tuple[int, int, int], SequenceState]] = []  # a heap, ended ones too
-        self.waiting = 0  # how many wait, those that have ended not counted
+        self._waiting: list[tuple[tuple[int, int, int], SequenceState]] = []  # a heap; it may hold ended ones
+        self.waiting = 0  # how many wait, without ended ones
 
-    # ------------------------------------------------------------------ requests come and go
+    # ------------------------------------------------------------------ adding and ending requests
 
     def add(self, request: Request) -> None:
-        """Let a request wait. EngineError if it could never be computed."""
+        """Queue a request. EngineError if it could never be computed."""
         self.check(request)
         self._wait(request.sequences[0])
 
     def check(self, request: Request) -> None:
-        """EngineError for a request that would not fit if it were alone."""
+        """EngineError for a request that would not fit even alone."""
         n, longest = len(request.completions), len(request.ids)
         if request.pooling is None:
             longest += request.completions[0].max_tokens
@@ -93,11 +93,11 @@ class Scheduler:
             )
 
     def most_pages(self, tokens: int) -> int:
-        """The most pages that a sequence of so many tokens ever holds."""
+        """The largest number of pages that a sequence of `tokens` tokens holds at a time."""
         return most_pages(tokens, self.window, self.config)
 
     def end(self, sequence: SequenceState) -> None:
-        """A sequence needs no more: its pages are free at once."""
+        """End a sequence and free its pages."""
         if sequence.ended:
             return
         if sequence.running:
@@ -110,7 +110,7 @@ class Scheduler:
         sequence.drop_all(self.pool)
 
     def fork(self, sequence: SequenceState) -> None:
-        """Let the other completions of a request begin, now that its prompt is computed."""
+        """Start the other completions of a request, whose prompt is computed now."""
         sequence.request.forked = True
         for other in sequence.request.sequences:
             if other is not sequence:
@@ -129,11 +129,11 @@ class Scheduler:
     # ------------------------------------------------------------------ the next step
 
     def plan(self) -> list[tuple[SequenceState, int]]:
-        """Sequences with the number of tokens that each feeds, drafts included. Their pages are there."""
+        """Sequences with the number of tokens that each feeds, drafts included. Their pages are allocated."""
         return self._planned(keep=False)
 
     def plan_without_loss(self) -> list[tuple[SequenceState, int]] | None:
-        """`plan`, or None if somebody would have to lose his pages for it; nobody has then."""
+        """`plan`, or None, with nothing changed, if a sequence would have to be preempted."""
         try:
             return self._planned(keep=True)
         except _PagesShortError:
@@ -144,9 +144,9 @@ class Scheduler:
         budget, preempted = self.config.max_batch_tokens, self.counts.preemptions
         decoding = [s for s in self.running if s.decoding and not s.complete and not s.late]
         for sequence in decoding:
-            if sequence.running:  # and has not lost its pages to one before it
+            if sequence.running:  # not preempted for an earlier one
                 budget -= self._plan(sequence, 1, planned, keep)
-        for sequence in decoding:  # a guess is worth a page that nobody wants, and not one that somebody has
+        for sequence in decoding:  # draft tokens may take a free page, and preempt no sequence
             if sequence.draft and sequence.running:
                 budget -= self._lengthen(sequence, planned)
         unread = [s for s in self.running if not s.decoding and not s.late]
@@ -158,7 +158,7 @@ class Scheduler:
         return list(planned.items())
 
     def _part(self, sequence: SequenceState, budget: int, followed: bool) -> int:
-        """How many of its tokens a sequence feeds, that needs more than one."""
+        """The size of the next prefill chunk of a sequence; `followed`: another prefill comes after it."""
         if followed or self.waiting:
             budget = max(budget // 2, min(budget, self.page))
         if sequence.need <= budget:
@@ -166,7 +166,7 @@ class Scheduler:
         return max(0, (sequence.computed + budget) // self.page * self.page - sequence.computed)
 
     def _plan(self, sequence: SequenceState, n: int, planned: dict[SequenceState, int], keep: bool) -> int:
-        """Find pages for n tokens more, from whoever comes last: n, or 0 if there are none."""
+        """Allocate pages for n more tokens, preempting from the end of the order: n, or 0 without pages."""
         while not self._find_pages(sequence, n):
             if keep:
                 raise _PagesShortError
@@ -180,7 +180,7 @@ class Scheduler:
         return n
 
     def _lengthen(self, sequence: SequenceState, planned: dict[SequenceState, int]) -> int:
-        """Let a sequence feed what was guessed as well: how many tokens more; none if there are no pages."""
+        """Add a sequence's draft tokens to the step: how many; 0 if there are no pages for them."""
         if not self._find_pages(sequence, 1 + len(sequence.draft)):
             sequence.draft = []
             return 0
@@ -188,13 +188,13 @@ class Scheduler:
         return len(sequence.draft)
 
     def _find_pages(self, sequence: SequenceState, n: int) -> bool:
-        """Let a sequence hold pages of its own for its next n tokens, if there are so many."""
+        """Allocate unshared pages for a sequence's next n tokens; False if too few are available."""
         pool, first = self.pool, sequence.computed // self.page
         missing = max(0, -(-(sequence.computed + n) // self.page) - sequence.stop)
         shared = [i for i in range(first, sequence.stop) if pool.holders[sequence.pages[i]] > 1] if n else []
         if missing + len(shared) > pool.available:
             return False
-        for i in shared:  # somebody else reads on in it
+        for i in shared:  # copy on write: other sequences still read it
             old = int(sequence.pages[i])
             sequence.pages[i] = pool.copy(old)
             pool.release([old])
@@ -203,9 +203,9 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: SequenceState) -> None:
-        assert not sequence.flying, "a token would come for a sequence that has begun anew"
+        assert not sequence.flying, "a preempted sequence has a token in flight"
         sequence.drop_all(self.pool)
-        sequence.draft, sequence.guesser = [], None  # its drafter will not hear what came of the last guess
+        sequence.draft, sequence.guesser = [], None  # the result of its last draft will not reach its drafter
         self.running.remove(sequence)
         sequence.running = False
         self._wait(sequence)
@@ -214,7 +214,7 @@ class Scheduler:
     # ------------------------------------------------------------------ admission
 
     def _admit(self) -> SequenceState | None:
-        """The first that waits, if it can begin: now running, with whatever of it was computed before."""
+        """Start the first waiting sequence, with its cached prefix; None if it cannot start yet."""
         while self._waiting and self._waiting[0][1].ended:
             heapq.heappop(self._waiting)
         if not self._waiting:
@@ -224,7 +224,7 @@ class Scheduler:
         if self._to_come() + request.to_come > self.config.max_sequences:
             return None
         start, found = self._prefix(sequence)
-        # All of it must find room now, and a page more for each that runs: or it would soon be thrown out again.
+        # Its whole prompt and one page for each running sequence must fit, or it would soon be preempted.
         wanted = self.most_pages(len(sequence.tokens)) - len(found) + len(self.running)
         if self.running and wanted > self.pool.available - sum(map(self.pool.is_idle, found)):
             return None
@@ -235,13 +235,13 @@ class Scheduler:
         return sequence
 
     def _to_come(self) -> int:
-        """Completions that run, or will as soon as their prompt is computed."""
+        """Completions that run, or start as soon as their prompt is computed."""
         return sum(s.request.to_come for s in self.running)
 
     def _begin(self, sequence: SequenceState, start: int, found: list[int]) -> None:
         request = sequence.request
         for _ in range(start // self.page - len(found)):
-            sequence.append(self.pool.scratch)  # out of the window: never looked at
+            sequence.append(self.pool.scratch)  # outside the window: never read
         sequence.first = sequence.stop
         for page in found:
             sequence.append(self.pool.share(page))
@@ -254,16 +254,16 @@ class Scheduler:
         self._run(sequence)
 
     def _prefix(self, sequence: SequenceState) -> tuple[int, list[int]]:
-        """How many tokens need not be computed again, and the pages that whoever comes after them can see.
+        """The length of the cached prefix, and its pages that later tokens can see.
 
-        One token at least is left to compute: from it the next is sampled. With a window the last W tokens
-        are enough, whatever has become of those before.
+        At least one token is left to compute, because the next one is sampled from its logits. With a window,
+        pages of the last W tokens are enough.
         """
         if not (self.config.prefix_caching and sequence.request.shares_prefixes):
             return 0, []
         most = (len(sequence.tokens) - 1) // self.page
         pages, best = [], 0
-        run = 0  # known pages on end
+        run = 0  # consecutive cached pages
         for i in range(most):
             found = self.pool.find(sequence.key_of(i, self.page))
             pages.append(found)
@@ -275,20 +275,20 @@ class Scheduler:
         return best * self.page, [p for p in pages[self.first_seen(best * self.page) : best] if p is not None]
 
     def first_seen(self, position: int) -> int:
-        """The first page that a query at this position, or after it, can see."""
+        """The first page that a query at this position or later can see."""
         return 0 if self.window is None else max(0, position - self.window + 1) // self.page
 
     # ------------------------------------------------------------------ after the step
 
     def advance(self, sequence: SequenceState, n: int) -> None:
-        """n tokens more of a sequence are computed, or will be before whatever is launched from now on.
+        """Count n more tokens of a sequence as computed: by this step, or by one that is in flight.
 
-        Full pages become known, if their tokens have been read; those that left the window are free.
+        Full pages whose tokens are known enter the prefix cache; pages that left the window are freed.
         """
         sequence.computed += n
         if self.config.prefix_caching:
             full = min(sequence.computed, len(sequence.tokens)) // self.page
-            for i in range(max(sequence.known, sequence.first), full):  # with a window of 1 some are gone unknown
+            for i in range(max(sequence.known, sequence.first), full):  # with a window of 1 some are already freed
                 self.pool.know(int(sequence.pages[i]), sequence.key_of(i, self.page))
                 sequence.known = i + 1
         sequence.drop(self.pool, self.first_seen(sequence.computed))

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROMPT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint gpu-check demo
+.PHONY: help run check check-types check-core test lint gpu-check demo
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
@@ -17,13 +17,28 @@ run: $(STAMP)  ## generate text with the bundled model; PROMPT="..." to choose h
 test: $(STAMP)  ## run the whole test suite, two files at a time
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# What a change of the core most likely breaks: seconds for each file.
+CORE := tests/test_attention.py tests/test_cache.py tests/test_equivalence.py tests/test_example_loop.py \
+	tests/test_imports.py tests/test_errors.py tests/test_surgery.py tests/kernels/test_attend.py tests/kernels/test_backend.py \
+	tests/sampling tests/text tests/engine/test_pages.py tests/engine/test_llm.py tests/checkpoint/test_tensor_names.py
+
+check: $(STAMP)  ## lint, types and the tests of the core, within a minute on two cores
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory -j2 check-types check-core
+
+check-types:
+	@$(BIN)/mypy
+
+check-core:
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow" $(CORE)
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 gpu-check: $(STAMP)  ## the tests, exactness and speed on the accelerator that is present; a table last
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python experiments/gpu_check.py
 
 demo: $(STAMP)  ## make the bundled model again from the standard library (hours); puts it in place
 	$(BIN)/python examples/make_demo.py --install

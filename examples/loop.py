@@ -1,5 +1,9 @@
 """The loop that generates text, in 30 lines: prefill, sample, decode, on `Mistral7B` and a rolling cache alone.
 
+    prompt --- model, a chunk at a time ---> logits --- sample ---> token ---+
+                                               ^                            |
+                                               +--------- model <-----------+
+
     python examples/loop.py [TEXT]
 
 The engine (mistral_7b/engine/) does the same for many requests at once, over pages in place of a ring, and gives
@@ -14,7 +18,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mistral_7b import Mistral7B, SamplingParams, Tokenizer
-from mistral_7b.sampling import Row, sample_rows, uniforms
+from mistral_7b.sampling.choice import uniforms
+from mistral_7b.sampling.sampler import Row, sample_rows
 
 CHUNK = 512  # prompt tokens per forward
 

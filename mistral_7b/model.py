@@ -1,11 +1,13 @@
 """Mistral 7B in the order of the paper (arXiv:2310.06825).
 
+    x = E[tokens];   N times: x += Attention(norm(x)), x += FeedForward(norm(x));   logits = W norm(x)
+
 B sequences · T new tokens · D width · H query heads · G key/value heads
 K head width · F feed-forward width · W window · V vocabulary · N layers
 "..." is (B, T) for a rectangle, (T,) for a packed batch; only attend() can tell.
 
-Everything here is a pure function of its arguments. What is remembered between calls lies in the
-cache (cache.py), and which key a query sees is decided in attention.py.
+Everything here is a pure function of its arguments. What is remembered between calls is in the cache
+(cache/), and which key a query sees is decided in attention.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -104,3 +105,14 @@ def test_the_tree_lists_what_is_there() -> None:
 def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_reading_path_is_short_and_each_file_begins_with_what_it_is() -> None:
+    section = README.split("<!-- reading path -->", 1)[1].split("\n## ", 1)[0]
+    paths = re.findall(r"^\d+\. \[(\S+)\]\(\1\)", section, re.M)
+    assert len(paths) == section.count("](") >= 7
+    sources = [(ROOT / path).read_text(encoding="utf-8") for path in paths]
+    assert sum(len(source.splitlines()) for source in sources) <= 1500
+    for path, source in zip(paths, sources, strict=True):
+        opening = ast.get_docstring(ast.parse(source)) or ""
+        assert re.search(r"(?m)^    \S", opening), f"{path} begins without an equation or a diagram"

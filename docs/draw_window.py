@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mistral_7b.attention import visible
-from mistral_7b.cache import EMPTY, RollingCache
+from mistral_7b.cache.rolling import EMPTY, RollingCache
 
 T, W, FED = 10, 4, 10
 BLUE, ORANGE, PALE = "#1f4e8c", "#d9541e", "#eef2f7"

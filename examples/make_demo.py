@@ -24,7 +24,7 @@ from typing import Any
 import tyro
 
 import mistral_7b
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.tokenizer import Tokenizer
 from mistral_7b.training import TrainArgs, train
 from mistral_7b.training.data import PackedDocuments, held_out_documents
 from mistral_7b.training.loss import bits_per_byte

@@ -1,6 +1,6 @@
 """What each way of rounding costs the bundled model, and a copy of it with outlier channels.
 
-    python benchmarks/calibration.py --json benchmarks/results/2026-11-24-calibration.json
+    python experiments/calibration.py --json experiments/results/2026-11-24-calibration.json
 
 Calibrates on files that the model was trained on, and measures on the beginnings of all that were held out: the
 distance from the model as it was, in float32. Rounding to nearest, with feedback alone (GPTQ), rescaled alone

@@ -1,6 +1,6 @@
 """What the engine costs beside the model: records in JSON, a line each on the terminal.
 
-    python benchmarks/engine.py --shape 7b --json FILE      some ten minutes, 8 GB
+    python experiments/engine.py --shape 7b --json FILE      some ten minutes, 8 GB
 
 overhead       of a step with 32 sequences decoding, the time outside the model, while 0 to 10,000 requests wait;
                and what of it is choosing who computes, sampling, and making text
@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from mistral_7b.benchmark import machine
-from mistral_7b.benchmark.serving.ours import words_for
+from mistral_7b import machine
+from mistral_7b.bench.serving.ours import words_for
 from mistral_7b.cli.bench import SHAPES
-from mistral_7b.completion import Completion
 from mistral_7b.engine import containment
+from mistral_7b.engine.completion import Completion
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.llm import LLM
@@ -39,7 +39,7 @@ from mistral_7b.engine.reading import Asked
 from mistral_7b.kernels import backend
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization import random_model
-from mistral_7b.sampling_params import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 BATCH = 32  # sequences that decode together
 WAITING = (0, 100, 1_000, 10_000)
@@ -229,7 +229,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(), "commit": machine.commit(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "cpu": machine.cpu_name(), "kernels": backend.running(),
             "shape": options.shape, "layers": model.args.n_layers,
-            "command": f"python benchmarks/engine.py --shape {options.shape}",
+            "command": f"python experiments/engine.py --shape {options.shape}",
         }  # fmt: skip
         options.json.write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Memory and time of opening and converting a checkpoint of the real size, with random weights.
 
-    python benchmarks/full_size_files.py FOLDER [--json FILE]     needs 45 GB of disk in FOLDER, 16 GB of memory
+    python experiments/full_size_files.py FOLDER [--json FILE]     needs 45 GB of disk in FOLDER, 16 GB of memory
 
 Each step runs in a process of its own. The peak is that of resident memory, which counts mapped pages of
 the files too. Bounds: loading 1.1 times the checkpoint, converting 3 GB.
@@ -66,7 +66,7 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     header = {"date": datetime.date.today().isoformat(), "commit": commit_of(),
               "cpus": os.cpu_count(), "torch": torch.__version__,
-              "command": "python benchmarks/full_size_files.py FOLDER"}  # fmt: skip
+              "command": "python experiments/full_size_files.py FOLDER"}  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps({**header, "records": records}, indent=1) + "\n")
     print("broken: " + ", ".join(broken) if broken else "all bounds held")

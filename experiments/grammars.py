@@ -1,7 +1,7 @@
 """What a grammar costs a request: until it is compiled, and for each token. A table, and records in JSON.
 
-    python benchmarks/grammars.py --json FILE
-    python benchmarks/grammars.py --against FOLDER      beside another checkout, in turn, in one run
+    python experiments/grammars.py --json FILE
+    python experiments/grammars.py --against FOLDER      beside another checkout, in turn, in one run
 
 compile    seconds until a request with a schema that was not seen before is ready, beyond one without a schema:
            now and then one (0.1 s apart), and one upon the other
@@ -163,7 +163,7 @@ def main() -> None:
     for name in columns[0]:
         print(f"{name:32}" + "".join(f"{c[name] * 1e3:12.3f} ms" if name in c else "" for c in columns))
     if options.json:
-        from mistral_7b.benchmark import machine
+        from mistral_7b import machine
 
         record = {
             "command": " ".join(sys.argv), "date": datetime.date.today().isoformat(), "cpu": machine.cpu_name(),

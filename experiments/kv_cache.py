@@ -1,6 +1,6 @@
 """What keys and values in int8 cost the bundled model: its distance from itself with those of bfloat16.
 
-    python benchmarks/kv_cache.py --json-file benchmarks/results/2026-11-24-kv-int8.json
+    python experiments/kv_cache.py --json-file experiments/results/2026-11-24-kv-int8.json
 
 Reads the beginnings of files that the model was not trained on into a rolling cache of each kind, a chunk at a
 time, so that most of what is attended to has been remembered; past the window the ring goes round.

@@ -1,7 +1,7 @@
 """One request through `generate`, here and in another checkout, in turn: what a change costs a single user.
 
     git worktree add /tmp/before main
-    python benchmarks/one_request.py --against /tmp/before [--shape demo] [--kinds float32 int4] [--json FILE]
+    python experiments/one_request.py --against /tmp/before [--shape demo] [--kinds float32 int4] [--json FILE]
 
 decode     seconds of a token, sampling and text included, after a prompt of `--prompt` tokens: a round's median
 first      seconds to the first token of that prompt, which was never read before
@@ -40,7 +40,7 @@ def circumstances(folders: list[Path]) -> dict[str, Any]:
     """Date, hardware and the commits that were compared."""
     import torch
 
-    from mistral_7b.benchmark import machine
+    from mistral_7b import machine
 
     return {
         "date": datetime.date.today().isoformat(), "cpu": machine.cpu_name(), "torch": torch.__version__,
@@ -56,7 +56,7 @@ def serve(shape: str, kind: str, prompt: int, tokens: int) -> None:
     from mistral_7b.generate import stream
     from mistral_7b.model import Mistral7B, ModelArgs
     from mistral_7b.quantization.schemes import random_model
-    from mistral_7b.sampling_params import SamplingParams
+    from mistral_7b.sampling.params import SamplingParams
 
     torch.manual_seed(0)
     whole = kind in ("int8", "int4")

@@ -1,6 +1,6 @@
 """What single things cost at 7B's size, with random weights: records in JSON, a line each on the terminal.
 
-    python benchmarks/prices.py --json FILE          some minutes, 12 GB
+    python experiments/prices.py --json FILE          some minutes, 12 GB
 
 overhead        a token of `generate`, sampling and text included, and how much of it lies outside the kernels
 int8 keys       decode at a long context with keys and values in bfloat16 and in int8
@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from mistral_7b.benchmark import machine
+from mistral_7b import machine
 from mistral_7b.generate import stream
 from mistral_7b.kernels import backend
 from mistral_7b.kernels.cpu import compiler
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization import Scheme, random_model
-from mistral_7b.sampling_params import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 
 class Timed:
@@ -133,7 +133,7 @@ def main() -> None:
         head = {
             "date": datetime.date.today().isoformat(), "commit": machine.commit(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "cpu": machine.cpu_name(),
-            "kernels": backend.running(), "layers": options.layers, "command": "python benchmarks/prices.py",
+            "kernels": backend.running(), "layers": options.layers, "command": "python experiments/prices.py",
         }  # fmt: skip
         options.json.write_text(json.dumps({**head, "records": records}, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """A quantised folder of real size: seconds until it is open and until its first token, memory, decode after 4096.
 
-    mistral-7b quantize MODEL FOLDER && python benchmarks/quantized_load.py FOLDER [--copy] [--json FILE]
+    mistral-7b quantize MODEL FOLDER && python experiments/quantized_load.py FOLDER [--copy] [--json FILE]
 
 --copy opens it with mmap=False, on huge pages. Linux only: memory is the process's peak, its mapped file included.
 """
@@ -18,8 +18,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from mistral_7b import Mistral7B  # noqa: E402
-from mistral_7b.benchmark import machine  # noqa: E402
+from mistral_7b import Mistral7B, machine  # noqa: E402
 
 CONTEXT, DECODED = 4096, 12
 
@@ -54,7 +53,7 @@ def main() -> None:
     record = {
         "what": "copied to huge pages" if options.copy else "mapped", **measure(options.folder, not options.copy),
         "cpu": machine.cpu_name(), "date": datetime.date.today().isoformat(), "commit": machine.commit(),
-        "torch": torch.__version__, "command": "python benchmarks/quantized_load.py FOLDER",
+        "torch": torch.__version__, "command": "python experiments/quantized_load.py FOLDER",
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     if options.json:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_7b.benchmark import machine
+from mistral_7b import machine
 
 END = b"\r\n0\r\n\r\n"  # of a body in chunks; JSON has no bare line ends
 

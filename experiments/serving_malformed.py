@@ -1,6 +1,6 @@
 """A thousand each of ten kinds of malformed HTTP: right status, right error shape, nothing leaks. Records in JSON.
 
-    python benchmarks/serving_malformed.py --each 1000 --json FILE
+    python experiments/serving_malformed.py --each 1000 --json FILE
 
 truncated JSON · wrong types · huge numbers · invalid UTF-8 · a body of 100 MB · a slow body · header bombs ·
 unknown fields · deep nesting · closed early

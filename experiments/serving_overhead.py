@@ -1,7 +1,7 @@
 """What the server costs over the bare engine, and how it comes back after kill -9. Records in JSON.
 
-    python benchmarks/serving_overhead.py --streams 32 --answers 4 --rounds 7 --json FILE
-    python benchmarks/serving_overhead.py --shape 7b --tokens 16 48 --answers 1 --rounds 3 --json FILE     8 GB
+    python experiments/serving_overhead.py --streams 32 --answers 4 --rounds 7 --json FILE
+    python experiments/serving_overhead.py --shape 7b --tokens 16 48 --answers 1 --rounds 3 --json FILE     8 GB
 
 overhead    so many streams at once, of so many answers each, one after the other; by turns straight to the
             engine's thread and over HTTP, in one process and with the same settings. The clients are a process of
@@ -73,7 +73,7 @@ async def clients(port: int) -> None:
 def bare(llm: Any, asked: Sequence[Sequence[dict[str, Any]]]) -> float:
     """Seconds for the same, asked in the engine's thread."""
     from mistral_7b.engine.reading import Asked
-    from mistral_7b.sampling_params import SamplingParams
+    from mistral_7b.sampling.params import SamplingParams
 
     left, done = len(asked), threading.Event()
 
@@ -103,7 +103,7 @@ def overhead(shape: str, streams: int, answers: int, lengths: Tokens, rounds: in
     """By turns, after a round of each that warms up."""
     from engine import build as model_of
 
-    from mistral_7b.benchmark.serving.ours import words_for
+    from mistral_7b.bench.serving.ours import words_for
     from mistral_7b.engine.async_llm import AsyncLLM
     from mistral_7b.engine.config import EngineConfig
     from mistral_7b.server.app import build

@@ -1,6 +1,6 @@
 """Many streams for long, among clients that misbehave: errors, memory, pages, the event loop. Records in JSON.
 
-    python benchmarks/serving_soak.py --clients 200 --minutes 10 --json FILE
+    python experiments/serving_soak.py --clients 200 --minutes 10 --json FILE
 
 Of the clients, who all ask the bundled model for streams at once, a tenth hang up somewhere in an answer, again
 and again, and a tenth send what is no request. The other must not notice.

@@ -1,7 +1,7 @@
 """What guessing ahead brings on grounded tasks, and what it would bring at 7B size.
 
-    python benchmarks/speculation.py [--dtype float32] [--tokens 200] [--json FILE]
-    python benchmarks/speculation.py --shape 7b --scheme int4 --trace FILE [--json FILE]
+    python experiments/speculation.py [--dtype float32] [--tokens 200] [--json FILE]
+    python experiments/speculation.py --shape 7b --scheme int4 --trace FILE [--json FILE]
 
 The first runs the bundled model with and without prompt lookup on text that it was not trained on: it
 goes on with a test file of this project, and writes a function again after a request to rename it. The
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from mistral_7b import Mistral7B, ModelArgs, SamplingParams, Tokenizer
 from mistral_7b.cache import RollingCache
+from mistral_7b.engine.speculation import StepTime, agreeing
 from mistral_7b.generate import Speculation, generate
-from mistral_7b.speculation import StepTime, agreeing
 
 ROOT = Path(__file__).parent.parent
 FUNCTION = '''\
@@ -57,7 +57,10 @@ ROWS = (1, 2, 3, 4, 6, 8, 11, 16)  # in a step, to be timed
 
 def tasks() -> dict[str, str]:
     """Prompts by name."""
-    return {"continue a test file": (ROOT / "tests/test_sampling.py").read_text()[:2500], "edit": FUNCTION}
+    return {
+        "continue a test file": (ROOT / "tests/sampling/test_sampling.py").read_text()[:2500],
+        "edit": FUNCTION,
+    }
 
 
 def run_demo(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:

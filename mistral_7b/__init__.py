@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from .errors import Mistral7BError as Mistral7BError
     from .model import Mistral7B as Mistral7B
     from .model import ModelArgs as ModelArgs
-    from .sampling_params import SamplingParams as SamplingParams
-    from .sampling_params import StructuredOutputs as StructuredOutputs
-    from .tokenizer import Tokenizer as Tokenizer
+    from .sampling.params import SamplingParams as SamplingParams
+    from .sampling.params import StructuredOutputs as StructuredOutputs
+    from .text.tokenizer import Tokenizer as Tokenizer
 
 __version__ = "0.1.0"
 
@@ -23,13 +23,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "Mistral7B": "model",
     "ModelArgs": "model",
-    "Tokenizer": "tokenizer",
-    "SamplingParams": "sampling_params",
+    "Tokenizer": "text.tokenizer",
+    "SamplingParams": "sampling.params",
     "LLM": "engine.llm",
     "AsyncLLM": "engine.async_llm",
     "EngineConfig": "engine.config",
     "GrammarLimits": "engine.config",
-    "StructuredOutputs": "sampling_params",
+    "StructuredOutputs": "sampling.params",
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",

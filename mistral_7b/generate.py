@@ -16,18 +16,18 @@ from dataclasses import replace
 
 import torch
 
-from .cache import check_kv_dtype
-from .completion import CompletionOutput, RequestOutput, TextPiece
+from .cache.entries import check_kv_dtype
+from .engine.completion import CompletionOutput, RequestOutput, TextPiece
 from .engine.config import EngineConfig
 from .engine.engine import Engine
 from .engine.llm import follow, open_engine, run
 from .engine.reading import Asked, Prompt, as_prompts, params_for, read_prompt, tokenizer_beside
 from .engine.request import Request
+from .engine.speculation import Speculation
 from .errors import GenerationError
 from .model import Mistral7B
-from .sampling import SamplingParams
-from .speculation import Speculation
-from .tokenizer import Tokenizer
+from .sampling.params import SamplingParams
+from .text.tokenizer import Tokenizer
 
 __all__ = ["CompletionOutput", "RequestOutput", "Speculation", "TextPiece", "generate", "stream"]
 

@@ -10,15 +10,37 @@ import platform
 import re
 import subprocess
 
-from ..engine.memory import memory as memory
-from ..engine.memory import read
-
 # CPU flag in Linux -> common name, from the least to the most useful.
 X86 = {
     "avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI",
     "avx512_bf16": "AVX-512 bf16", "amx_int8": "AMX int8", "amx_bf16": "AMX bf16",
 }  # fmt: skip
 ARM = {"asimd": "NEON", "asimddp": "dot product", "i8mm": "int8 matrices", "bf16": "bf16", "sve": "SVE"}
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory in all and available now, within a container's limit; (0, 0) if unknown."""
+    facts = {k: int(v) << 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read("/proc/meminfo"), re.MULTILINE)}
+    if not facts:
+        try:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, OSError, ValueError):
+            return 0, 0
+        return total, total
+    total, free = facts["MemTotal"], facts.get("MemAvailable", facts["MemTotal"])
+    group = pathlib.Path("/sys/fs/cgroup")
+    limit, used = (read(group / name).strip() for name in ("memory.max", "memory.current"))
+    if limit.isdigit() and used.isdigit():
+        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
+    return total, free
+
+
+def read(path: str | pathlib.Path) -> str:
+    """A system file as text, "" if it is missing."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def cpu_name() -> str:

@@ -12,7 +12,7 @@ import torch
 from mistral_7b.errors import Mistral7BError
 
 if TYPE_CHECKING:
-    from mistral_7b.benchmark.roofline import Ceilings
+    from mistral_7b.bench.roofline import Ceilings
 
 torch.set_num_threads(1)
 
@@ -57,7 +57,7 @@ def ceilings() -> Ceilings:
 
     Once, because it takes seconds, and gigabytes.
     """
-    from mistral_7b.benchmark.run import measure_ceilings
+    from mistral_7b.bench.run import measure_ceilings
 
     return measure_ceilings(1, quick=True)
 
@@ -71,5 +71,5 @@ def ceilings_asked(ceilings: Ceilings, monkeypatch: pytest.MonkeyPatch) -> list[
         asked.append((threads, quick))
         return dataclasses.asdict(ceilings)
 
-    monkeypatch.setattr("mistral_7b.benchmark.run.find_ceilings", find_ceilings)
+    monkeypatch.setattr("mistral_7b.bench.run.find_ceilings", find_ceilings)
     return asked

@@ -20,7 +20,7 @@ import torch
 
 from mistral_7b.generate import stream
 from mistral_7b.model import Mistral7B, ModelArgs
-from mistral_7b.sampling import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 WINDOW = 512
 ALLOWED = 1.0  # MB

@@ -15,7 +15,8 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from mistral_7b import CheckpointError, Mistral7B, TokenizerError
-from mistral_7b.checkpoint import gguf_file, gguf_tokenizer
+from mistral_7b.checkpoint.gguf import file as gguf_file
+from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 from mistral_7b.checkpoint.names import expected, rename
 from mistral_7b.checkpoint.reading import open_checkpoint
 from mistral_7b.model import ModelArgs

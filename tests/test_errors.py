@@ -51,7 +51,7 @@ def test_errors_with_arguments_of_their_own_survive_pickling() -> None:
 
 
 def test_refusals_survive_pickling() -> None:
-    problems = pytest.importorskip("mistral_7b.server.problems")
+    problems = pytest.importorskip("mistral_7b.server.http.errors")
     why = problems.Refusal(429, "full", field="model", hint="wait", code="queue_full", retry_after=3)
     again = pickle.loads(pickle.dumps(why))
     assert (again.status, again.code, again.headers) == (429, "queue_full", {"retry-after": "3"})
@@ -72,5 +72,5 @@ def test_what_other_libraries_say_is_cut_to_a_line() -> None:
 
 
 def test_they_need_no_torch() -> None:
-    code = "import sys, mistral_7b.errors, mistral_7b.sampling_params; sys.exit('torch' in sys.modules)"
+    code = "import sys, mistral_7b.errors, mistral_7b.sampling.params; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,7 @@ from tiny import tiny_args, tiny_model, tokens_of
 
 from mistral_7b.engine.llm import LLM
 from mistral_7b.generate import generate
-from mistral_7b.sampling_params import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 FILE = Path(__file__).parent.parent / "examples" / "loop.py"
 

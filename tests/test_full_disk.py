@@ -16,11 +16,11 @@ from refusals import refused
 from tiny import TINY, tiny_model, tokens_of
 
 from mistral_7b import WriteError
-from mistral_7b.benchmark.records import write_json
+from mistral_7b.bench.records import write_json
 from mistral_7b.checkpoint import convert, hub, quantize
-from mistral_7b.checkpoint.adapter import Adapter, Factors, save_adapter
 from mistral_7b.cli.conversation import Conversation
 from mistral_7b.files import written
+from mistral_7b.lora.files import Adapter, Factors, save_adapter
 from mistral_7b.training.curve import draw_curve
 from mistral_7b.training.vocabulary import train_vocabulary
 
@@ -120,7 +120,7 @@ def test_a_source_that_cannot_be_read_is_not_said_to_be_the_place(
         raise PermissionError(errno.EACCES, "Permission denied", str(theirs))
 
     monkeypatch.setattr("mistral_7b.checkpoint.writing.copy_beside", unreadable)
-    monkeypatch.setattr("mistral_7b.checkpoint.gguf_writing._metadata", unreadable)
+    monkeypatch.setattr("mistral_7b.checkpoint.gguf.writing._metadata", unreadable)
     with pytest.raises(PermissionError) as caught:
         convert(source, tmp_path / "out", to=to)
     assert caught.value.filename == str(theirs)

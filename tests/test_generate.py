@@ -9,14 +9,16 @@ from refusals import refused
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mistral_7b.cache import Stateless
-from mistral_7b.completion import Completion
+from mistral_7b.engine.completion import Completion
 from mistral_7b.engine.pages import PagePool
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import CacheError, GenerationError, SamplingError
 from mistral_7b.generate import PREFILL_CHUNK, generate, stream
 from mistral_7b.model import Mistral7B, ModelArgs
-from mistral_7b.sampling import Row, SamplingParams, sample_rows, uniforms
-from mistral_7b.speculation import Speculation
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.choice import uniforms
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.sampling.sampler import Row, sample_rows
+from mistral_7b.text.tokenizer import Tokenizer
 
 WINDOW, V = 8, 97
 V3 = Tokenizer.v3()

@@ -11,16 +11,16 @@ import pytest
 import torch
 from tiny import TINY, tiny_args, tiny_model, tokens_of
 
-from mistral_7b.completion import RequestOutput
 from mistral_7b.engine import engine as loop
-from mistral_7b.engine.adapters import Adapters
+from mistral_7b.engine.completion import RequestOutput
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.forward import Forward, GraphForward, forward_for
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.errors import GenerationError
 from mistral_7b.generate import generate, stream
+from mistral_7b.lora.adapters import Adapters
 from mistral_7b.model import Mistral7B
-from mistral_7b.sampling import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float32 if DEVICE == "cuda" else torch.float64  # without kernels nothing is recorded

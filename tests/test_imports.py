@@ -17,18 +17,17 @@ ROOT = Path(mistral_7b.__file__).parent
 # From the ground up: a room imports from lines above its own, never from its own line or below.
 LAYERS = (
     ("errors",),
-    ("files", "kernels", "messages", "sampling_params", "tool_calls"),
-    ("attention",),
+    ("files", "kernels", "machine"),
+    ("attention", "sampling"),
     ("cache",),
     ("model",),
     ("surgery",),
     ("quantization",),
     ("checkpoint",),
-    ("tokenizer", "sampling"),
-    ("training", "completion", "speculation"),
+    ("lora", "text"),
     ("engine",),
-    ("generate",),
-    ("server", "evaluation", "visualization", "benchmark"),
+    ("generate", "training", "evaluation"),
+    ("server", "bench"),
     ("cli",),
     ("__main__",),
 )
@@ -42,12 +41,13 @@ PEERS = (
 DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained", "checkpoint")}
 # Read for --help, or at the HTTP door, before anyone needs torch.
 WITHOUT_TORCH = (
-    "", "errors", "cli", "sampling_params", "messages", "tokenizer", "checkpoint", "checkpoint.hub",
-    "training", "training.args", "server.protocol", "server.config", "server.answers", "cli.serve",
-    "server.anthropic_wire", "server.anthropic_events", "kernels.cpu.compiler", "kernels.threads",
-    "checkpoint.gguf_file", "tool_calls", "engine.grammar.client", "engine.grammar.forkserver",
-    "checkpoint.gguf_tokenizer", "benchmark.run", "benchmark.report", "benchmark.plot", "benchmark.machine",
-    "benchmark.serving.run", "benchmark.serving.report", "benchmark.serving.plot",
+    "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",
+    "text.tool_calls", "checkpoint", "checkpoint.hub", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer", "lora",
+    "training", "training.args", "kernels.cpu.compiler", "kernels.threads",
+    "engine.grammar.client", "engine.grammar.forkserver",
+    "server.config", "server.openai.protocol", "server.openai.responses", "server.anthropic.wire",
+    "server.anthropic.events", "bench.run", "bench.report", "bench.plot", "bench.serving.run",
+    "bench.serving.report", "bench.serving.plot",
 )  # fmt: skip
 
 Import = tuple[str, str, int]  # the room imported, the function it stands in ("" at the top), the line

@@ -12,7 +12,9 @@ from tiny import close, tiny_model, tokens_of, truth
 
 from mistral_7b import attention as rooms
 from mistral_7b.attention import attention, banded_attention, bands, visible
-from mistral_7b.cache import EMPTY, GrowingCache, RollingCache, Stateless, run_positions
+from mistral_7b.cache import GrowingCache, RollingCache, Stateless
+from mistral_7b.cache.rolling import EMPTY
+from mistral_7b.cache.sequences import run_positions
 from mistral_7b.errors import CacheError
 from mistral_7b.model import ModelArgs
 

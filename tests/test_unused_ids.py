@@ -9,17 +9,17 @@ import torch
 from refusals import refused
 from tiny import tiny_args, tiny_model
 
-from mistral_7b.completion import Completion
 from mistral_7b.engine.async_llm import AsyncLLM
+from mistral_7b.engine.completion import Completion
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import GenerationError, SamplingError
 from mistral_7b.generate import generate, stream
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
-from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
-from mistral_7b.speculation import Speculation
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
+from mistral_7b.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.v3()
 V = TOKENIZER.vocab_size

@@ -1,9 +1,9 @@
 """Benchmarks: speed and memory, compared with hardware limits and other engines.
 
-    machine.py     facts about this machine; roofline.py  its measured ceilings
+    roofline.py    measured ceilings of this machine
     work.py        the minimum bytes and operations of a workload
     jobs.py        one measurement as data: engine, scheme, workload; timing.py  runs it, alike for every engine
-    engine_*.py    mistral_7b, llama.cpp, transformers: `begin` prefills, `step` decodes one token per row
+    peers/         the engines that are measured: mistral_7b, llama.cpp, transformers
     process.py     runs one job in its own process, for its own peak memory
     run.py         runs jobs and collects records; report.py, plot.py  present them
     serving/       concurrent requests at given arrival rates

@@ -1,4 +1,4 @@
-"""Run one job in its own process: python -m mistral_7b.benchmark.process JOB-AS-JSON
+"""Run one job in its own process: python -m mistral_7b.bench.process JOB-AS-JSON
 
 The last line on stdout is the result as JSON; for ceilings, each line holds a part of it. On failure the last line
 on stderr is the error's data as JSON, and the exit code is 1.
@@ -16,7 +16,7 @@ from ..kernels import threads
 from .jobs import LLAMA, OURS, STEPS, TRANSFORMERS, Job
 from .timing import measure
 
-ENGINES = {OURS: "engine_ours", LLAMA: "engine_llama", TRANSFORMERS: "engine_transformers"}
+ENGINES = {OURS: "peers.ours", LLAMA: "peers.llama_cpp", TRANSFORMERS: "peers.hf_transformers"}
 
 
 def main(argv: list[str]) -> int:

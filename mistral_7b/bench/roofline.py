@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .machine import last_level_cache, memory
+from ..machine import last_level_cache, memory
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from .. import machine
 from ..errors import BenchmarkError
 from ..kernels import threads
 from ..kernels.cpu import compiler
-from . import machine, work
+from . import work
 from .jobs import BATCH, BATCH_PROMPT, LLAMA, LOADS, OURS, TRANSFORMERS, Job, Measured
 from .records import Record, record
 from .roofline import PROBES, Ceilings
@@ -267,7 +268,7 @@ def _lines(
             **os.environ,
             "PYTHONPATH": os.pathsep.join([path, *([before] if before else [])]),
         }
-        command = [python, "-m", f"mistral_7b.benchmark.{module}", *argv]
+        command = [python, "-m", f"mistral_7b.bench.{module}", *argv]
         try:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=complaint, text=True, env=environment

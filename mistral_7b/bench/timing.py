@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ..machine import peak_memory
 from .jobs import PROMPTS, STEPS, WARM_UP, Job, Measured, Repetitions
-from .machine import peak_memory
 
 
 class Engine(Protocol):

@@ -1,22 +1,16 @@
 """Read and write checkpoints: Hugging Face, Mistral, GGUF and quantized formats.
 
-names           one table of tensor names, and the row order of wq and wk
-config          helpers shared by both configuration files: strict JSON, theta, window
-huggingface     config.json
-mistral         params.json
-stored          tensors in memory-mapped files, loaded lazily
-gguf_file       the GGUF container: header, metadata, tensor table (imports no torch)
-gguf_blocks     GGUF's quantized blocks: dequantize and quantize
-gguf            GGUF metadata -> ModelArgs, and its tensors
-gguf_tokenizer  GGUF tokenizer metadata <-> SentencePiece model (imports no torch)
-gguf_writing    write a GGUF file, one tensor at a time
-chat_templates  chat templates for GGUF files; chat_template_json is the part that parses JSON
-reading         a folder or file -> a validated Checkpoint -> a model
-writing         a model or Checkpoint -> a folder or file, one tensor at a time
-quantized       read a quantized folder
-quantizing      write a quantized folder, one layer at a time, and measure its distance from the original
-adapter         read and write LoRA adapters: PEFT and mistral-finetune
-hub             a name -> a local path, downloading what is needed (imports no torch)
+names        one table of tensor names, and the row order of wq and wk
+config       helpers shared by both configuration files: strict JSON, theta, window
+huggingface  config.json
+mistral      params.json
+stored       tensors in memory-mapped files, loaded lazily
+gguf/        GGUF: container, tensors, tokenizer, chat templates
+reading      a folder or file -> a validated Checkpoint -> a model
+writing      a model or Checkpoint -> a folder or file, one tensor at a time
+quantized    read a quantized folder
+quantizing   write a quantized folder, one layer at a time, and measure its distance from the original
+hub          a name -> a local path, downloading what is needed (imports no torch)
 """
 
 from __future__ import annotations

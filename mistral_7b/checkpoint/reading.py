@@ -22,8 +22,10 @@ from ..quantization.gpu import to_gpu
 from ..quantization.linear import BlockLinear, Int8Embedding
 from ..quantization.schemes import Scheme
 from ..surgery import replace_linears
-from . import config, gguf, gguf_blocks, hub, huggingface, mistral, quantized
-from .gguf_file import is_gguf
+from . import config, hub, huggingface, mistral, quantized
+from .gguf import blocks as gguf_blocks
+from .gguf import reading as gguf
+from .gguf.file import is_gguf
 from .names import DERIVED, EMBEDDING, OUTPUT, expected, interleaved, layout_of, rename, rotated_heads
 from .stored import Stored, read_file
 

@@ -28,9 +28,12 @@ from ..errors import CheckpointError
 from ..files import check_room, raise_refusal
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import scheme_of
-from . import gguf, gguf_tokenizer, gguf_writing, hub, huggingface, mistral
-from .gguf_file import is_gguf
-from .gguf_file import read as read_gguf
+from . import hub, huggingface, mistral
+from .gguf import reading as gguf
+from .gguf import tokenizer as gguf_tokenizer
+from .gguf import writing as gguf_writing
+from .gguf.file import is_gguf
+from .gguf.file import read as read_gguf
 from .names import EMBEDDING, OUTPUT, expected, half_split, rename, rotated_heads
 from .reading import open_checkpoint
 from .stored import CODES, Stored

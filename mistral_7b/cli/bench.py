@@ -17,7 +17,7 @@ from .bench_serving import check as check_serving
 from .inputs import ModelName, UsageError, read_flags
 
 if TYPE_CHECKING:
-    from ..benchmark.run import Plan
+    from ..bench.run import Plan
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {},
@@ -74,8 +74,8 @@ def run(argv: list[str]) -> int:
 
         return bench_serving.run(args, argv)
     plan = plan_of(args)
-    from ..benchmark import plot, report
-    from ..benchmark.run import run as measure_all
+    from ..bench import plot, report
+    from ..bench.run import run as measure_all
 
     show(args, partial(measure_all, plan), report, plot.draw)
     return 0
@@ -86,13 +86,13 @@ def show(
     draw: Callable[[str, list[Any]], None],
 ) -> None:  # fmt: skip
     """Measure, write the records, and print them with the module `report`."""
-    from ..benchmark.records import write_json
+    from ..bench.records import write_json
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     if args.plot:
-        from ..benchmark.plot import matplotlib_classes
+        from ..bench.plot import matplotlib_classes
 
         matplotlib_classes()  # fail now, not after an hour of measurements
     signal.signal(
@@ -149,7 +149,7 @@ def plan_of(args: Bench) -> Plan:
             raise UsageError("--what load opens files", field="--what", hint="name a model instead of --shape")
         whats = tuple(w for w in whats if w != "load")
 
-    from ..benchmark.run import Plan
+    from ..bench.run import Plan
 
     name, source, model_args = subject(args, max(args.context, args.prompt), "--context and --prompt")
     return Plan(

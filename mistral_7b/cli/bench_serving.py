@@ -14,7 +14,7 @@ from ..engine.config import EngineConfig
 from .inputs import UsageError
 
 if TYPE_CHECKING:
-    from ..benchmark.serving.run import ServingPlan
+    from ..bench.serving.run import ServingPlan
     from .bench import Bench
 
 
@@ -87,8 +87,8 @@ def run(args: Bench, argv: Sequence[str]) -> int:
     from .bench import show
 
     plan = plan_of(args, argv)
-    from ..benchmark.serving import plot, report
-    from ..benchmark.serving.run import run as measure_all
+    from ..bench.serving import plot, report
+    from ..bench.serving.run import run as measure_all
 
     show(args, partial(measure_all, plan), report, plot.draw)
     return 0
@@ -96,8 +96,8 @@ def run(args: Bench, argv: Sequence[str]) -> int:
 
 def plan_of(args: Bench, argv: Sequence[str]) -> ServingPlan:
     """Return the plan of the flags. Raises UsageError, naming the flag, if it is invalid."""
-    from ..benchmark.serving.run import ServingPlan
-    from ..benchmark.serving.traffic import Traffic
+    from ..bench.serving.run import ServingPlan
+    from ..bench.serving.traffic import Traffic
     from .bench import check, schemes, subject
 
     check(args)

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import GenerationError
-from ..sampling_params import SamplingParams
+from ..sampling.params import SamplingParams
 from .conversation import Conversation, Message
 from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
     from ..model import Mistral7B
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
     from .render import Render
     from .repl import Answer
 

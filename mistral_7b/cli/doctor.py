@@ -87,7 +87,7 @@ def examine(measure: bool) -> Iterator[dict[str, Any]]:
 
 def machine_facts() -> dict[str, Any]:
     """What the system says of the machine, and which packages there are."""
-    from ..benchmark import machine
+    from .. import machine
 
     total, free = machine.memory()
     return {
@@ -123,7 +123,7 @@ def torch_facts() -> dict[str, Any]:
 
 def kernel_facts() -> dict[str, Any]:
     """What computes what here, and why (kernels/backend.py); the kernels are compiled for it if they were not."""
-    from ..benchmark.run import compile_kernels
+    from ..bench.run import compile_kernels
     from ..kernels import backend
 
     compile_kernels(lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
@@ -132,7 +132,7 @@ def kernel_facts() -> dict[str, Any]:
 
 def ceilings() -> dict[str, Any]:
     """The ceilings that are measured within SECONDS, with progress on a terminal."""
-    from ..benchmark.run import find_ceilings
+    from ..bench.run import find_ceilings
 
     with busy(f"measuring, {SECONDS:.0f} seconds at most") as tell:
         return find_ceilings(seconds=SECONDS, tell=lambda what: tell(f"measuring: {MEASURED.get(what, what)}"))

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..sampling_params import SamplingParams
+from ..sampling.params import SamplingParams
 from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
 
 if TYPE_CHECKING:
+    from ..engine.speculation import Speculation, Tally
     from ..generate import TextPiece
     from ..model import Mistral7B
-    from ..speculation import Speculation, Tally
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 PROMPT_LOOKUP = "prompt-lookup"
 DEMO_PROMPT = "class TestParser(unittest.TestCase):\n"  # the bundled model has read many of these
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
     prompt = prompt or DEMO_PROMPT
     model, tokenizer = args.open(args.model)
     speculate = speculation(args)
-    from ..sampling import draw_seed
+    from ..sampling.sampler import draw_seed
 
     params = dataclasses.replace(params, seed=draw_seed() if params.seed is None else params.seed)
     ids = tokenizer.encode(prompt)
@@ -89,7 +89,7 @@ def speculation(args: Generate) -> Speculation | None:
         if args.max_draft is not None:
             raise UsageError("--max-draft goes with --speculate", field="--max-draft")
         return None
-    from ..speculation import Speculation
+    from ..engine.speculation import Speculation
 
     model = None if args.speculate == PROMPT_LOOKUP else args.open_model(args.speculate)
     return Speculation(model) if args.max_draft is None else Speculation(model, max_draft=args.max_draft)

@@ -13,13 +13,13 @@ import tyro
 
 from ..errors import ConfigError, Mistral7BError, TokenizerError, first_line
 from ..kernels import threads
-from ..sampling_params import SamplingParams, StructuredOutputs
+from ..sampling.params import SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
     import torch
 
     from ..model import Mistral7B
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 ModelName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")]
@@ -71,7 +71,7 @@ class ModelOptions:
         with busy(f"opening {source}"):
             import torch
 
-            from ..tokenizer import Tokenizer
+            from ..text.tokenizer import Tokenizer
 
             torch.seed()  # random by default; --seed makes a run reproducible
             threads.use(self.threads)

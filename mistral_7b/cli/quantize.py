@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..checkpoint.quantized import Record
-    from ..tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 Folder = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
 Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
@@ -84,7 +84,7 @@ def run(argv: list[str]) -> int:
 
         from ..checkpoint import hub, quantize, read_args
         from ..quantization import Scheme
-        from ..tokenizer import Tokenizer
+        from ..text.tokenizer import Tokenizer
 
         threads.use(args.threads)
         folder = hub.resolve(args.source)

@@ -17,7 +17,7 @@ from ..server.config import ServerConfig, read_keys, traces_wanted
 from .inputs import ModelName, ModelOptions, UsageError, busy, read_flags
 
 if TYPE_CHECKING:
-    from ..server.tracing import Spans
+    from ..server.operations.tracing import Spans
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
@@ -90,7 +90,7 @@ def run(argv: list[str]) -> int:
 
     from ..engine.async_llm import AsyncLLM
     from ..server.app import build
-    from ..server.log import log_to_stderr
+    from ..server.operations.json_log import log_to_stderr
     from ..server.serve import Server
 
     with busy("preparing"):
@@ -131,7 +131,7 @@ def _spans(model_name: str) -> Spans | None:
     The environment variables may be set for all programs of a machine, so their presence must not prevent a start.
     """
     try:
-        from ..server.tracing import Spans
+        from ..server.operations.tracing import Spans
     except ModuleNotFoundError:
         print("mistral-7b: no traces are sent: pip install 'mistral-7b[otel]'", file=sys.stderr)
         return None

@@ -5,7 +5,6 @@ pages        memory for keys and values in pages, shared by whoever begins alike
 request      a request, and the sequences that its completions are
 scheduler    who computes what in the next step
 batch        the cache of one step: packed tokens over pages
-adapters     LoRA: many adapters, one forward
 flight       a step on its way: what it feeds and samples, and tokens that nobody has read yet
 forward      hidden states and logits of a step, on a GPU as recorded graphs
 extras       what is wanted beside tokens: log-probabilities, pooled states

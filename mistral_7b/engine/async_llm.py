@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 
-from ..completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from ..errors import EngineError, QueueFullError
 from ..model import Mistral7B
-from ..sampling import SamplingParams
-from ..tokenizer import Tokenizer
-from ..tool_calls import ToolCall
+from ..sampling.params import SamplingParams
+from ..text.tokenizer import Tokenizer
+from ..text.tool_calls import ToolCall
+from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
 from .containment import because
 from .llm import EmbeddingOutput, open_engine

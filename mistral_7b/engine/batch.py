@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from ..attention import Band, banded_attention, bands
-from ..cache import Entries, KernelCache, KeysAndValues, compressed, expanded, four
+from ..cache import KernelCache, KeysAndValues
+from ..cache.entries import Entries, compressed, expanded, four
 from ..errors import CacheError
 from ..kernels.attend import Place, Remembered, attend
 from ..kernels.backend import PAGED_ATTENTION, Backend, uses
-from ..sampling import put
+from ..sampling.choice import to_device
 from .pages import PagePool
 
 
@@ -59,7 +60,7 @@ class VisibleRows(NamedTuple):
     own: slice  # its new tokens among those of the batch
     new: Tensor | slice  # rows of these
     runs: list[slice]  # rows of everything visible, in order; few while pages are taken in order
-    plan: list[Band]
+    plan: tuple[Band, ...]
 
 
 class PagedBatch(KernelCache):
@@ -74,13 +75,14 @@ class PagedBatch(KernelCache):
         self.layers = [_PagedMemory(self, entries) for entries in pool.layers]
         self.device = pool.layers[0][0].device
         arrays = self._lay_out(parts, columns or max(s.stop for s, _ in parts))
-        self.table, start, held, offsets, self.positions = self._tensors = [put(a, self.device) for a in arrays]
+        self._tensors = [to_device(array, self.device) for array in arrays]
+        self.table, start, held, offsets, self.positions = self._tensors
         self._place = Place(start, held, slots=1, table=self.table, page=pool.page, offsets=offsets)
 
     def refill(self, parts: Parts) -> None:
         """Take others, as many and with as many tokens, in the same tensors."""
         for t, array in zip(self._tensors, self._lay_out(parts, self.table.shape[1]), strict=True):
-            t.copy_(put(array, self.device), non_blocking=True)
+            t.copy_(to_device(array, self.device), non_blocking=True)
 
     def _lay_out(self, parts: Parts, columns: int) -> list[np.ndarray]:
         """Table, start, held, offsets and positions on the host."""
@@ -130,8 +132,8 @@ class PagedBatch(KernelCache):
                 cuts = np.flatnonzero(np.diff(rows) != 1) + 1
                 runs = [slice(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, cuts)]
                 last = runs[-1].stop
-                new = put(rows[-n:], self.device) if n > last - runs[-1].start else slice(last - n, last)
-                positions = put(p, self.device)
+                new = to_device(rows[-n:], self.device) if n > last - runs[-1].start else slice(last - n, last)
+                positions = to_device(p, self.device)
                 plan = bands(positions[-n:], positions, self.window, consecutive=True)
                 self._visible.append(VisibleRows(slice(at, at + n), new, runs, plan))
                 at += n

@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from .errors import Mistral7BError
-from .sampling import History, Logprob, Row, SamplingParams, uniforms
-from .tokenizer import Tokenizer
-from .tool_calls import ToolCall, ToolCallDelta, ToolCallStream
+from ..errors import Mistral7BError
+from ..sampling.choice import uniforms
+from ..sampling.logprobs import Logprob
+from ..sampling.params import SamplingParams
+from ..sampling.sampler import History, Row
+from ..text.tokenizer import Tokenizer
+from ..text.tool_calls import ToolCall, ToolCallDelta, ToolCallStream
 
 EOS = 2  # of every Mistral vocabulary, for when there is no tokenizer to ask
 NO_TOKEN = -1

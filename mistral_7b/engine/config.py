@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..speculation import Speculation
+    from .speculation import Speculation
 
 
 @dataclass(frozen=True)

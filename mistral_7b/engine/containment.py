@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError, Mistral7BError
-from ..sampling import Row, SamplingParams, sample_rows
+from ..sampling.params import SamplingParams
+from ..sampling.sampler import Row, sample_rows
 from .extras import Entry, entries_of, look
 from .flight import Flight, Pick, Plan, Rows, row_of
 from .forward import Forward

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..sampling import sample_rows
-from ..speculation import Speculation, StepTime
+from ..sampling.sampler import sample_rows
 from .config import EngineConfig
 from .containment import Blame
 from .request import SequenceState
+from .speculation import Speculation, StepTime
 
 
 class Drafts:

@@ -24,11 +24,12 @@ from itertools import groupby
 
 import torch
 
-from ..completion import TextPiece
 from ..errors import AdapterError, EngineError, GenerationError, Mistral7BError, QueueFullError
+from ..lora.adapters import Adapters
 from ..model import Mistral7B
-from ..sampling import NOT_FINITE, put
-from .adapters import Adapters
+from ..sampling.choice import to_device
+from ..sampling.sampler import NOT_FINITE
+from .completion import TextPiece
 from .config import EngineConfig
 from .containment import because, hidden_of, logits_of, logprobs_of, look_at, sample
 from .drafts import Drafts
@@ -153,7 +154,7 @@ class Engine:
             masks = collect(asked, self._blame)
             picks = [pick for pick in picks if may_sample(pick.sequence, masks)]
             if [pick.row for pick in picks] != list(range(len(logits))):
-                logits = logits[put([pick.row for pick in picks], self.device)]
+                logits = logits[to_device([pick.row for pick in picks], self.device)]
             sampled = sample(logits, picks, masks, self._blame)
         flight = Flight(plan, picks, sampled, logits, began)
         for s, n in plan:

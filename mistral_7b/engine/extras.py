@@ -7,7 +7,8 @@ from itertools import groupby
 
 from torch import Tensor
 
-from ..sampling import Logprob, following_logprobs, logprobs, put
+from ..sampling.choice import to_device
+from ..sampling.logprobs import Logprob, following_logprobs, logprobs
 from .flight import Flight, Pick
 from .forward import Forward
 from .request import SequenceState
@@ -52,6 +53,6 @@ def _prompt_logprobs(s: SequenceState, hidden: Tensor, forward: Forward) -> None
     def project(part: Tensor) -> Tensor:
         return forward.logits(part, [(i, request.adapter) for i in range(len(part))])
 
-    following = put(request.ids[begin + 1 : end + 1], hidden.device)
+    following = to_device(request.ids[begin + 1 : end + 1], hidden.device)
     rows = hidden[begin - s.computed : end - s.computed]
     done += following_logprobs(project, rows, following, k, s.completion.piece)

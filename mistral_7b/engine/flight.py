@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..completion import NO_TOKEN
-from ..sampling import Row, put
+from ..sampling.choice import to_device
+from ..sampling.sampler import Row
+from .completion import NO_TOKEN
 from .request import SequenceState
 
 Plan = Sequence[tuple[SequenceState, int]]
@@ -75,11 +76,11 @@ def feed(plan: Plan, before: Flight | None, device: torch.device) -> Tensor:
             tokens += [s.tokens[-1], *s.draft]
         else:
             tokens += s.tokens[s.computed : s.computed + n]
-    out = put(tokens, device)
+    out = to_device(tokens, device)
     if unread:
         assert before is not None, "a token is in no flight"
         place = {pick.sequence: i for i, pick in enumerate(before.picks)}
-        to, source = put([[at for at, _ in unread], [place[s] for _, s in unread]], device)
+        to, source = to_device([[at for at, _ in unread], [place[s] for _, s in unread]], device)
         out[to] = before.tokens[source].clamp(min=0)  # -1, not finite: this row is in vain, as will be found
     return out
 

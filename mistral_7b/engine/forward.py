@@ -27,9 +27,9 @@ from torch.nn.functional import pad
 
 from ..kernels.backend import LINEAR, STEP, Backend, uses
 from ..kernels.gpu.graph import WARM_UP, Recorder
+from ..lora.adapters import Adapters
 from ..model import Mistral7B
-from ..sampling import put
-from .adapters import Adapters
+from ..sampling.choice import to_device
 from .batch import PaddingRow, Paged, PagedBatch, Parts
 from .config import EngineConfig
 from .flight import Plan, Rows
@@ -67,7 +67,7 @@ class Forward:
         runs = groupby(wanted, lambda row: row[1])
         with self.adapters.over([(adapter, len(list(run))) for adapter, run in runs]) as model:
             whole = len(wanted) == len(hidden)
-            some = hidden if whole else hidden[put([at for at, _ in wanted], hidden.device)]
+            some = hidden if whole else hidden[to_device([at for at, _ in wanted], hidden.device)]
             return model.logits(some)[: len(rows)]
 
     def _missing(self, rows: int) -> int:

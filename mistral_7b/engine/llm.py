@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ..completion import RequestOutput, TextPiece
 from ..errors import EngineError
 from ..kernels.backend import LINEAR, Backend, uses
 from ..model import Mistral7B
 from ..quantization import Scheme, quantize
 from ..quantization.linear import Compressed
-from ..sampling import SamplingParams
-from ..tokenizer import Tokenizer
+from ..sampling.params import SamplingParams
+from ..text.tokenizer import Tokenizer
+from .completion import RequestOutput, TextPiece
 from .config import EngineConfig
 from .engine import Engine
 from .memory import pool_for

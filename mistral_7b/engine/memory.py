@@ -1,14 +1,12 @@
-"""How much memory there is, and how much of it goes to pages. Imports no torch before pages are made."""
+"""How much of the memory goes to pages. Imports no torch before pages are made."""
 
 from __future__ import annotations
 
-import os
-import pathlib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from ..machine import memory
 from .config import EngineConfig
 
 if TYPE_CHECKING:
@@ -16,31 +14,6 @@ if TYPE_CHECKING:
     from .pages import PagePool
 
 CPU_SHARE, ACCELERATOR_SHARE = 0.5, 0.9  # of free memory, for pages
-
-
-def memory() -> tuple[int, int]:
-    """Bytes of memory in all, and those that can be had now; a container's limit counts. 0, 0: unknown."""
-    facts = {k: int(v) << 10 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read("/proc/meminfo"), re.MULTILINE)}
-    if not facts:
-        try:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, OSError, ValueError):
-            return 0, 0
-        return total, total
-    total, free = facts["MemTotal"], facts.get("MemAvailable", facts["MemTotal"])
-    group = pathlib.Path("/sys/fs/cgroup")
-    limit, used = (read(group / name).strip() for name in ("memory.max", "memory.current"))
-    if limit.isdigit() and used.isdigit():
-        total, free = min(total, int(limit)), min(free, int(limit) - int(used))
-    return total, free
-
-
-def read(path: str | pathlib.Path) -> str:
-    """A file of the system as text, "" if it is not there."""
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | None = None) -> PagePool:

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..completion import Completion
 from ..errors import (
     EngineError,
     GenerationError,
@@ -25,17 +24,19 @@ from ..errors import (
     SamplingError,
     TokenizerError,
 )
-from ..messages import tool_call_id
 from ..model import Mistral7B, ModelArgs
-from ..sampling import SamplingParams, draw_seed
-from ..speculation import Speculation
-from ..tokenizer import Tokenizer
-from ..tool_calls import ToolCallStream
+from ..sampling.params import SamplingParams
+from ..sampling.sampler import draw_seed
+from ..text.messages import tool_call_id
+from ..text.tokenizer import Tokenizer
+from ..text.tool_calls import ToolCallStream
+from .completion import Completion
 from .engine import Engine
 from .grammar.client import KEPT, MOST, Grammars
 from .grammar.spec import FREE, GrammarSpec
 from .pages import first_key
 from .request import Request, Sink
+from .speculation import Speculation
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from ..completion import Completion, CompletionOutput, RequestMetrics, RequestOutput, TextPiece
 from ..errors import Mistral7BError
-from ..sampling import Logprob, SamplingParams
-from ..speculation import Guesser, Speculation
+from ..sampling.logprobs import Logprob
+from ..sampling.params import SamplingParams
+from .completion import Completion, CompletionOutput, RequestMetrics, RequestOutput, TextPiece
 from .grammar.client import GrammarState
 from .pages import Key, PagePool, next_key
+from .speculation import Guesser, Speculation
 
 Sink = Callable[["Request", list[TextPiece]], None]
 

@@ -26,8 +26,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import GenerationError
-from .model import Mistral7B
+from ..errors import GenerationError
+from ..model import Mistral7B
 
 DRAFT_CHUNK = 512  # tokens that a draft model reads per forward
 MEMORY = 0.8  # of an earlier guess's weight, what is left of it at the next

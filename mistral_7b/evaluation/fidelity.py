@@ -16,7 +16,7 @@ import torch
 from ..errors import EvaluationError
 from ..model import Mistral7B
 from ..quantization.distance import Comparison
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .perplexity import encode, pieces, scored
 
 

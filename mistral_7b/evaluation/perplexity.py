@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import EvaluationError
 from ..model import Mistral7B
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens per forward pass: bounds the memory of logits
 BOS = 1  # in every Mistral vocabulary

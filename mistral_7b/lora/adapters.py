@@ -25,13 +25,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from ..checkpoint.adapter import Adapter, read_adapter
 from ..errors import AdapterError
 from ..kernels.cpu.arguments import Weights
 from ..kernels.low_rank import LowRank, LowRanks, Mixture
 from ..model import Mistral7B
 from ..quantization.linear import Compressed
 from ..surgery import replace_linears
+from .files import Adapter, read_adapter
 
 Run = tuple[str | None, int]  # an adapter's name, None for the model alone, and a number of rows
 

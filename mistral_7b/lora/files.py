@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checkpoint import mistral
+from ..checkpoint.config import read_json
+from ..checkpoint.names import EMBEDDING, expected, half_split, interleaved, rename, rotated_heads
+from ..checkpoint.stored import Stored, read_file
+from ..checkpoint.writing import header_of, new_folder, write_json
 from ..errors import CheckpointError
 from ..model import ModelArgs
-from . import mistral
-from .config import read_json
-from .names import EMBEDDING, expected, half_split, interleaved, rename, rotated_heads
-from .stored import Stored, read_file
-from .writing import header_of, new_folder, write_json
 
 CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "lora.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."

@@ -2,7 +2,7 @@
 
 Each block is rescaled (rescaling.py), then rounded with feedback (feedback.py), its Linears in the order in which
 data passes them: so that each is fitted to inputs as the rounded ones before it make them. Both are measured
-against inputs that become int8 as in use. benchmarks/results/2026-11-24-calibration.md says what each gives.
+against inputs that become int8 as in use. experiments/results/2026-11-24-calibration.md says what each gives.
 
 At 7B it holds at most, in bfloat16, for C = 16384 tokens of calibration in documents of 2048:
 

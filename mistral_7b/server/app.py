@@ -14,12 +14,16 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..engine.async_llm import AsyncLLM
 from ..errors import ConfigError, Mistral7BError
-from . import adapters, anthropic, health, metrics, openai, page, tokens
-from .answers import documented
+from . import page
+from .anthropic import messages as anthropic
 from .config import ServerConfig
-from .guard import Guard
-from .problems import Refusal, invalid, refusal
-from .routes import json_answer
+from .http.errors import Refusal, invalid, refusal
+from .http.guard import Guard
+from .http.json_bodies import json_answer
+from .openai import router as openai
+from .openai import tokens
+from .openai.responses import documented
+from .operations import adapters, health, metrics
 from .state import State
 
 # FastAPI's own spans and logs quote request data and lack the model's attributes; tracing.py replaces them.

@@ -22,9 +22,9 @@ from fastapi import FastAPI
 
 from ..errors import ConfigError, EngineError
 from .config import ServerConfig
-from .connection import connection_class
-from .lag import watch
-from .problems import Refusal
+from .http.connection import connection_class
+from .http.errors import Refusal
+from .operations.lag import watch
 from .state import State
 
 logger = logging.getLogger("mistral_7b.server")

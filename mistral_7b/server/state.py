@@ -21,12 +21,12 @@ from typing import Any, Protocol
 from starlette.requests import Request as HttpRequest
 from starlette.types import Scope
 
-from ..completion import TextPiece
 from ..engine.async_llm import AsyncLLM
+from ..engine.completion import TextPiece
 from ..engine.request import Request
 from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
 from .config import ServerConfig
-from .problems import ClientGoneError, Refusal
+from .http.errors import ClientGoneError, Refusal
 
 # Keys of the ASGI scope, set by the guard and the routes.
 GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has disconnected

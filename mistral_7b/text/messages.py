@@ -25,7 +25,7 @@ from mistral_common.tokens.tokenizers.instruct import (
 )
 from pydantic import ValidationError
 
-from .errors import TokenizerError
+from ..errors import TokenizerError
 
 # Exceptions of mistral-common; SentencePiece raises RuntimeError for text that is not valid UTF-8.
 REFUSALS = (MistralCommonException, ValueError, AssertionError, RuntimeError)

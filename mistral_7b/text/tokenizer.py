@@ -28,11 +28,11 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-from .checkpoint.chat_templates import template_version
-from .checkpoint.gguf_file import is_gguf
-from .checkpoint.gguf_tokenizer import extract
-from .checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
-from .errors import TokenizerError
+from ..checkpoint.gguf.chat_templates import template_version
+from ..checkpoint.gguf.file import is_gguf
+from ..checkpoint.gguf.tokenizer import extract
+from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
+from ..errors import TokenizerError
 from .messages import REFUSALS, TEMPLATES, label, read_messages, reason
 
 UTF8 = codecs.getincrementaldecoder("utf-8")

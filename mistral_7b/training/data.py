@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 IGNORE = -100  # target without loss
 

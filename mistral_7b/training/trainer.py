@@ -20,7 +20,7 @@ from ..errors import TrainingError, WriteError
 from ..files import written
 from ..kernels import threads
 from ..model import Mistral7B, ModelArgs
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .args import TrainArgs
 from .curve import draw_curve
 from .data import IGNORE, PackedDocuments, held_out_documents, split_files

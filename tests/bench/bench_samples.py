@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mistral_7b.benchmark.jobs import OURS, Job, Measured
-from mistral_7b.benchmark.records import Record, record
-from mistral_7b.benchmark.roofline import Ceilings
+from mistral_7b.bench.jobs import OURS, Job, Measured
+from mistral_7b.bench.records import Record, record
+from mistral_7b.bench.roofline import Ceilings
 from mistral_7b.model import ModelArgs
 
 SHAPE = ModelArgs(

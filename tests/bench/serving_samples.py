@@ -6,9 +6,9 @@ from typing import Any
 
 from bench_samples import ARGS
 
-from mistral_7b.benchmark.serving.client import Served, Trace
-from mistral_7b.benchmark.serving.records import Circumstances
-from mistral_7b.benchmark.serving.traffic import ServingJob, Traffic
+from mistral_7b.bench.serving.client import Served, Trace
+from mistral_7b.bench.serving.records import Circumstances
+from mistral_7b.bench.serving.traffic import ServingJob, Traffic
 
 HERE = Circumstances("a CPU", "2026-01-02", "abc", "mistral-7b bench --serving", "small")
 

@@ -1,4 +1,4 @@
-"""benchmarks/engine.py: it measures the engine's overhead per step; results for a tiny model."""
+"""experiments/engine.py: it measures the engine's overhead per step; results for a tiny model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mistral_7b.engine.llm import LLM
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "engine.py"
+    path = pathlib.Path(__file__).parents[2] / "experiments" / "engine.py"
     spec = importlib.util.spec_from_file_location("benchmarks_engine", path)
     assert spec is not None
     assert spec.loader is not None

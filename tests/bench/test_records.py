@@ -13,11 +13,11 @@ from bench_samples import ARGS, CEILINGS, SHAPE, job_of, measured, record_of
 from refusals import refused
 
 from mistral_7b import WriteError
-from mistral_7b.benchmark import records, work
-from mistral_7b.benchmark.engine_ours import kv_token_bytes
-from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job
-from mistral_7b.benchmark.report import doubt, ratios
-from mistral_7b.benchmark.roofline import Ceilings
+from mistral_7b.bench import records, work
+from mistral_7b.bench.jobs import LLAMA, OURS, TRANSFORMERS, Job
+from mistral_7b.bench.peers.ours import kv_token_bytes
+from mistral_7b.bench.report import doubt, ratios
+from mistral_7b.bench.roofline import Ceilings
 from mistral_7b.cache import Stateless
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization.schemes import compressed_bytes

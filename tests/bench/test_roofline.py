@@ -10,10 +10,10 @@ import torch
 from bench_samples import job_of, measured, record_of
 from refusals import refused
 
-from mistral_7b.benchmark import machine, plot, roofline
-from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS
-from mistral_7b.benchmark.records import Record
-from mistral_7b.engine import memory
+from mistral_7b import machine
+from mistral_7b.bench import plot, roofline
+from mistral_7b.bench.jobs import LLAMA, OURS, TRANSFORMERS
+from mistral_7b.bench.records import Record
 from mistral_7b.errors import BenchmarkError
 from mistral_7b.kernels.cpu import compiler
 from mistral_7b.kernels.linear import linear_twin
@@ -223,8 +223,7 @@ def test_what_cannot_be_drawn(tmp_path: pathlib.Path) -> None:
 
 
 def test_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in (machine, memory):
-        monkeypatch.setattr(place, "read", lambda path: "")
+    monkeypatch.setattr(machine, "read", lambda path: "")
     monkeypatch.setattr(machine, "_output", lambda *command: "")
     assert machine.cpu_name()
     assert not any(machine.instruction_sets().values())
@@ -241,8 +240,7 @@ def test_flags_and_memory_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "/sys/fs/cgroup/memory.current": "102400\n",
         "/proc/self/status": "VmHWM:\t   77 kB\n",
     }
-    for place in (machine, memory):
-        monkeypatch.setattr(place, "read", lambda path: files.get(str(path), ""))
+    monkeypatch.setattr(machine, "read", lambda path: files.get(str(path), ""))
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
     assert machine.cpu_name() == "Some CPU"
@@ -256,6 +254,6 @@ def test_peak_memory_of_a_small_child_is_not_that_of_a_large_parent() -> None:
     import sys
 
     held = bytearray(300 << 20)
-    code = "from mistral_7b.benchmark.machine import peak_memory; print(peak_memory())"
+    code = "from mistral_7b.machine import peak_memory; print(peak_memory())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert machine.peak_memory() > len(held) > 2 * child

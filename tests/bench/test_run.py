@@ -15,9 +15,9 @@ import pytest
 from bench_samples import ARGS, CEILINGS, job_of, measured
 from refusals import refused
 
-from mistral_7b.benchmark import process, run
-from mistral_7b.benchmark.jobs import LLAMA, OURS, TRANSFORMERS, Job, Measured
-from mistral_7b.benchmark.roofline import Ceilings
+from mistral_7b.bench import process, run
+from mistral_7b.bench.jobs import LLAMA, OURS, TRANSFORMERS, Job, Measured
+from mistral_7b.bench.roofline import Ceilings
 from mistral_7b.errors import BenchmarkError
 
 PLAN = run.Plan(
@@ -153,7 +153,7 @@ def test_the_package_alone_is_on_the_path_of_a_peer(
             monkeypatch.setenv("PYTHONPATH", before)
         path, seen, asked = run._python(str(script), "process", "a", "b").strip().split("|")
         folder, *rest = path.split(os.pathsep)
-        assert (seen, asked) == ("mistral_7b", "-m mistral_7b.benchmark.process a b")
+        assert (seen, asked) == ("mistral_7b", "-m mistral_7b.bench.process a b")
         assert rest == ([before] if before else [])
         assert not pathlib.Path(folder).exists()
         assert os.environ.get("PYTHONPATH") == before
@@ -234,8 +234,8 @@ def test_every_engine_does_every_work(engine: str, what: str, capsys: pytest.Cap
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "bf16"])
 def test_every_scheme_runs_and_its_bytes_are_those_of_its_name(scheme: str) -> None:
-    from mistral_7b.benchmark.engine_ours import Engine
-    from mistral_7b.benchmark.work import BITS, layer_weights, table_weights
+    from mistral_7b.bench.peers.ours import Engine
+    from mistral_7b.bench.work import BITS, layer_weights, table_weights
 
     args = {**ARGS, "dim": 256, "hidden_dim": 512, "head_dim": 64}  # whole groups, so that nothing is padded
     engine = Engine(dataclasses.replace(job_of(scheme=scheme, rows=2, threads=1), args=args))
@@ -254,7 +254,7 @@ def test_a_source_is_opened_in_its_scheme(tmp_path: pathlib.Path, what: str) -> 
     import torch
 
     from mistral_7b import ModelArgs
-    from mistral_7b.benchmark.engine_ours import build
+    from mistral_7b.bench.peers.ours import build
     from mistral_7b.checkpoint import quantize
     from mistral_7b.quantization.schemes import random_model, scheme_of
 
@@ -270,8 +270,8 @@ def test_a_source_is_opened_in_its_scheme(tmp_path: pathlib.Path, what: str) -> 
 
 
 def test_engines_of_one_shape_read_equally_many_bytes() -> None:
-    from mistral_7b.benchmark.engine_ours import Engine as Ours
-    from mistral_7b.benchmark.engine_transformers import Engine as Transformers
+    from mistral_7b.bench.peers.hf_transformers import Engine as Transformers
+    from mistral_7b.bench.peers.ours import Engine as Ours
 
     for args in (ARGS, {**ARGS, "tie_embeddings": True}):
         job = dataclasses.replace(job_of(scheme="none", threads=1), args=args)
@@ -283,7 +283,7 @@ def test_transformers_of_random_weights_is_whole() -> None:
     import torch
     import transformers
 
-    from mistral_7b.benchmark.engine_transformers import build
+    from mistral_7b.bench.peers.hf_transformers import build
 
     model = build(ARGS)
     plain = transformers.MistralForCausalLM(model.config)
@@ -327,7 +327,7 @@ def test_random_blocks_are_weights_of_a_sane_size() -> None:
     import gguf
     import numpy as np
 
-    from mistral_7b.benchmark.llama_file import random_blocks
+    from mistral_7b.bench.peers.llama_file import random_blocks
 
     for kind in ("Q4_0", "Q8_0", "BF16"):
         blocks = random_blocks(kind, 32 * 4096)
@@ -338,7 +338,7 @@ def test_random_blocks_are_weights_of_a_sane_size() -> None:
 
 def test_a_file_of_random_weights_has_a_word_for_every_token(tmp_path: pathlib.Path) -> None:
     gguf = pytest.importorskip("gguf")
-    from mistral_7b.benchmark.llama_file import write
+    from mistral_7b.bench.peers.llama_file import write
 
     write(str(tmp_path / "x.gguf"), "Q4_0", ARGS)
     fields = gguf.GGUFReader(tmp_path / "x.gguf").fields

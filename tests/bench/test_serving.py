@@ -19,10 +19,10 @@ from fake_llama_server import install
 from refusals import refused
 from serving_samples import job_of
 
-from mistral_7b.benchmark.jobs import LLAMA, OURS
-from mistral_7b.benchmark.serving import llama_server, ours
-from mistral_7b.benchmark.serving.client import drive
-from mistral_7b.benchmark.serving.traffic import Arrival, ServingJob, Traffic
+from mistral_7b.bench.jobs import LLAMA, OURS
+from mistral_7b.bench.serving import llama_server, ours
+from mistral_7b.bench.serving.client import drive
+from mistral_7b.bench.serving.traffic import Arrival, ServingJob, Traffic
 from mistral_7b.errors import BenchmarkError
 
 
@@ -173,7 +173,7 @@ def test_the_real_server_answers_as_it_is_asked(tmp_path: pathlib.Path) -> None:
     if not server:
         pytest.skip("MISTRAL_7B_LLAMA_SERVER names a llama-server")
     pytest.importorskip("gguf")
-    from mistral_7b.benchmark.run import PeerFiles
+    from mistral_7b.bench.run import PeerFiles
 
     file = PeerFiles(sys.executable, str(tmp_path), print).gguf(ARGS, "Q4_0")
     traffic = Traffic(5, 50.0, prompt=(20, 30), output=(4, 8))

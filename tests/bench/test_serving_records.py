@@ -12,11 +12,11 @@ from bench_samples import ARGS
 from refusals import refused
 from serving_samples import HERE, job_of, served
 
-from mistral_7b.benchmark.jobs import LLAMA, OURS
-from mistral_7b.benchmark.serving import plot, report, run
-from mistral_7b.benchmark.serving.client import Served, Trace
-from mistral_7b.benchmark.serving.records import ServingRecord, kept_up, record, unfinished
-from mistral_7b.benchmark.serving.traffic import ServingJob, Traffic
+from mistral_7b.bench.jobs import LLAMA, OURS
+from mistral_7b.bench.serving import plot, report, run
+from mistral_7b.bench.serving.client import Served, Trace
+from mistral_7b.bench.serving.records import ServingRecord, kept_up, record, unfinished
+from mistral_7b.bench.serving.traffic import ServingJob, Traffic
 from mistral_7b.errors import BenchmarkError
 
 # Two requests of 5 tokens, one that fails and one that is answered at once.

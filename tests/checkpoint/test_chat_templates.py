@@ -19,7 +19,8 @@ from conversations import ODD, VALUES, Chat, Drawing
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mistral_7b import Tokenizer, TokenizerError
-from mistral_7b.checkpoint import chat_templates, gguf_tokenizer
+from mistral_7b.checkpoint.gguf import chat_templates
+from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 
 SEEDS = 160  # conversations for each version
 V7 = MistralTokenizer.v7().instruct_tokenizer.tokenizer.file_path

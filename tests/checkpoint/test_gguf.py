@@ -22,8 +22,9 @@ from refusals import refused
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
 
 from mistral_7b import CheckpointError, Mistral7B, ModelArgs, TokenizerError
-from mistral_7b.checkpoint import convert, gguf_blocks, read_args
-from mistral_7b.checkpoint.gguf_file import KINDS
+from mistral_7b.checkpoint import convert, read_args
+from mistral_7b.checkpoint.gguf import blocks as gguf_blocks
+from mistral_7b.checkpoint.gguf.file import KINDS
 from mistral_7b.checkpoint.names import expected, rename
 from mistral_7b.checkpoint.reading import open_checkpoint
 from mistral_7b.quantization.linear import BlockLinear

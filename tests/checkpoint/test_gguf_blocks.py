@@ -10,8 +10,8 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_7b.checkpoint import gguf_blocks
-from mistral_7b.checkpoint.gguf_file import KINDS, Kind
+from mistral_7b.checkpoint.gguf import blocks as gguf_blocks
+from mistral_7b.checkpoint.gguf.file import KINDS, Kind
 
 BLOCKED = [kind for kind in KINDS.values() if kind.block > 1]
 WRITTEN = [KINDS["Q8_0"], KINDS["Q4_0"]]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from refusals import refused
 
 from mistral_7b import CheckpointError
-from mistral_7b.checkpoint.gguf_file import KINDS
+from mistral_7b.checkpoint.gguf.file import KINDS
 from mistral_7b.checkpoint.reading import open_checkpoint
 
 SEEDS = seeds()

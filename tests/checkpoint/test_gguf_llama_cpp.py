@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.checkpoint import convert
-from mistral_7b.checkpoint.gguf_file import read
+from mistral_7b.checkpoint.gguf.file import read
 from mistral_7b.checkpoint.hub import DEMO
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python to compare with llama.cpp")

@@ -16,7 +16,8 @@ from sentencepiece import SentencePieceProcessor
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import Tokenizer, TokenizerError
-from mistral_7b.checkpoint import chat_templates, gguf_tokenizer
+from mistral_7b.checkpoint.gguf import chat_templates
+from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 
 NAMES = {"v1": "tokenizer.model", "v3": "tokenizer.model.v3", "demo": "tokenizer.model.v3"}
 TEXTS = (

@@ -13,7 +13,8 @@ from refusals import refused
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import CheckpointError, Mistral7B, ModelArgs, WriteError
-from mistral_7b.checkpoint import convert, gguf_writing, quantize, writing
+from mistral_7b.checkpoint import convert, quantize, writing
+from mistral_7b.checkpoint.gguf import writing as gguf_writing
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer.model lies beside")
 

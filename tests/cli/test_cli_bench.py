@@ -10,13 +10,13 @@ import pytest
 from command import start
 from refusals import refused
 
-from mistral_7b.benchmark.records import read_json
+from mistral_7b.bench.records import read_json
 from mistral_7b.cli.bench import Bench, plan_of
 from mistral_7b.cli.inputs import UsageError
 
 NO_CEILINGS = """
-from mistral_7b.benchmark import run
-from mistral_7b.benchmark.roofline import Ceilings
+from mistral_7b.bench import run
+from mistral_7b.bench.roofline import Ceilings
 run.measure_ceilings = lambda *asked: Ceilings(1e9, 1e9)
 """
 

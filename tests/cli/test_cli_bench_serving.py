@@ -8,8 +8,8 @@ import pathlib
 import pytest
 from fake_llama_server import install
 
-from mistral_7b.benchmark.jobs import LLAMA, OURS
-from mistral_7b.benchmark.serving.traffic import Traffic
+from mistral_7b.bench.jobs import LLAMA, OURS
+from mistral_7b.bench.serving.traffic import Traffic
 from mistral_7b.cli.bench import Bench
 from mistral_7b.cli.bench_serving import ServingOptions, command, plan_of
 

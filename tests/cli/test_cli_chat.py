@@ -18,8 +18,8 @@ from mistral_7b.engine.pages import PagePool
 from mistral_7b.generate import generate
 from mistral_7b.kernels.cpu import compiler
 from mistral_7b.model import Mistral7B
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.tokenizer import Tokenizer
 
 
 @pytest.mark.wording

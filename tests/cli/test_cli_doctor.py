@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from mistral_7b.benchmark import machine
+from mistral_7b import machine
 from mistral_7b.cli import doctor
 from mistral_7b.errors import BenchmarkError
 from mistral_7b.kernels import backend
@@ -67,7 +67,7 @@ def test_facts_come_before_measures(run, capsys: pytest.CaptureFixture[str], mon
         assert 0 < seconds <= 15
         return {"threads": 2, "read_bandwidth": 12.3e9, "fp32": 4e12, "bf16": None, "int8": 8e12}
 
-    monkeypatch.setattr("mistral_7b.benchmark.run.find_ceilings", find_ceilings)
+    monkeypatch.setattr("mistral_7b.bench.run.find_ceilings", find_ceilings)
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     for text in ("CPU", "memory", "optional", "PyTorch", "GPU", "kernels: running"):
@@ -150,7 +150,7 @@ def test_no_traceback_where_everything_fails(run, monkeypatch) -> None:
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
     monkeypatch.setattr(backend, "describe", broken)
-    monkeypatch.setattr("mistral_7b.benchmark.run.find_ceilings", unmeasured)
+    monkeypatch.setattr("mistral_7b.bench.run.find_ceilings", unmeasured)
     monkeypatch.setattr(machine, "read", lambda path: "")
     monkeypatch.setattr(machine, "_output", lambda *command: "")
     code, out, err = run("doctor")

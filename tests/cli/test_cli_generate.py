@@ -13,8 +13,8 @@ from command import write_model
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.generate import generate
 from mistral_7b.model import Mistral7B
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.tokenizer import Tokenizer
 
 PROMPT = "def fibonacci(n):\n    return 1 if n < 2 else"
 

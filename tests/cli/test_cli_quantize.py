@@ -12,7 +12,7 @@ from refusals import refused
 from mistral_7b.checkpoint import load, read_record
 from mistral_7b.cli.inputs import UsageError
 from mistral_7b.cli.quantize import documents, own_source, rows, texts
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.tokenizer import Tokenizer
 
 FAST = ("--tokens", "40")
 

@@ -9,8 +9,8 @@ import torch
 from command import start
 from refusals import refused
 
-from mistral_7b.benchmark import run as bench
-from mistral_7b.benchmark.serving.run import ServingPlan
+from mistral_7b.bench import run as bench
+from mistral_7b.bench.serving.run import ServingPlan
 from mistral_7b.cli import main
 from mistral_7b.errors import ConfigError
 from mistral_7b.kernels import threads

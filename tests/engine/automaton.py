@@ -21,9 +21,9 @@ from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.pages import Key, PagePool, first_key, next_key
 from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
+from mistral_7b.engine.speculation import Choose, Guesser, Pace, Speculation
 from mistral_7b.model import ModelArgs
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.speculation import Choose, Guesser, Pace, Speculation
+from mistral_7b.sampling.params import SamplingParams
 
 V = 11
 

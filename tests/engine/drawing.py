@@ -17,8 +17,8 @@ from mistral_7b.engine.grammar.client import Grammars, GrammarState
 from mistral_7b.engine.grammar.matcher import CompiledGrammar, MatcherState
 from mistral_7b.engine.grammar.spec import GrammarSpec
 from mistral_7b.engine.grammar.vocabulary import Vocabulary
-from mistral_7b.sampling_params import StructuredOutputs
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import StructuredOutputs
+from mistral_7b.text.tokenizer import Tokenizer
 
 SPARE = 70  # ids that the model has and the tokenizer has not
 PERSON = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.request import Request
-from mistral_7b.sampling import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 

@@ -14,7 +14,7 @@ from mistral_7b.engine import async_llm
 from mistral_7b.engine.async_llm import AsyncLLM
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.reading import Reader
-from mistral_7b.sampling import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=3000, temperature=0, ignore_eos=True)

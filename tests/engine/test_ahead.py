@@ -25,10 +25,10 @@ from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool, first_key, next_key
 from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import EngineError, GenerationError
 from mistral_7b.model import Mistral7B
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.speculation import Speculation
+from mistral_7b.sampling.params import SamplingParams
 
 PAGE = 4
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -11,10 +11,10 @@ from automaton import Oracle
 from refusals import refused
 from scenes import GREEDY, LONG, no_thread_is_left, open_llm, play, settled, tokens_of  # noqa: F401
 
-from mistral_7b.completion import Completion
 from mistral_7b.engine import async_llm
+from mistral_7b.engine.completion import Completion
 from mistral_7b.errors import EngineError, GenerationError, QueueFullError
-from mistral_7b.sampling import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 
 def test_fifty_streams_get_what_each_gets_alone() -> None:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from scenes import GREEDY, LONG, no_thread_is_left, open_llm, play  # noqa: F401
 
-from mistral_7b.completion import TextPiece
 from mistral_7b.engine.async_llm import AsyncLLM, _Mailbox
+from mistral_7b.engine.completion import TextPiece
 from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.threads import release
-from mistral_7b.sampling import Logprob, SamplingParams
-from mistral_7b.tool_calls import ToolCallDelta
+from mistral_7b.sampling.logprobs import Logprob
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.tool_calls import ToolCallDelta
 
 
 async def read(llm: AsyncLLM, params: SamplingParams, rest: float) -> list[TextPiece]:

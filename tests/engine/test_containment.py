@@ -17,18 +17,18 @@ import pytest
 import torch
 from tiny import tiny_args, tiny_model
 
-from mistral_7b.checkpoint.adapter import Adapter, Factors
 from mistral_7b.engine import engine, masks
-from mistral_7b.engine.adapters import LowRanks
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.grammar.client import GrammarState
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.request import Request, SequenceState
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import EngineError, Mistral7BError
-from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
-from mistral_7b.speculation import Speculation
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.lora.adapters import LowRanks
+from mistral_7b.lora.files import Adapter, Factors
+from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
+from mistral_7b.text.tokenizer import Tokenizer
 
 CONFIG = EngineConfig(max_sequences=8, max_batch_tokens=32, page_size=4)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

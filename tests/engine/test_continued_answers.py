@@ -15,8 +15,8 @@ from tiny import tiny_args, tiny_model
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
 from mistral_7b.errors import GrammarError
-from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
+from mistral_7b.text.tokenizer import Tokenizer
 
 V7 = MistralTokenizer.v7().instruct_tokenizer.tokenizer.file_path
 OURS = {"v1": Tokenizer.v1(), "v2": Tokenizer.v2(), "v3": Tokenizer.v3(), "v7": Tokenizer(V7, "v7")}

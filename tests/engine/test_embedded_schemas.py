@@ -10,7 +10,7 @@ import pytest
 from mistral_7b.engine.grammar.embedded import exact
 from mistral_7b.engine.grammar.spec import GrammarSpec
 from mistral_7b.errors import GrammarError
-from mistral_7b.sampling_params import StructuredOutputs
+from mistral_7b.sampling.params import StructuredOutputs
 from tests.engine.drawing import admits, in_process
 
 BIG = 12345678901234567890123

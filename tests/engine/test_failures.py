@@ -12,12 +12,12 @@ from automaton import Automaton, Oracle, check, request_of, run
 from engines import GREEDY, add, broken, served, small
 from torch import Tensor
 
-from mistral_7b.completion import TextPiece
+from mistral_7b.engine.completion import TextPiece
 from mistral_7b.engine.containment import because
 from mistral_7b.engine.grammar.client import Masks
 from mistral_7b.engine.request import Request
 from mistral_7b.errors import EngineError, GenerationError
-from mistral_7b.sampling import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 # ------------------------------------------------------------------ the model fails
 

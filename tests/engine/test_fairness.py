@@ -12,7 +12,7 @@ from automaton import Automaton, Oracle, V, check, engine_of, request_of, run
 
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.request import Request
-from mistral_7b.sampling import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 
 
 def params(n: int) -> SamplingParams:

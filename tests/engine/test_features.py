@@ -8,16 +8,16 @@ import torch
 from refusals import refused
 from tiny import tiny_args, tiny_model, tokens_of
 
-from mistral_7b.checkpoint.adapter import Adapter, Factors
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import AdapterError, GenerationError, GrammarError
 from mistral_7b.kernels.cpu.compiler import library
+from mistral_7b.lora.files import Adapter, Factors
 from mistral_7b.quantization import quantize
-from mistral_7b.sampling_params import SamplingParams
-from mistral_7b.speculation import Speculation
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.tokenizer import Tokenizer
 
 CONFIG = EngineConfig(max_sequences=12, max_batch_tokens=48, page_size=4)
 SCHEMA = {

@@ -12,21 +12,21 @@ import torch
 from tiny import tiny_args, tiny_model, tokens_of
 from torch import Tensor
 
-from mistral_7b.checkpoint.adapter import Adapter, Factors
-from mistral_7b.completion import RequestOutput
 from mistral_7b.engine.batch import PaddingRow, PagedBatch
+from mistral_7b.engine.completion import RequestOutput
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.flight import Plan
 from mistral_7b.engine.forward import COLUMNS, DecodeStep, Forward, GraphForward, bucket_size
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.reading import Asked
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.kernels.gpu.graph import WARM_UP
+from mistral_7b.lora.files import Adapter, Factors
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.speculation import Speculation
+from mistral_7b.sampling.params import SamplingParams
 
 compiled = pytest.mark.skipif(library() is None, reason="without the kernels rows depend on their neighbours")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -12,9 +12,9 @@ from refusals import refused
 
 from mistral_7b.engine.grammar.client import Grammars
 from mistral_7b.errors import GrammarError
-from mistral_7b.sampling import Row, SamplingParams, adjust, sample_rows
-from mistral_7b.sampling_params import StructuredOutputs
-from mistral_7b.tokenizer import SPACE, Tokenizer
+from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
+from mistral_7b.sampling.sampler import Row, adjust, sample_rows
+from mistral_7b.text.tokenizer import SPACE, Tokenizer
 from tests.engine.drawing import SPARE, SPECS, allowed, beginnings, draw, opened
 
 

@@ -20,8 +20,8 @@ from mistral_7b.engine.grammar.matcher import CompiledGrammar, MatcherState
 from mistral_7b.engine.grammar.spec import GrammarSpec
 from mistral_7b.engine.grammar.vocabulary import Vocabulary
 from mistral_7b.errors import GrammarError, SamplingError
-from mistral_7b.sampling_params import StructuredOutputs
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import StructuredOutputs
+from mistral_7b.text.tokenizer import Tokenizer
 from tests.engine.drawing import SPECS, allowed, draw, opened
 
 

@@ -27,8 +27,8 @@ from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.request import Request
 from mistral_7b.errors import ConfigError, GrammarError, Mistral7BError
 from mistral_7b.quantization import quantize
-from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
+from mistral_7b.text.tokenizer import Tokenizer
 
 QUICK = GrammarLimits(compile_seconds=1.0, mask_seconds=0.1, request_seconds=0.5)
 CONFIG = EngineConfig(max_sequences=24, max_batch_tokens=64, page_size=4, grammar_limits=QUICK)

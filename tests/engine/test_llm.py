@@ -12,6 +12,7 @@ from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.request import Request, SequenceState
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import (
     AdapterError,
     ConfigError,
@@ -21,9 +22,8 @@ from mistral_7b.errors import (
     SamplingError,
 )
 from mistral_7b.generate import generate
-from mistral_7b.sampling_params import SamplingParams
-from mistral_7b.speculation import Speculation
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.tokenizer import Tokenizer
 
 SMALL = EngineConfig(max_sequences=6, max_batch_tokens=16, page_size=4)
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

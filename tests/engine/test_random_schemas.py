@@ -19,7 +19,7 @@ from mistral_7b.engine.grammar import digits, rules, shapes, strings
 from mistral_7b.engine.grammar import schema as schema_module
 from mistral_7b.engine.grammar.matcher import DEAD_END, MatcherState
 from mistral_7b.errors import GrammarError
-from mistral_7b.sampling_params import StructuredOutputs
+from mistral_7b.sampling.params import StructuredOutputs
 from tests.engine.drawing import allowed, in_process
 from tests.engine.schemas import VALUES, Drawing, exact, faults
 

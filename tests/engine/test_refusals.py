@@ -10,12 +10,13 @@ from engines import GREEDY, add, broken, served, small
 from refusals import refused
 from torch import Tensor
 
-from mistral_7b.completion import TextPiece
+from mistral_7b.engine.completion import TextPiece
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.llm import LLM, RequestsFailedError
 from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import (
     AdapterError,
     ConfigError,
@@ -24,8 +25,7 @@ from mistral_7b.errors import (
     PromptTooLongError,
     QueueFullError,
 )
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.speculation import Speculation
+from mistral_7b.sampling.params import SamplingParams
 
 
 def test_what_can_never_be_computed_is_refused_and_leaves_nothing() -> None:

@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.request import Request
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import EngineError
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.speculation import Speculation
+from mistral_7b.sampling.params import SamplingParams
 
 BASES = [torch.randint(0, V, (80,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(3)]
 

@@ -18,7 +18,7 @@ import torch
 from refusals import refused
 from tiny import tiny_args, tiny_model, tokens_of, truth
 
-from mistral_7b.completion import CompletionOutput, RequestOutput
+from mistral_7b.engine.completion import CompletionOutput, RequestOutput
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.memory import pool_for
@@ -26,12 +26,12 @@ from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
 from mistral_7b.engine.scheduler import most_pages
+from mistral_7b.engine.speculation import Speculation
 from mistral_7b.generate import generate
 from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.speculation import Speculation
+from mistral_7b.sampling.params import SamplingParams
 
 W = 8
 KINDS = ["float64", "float64 without a window", "int8", "int8 without a window", "int4", "bfloat16", "int8 keys"]

@@ -13,7 +13,7 @@ from mistral_7b.engine.grammar import lark as lark_module
 from mistral_7b.engine.grammar.lark import tool_spec
 from mistral_7b.engine.grammar.spec import GrammarSpec
 from mistral_7b.errors import GrammarError, SamplingError
-from mistral_7b.sampling_params import StructuredOutputs
+from mistral_7b.sampling.params import StructuredOutputs
 from tests.engine import drawing
 
 LOW, HIGH, BIG = -(2**63), 2**63 - 1, 1234567890123456789

@@ -16,13 +16,9 @@ from refusals import refused
 from tiny import tiny_args, tiny_model
 from torch import Tensor
 
-from mistral_7b.completion import RequestOutput
+from mistral_7b.engine.completion import RequestOutput
 from mistral_7b.engine.pages import PagePool
-from mistral_7b.errors import GenerationError
-from mistral_7b.generate import Speculation, generate, stream
-from mistral_7b.model import Mistral7B
-from mistral_7b.sampling import SamplingParams
-from mistral_7b.speculation import (
+from mistral_7b.engine.speculation import (
     REST,
     DraftModel,
     Guesser,
@@ -32,7 +28,11 @@ from mistral_7b.speculation import (
     Tally,
     agreeing,
 )
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.errors import GenerationError
+from mistral_7b.generate import Speculation, generate, stream
+from mistral_7b.model import Mistral7B
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.tokenizer import Tokenizer
 
 V3 = Tokenizer.v3()
 V = 67

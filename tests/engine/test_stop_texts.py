@@ -8,7 +8,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_7b.completion import StopTexts
+from mistral_7b.engine.completion import StopTexts
 
 
 def plain(stops: list[str], pieces: list[str]) -> tuple[list[str], str | None, str]:

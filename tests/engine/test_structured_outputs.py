@@ -12,9 +12,9 @@ from refusals import refused
 
 from mistral_7b.errors import GenerationError, SamplingError
 from mistral_7b.generate import generate, stream
-from mistral_7b.sampling import Row, adjust, lift
-from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
+from mistral_7b.sampling.sampler import Row, adjust, lift_bans
+from mistral_7b.text.tokenizer import Tokenizer
 from tests.tiny import tiny_args, tiny_model
 
 
@@ -84,12 +84,12 @@ def test_allow_keeps_a_masks_tokens_and_rows_without_one(size: int) -> None:
 
 def test_a_ban_that_leaves_nothing_is_lifted() -> None:
     only_eos, more = packed({2}, 64), packed({2, 31, 63}, 64)
-    assert lift((2,), only_eos) == ()
-    assert lift((2, 5), only_eos) == ()
-    assert lift((2,), more) == (2,)
-    assert lift((2, 31), more) == (2, 31)
-    assert lift((2, 31, 63), more) == ()
-    assert lift((2,), None) == (2,)
+    assert lift_bans((2,), only_eos) == ()
+    assert lift_bans((2, 5), only_eos) == ()
+    assert lift_bans((2,), more) == (2,)
+    assert lift_bans((2, 31), more) == (2, 31)
+    assert lift_bans((2, 31, 63), more) == ()
+    assert lift_bans((2,), None) == (2,)
     assert np.array_equal(more, packed({2, 31, 63}, 64))
 
 

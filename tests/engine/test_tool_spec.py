@@ -12,9 +12,9 @@ from refusals import refused
 from mistral_7b.engine.grammar.client import Grammars
 from mistral_7b.engine.grammar.lark import or_tools, tool_spec
 from mistral_7b.errors import GrammarError
-from mistral_7b.sampling_params import StructuredOutputs
-from mistral_7b.tokenizer import Tokenizer
-from mistral_7b.tool_calls import ToolCallStream
+from mistral_7b.sampling.params import StructuredOutputs
+from mistral_7b.text.tokenizer import Tokenizer
+from mistral_7b.text.tool_calls import ToolCallStream
 from tests.engine.drawing import SPECS, allowed, draw, opened
 
 TOOLS = [

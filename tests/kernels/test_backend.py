@@ -185,15 +185,16 @@ ALLOWED = {
     "kernels/cpu/huge_pages.py": ({"device"}, "huge pages are memory of the CPU's"),
     "engine/pages.py": ({"device"}, "the same"),
     "engine/memory.py": ({"device", "cuda"}, "how much memory a device has"),
-    "benchmark/run.py": ({"library"}, "compiles before anything is timed"),
+    "bench/run.py": ({"library"}, "compiles before anything is timed"),
     "cli/inputs.py": ({"available"}, "which device is meant by `auto`"),
     "cli/doctor.py": ({"available", "cuda", "capability"}, "tells what PyTorch and the machine have"),
-    "benchmark/engine_transformers.py": ({"capability"}, "says in the record what the peer ran on"),
-    "benchmark/engine_ours.py": ({"capability"}, "says in the record what PyTorch ran on"),
-    "benchmark/serving/ours.py": ({"capability"}, "the same"),
+    "bench/peers/hf_transformers.py": ({"capability"}, "says in the record what the peer ran on"),
+    "bench/peers/ours.py": ({"capability"}, "says in the record what PyTorch ran on"),
+    "bench/serving/ours.py": ({"capability"}, "the same"),
     "cli/serve.py": ({"available"}, "whether packages of the extra `serve` are installed"),
     "model.py": ({"device"}, "MPS has no float64; meta has no memory"),
-    "sampling.py": ({"device"}, "MPS has no float64; rows are shared out on a CPU"),
+    "sampling/sampler.py": ({"device"}, "MPS has no float64; rows are sampled in groups on a CPU"),
+    "sampling/choice.py": ({"device"}, "sorts with numpy on a CPU; pins memory for a copy to a GPU"),
 }
 FLOATING = {"bfloat16", "float16", "float32", "float64"}
 

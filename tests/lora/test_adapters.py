@@ -11,11 +11,11 @@ from tiny import TINY, close, tiny_args, tiny_model, tokens_of
 from torch import Tensor, nn
 
 from mistral_7b.cache import Stateless
-from mistral_7b.checkpoint.adapter import Adapter, Factors
 from mistral_7b.checkpoint.names import expected
-from mistral_7b.engine.adapters import Adapters, Run
 from mistral_7b.errors import AdapterError, CheckpointError
 from mistral_7b.kernels.cpu.compiler import library
+from mistral_7b.lora.adapters import Adapters, Run
+from mistral_7b.lora.files import Adapter, Factors
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import Scheme, quantize
 from mistral_7b.quantization.fused import FusedBlock, FusedLayers

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import MistralForCausalLM
 
 from mistral_7b import CheckpointError, ModelArgs
-from mistral_7b.checkpoint.adapter import Adapter, Factors, read_adapter, save_adapter
-from mistral_7b.engine.adapters import Adapters
+from mistral_7b.lora.adapters import Adapters
+from mistral_7b.lora.files import Adapter, Factors, read_adapter, save_adapter
 from mistral_7b.model import Mistral7B
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,7 +11,7 @@ from tiny import tiny_args
 
 from mistral_7b.cache import Stateless
 from mistral_7b.model import Mistral7B
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.tokenizer import Tokenizer
 
 WEATHER = {
     "type": "function",

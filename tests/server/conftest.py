@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from serving import Serving, serving
 
-from mistral_7b.checkpoint.adapter import Adapter, Factors
+from mistral_7b.lora.files import Adapter, Factors
 
 
 @pytest.fixture(scope="package")

@@ -22,7 +22,7 @@ from mistral_7b.server.app import build
 from mistral_7b.server.config import ServerConfig
 from mistral_7b.server.serve import Server, bind, url_of
 from mistral_7b.server.state import State
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.tokenizer import Tokenizer
 
 ENGINE = EngineConfig(max_sequences=12, max_batch_tokens=48, page_size=4, max_waiting=8)
 TOOL = {

@@ -13,7 +13,7 @@ import torch
 from serving import serving
 from tiny import tiny_args
 
-from mistral_7b.checkpoint.adapter import Adapter, Factors, save_adapter
+from mistral_7b.lora.files import Adapter, Factors, save_adapter
 from mistral_7b.server.config import ServerConfig
 
 ARGS = tiny_args(vocab_size=32768, sliding_window=64, max_seq_len=1024)  # those of the server's model

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from serving import Serving, serving
 
-from mistral_7b.sampling_params import SamplingParams
-from mistral_7b.server import anthropic_wire
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.server.anthropic.messages import wire as anthropic_wire
 from mistral_7b.server.config import ServerConfig
 
 anthropic = pytest.importorskip("anthropic")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic_core import from_json, to_json
 
-from mistral_7b.completion import TextPiece
-from mistral_7b.server.anthropic_events import Answer, Event, read_input
-from mistral_7b.tool_calls import ToolCallDelta
+from mistral_7b.engine.completion import TextPiece
+from mistral_7b.server.anthropic.events import Answer, Event, read_input
+from mistral_7b.text.tool_calls import ToolCallDelta
 
 
 def begin(index: int, arguments: str = "") -> ToolCallDelta:

@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from mistral_7b.errors import SamplingError, TokenizerError
-from mistral_7b.sampling_params import SamplingParams, StructuredOutputs
-from mistral_7b.server.anthropic_wire import (
+from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
+from mistral_7b.server.anthropic.wire import (
     ConversationError,
     CountRequest,
     MessagesRequest,
@@ -19,7 +19,7 @@ from mistral_7b.server.anthropic_wire import (
     most_calls,
     offered,
 )
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.tokenizer import Tokenizer
 
 WEATHER = {
     "name": "weather",

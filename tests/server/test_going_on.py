@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from serving import HELLO, Serving
 
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.tokenizer import Tokenizer
 
 BEGUN = [*HELLO, {"role": "assistant", "content": "It will be"}]
 OPENAI = {"max_tokens": 4, "temperature": 0}

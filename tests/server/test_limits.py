@@ -10,7 +10,7 @@ from serving import ENGINE, HELLO, Serving, serving
 
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.server.config import ServerConfig
-from mistral_7b.server.guard import BODIES
+from mistral_7b.server.http.guard import BODIES
 
 CHAT = "/v1/chat/completions"
 

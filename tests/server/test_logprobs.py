@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import HELLO, Serving
 
-from mistral_7b.completion import Completion, TextPiece
-from mistral_7b.sampling import Logprob
-from mistral_7b.sampling_params import SamplingParams
-from mistral_7b.server.logprobs import ChatLogprobs, Part, Parts, joined, text_logprobs
-from mistral_7b.tokenizer import Tokenizer
-from mistral_7b.tool_calls import ToolCallStream
+from mistral_7b.engine.completion import Completion, TextPiece
+from mistral_7b.sampling.logprobs import Logprob
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.server.openai.logprobs import ChatLogprobs, Part, Parts, joined, text_logprobs
+from mistral_7b.text.tokenizer import Tokenizer
+from mistral_7b.text.tool_calls import ToolCallStream
 
 TEXTS = [
     "a🙂b世界 龘x",

@@ -1,4 +1,4 @@
-"""Ten kinds of malformed HTTP, a few requests of each; benchmarks/serving_malformed.py sends a thousand."""
+"""Ten kinds of malformed HTTP, a few requests of each; experiments/serving_malformed.py sends a thousand."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from serving import Serving, serving
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
 from serving_malformed import BODIES, KINDS, bombard
 
 from mistral_7b.server.config import ServerConfig
-from mistral_7b.server.guard import _Exchange
-from mistral_7b.server.problems import Refusal
+from mistral_7b.server.http.errors import Refusal
+from mistral_7b.server.http.guard import _Exchange
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Well-behaved and misbehaving clients together for seconds; benchmarks/serving_soak.py runs for ten minutes."""
+"""Well-behaved and misbehaving clients together for seconds; experiments/serving_soak.py runs for ten minutes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from serving import serving
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
 from serving_soak import soak
 

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from serving import Serving
 
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.tokenizer import Tokenizer
 
 ASK = [{"role": "user", "content": "Grüße, 世界"}]
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}

@@ -11,9 +11,9 @@ import pytest
 from caller import CITIES, WEATHER, trained, user
 from serving import Serving, serving
 
-from mistral_7b.completion import TextPiece
-from mistral_7b.server.chat import _Choice
-from mistral_7b.tool_calls import ToolCallDelta
+from mistral_7b.engine.completion import TextPiece
+from mistral_7b.server.openai.chat import _Choice
+from mistral_7b.text.tool_calls import ToolCallDelta
 
 openai = pytest.importorskip("openai")
 

@@ -24,7 +24,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 import mistral_7b
 from mistral_7b.errors import ConfigError
 from mistral_7b.server.config import ServerConfig, traces_wanted
-from mistral_7b.server.tracing import Spans
+from mistral_7b.server.operations.tracing import Spans
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": HELLO, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -187,7 +187,7 @@ def test_nothing_of_it_is_loaded_where_nobody_asked() -> None:
         for path in package.rglob("*.py")
         for indent in line.findall(path.read_text(encoding="utf-8"))
     }
-    assert found == {("server/tracing.py", False), ("cli/serve.py", True)}
+    assert found == {("server/operations/tracing.py", False), ("cli/serve.py", True)}
 
 
 def test_names_of_attributes_are_those_of_the_conventions(traced) -> None:

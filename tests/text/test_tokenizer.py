@@ -14,8 +14,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from refusals import refused
 
 from mistral_7b.errors import TokenizerError
-from mistral_7b.messages import tool_call_id
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.messages import tool_call_id
+from mistral_7b.text.tokenizer import Tokenizer
 
 VERSIONS = ("v1", "v2", "v3")
 OURS = {v: getattr(Tokenizer, v)() for v in VERSIONS}

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_7b.completion import Completion
-from mistral_7b.messages import tool_call_id
-from mistral_7b.sampling_params import SamplingParams
-from mistral_7b.tokenizer import Tokenizer
-from mistral_7b.tool_calls import ToolCall, ToolCallDelta, ToolCallStream
+from mistral_7b.engine.completion import Completion
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.messages import tool_call_id
+from mistral_7b.text.tokenizer import Tokenizer
+from mistral_7b.text.tool_calls import ToolCall, ToolCallDelta, ToolCallStream
 
 CONTROL, WORD = 5, 900
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]

@@ -12,7 +12,7 @@ from full_disk import below, full_at_every_write, refusal
 
 from mistral_7b import WriteError
 from mistral_7b.cli import main
-from mistral_7b.tokenizer import Tokenizer
+from mistral_7b.text.tokenizer import Tokenizer
 from mistral_7b.training import TrainArgs, train, trainer
 from mistral_7b.training.data import PackedDocuments
 from mistral_7b.training.vocabulary import train_vocabulary

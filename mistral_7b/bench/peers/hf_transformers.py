@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..kernels import threads
-from .jobs import Job
+from ...kernels import threads
+from ..jobs import Job
 
 PATTERN = 1 << 22  # random numbers repeated in all weights: sampling 7 billion would take too long
 

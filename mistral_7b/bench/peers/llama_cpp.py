@@ -14,10 +14,10 @@ import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as c
 
-from ..errors import BenchmarkError
-from .jobs import Job
-from .machine import features
-from .work import BITS, table_weights
+from ...errors import BenchmarkError
+from ...machine import features
+from ..jobs import Job
+from ..work import BITS, table_weights
 
 CHUNK = 512  # tokens per call, llama.cpp's default
 

@@ -4,7 +4,7 @@ Speed does not depend on the values of weights, but llama.cpp needs every tensor
 All tensors are slices of one pool of random blocks. The vocabulary is artificial, one word per token, so that a
 server has text to send.
 
-Runs under the Python that has gguf: python -m mistral_7b.benchmark.llama_file FILE TYPE ARGS-AS-JSON
+Runs under the Python that has gguf: python -m mistral_7b.bench.peers.llama_file FILE TYPE ARGS-AS-JSON
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from .work import BITS
+from ..work import BITS
 
 WEIGHT = 0.02  # standard deviation of the weights
 BLOCK = 32

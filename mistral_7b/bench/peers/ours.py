@@ -7,12 +7,12 @@ import time
 
 import torch
 
-from ..generate import PREFILL_CHUNK, stream
-from ..kernels import backend, threads
-from ..model import Mistral7B, ModelArgs
-from ..quantization.schemes import compressed_bytes, random_model
-from ..sampling_params import SamplingParams
-from .jobs import WARM_UP, Job
+from ...generate import PREFILL_CHUNK, stream
+from ...kernels import backend, threads
+from ...model import Mistral7B, ModelArgs
+from ...quantization.schemes import compressed_bytes, random_model
+from ...sampling.params import SamplingParams
+from ..jobs import WARM_UP, Job
 
 
 class Engine:

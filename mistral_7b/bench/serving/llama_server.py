@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import IO, Any
 
 from ...errors import BenchmarkError
-from ..machine import cores, features, peak_memory
+from ...machine import cores, features, peak_memory
 from ..run import PEER_VARIABLES
 from .client import Served, Trace, drive, warm_up
 from .traffic import ServingJob

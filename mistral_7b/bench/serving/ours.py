@@ -11,11 +11,11 @@ import torch
 from ...engine.async_llm import AsyncLLM
 from ...engine.config import EngineConfig
 from ...kernels import backend, threads
+from ...machine import peak_memory
 from ...model import Mistral7B, ModelArgs
 from ...quantization import random_model
-from ...sampling_params import SamplingParams
-from ...tokenizer import Tokenizer
-from ..machine import peak_memory
+from ...sampling.params import SamplingParams
+from ...text.tokenizer import Tokenizer
 from .client import Served, Trace, drive, warm_up
 from .traffic import Arrival, ServingJob
 

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
+from ... import machine
 from ...errors import BenchmarkError
 from ...kernels import threads
-from .. import machine
 from ..jobs import LLAMA, OURS
 from ..run import PEERS, PeerFiles, call, check_memory
 from . import llama_server

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .gguf_file import KINDS, Kind
+from .file import KINDS, Kind
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ZERO_POINTS = {"Q8_0": 128, "Q4_0": 8}  # zero points of the types used without repacking

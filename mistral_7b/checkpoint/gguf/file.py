@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32  # bytes, unless `general.alignment` says otherwise

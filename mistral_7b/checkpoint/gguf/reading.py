@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..model import ModelArgs
-from . import gguf_blocks, gguf_file
-from .config import V0_1_THETA, V0_1_WINDOW, refuse, theta_and_window, to_args
-from .gguf_file import Kind
-from .names import EMBEDDING, OUTPUT, rename
-from .stored import MappedFile, Stored
+from ...errors import CheckpointError
+from ...model import ModelArgs
+from ..config import V0_1_THETA, V0_1_WINDOW, refuse, theta_and_window, to_args
+from ..names import EMBEDDING, OUTPUT, rename
+from ..stored import MappedFile, Stored
+from . import blocks as gguf_blocks
+from . import file as gguf_file
+from .file import Kind
 
 ARCHITECTURES = ("llama", "mistral")  # "mistral": the name used by a few converters
 FIELDS = {

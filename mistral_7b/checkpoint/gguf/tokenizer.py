@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import CheckpointError, TokenizerError, WriteError
-from ..files import written
-from . import gguf_file
+from ...errors import CheckpointError, TokenizerError, WriteError
+from ...files import written
+from . import file as gguf_file
 from .chat_templates import HEADS, chat_template, template_version
 
 MODEL, TEMPLATE = "tokenizer.ggml.model", "tokenizer.chat_template"

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import check_room, written
-from ..model import ModelArgs
-from . import gguf, gguf_blocks, gguf_tokenizer, hub
-from .gguf_file import ALIGNMENT, ARRAY, BOOL, FLOAT32, INT32, KINDS, MAGIC, STRING, UINT32, Kind, is_gguf
-from .gguf_file import read as read_gguf
-from .names import EMBEDDING, OUTPUT, rename
+from ...errors import CheckpointError
+from ...files import check_room, written
+from ...model import ModelArgs
+from .. import hub
+from ..names import EMBEDDING, OUTPUT, rename
+from . import blocks as gguf_blocks
+from . import reading as gguf
+from . import tokenizer as gguf_tokenizer
+from .file import ALIGNMENT, ARRAY, BOOL, FLOAT32, INT32, KINDS, MAGIC, STRING, UINT32, Kind, is_gguf
+from .file import read as read_gguf
 
 if TYPE_CHECKING:
-    from .writing import Outgoing
+    from ..writing import Outgoing
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's codes of `general.file_type`
 TYPES = tuple(name.lower() for name in FILE_TYPES)

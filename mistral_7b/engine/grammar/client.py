@@ -29,8 +29,8 @@ from weakref import WeakSet
 import numpy as np
 
 from ...errors import EngineError, GrammarError, ProcessError
-from ...sampling_params import StructuredOutputs
-from ...tokenizer import Tokenizer
+from ...sampling.params import StructuredOutputs
+from ...text.tokenizer import Tokenizer
 from ..config import GrammarLimits
 from .processes import ForkServer, GrammarProcess, starting
 from .spec import GrammarSpec

@@ -17,7 +17,7 @@ import re
 from typing import Any
 
 from ...errors import GrammarError
-from ...sampling_params import as_written
+from ...sampling.params import as_written
 from .rules import FREE, Style, rules
 
 FIELD = "structured_outputs.grammar"

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import GrammarError
-from ...sampling_params import StructuredOutputs
+from ...sampling.params import StructuredOutputs
 from . import embedded
 from .rules import AS_TRAINED, rules
 from .vocabulary import library

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...errors import GrammarError
-from ...sampling_params import StructuredOutputs
+from ...sampling.params import StructuredOutputs
 from .lark import check_tools, lark, or_tools, tool_spec
 
 FREE = ("auto", "none")  # values of tool_choice with which a model need not call

@@ -24,7 +24,7 @@ from ...errors import GrammarError
 if TYPE_CHECKING:
     import llguidance
 
-    from ...tokenizer import Tokenizer
+    from ...text.tokenizer import Tokenizer
 
 
 def library() -> Any:

@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...errors import GrammarError
-from ...sampling_params import StructuredOutputs
+from ...sampling.params import StructuredOutputs
 from ..config import GrammarLimits
 from .matcher import CompiledGrammar, MatcherState
 from .spec import GrammarSpec

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic_core import from_json, to_json
 from typing_extensions import TypedDict  # pydantic requires it before Python 3.12
 
-from ..tool_calls import ToolCallDelta
+from ...text.tool_calls import ToolCallDelta
 
 if TYPE_CHECKING:
-    from ..completion import TextPiece
+    from ...engine.completion import TextPiece
 
 Event = dict[str, Any]  # has a "type"
 

@@ -16,15 +16,15 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..engine.reading import Asked
-from ..engine.request import Request
-from ..errors import GenerationError
-from . import anthropic_wire as wire
-from .answers import documented
-from .anthropic_events import Answer, CountAnswer, MessageAnswer
-from .routes import JsonRoute, json_answer
-from .sse import event_stream, frame
-from .state import State, answer, left, read
+from ...engine.reading import Asked
+from ...engine.request import Request
+from ...errors import GenerationError
+from ..http.json_bodies import JsonRoute, json_answer
+from ..http.sse import event_stream, frame
+from ..openai.responses import documented
+from ..state import State, answer, left, read
+from . import wire as wire
+from .events import Answer, CountAnswer, MessageAnswer
 
 ERRORS = (400, 404, 422, 429, 500, 503, 504)
 

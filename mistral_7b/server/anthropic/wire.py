@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
 
-from ..errors import TokenizerError
-from ..sampling_params import SamplingParams, StructuredOutputs
-from .protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop, not_served
+from ...errors import TokenizerError
+from ...sampling.params import SamplingParams, StructuredOutputs
+from ..openai.protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop, not_served
 
 MOST_TOKENS = 2**31 - 1
 NO_THINKING = "this model does not think before it answers: leave `thinking` out, or disable it"

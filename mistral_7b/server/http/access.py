@@ -9,8 +9,8 @@ import hmac
 from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
-from .config import ServerConfig
-from .problems import Refusal
+from ..config import ServerConfig
+from .errors import Refusal
 
 Headers = Mapping[bytes, bytes]
 OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")

@@ -17,8 +17,8 @@ import h11
 from uvicorn.protocols.http.h11_impl import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE as HEAD
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .config import ServerConfig
-from .problems import Refusal
+from ..config import ServerConfig
+from .errors import Refusal
 
 BUFFER = 1 << 16  # bytes of unsent output, in the process and in the kernel each
 PIECE = 1 << 14  # bytes parsed at once: h11 checks the size of a head only after each piece

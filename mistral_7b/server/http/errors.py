@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import (
+from ...errors import (
     AdapterError,
     EngineError,
     GenerationError,

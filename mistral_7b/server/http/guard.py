@@ -21,10 +21,10 @@ from typing import Any
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .config import ServerConfig
-from .keys import Door
-from .problems import CLIENT_GONE, ClientGoneError, Refusal, refusal
-from .state import ADMIN, GONE, LEFT, NOTES, Answered, State
+from ..config import ServerConfig
+from ..state import ADMIN, GONE, LEFT, NOTES, Answered, State
+from .access import Door
+from .errors import CLIENT_GONE, ClientGoneError, Refusal, refusal
 
 logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")

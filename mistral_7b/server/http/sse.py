@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .problems import CLIENT_GONE, Refusal, refusal
+from .errors import CLIENT_GONE, Refusal, refusal
 
 logger = logging.getLogger("mistral_7b.server")
 

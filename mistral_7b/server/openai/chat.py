@@ -14,11 +14,17 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from ..completion import TextPiece
-from ..engine.reading import Asked
-from ..engine.request import Request
-from ..sampling_params import StructuredOutputs
-from .answers import (
+from ...engine.completion import TextPiece
+from ...engine.reading import Asked
+from ...engine.request import Request
+from ...sampling.params import StructuredOutputs
+from ..http.errors import Refusal
+from ..http.json_bodies import JsonRoute, json_answer
+from ..http.sse import DONE, Frames, event_stream, frame
+from ..state import State, answer, left, read
+from .logprobs import ChatLogprobs
+from .protocol import ChatRequest, plain, plain_tools
+from .responses import (
     CallDelta,
     ChatChoice,
     ChatCompletion,
@@ -29,12 +35,6 @@ from .answers import (
     Usage,
     documented,
 )
-from .logprobs import ChatLogprobs
-from .problems import Refusal
-from .protocol import ChatRequest, plain, plain_tools
-from .routes import JsonRoute, json_answer
-from .sse import DONE, Frames, event_stream, frame
-from .state import State, answer, left, read
 
 MISTRALS_CLIENTS = ("mistral-client", "mistralai")  # in the User-Agent: their API streams whole calls
 # The system prompt that Mistral's guardrails guide gives for safe_prompt.

@@ -14,18 +14,18 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
-from ..completion import TextPiece
-from ..engine.reading import Asked
-from ..engine.request import Request
-from ..tokenizer import Tokenizer
-from .answers import TextChoice, TextCompletion, TextLogprobs, Usage, documented
+from ...engine.completion import TextPiece
+from ...engine.reading import Asked
+from ...engine.request import Request
+from ...text.tokenizer import Tokenizer
+from ..http.errors import Refusal
+from ..http.json_bodies import JsonRoute, json_answer
+from ..http.sse import DONE, Frames, event_stream, frame
+from ..state import State, answer, left, read
 from .chat import check_n
 from .logprobs import Part, Parts, joined, text_logprobs
-from .problems import Refusal
 from .protocol import CompletionRequest, prompts_of
-from .routes import JsonRoute, json_answer
-from .sse import DONE, Frames, event_stream, frame
-from .state import State, answer, left, read
+from .responses import TextChoice, TextCompletion, TextLogprobs, Usage, documented
 
 DEFAULT_TOKENS = 16  # OpenAI's
 AHEAD = 16  # size of the queue that merges the pieces of several prompts

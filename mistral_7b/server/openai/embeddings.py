@@ -14,13 +14,13 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic_core import to_json
 
-from ..engine.reading import Asked
-from .answers import EmbeddingList, documented
+from ...engine.reading import Asked
+from ..http.errors import Refusal
+from ..http.json_bodies import JsonRoute, json_answer
+from ..state import State, answer, read
 from .completions import check_prompts, together
-from .problems import Refusal
 from .protocol import EmbeddingRequest, prompts_of
-from .routes import JsonRoute, json_answer
-from .state import State, answer, read
+from .responses import EmbeddingList, documented
 
 
 def router(state: State) -> APIRouter:

@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..completion import NO_TOKEN, TextPiece
-from ..sampling import Logprob
-from ..tokenizer import SPACE, Tokenizer
-from ..tool_calls import ToolCallStream
-from .answers import ChoiceLogprobs, TextLogprobs, TokenLogprob, TopLogprob
+from ...engine.completion import NO_TOKEN, TextPiece
+from ...sampling.logprobs import Logprob
+from ...text.tokenizer import SPACE, Tokenizer
+from ...text.tool_calls import ToolCallStream
+from .responses import ChoiceLogprobs, TextLogprobs, TokenLogprob, TopLogprob
 
 LOWEST = -9999.0  # OpenAI's value for very unlikely tokens: JSON has no infinity
 Entry = dict[int, Logprob]

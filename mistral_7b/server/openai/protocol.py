@@ -23,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..sampling_params import SamplingParams
-from .problems import Refusal
+from ...sampling.params import SamplingParams
+from ..http.errors import Refusal
 
 INT64 = 1 << 63
 MOST_MESSAGES = 4096

@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
+from ..http.errors import Refusal
+from ..state import State
 from . import chat, completions, embeddings
-from .answers import Capabilities, Model, ModelList, documented
-from .problems import Refusal
-from .state import State
+from .responses import Capabilities, Model, ModelList, documented
 
 
 def router(state: State) -> APIRouter:

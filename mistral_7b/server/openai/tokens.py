@@ -10,13 +10,13 @@ from fastapi import APIRouter
 from pydantic import BaseModel, FailFast, Field, StrictBool, StrictInt, model_validator
 from starlette.responses import Response
 
-from ..errors import GenerationError, TokenizerError
-from ..tokenizer import Tokenizer
-from .answers import documented
-from .problems import Refusal
+from ...errors import GenerationError, TokenizerError
+from ...text.tokenizer import Tokenizer
+from ..http.errors import Refusal
+from ..http.json_bodies import JsonRoute, json_answer
+from ..state import State
 from .protocol import MOST_MESSAGES, Body, Ending, Message, ToolDefinition, plain_tools
-from .routes import JsonRoute, json_answer
-from .state import State
+from .responses import documented
 
 
 class TokenizeRequest(Ending):

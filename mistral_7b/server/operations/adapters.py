@@ -17,13 +17,13 @@ from pydantic import BaseModel, StringConstraints
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..checkpoint.adapter import Adapter, read_adapter
-from ..errors import AdapterError, CheckpointError
-from .answers import documented
-from .problems import Refusal
-from .protocol import Body
-from .routes import JsonRoute, json_answer
-from .state import State, is_admin
+from ...errors import AdapterError, CheckpointError
+from ...lora.files import Adapter, read_adapter
+from ..http.errors import Refusal
+from ..http.json_bodies import JsonRoute, json_answer
+from ..openai.protocol import Body
+from ..openai.responses import documented
+from ..state import State, is_admin
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from .answers import Health, documented
-from .routes import json_answer
-from .state import State
+from ..http.json_bodies import json_answer
+from ..openai.responses import Health, documented
+from ..state import State
 
 
 def router(state: State) -> APIRouter:

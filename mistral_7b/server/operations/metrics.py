@@ -20,10 +20,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from .. import __version__
-from ..engine.async_llm import AsyncLLM
-from ..engine.request import Request
-from .state import State
+from ... import __version__
+from ...engine.async_llm import AsyncLLM
+from ...engine.request import Request
+from ..state import State
 
 PREFIX = "mistral_7b_"
 REASONS = ("stop", "length", "abort", "timeout", "shutdown", "refused", "error")

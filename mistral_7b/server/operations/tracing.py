@@ -19,9 +19,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanProcessor
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.types import Scope
 
-from .. import __version__
-from ..engine.request import Request
-from .state import NOTES, REQUESTS, Answered
+from ... import __version__
+from ...engine.request import Request
+from ..state import NOTES, REQUESTS, Answered
 
 OPERATIONS = {
     "/v1/chat/completions": "chat", "/v1/messages": "chat", "/v1/completions": "text_completion",

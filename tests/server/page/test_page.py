@@ -14,7 +14,7 @@ pytest.importorskip("fastapi")
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from mistral_7b.sampling_params import SamplingParams
+from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.server.page import TYPES, WEB, files, router
 
 OWN = sorted(p for p in WEB.iterdir() if p.suffix in (".js", ".css", ".html", ".svg"))

@@ -1,0 +1,9 @@
+"""GGUF files. This package itself imports no torch.
+
+file                 the container: header, metadata, tensor table
+reading              metadata -> ModelArgs, and the tensors
+blocks               quantized blocks: dequantize and quantize
+tokenizer            tokenizer metadata <-> SentencePiece model
+writing              write a file, one tensor at a time
+chat_templates       chat templates for GGUF files; chat_template_json is the part that parses JSON
+"""

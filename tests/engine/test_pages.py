@@ -153,9 +153,9 @@ def test_check_finds_whatever_is_wrong() -> None:
         return p, a, b
 
     p, a, b = pool()
-    with pytest.raises(AssertionError, match="other sequences"):
+    with pytest.raises(AssertionError, match="reference counts"):
         p.check([])
-    with pytest.raises(AssertionError, match="other sequences"):
+    with pytest.raises(AssertionError, match="reference counts"):
         p.check([[a], [a]])
     p._free.append(p._free[0])
     with pytest.raises(AssertionError, match="free twice"):

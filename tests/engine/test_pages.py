@@ -173,5 +173,5 @@ def test_check_finds_whatever_is_wrong() -> None:
     with pytest.raises(AssertionError, match="no key"):
         p.check([[a]])
     p, a, b = pool()
-    with pytest.raises(AssertionError, match="nobody holds"):
+    with pytest.raises(AssertionError, match="no holder"):
         p.release([b])

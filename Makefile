@@ -20,7 +20,7 @@ test: $(STAMP)  ## run the whole test suite, two files at a time
 # What a change of the core most likely breaks: seconds for each file.
 CORE := tests/test_attention.py tests/test_cache.py tests/test_equivalence.py tests/test_example_loop.py \
 	tests/test_imports.py tests/test_errors.py tests/test_surgery.py tests/kernels/test_attend.py tests/kernels/test_backend.py \
-	tests/sampling tests/text tests/engine/test_pages.py tests/engine/test_llm.py tests/checkpoint/test_tensor_names.py
+	tests/sampling tests/text/test_tool_calls.py tests/engine/test_pages.py tests/engine/test_llm.py tests/checkpoint/test_tensor_names.py
 
 check: $(STAMP)  ## lint, types and the tests of the core, within a minute on two cores
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -30,7 +30,7 @@ check-types:
 	@$(BIN)/mypy
 
 check-core:
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m "not slow" $(CORE)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(CORE)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

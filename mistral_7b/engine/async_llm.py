@@ -198,7 +198,7 @@ class AsyncLLM:
                 raise request.error
         finally:
             if not request.finished:
-                self._commands.put(lambda: self.engine.give_up(request))
+                self._commands.put(lambda: self.engine.abort_request(request))
 
     async def _growing(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """What has come of a request so far, made of its pieces alone: the engine's thread goes on meanwhile."""

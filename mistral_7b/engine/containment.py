@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import EngineError, Mistral7BError
 from ..sampling.params import SamplingParams
 from ..sampling.sampler import Row, sample_rows
-from .extras import Entry, entries_of, look
-from .flight import Flight, Pick, Plan, Rows, row_of
+from .extras import Entry, read_hidden_of, top_logprobs_of
 from .forward import Forward
+from .in_flight import InFlightStep, Pick, Plan, Rows, row_of
 from .request import Request, SequenceState
 
 Blame = Callable[[Request, str, Exception], None]  # ends a request, for what failed and why
@@ -88,13 +88,13 @@ def logits_of(forward: Forward, hidden: Tensor, rows: Rows, picks: Sequence[Pick
     return out
 
 
-def look_at(plan: Plan, hidden: Tensor, forward: Forward, blame: Blame) -> None:
+def read_hidden(plan: Plan, hidden: Tensor, forward: Forward, blame: Blame) -> None:
     """What requests want of their prompts' own hidden states (N, D)."""
     at = 0
     for s, n in plan:
         if not s.ended:
             try:
-                look(s, hidden[at : at + n], forward)
+                read_hidden_of(s, hidden[at : at + n], forward)
             except Exception as e:
                 blame(s.request, "its prompt's log-probabilities or embedding", e)
         at += n
@@ -129,19 +129,19 @@ def _alone(logits: Tensor, row: Row, pick: Pick, blame: Blame) -> Tensor:
         return torch.full((1,), -1, device=logits.device)
 
 
-def logprobs_of(flight: Flight, blame: Blame) -> list[Entry]:
+def logprobs_of(flight: InFlightStep, blame: Blame) -> list[Entry]:
     """Log-probabilities for each pick that asks for them."""
     places = range(len(flight.picks))
     entries: list[Entry] = [None] * len(flight.picks)
     try:
-        return entries_of(flight, places)
+        return top_logprobs_of(flight, places)
     except Exception:
         for place in places:
             pick = flight.picks[place]
             if pick.sequence.ended:
                 continue
             try:
-                entries[place] = entries_of(flight, [place])[0]
+                entries[place] = top_logprobs_of(flight, [place])[0]
             except Exception as e:
                 blame(pick.sequence.request, "its log-probabilities", e)
     return entries

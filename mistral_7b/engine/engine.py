@@ -1,17 +1,18 @@
-"""The loop: plan, launch, read, hand out; once for each step.
+"""The generation loop: plan, launch, read, emit; once for each step.
 
-    scheduler   who feeds which tokens            scheduler.py
-    forward     packed tokens -> hidden (N, D)    forward.py, over a PagedBatch
-    sample      rows that are a sequence's last   -> tokens, each by its own request's parameters and seed
-    land        the tokens are read               flight.py; where the device works aside, those of the step before
-    take        tokens to completions             text, stops, pages of those that have ended
+    plan      which sequence feeds which tokens            scheduler.py
+    launch    packed tokens -> hidden (N, D)               forward.py, over a PagedBatch
+              the last row of each sequence -> a token     by its own request's parameters and seed
+    read      the tokens come back from the device         in_flight.py; where host and device overlap, those of
+                                                           the step before
+    emit      tokens to completions                        text, finish reasons; pages of ended sequences are freed
 
-Nothing here runs in another thread: `step` does one step and returns. llm.py calls it until all is done,
-async_llm.py for ever.
+Nothing here runs in another thread: `step` does one step and returns. llm.py calls it until all requests have
+ended, async_llm.py as long as the engine lives.
 
-An error in anything that a request brought with it (sampling parameters, grammar, stop strings, decoder, adapter,
-drafter, callback) ends this request with its cause, and no other; see containment.py. A grammar that is late keeps
-its own sequence out of the steps until its answer is there.
+An error in one of a request's own objects (sampling parameters, grammar, stop strings, decoder, adapter, drafter,
+callback) ends this request with its cause, and no other; see containment.py. While a grammar's mask is late, its
+sequence takes no part in the steps.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from ..sampling.choice import to_device
 from ..sampling.sampler import NOT_FINITE
 from .completion import TextPiece
 from .config import EngineConfig
-from .containment import because, hidden_of, logits_of, logprobs_of, look_at, sample
+from .containment import because, hidden_of, logits_of, logprobs_of, read_hidden, sample
 from .drafts import Drafts
 from .extras import Entry
-from .flight import Flight, Plan, feed, picks_of, waits
 from .forward import forward_for
+from .in_flight import InFlightStep, Plan, feed, picks_of, waits
 from .masks import PATIENCE, Masks, ask, collect, late_ones, may_sample, settle, wait_for_one
 from .pages import PagePool
 from .request import Request, SequenceState
@@ -43,17 +44,17 @@ from .scheduler import Counts, Scheduler
 
 
 class Engine:
-    """Many requests over one model. Requests are made by llm.py, which checks them; see there."""
+    """Runs many requests on one model. reading.py makes the requests and checks them."""
 
     def __init__(self, model: Mistral7B, pool: PagePool, config: EngineConfig) -> None:
         self.model, self.pool, self.config = model, pool, config
         self.scheduler = Scheduler(pool, model.args.sliding_window, config)
         self.adapters = Adapters(model)
-        self.requests: dict[str, Request] = {}  # those that have not ended
+        self.requests: dict[str, Request] = {}  # running and waiting
         self.device = pool.layers[0][0].device
         self.drafts = Drafts(config, pool.page, self.device)
         self.forward = forward_for(self.adapters, pool, config)
-        self._flight: Flight | None = None  # launched, and not yet read
+        self._in_flight: InFlightStep | None = None  # launched, and not read yet
         self._arrivals = 0
 
     @property
@@ -62,11 +63,11 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether there is no request."""
         return not self.requests
 
     def add(self, request: Request) -> None:
-        """Let a request wait its turn. EngineError, and nothing changed, if it cannot ever be served."""
+        """Queue a request. EngineError, with nothing changed, if it can never be served."""
         if request.id in self.requests:
             raise EngineError(f"a request called {request.id!r} is running already", field="request_id")
         if not self.has_room:
@@ -85,23 +86,23 @@ class Engine:
         return most is None or self.scheduler.waiting < most
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Make a LoRA adapter known; AdapterError or CheckpointError says what is wrong with it."""
+        """Load a LoRA adapter. AdapterError or CheckpointError if it does not fit or its files are wrong."""
         self.adapters.load(name, path)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter. AdapterError while requests use it."""
+        """Unload an adapter. AdapterError while requests use it."""
         users = sum(r.adapter == name for r in self.requests.values())
         if users:
             raise AdapterError(f"adapter {name!r} is in use by {users} requests", hint="wait for them")
         self.adapters.unload(name)
 
     def abort(self, request_id: str) -> None:
-        """End a request as it stands; nothing happens if it has ended."""
+        """End a request with what it has produced; nothing happens if it has ended."""
         if (request := self.requests.get(request_id)) is not None:
             self._finish(request, "abort")
 
-    def give_up(self, request: Request) -> None:
-        """End this request as it stands, and never another of its name; nothing happens if it is not here."""
+    def abort_request(self, request: Request) -> None:
+        """Abort this request, and never another with its id; nothing happens if it has ended."""
         if self.requests.get(request.id) is request:
             self._finish(request, "abort")
 
@@ -113,41 +114,41 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One step for the sequences that can be computed, if there are any.
+        """Compute one step for the sequences that can take part, if there are any.
 
-        Where the device works beside the host, its tokens are read in the next step, after that was launched: a
+        Where host and device overlap, its tokens are read in the next step, after that one was launched: a
         sequence that ends by them has a row there whose result is dropped.
         """
         began = time.perf_counter()
         self._end_late()
         self.drafts.guess(self.scheduler.running, self._blame)
-        alone = self._flight is None
+        alone = self._in_flight is None
         plan = None if alone else self.scheduler.plan_without_loss()
-        if plan is None:  # no sequence loses its pages while a token of it is in flight; some may free theirs
-            self._land()
+        if plan is None:  # a sequence with a token in flight is never preempted, and reading may free pages
+            self._wait_for_step()
             plan = self.scheduler.plan()
-        ahead = self.forward.aside and not any(waits(s) for s, _ in plan)
+        ahead = self.forward.overlaps and not any(waits(s) for s, _ in plan)
         timed = alone and not ahead and all(s.decoding for s, _ in plan)
         try:
             flight = self._launch(plan, began if timed else None) if plan else None
         except Exception as e:
-            self._land()
+            self._wait_for_step()
             self._fail(plan, e)
             return
-        self._land()
-        self._flight = flight
+        self._wait_for_step()
+        self._in_flight = flight
         if not ahead or all(s.ended for s, _ in plan):
-            self._land()
+            self._wait_for_step()
         if not plan:
             wait_for_one(self.scheduler.running)
 
-    def _launch(self, plan: Plan, began: float | None) -> Flight:
-        """The plan's tokens through the model, and what is sampled after them; its result is not waited for."""
-        tokens = feed(plan, self._flight, self.device)  # (N,)
+    def _launch(self, plan: Plan, began: float | None) -> InFlightStep:
+        """Run the model on the plan's tokens and sample, without waiting for the result."""
+        tokens = feed(plan, self._in_flight, self.device)  # (N,)
         rows, picks = picks_of(plan)
         asked = ask(picks, self._blame)
         hidden = hidden_of(self.forward, plan, tokens, self._blame)  # (N, D)
-        look_at(plan, hidden, self.forward, self._blame)
+        read_hidden(plan, hidden, self.forward, self._blame)
         sampled, logits, masks = tokens[:0], hidden[:0], Masks()
         if rows:
             logits = logits_of(self.forward, hidden, rows, picks, self._blame)
@@ -156,53 +157,53 @@ class Engine:
             if [pick.row for pick in picks] != list(range(len(logits))):
                 logits = logits[to_device([pick.row for pick in picks], self.device)]
             sampled = sample(logits, picks, masks, self._blame)
-        flight = Flight(plan, picks, sampled, logits, began)
+        flight = InFlightStep(plan, picks, sampled, logits, began)
         for s, n in plan:
-            if s.ended:  # by an error of its own: it has no pages any more
+            if s.ended:  # by an error of its own; its pages are freed
                 continue
             if n >= s.need and not may_sample(s, masks):  # its newest token is fed again when its masks are there
                 n, s.draft = n - 1 - len(s.draft), []
             self.scheduler.advance(s, n - len(s.draft))
         for s in flight.sampled:
-            s.flying += 1
+            s.in_flight += 1
         self.counts.steps += 1
         self.counts.computed_tokens += len(tokens)
         return flight
 
-    def _land(self) -> None:
-        """Read the tokens of the step in flight, if there is one, and hand them out.
+    def _wait_for_step(self) -> None:
+        """Read the tokens of the step in flight, if there is one, and emit them.
 
         A sequence that ends by them, or has ended since the launch, frees its pages at once, though a later step
-        may have a row of it. A sequence that takes them is launched later still, and the device works in the order
-        of launches: it overwrites what that row writes, and reads what it should. No page of it can be found by a
-        key, as one that it fills has a token that was not read.
+        may have a row of it. Another sequence that allocates them is launched later still, and the device keeps
+        the order of launches: it overwrites what that row writes. No page of it is in the prefix cache, because a
+        page that it fills has a token that was not read.
         """
-        flight, self._flight = self._flight, None
+        flight, self._in_flight = self._in_flight, None
         if flight is None:
             return
         for s in flight.sampled:
-            s.flying -= 1
+            s.in_flight -= 1
         if all(s.ended for s, _ in flight.plan):
             return
         try:
             tokens = flight.tokens.tolist()
         except Exception as e:
             self._fail(flight.plan, e)
-            self.pool.forget()  # what they computed may be known, and is not to be trusted
+            self.pool.forget()  # cached pages may hold wrong values
             return
         if flight.began is not None:
             self.drafts.time.add(sum(n for _, n in flight.plan), time.perf_counter() - flight.began)
-        self._take(flight, tokens, logprobs_of(flight, self._blame))
+        self._process(flight, tokens, logprobs_of(flight, self._blame))
 
     # ------------------------------------------------------------------ after the forward
 
-    def _take(self, flight: Flight, tokens: Sequence[int], entries: Sequence[Entry]) -> None:
-        """Tokens to their completions, pages to the sequences that need them, pieces to those who read them."""
+    def _process(self, flight: InFlightStep, tokens: Sequence[int], entries: Sequence[Entry]) -> None:
+        """Append tokens to their completions, fork finished prompts, and emit the new pieces."""
         plan, picks = flight.plan, flight.picks
         for s, _ in plan:
             if not s.ended and s.need == 0 and not s.request.forked and s.request.pooling is None:
                 self.scheduler.fork(s)
-        taken: list[_Taken] = []
+        taken: list[_NewTokens] = []
         for s, places in groupby(range(len(picks)), lambda i: picks[i].sequence):
             chosen = list(places)
             try:
@@ -220,10 +221,10 @@ class Engine:
             if s.request.pooling and s.need == 0 and not s.ended:
                 pieces.setdefault(s.request, [])
                 self.scheduler.end(s)
-        self._hand_out(pieces)
+        self._emit(pieces)
 
     def _end_late(self) -> None:
-        """End the sequences whose grammars were late to say that nothing may follow."""
+        """End the sequences whose late grammars report that nothing may follow."""
         for s in late_ones(self.scheduler.running):
             if settle(s, self._blame) and s.grammar is not None and s.grammar.over:
                 try:
@@ -232,11 +233,11 @@ class Engine:
                     self._blame(s.request, "its decoder", e)
                 else:
                     self.scheduler.end(s)
-                    self._hand_out({s.request: [piece]})
+                    self._emit({s.request: [piece]})
 
-    def _push(self, s: SequenceState, tokens: Sequence[int], entries: Sequence[Entry]) -> _Taken | None:
-        """Tokens sampled after a sequence's newest and after each draft token: those that hold."""
-        c, draft, new = s.completion, s.draft, _Taken(s, [], [])
+    def _push(self, s: SequenceState, tokens: Sequence[int], entries: Sequence[Entry]) -> _NewTokens | None:
+        """Append the tokens sampled after a sequence's newest and after each accepted draft token."""
+        c, draft, new = s.completion, s.draft, _NewTokens(s, [], [])
         over = s.grammar.answer.over if s.grammar is not None and s.grammar.answer is not None else []
         for place, token in enumerate(tokens):
             if token < 0:
@@ -254,8 +255,8 @@ class Engine:
             s.grammar.take(new.tokens)
         return new
 
-    def _finish_taking(self, new: _Taken, end: float) -> list[TextPiece]:
-        """What has come of a sequence, a piece for each token; none where its request has ended by an error."""
+    def _finish_taking(self, new: _NewTokens, end: float) -> list[TextPiece]:
+        """A piece for each new token of a sequence; none where its request has ended by an error."""
         s, c, drafted = new.sequence, new.sequence.completion, len(new.sequence.draft)
         try:
             if not c.finished and settle(s, self._blame, end) and s.grammar is not None and s.grammar.over:
@@ -278,36 +279,36 @@ class Engine:
         return new.pieces
 
     def _piece(self, s: SequenceState, text: str, tokens: tuple[int, ...] = (), entry: Entry = None) -> TextPiece:
-        """What has come of a sequence, for those who read it."""
+        """New text and tokens of a sequence, as its readers get them."""
         c, own = s.completion, () if entry is None else (entry,)
         return TextPiece(text, c.index, tokens, c.finish_reason, c.stop_reason, own, c.take_deltas())
 
-    def _hand_out(self, pieces: Mapping[Request, list[TextPiece]]) -> None:
-        """Pieces to those who read them; requests of which nothing more will come end."""
+    def _emit(self, pieces: Mapping[Request, list[TextPiece]]) -> None:
+        """Pass pieces to the readers, and end requests that are complete."""
         for request, new in pieces.items():
             if not request.finished:
                 if not request.pending:
                     self._finish(request, request.completions[0].finish_reason or "stop", new)
                 else:
-                    self._tell(request, new)
+                    self._notify(request, new)
 
     def _finish(
         self, request: Request, reason: str, pieces: Iterable[TextPiece] = (), error: Mistral7BError | None = None
     ) -> None:
-        """A request has ended: nothing of it is left here."""
+        """End a request and remove it."""
         for s in request.pending:
             s.completion.finish_reason = s.completion.finish_reason or reason  # "abort", "error"
             self.scheduler.end(s)
-        request.sequences = []  # which have it: nothing of it is left for the collector
+        request.sequences = []  # they refer to it: without this cycle it is freed at once
         request.finished, request.error = True, error
         request.metrics.finished = time.perf_counter()
         self.requests.pop(request.id, None)
         self.counts.finished[reason] = self.counts.finished.get(reason, 0) + 1
         self.counts.ended += 1
-        self._tell(request, list(pieces))
+        self._notify(request, list(pieces))
 
-    def _tell(self, request: Request, pieces: list[TextPiece]) -> None:
-        """Hand out what has come. A sink that fails loses its own request."""
+    def _notify(self, request: Request, pieces: list[TextPiece]) -> None:
+        """Call a request's sink. A sink that raises ends its own request."""
         if request.sink is None:
             return
         try:
@@ -321,12 +322,12 @@ class Engine:
                 self._finish(request, "error", error=error)
 
     def _fail(self, plan: Plan, cause: Exception) -> None:
-        """The step did not come about: its requests end, with the cause; all others go on."""
+        """End the requests of a step that failed, with the cause; all others continue."""
         for request in dict.fromkeys(s.request for s, _ in plan if not s.request.finished):
             self._blame(request, "the model's step", cause)
 
     def _blame(self, request: Request, what: str, cause: Exception) -> None:
-        """End a request for which something failed; nothing happens if it has ended."""
+        """End a request with the error that it caused; nothing happens if it has ended."""
         if not request.finished:
             self.fail(request, because(request, what, cause))
 
@@ -337,8 +338,8 @@ class Engine:
 
 
 @dataclass
-class _Taken:
-    """Tokens that a step has brought a sequence, and what has come of each."""
+class _NewTokens:
+    """New tokens of a sequence in one step, and the piece of each."""
 
     sequence: SequenceState
     tokens: list[int]

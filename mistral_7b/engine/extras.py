@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..sampling.choice import to_device
 from ..sampling.logprobs import Logprob, following_logprobs, logprobs
-from .flight import Flight, Pick
 from .forward import Forward
+from .in_flight import InFlightStep, Pick
 from .request import SequenceState
 
 Entry = dict[int, Logprob] | None
 
 
-def entries_of(flight: Flight, places: Sequence[int]) -> list[Entry]:
+def top_logprobs_of(flight: InFlightStep, places: Sequence[int]) -> list[Entry]:
     """Log-probabilities for each pick at these places that asks for them."""
     picks = flight.picks
     found: dict[int, Entry] = {}
@@ -34,7 +34,7 @@ def _k(pick: Pick) -> int:
     return pick.sequence.request.params.logprobs or 0
 
 
-def look(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
+def read_hidden_of(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
     """What a request wants of the hidden states (T, D) of its next tokens."""
     if s.request.pooling:
         s.request.pool(s.computed, hidden)

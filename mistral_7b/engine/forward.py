@@ -32,7 +32,7 @@ from ..model import Mistral7B
 from ..sampling.choice import to_device
 from .batch import PaddingRow, Paged, PagedBatch, Parts
 from .config import EngineConfig
-from .flight import Plan, Rows
+from .in_flight import Plan, Rows
 from .pages import PagePool
 
 COLUMNS, WIDER = 64, 4  # pages that a graph's table has room for at first, and how many times more each next one
@@ -42,7 +42,7 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]  # from a step to wh
 class Forward:
     """The model over the pages of a pool. With `fill` its steps have one of few numbers of rows."""
 
-    aside = False  # whether the device computes while the host goes on: then the next step is launched meanwhile
+    overlaps = False  # whether the device computes while the host plans and launches the next step
 
     def __init__(self, adapters: Adapters, pool: PagePool, fill: bool = False) -> None:
         self.adapters, self.pool, self.fill = adapters, pool, fill
@@ -82,7 +82,7 @@ class Forward:
 class GraphForward(Forward):
     """The same, with decoding in graphs. Without a recorder, as in tests, their steps are run as they are."""
 
-    aside = True
+    overlaps = True
 
     def __init__(
         self, adapters: Adapters, pool: PagePool, config: EngineConfig, record: Record = lambda step: step

@@ -220,7 +220,7 @@ def run(engine: Engine, requests: Sequence[Request], advance: Callable[[int], ob
                 advance(engine.counts.ended - before)
     finally:
         for request in requests:
-            engine.give_up(request)
+            engine.abort_request(request)
 
 
 def follow(engine: Engine, request: Request) -> Iterator[TextPiece]:
@@ -240,7 +240,7 @@ def follow(engine: Engine, request: Request) -> Iterator[TextPiece]:
         if request.error is not None:
             raise request.error
     finally:
-        engine.give_up(request)
+        engine.abort_request(request)
 
 
 def _asked(asked: Asked | Sequence[Asked] | None, each: Mapping[str, Any], n: int) -> list[Asked]:

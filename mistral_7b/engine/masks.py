@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .containment import Blame
-from .flight import Pick
 from .grammar.client import wait_for_any
+from .in_flight import Pick
 from .request import SequenceState
 
 PATIENCE = 0.01  # seconds that a step waits for its grammars

@@ -117,7 +117,7 @@ class SequenceState:
         self.request, self.completion = request, completion
         self.tokens = list(request.ids)
         self.computed = 0
-        self.flying = 0  # tokens that have been sampled and not yet read: they come after `tokens`
+        self.in_flight = 0  # tokens that have been sampled and not yet read: they come after `tokens`
         self.pages = np.zeros(0, dtype=np.int64)  # page p // size of position p; below `first` they are gone
         self.first = self.stop = 0  # pages first..stop are held
         self.keys: list[Key] = []  # of the full pages, from the first token on
@@ -136,12 +136,12 @@ class SequenceState:
     @property
     def need(self) -> int:
         """Tokens that are to be computed before the next can be sampled."""
-        return len(self.tokens) + self.flying - self.computed
+        return len(self.tokens) + self.in_flight - self.computed
 
     @property
     def decoding(self) -> bool:
         """Whether it needs its newest token computed and no more."""
-        return self.need == 1 and len(self.tokens) + self.flying > len(self.request.ids)
+        return self.need == 1 and len(self.tokens) + self.in_flight > len(self.request.ids)
 
     @property
     def drawn(self) -> list[SequenceState]:
@@ -156,7 +156,7 @@ class SequenceState:
     @property
     def complete(self) -> bool:
         """Whether the last token that it may have is flying: it needs nothing computed any more."""
-        return len(self.completion.token_ids) + self.flying >= self.completion.max_tokens
+        return len(self.completion.token_ids) + self.in_flight >= self.completion.max_tokens
 
     @property
     def held(self) -> list[int]:

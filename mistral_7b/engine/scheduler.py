@@ -203,7 +203,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: SequenceState) -> None:
-        assert not sequence.flying, "a preempted sequence has a token in flight"
+        assert not sequence.in_flight, "a preempted sequence has a token in flight"
         sequence.drop_all(self.pool)
         sequence.draft, sequence.guesser = [], None  # the result of its last draft will not reach its drafter
         self.running.remove(sequence)

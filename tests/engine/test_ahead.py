@@ -20,7 +20,7 @@ from mistral_7b.engine import request as request_module
 from mistral_7b.engine.batch import PaddingRow, PagedBatch
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
-from mistral_7b.engine.flight import Flight
+from mistral_7b.engine.in_flight import InFlightStep
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool, first_key, next_key
 from mistral_7b.engine.reading import Asked, Reader
@@ -41,7 +41,7 @@ PAGE_BYTES = 2 * 2 * 3 * 10 * 8 * PAGE  # layers, k and v, heads, width, float64
 def llm_of(window: int | None = 8, pages: int = 200, ahead: bool = True, **config: Any) -> LLM:
     settings = {"max_sequences": 5, "max_batch_tokens": 20, "page_size": PAGE, **config}
     llm = LLM(MODELS[window], EngineConfig(kv_cache_bytes=pages * PAGE_BYTES, **settings))
-    llm.engine.forward.aside = ahead
+    llm.engine.forward.overlaps = ahead
     return llm
 
 
@@ -135,7 +135,7 @@ def test_every_request_gets_what_it_gets_alone(window: int | None, monkeypatch: 
                 requests.append(add(llm, prompt, kind, priority=draw.choice([0, 0, 1])))
             engine.step()
             engine.check()
-            flights += engine._flight is not None
+            flights += engine._in_flight is not None
             if draw.random() < 0.1 and requests:
                 request = draw.choice(requests)
                 cut |= set() if request.finished else {request.id}
@@ -145,7 +145,7 @@ def test_every_request_gets_what_it_gets_alone(window: int | None, monkeypatch: 
             if draw.random() < 0.2:
                 compared += keys.check(engine.pool, engine.model, draw)
         assert engine.pool.held == 0
-        assert engine._flight is None or all(s.ended for s, _ in engine._flight.plan)
+        assert engine._in_flight is None or all(s.ended for s, _ in engine._in_flight.plan)
         for request in requests:
             assert request.error is None
             for (mine, *why), (wanted, *because) in zip(got(request), alone(window, request), strict=True):
@@ -169,7 +169,7 @@ def test_texts_and_stops_are_the_same() -> None:
     ]
     llm = LLM("demo", EngineConfig(max_sequences=4, max_batch_tokens=64), dtype=torch.float32)
     wanted = llm.generate(prompts, params)
-    llm.engine.forward.aside = True
+    llm.engine.forward.overlaps = True
     outputs = llm.generate(prompts, params)
     assert [r.outputs for r in outputs] == [r.outputs for r in wanted]
     assert {r.outputs[0].finish_reason for r in outputs} == {"stop", "length"}
@@ -186,7 +186,7 @@ def events_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("_launch", "_take"):
+    for name in ("_launch", "_process"):
         monkeypatch.setattr(engine, name, noted(name[1:], getattr(engine, name)))
     return events
 
@@ -196,7 +196,7 @@ def test_a_step_is_launched_before_the_tokens_of_the_last_are_read(monkeypatch: 
     events = events_of(llm.engine, monkeypatch)
     request = add(llm, [1, 2, 3], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     finish(llm.engine)
-    assert events == ["launch", "launch", "take", "launch", "take", "launch", "take", "take"]
+    assert events == ["launch", "launch", "process", "launch", "process", "launch", "process", "process"]
     assert len(request.completions[0].token_ids) == 4
     assert llm.engine.counts.computed_tokens == 3 + 3  # its last token is known to be the last: nothing in vain
 
@@ -206,7 +206,7 @@ def test_on_a_cpu_nothing_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     events = events_of(llm.engine, monkeypatch)
     add(llm, [1, 2, 3], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     finish(llm.engine)
-    assert events == ["launch", "take"] * 3
+    assert events == ["launch", "process"] * 3
 
 
 WAITING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -230,9 +230,9 @@ def test_who_needs_tokens_gets_them_before_the_next_step(what: str, monkeypatch:
     )
     while not other.finished:
         llm.engine.step()
-        assert llm.engine._flight is None
+        assert llm.engine._in_flight is None
     llm.engine.step()
-    assert llm.engine._flight is not None
+    assert llm.engine._in_flight is not None
     finish(llm.engine)
     assert got(plain) == alone(8, plain)
     assert got(other) == alone(8, other)
@@ -242,9 +242,9 @@ def test_completions_go_ahead_once_they_have_forked() -> None:
     llm = llm_of(None)
     request = add(llm, [7] * 6, SamplingParams(seed=1, max_tokens=9, n=3, ignore_eos=True))
     llm.engine.step()
-    assert llm.engine._flight is None
+    assert llm.engine._in_flight is None
     llm.engine.step()
-    assert llm.engine._flight is not None
+    assert llm.engine._in_flight is not None
     finish(llm.engine)
     assert got(request) == alone(None, request)
 
@@ -265,7 +265,7 @@ def test_pages_of_who_is_given_up_in_flight_go_to_the_next(window: int | None) -
     first = add(llm, [5] * 6, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
     for _ in range(4):
         engine.step()
-    assert engine._flight is not None
+    assert engine._in_flight is not None
     his = set(first.sequences[0].held)
     engine.abort(first.id)
     assert engine.pool.held == 0
@@ -325,7 +325,7 @@ def test_tokens_that_cannot_be_read_fail_their_own_requests_and_are_not_found_ag
     for _ in range(3):
         engine.step()
     late = add(llm, [6] * 9)
-    flight = engine._flight
+    flight = engine._in_flight
     assert flight is not None
 
     class Lost:
@@ -335,7 +335,7 @@ def test_tokens_that_cannot_be_read_fail_their_own_requests_and_are_not_found_ag
         def tolist(self) -> list[int]:
             raise RuntimeError("the device broke")
 
-    engine._flight = Flight(flight.plan, flight.picks, Lost(), flight.logits)  # type: ignore[arg-type]
+    engine._in_flight = InFlightStep(flight.plan, flight.picks, Lost(), flight.logits)  # type: ignore[arg-type]
     engine.step()
     assert all(str(r.error.__cause__) == "the device broke" for r in requests)  # type: ignore[union-attr]
     finish(engine)
@@ -404,12 +404,12 @@ def test_a_launch_asks_the_device_for_nothing() -> None:
     model = Mistral7B(tiny_args(), device="meta").requires_grad_(False)
     config = EngineConfig(max_sequences=3, max_batch_tokens=40, page_size=PAGE)
     engine = Engine(model, PagePool(2, 3, 10, 20, PAGE, dtype=torch.bfloat16, device="meta"), config)
-    engine.forward.aside = True
+    engine.forward.overlaps = True
     reader = Reader(engine, None, "there is none here")
     for n, params in enumerate([GREEDY, SamplingParams(seed=1, top_p=0.9, max_tokens=9, logit_bias={3: 1.0})]):
         engine.add(reader.text([1, 2, 3, 4, 5][n:], params, Asked()))
     engine.step()
-    assert engine._flight is not None
+    assert engine._in_flight is not None
     with torch.inference_mode():
         second = engine._launch(engine.scheduler.plan(), None)
     assert second.tokens.shape == (2,)
@@ -424,7 +424,7 @@ def test_every_step_sees_in_its_pages_what_its_sequence_has_read(window: int | N
     for seed in range(6):
         draw, model = random.Random(seed), Automaton(window)
         engine = engine_of(model, draw.choice([9, 12, 18]), max_sequences=5, max_batch_tokens=20, page_size=PAGE)
-        engine.forward.aside = True
+        engine.forward.overlaps = True
         requests = []
         for _ in range(60):
             if draw.random() < 0.4:
@@ -436,7 +436,7 @@ def test_every_step_sees_in_its_pages_what_its_sequence_has_read(window: int | N
                 engine.add(requests[-1])
             engine.step()
             check(engine)
-            flights += engine._flight is not None
+            flights += engine._in_flight is not None
             if requests and draw.random() < 0.1:
                 engine.abort(draw.choice(requests).id)
         run(engine)

@@ -15,8 +15,8 @@ from torch import Tensor
 from mistral_7b.engine.batch import PaddingRow, PagedBatch
 from mistral_7b.engine.completion import RequestOutput
 from mistral_7b.engine.config import EngineConfig
-from mistral_7b.engine.flight import Plan
 from mistral_7b.engine.forward import COLUMNS, DecodeStep, Forward, GraphForward, bucket_size
+from mistral_7b.engine.in_flight import Plan
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.reading import Asked
@@ -51,7 +51,7 @@ def in_graphs(llm: LLM, record: Callable[..., Any] = lambda step: step) -> Graph
     """Let an engine decode in graphs, which are not recorded; nothing is in flight between its steps."""
     engine = llm.engine
     engine.forward = GraphForward(engine.adapters, engine.pool, engine.config, record)
-    engine.forward.aside = False
+    engine.forward.overlaps = False
     return engine.forward
 
 

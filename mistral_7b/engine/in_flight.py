@@ -1,11 +1,11 @@
-"""A step on its way: what it was to compute, and its tokens, which lie on the device until somebody reads them.
+"""A step in flight: launched, with its tokens still on the device.
 
     host      plan 2, launch 2, read 1    plan 3, launch 3, read 2    ...
     device    compute 1 ---------------> compute 2 ----------------> compute 3
 
-A sequence has a token `flying` from the launch of the step that samples it until it is read, and may be in the
-next step already: what it feeds there is taken from where it was sampled. Random numbers, bans and pages are a
-matter of the token's place alone. Where more is asked (`waits`), tokens are read before the next step is planned.
+A sequence has a token in flight from the launch of the step that samples it until it is read, and may be part of
+the next step already, which reads the token where it was sampled. Random numbers, bans and pages depend on the
+token's position alone. Where more is needed (`waits`), tokens are read before the next step is planned.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rows = Sequence[tuple[int, str | None]]  # of hidden states, with the adapter of
 
 @dataclass(frozen=True)
 class Pick:
-    """A token to be sampled: for which sequence, from which row of the logits, after which tokens yet to come."""
+    """A token to sample: its sequence, its row of the logits, and the unread or draft tokens before it."""
 
     sequence: SequenceState
     row: int
@@ -36,10 +36,10 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Flight:
-    """What was launched. tokens (R,) and logits (R, V) of its R picks are on the device.
+class InFlightStep:
+    """A launched step; tokens (R,) and logits (R, V) of its R picks are on the device.
 
-    `began`: when, of a step whose time says how long decoding takes.
+    `began` is the time of its start if its duration is a measure of decoding, otherwise None.
     """
 
     plan: Plan
@@ -50,7 +50,7 @@ class Flight:
 
     @property
     def sampled(self) -> list[SequenceState]:
-        """Those for which it samples."""
+        """The sequences for which it samples."""
         return list(dict.fromkeys(pick.sequence for pick in self.picks))
 
 
@@ -64,12 +64,12 @@ def waits(s: SequenceState) -> bool:
     )  # fmt: skip
 
 
-def feed(plan: Plan, before: Flight | None, device: torch.device) -> Tensor:
-    """The tokens (N,) that a plan feeds; those not yet read come from the flight before."""
+def feed(plan: Plan, before: InFlightStep | None, device: torch.device) -> Tensor:
+    """The tokens (N,) that a plan feeds; unread ones are copied from the step in flight."""
     tokens: list[int] = []
     unread: list[tuple[int, SequenceState]] = []
     for s, n in plan:
-        if s.flying:
+        if s.in_flight:
             unread.append((len(tokens), s))
             tokens.append(0)
         elif s.draft:
@@ -78,15 +78,15 @@ def feed(plan: Plan, before: Flight | None, device: torch.device) -> Tensor:
             tokens += s.tokens[s.computed : s.computed + n]
     out = to_device(tokens, device)
     if unread:
-        assert before is not None, "a token is in no flight"
+        assert before is not None, "an unread token without a step in flight"
         place = {pick.sequence: i for i, pick in enumerate(before.picks)}
         to, source = to_device([[at for at, _ in unread], [place[s] for _, s in unread]], device)
-        out[to] = before.tokens[source].clamp(min=0)  # -1, not finite: this row is in vain, as will be found
+        out[to] = before.tokens[source].clamp(min=0)  # -1 (not finite) ends the sequence when it is read
     return out
 
 
 def picks_of(plan: Plan) -> tuple[Rows, list[Pick]]:
-    """Rows of hidden states to be projected, with their adapters, and what is to be sampled from them."""
+    """Rows of hidden states to project, with their adapters, and the tokens to sample from them."""
     rows: list[tuple[int, str | None]] = []
     picks: list[Pick] = []
     at = 0
@@ -95,16 +95,16 @@ def picks_of(plan: Plan) -> tuple[Rows, list[Pick]]:
         if n < s.need or s.request.pooling:
             continue
         for i in range(1 + len(s.draft)):
-            ahead = (NO_TOKEN,) * s.flying + tuple(s.draft[:i])
+            ahead = (NO_TOKEN,) * s.in_flight + tuple(s.draft[:i])
             picks += [Pick(each, len(rows), ahead) for each in s.drawn]
             rows.append((at - 1 - len(s.draft) + i, s.request.adapter))
     return rows, picks
 
 
 def row_of(pick: Pick, masks: Sequence[np.ndarray] | None) -> Row:
-    """How a pick's token is chosen."""
+    """The sampler's row of a pick."""
     row = pick.sequence.completion.row(pick.ahead)
     if masks is None:
         return row
-    place = min(len(pick.ahead), len(masks) - 1)  # past a forbidden guess all is in vain
+    place = min(len(pick.ahead), len(masks) - 1)  # tokens after a forbidden draft token are dropped
     return replace(row, allowed=masks[place])

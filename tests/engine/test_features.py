@@ -131,7 +131,7 @@ def test_pieces_joined_are_the_tool_calls(spoken):
         own = [d for d in deltas if d.index == call.index]
         assert [d.name for d in own if d.name] == [call.name]
         assert "".join(d.arguments for d in own) == call.arguments
-    assert len(deltas) > 2 * len(calls)  # as they come, not at the end
+    assert len(deltas) > 2 * len(calls)  # while they are generated, not at the end
     assert "".join(p.text for p in pieces) == ""
 
 

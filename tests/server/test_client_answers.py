@@ -70,7 +70,7 @@ def test_chat_completions(server: Serving, asked: dict[str, Any]) -> None:
     assert seen_by(ChatCompletion, whole) == set()
     assert seen_by(ChatCompletionResponse, whole) == USAGE
     chunks = events(server, "/v1/chat/completions", {**body, **STREAM})
-    assert len(chunks) > 4
+    assert len(chunks) > 2
     for chunk in chunks:
         assert seen_by(ChatCompletionChunk, chunk) == set()
     for chunk in events(server, "/v1/chat/completions", {**body, **STREAM}, {"user-agent": "mistral-client/1"}):

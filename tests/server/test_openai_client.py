@@ -130,7 +130,7 @@ def test_tool_calls(client, choice):
     with client.chat.completions.stream(**ask) as stream:
         deltas = [e for e in stream if e.type == "tool_calls.function.arguments.delta"]
         final = stream.get_final_completion().choices[0]
-    assert len(deltas) > 2
+    assert len(deltas) > 1  # while the call is generated, not at the end
     assert final.finish_reason == "tool_calls"
     assert [c.function.arguments for c in final.message.tool_calls] == [
         c.function.arguments for c in out.message.tool_calls

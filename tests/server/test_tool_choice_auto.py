@@ -73,7 +73,7 @@ def test_a_stream_gives_the_same_calls(client: Any) -> None:
         streamed = stream.get_final_completion().choices[0]
     deltas = [e for e in events if e.type == "tool_calls.function.arguments.delta"]
     assert {e.index for e in deltas} == {0, 1}
-    assert len(deltas) > 4
+    assert len(deltas) > 2  # while the calls are generated, not one for each at the end
     assert not any(e.type == "content.delta" and e.delta for e in events)
     assert (streamed.finish_reason, cities(streamed.message)) == ("tool_calls", list(CITIES))
     whole = client.chat.completions.create(**ask).choices[0]
@@ -94,7 +94,7 @@ def test_id_type_and_name_come_with_the_first_part_of_a_call_alone(taught: Servi
         first, *others = [part for part in parts if part["index"] == index]
         assert (first["type"], first["function"]["name"]) == ("function", "weather")
         assert len(first["id"]) == 9
-        assert len(others) > 2
+        assert others  # how many depends on how many tokens an event carries
         assert all(part.keys() == {"index", "function"} for part in others)
         assert all(part["function"].keys() == {"arguments"} for part in others)
         text = "".join(part["function"]["arguments"] for part in (first, *others))

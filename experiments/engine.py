@@ -34,8 +34,8 @@ from mistral_7b.engine import containment
 from mistral_7b.engine.completion import Completion
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
+from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.llm import LLM
-from mistral_7b.engine.reading import Asked
 from mistral_7b.kernels import backend
 from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization import random_model
@@ -99,7 +99,7 @@ def overhead(llm: LLM, words: Words, tell: Tell, name: str, waits: Sequence[int]
 
     def add(n: int) -> None:
         for _ in range(n):
-            request = llm.reader.text(words(32), params, Asked())
+            request = llm.inputs.text(words(32), params, RequestOptions())
             engine.add(request)
             waiting.append(request.id)
 

@@ -20,8 +20,8 @@ from mistral_7b import EngineConfig, Mistral7B, ModelArgs, SamplingParams
 from mistral_7b.attention import visible
 from mistral_7b.engine import engine as loop
 from mistral_7b.engine.forward import Forward, GraphForward
+from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.llm import open_engine
-from mistral_7b.engine.reading import Asked
 from mistral_7b.generate import generate
 from mistral_7b.kernels import elementwise
 from mistral_7b.kernels.backend import WEIGHT_ONLY, Backend, choose, has_fp8, uses
@@ -114,7 +114,7 @@ def decode(model: Mistral7B, label: str, prompt: int, batch: int, bandwidth: flo
     reader = open_engine(model, config, None, None, [need] * batch)
     engine = reader.engine
     for _ in range(batch):
-        engine.add(reader.text(torch.randint(3, args.vocab_size, (prompt,)).tolist(), params, Asked()))
+        engine.add(reader.text(torch.randint(3, args.vocab_size, (prompt,)).tolist(), params, RequestOptions()))
     while not all(s.decoding for r in engine.requests.values() for s in r.sequences):
         engine.step()
 

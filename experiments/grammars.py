@@ -52,19 +52,19 @@ TEXTS: dict[str, dict[str, Any]] = {
 def measure() -> dict[str, float]:
     """Median seconds by what was measured, with the package that is imported."""
     from mistral_7b import LLM, EngineConfig, SamplingParams
-    from mistral_7b.engine.reading import Asked
+    from mistral_7b.engine.inputs import RequestOptions
 
     llm = LLM("demo", EngineConfig(max_sequences=16), quantization="int8")
 
     def ready(params: SamplingParams, pause: float = 0.0) -> float:
         time.sleep(pause)
         began = time.perf_counter()
-        llm.reader.text("import os", params, Asked())
+        llm.inputs.text("import os", params, RequestOptions())
         return time.perf_counter() - began
 
     def step(n: int, **structured: Any) -> float:
         params = SamplingParams(max_tokens=TOKENS, seed=1, ignore_eos=True, **structured)
-        requests = [llm.reader.text("import os", params, Asked()) for _ in range(n)]
+        requests = [llm.inputs.text("import os", params, RequestOptions()) for _ in range(n)]
         for request in requests:
             llm.engine.add(request)
         times = []
@@ -96,7 +96,7 @@ AMBIGUOUS = 'start: s\ns: s s | "a" | ""'
 def beside() -> dict[str, float]:
     """What an expensive grammar costs a stream beside it."""
     from mistral_7b import LLM, SamplingParams
-    from mistral_7b.engine.reading import Asked
+    from mistral_7b.engine.inputs import RequestOptions
 
     llm = LLM("demo", quantization="int8")
     assert llm.tokenizer is not None
@@ -107,8 +107,10 @@ def beside() -> dict[str, float]:
 
     def stream(*others: SamplingParams) -> tuple[float, float, float]:
         """Tokens a second while the others run (or of 400), the longest step, and seconds."""
-        free = llm.reader.text("import os", SamplingParams(max_tokens=2000, ignore_eos=True, seed=1), Asked())
-        bad = [llm.reader.text("a", params, Asked()) for params in others]
+        free = llm.inputs.text(
+            "import os", SamplingParams(max_tokens=2000, ignore_eos=True, seed=1), RequestOptions()
+        )
+        bad = [llm.inputs.text("a", params, RequestOptions()) for params in others]
         for request in (free, *bad):
             llm.engine.add(request)
         longest, began = 0.0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""A quantised folder of real size: seconds until it is open and until its first token, memory, decode after 4096.
+"""A quantized folder of real size: seconds until it is open and until its first token, memory, decode after 4096.
 
     mistral-7b quantize MODEL FOLDER && python experiments/quantized_load.py FOLDER [--copy] [--json FILE]
 

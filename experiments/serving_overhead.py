@@ -72,7 +72,7 @@ async def clients(port: int) -> None:
 
 def bare(llm: Any, asked: Sequence[Sequence[dict[str, Any]]]) -> float:
     """Seconds for the same, asked in the engine's thread."""
-    from mistral_7b.engine.reading import Asked
+    from mistral_7b.engine.inputs import RequestOptions
     from mistral_7b.sampling.params import SamplingParams
 
     left, done = len(asked), threading.Event()
@@ -90,7 +90,7 @@ def bare(llm: Any, asked: Sequence[Sequence[dict[str, Any]]]) -> float:
             if request.finished:
                 llm._commands.put(partial(ask_next, own))
 
-        llm.engine.add(llm.reader.text(body["prompt"], params, Asked(), sink))
+        llm.engine.add(llm.inputs.text(body["prompt"], params, RequestOptions(), sink))
 
     began = time.perf_counter()
     for own in asked:

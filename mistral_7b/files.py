@@ -23,7 +23,7 @@ ADVICE = {  # errno of a failed write -> hint
 
 
 @contextlib.contextmanager
-def written(path: str | os.PathLike[str], folders: bool = False) -> Iterator[pathlib.Path]:
+def atomic_write(path: str | os.PathLike[str], folders: bool = False) -> Iterator[pathlib.Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, else remove it.
 
     `folders` creates missing parent folders. Raises WriteError if the system refuses the write, even if a library
@@ -37,7 +37,7 @@ def written(path: str | os.PathLike[str], folders: bool = False) -> Iterator[pat
         yield beside
         os.replace(beside, target)
     except Exception as error:
-        raise_refusal(error, target, beside)
+        raise_write_error(error, target, beside)
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -55,9 +55,9 @@ def check_room(path: pathlib.Path, needed: int) -> None:
         )
 
 
-def raise_refusal(error: Exception, path: pathlib.Path, beside: pathlib.Path) -> None:
+def raise_write_error(error: Exception, path: pathlib.Path, beside: pathlib.Path) -> None:
     """Raise WriteError if `error` is a failed write of `path` (or its temporary `beside`)."""
-    refusal = refusal_in(error)
+    refusal = write_error_in(error)
     if refusal is None:
         return
     if refusal.filename is not None:
@@ -72,7 +72,7 @@ def raise_refusal(error: Exception, path: pathlib.Path, beside: pathlib.Path) ->
     ) from error
 
 
-def refusal_in(error: BaseException) -> OSError | None:
+def write_error_in(error: BaseException) -> OSError | None:
     """Return the OSError that an error is or was caused by: torch wraps it in its own."""
     found: BaseException | None = error
     while found is not None:

@@ -20,8 +20,8 @@ from .cache.entries import check_kv_dtype
 from .engine.completion import CompletionOutput, RequestOutput, TextPiece
 from .engine.config import EngineConfig
 from .engine.engine import Engine
+from .engine.inputs import Prompt, RequestOptions, as_prompts, params_for, read_prompt, tokenizer_beside
 from .engine.llm import follow, open_engine, run
-from .engine.reading import Asked, Prompt, as_prompts, params_for, read_prompt, tokenizer_beside
 from .engine.request import Request
 from .engine.speculation import Speculation
 from .errors import GenerationError
@@ -123,5 +123,5 @@ def _open(
     lengths = [len(c.prompt) + c.max_tokens for read in reads for c in read.completions]
     adapters = None if adapter is None else {"adapter": adapter}
     reader = open_engine(model, config, tokenizer, adapters, lengths)
-    asked = Asked(adapter="adapter" if adapters else None)
+    asked = RequestOptions(adapter="adapter" if adapters else None)
     return reader.engine, [reader.request(read, asked, name=f"prompt {i}") for i, read in enumerate(reads)]

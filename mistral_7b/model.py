@@ -308,7 +308,7 @@ class Mistral7B(nn.Module):
         """Open a folder, file or hub id in any known format; see `checkpoint.load`.
 
         `quantization` ("int8", "int4", "bf16", "fp8") rounds the weights while they are read. `mmap=False` copies
-        quantised ones from their file into memory, for speed.
+        quantized ones from their file into memory, for speed.
         """
         from .checkpoint import load  # the one door upwards: files know the model, not the other way
 

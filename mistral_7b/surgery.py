@@ -1,7 +1,7 @@
-"""The one way in which a model's Linears change: to quantise, adapt or shard them.
+"""The one way in which a model's Linears change: to quantize, adapt or shard them.
 
 The contract of a replacement: `in_features`, `out_features` and `forward`. The model reads nothing else of a
-Linear. Order: build on meta, load, shard, quantise, adapt (LoRA), compile.
+Linear. Order: build on meta, load, shard, quantize, adapt (LoRA), compile.
 """
 
 from __future__ import annotations

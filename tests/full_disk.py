@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mistral_7b import WriteError
-from mistral_7b.files import refusal_in
+from mistral_7b.files import write_error_in
 
 MODES = "wax+"
 
@@ -81,7 +81,7 @@ def full_at_every_write(
         if (error := refusal(folder, work, monkeypatch, room)) is None:
             return room
         assert named in str(error.place)
-        assert getattr(refusal_in(error), "errno", None) == errno.ENOSPC
+        assert getattr(write_error_in(error), "errno", None) == errno.ENOSPC
         assert error.hint
         assert below(folder) == before, f"something was left with room for {room} writes"
     raise AssertionError("there is no end of writes")

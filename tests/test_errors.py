@@ -52,7 +52,7 @@ def test_errors_with_arguments_of_their_own_survive_pickling() -> None:
 
 def test_refusals_survive_pickling() -> None:
     problems = pytest.importorskip("mistral_7b.server.http.errors")
-    why = problems.Refusal(429, "full", field="model", hint="wait", code="queue_full", retry_after=3)
+    why = problems.HttpError(429, "full", field="model", hint="wait", code="queue_full", retry_after=3)
     again = pickle.loads(pickle.dumps(why))
     assert (again.status, again.code, again.headers) == (429, "queue_full", {"retry-after": "3"})
     assert again.body() == why.body()

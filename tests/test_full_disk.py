@@ -19,7 +19,7 @@ from mistral_7b import WriteError
 from mistral_7b.bench.records import write_json
 from mistral_7b.checkpoint import convert, hub, quantize
 from mistral_7b.cli.conversation import Conversation
-from mistral_7b.files import written
+from mistral_7b.files import atomic_write
 from mistral_7b.lora.files import Adapter, Factors, save_adapter
 from mistral_7b.training.curve import draw_curve
 from mistral_7b.training.vocabulary import train_vocabulary
@@ -92,7 +92,7 @@ def test_what_is_written_over_stays_until_the_new_is_whole(
 
 def archived(path: Path, refusal: OSError, error: Exception) -> None:
     """What torch does: it closes its archive while the system's refusal is raised, and that fails by itself."""
-    with written(path):
+    with atomic_write(path):
         try:
             raise refusal
         finally:

@@ -12,7 +12,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BenchmarkError
-from ..files import written
+from ..files import atomic_write
 from .jobs import LLAMA, OURS, TRANSFORMERS
 from .records import Record
 
@@ -49,7 +49,7 @@ def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure atomically. BenchmarkError for an unknown file name suffix."""
     target = pathlib.Path(path).expanduser()
-    with written(target) as beside:
+    with atomic_write(target) as beside:
         try:
             figure.savefig(beside, format=target.suffix[1:] or "png", dpi=150)
         except ValueError as error:

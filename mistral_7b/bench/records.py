@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..files import written
+from ..files import atomic_write
 from . import work
 from .jobs import Job, Measured
 from .roofline import Ceilings
@@ -100,7 +100,7 @@ def spread(times: list[float]) -> float:
 def write_json(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
     """Write records (dataclasses) as JSON, atomically. Raises WriteError if writing fails."""
     text = json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n"
-    with written(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..errors import CheckpointError, HubError, WriteError, first_line
-from ..files import ADVICE, refusal_in
+from ..files import ADVICE, write_error_in
 
 DEMO = pathlib.Path(__file__).parent.parent / "demo"
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -142,7 +142,7 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
         ) from e
     # Every other error of the client library and its transport is treated as a failed connection.
     except Exception as e:
-        if (refusal := refusal_in(e)) is not None and refusal.errno in ADVICE:
+        if (refusal := write_error_in(e)) is not None and refusal.errno in ADVICE:
             raise WriteError(
                 f"{repo_id} could not be written to {constants.HF_HUB_CACHE} ({refusal.strerror})",
                 hint=f"{ADVICE[refusal.errno]} with HF_HOME; the files that have arrived are kept",

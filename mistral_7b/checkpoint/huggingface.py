@@ -78,10 +78,10 @@ def _check_kind(path: pathlib.Path, data: dict[str, Any]) -> None:
         isinstance(quantization, dict) and quantization.get("quant_method") == OURS
     ):
         raise CheckpointError(
-            "'quantization_config' says that these weights are quantised in a way that cannot be opened",
+            "'quantization_config' says that these weights are quantized in a way that cannot be opened",
             field="quantization_config",
             place=path,
-            hint="take the unquantised checkpoint",
+            hint="take the unquantized checkpoint",
         )
     agreed(path, {name: data.get(name) for name in ("dtype", "torch_dtype")})
 

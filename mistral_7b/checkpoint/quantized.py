@@ -25,7 +25,7 @@ from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import Scheme, empty_model
 from . import config
 from .huggingface import OURS
-from .stored import Stored
+from .stored import StoredTensor
 
 FORMAT, WEIGHTS = 1, "quantized.safetensors"
 DISTANCE = ("kl", "top1_agreement", "perplexity_original", "perplexity", "tokens")  # numbers, and "text" a name
@@ -86,7 +86,7 @@ def read_record(path: str | os.PathLike[str]) -> Record | None:
         return None
     if said.get("format") != FORMAT:
         raise CheckpointError(
-            f"quantised in format {said.get('format')!r} and this release reads {FORMAT}",
+            f"quantized in format {said.get('format')!r} and this release reads {FORMAT}",
             field="quantization_config.format",
             place=path,
             hint="take a newer one",
@@ -120,10 +120,10 @@ def check_asked(path: pathlib.Path, record: Record, asked: str | Scheme | None) 
     if asked is None or asked in (record.scheme.name, record.scheme):
         return
     raise QuantizationError(
-        f"is quantised already, as {record.scheme}, and not as {asked}",
+        f"is quantized already, as {record.scheme}, and not as {asked}",
         field="quantization",
         place=path,
-        hint="leave `quantization` out, or quantise the original anew",
+        hint="leave `quantization` out, or quantize the original anew",
     )
 
 
@@ -131,7 +131,7 @@ def build(
     path: pathlib.Path,
     args: ModelArgs,
     scheme: Scheme,
-    raw: Mapping[str, Stored],
+    raw: Mapping[str, StoredTensor],
     dtype: torch.dtype,
     mmap: bool,
 ) -> Mistral7B:

@@ -52,7 +52,7 @@ def save_quantized(
     scheme = scheme_of(model)
     if scheme is None:
         raise QuantizationError(
-            "the model is not wholly of int8 or int4 modules", field="format", hint="quantise it, or save it plain"
+            "the model is not wholly of int8 or int4 modules", field="format", hint="quantize it, or save it plain"
         )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     if meta := [name for name, value in state.items() if value.is_meta]:
@@ -103,7 +103,7 @@ def quantize(
         raise QuantizationError(
             "no text to calibrate on",
             field="calibration_tokens",
-            hint="pass rows of token ids, or quantise without",
+            hint="pass rows of token ids, or quantize without",
         )
     held = checkpoint.tensors[EMBEDDING].dtype
     dtype = torch.bfloat16 if held.itemsize == 2 else torch.float32

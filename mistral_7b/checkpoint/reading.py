@@ -27,7 +27,7 @@ from .gguf import blocks as gguf_blocks
 from .gguf import reading as gguf
 from .gguf.file import is_gguf
 from .names import DERIVED, EMBEDDING, OUTPUT, expected, interleaved, layout_of, rename, rotated_heads
-from .stored import Stored, read_file
+from .stored import StoredTensor, read_file
 
 CONFIGS = {"huggingface": "config.json", "mistral": "params.json"}
 
@@ -39,7 +39,7 @@ class Checkpoint:
     folder: pathlib.Path  # also holds the tokenizer; for GGUF, the file itself
     args: ModelArgs
     format: str  # the layout of the weights: "huggingface", "mistral" or "gguf"
-    tensors: Mapping[str, Stored]  # keyed by Mistral's names
+    tensors: Mapping[str, StoredTensor]  # keyed by Mistral's names
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Load one tensor in Mistral's layout: a view of the mapped file if possible, else a copy.
@@ -161,7 +161,7 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
     """Load a checkpoint, quantizing one weight at a time."""
     scheme.check_device(device)
     if scheme.name == "bf16" and dtype != torch.bfloat16:
-        raise QuantizationError(f"quantisation 'bf16' computes in bfloat16, and not in {dtype}", field="dtype")
+        raise QuantizationError(f"quantization 'bf16' computes in bfloat16, and not in {dtype}", field="dtype")
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
 
     def build(linear: nn.Module, name: str) -> nn.Module:
@@ -205,7 +205,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _open_gguf(file)
     if (record := quantized.read_record(path)) is not None:
         raise CheckpointError(
-            f"is quantised, as {record.scheme}",
+            f"is quantized, as {record.scheme}",
             field="quantization_config",
             place=path,
             hint="take the original, which lost nothing",
@@ -258,7 +258,7 @@ def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[Mod
     return reader.read(*configs[format]), format
 
 
-def _find_weights(folder: pathlib.Path) -> dict[str, Stored]:
+def _find_weights(folder: pathlib.Path) -> dict[str, StoredTensor]:
     """Return the tensors of a folder: those of the first complete weight group."""
     groups = hub.weight_groups(entry.name for entry in folder.iterdir())
     if not groups:
@@ -283,12 +283,12 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     return table
 
 
-def _read_weights(path: pathlib.Path) -> dict[str, Stored]:
+def _read_weights(path: pathlib.Path) -> dict[str, StoredTensor]:
     """Return the tensors of one file, or of all shards in an index."""
     if not path.name.endswith(".json"):
         return read_file(path)
     index = _read_index(path)
-    out: dict[str, Stored] = {}
+    out: dict[str, StoredTensor] = {}
     for shard in dict.fromkeys(index.values()):
         if not (path.parent / shard).is_file():
             first = next(tensor for tensor, file in index.items() if file == shard)
@@ -309,7 +309,9 @@ def _read_weights(path: pathlib.Path) -> dict[str, Stored]:
     return out
 
 
-def _fit(path: pathlib.Path, raw: dict[str, Stored], layout: str, args: ModelArgs) -> dict[str, Stored]:
+def _fit(
+    path: pathlib.Path, raw: dict[str, StoredTensor], layout: str, args: ModelArgs
+) -> dict[str, StoredTensor]:
     """Return the tensors by Mistral's names in forward order, after checking names and shapes."""
     have = {}
     for name, stored in raw.items():

@@ -51,7 +51,7 @@ class MappedFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor in a file, not yet loaded."""
 
     file: MappedFile
@@ -101,7 +101,7 @@ class Stored:
             mapped.madvise(mmap.MADV_DONTNEED, begin, self.offset + self.nbytes - begin)
 
 
-def read_file(path: pathlib.Path) -> dict[str, Stored]:
+def read_file(path: pathlib.Path) -> dict[str, StoredTensor]:
     """Return the tensors of a weight file by its content. CheckpointError if it is damaged."""
     try:
         with path.open("rb") as f:
@@ -111,7 +111,7 @@ def read_file(path: pathlib.Path) -> dict[str, Stored]:
     return _read_pickle(path) if head[:4] == b"PK\x03\x04" else _read_safetensors(path, head)
 
 
-def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
+def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, StoredTensor]:
     try:
         with safetensors.safe_open(path, "pt"):  # checks header, offsets and the file's length
             pass
@@ -134,7 +134,7 @@ def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, Stored]:
                 f"tensor {name!r} is of type {entry['dtype']}, which no weight is of", field=name, place=path
             )
         begin = 8 + length + entry["data_offsets"][0]
-        out[name] = Stored(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
+        out[name] = StoredTensor(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
     return out
 
 
@@ -147,7 +147,7 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
+def _read_pickle(path: pathlib.Path) -> dict[str, StoredTensor]:
     try:
         tensors = torch.load(path, map_location="meta", weights_only=True)
         starts = _storage_offsets(path)
@@ -177,7 +177,7 @@ def _read_pickle(path: pathlib.Path) -> dict[str, Stored]:
             )
         offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
         stride = None if tensor.is_contiguous() else tensor.stride()
-        out[name] = Stored(file, name, tensor.dtype, tuple(tensor.shape), offset, stride)
+        out[name] = StoredTensor(file, name, tensor.dtype, tuple(tensor.shape), offset, stride)
     return out
 
 

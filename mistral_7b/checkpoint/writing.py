@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import check_room, raise_refusal
+from ..files import check_room, raise_write_error
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import scheme_of
 from . import hub, huggingface, mistral
@@ -36,7 +36,7 @@ from .gguf.file import is_gguf
 from .gguf.file import read as read_gguf
 from .names import EMBEDDING, OUTPUT, expected, half_split, rename, rotated_heads
 from .reading import open_checkpoint
-from .stored import CODES, Stored
+from .stored import CODES, StoredTensor
 
 Progress = Callable[[int, int, str], None]  # bytes written, total bytes, name of the tensor just written
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -52,7 +52,7 @@ class Outgoing:
     shape: tuple[int, ...]
     fetch: Callable[[], Tensor]  # in Mistral's layout
     release: Callable[[], None] = lambda: None  # called after the tensor is written
-    stored: Stored | None = None  # the source file's tensor, if any: quantized blocks are copied unchanged
+    stored: StoredTensor | None = None  # the source file's tensor, if any: quantized blocks are copied unchanged
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +92,7 @@ def save(
         )
     if scheme_of(model) is not None:
         raise CheckpointError(
-            f"the model is quantised, which format {format!r} cannot say",
+            f"the model is quantized, which format {format!r} cannot say",
             field="format",
             hint="save it as 'quantized'",
         )
@@ -109,7 +109,7 @@ def save(
             raise CheckpointError(f"{name!r} is of type {value.dtype}: cannot be saved", field=name)
     if missing := [name for name in plain if name not in state]:
         raise CheckpointError(
-            f"the model lacks {missing[0]!r}: quantised or adapted, it cannot be saved", field=missing[0]
+            f"the model lacks {missing[0]!r}: quantized or adapted, it cannot be saved", field=missing[0]
         )
     outgoing = [
         Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
@@ -201,7 +201,7 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
             out.rmdir()  # empty, as checked; some systems cannot rename onto a folder
         os.replace(partial, out)
     except Exception as error:
-        raise_refusal(error, out, partial)
+        raise_write_error(error, out, partial)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

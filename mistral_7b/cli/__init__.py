@@ -18,7 +18,7 @@ import sys
 
 from .. import __version__
 from ..errors import HubError, Mistral7BError, WriteError
-from ..files import ADVICE, refusal_in
+from ..files import ADVICE, write_error_in
 
 COMMANDS = {
     "generate": "continue a text",
@@ -105,7 +105,7 @@ def _report(error: Exception) -> int:
     bad_input = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
     if isinstance(error, Mistral7BError):
         bad_input, text = not isinstance(error, (HubError, WriteError)), str(error)
-    elif (refusal := refusal_in(error)) is not None:
+    elif (refusal := write_error_in(error)) is not None:
         what = refusal.filename or ("the output" if refusal.errno in ADVICE else "")
         text = f"{what}: {refusal.strerror}" if what else str(refusal)
         if refusal.errno in ADVICE and not bad_input:

@@ -170,7 +170,7 @@ def schemes(args: Bench, source: str | None) -> tuple[str, ...]:
     own = record.scheme.name
     if asked not in ((), (own,)):
         raise UsageError(
-            f"--scheme {' '.join(asked)}: {args.model} is quantised already, as {own}",
+            f"--scheme {' '.join(asked)}: {args.model} is quantized already, as {own}",
             field="--scheme",
             hint="leave it out",
         )

@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from ..files import written
+from ..files import atomic_write
 from .inputs import UsageError, read_text
 
 Message = dict[str, Any]
@@ -43,7 +43,7 @@ class Conversation:
             except UsageError as error:
                 raise UsageError.of(error, hint="it is not written over, choose another name") from error
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
-        with written(target) as beside:
+        with atomic_write(target) as beside:
             beside.touch(mode=0o600)  # a conversation is for its user's eyes
             beside.write_text(text, encoding="utf-8")
 

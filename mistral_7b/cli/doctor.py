@@ -175,7 +175,7 @@ def advice(facts: dict[str, Any]) -> list[str]:
         out.append(f"{free / 1e9:.1f} GB of memory are free, and Mistral 7B takes 14.5 in bf16: {what}.")
     gpu = facts["torch"].get("gpu")
     if gpu and gpu not in ("mps",) and not facts["packages"]["triton"]:
-        out.append("There is a GPU and no Triton, which its quantised kernels are written in: pip install triton.")
+        out.append("There is a GPU and no Triton, which its quantized kernels are written in: pip install triton.")
     return out
 
 

@@ -97,7 +97,7 @@ def run(argv: list[str]) -> int:
         llm = AsyncLLM(model, engine, tokenizer=tokenizer, adapters=adapters)
     log_to_stderr(access=not args.quiet)
     name = args.name or pathlib.Path(args.model).name
-    llm.reader.warm_up()
+    llm.inputs.warm_up()
     app = build(llm, config, name)
     spans = app.state.serving.trace = _spans(name) if traced else None
     server = Server(app)

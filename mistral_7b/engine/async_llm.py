@@ -34,8 +34,8 @@ from ..text.tool_calls import ToolCall
 from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
 from .containment import because
+from .inputs import Messages, Prompt, RequestOptions, ToolChoice, Tools
 from .llm import EmbeddingOutput, open_engine
-from .reading import Asked, Messages, Prompt, ToolChoice, Tools
 from .request import Request
 from .threads import release
 
@@ -114,10 +114,10 @@ class AsyncLLM:
         device: torch.device | str | None = None,
         quantization: str | None = None,
     ) -> None:
-        self.reader = open_engine(
+        self.inputs = open_engine(
             model, config, tokenizer, adapters, dtype=dtype, device=device, quantization=quantization
         )
-        self.engine = self.reader.engine
+        self.engine = self.inputs.engine
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._touched: dict[_Mailbox, None] = {}
         self._coming = 0  # requests that are on their way to the engine
@@ -130,7 +130,7 @@ class AsyncLLM:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self.reader.tokenizer
+        return self.inputs.tokenizer
 
     @property
     def broken(self) -> EngineError | None:
@@ -142,8 +142,10 @@ class AsyncLLM:
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **asked: Any
     ) -> AsyncIterator[TextPiece]:
-        """Continue a prompt, giving out text as it comes; `asked` as in Asked. Errors before the first piece."""
-        request = await asyncio.to_thread(self.reader.text, prompt, params or SamplingParams(), Asked(**asked))
+        """Complete a prompt; yield its text in pieces. `asked`: RequestOptions. Errors come first."""
+        request = await asyncio.to_thread(
+            self.inputs.text, prompt, params or SamplingParams(), RequestOptions(**asked)
+        )
         async with aclosing(self.follow(request)) as pieces:
             async for piece in pieces:
                 yield piece
@@ -152,7 +154,9 @@ class AsyncLLM:
         self, prompt: Prompt, params: SamplingParams | None = None, **asked: Any
     ) -> AsyncIterator[RequestOutput]:
         """The same, giving out all that has come so far, each time that something has; the last is `finished`."""
-        request = await asyncio.to_thread(self.reader.text, prompt, params or SamplingParams(), Asked(**asked))
+        request = await asyncio.to_thread(
+            self.inputs.text, prompt, params or SamplingParams(), RequestOptions(**asked)
+        )
         async with aclosing(self._growing(request)) as outputs:
             async for output in outputs:
                 yield output
@@ -162,8 +166,8 @@ class AsyncLLM:
         tools: Tools = None, tool_choice: ToolChoice = "auto", **asked: Any,
     ) -> AsyncIterator[RequestOutput]:  # fmt: skip
         """Answer a conversation, as `generate` continues a prompt."""
-        read = partial(self.reader.chat, tools=tools, tool_choice=tool_choice)
-        request = await asyncio.to_thread(read, messages, params or SamplingParams(), Asked(**asked))
+        read = partial(self.inputs.chat, tools=tools, tool_choice=tool_choice)
+        request = await asyncio.to_thread(read, messages, params or SamplingParams(), RequestOptions(**asked))
         async with aclosing(self._growing(request)) as outputs:
             async for output in outputs:
                 yield output
@@ -172,7 +176,7 @@ class AsyncLLM:
         self, prompt: Prompt, *, pooling: str = "mean", normalize: bool = True, **asked: Any
     ) -> EmbeddingOutput:
         """A text's "mean" or "last" final hidden state, of length 1 if `normalize`."""
-        request = await asyncio.to_thread(self.reader.embedding, prompt, pooling, Asked(**asked))
+        request = await asyncio.to_thread(self.inputs.embedding, prompt, pooling, RequestOptions(**asked))
         async for _ in self.follow(request):
             pass
         return EmbeddingOutput(request.embedding(normalize), request.ids)
@@ -180,7 +184,7 @@ class AsyncLLM:
     async def follow(
         self, request: Request, rest: Callable[[], float] | None = None
     ) -> AsyncGenerator[TextPiece, None]:
-        """Have a request of `reader` computed, and give out its pieces. Raises what it ends with, if not well.
+        """Have a request of `inputs` computed, and give out its pieces. Raises what it ends with, if not well.
 
         What comes before it is taken comes as one piece. `rest`, asked after each, says for how many seconds no
         more is wanted, unless it is the end: to be woken costs a fast model's reader more than to read.

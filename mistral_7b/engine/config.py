@@ -57,7 +57,7 @@ class EngineConfig:
             on an accelerator), but never more than `max_sequences` contexts need
         kv_dtype: "int8" keeps keys and values in about half of bfloat16's bytes, rounded
         prefix_caching: begin a prompt where an earlier one that began alike has left off
-        deterministic: make a request's tokens the same to the bit whatever runs beside it. A model quantised
+        deterministic: make a request's tokens the same to the bit whatever runs beside it. A model quantized
             to int8 or int4 on a CPU is so by itself and pays nothing.
         speculation: guess tokens ahead, for requests that do not say otherwise
         grammar_limits: CPU time and memory that a request's grammar may use

@@ -44,7 +44,7 @@ from .scheduler import Counts, Scheduler
 
 
 class Engine:
-    """Runs many requests on one model. reading.py makes the requests and checks them."""
+    """Runs many requests on one model. inputs.py makes the requests and checks them."""
 
     def __init__(self, model: Mistral7B, pool: PagePool, config: EngineConfig) -> None:
         self.model, self.pool, self.config = model, pool, config

@@ -21,8 +21,18 @@ from ..text.tokenizer import Tokenizer
 from .completion import RequestOutput, TextPiece
 from .config import EngineConfig
 from .engine import Engine
+from .inputs import (
+    InputProcessor,
+    Messages,
+    Prompt,
+    RequestOptions,
+    ToolChoice,
+    Tools,
+    as_prompts,
+    params_for,
+    tokenizer_beside,
+)
 from .memory import pool_for
-from .reading import Asked, Messages, Prompt, Reader, ToolChoice, Tools, as_prompts, params_for, tokenizer_beside
 from .request import Request, Sink
 
 
@@ -50,8 +60,8 @@ def open_engine(
     adapters: Mapping[str, str | os.PathLike[str]] | None,
     lengths: Sequence[int] | None = None,
     **how: Any,
-) -> Reader:
-    """An engine for a model that is open or to be opened, and the reader of its requests.
+) -> InputProcessor:
+    """An engine for a model that is open or to be opened, and the input processor of its requests.
 
     `lengths` of all sequences that will ever come, where they are known: memory is then no more than these need.
     """
@@ -72,7 +82,7 @@ def open_engine(
     engine = Engine(model, pool_for(model, config, lengths), config)
     for name, path in (adapters or {}).items():
         engine.adapters.load(name, path)
-    return Reader(engine, tokenizer, why)
+    return InputProcessor(engine, tokenizer, why)
 
 
 def _make_deterministic(model: Mistral7B) -> None:
@@ -115,21 +125,21 @@ class LLM:
         device: torch.device | str | None = None,
         quantization: str | None = None,
     ) -> None:
-        self.reader = open_engine(
+        self.inputs = open_engine(
             model, config, tokenizer, adapters, dtype=dtype, device=device, quantization=quantization
         )
-        self.engine = self.reader.engine
+        self.engine = self.inputs.engine
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return self.reader.tokenizer
+        return self.inputs.tokenizer
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        asked: Asked | Sequence[Asked] | None = None,
+        asked: RequestOptions | Sequence[RequestOptions] | None = None,
         progress: bool = False,
         on_output: Sink | None = None,
         **each: Any,
@@ -137,7 +147,7 @@ class LLM:
         """Continue one or many prompts, texts or token ids; outputs in the order of the prompts.
 
         params      for all prompts, or one for each; none is SamplingParams(), which is 16 tokens
-        **each      request_id, priority, adapter, cache_salt, speculation: see Asked; or `asked`, one for each
+        **each      request_id, priority, adapter, cache_salt, speculation: RequestOptions; or `asked`, a list
         progress    draw a bar
         on_output   called with a request and its new TextPieces after each step
 
@@ -147,7 +157,7 @@ class LLM:
         several = as_prompts(prompts)
         every = zip(several, params_for(several, params), _asked(asked, each, len(several)), strict=True)
         requests = [
-            self.reader.text(prompt, sp, a, on_output, f"prompt {i}") for i, (prompt, sp, a) in enumerate(every)
+            self.inputs.text(prompt, sp, a, on_output, f"prompt {i}") for i, (prompt, sp, a) in enumerate(every)
         ]
         return self._outputs(requests, progress)
 
@@ -158,7 +168,7 @@ class LLM:
         *,
         tools: Tools = None,
         tool_choice: ToolChoice = "auto",
-        asked: Asked | Sequence[Asked] | None = None,
+        asked: RequestOptions | Sequence[RequestOptions] | None = None,
         progress: bool = False,
         on_output: Sink | None = None,
         **each: Any,
@@ -169,7 +179,7 @@ class LLM:
             several = [several]
         every = zip(several, params_for(several, params), _asked(asked, each, len(several)), strict=True)
         requests = [
-            self.reader.chat(messages, sp, a, on_output, tools, tool_choice, f"conversation {i}")
+            self.inputs.chat(messages, sp, a, on_output, tools, tool_choice, f"conversation {i}")
             for i, (messages, sp, a) in enumerate(every)
         ]
         return self._outputs(requests, progress)
@@ -186,13 +196,13 @@ class LLM:
         """The texts' "mean" or "last" final hidden state, of length 1 if `normalize`."""
         several = as_prompts(prompts)
         every = zip(several, _asked(None, each, len(several)), strict=True)
-        requests = [self.reader.embedding(p, pooling, a, name=f"text {i}") for i, (p, a) in enumerate(every)]
+        requests = [self.inputs.embedding(p, pooling, a, name=f"text {i}") for i, (p, a) in enumerate(every)]
         self._outputs(requests, progress)
         return [EmbeddingOutput(r.embedding(normalize), r.ids) for r in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **each: Any) -> Iterator[TextPiece]:
         """Continue one prompt, giving out text as it comes; else as `generate`. Errors are raised by the call."""
-        return follow(self.engine, self.reader.text(prompt, params or SamplingParams(), Asked(**each)))
+        return follow(self.engine, self.inputs.text(prompt, params or SamplingParams(), RequestOptions(**each)))
 
     def _outputs(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
         """Compute until all have ended. Whatever interrupts it, nothing of them stays behind."""
@@ -243,13 +253,15 @@ def follow(engine: Engine, request: Request) -> Iterator[TextPiece]:
         engine.abort_request(request)
 
 
-def _asked(asked: Asked | Sequence[Asked] | None, each: Mapping[str, Any], n: int) -> list[Asked]:
+def _asked(
+    asked: RequestOptions | Sequence[RequestOptions] | None, each: Mapping[str, Any], n: int
+) -> list[RequestOptions]:
     """What goes with each of n requests."""
     if asked is None:
-        asked = Asked(**each)
+        asked = RequestOptions(**each)
     elif each:
         raise EngineError("give `asked`, or its fields by name, not both", field="asked")
-    if isinstance(asked, Asked):
+    if isinstance(asked, RequestOptions):
         if asked.request_id is not None and n > 1:
             return [replace(asked, request_id=f"{asked.request_id}-{i}") for i in range(n)]
         return [asked] * n

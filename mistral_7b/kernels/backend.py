@@ -79,7 +79,7 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def weight_layout(device: torch.device | str) -> str | None:
-    """How quantised weights lie on a device: in "tiles" (layout.py) for the C++, in "rows" for Triton.
+    """How quantized weights lie on a device: in "tiles" (layout.py) for the C++, in "rows" for Triton.
 
     None: there are no products with them.
     """

@@ -1,4 +1,4 @@
-"""The tiles in which quantised weights are stored, on disk and in memory alike.
+"""The tiles in which quantized weights are stored, on disk and in memory alike.
 
 N outputs · K inputs · G groups of K. cpu/weights.h says why a tile is 16 outputs by 4 inputs. Row-major codes
 (N, K) and tiles hold the same values; nothing here depends on the CPU, so a file is good on every machine.

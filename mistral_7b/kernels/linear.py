@@ -1,4 +1,4 @@
-"""y = x W^T with quantised W: the kernels of cpu/ as PyTorch operators, and the same in plain PyTorch.
+"""y = x W^T with quantized W: the kernels of cpu/ as PyTorch operators, and the same in plain PyTorch.
 
     int8    w[n, k] = scale[n] * (q[n, k] - 128)
     int4    w[n, k] = scale[n] * m[n, g] * (q[n, k] - z[n, g])     an int8 weight, compressed: |m (q - z)| <= 127

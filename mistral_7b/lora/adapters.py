@@ -54,7 +54,7 @@ class LoraLinear(nn.Module):
 
 
 class CompressedLoraLinear(LoraLinear, Compressed):
-    """The same of a quantised Linear, which a block that is computed in one call takes as it takes that."""
+    """The same of a quantized Linear, which a block that is computed in one call takes as it takes that."""
 
     base: Compressed
 
@@ -134,13 +134,13 @@ class Adapters:
         for target, (a, b, scale) in adapter.targets.items():
             _check(name, target, a, b, linears.get(target))
             own[target] = LowRank(a, b.double() * scale, norm.dtype, norm.device)
-        self._become({**self._held, name: own})
+        self._rebuild({**self._held, name: own})
         self._loadings[name] = next(self._count)
 
     def unload(self, name: str) -> None:
         """Forget an adapter. AdapterError if there is none of that name."""
         self._of(name)
-        self._become({held: own for held, own in self._held.items() if held != name})
+        self._rebuild({held: own for held, own in self._held.items() if held != name})
 
     @contextlib.contextmanager
     def over(self, runs: Sequence[Run]) -> Iterator[Mistral7B]:
@@ -177,7 +177,7 @@ class Adapters:
             )
         return self._held[name]
 
-    def _become(self, held: dict[str, dict[str, LowRank]]) -> None:
+    def _rebuild(self, held: dict[str, dict[str, LowRank]]) -> None:
         """Hold these adapters: a new tree of the model's own parts takes the place of the last one."""
 
         def build(linear: nn.Module, name: str) -> nn.Module:

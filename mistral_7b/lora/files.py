@@ -27,7 +27,7 @@ from torch import Tensor
 from ..checkpoint import mistral
 from ..checkpoint.config import read_json
 from ..checkpoint.names import EMBEDDING, expected, half_split, interleaved, rename, rotated_heads
-from ..checkpoint.stored import Stored, read_file
+from ..checkpoint.stored import StoredTensor, read_file
 from ..checkpoint.writing import header_of, new_folder, write_json
 from ..errors import CheckpointError
 from ..model import ModelArgs
@@ -105,7 +105,7 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     return found[0]
 
 
-def _read_peft(file: pathlib.Path, stored: dict[str, Stored], args: ModelArgs) -> Adapter:
+def _read_peft(file: pathlib.Path, stored: dict[str, StoredTensor], args: ModelArgs) -> Adapter:
     path = file.with_name(CONFIG)
     if not path.is_file():
         raise CheckpointError(f"PEFT's weights without {CONFIG} beside them, which has their scale", place=file)
@@ -169,14 +169,14 @@ def _is_number(value: Any) -> bool:
 
 def _factors(
     file: pathlib.Path,
-    stored: dict[str, Stored],
+    stored: dict[str, StoredTensor],
     args: ModelArgs,
     layout: str,
     scale: Callable[[str, int], float],
 ) -> dict[str, Factors]:
     """Return the factors by Mistral's names and in its layout, in forward order."""
     shapes = {name: shape for name, shape in expected(args) if len(shape) == 2}
-    halves: dict[str, dict[str, Stored]] = {}
+    halves: dict[str, dict[str, StoredTensor]] = {}
     for one in stored.values():
         ours, half = _place(one, layout)
         if ours not in shapes:
@@ -195,7 +195,7 @@ def _factors(
     return out
 
 
-def _place(one: Stored, layout: str) -> tuple[str, str]:
+def _place(one: StoredTensor, layout: str) -> tuple[str, str]:
     """Return the weight (Mistral's name) that a tensor belongs to, and its factor, "A" or "B"."""
     plain = one.name.removeprefix(PREFIX).replace(".base_layer.", ".")
     found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", plain)
@@ -212,7 +212,7 @@ def _place(one: Stored, layout: str) -> tuple[str, str]:
     return ours, found[2]
 
 
-def _pair(ours: str, halves: dict[str, Stored], outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+def _pair(ours: str, halves: dict[str, StoredTensor], outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     """Return A (r, K) and B (N, r) of one Linear, after checking shapes and types."""
     if len(halves) < 2:
         raise next(iter(halves.values())).fault("is there without its other half")

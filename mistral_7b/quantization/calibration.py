@@ -1,4 +1,4 @@
-"""Quantisation that looks at what flows through the model, a block at a time.
+"""Quantization that looks at what flows through the model, a block at a time.
 
 Each block is rescaled (rescaling.py), then rounded with feedback (feedback.py), its Linears in the order in which
 data passes them: so that each is fitted to inputs as the rounded ones before it make them. Both are measured
@@ -7,7 +7,7 @@ against inputs that become int8 as in use. experiments/results/2026-11-24-calibr
 At 7B it holds at most, in bfloat16, for C = 16384 tokens of calibration in documents of 2048:
 
     0.44 GB   one block's weights
-    0.12      the same quantised
+    0.12      the same quantized
     1.64      H of w2's inputs and its factor: 2 x 14336 x 14336 x 4 bytes
     0.41      1024 rows of w2 in float32, seven times
     0.40      the block's inputs, what wo is given or the block's outputs, and the stream between: 3 x C x 4096 x 2
@@ -42,7 +42,7 @@ def calibrate(
     scheme: str | Scheme,
     progress: Callable[[str], None] | None = None,
 ) -> Mistral7B:
-    """Quantise a model in place for what `documents` (token ids each, BOS first) make it compute; returns it.
+    """Quantize a model in place for what `documents` (token ids each, BOS first) make it compute; returns it.
 
     `progress` is called with the name of every part that is done. Some 16,000 tokens of what the model is used
     for are enough; more take time in proportion. QuantizationError if there are none, or for a scheme
@@ -71,7 +71,7 @@ def calibrate(
 def calibrate_block(
     block: TransformerBlock, inputs: list[Tensor], args: ModelArgs, scheme: Scheme
 ) -> list[Tensor]:
-    """Quantise a block's Linears in place; returns what it then makes of `inputs`: those of the next block.
+    """Quantize a block's Linears in place; returns what it then makes of `inputs`: those of the next block.
 
     `inputs` are one (T, D) for each document, whose first row stands at position 0, in the type of the block's
     weights. Norms change with the weights; the tensors that held them are not written to, so that they may be
@@ -145,16 +145,16 @@ def rescale_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs
 def _check(inputs: list[Tensor], scheme: Scheme) -> None:
     if not scheme.whole:
         raise QuantizationError(
-            f"calibration is for int8 and int4, not for {scheme}", field="scheme", hint="quantise without"
+            f"calibration is for int8 and int4, not for {scheme}", field="scheme", hint="quantize without"
         )
     if not inputs:
         raise QuantizationError(
-            "no text to calibrate on", field="documents", hint="pass documents of token ids, or quantise without"
+            "no text to calibrate on", field="documents", hint="pass documents of token ids, or quantize without"
         )
 
 
 def _round(parent: nn.Module, names: tuple[str, ...], inputs: Iterable[Tensor], scheme: Scheme) -> None:
-    """Put quantised Linears in the place of those that share these inputs (T, K) each."""
+    """Put quantized Linears in the place of those that share these inputs (T, K) each."""
     linears = _pick(parent, *names)
     feedback = Feedback(linears[names[0]].in_features)
     for x in inputs:

@@ -1,4 +1,4 @@
-"""How far a quantised model is from its original, from the logits of both for the same tokens."""
+"""How far a quantized model is from its original, from the logits of both for the same tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Comparison:
         self._nats += F.nll_loss(log_q, targets, reduction="sum").item()
 
     def result(self, text: str) -> dict[str, Any]:
-        """What a quantised checkpoint records: KL(original || quantised) in nats a token, the share of places
+        """What a quantized checkpoint records: KL(original || quantized) in nats a token, the share of places
         where both find the same token the likeliest, both perplexities; `text` names what was read."""
         n = max(self.tokens, 1)
         return {

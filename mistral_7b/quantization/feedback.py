@@ -31,7 +31,7 @@ DAMPING = 0.01  # of H's mean diagonal, added to it
 class Feedback:
     """H of one Linear's inputs, summed as they come and then factored: float32 (K, K), 822 MB at K = 14336.
 
-    Inputs count as the quantised product sees them, int8 by row.
+    Inputs count as the quantized product sees them, int8 by row.
     """
 
     def __init__(self, in_features: int) -> None:

@@ -1,7 +1,7 @@
 """A model's blocks through the kernels: its own parameters and Linears, computed in fewer passes over memory.
 
 `fuse` builds them and puts them in the places of model.py's, by the same names; only `forward` is another.
-Quantised models use them: once its products are fast, what lies between would be half of a step.
+Quantized models use them: once its products are fast, what lies between would be half of a step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class FusedFeedForward(FeedForward):
 class FusedBlock(TransformerBlock):
     """A block in three calls: what comes before attention, attention, and what comes after.
 
-    Where a part of it is another than a quantised Linear, it is computed part by part.
+    Where a part of it is another than a quantized Linear, it is computed part by part.
     """
 
     _description: tuple[list[Tensor], Block] | None = None
@@ -84,7 +84,7 @@ class FusedBlock(TransformerBlock):
     def described(self, dtype: torch.dtype) -> Block | None:
         """The block's weights as the kernels take them, described anew when one of them is another tensor.
 
-        None if a part of it is another than a quantised Linear, or a norm is not of `dtype`, that of the block's
+        None if a part of it is another than a quantized Linear, or a norm is not of `dtype`, that of the block's
         input: the kernels read both as one.
         """
         a, f = self.attention, self.feed_forward

@@ -1,7 +1,7 @@
 """Linears for a GPU: weights as integers or e4m3, activations as they are (fp8: rounded too).
 
 The stored tiles (kernels/layout.py) are made for CPUs. `to_gpu` lays the same codes out row by row, a module at
-a time, so that a quantised file is good here as well; the numbers it stands for are the same to the bit.
+a time, so that a quantized file is good here as well; the numbers it stands for are the same to the bit.
 On the CPU activations become int8 and here they do not, so logits differ by that rounding.
 """
 

@@ -32,7 +32,7 @@ def sample(inputs: Sequence[Tensor]) -> Tensor:
 def search(
     linears: dict[str, nn.Linear], x: Tensor, scheme: Scheme, ties: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """The s (K,) with which Linears, all of the same input x (T, K), lose least when they are quantised.
+    """The s (K,) with which Linears, all of the same input x (T, K), lose least when they are quantized.
 
     What is tried rounds its inputs as it does in use, so the squared error is that of both roundings. `ties`
     maps sizes (K,) to sizes that are equal where one number does the dividing.

@@ -1,4 +1,4 @@
-"""The names of quantisation, and a model in them.
+"""The names of quantization, and a model in them.
 
     int8    a float scale for each output; half the bytes of bfloat16
     int4    groups of 128 or 32 inputs, with zero points of their own (or symmetric: all the middle); the output
@@ -44,7 +44,7 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise QuantizationError(
-                f"quantisation {self.name!r} is not known: it can be {', '.join(NAMES)}", field="quantization"
+                f"quantization {self.name!r} is not known: it can be {', '.join(NAMES)}", field="quantization"
             )
         if self.group_size not in GROUPS:
             raise QuantizationError(
@@ -71,9 +71,9 @@ class Scheme:
         device = torch.device(device)
         if weight_layout(device) is None:
             raise QuantizationError(
-                f"quantised models run on a CPU or an NVIDIA GPU, not on {device}",
+                f"quantized models run on a CPU or an NVIDIA GPU, not on {device}",
                 field="device",
-                hint="take the device 'cpu', or a model that is not quantised",
+                hint="take the device 'cpu', or a model that is not quantized",
             )
         if self.name == "fp8" and not has_fp8(device):
             raise QuantizationError(

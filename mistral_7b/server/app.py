@@ -17,7 +17,7 @@ from ..errors import ConfigError, Mistral7BError
 from . import page
 from .anthropic import messages as anthropic
 from .config import ServerConfig
-from .http.errors import Refusal, invalid, refusal
+from .http.errors import HttpError, invalid, refusal
 from .http.guard import Guard
 from .http.json_bodies import json_answer
 from .openai import router as openai
@@ -37,7 +37,7 @@ def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "
     Raises ConfigError for a model without a tokenizer.
     """
     if llm.tokenizer is None:
-        raise ConfigError(f"the server needs the model's tokenizer: {llm.reader.why}")
+        raise ConfigError(f"the server needs the model's tokenizer: {llm.inputs.why}")
     state = State(llm, config or ServerConfig(), model_name)
     app = FastAPI(
         title="mistral_7b", version=__version__, docs_url=None, redoc_url=None,  # both load scripts from a CDN
@@ -72,7 +72,7 @@ def _install_openapi(app: FastAPI) -> None:
 def _install_error_handlers(app: FastAPI) -> None:
     """Return every error in one JSON shape. Unexpected errors propagate to the guard, which logs them."""
 
-    def respond(request: HttpRequest, why: Refusal) -> Response:
+    def respond(request: HttpRequest, why: HttpError) -> Response:
         return json_answer(why.body(request.url.path), why.status, why.headers)
 
     @app.exception_handler(RequestValidationError)
@@ -83,11 +83,11 @@ def _install_error_handlers(app: FastAPI) -> None:
     async def http_exception(request: HttpRequest, error: HTTPException) -> Response:
         path = request.url.path
         if error.status_code == 404:
-            return respond(request, Refusal(404, f"there is no route {path:.200}", code="no_such_route"))
+            return respond(request, HttpError(404, f"there is no route {path:.200}", code="no_such_route"))
         if error.status_code == 405:
             why = f"{path:.200} does not allow the method {request.method}"
-            return respond(request, Refusal(405, why, code="method_not_allowed", headers=error.headers))
-        return respond(request, Refusal(error.status_code, str(error.detail), headers=error.headers))
+            return respond(request, HttpError(405, why, code="method_not_allowed", headers=error.headers))
+        return respond(request, HttpError(error.status_code, str(error.detail), headers=error.headers))
 
     @app.exception_handler(Mistral7BError)
     async def package_error(request: HttpRequest, error: Mistral7BError) -> Response:

@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from ..errors import ConfigError, EngineError
 from .config import ServerConfig
 from .http.connection import connection_class
-from .http.errors import Refusal
+from .http.errors import HttpError
 from .operations.lag import watch
 from .state import State
 
@@ -134,7 +134,7 @@ class Server(uvicorn.Server):
 
     def _cut(self) -> None:
         limit = self._limit
-        why = Refusal(503, f"the server is shutting down; this request did not finish within {limit:g} seconds",
+        why = HttpError(503, f"the server is shutting down; this request did not finish within {limit:g} seconds",
                       code="shutting_down", retry_after=5)  # fmt: skip
         cut = self.state.cut(why)
         logger.warning("requests were cut", extra={"fields": {"answers": cut, "seconds": limit}})

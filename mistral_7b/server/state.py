@@ -1,6 +1,6 @@
 """State that all routes share, and the functions that prepare and run one engine request.
 
-    request = await read(state, partial(state.llm.reader.chat, messages, params, options), "messages")
+    request = await read(state, partial(state.llm.inputs.chat, messages, params, options), "messages")
     async for piece in answer(state, http_request, request):
 
 `read` encodes on a worker thread; `answer` streams. No task is cancelled: on a disconnect, a timeout or shutdown
@@ -26,7 +26,7 @@ from ..engine.completion import TextPiece
 from ..engine.request import Request
 from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
 from .config import ServerConfig
-from .http.errors import ClientGoneError, Refusal
+from .http.errors import ClientGoneError, HttpError
 
 # Keys of the ASGI scope, set by the guard and the routes.
 GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has disconnected
@@ -109,22 +109,22 @@ class State:
         return (self.model_name, *self.llm.engine.adapters.names)
 
     def adapter(self, model: str | None) -> str | None:
-        """The adapter that `model` names, or None for the base model. Refusal (404) for an unknown name."""
+        """The adapter that `model` names, or None for the base model. HttpError (404) for an unknown name."""
         if not model or model == self.model_name:
             return None
         if model not in self.models:
             known = ", ".join(map(repr, self.models))
-            raise Refusal(404, f"there is no model {model!r:.100}; available: {known}", field="model",
+            raise HttpError(404, f"there is no model {model!r:.100}; available: {known}", field="model",
                           code="model_not_found")  # fmt: skip
         return model
 
     @property
-    def closed(self) -> Refusal | None:
+    def closed(self) -> HttpError | None:
         """The reason why new requests are refused (503), or None."""
         if self.llm.broken is not None:
             return engine_broke(503)
         if self.draining:
-            return Refusal(503, "the server is shutting down", hint="retry in a moment", code="shutting_down",
+            return HttpError(503, "the server is shutting down", hint="retry in a moment", code="shutting_down",
                            retry_after=5)  # fmt: skip
         return None
 
@@ -136,7 +136,7 @@ class State:
         """
         return min(len(self.running) / WRITES, LONGEST_REST)
 
-    def cut(self, why: Refusal) -> int:
+    def cut(self, why: HttpError) -> int:
         """Abort all running requests for the reason `why`; return their number."""
         for running in list(self.running):
             running.end("shutdown", why)
@@ -148,23 +148,23 @@ class Running:
 
     def __init__(self, llm: AsyncLLM, request: Request) -> None:
         self.llm, self.request = llm, request
-        self.why: Refusal | None = None
+        self.why: HttpError | None = None
         self.reason = "abort"
 
-    def end(self, reason: str, why: Refusal) -> None:
+    def end(self, reason: str, why: HttpError) -> None:
         """Abort the request within one engine step. Only the first call's reason is kept."""
         if self.why is None:
             self.why, self.reason = why, reason
             self.llm.abort(self.request.id)
 
 
-def engine_broke(status: int) -> Refusal:
+def engine_broke(status: int) -> HttpError:
     """The error after an engine failure, whose cause is in the log.
 
     503 for a request that arrived later: a proxy may retry it on another server. 500 for one that the engine was
     running, which a proxy must not retry: it may have caused the failure and would break the next server, too.
     """
-    return Refusal(status, "the server's engine failed", hint="retry in a moment", code="engine_broken",
+    return HttpError(status, "the server's engine failed", hint="retry in a moment", code="engine_broken",
                    retry_after=5)  # fmt: skip
 
 
@@ -179,15 +179,15 @@ def note(http_request: HttpRequest, **notes: Any) -> None:
 
 
 def left(http_request: HttpRequest) -> threading.Event | None:
-    """An event, set when the client has disconnected; for Asked.gone."""
+    """An event, set when the client has disconnected; for RequestOptions.gone."""
     event: threading.Event | None = http_request.scope.get(LEFT)
     return event
 
 
 async def read(state: State, make: Callable[[], Request], field: str) -> Request:
-    """Run `make`, a call of the engine's reader, on a worker thread, because tokenizing and grammars are slow.
+    """Run `make`, which makes a request, on a worker thread, because tokenizing and grammars are slow.
 
-    Raises the reader's errors for an invalid request, and Refusal (422) naming `field` for one that is too large;
+    Raises the input processor's errors for an invalid request; HttpError (422) naming `field` if it is too large;
     ClientGoneError if the client has disconnected and `make` was given the event (`left`).
     """
     try:
@@ -197,10 +197,10 @@ async def read(state: State, make: Callable[[], Request], field: str) -> Request
     except (QueueFullError, PromptTooLongError, ProcessError):
         raise
     except EngineError as e:  # larger than the engine's memory, even alone
-        raise Refusal.of(e, status=422, code="too_large") from e
+        raise HttpError.of(e, status=422, code="too_large") from e
     most = state.config.max_prompt_tokens or state.llm.engine.model.args.max_seq_len
     if len(request.ids) > most:
-        raise Refusal(422, f"the prompt has {len(request.ids)} tokens; the server's limit is {most}",
+        raise HttpError(422, f"the prompt has {len(request.ids)} tokens; the server's limit is {most}",
                       field=field, hint="shorten it", code="context_length_exceeded")  # fmt: skip
     return request
 
@@ -209,7 +209,7 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
     """Run a request on the engine and yield its pieces.
 
     Closing the generator early aborts the request: wrap it in contextlib.aclosing. Raises QueueFullError, the
-    request's own error, ClientGoneError, or Refusal on a timeout or shutdown.
+    request's own error, ClientGoneError, or HttpError on a timeout or shutdown.
     """
     began = time.perf_counter()
     running, metrics, limit = Running(state.llm, request), state.metrics, state.config.request_timeout
@@ -223,7 +223,7 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
 
     if gone is not None:
         gone.add_done_callback(abort)
-    timeout = Refusal(504, f"the response was not complete after {limit:g} seconds", code="timeout",
+    timeout = HttpError(504, f"the response was not complete after {limit:g} seconds", code="timeout",
                       headers={"x-should-retry": "false"})  # fmt: skip
     timer = asyncio.get_running_loop().call_later(limit, running.end, "timeout", timeout)
     state.running.add(running)

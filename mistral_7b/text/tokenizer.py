@@ -212,9 +212,9 @@ class Tokenizer:
         continued, and its text encoded unchanged. Raises TokenizerError naming the invalid message, by its entry
         in `labels` if given, else as `messages[i]`.
         """
-        return self.encode_begun(messages, tools, labels)[0]
+        return self.encode_chat_with_prefix(messages, tools, labels)[0]
 
-    def encode_begun(
+    def encode_chat_with_prefix(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import written
+from ..files import atomic_write
 
 
 def draw_curve(log: Sequence[dict[str, Any]], path: Path) -> bool:
@@ -39,6 +39,6 @@ def draw_curve(log: Sequence[dict[str, Any]], path: Path) -> bool:
             f"{measured[-1][1]:.3f}", measured[-1], textcoords="offset points", xytext=(-4, 8), ha="right"
         )
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", frameon=False)
-    with written(path) as beside:
+    with atomic_write(path) as beside:
         figure.savefig(beside, format="png", dpi=120)
     return True

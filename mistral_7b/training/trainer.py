@@ -17,7 +17,7 @@ import torch
 
 from ..cache import Stateless
 from ..errors import TrainingError, WriteError
-from ..files import written
+from ..files import atomic_write
 from ..kernels import threads
 from ..model import Mistral7B, ModelArgs
 from ..text.tokenizer import Tokenizer
@@ -127,7 +127,10 @@ class Trainer:
         WriteError names the update of that state.
         """
         try:
-            with written(path) as beside, beside.open("wb") as file:  # given a path, torch would hide the OSError
+            with (
+                atomic_write(path) as beside,
+                beside.open("wb") as file,
+            ):  # given a path, torch would hide the OSError
                 torch.save(self.state(), file)
         except WriteError as error:
             kept = (
@@ -218,7 +221,7 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     if measure and "held_out_bits_per_byte" not in last:
         last["held_out_bits_per_byte"] = trainer.log[-1]["held_out_bits_per_byte"] = measure()
         trainer.save(state_path)
-    with written(out / "log.jsonl") as beside:
+    with atomic_write(out / "log.jsonl") as beside:
         beside.write_text("".join(json.dumps(r) + "\n" for r in trainer.log), encoding="utf-8")
     _save_model(trainer.model, tokenizer, out / "model")
     draw_curve(trainer.log, out / "curve.png")

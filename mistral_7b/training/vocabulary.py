@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import TrainingError
-from ..files import written
+from ..files import atomic_write
 
 CONTROL = (
     "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
@@ -51,5 +51,5 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         raise TrainingError(
             f"cannot learn {vocab_size} tokens from this text: {error}", field="vocab_size"
         ) from None
-    with written(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(model.getvalue())

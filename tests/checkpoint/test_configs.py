@@ -107,7 +107,7 @@ REFUSED = {
     "another architecture": ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
     "a classifier": ({"architectures": ["MistralForSequenceClassification"]}, "architectures"),
     "another model": ({"model_type": "mixtral"}, "model_type"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     "scaled RoPE": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
     "YaRN": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters"),
     "RoPE as text": ({"rope_parameters": "default"}, "rope_parameters"),

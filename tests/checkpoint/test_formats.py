@@ -282,10 +282,10 @@ def test_what_cannot_be_saved_is_named(tmp_path: pathlib.Path) -> None:
     adapted.output = torch.nn.Linear(TINY.dim, TINY.vocab_size, bias=True)
     with refused(CheckpointError, field="output.bias"):
         adapted.save_pretrained(tmp_path / "out")
-    quantised = tiny_model()
-    quantised.layers[1].attention.wk = torch.nn.Identity()
+    quantized = tiny_model()
+    quantized.layers[1].attention.wk = torch.nn.Identity()
     with refused(CheckpointError, field="layers.1.attention.wk.weight"):
-        quantised.save_pretrained(tmp_path / "out")
+        quantized.save_pretrained(tmp_path / "out")
     with refused(CheckpointError, field="format"):
         tiny_model().save_pretrained(tmp_path / "out", format="onnx")
     assert list(tmp_path.iterdir()) == []

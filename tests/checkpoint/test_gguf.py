@@ -203,8 +203,8 @@ def test_converting_to_gguf_keeps_blocks_to_the_bit(tmp_path: pathlib.Path, kind
         (t.name, t.tensor_type, t.data.tobytes()) for t in two
     ]
     again = weights_of(opened(tmp_path / "x.gguf"))["output.weight"]
-    requantised = gguf_blocks.quantise(KINDS[kind], again)
-    assert requantised.numpy().tobytes() != one[-1].data.tobytes()  # or this would prove nothing
+    requantized = gguf_blocks.quantize(KINDS[kind], again)
+    assert requantized.numpy().tobytes() != one[-1].data.tobytes()  # or this would prove nothing
 
 
 def test_v0_1_has_its_window_with_a_notice_and_later_ones_none(tmp_path: pathlib.Path) -> None:
@@ -424,7 +424,7 @@ def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: pathlib.Path) -> Non
     assert same_bits(opened(tmp_path / "renamed.bin"), model)
 
 
-def test_quantised_values_go_to_other_formats_as_they_are(tmp_path: pathlib.Path) -> None:
+def test_quantized_values_go_to_other_formats_as_they_are(tmp_path: pathlib.Path) -> None:
     tiny_model(NARROW).save_pretrained(tmp_path / "x.gguf", format="gguf", type="q4_0")
     convert(tmp_path / "x.gguf", tmp_path / "hf", to="huggingface")
     assert same_bits(opened(tmp_path / "hf"), opened(tmp_path / "x.gguf"))

@@ -34,7 +34,7 @@ def test_any_bytes_mean_what_they_mean_to_the_gguf_package(kind: Kind, seed: int
     raw = random_rows(kind, seed)
     with np.errstate(all="ignore"):
         wanted = dequantize(raw, GGMLQuantizationType[kind.name])
-    ours = gguf_blocks.dequantise(kind, torch.from_numpy(raw)).numpy()
+    ours = gguf_blocks.dequantize(kind, torch.from_numpy(raw)).numpy()
     assert ours.shape == wanted.shape == (37, 3 * kind.block)
     assert np.array_equal(bits(ours), bits(wanted))
 
@@ -42,10 +42,10 @@ def test_any_bytes_mean_what_they_mean_to_the_gguf_package(kind: Kind, seed: int
 @pytest.mark.parametrize("kind", BLOCKED, ids=lambda kind: kind.name)
 def test_in_chunks_and_rounded_it_is_the_same(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = torch.from_numpy(random_rows(kind, 1))
-    whole = gguf_blocks.dequantise(kind, raw)
+    whole = gguf_blocks.dequantize(kind, raw)
     monkeypatch.setattr(gguf_blocks, "VALUES_AT_ONCE", 5 * 3 * kind.block)
     for dtype in (torch.float32, torch.bfloat16):
-        chunked = gguf_blocks.dequantise_to(kind, raw, dtype)
+        chunked = gguf_blocks.dequantize_to(kind, raw, dtype)
         assert torch.equal(chunked.nan_to_num(), whole.to(dtype).nan_to_num())
 
 
@@ -57,7 +57,7 @@ def test_codes_and_scales_are_what_the_values_are_made_of(kind: Kind) -> None:
     assert (tuple(d.shape), tuple(q.shape)) == ((37, 3), (37, 96))
     zero = gguf_blocks.ZERO_POINTS[kind.name]
     values = d.float().repeat_interleave(32, 1) * (q.float() - zero)
-    assert torch.equal(values.nan_to_num(), gguf_blocks.dequantise(kind, raw).nan_to_num())
+    assert torch.equal(values.nan_to_num(), gguf_blocks.dequantize(kind, raw).nan_to_num())
 
 
 def awkward(seed: int) -> np.ndarray:
@@ -80,7 +80,7 @@ def test_values_become_the_bytes_that_the_gguf_package_makes_of_them(kind: Kind,
     x = awkward(seed)
     for source in (torch.from_numpy(x), torch.from_numpy(x).bfloat16()):
         wanted = quantize(source.float().numpy(), GGMLQuantizationType[kind.name])
-        assert np.array_equal(gguf_blocks.quantise(kind, source).numpy(), wanted)
+        assert np.array_equal(gguf_blocks.quantize(kind, source).numpy(), wanted)
 
 
 @pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
@@ -89,4 +89,4 @@ def test_what_no_scale_can_hold_is_refused(kind: Kind, bad: float) -> None:
     x = torch.ones(2, 64)
     x[1, 40] = bad
     with pytest.raises(ValueError, match="not finite, or larger"):
-        gguf_blocks.quantise(kind, x)
+        gguf_blocks.quantize(kind, x)

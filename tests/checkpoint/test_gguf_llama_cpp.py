@@ -85,7 +85,7 @@ def test_llama_cpp_computes_from_our_files_what_we_do(tmp_path: pathlib.Path, ty
     compared(path, their_logits(path, tokens), tokens, *TOLERANCES[type])
 
 
-def quantised(source: pathlib.Path, out: pathlib.Path, file_type: int) -> None:
+def quantized(source: pathlib.Path, out: pathlib.Path, file_type: int) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.allow_requantize = file_type, 2, True
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
@@ -102,12 +102,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("name", QUANTISED_THERE)
-def test_we_read_their_quantised_files_as_they_do(tmp_path: pathlib.Path, wide: pathlib.Path, name: str) -> None:
+def test_we_read_their_quantized_files_as_they_do(tmp_path: pathlib.Path, wide: pathlib.Path, name: str) -> None:
     theirs, again, tokens = tmp_path / f"{name}.gguf", tmp_path / "again.gguf", prompt()
-    quantised(wide, theirs, QUANTISED_THERE[name])
+    quantized(wide, theirs, QUANTISED_THERE[name])
     kinds = {entry.kind.name for entry in read(theirs).entries.values()}
     assert any(kind.startswith(name.removesuffix("_M")) for kind in kinds)
-    quantised(theirs, again, 0)  # back to float32, by llama.cpp
+    quantized(theirs, again, 0)  # back to float32, by llama.cpp
     plain = tmp_path / "plain.gguf"
     convert(theirs, plain, to="gguf", type="f32")  # dequantized by us: loading would keep its blocks
     ours = Mistral7B.from_pretrained(plain, dtype=torch.float32).state_dict()

@@ -192,7 +192,7 @@ def test_another_scheme_is_not_to_be_had(folders: pathlib.Path) -> None:
     assert load(folders / "int4", quantization=Scheme("int4")).args == TINY
 
 
-def test_what_is_quantised_is_not_taken_for_an_original(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_what_is_quantized_is_not_taken_for_an_original(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for act in (
         lambda: convert(folders / "int4", tmp_path / "out", to="mistral"),
         lambda: quantize(folders / "int4", tmp_path / "out", "int8", TEXT, "a text"),
@@ -218,16 +218,16 @@ def test_no_saving_without_a_measured_distance(
 
 
 def test_formats_and_models_that_do_not_go_together(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    quantised, plain = load(folders / "int4"), load(folders / "plain")
+    quantized, plain = load(folders / "int4"), load(folders / "plain")
     with refused(CheckpointError, field="format"):
-        quantised.save_pretrained(tmp_path / "out")
+        quantized.save_pretrained(tmp_path / "out")
     with refused(CheckpointError, field="format"):
         plain.save_pretrained(tmp_path / "out", distance=DISTANCE)
     with refused(QuantizationError, field="format"):
         plain.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
-    quantised.layers[1].attention.wo = plain.layers[1].attention.wo
+    quantized.layers[1].attention.wo = plain.layers[1].attention.wo
     with refused(QuantizationError, field="format"):
-        quantised.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
+        quantized.save_pretrained(tmp_path / "out", format="quantized", distance=DISTANCE)
     assert not list(tmp_path.iterdir())
 
 

@@ -117,7 +117,7 @@ def test_a_shape_has_fewer_layers_and_no_file(windowed: str) -> None:
 
 
 @pytest.mark.usefixtures("ceilings_asked")
-def test_a_quantised_folder_is_measured_in_its_own_scheme(run, windowed: str, tmp_path: pathlib.Path) -> None:
+def test_a_quantized_folder_is_measured_in_its_own_scheme(run, windowed: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int8")
     assert run("quantize", windowed, out, "--scheme", "int8", "--tokens", "20").code == 0
     assert plan_of(Bench(out)).schemes == plan_of(Bench(out, scheme=("int8",))).schemes == ("int8",)

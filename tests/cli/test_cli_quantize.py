@@ -25,7 +25,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.wording
-def test_quantise_inform_and_generate(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
+def test_quantize_inform_and_generate(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int4")
     code, stdout, err = run(
         "quantize", windowed, out, "--scheme", "int4", "--group-size", "32", "--text", text, *FAST
@@ -52,7 +52,7 @@ def test_quantise_inform_and_generate(run, windowed: str, text: str, tmp_path: p
     assert "already, as int4 in groups of 32" in err
 
 
-def test_quantise_while_loading_is_the_same_model(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
+def test_quantize_while_loading_is_the_same_model(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int8")
     assert run("quantize", windowed, out, "--scheme", "int8", "--text", text, *FAST).code == 0
     assert all(
@@ -100,7 +100,7 @@ def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.
         (["/nowhere", "{tmp}/out"], "/nowhere"),
     ],
 )
-def test_quantise_refuses(run, windowed: str, tmp_path: pathlib.Path, words: list[str], message: str) -> None:
+def test_quantize_refuses(run, windowed: str, tmp_path: pathlib.Path, words: list[str], message: str) -> None:
     (tmp_path / "kept").write_text("x")
     code, out, err = run("quantize", *(w.format(model=windowed, tmp=tmp_path) for w in words))
     assert (code, out) == (2, "")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mistral_7b.engine.batch import PagedBatch
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
+from mistral_7b.engine.inputs import InputProcessor, RequestOptions
 from mistral_7b.engine.pages import Key, PagePool, first_key, next_key
-from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
 from mistral_7b.engine.speculation import Choose, Guesser, Pace, Speculation
 from mistral_7b.model import ModelArgs
@@ -184,7 +184,7 @@ def _raise(plan: object, cause: Exception) -> None:
 
 def request_of(engine: Engine, prompt: Sequence[int], params: SamplingParams, **asked: object) -> Request:
     """A request that has been checked and not yet added."""
-    return Reader(engine, None, "there is none here").text(list(prompt), params, Asked(**asked))  # type: ignore
+    return InputProcessor(engine, None, "there is none here").text(list(prompt), params, RequestOptions(**asked))  # type: ignore
 
 
 def check(engine: Engine) -> None:

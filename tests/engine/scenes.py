@@ -13,7 +13,7 @@ from automaton import Automaton, check, engine_of
 from mistral_7b.engine import async_llm
 from mistral_7b.engine.async_llm import AsyncLLM
 from mistral_7b.engine.engine import Engine
-from mistral_7b.engine.reading import Reader
+from mistral_7b.engine.inputs import InputProcessor
 from mistral_7b.sampling.params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -27,7 +27,7 @@ def open_llm(**config: Any) -> AsyncLLM:
     settings = {"max_sequences": 4, "max_batch_tokens": 16, "page_size": 4, **config}
     engine = engine_of(Automaton(8), 100, **settings)
     engine._fail = Engine._fail.__get__(engine)  # type: ignore[method-assign]
-    reader = Reader(engine, None, "there is none here")
+    reader = InputProcessor(engine, None, "there is none here")
     with mock.patch.object(async_llm, "open_engine", return_value=reader):
         _opened.append(AsyncLLM())
     return _opened[-1]

@@ -21,9 +21,9 @@ from mistral_7b.engine.batch import PaddingRow, PagedBatch
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.in_flight import InFlightStep
+from mistral_7b.engine.inputs import InputProcessor, RequestOptions
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool, first_key, next_key
-from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import EngineError, GenerationError
@@ -46,7 +46,7 @@ def llm_of(window: int | None = 8, pages: int = 200, ahead: bool = True, **confi
 
 
 def add(llm: LLM, prompt: list[int], params: SamplingParams = GREEDY, **asked: Any) -> Request:
-    request = llm.reader.text(prompt, params, Asked(**asked))
+    request = llm.inputs.text(prompt, params, RequestOptions(**asked))
     llm.engine.add(request)
     return request
 
@@ -405,9 +405,9 @@ def test_a_launch_asks_the_device_for_nothing() -> None:
     config = EngineConfig(max_sequences=3, max_batch_tokens=40, page_size=PAGE)
     engine = Engine(model, PagePool(2, 3, 10, 20, PAGE, dtype=torch.bfloat16, device="meta"), config)
     engine.forward.overlaps = True
-    reader = Reader(engine, None, "there is none here")
+    reader = InputProcessor(engine, None, "there is none here")
     for n, params in enumerate([GREEDY, SamplingParams(seed=1, top_p=0.9, max_tokens=9, logit_bias={3: 1.0})]):
-        engine.add(reader.text([1, 2, 3, 4, 5][n:], params, Asked()))
+        engine.add(reader.text([1, 2, 3, 4, 5][n:], params, RequestOptions()))
     engine.step()
     assert engine._in_flight is not None
     with torch.inference_mode():

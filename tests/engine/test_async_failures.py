@@ -99,7 +99,7 @@ def test_who_gives_up_a_name_that_another_has_does_not_end_the_other() -> None:
                 await tokens_of(llm, [4], GREEDY, request_id="same")
             release = threading.Event()
             holding = asyncio.create_task(llm.call(release.wait))  # the engine's thread is busy meanwhile
-            request = llm.reader.text([4], GREEDY, async_llm.Asked("same"))
+            request = llm.inputs.text([4], GREEDY, async_llm.RequestOptions("same"))
             second = asyncio.create_task(anext(llm.follow(request)))
             await asyncio.sleep(0.02)
             second.cancel()

@@ -15,7 +15,7 @@ from scenes import GREEDY, LONG, no_thread_is_left, open_llm, play  # noqa: F401
 
 from mistral_7b.engine.async_llm import AsyncLLM, _Mailbox
 from mistral_7b.engine.completion import TextPiece
-from mistral_7b.engine.reading import Asked
+from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.threads import release
 from mistral_7b.sampling.logprobs import Logprob
 from mistral_7b.sampling.params import SamplingParams
@@ -23,7 +23,7 @@ from mistral_7b.text.tool_calls import ToolCallDelta
 
 
 async def read(llm: AsyncLLM, params: SamplingParams, rest: float) -> list[TextPiece]:
-    request = llm.reader.text([1, 2, 3], params, Asked())
+    request = llm.inputs.text([1, 2, 3], params, RequestOptions())
     return [piece async for piece in llm.follow(request, lambda: rest)]
 
 
@@ -46,7 +46,7 @@ def test_whatever_the_rest_all_comes_and_the_end_at_once(rest: float) -> None:
 def test_no_piece_comes_before_the_rest_is_over() -> None:
     async def scene() -> None:
         async with open_llm() as llm:
-            request = llm.reader.text([1, 2, 3], LONG, Asked())
+            request = llm.inputs.text([1, 2, 3], LONG, RequestOptions())
             times = []
             async for _ in llm.follow(request, lambda: 0.05):
                 times.append(asyncio.get_running_loop().time())

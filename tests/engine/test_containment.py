@@ -20,8 +20,8 @@ from tiny import tiny_args, tiny_model
 from mistral_7b.engine import engine, masks
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.grammar.client import GrammarState
+from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.llm import LLM
-from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.request import Request, SequenceState
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import EngineError, Mistral7BError
@@ -112,17 +112,17 @@ def faults(request: Request, at: int, places: list[Place]) -> Iterator[None]:
 def requests_of(llm: LLM, name: str) -> tuple[Request, list[Request]]:
     """The victim, and two beside it."""
     params = SamplingParams(**{"max_tokens": TOKENS, "seed": 1, **ASKED[name]})
-    asked = Asked(speculation=None if name == "text" else SPECULATION)
+    asked = RequestOptions(speculation=None if name == "text" else SPECULATION)
     if name == "text":
         messages = [{"role": "user", "content": PROMPT}]
-        victim = llm.reader.chat(messages, params, asked, lambda *_: None, [TOOL])
+        victim = llm.inputs.chat(messages, params, asked, lambda *_: None, [TOOL])
     else:
-        victim = llm.reader.text(PROMPT, params, asked, lambda *_: None)
+        victim = llm.inputs.text(PROMPT, params, asked, lambda *_: None)
     beside = [
         SamplingParams(max_tokens=TOKENS, seed=3),
         SamplingParams(max_tokens=TOKENS, temperature=0, stop="zzz"),
     ]
-    return victim, [llm.reader.text("the others", p, Asked()) for p in beside]
+    return victim, [llm.inputs.text("the others", p, RequestOptions()) for p in beside]
 
 
 def played(llm: LLM, requests: list[Request], inject: Callable[[], Any]) -> None:
@@ -213,7 +213,7 @@ def test_an_adapter_that_fails_ends_its_own_requests(llm: LLM, monkeypatch: pyte
 
     def made() -> list[Request]:
         params = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=1)
-        return [llm.reader.text("a prompt", params, Asked(adapter=name)) for name in names]
+        return [llm.inputs.text("a prompt", params, RequestOptions(adapter=name)) for name in names]
 
     alone = made()
     played(llm, alone, nullcontext)

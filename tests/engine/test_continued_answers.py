@@ -41,7 +41,7 @@ def begun(text: Any, *before: dict[str, Any]) -> list[dict[str, Any]]:
 def test_the_tokens_are_those_of_the_text_as_given(version: str, text: str) -> None:
     t = OURS[version]
     own = t.encode(text, bos=False)
-    assert t.encode_begun(begun(text)) == ([*t.encode_chat([HELLO]), *own], len(own))
+    assert t.encode_chat_with_prefix(begun(text)) == ([*t.encode_chat([HELLO]), *own], len(own))
     assert t.decode(own) == text
 
 
@@ -51,7 +51,7 @@ def test_the_tokens_are_those_of_the_text_as_given(version: str, text: str) -> N
 def test_beginning_and_answer_join_to_one_text(version: str, text: str, more: str) -> None:
     """Whatever the answer begins with: a piece with a space in it, without, or bytes."""
     t = OURS[version]
-    ids, n = t.encode_begun(begun(text))
+    ids, n = t.encode_chat_with_prefix(begun(text))
     answer = t.encode(more, bos=False)
     stream = t.stream(after=ids[-1:])
     said = "".join(map(stream.push, answer)) + stream.flush()
@@ -63,9 +63,9 @@ def test_messages_of_one_turn_are_one_beginning(version: str) -> None:
     t = OURS[version]
     own = t.encode("One. \n\ntwo ", bos=False)
     wanted = [*t.encode_chat([HELLO]), *own], len(own)
-    assert t.encode_begun(begun("two ", {"role": "assistant", "content": "One. "})) == wanted
+    assert t.encode_chat_with_prefix(begun("two ", {"role": "assistant", "content": "One. "})) == wanted
     parts = [{"type": "text", "text": text} for text in ("One. ", "", "two ")]
-    assert t.encode_begun(begun(parts)) == wanted
+    assert t.encode_chat_with_prefix(begun(parts)) == wanted
 
 
 @versions
@@ -75,7 +75,7 @@ def test_an_answer_that_is_over_is_encoded_as_mistral_common_does(version: str) 
     chat = [HELLO, {"role": "assistant", "content": "Rain. "}, HELLO]
     text = "Rain. " if version == "v1" else "Rain."
     assert t.encode_chat(chat)[len(t.encode_chat([HELLO])) :][: len(t.encode(text))] == t.encode(text, False, True)
-    assert t.encode_begun([HELLO]) == (t.encode_chat([HELLO]), 0)
+    assert t.encode_chat_with_prefix([HELLO]) == (t.encode_chat([HELLO]), 0)
 
 
 SCHEMA = {

@@ -9,8 +9,8 @@ from refusals import refused
 from tiny import tiny_args, tiny_model, tokens_of
 
 from mistral_7b.engine.config import EngineConfig
+from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.llm import LLM
-from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import AdapterError, GenerationError, GrammarError
 from mistral_7b.kernels.cpu.compiler import library
@@ -186,8 +186,10 @@ def test_every_request_runs_with_its_own_adapter(scheme):
     prompts[2] = prompts[3] = prompts[1]  # the same prompt three times: nothing may be shared between adapters
     names = [None, None, "a1", "a2", "a2", "a1"]
     params = [SamplingParams(seed=i, max_tokens=10, ignore_eos=True, logprobs=2) for i in range(6)]
-    together = llm.generate(prompts, params, asked=[Asked(adapter=name) for name in names])
-    again = llm.generate(prompts, params, asked=[Asked(adapter=name) for name in names])  # with prefixes found
+    together = llm.generate(prompts, params, asked=[RequestOptions(adapter=name) for name in names])
+    again = llm.generate(
+        prompts, params, asked=[RequestOptions(adapter=name) for name in names]
+    )  # with prefixes found
     assert again[2].num_cached_tokens == 28
     plain = LLM(llm.engine.model, CONFIG)  # knows no adapters
     for i, name in enumerate(names):
@@ -203,7 +205,7 @@ def test_every_request_runs_with_its_own_adapter(scheme):
 
 def test_an_adapter_in_use_stays(monkeypatch):
     llm = adapted(None)
-    request = llm.reader.text([1, 2, 3], SamplingParams(max_tokens=5), Asked(adapter="a1"))
+    request = llm.inputs.text([1, 2, 3], SamplingParams(max_tokens=5), RequestOptions(adapter="a1"))
     llm.engine.add(request)
     llm.engine.step()
     with pytest.raises(AdapterError):

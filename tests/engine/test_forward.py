@@ -17,9 +17,9 @@ from mistral_7b.engine.completion import RequestOutput
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.forward import COLUMNS, DecodeStep, Forward, GraphForward, bucket_size
 from mistral_7b.engine.in_flight import Plan
+from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.pages import PagePool
-from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.kernels.gpu.graph import WARM_UP
@@ -100,8 +100,8 @@ def test_a_row_has_the_same_bits_however_many_it_is_filled_up_to(
         assert torch.equal(plain, replayed)
 
 
-def _asked(name: str) -> Asked:
-    return Asked(request_id=name)
+def _asked(name: str) -> RequestOptions:
+    return RequestOptions(request_id=name)
 
 
 def test_rows_are_filled_up_to_few_numbers_and_by_few() -> None:
@@ -121,7 +121,7 @@ def test_what_nobody_holds_is_left_alone() -> None:
     pool, engine = llm.engine.pool, llm.engine
     for t in (t for layer in pool.layers for t in layer):
         t.zero_()
-    for request in (llm.reader.text(p, GREEDY, _asked(str(i))) for i, p in enumerate(prompts_of([9, 20, 30]))):
+    for request in (llm.inputs.text(p, GREEDY, _asked(str(i))) for i, p in enumerate(prompts_of([9, 20, 30]))):
         engine.add(request)
     for _ in range(9):
         engine.step()
@@ -224,7 +224,7 @@ def test_steps_filled_up_give_what_others_do(monkeypatch: pytest.MonkeyPatch) ->
         engine = llm.engine
         engine.forward = Forward(engine.adapters, engine.pool, fill)
         engine.adapters.load("a", adapter_of(llm))
-        asked = [Asked(adapter="a" if i % 3 == 1 else None) for i in range(len(NINE))]
+        asked = [RequestOptions(adapter="a" if i % 3 == 1 else None) for i in range(len(NINE))]
         outputs.append(llm.generate(prompts_of(NINE), replace(GREEDY, logprobs=2), asked=asked))
         sizes.append(seen)
     assert sizes[1] == {bucket_size(n) for n in sizes[1]}

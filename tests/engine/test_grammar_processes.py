@@ -17,12 +17,12 @@ ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests
 FILES = """
 import os, resource, signal, sys
 from test_grammar_turns import *
-from mistral_7b.engine.reading import Asked
+from mistral_7b.engine.inputs import RequestOptions
 tokenizer = Tokenizer.from_pretrained()
 args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=256)
 llm = LLM(tiny_model(args), EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=4), tokenizer=tokenizer)
 free, bad = (
-    llm.reader.text("a", SamplingParams(max_tokens=20, ignore_eos=True, structured_outputs=spec), Asked())
+    llm.inputs.text("a", SamplingParams(max_tokens=20, ignore_eos=True, structured_outputs=spec), RequestOptions())
     for spec in (None, StructuredOutputs(regex="[a-z ]{60}"))
 )
 for request in (free, bad):
@@ -33,7 +33,7 @@ process = bad.sequences[0].grammar._process
 os.kill(process._pid, signal.SIGKILL)
 process.ended_by()
 if sys.argv[2] == "server":
-    llm.reader.grammars._server._process.kill()
+    llm.inputs.grammars._server._process.kill()
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, most))
 
@@ -54,7 +54,7 @@ print(type(bad.error).__name__, bad.error)
 print(free.error, len(free.completions[0].token_ids))
 leave(int(sys.argv[1]))
 try:
-    llm.reader.text("a", SamplingParams(structured_outputs=StructuredOutputs(regex="b")), Asked())
+    llm.inputs.text("a", SamplingParams(structured_outputs=StructuredOutputs(regex="b")), RequestOptions())
 except Exception as e:
     print(type(e).__name__, e)
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))

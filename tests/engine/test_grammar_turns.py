@@ -251,8 +251,8 @@ def test_a_batch_with_more_grammars_than_processes_is_served() -> None:
     args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=256)
     config = EngineConfig(max_sequences=2, max_batch_tokens=64, page_size=4)
     llm = LLM(tiny_model(args), config, tokenizer=tokenizer)
-    llm.reader.grammars._kept, llm.reader.grammars._most = 1, 3
+    llm.inputs.grammars._kept, llm.inputs.grammars._most = 1, 3
     params = [SamplingParams(max_tokens=8, structured_outputs=quick(i)) for i in range(9)]
     outputs = llm.generate(["a"] * 9, params)
     assert [output.outputs[0].text.strip("a") for output in outputs] == [str(i) for i in range(9)]
-    assert len(workers(llm.reader.grammars)) <= 3 + 1
+    assert len(workers(llm.inputs.grammars)) <= 3 + 1

@@ -22,8 +22,8 @@ from tiny import tiny_args, tiny_model
 from mistral_7b.engine.config import EngineConfig, GrammarLimits
 from mistral_7b.engine.grammar import client
 from mistral_7b.engine.grammar.client import Grammars
+from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.llm import LLM
-from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.request import Request
 from mistral_7b.errors import ConfigError, GrammarError, Mistral7BError
 from mistral_7b.quantization import quantize
@@ -81,7 +81,7 @@ def beside(llm: LLM) -> list[Request]:
         SamplingParams(max_tokens=16, seed=1),
         SamplingParams(max_tokens=16, seed=2, structured_outputs=regex),
     ]
-    return [llm.reader.text("def f(", params, Asked()) for params in (*asked, asked[1])]
+    return [llm.inputs.text("def f(", params, RequestOptions()) for params in (*asked, asked[1])]
 
 
 def run(llm: LLM, requests: list[Request]) -> None:
@@ -106,9 +106,9 @@ def check_beside(llm: LLM, wanted: list[list[int]], params: SamplingParams, **ch
     others = beside(llm)
     try:
         if chat:
-            bad = llm.reader.chat([{"role": "user", "content": "hi"}], params, Asked(), **chat)
+            bad = llm.inputs.chat([{"role": "user", "content": "hi"}], params, RequestOptions(), **chat)
         else:
-            bad = llm.reader.text("def f(", params, Asked())
+            bad = llm.inputs.text("def f(", params, RequestOptions())
     except Mistral7BError as e:
         run(llm, others)
         error: Mistral7BError | None = e
@@ -140,7 +140,9 @@ def test_so_does_a_hostile_tool(llm: LLM, wanted: list[list[int]], name: str, ch
 @pytest.mark.parametrize("name", ["rules", "terminals"])
 def test_a_crash_is_one_clear_error(llm: LLM, name: str) -> None:
     with refused(GrammarError, field="structured_outputs") as e:
-        llm.reader.text("a", SamplingParams(structured_outputs=StructuredOutputs(**HOSTILE[name])), Asked())
+        llm.inputs.text(
+            "a", SamplingParams(structured_outputs=StructuredOutputs(**HOSTILE[name])), RequestOptions()
+        )
     assert len(str(e.value)) < 300
 
 
@@ -151,8 +153,8 @@ def test_an_ambiguous_grammar_ends_at_its_budget_and_slows_no_other(llm: LLM, wa
     params = SamplingParams(
         max_tokens=900, min_tokens=800, n=8, logit_bias={a: 100}, structured_outputs=ambiguous
     )  # fmt: skip
-    bad = llm.reader.text("a", params, Asked())
-    free = llm.reader.text("def f(", SamplingParams(max_tokens=600, ignore_eos=True, seed=1), Asked())
+    bad = llm.inputs.text("a", params, RequestOptions())
+    free = llm.inputs.text("def f(", SamplingParams(max_tokens=600, ignore_eos=True, seed=1), RequestOptions())
     longest = 0.0
     for request in (bad, free):
         llm.engine.add(request)
@@ -189,8 +191,8 @@ def test_those_that_share_a_process_that_ends_begin_again(llm: LLM, wanted: list
 
 
 def test_the_server_of_processes_may_be_killed(llm: LLM, wanted: list[list[int]]) -> None:
-    llm.reader.grammars._server._process.kill()
-    llm.reader.grammars._processes.clear()
+    llm.inputs.grammars._server._process.kill()
+    llm.inputs.grammars._processes.clear()
     others = beside(llm)
     run(llm, others)
     assert [r.completions[0].token_ids for r in others] == wanted
@@ -304,12 +306,12 @@ def test_those_at_random_are_of_every_kind() -> None:
 def test_a_process_that_stands_still_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock: its request ends, and those that share nothing with it run on meanwhile."""
     params = SamplingParams(max_tokens=16, structured_outputs=StructuredOutputs(regex="[q-z]{40}"))
-    stuck = llm.reader.text("a", params, Asked())
+    stuck = llm.inputs.text("a", params, RequestOptions())
     pid = stuck.sequences[0].grammar._process._pid  # type: ignore[union-attr]
     monkeypatch.setattr(client, "PATIENCE", 1.0)
     os.kill(pid, signal.SIGSTOP)
     try:
-        free = llm.reader.text("def f(", SamplingParams(max_tokens=16, seed=1), Asked())
+        free = llm.inputs.text("def f(", SamplingParams(max_tokens=16, seed=1), RequestOptions())
         run(llm, [stuck, free])
     finally:
         os.kill(pid, signal.SIGKILL)

@@ -9,8 +9,8 @@ from tiny import tiny_args, tiny_model, tokens_of, truth
 
 from mistral_7b.engine.batch import PagedBatch
 from mistral_7b.engine.config import EngineConfig
+from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.llm import LLM
-from mistral_7b.engine.reading import Asked
 from mistral_7b.engine.request import Request, SequenceState
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import (
@@ -217,7 +217,7 @@ def test_what_cannot_be_served_is_refused_before_anything_is_computed(name):
     llm = llm_of(window=None)
     kind, field, prompt, params, asked = REFUSED[name]
     with refused(kind, field=field):
-        llm.generate([[1, 2], prompt], [GREEDY, params], asked=[Asked(), Asked(**asked)])
+        llm.generate([[1, 2], prompt], [GREEDY, params], asked=[RequestOptions(), RequestOptions(**asked)])
     assert llm.engine.counts.steps == 0
     assert llm.engine.idle
     assert len(llm.generate([1, 2], GREEDY)) == 1
@@ -251,7 +251,7 @@ def test_arguments_that_contradict_each_other():
     with refused(EngineError, field="model"):
         LLM(tiny_model(), SMALL, device="cpu")
     with refused(EngineError, field="asked"):
-        llm_of().generate([1], GREEDY, asked=Asked(), priority=1)
+        llm_of().generate([1], GREEDY, asked=RequestOptions(), priority=1)
     with refused(EngineError, field="deterministic"):
         llm_of(EngineConfig(deterministic=True))
     with pytest.raises(TypeError, match="colour"):

@@ -13,8 +13,8 @@ from torch import Tensor
 from mistral_7b.engine.completion import TextPiece
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
+from mistral_7b.engine.inputs import InputProcessor, RequestOptions
 from mistral_7b.engine.llm import LLM, RequestsFailedError
-from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import (
@@ -117,7 +117,7 @@ def test_a_configuration_that_cannot_be_is_refused(wrong: dict[str, Any]) -> Non
 
 def llm_of(engine: Engine) -> LLM:
     llm = object.__new__(LLM)
-    llm.reader, llm.engine = Reader(engine, None, "there is none here"), engine
+    llm.inputs, llm.engine = InputProcessor(engine, None, "there is none here"), engine
     return llm
 
 
@@ -192,7 +192,7 @@ def test_more_prompts_than_may_wait_are_fed_as_there_is_room() -> None:
 def test_a_name_twice_in_one_call_ends_the_call_and_leaves_nothing() -> None:
     engine = small()
     with refused(EngineError, field="request_id"):
-        llm_of(engine).generate([[1], [2]], GREEDY, asked=[Asked("a"), Asked("a")])
+        llm_of(engine).generate([[1], [2]], GREEDY, asked=[RequestOptions("a"), RequestOptions("a")])
     assert engine.idle
     check(engine)
 

@@ -2,7 +2,7 @@
 
 Each schedule is drawn from a number: requests of a bank come between steps, are given up or not, over a pool that
 may hold but one of them. What they get must be what `generate` gives, and an engine of their own: the same bits on
-the quantised path of a CPU and in deterministic mode, else the same tokens, and log-probabilities up to rounding.
+the quantized path of a CPU and in deterministic mode, else the same tokens, and log-probabilities up to rounding.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tiny import tiny_args, tiny_model, tokens_of, truth
 from mistral_7b.engine.completion import CompletionOutput, RequestOutput
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.engine import Engine
+from mistral_7b.engine.inputs import InputProcessor, RequestOptions
 from mistral_7b.engine.memory import pool_for
 from mistral_7b.engine.pages import PagePool
-from mistral_7b.engine.reading import Asked, Reader
 from mistral_7b.engine.request import Request
 from mistral_7b.engine.scheduler import most_pages
 from mistral_7b.engine.speculation import Speculation
@@ -121,7 +121,7 @@ class Schedule:
         config = EngineConfig(**{**settings, **fixed})
         few = most_pages(LONGEST + MOST, model.args.sliding_window, config)
         self.engine = engine_of(model, config, few + draw.choice([0, 1, 5, 60]))
-        self.reader = Reader(self.engine, None, "there is none here")
+        self.inputs = InputProcessor(self.engine, None, "there is none here")
         self.requests: list[tuple[int, Request]] = []
         self.given_up: set[str] = set()
 
@@ -133,8 +133,10 @@ class Schedule:
             for _ in range(draw.choice([0, 0, 1, 4]) if len(self.requests) < n else 0):
                 which = draw.choice(favourites) if draw.random() < 0.5 else draw.randrange(len(bank()))
                 job = bank()[which]
-                asked = Asked(priority=draw.choice([0, 0, 0, -1, 2]), speculation=draw.choice(self.speculations))
-                request = self.reader.text(list(job.prompt), job.params, asked)
+                asked = RequestOptions(
+                    priority=draw.choice([0, 0, 0, -1, 2]), speculation=draw.choice(self.speculations)
+                )
+                request = self.inputs.text(list(job.prompt), job.params, asked)
                 self.engine.add(request)
                 self.requests.append((which, request))
             for _ in range(draw.choice([1, 1, 2, 5])):
@@ -209,7 +211,9 @@ def test_a_request_gets_what_it_gets_alone(kind: str) -> None:
     config = EngineConfig(max_sequences=3, max_batch_tokens=64, kv_dtype="int8" if kind == "int8 keys" else None)
     for which, job in enumerate(bank()):
         engine = engine_of(model_of(kind), config, 40)
-        request = Reader(engine, None, "there is none here").text(list(job.prompt), job.params, Asked())
+        request = InputProcessor(engine, None, "there is none here").text(
+            list(job.prompt), job.params, RequestOptions()
+        )
         engine.add(request)
         while not request.finished:
             engine.step()
@@ -237,7 +241,7 @@ def test_embeddings_too_whatever_runs_beside_them(kind: str, pooling: str) -> No
         engine, wanted = schedule.engine, []
         for which in (5, 17, 18, 19, 20, 17):
             prompt = list(bank()[which].prompt)
-            request = schedule.reader.embedding(prompt, pooling, Asked())
+            request = schedule.inputs.embedding(prompt, pooling, RequestOptions())
             with torch.inference_mode():
                 hidden = model.hidden(torch.tensor([prompt]), model.rolling_cache(1))[0].double()
             wanted.append((request, hidden.mean(0) if pooling == "mean" else hidden[-1]))
@@ -284,14 +288,14 @@ def test_trap_06_a_prompt_of_exactly_k_pages_twice(kind: str, page: int, pages: 
     config = EngineConfig(page_size=page, max_sequences=2, max_batch_tokens=16)
     engine = engine_of(model, config, 60)
     for time in range(3):
-        request = Reader(engine, None, "there is none here").text(prompt, params, Asked())
+        request = InputProcessor(engine, None, "there is none here").text(prompt, params, RequestOptions())
         engine.add(request)
         while not request.finished:
             engine.step()
         same(request.output(), wanted, exact=False)
         assert request.cached == (page * (pages - 1) if time else 0)
     longer = prompt + wanted.outputs[0].token_ids  # its own answer is found as well
-    request = Reader(engine, None, "there is none here").text(longer, params, Asked())
+    request = InputProcessor(engine, None, "there is none here").text(longer, params, RequestOptions())
     engine.add(request)
     while not request.finished:
         engine.step()

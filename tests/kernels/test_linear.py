@@ -1,4 +1,4 @@
-"""Products with quantised weights: every path of the kernels gives the twin's bits, over odd shapes."""
+"""Products with quantized weights: every path of the kernels gives the twin's bits, over odd shapes."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_fp8_rounds_rows_to_their_own_largest_value() -> None:
 
 
 def test_gradients_reach_the_activations() -> None:
-    """QLoRA trains through a quantised weight: there the twin works, on a GPU too."""
+    """QLoRA trains through a quantized weight: there the twin works, on a GPU too."""
     x = torch.randn(3, 70, requires_grad=True)
     q, scale = draw(5, 70, low=0, high=256), torch.rand(5)
     w.int8_linear(x, q, scale).sum().backward()

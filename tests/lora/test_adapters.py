@@ -52,7 +52,7 @@ def loaded(model: Mistral7B) -> Adapters:
 
 
 @functools.cache
-def quantised(scheme: str) -> tuple[Mistral7B, Adapters]:
+def quantized(scheme: str) -> tuple[Mistral7B, Adapters]:
     model = quantize(tiny_model(ARGS, torch.bfloat16), SCHEMES[scheme])
     return model, loaded(model)
 
@@ -72,7 +72,7 @@ def logits(adapters: Adapters, names: list[str | None], tokens: Tensor, chunk: i
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_row_has_the_same_bits_in_any_mixture_and_any_chunks(scheme: str) -> None:
-    model, adapters = quantised(scheme)
+    model, adapters = quantized(scheme)
     names = ["wide", None, "odd", "wide", "narrow", None, *["narrow"] * 14]
     tokens = tokens_of((len(names), LENGTH), ARGS)
     together = logits(adapters, names, tokens, 1)
@@ -92,7 +92,7 @@ def test_a_row_has_the_same_bits_in_any_mixture_and_any_chunks(scheme: str) -> N
 def test_blocks_stay_in_one_call_and_in_parts_have_the_same_bits(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, adapters = quantised(scheme)
+    _, adapters = quantized(scheme)
     names, tokens = ["wide", None, "odd"], tokens_of((3, LENGTH), ARGS)
     with adapters.over([("wide", 1)]) as adapted:
         assert isinstance(adapted.layers, FusedLayers)

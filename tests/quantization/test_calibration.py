@@ -202,7 +202,7 @@ def test_a_model_streamed_block_by_block_is_the_model_calibrated_whole() -> None
     assert all(left[name].equal(right[name]) for name in left)
 
 
-def test_tied_embeddings_part_when_they_are_quantised() -> None:
+def test_tied_embeddings_part_when_they_are_quantized() -> None:
     args = mistral_7b.ModelArgs(**{**vars(TINY), "tie_embeddings": True})
     model = calibrate(tiny_model(args), DOCUMENTS, "int4")
     nearest = Int8Embedding.from_weight(tiny_model(args).tok_embeddings.weight)

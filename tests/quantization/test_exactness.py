@@ -1,4 +1,4 @@
-"""A quantised model is its plain PyTorch twin to the bit; a row's logits do not depend on what is beside it."""
+"""A quantized model is its plain PyTorch twin to the bit; a row's logits do not depend on what is beside it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_of(scheme: str, window: int | None = TINY.sliding_window) -> Mistral7B
 
 
 class Twin(nn.Module):
-    """The same product in plain PyTorch, from the dequantised integers."""
+    """The same product in plain PyTorch, from the dequantized integers."""
 
     def __init__(self, of: Int8Linear | Int4Linear) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_packed_bfloat16_is_deterministic_where_that_is_asked_for() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_quantised_model_is_near_its_original(scheme: str, tied: bool) -> None:
+def test_a_quantized_model_is_near_its_original(scheme: str, tied: bool) -> None:
     args = tiny_args(dim=128, hidden_dim=256, tie_embeddings=tied)
     original, tokens = tiny_model(args, torch.bfloat16), tokens_of((1, 40), args)
     wanted = original(tokens)[0]
@@ -145,7 +145,7 @@ def test_the_embedding_is_gathered_from_its_compressed_form() -> None:
     assert (embedding.dequantized() - weight.float()).abs().max() <= weight.float().abs().max() / 254 * 1.01
 
 
-def test_a_random_model_has_the_shape_and_size_of_a_quantised_one() -> None:
+def test_a_random_model_has_the_shape_and_size_of_a_quantized_one() -> None:
     for name, scheme in SCHEMES.items():
         made, real = random_model(ARGS, scheme), model_of(name)
         assert [(n, t.shape, t.dtype) for n, t in made.state_dict().items()] == [

@@ -1,4 +1,4 @@
-"""The names of quantisation, and whether a model is in one of them."""
+"""The names of quantization, and whether a model is in one of them."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def test_what_the_engine_refuses_keeps_its_code(
         def refuse(*_: Any, error: Mistral7BError = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(server.llm.reader, "chat", refuse)
+        monkeypatch.setattr(server.llm.inputs, "chat", refuse)
         answered, out = server.post(path, chat(model="tiny"))
         assert answered == status
         assert out["error"] == {"message": REWORDED, "type": BAD, "param": "messages", "code": code}

@@ -19,14 +19,14 @@ CALL = {"id": "123456789", "type": "function", "function": {"name": "f", "argume
 def given(server: Serving, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The token ids of each prompt that reaches the engine."""
     out: list[list[int]] = []
-    make = server.llm.reader.chat
+    make = server.llm.inputs.chat
 
     def spy(*args: Any, **more: Any) -> Any:
         request = make(*args, **more)
         out.append(list(request.ids))
         return request
 
-    monkeypatch.setattr(server.llm.reader, "chat", spy)
+    monkeypatch.setattr(server.llm.inputs, "chat", spy)
     return out
 
 

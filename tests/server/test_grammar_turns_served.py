@@ -44,7 +44,7 @@ def compiling(grammars: Grammars) -> list[client.GrammarProcess]:
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
 def test_who_hangs_up_ends_what_is_compiled_for_him_alone(server: Serving, path: str) -> None:
-    grammars = server.llm.reader.grammars
+    grammars = server.llm.inputs.grammars
     first, second = asking(server, path), asking(server, path)
     assert until(lambda: any(len(process.starting) == 2 for process in compiling(grammars)), 10)
     (process,) = compiling(grammars)
@@ -61,7 +61,7 @@ def test_who_hangs_up_ends_what_is_compiled_for_him_alone(server: Serving, path:
 
 
 def test_who_hangs_up_leaves_the_queue(server: Serving) -> None:
-    grammars = server.llm.reader.grammars
+    grammars = server.llm.inputs.grammars
     usual, grammars.turns.quick_at_once = grammars.turns.quick_at_once, 0
     try:
         sock = asking(server, grammar='start: "a"')

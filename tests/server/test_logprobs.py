@@ -16,7 +16,7 @@ from serving import HELLO, Serving
 from mistral_7b.engine.completion import Completion, TextPiece
 from mistral_7b.sampling.logprobs import Logprob
 from mistral_7b.sampling.params import SamplingParams
-from mistral_7b.server.openai.logprobs import ChatLogprobs, Part, Parts, joined, text_logprobs
+from mistral_7b.server.openai.logprobs import ChatLogprobs, Part, TokenSpans, joined, text_logprobs
 from mistral_7b.text.tokenizer import Tokenizer
 from mistral_7b.text.tool_calls import ToolCallStream
 
@@ -49,7 +49,7 @@ def wanted(tokenizer: Tokenizer, ids: list[int], keep_space: bool = False) -> li
     return out
 
 
-def told(parts: Parts, tokens: Sequence[int]) -> list[Part]:
+def told(parts: TokenSpans, tokens: Sequence[int]) -> list[Part]:
     """Push all tokens; return all parts."""
     for token in tokens:
         parts.push(token, None)
@@ -60,12 +60,12 @@ def told(parts: Parts, tokens: Sequence[int]) -> list[Part]:
 @pytest.mark.parametrize("text", TEXTS)
 def test_where_tokens_stand(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, eos=True)
-    parts = Parts(tokenizer)
+    parts = TokenSpans(tokenizer)
     assert [part.offset for part in told(parts, ids)] == wanted(tokenizer, ids)
     assert parts.length == len(text)
     for cut in range(1, len(ids)):  # the prompt's length
         head, tail = ids[:cut], ids[cut:]
-        found = told(Parts(tokenizer, head, 100), tail)
+        found = told(TokenSpans(tokenizer, head, 100), tail)
         if "\ufffd" not in tokenizer.decode(head):
             assert [part.offset - 100 for part in found] == wanted(tokenizer, tail, keep_space=cut > 1)
 
@@ -75,12 +75,12 @@ def test_bytes_that_become_no_character_stand_alone(tokenizer: Tokenizer) -> Non
     x = tokenizer.encode("x", bos=False)[-1]
     unknown = list("\ufffd".encode())
     for tokens in ((start, more, start), (start, more, x), (start, start, x)):
-        parts = told(Parts(tokenizer), tokens)
+        parts = told(TokenSpans(tokenizer), tokens)
         assert [part.offset for part in parts] == [0, 1, 2]
         assert [list(part.data) for part in parts[:2]] == [unknown, unknown]
         assert joined(parts) == tokenizer.decode(tokens)
     real = [BYTE[bytes([b])] for b in unknown]
-    assert [part.data for part in told(Parts(tokenizer), real)] == [b"\xef", b"\xbf", b"\xbd"]
+    assert [part.data for part in told(TokenSpans(tokenizer), real)] == [b"\xef", b"\xbf", b"\xbd"]
 
 
 def test_of_two_tokens_with_one_spelling_the_likelier_is_told(tokenizer: Tokenizer) -> None:

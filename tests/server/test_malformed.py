@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 from serving_malformed import BODIES, KINDS, bombard
 
 from mistral_7b.server.config import ServerConfig
-from mistral_7b.server.http.errors import Refusal
+from mistral_7b.server.http.errors import HttpError
 from mistral_7b.server.http.guard import _Exchange
 
 
@@ -67,7 +67,7 @@ def test_a_body_that_is_too_large_is_free_without_the_collector(patient: Serving
         asyncio.run(bombard(patient.port, KINDS["100 MB body"], 12, 2))
         patient.idle()
         time.sleep(0.1)
-        left = [o for o in gc.get_objects() if isinstance(o, (Refusal, _Exchange))]
+        left = [o for o in gc.get_objects() if isinstance(o, (HttpError, _Exchange))]
     finally:
         gc.enable()
     assert not left, gc.get_referrers(left[0])

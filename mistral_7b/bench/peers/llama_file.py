@@ -45,11 +45,11 @@ def write(path: str, kind: str, args: dict[str, Any]) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     add_facts(writer, args)
     pool = random_blocks(kind, max(D * V, D * F))
-    quantised = gguf.GGMLQuantizationType[kind]
+    quantized = gguf.GGMLQuantizationType[kind]
 
     def matrix(name: str, rows: int, columns: int) -> None:
         width = round(columns * BITS[kind] / 8)  # bytes per row
-        writer.add_tensor(f"{name}.weight", pool[: rows * width].reshape(rows, width), raw_dtype=quantised)
+        writer.add_tensor(f"{name}.weight", pool[: rows * width].reshape(rows, width), raw_dtype=quantized)
 
     def norm(name: str) -> None:
         writer.add_tensor(f"{name}.weight", np.ones(D, np.float32))

@@ -23,19 +23,19 @@ ZERO_POINTS = {"Q8_0": 128, "Q4_0": 8}  # zero points of the types used without 
 VALUES_AT_ONCE = 1 << 18  # float32 copies of a chunk (1 MB each) fit in a core's cache: 3 times as fast
 
 
-def dequantise(kind: Kind, raw: Tensor) -> Tensor:
+def dequantize(kind: Kind, raw: Tensor) -> Tensor:
     """Dequantize rows of blocks (N, K / block * size) uint8 to values (N, K) float32."""
     blocks = raw.reshape(-1, kind.size)
     return _VALUES[kind.name](blocks).view(raw.shape[0], -1)
 
 
-def dequantise_to(kind: Kind, raw: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize_to(kind: Kind, raw: Tensor, dtype: torch.dtype) -> Tensor:
     """Dequantize to `dtype`, one chunk of rows at a time to bound the memory of float32 copies."""
     rows, width = raw.shape[0], raw.shape[1] // kind.size * kind.block
     out = torch.empty(rows, width, dtype=dtype)
     step = max(1, VALUES_AT_ONCE // max(1, width))
     for begin in range(0, rows, step):
-        out[begin : begin + step] = dequantise(kind, raw[begin : begin + step])
+        out[begin : begin + step] = dequantize(kind, raw[begin : begin + step])
     return out
 
 
@@ -49,7 +49,7 @@ def codes(kind: Kind, raw: Tensor) -> tuple[Tensor, Tensor]:
     return _halves(blocks[:, :2]).view(raw.shape[0], -1), q.reshape(raw.shape[0], -1)
 
 
-def quantise(kind: Kind, values: Tensor) -> Tensor:
+def quantize(kind: Kind, values: Tensor) -> Tensor:
     """Quantize values (N, K) to Q8_0 or Q4_0 blocks (N, K / 32 * size) uint8.
 
     Q8_0 rounds to nearest, ties away from zero. Q4_0 scales the value of largest magnitude to -8. Raises

@@ -20,7 +20,7 @@ from ...errors import CheckpointError
 from ...model import ModelArgs
 from ..config import V0_1_THETA, V0_1_WINDOW, refuse, theta_and_window, to_args
 from ..names import EMBEDDING, OUTPUT, rename
-from ..stored import MappedFile, Stored
+from ..stored import MappedFile, StoredTensor
 from . import blocks as gguf_blocks
 from . import file as gguf_file
 from .file import Kind
@@ -62,7 +62,7 @@ TOKENS = "tokenizer.ggml.tokens"
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredBlocks(Stored):
+class StoredBlocks(StoredTensor):
     """A quantized tensor in a file, with values in float32."""
 
     kind: Kind = gguf_file.KINDS["Q8_0"]
@@ -86,17 +86,17 @@ class StoredBlocks(Stored):
         return flat.view(math.prod(self.shape[:-1]), -1)
 
     def view(self) -> Tensor:
-        """Return the dequantized values in float32; unlike `Stored.view`, a copy."""
+        """Return the dequantized values in float32; unlike `StoredTensor.view`, a copy."""
         return self.values(torch.float32)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized values, rounded to `dtype`, and release the blocks' pages."""
-        out = gguf_blocks.dequantise_to(self.kind, self.raw(), dtype).view(self.shape)
+        out = gguf_blocks.dequantize_to(self.kind, self.raw(), dtype).view(self.shape)
         self.release()
         return out
 
 
-def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, Stored]]:
+def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, StoredTensor]]:
     """Return a file's configuration, and its tensors by GGUF's names.
 
     Raises CheckpointError if it is not a Mistral 7B.
@@ -112,11 +112,11 @@ def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, Stored]]:
     return _args(contents, tied=rename(OUTPUT, "mistral", "gguf") not in tensors), tensors
 
 
-def _tensors(contents: gguf_file.Contents) -> dict[str, Stored]:
+def _tensors(contents: gguf_file.Contents) -> dict[str, StoredTensor]:
     file, out = MappedFile(contents.path), {}
     for name, entry in contents.entries.items():
         if entry.kind.name in gguf_blocks.FLOATS:
-            out[name] = Stored(file, name, gguf_blocks.FLOATS[entry.kind.name], entry.shape, entry.offset)
+            out[name] = StoredTensor(file, name, gguf_blocks.FLOATS[entry.kind.name], entry.shape, entry.offset)
         else:
             out[name] = StoredBlocks(file, name, torch.float32, entry.shape, entry.offset, kind=entry.kind)
     return out
@@ -197,7 +197,7 @@ def metadata(args: ModelArgs) -> dict[str, Any]:
     return {f"llama.{key}": value for key, value in values.items()}
 
 
-def plain_dtype(stored: Stored, tensors: Mapping[str, Stored]) -> torch.dtype:
+def plain_dtype(stored: StoredTensor, tensors: Mapping[str, StoredTensor]) -> torch.dtype:
     """Return the type in which other formats store a tensor of a GGUF file.
 
     llama.cpp requires vectors in float32. A vector is converted back to the type of the matrices if that is

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...errors import CheckpointError, TokenizerError, WriteError
-from ...files import written
+from ...files import atomic_write
 from . import file as gguf_file
 from .chat_templates import HEADS, chat_template, template_version
 
@@ -61,7 +61,7 @@ def file_name(metadata: Any) -> str:
 def _kept(path: pathlib.Path, content: bytes) -> pathlib.Path:
     """Write `content` to `path` atomically unless the file already holds it."""
     if not path.is_file() or path.read_bytes() != content:
-        with written(path, folders=True) as beside:
+        with atomic_write(path, folders=True) as beside:
             beside.write_bytes(content)
     return path
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import check_room, written
+from ...files import atomic_write, check_room
 from ...model import ModelArgs
 from .. import hub
 from ..names import EMBEDDING, OUTPUT, rename
@@ -54,7 +54,7 @@ def write(
         _check(tensor, kind)
     check_room(path, sum(_nbytes(t, kind) for t, kind in plan))
     try:
-        with written(path, folders=True) as partial, partial.open("wb") as f:
+        with atomic_write(path, folders=True) as partial, partial.open("wb") as f:
             f.write(_header(_metadata(args, plan, source), plan))
             for tensor, kind in plan:
                 f.write(bytes(-f.tell() % ALIGNMENT))
@@ -189,7 +189,7 @@ def _encoded(name: str, values: Tensor, kind: Kind) -> Tensor:
     """Return rows of values in the representation of `kind`."""
     try:
         if kind.block > 1:
-            return gguf_blocks.quantise(kind, values)
+            return gguf_blocks.quantize(kind, values)
     except ValueError as e:
         raise CheckpointError(f"tensor {name!r} holds {e}: it cannot be {kind.name}", field=name) from e
     out = values.to(gguf_blocks.FLOATS[kind.name])

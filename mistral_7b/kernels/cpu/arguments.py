@@ -19,7 +19,7 @@ def _fields(kind: type, names: str) -> Fields:
 
 
 class Weights(ctypes.Structure):
-    """A quantised weight (weights.h). `adapters` and `mixture`, or 0: what LoRA adapters add to its product."""
+    """A quantized weight (weights.h). `adapters` and `mixture`, or 0: what LoRA adapters add to its product."""
 
     _fields_ = (
         *_fields(LONG, "N Kp group"), *_fields(PTR, "codes groups scale d"), *_fields(INT, "bits"),

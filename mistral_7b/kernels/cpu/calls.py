@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def linear(weight: Weights, x: Tensor) -> Tensor:
-    """x (..., K) by a quantised weight: (..., N), of x's type; others than these two go by way of float32."""
+    """x (..., K) by a quantized weight: (..., N), of x's type; others than these two go by way of float32."""
     if x.dtype not in (torch.float32, torch.bfloat16):
         return linear(weight, x.float()).to(x.dtype)
     x, K = x.contiguous(), x.shape[-1]

@@ -81,11 +81,11 @@ void finish_block(const FinishBlockCall& c) {
 }
 
 // Keys or values (rows, D) of heads to int8, each with its own scale.
-void quantise_heads(const uint16_t* x, int64_t rows, int64_t D, int threads, int8_t* q, float* scale) {
+void quantize_heads(const uint16_t* x, int64_t rows, int64_t D, int threads, int8_t* q, float* scale) {
     parallel(rows * D < 1 << 16 ? 1 : threads, [&](int t, int n) {
         const Span mine = share(rows, t, n);
         int32_t sum;
-        for (int64_t i = mine.begin; i < mine.end; i++) quantise_row<BF16>({1, D, D, D, D, q + i * D, scale + i, &sum}, 0, x + i * D);
+        for (int64_t i = mine.begin; i < mine.end; i++) quantize_row<BF16>({1, D, D, D, D, q + i * D, scale + i, &sum}, 0, x + i * D);
     });
 }
 
@@ -106,8 +106,8 @@ void run_layers(const LayersCall& c) {
         a.old_k = *entry++, a.old_v = *entry++;
         if (a.int8) {
             a.old_k_scale = static_cast<float*>(*entry++), a.old_v_scale = static_cast<float*>(*entry++);
-            quantise_heads(k, M * a.G, a.D, a.threads, codes, scales);
-            quantise_heads(v, M * a.G, a.D, a.threads, codes + nk, scales + M * a.G);
+            quantize_heads(k, M * a.G, a.D, a.threads, codes, scales);
+            quantize_heads(v, M * a.G, a.D, a.threads, codes + nk, scales + M * a.G);
             a.k = codes, a.v = codes + nk, a.k_scale = scales, a.v_scale = scales + M * a.G;
         }
         attend(a, plan);

@@ -53,7 +53,7 @@ void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const We
         int64_t n = 1;
         while (w + n != end && w[n]->Kp == w[0]->Kp && w[n]->group == w[0]->group && w[n]->bits == w[0]->bits && !w[n]->d == !w[0]->d) n++;
         const int most = M * w[0]->N * w[0]->Kp < 1 << 18 ? 1 : threads;  // waking another thread would take longer
-        const Rows r = quantise<T>(x, M, K, w[0]->Kp, w[0]->d ? BLOCK : w[0]->Kp, w[0]->group, most);
+        const Rows r = quantize<T>(x, M, K, w[0]->Kp, w[0]->d ? BLOCK : w[0]->Kp, w[0]->group, most);
         if (w[0]->d)
             for (int64_t i = 0; i < n; i++) block_product<T>(r, *w[i], most, out[i]);
         else

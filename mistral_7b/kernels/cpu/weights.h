@@ -41,7 +41,7 @@ struct Rows {
 };
 
 template <class T>
-void quantise_row(const Rows& r, int64_t row, const typename T::Store* x) {
+void quantize_row(const Rows& r, int64_t row, const typename T::Store* x) {
     int8_t* q = r.q + row * r.Kp;
     for (int64_t b = 0; b * r.block < r.Kp; b++) {
         const int64_t begin = b * r.block, end = std::max(begin, std::min(begin + r.block, r.K));
@@ -72,7 +72,7 @@ void quantise_row(const Rows& r, int64_t row, const typename T::Store* x) {
 
 // M rows made int8, in scratch that the next call takes again: a scale for `block` inputs, a sum for `group`.
 template <class T>
-Rows quantise(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, int64_t group, int threads) {
+Rows quantize(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, int64_t group, int threads) {
     static thread_local Scratch<int8_t> codes_of;
     static thread_local Scratch<float> scale_of;
     static thread_local Scratch<int32_t> sum_of;
@@ -81,7 +81,7 @@ Rows quantise(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, in
     const auto* rows = static_cast<const typename T::Store*>(x);
     parallel(M < 4 ? 1 : threads, [&](int t, int n) {
         const Span mine = share(M, t, n);
-        for (int64_t m = mine.begin; m < mine.end; m++) quantise_row<T>(r, m, rows + m * K);
+        for (int64_t m = mine.begin; m < mine.end; m++) quantize_row<T>(r, m, rows + m * K);
     });
     std::memset(r.q + M * Kp, 0, (padded - M) * Kp);
     return r;

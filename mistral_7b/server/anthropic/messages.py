@@ -16,7 +16,7 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ...engine.reading import Asked
+from ...engine.inputs import RequestOptions
 from ...engine.request import Request
 from ...errors import GenerationError
 from ..http.json_bodies import JsonRoute, json_answer
@@ -64,8 +64,8 @@ def _request(
 ) -> Request:
     """Build the engine request. Errors name a message by its index in the client's request."""
     talk = wire.conversation(body)
-    return state.llm.reader.chat(
-        talk.messages, body.params(), Asked(adapter=adapter, gone=gone), tools=wire.offered(body),
+    return state.llm.inputs.chat(
+        talk.messages, body.params(), RequestOptions(adapter=adapter, gone=gone), tools=wire.offered(body),
         tool_choice=wire.chosen(body), parallel=wire.most_calls(body) is None, labels=talk.labels,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 from ..config import ServerConfig
-from .errors import Refusal
+from .errors import HttpError
 
 Headers = Mapping[bytes, bytes]
 OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -45,7 +45,7 @@ def key_of(headers: Headers) -> bytes:
     return headers.get(b"x-api-key", b"")
 
 
-class Door:
+class AccessControl:
     """Checks a request's key, host and origin against the configuration."""
 
     def __init__(self, config: ServerConfig) -> None:
@@ -53,7 +53,7 @@ class Door:
         self._admins, self._users = Keys(config.admin_keys), Keys(config.api_keys)
 
     def check_key(self, headers: Headers, page: bool) -> bool:
-        """Whether the request has an admin key. Refusal (401) if a valid key is required and missing.
+        """Whether the request has an admin key. HttpError (401) if a valid key is required and missing.
 
         `page`: a browser loads a page; the 401 then asks for basic auth, with the key as the password.
         """
@@ -62,21 +62,21 @@ class Door:
         if self._users and not (admin or user):
             how = 'Basic realm="mistral-7b: the key is the password"' if page else 'Bearer realm="mistral-7b"'
             what = "the API key is invalid" if key else "an API key is required"
-            raise Refusal(401, what, hint="send one as `Authorization: Bearer KEY`", code="invalid_api_key",
+            raise HttpError(401, what, hint="send one as `Authorization: Bearer KEY`", code="invalid_api_key",
                           headers={"www-authenticate": how})  # fmt: skip
         return admin
 
     def check_host(self, headers: Headers) -> None:
-        """Refusal (403) for a `Host` that is not allowed, which prevents DNS rebinding."""
+        """HttpError (403) for a `Host` that is not allowed, which prevents DNS rebinding."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         allowed = self.config.allowed_hosts or (OWN_NAMES if self.config.loopback else ())
         if host and allowed and name not in allowed and host not in allowed:
-            raise Refusal(403, f"the host {name!r:.100} is not allowed", hint="allow it with --allowed-host",
+            raise HttpError(403, f"the host {name!r:.100} is not allowed", hint="allow it with --allowed-host",
                           code="host_not_allowed")  # fmt: skip
 
     def origin_of(self, headers: Headers) -> str | None:
-        """The origin to allow in CORS headers; None for same-origin requests. Refusal (403) if not allowed."""
+        """The origin to allow in CORS headers; None for same-origin requests. HttpError (403) if not allowed."""
         origin = headers.get(b"origin")
         if origin is None:
             return None
@@ -85,7 +85,7 @@ class Door:
             return text
         if host and _authority(text) == host:
             return None
-        raise Refusal(403, f"the origin {text!r:.100} is not allowed", code="origin_not_allowed",
+        raise HttpError(403, f"the origin {text!r:.100} is not allowed", code="origin_not_allowed",
                       hint="allow it with --cors-origin")  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE as
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..config import ServerConfig
-from .errors import Refusal
+from .errors import HttpError
 
 BUFFER = 1 << 16  # bytes of unsent output, in the process and in the kernel each
 PIECE = 1 << 14  # bytes parsed at once: h11 checks the size of a head only after each piece
@@ -38,7 +38,7 @@ class Connection(H11Protocol):
         if (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
         if len(self.connections) > self.limits.max_connections:
-            self._reject(Refusal(503, "too many connections are open", hint="try again later", retry_after=1))
+            self._reject(HttpError(503, "too many connections are open", hint="try again later", retry_after=1))
         else:
             self._start_head_timer(self.limits.body_timeout)
 
@@ -84,9 +84,11 @@ class Connection(H11Protocol):
         else:
             error = sys.exception()
             if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-                self._reject(Refusal(431, f"the request head is larger than {HEAD} bytes", code="head_too_large"))
+                self._reject(
+                    HttpError(431, f"the request head is larger than {HEAD} bytes", code="head_too_large")
+                )
             else:
-                self._reject(Refusal(400, "the request is not valid HTTP", code="bad_http"))
+                self._reject(HttpError(400, "the request is not valid HTTP", code="bad_http"))
 
     @property
     def _busy(self) -> bool:
@@ -104,14 +106,14 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:  # already answered from its head; the body is still arriving
             self._close()
         else:
-            self._reject(Refusal(408, "no complete request head arrived in time", code="head_timeout"))
+            self._reject(HttpError(408, "no complete request head arrived in time", code="head_timeout"))
 
     def _abort_later(self) -> None:
         """Abort the closing connection if its remaining output is not read in time."""
         if self._closing is None:
             self._closing = self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
 
-    def _reject(self, why: Refusal) -> None:
+    def _reject(self, why: HttpError) -> None:
         """Send an error without an HTTP request, and close."""
         self.transport.write(_raw(why))
         self._close()
@@ -126,7 +128,7 @@ def connection_class(config: ServerConfig) -> type[Connection]:
     return type("Connection", (Connection,), {"limits": config})
 
 
-def _raw(why: Refusal) -> bytes:
+def _raw(why: HttpError) -> bytes:
     """A complete HTTP/1.1 error response."""
     body = json.dumps(why.body())
     headers: dict[str, Any] = {

@@ -31,7 +31,7 @@ OPENAI_TYPES = {
 ANTHROPIC_TYPES = {**OPENAI_TYPES, 413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 
-class Refusal(Mistral7BError):  # noqa: N818  a response, raised by routes on purpose
+class HttpError(Mistral7BError):
     """An error response, raised as an exception.
 
     `field` becomes `param` in the body; `code` is machine-readable; `retry_after` is in seconds.
@@ -66,41 +66,41 @@ class Refusal(Mistral7BError):  # noqa: N818  a response, raised by routes on pu
         return {"type": "error", "error": error} if anthropic else {"error": error}
 
 
-class ClientGoneError(Refusal):
+class ClientGoneError(HttpError):
     """The client has closed its connection."""
 
     def __init__(self) -> None:
         super().__init__(CLIENT_GONE, "the client has disconnected")
 
 
-def refusal(error: Exception) -> Refusal:
+def refusal(error: Exception) -> HttpError:
     """The error response for an exception. Details of server faults go to the log only."""
-    if isinstance(error, Refusal):
+    if isinstance(error, HttpError):
         return error
     if isinstance(error, QueueFullError):
-        return Refusal.of(error, status=429, code="queue_full", retry_after=RETRY_AFTER)
+        return HttpError.of(error, status=429, code="queue_full", retry_after=RETRY_AFTER)
     if isinstance(error, ProcessError):
-        return Refusal.of(error, status=503, code="no_process", retry_after=RETRY_AFTER)
+        return HttpError.of(error, status=503, code="no_process", retry_after=RETRY_AFTER)
     if isinstance(error, PromptTooLongError):
-        return Refusal.of(error, status=422, code="context_length_exceeded")
+        return HttpError.of(error, status=422, code="context_length_exceeded")
     if isinstance(error, AdapterError):
-        return Refusal.of(error, status=404, field="model", code="model_not_found")
+        return HttpError.of(error, status=404, field="model", code="model_not_found")
     if isinstance(error, (SamplingError, TokenizerError, GenerationError)):  # GrammarError is a SamplingError
-        return Refusal.of(error, status=400)
+        return HttpError.of(error, status=400)
     if isinstance(error, EngineError):
-        return Refusal(500, "the engine failed on this request; see the server's log")
-    return Refusal(500, "internal server error; see the server's log")
+        return HttpError(500, "the engine failed on this request; see the server's log")
+    return HttpError(500, "internal server error; see the server's log")
 
 
-def invalid(errors: Sequence[Mapping[str, Any]]) -> Refusal:
+def invalid(errors: Sequence[Mapping[str, Any]]) -> HttpError:
     """The error response for pydantic's validation errors; it reports the first one, with its field."""
     first = errors[0]
     param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     kind = first["type"]
     message = str(first["ctx"]["error"] if kind == "value_error" else first["msg"])
     if kind == "extra_forbidden":
-        return Refusal(400, f"unknown field {param!r:.200}", field=param[:200], code="unknown_field")
+        return HttpError(400, f"unknown field {param!r:.200}", field=param[:200], code="unknown_field")
     if kind == "missing":
         message = f"{param} is missing" if param else "the body is missing: send a JSON object"
-        return Refusal(400, message, field=param or None, code="missing_field")
-    return Refusal(400, f"{param[:200]}: {message}" if param else message, field=param[:200] or None)
+        return HttpError(400, message, field=param or None, code="missing_field")
+    return HttpError(400, f"{param[:200]}: {message}" if param else message, field=param[:200] or None)

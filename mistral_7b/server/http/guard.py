@@ -23,8 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import ServerConfig
 from ..state import ADMIN, GONE, LEFT, NOTES, Answered, State
-from .access import Door
-from .errors import CLIENT_GONE, ClientGoneError, Refusal, refusal
+from .access import AccessControl
+from .errors import CLIENT_GONE, ClientGoneError, HttpError, refusal
 
 logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")
@@ -52,7 +52,7 @@ class Guard:
     def __init__(self, app: ASGIApp, state: State) -> None:
         self.app, self.state = app, state
         self.config: ServerConfig = state.config
-        self.door = Door(state.config)
+        self.door = AccessControl(state.config)
         self.gone = 0  # bytes of finished bodies since the last garbage collection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +94,7 @@ class _Exchange:
     async def run(self) -> None:
         try:
             self.admit()
-        except Refusal as e:
+        except HttpError as e:
             await self.refuse(e)
             self.end()
             return
@@ -109,7 +109,7 @@ class _Exchange:
     # ------------------------------------------------------------------ by the headers
 
     def admit(self) -> None:
-        """Check headers and load. Refusal if the request is not allowed, or not now."""
+        """Check headers and load. HttpError if the request is not allowed, or not now."""
         if self.path == OPEN:
             return
         door, calm = self.guard.door, self.path in CALM or self.path.startswith(PAGE)
@@ -122,7 +122,7 @@ class _Exchange:
         if not calm and (closed := self.state.closed) is not None:
             raise closed
         if self.state.active >= self.config.max_concurrent and not calm:
-            raise Refusal(429, f"{self.state.active} requests are being served", hint="try again later",
+            raise HttpError(429, f"{self.state.active} requests are being served", hint="try again later",
                           code="too_many_requests", retry_after=1)  # fmt: skip
 
     @property
@@ -148,9 +148,9 @@ class _Exchange:
                 self.body = await self.read()
         except TimeoutError:
             late = f"the body was not complete after {self.config.body_timeout:g} seconds"
-            await self.refuse(Refusal(408, late, code="body_timeout", headers={"connection": "close"}))
+            await self.refuse(HttpError(408, late, code="body_timeout", headers={"connection": "close"}))
             return
-        except Refusal as e:
+        except HttpError as e:
             await self.refuse(e)
             return
         self.scope[GONE], self.scope[LEFT] = self.gone, self.left
@@ -168,7 +168,7 @@ class _Exchange:
             self.gone.cancel()
 
     async def read(self) -> bytes:
-        """The body. Refusal (413) if it is too large, (503) if all bodies in memory are."""
+        """The body. HttpError (413) if it is too large, (503) if all bodies in memory are."""
         most, parts = self.config.max_body_bytes, []
         length = self.headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > most:
@@ -183,16 +183,16 @@ class _Exchange:
             if self.size > most:
                 raise self.large()
             if self.state.held > BODIES * most:
-                raise Refusal(503, "request bodies in progress exceed the memory limit", hint="try again later",
+                raise HttpError(503, "request bodies in progress exceed the memory limit", hint="try again later",
                               code="bodies_too_large", retry_after=1)  # fmt: skip
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
 
-    def large(self) -> Refusal:
+    def large(self) -> HttpError:
         """The 413 error. A method, so that no local variable of `read` holds it: frame and error would keep the
         received bytes alive in a reference cycle."""
-        return Refusal(413, f"the body is larger than {self.config.max_body_bytes} bytes", code="body_too_large")
+        return HttpError(413, f"the body is larger than {self.config.max_body_bytes} bytes", code="body_too_large")
 
     async def receive(self) -> Message:
         """The route's `receive`: the whole body once, then `http.disconnect` when the client disconnects."""
@@ -220,7 +220,7 @@ class _Exchange:
             message = {**message, "headers": headers}
         await self._send(message)
 
-    async def refuse(self, why: Refusal) -> None:
+    async def refuse(self, why: HttpError) -> None:
         """Send an error response."""
         if why.status == CLIENT_GONE:
             self.status = CLIENT_GONE

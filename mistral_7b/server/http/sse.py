@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import CLIENT_GONE, Refusal, refusal
+from .errors import CLIENT_GONE, HttpError, refusal
 
 logger = logging.getLogger("mistral_7b.server")
 
@@ -29,7 +29,7 @@ def frame(data: Any, event: str | None = None) -> bytes:
     return b"%sdata: %s\n\n" % (head, to_json(data))
 
 
-def error_frame(error: Refusal, path: str) -> bytes:
+def error_frame(error: HttpError, path: str) -> bytes:
     """Encode an error as an event, for a stream that has started."""
     return frame(error.body(path), "error" if path.startswith("/v1/messages") else None)
 

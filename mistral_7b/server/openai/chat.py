@@ -15,10 +15,10 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from ...engine.completion import TextPiece
-from ...engine.reading import Asked
+from ...engine.inputs import RequestOptions
 from ...engine.request import Request
 from ...sampling.params import StructuredOutputs
-from ..http.errors import Refusal
+from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
 from ..state import State, answer, left, read
@@ -74,10 +74,10 @@ def router(state: State) -> APIRouter:
 
 
 def check_n(state: State, n: int | None) -> None:
-    """Refusal (422) if `n` is over the server's or the engine's limit."""
+    """HttpError (422) if `n` is over the server's or the engine's limit."""
     most = min(state.config.max_n, state.llm.engine.config.max_sequences)
     if n is not None and n > most:
-        raise Refusal(422, f"n must be at most {most} here, not {n}", field="n")
+        raise HttpError(422, f"n must be at most {most} here, not {n}", field="n")
 
 
 # ---------------------------------------------------------------------- the request
@@ -86,7 +86,7 @@ def check_n(state: State, n: int | None) -> None:
 def read_chat(
     state: State, body: ChatRequest, adapter: str | None, gone: threading.Event | None = None
 ) -> Request:
-    """Build the engine request of a conversation; `gone` as in Asked. Slow: call it on a worker thread."""
+    """Build the engine request of a conversation; `gone` as in RequestOptions. Slow: run it on a thread."""
     messages = body.plain(body.messages)
     labels = [f"messages[{i}]" for i in range(len(messages))]
     if body.safe_prompt:
@@ -97,8 +97,8 @@ def read_chat(
     if not isinstance(choice, str):
         choice = dict(plain(choice))
     params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=_structured(body))
-    options = Asked(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, gone=gone)
-    return state.llm.reader.chat(
+    options = RequestOptions(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, gone=gone)
+    return state.llm.inputs.chat(
         messages, params, options, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
         labels=labels,
     )  # fmt: skip
@@ -106,7 +106,7 @@ def read_chat(
 
 def _top(body: ChatRequest) -> int | None:
     if body.top_logprobs and not body.logprobs:
-        raise Refusal(400, 'top_logprobs requires "logprobs": true', field="top_logprobs")
+        raise HttpError(400, 'top_logprobs requires "logprobs": true', field="top_logprobs")
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
@@ -116,12 +116,14 @@ def _structured(body: ChatRequest) -> StructuredOutputs | None:
     if wanted is None or wanted.type == "text":
         return None if body.structured_outputs is None else StructuredOutputs.from_dict(body.structured_outputs)
     if body.structured_outputs is not None:
-        raise Refusal(400, "response_format and structured_outputs exclude each other", field="structured_outputs")
+        raise HttpError(
+            400, "response_format and structured_outputs exclude each other", field="structured_outputs"
+        )
     schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
     if wanted.type == "json_object" and not schema:
         return StructuredOutputs(json_object=True)
     if schema is None:
-        raise Refusal(400, "response_format.json_schema.schema is missing", field="response_format")
+        raise HttpError(400, "response_format.json_schema.schema is missing", field="response_format")
     return StructuredOutputs(json=schema)
 
 

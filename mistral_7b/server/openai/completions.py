@@ -15,15 +15,15 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 
 from ...engine.completion import TextPiece
-from ...engine.reading import Asked
+from ...engine.inputs import RequestOptions
 from ...engine.request import Request
 from ...text.tokenizer import Tokenizer
-from ..http.errors import Refusal
+from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
 from ..state import State, answer, left, read
 from .chat import check_n
-from .logprobs import Part, Parts, joined, text_logprobs
+from .logprobs import Part, TokenSpans, joined, text_logprobs
 from .protocol import CompletionRequest, prompts_of
 from .responses import TextChoice, TextCompletion, TextLogprobs, Usage, documented
 
@@ -43,8 +43,12 @@ def router(state: State) -> APIRouter:
     async def completions(body: CompletionRequest, http_request: HttpRequest) -> Response:
         """Complete one or several prompts."""
         _check(state, body)
-        options = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt,
-                        gone=left(http_request))  # fmt: skip
+        options = RequestOptions(
+            priority=body.priority or 0,
+            adapter=state.adapter(body.model),
+            cache_salt=body.cache_salt,
+            gone=left(http_request),
+        )
         prompts = prompts_of(body.prompt)
         requests = [
             await read(state, partial(_read, state, body, prompt, options), "prompt") for prompt in prompts
@@ -65,27 +69,27 @@ def _check(state: State, body: CompletionRequest) -> None:
     check_n(state, body.n)
     check_prompts(state, prompts_of(body.prompt), "prompt")
     if body.suffix:
-        raise Refusal(400, "suffix is not supported: Mistral 7B was not trained to infill", field="suffix")
+        raise HttpError(400, "suffix is not supported: Mistral 7B was not trained to infill", field="suffix")
     if body.best_of not in (None, body.n or 1):
-        raise Refusal(400, "best_of is not supported", field="best_of", hint="use n with logprobs, and choose")
+        raise HttpError(400, "best_of is not supported", field="best_of", hint="use n with logprobs, and choose")
     if body.max_tokens == 0 and not body.echo:
-        raise Refusal(400, "max_tokens must be at least 1, unless echo is true", field="max_tokens")
+        raise HttpError(400, "max_tokens must be at least 1, unless echo is true", field="max_tokens")
 
 
 def check_prompts(state: State, prompts: Sequence[Any], param: str) -> None:
-    """Refusal for an empty list (400), or for more prompts than `max_prompts` (422)."""
+    """HttpError for an empty list (400), or for more prompts than `max_prompts` (422)."""
     if not prompts:
-        raise Refusal(400, f"{param} is empty", field=param)
+        raise HttpError(400, f"{param} is empty", field=param)
     most = state.config.max_prompts
     if len(prompts) > most:
-        raise Refusal(422, f"{param} has {len(prompts)} entries; the server's limit is {most}", field=param)
+        raise HttpError(422, f"{param} has {len(prompts)} entries; the server's limit is {most}", field=param)
 
 
-def _read(state: State, body: CompletionRequest, prompt: Any, options: Asked) -> Request:
+def _read(state: State, body: CompletionRequest, prompt: Any, options: RequestOptions) -> Request:
     limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
     echoed = body.logprobs if body.echo else None
     params = body.params(max_tokens=limit, logprobs=body.logprobs, prompt_logprobs=echoed)
-    return state.llm.reader.text(prompt, params, options)
+    return state.llm.inputs.text(prompt, params, options)
 
 
 # ---------------------------------------------------------------------- the response
@@ -97,7 +101,7 @@ class _Text:
 
     index: int
     texts: list[str]
-    parts: Parts | None
+    parts: TokenSpans | None
     logprobs: TextLogprobs | None
     begun: bool = False
     reason: str | None = None
@@ -121,7 +125,9 @@ class Texts:
     def _text(self, index: int, request: Request) -> _Text:
         if self.body.logprobs is None:
             return _Text(index, [], None, None)
-        return _Text(index, [], Parts(self.tokenizer, request.ids), text_logprobs(self.tokenizer, (), self.top))
+        return _Text(
+            index, [], TokenSpans(self.tokenizer, request.ids), text_logprobs(self.tokenizer, (), self.top)
+        )
 
     def add(self, index: int, piece: TextPiece) -> TextChoice:
         """Add a piece of prompt `index`; return it as a chunk. With `echo`, the first chunk has the prompt."""
@@ -131,7 +137,7 @@ class Texts:
         if not text.begun and self.body.echo:
             new = self._prompt(request)
             if text.parts is not None:
-                echoed = Parts(self.tokenizer)
+                echoed = TokenSpans(self.tokenizer)
                 for token, entry in zip(request.ids, request.prompt_logprobs, strict=True):
                     echoed.push(token, entry)
                 echoed.end()

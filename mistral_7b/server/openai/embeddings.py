@@ -14,8 +14,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
 from pydantic_core import to_json
 
-from ...engine.reading import Asked
-from ..http.errors import Refusal
+from ...engine.inputs import RequestOptions
+from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..state import State, answer, read
 from .completions import check_prompts, together
@@ -37,11 +37,13 @@ def router(state: State) -> APIRouter:
         dim = state.llm.engine.model.args.dim
         for name, wanted in (("dimensions", body.dimensions), ("output_dimension", body.output_dimension)):
             if wanted not in (None, dim):
-                raise Refusal(400, f"{name} must be {dim}, not {wanted}", field=name)
+                raise HttpError(400, f"{name} must be {dim}, not {wanted}", field=name)
         texts = prompts_of(body.input)
         check_prompts(state, texts, "input")
-        options = Asked(priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt)
-        make = state.llm.reader.embedding
+        options = RequestOptions(
+            priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt
+        )
+        make = state.llm.inputs.embedding
         requests = [await read(state, partial(make, text, body.pooling, options), "input") for text in texts]
         async with aclosing(together([answer(state, http_request, r) for r in requests])) as pieces:
             async for _ in pieces:

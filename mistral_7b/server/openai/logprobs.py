@@ -40,7 +40,7 @@ class Part:
     offset: int = 0
 
 
-class Parts:
+class TokenSpans:
     """Splits the text of a completion into the parts of its tokens.
 
     The text follows the token ids `after`, and starts at character `length`. With `calls`, tool calls are parsed
@@ -141,7 +141,7 @@ class ChatLogprobs:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], top: int, calls: bool) -> None:
         self.tokenizer, self.top = tokenizer, top
-        self._parts = Parts(tokenizer, prompt, calls=calls)
+        self._parts = TokenSpans(tokenizer, prompt, calls=calls)
 
     def of(self, piece: TextPiece) -> tuple[str, ChoiceLogprobs]:
         """Add a piece; return the text to emit with it, and the log-probabilities of that text's tokens."""

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from ...sampling.params import SamplingParams
-from ..http.errors import Refusal
+from ..http.errors import HttpError
 
 INT64 = 1 << 63
 MOST_MESSAGES = 4096
@@ -227,14 +227,14 @@ class Ending(Body):
     continue_final_message: StrictBool | None = None
 
     def plain(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages as dictionaries; one to continue gets "prefix". Refusal if the last cannot be continued."""
+        """Messages as dictionaries; one to continue gets "prefix". HttpError if the last cannot be continued."""
         out = [dict(plain(m)) for m in messages]
         if self.continue_final_message:
             field, last = "continue_final_message", messages[-1]
             if self.add_generation_prompt:
-                raise Refusal(400, f"{field} and add_generation_prompt exclude each other", field=field)
+                raise HttpError(400, f"{field} and add_generation_prompt exclude each other", field=field)
             if last.role != "assistant" or last.tool_calls or not last.content:
-                raise Refusal(400, f"{field} requires a last message with role assistant and text", field=field)
+                raise HttpError(400, f"{field} requires a last message with role assistant and text", field=field)
             out[-1]["prefix"] = True
         return out
 

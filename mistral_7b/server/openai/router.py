@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
-from ..http.errors import Refusal
+from ..http.errors import HttpError
 from ..state import State
 from . import chat, completions, embeddings
 from .responses import Capabilities, Model, ModelList, documented
@@ -44,7 +44,7 @@ def router(state: State) -> APIRouter:
     async def one_model(name: str) -> Model:
         """The model or one adapter, by name."""
         if name not in state.models:
-            raise Refusal(404, f"there is no model {name!r:.100}", field="model", code="model_not_found")
+            raise HttpError(404, f"there is no model {name!r:.100}", field="model", code="model_not_found")
         return model(name)
 
     return routes

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from ...errors import GenerationError, TokenizerError
 from ...text.tokenizer import Tokenizer
-from ..http.errors import Refusal
+from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..state import State
 from .protocol import MOST_MESSAGES, Body, Ending, Message, ToolDefinition, plain_tools
@@ -82,7 +82,7 @@ def router(state: State) -> APIRouter:
         vocab_size = state.llm.engine.model.args.vocab_size
         for i, token in enumerate(body.tokens):
             if token >= vocab_size:
-                raise Refusal(400, f"tokens.{i}: {token} is not below the vocabulary size {vocab_size}",
+                raise HttpError(400, f"tokens.{i}: {token} is not below the vocabulary size {vocab_size}",
                               field="tokens")  # fmt: skip
         text = await asyncio.to_thread(_tokenizer(state).decode, body.tokens)
         return json_answer({"prompt": text})
@@ -92,7 +92,7 @@ def router(state: State) -> APIRouter:
 
 def _tokenizer(state: State) -> Tokenizer:
     if state.llm.tokenizer is None:
-        raise GenerationError(f"this model has no tokenizer: {state.llm.reader.why}")
+        raise GenerationError(f"this model has no tokenizer: {state.llm.inputs.why}")
     return state.llm.tokenizer
 
 

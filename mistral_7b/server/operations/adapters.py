@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from ...errors import AdapterError, CheckpointError
 from ...lora.files import Adapter, read_adapter
-from ..http.errors import Refusal
+from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..openai.protocol import Body
 from ..openai.responses import documented
@@ -83,7 +83,7 @@ def router(state: State) -> APIRouter:
 
         def install(adapter: Adapter) -> LoadedAdapter:
             if name in state.models:
-                raise Refusal(
+                raise HttpError(
                     409, f"{name!r} is already loaded", field="name", hint="unload it first, or use another name"
                 )
             engine.adapters.load(name, adapter)
@@ -94,7 +94,7 @@ def router(state: State) -> APIRouter:
             try:
                 return json_answer(await state.llm.call(lambda: install(adapter)))
             except AdapterError as e:
-                raise Refusal.of(e, status=422, field="name") from e
+                raise HttpError.of(e, status=422, field="name") from e
 
     @routes.delete("/v1/adapters/{name}", responses=documented(403, 404, 409, answer=UnloadedAdapter))
     async def unload(http_request: HttpRequest, name: str) -> Response:
@@ -103,13 +103,13 @@ def router(state: State) -> APIRouter:
 
         def remove() -> None:
             if name not in engine.adapters.names:
-                raise Refusal(404, f"no adapter {name!r:.100} is loaded", field="name", code="model_not_found")
+                raise HttpError(404, f"no adapter {name!r:.100} is loaded", field="name", code="model_not_found")
             engine.unload_adapter(name)
 
         try:
             await state.llm.call(remove)
         except AdapterError as e:
-            raise Refusal.of(e, status=409, field="name") from e
+            raise HttpError.of(e, status=409, field="name") from e
         return json_answer(UnloadedAdapter(id=name))
 
     return routes
@@ -117,12 +117,12 @@ def router(state: State) -> APIRouter:
 
 def _require_admin(http_request: HttpRequest) -> None:
     if not is_admin(http_request):
-        raise Refusal(403, "loading and unloading adapters requires an admin key", code="admin_key_needed")
+        raise HttpError(403, "loading and unloading adapters requires an admin key", code="admin_key_needed")
 
 
 def _root(state: State) -> pathlib.Path:
     if state.config.adapter_folder is None:
-        raise Refusal(
+        raise HttpError(
             403, "this server has no adapter folder", code="no_folder", hint="start it with --adapter-folder"
         )
     return pathlib.Path(state.config.adapter_folder).expanduser().resolve()
@@ -153,14 +153,16 @@ def _weights(root: pathlib.Path, folder: str) -> pathlib.Path | None:
 
 
 def _read(state: State, folder: str) -> Adapter:
-    """Read the adapter in a folder. Refusal if it is missing (404) or invalid (422)."""
+    """Read the adapter in a folder. HttpError if it is missing (404) or invalid (422)."""
     root, args = _root(state), state.llm.engine.model.args
     file = _weights(root, folder)
     if file is None:
         wanted = " or ".join(WEIGHTS)
-        raise Refusal(404, f"there is no adapter {folder!r}: no folder of this name has {wanted}", field="folder")
+        raise HttpError(
+            404, f"there is no adapter {folder!r}: no folder of this name has {wanted}", field="folder"
+        )
     try:
         return read_adapter(file, args)
     except CheckpointError as e:  # do not disclose the absolute path of the folder
         place = e.place and os.path.relpath(e.place, root)
-        raise Refusal.of(e, status=422, field="folder", place=place) from e
+        raise HttpError.of(e, status=422, field="folder", place=place) from e

@@ -163,7 +163,7 @@ def tokenizer_beside(model: Mistral7B) -> tuple[Tokenizer | None, str]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestOptions:
     """What goes with any request.
 
     Attributes:
@@ -183,7 +183,7 @@ class Asked:
     gone: threading.Event | None = None
 
 
-class Reader:
+class InputProcessor:
     """Makes requests for one engine."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, why: str = "") -> None:
@@ -200,7 +200,7 @@ class Reader:
         self,
         prompt: Prompt,
         params: SamplingParams,
-        asked: Asked,
+        asked: RequestOptions,
         sink: Sink | None = None,
         name: str = "the prompt",
     ) -> Request:
@@ -214,7 +214,7 @@ class Reader:
     def request(
         self,
         read: ReadPrompt,
-        asked: Asked,
+        asked: RequestOptions,
         sink: Sink | None = None,
         name: str = "the prompt",
         begun: int = 0,
@@ -237,7 +237,7 @@ class Reader:
         return self._checked(request, name, field)
 
     def chat(
-        self, messages: Messages, params: SamplingParams, asked: Asked, sink: Sink | None = None,
+        self, messages: Messages, params: SamplingParams, asked: RequestOptions, sink: Sink | None = None,
         tools: Tools = None, tool_choice: ToolChoice = "auto", name: str = "the conversation",
         parallel: bool = True, labels: Sequence[str] | None = None,
     ) -> Request:  # fmt: skip
@@ -261,7 +261,7 @@ class Reader:
             )
         grammar = GrammarSpec.of(wanted, tools or (), tool_choice, parallel)
         offered = None if tool_choice == "none" else tools
-        ids, begun = self.tokenizer.encode_begun(messages, offered, labels)
+        ids, begun = self.tokenizer.encode_chat_with_prefix(messages, offered, labels)
         begun = begun if wanted is not None else 0
         read = self._read(ids, params, name, "messages")
         request = self.request(read, asked, sink, name, begun, grammar, "messages")
@@ -270,7 +270,7 @@ class Reader:
         return request
 
     def embedding(
-        self, prompt: Prompt, pooling: str, asked: Asked, sink: Sink | None = None, name: str = "the text"
+        self, prompt: Prompt, pooling: str, asked: RequestOptions, sink: Sink | None = None, name: str = "the text"
     ) -> Request:
         """A request for a prompt's hidden state, "mean" or "last"."""
         if pooling not in POOLINGS:
@@ -285,7 +285,7 @@ class Reader:
         )  # fmt: skip
         return self._checked(request, name, "input")
 
-    def _key(self, asked: Asked) -> bytes:
+    def _key(self, asked: RequestOptions) -> bytes:
         """What tells prefixes apart. AdapterError for an adapter that is not loaded."""
         return first_key(asked.cache_salt, str(self.engine.adapters.loading(asked.adapter)))
 

@@ -16,7 +16,7 @@ import logging
 import os
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, suppress
@@ -120,7 +120,7 @@ class AsyncLLM:
         self.engine = self.inputs.engine
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._touched: dict[_Mailbox, None] = {}
-        self._coming = 0  # requests that are on their way to the engine
+        self._coming: Counter[str] = Counter()  # requests that are on their way to the engine, by client
         self._lock = threading.Lock()
         self._why: EngineError | None = None  # nothing more can be asked
         self._threads = torch.get_num_threads()
@@ -265,7 +265,8 @@ class AsyncLLM:
 
         def command() -> None:
             with self._lock:
-                self._coming -= 1
+                self._coming[request.client] -= 1
+                self._coming += Counter()  # drops those at 0
             try:
                 self.engine.add(request)
             except Exception as e:
@@ -274,10 +275,13 @@ class AsyncLLM:
 
         with self._lock:
             self._check_open()
-            waiting = self.engine.scheduler.waiting + self._coming
-            if most is not None and waiting >= most:
+            queues, coming = self.engine.scheduler.queues, self._coming.total()
+            if most is not None and not queues.has_room(
+                request.client, most, coming, self._coming[request.client]
+            ):
+                waiting = queues.waiting + coming
                 raise QueueFullError(f"{waiting} requests are waiting, and no more may", hint="try again later")
-            self._coming += 1
+            self._coming[request.client] += 1
             self._commands.put(command)
 
     # ------------------------------------------------------------------ in the engine's thread

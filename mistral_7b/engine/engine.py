@@ -33,6 +33,7 @@ from ..sampling.sampler import NOT_FINITE
 from .completion import TextPiece
 from .config import EngineConfig
 from .containment import because, hidden_of, logits_of, logprobs_of, read_hidden, sample
+from .counts import Counts
 from .drafts import Drafts
 from .extras import Entry
 from .forward import forward_for
@@ -40,7 +41,7 @@ from .in_flight import InFlightStep, Plan, feed, picks_of, waits
 from .masks import PATIENCE, Masks, ask, collect, late_ones, may_sample, settle, wait_for_one
 from .pages import PagePool
 from .request import Request, SequenceState
-from .scheduler import Counts, Scheduler
+from .scheduler import Scheduler
 
 
 class Engine:
@@ -70,7 +71,7 @@ class Engine:
         """Queue a request. EngineError, with nothing changed, if it can never be served."""
         if request.id in self.requests:
             raise EngineError(f"a request called {request.id!r} is running already", field="request_id")
-        if not self.has_room:
+        if not self.has_room(request.client):
             raise QueueFullError(
                 f"{self.scheduler.waiting} requests are waiting, and no more may", hint="try again later"
             )
@@ -79,11 +80,10 @@ class Engine:
         self.requests[request.id] = request
         self._arrivals += 1
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one more request may wait."""
+    def has_room(self, client: str = "") -> bool:
+        """Whether one more request of a client may wait."""
         most = self.config.max_waiting
-        return most is None or self.scheduler.waiting < most
+        return most is None or self.scheduler.queues.has_room(client, most)
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """Load a LoRA adapter. AdapterError or CheckpointError if it does not fit or its files are wrong."""

@@ -172,6 +172,7 @@ class RequestOptions:
         adapter: the LoRA adapter to use, by name; none: the model as it is
         cache_salt: only requests of one salt share what was computed for their prompts (one a tenant)
         speculation: guess tokens ahead; none: as the engine's configuration says
+        client: who asks, such as the name of an API key; clients share the engine equally
         gone: set when the client has disconnected: reading the request then ends with AbandonedError
     """
 
@@ -180,6 +181,7 @@ class RequestOptions:
     adapter: str | None = None
     cache_salt: str | None = None
     speculation: Speculation | None = None
+    client: str = ""
     gone: threading.Event | None = None
 
 
@@ -231,7 +233,7 @@ class InputProcessor:
             speculation.check(self.engine.model.args.vocab_size)
         request = Request(
             asked.request_id or _fresh_id(), read.prompt, read.ids, read.params, read.completions,
-            self._key(asked), asked.priority, asked.adapter, speculation, sink=sink,
+            self._key(asked), asked.priority, asked.adapter, asked.client, speculation, sink=sink,
         )  # fmt: skip
         self._bind(request, name, begun, grammar or GrammarSpec.of(read.params.structured_outputs), asked.gone)
         return self._checked(request, name, field)
@@ -281,7 +283,7 @@ class InputProcessor:
         read = self._read(prompt, params, name, "input")
         request = Request(
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
-            asked.priority, asked.adapter, pooling=pooling, sink=sink,
+            asked.priority, asked.adapter, asked.client, pooling=pooling, sink=sink,
         )  # fmt: skip
         return self._checked(request, name, "input")
 

@@ -33,6 +33,7 @@ class Request:
 
     Attributes:
         priority: lower comes first; equals in the order of their arrival
+        client: who asked; clients share the engine equally (queues.py)
         adapter: the LoRA adapter to use, by name
         key: what its prefix must share with another's to be taken for the same (pages.first_key)
         pooling: "mean" or "last" hidden state, where it is an embedding that is wanted and not text
@@ -48,6 +49,7 @@ class Request:
     key: Key
     priority: int = 0
     adapter: str | None = None
+    client: str = ""
     speculation: Speculation | None = None
     pooling: str | None = None
     sink: Sink | None = None

@@ -1,10 +1,13 @@
 """The scheduler: which sequence feeds how many tokens in the next step.
 
     1. every sequence that is decoding feeds its newest token and its draft tokens
-    2. the rest of the budget goes to running prefills, then to waiting requests, in order: the first of them gets
-       at most half of it while others wait, so that a long prompt does not delay them
+    2. the rest of the budget goes to prompts, those of the client that was served the least first (queues.py): its
+       running prefills, then its waiting requests, in order. The first gets at most half of it while others wait,
+       so that a long prompt does not delay them
     3. a sequence whose grammar mask is not ready keeps its pages and computes nothing
-    4. when pages run out, the last sequence in order is preempted: it frees its pages, waits, and is recomputed
+    4. when pages run out, the last sequence in order is preempted, of the client that holds the most: it frees its
+       pages, waits, and is recomputed. So is one, in each step, of a client that holds twice as much as the next
+       client would with the request that cannot start
 
 A prefill chunk ends where a page ends, unless the prompt ends first: a sequence with a window never holds more
 than the window and one step's tokens.
@@ -13,16 +16,18 @@ than the window and one step's tokens.
 from __future__ import annotations
 
 import bisect
-import heapq
 import time
+from collections import defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from ..errors import EngineError
 from .config import EngineConfig
+from .counts import Counts
 from .pages import PagePool
+from .queues import Queues
 from .request import Request, SequenceState
+from .shares import Shares
 
 RANK = attrgetter("rank")
 
@@ -40,22 +45,6 @@ def most_pages(tokens: int, window: int | None, config: EngineConfig) -> int:
     return min(whole, -(-(window + config.max_batch_tokens) // page) + 1)
 
 
-@dataclass
-class Counts:
-    """What an engine has done since it was made."""
-
-    steps: int = 0
-    prompt_tokens: int = 0  # of prompts that have begun
-    cached_tokens: int = 0  # of these, found in the prefix cache
-    computed_tokens: int = 0  # fed to the model, with recomputed tokens and rejected drafts
-    generated_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    preemptions: int = 0
-    finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason, "abort" or "error"
-    ended: int = 0  # requests, for any reason
-
-
 class Scheduler:
     """The queue, the running sequences, and their pages."""
 
@@ -64,15 +53,20 @@ class Scheduler:
         self.page = pool.page
         self.running: list[SequenceState] = []  # in order
         self.counts = Counts()
-        self._waiting: list[tuple[tuple[int, int, int], SequenceState]] = []  # a heap; it may hold ended ones
-        self.waiting = 0  # how many wait, without ended ones
+        self.queues, self.shares = Queues(), Shares(config.max_sequences, pool.n_pages)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait."""
+        return self.queues.waiting
 
     # ------------------------------------------------------------------ adding and ending requests
 
     def add(self, request: Request) -> None:
         """Queue a request. EngineError if it could never be computed."""
         self.check(request)
-        self._wait(request.sequences[0])
+        self.queues.enter(request.sequences[0])
+        self.queues.push(request.sequences[0])
 
     def check(self, request: Request) -> None:
         """EngineError for a request that would not fit even alone."""
@@ -103,9 +97,10 @@ class Scheduler:
         if sequence.running:
             self.running.remove(sequence)
             sequence.running = False
+            self.queues.leave(sequence)
         elif sequence.waits:
-            self.waiting -= 1
-            sequence.waits = False
+            self.queues.discard(sequence)
+            self.queues.leave(sequence)
         sequence.ended = True
         sequence.drop_all(self.pool)
 
@@ -115,12 +110,8 @@ class Scheduler:
         for other in sequence.request.sequences:
             if other is not sequence:
                 other.fork(sequence, self.pool)
+                self.queues.enter(other)
                 self._run(other)
-
-    def _wait(self, sequence: SequenceState) -> None:
-        heapq.heappush(self._waiting, (sequence.rank, sequence))
-        sequence.waits = True
-        self.waiting += 1
 
     def _run(self, sequence: SequenceState) -> None:
         bisect.insort(self.running, sequence, key=RANK)
@@ -141,7 +132,10 @@ class Scheduler:
 
     def _planned(self, keep: bool) -> list[tuple[SequenceState, int]]:
         planned: dict[SequenceState, int] = {}
-        budget, preempted = self.config.max_batch_tokens, self.counts.preemptions
+        budget = self.config.max_batch_tokens
+        if self.waiting and self.queues.contended:
+            self._make_way(keep)
+        preempted = self.counts.preemptions
         decoding = [s for s in self.running if s.decoding and not s.complete and not s.late]
         for sequence in decoding:
             if sequence.running:  # not preempted for an earlier one
@@ -149,13 +143,49 @@ class Scheduler:
         for sequence in decoding:  # draft tokens may take a free page, and preempt no sequence
             if sequence.draft and sequence.running:
                 budget -= self._lengthen(sequence, planned)
-        unread = [s for s in self.running if not s.decoding and not s.late]
-        for i, sequence in enumerate(unread):
-            if sequence.running:
-                budget -= self._plan(sequence, self._part(sequence, budget, i + 1 < len(unread)), planned, keep)
-        while budget >= self.page and self.counts.preemptions == preempted and (head := self._admit()):
-            budget -= self._plan(head, self._part(head, budget, False), planned, keep)
+        self._plan_prompts(budget, planned, keep, preempted)
+        if self.queues.contended:
+            for sequence, n in planned.items():
+                self.queues.charge(sequence.request.client, n)
         return list(planned.items())
+
+    def _plan_prompts(self, budget: int, planned: dict[SequenceState, int], keep: bool, preemptions: int) -> None:
+        """Plan chunks of running prefills and of admitted requests: each for the client served the least so far.
+
+        None is admitted once there were more preemptions than `preemptions`.
+        """
+        unread: dict[str, deque[SequenceState]] = defaultdict(deque)
+        for s in self.running:
+            if not s.decoding and not s.late:
+                unread[s.request.client].append(s)
+        left = sum(map(len, unread.values()))
+        here: dict[str, int] = defaultdict(int)  # tokens planned here, by client
+        admitting = True
+        while budget > 0:
+            admitting = admitting and budget >= self.page and self.counts.preemptions == preemptions
+            heads = [queue[0] for queue in unread.values() if queue]
+            if admitting and self.waiting:
+                heads += [head for head in self.queues.heads() if not unread.get(head.request.client)]
+            if not heads:
+                return
+            sequence = heads[0] if len(heads) == 1 else min(heads, key=lambda s: self._turn(s, here))
+            client = sequence.request.client
+            if unread.get(client):
+                unread[client].popleft()
+                left -= 1
+                if not sequence.running:  # preempted since
+                    continue
+            elif not self._admit(sequence):
+                admitting = False  # no other may pass it, or it might wait for ever
+                continue
+            n = self._plan(sequence, self._part(sequence, budget, left > 0), planned, keep)
+            budget -= n
+            here[client] += n
+
+    def _turn(self, sequence: SequenceState, here: dict[str, int]) -> tuple[int, int, tuple[int, int, int]]:
+        """The order of several clients' first sequences: by priority, then by what the clients were served."""
+        client = sequence.request.client
+        return sequence.request.priority, self.queues.served(client) + here.get(client, 0), sequence.rank
 
     def _part(self, sequence: SequenceState, budget: int, followed: bool) -> int:
         """The size of the next prefill chunk of a sequence; `followed`: another prefill comes after it."""
@@ -170,7 +200,7 @@ class Scheduler:
         while not self._find_pages(sequence, n):
             if keep:
                 raise _PagesShortError
-            victim = self.running[-1]
+            victim = self.shares.last(self.running) if self.queues.contended else self.running[-1]
             self._preempt(victim)
             planned.pop(victim, None)
             if victim is sequence:
@@ -208,31 +238,40 @@ class Scheduler:
         sequence.draft, sequence.guesser = [], None  # the result of its last draft will not reach its drafter
         self.running.remove(sequence)
         sequence.running = False
-        self._wait(sequence)
+        self.queues.push(sequence)
         self.counts.preemptions += 1
+
+    def _make_way(self, keep: bool) -> None:
+        """Preempt a sequence for the next client's first request, if this cannot start otherwise."""
+        head = min(self.queues.heads(), key=lambda s: self._turn(s, {}))
+        if not self.running or self._fit(head) is not None:
+            return
+        victim = self.shares.to_yield(self.running, head, self.most_pages(len(head.tokens)))
+        if victim is not None:
+            if keep:
+                raise _PagesShortError
+            self._preempt(victim)
 
     # ------------------------------------------------------------------ admission
 
-    def _admit(self) -> SequenceState | None:
-        """Start the first waiting sequence, with its cached prefix; None if it cannot start yet."""
-        while self._waiting and self._waiting[0][1].ended:
-            heapq.heappop(self._waiting)
-        if not self._waiting:
-            return None
-        sequence = self._waiting[0][1]
-        request = sequence.request
-        if self._to_come() + request.to_come > self.config.max_sequences:
+    def _admit(self, sequence: SequenceState) -> bool:
+        """Start a waiting sequence, with its cached prefix; False if it cannot start yet."""
+        if (fit := self._fit(sequence)) is None:
+            return False
+        self.queues.pop(sequence)
+        self._begin(sequence, *fit)
+        return True
+
+    def _fit(self, sequence: SequenceState) -> tuple[int, list[int]] | None:
+        """The cached prefix of a waiting sequence, as `_prefix`; None if there is no room for the sequence."""
+        if self._to_come() + sequence.request.to_come > self.config.max_sequences:
             return None
         start, found = self._prefix(sequence)
         # Its whole prompt and one page for each running sequence must fit, or it would soon be preempted.
         wanted = self.most_pages(len(sequence.tokens)) - len(found) + len(self.running)
         if self.running and wanted > self.pool.available - sum(map(self.pool.is_idle, found)):
             return None
-        heapq.heappop(self._waiting)
-        self.waiting -= 1
-        sequence.waits = False
-        self._begin(sequence, start, found)
-        return sequence
+        return start, found
 
     def _to_come(self) -> int:
         """Completions that run, or start as soon as their prompt is computed."""
@@ -299,4 +338,4 @@ class Scheduler:
 
     def _all(self) -> Iterable[SequenceState]:
         yield from self.running
-        yield from (s for _, s in self._waiting)
+        yield from self.queues.all()

@@ -200,7 +200,7 @@ def check(engine: Engine) -> None:
             assert s.first == max(0, s.computed - W + 1) // page, "a page out of the window is held"
             assert len(s.held) * page <= W + engine.config.max_batch_tokens + 2 * page
     assert scheduler.running == sorted(scheduler.running, key=lambda s: s.rank)
-    waiting = [s for _, s in scheduler._waiting if not s.ended]
+    waiting = [s for s in scheduler.queues.all() if not s.ended]
     assert scheduler.waiting == len(waiting)
     assert not set(waiting) & set(scheduler.running)
     assert len(scheduler.running) <= engine.config.max_sequences

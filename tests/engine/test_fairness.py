@@ -130,7 +130,8 @@ def test_a_large_request_is_not_starved_by_small_ones_that_keep_coming() -> None
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("window", [None, 8])
-def test_a_storm_of_preemptions_ends_and_changes_nothing(seed: int, window: int | None) -> None:
+@pytest.mark.parametrize("clients", ["a", "ab", "abc"])
+def test_a_storm_of_preemptions_ends_and_changes_nothing(seed: int, window: int | None, clients: str) -> None:
     """A pool for one, and many at once that grow until it is full, again and again."""
     draw, model = random.Random(seed), Automaton(window)
     page = draw.choice([1, 2, 4])
@@ -142,7 +143,16 @@ def test_a_storm_of_preemptions_ends_and_changes_nothing(seed: int, window: int 
         prompt = [draw.randrange(V) for _ in range(draw.randint(1, 12))]
         guess = Oracle(model) if i % 3 == 0 else None
         p = replace(params(draw.choice([20, 48])), n=draw.choice([1, 1, 3]))
-        requests.append(request_of(engine, prompt, p, speculation=guess, priority=draw.choice([0, 0, 1])))
+        requests.append(
+            request_of(
+                engine,
+                prompt,
+                p,
+                speculation=guess,
+                priority=draw.choice([0, 0, 1]),
+                client=clients[i % len(clients)],
+            )
+        )
         engine.add(requests[-1])
         for _ in range(draw.choice([0, 0, 5])):
             engine.step()

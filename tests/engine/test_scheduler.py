@@ -55,10 +55,11 @@ class Course(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         guess=st.sampled_from(["", "oracle", "lookup"]),
         repeat=st.booleans(),
+        client=st.sampled_from(["", "", "a", "b"]),
     )
     def add(
         self, base: int, length: int, end: list[int], room: int, n: int, seed: int | None, stop: int | None,
-        priority: int, guess: str, repeat: bool,
+        priority: int, guess: str, repeat: bool, client: str,
     ) -> None:  # fmt: skip
         prompt = BASES[base][:length] + end
         if repeat and self.requests:  # what has been computed before, and the tokens that came of it
@@ -70,7 +71,9 @@ class Course(RuleBasedStateMachine):
         )  # fmt: skip
         speculation = {"": None, "oracle": Oracle(self.model), "lookup": Speculation(row_cost=0.01)}[guess]
         try:
-            request = request_of(self.engine, prompt, params, priority=priority, speculation=speculation)
+            request = request_of(
+                self.engine, prompt, params, priority=priority, speculation=speculation, client=client
+            )
         except EngineError:
             return
         self.engine.add(request)
@@ -84,7 +87,7 @@ class Course(RuleBasedStateMachine):
             self.add(
                 draw.randrange(3), draw.randint(1, 9), [draw.randrange(V)], draw.choice([5, 15, 25, 30]),
                 draw.choice([1, 1, 2]), draw.choice([None, 1, 2]), None, draw.choice([0, 0, 1]),
-                draw.choice(["", "oracle", "lookup"]), draw.random() < 0.3,
+                draw.choice(["", "oracle", "lookup"]), draw.random() < 0.3, draw.choice(["", "a", "b"]),
             )  # fmt: skip
 
     @rule(n=st.integers(1, 8))

@@ -1,0 +1,115 @@
+"""The waiting sequences: a queue for each client, and how many tokens each client was served.
+
+    client     served    waiting
+    alice      51,200    a1 a2 a3 ...
+    bob        51,170    b1              <- next: the client that was served the least
+
+Fair queueing over tokens, as virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
+OSDI 2024): each token computed for a client counts, and the client with the lowest count is next. A client that
+arrives gets the lowest count of those present: absence earns no credit. A client without sequences is forgotten.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .request import SequenceState
+
+Rank = tuple[int, int, int]
+
+
+@dataclass
+class _Client:
+    served: int
+    present: int = 0  # its sequences that run or wait
+    waiting: int = 0
+    heap: list[tuple[Rank, SequenceState]] = field(default_factory=list)  # by rank; it may hold ended sequences
+
+
+class Queues:
+    """Which sequences wait, by client. `waiting` counts them all."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self._clients: dict[str, _Client] = {}
+
+    @property
+    def contended(self) -> bool:
+        """Whether more than one client has sequences."""
+        return len(self._clients) > 1
+
+    def enter(self, sequence: SequenceState) -> None:
+        """Count a sequence that will run or wait as its client's."""
+        name = sequence.request.client
+        if (client := self._clients.get(name)) is None:
+            client = self._clients[name] = _Client(min((c.served for c in self._clients.values()), default=0))
+        client.present += 1
+
+    def leave(self, sequence: SequenceState) -> None:
+        """Count a sequence of a client less; the last one takes the client with it."""
+        client = self._clients[sequence.request.client]
+        client.present -= 1
+        if not client.present:
+            del self._clients[sequence.request.client]
+
+    def push(self, sequence: SequenceState) -> None:
+        """Let a sequence wait."""
+        client = self._clients[sequence.request.client]
+        heapq.heappush(client.heap, (sequence.rank, sequence))
+        self._count(sequence, 1)
+
+    def pop(self, sequence: SequenceState) -> None:
+        """Remove the first sequence of its client's queue."""
+        taken = heapq.heappop(self._clients[sequence.request.client].heap)[1]
+        assert taken is sequence, "it is not the first of its queue"
+        self._count(sequence, -1)
+
+    def discard(self, sequence: SequenceState) -> None:
+        """Let a sequence, which has ended, wait no longer. It stays in the heap until it is the first."""
+        self._count(sequence, -1)
+
+    def _count(self, sequence: SequenceState, n: int) -> None:
+        self._clients[sequence.request.client].waiting += n
+        self.waiting += n
+        sequence.waits = n > 0
+
+    def head(self, name: str) -> SequenceState | None:
+        """The first waiting sequence of a client."""
+        client = self._clients.get(name)
+        if client is None:
+            return None
+        while client.heap and client.heap[0][1].ended:
+            heapq.heappop(client.heap)
+        return client.heap[0][1] if client.heap else None
+
+    def heads(self) -> list[SequenceState]:
+        """The first waiting sequence of each client that has one."""
+        return [head for name in self._clients if (head := self.head(name)) is not None]
+
+    def served(self, name: str) -> int:
+        """The tokens that count for a client."""
+        return self._clients[name].served
+
+    def charge(self, name: str, tokens: int) -> None:
+        """Count tokens computed for a client."""
+        self._clients[name].served += tokens
+
+    def has_room(self, name: str, most: int, coming: int = 0, coming_of: int = 0) -> bool:
+        """Whether one more sequence of a client may wait, where all clients' `most` may.
+
+        A client with less than an equal share of the queue may wait even if the queue is full: otherwise one
+        client's long queue would turn all others away. `coming`, `coming_of`: sequences on their way to the queue,
+        of all clients and of this one. Other threads than the engine's may ask.
+        """
+        if self.waiting + coming < most:
+            return True
+        client = self._clients.get(name)
+        clients = len(self._clients) + (client is None)
+        return clients > 1 and (client.waiting if client else 0) + coming_of < most // clients
+
+    def all(self) -> Iterable[SequenceState]:
+        """Every waiting sequence, ended ones among them."""
+        for client in self._clients.values():
+            yield from (sequence for _, sequence in client.heap)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ..engine.config import EngineConfig
-from ..server.config import ServerConfig, read_keys, traces_wanted
+from ..server.config import ServerConfig, traces_wanted
+from ..server.keys import read_keys
 from .inputs import ModelName, ModelOptions, UsageError, busy, read_flags
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Serve(ModelOptions):
     adapters: Annotated[Repeated, tyro.conf.arg(name="adapter", metavar="NAME=PATH")] = ()
     """A LoRA adapter and its name for clients."""
     api_key_file: str = ""
-    """A file with one key per line, in addition to --api-key and MISTRAL_7B_API_KEY."""
+    """A file with one key per line, and its limits; in addition to --api-key and MISTRAL_7B_API_KEY."""
     admin_key_file: str = ""
     """The same, in addition to --admin-key and MISTRAL_7B_ADMIN_KEY."""
     quiet: bool = False
@@ -95,28 +96,30 @@ def run(argv: list[str]) -> int:
 
     with busy("preparing"):
         llm = AsyncLLM(model, engine, tokenizer=tokenizer, adapters=adapters)
-    log_to_stderr(access=not args.quiet)
+    log = log_to_stderr(access=not args.quiet)
     name = args.name or pathlib.Path(args.model).name
     llm.inputs.warm_up()
     app = build(llm, config, name)
     spans = app.state.serving.trace = _spans(name) if traced else None
     server = Server(app)
-    print(f"mistral-7b: serving {args.model} at {url_of(sock)} (Ctrl-C stops it)", file=sys.stderr, flush=True)
+    log.write(f"mistral-7b: serving {args.model} at {url_of(sock)} (Ctrl-C stops it)")
+    app.state.serving.log = log
     server.run(sockets=[sock])
     asyncio.run(llm.close())
     if spans is not None:
         spans.close()
     if server.broken is not None:
-        print(f"mistral-7b: {server.broken}; the log has the traceback", file=sys.stderr)
-        return 1
-    return 0
+        log.write(f"mistral-7b: {server.broken}; the log has the traceback")
+    log.close()
+    return 0 if server.broken is None else 1
 
 
 def _config(args: Serve) -> ServerConfig:
     """Return the server's configuration with the keys from flags, files and environment."""
     api = read_keys(args.http.api_keys, args.api_key_file, "MISTRAL_7B_API_KEY")
     admin = read_keys(args.http.admin_keys, args.admin_key_file, "MISTRAL_7B_ADMIN_KEY")
-    config = dataclasses.replace(args.http, api_keys=api, admin_keys=admin)
+    given = {f.name: getattr(args.http, f.name) for f in dataclasses.fields(ServerConfig)}
+    config = ServerConfig(**{**given, "api_keys": api, "admin_keys": admin})
     if not api and not config.loopback:
         print(
             f"mistral-7b: {config.host} is reachable from other machines without an --api-key: access is open",

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import pathlib
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ..errors import ConfigError
+from .keys import ApiKey
 
 MIB = 1 << 20
 
@@ -24,7 +21,8 @@ class ServerConfig:
     Attributes:
         host: address to bind; the default is the loopback interface
         port: TCP port; 0 picks a free one
-        api_keys: keys that allow requests; empty: no key is needed
+        api_keys: keys that allow requests, with limits of their own where they are ApiKey objects; empty: no key
+            is needed
         admin_keys: keys that also allow loading and unloading adapters; empty: these routes are disabled
         adapter_folder: folder whose subfolders can be loaded as adapters; None: loading is disabled
         cors_origins: other origins whose pages may send requests, such as "https://example.org"; "*": any
@@ -34,20 +32,26 @@ class ServerConfig:
         max_prompt_tokens: tokens of one prompt; None: the model's context length
         max_n: completions of one prompt
         max_prompts: prompts, or inputs to embed, in one request
-        max_concurrent: requests running or queued at the same time; beyond that, 429
-        max_connections: open connections
+        max_request_tokens: tokens of all completions that one request asks for
+        max_concurrent: requests running or queued at the same time; beyond that, 429 for keys that have an equal
+            share of them
+        max_concurrent_per_key, requests_per_minute, tokens_per_minute: limits of each key, or of all requests
+            together if there are no keys; None: no limit. Beyond them, 429
+        max_connections: open connections; beyond that, the one that has been idle longest is closed
         body_timeout: seconds to receive a request's head, and again its body
         idle_timeout: seconds without progress after which a stalled reader is disconnected
         request_timeout: seconds to complete a response
         keep_alive: seconds that an idle connection stays open
+        drain_grace: seconds in which requests are still accepted after SIGTERM or SIGHUP, while /health/ready
+            already answers 503, so that load balancers stop sending them
         drain_timeout: seconds that running requests have to finish at shutdown
         log_prompts: include prompts in the access log
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
+    api_keys: tuple[str | ApiKey, ...] = ()
+    admin_keys: tuple[str | ApiKey, ...] = ()
     adapter_folder: str | None = None
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
@@ -55,12 +59,17 @@ class ServerConfig:
     max_prompt_tokens: int | None = None
     max_n: int = 16
     max_prompts: int = 128
+    max_request_tokens: int = 1 << 20
     max_concurrent: int = 512
+    max_concurrent_per_key: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
     max_connections: int = 1024
     body_timeout: float = 30.0
     idle_timeout: float = 30.0
     request_timeout: float = 600.0
     keep_alive: float = 30.0
+    drain_grace: float = 2.0
     drain_timeout: float = 30.0
     log_prompts: bool = False
 
@@ -78,12 +87,12 @@ class ServerConfig:
         if self.port > 65535:
             raise ConfigError(f"port must be at most 65535, not {self.port}", field="port")
         for name in ("api_keys", "admin_keys"):
-            if not all(isinstance(k, str) and k.isascii() and k.isprintable() and k.strip() == k and k
-                       for k in getattr(self, name)):  # fmt: skip
-                raise ConfigError(
-                    f"{name}: a key consists of printable ASCII characters, without spaces at either end",
-                    field=name,
-                )
+            for key in getattr(self, name):
+                try:
+                    if not isinstance(key, ApiKey):
+                        ApiKey(key)
+                except ConfigError as e:
+                    raise ConfigError(f"{name}: {e.message}", field=name) from None
 
     @property
     def loopback(self) -> bool:
@@ -106,29 +115,3 @@ def traces_wanted(environ: Mapping[str, str]) -> bool:
             hint="set it, and the endpoint's port for HTTP, which is 4318 for most collectors",
         )
     return True
-
-
-def read_keys(given: tuple[str, ...], file: str, variable: str) -> tuple[str, ...]:
-    """Collect keys from flags, a file (one per line, # begins a comment) and an environment variable.
-
-    OSError for a file that cannot be read. ConfigError for a file without keys: the server would be open to all.
-    """
-    keys = list(given)
-    if file:
-        keys += _keys_in(pathlib.Path(file))
-    if value := os.environ.get(variable, "").strip():
-        keys.append(value)
-    return tuple(dict.fromkeys(keys))
-
-
-def _keys_in(file: pathlib.Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ConfigError("is not UTF-8 text", place=file, hint="write one key per line") from e
-    keys = [key for line in text.splitlines() if (key := line.split("#")[0].strip())]
-    if not keys:
-        raise ConfigError("contains no key", place=file, hint="write one key per line")
-    if os.name == "posix" and file.stat().st_mode & stat.S_IROTH:
-        logging.getLogger("mistral_7b.server").warning("%s is readable by every user: chmod 600", file)
-    return keys

@@ -1,7 +1,8 @@
 """The server process: listen, serve, and shut down gracefully.
 
-SIGTERM or Ctrl-C starts draining: new requests get 503 with Retry-After, and so does /health/ready. Running
-requests have `drain_timeout` seconds to finish; the rest end with an error. A second signal exits immediately.
+SIGTERM, SIGHUP or Ctrl-C starts draining: new requests get 503 with Retry-After, and so does /health/ready.
+Running requests have `drain_timeout` seconds to finish; the rest end with an error. A second signal exits immediately.
+After SIGTERM and SIGHUP, /health/ready alone answers 503 for the first `drain_grace` seconds.
 
 A failed engine also ends the process, after all open requests got an error, so that a supervisor restarts it.
 """
@@ -13,8 +14,11 @@ import contextlib
 import gc
 import logging
 import resource
+import signal
 import socket
+import threading
 import time
+from collections.abc import Generator
 from types import FrameType
 
 import uvicorn
@@ -71,12 +75,13 @@ class Server(uvicorn.Server):
         self.state: State = app.state.serving
         config = self.state.config
         super().__init__(uvicorn.Config(
-            app, loop="asyncio", http=connection_class(config), ws="none", lifespan="off", log_config=None,
+            app, loop="asyncio", http=connection_class(self.state), ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=int(config.keep_alive),
             timeout_graceful_shutdown=LAST_WORDS, backlog=ACCEPTED,
         ))  # fmt: skip
         self.broken: EngineError | None = None  # the engine failure that ended the server
         self._signals = 0
+        self._refuse_at: float | None = None  # when draining begins
         self._limit, self._deadline = 0.0, 0.0
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
@@ -98,12 +103,29 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and start to measure the event loop's lag."""
         await super().startup(sockets)
+        self.state.connections = self.server_state.connections
         for sock in sockets or ():
             sock.listen(self.state.config.max_connections)  # the kernel's backlog; uvicorn set ACCEPTED
         self._watch = asyncio.create_task(watch(self.state.metrics.lagged))
 
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle SIGHUP as SIGTERM, unless it is ignored, as under nohup."""
+        with super().capture_signals():
+            main = threading.current_thread() is threading.main_thread()
+            if not main or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+                yield
+                return
+            previous = signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, previous)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal: the first starts draining, the second exits immediately."""
+        if not self._signals and sig != signal.SIGINT:
+            self._refuse_at = time.monotonic() + self.state.config.drain_grace
         self._signals += 1
         if self._signals > 1:
             self.should_exit = self.force_exit = True
@@ -115,7 +137,9 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Check for draining, engine failure and the drain deadline; uvicorn calls this ten times a second."""
         if self._signals and not self.state.draining:
-            self._drain(self.state.config.drain_timeout)
+            self.state.leaving = True
+            if self._refuse_at is None or time.monotonic() >= self._refuse_at:
+                self._drain(self.state.config.drain_timeout)
         if self.broken is None and self.state.llm.broken is not None:
             self.broken = self.state.llm.broken
             self._drain(LAST_WORDS)
@@ -128,7 +152,7 @@ class Server(uvicorn.Server):
 
     def _drain(self, seconds: float) -> None:
         """Refuse new requests, and exit once all running ones have finished, or after `seconds`."""
-        self.state.draining = True
+        self.state.leaving = self.state.draining = True
         self._limit, self._deadline = seconds, time.monotonic() + seconds
         logger.info("shutting down", extra={"fields": {"running": self.state.active}})
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -26,12 +26,15 @@ from ..engine.completion import TextPiece
 from ..engine.request import Request
 from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
 from .config import ServerConfig
+from .http.access import Accounts
 from .http.errors import ClientGoneError, HttpError
+from .http.limits import Account
 
 # Keys of the ASGI scope, set by the guard and the routes.
 GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has disconnected
 LEFT = "mistral_7b.left"  # threading.Event, set when the client has disconnected: for worker threads
-ADMIN = "mistral_7b.admin"  # bool: whether the request has an admin key
+ACCOUNT = "mistral_7b.account"  # Account: of the request's key
+RESERVED = "mistral_7b.reserved"  # bool, in the scope's "state": the connection is beyond max_connections
 NOTES = "mistral_7b.notes"  # dict[str, Any]: fields of the access log
 REQUESTS = "mistral_7b.requests"  # list[Request]: the engine requests
 
@@ -57,6 +60,12 @@ class Observer(Protocol):
     def lagged(self, late: float, blocked: float) -> None:
         """Lag of the event loop, and the part of it that this process caused; see lag.watch."""
         ...
+
+
+class Dropping(Protocol):
+    """A log that drops lines rather than wait."""
+
+    dropped: int
 
 
 class Silent:
@@ -93,7 +102,8 @@ class State:
     config: ServerConfig
     model_name: str
     started: float = field(default_factory=time.time)
-    draining: bool = False
+    leaving: bool = False  # a signal came: not ready for load balancers, and requests are still accepted
+    draining: bool = False  # new requests are refused
     metrics: Observer = field(default_factory=Silent)
     trace: Callable[[Answered], None] | None = None
     # A large pool, because a thread may wait seconds for a grammar that other processes compile, and a separate
@@ -102,6 +112,14 @@ class State:
     running: set[Running] = field(default_factory=set)
     active: int = 0  # HTTP requests that the guard has admitted
     held: int = 0  # bytes of their bodies
+    connections: Collection[object] = ()  # that are open
+    evicted: int = 0  # idle connections that were closed for new ones
+    rejected: int = 0  # connections that were refused
+    log: Dropping | None = None
+    accounts: Accounts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.accounts = Accounts(self.config)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -170,7 +188,13 @@ def engine_broke(status: int) -> HttpError:
 
 def is_admin(http_request: HttpRequest) -> bool:
     """Whether the request has an admin key."""
-    return bool(http_request.scope.get(ADMIN, False))
+    return account(http_request).admin
+
+
+def account(http_request: HttpRequest) -> Account:
+    """The account that the request is counted in."""
+    found: Account = http_request.scope[ACCOUNT]
+    return found
 
 
 def note(http_request: HttpRequest, **notes: Any) -> None:
@@ -202,7 +226,17 @@ async def read(state: State, make: Callable[[], Request], field: str) -> Request
     if len(request.ids) > most:
         raise HttpError(422, f"the prompt has {len(request.ids)} tokens; the server's limit is {most}",
                       field=field, hint="shorten it", code="context_length_exceeded")  # fmt: skip
+    check_size(state, [request])
     return request
+
+
+def check_size(state: State, requests: Sequence[Request]) -> None:
+    """HttpError (422) for more generated tokens than one HTTP request may ask for."""
+    size = sum(c.max_tokens for r in requests if r.pooling is None for c in r.completions)
+    if size > state.config.max_request_tokens:
+        raise HttpError(422, f"up to {size} tokens would be generated; the server's limit for one request is "
+                        f"{state.config.max_request_tokens}", field="max_tokens", code="too_large",
+                        hint="lower max_tokens or n, or send fewer prompts")  # fmt: skip
 
 
 async def answer(state: State, http_request: HttpRequest, request: Request) -> AsyncGenerator[TextPiece, None]:
@@ -216,6 +250,11 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
     gone: asyncio.Future[None] | None = http_request.scope.get(GONE)
     if gone is not None and gone.done():
         raise ClientGoneError
+    payer = account(http_request)
+    if request.priority and not payer.priority:
+        raise HttpError(403, "this key may not set priority", field="priority", code="priority_not_allowed",
+                        hint="leave it out")  # fmt: skip
+    request.client = payer.name
     metrics.arrived(request)
 
     def abort(_: object) -> None:
@@ -259,6 +298,8 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
         timer.cancel()
         state.running.discard(running)
         metrics.ended(request, reason, time.perf_counter() - began)
+        if reason != "refused":
+            payer.spend(len(request.ids) + tokens)
         _note(state, http_request, request, reason, tokens)
 
 
@@ -267,7 +308,11 @@ def _note(state: State, http_request: HttpRequest, request: Request, reason: str
     notes = http_request.scope.setdefault(NOTES, {})
     notes["prompt_tokens"] = notes.get("prompt_tokens", 0) + len(request.ids)
     notes["completion_tokens"] = notes.get("completion_tokens", 0) + tokens
-    notes["reason"] = reason
+    notes["reason"], notes["model"] = reason, request.adapter or state.model_name
+    times = request.metrics
+    for name, seconds in (("queue_seconds", times.queue_time), ("first_token_seconds", times.time_to_first_token)):
+        if seconds is not None and name not in notes:  # of the first, where there are several
+            notes[name] = round(seconds, 4)
     http_request.scope.setdefault(REQUESTS, []).append(request)
     if state.config.log_prompts:
         tokenizer = state.llm.tokenizer

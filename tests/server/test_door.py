@@ -11,7 +11,8 @@ from fastapi import FastAPI
 from serving import HELLO, Serving, serving
 
 from mistral_7b.errors import ConfigError
-from mistral_7b.server.config import ServerConfig, read_keys
+from mistral_7b.server.config import ServerConfig
+from mistral_7b.server.keys import read_keys
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 OPEN = "/health/live"

@@ -6,30 +6,41 @@ import base64
 import binascii
 import hashlib
 import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from ..config import ServerConfig
+from ..keys import ApiKey
 from .errors import HttpError
+from .limits import Account, account_of, open_account
 
 Headers = Mapping[bytes, bytes]
 OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
-class Keys:
-    """A set of keys with a constant-time membership test."""
+class Accounts:
+    """The accounts of a server's keys. Looking one up takes the same time whichever key is given."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(self, config: ServerConfig) -> None:
+        self.open = None if config.api_keys else open_account(config)
+        self._of: dict[bytes, Account] = {}
+        for admin, keys in ((False, config.api_keys), (True, config.admin_keys)):
+            for key in keys:
+                key = key if isinstance(key, ApiKey) else ApiKey(key)
+                self._of[hashlib.sha256(key.key.encode()).digest()] = account_of(key, config, admin)
 
-    def __bool__(self) -> bool:
-        return bool(self._digests)
+    def find(self, key: bytes) -> Account | None:
+        """The account of a key; without api_keys, the open one for any other."""
+        digest, found = hashlib.sha256(key).digest(), None
+        for known, account in self._of.items():
+            if hmac.compare_digest(digest, known):
+                found = account
+        return found or self.open
 
-    def __contains__(self, key: bytes) -> bool:
-        digest, found = hashlib.sha256(key).digest(), False
-        for known in self._digests:
-            found |= hmac.compare_digest(digest, known)
-        return found
+    @property
+    def all(self) -> list[Account]:
+        """Every account."""
+        return [*self._of.values(), *([self.open] if self.open else [])]
 
 
 def key_of(headers: Headers) -> bytes:
@@ -48,23 +59,22 @@ def key_of(headers: Headers) -> bytes:
 class AccessControl:
     """Checks a request's key, host and origin against the configuration."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self.config = config
-        self._admins, self._users = Keys(config.admin_keys), Keys(config.api_keys)
+    def __init__(self, config: ServerConfig, accounts: Accounts) -> None:
+        self.config, self.accounts = config, accounts
 
-    def check_key(self, headers: Headers, page: bool) -> bool:
-        """Whether the request has an admin key. HttpError (401) if a valid key is required and missing.
+    def check_key(self, headers: Headers, page: bool) -> Account:
+        """The account of a request's key. HttpError (401) if a valid key is required and missing.
 
         `page`: a browser loads a page; the 401 then asks for basic auth, with the key as the password.
         """
         key = key_of(headers)
-        admin, user = key in self._admins, key in self._users
-        if self._users and not (admin or user):
+        account = self.accounts.find(key)
+        if account is None:
             how = 'Basic realm="mistral-7b: the key is the password"' if page else 'Bearer realm="mistral-7b"'
             what = "the API key is invalid" if key else "an API key is required"
             raise HttpError(401, what, hint="send one as `Authorization: Bearer KEY`", code="invalid_api_key",
                           headers={"www-authenticate": how})  # fmt: skip
-        return admin
+        return account
 
     def check_host(self, headers: Headers) -> None:
         """HttpError (403) for a `Host` that is not allowed, which prevents DNS rebinding."""

@@ -1,7 +1,7 @@
 """A client connection that cannot be held open without progress.
 
-uvicorn's h11 protocol, with timeouts for the request head and for stalled readers, small write buffers, and errors
-in the server's JSON shape.
+uvicorn's h11 protocol, with a limit of connections, timeouts for the request head and for stalled readers, small
+write buffers, and errors in the server's JSON shape.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from uvicorn.protocols.http.h11_impl import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE as
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..config import ServerConfig
-from .errors import HttpError
+from ..state import RESERVED, State
+from .errors import HttpError, too_many_connections
 
 BUFFER = 1 << 16  # bytes of unsent output, in the process and in the kernel each
+RESERVE = 64  # connections beyond the limit, which are answered health probes alone
 PIECE = 1 << 14  # bytes parsed at once: h11 checks the size of a head only after each piece
 
 
 class Connection(H11Protocol):
-    """One connection. `limits` is the server's configuration."""
+    """One connection. `serving` is the server's state."""
 
-    limits: ServerConfig
+    serving: State
+    _idle_since = 0.0
     _head: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
     _closing: asyncio.TimerHandle | None = None
@@ -37,10 +40,31 @@ class Connection(H11Protocol):
         transport.set_write_buffer_limits(high=BUFFER)
         if (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-        if len(self.connections) > self.limits.max_connections:
-            self._reject(HttpError(503, "too many connections are open", hint="try again later", retry_after=1))
-        else:
-            self._start_head_timer(self.limits.body_timeout)
+        self._idle_since = self.loop.time()
+        if len(self.connections) > self.limits.max_connections and not self._make_room():
+            if len(self.connections) > self.limits.max_connections + RESERVE:
+                self.serving.rejected += 1
+                self._reject(too_many_connections())
+                return
+            self.app_state = {**self.app_state, RESERVED: True}
+        self._start_head_timer(self.limits.body_timeout)
+
+    @property
+    def limits(self) -> ServerConfig:
+        """The server's configuration."""
+        return self.serving.config
+
+    def _make_room(self) -> bool:
+        """Close the connection that has been idle for the longest time; False: all are in use."""
+        others = [c for c in self.connections if c is not self and not c.transport.is_closing()]
+        if len(others) < self.limits.max_connections:
+            return True
+        idle = [c for c in others if isinstance(c, Connection) and not c._busy and c.conn.their_state is h11.IDLE]
+        if not idle:
+            return False
+        min(idle, key=lambda c: c._idle_since).transport.close()
+        self.serving.evicted += 1
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head, self._stuck, self._closing):
@@ -58,6 +82,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._idle_since = self.loop.time()
         if self.transport.is_closing():
             self._abort_later()
         elif not self._busy:
@@ -123,9 +148,9 @@ class Connection(H11Protocol):
         self._abort_later()
 
 
-def connection_class(config: ServerConfig) -> type[Connection]:
-    """The protocol class for a server with this configuration."""
-    return type("Connection", (Connection,), {"limits": config})
+def connection_class(state: State) -> type[Connection]:
+    """The protocol class for a server with this state."""
+    return type("Connection", (Connection,), {"serving": state})
 
 
 def _raw(why: HttpError) -> bytes:

@@ -73,6 +73,12 @@ class ClientGoneError(HttpError):
         super().__init__(CLIENT_GONE, "the client has disconnected")
 
 
+def too_many_connections() -> HttpError:
+    """The error response of a connection beyond the limit."""
+    return HttpError(503, "too many connections are open", hint="try again later", retry_after=1,
+                     code="too_many_connections", headers={"connection": "close"})  # fmt: skip
+
+
 def refusal(error: Exception) -> HttpError:
     """The error response for an exception. Details of server faults go to the log only."""
     if isinstance(error, HttpError):

@@ -22,15 +22,16 @@ from pydantic_core import to_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import ServerConfig
-from ..state import ADMIN, GONE, LEFT, NOTES, Answered, State
+from ..state import ACCOUNT, GONE, LEFT, NOTES, RESERVED, Answered, State
 from .access import AccessControl
-from .errors import CLIENT_GONE, ClientGoneError, HttpError, refusal
+from .errors import CLIENT_GONE, ClientGoneError, HttpError, refusal, too_many_connections
+from .limits import Account
 
 logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")
 
-OPEN = "/health/live"  # skips all checks
-CALM = ("/", "/health", "/health/live", "/health/ready", "/metrics")  # served under full load and while draining
+PROBES = ("/health", "/health/live", "/health/ready")  # skip all checks, and the log
+CALM = ("/", "/metrics")  # served under full load and while draining
 PAGE = ("/web/",)  # likewise: small files from memory, so that the page loads and can report a full server
 BODIES = 64  # limit of all bodies in memory, in bodies of the maximum size
 SWEEP = 1 << 26  # bytes of finished bodies after which the garbage collector runs
@@ -39,6 +40,10 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
 )
+EXPOSED = b"x-request-id, request-id, retry-after, " + b", ".join(
+    b"x-ratelimit-%s-%s" % (name, kind)
+    for kind in (b"requests", b"tokens") for name in (b"limit", b"remaining", b"reset")
+)  # fmt: skip
 HEADERS = [
     (b"content-security-policy", POLICY.encode()), (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"), (b"referrer-policy", b"no-referrer"),
@@ -52,7 +57,7 @@ class Guard:
     def __init__(self, app: ASGIApp, state: State) -> None:
         self.app, self.state = app, state
         self.config: ServerConfig = state.config
-        self.door = AccessControl(state.config)
+        self.access = AccessControl(state.config, state.accounts)
         self.gone = 0  # bytes of finished bodies since the last garbage collection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +95,7 @@ class _Exchange:
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.left = threading.Event()
         self.body: bytes | None = b""
+        self.account: Account | None = None  # that the request is counted in
 
     async def run(self) -> None:
         try:
@@ -99,10 +105,14 @@ class _Exchange:
             self.end()
             return
         self.state.active += 1
+        if self.account is not None:
+            self.account.active += 1
         try:
             await self.serve()
         finally:
             self.state.active -= 1
+            if self.account is not None:
+                self.account.active -= 1
             self.guard.leave(self.size)
             self.end()
 
@@ -110,20 +120,38 @@ class _Exchange:
 
     def admit(self) -> None:
         """Check headers and load. HttpError if the request is not allowed, or not now."""
-        if self.path == OPEN:
+        if b"transfer-encoding" in self.headers and b"content-length" in self.headers:  # request smuggling
+            raise HttpError(400, "the request has both Transfer-Encoding and Content-Length", code="bad_http",
+                            headers={"connection": "close"})  # fmt: skip
+        if self.path in PROBES:
             return
-        door, calm = self.guard.door, self.path in CALM or self.path.startswith(PAGE)
-        door.check_host(self.headers)
-        self.allow(door.origin_of(self.headers))
+        if self.scope.get("state", {}).get(RESERVED):
+            self.state.rejected += 1
+            raise too_many_connections()
+        access, calm = self.guard.access, self.path in CALM or self.path.startswith(PAGE)
+        access.check_host(self.headers)
+        self.allow(access.origin_of(self.headers))
         if self.preflight:
             return
         page = self.scope["method"] == "GET" and b"text/html" in self.headers.get(b"accept", b"")
-        self.scope[ADMIN] = door.check_key(self.headers, page)
-        if not calm and (closed := self.state.closed) is not None:
+        self.scope[ACCOUNT] = account = access.check_key(self.headers, page)
+        if calm:
+            return
+        if (closed := self.state.closed) is not None:
             raise closed
-        if self.state.active >= self.config.max_concurrent and not calm:
+        self.check_share(account)
+        self.account = account
+        account.admit(counted=self.scope["method"] == "POST")
+
+    def check_share(self, account: Account) -> None:
+        """HttpError (429) under full load, unless the account has less than an equal share of the load."""
+        most = self.config.max_concurrent
+        if self.state.active < most:
+            return
+        sharing = sum(a.active > 0 or a is account for a in self.state.accounts.all)
+        if sharing == 1 or account.active >= most // sharing:
             raise HttpError(429, f"{self.state.active} requests are being served", hint="try again later",
-                          code="too_many_requests", retry_after=1)  # fmt: skip
+                            code="too_many_requests", retry_after=1)  # fmt: skip
 
     @property
     def preflight(self) -> bool:
@@ -134,7 +162,7 @@ class _Exchange:
     def allow(self, origin: str | None) -> None:
         if origin is not None:
             self.cors = [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin"),
-                         (b"access-control-expose-headers", b"x-request-id, request-id, retry-after")]  # fmt: skip
+                         (b"access-control-expose-headers", EXPOSED)]  # fmt: skip
 
     # ------------------------------------------------------------------ body and route
 
@@ -215,6 +243,10 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = [*message.get("headers", []), (b"x-request-id", self.id), *HEADERS, *self.cors]
+            if self.account is not None:
+                headers += self.account.headers()
+            if self.state.draining and not any(name == b"connection" for name, _ in headers):
+                headers.append((b"connection", b"close"))
             if self.path.startswith("/v1/messages"):
                 headers.append((b"request-id", self.id))  # where Anthropic's clients look for it
             message = {**message, "headers": headers}
@@ -255,11 +287,14 @@ class _Exchange:
         self.log(status, seconds)
 
     def log(self, status: int, seconds: float) -> None:
-        """Write a line of the access log. It holds no prompt unless `log_prompts` is set."""
+        """Write a line of the access log. It holds no prompt unless `log_prompts` is set. Probes are left out."""
+        if self.path in PROBES:
+            return
         client = self.scope.get("client")
         notes: dict[str, Any] = self.scope.get(NOTES, {})
         access.info("request", extra={"fields": {
             "id": self.id.decode(), "client": client[0] if client else None, "method": self.scope["method"],
             "path": self.path[:200], "status": status, "seconds": round(seconds, 4), "received": self.size,
+            **({"key": self.account.name} if self.account is not None and self.account.name else {}),
             **notes,
         }})  # fmt: skip

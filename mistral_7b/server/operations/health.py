@@ -25,10 +25,10 @@ def router(state: State) -> APIRouter:
     @routes.get("/health", responses=answers)
     @routes.get("/health/ready", responses=answers)
     async def ready() -> Response:
-        """Readiness: 200 while requests are accepted, 503 while draining or after an engine failure."""
+        """Readiness: 200, or 503 once a signal has come to shut down and after an engine failure."""
         if state.llm.broken is not None:
             return json_answer({"status": "broken"}, 503)
-        if state.draining:
+        if state.leaving:
             return json_answer({"status": "draining"}, 503, {"retry-after": "5"})
         return json_answer({"status": "ready"})
 

@@ -38,9 +38,10 @@ TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 class Metrics:
     """An Observer that records metrics, in one registry with the engine's counters."""
 
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+    def __init__(self, state: State) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(llm, model_name))
+        self.registry.register(_EngineCollector(state.llm, state.model_name))
+        self.registry.register(_ServerCollector(state))
         ProcessCollector(registry=self.registry)
         self._arrived = Counter(PREFIX + "requests", "Requests received", registry=self.registry)
         self._finished = Counter(
@@ -81,6 +82,15 @@ class Metrics:
             ["route", "method"], buckets=WHOLE, registry=self.registry,
         )  # fmt: skip
 
+        by_key = ["key", "adapter"]
+        self._key_requests = Counter(
+            PREFIX + "key_requests", "Finished requests, by key and adapter", by_key, registry=self.registry
+        )
+        self._key_tokens = Counter(
+            PREFIX + "key_tokens", "Prompt and generated tokens of finished requests, by key and adapter",
+            [*by_key, "kind"], registry=self.registry,
+        )  # fmt: skip
+
     def _histogram(self, name: str, help: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(PREFIX + name, help, buckets=tuple(buckets), registry=self.registry)
 
@@ -99,10 +109,15 @@ class Metrics:
         if reason == "refused":  # rejected at once: it would lower the latency statistics
             return
         self._whole.observe(seconds)
+        generated = sum(len(c.token_ids) for c in request.completions) if request.pooling is None else 0
+        labels = request.client, request.adapter or ""
+        self._key_requests.labels(*labels).inc()
+        self._key_tokens.labels(*labels, "prompt").inc(len(request.ids))
+        self._key_tokens.labels(*labels, "generation").inc(generated)
         if (queued := request.metrics.queue_time) is not None:
             self._queued.observe(queued)
         if request.pooling is None:
-            self._answer.observe(sum(len(c.token_ids) for c in request.completions))
+            self._answer.observe(generated)
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         route, method = route or "none", method if method in METHODS else "other"
@@ -162,10 +177,50 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(PREFIX + name, help, value)
 
 
+class _ServerCollector(Collector):
+    """Exports the server's connections, limits and log."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self.state
+        for name, help, value in (
+            ("connections", "Open connections", len(state.connections)),
+            ("connections_max", "Maximum number of open connections", state.config.max_connections),
+            ("http_requests_active", "HTTP requests in progress", state.active),
+            ("http_requests_active_max", "Maximum number of them", state.config.max_concurrent),
+            ("request_body_bytes", "Bytes of request bodies in memory", state.held),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, help, value)
+        for name, help, value in (
+            ("connections_evicted", "Idle connections closed for new ones", state.evicted),
+            ("connections_rejected", "Connections refused beyond the maximum", state.rejected),
+            (
+                "log_lines_dropped",
+                "Log lines dropped because stderr was not read",
+                state.log.dropped if state.log else 0,
+            ),
+        ):
+            yield CounterMetricFamily(PREFIX + name, help, value)
+        active = GaugeMetricFamily(
+            PREFIX + "key_requests_active", "HTTP requests in progress by key", labels=["key"]
+        )
+        limited = CounterMetricFamily(
+            PREFIX + "key_limited", "Requests refused by a key's limit", labels=["key", "limit"]
+        )
+        for account in state.accounts.all:
+            active.add_metric([account.name], account.active)
+            for limit, n in account.refused.items():
+                limited.add_metric([account.name, limit], n)
+        yield active
+        yield limited
+
+
 def router(state: State) -> APIRouter:
     """The route. Installs the Metrics observer as `state.metrics`."""
     routes = APIRouter(tags=["operations"])
-    state.metrics = metrics = Metrics(state.llm, state.model_name)
+    state.metrics = metrics = Metrics(state)
 
     @routes.get("/metrics", response_class=Response)
     async def scrape() -> Response:

@@ -8,7 +8,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import ConfigError
 
@@ -26,7 +26,7 @@ class ApiKey:
         requests_per_minute, tokens_per_minute, max_concurrent: None: the server's limits per key
     """
 
-    key: str
+    key: str = field(repr=False)
     name: str = ""
     priority: bool = False
     requests_per_minute: int | None = None

@@ -1,7 +1,7 @@
 """The server process: listen, serve, and shut down gracefully.
 
 SIGTERM, SIGHUP or Ctrl-C starts draining: new requests get 503 with Retry-After, and so does /health/ready.
-Running requests have `drain_timeout` seconds to finish; the rest end with an error. A second signal exits immediately.
+Running requests have `drain_timeout` seconds to finish; the rest end with an error. A second signal exits at once.
 After SIGTERM and SIGHUP, /health/ready alone answers 503 for the first `drain_grace` seconds.
 
 A failed engine also ends the process, after all open requests got an error, so that a supervisor restarts it.

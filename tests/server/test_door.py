@@ -12,7 +12,7 @@ from serving import HELLO, Serving, serving
 
 from mistral_7b.errors import ConfigError
 from mistral_7b.server.config import ServerConfig
-from mistral_7b.server.keys import read_keys
+from mistral_7b.server.keys import ApiKey, read_keys
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 OPEN = "/health/live"
@@ -128,9 +128,26 @@ def test_key_files_that_close_nothing_are_refused(tmp_path, monkeypatch: pytest.
         read_keys((), str(file), "SOME_KEY")
     assert isinstance(refused.value.__cause__, UnicodeDecodeError)
     file.write_text("\ufeffalpha\r\nbeta\r\n")  # as an editor on Windows may leave it
-    assert read_keys((), str(file), "SOME_KEY") == ("alpha", "beta")
-    monkeypatch.setenv("SOME_KEY", "  ")
+    assert read_keys((), str(file), "SOME_KEY") == (ApiKey("alpha"), ApiKey("beta"))
     assert read_keys((), "", "SOME_KEY") == ()
+    monkeypatch.setenv("SOME_KEY", "  ")  # as `SOME_KEY=$UNSET` leaves it
+    with pytest.raises(ConfigError) as refused:
+        read_keys((), "", "SOME_KEY")
+    assert refused.value.field == "SOME_KEY"
+
+
+def test_a_key_file_gives_keys_names_and_limits(tmp_path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# all of them\na#1 name=alice priority\t# the boss\nb requests=60 tokens=1000 concurrent=2\n")
+    alice, b = read_keys((), str(file), "NOT_SET")
+    assert alice == ApiKey("a#1", "alice", True)
+    assert b == ApiKey("b", "", False, 60, 1000, 2)
+    assert b.label.startswith("key-")
+    for bad in ("a tokens=0", "a tokens=x", "a token=1", "a b", "a name=", "a priority=1"):
+        file.write_text(f"one\n{bad}\n")
+        with pytest.raises(ConfigError) as refused:
+            read_keys((), str(file), "NOT_SET")
+        assert refused.value.place == f"{file}, line 2"
 
 
 def test_a_key_file_that_others_may_read_is_told_of(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,5 +156,5 @@ def test_a_key_file_that_others_may_read_is_told_of(tmp_path, caplog: pytest.Log
     for mode, told in ((0o600, False), (0o640, False), (0o644, True), (0o666, True)):
         file.chmod(mode)
         caplog.clear()
-        assert read_keys((), str(file), "SOME_KEY") == ("alpha",)
+        assert read_keys((), str(file), "SOME_KEY") == (ApiKey("alpha"),)
         assert bool(caplog.records) == told, oct(mode)

@@ -13,12 +13,13 @@ import pytest
 from serving import HELLO, Serving, serving
 
 from mistral_7b.errors import ConfigError
-from mistral_7b.server.config import ServerConfig, read_keys
+from mistral_7b.server.config import ServerConfig
+from mistral_7b.server.keys import ApiKey, read_keys
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": HELLO, "max_tokens": 2}
 ROUTES = [
-    ("GET", "/health/ready"), ("GET", "/health"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
+    ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
     ("GET", "/openapi.json"), ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"),
     ("POST", "/v1/messages"), ("GET", "/"), ("GET", "/nowhere"), ("PUT", CHAT), ("OPTIONS", CHAT),
 ]  # fmt: skip
@@ -74,7 +75,7 @@ def test_keys_come_from_files_and_the_environment(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text("# ours\nalpha  # mine\n\nbeta\n")
     monkeypatch.setenv("SOME_KEY", "gamma")
-    assert read_keys(("zero",), str(file), "SOME_KEY") == ("zero", "alpha", "beta", "gamma")
+    assert read_keys(("zero",), str(file), "SOME_KEY") == tuple(map(ApiKey, ("zero", "alpha", "beta", "gamma")))
     file.write_text("# nothing\n")
     with pytest.raises(ConfigError) as refused:
         read_keys((), str(file), "SOME_KEY")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 
 from serving import ENGINE, HELLO, Serving, serving
 
@@ -48,19 +47,6 @@ def test_bodies_that_are_too_much_together(server: Serving):
     finally:
         server.state.held -= much
     server.idle()
-
-
-def test_more_sockets_than_there_may_be():
-    with serving(ServerConfig(port=0, max_connections=2)) as server:
-        with (
-            socket.create_connection(("127.0.0.1", server.port)) as a,
-            socket.create_connection(("127.0.0.1", server.port)),
-        ):
-            assert server.raw(b"").startswith(b"HTTP/1.1 503 ")
-            a.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert a.recv(100).startswith(b"HTTP/1.1 200 ")
-        server.idle()
-        assert server.ask("GET", "/health/live")[0] == 200
 
 
 def test_prompts_are_logged_where_that_was_asked_for(caplog):

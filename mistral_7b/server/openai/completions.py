@@ -21,7 +21,7 @@ from ...text.tokenizer import Tokenizer
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
-from ..state import State, answer, left, read
+from ..state import State, answer, check_size, left, read
 from .chat import check_n
 from .logprobs import Part, TokenSpans, joined, text_logprobs
 from .protocol import CompletionRequest, prompts_of
@@ -53,6 +53,7 @@ def router(state: State) -> APIRouter:
         requests = [
             await read(state, partial(_read, state, body, prompt, options), "prompt") for prompt in prompts
         ]
+        check_size(state, requests)
         texts = Texts(state, body, requests)
         pieces = together([answer(state, http_request, request) for request in requests])
         if body.stream:

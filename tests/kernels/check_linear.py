@@ -79,9 +79,9 @@ def test_expanded_weights_are_rounded_once(dtype: torch.dtype) -> None:
     q = draw(N, K, low=0, high=256)
     assert torch.equal(w.expand_int8(q, scale, dtype), ((q.float() - 128) * scale[:, None]).to(dtype))
     packed, m, z = int4_weight(N, K, group, symmetric=False)
-    wanted = (w.whole_int4(packed, m, z, group, K) * scale[:, None]).to(dtype)
+    wanted = (w.int4_integers(packed, m, z, group, K) * scale[:, None]).to(dtype)
     assert torch.equal(w.expand_int4(packed, m, z, scale, group, K, dtype), wanted)
-    assert set(launched) == {"expand8", "expand4"}
+    assert set(launched) == {"dequantize8", "dequantize4"}
 
 
 @pytest.mark.parametrize("M", [65, 300])
@@ -92,7 +92,7 @@ def test_many_rows_go_through_the_expanded_weight(M: int) -> None:
     torch.testing.assert_close(w.int8_linear(x, q, scale), w.int8_twin(x, q, scale), rtol=1e-5, atol=1e-3)
     wanted = w.int4_twin(x, packed, m, z, scale, group)
     torch.testing.assert_close(w.int4_linear(x, packed, m, z, scale, group), wanted, rtol=1e-5, atol=1e-3)
-    assert set(launched) == {"expand8", "expand4"}
+    assert set(launched) == {"dequantize8", "dequantize4"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +115,7 @@ def test_fp8_rounds_as_its_twin(dtype: torch.dtype) -> None:
     (q, scale), (wanted, wanted_scale) = w.to_fp8(x), w.to_fp8_twin(x)
     assert torch.equal(scale, wanted_scale)
     assert torch.equal(q.view(torch.uint8), wanted.view(torch.uint8))
-    assert launched == ["round_fp8"]
+    assert launched == ["quantize_fp8"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

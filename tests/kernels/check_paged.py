@@ -179,10 +179,10 @@ def test_a_ragged_batch_is_the_twin(
         assert ours is None or same(ours, theirs)
     assert [name for name, _ in launched] == [
         "attend_tiles",
-        "remember",
+        "write_kv",
         "attend_tiles",
         "merge_splits",
-        "remember",
+        "write_kv",
     ]
     if window is None:  # the negative control
         assert (twin(copied(beside), 8).double() - out.double()).abs().max() > 0.1
@@ -270,7 +270,7 @@ def test_the_operator_comes_here_for_pages_and_packed_rows() -> None:
     launched.clear()
     out = attend._attend(*tensors, start, held, 1, 0, table, page, offsets, 20, True)
     assert torch.equal(out, wanted)
-    assert [name for name, _ in launched] == ["attend_tiles", "remember"]
+    assert [name for name, _ in launched] == ["attend_tiles", "write_kv"]
     whole = [None if t is None else t[:, None] for t in tensors[:5]]
     out = attend._attend(*whole, *tensors[5:], start, held, 1, 0, table, page, None, 20, True)
     near(out[:, 0], wanted)

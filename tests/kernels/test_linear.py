@@ -201,6 +201,6 @@ def test_every_path_gives_the_same_bits(instructions: str) -> None:
 
 
 def test_the_path_is_the_one_asked_for() -> None:
-    asked, found = compiler.asked(), backend.running()
+    asked, found = compiler.requested(), backend.running()
     wanted = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "scalar": "scalar", "off": "PyTorch operators"}
     assert asked == "native" or found == wanted[asked]

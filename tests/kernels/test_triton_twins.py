@@ -47,7 +47,7 @@ def test_int8_and_int4_from_their_definition() -> None:
     torch.testing.assert_close(w.expand_int8(q8, scale, torch.float64), w8, rtol=1e-6, atol=1e-6)
     wide = w.expand_int4(packed, m, z, scale, group, K, torch.float64)
     torch.testing.assert_close(wide, w4, rtol=1e-6, atol=1e-6)
-    assert w.whole_int4(packed, m, z, group, K).abs().max() <= 127  # an int4 weight is an int8 weight
+    assert w.int4_integers(packed, m, z, group, K).abs().max() <= 127  # an int4 weight is an int8 weight
 
 
 def test_fp8_rounds_rows_to_their_own_largest_value() -> None:

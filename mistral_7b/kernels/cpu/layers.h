@@ -10,8 +10,8 @@
 
 namespace {
 
-// A transformer block is two calls, before and after attention. With one call per operation, the Python interpreter would
-// take a tenth of a decode step, since each weight evicts its memory from the caches.
+// A transformer block is two calls, before and after attention. With one call per operation, the Python interpreter
+// would take a tenth of a decode step, since each weight evicts its memory from the caches.
 struct Block {
     Weights wq, wk, wv, wo, w1, w2, w3;
     const void *attention_norm, *ffn_norm;

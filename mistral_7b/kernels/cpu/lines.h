@@ -82,8 +82,8 @@ inline __m256i quad_of(const int8_t* x) {
 inline __m256i add_quads(__m256i s, __m256i pairs) {  // pairs: int16
     return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-// vpmaddubsw adds two products of an unsigned and a signed byte in int16, with saturation. With |w8| <= 128 and
-// |x| <= 127, to which the sign of w8 is applied, the sum is at most 32512: exact. With codes up to 255 it would saturate.
+// vpmaddubsw adds two products of an unsigned and a signed byte in int16, with saturation. For |w8| <= 128 times x with
+// the sign of w8, |x| <= 127, the sum is at most 32512: exact. With codes up to 255 instead of |w8|, it could saturate.
 inline Sums dot8(Sums s, const Line& l, const int8_t* x) {
     const __m256i xs = quad_of(x);
     for (int h = 0; h < 2; h++) {

@@ -1,5 +1,5 @@
-// Attention of one head's query rows over one block of keys and values, in one thread's workspace: scores, softmax over
-// the block, and the weighted sum of values. AMX tiles round and sum differently from the other instruction sets.
+// Attention of one head's query rows over one block of keys and values, in one thread's workspace: scores, softmax
+// over the block, and the weighted sum of values. AMX tiles round and sum differently from other instruction sets.
 
 #pragma once
 
@@ -210,7 +210,7 @@ void add_values(const Workspace& r, int64_t rows) {
 
 #endif
 
-// Softmax over one block of a row's scores, with visible keys first..last; updates the row's running maximum and sum.
+// Softmax over one block of a row's scores, with visible keys first..last; updates the running maximum and sum.
 void softmax_block(const Workspace& r, int64_t m, int64_t first, int64_t last, float scale) {
     if (first >= last) {
         std::memset(r.p + m * KEYS, 0, KEYS * 2);

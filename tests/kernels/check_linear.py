@@ -50,7 +50,7 @@ launched: list[str] = []
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_int8_is_its_twin_to_the_bit(N: int, K: int, dtype: torch.dtype) -> None:
+def test_int8_is_bit_identical_to_the_twin(N: int, K: int, dtype: torch.dtype) -> None:
     q, scale = draw(N, K, low=0, high=256), scales(N)
     for M in ROWS if N < 100 else (1, 17):
         x = draw(M, K, low=-8, high=9, dtype=dtype)
@@ -63,7 +63,9 @@ def test_int8_is_its_twin_to_the_bit(N: int, K: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_int4_is_its_twin_to_the_bit(N: int, K: int, dtype: torch.dtype, group: int, symmetric: bool) -> None:
+def test_int4_is_bit_identical_to_the_twin(
+    N: int, K: int, dtype: torch.dtype, group: int, symmetric: bool
+) -> None:
     (packed, m, z), scale = int4_weight(N, K, group, symmetric), scales(N)
     for M in ROWS if N < 100 and symmetric else (1, 17):
         x = draw(M, K, low=-8, high=9, dtype=dtype)
@@ -73,7 +75,7 @@ def test_int4_is_its_twin_to_the_bit(N: int, K: int, dtype: torch.dtype, group: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_expanded_weights_are_rounded_once(dtype: torch.dtype) -> None:
+def test_dequantized_weights_are_rounded_once(dtype: torch.dtype) -> None:
     N, K, group = 37, 261, 32
     scale = torch.rand(N, device=DEVICE)
     q = draw(N, K, low=0, high=256)
@@ -85,7 +87,7 @@ def test_expanded_weights_are_rounded_once(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("M", [65, 300])
-def test_many_rows_go_through_the_expanded_weight(M: int) -> None:
+def test_many_rows_use_the_dequantized_weight(M: int) -> None:
     N, K, group = 37, 70, 32
     x, scale = torch.randn(M, K, device=DEVICE), torch.rand(N, device=DEVICE)
     q, (packed, m, z) = draw(N, K, low=0, high=256), int4_weight(N, K, group, symmetric=True)
@@ -97,7 +99,7 @@ def test_many_rows_go_through_the_expanded_weight(M: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 2, 17, 64, 300])
-def test_fp8_is_near_its_twin(M: int, dtype: torch.dtype) -> None:
+def test_fp8_is_close_to_the_twin(M: int, dtype: torch.dtype) -> None:
     if not INTERPRETED and not has_fp8(DEVICE):
         pytest.skip("this GPU has no fp8")
     for N, K in ((33, 70), (48, 272)):  # the second is one that torch._scaled_mm takes
@@ -109,7 +111,7 @@ def test_fp8_is_near_its_twin(M: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fp8_rounds_as_its_twin(dtype: torch.dtype) -> None:
+def test_fp8_quantization_is_bit_identical_to_the_twin(dtype: torch.dtype) -> None:
     x = (torch.randn(17, 300, device=DEVICE) * torch.logspace(-4, 4, 17, device=DEVICE)[:, None]).to(dtype)
     x[5] = 0
     (q, scale), (wanted, wanted_scale) = w.to_fp8(x), w.to_fp8_twin(x)
@@ -119,7 +121,7 @@ def test_fp8_rounds_as_its_twin(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_whatever_rows_there_are(dtype: torch.dtype) -> None:
+def test_results_are_batch_invariant(dtype: torch.dtype) -> None:
     """Real activations: within 2 to 64 rows as it comes, from 1 to 100 with `invariant`."""
     N, K, group = 33, 1100, 128
     x, scale = torch.randn(100, K, device=DEVICE).to(dtype), torch.rand(N, device=DEVICE)
@@ -150,7 +152,7 @@ def test_leading_dimensions_and_no_rows() -> None:
     assert w.int4_linear(empty, packed, m, z, scale, 32).shape == (2, 0, 37)
 
 
-def test_sums_are_cut_where_outputs_alone_would_not_fill_a_gpu() -> None:
+def test_k_is_split_if_outputs_do_not_fill_a_gpu() -> None:
     assert w._split(1024, 4096, 8, 1024) == (2, 2048)
     assert w._split(14336, 4096, 8, 1024) == (1, 4096)
     for N, K in ((1, 1), (5, 70_000), (1024, 14336), (33, 1100)):

@@ -92,7 +92,7 @@ def test_packed_queries_over_pages(H: int, G: int, K: int, window: int | None, p
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_what_is_no_longer_held_is_not_touched(int8: bool) -> None:
+def test_positions_before_held_are_not_read(int8: bool) -> None:
     cases = [sequence(202, 8, 2, 128, int8, seed) for seed in range(len(RAGGED))]
     packed = Packed(cases, RAGGED, None, 16, held_at_most=40)
     out = packed.run()[0]
@@ -101,7 +101,7 @@ def test_what_is_no_longer_held_is_not_touched(int8: bool) -> None:
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_what_is_new_goes_to_its_rows_and_no_others(int8: bool) -> None:
+def test_new_keys_are_written_to_their_rows_only(int8: bool) -> None:
     cases = [sequence(202, 32, 8, 128, int8, seed) for seed in range(len(RAGGED))]  # enough for several threads
     packed = Packed(cases, RAGGED, 100, 16)
     out, entries = packed.run(keep=True)

@@ -42,7 +42,7 @@ def test_in_the_interpreter(check: str) -> None:
 
 @WITHOUT
 @pytest.mark.slow
-def test_compiled_for_gpus_that_are_not_here() -> None:
+def test_compile_for_other_gpus() -> None:
     run("check_compiled.py", interpret=False)
 
 

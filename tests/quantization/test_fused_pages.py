@@ -74,7 +74,7 @@ class Layer(KeysAndValues):
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("window", [None, 8])
-def test_packed_steps_over_pages_are_each_sequence_over_a_ring(window: int | None, int8: bool, fast: bool) -> None:
+def test_packed_steps_over_pages_match_rings(window: int | None, int8: bool, fast: bool) -> None:
     model, prompts = model_of("int4", window), tokens_of((4, 100))
     alone = []
     for row in prompts:

@@ -1,4 +1,4 @@
-"""Every kernel compiled down to machine code for GPUs that are not here; run by test_triton_kernels.py.
+"""Compilation of all kernels to machine code for GPUs; run by test_triton_kernels.py.
 
 The interpreter lets pass what the compiler refuses: shapes, types, masks. Block sizes are those in use.
 """
@@ -23,12 +23,12 @@ from mistral_7b.kernels.gpu import (
 from mistral_7b.kernels.gpu import weight_only as w
 
 KINDS = ("bf16", "fp16", "fp32")
-# Multiples of 16 in a real model, which Triton is told.
+# Multiples of 16 in a real model; Triton specializes on them.
 WHOLE = ("N", "K", "M", "G", "pitch", "span", "D", "row_q", "row_k", "row_v")
 
 
 def assembly(kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any]) -> str:
-    """PTX of a kernel, as `stages` makes it."""
+    """The PTX of a kernel, see `stages`."""
     return stages(kernel, capability, pointers, constants)["ptx"]
 
 
@@ -61,9 +61,9 @@ def test_int8_and_int4(kind: str, capability: int) -> None:
     for splits, result in ((1, kind), (4, "fp32")):
         eight = {"x": kind, "w": "u8", "scale": "fp32", "x_scale": "fp32", "out": result}
         ptx = assembly(triton_linear.matvec8, capability, eight, {"FP8": False, "SPLITS": splits, **w.MATVEC})
-        assert "ld.global.v4.b32" in ptx  # 16 bytes a thread
+        assert "ld.global.v4.b32" in ptx  # 16 bytes per thread
         ptx = assembly(triton_linear.tile8, capability, eight, {"FP8": False, "SPLITS": splits, **w.TILE})
-        # 16 rows take mma.sync, whose sums run in one order; wgmma, from 64 rows on, must not come in.
+        # 16 rows use mma.sync, whose order of sums is fixed; wgmma, used from 64 rows, must not occur.
         assert ("mma.sync" in ptx) == (kind != "fp32")
         assert "wgmma" not in ptx
         assert "tf32" not in ptx
@@ -122,7 +122,7 @@ def test_fused(kind: str, capability: int) -> None:
 
 
 def layouts_of_sums(ttgir: str) -> list[tuple[str, str]]:
-    """Shapes and layouts of what is reduced over columns: they decide in which order a row's numbers are added."""
+    """Shapes and layouts of reductions over columns: they determine the order of a row's sums."""
     named = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     found = re.findall(r"\}\) : \(tensor<(\d+x\d+xf32), (#\w+)>\)", ttgir)
     return [(shape, named[layout]) for shape, layout in found]
@@ -155,7 +155,7 @@ def test_paged(kind: str, int8: bool, capability: int) -> None:
         assert "wgmma" not in ptx
         assert "tf32" not in ptx
         assert built["shared"] <= 99 * 1024  # of any GPU from 8.0 on
-        # Keys and values come 16 bytes at a time, though each has two places to come from.
+        # Keys and values are loaded 16 bytes at a time, although each has two possible sources.
         assert len(re.findall(r"cp\.async\.cg.*0x10", ptx)) >= 8
         assert kind == "fp32" or "fma.rn.f32" not in ptx
         layouts.append(layouts_of_sums(built["ttgir"]))

@@ -67,14 +67,14 @@ def test_rotation(heads: int, dtype: torch.dtype) -> None:
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """attention() as two tokens take it, which is PyTorch's."""
+    """attention() of two tokens, which uses PyTorch."""
     return attention(q.repeat_interleave(2, 1), k, v, seen.repeat_interleave(2, 1))[:, :1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "S", "H", "G", "K"), [(1, 1, 6, 3, 10), (3, 300, 8, 2, 16), (2, 700, 20, 1, 40)])
 def test_attention_of_one_token(B: int, S: int, H: int, G: int, K: int, dtype: torch.dtype) -> None:
-    """Over a ring longer than what is looked at, by position, with NaN wherever nothing is visible."""
+    """A ring with more slots than visible positions, and NaN in all invisible slots."""
     q = normal(B, 1, H, K, dtype=dtype)
     k, v = (normal(B, S + 5, G, K, dtype=dtype)[:, :S] for _ in "kv")
     p_q = torch.arange(S, S + B, device=DEVICE)[:, None]
@@ -86,7 +86,7 @@ def test_attention_of_one_token(B: int, S: int, H: int, G: int, K: int, dtype: t
         assert_close(wanted, reference_attention(q, k, v, seen), units=8)
         poisoned = [t.masked_fill(~seen[:, 0, :, None, None], float("nan")) for t in (k, v)]
         assert_close(decode.decode_attention(q, *poisoned, seen), wanted)
-        for row in range(B):  # a row alone is the row among others
+        for row in range(B):  # a single row equals the row of the batch
             alone = slice(row, row + 1)
             one = decode.decode_attention(q[alone], k[alone], v[alone], seen[alone])
             assert torch.equal(one, decode.decode_attention(q, k, v, seen)[alone])
@@ -95,7 +95,7 @@ def test_attention_of_one_token(B: int, S: int, H: int, G: int, K: int, dtype: t
 
 
 def test_all_partial_results_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that comes poisoned: splits in which nothing is visible must write their shares all the same."""
+    """Buffers contain NaN: splits without visible keys must write their partial results too."""
     real, made = torch.empty, []
 
     def poisoned(*size: int, **how: object) -> Tensor:
@@ -105,7 +105,7 @@ def test_all_partial_results_are_written(monkeypatch: pytest.MonkeyPatch) -> Non
     B, S, G, R, K = 2, 1100, 2, 3, 16
     q, k, v = normal(B, 1, G * R, K), normal(B, S, G, K), normal(B, S, G, K)
     seen = torch.zeros(B, 1, S, dtype=torch.bool, device=DEVICE)
-    seen[:, :, 600:650] = True  # two of the five splits hold all there is
+    seen[:, :, 600:650] = True  # two of the five splits contain all visible keys
     wanted = decode.decode_attention_twin(q, k, v, seen)
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
@@ -124,7 +124,7 @@ def test_the_capacity_of_the_ring_does_not_matter() -> None:
 
 @pytest.mark.parametrize("window", [8, None])
 def test_decode_uses_the_kernel(window: int | None) -> None:
-    """Rows in step and out of step, static and not, past the window: the logits of the uncached forward."""
+    """Rows at equal and different positions, static and not, beyond the window: logits of the uncached forward."""
     args = tiny_args(sliding_window=window)
     model = tiny_model(args, torch.float32).to(DEVICE)
     tokens = tokens_of((2, 22)).to(DEVICE)

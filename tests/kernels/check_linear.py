@@ -14,7 +14,7 @@ from torch import Tensor
 from mistral_7b.kernels.backend import has_fp8
 from mistral_7b.kernels.gpu import weight_only as w
 
-SHAPES = ((37, 70), (300, 261), (33, 1100))  # N, K: multiples of no block
+SHAPES = ((37, 70), (300, 261), (33, 1100))  # N, K: no multiples of a block
 ROWS = (1, 2, 3, 16, 17, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ def int4_weight(N: int, K: int, group: int, symmetric: bool) -> tuple[Tensor, Te
 
 @pytest.fixture(autouse=True)
 def _kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test means the kernel, its twin must not do the work: `launched` counts."""
+    """Checks that tests of the kernels do not use the twins: `launched` lists the launches."""
     torch.manual_seed(0)
     launched.clear()
     real = w._launch
@@ -102,7 +102,7 @@ def test_many_rows_use_the_dequantized_weight(M: int) -> None:
 def test_fp8_is_close_to_the_twin(M: int, dtype: torch.dtype) -> None:
     if not INTERPRETED and not has_fp8(DEVICE):
         pytest.skip("this GPU has no fp8")
-    for N, K in ((33, 70), (48, 272)):  # the second is one that torch._scaled_mm takes
+    for N, K in ((33, 70), (48, 272)):  # torch._scaled_mm supports the second
         q, scale = w.to_fp8(torch.randn(N, K, device=DEVICE))
         x = torch.randn(M, K, device=DEVICE).to(dtype)
         wanted = w.fp8_twin(x, q, scale).float()
@@ -122,7 +122,7 @@ def test_fp8_quantization_is_bit_identical_to_the_twin(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_are_batch_invariant(dtype: torch.dtype) -> None:
-    """Real activations: within 2 to 64 rows as it comes, from 1 to 100 with `invariant`."""
+    """Activations in general: 2 to 64 rows by default, 1 to 100 with `invariant`."""
     N, K, group = 33, 1100, 128
     x, scale = torch.randn(100, K, device=DEVICE).to(dtype), torch.rand(N, device=DEVICE)
     q, (packed, m, z) = draw(N, K, low=0, high=256), int4_weight(N, K, group, symmetric=False)

@@ -1,4 +1,4 @@
-"""Attention over pages against its twin, and rows against themselves; run by test_triton_kernels.py.
+"""Paged attention against its twin, and batch invariance of rows; run by test_triton_kernels.py.
 
 Splits, blocks and tiles are small here, so that short sequences have several of each.
 """
@@ -46,7 +46,7 @@ def _small_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Batch(NamedTuple):
-    """What `paged_attend` is given, flat."""
+    """The arguments of `paged_attend`, flat."""
 
     q: Tensor
     k: Tensor
@@ -81,7 +81,7 @@ def batch(
     cases: Sequence[Case], starts: Sequence[int], lengths: Sequence[int], *, int8: bool = False,
     held: Sequence[int] | None = None, columns: int = 0,
 ) -> Batch:  # fmt: skip
-    """Rows start..start + length of each case, what is held before them in pages in no order.
+    """Rows start..start + length of each case, with the cached positions before them in shuffled pages.
 
     Whatever else lies in the pages is NaN, scales in int8, and entries of the table that nobody may read
     point far outside of all memory.
@@ -131,7 +131,7 @@ def copied(given: Batch) -> Batch:
 
 
 def twin(given: Batch, window: int | None) -> Tensor:
-    """In float64, and written to the pages as well."""
+    """The twin's result in float64; it also writes to the pages."""
     return attend_twin(*given[:5], cache_of(given), window, keep=True)
 
 
@@ -143,14 +143,14 @@ def assert_close(actual: Tensor, wanted: Tensor) -> None:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, NaN included."""
+    """Whether tensors are bit-identical, including NaN."""
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def one_program_and_split(
     monkeypatch: pytest.MonkeyPatch, given: Batch, window: int | None, **how: bool
 ) -> Tensor:
-    """One program a tile and, on the same pages, splits shared out: the same bits in results and in pages."""
+    """Runs with one program per tile and with split programs; results and pages must be bit-identical."""
     ways, outs = (given, copied(given)), []
     for way, programs in zip(ways, (1, 2048), strict=True):
         monkeypatch.setattr(paged, "PROGRAMS", programs)
@@ -172,12 +172,12 @@ def test_packed_batches_match_the_twin(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None, int8: bool
 ) -> None:
     cases = [sequence(110, 4, 2, 10, dtype) for _ in RAGGED["starts"]]
-    held = [min(s, (window or 51) - 1) for s in RAGGED["starts"]]  # without a window, less than would be seen
+    held = [min(s, (window or 51) - 1) for s in RAGGED["starts"]]  # without a window, fewer than visible
     given = batch(cases, **RAGGED, held=held, int8=int8)
     beside = copied(given)
     out, wanted = one_program_and_split(monkeypatch, given, window), twin(beside, window)
     assert_close(out, wanted)
-    for ours, theirs in zip(given[5:9], beside[5:9], strict=True):  # the pages, what is written and what is not
+    for ours, theirs in zip(given[5:9], beside[5:9], strict=True):  # all pages, written or not
         assert ours is None or same(ours, theirs)
     assert [name for name, _ in launched] == [
         "attend_tiles",
@@ -224,7 +224,7 @@ def test_a_row_depends_on_its_keys_only(
 
 
 def test_padding_rows_give_zeros_and_write_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fills a captured batch up: rows after the last offset, and sequences without rows."""
+    """The padding of a captured batch: rows after the last offset, and sequences without rows."""
     given = batch([sequence(80, 4, 2, 10) for _ in range(3)], [70, 5, 40], [1, 1, 9])
     real = copied(given)._replace(
         q=given.q[:2], k=given.k[:2], v=given.v[:2], offsets=given.offsets[:3], start=given.start[:2]
@@ -254,7 +254,7 @@ def test_without_keep_pages_are_not_written_and_may_be_missing(monkeypatch: pyte
 
 
 def test_strided_rows_are_not_copied() -> None:
-    """q, k and v as one product gives them, side by side."""
+    """q, k and v as column ranges of one product."""
     given = batch([sequence(80, 4, 2, 16)], [70], [10])
     wide = torch.cat([t.flatten(1) for t in (given.q, given.k, given.v)], 1)
     q, k, v = (t.unflatten(1, (-1, 16)) for t in wide.split([64, 32, 32], 1))
@@ -265,7 +265,7 @@ def test_strided_rows_are_not_copied() -> None:
 
 
 def test_the_operator_uses_this_kernel_for_packed_rows_over_pages() -> None:
-    """Called as a CUDA device calls it; for anything else the twin works, a rectangle over pages say."""
+    """The operator as called for a CUDA device; other cases, as a rectangle over pages, use the twin."""
     given = batch([sequence(40, 4, 2, 10) for _ in "ab"], [30, 5], [1, 1])
     *tensors, start, held, offsets, table, page = given
     wanted = paged_attend_of(copied(given), 20)
@@ -280,7 +280,7 @@ def test_the_operator_uses_this_kernel_for_packed_rows_over_pages() -> None:
 
 
 def test_launches_depend_on_sizes_only() -> None:
-    """So that a captured graph is right for other values in the same tensors."""
+    """A captured graph must be valid for other values in the same tensors."""
     cases = [sequence(160, 4, 2, 10) for _ in range(3)]
     grids = []
     for starts, lengths in (([140, 0, 9], [1, 1, 1]), ([0, 0, 0], [3, 0, 0]), ([99, 3, 150], [0, 2, 1])):

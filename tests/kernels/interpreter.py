@@ -1,4 +1,4 @@
-"""Where the checks run: on a GPU or, with TRITON_INTERPRET=1, in Triton's interpreter, its bfloat16 mended.
+"""The device of the checks: a GPU or, with TRITON_INTERPRET=1, Triton's interpreter with corrected bfloat16.
 
 Seen in Triton 3.6.0: the interpreter keeps bfloat16 as its bits, cuts where a GPU rounds to nearest even,
 and `tl.dot` multiplies the bits; e4m3 it rounds wrongly. Kernels are not changed for that; here these three
@@ -22,7 +22,7 @@ Handle = interpreter.TensorHandle
 
 
 def from_bf16_bits(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 as its bits to float32, which is exact."""
+    """The bits of bfloat16 to float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -53,7 +53,7 @@ def to_narrower_type(self: Any, value: Any, kind: Any, rounding_mode: Any) -> An
 
 
 def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    # What the compiler refuses and the interpreter would let pass: sides too small, types that differ.
+    # Refused by the compiler but not by the interpreter: small sides, different types.
     assert a.dtype.scalar == b.dtype.scalar, "tl.dot of two types"
     assert a.data.shape[0] >= 16, "tl.dot wants sides of at least 16"
     assert min(b.data.shape) >= 16, "tl.dot wants sides of at least 16"

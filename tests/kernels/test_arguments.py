@@ -1,4 +1,4 @@
-"""The structures that Python passes are those that the C++ reads: the same names, fields, order and types."""
+"""The structures of arguments.py and of the C++ headers have the same names, fields, order and types."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CTYPES = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_floa
 
 
 def parse_struct(name: str) -> tuple[str | None, list[tuple[str, type]]]:
-    """A structure of the C++: what it extends, and its fields."""
+    """The base and the fields of a C++ structure."""
     pattern = rf"^struct {name}(?: : (\w+))? \{{\n(.*?)^\}};"
     ((base, body),) = [m for path in HEADERS for m in re.findall(pattern, path.read_text(), re.M | re.S)]
     fields = []
@@ -55,7 +55,7 @@ def test_every_function_takes_a_known_structure() -> None:
 
 @pytest.mark.skipif(compiler.compiler() is None, reason="no C++ compiler on this machine")
 def test_structures_have_the_sizes_of_the_compiler(tmp_path: Path) -> None:
-    """Which the fields' own names and types would not show: alignment, and a structure that extends another."""
+    """Detects differences in alignment and inheritance, which names and types do not show."""
     source, program = tmp_path / "sizes.cpp", tmp_path / "sizes"
     lines = "".join(f'    std::printf("{name} %zu\\n", sizeof({name}));\n' for name in STRUCTURES)
     include = f'#include <cstdio>\n#include "{compiler.SOURCE.with_name("layers.h")}"\n'

@@ -1,4 +1,4 @@
-"""Attention over a ring or pages against its twin, and rows against themselves in any chunk, place and company.
+"""Attention over a ring or pages against its twin, and rows in different chunks, storage and batches.
 
 Here sequences come as a rectangle; test_attend_packed.py has them packed.
 """
@@ -24,7 +24,7 @@ compiled = pytest.mark.skipif(
 
 
 class Case(NamedTuple):
-    """A sequence (T, ...) of queries, keys and values, to be cut into what is remembered and what is new."""
+    """A sequence (T, ...) of queries, keys and values, to be split into cached and new tokens."""
 
     q: Tensor
     k: Tensor
@@ -43,7 +43,7 @@ def forms(t: Tensor, int8: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def chunk(cases: list[Case], starts: list[int], T: int, slots: int, window: int | None, pages: int = 0) -> Tensor:
-    """Queries starts..starts+T of each sequence, what comes before laid into rings, or pages in no order."""
+    """Queries starts..starts+T of each sequence, with the positions before in rings or shuffled pages."""
     int8 = cases[0].int8
     old = []
     q = torch.stack([c.q[s : s + T] for c, s in zip(cases, starts, strict=True)])
@@ -110,7 +110,7 @@ def test_a_row_depends_on_its_keys_only(H: int, G: int, K: int, window: int | No
             got = chunk([case], [start], T, 300, window)[0]
             assert torch.equal(got, whole[start : start + T]), (T, start)
     ring = window or 300
-    for start in (5, 64, 200):  # beside others out of step, in a ring that has gone round, and in pages
+    for start in (5, 64, 200):  # in a batch at other positions, in a ring that has wrapped around, and in pages
         beside = chunk([other, case, other], [start + 7, start, 3], 5, ring, window)[1]
         assert torch.equal(beside, whole[start : start + 5])
         paged = chunk([other, case], [30, start], 5, 300, window, pages=16)[1]

@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU's gate and the rotation against their twins, and rows against themselves alone."""
+"""RMSNorm, SwiGLU's gate and rotary embedding against their twins, and batch invariance of rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mistral_7b.kernels.elementwise import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-# A sum in another order, or an exponential's last bit, may move one rounding: one step of the type.
+# Another order of sums, or the last bit of an exponential, may change a rounding by one step of the type.
 STEP = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1 / 128}
 
 

@@ -1,4 +1,4 @@
-"""Products with quantized weights: every path of the kernels gives the twin's bits, over odd shapes."""
+"""Products with quantized weights: all instruction sets are bit-identical to the twin, for irregular shapes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from mistral_7b.quantization.linear import BlockLinear
 ROWS = (1, 2, 3, 4, 5, 16, 17, 64, 300)
 # N no multiple of 16, K no multiple of 64 or of a group; one tile, and more than one AMX block of each.
 SHAPES = [(1, 1), (5, 7), (16, 64), (33, 100), (48, 320), (67, 130), (130, 1100), (300, 2050)]
-if os.environ.get(compiler.VARIABLE):  # a path other than the machine's best: its loops, and no AMX blocks
+if os.environ.get(compiler.VARIABLE):  # not the best instruction set: its loops, and no AMX blocks
     SHAPES = [(1, 1), (33, 100), (67, 330)]
 
 
 def weights(n: int, k: int, group: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random int4 codes, groups and scale in tiles; z and m over all that they may be."""
+    """Random int4 codes, groups and scale in tiles; z and m cover their ranges."""
     draw = torch.Generator().manual_seed(seed)
     rows, columns = layout.padded(n, 16), layout.padded(k, max(group, 64))
     q = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=draw)
@@ -64,7 +64,7 @@ def test_int4_and_its_int8_weight_match_the_twin(n: int, k: int, group: int, dty
 @pytest.mark.parametrize("code", [0, 1, 128, 255])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_largest_products_do_not_saturate(bits: int, code: int) -> None:
-    """vpmaddubsw adds two products in 16 bits, and saturates: the largest codes by the largest activations."""
+    """vpmaddubsw adds two products in 16 bits with saturation: the largest codes and activations."""
     n, k = 17, 128
     for m in ROWS[:7]:
         x = torch.ones(m, k)
@@ -86,7 +86,7 @@ def test_blocks_match_the_twin(n: int, k: int, bits: int, dtype: torch.dtype) ->
     draw = torch.Generator().manual_seed(n)
     q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=draw)
     d = torch.randn(n, k // 32, generator=draw).half()
-    d[0, 0] = 2e-7  # below the normal numbers of float16
+    d[0, 0] = 2e-7  # subnormal in float16
     linear = BlockLinear(d, q, bits)
     for m in ROWS:
         x = activations(m, k, dtype)
@@ -132,7 +132,7 @@ def test_zero_infinite_and_nan_rows() -> None:
     y = int4_linear(x, codes, groups, scale, 16, 32)
     assert torch.equal(y, linear_twin(x, int_weight(codes, groups, 32), scale)) or y[1:3].isnan().all()
     assert torch.equal(y[0], torch.zeros(16))
-    assert not y[1].isfinite().any()  # nobody takes them for a result
+    assert not y[1].isfinite().any()  # invalid rows are visible in the result
     assert not y[2].isfinite().any()
     assert y[3].isfinite().all()
 
@@ -142,10 +142,10 @@ def test_leading_dimensions_are_kept() -> None:
     for shape in ((100,), (3, 100), (2, 3, 100), (0, 100), (2, 0, 100)):
         y = int4_linear(torch.ones(shape), codes, groups, scale, 33, 32)
         assert y.shape == (*shape[:-1], 33)
-    turned = torch.randn(100, 6).T  # not contiguous
+    transposed = torch.randn(100, 6).T  # not contiguous
     assert torch.equal(
-        int4_linear(turned, codes, groups, scale, 33, 32),
-        int4_linear(turned.contiguous(), codes, groups, scale, 33, 32),
+        int4_linear(transposed, codes, groups, scale, 33, 32),
+        int4_linear(transposed.contiguous(), codes, groups, scale, 33, 32),
     )
 
 
@@ -157,7 +157,7 @@ def test_activations_are_rounded_to_nearest_even() -> None:
 
 def test_tiles_follow_the_layout() -> None:
     q = torch.arange(32 * 64, dtype=torch.int32).view(32, 64)
-    tiles = layout.tile_int8(q)  # any type will do
+    tiles = layout.tile_int8(q)  # works for any type
     assert tiles.shape == (2, 16, 16, 4)
     assert tiles[1, 5, 3, 2] == q[16 + 3, 4 * 5 + 2]
     assert torch.equal(layout.untile_int8(tiles), q)
@@ -185,7 +185,7 @@ def test_torch_compile_supports_the_operators() -> None:
 @pytest.mark.skipif(compiler.compiler() is None, reason="no C++ compiler on this machine")
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "scalar", "off"])
 def test_instruction_sets_are_bit_identical(instructions: str) -> None:
-    """This file again, with fewer shapes, in a process for which the kernels are compiled otherwise."""
+    """Runs this file with fewer shapes in a process with another instruction set."""
     if os.environ.get(compiler.VARIABLE):
         pytest.skip("this is that process")
     if instructions in ("avx2", "avx512") and instructions not in Path("/proc/cpuinfo").read_text():

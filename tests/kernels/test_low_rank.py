@@ -1,4 +1,4 @@
-"""What adapters add, against float64 and against each row alone, over sizes that fill no vector."""
+"""LoRA updates against float64 and against single rows, for sizes that are no multiples of a vector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel against its twin: interpreted, compiled for GPUs that are not here, and on one that is.
+"""All Triton kernels against their twins: in the interpreter, compiled for GPUs, and on a GPU if present.
 
 Each in a process of its own, because Triton reads TRITON_INTERPRET when it is first imported, which another
 test may have done.

@@ -1,4 +1,4 @@
-"""The twins of the Triton kernels: what they compute, from the definitions, without Triton."""
+"""The twins of the Triton kernels against their definitions, without Triton."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_nibbles_are_packed_low_first_in_whole_words() -> None:
     assert packed[1, 2] == q[1, 4] + 16 * q[1, 5]
     assert not packed[:, 19:].any()
     assert torch.equal(w.unpack_int4(packed, 37), q)
-    assert w.pack_int4(draw(3, 4096, low=0, high=16)).shape == (3, 2048)  # 4 bits a weight and no more
+    assert w.pack_int4(draw(3, 4096, low=0, high=16)).shape == (3, 2048)  # exactly 4 bits per weight
 
 
 def test_int8_and_int4_match_their_definition() -> None:
-    """The formulas of the docstring, a weight at a time, in float64 (which has no kernel and no rounding)."""
+    """The formulas of the docstring, weight by weight, in float64 (which has no kernel and no rounding)."""
     N, K, group = 5, 70, 32
     x, scale = torch.randn(4, K, dtype=torch.float64), torch.rand(N)
     q8, q4 = draw(N, K, low=0, high=256), draw(N, K, low=0, high=16)
@@ -67,7 +67,7 @@ def test_fp8_scales_rows_by_their_absmax() -> None:
 
 
 def test_gradients_of_activations() -> None:
-    """QLoRA trains through a quantized weight: there the twin works, on a GPU too."""
+    """QLoRA needs gradients through a quantized weight, which use the twin, also on a GPU."""
     x = torch.randn(3, 70, requires_grad=True)
     q, scale = draw(5, 70, low=0, high=256), torch.rand(5)
     w.int8_linear(x, q, scale).sum().backward()

@@ -1,4 +1,4 @@
-"""A quantized model is its plain PyTorch twin to the bit; a row's logits do not depend on what is beside it."""
+"""A quantized model is bit-identical to its plain PyTorch twin, and logits are batch-invariant."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_model_is_bit_identical_to_its_twin(scheme: str) -> None:
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logits_do_not_depend_on_the_chunk_size(scheme: str, window: int | None) -> None:
-    """One row at a time is decoding; 300 at once is prefill. Attention and both caches included."""
+    """Chunks of 1 are decode, of 300 prefill, through attention and both caches."""
     model, tokens = model_of(scheme, window), tokens_of((1, 300))
     whole = model(tokens)[0]
     for size in ROWS:
@@ -83,7 +83,7 @@ def test_logits_do_not_depend_on_the_chunk_size(scheme: str, window: int | None)
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_logits_do_not_depend_on_the_batch(scheme: str) -> None:
-    """Prompts of other lengths beside it, in rings out of step, decoding together."""
+    """A batch with prompts of other lengths, in rings at other positions, decoded together."""
     model = model_of(scheme)
     tokens = tokens_of((max(ROWS), 30))
     alone, ring = [], model.rolling_cache(1)
@@ -133,7 +133,7 @@ def test_a_quantized_model_is_close_to_its_original(scheme: str, tied: bool) -> 
     wanted = original(tokens)[0]
     got = quantize(tiny_model(args, torch.bfloat16), SCHEMES[scheme])(tokens)[0]
     far = float((got - wanted).norm() / wanted.norm())
-    assert 1e-4 < far < (0.1 if scheme == "int8" else 0.7)  # random weights are the worst there are
+    assert 1e-4 < far < (0.1 if scheme == "int8" else 0.7)  # random weights are the worst case
 
 
 def test_the_embedding_is_dequantized_after_the_lookup() -> None:

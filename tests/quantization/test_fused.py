@@ -1,4 +1,4 @@
-"""Fused blocks are built of a model's own parts: the parts stay what they were, names and numbers too."""
+"""Fused blocks share the parameters of a model, with the same names and results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_fused_blocks_share_the_models_parameters() -> None:
     assert type(model.layers) is FusedLayers
     assert type(model.norm) is FusedRMSNorm
     assert all(type(block) is FusedBlock for block in model.layers)
-    # What was there is what it was, and not a model's any more.
+    # The original modules are unchanged, but no longer part of a model.
     assert type(layers) is Layers
     assert type(norm) is RMSNorm
     assert all(type(block) is TransformerBlock for block in blocks)
@@ -56,7 +56,7 @@ def test_unknown_modules_are_kept_and_fusing_is_idempotent() -> None:
 
 @torch.inference_mode()
 def test_a_copy_has_its_own_descriptor() -> None:
-    """A description holds addresses, which are another's in a copy."""
+    """A descriptor contains pointers, which are not valid in a copy."""
     model, tokens = quantize(tiny_model(TINY, torch.bfloat16), "int4"), tokens_of((1, 12))
     wanted = model(tokens, model.rolling_cache())[0]
     other = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Linears for a GPU: the same weights as those for a CPU, laid out otherwise. Runs anywhere, through the twins."""
+"""Linears for a GPU have the same weights as those for a CPU, repacked. Tested anywhere with the twins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_int4_weights_are_identical(group: int, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 32, symmetric=True)])
 def test_to_gpu_converts_a_model(scheme: Scheme) -> None:
-    """Against the model with the weights that the codes stand for, in float64."""
+    """Compared with the model with dequantized weights, in float64."""
     model = quantize(tiny_model(TINY, torch.float64), scheme)
     plain = tiny_model(TINY, torch.float64)
     for name, module in plain.named_modules():
@@ -56,7 +56,7 @@ def test_fp8_is_close_to_the_model() -> None:
     replace_linears(model, lambda linear, name: Fp8Linear.from_weight(linear.weight))
     tokens = tokens_of((2, 20), args)
     far = (model(tokens)[0] - plain(tokens)[0]).pow(2).mean() / plain(tokens)[0].pow(2).mean()
-    assert 1e-5 < far < 0.05  # rounded, and not by much
+    assert 1e-5 < far < 0.05  # rounded, but close
     linear = model.output
     assert isinstance(linear, Fp8Linear)
     assert linear.dequantized().shape == (args.vocab_size, args.dim)

@@ -1,4 +1,4 @@
-"""The names of quantization, and whether a model is in one of them."""
+"""Quantization schemes, and the detection of a model's scheme."""
 
 from __future__ import annotations
 

@@ -36,13 +36,13 @@ def _store(out, value, scale, x_scale, m, n, mask, M, N, SPLITS: tl.constexpr, S
 
 
 @triton.jit
-def combine(parts, scale, x_scale, out, M, N, SPLITS: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+def combine(partials, scale, x_scale, out, M, N, SPLITS: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     """Add the partial sums (SPLITS, M, N) in order, and scale: out (M, N)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < M * N
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(SPLITS):
-        total += tl.load(parts + split * M * N + i, mask=mask, other=0.0)
+        total += tl.load(partials + split * M * N + i, mask=mask, other=0.0)
     _store(out, total, scale, x_scale, i // N, i % N, mask, M, N, 1, SCALED)
 
 

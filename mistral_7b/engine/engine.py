@@ -121,7 +121,7 @@ class Engine:
         """
         began = time.perf_counter()
         self._end_late()
-        self.drafts.guess(self.scheduler.running, self._blame)
+        self.drafts.propose(self.scheduler.running, self._blame)
         alone = self._in_flight is None
         plan = None if alone else self.scheduler.plan_without_loss()
         if plan is None:  # a sequence with a token in flight is never preempted, and reading may free pages
@@ -161,7 +161,8 @@ class Engine:
         for s, n in plan:
             if s.ended:  # by an error of its own; its pages are freed
                 continue
-            if n >= s.need and not may_sample(s, masks):  # its newest token is fed again when its masks are there
+            if n >= s.uncomputed and not may_sample(s, masks):
+                # Its newest token is fed again when its mask is ready.
                 n, s.draft = n - 1 - len(s.draft), []
             self.scheduler.advance(s, n - len(s.draft))
         for s in flight.sampled:
@@ -201,7 +202,7 @@ class Engine:
         """Append tokens to their completions, fork finished prompts, and emit the new pieces."""
         plan, picks = flight.plan, flight.picks
         for s, _ in plan:
-            if not s.ended and s.need == 0 and not s.request.forked and s.request.pooling is None:
+            if not s.ended and s.uncomputed == 0 and not s.request.forked and s.request.pooling is None:
                 self.scheduler.fork(s)
         taken: list[_NewTokens] = []
         for s, places in groupby(range(len(picks)), lambda i: picks[i].sequence):
@@ -218,7 +219,7 @@ class Engine:
             if come := self._finish_taking(new, end):
                 pieces.setdefault(new.sequence.request, []).extend(come)
         for s, _ in plan:
-            if s.request.pooling and s.need == 0 and not s.ended:
+            if s.request.pooling and s.uncomputed == 0 and not s.ended:
                 pieces.setdefault(s.request, [])
                 self.scheduler.end(s)
         self._emit(pieces)
@@ -263,7 +264,7 @@ class Engine:
                 new.pieces[-1] = TextPiece.joined([new.pieces[-1], self._piece(s, c.end())])
             if s.ended:
                 return []
-            s.take(new.tokens)
+            s.append_tokens(new.tokens)
         except Exception as e:
             self._blame(s.request, "its decoder, drafter or tool calls", e)
             return []

@@ -64,12 +64,12 @@ def settle(s: SequenceState, blame: Blame, end: float = 0.0) -> bool:
 
 def may_sample(s: SequenceState, masks: Masks) -> bool:
     """Whether the masks are there of all that a sequence's next row is for."""
-    return all(each.grammar is None or each in masks for each in s.drawn)
+    return all(each.grammar is None or each in masks for each in s.sampled_sequences)
 
 
 def late_ones(running: Sequence[SequenceState]) -> list[SequenceState]:
     """The sequences whose grammars have not answered yet."""
-    return [each for s in running for each in s.drawn if each.grammar is not None and each.grammar.late]
+    return [s for each in running for s in each.sampled_sequences if s.grammar is not None and s.grammar.late]
 
 
 def wait_for_one(running: Sequence[SequenceState]) -> None:

@@ -72,7 +72,7 @@ class Engine:
             raise EngineError(f"a request called {request.id!r} is running already", field="request_id")
         if not self.has_room:
             raise QueueFullError(
-                f"{self.scheduler.waiting} requests are waiting, and no more may", hint="try again later"
+                f"the queue is full: {self.scheduler.waiting} requests are waiting", hint="try again later"
             )
         request.order = self._arrivals
         self.scheduler.add(request)

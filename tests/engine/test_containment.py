@@ -40,7 +40,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "grammar": {"structured_outputs": StructuredOutputs(regex="[a-z ]{3,40}"), "n": 2},
 }
 WHAT = {  # some of the calls into which faults must have been injected
-    "text": {"StreamDecoder.push", "StopTexts.push", "_Stop.push", "History.add", "ToolCallStream.push"},
+    "text": {"StreamDecoder.push", "StopStrings.push", "_StopMatcher.push", "History.add", "ToolCallStream.push"},
     "numbers": {"StreamDecoder.push", "Speculator.propose", "Speculator.update", "PromptLookup.propose"},
     "grammar": {"GrammarState.ask", "GrammarState.wait", "GrammarState.take", "Speculator.propose"},
 }

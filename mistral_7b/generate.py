@@ -20,8 +20,9 @@ from .cache.entries import check_kv_dtype
 from .engine.completion import CompletionOutput, RequestOutput, TextPiece
 from .engine.config import EngineConfig
 from .engine.engine import Engine
-from .engine.inputs import Prompt, RequestOptions, as_prompts, params_for, read_prompt, tokenizer_beside
+from .engine.inputs import RequestOptions
 from .engine.llm import follow, open_engine, run
+from .engine.prompts import Prompt, as_prompts, load_tokenizer, params_for, tokenize_prompt
 from .engine.request import Request
 from .engine.speculation import Speculation
 from .errors import GenerationError
@@ -110,9 +111,9 @@ def _open(
     several = as_prompts(prompts)
     why = ""
     if tokenizer is None:
-        tokenizer, why = tokenizer_beside(model)
+        tokenizer, why = load_tokenizer(model)
     reads = [
-        read_prompt(model.args, f"prompt {i}", prompt, p, tokenizer, why)
+        tokenize_prompt(model.args, f"prompt {i}", prompt, p, tokenizer, why)
         for i, (prompt, p) in enumerate(zip(several, params_for(several, params), strict=True))
     ]
     rows = max([batch_size, *(len(read.completions) for read in reads)])  # a prompt's completions run together

@@ -15,7 +15,8 @@ masks        grammar masks, for which a step waits a bounded time
 engine       the loop: plan, launch, read, emit
 completion   one completion: text, stop strings, log-probabilities, finish reason
 grammar/     structured outputs, enforced in worker processes
-inputs       prompts, conversations and parameters to checked requests
+prompts      prompts tokenized and checked, with their token limits
+inputs       prompts, conversations and options to checked requests
 llm          LLM: offline inference over many prompts
 mailbox      hands pieces from the engine's thread to coroutines
 async_llm    AsyncLLM: online inference, with the engine's loop in a thread

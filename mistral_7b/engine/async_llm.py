@@ -33,9 +33,10 @@ from ..text.tool_calls import ToolCall
 from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
 from .containment import because
-from .inputs import Messages, Prompt, RequestOptions, ToolChoice, Tools
+from .inputs import Messages, RequestOptions, ToolChoice, Tools
 from .llm import EmbeddingOutput, open_engine
 from .mailbox import Mailbox, wake
+from .prompts import Prompt
 from .request import Request
 from .threads import release
 

@@ -21,18 +21,9 @@ from ..text.tokenizer import Tokenizer
 from .completion import RequestOutput, TextPiece
 from .config import EngineConfig
 from .engine import Engine
-from .inputs import (
-    InputProcessor,
-    Messages,
-    Prompt,
-    RequestOptions,
-    ToolChoice,
-    Tools,
-    as_prompts,
-    params_for,
-    tokenizer_beside,
-)
+from .inputs import InputProcessor, Messages, RequestOptions, ToolChoice, Tools
 from .memory import pool_for
+from .prompts import Prompt, as_prompts, load_tokenizer, params_for
 from .request import Request, Sink
 
 
@@ -78,7 +69,7 @@ def open_engine(
         _make_deterministic(model)
     why = ""
     if tokenizer is None:
-        tokenizer, why = tokenizer_beside(model)
+        tokenizer, why = load_tokenizer(model)
     engine = Engine(model, pool_for(model, config, lengths), config)
     for name, path in (adapters or {}).items():
         engine.adapters.load(name, path)

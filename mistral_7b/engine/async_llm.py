@@ -32,13 +32,13 @@ from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import ToolCall
 from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
-from .containment import because
+from .containment import request_error
 from .inputs import Messages, RequestOptions, ToolChoice, Tools
 from .llm import EmbeddingOutput, open_engine
 from .mailbox import Mailbox, wake
 from .prompts import Prompt
 from .request import Request
-from .threads import release
+from .threads import release_openmp_threads
 
 logger = logging.getLogger("mistral_7b.engine")
 
@@ -78,7 +78,7 @@ class AsyncLLM:
         self._lock = threading.Lock()
         self._error: EngineError | None = None  # set when the engine is closed or has failed
         self._threads = torch.get_num_threads()
-        release()
+        release_openmp_threads()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -223,7 +223,7 @@ class AsyncLLM:
             try:
                 self.engine.add(request)
             except Exception as e:
-                request.error, request.finished = because(request, "queueing it", e), True
+                request.error, request.finished = request_error(request, "queueing it", e), True
                 self._deliver(mailbox, request, [])
 
         with self._lock:

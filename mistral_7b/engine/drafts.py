@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..sampling.sampler import sample_rows
 from .config import EngineConfig
-from .containment import Blame
+from .containment import FailRequest
 from .request import SequenceState
 from .speculation import Speculation, StepTime
 
@@ -22,8 +22,8 @@ class Drafts:
         self.time = StepTime()  # of decoding steps, recorded by the engine
         self._config, self._page, self._device = config, page, device
 
-    def propose(self, running: Sequence[SequenceState], blame: Blame) -> None:
-        """Set the draft of every sequence that decodes; `blame` ends a request whose drafter fails."""
+    def propose(self, running: Sequence[SequenceState], fail_request: FailRequest) -> None:
+        """Set the draft of every sequence that decodes; `fail_request` ends a request whose drafter fails."""
         decoding = [s for s in running if s.decoding]
         spare = self._config.max_batch_tokens - len(decoding) - self._page
         rows = len(decoding)
@@ -34,7 +34,7 @@ class Drafts:
             try:
                 s.draft = self._draft(s, s.request.speculation, rows, spare)
             except Exception as e:
-                blame(s.request, "its drafter", e)
+                fail_request(s.request, "its drafter", e)
             rows, spare = rows + len(s.draft), spare - len(s.draft)
 
     def _draft(self, s: SequenceState, speculation: Speculation, rows: int, spare: int) -> list[int]:

@@ -214,7 +214,7 @@ def run(engine: Engine, requests: Sequence[Request], advance: Callable[[int], ob
     try:
         for request in requests:  # those behind the first that has not ended are not looked at in every step
             while not request.finished:
-                while to_come and engine.has_room:
+                while to_come and engine.can_queue:
                     engine.add(to_come.popleft())
                 before = engine.counts.ended
                 engine.step()

@@ -173,7 +173,7 @@ def engine_of(model: Automaton, n_pages: int, **config: object) -> Engine:
     settings = EngineConfig(**config)  # type: ignore[arg-type]
     pool = PagePool(1, 1, 2, n_pages, settings.page_size, dtype=torch.float64)
     engine = Engine(model, pool, settings)  # type: ignore[arg-type]
-    engine._fail = _raise  # type: ignore[method-assign]
+    engine._fail_step = _raise  # type: ignore[method-assign]
     model.keys[0] = first_key(None, str(engine.adapters.loading(None)))  # of a request without salt or adapter
     return engine
 

@@ -17,7 +17,7 @@ from mistral_7b.engine.async_llm import AsyncLLM
 from mistral_7b.engine.completion import TextPiece
 from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.mailbox import Mailbox
-from mistral_7b.engine.threads import release
+from mistral_7b.engine.threads import release_openmp_threads
 from mistral_7b.sampling.logprobs import Logprob
 from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.text.tool_calls import ToolCallDelta
@@ -114,7 +114,7 @@ def test_threads_of_loops_are_let_go_of() -> None:
         for _ in range(2):
             torch.ones(1 << 20).sqrt()
             counts.append(len(os.listdir("/proc/self/task")))
-            release()
+            release_openmp_threads()
             time.sleep(0.1)
             counts.append(len(os.listdir("/proc/self/task")))
 

@@ -13,7 +13,7 @@ from engines import GREEDY, add, broken, served, small
 from torch import Tensor
 
 from mistral_7b.engine.completion import TextPiece
-from mistral_7b.engine.containment import because
+from mistral_7b.engine.containment import request_error
 from mistral_7b.engine.grammar.client import Masks
 from mistral_7b.engine.request import Request
 from mistral_7b.errors import EngineError, GenerationError
@@ -25,7 +25,7 @@ from mistral_7b.sampling.params import SamplingParams
 @pytest.mark.wording
 def test_an_error_names_the_request_and_what_failed() -> None:
     request = request_of(small(), [1, 2], GREEDY)
-    error = because(request, "the model's step", RuntimeError("the model broke"))
+    error = request_error(request, "the model's step", RuntimeError("the model broke"))
     assert str(error) == f"request {request.id}: the model's step failed: RuntimeError('the model broke')"
 
 

@@ -36,16 +36,7 @@ from .drafts import Drafts
 from .extras import TopLogprobs
 from .forward import forward_for
 from .in_flight import InFlightStep, Plan, feed, picks_of, waits
-from .masks import (
-    PATIENCE,
-    Masks,
-    collect_masks,
-    grammar_over,
-    late_sequences,
-    may_sample,
-    request_masks,
-    wait_any,
-)
+from .masks import PATIENCE, Masks, collect_masks, grammar_over, late_ones, may_sample, request_masks, wait_any
 from .pages import PagePool
 from .request import Request, SequenceState
 from .scheduler import Counts, Scheduler
@@ -235,7 +226,7 @@ class Engine:
 
     def _end_late(self) -> None:
         """End the sequences whose late grammars allow no further token."""
-        for s in late_sequences(self.scheduler.running):
+        for s in late_ones(self.scheduler.running):
             if grammar_over(s, self._fail_request):
                 try:
                     piece = self._piece(s, s.completion.end())

@@ -72,13 +72,13 @@ def may_sample(s: SequenceState, masks: Masks) -> bool:
     return all(each.grammar is None or each in masks for each in s.sampled_sequences)
 
 
-def late_sequences(running: Sequence[SequenceState]) -> list[SequenceState]:
+def late_ones(running: Sequence[SequenceState]) -> list[SequenceState]:
     """The sequences whose masks are not ready."""
     return [s for each in running for s in each.sampled_sequences if s.grammar is not None and s.grammar.late]
 
 
 def wait_any(running: Sequence[SequenceState]) -> None:
     """Wait up to PATIENCE seconds for a late mask, if there is one; for when nothing can be computed."""
-    late = [s.grammar for s in late_sequences(running) if s.grammar is not None]
+    late = [s.grammar for s in late_ones(running) if s.grammar is not None]
     if late:
         wait_for_any(late, PATIENCE)

@@ -7,8 +7,8 @@ Where code is compiled for each number of rows, a step is padded to a bucket siz
 oneDNN compiles such code for bfloat16 on a CPU and keeps it: some 200 MB if every number of rows occurs.
 
 On a GPU a graph is replayed for steps in which every sequence feeds one token and none has an adapter: most steps
-after prefill. There is one graph for each bucket size and each width of the block table, which the longest sequence
-determines:
+after prefill. There is one graph for each bucket size and each width of the block table, which depends on the
+longest sequence:
 
     columns   64  256  1024 ...
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mistral_7b import Mistral7B, ModelArgs, SamplingParams, Tokenizer
 from mistral_7b.cache import RollingCache
-from mistral_7b.engine.speculation import StepTime, agreeing
+from mistral_7b.engine.speculation import StepTime, common_prefix_length
 from mistral_7b.generate import Speculation, generate
 
 ROOT = Path(__file__).parent.parent
@@ -101,23 +101,23 @@ def replay(
     """Seconds that a model needs to say `ids` after `prompt`, and tokens guessed and right in each step."""
     most = speculate.max_draft if speculate else 0
     cache = prefilled(model, prompt, len(ids), most)
-    guesser = speculate.guesser([*prompt, ids[0]], len(prompt) + len(ids)) if speculate else None
+    speculator = speculate.speculator([*prompt, ids[0]], len(prompt) + len(ids)) if speculate else None
     step_time = StepTime(speculate.row_cost if speculate else None)
     said, steps = 1, []
     began = time.perf_counter()
     while said < len(ids):
         at = time.perf_counter()
         draft: list[int] = []
-        if guesser and step_time.known:
-            draft = guesser.guess(len(ids) - said - 1, lambda n: step_time(1 + n), no_sampler)
+        if speculator and step_time.known:
+            draft = speculator.propose(len(ids) - said - 1, lambda n: step_time(1 + n), no_sampler)
         hidden = model.hidden(torch.tensor([[ids[said - 1], *draft]]), cache)
         model.logits(hidden[0]).argmax(-1).tolist()
-        right = agreeing(draft, ids[said:])
+        right = common_prefix_length(draft, ids[said:])
         came = ids[said : said + right + 1]
         if draft:
             cache.rollback(1 + len(draft) - len(came))
-        if guesser:
-            guesser.take(came)
+        if speculator:
+            speculator.update(came)
         said += len(came)
         steps.append((len(draft), right))
         step_time.add(1 + len(draft), time.perf_counter() - at)

@@ -1,18 +1,17 @@
-"""What lies between RoPE and wo: all state of the model, in two verbs.
+"""All state of the model, behind two methods.
 
-    cache.extend(tokens) -> positions    once per forward: makes room, says where the tokens stand
-    memory.attend(q, k, v) -> out        once per layer: remembers k and v, attends
+    cache.extend(tokens) -> positions    once per forward: makes space, returns the tokens' absolute positions
+    memory.attend(q, k, v) -> out        once per layer: stores k and v, attends
 
-A cache hands out its layers' memories in `cache.layers`, which the model zips with its own layers: no layer knows
-its index. Keys are remembered already rotated, and each with its absolute position, so nothing is ever un-rotated,
-and what is visible is decided by position alone (attention.py). `extend` computes once what all layers need and
-keeps it as the cache's `step`, an immutable value that the memories read.
+The model zips its layers with `cache.layers`, so no layer knows its index. Keys are stored rotated, each with its
+absolute position, so nothing is ever un-rotated, and visibility depends on positions alone (attention.py).
+`extend` computes once what all layers need and keeps it as the cache's `step`, which the memories read.
 
-    contract    Cache, Memory and KernelCache: what the model and the kernels ask of a cache
-    entries     keys and values as they are kept: in the model's type or in int8
+    contract    Cache, Memory and KernelCache: the interface for the model and the kernels
+    entries     keys and values as they are stored: in the model's type or in int8
     sequences   positions of packed tokens that belong to several sequences
-    stateless   keeps nothing: training
-    growing     keeps and concatenates; a value: `model(tokens)`
+    stateless   stores nothing: training
+    growing     stores and concatenates; a value: `model(tokens)`
     rolling     a ring of slots, written in place (paper, figure 3)
 
 The engine's cache over pages is engine/batch.py.

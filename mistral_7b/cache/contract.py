@@ -1,9 +1,9 @@
-"""What the model, the kernels and the engine ask of a cache: two verbs.
+"""The interface of a cache: two methods for the model, and the memory layout for kernels.
 
     tokens --- cache.extend ---> positions             once per forward
-    q, k, v -- memory.attend --> attention's output    once per layer, which also remembers k and v
+    q, k, v -- memory.attend --> attention's output    once per layer, which also stores k and v
 
-B sequences · T new tokens · S keys held · G key/value heads · H query heads · K head width · W window
+B sequences · T new tokens · S stored keys · G key/value heads · H query heads · K head width · W window
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Memory(Protocol):
     """One layer's share of a cache."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Remember k, v (..., T, G, K), and return what q (..., T, H, K) sees: (..., T, H, K)."""
+        """Store k, v (..., T, G, K), and return the attention of q (..., T, H, K): (..., T, H, K)."""
         ...
 
 
 class Cache(Protocol):
-    """What the model asks of a cache."""
+    """The cache interface that the model uses."""
 
     @property
     def layers(self) -> Iterable[Memory]: ...
@@ -40,23 +40,23 @@ class Cache(Protocol):
         ...
 
     def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
-        """Make room for tokens (..., T) and return their absolute positions, broadcastable to them."""
+        """Make space for tokens (..., T) and return their absolute positions, broadcastable to them."""
         ...
 
 
 class KeysAndValues(ABC):
-    """One layer's memory that is made of tensors: keys and values, in int8 their scales too."""
+    """One layer's keys and values as tensors; in int8 with their scales."""
 
     entries: Entries
 
     @property
     def k(self) -> Tensor:
-        """Keys as they are kept, (..., S, G, K)."""
+        """Keys as they are stored, (..., S, G, K)."""
         return self.entries[0]
 
     @property
     def v(self) -> Tensor:
-        """Values as they are kept, (..., S, G, K)."""
+        """Values as they are stored, (..., S, G, K)."""
         return self.entries[1]
 
     @abstractmethod
@@ -64,7 +64,7 @@ class KeysAndValues(ABC):
 
 
 class KernelCache(ABC):
-    """A cache that the kernels read and write in place: all blocks can run over it in one call."""
+    """A cache that kernels read and write in place, so that all blocks can run in one call."""
 
     window: int | None
     layers: Sequence[KeysAndValues]
@@ -72,12 +72,12 @@ class KernelCache(ABC):
     @property
     @abstractmethod
     def place(self) -> Place:
-        """Where the keys and values of every layer lie, for the tokens of the last `extend`."""
+        """Where each layer stores keys and values, for the tokens of the last `extend`."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The type of the model that it is for."""
+        """The dtype of the model."""
 
     @abstractmethod
     def writable(self) -> KernelCache: ...
@@ -95,9 +95,9 @@ def check_fit(cache: Cache, n_layers: int, tokens: Tensor, sequence_ids: Tensor 
         raise CacheError(f"each token needs the id of its sequence, not {shapes}", field="sequence_ids")
     if (held := sum(1 for _ in islice(cache.layers, n_layers))) < n_layers:
         raise CacheError(
-            f"a cache of {held} layers is not for this model of {n_layers}",
+            f"the cache has {held} layers and the model {n_layers}",
             field="cache",
-            hint="make a cache for it",
+            hint="make the cache for this model",
         )
 
 

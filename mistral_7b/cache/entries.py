@@ -1,4 +1,4 @@
-"""Keys and values as a cache keeps them: in the model's type, or in int8 with a scale per head and token."""
+"""Keys and values as a cache stores them: in the model's type, or in int8 with a scale per head and token."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scale
 
 
 def check_kv_dtype(kv_dtype: torch.dtype | None) -> bool:
-    """Whether keys and values are kept in int8. CacheError for a type that they cannot be kept in."""
+    """Whether keys and values are stored in int8. CacheError for any other type than int8 or None."""
     if kv_dtype not in (None, torch.int8):
         raise CacheError(
-            f"kv_dtype is torch.int8, or None for the model's own type, not {kv_dtype}", field="kv_dtype"
+            f"kv_dtype must be torch.int8, or None for the model's own type, not {kv_dtype}", field="kv_dtype"
         )
     return kv_dtype == torch.int8
 
 
 def compressed(k: Tensor, v: Tensor, int8: bool) -> Entries:
-    """Keys and values (..., T, G, K) as they are kept."""
+    """Keys and values (..., T, G, K) as they are stored: quantized if `int8`."""
     if not int8:
         return k, v
     (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
@@ -29,7 +29,7 @@ def compressed(k: Tensor, v: Tensor, int8: bool) -> Entries:
 
 
 def expanded(entries: Entries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values as attention without a kernel reads them."""
+    """Keys and values dequantized, for attention without a kernel."""
     if len(entries) == 2:
         return entries[0], entries[1]
     k, v, k_scale, v_scale = entries
@@ -37,5 +37,5 @@ def expanded(entries: Entries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def four(entries: Entries) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """k, v and their scales as the kernels take them: None where there are no scales."""
+    """k, v and their scales, as the kernels take them; None for scales that do not exist."""
     return entries if len(entries) == 4 else (*entries, None, None)  # type: ignore[return-value]

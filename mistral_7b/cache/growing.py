@@ -1,4 +1,4 @@
-"""A cache that keeps keys and values and concatenates the new ones. It is a value: see GrowingCache."""
+"""A cache that concatenates keys and values. It is a value: see GrowingCache."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from .sequences import run_positions, still_visible
 
 
 class GrowingStep(NamedTuple):
-    """What one forward is in every layer alike."""
+    """What all layers share in one forward."""
 
-    plan: tuple[Band, ...]  # attention of the new queries over the keys held and the new ones
-    kept: Tensor | slice  # which of all these keys stay
-    place: Place | None  # the keys held, for the kernels; None for packed tokens
+    plan: tuple[Band, ...]  # attention of the new queries over the stored and the new keys
+    kept: Tensor | slice  # which of these keys are kept afterwards
+    place: Place | None  # the stored keys, for the kernels; None for packed tokens
 
 
 class GrowingCache:
-    """Keeps k and v and concatenates; with a window, no more than the last W of them.
+    """Concatenates keys and values; with a window it keeps the last W of them.
 
-    A value: `model(tokens, cache)` leaves the cache it was given as it was, so that one prefix can be
-    continued twice. Holds a rectangle (B, T), whose rows have equal lengths, or packed tokens (T,) with a
-    sequence id each, in any order and mixture.
+    A value: `model(tokens, cache)` does not change its argument, so one prefix can be continued twice. It holds
+    tokens (B, T), with rows of equal length, or packed tokens (T,) with a sequence id each, in any order.
     """
 
     def __init__(self, n_layers: int, window: int | None, kv_dtype: torch.dtype | None = None) -> None:
         self.window, self.int8 = check_window(window), check_kv_dtype(kv_dtype)
-        self.batch: torch.Size | None = None  # (B,) or (), once begun
-        self.length = 0  # tokens seen so far, those included that have left the window
+        self.batch: torch.Size | None = None  # (B,) or (); None while empty
+        self.length = 0  # tokens so far, with those that have left the window
         self.positions: Tensor | None = None  # (S,)
         self.sequence_ids: Tensor | None = None  # (S,), packed only
         self.layers: list[_GrowingMemory] = [_GrowingMemory(self) for _ in range(n_layers)]
@@ -71,10 +70,10 @@ class GrowingCache:
         return new_p
 
     def _check(self, tokens: Tensor, sequence_ids: Tensor | None) -> None:
-        """CacheError for tokens that cannot follow those held."""
+        """CacheError for tokens that cannot follow the stored ones."""
         if self.positions is not None and (sequence_ids is None) != (self.sequence_ids is None):
             raise CacheError(
-                "this cache was begun {} sequence ids and must continue so".format(
+                "this cache was started {} sequence ids and must continue so".format(
                     "without" if self.sequence_ids is None else "with"
                 ),
                 field="sequence_ids",
@@ -85,23 +84,23 @@ class GrowingCache:
             )
         if self.batch not in (None, tokens.shape[:-1]):
             raise CacheError(
-                f"this cache was begun with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot "
+                f"this cache was started with tokens ({', '.join(map(str, [*self.batch, 'T']))}) and cannot "
                 f"continue with {tuple(tokens.shape)}",
                 field="tokens",
             )
 
     def _place(self, tokens: Tensor) -> Place:
-        """Where the keys held lie: all from position `length - held` on, one after another."""
+        """Where the stored keys are: consecutive, from position `length - held` on."""
         B, held = tokens.shape[:-1].numel(), 0 if self.positions is None else len(self.positions)
         start, before = (torch.full((B,), n, device=tokens.device) for n in (self.length, held))
         return Place(start, before, held or tokens.shape[-1], self.length - held)
 
     def rollback(self, n: int) -> None:
-        """Forget the last n tokens, in place. CacheError if keys that they pushed out are needed."""
+        """Remove the last n tokens, in place. CacheError if keys that they pushed out are needed."""
         held = 0 if self.positions is None else self.positions.shape[0]
         if self.sequence_ids is not None:
             raise CacheError(
-                "a packed cache cannot be rolled back: its sequences end in different places", field="n"
+                "a packed cache cannot be rolled back: its sequences end at different positions", field="n"
             )
         if not 0 <= n <= held or (held < self.length and n > 0):
             raise CacheError(
@@ -116,7 +115,7 @@ class GrowingCache:
 
 
 class _GrowingMemory(KeysAndValues):
-    """One layer of a GrowingCache: entries (..., S, G, K), none at first."""
+    """One layer of a GrowingCache: entries (..., S, G, K), empty at first."""
 
     def __init__(self, cache: GrowingCache, entries: Entries = ()) -> None:
         self.cache, self.entries = cache, entries
@@ -139,5 +138,5 @@ def _attend_by_kernel(q: Tensor, new: Entries, old: Entries, place: Place, windo
     if q.dim() == 3:
         new, old = (tuple(t[None] for t in entries) for entries in (new, old))
         return _attend_by_kernel(q[None], new, old, place, window)[0]
-    old = tuple(t.contiguous() for t in old)  # what was kept of a batch is a view
+    old = tuple(t.contiguous() for t in old)  # the kept entries are a view
     return attend(q, *four(new), Remembered(*four(old), place), window)

@@ -5,10 +5,10 @@ A ring of W = 4 slots after six tokens, position p in slot p mod W:
     slot        0   1   2   3
     position    4   5   2   3      token 6 goes to slot 2, where position 2 has just left the window
 
-With `slack` more slots than the window needs, the last `slack` tokens can be taken back: what they overwrote is
-older than anything that a query in their place could see.
+With `slack` more slots than the window needs, the last `slack` tokens can be rolled back: the keys that they
+overwrote are older than anything that a query at their positions could see.
 
-B sequences · T new tokens · S keys held · G key/value heads · K head width · W window
+B sequences · T new tokens · S stored keys · G key/value heads · K head width · W window
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..kernels.cpu import huge_pages
 from .contract import KernelCache, KeysAndValues, check_window
 from .entries import Entries, check_kv_dtype, compressed, expanded, four
 
-EMPTY = 2**62  # the position of a slot that holds nothing: later than any query, so never visible
+EMPTY = 2**62  # position of an empty slot: later than any query, so never visible
 
 
 class Slots(NamedTuple):
@@ -43,7 +43,7 @@ class Slots(NamedTuple):
 
 
 class Decode(NamedTuple):
-    """A step of at most slack + 1 tokens: what they overwrite has left the window of them all."""
+    """A step of at most slack + 1 tokens, which overwrite only keys that none of them can see."""
 
     place: Place
     new: Slots
@@ -61,11 +61,11 @@ class Prefill(NamedTuple):
 
     place: Place
     new: Slots
-    old: Tensor | slice | None  # slots of the keys held, oldest first; None: there are none
+    old: Tensor | slice | None  # slots of the stored keys, oldest first; None if there are none
     plan: tuple[Band, ...]  # attention over these and then the new keys
 
     def attend(self, q: Tensor, held: Entries, new: Entries, own: tuple[Tensor, Tensor]) -> Tensor:
-        """Attend first, over the keys held and then the new ones, then write."""
+        """Attend first, over the stored and the new keys, then write."""
         k, v = own
         if self.old is not None:
             old = expanded(tuple(t[:, self.old] for t in held), q.dtype)
@@ -76,19 +76,18 @@ class Prefill(NamedTuple):
 
 
 class RollingCache(KernelCache):
-    """A ring of slots for each of B sequences, written in place: memory stays constant however long they run.
+    """A ring of slots for each of B sequences, written in place: constant memory for any number of tokens.
 
-    Position p lies in slot p mod slots. With a window there are W + `slack` slots and the ring goes
-    round without end; without one, or with `max_seq_len` < W, there are `max_seq_len` + `slack`, and tokens that
-    do not fit are refused. Rows may differ in length: prefill them with `rows(i, j)` and decode all
-    together with tokens (B, T). No gradient flows through what is remembered: train with Stateless or
-    GrowingCache.
+    Position p is in slot p mod slots. With a window there are W + `slack` slots, which are overwritten without
+    end. Without one, or with `max_seq_len` < W, there are `max_seq_len` + `slack`, and tokens that do not fit are
+    refused. Rows may differ in length: prefill them with `rows(i, j)` and decode all together with tokens (B, T).
+    No gradient flows through stored keys and values: train with Stateless or GrowingCache.
 
-    `slack` tokens at least can be rolled back at any time, and up to slack + 1 new ones are written
-    before they are attended to: decode of length one is the case of a ring without slack.
+    At least `slack` tokens can be rolled back at any time, and up to slack + 1 new ones are written before they
+    are attended to; decode of length one is the case of no slack.
 
-    `static` is for compiled or graph-captured decode: every step touches every slot and reads nothing back from
-    the device, so shapes never change; whether there is room is then for the caller to check.
+    `static` is for compiled or graph-captured decode: every step uses every slot and reads nothing back from the
+    device, so shapes never change. The caller must then check that the tokens fit.
     """
 
     step: Decode | Prefill
@@ -109,12 +108,14 @@ class RollingCache(KernelCache):
         kv_dtype: torch.dtype | None = None,
     ) -> None:
         if slack < 0:
-            raise CacheError(f"slack is the number of tokens that may be taken back, not {slack}", field="slack")
+            raise CacheError(
+                f"slack must be a number of tokens that can be rolled back, not {slack}", field="slack"
+            )
         self.window, self.static, self.slack = check_window(window), static, slack
         self.slots = (max_seq_len if window is None else min(window, max_seq_len)) + slack
         self.positions = torch.full((batch, self.slots), EMPTY, dtype=torch.long, device=device)
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
-        self.end = self.length.clone()  # one past the last position ever written: what lies a ring before is gone
+        self.end = self.length.clone()  # one past the last position ever written
         empty = torch.zeros(batch, self.slots, n_kv_heads, head_dim, dtype=dtype, device=device)
         blank = compressed(empty, empty, check_kv_dtype(kv_dtype))
         self.layers: list[_RollingMemory] = [
@@ -133,7 +134,7 @@ class RollingCache(KernelCache):
         return self.layers[0].dtype
 
     def rows(self, start: int, stop: int) -> RollingCache:
-        """The sequences start..stop as a cache of their own, on the same memory."""
+        """A cache of the rows start..stop, on the same memory."""
         part = copy.copy(self)
         part.positions, part.length, part.end = (t[start:stop] for t in (self.positions, self.length, self.end))
         part.layers = [_RollingMemory(part, tuple(t[start:stop] for t in m.entries), m.dtype) for m in self.layers]
@@ -149,7 +150,7 @@ class RollingCache(KernelCache):
         T, slots = tokens.shape[1], self.slots
         decoding = self.slack + 1 >= T
         lengths = [] if self.static and decoding else self.length.tolist()
-        self._check_room(T, lengths)
+        self._check_fit(T, lengths)
         new_p = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
         start = self.length.clone()
         place = Place(start, start - (self.end - slots).clamp(min=0), slots)
@@ -166,12 +167,12 @@ class RollingCache(KernelCache):
         torch.maximum(self.end, self.length, out=self.end)
         return new_p
 
-    def _check_room(self, T: int, lengths: list[int]) -> None:
-        """CacheError if a ring that must not go round, being shorter than a window or without one, is full."""
+    def _check_fit(self, T: int, lengths: list[int]) -> None:
+        """CacheError if tokens do not fit a ring that may not overwrite: without a window, or shorter than one."""
         endless = self.window is not None and self.slots == self.window + self.slack
         if lengths and not endless and max(lengths) + T > self.slots:
             raise CacheError(
-                f"{max(lengths)} tokens held and {T} more do not fit a context of {self.slots}",
+                f"{max(lengths)} tokens and {T} more do not fit a context of {self.slots}",
                 field="tokens",
                 hint=f"make the cache with max_seq_len >= {max(lengths) + T}",
             )
@@ -179,8 +180,8 @@ class RollingCache(KernelCache):
     def _decode(self, place: Place, new: Slots, new_p: Tensor, lengths: list[int]) -> Decode:
         T = new_p.shape[1]
         filled = min(max(lengths) + T, self.slots) if lengths else self.slots
-        # Where all rows have one length, one token sees all that is there, until a ring with slack holds more
-        # than its window.
+        # If all rows have one length, one token sees every filled slot, until a ring with slack holds more than
+        # its window.
         equal = bool(lengths) and min(lengths) == max(lengths)
         if equal and T == 1 and (self.slack == 0 or self.window is None or lengths[0] < self.window):
             return Decode(place, new, filled, None)
@@ -194,25 +195,25 @@ class RollingCache(KernelCache):
             p_q = torch.arange(n, n + T, device=new_p.device)
             plan = bands(p_q, torch.cat([old_p, p_q]), self.window, consecutive=True)
             return Prefill(place, new, old_p % self.slots if held else None, plan)
-        # Rows of different lengths: all slots in their order, and what is visible is told by position alone.
+        # Rows of different lengths: all slots in order; positions alone decide which keys are visible.
         p_k = torch.cat([self.positions, new_p], dim=1)
         return Prefill(place, new, slice(None), bands(new_p, p_k, self.window, ordered=False))
 
     def rollback(self, n: int | Tensor) -> None:
-        """Forget the last n tokens of every row, or n[b] of row b: (B,).
+        """Remove the last n tokens of every row, or n[b] of row b: (B,).
 
-        CacheError, and nothing changed, if keys that they overwrote are needed. Up to `slack` tokens can
-        always be taken back, counted from the furthest that a row has ever been.
+        CacheError, with nothing changed, if keys that they overwrote are needed. Up to `slack` tokens can always
+        be rolled back, counted from the longest that a row has ever been.
         """
         counts = torch.as_tensor(n, device=self.length.device).expand_as(self.length)
         kept = self.length - counts
-        gone = self.end - self.slots  # positions below have been overwritten
-        needed = (kept - (self.window or 0)).clamp(min=0)  # without a window nothing is ever gone
-        if bool(((counts < 0) | (kept < 0) | ((counts > 0) & (needed < gone))).any()):
+        overwritten = self.end - self.slots  # positions below are overwritten
+        needed = (kept - (self.window or 0)).clamp(min=0)  # without a window nothing is overwritten
+        if bool(((counts < 0) | (kept < 0) | ((counts > 0) & (needed < overwritten))).any()):
             shortest, longest = int(self.length.min()), int(self.length.max())
             raise CacheError(
                 f"cannot roll back {n if isinstance(n, int) else n.tolist()} tokens of {shortest}..{longest} in a "
-                f"ring of {self.slots}: the keys they overwrote are gone; it was made with slack={self.slack}",
+                f"ring of {self.slots}: the keys they overwrote are needed; it was made with slack={self.slack}",
                 field="n",
             )
         self.length -= counts
@@ -228,19 +229,20 @@ class _RollingMemory(KeysAndValues):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if k.dtype != self.dtype:
             raise CacheError(
-                f"this cache holds {self.dtype} and was given {k.dtype}",
+                f"this cache stores {self.dtype} and was given {k.dtype}",
                 field="cache",
                 hint="make it with the model's type",
             )
         if k.shape[-2:] != self.k.shape[-2:]:  # the kernel would write out of bounds
             raise CacheError(
-                f"this cache holds {tuple(self.k.shape[-2:])} keys (heads, width) and was given "
+                f"this cache stores {tuple(self.k.shape[-2:])} keys (heads, width) and was given "
                 f"{tuple(k.shape[-2:])}",
                 field="cache",
                 hint="make it with the model's shape",
             )
         step, held = self.cache.step, self.entries
-        new = compressed(k.detach(), v.detach(), len(held) == 4)  # or the ring would hold every step's graph
+        # Detached, because the ring would keep every step's autograd graph.
+        new = compressed(k.detach(), v.detach(), len(held) == 4)
         if uses(Backend.CPU, ATTENTION, q):
             return attend(q, *four(new), Remembered(*four(held), step.place), self.cache.window, keep=True)
         # Without int8, the new keys keep their gradient within the forward.

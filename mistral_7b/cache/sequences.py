@@ -19,7 +19,7 @@ def run_positions(sequence_ids: Tensor) -> Tensor:
 
 
 def interleaved(sequence_ids: Tensor) -> bool:
-    """Whether any of the ids (..., T) comes back after another, so that its tokens are not one run."""
+    """Whether the tokens of any id in (..., T) are not one consecutive run."""
 
     def runs(ids: Tensor) -> Tensor:
         return (ids[..., 1:] != ids[..., :-1]).sum(-1)

@@ -1,4 +1,4 @@
-"""Causal, windowed attention that keeps nothing: for training, and for one forward alone."""
+"""Causal, windowed attention without a cache: for training, or a single forward."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .sequences import interleaved, run_positions
 
 
 class Stateless:
-    """A cache without memory: each forward begins at position 0.
+    """A cache that stores nothing: each forward starts at position 0.
 
-    `sequence_ids` (in `extend`, of the tokens' shape) isolate documents packed into one row: each id
-    must lie in one run (documents one after another, never interleaved). Positions restart with each.
+    `sequence_ids` of `extend`, in the tokens' shape, isolate documents packed into one row. With a window, each
+    document's tokens must be consecutive, never interleaved. Positions restart with each document.
     """
 
     def __init__(self, window: int | None) -> None:
@@ -36,11 +36,11 @@ class Stateless:
         if sequence_ids is None:
             positions = torch.arange(tokens.shape[-1], device=tokens.device)
         else:
-            # This reads values, which a compiled graph cannot do: there the caller promises it.
+            # The check reads values, which a compiled graph cannot: there the caller must ensure it.
             if self.window is not None and not torch.compiler.is_compiling() and interleaved(sequence_ids):
                 raise CacheError(
-                    "sequence ids come back after another: with Stateless the tokens of one sequence must lie "
-                    "together; GrowingCache takes them in any order",
+                    "sequence ids are interleaved: with Stateless the tokens of one sequence must be consecutive; "
+                    "GrowingCache takes them in any order",
                     field="sequence_ids",
                 )
             positions = run_positions(sequence_ids)

@@ -1,25 +1,27 @@
-"""Many requests at once. In reading order:
+"""The engine: continuous batching of many requests on one model. In reading order:
 
-config       what an engine may use
+config       memory, batch size and queue of an engine
 pages        KV pages: allocation, reference counts, the prefix cache
-request      a request and the sequences of its completions
+request      a request and the state of its sequences
 scheduler    which sequence feeds how many tokens in the next step
-batch        the cache of one step: packed tokens over pages
+batch        the cache of one step: packed tokens, with keys and values in pages
 in_flight    a launched step: what it feeds and samples, and its unread tokens
-forward      hidden states and logits of a step, on a GPU as recorded graphs
+forward      hidden states and logits of a step; on a GPU, decoding runs as CUDA graphs
 extras       log-probabilities and pooled hidden states
-containment  batched calls, repeated for each request where one fails, so that an error ends its own request alone
-drafts       draft tokens of sequences, within a step's budget
-speculation  draft tokens by prompt lookup or a draft model, and how many pay off
+containment  isolates errors: an error in a request's own objects ends that request alone
+drafts       draft tokens of a step, within its token budget
+speculation  speculative decoding by prompt lookup or a draft model
 masks        grammar masks, for which a step waits a bounded time
 engine       the loop: plan, launch, read, emit
-completion   one continuation as it grows: stop strings, text, log-probabilities
-grammar/     structured outputs, followed in worker processes
-reading      prompts, conversations and parameters to requests
-llm          LLM: all prompts in, all texts out
-async_llm    AsyncLLM: requests join and leave while the loop runs in a thread
-threads      threads of parallel loops
-memory       how much of the memory goes to pages
+completion   one completion: text, stop strings, log-probabilities, finish reason
+grammar/     structured outputs, enforced in worker processes
+prompts      prompts tokenized and checked, with their token limits
+inputs       prompts, conversations and options to checked requests
+llm          LLM: offline inference over many prompts
+mailbox      hands pieces from the engine's thread to coroutines
+async_llm    AsyncLLM: online inference, with the engine's loop in a thread
+threads      releases OpenMP threads
+memory       how much memory the KV pages get
 
-Imports nothing by itself: the command line reads `config` and `memory`, which need no torch.
+The package imports no module by itself: the command line reads `config` and `memory`, which need no torch.
 """

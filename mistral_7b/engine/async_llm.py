@@ -1,12 +1,12 @@
-"""AsyncLLM: requests come and go while the engine's loop runs in a thread of its own.
+"""AsyncLLM: requests are added and aborted while the engine's loop runs in its own thread.
 
     coroutine            thread
     generate ----add---> commands ---> engine.step()
         ^                                 |
         +--- mailbox <---- pieces --------+       one wake-up of the event loop a step
 
-Only the thread touches the engine; everything else is left in `commands` and done between two steps, so that a
-request that is given up has its pages back within one step.
+Only the thread calls the engine. Other threads queue `commands`, which it runs between two steps, so the pages of
+an aborted request are freed within one step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import logging
 import os
 import queue
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,74 +33,29 @@ from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import ToolCall
 from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
-from .containment import because
-from .inputs import Messages, Prompt, RequestOptions, ToolChoice, Tools
+from .containment import request_error
+from .inputs import Messages, RequestOptions, ToolChoice, Tools
 from .llm import EmbeddingOutput, open_engine
+from .mailbox import Mailbox, wake
+from .prompts import Prompt
 from .request import Request
-from .threads import release
+from .threads import release_openmp_threads
 
 logger = logging.getLogger("mistral_7b.engine")
 
 Command = Callable[[], None]
 
 
-class _Mailbox:
-    """What has come for one request and was not yet taken by its coroutine."""
-
-    def __init__(self) -> None:
-        self.pieces: deque[TextPiece] = deque()
-        self.news = asyncio.Event()
-        self.loop = asyncio.get_running_loop()
-        self.resting = False  # until a time is up, only the end is news
-        self.ended = False
-
-    def take(self) -> list[TextPiece]:
-        """What has come, as one piece of each completion."""
-        come: dict[int, list[TextPiece]] = {}
-        for _ in range(len(self.pieces)):  # the engine's thread adds more meanwhile
-            piece = self.pieces.popleft()
-            come.setdefault(piece.index, []).append(piece)
-        return [TextPiece.joined(pieces) for pieces in come.values()]
-
-    def announce(self) -> None:
-        """There is something new, or there may be."""
-        if self.ended or not self.resting:
-            self.news.set()
-
-    def rested(self) -> None:
-        """The time is up."""
-        self.resting = False
-        if self.pieces:
-            self.news.set()
-
-    async def wait(self, rest: float) -> None:
-        """For news: the end at once, and others when `rest` seconds are over."""
-        self.news.clear()
-        if self.ended:
-            return
-        if rest > 0:
-            self.resting = True
-            timer = self.loop.call_at((self.loop.time() // rest + 1) * rest, self.rested)
-        elif self.pieces:
-            return
-        try:
-            await self.news.wait()
-        finally:
-            if rest > 0:
-                timer.cancel()
-                self.resting = False
-
-
 class AsyncLLM:
-    """An engine for servers: `async for` its pieces or outputs, from any number of coroutines.
+    """A model that serves requests from any number of coroutines, each read with `async for`.
 
         llm = AsyncLLM("demo")
         async for piece in llm.stream("def add(", SamplingParams(max_tokens=32)):
             print(piece, end="", flush=True)
         await llm.close()
 
-    Arguments as LLM's. With `max_waiting` in the configuration a request too many is refused with QueueFullError
-    at once. Leaving an `async for` early, or cancelling its task, ends the request.
+    The arguments are LLM's. QueueFullError refuses a request when `max_waiting` of the configuration are waiting.
+    Leaving an `async for` early, or cancelling its task, aborts the request.
     """
 
     def __init__(
@@ -119,12 +74,12 @@ class AsyncLLM:
         )
         self.engine = self.inputs.engine
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._touched: dict[_Mailbox, None] = {}
-        self._coming: Counter[str] = Counter()  # requests that are on their way to the engine, by client
+        self._updated: dict[Mailbox, None] = {}  # mailboxes to wake after the step
+        self._submitted: Counter[str] = Counter()  # requests not yet in the engine's queue, by client
         self._lock = threading.Lock()
-        self._why: EngineError | None = None  # nothing more can be asked
+        self._error: EngineError | None = None  # set when the engine is closed or has failed
         self._threads = torch.get_num_threads()
-        release()
+        release_openmp_threads()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -134,62 +89,62 @@ class AsyncLLM:
 
     @property
     def broken(self) -> EngineError | None:
-        """Why nothing more can be asked; None: all is well."""
-        return self._why
+        """The error that new requests raise after the engine was closed or has failed; None while it runs."""
+        return self._error
 
     # ------------------------------------------------------------------ requests
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **asked: Any
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> AsyncIterator[TextPiece]:
-        """Complete a prompt; yield its text in pieces. `asked`: RequestOptions. Errors come first."""
+        """Complete a prompt; yield its text in pieces. `options` are those of RequestOptions."""
         request = await asyncio.to_thread(
-            self.inputs.text, prompt, params or SamplingParams(), RequestOptions(**asked)
+            self.inputs.text, prompt, params or SamplingParams(), RequestOptions(**options)
         )
         async with aclosing(self.follow(request)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, **asked: Any
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
     ) -> AsyncIterator[RequestOutput]:
-        """The same, giving out all that has come so far, each time that something has; the last is `finished`."""
+        """Complete a prompt; yield the whole output so far after each new piece. The last one is `finished`."""
         request = await asyncio.to_thread(
-            self.inputs.text, prompt, params or SamplingParams(), RequestOptions(**asked)
+            self.inputs.text, prompt, params or SamplingParams(), RequestOptions(**options)
         )
-        async with aclosing(self._growing(request)) as outputs:
+        async with aclosing(self._outputs(request)) as outputs:
             async for output in outputs:
                 yield output
 
     async def chat(
         self, messages: Messages, params: SamplingParams | None = None,
-        tools: Tools = None, tool_choice: ToolChoice = "auto", **asked: Any,
+        tools: Tools = None, tool_choice: ToolChoice = "auto", **options: Any,
     ) -> AsyncIterator[RequestOutput]:  # fmt: skip
-        """Answer a conversation, as `generate` continues a prompt."""
+        """Answer a conversation; yield outputs as `generate` does."""
         read = partial(self.inputs.chat, tools=tools, tool_choice=tool_choice)
-        request = await asyncio.to_thread(read, messages, params or SamplingParams(), RequestOptions(**asked))
-        async with aclosing(self._growing(request)) as outputs:
+        request = await asyncio.to_thread(read, messages, params or SamplingParams(), RequestOptions(**options))
+        async with aclosing(self._outputs(request)) as outputs:
             async for output in outputs:
                 yield output
 
     async def embed(
-        self, prompt: Prompt, *, pooling: str = "mean", normalize: bool = True, **asked: Any
+        self, prompt: Prompt, *, pooling: str = "mean", normalize: bool = True, **options: Any
     ) -> EmbeddingOutput:
-        """A text's "mean" or "last" final hidden state, of length 1 if `normalize`."""
-        request = await asyncio.to_thread(self.inputs.embedding, prompt, pooling, RequestOptions(**asked))
+        """Embed a prompt: the mean or the last of its final hidden states, of length 1 if `normalize`."""
+        request = await asyncio.to_thread(self.inputs.embedding, prompt, pooling, RequestOptions(**options))
         async for _ in self.follow(request):
             pass
         return EmbeddingOutput(request.embedding(normalize), request.ids)
 
     async def follow(
-        self, request: Request, rest: Callable[[], float] | None = None
+        self, request: Request, interval: Callable[[], float] | None = None
     ) -> AsyncGenerator[TextPiece, None]:
-        """Have a request of `inputs` computed, and give out its pieces. Raises what it ends with, if not well.
+        """Compute a request made by `inputs` and yield its pieces. Raises the error of a request that fails.
 
-        What comes before it is taken comes as one piece. `rest`, asked after each, says for how many seconds no
-        more is wanted, unless it is the end: to be woken costs a fast model's reader more than to read.
+        Pieces that wait to be read are joined. `interval` is called after each read and returns the seconds until
+        the next one, which only the request's end precedes: with a fast model, waking up costs more than reading.
         """
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         request.sink = lambda request, pieces: self._deliver(mailbox, request, pieces)
         self._submit(request, mailbox)
         try:
@@ -197,28 +152,28 @@ class AsyncLLM:
                 taken = mailbox.take()
                 for piece in taken:
                     yield piece
-                await mailbox.wait(rest() if taken and rest is not None else 0)
+                await mailbox.wait(interval() if taken and interval is not None else 0)
             if request.error is not None:
                 raise request.error
         finally:
             if not request.finished:
                 self._commands.put(lambda: self.engine.abort_request(request))
 
-    async def _growing(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
-        """What has come of a request so far, made of its pieces alone: the engine's thread goes on meanwhile."""
-        grown = [_Grown(i, request.params.logprobs is not None) for i in range(request.params.n)]
+    async def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs built from the pieces alone, because the engine's thread changes the completions meanwhile."""
+        built = [_OutputBuilder(i, request.params.logprobs is not None) for i in range(request.params.n)]
         async with aclosing(self.follow(request)) as pieces:
             async for piece in pieces:
-                grown[piece.index].add(piece)
-                finished = all(g.reason for g in grown)
-                yield replace(request.output([g.output() for g in grown]), finished=finished)
+                built[piece.index].add(piece)
+                finished = all(b.reason for b in built)
+                yield replace(request.output([b.output() for b in built]), finished=finished)
 
     def abort(self, request_id: str) -> None:
-        """End a request as it stands, within one step; nothing happens if it has ended."""
+        """Abort a request within one step; nothing happens if it has ended."""
         self._commands.put(lambda: self.engine.abort(request_id))
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns when the engine's thread calls it, between two steps."""
+        """Call `function` in the engine's thread, between two steps; return its result."""
         future: Future[Any] = Future()
 
         def command() -> None:
@@ -234,17 +189,17 @@ class AsyncLLM:
         return await asyncio.wrap_future(future)
 
     async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
-        """Make a LoRA adapter known; raises what is wrong with it."""
+        """Load a LoRA adapter. AdapterError or CheckpointError if it does not fit or its files are wrong."""
         await self.call(lambda: self.engine.load_adapter(name, path))
 
     async def unload_adapter(self, name: str) -> None:
-        """Forget an adapter. AdapterError while requests use it."""
+        """Unload an adapter. AdapterError while requests use it."""
         await self.call(lambda: self.engine.unload_adapter(name))
 
     async def close(self) -> None:
-        """End all requests and the thread. Those still waited for raise EngineError."""
+        """Stop the thread. Requests that have not ended raise EngineError."""
         with self._lock:
-            self._why = self._why or EngineError("the engine is closed")
+            self._error = self._error or EngineError("the engine is closed")
             self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -255,33 +210,32 @@ class AsyncLLM:
         await self.close()
 
     def _check_open(self) -> None:
-        """With the lock held until the command is there: or the thread might end before, and nobody hear of it."""
-        if self._why is not None:
-            raise EngineError.of(self._why) from self._why.__cause__
+        """EngineError if the thread runs no more commands. Hold the lock until the command is queued."""
+        if self._error is not None:
+            raise EngineError.of(self._error) from self._error.__cause__
 
-    def _submit(self, request: Request, mailbox: _Mailbox) -> None:
-        """Hand a request to the thread. QueueFullError if too many wait already."""
-        most = self.engine.config.max_waiting
+    def _submit(self, request: Request, mailbox: Mailbox) -> None:
+        """Queue a request for the engine. QueueFullError if `max_waiting` are waiting."""
+        limit = self.engine.config.max_waiting
 
         def command() -> None:
             with self._lock:
-                self._coming[request.client] -= 1
-                self._coming += Counter()  # drops those at 0
+                self._submitted[request.client] -= 1
+                self._submitted += Counter()  # removes clients with 0
             try:
                 self.engine.add(request)
             except Exception as e:
-                request.error, request.finished = because(request, "queueing it", e), True
+                request.error, request.finished = request_error(request, "queueing it", e), True
                 self._deliver(mailbox, request, [])
 
         with self._lock:
             self._check_open()
-            queues, coming = self.engine.scheduler.queues, self._coming.total()
-            if most is not None and not queues.has_room(
-                request.client, most, coming, self._coming[request.client]
-            ):
-                waiting = queues.waiting + coming
-                raise QueueFullError(f"{waiting} requests are waiting, and no more may", hint="try again later")
-            self._coming[request.client] += 1
+            queues, submitted = self.engine.scheduler.queues, self._submitted.total()
+            own = self._submitted[request.client]
+            if limit is not None and not queues.has_room(request.client, limit, submitted, own):
+                waiting = queues.waiting + submitted
+                raise QueueFullError(f"the queue is full: {waiting} requests are waiting", hint="try again later")
+            self._submitted[request.client] += 1
             self._commands.put(command)
 
     # ------------------------------------------------------------------ in the engine's thread
@@ -289,36 +243,36 @@ class AsyncLLM:
     def _loop(self) -> None:
         torch.set_num_threads(self._threads)
         try:
-            while self._obey(wait=self.engine.idle and not self._touched):
+            while self._run_commands(wait=self.engine.idle and not self._updated):
                 if not self.engine.idle:
                     self.engine.step()
                 self._wake()
-        except BaseException as e:  # a mistake in the engine; a panic of a library in Rust is no Exception
-            logger.critical("the engine broke", exc_info=e)
-            error = EngineError(f"the engine broke, and computes nothing any more: {e!r}")
+        except BaseException as e:  # a bug in the engine; a panic in Rust is a BaseException
+            logger.critical("the engine failed", exc_info=e)
+            error = EngineError(f"the engine failed and computes no more requests: {e!r}")
             error.__cause__ = e
             with self._lock:
-                self._why = error
-        assert self._why is not None
-        self._dismiss(self._why)
-        while not self._commands.empty():  # who came too late hears of it
+                self._error = error
+        assert self._error is not None
+        self._fail_all(self._error)
+        while not self._commands.empty():  # requests queued meanwhile fail too
             if (command := self._commands.get()) is not None:
                 command()
-        self._dismiss(self._why)
+        self._fail_all(self._error)
         self._wake()
 
-    def _dismiss(self, why: EngineError) -> None:
-        """End all requests. Whoever waits must hear of it, even if the engine is broken."""
+    def _fail_all(self, error: EngineError) -> None:
+        """End all requests with an error, and tell their coroutines even if the engine raises."""
         for request in list(self.engine.requests.values()):
             try:
-                self.engine.fail(request, why)
+                self.engine.fail(request, error)
             except Exception:
-                request.error, request.finished = why, True
+                request.error, request.finished = error, True
                 if request.sink is not None:
                     request.sink(request, [])
 
-    def _obey(self, wait: bool) -> bool:
-        """Do what was asked since the last step; False: it is time to end."""
+    def _run_commands(self, wait: bool) -> bool:
+        """Run the queued commands, waiting for the first if `wait`; False if the thread is to end."""
         while wait or not self._commands.empty():
             command = self._commands.get()
             wait = False
@@ -327,33 +281,20 @@ class AsyncLLM:
             command()
         return True
 
-    def _deliver(self, mailbox: _Mailbox, request: Request, pieces: Sequence[TextPiece]) -> None:
-        mailbox.pieces.extend(pieces)
-        mailbox.ended = request.finished
-        if mailbox.ended or not mailbox.resting:  # else it looks for itself when it has rested
-            self._touched[mailbox] = None
+    def _deliver(self, mailbox: Mailbox, request: Request, pieces: Sequence[TextPiece]) -> None:
+        if mailbox.deliver(pieces, request.finished):
+            self._updated[mailbox] = None
 
     def _wake(self) -> None:
-        """Tell every event loop once about all its mailboxes with news."""
-        loops: dict[asyncio.AbstractEventLoop, list[_Mailbox]] = {}
-        for mailbox in self._touched:
-            loops.setdefault(mailbox.loop, []).append(mailbox)
-        self._touched.clear()
-        for loop, mailboxes in loops.items():
-            with suppress(RuntimeError):  # it is closed: nobody there waits any more
-                loop.call_soon_threadsafe(_announce, mailboxes)
+        wake(self._updated)
+        self._updated.clear()
 
 
-def _announce(mailboxes: Sequence[_Mailbox]) -> None:
-    for mailbox in mailboxes:
-        mailbox.announce()
-
-
-class _Grown:
-    """A completion put together from its pieces."""
+class _OutputBuilder:
+    """Builds a CompletionOutput from the pieces of a completion."""
 
     def __init__(self, index: int, logprobs: bool) -> None:
-        self.index, self.wanted = index, logprobs
+        self.index, self.with_logprobs = index, logprobs
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[Any] = []
@@ -374,7 +315,7 @@ class _Grown:
     def output(self) -> CompletionOutput:
         return CompletionOutput(
             self.index, "".join(self.texts), list(self.token_ids),
-            cumulative(self.token_ids, self.logprobs) if self.wanted else None,
-            list(self.logprobs) if self.wanted else None, self.reason, self.stop,
+            cumulative(self.token_ids, self.logprobs) if self.with_logprobs else None,
+            list(self.logprobs) if self.with_logprobs else None, self.reason, self.stop,
             [replace(call) for call in self.calls],
         )  # fmt: skip

@@ -1,10 +1,10 @@
-"""The cache of one step: packed tokens of many sequences, each of which remembers in pages of its own.
+"""The cache of one step: packed tokens of many sequences, whose keys and values are in pages.
 
-    tokens   a a a b c c          (N,) of sequences a, b, c: 3, 1 and 2 new ones
-    offsets  0     3 4   6        where those of each begin
-    table    [[7, 2], [5, 0], [1, 4]]   page p // size of each sequence's position p
+    tokens   a a a b c c          (N,) new tokens of sequences a, b, c: 3, 1 and 2
+    offsets  0     3 4   6        where each sequence's tokens begin (cu_seqlens)
+    table    [[7, 2], [5, 0], [1, 4]]   block table: the page of each sequence's positions p // size
 
-The rule of what is visible is that of every cache: by position, and never across sequences.
+Visibility is by position, as in every cache, and never crosses sequences.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from .pages import PagePool
 
 
 class Paged(Protocol):
-    """Whose keys and values lie in pages: position p in pages[p // size], of which `first` to `stop` are there.
+    """A sequence with pages, such as a SequenceState: position p is in pages[p // size].
 
-    `computed` positions are remembered. A SequenceState is such.
+    It holds pages[first:stop]; keys and values of `computed` positions are stored.
     """
 
     pages: np.ndarray
@@ -43,7 +43,7 @@ class Paged(Protocol):
 
 @dataclass
 class PaddingRow:
-    """A row that belongs to no request: it remembers nothing, and writes to a page that no request has."""
+    """A row of no request, which pads a step: nothing is stored for it, and it writes to the scratch page."""
 
     pages: np.ndarray
     first: int = 0
@@ -55,19 +55,18 @@ Parts = Sequence[tuple[Paged, int]]
 
 
 class VisibleRows(NamedTuple):
-    """Where the keys lie that a sequence's new tokens see: rows of all pages, one after another."""
+    """Where the keys that a sequence's new tokens see are stored: rows of the flattened pages."""
 
-    own: slice  # its new tokens among those of the batch
-    new: Tensor | slice  # rows of these
-    runs: list[slice]  # rows of everything visible, in order; few while pages are taken in order
+    own: slice  # its new tokens in the batch
+    new: Tensor | slice  # rows of these tokens
+    runs: list[slice]  # runs of consecutive rows of all visible keys, in order of position
     plan: tuple[Band, ...]
 
 
 class PagedBatch(KernelCache):
-    """Sequences with the number of tokens that each feeds; their pages must be there.
+    """The cache of sequences with the number of tokens that each feeds. Their pages must be allocated.
 
-    Its tensors stay in place when it is given others: a table of so many `columns` then, if not only as wide as it
-    has to be.
+    `columns` is the width of the block table; 0 makes it as wide as needed. `refill` reuses the tensors.
     """
 
     def __init__(self, pool: PagePool, window: int | None, parts: Parts, columns: int = 0) -> None:
@@ -80,12 +79,12 @@ class PagedBatch(KernelCache):
         self._place = Place(start, held, slots=1, table=self.table, page=pool.page, offsets=offsets)
 
     def refill(self, parts: Parts) -> None:
-        """Take others, as many and with as many tokens, in the same tensors."""
+        """Replace the sequences by as many others with equally many tokens, in the same tensors."""
         for t, array in zip(self._tensors, self._lay_out(parts, self.table.shape[1]), strict=True):
             t.copy_(to_device(array, self.device), non_blocking=True)
 
     def _lay_out(self, parts: Parts, columns: int) -> list[np.ndarray]:
-        """Table, start, held, offsets and positions on the host."""
+        """Block table, start, held, offsets and positions, on the host."""
         table = np.zeros((len(parts), columns), dtype=np.int64)
         for row, (s, _) in zip(table, parts, strict=True):
             row[: s.stop] = s.pages[: s.stop]
@@ -115,14 +114,12 @@ class PagedBatch(KernelCache):
 
     def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
         if tokens.shape != self.positions.shape or sequence_ids is not None:
-            raise CacheError(
-                f"this batch takes its {len(self.positions)} packed tokens, not {tuple(tokens.shape)}"
-            )
+            raise CacheError(f"this batch takes {len(self.positions)} packed tokens, not {tuple(tokens.shape)}")
         return self.positions
 
     @property
     def visible_rows(self) -> list[VisibleRows]:
-        """What attention without a kernel has to know of each sequence. Worked out once for all layers."""
+        """The visible rows of each sequence, for attention without a kernel; computed once for all layers."""
         if not self._visible:
             at, size = 0, self.pool.page
             for pages, (start, before, n) in zip(self._pages, self.runs, strict=True):
@@ -144,7 +141,7 @@ class _PagedMemory(KeysAndValues):
     """One layer of the pages: entries (pages, page, G, K)."""
 
     def __init__(self, batch: PagedBatch, entries: Entries) -> None:
-        # Weakly, as the batch has its layers: a ring would keep each step's tensors until the collector comes.
+        # A strong reference would be a cycle, which keeps each step's tensors until garbage collection.
         self.batch, self.entries = weakref.proxy(batch), entries
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (N, H, K), (N, G, K)
@@ -164,5 +161,5 @@ class _PagedMemory(KeysAndValues):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Tensors that follow each other, as they lie if there is but one."""
+    """The parts concatenated; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

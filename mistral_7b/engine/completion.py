@@ -1,6 +1,6 @@
-"""One completion as it grows: a token in, certain text out, and when and why it ends.
+"""The state of one completion: it takes tokens, returns text, and decides when the completion is finished.
 
-Knows nothing of models or batches, so whatever produces tokens can use it.
+It knows nothing of models or batches.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from ..sampling.sampler import History, Row
 from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import ToolCall, ToolCallDelta, ToolCallStream
 
-EOS = 2  # of every Mistral vocabulary, for when there is no tokenizer to ask
+EOS = 2  # in every Mistral vocabulary; used without a tokenizer
 NO_TOKEN = -1
-NUMBERS = 64  # random numbers made at once: 64 take a CPU little longer than one
+RANDOM_BLOCK = 64  # random numbers computed at once, which takes little longer than one
 
 
 @dataclass
 class CompletionOutput:
     """A finished completion, with vLLM's names.
 
-    text               without special tokens, and ending before the stop text
-    token_ids          all tokens generated, the one that ended it included
-    cumulative_logprob sum of the tokens' log-probabilities, where `logprobs` were asked for
-    logprobs           for each token a dictionary of Logprobs, itself first
-    finish_reason      "stop" (EOS or a stop) or "length"; "abort" or "error" where a request ended early
-    stop_reason        the stop text or stop token that ended it, None for EOS
-    tool_calls         those that the model made, where tools were offered; they are no part of the text
+    text               without special tokens, up to the stop string
+    token_ids          all generated tokens, with the one that ended it
+    cumulative_logprob sum of the tokens' log-probabilities, if `logprobs` were requested
+    logprobs           for each token a dictionary of Logprobs, its own first
+    finish_reason      "stop" (EOS, stop token or stop string) or "length"; "abort" or "error" if it ended early
+    stop_reason        the stop string or stop token that ended it, None for EOS
+    tool_calls         the model's tool calls, if tools were offered; they are not part of the text
     """
 
     index: int
@@ -52,30 +52,33 @@ def cumulative(token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob]])
 
 @dataclass
 class RequestMetrics:
-    """When what became of a request, in seconds of `time.perf_counter`; None: not yet."""
+    """Times of a request's events, in seconds of `time.perf_counter`; None if not reached."""
 
     arrived: float
-    started: float | None = None  # its first token was given to the model
+    started: float | None = None  # it left the queue
     first_token: float | None = None
     finished: float | None = None
 
     @property
     def time_to_first_token(self) -> float | None:
-        """Seconds from its arrival."""
+        """Seconds from arrival to the first generated token."""
         return None if self.first_token is None else self.first_token - self.arrived
 
     @property
     def queue_time(self) -> float | None:
-        """Seconds that it waited to begin."""
+        """Seconds from arrival until it left the queue."""
         return None if self.started is None else self.started - self.arrived
 
 
 @dataclass
 class RequestOutput:
-    """A prompt with its completions. `prompt_logprobs` has None for the first token, which nothing precedes.
+    """A prompt with its completions, with vLLM's names.
 
-    From the engine also: whether that is all, how many tokens of the prompt were found computed, when what
-    happened, and the error that ended it before its time.
+    prompt_logprobs    for each prompt token a dictionary of Logprobs; None for the first, which nothing precedes
+    finished           whether all completions are finished
+    num_cached_tokens  prompt tokens whose keys and values came from the prefix cache
+    metrics            times of arrival, start, first token and end
+    error              the error that ended the request, None if it did not fail
     """
 
     prompt: str | None
@@ -91,10 +94,11 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Text that has just become certain, of completion `index`, with the tokens since its last piece.
+    """New text of completion `index`, with the tokens since its last piece.
 
-    `finish_reason` is set on a completion's last piece. `str(piece)` is the text. `logprobs` are the tokens'
-    own, where they were asked for, and `tool_calls` what has come of such: from the engine alone.
+    Text that may be the start of a stop string, or of an incomplete character, is held back for a later piece.
+    `finish_reason` is set on a completion's last piece. `str(piece)` is the text. `logprobs` (if requested) and
+    `tool_calls` belong to these tokens.
     """
 
     text: str
@@ -110,7 +114,7 @@ class TextPiece:
 
     @staticmethod
     def joined(pieces: Sequence[TextPiece]) -> TextPiece:
-        """Pieces of one completion, at least one and in order, as one."""
+        """Concatenate consecutive pieces of one completion, at least one."""
         if len(pieces) == 1:
             return pieces[0]
         last = pieces[-1]
@@ -121,70 +125,70 @@ class TextPiece:
         return TextPiece(text, last.index, tokens, last.finish_reason, last.stop_reason, logprobs, calls)
 
 
-class StopTexts:
-    """Holds back text that may be the beginning of a stop text, and finds the stop that comes first."""
+class StopStrings:
+    """Finds the stop string that begins first, and holds back text that may be the start of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.found: str | None = None
-        self._stops = [_Stop(stop) for stop in stops]
+        self._matchers = [_StopMatcher(stop) for stop in stops]
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The text that is certain now. After `found` is set nothing more comes."""
+        """Append text; return what precedes any stop string, found or possible. Not to be called after `found`."""
         before = len(self._held)
-        hits = [(before + end - len(s.text), s.text) for s in self._stops if (end := s.push(text))]
+        hits = [(before + end - len(m.stop), m.stop) for m in self._matchers if (end := m.push(text))]
         text = self._held + text
         if hits:
-            certain, self.found = min(hits)
+            safe, self.found = min(hits)
             self._held = ""
         else:
-            certain = len(text) - max((s.begun for s in self._stops), default=0)
-            self._held = text[certain:]
-        return text[:certain]
+            safe = len(text) - max((m.matched for m in self._matchers), default=0)
+            self._held = text[safe:]
+        return text[:safe]
 
     def flush(self) -> str:
-        """What is still held back, when no more text comes, or none that could go on with it."""
+        """Return the text held back, when no text follows that could complete a stop string."""
         text, self._held = self._held, ""
-        for stop in self._stops:
-            stop.begun = 0
+        for matcher in self._matchers:
+            matcher.matched = 0
         return text
 
 
-class _Stop:
-    """One stop text and how much of it the text so far ends with (Knuth, Morris and Pratt: each character once).
+class _StopMatcher:
+    """Matches one stop string incrementally (Knuth-Morris-Pratt: constant amortized time per character).
 
-        text   a  a  b  a  a  b  a  a  a
-        begun  1  2  3  4  5  6  4  5  2       of aabaabc
+        text     a  a  b  a  a  b  a  a  a
+        matched  1  2  3  4  5  6  4  5  2       characters of aabaabc that the text ends with
 
-    `shorter[n]`: how much it begins again with at the end of its first n + 1 characters, were they not to go on.
+    `fallback[n]`: the longest proper prefix of the stop string that its first n + 1 characters end with.
     """
 
-    def __init__(self, text: str) -> None:
-        self.text, self.begun = text, 0
-        self.shorter: list[int] = [0]
-        for char in text[1:]:
-            self.shorter.append(self._after(self.shorter[-1], char))
+    def __init__(self, stop: str) -> None:
+        self.stop, self.matched = stop, 0
+        self.fallback: list[int] = [0]
+        for char in stop[1:]:
+            self.fallback.append(self._next(self.fallback[-1], char))
 
     def push(self, text: str) -> int:
-        """Take more text; how much of it there is up to the end of the stop, or 0."""
-        for place, char in enumerate(text):
-            self.begun = self._after(self.begun, char)
-            if self.begun == len(self.text):
-                return place + 1
+        """Append text; return the length of its part up to the end of the stop string, 0 if not found."""
+        for i, char in enumerate(text):
+            self.matched = self._next(self.matched, char)
+            if self.matched == len(self.stop):
+                return i + 1
         return 0
 
-    def _after(self, begun: int, char: str) -> int:
-        while begun and self.text[begun] != char:
-            begun = self.shorter[begun - 1]
-        return begun + 1 if self.text[begun] == char else 0
+    def _next(self, matched: int, char: str) -> int:
+        while matched and self.stop[matched] != char:
+            matched = self.fallback[matched - 1]
+        return matched + 1 if self.stop[matched] == char else 0
 
 
 @dataclass
 class Completion:
     """The state of one completion of one prompt.
 
-    `max_tokens` is the params' own, or what the context leaves. Without a tokenizer there is no text. With
-    `calls`, tool calls are told apart from it.
+    `max_tokens` is its token limit: the parameters' own, or what the context leaves. Without a tokenizer it has no
+    text. `calls` separates tool calls from the text.
     """
 
     prompt: Sequence[int]
@@ -202,11 +206,11 @@ class Completion:
     def __post_init__(self) -> None:
         self.eos = self.tokenizer.eos_id if self.tokenizer else EOS
         self._decoder = self.tokenizer.stream(after=self.prompt[-1:]) if self.tokenizer else None
-        self._stops = StopTexts(self.params.stops)
-        self._endings = frozenset(self.params.stop_token_ids or ())
-        self._parts: list[str] = []
+        self._stop_strings = StopStrings(self.params.stops)
+        self._stop_ids = frozenset(self.params.stop_token_ids or ())
+        self._texts: list[str] = []
         self._deltas: list[ToolCallDelta] = []
-        self._numbers: tuple[int, list[float]] = (-1, [])  # which NUMBERS of them, and these
+        self._uniforms: tuple[int, list[float]] = (-1, [])  # number of a block of random numbers, and the block
         self.history = History(self.prompt) if self.params.penalizes else None
 
     @property
@@ -215,38 +219,38 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """All text that is certain so far."""
-        return "".join(self._parts)
+        """All text so far, without what is held back."""
+        return "".join(self._texts)
 
     def banned(self, ahead: int = 0) -> tuple[int, ...]:
-        """Tokens that must not come next, or `ahead` later: what would end the completion before `min_tokens`."""
+        """Tokens banned at the position `ahead` after the next: before `min_tokens`, EOS and the stop tokens."""
         if len(self.token_ids) + ahead >= self.params.min_tokens:
             return ()
-        return tuple(sorted(self._endings if self.params.ignore_eos else self._endings | {self.eos}))
+        return tuple(sorted(self._stop_ids if self.params.ignore_eos else self._stop_ids | {self.eos}))
 
-    def u(self, ahead: int = 0) -> float:
-        """The random number that chooses the next token, or the one `ahead` later."""
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number in [0, 1) that samples the token at the position `ahead` after the next."""
         if self.params.greedy:
             return 0.0
-        block, place = divmod(len(self.token_ids) + ahead, NUMBERS)
-        if block != self._numbers[0]:
-            self._numbers = block, uniforms(self.seed, self.index, block * NUMBERS, NUMBERS).tolist()
-        return self._numbers[1][place]
+        block, i = divmod(len(self.token_ids) + ahead, RANDOM_BLOCK)
+        if block != self._uniforms[0]:
+            self._uniforms = block, uniforms(self.seed, self.index, block * RANDOM_BLOCK, RANDOM_BLOCK).tolist()
+        return self._uniforms[1][i]
 
     def row(self, ahead: Sequence[int] = ()) -> Row:
-        """What is asked of the logits of the next token, or of the one after the tokens `ahead`."""
+        """The sampler's input for the next token, or for the one after the unread or draft tokens `ahead`."""
         history = self.history
         if history is not None and ahead:
             history = history.after(ahead)
-        return Row(self.params, self.u(len(ahead)), self.banned(len(ahead)), history)
+        return Row(self.params, self.uniform(len(ahead)), self.banned(len(ahead)), history)
 
     @property
     def piece(self) -> Callable[[int], str] | None:
-        """How a token is shown to a person, if that is known."""
+        """The function from a token id to its text; None without a tokenizer."""
         return self.tokenizer.piece if self.tokenizer else None
 
     def push(self, token: int, logprobs: dict[int, Logprob] | None = None) -> str:
-        """Take the next token; return the text that is certain now."""
+        """Append a token; return the new text."""
         assert not self.finished, "a finished completion takes no more tokens"
         self.token_ids.append(token)
         if self.history is not None:
@@ -256,71 +260,71 @@ class Completion:
         text = ""
         if token == self.eos and not self.params.ignore_eos:
             self.finish_reason = "stop"
-        elif token in self._endings:
+        elif token in self._stop_ids:
             self.finish_reason, self.stop_reason = "stop", token
         elif self._decoder is not None:
-            text = self._filter(self._decoder.push(token))
+            text = self._check_stops(self._decoder.push(token))
             if self.calls is not None and token == self.calls.control:
-                text += self._stops.flush()  # what was held back stands before the calls, and is no stop text
+                text += self._stop_strings.flush()  # text held back precedes the calls, so it is no stop string
         if not self.finished and len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"
-        content = self._content(token, text)
-        return content + self._settle() if self.finished else content
+        content = self._without_calls(token, text)
+        return content + self._flush() if self.finished else content
 
     def end(self) -> str:
-        """Let it end here, where nothing more may come; return the text that was still held back."""
-        assert not self.finished, "a completion ends once"
+        """Finish with reason "stop", because a grammar allows nothing more; return the text held back."""
+        assert not self.finished, "a completion finishes once"
         self.finish_reason = "stop"
-        return self._settle()
+        return self._flush()
 
-    def _settle(self) -> str:
-        """The text that was held back and is certain because no more comes."""
+    def _flush(self) -> str:
+        """Return all text held back by the decoder, the stop strings and the tool-call parser."""
         text = ""
-        if self._stops.found is None and self._decoder is not None:
-            text = self._filter(self._decoder.flush())
-            text += self._stops.flush() if self._stops.found is None else ""
-        content = self._content(NO_TOKEN, text)
+        if self._stop_strings.found is None and self._decoder is not None:
+            text = self._check_stops(self._decoder.flush())
+            text += self._stop_strings.flush() if self._stop_strings.found is None else ""
+        content = self._without_calls(NO_TOKEN, text)
         if self.calls is not None:
-            by_itself = self.finish_reason == "stop" and self.stop_reason is None
-            broken_off, deltas = self.calls.close(cut=not by_itself)
+            ended_by_model = self.finish_reason == "stop" and self.stop_reason is None
+            incomplete, deltas = self.calls.close(cut=not ended_by_model)
             self._deltas += deltas
-            if broken_off:
-                self._parts.append(broken_off)
-                content += broken_off
+            if incomplete:
+                self._texts.append(incomplete)
+                content += incomplete
         return content
 
-    def _content(self, token: int, text: str) -> str:
-        """Of text that has become certain with a token, what is no tool call."""
+    def _without_calls(self, token: int, text: str) -> str:
+        """Pass a token's new text through the tool-call parser; return the part that is not a tool call."""
         if self.calls is not None:
             text, deltas = self.calls.push(token, text)
             self._deltas += deltas
         if text:
-            self._parts.append(text)
+            self._texts.append(text)
         return text
 
     def take_deltas(self) -> tuple[ToolCallDelta, ...]:
-        """What came of tool calls since this was last asked."""
+        """The tool-call deltas since the last call."""
         deltas, self._deltas = tuple(self._deltas), []
         return deltas
 
-    def _filter(self, text: str) -> str:
-        """Text before a stop text, whose finding ends the completion; min_tokens' own text is not searched."""
+    def _check_stops(self, text: str) -> str:
+        """Search new text for stop strings, but not within `min_tokens`; return the part before one."""
         if not self.params.stops or len(self.token_ids) <= self.params.min_tokens:
             return text
-        text = self._stops.push(text)
-        if self._stops.found is not None:
-            self.finish_reason, self.stop_reason = "stop", self._stops.found
+        text = self._stop_strings.push(text)
+        if self._stop_strings.found is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stop_strings.found
         return text
 
     def output(self) -> CompletionOutput:
-        """The completion as it stands."""
-        wanted = self.params.logprobs is not None
+        """The completion so far."""
+        with_logprobs = self.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
             text=self.text,
             token_ids=list(self.token_ids),
-            cumulative_logprob=cumulative(self.token_ids, self.logprobs) if wanted else None,
-            logprobs=list(self.logprobs) if wanted else None,
+            cumulative_logprob=cumulative(self.token_ids, self.logprobs) if with_logprobs else None,
+            logprobs=list(self.logprobs) if with_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             tool_calls=list(self.calls.calls) if self.calls is not None else [],

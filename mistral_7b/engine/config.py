@@ -1,4 +1,4 @@
-"""How an engine is set up. Imports no torch, so that the command line can show it."""
+"""Configuration of an engine. Imports no torch, so that the command line can show it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GrammarLimits:
-    """What a grammar (a schema, regex, choice or Lark text) may use of the machine; past it its request ends.
+    """Limits of a request's grammar (JSON schema, regex, choice or Lark), at which the request ends.
 
-    CPU seconds, so that a busy machine ends no request. An ordinary schema compiles in 10 ms, and a token takes
-    0.1 ms. What all grammars together may use is fixed (grammar/turns.py, grammar/client.py). A value out of its
-    range raises ConfigError naming the field.
+    Times are CPU seconds, so that a busy machine ends no request. An ordinary schema compiles in 10 ms, a token's
+    mask takes 0.1 ms. Limits on all grammars together are fixed (grammar/turns.py, grammar/client.py). ConfigError
+    names a field whose value is out of range.
 
     Attributes:
-        compile_seconds: to read and compile it
-        mask_seconds: for one token
+        compile_seconds: to parse and compile the grammar
+        mask_seconds: to compute the mask of one token
         request_seconds: for all tokens of a request, over all its completions
-        memory_bytes: address space of the process that follows it, the interpreter's 0.3 GB included
+        memory_bytes: address space of the worker process, with the interpreter's 0.3 GB
     """
 
     compile_seconds: float = 5.0
@@ -45,21 +45,21 @@ class GrammarLimits:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What an engine may use. A value out of its range raises ConfigError naming the field.
+    """Memory, batch size, queue and features of an engine. ConfigError names a field whose value is out of range.
 
     Attributes:
         max_sequences: completions computed together; more wait
-        max_batch_tokens: tokens of one step, those of prompts and of completions together. More make prompts
-            cheaper, and completions that run beside them slower.
-        max_waiting: requests that may wait; one more is refused with QueueFullError. None: any number
-        page_size: tokens to a page of keys and values; prefixes are shared in whole pages
-        kv_cache_bytes: memory for pages; None takes half of what is free once the model is there (nine tenths
-            on an accelerator), but never more than `max_sequences` contexts need
-        kv_dtype: "int8" keeps keys and values in about half of bfloat16's bytes, rounded
-        prefix_caching: begin a prompt where an earlier one that began alike has left off
-        deterministic: make a request's tokens the same to the bit whatever runs beside it. A model quantized
-            to int8 or int4 on a CPU is so by itself and pays nothing.
-        speculation: guess tokens ahead, for requests that do not say otherwise
+        max_batch_tokens: tokens of one step, those of prompts and completions together. More tokens make prefill
+            cheaper, and slow down the completions that decode in the same step.
+        max_waiting: waiting requests beyond which QueueFullError refuses new ones; None for no limit
+        page_size: tokens of a KV page; prefixes are shared in whole pages
+        kv_cache_bytes: memory of the KV pages. None takes half of the memory that is free after loading the model
+            (nine tenths on an accelerator), and at most what `max_sequences` full contexts use.
+        kv_dtype: "int8" quantizes keys and values, to about half of bfloat16's bytes
+        prefix_caching: reuse the keys and values of an earlier prompt with the same prefix
+        deterministic: make a request's tokens bit-identical whatever runs beside it. A model quantized to int8 or
+            int4 is so on a CPU without this option and without cost.
+        speculation: settings of speculative decoding for requests without their own
         grammar_limits: CPU time and memory that a request's grammar may use
     """
 
@@ -82,11 +82,12 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}", field=name)
         if self.max_batch_tokens < self.max_sequences + self.page_size:
             raise ConfigError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must leave room for a page of a prompt beside every "
-                f"sequence: at least max_sequences + page_size = {self.max_sequences + self.page_size}",
+                f"max_batch_tokens ({self.max_batch_tokens}) must hold a token of every sequence and a page of a "
+                f"prompt: at least max_sequences + page_size = {self.max_sequences + self.page_size}",
                 field="max_batch_tokens",
             )
         if self.kv_dtype not in (None, "int8"):
             raise ConfigError(
-                f'kv_dtype is "int8", or None for the model\'s own type, not {self.kv_dtype!r}', field="kv_dtype"
+                f'kv_dtype must be "int8", or None for the model\'s own type, not {self.kv_dtype!r}',
+                field="kv_dtype",
             )

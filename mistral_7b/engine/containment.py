@@ -1,7 +1,6 @@
-"""What a step does for many requests at once, so that an error ends the request that it belongs to and no other.
+"""Isolates errors: a batched call that fails is repeated for each request, and those that fail again are ended.
 
-Each call is made for all together. If it fails it is made again for each alone: rows do not depend on those beside
-them, so that the others get the same results, and the one that fails again is to blame.
+Rows do not depend on the other rows of a batch, so the other requests get the same results as without the error.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from torch import Tensor
 from ..errors import EngineError, Mistral7BError
 from ..sampling.params import SamplingParams
 from ..sampling.sampler import Row, sample_rows
-from .extras import Entry, read_hidden_of, top_logprobs_of
+from .extras import TopLogprobs, top_logprobs, use_hidden_of
 from .forward import Forward
 from .in_flight import InFlightStep, Pick, Plan, Rows, row_of
 from .request import Request, SequenceState
 
-Blame = Callable[[Request, str, Exception], None]  # ends a request, for what failed and why
-NO_ROW = Row(SamplingParams(temperature=0))  # of a request that has ended
+FailRequest = Callable[[Request, str, Exception], None]  # (request, what failed, cause): ends the request
+UNUSED_ROW = Row(SamplingParams(temperature=0))  # for a request that has ended; its token is dropped
 
 
-def because(request: Request, what: str, cause: Exception) -> Mistral7BError:
-    """The error of a request for which something failed."""
+def request_error(request: Request, what: str, cause: Exception) -> Mistral7BError:
+    """The error of a request for which `what` failed: `cause` itself, or an EngineError with it as cause."""
     if isinstance(cause, Mistral7BError):
         return cause
     error = EngineError(f"request {request.id}: {what} failed: {cause!r}")
@@ -33,10 +32,10 @@ def because(request: Request, what: str, cause: Exception) -> Mistral7BError:
     return error
 
 
-def hidden_of(forward: Forward, plan: Plan, tokens: Tensor, blame: Blame) -> Tensor:
-    """Final states (N, D) of a plan's tokens; zeros for an adapter that fails. Raises what the model fails with.
+def hidden_of(forward: Forward, plan: Plan, tokens: Tensor, fail_request: FailRequest) -> Tensor:
+    """Final hidden states (N, D) of a plan's tokens, zeros for adapters that fail. Raises the model's own error.
 
-    Keys and values that were written before the failure are written again, the same.
+    After a failure each adapter's tokens are computed alone; keys and values are overwritten with equal ones.
     """
     try:
         return forward.hidden(plan, tokens)
@@ -54,7 +53,7 @@ def hidden_of(forward: Forward, plan: Plan, tokens: Tensor, blame: Blame) -> Ten
             rows = forward.hidden(some, torch.cat([part for _, part in own])).clone()
         except Exception as e:
             for request in dict.fromkeys(s.request for s, _ in some):
-                blame(request, "the model's step", e)
+                fail_request(request, "the model's step", e)
         else:
             found.update(zip((s for s, _ in some), rows.split([n for _, n in some]), strict=True))
     if not found:
@@ -63,8 +62,10 @@ def hidden_of(forward: Forward, plan: Plan, tokens: Tensor, blame: Blame) -> Ten
     return torch.cat([found.get(s, like.new_zeros(n, like.shape[1])) for s, n in plan])
 
 
-def logits_of(forward: Forward, hidden: Tensor, rows: Rows, picks: Sequence[Pick], blame: Blame) -> Tensor:
-    """Logits (R, V) of these rows of hidden (N, D), from which picks are drawn; as `hidden_of` for adapters."""
+def logits_of(
+    forward: Forward, hidden: Tensor, rows: Rows, picks: Sequence[Pick], fail_request: FailRequest
+) -> Tensor:
+    """Logits (R, V) of these rows of hidden (N, D), zeros for adapters that fail, as `hidden_of`."""
     try:
         return forward.logits(hidden, rows)
     except Exception as e:
@@ -79,7 +80,7 @@ def logits_of(forward: Forward, hidden: Tensor, rows: Rows, picks: Sequence[Pick
             some = forward.logits(hidden, [rows[i] for i in places])
         except Exception as e:
             for request in dict.fromkeys(p.sequence.request for p in picks if rows[p.row][1] == adapter):
-                blame(request, "the model's step", e)
+                fail_request(request, "the model's step", e)
         else:
             out = some.new_zeros(len(rows), some.shape[1]) if out is None else out
             out[places] = some
@@ -88,60 +89,60 @@ def logits_of(forward: Forward, hidden: Tensor, rows: Rows, picks: Sequence[Pick
     return out
 
 
-def read_hidden(plan: Plan, hidden: Tensor, forward: Forward, blame: Blame) -> None:
-    """What requests want of their prompts' own hidden states (N, D)."""
-    at = 0
+def use_hidden(plan: Plan, hidden: Tensor, forward: Forward, fail_request: FailRequest) -> None:
+    """Compute embeddings and the prompts' log-probabilities from the hidden states (N, D) of a plan."""
+    start = 0
     for s, n in plan:
         if not s.ended:
             try:
-                read_hidden_of(s, hidden[at : at + n], forward)
+                use_hidden_of(s, hidden[start : start + n], forward)
             except Exception as e:
-                blame(s.request, "its prompt's log-probabilities or embedding", e)
-        at += n
+                fail_request(s.request, "its prompt's log-probabilities or embedding", e)
+        start += n
 
 
 def sample(
-    logits: Tensor, picks: Sequence[Pick], masks: dict[SequenceState, list[np.ndarray]], blame: Blame
+    logits: Tensor, picks: Sequence[Pick], masks: dict[SequenceState, list[np.ndarray]], fail_request: FailRequest
 ) -> Tensor:
-    """A token for each pick from its row of logits (R, V): (R,), -1 for requests that end here."""
+    """A token for each pick from its row of logits (R, V): (R,), -1 where sampling fails and ends the request."""
 
     def row(pick: Pick) -> Row:
         try:
-            return NO_ROW if pick.sequence.ended else row_of(pick, masks.get(pick.sequence))
+            return UNUSED_ROW if pick.sequence.ended else row_of(pick, masks.get(pick.sequence))
         except Exception as e:
-            blame(pick.sequence.request, "sampling", e)
-            return NO_ROW
+            fail_request(pick.sequence.request, "sampling", e)
+            return UNUSED_ROW
 
     rows = [row(pick) for pick in picks]
     try:
         return sample_rows(logits, rows)
     except Exception:
-        tokens = [_alone(logits[i : i + 1], rows[i], pick, blame) for i, pick in enumerate(picks)]
+        tokens = [_sample_one(logits[i : i + 1], rows[i], pick, fail_request) for i, pick in enumerate(picks)]
         return torch.cat(tokens)
 
 
-def _alone(logits: Tensor, row: Row, pick: Pick, blame: Blame) -> Tensor:
-    """The token (1,) of one row."""
+def _sample_one(logits: Tensor, row: Row, pick: Pick, fail_request: FailRequest) -> Tensor:
+    """The token (1,) of one row; -1 where it fails."""
     try:
         return sample_rows(logits, [row])
     except Exception as e:
-        blame(pick.sequence.request, "sampling", e)
+        fail_request(pick.sequence.request, "sampling", e)
         return torch.full((1,), -1, device=logits.device)
 
 
-def logprobs_of(flight: InFlightStep, blame: Blame) -> list[Entry]:
-    """Log-probabilities for each pick that asks for them."""
+def logprobs_of(flight: InFlightStep, fail_request: FailRequest) -> list[TopLogprobs]:
+    """The log-probabilities of each pick; None where none were requested, or where computing them fails."""
     places = range(len(flight.picks))
-    entries: list[Entry] = [None] * len(flight.picks)
+    entries: list[TopLogprobs] = [None] * len(flight.picks)
     try:
-        return top_logprobs_of(flight, places)
+        return top_logprobs(flight, places)
     except Exception:
         for place in places:
             pick = flight.picks[place]
             if pick.sequence.ended:
                 continue
             try:
-                entries[place] = top_logprobs_of(flight, [place])[0]
+                entries[place] = top_logprobs(flight, [place])[0]
             except Exception as e:
-                blame(pick.sequence.request, "its log-probabilities", e)
+                fail_request(pick.sequence.request, "its log-probabilities", e)
     return entries

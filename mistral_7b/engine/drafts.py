@@ -1,4 +1,4 @@
-"""Draft tokens of sequences that ask for speculation, as far as a step has space and they pay."""
+"""Draft tokens of the sequences that use speculative decoding, within a step's token budget."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from ..sampling.sampler import sample_rows
 from .config import EngineConfig
-from .containment import Blame
+from .containment import FailRequest
 from .request import SequenceState
 from .speculation import Speculation, StepTime
 
 
 class Drafts:
-    """Has sequences' drafters propose tokens, within a step's budget."""
+    """Collects the draft tokens of a step."""
 
     def __init__(self, config: EngineConfig, page: int, device: torch.device) -> None:
-        self.time = StepTime()  # of decoding, measured by the engine
+        self.time = StepTime()  # of decoding steps, recorded by the engine
         self._config, self._page, self._device = config, page, device
 
-    def guess(self, running: Sequence[SequenceState], blame: Blame) -> None:
-        """Set the draft of every sequence that decodes; `blame` ends a request whose drafter fails."""
+    def propose(self, running: Sequence[SequenceState], fail_request: FailRequest) -> None:
+        """Set the draft of every sequence that decodes; `fail_request` ends a request whose drafter fails."""
         decoding = [s for s in running if s.decoding]
         spare = self._config.max_batch_tokens - len(decoding) - self._page
         rows = len(decoding)
@@ -34,18 +34,18 @@ class Drafts:
             try:
                 s.draft = self._draft(s, s.request.speculation, rows, spare)
             except Exception as e:
-                blame(s.request, "its drafter", e)
+                fail_request(s.request, "its drafter", e)
             rows, spare = rows + len(s.draft), spare - len(s.draft)
 
     def _draft(self, s: SequenceState, speculation: Speculation, rows: int, spare: int) -> list[int]:
-        """A draft of `spare` tokens at most, for a step that has so many rows without it."""
-        c, guesser = s.completion, s.drafter()
+        """A draft of at most `spare` tokens, for a step that has `rows` rows without it."""
+        c, speculator = s.completion, s.make_speculator()
         time_of = self.time if speculation.row_cost is None else StepTime(speculation.row_cost)
-        if guesser is None or spare <= 0 or not time_of.known:
+        if speculator is None or spare <= 0 or not time_of.known:
             return []
         left = c.max_tokens - len(c.token_ids) - 1
-        return guesser.guess(min(left, spare), lambda n: time_of(rows + n), partial(self._choose, s))
+        return speculator.propose(min(left, spare), lambda n: time_of(rows + n), partial(self._choose, s))
 
     def _choose(self, s: SequenceState, logits: Tensor, ahead: Sequence[int]) -> int:
-        """What a sequence's sampler would take from logits (1, V) if the tokens `ahead` had come first."""
+        """The token that a sequence's sampler would draw from logits (1, V) after the draft tokens `ahead`."""
         return max(0, int(sample_rows(logits.to(self._device), [s.completion.row(ahead)])))  # -1: not finite

@@ -11,8 +11,7 @@ Nothing here runs in another thread: `step` does one step and returns. llm.py ca
 ended, async_llm.py as long as the engine lives.
 
 An error in one of a request's own objects (sampling parameters, grammar, stop strings, decoder, adapter, drafter,
-callback) ends this request with its cause, and no other; see containment.py. While a grammar's mask is late, its
-sequence takes no part in the steps.
+callback) ends that request alone; see containment.py. A sequence whose grammar mask is late takes part in no step.
 """
 
 from __future__ import annotations
@@ -32,26 +31,26 @@ from ..sampling.choice import to_device
 from ..sampling.sampler import NOT_FINITE
 from .completion import TextPiece
 from .config import EngineConfig
-from .containment import because, hidden_of, logits_of, logprobs_of, read_hidden, sample
+from .containment import hidden_of, logits_of, logprobs_of, request_error, sample, use_hidden
 from .counts import Counts
 from .drafts import Drafts
-from .extras import Entry
+from .extras import TopLogprobs
 from .forward import forward_for
 from .in_flight import InFlightStep, Plan, feed, picks_of, waits
-from .masks import PATIENCE, Masks, ask, collect, late_ones, may_sample, settle, wait_for_one
+from .masks import PATIENCE, Masks, collect_masks, grammar_over, late_ones, may_sample, request_masks, wait_any
 from .pages import PagePool
 from .request import Request, SequenceState
 from .scheduler import Scheduler
 
 
 class Engine:
-    """Runs many requests on one model. inputs.py makes the requests and checks them."""
+    """Runs many requests on one model, step by step. inputs.py makes and checks the requests."""
 
     def __init__(self, model: Mistral7B, pool: PagePool, config: EngineConfig) -> None:
         self.model, self.pool, self.config = model, pool, config
         self.scheduler = Scheduler(pool, model.args.sliding_window, config)
         self.adapters = Adapters(model)
-        self.requests: dict[str, Request] = {}  # running and waiting
+        self.requests: dict[str, Request] = {}  # unfinished ones, by id
         self.device = pool.layers[0][0].device
         self.drafts = Drafts(config, pool.page, self.device)
         self.forward = forward_for(self.adapters, pool, config)
@@ -68,22 +67,22 @@ class Engine:
         return not self.requests
 
     def add(self, request: Request) -> None:
-        """Queue a request. EngineError, with nothing changed, if it can never be served."""
+        """Queue a request. EngineError if it can never be scheduled or its id is in use, QueueFullError."""
         if request.id in self.requests:
-            raise EngineError(f"a request called {request.id!r} is running already", field="request_id")
-        if not self.has_room(request.client):
+            raise EngineError(f"a request with the id {request.id!r} is not finished", field="request_id")
+        if not self.can_queue(request.client):
             raise QueueFullError(
-                f"{self.scheduler.waiting} requests are waiting, and no more may", hint="try again later"
+                f"the queue is full: {self.scheduler.waiting} requests are waiting", hint="try again later"
             )
         request.order = self._arrivals
         self.scheduler.add(request)
         self.requests[request.id] = request
         self._arrivals += 1
 
-    def has_room(self, client: str = "") -> bool:
-        """Whether one more request of a client may wait."""
-        most = self.config.max_waiting
-        return most is None or self.scheduler.queues.has_room(client, most)
+    def can_queue(self, client: str = "") -> bool:
+        """Whether the queue takes one more request of a client."""
+        limit = self.config.max_waiting
+        return limit is None or self.scheduler.queues.has_room(client, limit)
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """Load a LoRA adapter. AdapterError or CheckpointError if it does not fit or its files are wrong."""
@@ -117,11 +116,11 @@ class Engine:
         """Compute one step for the sequences that can take part, if there are any.
 
         Where host and device overlap, its tokens are read in the next step, after that one was launched: a
-        sequence that ends by them has a row there whose result is dropped.
+        sequence that they finish has a row in that step whose result is dropped.
         """
         began = time.perf_counter()
         self._end_late()
-        self.drafts.guess(self.scheduler.running, self._blame)
+        self.drafts.propose(self.scheduler.running, self._fail_request)
         alone = self._in_flight is None
         plan = None if alone else self.scheduler.plan_without_loss()
         if plan is None:  # a sequence with a token in flight is never preempted, and reading may free pages
@@ -133,35 +132,36 @@ class Engine:
             flight = self._launch(plan, began if timed else None) if plan else None
         except Exception as e:
             self._wait_for_step()
-            self._fail(plan, e)
+            self._fail_step(plan, e)
             return
         self._wait_for_step()
         self._in_flight = flight
         if not ahead or all(s.ended for s, _ in plan):
             self._wait_for_step()
         if not plan:
-            wait_for_one(self.scheduler.running)
+            wait_any(self.scheduler.running)
 
     def _launch(self, plan: Plan, began: float | None) -> InFlightStep:
         """Run the model on the plan's tokens and sample, without waiting for the result."""
         tokens = feed(plan, self._in_flight, self.device)  # (N,)
         rows, picks = picks_of(plan)
-        asked = ask(picks, self._blame)
-        hidden = hidden_of(self.forward, plan, tokens, self._blame)  # (N, D)
-        read_hidden(plan, hidden, self.forward, self._blame)
+        expected = request_masks(picks, self._fail_request)
+        hidden = hidden_of(self.forward, plan, tokens, self._fail_request)  # (N, D)
+        use_hidden(plan, hidden, self.forward, self._fail_request)
         sampled, logits, masks = tokens[:0], hidden[:0], Masks()
         if rows:
-            logits = logits_of(self.forward, hidden, rows, picks, self._blame)
-            masks = collect(asked, self._blame)
+            logits = logits_of(self.forward, hidden, rows, picks, self._fail_request)
+            masks = collect_masks(expected, self._fail_request)
             picks = [pick for pick in picks if may_sample(pick.sequence, masks)]
             if [pick.row for pick in picks] != list(range(len(logits))):
                 logits = logits[to_device([pick.row for pick in picks], self.device)]
-            sampled = sample(logits, picks, masks, self._blame)
+            sampled = sample(logits, picks, masks, self._fail_request)
         flight = InFlightStep(plan, picks, sampled, logits, began)
         for s, n in plan:
             if s.ended:  # by an error of its own; its pages are freed
                 continue
-            if n >= s.need and not may_sample(s, masks):  # its newest token is fed again when its masks are there
+            if n >= s.uncomputed and not may_sample(s, masks):
+                # Its newest token is fed again when its mask is ready.
                 n, s.draft = n - 1 - len(s.draft), []
             self.scheduler.advance(s, n - len(s.draft))
         for s in flight.sampled:
@@ -173,10 +173,10 @@ class Engine:
     def _wait_for_step(self) -> None:
         """Read the tokens of the step in flight, if there is one, and emit them.
 
-        A sequence that ends by them, or has ended since the launch, frees its pages at once, though a later step
-        may have a row of it. Another sequence that allocates them is launched later still, and the device keeps
-        the order of launches: it overwrites what that row writes. No page of it is in the prefix cache, because a
-        page that it fills has a token that was not read.
+        A sequence that ends frees its pages at once, though the next step may already have a row of it. A sequence
+        that reuses the pages is launched after that step, and the device keeps the order of launches, so it
+        overwrites what the row wrote. The prefix cache never has the page of that row, because its token was not
+        read when the step was launched.
         """
         flight, self._in_flight = self._in_flight, None
         if flight is None:
@@ -188,84 +188,85 @@ class Engine:
         try:
             tokens = flight.tokens.tolist()
         except Exception as e:
-            self._fail(flight.plan, e)
+            self._fail_step(flight.plan, e)
             self.pool.forget()  # cached pages may hold wrong values
             return
         if flight.began is not None:
             self.drafts.time.add(sum(n for _, n in flight.plan), time.perf_counter() - flight.began)
-        self._process(flight, tokens, logprobs_of(flight, self._blame))
+        self._process(flight, tokens, logprobs_of(flight, self._fail_request))
 
     # ------------------------------------------------------------------ after the forward
 
-    def _process(self, flight: InFlightStep, tokens: Sequence[int], entries: Sequence[Entry]) -> None:
-        """Append tokens to their completions, fork finished prompts, and emit the new pieces."""
+    def _process(self, flight: InFlightStep, tokens: Sequence[int], logprobs: Sequence[TopLogprobs]) -> None:
+        """Append tokens to their completions, fork requests whose prompt is computed, and emit new pieces."""
         plan, picks = flight.plan, flight.picks
         for s, _ in plan:
-            if not s.ended and s.need == 0 and not s.request.forked and s.request.pooling is None:
+            if not s.ended and s.uncomputed == 0 and not s.request.forked and s.request.pooling is None:
                 self.scheduler.fork(s)
-        taken: list[_NewTokens] = []
+        pushed: list[_NewTokens] = []
         for s, places in groupby(range(len(picks)), lambda i: picks[i].sequence):
             chosen = list(places)
             try:
-                new = None if s.ended else self._push(s, [tokens[i] for i in chosen], [entries[i] for i in chosen])
+                own = [tokens[i] for i in chosen], [logprobs[i] for i in chosen]
+                new = None if s.ended else self._push(s, *own)
             except Exception as e:
-                self._blame(s.request, "its decoder, penalties or stop strings", e)
+                self._fail_request(s.request, "its decoder, penalties or stop strings", e)
             else:
-                taken += [] if new is None else [new]
+                pushed += [] if new is None else [new]
         pieces: dict[Request, list[TextPiece]] = {}
         end = time.monotonic() + PATIENCE
-        for new in taken:
-            if come := self._finish_taking(new, end):
-                pieces.setdefault(new.sequence.request, []).extend(come)
+        for new in pushed:
+            if accepted := self._accept(new, end):
+                pieces.setdefault(new.sequence.request, []).extend(accepted)
         for s, _ in plan:
-            if s.request.pooling and s.need == 0 and not s.ended:
+            if s.request.pooling and s.uncomputed == 0 and not s.ended:
                 pieces.setdefault(s.request, [])
                 self.scheduler.end(s)
         self._emit(pieces)
 
     def _end_late(self) -> None:
-        """End the sequences whose late grammars report that nothing may follow."""
+        """End the sequences whose late grammars allow no further token."""
         for s in late_ones(self.scheduler.running):
-            if settle(s, self._blame) and s.grammar is not None and s.grammar.over:
+            if grammar_over(s, self._fail_request):
                 try:
                     piece = self._piece(s, s.completion.end())
                 except Exception as e:
-                    self._blame(s.request, "its decoder", e)
+                    self._fail_request(s.request, "its decoder", e)
                 else:
                     self.scheduler.end(s)
                     self._emit({s.request: [piece]})
 
-    def _push(self, s: SequenceState, tokens: Sequence[int], entries: Sequence[Entry]) -> _NewTokens | None:
-        """Append the tokens sampled after a sequence's newest and after each accepted draft token."""
+    def _push(self, s: SequenceState, tokens: Sequence[int], logprobs: Sequence[TopLogprobs]) -> _NewTokens | None:
+        """Append the tokens sampled after the newest and after each accepted draft token; None on failure."""
         c, draft, new = s.completion, s.draft, _NewTokens(s, [], [])
         over = s.grammar.answer.over if s.grammar is not None and s.grammar.answer is not None else []
         for place, token in enumerate(tokens):
             if token < 0:
                 self.fail(s.request, GenerationError(NOT_FINITE))
                 return None
-            text = c.push(token, entries[place])
+            text = c.push(token, logprobs[place])
             new.tokens.append(token)
-            right = draft[place : place + 1] == [token]
-            if right and place < len(over) and over[place] and not c.finished:
+            accepted = draft[place : place + 1] == [token]
+            if accepted and place < len(over) and over[place] and not c.finished:
                 text += c.end()
-            new.pieces.append(self._piece(s, text, (token,), entries[place]))
-            if c.finished or not right:
+            new.pieces.append(self._piece(s, text, (token,), logprobs[place]))
+            if c.finished or not accepted:
                 break
         if s.grammar is not None and not c.finished:
             s.grammar.take(new.tokens)
         return new
 
-    def _finish_taking(self, new: _NewTokens, end: float) -> list[TextPiece]:
-        """A piece for each new token of a sequence; none where its request has ended by an error."""
+    def _accept(self, new: _NewTokens, end: float) -> list[TextPiece]:
+        """Add pushed tokens to their sequence; return a piece for each, none if its request failed."""
         s, c, drafted = new.sequence, new.sequence.completion, len(new.sequence.draft)
         try:
-            if not c.finished and settle(s, self._blame, end) and s.grammar is not None and s.grammar.over:
+            if not c.finished and grammar_over(s, self._fail_request, end):
                 new.pieces[-1] = TextPiece.joined([new.pieces[-1], self._piece(s, c.end())])
             if s.ended:
                 return []
-            s.take(new.tokens)
+            s.append_tokens(new.tokens)
         except Exception as e:
-            self._blame(s.request, "its decoder, drafter or tool calls", e)
+            self._fail_request(s.request, "its decoder, drafter or tool calls", e)
             return []
         self.counts.generated_tokens += len(new.tokens)
         self.counts.drafted_tokens += drafted
@@ -278,13 +279,13 @@ class Engine:
             self.scheduler.advance(s, len(new.tokens) - 1)
         return new.pieces
 
-    def _piece(self, s: SequenceState, text: str, tokens: tuple[int, ...] = (), entry: Entry = None) -> TextPiece:
-        """New text and tokens of a sequence, as its readers get them."""
-        c, own = s.completion, () if entry is None else (entry,)
-        return TextPiece(text, c.index, tokens, c.finish_reason, c.stop_reason, own, c.take_deltas())
+    def _piece(self, s: SequenceState, text: str, ids: tuple[int, ...] = (), top: TopLogprobs = None) -> TextPiece:
+        """A piece of a sequence's new text and tokens."""
+        c, logprobs = s.completion, () if top is None else (top,)
+        return TextPiece(text, c.index, ids, c.finish_reason, c.stop_reason, logprobs, c.take_deltas())
 
     def _emit(self, pieces: Mapping[Request, list[TextPiece]]) -> None:
-        """Pass pieces to the readers, and end requests that are complete."""
+        """Pass pieces to the sinks, and finish requests whose completions are all finished."""
         for request, new in pieces.items():
             if not request.finished:
                 if not request.pending:
@@ -315,21 +316,21 @@ class Engine:
             request.sink(request, pieces)
         except Exception as e:
             request.sink = None
-            error = because(request, "what was to take its output", e)
+            error = request_error(request, "what was to take its output", e)
             if request.finished:
                 request.error = request.error or error
             else:
                 self._finish(request, "error", error=error)
 
-    def _fail(self, plan: Plan, cause: Exception) -> None:
-        """End the requests of a step that failed, with the cause; all others continue."""
+    def _fail_step(self, plan: Plan, cause: Exception) -> None:
+        """End the requests of a failed step with its cause; all others continue."""
         for request in dict.fromkeys(s.request for s, _ in plan if not s.request.finished):
-            self._blame(request, "the model's step", cause)
+            self._fail_request(request, "the model's step", cause)
 
-    def _blame(self, request: Request, what: str, cause: Exception) -> None:
-        """End a request with the error that it caused; nothing happens if it has ended."""
+    def _fail_request(self, request: Request, what: str, cause: Exception) -> None:
+        """End a request because `what` failed; nothing happens if it has ended."""
         if not request.finished:
-            self.fail(request, because(request, what, cause))
+            self.fail(request, request_error(request, what, cause))
 
     def check(self) -> None:
         """AssertionError unless every page is accounted for; when idle, none may be held."""
@@ -339,7 +340,7 @@ class Engine:
 
 @dataclass
 class _NewTokens:
-    """New tokens of a sequence in one step, and the piece of each."""
+    """The new tokens of a sequence in one step, with a piece for each."""
 
     sequence: SequenceState
     tokens: list[int]

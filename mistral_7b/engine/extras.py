@@ -1,4 +1,4 @@
-"""What requests want of a step beside its tokens: log-probabilities, and pooled hidden states."""
+"""Results of a step other than tokens: log-probabilities and pooled hidden states."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .forward import Forward
 from .in_flight import InFlightStep, Pick
 from .request import SequenceState
 
-Entry = dict[int, Logprob] | None
+TopLogprobs = dict[int, Logprob] | None
 
 
-def top_logprobs_of(flight: InFlightStep, places: Sequence[int]) -> list[Entry]:
-    """Log-probabilities for each pick at these places that asks for them."""
+def top_logprobs(flight: InFlightStep, places: Sequence[int]) -> list[TopLogprobs]:
+    """For each pick at these indices its log-probabilities, or None if they were not requested."""
     picks = flight.picks
-    found: dict[int, Entry] = {}
-    asked = [i for i in places if picks[i].sequence.request.params.logprobs is not None]
-    for k, group in groupby(sorted(asked, key=lambda i: _k(picks[i])), key=lambda i: _k(picks[i])):
-        some = list(group)
-        part, chosen = flight.logits[some], flight.tokens[some].clamp(min=0)
-        made = logprobs(part, chosen, k, picks[some[0]].sequence.completion.piece)
-        found.update(zip(some, made, strict=True))
+    found: dict[int, TopLogprobs] = {}
+    requested = [i for i in places if picks[i].sequence.request.params.logprobs is not None]
+    for k, group in groupby(sorted(requested, key=lambda i: _k(picks[i])), key=lambda i: _k(picks[i])):
+        same_k = list(group)
+        logits, tokens = flight.logits[same_k], flight.tokens[same_k].clamp(min=0)
+        piece = picks[same_k[0]].sequence.completion.piece
+        found.update(zip(same_k, logprobs(logits, tokens, k, piece), strict=True))
     return [found.get(i) for i in places]
 
 
 def _k(pick: Pick) -> int:
-    """How many log-probabilities are asked for."""
+    """The number of alternatives requested."""
     return pick.sequence.request.params.logprobs or 0
 
 
-def read_hidden_of(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
-    """What a request wants of the hidden states (T, D) of its next tokens."""
+def use_hidden_of(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
+    """Pool the hidden states (T, D) of a sequence's next tokens, or compute log-probabilities from them."""
     if s.request.pooling:
         s.request.pool(s.computed, hidden)
     elif s.request.params.prompt_logprobs is not None:
@@ -43,15 +43,15 @@ def read_hidden_of(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
 
 
 def _prompt_logprobs(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
-    """Log-probabilities of the tokens that follow those of hidden (T, D), if they are still wanted."""
+    """Append log-probabilities of the prompt tokens that follow those of hidden (T, D), once for each."""
     request, done = s.request, s.request.prompt_logprobs
     begin, end = len(done) - 1, min(s.computed + len(hidden), len(request.ids) - 1)
     k = request.params.prompt_logprobs
     if begin >= end or k is None:
         return
 
-    def project(part: Tensor) -> Tensor:
-        return forward.logits(part, [(i, request.adapter) for i in range(len(part))])
+    def project(rows: Tensor) -> Tensor:
+        return forward.logits(rows, [(i, request.adapter) for i in range(len(rows))])
 
     following = to_device(request.ids[begin + 1 : end + 1], hidden.device)
     rows = hidden[begin - s.computed : end - s.computed]

@@ -1,18 +1,19 @@
-"""From a plan to hidden states and logits: launched kernel by kernel, or as one recorded graph.
+"""Hidden states and logits of a step: computed kernel by kernel, or by replaying a CUDA graph.
 
-Where code is made for each number of rows, a step is padded to one of few sizes:
+Where code is compiled for each number of rows, a step is padded to a bucket size:
 
     rows      1  2  4  8  16  24 ... 64  80  96 ...
 
-oneDNN makes such code, for bfloat16 on a CPU, and keeps it: some 200 MB where every number of rows comes up.
+oneDNN compiles such code for bfloat16 on a CPU and keeps it: some 200 MB if every number of rows occurs.
 
-On a GPU a graph is replayed for steps in which every sequence feeds one token and none has an adapter: for most
-steps, once prompts are read. There is one for each number of sequences, padded in the same way, and of
+On a GPU a graph is replayed for steps in which every sequence feeds one token and none has an adapter: most steps
+after prefill. There is one graph for each bucket size and each width of the block table, which depends on the
+longest sequence:
 
-    columns   64  256  1024 ...                of the table of pages, as the longest of them needs
+    columns   64  256  1024 ...
 
-No row's result depends on those beside it (kernels/gpu/paged.py; docs/gpu.md says where products do), so padding
-changes none. A graph is recorded when it is first needed.
+No row's result depends on the other rows (kernels/gpu/paged.py; docs/gpu.md says where products do), so padding
+changes no result. A graph is recorded on first use.
 """
 
 from __future__ import annotations
@@ -35,52 +36,52 @@ from .config import EngineConfig
 from .in_flight import Plan, Rows
 from .pages import PagePool
 
-COLUMNS, WIDER = 64, 4  # pages that a graph's table has room for at first, and how many times more each next one
-Record = Callable[[Callable[[], None]], Callable[[], None]]  # from a step to what does the same again
+COLUMNS, GROWTH = 64, 4  # width of a graph's narrowest block table, and factor to the next width
+Record = Callable[[Callable[[], None]], Callable[[], None]]  # (step) -> a function that replays it
 
 
 class Forward:
-    """The model over the pages of a pool. With `fill` its steps have one of few numbers of rows."""
+    """Runs the model over the pages of a pool; with `pad_rows`, steps are padded to bucket sizes."""
 
     overlaps = False  # whether the device computes while the host plans and launches the next step
 
-    def __init__(self, adapters: Adapters, pool: PagePool, fill: bool = False) -> None:
-        self.adapters, self.pool, self.fill = adapters, pool, fill
+    def __init__(self, adapters: Adapters, pool: PagePool, pad_rows: bool = False) -> None:
+        self.adapters, self.pool, self.pad_rows = adapters, pool, pad_rows
         self.window = adapters.model.args.sliding_window
         self.padding = PaddingRow(np.array([pool.scratch]))
 
     def hidden(self, plan: Plan, tokens: Tensor) -> Tensor:
-        """Final states (N, D) of a plan's tokens (N,), whose keys and values are then in its pages.
+        """Final hidden states (N, D) of a plan's tokens (N,); writes their keys and values into the pages.
 
-        They may lie where those of the next call will.
+        The next call may overwrite the returned tensor.
         """
         rows = len(tokens)
         runs = [(s.request.adapter, n) for s, n in plan]
-        if more := self._missing(rows):
+        if more := self._padding_rows(rows):
             tokens = pad(tokens, (0, more))
         with self.adapters.over([*runs, (None, more)]) as model:
-            return model.hidden(tokens, PagedBatch(self.pool, self.window, self._padded(plan, more)))[:rows]
+            return model.hidden(tokens, PagedBatch(self.pool, self.window, self._with_padding(plan, more)))[:rows]
 
     def logits(self, hidden: Tensor, rows: Rows) -> Tensor:
-        """Logits (R, V) of these rows, in their order, of hidden (N, D)."""
-        wanted = [*rows, *[(0, None)] * self._missing(len(rows))]
-        runs = groupby(wanted, lambda row: row[1])
+        """Logits (R, V) of these rows of hidden (N, D), in the order of `rows`."""
+        padded = [*rows, *[(0, None)] * self._padding_rows(len(rows))]
+        runs = groupby(padded, lambda row: row[1])
         with self.adapters.over([(adapter, len(list(run))) for adapter, run in runs]) as model:
-            whole = len(wanted) == len(hidden)
-            some = hidden if whole else hidden[to_device([at for at, _ in wanted], hidden.device)]
-            return model.logits(some)[: len(rows)]
+            all_rows = len(padded) == len(hidden)
+            selected = hidden if all_rows else hidden[to_device([i for i, _ in padded], hidden.device)]
+            return model.logits(selected)[: len(rows)]
 
-    def _missing(self, rows: int) -> int:
-        """How many rows more a step should have."""
-        return bucket_size(rows) - rows if self.fill else 0
+    def _padding_rows(self, rows: int) -> int:
+        """The number of padding rows of a step of `rows` rows."""
+        return bucket_size(rows) - rows if self.pad_rows else 0
 
-    def _padded(self, plan: Plan, more: int) -> list[tuple[Paged, int]]:
-        """A plan with so many padding rows after it."""
+    def _with_padding(self, plan: Plan, more: int) -> list[tuple[Paged, int]]:
+        """A plan followed by `more` padding rows."""
         return [*plan, *[(self.padding, 1)] * more]
 
 
 class GraphForward(Forward):
-    """The same, with decoding in graphs. Without a recorder, as in tests, their steps are run as they are."""
+    """Forward that replays graphs for decoding. The default `record`, for tests, runs steps without recording."""
 
     overlaps = True
 
@@ -88,17 +89,17 @@ class GraphForward(Forward):
         self, adapters: Adapters, pool: PagePool, config: EngineConfig, record: Record = lambda step: step
     ) -> None:
         super().__init__(adapters, pool)
-        self.most, self.record = config.max_sequences, record
+        self.max_sequences, self.record = config.max_sequences, record
         self.steps: dict[tuple[int, int], DecodeStep] = {}
 
     def hidden(self, plan: Plan, tokens: Tensor) -> Tensor:
         if len(tokens) > len(plan) or any(s.request.adapter is not None for s, _ in plan):
             return super().hidden(plan, tokens)
-        size = min(bucket_size(len(plan)), self.most)
-        parts = self._padded(plan, size - len(plan))
+        size = min(bucket_size(len(plan)), self.max_sequences)
+        parts = self._with_padding(plan, size - len(plan))
         longest, columns = max(s.stop for s, _ in plan), COLUMNS
         while columns < longest:
-            columns *= WIDER
+            columns *= GROWTH
         if (step := self.steps.get((size, columns))) is None:
             batch = PagedBatch(self.pool, self.window, parts, columns)
             step = self.steps[size, columns] = DecodeStep(self.adapters.model, batch)
@@ -106,7 +107,7 @@ class GraphForward(Forward):
 
 
 class DecodeStep:
-    """One token for each row of a batch that stays in place, from buffer to buffer."""
+    """A decode step of one token for each row, over tensors that stay at the same addresses for its graph."""
 
     def __init__(self, model: Mistral7B, batch: PagedBatch) -> None:
         self.model, self.batch = model, batch
@@ -116,7 +117,7 @@ class DecodeStep:
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, parts: Parts, tokens: Tensor, record: Record) -> Tensor:
-        """Hidden states (N, D) of tokens (N,), those of the first N parts."""
+        """Hidden states (N, D) of tokens (N,), which belong to the first N of `parts`."""
         self.batch.refill(parts)
         self.tokens[: len(tokens)] = tokens
         if self.replay is None:
@@ -125,12 +126,12 @@ class DecodeStep:
         return self.out[: len(tokens)]
 
     def run(self) -> None:
-        """What is recorded. A second time it does the same: what it writes to the pages it does not read."""
+        """The step that is recorded. Running it twice has the same effect as once."""
         self.out.copy_(self.model.hidden(self.tokens, self.batch))
 
 
 def bucket_size(n: int) -> int:
-    """The number of rows, among those for which code or a graph is made, to which n are padded."""
+    """The bucket size to which n rows are padded, which bounds how many shapes are compiled or recorded."""
     if n <= 4:
         return (0, 1, 2, 4, 4)[n]
     step = 8 if n <= 64 else 16
@@ -138,18 +139,18 @@ def bucket_size(n: int) -> int:
 
 
 def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> Forward:
-    """How steps are computed where the pages lie. Nothing else in the engine asks which device that is."""
+    """The Forward for the device of the pages; the only place in the engine that depends on the device."""
     device = pool.layers[0][0].device
-    if not uses(Backend.CUDA_GRAPH, STEP, torch.empty(0, dtype=pool.dtype, device=device)):  # keys may be int8
+    if not uses(Backend.CUDA_GRAPH, STEP, torch.empty(0, dtype=pool.dtype, device=device)):  # pages may be int8
         linears = [m for m in adapters.model.modules() if type(m) is torch.nn.Linear]
         return Forward(adapters, pool, any(uses(Backend.ONEDNN, LINEAR, m.weight) for m in linears))
     recorder = Recorder(device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
-        def rehearse() -> None:
+        def warm_up() -> None:
             for _ in range(WARM_UP):
                 step()
 
-        return recorder(step, rehearse).replay
+        return recorder(step, warm_up).replay
 
     return GraphForward(adapters, pool, config, record)

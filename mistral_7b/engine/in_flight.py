@@ -92,11 +92,11 @@ def picks_of(plan: Plan) -> tuple[Rows, list[Pick]]:
     at = 0
     for s, n in plan:
         at += n
-        if n < s.need or s.request.pooling:
+        if n < s.uncomputed or s.request.pooling:
             continue
         for i in range(1 + len(s.draft)):
             ahead = (NO_TOKEN,) * s.in_flight + tuple(s.draft[:i])
-            picks += [Pick(each, len(rows), ahead) for each in s.drawn]
+            picks += [Pick(each, len(rows), ahead) for each in s.sampled_sequences]
             rows.append((at - 1 - len(s.draft) + i, s.request.adapter))
     return rows, picks
 

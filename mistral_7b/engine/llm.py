@@ -1,4 +1,4 @@
-"""LLM: all prompts in, all texts out, computed together."""
+"""LLM: offline inference. Many prompts are computed together, and the outputs returned when all are finished."""
 
 from __future__ import annotations
 
@@ -21,23 +21,14 @@ from ..text.tokenizer import Tokenizer
 from .completion import RequestOutput, TextPiece
 from .config import EngineConfig
 from .engine import Engine
-from .inputs import (
-    InputProcessor,
-    Messages,
-    Prompt,
-    RequestOptions,
-    ToolChoice,
-    Tools,
-    as_prompts,
-    params_for,
-    tokenizer_beside,
-)
+from .inputs import InputProcessor, Messages, RequestOptions, ToolChoice, Tools
 from .memory import pool_for
+from .prompts import Prompt, as_prompts, load_tokenizer, params_for
 from .request import Request, Sink
 
 
 class RequestsFailedError(EngineError):
-    """Some requests did not come to their end. `outputs` has all, in order, with `error` where one failed."""
+    """Some requests failed. `outputs` has those of all requests, in order, with `error` set where one failed."""
 
     def __init__(self, outputs: list[RequestOutput]) -> None:
         failed = [o for o in outputs if o.error is not None]
@@ -47,7 +38,7 @@ class RequestsFailedError(EngineError):
 
 @dataclass
 class EmbeddingOutput:
-    """A text's embedding, (D,), and the ids of which it was made."""
+    """The embedding (D,) of a prompt, and the prompt's token ids."""
 
     embedding: list[float]
     prompt_token_ids: list[int]
@@ -59,39 +50,40 @@ def open_engine(
     tokenizer: Tokenizer | None,
     adapters: Mapping[str, str | os.PathLike[str]] | None,
     lengths: Sequence[int] | None = None,
-    **how: Any,
+    **load_options: Any,
 ) -> InputProcessor:
-    """An engine for a model that is open or to be opened, and the input processor of its requests.
+    """Load the model unless it is one already, and return the input processor of a new engine.
 
-    `lengths` of all sequences that will ever come, where they are known: memory is then no more than these need.
+    `lengths` of all sequences that the engine will get, if known, bound its memory. `load_options` are those of
+    from_pretrained.
     """
     config = config or EngineConfig()
     if not isinstance(model, Mistral7B):
-        model = Mistral7B.from_pretrained(model, **{k: v for k, v in how.items() if v is not None})
+        model = Mistral7B.from_pretrained(model, **{k: v for k, v in load_options.items() if v is not None})
         model.requires_grad_(False)
-    elif any(v is not None for v in how.values()):
+    elif any(v is not None for v in load_options.values()):
         raise EngineError(
-            "dtype, device and quantization are for a model that is yet to be opened, not an open one",
+            "dtype, device and quantization apply when a model is loaded, and this one is loaded already",
             field="model",
         )
     if config.deterministic:
         _make_deterministic(model)
-    why = ""
+    tokenizer_error = ""
     if tokenizer is None:
-        tokenizer, why = tokenizer_beside(model)
+        tokenizer, tokenizer_error = load_tokenizer(model)
     engine = Engine(model, pool_for(model, config, lengths), config)
     for name, path in (adapters or {}).items():
         engine.adapters.load(name, path)
-    return InputProcessor(engine, tokenizer, why)
+    return InputProcessor(engine, tokenizer, tokenizer_error)
 
 
 def _make_deterministic(model: Mistral7B) -> None:
-    """Let no row depend on the number of others. Weights in whole numbers need nothing for it, on a CPU."""
+    """Make rows independent of the other rows of a step. Weights quantized to integers on a CPU are so already."""
     if isinstance(model.output, Compressed):
         return
     if not uses(Backend.ONEDNN, LINEAR, model.norm.weight):
         raise EngineError(
-            "deterministic=True takes a model in bfloat16, int8 or int4 on a CPU, not one in "
+            "deterministic=True needs a model in bfloat16, int8 or int4 on a CPU, not one in "
             f"{str(model.norm.weight.dtype).removeprefix('torch.')} on {model.norm.weight.device}",
             field="deterministic",
         )
@@ -99,19 +91,19 @@ def _make_deterministic(model: Mistral7B) -> None:
 
 
 class LLM:
-    """A model that continues many prompts together.
+    """A model and its engine for offline inference, with vLLM's names.
 
         llm = LLM("demo")
         for output in llm.generate(["def add(", "class "], SamplingParams(max_tokens=32)):
             print(output.outputs[0].text)
 
-    model         a folder, file, hub id or "demo", or a Mistral7B (which is then taken as it is)
-    config        EngineConfig: memory, batch and queue
-    tokenizer     none takes the one beside the model's files; ids as prompts do without
-    adapters      LoRA adapters by name, folders or files of PEFT's or mistral-finetune's making
-    dtype, device, quantization    as in Mistral7B.from_pretrained, for a model that is yet to be opened
+    model         a folder, file, hub id or "demo", or a loaded Mistral7B
+    config        EngineConfig: memory, batch size, queue
+    tokenizer     None loads the one in the model's folder; prompts of token ids need none
+    adapters      LoRA adapters by name: folders or files of PEFT or mistral-finetune
+    dtype, device, quantization    as in Mistral7B.from_pretrained, if the model is not loaded yet
 
-    What comes out for a prompt does not depend on what it is computed with: see docs/engine.md.
+    A prompt's output does not depend on the other prompts that are computed with it: see docs/engine.md.
     """
 
     def __init__(
@@ -144,20 +136,22 @@ class LLM:
         on_output: Sink | None = None,
         **each: Any,
     ) -> list[RequestOutput]:
-        """Continue one or many prompts, texts or token ids; outputs in the order of the prompts.
+        """Complete one or several prompts, texts or token ids; outputs are in the order of the prompts.
 
-        params      for all prompts, or one for each; none is SamplingParams(), which is 16 tokens
-        **each      request_id, priority, adapter, cache_salt, speculation: RequestOptions; or `asked`, a list
-        progress    draw a bar
+        params      for all prompts, or one for each; None is SamplingParams(), with 16 tokens
+        asked       RequestOptions for all prompts, or one for each
+        **each      fields of RequestOptions by name, instead of `asked`
+        progress    show a progress bar
         on_output   called with a request and its new TextPieces after each step
 
-        Raises what is wrong with a prompt before any is computed, and RequestsFailedError, which has all outputs,
-        if some did not come to their end.
+        An invalid prompt raises its error before any is computed. RequestsFailedError, with all outputs, if
+        requests fail later.
         """
         several = as_prompts(prompts)
-        every = zip(several, params_for(several, params), _asked(asked, each, len(several)), strict=True)
+        every = zip(several, params_for(several, params), _options(asked, each, len(several)), strict=True)
         requests = [
-            self.inputs.text(prompt, sp, a, on_output, f"prompt {i}") for i, (prompt, sp, a) in enumerate(every)
+            self.inputs.text(prompt, sampling, options, on_output, f"prompt {i}")
+            for i, (prompt, sampling, options) in enumerate(every)
         ]
         return self._outputs(requests, progress)
 
@@ -173,14 +167,14 @@ class LLM:
         on_output: Sink | None = None,
         **each: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many, else as `generate`. Messages, tools and tool_choice are OpenAI's."""
+        """Answer one or several conversations, as `generate`. Messages, tools and tool_choice are OpenAI's."""
         several: list[Any] = list(conversations)
         if several and isinstance(several[0], Mapping):
             several = [several]
-        every = zip(several, params_for(several, params), _asked(asked, each, len(several)), strict=True)
+        every = zip(several, params_for(several, params), _options(asked, each, len(several)), strict=True)
         requests = [
-            self.inputs.chat(messages, sp, a, on_output, tools, tool_choice, f"conversation {i}")
-            for i, (messages, sp, a) in enumerate(every)
+            self.inputs.chat(messages, sampling, options, on_output, tools, tool_choice, f"conversation {i}")
+            for i, (messages, sampling, options) in enumerate(every)
         ]
         return self._outputs(requests, progress)
 
@@ -193,19 +187,22 @@ class LLM:
         progress: bool = False,
         **each: Any,
     ) -> list[EmbeddingOutput]:
-        """The texts' "mean" or "last" final hidden state, of length 1 if `normalize`."""
+        """Embed prompts: the mean or the last of each one's final hidden states, of length 1 if `normalize`."""
         several = as_prompts(prompts)
-        every = zip(several, _asked(None, each, len(several)), strict=True)
-        requests = [self.inputs.embedding(p, pooling, a, name=f"text {i}") for i, (p, a) in enumerate(every)]
+        every = zip(several, _options(None, each, len(several)), strict=True)
+        requests = [
+            self.inputs.embedding(prompt, pooling, options, name=f"text {i}")
+            for i, (prompt, options) in enumerate(every)
+        ]
         self._outputs(requests, progress)
         return [EmbeddingOutput(r.embedding(normalize), r.ids) for r in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **each: Any) -> Iterator[TextPiece]:
-        """Continue one prompt, giving out text as it comes; else as `generate`. Errors are raised by the call."""
+        """Complete one prompt and yield its text in pieces; else as `generate`. The call checks the prompt."""
         return follow(self.engine, self.inputs.text(prompt, params or SamplingParams(), RequestOptions(**each)))
 
     def _outputs(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
-        """Compute until all have ended. Whatever interrupts it, nothing of them stays behind."""
+        """Compute requests and return their outputs. RequestsFailedError if some failed."""
         with _bar(len(requests), progress) as advance:
             run(self.engine, requests, advance)
         outputs = [request.output() for request in requests]
@@ -215,16 +212,16 @@ class LLM:
 
 
 def run(engine: Engine, requests: Sequence[Request], advance: Callable[[int], object] = lambda n: None) -> None:
-    """Compute requests until all have ended, well or not; `advance` is told how many more have.
+    """Compute requests until all have ended; `advance` is called with the number that ended in each step.
 
-    Whatever interrupts it, none of them stays behind.
+    An exception, such as KeyboardInterrupt, aborts those that have not ended.
     """
-    to_come = deque(requests)
+    unqueued = deque(requests)
     try:
-        for request in requests:  # those behind the first that has not ended are not looked at in every step
+        for request in requests:  # only the first unfinished one is checked in each step
             while not request.finished:
-                while to_come and engine.has_room():
-                    engine.add(to_come.popleft())
+                while unqueued and engine.can_queue():
+                    engine.add(unqueued.popleft())
                 before = engine.counts.ended
                 engine.step()
                 advance(engine.counts.ended - before)
@@ -234,9 +231,9 @@ def run(engine: Engine, requests: Sequence[Request], advance: Callable[[int], ob
 
 
 def follow(engine: Engine, request: Request) -> Iterator[TextPiece]:
-    """Compute a request and give out its pieces as they come. Raises what it ends with, if not well.
+    """Compute a request and yield its pieces. Raises the error of a request that fails.
 
-    Leaving the loop, or closing the iterator, ends the request.
+    Closing the iterator aborts the request.
     """
     pieces: deque[TextPiece] = deque()
     request.sink = lambda _, new: pieces.extend(new)
@@ -253,29 +250,29 @@ def follow(engine: Engine, request: Request) -> Iterator[TextPiece]:
         engine.abort_request(request)
 
 
-def _asked(
+def _options(
     asked: RequestOptions | Sequence[RequestOptions] | None, each: Mapping[str, Any], n: int
 ) -> list[RequestOptions]:
-    """What goes with each of n requests."""
+    """The options of each of n requests."""
     if asked is None:
         asked = RequestOptions(**each)
     elif each:
-        raise EngineError("give `asked`, or its fields by name, not both", field="asked")
+        raise EngineError("pass `asked`, or its fields by name, not both", field="asked")
     if isinstance(asked, RequestOptions):
         if asked.request_id is not None and n > 1:
             return [replace(asked, request_id=f"{asked.request_id}-{i}") for i in range(n)]
         return [asked] * n
     if len(asked) != n:
         raise EngineError(
-            f"{n} prompts with {len(asked)} of `asked`", field="asked", hint="give one, or one for each"
+            f"{n} prompts with {len(asked)} RequestOptions", field="asked", hint="pass one, or one for each prompt"
         )
     return list(asked)
 
 
 @contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Any]:
-    """A progress bar that is told how many more have ended."""
-    if not wanted:
+def _bar(total: int, shown: bool) -> Iterator[Any]:
+    """A progress bar, as a function that is called with the number of requests that ended."""
+    if not shown:
         yield lambda n: None
         return
     from rich.console import Console

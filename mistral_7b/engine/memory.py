@@ -1,4 +1,4 @@
-"""How much of the memory goes to pages. Imports no torch before pages are made."""
+"""How much memory the KV pages get. Imports no torch before pages are made."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CPU_SHARE, ACCELERATOR_SHARE = 0.5, 0.9  # of free memory, for pages
 
 
 def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | None = None) -> PagePool:
-    """Pages for a model: as many as the configuration's memory holds. ConfigError if that is not even one.
+    """Allocate a model's KV pages: `kv_cache_bytes`, or a share of free memory. ConfigError if no page fits.
 
-    Unless it is said how much, never more than `max_sequences` sequences of the longest kind could hold. Where the
-    `lengths` of all sequences that will ever come are known, no more than these could, and enough for the longest.
+    Without `kv_cache_bytes`, at most as many as `max_sequences` sequences of full context use. If the `lengths` of
+    all future sequences are known, at most as many as these use, and at least as many as the longest uses.
     """
     import torch
 
@@ -29,11 +29,13 @@ def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | No
 
     args, p, page = model.args, model.norm.weight, config.page_size
     int8 = config.kv_dtype == "int8"
-    row = args.head_dim + 4 if int8 else args.head_dim * p.dtype.itemsize  # of a head: a scale is a float32
+    row = (
+        args.head_dim + 4 if int8 else args.head_dim * p.dtype.itemsize
+    )  # bytes of a head, in int8 with its scale
     page_bytes = 2 * args.n_layers * args.n_kv_heads * row * page
     known = [args.max_seq_len] * config.max_sequences if lengths is None else lengths
     needs = sorted((most_pages(n, args.sliding_window, config) for n in known), reverse=True) or [1]
-    # Beside these, one page for each that runs, which a scheduler wants to see free before another begins.
+    # The scheduler admits a sequence only if one more page for each running one is free.
     most = sum(needs[: config.max_sequences]) + (0 if lengths is None else config.max_sequences)
     if config.kv_cache_bytes is not None:
         n_pages = config.kv_cache_bytes // page_bytes
@@ -46,7 +48,7 @@ def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | No
         raise ConfigError(
             f"{config.kv_cache_bytes or 'the free'} bytes for keys and values hold no page of {page} tokens",
             field="kv_cache_bytes",
-            hint=f"raise kv_cache_bytes, each page takes {page_bytes}",
+            hint=f"raise kv_cache_bytes: a page takes {page_bytes}",
         )
     return PagePool(
         args.n_layers, args.n_kv_heads, args.head_dim, n_pages, page, dtype=p.dtype, device=p.device, int8=int8

@@ -73,7 +73,7 @@ class Queues:
     def _count(self, sequence: SequenceState, n: int) -> None:
         self._clients[sequence.request.client].waiting += n
         self.waiting += n
-        sequence.waits = n > 0
+        sequence.waiting = n > 0
 
     def head(self, name: str) -> SequenceState | None:
         """The first waiting sequence of a client."""
@@ -96,18 +96,18 @@ class Queues:
         """Count tokens computed for a client."""
         self._clients[name].served += tokens
 
-    def has_room(self, name: str, most: int, coming: int = 0, coming_of: int = 0) -> bool:
+    def has_room(self, name: str, most: int, submitted: int = 0, submitted_of: int = 0) -> bool:
         """Whether one more sequence of a client may wait, where all clients' `most` may.
 
         A client with less than an equal share of the queue may wait even if the queue is full: otherwise one
-        client's long queue would turn all others away. `coming`, `coming_of`: sequences on their way to the queue,
-        of all clients and of this one. Other threads than the engine's may ask.
+        client's long queue would turn all others away. `submitted`, `submitted_of`: sequences on their way to
+        the queue, of all clients and of this one. Other threads than the engine's may ask.
         """
-        if self.waiting + coming < most:
+        if self.waiting + submitted < most:
             return True
         client = self._clients.get(name)
         clients = len(self._clients) + (client is None)
-        return clients > 1 and (client.waiting if client else 0) + coming_of < most // clients
+        return clients > 1 and (client.waiting if client else 0) + submitted_of < most // clients
 
     def all(self) -> Iterable[SequenceState]:
         """Every waiting sequence, ended ones among them."""

@@ -1,10 +1,10 @@
-"""A request, and the sequences that its completions are.
+"""A request, and the state of its sequences, one for each of its completions.
 
-    tokens     <s>  a  b  c  d  e        the prompt, then what has come
-    computed   |-----------|             the keys and values of so many of them lie in pages, or will
-    a step feeds the next ones: one, when all but the newest are computed (decode is prefill of length one)
+    tokens     <s>  a  b  c  d  e        the prompt, then the generated tokens
+    computed   |-----------|             tokens whose keys and values are in pages, or will be by a step in flight
+    a step feeds the next tokens: only the newest, when all others are computed (decode is prefill of length one)
 
-A sequence that loses its pages keeps its tokens and is computed again, to the same bits.
+A preempted sequence keeps its tokens and is recomputed, to bit-identical keys and values.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from ..sampling.params import SamplingParams
 from .completion import Completion, CompletionOutput, RequestMetrics, RequestOutput, TextPiece
 from .grammar.client import GrammarState
 from .pages import Key, PagePool, next_key
-from .speculation import Guesser, Speculation
+from .speculation import Speculation, Speculator
 
 Sink = Callable[["Request", list[TextPiece]], None]
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt with all that was asked about it.
+    """One prompt with its parameters, its completions and its results.
 
     Attributes:
-        priority: lower comes first; equals in the order of their arrival
-        client: who asked; clients share the engine equally (queues.py)
-        adapter: the LoRA adapter to use, by name
-        key: what its prefix must share with another's to be taken for the same (pages.first_key)
-        pooling: "mean" or "last" hidden state, where it is an embedding that is wanted and not text
-        sink: is called after each step with what has come, and once more when the request has ended
-        error: why it ended, where that was not as it should
+        priority: lower is served first; equal priorities in order of arrival
+        adapter: name of the LoRA adapter to use
+        client: name of the client; clients share the engine equally (queues.py)
+        key: root of its prefix-cache keys; only requests with equal roots share pages (pages.first_key)
+        pooling: "mean" or "last" for an embedding of the prompt; None for text
+        sink: called after each step with the request and its new pieces, and once more when it has ended
+        error: the error that ended it; None if it did not fail
     """
 
     id: str
@@ -53,15 +53,15 @@ class Request:
     speculation: Speculation | None = None
     pooling: str | None = None
     sink: Sink | None = None
-    order: int = 0  # of arrival
+    order: int = 0  # its number in order of arrival
     sequences: list[SequenceState] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
-    pooled: Tensor | None = None  # (D,) float64: the sum of hidden states so far, or the last one
-    summed: int = 0  # how many
-    cached: int | None = None  # tokens of the prompt whose keys and values were there already
+    pooled: Tensor | None = None  # (D,) float64: sum of the hidden states so far, or the last one
+    pooled_tokens: int = 0  # number of hidden states in the sum
+    cached: int | None = None  # prompt tokens found in the prefix cache; None before it starts
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
     error: Mistral7BError | None = None
-    forked: bool = False  # whether its other completions have begun
+    forked: bool = False  # whether each completion runs as its own sequence; before, the first computes the prompt
     finished: bool = False
 
     def __post_init__(self) -> None:
@@ -70,146 +70,147 @@ class Request:
 
     @property
     def pending(self) -> list[SequenceState]:
-        """Its sequences that have not ended."""
+        """The sequences that have not ended."""
         return [s for s in self.sequences if not s.ended]
 
     @property
-    def to_come(self) -> int:
-        """For how many completions each of its running sequences stands."""
+    def completions_per_sequence(self) -> int:
+        """The number of completions that each running sequence counts for: all of them until it is forked."""
         return 1 if self.forked else len(self.sequences)
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether its prompt may be found computed: not where something is wanted of every token."""
+        """Whether it may reuse a cached prefix; not if a result needs the hidden state of every prompt token."""
         return self.params.prompt_logprobs is None and self.pooling != "mean"
 
-    def pool(self, at: int, hidden: Tensor) -> None:
-        """Take the final hidden states (T, D) of its tokens from place `at` on.
+    def pool(self, start: int, hidden: Tensor) -> None:
+        """Accumulate the final hidden states (T, D) of its tokens from position `start` on.
 
-        Sums are made in float64, in which bfloat16's are exact: the same in whatever parts the prompt came.
+        Sums are float64, in which sums of bfloat16 are exact: the result does not depend on the prefill chunks.
         """
         if self.pooling == "last":
             self.pooled = hidden[-1].double()
             return
-        new = hidden[max(0, self.summed - at) :].double()  # what is computed again is not summed again
-        self.summed += len(new)
+        new = hidden[max(0, self.pooled_tokens - start) :].double()  # recomputed tokens are not summed twice
+        self.pooled_tokens += len(new)
         self.pooled = new.sum(0) if self.pooled is None else self.pooled + new.sum(0)
 
     def embedding(self, normalize: bool) -> list[float]:
-        """What it was pooled for, (D,)."""
-        assert self.pooled is not None, "only a request with `pooling` that has ended well has an embedding"
-        out = self.pooled / self.summed if self.pooling == "mean" else self.pooled
+        """The pooled hidden state, (D,); of length 1 if `normalize`."""
+        assert self.pooled is not None, "only a finished request with `pooling` has an embedding"
+        out = self.pooled / self.pooled_tokens if self.pooling == "mean" else self.pooled
         return (out / out.norm().clamp(min=1e-12) if normalize else out).float().tolist()
 
     def output(self, outputs: list[CompletionOutput] | None = None) -> RequestOutput:
-        """What has come so far. Another thread than the engine's must bring the completions itself."""
-        wanted = self.params.prompt_logprobs is not None
+        """The results so far. A thread other than the engine's must pass the completions' `outputs`."""
+        with_logprobs = self.params.prompt_logprobs is not None
         outputs = [c.output() for c in self.completions] if outputs is None else outputs
         return RequestOutput(
-            self.prompt, self.ids, outputs, self.prompt_logprobs if wanted else None,
+            self.prompt, self.ids, outputs, self.prompt_logprobs if with_logprobs else None,
             request_id=self.id, finished=self.finished, num_cached_tokens=self.cached or 0, metrics=self.metrics,
             error=self.error,
         )  # fmt: skip
 
 
 class SequenceState:
-    """One completion in the engine: its tokens, and the pages that hold their keys and values."""
+    """The engine's state of one completion: its tokens, and the pages that hold their keys and values."""
 
     def __init__(self, request: Request, completion: Completion) -> None:
         self.request, self.completion = request, completion
         self.tokens = list(request.ids)
         self.computed = 0
-        self.in_flight = 0  # tokens that have been sampled and not yet read: they come after `tokens`
-        self.pages = np.zeros(0, dtype=np.int64)  # page p // size of position p; below `first` they are gone
-        self.first = self.stop = 0  # pages first..stop are held
-        self.keys: list[Key] = []  # of the full pages, from the first token on
-        self.known = 0  # pages that have been made known by their keys
+        self.in_flight = 0  # sampled tokens that are not read yet; they follow `tokens`
+        self.pages = np.zeros(0, dtype=np.int64)  # its block table: pages[p // size] is the page of position p
+        self.first = self.stop = 0  # it holds pages[first:stop]; those below `first` are freed
+        self.keys: list[Key] = []  # prefix-cache keys of its full pages, from the first token on
+        self.cached_pages = 0  # full pages that are entered into the prefix cache
         self.draft: list[int] = []
-        self.guesser: Guesser | None = None
+        self.speculator: Speculator | None = None
         self.grammar: GrammarState | None = None
         self.ended = False
-        self.running = self.waits = False
+        self.running = self.waiting = False
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Who comes first."""
+        """Its place in scheduling order: priority, arrival, completion."""
         return self.request.priority, self.request.order, self.completion.index
 
     @property
-    def need(self) -> int:
-        """Tokens that are to be computed before the next can be sampled."""
+    def uncomputed(self) -> int:
+        """The number of tokens to compute before the next one can be sampled."""
         return len(self.tokens) + self.in_flight - self.computed
 
     @property
     def decoding(self) -> bool:
-        """Whether it needs its newest token computed and no more."""
-        return self.need == 1 and len(self.tokens) + self.in_flight > len(self.request.ids)
+        """Whether only its newest token, a generated one, is left to compute."""
+        return self.uncomputed == 1 and len(self.tokens) + self.in_flight > len(self.request.ids)
 
     @property
-    def drawn(self) -> list[SequenceState]:
-        """The sequences whose next tokens are drawn from its row: all of its request's, until these are forked."""
+    def sampled_sequences(self) -> list[SequenceState]:
+        """The sequences whose next tokens are sampled from its row: all of its request's until it is forked."""
         return [self] if self.request.forked else self.request.sequences
 
     @property
     def late(self) -> bool:
-        """Whether a grammar has not yet said which tokens its next row may give."""
-        return any(s.grammar is not None and s.grammar.late for s in self.drawn)
+        """Whether a grammar mask for its next row is not ready yet."""
+        return any(s.grammar is not None and s.grammar.late for s in self.sampled_sequences)
 
     @property
-    def complete(self) -> bool:
-        """Whether the last token that it may have is flying: it needs nothing computed any more."""
+    def at_token_limit(self) -> bool:
+        """Whether its last token is sampled or in flight, so that nothing is left to compute."""
         return len(self.completion.token_ids) + self.in_flight >= self.completion.max_tokens
 
     @property
     def held(self) -> list[int]:
-        """The pages that it holds."""
+        """The pages that it holds, in order of position."""
         return self.pages[self.first : self.stop].tolist()
 
     def key_of(self, page: int, size: int) -> Key:
-        """The key of a page that its tokens fill."""
+        """The prefix-cache key of its full page number `page`, for pages of `size` tokens."""
         while len(self.keys) <= page:
-            at = len(self.keys) * size
-            self.keys.append(
-                next_key(self.keys[-1] if self.keys else self.request.key, self.tokens[at : at + size])
-            )
+            start = len(self.keys) * size
+            before = self.keys[-1] if self.keys else self.request.key
+            self.keys.append(next_key(before, self.tokens[start : start + size]))
         return self.keys[page]
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """These tokens have come."""
-        if (guesser := self.drafter()) is not None:
-            guesser.take(tokens)
+    def append_tokens(self, tokens: Sequence[int]) -> None:
+        """Append generated tokens and discard the draft that they were checked against."""
+        if (speculator := self.make_speculator()) is not None:
+            speculator.update(tokens)
         self.tokens += tokens
         self.draft = []
 
-    def drafter(self) -> Guesser | None:
-        """What proposes draft tokens, if wanted. Made when its first token comes, or after a preemption."""
+    def make_speculator(self) -> Speculator | None:
+        """Its speculator, created on first use and after a preemption; None without speculation."""
         speculation = self.request.speculation
-        if self.guesser is None and speculation is not None:
-            self.guesser = speculation.guesser(self.tokens, len(self.request.ids) + self.completion.max_tokens)
-        return self.guesser
+        if self.speculator is None and speculation is not None:
+            longest = len(self.request.ids) + self.completion.max_tokens
+            self.speculator = speculation.speculator(self.tokens, longest)
+        return self.speculator
 
-    def append(self, page: int) -> None:
-        """Hold one page more."""
+    def append_page(self, page: int) -> None:
+        """Add a page to the block table; the caller has counted this sequence as its holder."""
         if self.stop == len(self.pages):
             self.pages = np.concatenate([self.pages, np.zeros(max(8, self.stop), dtype=np.int64)])
         self.pages[self.stop] = page
         self.stop += 1
 
-    def drop(self, pool: PagePool, first: int) -> None:
-        """Give back pages below `first`."""
+    def free_pages_before(self, pool: PagePool, first: int) -> None:
+        """Free the pages with numbers below `first`."""
         if first > self.first:
             first = min(first, self.stop)
             pool.release(self.pages[self.first : first].tolist())
             self.first = first
 
-    def drop_all(self, pool: PagePool) -> None:
-        """Give back all pages: what was computed is lost. The last is taken first for something else."""
+    def free_pages(self, pool: PagePool) -> None:
+        """Free all pages, so that every token must be recomputed. The last page is reused first."""
         pool.release(reversed(self.held))
-        self.first = self.stop = self.computed = self.known = 0
+        self.first = self.stop = self.computed = self.cached_pages = 0
 
-    def fork(self, of: SequenceState, pool: PagePool) -> None:
-        """Begin where another sequence of the request stands, on the same pages."""
-        self.computed, self.first, self.stop, self.known = of.computed, of.first, of.stop, of.known
-        self.pages, self.keys = of.pages.copy(), list(of.keys)
+    def fork_from(self, other: SequenceState, pool: PagePool) -> None:
+        """Take over the state of another sequence of the request, and share its pages."""
+        self.computed, self.cached_pages = other.computed, other.cached_pages
+        self.first, self.stop = other.first, other.stop
+        self.pages, self.keys = other.pages.copy(), list(other.keys)
         for page in self.held:
             pool.share(page)

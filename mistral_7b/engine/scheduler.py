@@ -98,18 +98,18 @@ class Scheduler:
             self.running.remove(sequence)
             sequence.running = False
             self.queues.leave(sequence)
-        elif sequence.waits:
+        elif sequence.waiting:
             self.queues.discard(sequence)
             self.queues.leave(sequence)
         sequence.ended = True
-        sequence.drop_all(self.pool)
+        sequence.free_pages(self.pool)
 
     def fork(self, sequence: SequenceState) -> None:
         """Start the other completions of a request, whose prompt is computed now."""
         sequence.request.forked = True
         for other in sequence.request.sequences:
             if other is not sequence:
-                other.fork(sequence, self.pool)
+                other.fork_from(sequence, self.pool)
                 self.queues.enter(other)
                 self._run(other)
 
@@ -136,7 +136,7 @@ class Scheduler:
         if self.waiting and self.queues.contended:
             self._make_way(keep)
         preempted = self.counts.preemptions
-        decoding = [s for s in self.running if s.decoding and not s.complete and not s.late]
+        decoding = [s for s in self.running if s.decoding and not s.at_token_limit and not s.late]
         for sequence in decoding:
             if sequence.running:  # not preempted for an earlier one
                 budget -= self._plan(sequence, 1, planned, keep)
@@ -191,8 +191,8 @@ class Scheduler:
         """The size of the next prefill chunk of a sequence; `followed`: another prefill comes after it."""
         if followed or self.waiting:
             budget = max(budget // 2, min(budget, self.page))
-        if sequence.need <= budget:
-            return sequence.need
+        if sequence.uncomputed <= budget:
+            return sequence.uncomputed
         return max(0, (sequence.computed + budget) // self.page * self.page - sequence.computed)
 
     def _plan(self, sequence: SequenceState, n: int, planned: dict[SequenceState, int], keep: bool) -> int:
@@ -229,13 +229,13 @@ class Scheduler:
             sequence.pages[i] = pool.copy(old)
             pool.release([old])
         for _ in range(missing):
-            sequence.append(pool.take())
+            sequence.append_page(pool.take())
         return True
 
     def _preempt(self, sequence: SequenceState) -> None:
         assert not sequence.in_flight, "a preempted sequence has a token in flight"
-        sequence.drop_all(self.pool)
-        sequence.draft, sequence.guesser = [], None  # the result of its last draft will not reach its drafter
+        sequence.free_pages(self.pool)
+        sequence.draft, sequence.speculator = [], None  # the result of its last draft will not reach its drafter
         self.running.remove(sequence)
         sequence.running = False
         self.queues.push(sequence)
@@ -264,7 +264,7 @@ class Scheduler:
 
     def _fit(self, sequence: SequenceState) -> tuple[int, list[int]] | None:
         """The cached prefix of a waiting sequence, as `_prefix`; None if there is no room for the sequence."""
-        if self._to_come() + sequence.request.to_come > self.config.max_sequences:
+        if self._running_completions() + sequence.request.completions_per_sequence > self.config.max_sequences:
             return None
         start, found = self._prefix(sequence)
         # Its whole prompt and one page for each running sequence must fit, or it would soon be preempted.
@@ -273,18 +273,18 @@ class Scheduler:
             return None
         return start, found
 
-    def _to_come(self) -> int:
+    def _running_completions(self) -> int:
         """Completions that run, or start as soon as their prompt is computed."""
-        return sum(s.request.to_come for s in self.running)
+        return sum(s.request.completions_per_sequence for s in self.running)
 
     def _begin(self, sequence: SequenceState, start: int, found: list[int]) -> None:
         request = sequence.request
         for _ in range(start // self.page - len(found)):
-            sequence.append(self.pool.scratch)  # outside the window: never read
+            sequence.append_page(self.pool.scratch)  # outside the window: never read
         sequence.first = sequence.stop
         for page in found:
-            sequence.append(self.pool.share(page))
-        sequence.computed, sequence.known = start, start // self.page
+            sequence.append_page(self.pool.share(page))
+        sequence.computed, sequence.cached_pages = start, start // self.page
         if request.cached is None:
             request.cached = start
             request.metrics.started = time.perf_counter()
@@ -327,10 +327,11 @@ class Scheduler:
         sequence.computed += n
         if self.config.prefix_caching:
             full = min(sequence.computed, len(sequence.tokens)) // self.page
-            for i in range(max(sequence.known, sequence.first), full):  # with a window of 1 some are already freed
+            # With a window of 1 some pages are already freed.
+            for i in range(max(sequence.cached_pages, sequence.first), full):
                 self.pool.know(int(sequence.pages[i]), sequence.key_of(i, self.page))
-                sequence.known = i + 1
-        sequence.drop(self.pool, self.first_seen(sequence.computed))
+                sequence.cached_pages = i + 1
+        sequence.free_pages_before(self.pool, self.first_seen(sequence.computed))
 
     def check_pages(self) -> None:
         """AssertionError unless every page is accounted for."""

@@ -33,7 +33,7 @@ class Shares:
         seats: dict[str, int] = defaultdict(int)
         pages: dict[str, int] = defaultdict(int)
         for s in running:
-            seats[s.request.client] += s.request.to_come
+            seats[s.request.client] += s.request.completions_per_sequence
             pages[s.request.client] += s.stop - s.first
         return {client: self.of(n, pages[client]) for client, n in seats.items()}
 
@@ -50,7 +50,7 @@ class Shares:
         Its client must hold twice what the waiting one's would hold: preempted tokens are computed twice.
         """
         held, client = self.held(running), head.request.client
-        would = held.get(client, 0.0) + self.of(head.request.to_come, pages)
+        would = held.get(client, 0.0) + self.of(head.request.completions_per_sequence, pages)
         last = {
             s.request.client: s
             for s in running

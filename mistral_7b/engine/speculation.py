@@ -1,17 +1,17 @@
-"""Guessing ahead: several tokens are proposed cheaply, and one forward tells which of them are right.
+"""Speculative decoding: draft tokens are proposed cheaply and verified by one forward of the model.
 
-    drafter   d1 d2 d3                  from a repetition in the text, or from a smaller model
+    drafter   d1 d2 d3                  by prompt lookup, or from a draft model
     model     t  d1 d2 d3  ->  logits   after t, after t d1, after t d1 d2, after t d1 d2 d3
-    sampler   s1 s2 ...                 as ever, from each of the logits: while s_i = d_i the
-                                        next logits hold; the first s_i that differs is itself the token
+    sampler   s1 s2 ...                 from each row of logits: d_i is accepted while s_i = d_i; the first
+                                        s_i that differs is the next token, and the later drafts are rejected
 
-Nothing of sampling is replaced: every token is the one that the ordinary sampler draws from the model's
-logits, with the random number of its own place (sampling.uniforms). So greedy or sampled, with any
-parameters, the tokens are those without speculation, where the logits do not depend on how many rows are
-computed together. Rejection sampling (Leviathan et al., arXiv:2211.17192) has the same distribution but
-other tokens; here a drafter that samples gets the same random number, and so often draws the same token.
+Sampling is unchanged: every token is drawn by the ordinary sampler from the model's logits, with the random number
+of its position (sampling.uniforms). Greedy or sampled, with any parameters, the tokens are those without
+speculation, provided that logits do not depend on how many rows are computed together. Rejection sampling
+(Leviathan et al., arXiv:2211.17192) has the same distribution but gives other tokens. A draft model's tokens are
+sampled with the same random numbers, which raises the acceptance rate.
 
-Knows nothing of loops or batches: a Guesser is for one sequence.
+This module knows nothing of the loop or of batches: a Speculator serves one sequence.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from torch import Tensor
 from ..errors import GenerationError
 from ..model import Mistral7B
 
-DRAFT_CHUNK = 512  # tokens that a draft model reads per forward
-MEMORY = 0.8  # of an earlier guess's weight, what is left of it at the next
-HOPE = (3.0, 1.0)  # right and wrong guesses that a text begins with
-TRIAL = 2  # tokens guessed to see whether guessing has come to pay again
-REST = (8, 64)  # steps without a guess before the first trial, and at most
-ROW_COST = 0.03  # what one more row adds to a step, in steps of one, until it is measured
-MEASURED = 5  # the latest times of a step that are kept, for their median
+DRAFT_CHUNK = 512  # tokens per forward of a draft model's prefill
+DECAY = 0.8  # factor on the weight of earlier draft tokens at each update of the acceptance rate
+PRIOR = (3.0, 1.0)  # accepted and rejected draft tokens that a sequence is assumed to start with
+PROBE_TOKENS = 2  # draft tokens of a probe, which tests whether drafting pays again
+BACKOFF = (8, 64)  # steps without a draft before the first probe, and the most before a later one
+ROW_COST = 0.03  # time that one more row adds to a step of one row, relative to it, until it is measured
+TIMES_KEPT = 5  # latest durations per number of rows, of which the median counts
 
-Choose = Callable[[Tensor, Sequence[int]], int]  # logits (1, V), tokens guessed before -> the sampler's choice
+Choose = Callable[[Tensor, Sequence[int]], int]  # (logits (1, V), draft tokens so far) -> the sampler's token
 
 
 @dataclass
 class Tally:
-    """What came of guessing, summed over all sequences."""
+    """Counts of draft and accepted tokens, over all sequences."""
 
-    steps: int = 0  # forwards that gave a sequence tokens
-    tokens: int = 0  # tokens that came of them
-    drafted: int = 0  # tokens guessed
-    accepted: int = 0  # of these, right
+    steps: int = 0  # steps that produced tokens, counted for each sequence
+    tokens: int = 0  # tokens that they produced
+    drafted: int = 0  # draft tokens proposed
+    accepted: int = 0  # draft tokens accepted
 
     @property
     def acceptance(self) -> float:
-        """Which part of the guesses was right."""
+        """The fraction of draft tokens that were accepted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
@@ -61,16 +61,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class Speculation:
-    """Whether and how to guess ahead. A value out of its range raises GenerationError naming the field.
+    """Settings of speculative decoding. GenerationError names a field whose value is out of range.
 
     Attributes:
-        draft_model: a smaller model of the same vocabulary that guesses; None looks the text up in itself
-        max_draft: most tokens guessed at once
-        ngram: prompt lookup takes the longest repetition of so many tokens at most
-        min_ngram: and of so many at least
-        row_cost: what each guessed token adds to a step's time, as a part of a step without any; None
-            measures it. With a number, what is guessed depends on the tokens alone and not on the clock.
-        tally: counts what came of it, over all that is generated with this object
+        draft_model: a smaller model with the same vocabulary; None uses prompt lookup
+        max_draft: the largest number of draft tokens in a step
+        ngram: the longest n-gram that prompt lookup matches
+        min_ngram: the shortest n-gram that it matches
+        row_cost: time that each draft token adds to a step, relative to a step without drafts; None measures it.
+            With a number, drafts depend on the tokens alone and not on the clock.
+        tally: counts over everything that is generated with this object
     """
 
     draft_model: Mistral7B | None = None
@@ -90,47 +90,47 @@ class Speculation:
             )
 
     def check(self, vocab_size: int) -> None:
-        """GenerationError if the draft model speaks another vocabulary."""
+        """GenerationError if the draft model has another vocabulary size."""
         if self.draft_model is not None and self.draft_model.args.vocab_size != vocab_size:
             raise GenerationError(
-                f"the draft model knows {self.draft_model.args.vocab_size} tokens and the model {vocab_size}: "
-                "they must share one vocabulary",
+                f"the draft model has a vocabulary of {self.draft_model.args.vocab_size} tokens and the model one "
+                f"of {vocab_size}: they must share a vocabulary",
                 field="draft_model",
             )
 
-    def guesser(self, prompt: Sequence[int], room: int) -> Guesser:
-        """A guesser for a sequence that begins with `prompt` and will have `room` tokens at most."""
+    def speculator(self, prompt: Sequence[int], max_length: int) -> Speculator:
+        """The speculator of a sequence that starts with `prompt` and has at most `max_length` tokens in all."""
         drafter: Drafter
         if self.draft_model is None:
             drafter = PromptLookup(self.ngram, self.min_ngram)
         else:
-            drafter = DraftModel(self.draft_model, room, self.max_draft)
+            drafter = DraftModel(self.draft_model, max_length, self.max_draft)
         drafter.extend(prompt)
-        return Guesser(drafter, Pace(self.max_draft), self.tally)
+        return Speculator(drafter, DraftLength(self.max_draft), self.tally)
 
 
-def agreeing(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens at the beginning are the same."""
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the common prefix of two token sequences."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 class Drafter(Protocol):
-    """Guesses how one sequence goes on. Right or wrong, it only ever costs time."""
+    """Proposes the next tokens of one sequence. A wrong proposal costs time and changes no output."""
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """The sequence has gone on with these tokens, whatever was guessed."""
+        """Append the sequence's next tokens, whether or not they were proposed."""
         ...
 
     def propose(self, n: int, choose: Choose) -> list[int]:
-        """At most n tokens that may come next. `choose` samples from logits as the model's own will be."""
+        """Propose at most n next tokens. `choose` samples from logits as the sequence's own sampler would."""
         ...
 
 
 class PromptLookup:
-    """What followed the last time that the text ended as it does now: the longest repetition counts.
+    """Proposes what followed the latest earlier occurrence of the longest n-gram that ends the sequence.
 
-    An n-gram's entry is the place after its latest occurrence. A token is entered in constant time when
-    it comes, and nothing is searched (prompt lookup decoding, Saxena 2023, without its scan).
+    An index maps each n-gram to the position after its latest occurrence. It is updated in constant time for each
+    token, so nothing is searched (prompt lookup decoding, Saxena 2023, without its scan).
     """
 
     def __init__(self, ngram: int = 4, min_ngram: int = 2) -> None:
@@ -140,112 +140,113 @@ class PromptLookup:
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            place = len(self.tokens)
-            for n in self.sizes:  # the n-grams that end before it have now been followed
-                if n <= place:
-                    self._after[tuple(self.tokens[place - n :])] = place
+            position = len(self.tokens)
+            for n in self.sizes:  # the n-grams that end before this token are followed by it
+                if n <= position:
+                    self._after[tuple(self.tokens[position - n :])] = position
             self.tokens.append(token)
 
     def propose(self, n: int, choose: Choose) -> list[int]:
-        held = len(self.tokens)
+        length = len(self.tokens)
         for size in self.sizes:
-            start = self._after.get(tuple(self.tokens[held - size :])) if size <= held else None
+            start = self._after.get(tuple(self.tokens[length - size :])) if size <= length else None
             if start is not None:
-                # Past its end the text goes on with the guess itself, so that a short period is guessed at length.
-                period = held - start
+                # Beyond the end of the sequence the draft repeats, so a short period still gives n tokens.
+                period = length - start
                 return [self.tokens[start + i % period] for i in range(n)]
         return []
 
 
 class DraftModel:
-    """A smaller model's own continuation, one token after another, in a ring that takes wrong ones back."""
+    """Proposes a smaller model's continuation; its rolling cache is rolled back over rejected tokens."""
 
-    def __init__(self, model: Mistral7B, room: int, max_draft: int) -> None:
+    def __init__(self, model: Mistral7B, max_length: int, max_draft: int) -> None:
         self.model = model
-        self.cache = model.rolling_cache(1, room, slack=max_draft)
-        self.unread: list[int] = []  # tokens of the sequence that the cache has not seen
-        self.ahead: list[int] = []  # guessed tokens that it has seen
+        self.cache = model.rolling_cache(1, max_length, slack=max_draft)
+        self.pending: list[int] = []  # tokens of the sequence that are not in the cache yet
+        self.drafted: list[int] = []  # draft tokens that are in the cache
 
     def extend(self, tokens: Sequence[int]) -> None:
-        right = agreeing(tokens[:-1], self.ahead)  # the newest is read in any case: the next guess comes of it
-        if right < len(self.ahead):
-            self.cache.rollback(len(self.ahead) - right)
-        self.ahead = []
-        self.unread += tokens[right:]
+        # The newest token is fed in any case, because the next draft starts from its logits.
+        accepted = common_prefix_length(tokens[:-1], self.drafted)
+        if accepted < len(self.drafted):
+            self.cache.rollback(len(self.drafted) - accepted)
+        self.drafted = []
+        self.pending += tokens[accepted:]
 
     def propose(self, n: int, choose: Choose) -> list[int]:
         device = self.cache.length.device
-        for part in torch.tensor([self.unread], device=device).split(DRAFT_CHUNK, dim=1):
-            hidden = self.model.hidden(part, self.cache)  # (1, T, D)
-        self.unread = []
+        for chunk in torch.tensor([self.pending], device=device).split(DRAFT_CHUNK, dim=1):
+            hidden = self.model.hidden(chunk, self.cache)  # (1, T, D)
+        self.pending = []
         draft: list[int] = []
         while True:
             draft.append(choose(self.model.logits(hidden[:, -1]), draft))
             if len(draft) == n:
                 return draft
-            self.ahead.append(draft[-1])
+            self.drafted.append(draft[-1])
             hidden = self.model.hidden(torch.tensor([draft[-1:]], device=device), self.cache)
 
 
-class Pace:
-    """How many tokens to guess: the most tokens per second to be expected, if each is right as often as lately.
+class DraftLength:
+    """Chooses how many tokens to draft: the number that maximizes the expected tokens per second.
 
-    With a probability a of a right guess, n guesses give 1 + a + ... + a^n tokens a step. When even one
-    guess does not pay, none is made for a while, then a trial; each trial in vain doubles the while.
+    With acceptance probability a, estimated from recent drafts, n draft tokens give 1 + a + ... + a^n tokens a
+    step. When no draft pays, drafting pauses, then a probe tests it; each failed probe doubles the pause.
     """
 
     def __init__(self, max_draft: int) -> None:
         self.max_draft = max_draft
-        self.right, self.wrong = HOPE
-        self._rest, self._wait, self._trial = REST[0], 0, False
+        self.accepted, self.rejected = PRIOR
+        self._pause, self._paused_steps, self._probing = BACKOFF[0], 0, False
 
-    def length(self, seconds: Callable[[int], float]) -> int:
-        """Tokens to guess in the next step, of which `seconds` tells how long it takes by that number."""
-        a = self.right / (self.right + self.wrong)
-        best, most, tokens = 0, 1 / seconds(0), 1.0
+    def choose(self, seconds: Callable[[int], float]) -> int:
+        """The number of tokens to draft in the next step; `seconds` gives its duration by that number."""
+        a = self.accepted / (self.accepted + self.rejected)
+        best, fastest, tokens = 0, 1 / seconds(0), 1.0
         for n in range(1, self.max_draft + 1):
             tokens += a**n
-            if tokens / seconds(n) > most:
-                best, most = n, tokens / seconds(n)
-        self._trial = best == 0
+            if tokens / seconds(n) > fastest:
+                best, fastest = n, tokens / seconds(n)
+        self._probing = best == 0
         if best:
-            self._rest = REST[0]
+            self._pause = BACKOFF[0]
             return best
-        if self._wait:
-            self._wait -= 1
+        if self._paused_steps:
+            self._paused_steps -= 1
             return 0
-        return min(TRIAL, self.max_draft)
+        return min(PROBE_TOKENS, self.max_draft)
 
-    def learn(self, right: int, wrong: int) -> None:
-        """So many guesses were right, and so many (0 or 1) were then wrong."""
-        self.right = MEMORY * self.right + right
-        self.wrong = MEMORY * self.wrong + wrong
-        if self._trial:  # only now: a drafter may have had nothing to propose
-            self._wait = self._rest
-            self._rest = min(2 * self._rest, REST[1])
+    def update(self, accepted: int, rejected: int) -> None:
+        """Count the accepted draft tokens of a step and, as 0 or 1, the one rejected after them."""
+        self.accepted = DECAY * self.accepted + accepted
+        self.rejected = DECAY * self.rejected + rejected
+        if self._probing:  # only now: a drafter may have had nothing to propose
+            self._paused_steps = self._pause
+            self._pause = min(2 * self._pause, BACKOFF[1])
 
 
 class StepTime:
-    """Seconds of a step by the rows computed in it: measured, or 1 + row_cost for each beyond the first.
+    """Duration of a step by its number of rows: measured in seconds, or 1 + row_cost for each row after the first.
 
-    The first step of a size is not counted, for it may compile or pack something. Between sizes that
-    were measured time is interpolated; beyond them each row is taken to add ROW_COST of a step.
+    The first step of a size is not counted, because it may compile or pack something. Between measured sizes the
+    duration is interpolated; beyond them each row adds ROW_COST of a step of one row.
     """
 
     def __init__(self, row_cost: float | None = None) -> None:
         self.row_cost = row_cost
         self._times: dict[int, deque[float]] = {}
-        self._known: list[tuple[int, float]] = []  # rows and their median, in order
+        self._known: list[tuple[int, float]] = []  # (rows, median duration), in order of rows
 
     @property
     def known(self) -> bool:
-        """Whether there is anything yet to judge by."""
+        """Whether there is a duration to estimate from."""
         return self.row_cost is not None or bool(self._known)
 
     def add(self, rows: int, seconds: float) -> None:
-        """A step of so many rows took so long."""
+        """Record the duration of a step of `rows` rows."""
         if rows not in self._times:
-            self._times[rows] = deque(maxlen=MEASURED)
+            self._times[rows] = deque(maxlen=TIMES_KEPT)
         else:
             self._times[rows].append(seconds)
             self._known = sorted((r, median(t)) for r, t in self._times.items() if t)
@@ -253,8 +254,8 @@ class StepTime:
     def __call__(self, rows: int) -> float:
         if self.row_cost is not None:
             return 1 + self.row_cost * (rows - 1)
-        below = [known for known in self._known if known[0] <= rows]
-        above = [known for known in self._known if known[0] >= rows]
+        below = [entry for entry in self._known if entry[0] <= rows]
+        above = [entry for entry in self._known if entry[0] >= rows]
         if below and above:
             (r0, t0), (r1, t1) = below[-1], above[0]
             return t0 if r0 == r1 else t0 + (t1 - t0) * (rows - r0) / (r1 - r0)
@@ -262,27 +263,27 @@ class StepTime:
         return seconds * (1 + ROW_COST * (rows - 1)) / (1 + ROW_COST * (nearest - 1))
 
 
-class Guesser:
-    """One sequence's drafter and pace."""
+class Speculator:
+    """Drafts tokens for one sequence: a drafter and its draft length."""
 
-    def __init__(self, drafter: Drafter, pace: Pace, tally: Tally) -> None:
-        self.drafter, self.pace, self.tally = drafter, pace, tally
+    def __init__(self, drafter: Drafter, length: DraftLength, tally: Tally) -> None:
+        self.drafter, self.length, self.tally = drafter, length, tally
         self.draft: list[int] = []
 
-    def guess(self, most: int, seconds: Callable[[int], float], choose: Choose) -> list[int]:
-        """Tokens that may come next, `most` at most; `seconds` and `choose` as in Pace and Drafter."""
-        n = min(most, self.pace.length(seconds))
+    def propose(self, limit: int, seconds: Callable[[int], float], choose: Choose) -> list[int]:
+        """At most `limit` draft tokens; `seconds` as in DraftLength, `choose` as in Drafter."""
+        n = min(limit, self.length.choose(seconds))
         self.draft = self.drafter.propose(n, choose) if n > 0 else []
         return self.draft
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """These tokens came of the step after `guess`: the right guesses, then one more unless the text ended."""
-        right = agreeing(tokens, self.draft)
+    def update(self, tokens: Sequence[int]) -> None:
+        """Take the tokens of the step after `propose`: accepted drafts, then one more unless it finished."""
+        accepted = common_prefix_length(tokens, self.draft)
         if self.draft:
-            self.pace.learn(right, int(right < min(len(tokens), len(self.draft))))
+            self.length.update(accepted, int(accepted < min(len(tokens), len(self.draft))))
         self.tally.steps += 1
         self.tally.tokens += len(tokens)
         self.tally.drafted += len(self.draft)
-        self.tally.accepted += right
+        self.tally.accepted += accepted
         self.draft = []
         self.drafter.extend(tokens)

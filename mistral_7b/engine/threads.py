@@ -1,19 +1,19 @@
-"""Threads of the CPU's parallel loops, which belong to whoever computes."""
+"""Releases the OpenMP threads of a Python thread that no longer computes."""
 
 from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
 
-SOFT = 1  # omp_pause_soft, of OpenMP 5.0: what can be made again is let go of
+SOFT = 1  # omp_pause_soft of OpenMP 5.0: release resources, keep the state
 
 
-def release() -> None:
-    """Let go of the threads that this thread's parallel loops have used, before another thread computes.
+def release_openmp_threads() -> None:
+    """Release the OpenMP threads of the calling thread, before another thread computes.
 
-    OpenMP keeps them for the thread that made them. Where they and another thread's own are more than there are
-    cores, GNU's no longer wait for the next loop but sleep, and each of a small model's loops takes three times as
-    long. They come back when this thread computes again.
+    OpenMP keeps a pool of threads for each thread that has run a parallel loop. When two pools together exceed the
+    cores, GNU's threads sleep instead of spinning until the next loop, and each loop of a small model takes three
+    times as long. The pool is recreated when this thread computes again.
     """
-    with suppress(OSError, AttributeError):  # another OpenMP, or none: nothing is lost
+    with suppress(OSError, AttributeError):  # another OpenMP, or none: nothing to release
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(SOFT)

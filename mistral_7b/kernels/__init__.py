@@ -1,12 +1,12 @@
-"""What PyTorch has no fast operator for, each beside its twin in plain PyTorch.
+"""Kernels for operations that PyTorch has no fast operator for, each with a reference in plain PyTorch (its twin).
 
-backend       which backend computes what, and why: the one place that decides it
-linear        products with int8 and int4 weights
-low_rank      what LoRA adapters add to products
-elementwise   what lies between the products: RMSNorm, SwiGLU's gate, RoPE
-attend        attention over new keys and remembered ones
-layout        the tiles in which quantized weights are stored
-cpu/          the C++ (entry.cpp says in which order to read it), its compiler, its bindings; huge pages
-gpu/          Triton's kernels, each with what launches it; graphs
-threads       how many the parallel loops may take
+backend       selects the backend of each operation and gives the reason; nothing else selects one
+linear        matrix products with int8 and int4 weights
+low_rank      LoRA updates of matrix products
+elementwise   RMSNorm, SwiGLU's gate, RoPE
+attend        attention over new and cached keys
+layout        the tiled layout of quantized weights
+cpu/          C++ kernels (entry.cpp gives the reading order), their compiler and bindings; huge pages
+gpu/          Triton kernels and their launchers; CUDA graphs
+threads       the number of CPU threads
 """

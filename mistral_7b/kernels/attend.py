@@ -1,13 +1,12 @@
-"""Attention over new keys and remembered ones, wherever these lie, in bfloat16 or int8.
+"""Attention over new and cached keys, which are stored in a ring or in pages, in bfloat16 or int8.
 
     key j is visible to query i   <=>   0 <= p_i - p_j < window
 
-B sequences · T new tokens of each · N new tokens of all · H query heads · G key/value heads · K width
+B sequences · T new tokens per sequence · N new tokens in total · H query heads · G key/value heads · K head width
 
-New tokens come as a rectangle "..." = (B, T), or packed, "..." = (N,): as many of each sequence as it has, one
-sequence after another. A row's result depends on its keys alone: not on the chunk that it came in, on where its
-keys lie, or on the rows beside it. cpu/attention.h says how. The twin gathers every key and value and does the
-sums in float64.
+New tokens "..." are a rectangle (B, T), or a packed batch (N,) of sequences of different lengths. The result of a
+row depends only on its own keys: not on the chunk size, on where the keys are stored, or on the other rows of the
+batch (see cpu/attention.h). The twin gathers all keys and values and computes in float64.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from .linear import OPS
 
 
 class Place(NamedTuple):
-    """Where the keys and values of a cache lie, in every layer alike; what is new is for a kernel to write there.
+    """Where a cache stores keys and values; all layers share it.
 
-    start    (B,) int64, the position of each sequence's first new token
-    held     (B,) int64, how many positions before it are remembered; what lies further back is never touched
-    slots    position p of sequence b lies in row b * slots + (p - origin) % slots
-    table    (B, columns) int64, or instead in pages: row table[b, p // page] * page + p % page
-    offsets  (B + 1,) int64, 0 first and N last: packed tokens offsets[b]..offsets[b + 1] are those of sequence b;
-             None: tokens are a rectangle, T of each
+    start    (B,) int64, the position of the first new token of each sequence
+    held     (B,) int64, the number of cached positions before `start`; older ones are never accessed
+    slots    ring: position p of sequence b is stored in row b * slots + (p - origin) % slots
+    table    block table (B, columns) int64, pages: the row is table[b, p // page] * page + p % page; None: a ring
+    offsets  cu_seqlens (B + 1,) int64, from 0 to N: sequence b has the packed tokens offsets[b]..offsets[b + 1];
+             None: tokens are a rectangle, T per sequence
     """
 
     start: Tensor
@@ -45,9 +44,9 @@ class Place(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """One layer's keys and values that came before."""
+    """The cached keys and values of one layer."""
 
-    k: Tensor  # (rows, G, K), or of any leading shape in that order
+    k: Tensor  # (rows, G, K); the rows may be several leading dimensions
     v: Tensor
     k_scale: Tensor | None  # (rows, G, 1), for int8
     v_scale: Tensor | None
@@ -55,11 +54,11 @@ class Remembered(NamedTuple):
 
 
 def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys or values (..., K) to int8 with a float32 scale (..., 1) for each head of each token."""
-    exact = x.float()
-    top = exact.abs().amax(-1, keepdim=True)
-    q = (exact * torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)).round_()
-    return q.to(torch.int8), top / 127
+    """Quantize keys or values (..., K) to int8, with a float32 scale (..., 1) per token and head."""
+    x32 = x.float()
+    absmax = x32.abs().amax(-1, keepdim=True)
+    q = (x32 * torch.where(absmax > 0, torch.full_like(absmax, 127.0) / absmax, 0.0)).round_()
+    return q.to(torch.int8), absmax / 127
 
 
 def _attend(
@@ -92,11 +91,11 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, old: Remembered,
     window: int | None, keep: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attention of bfloat16 q (..., H, K) over its own k, v (..., G, K) and those remembered: (..., H, K).
+    """Attention of bfloat16 q (..., H, K) over new k, v (..., G, K) and the cache `old`: (..., H, K).
 
-    k and v are bfloat16, or int8 with scales (..., G, 1); what is remembered is of the same kind.
-    With `keep` the new ones are then written to their places among the remembered, in place.
-    On a GPU, packed rows over pages (paged.py) may also be float16 or float32; what else there is takes the twin.
+    k and v are bfloat16, or int8 with scales (..., G, 1); the cache has the same type.
+    With `keep`, the new keys and values are then written to the cache, in place.
+    On a GPU, packed rows over pages (paged.py) may also be float16 or float32; all other cases use the twin.
     """
     return torch.ops.mistral_7b.attend(
         q, k, v, k_scale, v_scale, old.k, old.v, old.k_scale, old.v_scale, *old.place, window or 0, keep
@@ -107,9 +106,9 @@ def attend_twin(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, old: Remembered,
     window: int | None, keep: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The same in plain PyTorch: every key gathered, sums in float64, one sequence after another."""
+    """`attend` in plain PyTorch: gathers all keys and computes in float64, one sequence at a time."""
     place, out = old.place, torch.empty_like(q)
-    repeat, root = q.shape[-2] // k.shape[-2], math.sqrt(q.shape[-1])
+    repeat, sqrt_k = q.shape[-2] // k.shape[-2], math.sqrt(q.shape[-1])
     queries, result = q.flatten(0, -3), out.view(-1, *q.shape[-2:])  # (N, H, K)
     new = [t.flatten(0, -3) for t in (k, v, k_scale, v_scale) if t is not None]  # (N, G, ...)
     held = [t.flatten(0, -3) for t in (old.k, old.v, old.k_scale, old.v_scale) if t is not None]  # (rows, G, ...)
@@ -126,24 +125,24 @@ def attend_twin(
         p_q = torch.arange(start, start + T, device=q.device)
         distance = p_q[:, None] - torch.cat([p_q, positions])  # (T, T + held)
         hidden = (distance < 0) | (distance >= (window or 2**62))
-        scores = torch.einsum("thk,shk->hts", queries[own].double(), keys.repeat_interleave(repeat, 1)) / root
+        scores = torch.einsum("thk,shk->hts", queries[own].double(), keys.repeat_interleave(repeat, 1)) / sqrt_k
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         result[own] = torch.einsum("hts,shk->thk", weights, values.repeat_interleave(repeat, 1)).to(q.dtype)
         if keep:
             last = T if place.table is not None else min(T, place.slots)
-            for kept, t in zip(held, new, strict=True):
-                kept[_rows(place, b, p_q[T - last :])] = t[end - last : end]
+            for cached, t in zip(held, new, strict=True):
+                cached[_rows(place, b, p_q[T - last :])] = t[end - last : end]
     return out
 
 
 def _rows(place: Place, b: int, positions: Tensor) -> Tensor:
-    """The rows in which positions of sequence b lie."""
+    """The cache rows of these positions of sequence b."""
     if place.table is None:
         return b * place.slots + (positions - place.origin) % place.slots
     return place.table[b, positions // place.page] * place.page + positions % place.page
 
 
 def _in_float64(entries: list[Tensor], rows: Tensor | slice) -> list[Tensor]:
-    """Keys and values of these rows, in float64."""
+    """Keys and values of these rows, dequantized to float64."""
     k, v = (t[rows].double() for t in entries[:2])
     return [k, v] if len(entries) == 2 else [k * entries[2][rows].double(), v * entries[3][rows].double()]

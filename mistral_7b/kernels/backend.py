@@ -1,19 +1,19 @@
-"""Which backend computes what, and why. Nothing else in the package decides it.
+"""Selects the backend of each operation, with the reason. No other module in the package selects one.
 
     choice = choose(ATTENTION, q)
     choice.backend        Backend.CPU: the C++ in cpu/ · TRITON: gpu/ · ONEDNN · CUBLAS · CUDA_GRAPH · PYTORCH
-    choice.reason         "compiled for AVX2", or what stands in the way
+    choice.reason         "compiled for AVX2", or why a kernel cannot be used
 
-The rules, in their order; the first that applies decides:
+The first rule that applies selects the backend:
 
-    the operation has a rule of its own     below, beside it
-    a gradient is wanted                    PyTorch: the kernels have none
-    torch.compile traces                    PyTorch, unless the operation is an operator that it can call
-    on a CPU, and the C++ takes the types   the C++, if it is compiled
-    on a GPU, and Triton takes the types    Triton, if it is installed
-    anything else                           PyTorch
+    the operation has its own rule              that rule
+    an input requires a gradient                PyTorch: the kernels have no backward pass
+    torch.compile is tracing                    PyTorch, unless the operation is a registered operator
+    on a CPU, and the C++ supports the types    the C++, if it is compiled
+    on a GPU, and Triton supports the types     Triton, if it is installed
+    otherwise                                   PyTorch
 
-Shapes are no part of this: a kernel says which it takes, and its caller keeps to them.
+The selection does not depend on shapes: each kernel documents the shapes that its callers may pass.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from torch import Tensor
 from .cpu import compiler
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-FLOATS = (F32, BF16)  # what the C++ reads and writes
-KINDS = (BF16, F16, F32)  # what Triton's kernels do
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it once as well, when it is imported
+FLOATS = (F32, BF16)  # types of the C++ kernels
+KINDS = (BF16, F16, F32)  # types of the Triton kernels
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once: Triton also reads it when imported
 
 
 class Backend(enum.Enum):
-    """What computes. oneDNN and cuBLAS are called by way of PyTorch, for what others of its operators are not."""
+    """The backend of an operation. ONEDNN and CUBLAS are PyTorch operators that call these libraries directly."""
 
     CPU = "CPU kernels"
     TRITON = "Triton"
@@ -62,26 +62,26 @@ Rule = Callable[[torch.device, torch.dtype], tuple[Backend, str]]
 
 @dataclass(frozen=True)
 class Operation:
-    """What can be computed, and which types of its tensors the backends take."""
+    """An operation, and the tensor types that each backend supports for it."""
 
     name: str
-    cpu: tuple[torch.dtype, ...] = ()  # types of the first tensor that the C++ takes
-    triton: tuple[torch.dtype, ...] = ()  # that Triton's kernel takes
-    others: torch.dtype | None = None  # the type of the other tensors; None: that of the first
-    operator: bool = True  # torch.compile can call it, for it is registered as an operator
-    fp8: bool = False  # Triton's kernel needs a GPU that has e4m3
-    rule: Rule | None = None  # in the place of all others
+    cpu: tuple[torch.dtype, ...] = ()  # types of the first tensor that the C++ supports
+    triton: tuple[torch.dtype, ...] = ()  # that the Triton kernel supports
+    others: torch.dtype | None = None  # type of the other tensors; None: as the first
+    operator: bool = True  # registered as an operator that torch.compile can call
+    fp8: bool = False  # the Triton kernel needs a GPU with e4m3
+    rule: Rule | None = None  # replaces all other rules
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether the device multiplies fp8: NVIDIA's Ada (8.9), Hopper (9.0) and later."""
+    """Whether the device has fp8 matrix products: NVIDIA Ada (8.9), Hopper (9.0) and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def weight_layout(device: torch.device | str) -> str | None:
-    """How quantized weights lie on a device: in "tiles" (layout.py) for the C++, in "rows" for Triton.
+    """The layout of quantized weights on a device: "tiles" (layout.py) for the C++, "rows" for Triton.
 
-    None: there are no products with them.
+    None: the device does not support quantized weights.
     """
     return {"cpu": "tiles", "cuda": "rows", "meta": "rows"}.get(torch.device(device).type)
 
@@ -94,41 +94,41 @@ def has_triton() -> bool:
 
 def _fp8_products(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     if not has_fp8(device):
-        return Backend.PYTORCH, f"{device} multiplies no fp8: compute capability 8.9 does"
+        return Backend.PYTORCH, f"{device} has no fp8 products: they need compute capability 8.9"
     if dtype != BF16:
-        return Backend.PYTORCH, "scaling by rows is for bfloat16 results alone"
+        return Backend.PYTORCH, "row-wise scaling supports bfloat16 results only"
     return Backend.CUBLAS, "torch._scaled_mm"
 
 
 def _linear(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     if device.type == "cpu" and dtype == BF16:
-        return Backend.ONEDNN, "where it knows bfloat16: it makes code for each number of rows, and keeps it"
+        return Backend.ONEDNN, "if it supports bfloat16: it generates and caches code for each number of rows"
     return Backend.PYTORCH, "F.linear"
 
 
 def _packed_linear(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     if device.type != "cpu" or dtype != BF16:
-        return Backend.PYTORCH, "F.linear: weights are packed for bfloat16 on a CPU"
+        return Backend.PYTORCH, "F.linear: weights are packed only for bfloat16 on a CPU"
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return Backend.PYTORCH, "F.linear: oneDNN packs for AVX-512 and AVX-NE-CONVERT, and this CPU has neither"
-    return Backend.ONEDNN, "the weight is packed once, not at every call"
+    return Backend.ONEDNN, "the weight is packed once, not in every call"
 
 
 def _step(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     if device.type != "cuda":
-        return Backend.PYTORCH, "a step is called kernel by kernel"
-    attention, why = _reasoned(PAGED_ATTENTION, device, dtype, True, False, False, None)
-    if attention is Backend.PYTORCH:  # it asks the host where pages lie: a graph would know of one step alone
-        return Backend.PYTORCH, f"attention over pages cannot be recorded: {why}"
-    return Backend.CUDA_GRAPH, "a step is recorded once and replayed as one launch"
+        return Backend.PYTORCH, "kernels are launched one by one"
+    attention, why = _apply_rules(PAGED_ATTENTION, device, dtype, True, False, False, None)
+    if attention is Backend.PYTORCH:  # it reads the block table on the host: a graph would fix its values
+        return Backend.PYTORCH, f"attention over pages cannot be captured: {why}"
+    return Backend.CUDA_GRAPH, "a step is captured once and replayed with one launch"
 
 
-QUANTIZED_LINEAR = Operation("int8, int4 products", cpu=(*KINDS, F64))  # all by way of FLOATS
+QUANTIZED_LINEAR = Operation("int8, int4 products", cpu=(*KINDS, F64))  # the others are converted to one of FLOATS
 LOW_RANK = Operation("LoRA products", cpu=FLOATS, operator=False)
 RMS_NORM = Operation("RMSNorm", cpu=FLOATS, triton=KINDS)
 SILU_MUL = Operation("SwiGLU's gate", cpu=FLOATS, triton=KINDS)
 ROTATE = Operation("RoPE", cpu=FLOATS, triton=KINDS, others=F32)
-ATTENTION = Operation("attention", cpu=(BF16,))  # over new keys and a ring
+ATTENTION = Operation("attention", cpu=(BF16,))  # over new keys and a ring buffer
 PAGED_ATTENTION = Operation("attention over pages", cpu=(BF16,), triton=KINDS)
 DECODE_ATTENTION = Operation("attention of 1 token", triton=KINDS, operator=False)  # over a ring
 BLOCK = Operation("a block in 2 calls", cpu=FLOATS, operator=False)
@@ -151,99 +151,102 @@ OPERATIONS = {
 
 
 def choose(operation: Operation, x: Tensor, *others: Tensor) -> Choice:
-    """What computes an operation of x and the other tensors, and why."""
-    fitting, gradient = (True, x.requires_grad) if not others else _together(operation, x, others)
+    """The backend of an operation on these tensors, with the reason."""
+    types_match, gradient = (True, x.requires_grad) if not others else _match_tensors(operation, x, others)
     gradient = gradient and torch.is_grad_enabled()
-    return _decided(operation.name, x.device, x.dtype, fitting, gradient, False, compiler.library())
+    return _cached_choice(operation.name, x.device, x.dtype, types_match, gradient, False, compiler.library())
 
 
 def uses(backend: Backend, operation: Operation, x: Tensor, *others: Tensor) -> bool:
-    """Whether it is this backend that computes an operation of x and the other tensors.
+    """Whether an operation on these tensors uses this backend.
 
-    Also where torch.compile traces, which takes the answer for a constant.
+    While torch.compile traces, the answer is a constant of the graph.
     """
     if not torch.compiler.is_compiling():
         return choose(operation, x, *others).backend is backend
-    fitting, gradient = _together(operation, x, others)
+    types_match, gradient = _match_tensors(operation, x, others)
     gradient = gradient and torch.is_grad_enabled()
-    return _used_in_a_graph(backend.name, operation.name, x.device, x.dtype, fitting, gradient)
+    return _uses_while_tracing(backend.name, operation.name, x.device, x.dtype, types_match, gradient)
 
 
-def _together(operation: Operation, x: Tensor, others: tuple[Tensor, ...]) -> tuple[bool, bool]:
-    """Whether the tensors are of the types that belong together, and whether any of them has a gradient."""
-    wanted = operation.others or x.dtype
-    return all(t.dtype == wanted for t in others), any(t.requires_grad for t in (x, *others))
+def _match_tensors(operation: Operation, x: Tensor, others: tuple[Tensor, ...]) -> tuple[bool, bool]:
+    """Whether the tensors' types match, and whether any of them requires a gradient."""
+    expected = operation.others or x.dtype
+    return all(t.dtype == expected for t in others), any(t.requires_grad for t in (x, *others))
 
 
 def table(device: torch.device, dtype: torch.dtype = BF16) -> list[Choice]:
-    """What computes each operation that a device has a kernel or a rule for, in inference."""
-    known = [op for op in OPERATIONS.values() if op.rule or (op.cpu if device.type == "cpu" else op.triton)]
+    """The choices in inference for all operations that have a kernel or a rule on this device."""
+    operations = [op for op in OPERATIONS.values() if op.rule or (op.cpu if device.type == "cpu" else op.triton)]
     library = compiler.library()
-    return [_decided(op.name, device, F32 if op is READ else dtype, True, False, False, library) for op in known]
+    return [
+        _cached_choice(op.name, device, F32 if op is READ else dtype, True, False, False, library)
+        for op in operations
+    ]
 
 
 @torch.compiler.assume_constant_result
-def _used_in_a_graph(
-    backend: str, name: str, device: torch.device, dtype: torch.dtype, fitting: bool, gradient: bool
+def _uses_while_tracing(
+    backend: str, name: str, device: torch.device, dtype: torch.dtype, types_match: bool, gradient: bool
 ) -> bool:
-    choice = _decided(name, device, dtype, fitting, gradient, True, compiler.library())
+    choice = _cached_choice(name, device, dtype, types_match, gradient, True, compiler.library())
     return choice.backend is Backend[backend]
 
 
 @functools.cache
-def _decided(
-    name: str, device: torch.device, dtype: torch.dtype, fitting: bool, gradient: bool, compiling: bool,
+def _cached_choice(
+    name: str, device: torch.device, dtype: torch.dtype, types_match: bool, gradient: bool, compiling: bool,
     library: Any,
 ) -> Choice:  # fmt: skip
-    """By the rules. `library` is the compiled C++; None: there is none."""
-    return Choice(name, *_reasoned(OPERATIONS[name], device, dtype, fitting, gradient, compiling, library))
+    """Apply the rules, cached. `library` is the compiled C++, or None."""
+    return Choice(name, *_apply_rules(OPERATIONS[name], device, dtype, types_match, gradient, compiling, library))
 
 
-def _reasoned(
-    operation: Operation, device: torch.device, dtype: torch.dtype, fitting: bool, gradient: bool, compiling: bool,
-    library: Any,
+def _apply_rules(
+    operation: Operation, device: torch.device, dtype: torch.dtype, types_match: bool, gradient: bool,
+    compiling: bool, library: Any,
 ) -> tuple[Backend, str]:  # fmt: skip
     if operation.rule is not None:
         return operation.rule(device, dtype)
     if gradient:
-        return Backend.PYTORCH, "a gradient is wanted, and the kernels have none"
+        return Backend.PYTORCH, "a gradient is required, and the kernels have no backward pass"
     if compiling and not operation.operator:
-        return Backend.PYTORCH, "torch.compile traces, and makes kernels of its own"
-    why = f"there is no kernel for it on {device.type}"
+        return Backend.PYTORCH, "torch.compile is tracing, and generates its own kernels"
+    why = f"no kernel for {device.type}"
     if device.type == "cpu" and operation.cpu:
-        why = _unfit(operation.cpu, dtype, fitting)
+        why = _type_mismatch(operation.cpu, dtype, types_match)
         if not why and library is not None:
             return Backend.CPU, f"compiled for {compiler.instructions()}"
-        why = why or compiler.missing() or f"{compiler.VARIABLE}={compiler.asked()}"
+        why = why or compiler.missing() or f"{compiler.VARIABLE}={compiler.requested()}"
     if not operation.triton or not (device.type == "cuda" or INTERPRETED):
         return Backend.PYTORCH, why
-    if why := _unfit(operation.triton, dtype, fitting):
+    if why := _type_mismatch(operation.triton, dtype, types_match):
         return Backend.PYTORCH, why
     if not has_triton():
         return Backend.PYTORCH, "Triton is not installed"
     if operation.fp8 and not (INTERPRETED or has_fp8(device)):
-        return Backend.PYTORCH, f"{device} has no fp8: compute capability 8.9 has"
-    return Backend.TRITON, "in its interpreter" if INTERPRETED else "compiled when first called"
+        return Backend.PYTORCH, f"{device} has no fp8: it needs compute capability 8.9"
+    return Backend.TRITON, "in Triton's interpreter" if INTERPRETED else "compiled on first use"
 
 
-def _unfit(takes: tuple[torch.dtype, ...], dtype: torch.dtype, fitting: bool) -> str:
-    """Why these types are not taken; "" if they are."""
-    if dtype in takes:
-        return "" if fitting else "the tensors are of different types"
-    return f"it takes {' or '.join(map(_short, takes))}, not {_short(dtype)}"
+def _type_mismatch(supported: tuple[torch.dtype, ...], dtype: torch.dtype, types_match: bool) -> str:
+    """Why these types are not supported; "" if they are."""
+    if dtype in supported:
+        return "" if types_match else "the tensors are of different types"
+    return f"the kernel supports {' or '.join(map(_dtype_name, supported))}, not {_dtype_name(dtype)}"
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def describe() -> dict[str, Any]:
-    """What there is of kernels on this machine, for a person; `operations` is the table of its devices."""
+    """The kernels available on this machine, as `doctor` prints them; `operations` is the table of each device."""
     lib = compiler.library()
     devices = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
     facts: dict[str, Any] = {
         "compiler": compiler.compiler() or "none",
-        "asked for": compiler.asked(),
+        "asked for": compiler.requested(),
         "running": running(),
         "library": lib._name if lib else "none",
     }
@@ -257,5 +260,5 @@ def describe() -> dict[str, Any]:
 
 
 def running() -> str:
-    """The instructions that the CPU's kernels run, or who stands in for them."""
+    """The instruction set of the CPU kernels, or what replaces them."""
     return compiler.instructions() or "PyTorch operators"

@@ -1,7 +1,7 @@
-"""What lies between the products of a block: RMSNorm, rotation, SwiGLU's gate, each in one pass over memory.
+"""RMSNorm, rotary embedding and SwiGLU's gate, each in one pass over memory.
 
-The twins are model.py's own lines. Rounding happens where it does there, so that float32 and bfloat16 results are
-the twins' but for the order of one sum (RMSNorm) and the last bit of one exponential (SiLU).
+The twins are the code of model.py. The kernels round at the same points, so float32 and bfloat16 results equal the
+twins' except for the order of one sum (RMSNorm) and the last bit of one exponential (SiLU).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .linear import OPS
 
 
 def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in float32, cast, times the weight."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    """x / sqrt(mean(x^2) + eps) in float32, cast to x's type, times the weight."""
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def silu_mul_twin(gate: Tensor, up: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def silu_mul_twin(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate_twin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbouring pairs of x (..., heads, K) rotated by angles (..., 1, K/2)."""
+    """Rotary embedding of adjacent pairs of x (..., heads, K) by angles (..., 1, K/2)."""
     even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
@@ -51,9 +51,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     backend = choose(ROTATE, x, cos, sin).backend
     if backend is Backend.TRITON and x.numel():
         return gpu.rotate(x, cos, sin)
-    # A table of angles serves rows that come round again: (T,) positions for tokens (B, T).
-    regular = cos.shape[:-2] == x.shape[x.dim() - cos.dim() : -2]
-    if backend is Backend.CPU and x.numel() and regular:
+    # The kernel repeats the angles over leading dimensions: (T,) positions for tokens (B, T).
+    repeatable = cos.shape[:-2] == x.shape[x.dim() - cos.dim() : -2]
+    if backend is Backend.CPU and x.numel() and repeatable:
         return calls.rotate(x, cos, sin)
     return rotate_twin(x, cos, sin)
 
@@ -73,7 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both of one shape."""
+    """silu(gate) * up, of the same shape."""
     return torch.ops.mistral_7b.silu_mul(gate, up)
 
 

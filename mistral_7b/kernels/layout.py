@@ -1,7 +1,7 @@
-"""The tiles in which quantized weights are stored, on disk and in memory alike.
+"""The tiled layout of quantized weights, the same on disk and in memory.
 
-N outputs · K inputs · G groups of K. cpu/weights.h says why a tile is 16 outputs by 4 inputs. Row-major codes
-(N, K) and tiles hold the same values; nothing here depends on the CPU, so a file is good on every machine.
+N outputs · K inputs · G groups of inputs. cpu/weights.h explains the tile of 16 outputs by 4 inputs. Row-major
+codes (N, K) and tiles hold the same values. The layout does not depend on the CPU, so files are portable.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 16  # outputs
-WIDE = 64  # inputs: what one AMX tile takes
+WIDE = 64  # inputs of an AMX tile
 
 
 def padded(n: int, multiple: int) -> int:
@@ -20,7 +20,7 @@ def padded(n: int, multiple: int) -> int:
 
 
 def pad(t: Tensor, rows: int, columns: int, value: int) -> Tensor:
-    """A matrix with rows and columns of `value` added after its own."""
+    """A matrix padded to (rows, columns) with `value`, at the end of each dimension."""
     return F.pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0]), value=value)
 
 
@@ -35,7 +35,7 @@ def untile_int8(codes: Tensor) -> Tensor:
 
 
 def tile_int4(q: Tensor) -> Tensor:
-    """Codes 0..15, uint8 (N, K): (N/16, K/8, 16, 4), columns 8i + j in the low, 8i + 4 + j in the high halves."""
+    """Codes 0..15, uint8 (N, K): (N/16, K/8, 16, 4), column 8i + j in the low nibble, 8i + 4 + j in the high."""
     low, high = q.unflatten(1, (-1, 2, 4)).unbind(2)  # (N, K/8, 4)
     return (low | high << 4).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
@@ -47,7 +47,7 @@ def untile_int4(codes: Tensor) -> Tensor:
 
 
 def tile_groups(m: Tensor, z: Tensor) -> Tensor:
-    """Multipliers and zero points 0..15, uint8 (N, G): (N/16, G, 16), m in the low halves, z in the high."""
+    """Multipliers and zero points 0..15, uint8 (N, G): (N/16, G, 16), m in the low nibble, z in the high."""
     return (m | z << 4).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
 

@@ -1,16 +1,16 @@
-"""y = x W^T with quantized W: the kernels of cpu/ as PyTorch operators, and the same in plain PyTorch.
+"""y = x W^T with quantized W: the kernels of cpu/ as PyTorch operators, with twins in plain PyTorch.
 
     int8    w[n, k] = scale[n] * (q[n, k] - 128)
-    int4    w[n, k] = scale[n] * m[n, g] * (q[n, k] - z[n, g])     an int8 weight, compressed: |m (q - z)| <= 127
+    int4    w[n, k] = scale[n] * m[n, g] * (q[n, k] - z[n, g])     a compressed int8 weight: |m (q - z)| <= 127
 
-Activations become int8 a row at a time, and the sum over k is an integer: exact, whatever the order. So the twin
-and every kernel agree bit for bit, and a row's result does not depend on what other rows there are.
+Activations are quantized to int8 per row, and the sum over k is an integer sum, which is exact in any order. So
+the twin and all kernels are bit-identical, and the result of a row does not depend on the other rows.
 
-GGUF's blocks, Q8_0 and Q4_0, have a float scale d for every 32 inputs, and activations get one likewise:
+GGUF's block formats Q8_0 and Q4_0 have a float scale d per 32 inputs, for weights and for activations:
 
-    block   w[n, k] = d[n, b] * (q[n, k] - 128), or - 8 in four bits
+    block   w[n, k] = d[n, b] * (q[n, k] - 128), or q[n, k] - 8 with 4 bits
 
-Their integer sums are added as float32 in the order of the blocks: always the same one, so again bit for bit.
+The integer sums of the blocks are added as float32 in block order, so these are bit-identical too.
 
 ... any leading dimensions · N outputs · K inputs · G groups
 """
@@ -26,20 +26,20 @@ from .cpu import calls, compiler
 from .cpu.arguments import Weights
 
 OPS = torch.library.Library("mistral_7b", "DEF")
-BLOCK = 32  # inputs of a block of GGUF's
+BLOCK = 32  # inputs of a GGUF block
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (..., K) as whole numbers -127..127 in float32, and their scales (..., 1): x is nearly q * scale."""
+    """Quantize rows (..., K) to integers -127..127, as float32, with scales (..., 1): x is about q * scale."""
     x = x.float()
-    top = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)
+    absmax = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(absmax > 0, torch.full_like(absmax, 127.0) / absmax, 0.0)
     q = (x * inverse).round()
-    return torch.where(inverse.isfinite() & top.isfinite(), q, 0.0), top / 127
+    return torch.where(inverse.isfinite() & absmax.isfinite(), q, 0.0), absmax / 127
 
 
 def int_weight(codes: Tensor, groups: Tensor | None, group_size: int = 0) -> Tensor:
-    """The integers -128..127 that tiles of int8 or int4 codes stand for: int8 (N, K), padding included."""
+    """The int8 weights (N, K) of tiles of int8 or int4 codes, including padding."""
     if groups is None:
         return (layout.untile_int8(codes).short() - 128).to(torch.int8)
     q = layout.untile_int4(codes).unflatten(1, (-1, group_size)).short()  # (N, G, group)
@@ -48,14 +48,14 @@ def int_weight(codes: Tensor, groups: Tensor | None, group_size: int = 0) -> Ten
 
 
 def linear_twin(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The product in plain PyTorch: x (..., K), weight int8 (N, K), scale (N,): (..., N) of x's type."""
+    """The product in plain PyTorch: x (..., K), weight int8 (N, K), scale (N,): (..., N) in x's type."""
     q, sx = quantize_rows(x)
-    sums = (q.double() @ weight.double().T).float()  # exact: whole numbers far below 2^53
+    sums = (q.double() @ weight.double().T).float()  # exact: integers far below 2^53
     return (sums * sx * scale).to(x.dtype)
 
 
-def compiled(x: Tensor) -> bool:
-    """Whether the CPU's kernels multiply x. Where they are missing for want of a compiler, that is said once."""
+def _uses_cpu_kernels(x: Tensor) -> bool:
+    """Whether the CPU kernels compute this product. Warns once if they could not be compiled."""
     if uses(Backend.CPU, QUANTIZED_LINEAR, x):
         return True
     compiler.warn_if_missing()
@@ -63,13 +63,13 @@ def compiled(x: Tensor) -> bool:
 
 
 def int8_weights(codes: Tensor, scale: Tensor, n: int) -> Weights:
-    """An int8 weight as the kernels take it; it points at the tensors."""
+    """The kernels' descriptor of an int8 weight; it holds pointers to the tensors."""
     columns = codes.shape[1] * 4
     return Weights(N=n, Kp=columns, group=columns, codes=codes.data_ptr(), scale=scale.data_ptr(), bits=8)
 
 
 def int4_weights(codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Weights:
-    """An int4 weight as the kernels take it; it points at the tensors."""
+    """The kernels' descriptor of an int4 weight; it holds pointers to the tensors."""
     return Weights(
         N=n, Kp=codes.shape[1] * 8, group=group_size, codes=codes.data_ptr(), groups=groups.data_ptr(),
         scale=scale.data_ptr(), bits=4,
@@ -77,18 +77,18 @@ def int4_weights(codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_siz
 
 
 def block_weights(codes: Tensor, d: Tensor, n: int, bits: int) -> Weights:
-    """GGUF's blocks as the kernels take them; it points at the tensors."""
+    """The kernels' descriptor of a weight in GGUF blocks; it holds pointers to the tensors."""
     return Weights(N=n, Kp=d.shape[1] * BLOCK, group=BLOCK, codes=codes.data_ptr(), d=d.data_ptr(), bits=bits)
 
 
 def _int8(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
-    if compiled(x):
+    if _uses_cpu_kernels(x):
         return calls.linear(int8_weights(codes, scale, n), x)
     return linear_twin(x, int_weight(codes, None)[:n, : x.shape[-1]], scale[:n])
 
 
 def _int4(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
-    if compiled(x):
+    if _uses_cpu_kernels(x):
         return calls.linear(int4_weights(codes, groups, scale, n, group_size), x)
     return linear_twin(x, int_weight(codes, groups, group_size)[:n, : x.shape[-1]], scale[:n])
 
@@ -104,17 +104,17 @@ torch.library.register_fake(
 
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
-    """x (..., K) by int8 codes (N/16, K/4, 16, 4) and scale (N,): the first n outputs (..., n), of x's type."""
+    """x (..., K) times int8 codes (N/16, K/4, 16, 4), scale (N,): the first n outputs (..., n), in x's type."""
     return torch.ops.mistral_7b.int8_linear(x, codes, scale, n)
 
 
 def int4_linear(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
-    """x (..., K) by int4 codes (N/16, K/8, 16, 4), groups (N/16, G, 16) and scale (N,): (..., n), of x's type."""
+    """x (..., K) times int4 codes (N/16, K/8, 16, 4), groups (N/16, G, 16), scale (N,): (..., n), in x's type."""
     return torch.ops.mistral_7b.int4_linear(x, codes, groups, scale, n, group_size)
 
 
 def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
-    """The product with blocks in plain PyTorch, a block after another: see `block_linear`."""
+    """`block_linear` in plain PyTorch, one block at a time."""
     q = layout.untile_int4(codes).double() - 8 if bits == 4 else layout.untile_int8(codes).double() - 128
     scale = d.transpose(1, 2).flatten(0, 1).float()  # (N, K/32)
     xq, sx = quantize_rows(x.unflatten(-1, (-1, BLOCK)))  # (..., K/32, 32), (..., K/32, 1)
@@ -126,7 +126,7 @@ def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) ->
 
 
 def _block(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
-    if compiled(x):
+    if _uses_cpu_kernels(x):
         return calls.linear(block_weights(codes, d, n, bits), x)
     return block_linear_twin(x, codes, d, n, bits)
 
@@ -139,5 +139,5 @@ torch.library.register_fake(
 
 
 def block_linear(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
-    """x (..., K) by blocks: codes of 4 or 8 `bits` in tiles, d float16 (N/16, K/32, 16): (..., n), of x's type."""
+    """x (..., K) times tiled block codes of 4 or 8 `bits`, d float16 (N/16, K/32, 16): (..., n), in x's type."""
     return torch.ops.mistral_7b.block_linear(x, codes, d, n, bits)

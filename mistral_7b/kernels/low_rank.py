@@ -1,8 +1,8 @@
-"""y += (x A^T) B for some rows: what LoRA adapters add to a product, each to rows of its own.
+"""y += (x A^T) B for selected rows: the LoRA update of a product, with a different adapter for each row.
 
-The kernel sums in float32, in an order that depends on nothing but the shape, and rounds once: a row's result is
-the same bits whatever rows and adapters are beside it. Within a block that is computed in one call (cpu/calls.py)
-it runs there. The twin is PyTorch's own products, for other devices and types; those promise no such thing.
+The kernel accumulates in float32, in an order that depends on the shape only, and rounds once: a row is
+bit-identical in any batch, with any other adapters. Blocks computed in one call (cpu/calls.py) include it. The
+twin uses PyTorch's matrix products, for other devices and types; they are not batch-invariant.
 
     M rows of x and y · K inputs · N outputs · r rank
 """
@@ -18,74 +18,74 @@ from torch import Tensor
 from .backend import LOW_RANK, Backend, uses
 from .cpu import arguments, calls
 
-RANKS = 4  # that the kernel takes at once
+RANKS = 4  # computed at a time: ranks are padded to a multiple
 
 
 class LowRank:
-    """An adapter's two factors for one product, laid out for the kernel: A (r, K), and B transposed, (r, N).
+    """The factors of one adapter for one product: A (r, K), and B transposed, (r, N).
 
-    r is filled up with zeros.
+    r is padded with zeros to a multiple of RANKS.
     """
 
     def __init__(self, a: Tensor, b: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        """From A (r, K) and B (N, r) of any type, the scale in B already, to compute in `dtype`."""
-        fill = (0, 0, 0, -a.shape[0] % RANKS)
-        self.a = F.pad(a.to(dtype), fill).to(device).contiguous()
-        self.b = F.pad(b.to(dtype).T, fill).to(device).contiguous()
+        """From A (r, K) and B (N, r) of any type, the scale already folded into B; stored as `dtype`."""
+        pad = (0, 0, 0, -a.shape[0] % RANKS)
+        self.a = F.pad(a.to(dtype), pad).to(device).contiguous()
+        self.b = F.pad(b.to(dtype).T, pad).to(device).contiguous()
 
     def described(self) -> arguments.LowRank:
-        """Itself as the kernel takes it; it points at the tensors."""
+        """The kernel's descriptor; it holds pointers to the tensors."""
         return arguments.LowRank(rank=self.a.shape[0], a=self.a.data_ptr(), b=self.b.data_ptr())
 
     @property
     def nbytes(self) -> int:
-        """The size of both, in bytes."""
+        """The size of both factors, in bytes."""
         return self.a.nbytes + self.b.nbytes
 
 
 class Mixture:
-    """Which rows of a call belong to which adapters, by number. All products of a model share one."""
+    """The adapter of each row of a call, by adapter index. All products of a model share one."""
 
     def __init__(self) -> None:
         self.struct = arguments.Mixture()
         self.choose({}, 0, "cpu")
 
     def choose(self, rows: Mapping[int, Sequence[int]], total: int, device: torch.device | str) -> None:
-        """For a call with `total` rows, each adapter's own; no two have the same row. {}: none adds anything."""
+        """Set the rows of each adapter, for a call of `total` rows; a row has one adapter at most. {}: none."""
         self.which, self.total = torch.tensor(list(rows), dtype=torch.long), total
         self.counts = torch.tensor([len(own) for own in rows.values()], dtype=torch.long)
         self.rows = torch.tensor([i for own in rows.values() for i in own], dtype=torch.long, device=device)
         pointers = (t.data_ptr() for t in (self.which, self.counts, self.rows))
-        self.struct.__init__(len(rows), *pointers, total, 0)  # type: ignore[misc]  # in place: it is pointed at
+        self.struct.__init__(len(rows), *pointers, total, 0)  # type: ignore[misc]  # in place: pointers to it exist
 
     @property
     def refused(self) -> int:
-        """The rows of a product that had another number of them, and to which nothing was added; 0: none had."""
+        """The row count of a product that did not match `total` and was not updated; 0: all matched."""
         return self.struct.refused
 
 
 class LowRanks:
-    """What the resident adapters add to one product: number i what own[i] says, None nothing."""
+    """The factors of all loaded adapters for one product: own[i] for adapter i, None if it has none."""
 
     def __init__(self, own: Sequence[LowRank | None], mixture: Mixture) -> None:
         self.own, self.mixture = own, mixture
-        parts = [arguments.LowRank() if o is None else o.described() for o in own]
-        self.table = (arguments.LowRank * len(own))(*parts)
+        descriptors = [arguments.LowRank() if o is None else o.described() for o in own]
+        self.table = (arguments.LowRank * len(own))(*descriptors)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add to y (..., N), contiguous, in place, what they make of x (..., K)."""
+        """Add the adapters' updates for x (..., K) to y (..., N), contiguous, in place."""
         mixture = self.mixture
-        adding = [o for i in mixture.which.tolist() if (o := self.own[i]) is not None]
-        if not adding:
+        active = [o for i in mixture.which.tolist() if (o := self.own[i]) is not None]
+        if not active:
             return
         x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if uses(Backend.CPU, LOW_RANK, y, x, adding[0].a):
+        if uses(Backend.CPU, LOW_RANK, y, x, active[0].a):
             calls.low_rank(self.table, mixture.struct, x, y)
         else:
             self.add_twin(x, y)
 
     def add_twin(self, x: Tensor, y: Tensor) -> None:
-        """`add` of x (M, K) to y (M, N) in plain PyTorch."""
+        """`add` in plain PyTorch, for x (M, K) and y (M, N)."""
         mixture = self.mixture
         if len(x) != mixture.total:
             mixture.struct.refused = len(x)

@@ -1,17 +1,17 @@
-"""LoRA: many adapters of one model resident together, each row of a step with another, or with none.
+"""LoRA: many adapters of one model in memory; each row of a step uses one of them, or none.
 
     adapters = Adapters(model)
     adapters.load("sql", "path/of/an/adapter")
     with adapters.over([("sql", 1), (None, 7), ("sql", 3)]) as adapted:  # eleven rows, in their order
         hidden = adapted.hidden(tokens, batch)
 
-The model itself is never changed. Beside it stands a second tree of modules on the same weights, in which the
-Linears that any adapter has a part in are wrapped:
+The model itself is never changed. A second tree of modules shares its weights and wraps the Linears that any
+adapter targets:
 
-    y = W x                           every row, to the bit as if there were no adapters
+    y = W x                           every row, bit-identical to the model without adapters
     y[rows] += scale B (A x[rows])    for each adapter, its own rows
 
-Where no row has an adapter, the model itself runs, at its full speed.
+If no row has an adapter, the model itself runs, at full speed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Run = tuple[str | None, int]  # an adapter's name, None for the model alone, and
 
 
 class LoraLinear(nn.Module):
-    """A Linear, and what adapters add to some of its rows."""
+    """A Linear with the low-rank updates of adapters, each for some rows."""
 
     in_features: int
     out_features: int
@@ -54,7 +54,7 @@ class LoraLinear(nn.Module):
 
 
 class CompressedLoraLinear(LoraLinear, Compressed):
-    """The same of a quantized Linear, which a block that is computed in one call takes as it takes that."""
+    """A LoraLinear on a quantized Linear, which a block that runs in one kernel call accepts."""
 
     base: Compressed
 
@@ -93,9 +93,9 @@ class Adapters:
         return tuple(self._held)
 
     def loading(self, name: str | None) -> int:
-        """Which loading an adapter came by, 0 for the model alone: keys and values of another are not its own.
+        """The number of the load that an adapter came from, 0 for the model alone; part of prefix-cache keys.
 
-        The same name has another number after it was unloaded and loaded again.
+        A name has another number after it was unloaded and loaded again.
         """
         if name is None:
             return 0
@@ -103,7 +103,7 @@ class Adapters:
         return self._loadings[name]
 
     def nbytes(self, name: str) -> int:
-        """The memory that an adapter takes, in bytes."""
+        """The size of an adapter in bytes."""
         return sum(low.nbytes for low in self._of(name).values())
 
     def load(self, name: str, source: str | os.PathLike[str] | Adapter) -> None:
@@ -138,7 +138,7 @@ class Adapters:
         self._loadings[name] = next(self._count)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter. AdapterError if there is none of that name."""
+        """Unload an adapter. AdapterError if no adapter has that name."""
         self._of(name)
         self._rebuild({held: own for held, own in self._held.items() if held != name})
 
@@ -178,7 +178,7 @@ class Adapters:
         return self._held[name]
 
     def _rebuild(self, held: dict[str, dict[str, LowRank]]) -> None:
-        """Hold these adapters: a new tree of the model's own parts takes the place of the last one."""
+        """Replace the adapters and build a new tree of modules for them."""
 
         def build(linear: nn.Module, name: str) -> nn.Module:
             adapters = LowRanks([own.get(name) for own in held.values()], self._mixture)
@@ -207,7 +207,7 @@ def _check(name: str, target: str, a: Tensor, b: Tensor, linear: nn.Module | Non
 
 
 def _shell(module: nn.Module) -> nn.Module:
-    """The same tree of modules on the same leaves, in which a leaf can be replaced and the model not notice."""
+    """A copy of a tree of modules that shares its leaves, so that a leaf can be replaced in the copy alone."""
     if not module._modules:
         return module
     out = copy.copy(module)

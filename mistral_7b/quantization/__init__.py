@@ -1,10 +1,10 @@
-"""Fewer bytes a weight: int8, int4 and fp8; and bfloat16 packed for the CPU.
+"""Quantization to int8, int4 and fp8, and bfloat16 weights packed for the CPU.
 
-rounding      weights to integers
-linear        what takes a Linear's place
-gpu           the same for a GPU
-schemes       the names, and a model in them
-calibration   the same, guided by what flows through the model: rescaling, then rounding with feedback
+rounding      round-to-nearest quantization of weights
+linear        the modules that replace Linears
+gpu           those for GPUs
+schemes       quantization schemes and their application to a model
+calibration   quantization calibrated on activations: rescaling, then rounding with error feedback
 """
 
 from .calibration import calibrate as calibrate

@@ -1,7 +1,7 @@
-"""A model's blocks through the kernels: its own parameters and Linears, computed in fewer passes over memory.
+"""A model's blocks computed with the fused kernels, in fewer passes over memory.
 
-`fuse` builds them and puts them in the places of model.py's, by the same names; only `forward` is another.
-Quantized models use them: once its products are fast, what lies between would be half of a step.
+`fuse` replaces the modules of model.py. The new ones have the same parameters and names, and another `forward`.
+Quantized models use them: with fast products, the unfused operations between them would be half of a step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FusedRMSNorm(RMSNorm):
 
 
 class FusedAttention(Attention):
-    """Attention whose queries and keys are rotated in one pass."""
+    """Attention with the rotary embedding in one pass."""
 
     def __init__(self, attention: Attention) -> None:
         nn.Module.__init__(self)
@@ -48,7 +48,7 @@ class FusedAttention(Attention):
 
 
 class FusedFeedForward(FeedForward):
-    """SwiGLU whose gate is applied in one pass."""
+    """SwiGLU with the gate in one pass."""
 
     def __init__(self, feed_forward: FeedForward) -> None:
         nn.Module.__init__(self)
@@ -59,9 +59,9 @@ class FusedFeedForward(FeedForward):
 
 
 class FusedBlock(TransformerBlock):
-    """A block in three calls: what comes before attention, attention, and what comes after.
+    """A block in three calls: before attention, attention, after attention.
 
-    Where a part of it is another than a quantized Linear, it is computed part by part.
+    If one of its Linears is not quantized for the kernels, the block is computed module by module.
     """
 
     _description: tuple[list[Tensor], Block] | None = None
@@ -73,19 +73,19 @@ class FusedBlock(TransformerBlock):
 
     def forward(self, x: Tensor, rope: Rope, memory: Memory) -> Tensor:  # (..., D)
         cos, sin = rope
-        # A table of angles serves rows that come round again: (T,) positions for tokens (B, T).
-        regular = cos.shape[:-2] == x.shape[x.dim() + 1 - cos.dim() : -1]
-        block = self.described(x.dtype) if regular and uses(Backend.CPU, BLOCK, x) else None
+        # The kernel repeats the angles over leading dimensions: (T,) positions for tokens (B, T).
+        repeatable = cos.shape[:-2] == x.shape[x.dim() + 1 - cos.dim() : -1]
+        block = self.described(x.dtype) if repeatable and uses(Backend.CPU, BLOCK, x) else None
         if block is None or x.shape[-1] != block.dim:
             return super().forward(x, rope, memory)
         q, k, v = calls.project(block, x, cos, sin)
         return calls.finish_block(block, x, memory.attend(q, k, v))
 
     def described(self, dtype: torch.dtype) -> Block | None:
-        """The block's weights as the kernels take them, described anew when one of them is another tensor.
+        """The kernels' descriptor of the block's weights, rebuilt when a tensor has been replaced.
 
-        None if a part of it is another than a quantized Linear, or a norm is not of `dtype`, that of the block's
-        input: the kernels read both as one.
+        None if one of the Linears is not quantized for the kernels, or if a norm's type is not `dtype`,
+        that of the block's input.
         """
         a, f = self.attention, self.feed_forward
         linears: tuple[Any, ...] = (a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3)
@@ -106,11 +106,11 @@ class FusedBlock(TransformerBlock):
         return self._description[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_description": None}  # addresses are of no use to a copy
+        return {**self.__dict__, "_description": None}  # pointers are not valid in a copy
 
 
 class FusedLayers(Layers):
-    """Blocks that run in one call over a ring or pages: no Python between them."""
+    """All blocks in one call, with a cache in a ring or pages."""
 
     def forward(self, x: Tensor, rope: Rope, cache: Cache) -> Tensor:  # (..., D)
         if not isinstance(cache, KernelCache) or (blocks := self.described(x, cache)) is None:
@@ -119,7 +119,7 @@ class FusedLayers(Layers):
         return calls.layers(blocks, x, *rope, entries, cache.place, cache.window)
 
     def described(self, x: Tensor, cache: KernelCache) -> list[Block] | None:
-        """All blocks' weights as the kernels take them; None if these cannot take x, the cache or a block."""
+        """The kernels' descriptors of all blocks; None if they do not support x, the cache or a block."""
         if not uses(Backend.CPU, LAYERS, x):
             return None
         blocks: list[Block] = []
@@ -127,10 +127,14 @@ class FusedLayers(Layers):
             if not isinstance(layer, FusedBlock) or (block := layer.described(x.dtype)) is None:
                 return None
             blocks.append(block)
-        held, first = cache.layers[0].k, blocks[0]
+        k_cache, first = cache.layers[0].k, blocks[0]
         heads = (first.wk.N // first.head_dim, first.head_dim)
-        # A cache of another type or shape refuses what it is given.
-        return blocks if cache.dtype == x.dtype and held.device == x.device and held.shape[-2:] == heads else None
+        # With another type or shape, the cache itself raises the error.
+        return (
+            blocks
+            if cache.dtype == x.dtype and k_cache.device == x.device and k_cache.shape[-2:] == heads
+            else None
+        )
 
 
 FUSED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
@@ -143,14 +147,11 @@ FUSED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 
 
 def fuse(model: Mistral7B) -> None:
-    """Put blocks and a norm that run through the kernels in the places of a model's own.
-
-    The kernels know no gradients: for inference alone.
-    """
+    """Replace a model's blocks and final norm by fused ones, which have no backward pass: for inference only."""
     model.layers, model.norm = fused(model.layers), fused(model.norm)
     model.requires_grad_(False)
 
 
 def fused(module: nn.Module) -> Any:
-    """What computes the same through the kernels, of the same parts; the module itself where that is nothing."""
+    """The fused equivalent of a module, with the same parameters; the module itself if there is none."""
     return FUSED[type(module)](module) if type(module) in FUSED else module

@@ -1,8 +1,7 @@
-"""Linears for a GPU: weights as integers or e4m3, activations as they are (fp8: rounded too).
+"""Quantized Linears for a GPU: int8, int4 or e4m3 weights; activations are not quantized, except for fp8.
 
-The stored tiles (kernels/layout.py) are made for CPUs. `to_gpu` lays the same codes out row by row, a module at
-a time, so that a quantized file is good here as well; the numbers it stands for are the same to the bit.
-On the CPU activations become int8 and here they do not, so logits differ by that rounding.
+The tiles of quantized files (kernels/layout.py) are for CPUs. `to_gpu` repacks the codes row-major, one module at
+a time; the dequantized weights are bit-identical. Logits differ from those on the CPU, where activations are int8.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class GpuInt8Linear(nn.Module):
 
     @classmethod
     def of(cls, linear: Int8Linear) -> GpuInt8Linear:
-        """The same weight, row by row."""
+        """The same weight, row-major."""
         q = layout.untile_int8(linear.codes)[: linear.out_features, : linear.in_features]
         return cls(q.contiguous(), linear.scale[: linear.out_features].clone())
 
@@ -47,7 +46,7 @@ class GpuInt8Linear(nn.Module):
         return int8_linear(x, self.q, self.scale)
 
     def dequantized(self) -> Tensor:
-        """The weight that it stands for, float32 (N, K)."""
+        """The dequantized weight, float32 (N, K)."""
         return expand_int8(self.q, self.scale, torch.float32)
 
     def extra_repr(self) -> str:
@@ -73,7 +72,7 @@ class GpuInt4Linear(nn.Module):
 
     @classmethod
     def of(cls, linear: Int4Linear) -> GpuInt4Linear:
-        """The same weight, row by row."""
+        """The same weight, row-major."""
         N, K = linear.out_features, linear.in_features
         q = layout.untile_int4(linear.codes)[:N, :K]
         m, z = (t[:N, : -(-K // linear.group_size)].contiguous() for t in layout.untile_groups(linear.groups))
@@ -83,7 +82,7 @@ class GpuInt4Linear(nn.Module):
         return int4_linear(x, self.packed, self.m, self.z, self.scale, self.group_size)
 
     def dequantized(self) -> Tensor:
-        """The weight that it stands for, float32 (N, K)."""
+        """The dequantized weight, float32 (N, K)."""
         return expand_int4(
             self.packed, self.m, self.z, self.scale, self.group_size, self.in_features, torch.float32
         )
@@ -93,7 +92,7 @@ class GpuInt4Linear(nn.Module):
 
 
 class Fp8Linear(nn.Module):
-    """y = x W^T with both rounded to e4m3: w with a scale for each output, x with one for each row."""
+    """y = x W^T with both quantized to e4m3: w with a scale per output, x with a scale per row."""
 
     def __init__(self, q: Tensor, scale: Tensor) -> None:
         """q float8_e4m3fn (N, K), scale float32 (N,)."""
@@ -107,14 +106,14 @@ class Fp8Linear(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: Tensor) -> Fp8Linear:
-        """Of a weight (N, K), each output scaled so that its largest weight is e4m3's largest number."""
+        """Quantize a weight (N, K), with scales that map each output's absmax to the largest e4m3 number."""
         return cls(*to_fp8(weight.detach()))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return fp8_linear(x, self.q, self.scale)
 
     def dequantized(self) -> Tensor:
-        """The weight that it stands for, float32 (N, K)."""
+        """The dequantized weight, float32 (N, K)."""
         return expand_int8(self.q, self.scale, torch.float32)
 
     def extra_repr(self) -> str:
@@ -122,13 +121,13 @@ class Fp8Linear(nn.Module):
 
 
 def row_by_row(linear: Int8Linear | Int4Linear, device: torch.device | str) -> GpuInt8Linear | GpuInt4Linear:
-    """The same weight for a GPU, and on it."""
-    made = GpuInt8Linear.of(linear) if isinstance(linear, Int8Linear) else GpuInt4Linear.of(linear)
-    return made.to(device)
+    """The same weight, repacked row-major on `device`."""
+    out = GpuInt8Linear.of(linear) if isinstance(linear, Int8Linear) else GpuInt4Linear.of(linear)
+    return out.to(device)
 
 
 def to_gpu(model: nn.Module, device: torch.device | str) -> list[str]:
-    """Move a model of int8 or int4 Linears to a GPU, one after another; the names of those laid out anew."""
+    """Move a model to a GPU, repacking int8 and int4 Linears one at a time; returns the names of these."""
 
     def build(linear: nn.Module, name: str) -> nn.Module:
         assert isinstance(linear, (Int8Linear, Int4Linear))

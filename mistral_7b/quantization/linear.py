@@ -1,7 +1,7 @@
-"""What takes a Linear's place: the same product with compressed weights.
+"""Modules that replace Linears: the same product with quantized or packed weights.
 
-Each keeps the contract of surgery.py: `in_features`, `out_features` and `forward`. Weights lie in the tiles of
-kernels/layout.py, on disk as in memory, so that opening a file maps it and no more.
+All satisfy the contract of surgery.py: `in_features`, `out_features` and `forward`. Weights are stored in the
+tiles of kernels/layout.py, on disk and in memory, so that a file only needs to be memory-mapped.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from .rounding import Int4Codes, Int8Codes, round_int8
 
 
 class Compressed(nn.Module):
-    """A Linear whose weight the kernels multiply with as it is compressed."""
+    """A Linear whose compressed weight the kernels use directly."""
 
     in_features: int
     out_features: int
     bits: int  # of a code
 
     def described(self) -> Weights:
-        """Itself as the kernels take it: it points at the tensors."""
+        """The kernels' descriptor of the weight; it holds pointers to the tensors."""
         raise NotImplementedError
 
     def described_by(self) -> list[Tensor]:
-        """The tensors at which that points: with others it is no longer true."""
+        """The tensors that `described` points to; if one is replaced, the descriptor is invalid."""
         return [t for t in self._buffers.values() if t is not None]
 
     def dequantized(self) -> Tensor:
-        """The weight that it stands for, float32 (N, K)."""
+        """The dequantized weight, float32 (N, K)."""
         raise NotImplementedError
 
 
 class Int8Linear(Compressed):
-    """y = x W^T with int8 weights, a float scale for each output, and activations that become int8 by row."""
+    """y = x W^T with int8 weights, a float scale per output, and activations quantized to int8 per row."""
 
     bits = 8
 
@@ -63,12 +63,12 @@ class Int8Linear(Compressed):
 
     @classmethod
     def from_codes(cls, q: Int8Codes) -> Int8Linear:
-        """A Linear of what `round_int8` returns."""
-        out, made = cls(q.q.shape[1], q.q.shape[0], "meta"), {}
+        """From the result of `round_int8`."""
+        out, tensors = cls(q.q.shape[1], q.q.shape[0], "meta"), {}
         rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 4
-        made["codes"] = huge_pages.copied(layout.tile_int8(layout.pad(q.q, rows, columns, 128)))
-        made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
-        out.load_state_dict(made, assign=True)
+        tensors["codes"] = huge_pages.copied(layout.tile_int8(layout.pad(q.q, rows, columns, 128)))
+        tensors["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
+        out.load_state_dict(tensors, assign=True)
         return out
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
@@ -79,7 +79,7 @@ class Int8Linear(Compressed):
         return int_weight(self.codes, None)[: self.out_features, : self.in_features]
 
     def dequantized(self) -> Tensor:
-        """The weight that it stands for, float32 (N, K)."""
+        """The dequantized weight, float32 (N, K)."""
         return self.integers() * self.scale[: self.out_features, None]
 
     def described(self) -> Weights:
@@ -90,7 +90,7 @@ class Int8Linear(Compressed):
 
 
 class Int4Linear(Compressed):
-    """y = x W^T with int4 weights in groups, each an int8 weight in compressed form (rounding.py)."""
+    """y = x W^T with grouped int4 weights, which are compressed int8 weights (rounding.py)."""
 
     bits = 4
 
@@ -114,26 +114,26 @@ class Int4Linear(Compressed):
 
     @classmethod
     def from_codes(cls, q: Int4Codes, in_features: int) -> Int4Linear:
-        """A Linear of what `round_int4` returns; `in_features` is K without its padding."""
+        """From the result of `round_int4`; `in_features` is K without padding."""
         group_size = q.q.shape[1] // q.m.shape[1]
-        out, made = cls(in_features, q.q.shape[0], group_size, "meta"), {}
+        out, tensors = cls(in_features, q.q.shape[0], group_size, "meta"), {}
         rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 8
-        made["codes"] = huge_pages.copied(layout.tile_int4(layout.pad(q.q, rows, columns, 8)))
+        tensors["codes"] = huge_pages.copied(layout.tile_int4(layout.pad(q.q, rows, columns, 8)))
         m, z = (layout.pad(t, rows, columns // group_size, value) for t, value in ((q.m, 1), (q.z, 8)))
-        made["groups"] = layout.tile_groups(m, z)
-        made["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
-        out.load_state_dict(made, assign=True)
+        tensors["groups"] = layout.tile_groups(m, z)
+        tensors["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
+        out.load_state_dict(tensors, assign=True)
         return out
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return int4_linear(x, self.codes, self.groups, self.scale, self.out_features, self.group_size)
 
     def integers(self) -> Tensor:
-        """The int8 weights that the codes stand for, (N, K)."""
+        """The decompressed int8 weights, (N, K)."""
         return int_weight(self.codes, self.groups, self.group_size)[: self.out_features, : self.in_features]
 
     def dequantized(self) -> Tensor:
-        """The weight that it stands for, float32 (N, K)."""
+        """The dequantized weight, float32 (N, K)."""
         return self.integers() * self.scale[: self.out_features, None]
 
     def described(self) -> Weights:
@@ -144,10 +144,10 @@ class Int4Linear(Compressed):
 
 
 class BlockLinear(Compressed):
-    """y = x W^T with GGUF's Q8_0 or Q4_0 as they stand: codes of 8 or 4 bits, a float16 scale for 32 inputs."""
+    """y = x W^T with GGUF's Q8_0 or Q4_0: codes of 8 or 4 bits, and a float16 scale per 32 inputs."""
 
     def __init__(self, d: Tensor, q: Tensor, bits: int) -> None:
-        """From d float16 (N, K/32) and q uint8 (N, K), whose zero is 128 or 8."""
+        """From d float16 (N, K/32) and q uint8 (N, K) with zero point 128 or 8."""
         super().__init__()
         self.out_features, self.in_features = q.shape
         self.bits = bits
@@ -164,7 +164,7 @@ class BlockLinear(Compressed):
         return block_linear(x, self.codes, self.d, self.out_features, self.bits)
 
     def dequantized(self) -> Tensor:
-        """The weight that it stands for, float32 (N, K)."""
+        """The dequantized weight, float32 (N, K)."""
         untiled = layout.untile_int8(self.codes) if self.bits == 8 else layout.untile_int4(self.codes)
         q = untiled.float() - (128 if self.bits == 8 else 8)
         d = self.d.transpose(1, 2).flatten(0, 1).float()
@@ -179,7 +179,7 @@ class BlockLinear(Compressed):
 
 
 class Int8Embedding(nn.Module):
-    """Rows of int8 with a scale each, gathered as they lie and dequantized after."""
+    """An embedding with int8 rows and a scale per row; rows are dequantized after the lookup."""
 
     def __init__(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Int8Embedding(nn.Module):
 
     @classmethod
     def from_weight(cls, weight: Tensor) -> Int8Embedding:
-        """Of an embedding's weight (V, D), whose type is that of what comes out."""
+        """Quantize an embedding's weight (V, D), whose type becomes the output type."""
         q = round_int8(weight)
         out = cls(weight.shape[0], weight.shape[1], weight.dtype, "meta")
         out.load_state_dict({"codes": q.integers(), "scale": q.scale}, assign=True)
@@ -202,7 +202,7 @@ class Int8Embedding(nn.Module):
         return (self.codes[tokens] * self.scale[tokens][..., None]).to(self.dtype)
 
     def dequantized(self) -> Tensor:
-        """The weight that it stands for, float32 (V, D)."""
+        """The dequantized weight, float32 (V, D)."""
         return self.codes * self.scale[:, None]
 
     def extra_repr(self) -> str:
@@ -210,11 +210,11 @@ class Int8Embedding(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A bfloat16 Linear whose weight is packed once for oneDNN; `F.linear` packs it again at every call.
+    """A bfloat16 Linear whose weight is packed once for oneDNN; `F.linear` packs it in every call.
 
-    A product's last bits depend on the number of rows, as oneDNN chooses its kernel by it. `deterministic`
-    works on 32 rows at a time, filled up with zeros: then they do not. oneDNN packs bfloat16 for AVX-512 and for
-    AVX-NE-CONVERT; a CPU with neither keeps the weight as it is.
+    oneDNN selects its kernel by the number of rows, so the last bits of a row depend on it. `deterministic`
+    processes 32 rows at a time, padded with zeros, to avoid this. oneDNN packs bfloat16 for AVX-512 and for
+    AVX-NE-CONVERT; on a CPU with neither, the weight is not packed.
     """
 
     ROWS = 32
@@ -233,8 +233,8 @@ class PackedLinear(nn.Module):
         flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
         parts = []
         for rows in flat.split(self.ROWS):
-            full = nn.functional.pad(rows, (0, 0, 0, self.ROWS - len(rows)))
-            parts.append(self._product(full)[: len(rows)])
+            padded_rows = nn.functional.pad(rows, (0, 0, 0, self.ROWS - len(rows)))
+            parts.append(self._product(padded_rows)[: len(rows)])
         return torch.cat(parts).view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:

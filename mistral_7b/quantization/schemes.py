@@ -1,13 +1,13 @@
-"""The names of quantization, and a model in them.
+"""Quantization schemes and their application to a model.
 
-    int8    a float scale for each output; half the bytes of bfloat16
-    int4    groups of 128 or 32 inputs, with zero points of their own (or symmetric: all the middle); the output
-            projection and the embedding are int8
-    bf16    nothing is rounded: bfloat16 weights packed once for the CPU's matrix unit
-    fp8     e4m3 with a float scale for each output, on GPUs that multiply it; made when a model is opened
+    int8    a float scale per output; half the bytes of bfloat16
+    int4    groups of 128 or 32 inputs, with a zero point each (symmetric: all 8); the output projection and the
+            embedding are int8
+    bf16    not quantized: bfloat16 weights packed once for the CPU's matrix unit
+    fp8     e4m3 with a float scale per output, on GPUs that support it; quantized when a model is loaded
 
-On a CPU activations become int8 by row in int8 and int4; on a GPU they are left as they are, and the same weights
-lie row by row (gpu.py). In fp8 they become e4m3. Norms keep the model's type.
+With int8 and int4, a CPU quantizes activations to int8 per row; a GPU does not, and stores weights row-major
+(gpu.py). With fp8, activations are quantized to e4m3. Norms keep the model's type.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ GROUPS = (32, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How weights are stored. QuantizationError for what there is none of."""
+    """A quantization scheme. Raises QuantizationError for unknown names and group sizes."""
 
     name: str = "int4"
     group_size: int = 128  # of int4
     symmetric: bool = False  # of int4
-    deterministic: bool = False  # of bf16: rows do not depend on the batch, at a price
+    deterministic: bool = False  # of bf16: batch-invariant, but slower
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise QuantizationError(
-                f"quantization {self.name!r} is not known: it can be {', '.join(NAMES)}", field="quantization"
+                f"quantization {self.name!r} is not known: it must be one of {', '.join(NAMES)}",
+                field="quantization",
             )
         if self.group_size not in GROUPS:
             raise QuantizationError(
@@ -53,7 +54,7 @@ class Scheme:
 
     @classmethod
     def of(cls, scheme: str | Scheme) -> Scheme:
-        """A scheme by its name, or itself."""
+        """The scheme of a name; a scheme is returned unchanged."""
         return scheme if isinstance(scheme, Scheme) else cls(scheme)
 
     def __str__(self) -> str:
@@ -63,30 +64,30 @@ class Scheme:
 
     @property
     def whole(self) -> bool:
-        """Whether weights become whole numbers, which a file can hold."""
+        """Whether weights are quantized to integers, which can be saved."""
         return self.name in ("int8", "int4")
 
     def check_device(self, device: torch.device | str) -> None:
-        """QuantizationError for a device on which there are no products in this scheme."""
+        """Raise QuantizationError if a device does not support this scheme."""
         device = torch.device(device)
         if weight_layout(device) is None:
             raise QuantizationError(
                 f"quantized models run on a CPU or an NVIDIA GPU, not on {device}",
                 field="device",
-                hint="take the device 'cpu', or a model that is not quantized",
+                hint="use the device 'cpu', or a model that is not quantized",
             )
         if self.name == "fp8" and not has_fp8(device):
             raise QuantizationError(
-                f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), and {device} is none",
+                f"fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper), which {device} is not",
                 field="quantization",
-                hint="take int8, whose weights are as small",
+                hint="use int8, whose weights have the same size",
             )
 
     def linear(self, weight: Tensor, name: str, device: torch.device | str = "cpu") -> nn.Module:
-        """What stands for the Linear `name` (Mistral's, as "layers.0.attention.wq") with this weight (N, K).
+        """The replacement of the Linear `name` (as "layers.0.attention.wq") with this weight (N, K).
 
-        Rounded where the weight is, and then laid out for `device` and put there. QuantizationError for one that
-        does not know the scheme.
+        The weight is rounded on its own device, then packed for `device` and moved there. Raises QuantizationError
+        if `device` does not support the scheme.
         """
         self.check_device(device)
         tiles = weight_layout(device) == "tiles"
@@ -94,16 +95,16 @@ class Scheme:
             return Fp8Linear.from_weight(weight).to(device)
         if self.name == "bf16":
             return PackedLinear(weight.bfloat16(), self.deterministic) if tiles else _plain(weight, device)
-        made: Int8Linear | Int4Linear
+        linear: Int8Linear | Int4Linear
         if self.name == "int8" or name == "output":
-            made = Int8Linear.from_codes(round_int8(weight))
+            linear = Int8Linear.from_codes(round_int8(weight))
         else:
             codes = round_int4(weight, self.group_size, self.symmetric)
-            made = Int4Linear.from_codes(codes, weight.shape[1])
-        return made if tiles else row_by_row(made, device)
+            linear = Int4Linear.from_codes(codes, weight.shape[1])
+        return linear if tiles else row_by_row(linear, device)
 
     def empty_linear(self, in_features: int, out_features: int, name: str) -> Int8Linear | Int4Linear:
-        """The same on the meta device, to be filled from a file."""
+        """The same module on the meta device, to be filled from a file."""
         if self.name == "int8" or name == "output":
             return Int8Linear(in_features, out_features, "meta")
         return Int4Linear(in_features, out_features, self.group_size, "meta")
@@ -116,9 +117,9 @@ def _plain(weight: Tensor, device: torch.device | str) -> nn.Linear:
 
 
 def quantize(model: Mistral7B, scheme: str | Scheme, progress: Callable[[str], None] | None = None) -> Mistral7B:
-    """Round a model's weights in place, one Linear after another, each freed before the next; returns it.
+    """Quantize a model in place, one Linear at a time, freeing each before the next; returns the model.
 
-    QuantizationError, and the model is as it was, where its device does not know the scheme.
+    Raises QuantizationError and leaves the model unchanged if its device does not support the scheme.
     """
     scheme = Scheme.of(scheme)
     scheme.check_device(model.norm.weight.device)
@@ -147,9 +148,9 @@ def empty_model(args: ModelArgs, scheme: Scheme, dtype: torch.dtype = torch.bflo
 
 
 def scheme_of(model: Mistral7B) -> Scheme | None:
-    """The scheme of a model whose every tensor is as `empty_model` has it; None if it is in none.
+    """The scheme of a model with exactly the tensors of `empty_model`; None for all other models.
 
-    What is symmetric is read from the zero points, so that whoever rounded the weights, it is true.
+    `symmetric` is determined from the zero points.
     """
     kinds = {type(m): m for m in model.modules()}
     int4 = kinds.get(Int4Linear)
@@ -161,12 +162,12 @@ def scheme_of(model: Mistral7B) -> Scheme | None:
         scheme = Scheme("int8")
     else:
         return None
-    wanted = {name: t.shape for name, t in empty_model(model.args, scheme).state_dict().items()}
-    return scheme if {name: t.shape for name, t in model.state_dict().items()} == wanted else None
+    expected = {name: t.shape for name, t in empty_model(model.args, scheme).state_dict().items()}
+    return scheme if {name: t.shape for name, t in model.state_dict().items()} == expected else None
 
 
 def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtype = torch.bfloat16) -> Mistral7B:
-    """A model of random weights, made compressed and in seconds: for measuring speed and memory at full size."""
+    """A model with random quantized weights, created in seconds, for measuring speed and memory at full size."""
     if scheme is None:
         return Mistral7B(args, dtype=dtype).requires_grad_(False)
     scheme = Scheme.of(scheme)
@@ -174,18 +175,19 @@ def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtyp
     if not scheme.whole:
         return quantize(Mistral7B(args, dtype=torch.bfloat16).requires_grad_(False), scheme)
     model = empty_model(args, scheme, dtype)
-    draw = torch.Generator().manual_seed(0)
-    block = torch.randint(0, 256, (2**22,), dtype=torch.uint8, generator=draw)  # repeated: drawing takes longer
+    generator = torch.Generator().manual_seed(0)
+    # One block of random codes is repeated, which is faster than drawing all.
+    block = torch.randint(0, 256, (2**22,), dtype=torch.uint8, generator=generator)
     for module in model.modules():
         for name, value in list(module.named_buffers(recurse=False)):
-            setattr(module, name, _random(name, value, block, scheme.symmetric))
+            setattr(module, name, _random_buffer(name, value, block, scheme.symmetric))
         for name, value in list(module.named_parameters(recurse=False)):  # of norms
             setattr(module, name, nn.Parameter(torch.ones(value.shape, dtype=dtype), requires_grad=False))
     return model
 
 
-def _random(name: str, like: Tensor, block: Tensor, symmetric: bool) -> Tensor:
-    """Codes at random; multipliers 3..6 about a zero point of 7 or 8; scales that keep activations of size 1."""
+def _random_buffer(name: str, like: Tensor, block: Tensor, symmetric: bool) -> Tensor:
+    """Random codes; multipliers 3..6, zero points 7 or 8, and scales that keep activations near 1."""
     out = huge_pages.empty(like.shape, like.dtype)
     if name == "scale":
         return out.fill_(2e-4)
@@ -201,7 +203,7 @@ def _random(name: str, like: Tensor, block: Tensor, symmetric: bool) -> Tensor:
 
 
 def compressed_bytes(model: Mistral7B) -> int:
-    """Bytes of weights that one step of decoding reads: all but the embedding table."""
+    """Bytes of weights read by a decode step: all but the embedding."""
     return sum(_bytes(model, "tok_embeddings"))
 
 

@@ -1,7 +1,7 @@
-"""Sampling: from logits to a token. This package itself imports no torch.
+"""Sampling: from logits to tokens. The package itself imports no torch.
 
-params     SamplingParams and StructuredOutputs: what a request asks for, checked
-sampler    many rows at once: biases, bans, penalties and masks, then a choice
-choice     temperature, min-p, top-k, top-p as whole numbers, and the draw
+params     SamplingParams and StructuredOutputs, with validation
+sampler    a batch of rows: biases, bans, penalties and grammar masks, then the choice
+choice     temperature, min-p, top-k and top-p on integer weights, and the draw
 logprobs   log-probabilities of raw logits
 """

@@ -1,12 +1,12 @@
-"""From adjusted logits to a token: probabilities as whole numbers, and one number u that chooses.
+"""From adjusted logits to tokens: probabilities as integer weights, and inverse transform sampling.
 
-    w_t = 2^n exp((l_t - max l) / temperature), rounded down     then min_p, top_k, top_p set small ones to 0
+    w_t = floor(2^n exp((l_t - max l) / temperature))            then min_p, top_k, top_p set small weights to 0
     the token is the first whose cumulative sum w_0 + ... + w_t exceeds u (w_0 + ... + w_V)
 
-Sums of whole numbers do not depend on their order, so a row's token is the same to the bit on every device and
-beside any other rows. u is a hash of (seed, completion, position), see `uniforms`.
+Integer sums do not depend on their order, so a row's token is the same on every device and beside any other rows.
+u in [0, 1) is a hash of (seed, completion, position), see `uniforms`.
 
-R rows · D of them drawn at random, the others greedy · N of those narrowed by min_p, top_k or top_p · V vocabulary
+R rows · D sampled rows, the others are greedy · N sampled rows with min_p, top_k or top_p · V vocabulary
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from .params import SamplingParams
 
-ALL = (0, 0, 1)  # min_p, top_k and top_p that keep every token
-CANDIDATES = 1024  # tokens a row that are sorted first on a CPU: few rows need more, and all of them take longer
+ALL = (0, 0, 1)  # values of min_p, top_k and top_p that keep every token
+CANDIDATES = 1024  # tokens of a row that a CPU sorts at first; few rows need more
 
 
 def pick(logits: Tensor, modes: SamplingModes, u: Tensor) -> Tensor:
-    """A token for each row of adjusted logits (R, V), by u (R,) float64: ids (R,), -1 as in sample_rows."""
+    """Choose a token for each row of adjusted logits (R, V) by u (R,) float64: ids (R,), -1 as in sample_rows."""
     if modes.greedy:
-        best, tokens = logits.max(-1)  # the first of equals; NaN is handed on
+        best, tokens = logits.max(-1)  # the first of equal logits; NaN propagates
     else:
         best = logits.amax(-1)
         tokens = torch.empty_like(best, dtype=torch.long)
@@ -39,10 +39,10 @@ def pick(logits: Tensor, modes: SamplingModes, u: Tensor) -> Tensor:
 
 
 def integer_weights(logits: Tensor, best: Tensor, modes: SamplingModes) -> Tensor:
-    """Probabilities up to a factor, as whole numbers: (D, V) int64 from logits (D, V) with highest best (D,).
+    """Integer weights (D, V) int64, proportional to probabilities, of logits (D, V) with maxima `best` (D,).
 
-    The most probable token has 2^47 for V = 32768, so that V of them can be summed: what is 10^14 times less
-    probable has 0, as has what min_p, top_k or top_p leave out.
+    The most probable token has weight 2^47 for V = 32768, so that V of them can be summed. Tokens that are 10^14
+    times less probable have weight 0, as have those that min_p, top_k or top_p exclude.
     """
     t = modes.temperature.to(logits.dtype)
     exponents = (logits / t).double().sub_((best[:, None] / t).double())
@@ -50,23 +50,23 @@ def integer_weights(logits: Tensor, best: Tensor, modes: SamplingModes) -> Tenso
     if modes.narrows:
         least = torch.zeros_like(weights[:, :1])
         least[modes.narrowed] = _least(weights[modes.narrowed], modes.min_p, modes.top_k, modes.top_p)
-        weights *= torch.ge(weights, least, out=exponents.view(torch.long))  # quicker than where() on a CPU
+        weights *= torch.ge(weights, least, out=exponents.view(torch.long))  # faster than where() on a CPU
     return weights
 
 
 def _one(V: int) -> float:
-    """The weight of the most probable of V tokens: a power of two, and V times it is at most 2^62."""
+    """The weight of the most probable of V tokens: the largest power of two of which V sum to at most 2^62."""
     return 2.0 ** (62 - (V - 1).bit_length())
 
 
 def _least(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, candidates: int = CANDIDATES) -> Tensor:
-    """The smallest weight (N, 1) that is kept of weights (N, V); those equal to it are kept as well.
+    """The smallest weight (N, 1) that is kept of weights (N, V); equal weights are kept too.
 
-    min_p   keeps weights of min_p times the highest and more
+    min_p   keeps weights of at least min_p times the highest
     top_k   keeps the k highest
     top_p   keeps, of those, the fewest highest that sum to p
 
-    On a CPU so many `candidates` are sorted at first, and all V for the rows that turn out to need more.
+    A CPU sorts the `candidates` highest at first, and all V for the rows that need more.
     """
     V = weights.shape[-1]
     best = _highest(weights, min(candidates, V))  # (N, M)
@@ -75,46 +75,45 @@ def _least(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, candida
     kept = best * (best >= least)
     sums = kept.cumsum(-1)
     total = torch.where(least > 0, sums[:, -1:], weights.sum(-1, keepdim=True))
-    inside = sums - kept < top_p * total  # where the sum of all more probable ones falls short
+    inside = sums - kept < top_p * total  # where the sum of the higher weights falls short
     last = kept.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
     cut = least.maximum(last)
     if best.shape[-1] < V:
-        more = ((best[:, -1:] >= least) & (inside[:, -1:] | (least > 0)))[:, 0]  # of the rest some may be kept
+        more = ((best[:, -1:] >= least) & (inside[:, -1:] | (least > 0)))[:, 0]  # more weights may be kept
         if bool(more.any()):
             cut[more] = _least(weights[more], min_p[more], top_k[more], top_p[more], V)
     return cut
 
 
-def _highest(weights: Tensor, most: int) -> Tensor:
-    """Weights (N, V) of each row from the highest down: (N, most) on a CPU, where numpy is quick; else (N, V)."""
+def _highest(weights: Tensor, count: int) -> Tensor:
+    """The `count` highest weights of each row (N, V) in descending order; on a GPU all V, which sorts fast."""
     if weights.device.type != "cpu":
         return weights.sort(-1, descending=True).values
-    best = np.empty((len(weights), most), dtype=np.int64)
+    best = np.empty((len(weights), count), dtype=np.int64)
     for row, out in zip(weights.numpy(), best, strict=True):
-        if (
-            2 * np.count_nonzero(row[::16]) > len(row) // 16
-        ):  # among many equals sorting is quick, but not partitioning
-            row = np.partition(row, len(row) - most)[len(row) - most :]
-        out[:] = np.sort(row)[: -most - 1 : -1]
+        # With many equal weights (zeros) a full sort is fast and partitioning is slow.
+        if 2 * np.count_nonzero(row[::16]) > len(row) // 16:
+            row = np.partition(row, len(row) - count)[len(row) - count :]
+        out[:] = np.sort(row)[: -count - 1 : -1]
     return torch.from_numpy(best)
 
 
 def choose(weights: Tensor, u: Tensor) -> Tensor:
     """The token at u (D,) in [0, 1) of the cumulative distribution of weights (D, V) int64: ids (D,).
 
-    Tokens lie in the order of their ids; one of weight zero is never chosen.
+    Tokens are in order of their ids; one of weight zero is never chosen.
     """
     sums = weights.cumsum(-1)
     total = sums[:, -1]
     target = (u * total).long().minimum(total - 1)
     chosen = torch.searchsorted(sums, target[:, None], right=True)[:, 0]
-    return chosen.clamp(max=weights.shape[-1] - 1)  # past the end only where there is no distribution
+    return chosen.clamp(max=weights.shape[-1] - 1)  # V only if all weights are zero
 
 
 def uniforms(seed: int, index: int, position: int, n: int) -> np.ndarray:
-    """Numbers in [0, 1) that depend on nothing but seed, index and place: (n,) float64.
+    """Random numbers (n,) float64 in [0, 1), a function of seed, index and position alone.
 
-    They choose the tokens from `position` on of completion `index`. Philox4x64 (Salmon et al. 2011, "Parallel
+    They sample the tokens of completion `index` from `position` on. Philox4x64 (Salmon et al. 2011, "Parallel
     random numbers: as easy as 1, 2, 3"), a hash of a counter under a key: the first word of each block of four.
     The upper 53 bits are used, so that every value is a float64.
     """
@@ -123,38 +122,38 @@ def uniforms(seed: int, index: int, position: int, n: int) -> np.ndarray:
 
 
 def modes_of(params: Sequence[SamplingParams], vocabulary: int, device: torch.device) -> SamplingModes:
-    """The ways of these rows; of rows that were sampled so just before, the same tensors."""
-    return _modes(tuple(_settings(p, vocabulary) for p in params), device)
+    """The sampling modes of these rows, cached because a step's rows are mostly those of the last step."""
+    return _cached_modes(tuple(_settings(p, vocabulary) for p in params), device)
 
 
 def _settings(p: SamplingParams, vocabulary: int) -> tuple[float, ...]:
-    """Temperature, min_p, top_k and top_p; nothing of a greedy row."""
+    """Temperature, min_p, top_k and top_p; an empty tuple for a greedy row."""
     return () if p.greedy else (p.temperature, p.min_p, p.top_k if 0 < p.top_k < vocabulary else 0, p.top_p)
 
 
 class SamplingModes:
-    """How R rows are sampled, in tensors that stay in place: nothing in them is asked for on the host again.
+    """How R rows are sampled, as tensors on their device, which the host never reads back.
 
     drawn     indices (D,) of the rows that are not greedy; temperature (D, 1)
     narrowed  indices (N,) into drawn; min_p, top_k (0: all), top_p (N, 1)
 
-    Indices of everything are a slice, so that rows which are all alike in this are not copied.
+    Indices of all rows are a slice, which copies nothing.
     """
 
-    def __init__(self, asked: Sequence[tuple[float, ...]], device: torch.device) -> None:
-        drawn = [i for i, row in enumerate(asked) if row]
-        narrowed = [n for n, i in enumerate(drawn) if asked[i][1:] != ALL]
-        self.draws, self.narrows, self.greedy = bool(drawn), bool(narrowed), len(drawn) < len(asked)
-        self.drawn = _indices(drawn, len(asked), device)
+    def __init__(self, settings: Sequence[tuple[float, ...]], device: torch.device) -> None:
+        drawn = [i for i, row in enumerate(settings) if row]
+        narrowed = [n for n, i in enumerate(drawn) if settings[i][1:] != ALL]
+        self.draws, self.narrows, self.greedy = bool(drawn), bool(narrowed), len(drawn) < len(settings)
+        self.drawn = _indices(drawn, len(settings), device)
         self.narrowed = _indices(narrowed, len(drawn), device)
         if drawn:
-            table = to_device([asked[i] for i in drawn], device, np.float64)
+            table = to_device([settings[i] for i in drawn], device, np.float64)
             self.temperature = table[:, :1]
             self.min_p, top_k, self.top_p = table[self.narrowed, 1:].split(1, dim=1)
             self.top_k = top_k.long()
 
 
-_modes = functools.lru_cache(maxsize=64)(SamplingModes)  # a step's rows are mostly those of the step before
+_cached_modes = functools.lru_cache(maxsize=64)(SamplingModes)
 
 
 def _indices(some: Sequence[int], n: int, device: torch.device) -> Tensor | slice:
@@ -162,6 +161,6 @@ def _indices(some: Sequence[int], n: int, device: torch.device) -> Tensor | slic
 
 
 def to_device(values: Sequence[Any] | np.ndarray, device: torch.device, dtype: type = np.int64) -> Tensor:
-    """Numbers as a tensor on the device; nobody waits for the copy."""
+    """Numbers as a tensor on the device; the host does not wait for the copy."""
     tensor = torch.from_numpy(np.asarray(values, dtype=dtype))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

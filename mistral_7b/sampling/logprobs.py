@@ -1,4 +1,4 @@
-"""Log-probabilities of raw logits: of the chosen token, and of the most probable ones beside it."""
+"""Log-probabilities of raw logits: of the chosen token and its top-k alternatives."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LOGPROB_ROWS = 64  # rows whose logits exist at once where a prompt's are asked for: 8 MB for 32768 tokens
+LOGPROB_ROWS = 64  # rows whose logits exist at once for a prompt: 8 MB for 32768 tokens
 
 
 class Logprob(NamedTuple):
-    """A token's log-probability, its rank (1: the most probable), and the token as text if that is known."""
+    """A token's log-probability, its rank (1: the most probable), and its text; None without a tokenizer."""
 
     logprob: float
     rank: int
@@ -22,10 +22,10 @@ class Logprob(NamedTuple):
 def logprobs(
     logits: Tensor, tokens: Tensor, k: int | Sequence[int], piece: Callable[[int], str] | None = None
 ) -> list[dict[int, Logprob]]:
-    """For each row of raw logits (R, V): its token (R,) first, then the k most probable ones; -1: all.
+    """For each row of raw logits (R, V): its token (R,) first, then the k most probable tokens; k = -1 is all.
 
-    k is one for all rows, or one for each. Of equally probable tokens those with the lower ids come first, so
-    that what a row gets does not depend on what the others ask for.
+    k is for all rows, or one for each. Equally probable tokens are ordered by id, so a row's result does not
+    depend on the k of other rows.
     """
     R, V = logits.shape
     each = [k] * R if isinstance(k, int) else list(k)
@@ -37,18 +37,18 @@ def logprobs(
     values = table.gather(-1, best).tolist()
     rows = zip(each, tokens.tolist(), chosen[:, 0].tolist(), ranks, best.tolist(), values, strict=True)
     out = []
-    for most, token, value, rank, ids, found in rows:
-        places = {token: (value, rank)}
-        listed = enumerate(zip(ids[:most], found[:most], strict=True), 1)
-        places.update({t: (v, r) for r, (t, v) in listed if t != token})
-        out.append({t: Logprob(v, r, piece(t) if piece else None) for t, (v, r) in places.items()})
+    for top, token, value, rank, ids, found in rows:
+        entries = {token: (value, rank)}
+        ranked = enumerate(zip(ids[:top], found[:top], strict=True), 1)
+        entries.update({t: (v, r) for r, (t, v) in ranked if t != token})
+        out.append({t: Logprob(v, r, piece(t) if piece else None) for t, (v, r) in entries.items()})
     return out
 
 
 def following_logprobs(
     project: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, k: int, piece: Callable[[int], str] | None
 ) -> list[dict[int, Logprob]]:
-    """Log-probabilities of ids (T,) after hidden (T, D), from what `project` makes of few: (T, V) never exists."""
+    """Log-probabilities of ids (T,) after hidden (T, D); `project` gets few rows at a time, never (T, V)."""
     out: list[dict[int, Logprob]] = []
     for h, t in zip(hidden.split(LOGPROB_ROWS), ids.split(LOGPROB_ROWS), strict=True):
         out += logprobs(project(h), t, k, piece)
@@ -56,10 +56,9 @@ def following_logprobs(
 
 
 def _first(table: Tensor, k: int) -> Tensor:
-    """Ids (R, k) of the k highest log-probabilities (R, V), of equals the lower ids.
+    """Ids (R, k) of the k highest log-probabilities (R, V); of equal ones, the lower ids first.
 
-    The bits of floats that are not negative lie in the order of their values; with the id below them every
-    number is another.
+    Bit patterns of non-negative floats are ordered as their values. With the id in the low bits, all keys differ.
     """
     bits = (0 - table).view(torch.int32).long() << 32
     ids = torch.arange(table.shape[-1], device=table.device)

@@ -1,13 +1,13 @@
-"""Sample tokens for many requests at once: adjust the logits of each, then choose.
+"""Sample tokens for a batch of rows: adjust each row's logits, then choose.
 
 Names, defaults, ranges and order are vLLM's. For one token, from the model's logits:
 
     logprobs             of the raw logits, before anything below (logprobs.py)
     adjust               logit_bias, banned tokens (min_tokens), penalties, then a grammar's mask
-    integer_weights      temperature, then min_p, top_k, top_p: probabilities as whole numbers (choice.py)
-    choose               one number u in [0, 1) picks the token at u of the cumulative distribution
+    integer_weights      temperature, then min_p, top_k, top_p: probabilities as integer weights (choice.py)
+    choose               a random number u in [0, 1) picks the token at u of the cumulative distribution
 
-A row's token is the same to the bit whatever other rows are sampled in the same call, on every device.
+A row's token does not depend on the device, nor on the other rows of the call.
 
 R rows · V vocabulary
 """
@@ -25,32 +25,32 @@ from torch import Tensor
 from .choice import modes_of, pick, to_device
 from .params import SamplingParams
 
-ROWS = 8  # rows a CPU samples at once: so much stays in its caches
+ROWS = 8  # rows that a CPU samples at once, which fit its caches
 NOT_FINITE = "the model gives logits that are not finite (float16 overflows; try bfloat16)"
 
 
 class History:
-    """The different tokens of one sequence, and how often each came out of the model. It lies on the host.
+    """The distinct tokens of one sequence and how often each was generated, for penalties; kept on the host.
 
-    tokens (n,) int64 and counts (n,) int64, which is 0 for a token that only the prompt has.
+    tokens (n,) int64; counts (n,) int64, 0 for a token that only the prompt has.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.tokens = np.unique(np.asarray(prompt, dtype=np.int64))
         self.counts = np.zeros(len(self.tokens), dtype=np.int64)
-        self._places = {token: place for place, token in enumerate(self.tokens.tolist())}
+        self._index = {token: i for i, token in enumerate(self.tokens.tolist())}
 
     def add(self, token: int) -> None:
-        """Count one new token."""
-        place = self._places.setdefault(token, len(self.tokens))
-        if place == len(self.tokens):
+        """Count a generated token."""
+        i = self._index.setdefault(token, len(self.tokens))
+        if i == len(self.tokens):
             self.tokens, self.counts = np.append(self.tokens, token), np.append(self.counts, 0)
-        self.counts[place] += 1
+        self.counts[i] += 1
 
     def after(self, tokens: Sequence[int]) -> History:
-        """The history as it will be if these tokens come next."""
+        """A copy with these tokens added."""
         later = object.__new__(History)
-        later.tokens, later.counts, later._places = self.tokens, self.counts.copy(), dict(self._places)
+        later.tokens, later.counts, later._index = self.tokens, self.counts.copy(), dict(self._index)
         for token in tokens:
             later.add(token)
         return later
@@ -58,13 +58,12 @@ class History:
 
 @dataclass(frozen=True)
 class Row:
-    """What is asked of one row of logits.
+    """How one row of logits is sampled.
 
-    u        number in [0, 1) that chooses; a greedy row needs none
-    banned   tokens that must not come, unless a grammar lets nothing else
-    history  of the sequence, where params penalizes; without it nothing is penalized
-    allowed  bits of the tokens that a grammar lets come, (ceil(V / 32),) int32, bit t % 32 of number t // 32
-             for token t; None: all
+    u        random number in [0, 1); unused by a greedy row
+    banned   tokens that are excluded, unless a grammar allows no other
+    history  the sequence's tokens, for penalties; None penalizes nothing
+    allowed  a grammar's bit mask (ceil(V / 32),) int32, with bit t % 32 of element t // 32 for token t; None: all
     """
 
     params: SamplingParams
@@ -75,9 +74,9 @@ class Row:
 
 
 def sample_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """A token for each row of logits (R, V): ids (R,), -1 where the highest logit is NaN or infinite.
+    """Sample a token for each row of logits (R, V): ids (R,), -1 where the highest logit is NaN or infinite.
 
-    Every row's token is what that row alone would give. Nothing is asked of a GPU, so nobody waits for it.
+    A row's token is that of the row alone. Nothing is read back from a GPU, so the host does not wait for it.
     """
     if logits.device.type == "mps":  # which has no float64
         return sample_rows(logits.cpu(), rows).to(logits.device)
@@ -89,17 +88,17 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Logits (R, V) with bias, bans, penalties and masks. These can change which token is the most probable."""
+    """Apply biases, bans, penalties and grammar masks to logits (R, V); return the input if there are none."""
     biased = [(i, row.params.logit_bias) for i, row in enumerate(rows) if row.params.logit_bias]
     banned = [(i, tokens) for i, row in enumerate(rows) if (tokens := lift_bans(row.banned, row.allowed))]
     penalized = [(i, row) for i, row in enumerate(rows) if row.history is not None and row.params.penalizes]
-    ruled = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
-    if not (biased or banned or penalized or ruled):
+    constrained = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
+    if not (biased or banned or penalized or constrained):
         return logits
     V, device = logits.shape[-1], logits.device
     if biased or banned or penalized:
         logits = logits.clone(memory_format=torch.contiguous_format)
-        flat = logits.view(-1)  # token t of row i lies at i * V + t, and none is named twice
+        flat = logits.view(-1)  # token t of row i is at i * V + t; no index occurs twice
     if biased:
         at = to_device([i * V + token for i, bias in biased for token in bias], device)
         flat[at] += to_device([x for _, bias in biased for x in bias.values()], device, np.float64).to(flat.dtype)
@@ -107,24 +106,26 @@ def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         flat[to_device([i * V + token for i, tokens in banned for token in tokens], device)] = -math.inf
     if penalized:
         _penalize(flat, V, penalized)
-    if ruled:
+    if constrained:
         allowed = np.ones((len(rows), V), dtype=bool)
-        for i, mask in ruled:
+        for i, mask in constrained:
             allowed[i] = np.unpackbits(mask.view(np.uint8), count=V, bitorder="little")
         logits = torch.where(to_device(allowed, device, np.bool_), logits, -math.inf)
     return logits
 
 
 def _penalize(flat: Tensor, V: int, rows: Sequence[tuple[int, Row]]) -> None:
-    """Lower the logits (R * V,) of tokens that these rows have had, in place."""
-    at, counts, asked = [], [], []
+    """Penalize the tokens in these rows' histories, in the flat logits (R * V,), in place."""
+    at, counts, penalties = [], [], []
     for i, row in rows:
         assert row.history is not None
         at.append(i * V + row.history.tokens)
         counts.append(row.history.counts)
-        asked.append((row.params.repetition_penalty, row.params.frequency_penalty, row.params.presence_penalty))
+        penalties.append(
+            (row.params.repetition_penalty, row.params.frequency_penalty, row.params.presence_penalty)
+        )
     places = to_device(np.concatenate(at), flat.device)
-    table = np.repeat(np.array(asked), [len(tokens) for tokens in at], axis=0)  # a line for each token
+    table = np.repeat(np.array(penalties), [len(tokens) for tokens in at], axis=0)  # a row for each token
     table = np.column_stack([table, np.concatenate(counts)])
     factor, frequency, presence, count = to_device(table, flat.device, np.float64).to(flat.dtype).unbind(1)
     x = flat[places]
@@ -133,7 +134,7 @@ def _penalize(flat: Tensor, V: int, rows: Sequence[tuple[int, Row]]) -> None:
 
 
 def lift_bans(banned: Sequence[int], mask: np.ndarray | None) -> Sequence[int]:
-    """The bans, or none where they would leave no token of a mask: a grammar comes before min_tokens."""
+    """The bans; none if they exclude all tokens of a mask, because a grammar takes precedence over min_tokens."""
     if mask is None or not banned:
         return banned
     left = mask.copy()
@@ -143,5 +144,5 @@ def lift_bans(banned: Sequence[int], mask: np.ndarray | None) -> Sequence[int]:
 
 
 def draw_seed() -> int:
-    """A fresh seed from torch's generator, so that torch.manual_seed makes unseeded requests repeat too."""
+    """A seed from torch's generator, so that torch.manual_seed also makes unseeded requests reproducible."""
     return int(torch.randint(2**62, ()))

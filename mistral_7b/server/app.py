@@ -37,7 +37,7 @@ def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "
     Raises ConfigError for a model without a tokenizer.
     """
     if llm.tokenizer is None:
-        raise ConfigError(f"the server needs the model's tokenizer: {llm.inputs.why}")
+        raise ConfigError(f"the server needs the model's tokenizer: {llm.inputs.tokenizer_error}")
     state = State(llm, config or ServerConfig(), model_name)
     app = FastAPI(
         title="mistral_7b", version=__version__, docs_url=None, redoc_url=None,  # both load scripts from a CDN

@@ -203,7 +203,7 @@ def note(http_request: HttpRequest, **notes: Any) -> None:
 
 
 def left(http_request: HttpRequest) -> threading.Event | None:
-    """An event, set when the client has disconnected; for RequestOptions.gone."""
+    """An event, set when the client has disconnected; for RequestOptions.disconnected."""
     event: threading.Event | None = http_request.scope.get(LEFT)
     return event
 

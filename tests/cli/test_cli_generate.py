@@ -105,7 +105,7 @@ def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> 
         (["--max-draft", "3"], "--max-draft goes with --speculate"),
         (["--speculate", "prompt-lookup", "--max-draft", "0"], "max_draft must be at least 1"),
         (["--speculate", "./nowhere/at-all"], "./nowhere/at-all"),
-        (["--speculate", str(other)], "must share one vocabulary"),
+        (["--speculate", str(other)], "must share a vocabulary"),
     ):
         code, out, err = run("generate", windowed, "--prompt", prompt, *words)
         assert (code, out) == (2, "")

@@ -97,7 +97,7 @@ def test_an_engine_that_breaks_ends_the_process(tmp_path):
         assert process.wait(10) == 1
         assert time.monotonic() - began < 8
         said = process.stderr.read().decode()
-        assert said.splitlines()[-1].startswith("mistral-7b: the engine broke")
+        assert said.splitlines()[-1].startswith("mistral-7b: the engine failed")
         assert said.count("Traceback") == 1  # in a line of the log
     finally:
         process.kill()

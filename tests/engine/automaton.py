@@ -21,7 +21,7 @@ from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.inputs import InputProcessor, RequestOptions
 from mistral_7b.engine.pages import Key, PagePool, first_key, next_key
 from mistral_7b.engine.request import Request
-from mistral_7b.engine.speculation import Choose, Guesser, Pace, Speculation
+from mistral_7b.engine.speculation import Choose, DraftLength, Speculation, Speculator
 from mistral_7b.model import ModelArgs
 from mistral_7b.sampling.params import SamplingParams
 
@@ -135,15 +135,15 @@ class Automaton(nn.Module):
 
 
 class Oracle(Speculation):
-    """Guesses that are mostly right: the automaton's own, with every `wrong`th spoiled."""
+    """Drafts of the automaton's own tokens, with every `wrong`th replaced."""
 
     def __init__(self, model: Automaton, wrong: int = 4, max_draft: int = 4) -> None:
         super().__init__(max_draft=max_draft, row_cost=0.01)
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "wrong", wrong)
 
-    def guesser(self, prompt: Sequence[int], room: int) -> Guesser:
-        return Guesser(_OracleDrafter(self.model, self.wrong, prompt), Pace(self.max_draft), self.tally)
+    def speculator(self, prompt: Sequence[int], max_length: int) -> Speculator:
+        return Speculator(_OracleDrafter(self.model, self.wrong, prompt), DraftLength(self.max_draft), self.tally)
 
 
 class _OracleDrafter:
@@ -157,7 +157,7 @@ class _OracleDrafter:
         self.asked = False
 
     def propose(self, n: int, choose: Choose) -> list[int]:
-        assert not self.asked, "a drafter is asked again before it heard what came of its last guess"
+        assert not self.asked, "a drafter proposes again before it was told the result of its last draft"
         self.asked = True
         number, draft = self.number, []
         while len(draft) < n:
@@ -173,7 +173,7 @@ def engine_of(model: Automaton, n_pages: int, **config: object) -> Engine:
     settings = EngineConfig(**config)  # type: ignore[arg-type]
     pool = PagePool(1, 1, 2, n_pages, settings.page_size, dtype=torch.float64)
     engine = Engine(model, pool, settings)  # type: ignore[arg-type]
-    engine._fail = _raise  # type: ignore[method-assign]
+    engine._fail_step = _raise  # type: ignore[method-assign]
     model.keys[0] = first_key(None, str(engine.adapters.loading(None)))  # of a request without salt or adapter
     return engine
 
@@ -193,7 +193,7 @@ def check(engine: Engine) -> None:
     engine.model.check_keys(engine.pool)
     page, W, scheduler = engine.pool.page, engine.model.args.sliding_window, engine.scheduler
     for s in scheduler.running:
-        assert (s.running, s.ended, s.waits) == (True, False, False)
+        assert (s.running, s.ended, s.waiting) == (True, False, False)
         assert len(s.held) <= scheduler.most_pages(len(s.request.ids) + s.completion.max_tokens)
         assert s.stop * page >= s.computed
         if W is not None:

@@ -19,7 +19,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 def small(model: Automaton | None = None, n_pages: int = 60, **config: Any) -> Engine:
     settings = {"max_sequences": 4, "max_batch_tokens": 16, "page_size": 4, **config}
     engine = engine_of(model or Automaton(8), n_pages, **settings)
-    engine._fail = Engine._fail.__get__(engine)  # type: ignore[method-assign]
+    engine._fail_step = Engine._fail_step.__get__(engine)  # type: ignore[method-assign]
     return engine
 
 

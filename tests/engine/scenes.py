@@ -26,7 +26,7 @@ def open_llm(**config: Any) -> AsyncLLM:
     """An AsyncLLM whose model is an automaton; the test must close it."""
     settings = {"max_sequences": 4, "max_batch_tokens": 16, "page_size": 4, **config}
     engine = engine_of(Automaton(8), 100, **settings)
-    engine._fail = Engine._fail.__get__(engine)  # type: ignore[method-assign]
+    engine._fail_step = Engine._fail_step.__get__(engine)  # type: ignore[method-assign]
     reader = InputProcessor(engine, None, "there is none here")
     with mock.patch.object(async_llm, "open_engine", return_value=reader):
         _opened.append(AsyncLLM())

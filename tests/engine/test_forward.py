@@ -251,4 +251,4 @@ def test_steps_are_filled_up_where_code_is_made_for_each_shape(dtype: str, kind:
     model = tiny_model(tiny_args(), getattr(torch, dtype))
     if kind:
         quantize(model, Scheme(kind))
-    assert LLM(model, EngineConfig(kv_cache_bytes=1 << 22)).engine.forward.fill == fill
+    assert LLM(model, EngineConfig(kv_cache_bytes=1 << 22)).engine.forward.pad_rows == fill

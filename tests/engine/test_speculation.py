@@ -1,4 +1,4 @@
-"""Guessing ahead changes nothing but the number of steps: the same tokens, text, endings and scores."""
+"""Speculative decoding changes only the number of steps: the tokens, text, finish reasons and scores are equal."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 from mistral_7b.engine.completion import RequestOutput
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.speculation import (
-    REST,
+    BACKOFF,
+    DraftLength,
     DraftModel,
-    Guesser,
-    Pace,
     PromptLookup,
+    Speculator,
     StepTime,
     Tally,
-    agreeing,
+    common_prefix_length,
 )
 from mistral_7b.errors import GenerationError
 from mistral_7b.generate import Speculation, generate, stream
@@ -36,7 +36,7 @@ from mistral_7b.text.tokenizer import Tokenizer
 
 V3 = Tokenizer.v3()
 V = 67
-FREE = 0.0  # the cost of a guess that makes the pace guess as much as it may
+FREE = 0.0  # the row cost at which drafts are as long as they may be
 
 
 def no_choice(logits: Tensor, ahead: Sequence[int]) -> int:
@@ -130,7 +130,7 @@ def test_rows_that_differ_in_all_share_a_batch(small: Mistral7B, window: int | N
 
 
 @pytest.mark.parametrize("window", [20, None])
-def test_texts_of_many_pages_have_room_for_guesses(window: int | None) -> None:
+def test_sequences_of_many_pages_have_memory_for_drafts(window: int | None) -> None:
     model = tiny_model(tiny_args(sliding_window=window, max_seq_len=100), torch.float64)
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=70, ignore_eos=True)
     speculate = Speculation(model, 7, row_cost=FREE)
@@ -139,7 +139,7 @@ def test_texts_of_many_pages_have_room_for_guesses(window: int | None) -> None:
 
 
 class Oracle:
-    """A drafter that knows how the sequence will go on, and lies in places drawn by the test."""
+    """A drafter that knows the continuation, and is wrong at positions drawn by the test."""
 
     def __init__(self, ids: list[int], begun: int, lies: Callable[[int], bool]) -> None:
         self.ids, self.at, self.lies = ids, begun, lies
@@ -155,8 +155,8 @@ class Oracle:
 
 @settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_any_pattern_of_right_and_wrong_guesses_is_exact(data: st.DataObject) -> None:
-    """Right and wrong guesses in any order, so every rollback there is, in rows that accept different counts."""
+def test_any_pattern_of_accepted_and_rejected_drafts_is_exact(data: st.DataObject) -> None:
+    """Accepted and rejected drafts in any order cover every rollback, in rows that accept different counts."""
     window = data.draw(st.sampled_from([1, 3, 8, None]))
     model = tiny_model(tiny_args(sliding_window=window, max_seq_len=200), torch.float64)
     prompts = [repeating(data.draw(st.integers(1, 20)), 1, i) for i in range(data.draw(st.integers(1, 4)))]
@@ -166,9 +166,9 @@ def test_any_pattern_of_right_and_wrong_guesses_is_exact(data: st.DataObject) ->
     whole = iter([[*r.prompt_token_ids, *r.outputs[0].token_ids] for r in plain])
 
     class Oracular(Speculation):
-        def guesser(self, prompt: Sequence[int], room: int) -> Guesser:
+        def speculator(self, prompt: Sequence[int], max_length: int) -> Speculator:
             oracle = Oracle(next(whole), len(prompt), lambda place: lies[place % 7])
-            return Guesser(oracle, Pace(self.max_draft), self.tally)
+            return Speculator(oracle, DraftLength(self.max_draft), self.tally)
 
     speculate = Oracular(max_draft=data.draw(st.integers(1, 6)), row_cost=FREE)
     assert facts(generate(model, prompts, params, speculate=speculate)) == facts(plain)
@@ -178,7 +178,7 @@ def test_any_pattern_of_right_and_wrong_guesses_is_exact(data: st.DataObject) ->
         assert speculate.tally.steps <= len(prompts) * (1 + math.ceil((longest - 1) / 2))
 
 
-def test_guessed_tokens_have_the_distribution_of_plain_sampling() -> None:
+def test_accepted_tokens_have_the_distribution_of_plain_sampling() -> None:
     """Chi-square over pairs of tokens of 2000 seeds against the probabilities themselves; and a control."""
     args = tiny_args(vocab_size=7, sliding_window=4)
     model = tiny_model(args, torch.float64)
@@ -233,7 +233,7 @@ def test_streams_give_the_same_pieces(n: int, stop: Any) -> None:
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 20])
 def test_an_end_in_the_midst_of_a_draft_is_the_end(model: Mistral7B, max_tokens: int) -> None:
-    """EOS, a stop token and the length, at every place of a text that is guessed right throughout."""
+    """EOS, a stop token and the token limit, at every position of a text whose drafts are all accepted."""
     prompt = repeating(6, 5)
     cycle = dict.fromkeys(prompt[:6], 100.0)
     free = generate(model, prompt, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logit_bias=cycle))
@@ -262,7 +262,7 @@ def test_steps_are_fewer_and_counted(model: Mistral7B, monkeypatch: pytest.Monke
     assert (Tally().acceptance, Tally().tokens_per_step) == (0, 0)
 
 
-def test_memory_is_flat_with_guesses_too(model: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_flat_with_drafts(model: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages for the window and a step's tokens, which keep their place while tokens come and are taken back."""
     made: list[PagePool] = []
     plain = PagePool.__init__
@@ -317,8 +317,8 @@ def test_prompt_lookup_takes_the_longest_and_then_the_latest_repetition() -> Non
     assert drafter.propose(3, no_choice) == [70, 70, 70]
 
 
-def test_entering_a_token_takes_no_search() -> None:
-    """A hundred times the text, about a hundred times the entries: no token looks at the others."""
+def test_appending_a_token_searches_nothing() -> None:
+    """A hundred times the tokens give about a hundred times the index entries."""
     sizes = []
     for n in (100, 10_000):
         drafter = PromptLookup(4, 2)
@@ -328,7 +328,7 @@ def test_entering_a_token_takes_no_search() -> None:
     assert sizes[0] >= 150
 
 
-def test_a_draft_model_reads_each_token_once(small: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_model_computes_each_token_once(small: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[list[int]] = []
     plain = small.hidden
     monkeypatch.setattr(small, "hidden", lambda t, *a: read.append(t[0].tolist()) or plain(t, *a))
@@ -342,9 +342,9 @@ def test_a_draft_model_reads_each_token_once(small: Mistral7B, monkeypatch: pyte
     with torch.inference_mode():
         draft = drafter.propose(4, choose)
         assert read == [ids[:20], draft[:1], draft[1:2], draft[2:3]]
-        drafter.extend([*draft[:2], 7])  # two right, then another
+        drafter.extend([*draft[:2], 7])  # two accepted, then another token
         assert drafter.cache.length.tolist() == [22]
-        drafter.extend([8, 9])  # a while without a guess
+        drafter.extend([8, 9])  # tokens of steps without a draft
         read.clear()
         later = drafter.propose(2, choose)
         assert read == [[7, 8, 9], later[:1]]
@@ -352,14 +352,14 @@ def test_a_draft_model_reads_each_token_once(small: Mistral7B, monkeypatch: pyte
         for n, token in enumerate(later):
             logits, _ = small(torch.tensor([[*text, *later[:n]]]))
             assert token == int(logits[0, -1].argmax())
-        drafter.extend([*later, 5])  # all right: the last of them was never read
+        drafter.extend([*later, 5])  # all accepted: the last of them was never fed
         assert drafter.cache.length.tolist() == [26]
-        assert drafter.unread == [later[1], 5]
+        assert drafter.pending == [later[1], 5]
 
 
 @pytest.mark.parametrize("came", [1, 2, 3])
-def test_a_guess_of_which_only_the_beginning_came_is_taken_back(small: Mistral7B, came: int) -> None:
-    """An engine without room for a whole guess feeds none of it: what comes may be no more than was guessed."""
+def test_a_draft_of_which_only_a_prefix_was_used_is_rolled_back(small: Mistral7B, came: int) -> None:
+    """An engine without pages for a whole draft feeds none of it: the new tokens may be no more than the draft."""
     ids = repeating(20, 1)
 
     def choose(logits: Tensor, ahead: Sequence[int]) -> int:
@@ -375,8 +375,8 @@ def test_a_guess_of_which_only_the_beginning_came_is_taken_back(small: Mistral7B
         assert drafter.propose(4, choose) == other.propose(4, choose)
 
 
-def test_a_draft_model_that_is_the_model_is_always_right(model: Mistral7B) -> None:
-    """Sampled too, with penalties and bans: it gets the numbers and the rules of the places to come."""
+def test_a_draft_model_equal_to_the_model_is_always_accepted(model: Mistral7B) -> None:
+    """Sampled too, with penalties and bans: it uses the random numbers and rules of the later positions."""
     params = SamplingParams(
         temperature=1.1, seed=2, n=2, max_tokens=40, min_tokens=40, repetition_penalty=1.2, frequency_penalty=0.5,
         logit_bias={2: 3.0}, top_p=0.95,
@@ -390,13 +390,13 @@ def test_a_draft_model_that_is_the_model_is_always_right(model: Mistral7B) -> No
     assert speculate.tally.accepted == 4 * 3 + 3  # the last of them is the end, once it may come
 
 
-def test_agreeing_counts_the_common_beginning() -> None:
-    assert agreeing([1, 2, 3], [1, 2, 4]) == 2
-    assert agreeing([1, 2], [1, 2, 3]) == 2
-    assert agreeing([5, 2], [1, 2]) == agreeing([], [1]) == 0
+def test_common_prefix_length() -> None:
+    assert common_prefix_length([1, 2, 3], [1, 2, 4]) == 2
+    assert common_prefix_length([1, 2], [1, 2, 3]) == 2
+    assert common_prefix_length([5, 2], [1, 2]) == common_prefix_length([], [1]) == 0
 
 
-# --- the pace ---
+# --- the length ---
 
 
 def linear(cost: float) -> Callable[[int], float]:
@@ -404,68 +404,70 @@ def linear(cost: float) -> Callable[[int], float]:
 
 
 def test_the_draft_grows_with_acceptance_and_shrinks_without() -> None:
-    pace, lengths = Pace(16), []
+    length, lengths = DraftLength(16), []
     for _ in range(12):
-        n = pace.length(linear(0.05))
+        n = length.choose(linear(0.05))
         lengths.append(n)
-        pace.learn(n, 0)
+        length.update(n, 0)
     assert lengths[0] < lengths[3] <= lengths[-1] == 16
     assert lengths == sorted(lengths)
     for _ in range(8):
-        pace.length(linear(0.05))
-        pace.learn(0, 1)
-    assert pace.length(linear(0.05)) < lengths[0]
+        length.choose(linear(0.05))
+        length.update(0, 1)
+    assert length.choose(linear(0.05)) < lengths[0]
 
 
 @pytest.mark.parametrize("cost", [0.02, 0.1, 0.4, 1.0])
 @pytest.mark.parametrize("a", [0.1, 0.5, 0.8, 0.95])
-def test_the_length_is_the_best_for_what_is_known(a: float, cost: float) -> None:
-    pace = Pace(12)
-    pace.right, pace.wrong = a, 1 - a
+def test_the_draft_length_maximizes_the_expected_rate(a: float, cost: float) -> None:
+    length = DraftLength(12)
+    length.accepted, length.rejected = a, 1 - a
     rate = [sum(a**i for i in range(n + 1)) / (1 + cost * n) for n in range(13)]
     best = max(range(13), key=lambda n: rate[n])
-    assert pace.length(linear(cost)) == (best or 2)  # 2: a trial, if none pays
+    assert length.choose(linear(cost)) == (best or 2)  # 2: a probe, if no draft pays
 
 
-def test_guessing_that_does_not_pay_is_turned_off_and_tried_again() -> None:
-    """Guesses that are never right, at a price: few trials; once they are right, guessing is back."""
-    pace, tried = Pace(8), []
+def test_drafting_that_does_not_pay_pauses_and_is_probed() -> None:
+    """Drafts that are always rejected cost only few probes; once they are accepted, drafting resumes."""
+    length, tried = DraftLength(8), []
     for step in range(1000):
-        if n := pace.length(linear(0.2)):
+        if n := length.choose(linear(0.2)):
             tried.append(step)
-            pace.learn(0, 1)
-    assert len(tried) < 1000 / REST[1] + 12
+            length.update(0, 1)
+    assert len(tried) < 1000 / BACKOFF[1] + 12
     gaps = [b - a for a, b in itertools.pairwise(tried)]
-    assert max(gaps) <= REST[1] + 1
-    assert gaps[-1] == REST[1] + 1
+    assert max(gaps) <= BACKOFF[1] + 1
+    assert gaps[-1] == BACKOFF[1] + 1
     for _ in range(200):
-        if n := pace.length(linear(0.2)):
-            pace.learn(n, 0)
-    assert pace.length(linear(0.2)) == 8
-    dear = Pace(8)
+        if n := length.choose(linear(0.2)):
+            length.update(n, 0)
+    assert length.choose(linear(0.2)) == 8
+    dear = DraftLength(8)
     assert (
-        sum(dear.length(linear(2.0)) and not dear.learn(2, 0) for _ in range(300)) < 20
-    )  # right, and yet too dear
+        sum(dear.choose(linear(2.0)) and not dear.update(2, 0) for _ in range(300)) < 20
+    )  # accepted, and still too expensive
 
 
-def test_a_wrong_guess_is_counted_and_an_end_is_none() -> None:
+def test_a_rejected_token_is_counted_and_a_finished_sequence_rejects_none() -> None:
     for came, right, wrong in (([1, 2, 3, 1], 3, 0), ([1, 2, 9], 2, 1), ([9], 0, 1), ([1, 2], 2, 0)):
-        drafter, pace = PromptLookup(2, 1), Pace(3)
+        drafter, length = PromptLookup(2, 1), DraftLength(3)
         drafter.extend([1, 2, 3, 1, 2, 3])
-        guesser = Guesser(drafter, pace, Tally())
-        before = pace.right, pace.wrong
-        assert guesser.guess(3, linear(FREE), no_choice) == [1, 2, 3]
-        guesser.take(came)
-        assert (pace.right, pace.wrong) == pytest.approx((0.8 * before[0] + right, 0.8 * before[1] + wrong))
-        assert guesser.tally == Tally(1, len(came), 3, right)
+        speculator = Speculator(drafter, length, Tally())
+        before = length.accepted, length.rejected
+        assert speculator.propose(3, linear(FREE), no_choice) == [1, 2, 3]
+        speculator.update(came)
+        assert (length.accepted, length.rejected) == pytest.approx(
+            (0.8 * before[0] + right, 0.8 * before[1] + wrong)
+        )
+        assert speculator.tally == Tally(1, len(came), 3, right)
 
 
-def test_a_trial_waits_for_something_to_try() -> None:
-    pace = Pace(8)
-    pace.right, pace.wrong = 0.0, 1.0
-    assert [pace.length(linear(0.2)) for _ in range(5)] == [2] * 5  # the drafter had nothing to propose
-    pace.learn(0, 1)
-    assert [pace.length(linear(0.2)) for _ in range(REST[0] + 1)] == [0] * REST[0] + [2]
+def test_a_probe_waits_for_a_proposal() -> None:
+    length = DraftLength(8)
+    length.accepted, length.rejected = 0.0, 1.0
+    assert [length.choose(linear(0.2)) for _ in range(5)] == [2] * 5  # the drafter had nothing to propose
+    length.update(0, 1)
+    assert [length.choose(linear(0.2)) for _ in range(BACKOFF[0] + 1)] == [0] * BACKOFF[0] + [2]
 
 
 def test_step_time_is_measured_between_and_beyond() -> None:
@@ -477,7 +479,7 @@ def test_step_time_is_measured_between_and_beyond() -> None:
         time.add(1, seconds)
     assert time.known
     assert time(1) == pytest.approx(1.15)
-    assert 1.15 < time(2) < time(9) < 1.5  # a guess, until it is known
+    assert 1.15 < time(2) < time(9) < 1.5  # estimated until it is measured
     for seconds in (9.0, 3.0, 3.0):
         time.add(5, seconds)
     assert time(5) == 3.0
@@ -489,7 +491,7 @@ def test_step_time_is_measured_between_and_beyond() -> None:
     assert (given_cost.known, given_cost(1), given_cost(4)) == (True, 1.0, 2.5)
 
 
-def test_measured_costs_turn_guessing_off(model: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_row_costs_turn_drafting_off(model: Mistral7B, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which a row costs as much as a step, nothing pays; by one where it is free, all does."""
     clock = [0.0]
     monkeypatch.setattr("mistral_7b.engine.engine.time.perf_counter", lambda: clock[0])

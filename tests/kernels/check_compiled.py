@@ -1,4 +1,4 @@
-"""Every kernel compiled down to machine code for GPUs that are not here; run by test_triton_kernels.py.
+"""Compilation of all kernels to machine code for GPUs; run by test_triton_kernels.py.
 
 The interpreter lets pass what the compiler refuses: shapes, types, masks. Block sizes are those in use.
 """
@@ -23,12 +23,12 @@ from mistral_7b.kernels.gpu import (
 from mistral_7b.kernels.gpu import weight_only as w
 
 KINDS = ("bf16", "fp16", "fp32")
-# Multiples of 16 in a real model, which Triton is told.
+# Multiples of 16 in a real model; Triton specializes on them.
 WHOLE = ("N", "K", "M", "G", "pitch", "span", "D", "row_q", "row_k", "row_v")
 
 
 def assembly(kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any]) -> str:
-    """PTX of a kernel, as `stages` makes it."""
+    """The PTX of a kernel, see `stages`."""
     return stages(kernel, capability, pointers, constants)["ptx"]
 
 
@@ -61,16 +61,16 @@ def test_int8_and_int4(kind: str, capability: int) -> None:
     for splits, result in ((1, kind), (4, "fp32")):
         eight = {"x": kind, "w": "u8", "scale": "fp32", "x_scale": "fp32", "out": result}
         ptx = assembly(triton_linear.matvec8, capability, eight, {"FP8": False, "SPLITS": splits, **w.MATVEC})
-        assert "ld.global.v4.b32" in ptx  # 16 bytes a thread
+        assert "ld.global.v4.b32" in ptx  # 16 bytes per thread
         ptx = assembly(triton_linear.tile8, capability, eight, {"FP8": False, "SPLITS": splits, **w.TILE})
-        # 16 rows take mma.sync, whose sums run in one order; wgmma, from 64 rows on, must not come in.
+        # 16 rows use mma.sync, whose order of sums is fixed; wgmma, used from 64 rows, must not occur.
         assert ("mma.sync" in ptx) == (kind != "fp32")
         assert "wgmma" not in ptx
         assert "tf32" not in ptx
-    combine = {"parts": "fp32", "scale": "fp32", "x_scale": "fp32", "out": kind}
+    combine = {"partials": "fp32", "scale": "fp32", "x_scale": "fp32", "out": kind}
     assembly(triton_linear.combine, capability, combine, {"SPLITS": 4, "SCALED": False, "BLOCK": 256})
     expand = {"w": "u8", "scale": "fp32", "out": kind}
-    assembly(triton_linear.expand8, capability, expand, {"FP8": False, "BLOCK_N": 8, "BLOCK_K": 512})
+    assembly(triton_linear.dequantize8, capability, expand, {"FP8": False, "BLOCK_N": 8, "BLOCK_K": 512})
     for group in (32, 128):
         four = {"x": kind, "packed": "i32", "m": "u8", "z": "u8", "scale": "fp32", "out": kind}
         blocks = {"BLOCK_N": w.MATVEC4["BLOCK_N"], "BLOCK_G": w.MATVEC4["BLOCK_K"] // group}
@@ -80,7 +80,7 @@ def test_int8_and_int4(kind: str, capability: int) -> None:
         ptx = assembly(triton_linear.tile4, capability, four, {"GROUP": group, "SPLITS": 1, **blocks})
         assert ("mma.sync" in ptx) == (kind != "fp32")
         del four["x"]
-        assembly(triton_linear.expand4, capability, four, {"GROUP": group, "BLOCK_N": 4096 // group})
+        assembly(triton_linear.dequantize4, capability, four, {"GROUP": group, "BLOCK_N": 4096 // group})
 
 
 @pytest.mark.parametrize("capability", [89, 90])
@@ -90,10 +90,10 @@ def test_fp8(capability: int) -> None:
     assert "mma.sync" in assembly(triton_linear.tile8, capability, pointers, {"FP8": True, "SPLITS": 1, **w.TILE})
     for kind in KINDS:
         rounded = {"x": kind, "q": "fp8e4nv", "scale": "fp32"}
-        assert "e4m3x2" in assembly(triton_linear.round_fp8, capability, rounded, {"BLOCK": 4096})
+        assert "e4m3x2" in assembly(triton_linear.quantize_fp8, capability, rounded, {"BLOCK": 4096})
     expand = {"w": "fp8e4nv", "scale": "fp32", "out": "fp32"}
-    assembly(triton_linear.expand8, capability, expand, {"FP8": True, "BLOCK_N": 8, "BLOCK_K": 512})
-    combine = {"parts": "fp32", "scale": "fp32", "x_scale": "fp32", "out": "bf16"}
+    assembly(triton_linear.dequantize8, capability, expand, {"FP8": True, "BLOCK_N": 8, "BLOCK_K": 512})
+    combine = {"partials": "fp32", "scale": "fp32", "x_scale": "fp32", "out": "bf16"}
     assembly(triton_linear.combine, capability, combine, {"SPLITS": 4, "SCALED": True, "BLOCK": 256})
 
 
@@ -105,7 +105,7 @@ def test_fused(kind: str, capability: int) -> None:
     assembly(f.silu_mul, capability, {"gate": kind, "up": kind, "out": kind}, {"BLOCK": 1024})
     rope = {"x": kind, "cos": "fp32", "sin": "fp32", "out": kind}
     assembly(f.rotate, capability, rope, {"BLOCK_H": 8, "BLOCK_P": 64})
-    shares = {"tops": "fp32", "totals": "fp32", "sums": "fp32"}
+    partials = {"maxima": "fp32", "totals": "fp32", "sums": "fp32"}
     for masked in (True, False):
         blocks = {
             "SPLIT": decode.SPLIT,
@@ -113,14 +113,16 @@ def test_fused(kind: str, capability: int) -> None:
             "BLOCK_R": 16,
             "BLOCK_K": 128,
         }
-        pointers = {"q": kind, "k": kind, "v": kind, "seen": "u8", **shares}
+        pointers = {"q": kind, "k": kind, "v": kind, "seen": "u8", **partials}
         ptx = assembly(triton_decode.attend_split, capability, pointers, {"MASKED": masked, **blocks})
         assert ("mma.sync" in ptx) == (kind != "fp32")
-    assembly(triton_decode.attend_merge, capability, {**shares, "out": kind}, {"BLOCK_SPLITS": 16, "BLOCK_K": 128})
+    assembly(
+        triton_decode.attend_merge, capability, {**partials, "out": kind}, {"BLOCK_SPLITS": 16, "BLOCK_K": 128}
+    )
 
 
 def layouts_of_sums(ttgir: str) -> list[tuple[str, str]]:
-    """Shapes and layouts of what is reduced over columns: they decide in which order a row's numbers are added."""
+    """Shapes and layouts of reductions over columns: they determine the order of a row's sums."""
     named = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     found = re.findall(r"\}\) : \(tensor<(\d+x\d+xf32), (#\w+)>\)", ttgir)
     return [(shape, named[layout]) for shape, layout in found]
@@ -136,30 +138,35 @@ PAGED = {"G": 8, "R": 4, "K": 128}
 def test_paged(kind: str, int8: bool, capability: int) -> None:
     t, kept, unit = triton_paged, "i8" if int8 else kind, "fp32" if int8 else kind
     where = dict.fromkeys(("start", "held", "offsets", "table"), "i64")
-    parts = dict.fromkeys(("tops", "totals", "sums"), "fp32")
+    partials = dict.fromkeys(("maxima", "totals", "sums"), "fp32")
     entries = {**dict.fromkeys(("k", "v", "old_k", "old_v"), kept)}
     entries |= dict.fromkeys(("k_scale", "v_scale", "old_k_scale", "old_v_scale"), unit)
     pages = {"PAGE": 16, "INT8": int8}
     blocks = {"BLOCK_M": paged.BLOCK_M, "BLOCK_S": paged.BLOCK_S // (1 + (kind == "fp32")), "BLOCK_K": 128}
     constants = {**PAGED, **pages, **blocks, "SPLIT": paged.SPLIT}
-    pointers = {"q": kind, "out": kind, **entries, **where, **parts}
+    pointers = {"q": kind, "out": kind, **entries, **where, **partials}
     layouts = []
     for shared in (False, True):
-        built = stages(t.attend_tiles, capability, pointers, {**constants, "SHARED": shared}, **paged.HOW)
+        built = stages(
+            t.attend_tiles, capability, pointers, {**constants, "SHARED": shared}, **paged.LAUNCH_OPTIONS
+        )
         ptx = built["ptx"]
         assert ("mma.sync" in ptx) == (kind != "fp32")
         assert "wgmma" not in ptx
         assert "tf32" not in ptx
         assert built["shared"] <= 99 * 1024  # of any GPU from 8.0 on
-        # Keys and values come 16 bytes at a time, though each has two places to come from.
+        # Keys and values are loaded 16 bytes at a time, although each has two possible sources.
         assert len(re.findall(r"cp\.async\.cg.*0x10", ptx)) >= 8
         assert kind == "fp32" or "fma.rn.f32" not in ptx
         layouts.append(layouts_of_sums(built["ttgir"]))
     assert len(layouts[0]) == 2  # the maximum, and the sum
     assert layouts[0] == layouts[1]
     last = {"SPLIT": paged.SPLIT, "BLOCK_R": 4, "BLOCK_K": 128}
-    merge = {"out": kind, **{n: where[n] for n in ("start", "held", "offsets")}, **parts}
-    assert "fma.rn.f32" not in stages(t.merge_splits, capability, merge, {**PAGED, **last}, **paged.HOW)["ptx"]
+    merge = {"out": kind, **{n: where[n] for n in ("start", "held", "offsets")}, **partials}
+    assert (
+        "fma.rn.f32"
+        not in stages(t.merge_splits, capability, merge, {**PAGED, **last}, **paged.LAUNCH_OPTIONS)["ptx"]
+    )
     kept_at = {**entries, **{n: where[n] for n in ("start", "offsets", "table")}}
     sizes = {"G": 8, "K": 128, **pages, "BLOCK": 1024, "BLOCK_G": 8}
-    stages(t.remember, capability, kept_at, sizes, **paged.HOW)
+    stages(t.write_kv, capability, kept_at, sizes, **paged.LAUNCH_OPTIONS)

@@ -39,7 +39,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def near(actual: Tensor, wanted: Tensor, units: float = 2.0) -> None:
+def assert_close(actual: Tensor, wanted: Tensor, units: float = 2.0) -> None:
     """Within two roundings of the type, of values of size 1 and more."""
     assert actual.dtype == wanted.dtype
     bound = units * ULP[actual.dtype]
@@ -50,8 +50,8 @@ def near(actual: Tensor, wanted: Tensor, units: float = 2.0) -> None:
 @pytest.mark.parametrize("shape", [(1, 40), (2, 3, 300), (17, 64), (300, 7)])
 def test_norm_and_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, up, weight = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype), normal(shape[-1], dtype=dtype)
-    near(gpu.rms_norm(x, weight, 1e-5), elementwise.rms_norm_twin(x, weight, 1e-5))
-    near(gpu.silu_mul(x, up), elementwise.silu_mul_twin(x, up))
+    assert_close(gpu.rms_norm(x, weight, 1e-5), elementwise.rms_norm_twin(x, weight, 1e-5))
+    assert_close(gpu.silu_mul(x, up), elementwise.silu_mul_twin(x, up))
     assert torch.equal(gpu.rms_norm(x, weight, 1e-5)[:1], gpu.rms_norm(x[:1], weight, 1e-5))
     assert {"rms_norm", "silu_mul"} == set(launched)
 
@@ -60,21 +60,21 @@ def test_norm_and_gate(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("heads", [1, 6, 9])
 def test_rotation(heads: int, dtype: torch.dtype) -> None:
     x, angle = normal(2, 3, heads, 10, dtype=dtype), 10 * normal(2, 3, 1, 5)
-    near(gpu.rotate(x, angle.cos(), angle.sin()), elementwise.rotate_twin(x, angle.cos(), angle.sin()))
+    assert_close(gpu.rotate(x, angle.cos(), angle.sin()), elementwise.rotate_twin(x, angle.cos(), angle.sin()))
     shared = angle[0]  # (T, 1, K/2) for both rows
-    near(gpu.rotate(x, shared.cos(), shared.sin()), elementwise.rotate_twin(x, shared.cos(), shared.sin()))
+    assert_close(gpu.rotate(x, shared.cos(), shared.sin()), elementwise.rotate_twin(x, shared.cos(), shared.sin()))
     assert set(launched) == {"rotate"}
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """attention() as two tokens take it, which is PyTorch's."""
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """attention() of two tokens, which uses PyTorch."""
     return attention(q.repeat_interleave(2, 1), k, v, seen.repeat_interleave(2, 1))[:, :1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "S", "H", "G", "K"), [(1, 1, 6, 3, 10), (3, 300, 8, 2, 16), (2, 700, 20, 1, 40)])
 def test_attention_of_one_token(B: int, S: int, H: int, G: int, K: int, dtype: torch.dtype) -> None:
-    """Over a ring longer than what is looked at, by position, with NaN wherever nothing is visible."""
+    """A ring with more slots than visible positions, and NaN in all invisible slots."""
     q = normal(B, 1, H, K, dtype=dtype)
     k, v = (normal(B, S + 5, G, K, dtype=dtype)[:, :S] for _ in "kv")
     p_q = torch.arange(S, S + B, device=DEVICE)[:, None]
@@ -83,19 +83,19 @@ def test_attention_of_one_token(B: int, S: int, H: int, G: int, K: int, dtype: t
     for window in (None, 7):
         seen = visible(p_q, p_k, window)  # (B, 1, S)
         wanted = decode.decode_attention_twin(q, k, v, seen)
-        near(wanted, plain(q, k, v, seen), units=8)
+        assert_close(wanted, reference_attention(q, k, v, seen), units=8)
         poisoned = [t.masked_fill(~seen[:, 0, :, None, None], float("nan")) for t in (k, v)]
-        near(decode.decode_attention(q, *poisoned, seen), wanted)
-        for row in range(B):  # a row alone is the row among others
+        assert_close(decode.decode_attention(q, *poisoned, seen), wanted)
+        for row in range(B):  # a single row equals the row of the batch
             alone = slice(row, row + 1)
             one = decode.decode_attention(q[alone], k[alone], v[alone], seen[alone])
             assert torch.equal(one, decode.decode_attention(q, k, v, seen)[alone])
-    near(decode.decode_attention(q, k, v, None), decode.decode_attention_twin(q, k, v, None))
+    assert_close(decode.decode_attention(q, k, v, None), decode.decode_attention_twin(q, k, v, None))
     assert set(launched) == {"attend_split", "attend_merge"}
 
 
-def test_every_number_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that comes poisoned: splits in which nothing is visible must write their shares all the same."""
+def test_all_partial_results_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers contain NaN: splits without visible keys must write their partial results too."""
     real, made = torch.empty, []
 
     def poisoned(*size: int, **how: object) -> Tensor:
@@ -105,16 +105,16 @@ def test_every_number_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     B, S, G, R, K = 2, 1100, 2, 3, 16
     q, k, v = normal(B, 1, G * R, K), normal(B, S, G, K), normal(B, S, G, K)
     seen = torch.zeros(B, 1, S, dtype=torch.bool, device=DEVICE)
-    seen[:, :, 600:650] = True  # two of the five splits hold all there is
+    seen[:, :, 600:650] = True  # two of the five splits contain all visible keys
     wanted = decode.decode_attention_twin(q, k, v, seen)
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda t: poisoned(t.shape, dtype=t.dtype, device=t.device))
-    near(decode.decode_attention(q, k, v, seen), wanted)
+    assert_close(decode.decode_attention(q, k, v, seen), wanted)
     assert len(made) == 4
     assert not any(t.isnan().any() for t in made)
 
 
-def test_more_room_in_the_ring_changes_nothing() -> None:
+def test_the_capacity_of_the_ring_does_not_matter() -> None:
     B, S, G, R, K = 2, 300, 2, 3, 16
     q, k, v = normal(B, 1, G * R, K), normal(B, 900, G, K), normal(B, 900, G, K)
     seen = torch.arange(900, device=DEVICE).expand(B, 1, -1) < S
@@ -123,8 +123,8 @@ def test_more_room_in_the_ring_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("window", [8, None])
-def test_the_model_decodes_through_it(window: int | None) -> None:
-    """Rows in step and out of step, static and not, past the window: the logits of the uncached forward."""
+def test_decode_uses_the_kernel(window: int | None) -> None:
+    """Rows at equal and different positions, static and not, beyond the window: logits of the uncached forward."""
     args = tiny_args(sliding_window=window)
     model = tiny_model(args, torch.float32).to(DEVICE)
     tokens = tokens_of((2, 22)).to(DEVICE)

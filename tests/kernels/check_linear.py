@@ -14,7 +14,7 @@ from torch import Tensor
 from mistral_7b.kernels.backend import has_fp8
 from mistral_7b.kernels.gpu import weight_only as w
 
-SHAPES = ((37, 70), (300, 261), (33, 1100))  # N, K: multiples of no block
+SHAPES = ((37, 70), (300, 261), (33, 1100))  # N, K: no multiples of a block
 ROWS = (1, 2, 3, 16, 17, 64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ def int4_weight(N: int, K: int, group: int, symmetric: bool) -> tuple[Tensor, Te
 
 @pytest.fixture(autouse=True)
 def _kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a test means the kernel, its twin must not do the work: `launched` counts."""
+    """Checks that tests of the kernels do not use the twins: `launched` lists the launches."""
     torch.manual_seed(0)
     launched.clear()
     real = w._launch
@@ -50,7 +50,7 @@ launched: list[str] = []
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_int8_is_its_twin_to_the_bit(N: int, K: int, dtype: torch.dtype) -> None:
+def test_int8_is_bit_identical_to_the_twin(N: int, K: int, dtype: torch.dtype) -> None:
     q, scale = draw(N, K, low=0, high=256), scales(N)
     for M in ROWS if N < 100 else (1, 17):
         x = draw(M, K, low=-8, high=9, dtype=dtype)
@@ -63,7 +63,9 @@ def test_int8_is_its_twin_to_the_bit(N: int, K: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_int4_is_its_twin_to_the_bit(N: int, K: int, dtype: torch.dtype, group: int, symmetric: bool) -> None:
+def test_int4_is_bit_identical_to_the_twin(
+    N: int, K: int, dtype: torch.dtype, group: int, symmetric: bool
+) -> None:
     (packed, m, z), scale = int4_weight(N, K, group, symmetric), scales(N)
     for M in ROWS if N < 100 and symmetric else (1, 17):
         x = draw(M, K, low=-8, high=9, dtype=dtype)
@@ -73,34 +75,34 @@ def test_int4_is_its_twin_to_the_bit(N: int, K: int, dtype: torch.dtype, group: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_expanded_weights_are_rounded_once(dtype: torch.dtype) -> None:
+def test_dequantized_weights_are_rounded_once(dtype: torch.dtype) -> None:
     N, K, group = 37, 261, 32
     scale = torch.rand(N, device=DEVICE)
     q = draw(N, K, low=0, high=256)
     assert torch.equal(w.expand_int8(q, scale, dtype), ((q.float() - 128) * scale[:, None]).to(dtype))
     packed, m, z = int4_weight(N, K, group, symmetric=False)
-    wanted = (w.whole_int4(packed, m, z, group, K) * scale[:, None]).to(dtype)
+    wanted = (w.int4_integers(packed, m, z, group, K) * scale[:, None]).to(dtype)
     assert torch.equal(w.expand_int4(packed, m, z, scale, group, K, dtype), wanted)
-    assert set(launched) == {"expand8", "expand4"}
+    assert set(launched) == {"dequantize8", "dequantize4"}
 
 
 @pytest.mark.parametrize("M", [65, 300])
-def test_many_rows_go_through_the_expanded_weight(M: int) -> None:
+def test_many_rows_use_the_dequantized_weight(M: int) -> None:
     N, K, group = 37, 70, 32
     x, scale = torch.randn(M, K, device=DEVICE), torch.rand(N, device=DEVICE)
     q, (packed, m, z) = draw(N, K, low=0, high=256), int4_weight(N, K, group, symmetric=True)
     torch.testing.assert_close(w.int8_linear(x, q, scale), w.int8_twin(x, q, scale), rtol=1e-5, atol=1e-3)
     wanted = w.int4_twin(x, packed, m, z, scale, group)
     torch.testing.assert_close(w.int4_linear(x, packed, m, z, scale, group), wanted, rtol=1e-5, atol=1e-3)
-    assert set(launched) == {"expand8", "expand4"}
+    assert set(launched) == {"dequantize8", "dequantize4"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("M", [1, 2, 17, 64, 300])
-def test_fp8_is_near_its_twin(M: int, dtype: torch.dtype) -> None:
+def test_fp8_is_close_to_the_twin(M: int, dtype: torch.dtype) -> None:
     if not INTERPRETED and not has_fp8(DEVICE):
         pytest.skip("this GPU has no fp8")
-    for N, K in ((33, 70), (48, 272)):  # the second is one that torch._scaled_mm takes
+    for N, K in ((33, 70), (48, 272)):  # torch._scaled_mm supports the second
         q, scale = w.to_fp8(torch.randn(N, K, device=DEVICE))
         x = torch.randn(M, K, device=DEVICE).to(dtype)
         wanted = w.fp8_twin(x, q, scale).float()
@@ -109,18 +111,18 @@ def test_fp8_is_near_its_twin(M: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fp8_rounds_as_its_twin(dtype: torch.dtype) -> None:
+def test_fp8_quantization_is_bit_identical_to_the_twin(dtype: torch.dtype) -> None:
     x = (torch.randn(17, 300, device=DEVICE) * torch.logspace(-4, 4, 17, device=DEVICE)[:, None]).to(dtype)
     x[5] = 0
     (q, scale), (wanted, wanted_scale) = w.to_fp8(x), w.to_fp8_twin(x)
     assert torch.equal(scale, wanted_scale)
     assert torch.equal(q.view(torch.uint8), wanted.view(torch.uint8))
-    assert launched == ["round_fp8"]
+    assert launched == ["quantize_fp8"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_is_the_same_whatever_rows_there_are(dtype: torch.dtype) -> None:
-    """Real activations: within 2 to 64 rows as it comes, from 1 to 100 with `invariant`."""
+def test_results_are_batch_invariant(dtype: torch.dtype) -> None:
+    """Activations in general: 2 to 64 rows by default, 1 to 100 with `invariant`."""
     N, K, group = 33, 1100, 128
     x, scale = torch.randn(100, K, device=DEVICE).to(dtype), torch.rand(N, device=DEVICE)
     q, (packed, m, z) = draw(N, K, low=0, high=256), int4_weight(N, K, group, symmetric=False)
@@ -150,7 +152,7 @@ def test_leading_dimensions_and_no_rows() -> None:
     assert w.int4_linear(empty, packed, m, z, scale, 32).shape == (2, 0, 37)
 
 
-def test_sums_are_cut_where_outputs_alone_would_not_fill_a_gpu() -> None:
+def test_k_is_split_if_outputs_do_not_fill_a_gpu() -> None:
     assert w._split(1024, 4096, 8, 1024) == (2, 2048)
     assert w._split(14336, 4096, 8, 1024) == (1, 4096)
     for N, K in ((1, 1), (5, 70_000), (1024, 14336), (33, 1100)):

@@ -1,4 +1,4 @@
-"""Attention over pages against its twin, and rows against themselves; run by test_triton_kernels.py.
+"""Paged attention against its twin, and batch invariance of rows; run by test_triton_kernels.py.
 
 Splits, blocks and tiles are small here, so that short sequences have several of each.
 """
@@ -46,7 +46,7 @@ def _small_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Batch(NamedTuple):
-    """What `paged_attend` is given, flat."""
+    """The arguments of `paged_attend`, flat."""
 
     q: Tensor
     k: Tensor
@@ -65,7 +65,7 @@ class Batch(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A sequence (T, ...) of queries, keys and values, to be cut into what is remembered and what is new."""
+    """A sequence (T, ...) of queries, keys and values, to be split into cached and new tokens."""
 
     q: Tensor
     k: Tensor
@@ -81,7 +81,7 @@ def batch(
     cases: Sequence[Case], starts: Sequence[int], lengths: Sequence[int], *, int8: bool = False,
     held: Sequence[int] | None = None, columns: int = 0,
 ) -> Batch:  # fmt: skip
-    """Rows start..start + length of each case, what is held before them in pages in no order.
+    """Rows start..start + length of each case, with the cached positions before them in shuffled pages.
 
     Whatever else lies in the pages is NaN, scales in int8, and entries of the table that nobody may read
     point far outside of all memory.
@@ -98,14 +98,14 @@ def batch(
         used = slice((s - h) // PAGE, -(-(s + n) // PAGE))
         table[b, used] = places[b, used]
         for p in range(s - h, s):
-            old = [form for t in (case.k, case.v) for form in forms(t[p], int8)]
+            old = [form for t in (case.k, case.v) for form in quantized_if(t[p], int8)]
             for pool, t in zip(pools, old, strict=True):
                 pool[places[b, p // PAGE], p % PAGE] = t
     q, k, v = (
         torch.cat([t[s : s + n] for t, s, n in zip(ts, starts, lengths, strict=True)])
         for ts in zip(*cases, strict=True)
     )
-    new = (*forms(k, int8), *forms(v, int8))
+    new = (*quantized_if(k, int8), *quantized_if(v, int8))
     k, v, k_scale, v_scale = (new[0], new[2], new[1], new[3]) if int8 else (*new, None, None)
     old_k, old_v, *scales = (pools[0], pools[2], pools[1], pools[3]) if int8 else (*pools, None, None)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -113,15 +113,15 @@ def batch(
     return Batch(q, k, v, k_scale, v_scale, old_k, old_v, *scales, *(t.to(DEVICE) for t in where), PAGE)
 
 
-def forms(t: Tensor, int8: bool) -> tuple[Tensor, ...]:
+def quantized_if(t: Tensor, int8: bool) -> tuple[Tensor, ...]:
     return quantize_kv(t) if int8 else (t,)
 
 
-def attended(given: Batch, window: int | None, **how: bool) -> Tensor:
-    return paged.paged_attend(*given[:5], remembered(given), window, **how)
+def paged_attend_of(given: Batch, window: int | None, **how: bool) -> Tensor:
+    return paged.paged_attend(*given[:5], cache_of(given), window, **how)
 
 
-def remembered(given: Batch) -> Remembered:
+def cache_of(given: Batch) -> Remembered:
     place = Place(given.start, given.held, 1, 0, given.table, given.page, given.offsets)
     return Remembered(*given[5:9], place)
 
@@ -131,11 +131,11 @@ def copied(given: Batch) -> Batch:
 
 
 def twin(given: Batch, window: int | None) -> Tensor:
-    """In float64, and written to the pages as well."""
-    return attend_twin(*given[:5], remembered(given), window, keep=True)
+    """The twin's result in float64; it also writes to the pages."""
+    return attend_twin(*given[:5], cache_of(given), window, keep=True)
 
 
-def near(actual: Tensor, wanted: Tensor) -> None:
+def assert_close(actual: Tensor, wanted: Tensor) -> None:
     """Within a few roundings of the type, of values of size 1 and more."""
     assert actual.dtype == wanted.dtype
     bound = 3 * ULP[actual.dtype]
@@ -143,16 +143,18 @@ def near(actual: Tensor, wanted: Tensor) -> None:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, NaN included."""
+    """Whether tensors are bit-identical, including NaN."""
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def both_ways(monkeypatch: pytest.MonkeyPatch, given: Batch, window: int | None, **how: bool) -> Tensor:
-    """One program a tile and, on the same pages, splits shared out: the same bits in results and in pages."""
+def one_program_and_split(
+    monkeypatch: pytest.MonkeyPatch, given: Batch, window: int | None, **how: bool
+) -> Tensor:
+    """Runs with one program per tile and with split programs; results and pages must be bit-identical."""
     ways, outs = (given, copied(given)), []
     for way, programs in zip(ways, (1, 2048), strict=True):
         monkeypatch.setattr(paged, "PROGRAMS", programs)
-        outs.append(attended(way, window, **how))
+        outs.append(paged_attend_of(way, window, **how))
     assert not outs[0].isnan().any()
     assert torch.equal(*outs)
     return outs[0]
@@ -166,63 +168,63 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("dtype", "window", "int8"), KINDS)
-def test_a_ragged_batch_is_the_twin(
+def test_packed_batches_match_the_twin(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None, int8: bool
 ) -> None:
     cases = [sequence(110, 4, 2, 10, dtype) for _ in RAGGED["starts"]]
-    held = [min(s, (window or 51) - 1) for s in RAGGED["starts"]]  # without a window, less than would be seen
+    held = [min(s, (window or 51) - 1) for s in RAGGED["starts"]]  # without a window, fewer than visible
     given = batch(cases, **RAGGED, held=held, int8=int8)
     beside = copied(given)
-    out, wanted = both_ways(monkeypatch, given, window), twin(beside, window)
-    near(out, wanted)
-    for ours, theirs in zip(given[5:9], beside[5:9], strict=True):  # the pages, what is written and what is not
+    out, wanted = one_program_and_split(monkeypatch, given, window), twin(beside, window)
+    assert_close(out, wanted)
+    for ours, theirs in zip(given[5:9], beside[5:9], strict=True):  # all pages, written or not
         assert ours is None or same(ours, theirs)
     assert [name for name, _ in launched] == [
         "attend_tiles",
-        "remember",
+        "write_kv",
         "attend_tiles",
         "merge_splits",
-        "remember",
+        "write_kv",
     ]
     if window is None:  # the negative control
         assert (twin(copied(beside), 8).double() - out.double()).abs().max() > 0.1
 
 
-def test_with_the_sizes_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_default_block_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in IN_USE.items():
         monkeypatch.setattr(paged, name, value)
     given = batch([sequence(620, 4, 1, 16, torch.bfloat16) for _ in "ab"], [610, 60], [1, 9])
     wanted = twin(copied(given), 560)
-    near(both_ways(monkeypatch, given, 560), wanted)
+    assert_close(one_program_and_split(monkeypatch, given, 560), wanted)
 
 
 @pytest.mark.parametrize(("H", "G", "K"), [(2, 2, 16), (5, 1, 20), (20, 1, 3), (6, 2, 33)])
-def test_any_shape_of_heads(monkeypatch: pytest.MonkeyPatch, H: int, G: int, K: int) -> None:
+def test_head_shapes(monkeypatch: pytest.MonkeyPatch, H: int, G: int, K: int) -> None:
     given = batch([sequence(50, H, G, K) for _ in "ab"], [40, 1], [1, 9])
     wanted = twin(copied(given), 30)
-    near(both_ways(monkeypatch, given, 30), wanted)
+    assert_close(one_program_and_split(monkeypatch, given, 30), wanted)
 
 
 @pytest.mark.parametrize(
     ("dtype", "window", "int8"),
     [(torch.float32, None, False), (torch.bfloat16, 8, False), (torch.bfloat16, 40, True)],
 )
-def test_a_row_is_the_same_in_any_chunk_place_and_company(
+def test_a_row_depends_on_its_keys_only(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None, int8: bool
 ) -> None:
     length = 90  # more than two windows, and splits
     case, other = sequence(length, 2, 1, 10, dtype), sequence(length, 2, 1, 10, dtype)
-    whole = attended(batch([case], [0], [length], int8=int8), window, keep=False)
+    whole = paged_attend_of(batch([case], [0], [length], int8=int8), window, keep=False)
     for start, T in ((0, 1), (89, 1), (31, 2), (29, 13)):
         held = start if window is None else min(start, window - 1)
         given = batch([other, case, other], [40, start, 3], [1, T, 1], held=[40, held, 3], int8=int8)
-        beside = both_ways(monkeypatch, given, window, keep=False)[1 : T + 1]
+        beside = one_program_and_split(monkeypatch, given, window, keep=False)[1 : T + 1]
         assert torch.equal(beside, whole[start : start + T]), (start, T)
     assert {name for name, _ in launched} == {"attend_tiles", "merge_splits"}
 
 
-def test_rows_that_no_sequence_owns_give_zeros_and_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fills a captured batch up: rows after the last offset, and sequences without rows."""
+def test_padding_rows_give_zeros_and_write_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padding of a captured batch: rows after the last offset, and sequences without rows."""
     given = batch([sequence(80, 4, 2, 10) for _ in range(3)], [70, 5, 40], [1, 1, 9])
     real = copied(given)._replace(
         q=given.q[:2], k=given.k[:2], v=given.v[:2], offsets=given.offsets[:3], start=given.start[:2]
@@ -232,75 +234,75 @@ def test_rows_that_no_sequence_owns_give_zeros_and_are_not_kept(monkeypatch: pyt
         **{name: torch.tensor(value, device=DEVICE) for name, value in padding.items()},
         table=torch.cat([given.table[:2], torch.full_like(given.table[:2], 2**40)]),
     )
-    out = both_ways(monkeypatch, padded, None)
-    near(out[:2], twin(real, None))
+    out = one_program_and_split(monkeypatch, padded, None)
+    assert_close(out[:2], twin(real, None))
     assert not out[2:].any()
     assert same(padded.old_k, real.old_k)
 
 
-def test_without_keep_pages_stay_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_keep_pages_are_not_written_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = sequence(70, 2, 1, 10)
     given = batch([case, case], [60, 0], [9, 33])
     before = copied(given)
-    out = both_ways(monkeypatch, given, None, keep=False)
+    out = one_program_and_split(monkeypatch, given, None, keep=False)
     assert same(given.old_k, before.old_k)
-    near(out, twin(before, None))
-    moved = torch.tensor([60, 1000], device=DEVICE)  # nothing remembered: positions begin where they like
+    assert_close(out, twin(before, None))
+    moved = torch.tensor([60, 1000], device=DEVICE)  # nothing cached: positions may begin anywhere
     none = given._replace(table=given.table[:, :0], start=moved, held=0 * moved)
-    near(both_ways(monkeypatch, none, None, keep=False)[9:], out[9:])
+    assert_close(one_program_and_split(monkeypatch, none, None, keep=False)[9:], out[9:])
     assert {name for name, _ in launched} == {"attend_tiles", "merge_splits"}
 
 
-def test_rows_of_a_wider_matrix_are_taken_as_they_lie() -> None:
-    """q, k and v as one product gives them, side by side."""
+def test_strided_rows_are_not_copied() -> None:
+    """q, k and v as column ranges of one product."""
     given = batch([sequence(80, 4, 2, 16)], [70], [10])
     wide = torch.cat([t.flatten(1) for t in (given.q, given.k, given.v)], 1)
     q, k, v = (t.unflatten(1, (-1, 16)) for t in wide.split([64, 32, 32], 1))
     assert not q.is_contiguous()
     parted = copied(given)._replace(q=q, k=k, v=v)
-    assert torch.equal(attended(parted, 30), attended(given, 30))
+    assert torch.equal(paged_attend_of(parted, 30), paged_attend_of(given, 30))
     assert same(parted.old_v, given.old_v)
 
 
-def test_the_operator_comes_here_for_pages_and_packed_rows() -> None:
-    """Called as a CUDA device calls it; for anything else the twin works, a rectangle over pages say."""
+def test_the_operator_uses_this_kernel_for_packed_rows_over_pages() -> None:
+    """The operator as called for a CUDA device; other cases, as a rectangle over pages, use the twin."""
     given = batch([sequence(40, 4, 2, 10) for _ in "ab"], [30, 5], [1, 1])
     *tensors, start, held, offsets, table, page = given
-    wanted = attended(copied(given), 20)
+    wanted = paged_attend_of(copied(given), 20)
     launched.clear()
     out = attend._attend(*tensors, start, held, 1, 0, table, page, offsets, 20, True)
     assert torch.equal(out, wanted)
-    assert [name for name, _ in launched] == ["attend_tiles", "remember"]
+    assert [name for name, _ in launched] == ["attend_tiles", "write_kv"]
     whole = [None if t is None else t[:, None] for t in tensors[:5]]
     out = attend._attend(*whole, *tensors[5:], start, held, 1, 0, table, page, None, 20, True)
-    near(out[:, 0], wanted)
+    assert_close(out[:, 0], wanted)
     assert len(launched) == 2
 
 
-def test_what_is_launched_depends_on_sizes_alone() -> None:
-    """So that a captured graph is right for other values in the same tensors."""
+def test_launches_depend_on_sizes_only() -> None:
+    """A captured graph must be valid for other values in the same tensors."""
     cases = [sequence(160, 4, 2, 10) for _ in range(3)]
     grids = []
     for starts, lengths in (([140, 0, 9], [1, 1, 1]), ([0, 0, 0], [3, 0, 0]), ([99, 3, 150], [0, 2, 1])):
         launched.clear()
-        attended(batch(cases, starts, lengths, columns=40), 50)
+        paged_attend_of(batch(cases, starts, lengths, columns=40), 50)
         grids.append(list(launched))
     assert grids[0] == grids[1] == grids[2]
     assert len(grids[0]) == 3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="graphs are captured on a GPU")
-def test_a_captured_graph_goes_on_with_other_values() -> None:
+def test_a_captured_graph_is_valid_for_other_values() -> None:
     cases = [sequence(160, 4, 2, 10) for _ in range(3)]
     first, second = (batch(cases, starts, [1, 1, 1], columns=40) for starts in ([140, 0, 9], [3, 150, 70]))
-    wanted, held = attended(copied(second), 50), copied(first)
+    wanted, held = paged_attend_of(copied(second), 50), copied(first)
     aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        attended(copied(first), 50)
+        paged_attend_of(copied(first), 50)
     torch.cuda.current_stream().wait_stream(aside)
     with torch.cuda.graph(graph, stream=aside):
-        out = attended(held, 50)
+        out = paged_attend_of(held, 50)
     for place, value in zip(held, second, strict=True):
         if isinstance(place, Tensor) and isinstance(value, Tensor):
             place.copy_(value)

@@ -1,4 +1,4 @@
-"""The structures that Python passes are those that the C++ reads: the same names, fields, order and types."""
+"""The structures of arguments.py and of the C++ headers have the same names, fields, order and types."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STRUCTURES = {
 CTYPES = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
 
 
-def spelt(name: str) -> tuple[str | None, list[tuple[str, type]]]:
-    """A structure of the C++: what it extends, and its fields."""
+def parse_struct(name: str) -> tuple[str | None, list[tuple[str, type]]]:
+    """The base and the fields of a C++ structure."""
     pattern = rf"^struct {name}(?: : (\w+))? \{{\n(.*?)^\}};"
     ((base, body),) = [m for path in HEADERS for m in re.findall(pattern, path.read_text(), re.M | re.S)]
     fields = []
@@ -39,14 +39,14 @@ def spelt(name: str) -> tuple[str | None, list[tuple[str, type]]]:
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_every_structure_is_spelt_alike_in_both(name: str) -> None:
+def test_structures_have_the_fields_of_the_headers(name: str) -> None:
     kind = STRUCTURES[name]
-    base, fields = spelt(name)
+    base, fields = parse_struct(name)
     assert [(field, found) for field, found in kind._fields_] == fields
     assert kind.__base__ is (STRUCTURES[base] if base else ctypes.Structure)
 
 
-def test_every_function_takes_a_structure_that_is_there() -> None:
+def test_every_function_takes_a_known_structure() -> None:
     source = compiler.SOURCE.read_text()
     taken = dict(re.findall(r"^void m7b_(\w+)\(const (\w+)\* \w+\)", source, re.M))
     assert set(taken) == set(compiler.FUNCTIONS)
@@ -54,8 +54,8 @@ def test_every_function_takes_a_structure_that_is_there() -> None:
 
 
 @pytest.mark.skipif(compiler.compiler() is None, reason="no C++ compiler on this machine")
-def test_every_structure_has_the_size_that_the_compiler_gives_it(tmp_path: Path) -> None:
-    """Which the fields' own names and types would not show: alignment, and a structure that extends another."""
+def test_structures_have_the_sizes_of_the_compiler(tmp_path: Path) -> None:
+    """Detects differences in alignment and inheritance, which names and types do not show."""
     source, program = tmp_path / "sizes.cpp", tmp_path / "sizes"
     lines = "".join(f'    std::printf("{name} %zu\\n", sizeof({name}));\n' for name in STRUCTURES)
     include = f'#include <cstdio>\n#include "{compiler.SOURCE.with_name("layers.h")}"\n'
@@ -68,9 +68,9 @@ def test_every_structure_has_the_size_that_the_compiler_gives_it(tmp_path: Path)
     assert sizes == {name: ctypes.sizeof(kind) for name, kind in STRUCTURES.items()}
 
 
-def test_a_field_that_moved_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_field_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(compiler.SOURCE.parent, tmp_path / "cpu")
     moved = tmp_path / "cpu" / "elementwise.h"
     moved.write_text(moved.read_text().replace("int64_t M, D;", "int64_t D, M;"))
     monkeypatch.setattr("test_arguments.HEADERS", [moved])
-    assert spelt("RMSNormCall")[1] != list(arguments.RMSNormCall._fields_)
+    assert parse_struct("RMSNormCall")[1] != list(arguments.RMSNormCall._fields_)

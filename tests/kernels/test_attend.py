@@ -1,4 +1,4 @@
-"""Attention over a ring or pages against its twin, and rows against themselves in any chunk, place and company.
+"""Attention over a ring or pages against its twin, and rows in different chunks, storage and batches.
 
 Here sequences come as a rectangle; test_attend_packed.py has them packed.
 """
@@ -24,7 +24,7 @@ compiled = pytest.mark.skipif(
 
 
 class Case(NamedTuple):
-    """A sequence (T, ...) of queries, keys and values, to be cut into what is remembered and what is new."""
+    """A sequence (T, ...) of queries, keys and values, to be split into cached and new tokens."""
 
     q: Tensor
     k: Tensor
@@ -43,7 +43,7 @@ def forms(t: Tensor, int8: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def chunk(cases: list[Case], starts: list[int], T: int, slots: int, window: int | None, pages: int = 0) -> Tensor:
-    """Queries starts..starts+T of each sequence, what comes before laid into rings, or pages in no order."""
+    """Queries starts..starts+T of each sequence, with the positions before in rings or shuffled pages."""
     int8 = cases[0].int8
     old = []
     q = torch.stack([c.q[s : s + T] for c, s in zip(cases, starts, strict=True)])
@@ -80,12 +80,12 @@ if os.environ.get(compiler.VARIABLE):  # see test_linear.py
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("H", "G", "K"), SHAPES)
-def test_a_whole_sequence_is_the_twin(H: int, G: int, K: int, window: int | None, int8: bool) -> None:
+def test_a_whole_sequence_matches_the_twin(H: int, G: int, K: int, window: int | None, int8: bool) -> None:
     for T in (1, 2, 64, 67, 300):
         chunk([sequence(T, H, G, K, int8)], [0], T, 512, window)
 
 
-def test_the_twin_is_softmax_under_the_one_rule() -> None:
+def test_the_twin_is_windowed_softmax_attention() -> None:
     case, p = sequence(40, 6, 3, 10), torch.arange(40)
     wanted = attention(case.q.double(), case.k.double(), case.v.double(), visible(p, p, 8))
     none = torch.zeros(0, 3, 10).bfloat16()
@@ -101,9 +101,7 @@ def test_the_twin_is_softmax_under_the_one_rule() -> None:
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("window", [None, 8, 100])
 @pytest.mark.parametrize(("H", "G", "K"), [SHAPES[0], (6, 3, 10)])
-def test_a_row_is_the_same_in_any_chunk_place_and_company(
-    H: int, G: int, K: int, window: int | None, int8: bool
-) -> None:
+def test_a_row_depends_on_its_keys_only(H: int, G: int, K: int, window: int | None, int8: bool) -> None:
     length = 260  # more than two windows
     case, other = sequence(length, H, G, K, int8), sequence(length, H, G, K, int8, seed=1)
     whole = chunk([case], [0], length, 300, window)[0]
@@ -112,14 +110,14 @@ def test_a_row_is_the_same_in_any_chunk_place_and_company(
             got = chunk([case], [start], T, 300, window)[0]
             assert torch.equal(got, whole[start : start + T]), (T, start)
     ring = window or 300
-    for start in (5, 64, 200):  # beside others out of step, in a ring that has gone round, and in pages
+    for start in (5, 64, 200):  # in a batch at other positions, in a ring that has wrapped around, and in pages
         beside = chunk([other, case, other], [start + 7, start, 3], 5, ring, window)[1]
         assert torch.equal(beside, whole[start : start + 5])
         paged = chunk([other, case], [30, start], 5, 300, window, pages=16)[1]
         assert torch.equal(paged, whole[start : start + 5])
 
 
-def test_int8_keys_and_values_lose_little() -> None:
+def test_int8_keys_and_values_are_close() -> None:
     plain, small = (chunk([sequence(200, 8, 2, 128, int8)], [0], 200, 256, None) for int8 in (False, True))
     far = (plain.float() - small.float()).norm() / plain.float().norm()
     assert 1e-4 < far < 0.02

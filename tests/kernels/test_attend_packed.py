@@ -1,4 +1,4 @@
-"""Packed queries over pages, as many of each sequence as it has, against the twin and each sequence alone."""
+"""Packed queries over pages, of different lengths, against the twin and each sequence alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mistral_7b.kernels.attend import Place, Remembered, attend, attend_twin
 from mistral_7b.kernels.cpu import compiler
 
-# (first new position, new tokens): decoding, drafts and chunks of prompts, in no order
+# (first new position, new tokens): decode, draft tokens and prompt chunks
 RAGGED = [(130, 1), (0, 65), (63, 2), (70, 64), (64, 7), (200, 1), (0, 1), (5, 130), (12, 0), (150, 2)]
 SHAPES = [(8, 2, 128), (6, 3, 10)]
 if os.environ.get(compiler.VARIABLE):  # see test_linear.py
@@ -21,7 +21,7 @@ if os.environ.get(compiler.VARIABLE):  # see test_linear.py
 
 
 class Packed:
-    """Sequences whose past lies in pages in no order; all else there is poison, which any product would spread."""
+    """Sequences cached in shuffled pages; all other slots are NaN, which any product would spread."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class Packed:
         starts, lengths = ([span[i] for span in spans] for i in (0, 1))
         held = [min(s, held_at_most, (window or 300) - 1) for s in starts]
         columns = max(-(-(s + n) // page) for s, n in spans)
-        last = len(cases) * columns  # a page that belongs to no one
+        last = len(cases) * columns  # a page of no sequence
         order = random.Random(1).sample(range(last), last)
         table = torch.tensor(order).view(len(cases), columns)
-        self.rows: list[list[int]] = []  # where each sequence's new tokens go
+        self.rows: list[list[int]] = []  # the rows of each sequence's new tokens
         self.entries = [
             torch.full(
                 ((last + 1) * page, *t.shape[1:]), torch.nan if t.is_floating_point() else 77, dtype=t.dtype
@@ -62,7 +62,7 @@ class Packed:
         return [t for t in (k, v, k_scale, v_scale) if t is not None]
 
     def run(self, twin: bool = False, keep: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """What the queries see, and what then lies in the pages."""
+        """The attention result, and the pages after the call."""
         none = [] if self.int8 else [None, None]
         entries = [t.clone() for t in self.entries]
         old = Remembered(*entries, *none, self.place)
@@ -92,7 +92,7 @@ def test_packed_queries_over_pages(H: int, G: int, K: int, window: int | None, p
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_what_is_no_longer_held_is_not_touched(int8: bool) -> None:
+def test_positions_before_held_are_not_read(int8: bool) -> None:
     cases = [sequence(202, 8, 2, 128, int8, seed) for seed in range(len(RAGGED))]
     packed = Packed(cases, RAGGED, None, 16, held_at_most=40)
     out = packed.run()[0]
@@ -101,7 +101,7 @@ def test_what_is_no_longer_held_is_not_touched(int8: bool) -> None:
 
 
 @pytest.mark.parametrize("int8", [False, True])
-def test_what_is_new_goes_to_its_rows_and_no_others(int8: bool) -> None:
+def test_new_keys_are_written_to_their_rows_only(int8: bool) -> None:
     cases = [sequence(202, 32, 8, 128, int8, seed) for seed in range(len(RAGGED))]  # enough for several threads
     packed = Packed(cases, RAGGED, 100, 16)
     out, entries = packed.run(keep=True)
@@ -116,7 +116,7 @@ def test_what_is_new_goes_to_its_rows_and_no_others(int8: bool) -> None:
 
 @compiled
 def test_packed_queries_over_rings() -> None:
-    """A ring takes them too; of a chunk longer than the ring only the end stays."""
+    """Rings support packed queries too; of a chunk longer than the ring only the end is written."""
     slots, spans = 70, [(30, 1), (64, 5), (3, 130)]
     cases = [sequence(202, 8, 2, 128, seed=seed) for seed in range(3)]
     laid = torch.full((2, 3 * slots, 2, 128), torch.nan).bfloat16()

@@ -1,4 +1,4 @@
-"""Which backend computes what, and that nothing else in the package decides it."""
+"""The selection of backends, and that no other module selects one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 
 
 class Library:
-    """A compiled library that there need not be."""
+    """A stand-in for a compiled library."""
 
     def m7b_instructions(self) -> bytes:
         return b"AVX9"
@@ -36,12 +36,12 @@ def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INTERPRETED", False)
 
 
-def decided(
-    operation: Operation, device: torch.device, dtype: torch.dtype = BF16, *, fitting: bool = True,
+def decide(
+    operation: Operation, device: torch.device, dtype: torch.dtype = BF16, *, types_match: bool = True,
     gradient: bool = False, compiling: bool = False,
 ) -> tuple[Backend, str]:  # fmt: skip
-    """By the rules, whatever was decided before."""
-    return backend._reasoned(operation, device, dtype, fitting, gradient, compiling, compiler.library())
+    """The result of the rules, without the cache."""
+    return backend._apply_rules(operation, device, dtype, types_match, gradient, compiling, compiler.library())
 
 
 @pytest.mark.usefixtures("_compiled")
@@ -49,7 +49,7 @@ def decided(
     ("operation", "device", "dtype", "wanted"),
     [
         (backend.QUANTIZED_LINEAR, CPU, BF16, Backend.CPU),
-        (backend.QUANTIZED_LINEAR, CPU, F64, Backend.CPU),  # by way of float32
+        (backend.QUANTIZED_LINEAR, CPU, F64, Backend.CPU),  # converted to float32
         (backend.RMS_NORM, CPU, F32, Backend.CPU),
         (backend.RMS_NORM, CPU, F64, Backend.PYTORCH),
         (backend.RMS_NORM, CUDA, F16, Backend.TRITON),
@@ -76,65 +76,65 @@ def decided(
         (backend.LINEAR, CUDA, BF16, Backend.PYTORCH),
         (backend.PACKED_LINEAR, CPU, F32, Backend.PYTORCH),
         (backend.STEP, CUDA, BF16, Backend.CUDA_GRAPH),
-        (backend.STEP, CUDA, F64, Backend.PYTORCH),  # attention asks the host where pages lie
+        (backend.STEP, CUDA, F64, Backend.PYTORCH),  # attention reads the block table on the host
         (backend.STEP, CPU, BF16, Backend.PYTORCH),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_each_operation_goes_to_its_backend(
+def test_each_operation_selects_its_backend(
     operation: Operation, device: torch.device, dtype: torch.dtype, wanted: Backend
 ) -> None:
-    found, reason = decided(operation, device, dtype)
+    found, reason = decide(operation, device, dtype)
     assert found is wanted
     assert reason
 
 
 @pytest.mark.usefixtures("_compiled")
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_kernels_give_way_to_gradients_other_types_and_torch_compile(device: torch.device) -> None:
+def test_gradients_other_types_and_torch_compile_do_not_use_kernels(device: torch.device) -> None:
     for operation in backend.OPERATIONS.values():
-        before, _ = decided(operation, device)
+        before, _ = decide(operation, device)
         if before not in (Backend.CPU, Backend.TRITON):
             continue
-        assert "gradient" in decided(operation, device, gradient=True)[1]
-        assert "different types" in decided(operation, device, fitting=False)[1]
-        under, reason = decided(operation, device, compiling=True)
+        assert "gradient" in decide(operation, device, gradient=True)[1]
+        assert "different types" in decide(operation, device, types_match=False)[1]
+        under, reason = decide(operation, device, compiling=True)
         assert (under is before) == operation.operator
         assert operation.operator or "torch.compile" in reason
 
 
 @pytest.mark.usefixtures("_compiled")
-def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decided(backend.ATTENTION, CPU) == (Backend.CPU, "compiled for AVX9")
-    assert decided(backend.ATTENTION, CPU, F32)[1] == "it takes bfloat16, not float32"
+def test_the_reason_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decide(backend.ATTENTION, CPU) == (Backend.CPU, "compiled for AVX9")
+    assert decide(backend.ATTENTION, CPU, F32)[1] == "the kernel supports bfloat16, not float32"
     monkeypatch.setattr(backend, "has_triton", lambda: False)
-    assert decided(backend.WEIGHT_ONLY, CUDA) == (Backend.PYTORCH, "Triton is not installed")
-    assert decided(backend.STEP, CUDA)[0] is Backend.PYTORCH
+    assert decide(backend.WEIGHT_ONLY, CUDA) == (Backend.PYTORCH, "Triton is not installed")
+    assert decide(backend.STEP, CUDA)[0] is Backend.PYTORCH
     monkeypatch.setattr(backend, "has_triton", lambda: True)
     monkeypatch.setattr(backend, "has_fp8", lambda device: False)
-    assert "compute capability 8.9" in decided(backend.ROUND_FP8, CUDA)[1]
-    assert "compute capability 8.9" in decided(backend.FP8_LINEAR, CUDA)[1]
+    assert "compute capability 8.9" in decide(backend.ROUND_FP8, CUDA)[1]
+    assert "compute capability 8.9" in decide(backend.FP8_LINEAR, CUDA)[1]
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert "AVX-512" in decided(backend.PACKED_LINEAR, CPU)[1]
+    assert "AVX-512" in decide(backend.PACKED_LINEAR, CPU)[1]
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    assert decided(backend.PACKED_LINEAR, CPU)[0] is Backend.ONEDNN
+    assert decide(backend.PACKED_LINEAR, CPU)[0] is Backend.ONEDNN
     monkeypatch.setattr(compiler, "library", lambda: None)
     monkeypatch.setattr(compiler, "missing", lambda: "no compiler")
-    assert decided(backend.ATTENTION, CPU) == (Backend.PYTORCH, "no compiler")
+    assert decide(backend.ATTENTION, CPU) == (Backend.PYTORCH, "no compiler")
     monkeypatch.setattr(compiler, "missing", lambda: "")
     monkeypatch.setenv(compiler.VARIABLE, "off")
-    assert decided(backend.ATTENTION, CPU) == (Backend.PYTORCH, "MISTRAL_7B_KERNELS=off")
+    assert decide(backend.ATTENTION, CPU) == (Backend.PYTORCH, "MISTRAL_7B_KERNELS=off")
 
 
 @pytest.mark.usefixtures("_compiled")
-def test_the_interpreter_takes_what_the_cpp_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interpreter_runs_what_the_cpp_does_not_support(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INTERPRETED", True)
-    assert decided(backend.WEIGHT_ONLY, CPU)[0] is Backend.TRITON
-    assert decided(backend.PAGED_ATTENTION, CPU, F32)[0] is Backend.TRITON
-    assert decided(backend.PAGED_ATTENTION, CPU, BF16)[0] is Backend.CPU
+    assert decide(backend.WEIGHT_ONLY, CPU)[0] is Backend.TRITON
+    assert decide(backend.PAGED_ATTENTION, CPU, F32)[0] is Backend.TRITON
+    assert decide(backend.PAGED_ATTENTION, CPU, BF16)[0] is Backend.CPU
 
 
-def test_tensors_are_looked_at() -> None:
+def test_the_choice_depends_on_types_and_gradients_of_all_tensors() -> None:
     x, weight = torch.ones(2, 8, dtype=BF16), torch.ones(8, dtype=BF16)
     there = Backend.PYTORCH if compiler.library() is None else Backend.CPU
     assert choose(backend.RMS_NORM, x, weight).backend is there
@@ -147,10 +147,10 @@ def test_tensors_are_looked_at() -> None:
     assert not uses(Backend.CPU, backend.ROTATE, x.view(2, 1, 8), angles.double(), angles.double())
 
 
-def test_a_compiled_graph_keeps_the_choice_as_a_constant() -> None:
+def test_the_choice_is_a_constant_of_a_compiled_graph() -> None:
     def chosen(x: torch.Tensor) -> torch.Tensor:
         doubled = uses(Backend.CPU, backend.ATTENTION, x)
-        block = uses(Backend.CPU, backend.BLOCK, x)  # no operator: never while torch.compile traces
+        block = uses(Backend.CPU, backend.BLOCK, x)  # no operator: never used while torch.compile traces
         return x * (1 + doubled) + block
 
     x = torch.ones(3, dtype=BF16)
@@ -158,7 +158,7 @@ def test_a_compiled_graph_keeps_the_choice_as_a_constant() -> None:
     assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(x), wanted)
 
 
-def test_the_doctors_table_is_the_backends() -> None:
+def test_doctor_prints_the_choices() -> None:
     facts = doctor.kernel_facts()
     assert facts["running"] == backend.running()
     table = facts["operations"]["cpu"]
@@ -172,24 +172,27 @@ def test_the_doctors_table_is_the_backends() -> None:
     assert all(len(name) <= doctor.NAMES for name in rows)
 
 
-# What tells of a choice between backends, outside of backend.py: module -> the signs that it may show, and why.
+# Signs of a backend selection allowed outside backend.py: module -> its signs, and the reason.
 ALLOWED = {
     "kernels/cpu/compiler.py": (
         {"VARIABLE", "capability"},
-        "builds what the variable names; the seam asks it",
+        "builds what the variable names; backend.py calls it",
     ),
-    "kernels/cpu/calls.py": ({"library", "dtype"}, "calls the library that the seam has chosen"),
-    "kernels/gpu/launch.py": ({"cuda"}, "makes the device of a tensor the current one"),
-    "kernels/gpu/graph.py": ({"cuda"}, "records on a device that the seam has chosen"),
-    "kernels/gpu/paged.py": ({"dtype"}, "sizes of blocks by the type, in a kernel that the seam has chosen"),
-    "kernels/cpu/huge_pages.py": ({"device"}, "huge pages are memory of the CPU's"),
+    "kernels/cpu/calls.py": ({"library", "dtype"}, "calls the library that backend.py has selected"),
+    "kernels/gpu/launch.py": ({"cuda"}, "makes the device of a tensor current"),
+    "kernels/gpu/graph.py": ({"cuda"}, "captures on a device that backend.py has selected"),
+    "kernels/gpu/paged.py": (
+        {"dtype"},
+        "block sizes depend on the type, in a kernel that backend.py has selected",
+    ),
+    "kernels/cpu/huge_pages.py": ({"device"}, "huge pages are CPU memory"),
     "engine/pages.py": ({"device"}, "the same"),
     "engine/memory.py": ({"device", "cuda"}, "how much memory a device has"),
-    "bench/run.py": ({"library"}, "compiles before anything is timed"),
-    "cli/inputs.py": ({"available"}, "which device is meant by `auto`"),
-    "cli/doctor.py": ({"available", "cuda", "capability"}, "tells what PyTorch and the machine have"),
-    "bench/peers/hf_transformers.py": ({"capability"}, "says in the record what the peer ran on"),
-    "bench/peers/ours.py": ({"capability"}, "says in the record what PyTorch ran on"),
+    "bench/run.py": ({"library"}, "compiles before timing"),
+    "cli/inputs.py": ({"available"}, "resolves the device `auto`"),
+    "cli/doctor.py": ({"available", "cuda", "capability"}, "reports what PyTorch and the machine have"),
+    "bench/peers/hf_transformers.py": ({"capability"}, "records what the peer ran on"),
+    "bench/peers/ours.py": ({"capability"}, "records what PyTorch ran on"),
     "bench/serving/ours.py": ({"capability"}, "the same"),
     "cli/serve.py": ({"available"}, "whether packages of the extra `serve` are installed"),
     "model.py": ({"device"}, "MPS has no float64; meta has no memory"),
@@ -200,7 +203,7 @@ FLOATING = {"bfloat16", "float16", "float32", "float64"}
 
 
 def signs(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """What looks like a choice of a backend: which sign, and its line."""
+    """Signs of a backend selection, with their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             inside = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
@@ -222,12 +225,12 @@ def signs(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield "dtype", node.lineno
 
 
-def strangers(source: str, name: str) -> list[str]:
+def forbidden_signs(source: str, name: str) -> list[str]:
     allowed = ALLOWED.get(name, (set(), ""))[0]
     return [f"{name}:{line} {sign}" for sign, line in signs(ast.parse(source)) if sign not in allowed]
 
 
-def test_no_other_module_chooses_a_backend() -> None:
+def test_no_other_module_selects_a_backend() -> None:
     seen: set[tuple[str, str]] = set()
     found = []
     for path in sorted(ROOT.rglob("*.py")):
@@ -236,10 +239,10 @@ def test_no_other_module_chooses_a_backend() -> None:
             continue
         source = path.read_text(encoding="utf-8")
         seen |= {(name, sign) for sign, _ in signs(ast.parse(source))}
-        found += strangers(source, name)
+        found += forbidden_signs(source, name)
     assert not found
     unused = {(name, sign) for name, (allowed, _) in ALLOWED.items() for sign in allowed} - seen
-    assert not unused, "allowed, and nowhere to be seen"
+    assert not unused, "allowed but not present"
 
 
 @pytest.mark.parametrize(
@@ -258,5 +261,5 @@ def test_no_other_module_chooses_a_backend() -> None:
         "torch.ops.mkldnn._is_mkldnn_bf16_supported()",
     ],
 )
-def test_the_reader_of_sources_sees_a_choice(source: str) -> None:
-    assert strangers(source, "cache.py")
+def test_the_source_check_finds_a_selection(source: str) -> None:
+    assert forbidden_signs(source, "cache.py")

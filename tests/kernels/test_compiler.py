@@ -1,4 +1,4 @@
-"""The C++ sources: one piece, of which every file counts and every file is shipped."""
+"""The C++ sources: all are compiled, hashed and packaged."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def test_the_entry_includes_every_source() -> None:
             seen.add(path)
             todo += [path.with_name(name) for name in re.findall(r'#include "(.+)"', path.read_text())]
     assert sorted(seen) == compiler.sources()
-    order = re.findall(r"//   (\w+\.h) ", compiler.SOURCE.read_text())  # in which it says they are to be read
+    order = re.findall(r"//   (\w+\.h) ", compiler.SOURCE.read_text())  # the documented reading order
     assert sorted([*order, "entry.cpp"]) == [path.name for path in compiler.sources()]
     for i, name in enumerate(order):
         included = re.findall(r'#include "(.+)"', compiler.SOURCE.with_name(name).read_text())
         assert set(included) <= set(order[:i]), name
 
 
-def test_a_library_is_known_by_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_depends_on_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(compiler.SOURCE.parent, tmp_path / "cpu")
     monkeypatch.setattr(compiler, "SOURCE", tmp_path / "cpu" / "entry.cpp")
     seen = {compiler._fingerprint("true", [])}
@@ -40,15 +40,15 @@ def test_a_library_is_known_by_every_source(tmp_path: Path, monkeypatch: pytest.
     assert compiler._fingerprint("true", ["-O3"]) not in seen
 
 
-def test_what_has_to_be_compiled_is_known_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_must_compile_is_true_until_the_library_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiler, "compiler", lambda: "true")
     assert compiler.must_compile()
-    place = compiler._place("true", compiler.asked())
-    place.parent.mkdir(parents=True)
-    place.touch()
+    path = compiler._library_path("true", compiler.requested())
+    path.parent.mkdir(parents=True)
+    path.touch()
     assert not compiler.must_compile()
-    place.unlink()
+    path.unlink()
     with monkeypatch.context() as changed:
         changed.setenv(compiler.VARIABLE, "off")
         assert not compiler.must_compile()
@@ -56,13 +56,13 @@ def test_what_has_to_be_compiled_is_known_beforehand(tmp_path: Path, monkeypatch
     assert not compiler.must_compile()
 
 
-def test_instructions_that_are_unknown_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_instruction_sets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(compiler.VARIABLE, "avx1024")
     with refused(ConfigError, field="MISTRAL_7B_KERNELS"):
-        compiler.asked()
+        compiler.requested()
 
 
-def test_every_source_is_shipped() -> None:
+def test_every_source_is_packaged() -> None:
     root = Path(__file__).parents[2]
     globs = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
         "mistral_7b"

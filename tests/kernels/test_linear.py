@@ -1,4 +1,4 @@
-"""Products with quantized weights: every path of the kernels gives the twin's bits, over odd shapes."""
+"""Products with quantized weights: all instruction sets are bit-identical to the twin, for irregular shapes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from mistral_7b.quantization.linear import BlockLinear
 ROWS = (1, 2, 3, 4, 5, 16, 17, 64, 300)
 # N no multiple of 16, K no multiple of 64 or of a group; one tile, and more than one AMX block of each.
 SHAPES = [(1, 1), (5, 7), (16, 64), (33, 100), (48, 320), (67, 130), (130, 1100), (300, 2050)]
-if os.environ.get(compiler.VARIABLE):  # a path other than the machine's best: its loops, and no AMX blocks
+if os.environ.get(compiler.VARIABLE):  # not the best instruction set: its loops, and no AMX blocks
     SHAPES = [(1, 1), (33, 100), (67, 330)]
 
 
 def weights(n: int, k: int, group: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random int4 codes, groups and scale in tiles; z and m over all that they may be."""
+    """Random int4 codes, groups and scale in tiles; z and m cover their ranges."""
     draw = torch.Generator().manual_seed(seed)
     rows, columns = layout.padded(n, 16), layout.padded(k, max(group, 64))
     q = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=draw)
@@ -48,7 +48,7 @@ def activations(m: int, k: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("group", [32, 128])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_int4_and_the_int8_that_it_stands_for_are_the_twin(n: int, k: int, group: int, dtype: torch.dtype) -> None:
+def test_int4_and_its_int8_weight_match_the_twin(n: int, k: int, group: int, dtype: torch.dtype) -> None:
     codes, groups, scale = weights(n, k, group)
     whole = int_weight(codes, groups, group)
     as_int8 = layout.tile_int8((whole.short() + 128).to(torch.uint8))
@@ -64,7 +64,7 @@ def test_int4_and_the_int8_that_it_stands_for_are_the_twin(n: int, k: int, group
 @pytest.mark.parametrize("code", [0, 1, 128, 255])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_largest_products_do_not_saturate(bits: int, code: int) -> None:
-    """vpmaddubsw adds two products in 16 bits, and saturates: the largest codes by the largest activations."""
+    """vpmaddubsw adds two products in 16 bits with saturation: the largest codes and activations."""
     n, k = 17, 128
     for m in ROWS[:7]:
         x = torch.ones(m, k)
@@ -82,11 +82,11 @@ def test_the_largest_products_do_not_saturate(bits: int, code: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (33, 96), (67, 1120)])
-def test_blocks_are_their_twin(n: int, k: int, bits: int, dtype: torch.dtype) -> None:
+def test_blocks_match_the_twin(n: int, k: int, bits: int, dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(n)
     q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=draw)
     d = torch.randn(n, k // 32, generator=draw).half()
-    d[0, 0] = 2e-7  # below the normal numbers of float16
+    d[0, 0] = 2e-7  # subnormal in float16
     linear = BlockLinear(d, q, bits)
     for m in ROWS:
         x = activations(m, k, dtype)
@@ -98,7 +98,7 @@ def test_blocks_are_their_twin(n: int, k: int, bits: int, dtype: torch.dtype) ->
     assert (linear(x) - exact).norm() < 0.01 * exact.norm()
 
 
-def test_the_twin_is_a_product() -> None:
+def test_the_twin_is_close_to_the_float_product() -> None:
     codes, groups, scale = weights(33, 100, 32)
     x = activations(5, 100, torch.float32)
     weight = int_weight(codes, groups, 32)[:33, :100] * scale[:33, None]
@@ -125,39 +125,39 @@ def test_rows_do_not_depend_on_the_batch(bits: int) -> None:
         assert torch.equal(torch.cat([product(rows) for rows in x.split(m)]), alone)
 
 
-def test_rows_that_are_zero_infinite_or_no_number() -> None:
+def test_zero_infinite_and_nan_rows() -> None:
     codes, groups, scale = weights(16, 64, 32)
     x = torch.zeros(4, 64)
     x[1, 3], x[2, 3], x[3, 3] = torch.inf, torch.nan, 1e-42
     y = int4_linear(x, codes, groups, scale, 16, 32)
     assert torch.equal(y, linear_twin(x, int_weight(codes, groups, 32), scale)) or y[1:3].isnan().all()
     assert torch.equal(y[0], torch.zeros(16))
-    assert not y[1].isfinite().any()  # nobody takes them for a result
+    assert not y[1].isfinite().any()  # invalid rows are visible in the result
     assert not y[2].isfinite().any()
     assert y[3].isfinite().all()
 
 
-def test_shapes_in_shapes_out() -> None:
+def test_leading_dimensions_are_kept() -> None:
     codes, groups, scale = weights(33, 100, 32)
     for shape in ((100,), (3, 100), (2, 3, 100), (0, 100), (2, 0, 100)):
         y = int4_linear(torch.ones(shape), codes, groups, scale, 33, 32)
         assert y.shape == (*shape[:-1], 33)
-    turned = torch.randn(100, 6).T  # not contiguous
+    transposed = torch.randn(100, 6).T  # not contiguous
     assert torch.equal(
-        int4_linear(turned, codes, groups, scale, 33, 32),
-        int4_linear(turned.contiguous(), codes, groups, scale, 33, 32),
+        int4_linear(transposed, codes, groups, scale, 33, 32),
+        int4_linear(transposed.contiguous(), codes, groups, scale, 33, 32),
     )
 
 
-def test_activations_are_rounded_to_nearest_even_of_127_steps() -> None:
+def test_activations_are_rounded_to_nearest_even() -> None:
     q, scale = quantize_rows(torch.tensor([[127.0, 0.5, 1.5, -2.5, -127.0]]))
     assert q.tolist() == [[127, 0, 2, -2, -127]]
     assert scale.item() == 1
 
 
-def test_tiles_are_where_the_layout_says() -> None:
+def test_tiles_follow_the_layout() -> None:
     q = torch.arange(32 * 64, dtype=torch.int32).view(32, 64)
-    tiles = layout.tile_int8(q)  # any type will do
+    tiles = layout.tile_int8(q)  # works for any type
     assert tiles.shape == (2, 16, 16, 4)
     assert tiles[1, 5, 3, 2] == q[16 + 3, 4 * 5 + 2]
     assert torch.equal(layout.untile_int8(tiles), q)
@@ -169,7 +169,7 @@ def test_tiles_are_where_the_layout_says() -> None:
     assert torch.equal(layout.untile_int4(tiles), q4)
 
 
-def test_compiled_models_see_through_the_operators() -> None:
+def test_torch_compile_supports_the_operators() -> None:
     codes, groups, scale = weights(33, 100, 32)
     x = activations(3, 100, torch.float32)
 
@@ -184,8 +184,8 @@ def test_compiled_models_see_through_the_operators() -> None:
 
 @pytest.mark.skipif(compiler.compiler() is None, reason="no C++ compiler on this machine")
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "scalar", "off"])
-def test_every_path_gives_the_same_bits(instructions: str) -> None:
-    """This file again, with fewer shapes, in a process for which the kernels are compiled otherwise."""
+def test_instruction_sets_are_bit_identical(instructions: str) -> None:
+    """Runs this file with fewer shapes in a process with another instruction set."""
     if os.environ.get(compiler.VARIABLE):
         pytest.skip("this is that process")
     if instructions in ("avx2", "avx512") and instructions not in Path("/proc/cpuinfo").read_text():
@@ -200,7 +200,7 @@ def test_every_path_gives_the_same_bits(instructions: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_the_path_is_the_one_asked_for() -> None:
-    asked, found = compiler.asked(), backend.running()
+def test_the_requested_instruction_set_is_used() -> None:
+    requested, found = compiler.requested(), backend.running()
     wanted = {"avx512": "AVX-512 VNNI", "avx2": "AVX2", "scalar": "scalar", "off": "PyTorch operators"}
-    assert asked == "native" or found == wanted[asked]
+    assert requested == "native" or found == wanted[requested]

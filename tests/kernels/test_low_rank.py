@@ -1,4 +1,4 @@
-"""What adapters add, against float64 and against each row alone, over sizes that fill no vector."""
+"""LoRA updates against float64 and against single rows, for sizes that are no multiples of a vector."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def exact(ranks: LowRanks, rows: dict[int, list[int]], x: Tensor, y: Tensor) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("K", "N"), SIZES)
-def test_each_adapter_adds_to_its_own_rows(K: int, N: int, dtype: torch.dtype) -> None:
+def test_each_adapter_updates_its_own_rows(K: int, N: int, dtype: torch.dtype) -> None:
     mixture = Mixture()
     ranks, x, y = ranks_of(K, N, dtype, mixture), torch.randn(23, K).to(dtype), torch.randn(23, N).to(dtype)
     rows = {2: [4], 0: [0, 1, 2, 3, 22, 20], 4: [5, 6], 3: [21, *range(7, 17)]}
@@ -47,7 +47,7 @@ def test_each_adapter_adds_to_its_own_rows(K: int, N: int, dtype: torch.dtype) -
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("K", "N"), SIZES)
-def test_a_row_has_the_same_bits_alone(K: int, N: int, dtype: torch.dtype) -> None:
+def test_a_row_is_bit_identical_in_any_batch(K: int, N: int, dtype: torch.dtype) -> None:
     mixture = Mixture()
     ranks, x, y = ranks_of(K, N, dtype, mixture), torch.randn(30, K).to(dtype), torch.randn(30, N).to(dtype)
     rows = {1: list(range(11)), 3: list(range(11, 30))}
@@ -67,7 +67,7 @@ def test_a_row_has_the_same_bits_alone(K: int, N: int, dtype: torch.dtype) -> No
             assert torch.equal(alone[0], together[row])
 
 
-def test_another_number_of_rows_is_refused_and_left_alone() -> None:
+def test_a_mismatched_number_of_rows_is_not_updated() -> None:
     mixture = Mixture()
     for dtype in (torch.float32, torch.float64):
         ranks, x, y = ranks_of(8, 9, dtype, mixture), torch.randn(3, 8).to(dtype), torch.randn(3, 9).to(dtype)
@@ -80,7 +80,7 @@ def test_another_number_of_rows_is_refused_and_left_alone() -> None:
         assert mixture.refused == 0
 
 
-def test_a_gradient_goes_through_the_twin() -> None:
+def test_gradients_use_the_twin() -> None:
     mixture = Mixture()
     ranks, x = ranks_of(8, 9, torch.float32, mixture), torch.randn(3, 8, requires_grad=True)
     mixture.choose({1: [0, 2]}, 3, "cpu")

@@ -1,4 +1,4 @@
-"""Every Triton kernel against its twin: interpreted, compiled for GPUs that are not here, and on one that is.
+"""All Triton kernels against their twins: in the interpreter, compiled for GPUs, and on a GPU if present.
 
 Each in a process of its own, because Triton reads TRITON_INTERPRET when it is first imported, which another
 test may have done.
@@ -42,7 +42,7 @@ def test_in_the_interpreter(check: str) -> None:
 
 @WITHOUT
 @pytest.mark.slow
-def test_compiled_for_gpus_that_are_not_here() -> None:
+def test_compile_for_other_gpus() -> None:
     run("check_compiled.py", interpret=False)
 
 

@@ -1,4 +1,4 @@
-"""The twins of the Triton kernels: what they compute, from the definitions, without Triton."""
+"""The twins of the Triton kernels against their definitions, without Triton."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def draw(*shape: int, low: int, high: int) -> torch.Tensor:
     return torch.randint(low, high, shape).to(torch.uint8)
 
 
-def test_nibbles_lie_low_first_in_whole_words() -> None:
+def test_nibbles_are_packed_low_first_in_whole_words() -> None:
     q = draw(3, 37, low=0, high=16)
     packed = w.pack_int4(q)
     assert packed.shape == (3, 32)
@@ -25,11 +25,11 @@ def test_nibbles_lie_low_first_in_whole_words() -> None:
     assert packed[1, 2] == q[1, 4] + 16 * q[1, 5]
     assert not packed[:, 19:].any()
     assert torch.equal(w.unpack_int4(packed, 37), q)
-    assert w.pack_int4(draw(3, 4096, low=0, high=16)).shape == (3, 2048)  # 4 bits a weight and no more
+    assert w.pack_int4(draw(3, 4096, low=0, high=16)).shape == (3, 2048)  # exactly 4 bits per weight
 
 
-def test_int8_and_int4_from_their_definition() -> None:
-    """The formulas of the docstring, a weight at a time, in float64 (which has no kernel and no rounding)."""
+def test_int8_and_int4_match_their_definition() -> None:
+    """The formulas of the docstring, weight by weight, in float64 (which has no kernel and no rounding)."""
     N, K, group = 5, 70, 32
     x, scale = torch.randn(4, K, dtype=torch.float64), torch.rand(N)
     q8, q4 = draw(N, K, low=0, high=256), draw(N, K, low=0, high=16)
@@ -47,10 +47,10 @@ def test_int8_and_int4_from_their_definition() -> None:
     torch.testing.assert_close(w.expand_int8(q8, scale, torch.float64), w8, rtol=1e-6, atol=1e-6)
     wide = w.expand_int4(packed, m, z, scale, group, K, torch.float64)
     torch.testing.assert_close(wide, w4, rtol=1e-6, atol=1e-6)
-    assert w.whole_int4(packed, m, z, group, K).abs().max() <= 127  # an int4 weight is an int8 weight
+    assert w.int4_integers(packed, m, z, group, K).abs().max() <= 127  # an int4 weight is an int8 weight
 
 
-def test_fp8_rounds_rows_to_their_own_largest_value() -> None:
+def test_fp8_scales_rows_by_their_absmax() -> None:
     x = torch.randn(6, 64) * torch.logspace(-4, 4, 6)[:, None]
     x[3] = 0
     q, scale = w.to_fp8(x)
@@ -66,8 +66,8 @@ def test_fp8_rounds_rows_to_their_own_largest_value() -> None:
     assert w.fp8_linear(x.bfloat16(), weight, w_scale).dtype == torch.bfloat16
 
 
-def test_gradients_reach_the_activations() -> None:
-    """QLoRA trains through a quantized weight: there the twin works, on a GPU too."""
+def test_gradients_of_activations() -> None:
+    """QLoRA needs gradients through a quantized weight, which use the twin, also on a GPU."""
     x = torch.randn(3, 70, requires_grad=True)
     q, scale = draw(5, 70, low=0, high=256), torch.rand(5)
     w.int8_linear(x, q, scale).sum().backward()
@@ -75,7 +75,7 @@ def test_gradients_reach_the_activations() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_without_a_gpu_the_fused_steps_are_what_the_model_computes(dtype: torch.dtype) -> None:
+def test_the_twins_match_the_model(dtype: torch.dtype) -> None:
     model = tiny_model(TINY, dtype)
     x = torch.randn(2, 5, TINY.dim).to(dtype)
     norm, forward = model.layers[0].ffn_norm, model.layers[0].feed_forward
@@ -88,7 +88,7 @@ def test_without_a_gpu_the_fused_steps_are_what_the_model_computes(dtype: torch.
     assert torch.equal(rotate_twin(heads, *rope), rotate(heads, rope))
 
 
-def test_the_operators_know_the_gpu() -> None:
+def test_the_operators_are_registered_for_cuda() -> None:
     for name in ("rms_norm", "silu_mul", "rotate", "attend"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mistral_7b::{name}", "CUDA")
 

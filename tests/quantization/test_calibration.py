@@ -1,4 +1,4 @@
-"""Calibrated rounding: against GPTQ as published, against rounding to nearest, and the bars."""
+"""Calibrated rounding against published GPTQ and round-to-nearest, and its quality limits."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ DOCUMENTS = [tokens_of((30,), seed=s).tolist() for s in range(8)]
 
 
 def correlated(rows: int, columns: int) -> Tensor:
-    """Inputs that few directions explain, of unequal power."""
+    """Inputs with few principal components, of unequal energy."""
     few = torch.randn(rows, columns // 8) @ torch.randn(columns // 8, columns)
     return (few + 0.3 * torch.randn(rows, columns)) * torch.linspace(0.2, 3, columns)
 
 
-def fed(x: Tensor) -> Feedback:
+def feedback_of(x: Tensor) -> Feedback:
     feedback = Feedback(x.shape[1])
     for part in x.split(100):
         feedback.add(part)
@@ -54,7 +54,7 @@ def output_error(x: Tensor, weight: Tensor, rounded: Tensor) -> float:
 
 
 def gptq_as_published(weight: Tensor, x: Tensor, q: Int4Codes, group_size: int) -> Tensor:
-    """arXiv:2210.17323, equations 2 and 3, a column at a time with the inverse: integers (N, K), in float64."""
+    """arXiv:2210.17323, equations 2 and 3, one column at a time with the inverse: integers (N, K), in float64."""
     ints, sx = quantize_rows(x)
     xq = (ints * sx).double()
     gram = xq.T @ xq
@@ -73,20 +73,20 @@ def gptq_as_published(weight: Tensor, x: Tensor, q: Int4Codes, group_size: int) 
 
 
 @pytest.mark.parametrize("scheme", INT4, ids=str)
-def test_feedback_is_gptq_as_published(scheme: Scheme) -> None:
+def test_feedback_is_equivalent_to_gptq(scheme: Scheme) -> None:
     x, weight = correlated(600, 200), torch.randn(19, 200)
-    found = fed(x).round_int4(weight, scheme.group_size, scheme.symmetric)
+    found = feedback_of(x).round_int4(weight, scheme.group_size, scheme.symmetric)
     wanted = gptq_as_published(weight, x, found, scheme.group_size)
-    # A hair in the sums may turn a rounding, and with it those that follow in its row.
+    # A small difference in sums may change a rounding, and then the following ones of its row.
     assert (found.integers()[:, :200] == wanted).all(1).float().mean() > 0.8
     assert (round_int4(weight, scheme.group_size, scheme.symmetric).integers()[:, :200] != wanted).any(1).all()
 
 
 @pytest.mark.parametrize("scheme", INT4, ids=str)
 def test_feedback_beats_rounding_to_nearest_on_the_same_grid(scheme: Scheme) -> None:
-    x, weight = correlated(2000, 320), torch.randn(1030, 320)  # more rows than are worked on at once
+    x, weight = correlated(2000, 320), torch.randn(1030, 320)  # more rows than are processed at a time
     nearest = round_int4(weight, scheme.group_size, scheme.symmetric)
-    found = fed(x).round_int4(weight, scheme.group_size, scheme.symmetric)
+    found = feedback_of(x).round_int4(weight, scheme.group_size, scheme.symmetric)
     for a, b in zip(found[1:], nearest[1:], strict=True):
         assert a.equal(b)
     assert found.q.max() <= 15
@@ -97,7 +97,7 @@ def test_feedback_beats_rounding_to_nearest_on_the_same_grid(scheme: Scheme) -> 
 
 def test_int8_feedback_beats_rounding_to_nearest() -> None:
     x, weight = correlated(2000, 320), torch.randn(40, 320)
-    found, nearest = fed(x).round_int8(weight), round_int8(weight)
+    found, nearest = feedback_of(x).round_int8(weight), round_int8(weight)
     assert found.scale.equal(nearest.scale)
     errors = [output_error(x, weight, q.integers() * q.scale[:, None]) for q in (found, nearest)]
     assert errors[0] < 0.5 * errors[1]
@@ -106,20 +106,20 @@ def test_int8_feedback_beats_rounding_to_nearest() -> None:
 @pytest.mark.parametrize("scheme", INT4, ids=str)
 def test_without_correlation_feedback_is_rounding_to_nearest(scheme: Scheme) -> None:
     weight = torch.randn(33, 160)
-    found = fed(torch.eye(160)).round_int4(weight, scheme.group_size, scheme.symmetric)
+    found = feedback_of(torch.eye(160)).round_int4(weight, scheme.group_size, scheme.symmetric)
     for a, b in zip(found, round_int4(weight, scheme.group_size, scheme.symmetric), strict=True):
         assert a[:, :160].equal(b[:, :160]) if a.dim() > 1 else a.equal(b)
 
 
-def test_inputs_that_are_always_zero_do_no_harm() -> None:
+def test_inputs_that_are_always_zero() -> None:
     x = correlated(300, 64)
     x[:, ::3] = 0
-    assert fed(x).round_int4(torch.randn(5, 64), 32, True).scale.isfinite().all()
-    assert fed(torch.zeros(9, 64)).round_int4(torch.randn(5, 64), 32, True).scale.isfinite().all()
+    assert feedback_of(x).round_int4(torch.randn(5, 64), 32, True).scale.isfinite().all()
+    assert feedback_of(torch.zeros(9, 64)).round_int4(torch.randn(5, 64), 32, True).scale.isfinite().all()
 
 
 def with_outliers(model: Mistral7B) -> Mistral7B:
-    """Channels made 10 to 40 times larger and what they meet smaller, wherever rescaling can undo it; in place."""
+    """Scales channels up by 10 to 40 and the weights they multiply down, where rescaling can undo it; in place."""
     args = model.args
     for block in model.layers:
         a, f = block.attention, block.feed_forward
@@ -149,7 +149,7 @@ def run(block: TransformerBlock, inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rescaling_keeps_the_function(dtype: torch.dtype) -> None:
-    """To the bit: the factors are powers of two. And every place that can be rescaled was."""
+    """Bit-identical, since the factors are powers of two. All rescalable tensors must have changed."""
     model = with_outliers(tiny_model(dtype=dtype))
     block = model.layers[0]
     before = copy.deepcopy(block)
@@ -158,14 +158,16 @@ def test_rescaling_keeps_the_function(dtype: torch.dtype) -> None:
     rescale_block(block, inputs, TINY, Scheme("int4", 32))
     for a, b in zip(run(block, inputs), wanted, strict=True):
         assert a.equal(b)
-    assert all(p.equal(q) for p, q in zip(held, before.parameters(), strict=True))  # mapped files stay as they are
+    assert all(
+        p.equal(q) for p, q in zip(held, before.parameters(), strict=True)
+    )  # memory-mapped tensors are not modified
     changed = {n for n, p in block.named_parameters() if not p.equal(before.get_parameter(n))}
     assert {"attention_norm.weight", "ffn_norm.weight"} < changed
     assert {f"attention.{n}.weight" for n in ("wq", "wk", "wv", "wo")} < changed
     assert {f"feed_forward.{n}.weight" for n in ("w1", "w2", "w3")} < changed
 
 
-def test_rescaling_pays_where_there_are_outliers_and_feedback_everywhere() -> None:
+def test_rescaling_helps_with_outliers_and_feedback_always() -> None:
     original = with_outliers(tiny_model())
     block, inputs = original.layers[0], [torch.randn(60, TINY.dim) for _ in range(10)]
     wanted = torch.cat(run(block, inputs))
@@ -174,7 +176,7 @@ def test_rescaling_pays_where_there_are_outliers_and_feedback_everywhere() -> No
         made = copy.deepcopy(block)
         if calibrated:
             out = calibrate_block(made, inputs, TINY, scheme)
-            assert torch.cat(out).equal(torch.cat(run(made, inputs)))  # what it returns is what the block gives
+            assert torch.cat(out).equal(torch.cat(run(made, inputs)))  # it returns the block's outputs
         else:
             for parent in (made.attention, made.feed_forward):
                 for name, linear in list(parent.named_children()):
@@ -186,7 +188,7 @@ def test_rescaling_pays_where_there_are_outliers_and_feedback_everywhere() -> No
         assert error(scheme, True) < 0.5 * error(scheme, False), scheme
 
 
-def test_a_model_streamed_block_by_block_is_the_model_calibrated_whole() -> None:
+def test_calibrating_block_by_block_equals_calibrating_the_model() -> None:
     scheme, names = Scheme("int4", 32), []
     whole = calibrate(with_outliers(tiny_model()), DOCUMENTS, scheme, names.append)
     assert names == ["layers.0", "layers.1", "output"]
@@ -202,14 +204,14 @@ def test_a_model_streamed_block_by_block_is_the_model_calibrated_whole() -> None
     assert all(left[name].equal(right[name]) for name in left)
 
 
-def test_tied_embeddings_part_when_they_are_quantized() -> None:
+def test_tied_embeddings_are_untied_by_quantization() -> None:
     args = mistral_7b.ModelArgs(**{**vars(TINY), "tie_embeddings": True})
     model = calibrate(tiny_model(args), DOCUMENTS, "int4")
     nearest = Int8Embedding.from_weight(tiny_model(args).tok_embeddings.weight)
     assert model.tok_embeddings.codes.equal(nearest.codes)
 
 
-def test_what_cannot_be_calibrated_is_refused_and_left_as_it_was() -> None:
+def test_invalid_calibration_is_refused_and_leaves_the_model_unchanged() -> None:
     model = tiny_model()
     with refused(QuantizationError, field="documents"):
         calibrate(model, [[]], "int4")
@@ -224,7 +226,7 @@ def test_what_cannot_be_calibrated_is_refused_and_left_as_it_was() -> None:
 
 
 def demo_documents(fate: str, tokens: int, every: int) -> list[list[int]]:
-    """Tokens from the middle of every so many-th file that the bundled model's manifest gives this fate."""
+    """Tokens from the middle of every n-th file with this `fate` in the bundled model's manifest."""
     manifest = json.loads((Path(mistral_7b.__file__).parent / "demo/manifest.json").read_text())
     tokenizer, root = Tokenizer.from_pretrained("demo"), Path(sysconfig.get_paths()["stdlib"])
     files = [root / f["file"] for f in manifest["files"] if f["fate"] == fate]
@@ -234,7 +236,7 @@ def demo_documents(fate: str, tokens: int, every: int) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_the_bundled_model_keeps_within_the_bars() -> None:
+def test_the_bundled_model_is_within_its_limits() -> None:
     """int4 loses at most 1% of perplexity, int8 0.1%; with outliers, rounding to nearest would lose far more."""
     original = Mistral7B.from_pretrained("demo", dtype=torch.float32).requires_grad_(False)
     train, held_out = demo_documents("train", 1024, every=180), demo_documents("held_out", 385, every=1)

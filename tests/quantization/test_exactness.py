@@ -1,4 +1,4 @@
-"""A quantized model is its plain PyTorch twin to the bit; a row's logits do not depend on what is beside it."""
+"""A quantized model is bit-identical to its plain PyTorch twin, and logits are batch-invariant."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Twin(nn.Module):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_model_is_its_twin_to_the_bit(scheme: str) -> None:
+def test_the_model_is_bit_identical_to_its_twin(scheme: str) -> None:
     model = model_of(scheme)
     twin = quantize(tiny_model(ARGS, torch.bfloat16), SCHEMES[scheme])
     replaced = replace_linears(
@@ -65,8 +65,8 @@ def test_the_model_is_its_twin_to_the_bit(scheme: str) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_sequence_in_chunks_of_any_size_gives_the_same_bits(scheme: str, window: int | None) -> None:
-    """One row at a time is decoding; 300 at once is prefill. Attention and both caches included."""
+def test_logits_do_not_depend_on_the_chunk_size(scheme: str, window: int | None) -> None:
+    """Chunks of 1 are decode, of 300 prefill, through attention and both caches."""
     model, tokens = model_of(scheme, window), tokens_of((1, 300))
     whole = model(tokens)[0]
     for size in ROWS:
@@ -82,8 +82,8 @@ def test_a_sequence_in_chunks_of_any_size_gives_the_same_bits(scheme: str, windo
 @compiled
 @torch.inference_mode()
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_row_in_a_batch_of_any_size_gives_the_same_bits(scheme: str) -> None:
-    """Prompts of other lengths beside it, in rings out of step, decoding together."""
+def test_logits_do_not_depend_on_the_batch(scheme: str) -> None:
+    """A batch with prompts of other lengths, in rings at other positions, decoded together."""
     model = model_of(scheme)
     tokens = tokens_of((max(ROWS), 30))
     alone, ring = [], model.rolling_cache(1)
@@ -101,7 +101,7 @@ def test_a_row_in_a_batch_of_any_size_gives_the_same_bits(scheme: str) -> None:
 
 @compiled
 @torch.inference_mode()
-def test_int8_keys_and_values_keep_the_promise_too() -> None:
+def test_int8_kv_cache_is_exact_too() -> None:
     model, tokens = model_of("int4"), tokens_of((1, 60))
     ring = model.rolling_cache(1, kv_dtype=torch.int8)
     whole = model(tokens, ring)[0]
@@ -112,7 +112,7 @@ def test_int8_keys_and_values_keep_the_promise_too() -> None:
 
 
 @torch.inference_mode()
-def test_packed_bfloat16_is_deterministic_where_that_is_asked_for() -> None:
+def test_packed_bfloat16_is_deterministic_on_request() -> None:
     args = tiny_args(dim=128, head_dim=32, hidden_dim=256, max_seq_len=512)
     model = quantize(tiny_model(args, torch.bfloat16), Scheme("bf16", deterministic=True))
     plain = quantize(tiny_model(args, torch.bfloat16), "bf16")
@@ -127,16 +127,16 @@ def test_packed_bfloat16_is_deterministic_where_that_is_asked_for() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_quantized_model_is_near_its_original(scheme: str, tied: bool) -> None:
+def test_a_quantized_model_is_close_to_its_original(scheme: str, tied: bool) -> None:
     args = tiny_args(dim=128, hidden_dim=256, tie_embeddings=tied)
     original, tokens = tiny_model(args, torch.bfloat16), tokens_of((1, 40), args)
     wanted = original(tokens)[0]
     got = quantize(tiny_model(args, torch.bfloat16), SCHEMES[scheme])(tokens)[0]
     far = float((got - wanted).norm() / wanted.norm())
-    assert 1e-4 < far < (0.1 if scheme == "int8" else 0.7)  # random weights are the worst there are
+    assert 1e-4 < far < (0.1 if scheme == "int8" else 0.7)  # random weights are the worst case
 
 
-def test_the_embedding_is_gathered_from_its_compressed_form() -> None:
+def test_the_embedding_is_dequantized_after_the_lookup() -> None:
     weight = torch.randn(19, 40).bfloat16()
     embedding = Int8Embedding.from_weight(weight)
     tokens = torch.tensor([[3, 18], [0, 3]])
@@ -157,7 +157,7 @@ def test_a_random_model_has_the_shape_and_size_of_a_quantized_one() -> None:
     assert random_model(ARGS, None)(tokens_of((1, 20)))[0].isfinite().all()
 
 
-def test_a_ring_of_another_shape_is_refused_before_the_kernels_write() -> None:
+def test_a_ring_of_another_shape_is_refused_before_writing() -> None:
     other = tiny_model(tiny_args(n_kv_heads=1), torch.bfloat16).rolling_cache(1)
     with refused(CacheError, field="cache"):
         model_of("int4")(tokens_of((1, 5)), other)

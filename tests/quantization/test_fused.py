@@ -1,4 +1,4 @@
-"""Fused blocks are built of a model's own parts: the parts stay what they were, names and numbers too."""
+"""Fused blocks share the parameters of a model, with the same names and results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mistral_7b.quantization import quantize
 from mistral_7b.quantization.fused import FusedBlock, FusedLayers, FusedRMSNorm, fuse, fused
 
 
-def test_blocks_are_built_of_the_models_own_parts() -> None:
+def test_fused_blocks_share_the_models_parameters() -> None:
     model = tiny_model(TINY, torch.float32)
     layers, norm, before = model.layers, model.norm, dict(model.named_parameters())
     blocks, parts = list(layers), [(b.attention, b.feed_forward, b.ffn_norm) for b in layers]
@@ -21,7 +21,7 @@ def test_blocks_are_built_of_the_models_own_parts() -> None:
     assert type(model.layers) is FusedLayers
     assert type(model.norm) is FusedRMSNorm
     assert all(type(block) is FusedBlock for block in model.layers)
-    # What was there is what it was, and not a model's any more.
+    # The original modules are unchanged, but no longer part of a model.
     assert type(layers) is Layers
     assert type(norm) is RMSNorm
     assert all(type(block) is TransformerBlock for block in blocks)
@@ -31,7 +31,7 @@ def test_blocks_are_built_of_the_models_own_parts() -> None:
     assert all(after[name] is before[name] for name in before)
 
 
-def test_they_compute_what_the_model_does() -> None:
+def test_fused_blocks_match_the_model() -> None:
     plain, model = tiny_model(TINY, torch.float32), tiny_model(TINY, torch.float32)
     fuse(model)
     tokens = tokens_of((2, 20))
@@ -39,7 +39,7 @@ def test_they_compute_what_the_model_does() -> None:
     torch.testing.assert_close(model(tokens)[0], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_part_of_another_kind_stays_and_fusing_twice_is_fusing_once() -> None:
+def test_unknown_modules_are_kept_and_fusing_is_idempotent() -> None:
     class Own(FeedForward):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
@@ -55,8 +55,8 @@ def test_a_part_of_another_kind_stays_and_fusing_twice_is_fusing_once() -> None:
 
 
 @torch.inference_mode()
-def test_a_copy_describes_its_own_weights() -> None:
-    """A description holds addresses, which are another's in a copy."""
+def test_a_copy_has_its_own_descriptor() -> None:
+    """A descriptor contains pointers, which are not valid in a copy."""
     model, tokens = quantize(tiny_model(TINY, torch.bfloat16), "int4"), tokens_of((1, 12))
     wanted = model(tokens, model.rolling_cache())[0]
     other = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""All blocks in one call over pages, packed, are the model over a ring, each sequence alone: to the bit."""
+"""All blocks in one call over pages, packed, are bit-identical to single sequences over rings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE, COLUMNS = 16, 8
 
 
 class Pages(KernelCache):
-    """A few sequences in pages in no order; `step` says how many tokens of each come next."""
+    """Sequences in shuffled pages; `step` sets the number of new tokens of each."""
 
     def __init__(self, model: Mistral7B, sequences: int, int8: bool, fast: bool) -> None:
         args = model.args
@@ -46,7 +46,7 @@ class Pages(KernelCache):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.fast else torch.float32  # another than the model's: block after block
+        return torch.bfloat16 if self.fast else torch.float32  # not the model's type: one call per block
 
     def writable(self) -> Pages:
         return self
@@ -74,7 +74,7 @@ class Layer(KeysAndValues):
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("window", [None, 8])
-def test_packed_steps_over_pages_are_each_sequence_over_a_ring(window: int | None, int8: bool, fast: bool) -> None:
+def test_packed_steps_over_pages_match_rings(window: int | None, int8: bool, fast: bool) -> None:
     model, prompts = model_of("int4", window), tokens_of((4, 100))
     alone = []
     for row in prompts:

@@ -1,4 +1,4 @@
-"""Linears for a GPU: the same weights as those for a CPU, laid out otherwise. Runs anywhere, through the twins."""
+"""Linears for a GPU have the same weights as those for a CPU, repacked. Tested anywhere with the twins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mistral_7b.quantization.schemes import Scheme
 from mistral_7b.surgery import replace_linears
 
 
-def test_int8_is_the_same_weight() -> None:
+def test_int8_weights_are_identical() -> None:
     tiled = Int8Linear.from_codes(round_int8(torch.randn(37, 70)))
     linear = GpuInt8Linear.of(tiled)
     assert torch.equal(linear.dequantized(), tiled.dequantized())
@@ -26,7 +26,7 @@ def test_int8_is_the_same_weight() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, 128])
-def test_int4_is_the_same_weight(group: int, symmetric: bool) -> None:
+def test_int4_weights_are_identical(group: int, symmetric: bool) -> None:
     tiled = Int4Linear.from_codes(round_int4(torch.randn(37, 270), group, symmetric), 270)
     linear = GpuInt4Linear.of(tiled)
     assert torch.equal(linear.dequantized(), tiled.dequantized())
@@ -36,8 +36,8 @@ def test_int4_is_the_same_weight(group: int, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32), Scheme("int4", 32, symmetric=True)])
-def test_a_whole_model_moves(scheme: Scheme) -> None:
-    """Against the model with the weights that the codes stand for, in float64."""
+def test_to_gpu_converts_a_model(scheme: Scheme) -> None:
+    """Compared with the model with dequantized weights, in float64."""
     model = quantize(tiny_model(TINY, torch.float64), scheme)
     plain = tiny_model(TINY, torch.float64)
     for name, module in plain.named_modules():
@@ -50,13 +50,13 @@ def test_a_whole_model_moves(scheme: Scheme) -> None:
     torch.testing.assert_close(model(tokens)[0], plain(tokens)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_fp8_is_near_the_model() -> None:
+def test_fp8_is_close_to_the_model() -> None:
     args = dataclasses.replace(TINY, dim=64, hidden_dim=128)
     plain, model = tiny_model(args), tiny_model(args)
     replace_linears(model, lambda linear, name: Fp8Linear.from_weight(linear.weight))
     tokens = tokens_of((2, 20), args)
     far = (model(tokens)[0] - plain(tokens)[0]).pow(2).mean() / plain(tokens)[0].pow(2).mean()
-    assert 1e-5 < far < 0.05  # rounded, and not by much
+    assert 1e-5 < far < 0.05  # rounded, but close
     linear = model.output
     assert isinstance(linear, Fp8Linear)
     assert linear.dequantized().shape == (args.vocab_size, args.dim)

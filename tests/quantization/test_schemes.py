@@ -1,4 +1,4 @@
-"""The names of quantization, and whether a model is in one of them."""
+"""Quantization schemes, and the detection of a model's scheme."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mistral_7b.quantization.schemes import empty_model, random_model, scheme_of
     ("values", "field"),
     [(("int3",), "quantization"), (("int4", 64), "group_size"), (("int4", 0), "group_size")],
 )
-def test_there_is_no_such_scheme(values: tuple, field: str) -> None:
+def test_invalid_schemes_are_refused(values: tuple, field: str) -> None:
     with refused(QuantizationError, field=field):
         Scheme(*values)
 
@@ -25,7 +25,7 @@ def test_there_is_no_such_scheme(values: tuple, field: str) -> None:
 @pytest.mark.parametrize(
     "scheme", [Scheme("int8"), Scheme("int4"), Scheme("int4", 32), Scheme("int4", 128, symmetric=True)], ids=str
 )
-def test_a_model_tells_its_scheme_and_fits_the_empty_one(scheme: Scheme, tied: bool) -> None:
+def test_scheme_of_matches_the_empty_model(scheme: Scheme, tied: bool) -> None:
     args = tiny_args(tie_embeddings=tied)
     model = quantize(tiny_model(args, torch.bfloat16), scheme)
     assert scheme_of(model) == scheme
@@ -35,7 +35,7 @@ def test_a_model_tells_its_scheme_and_fits_the_empty_one(scheme: Scheme, tied: b
     assert {name: (t.shape, t.dtype) for name, t in model.state_dict().items()} == wanted
 
 
-def test_a_model_in_no_scheme_or_in_two() -> None:
+def test_models_with_no_or_mixed_schemes() -> None:
     assert scheme_of(tiny_model()) is None
     assert scheme_of(quantize(tiny_model(dtype=torch.bfloat16), "bf16")) is None
     four, eight = (quantize(tiny_model(), name) for name in ("int4", "int8"))
@@ -45,11 +45,11 @@ def test_a_model_in_no_scheme_or_in_two() -> None:
     assert scheme_of(eight) is None
 
 
-def test_random_models_are_in_their_scheme() -> None:
+def test_random_models_have_their_scheme() -> None:
     for scheme in (Scheme("int8"), Scheme("int4"), Scheme("int4", 32, symmetric=True)):
         assert scheme_of(random_model(TINY, scheme)) == scheme
 
 
-def test_a_scheme_says_what_it_is() -> None:
+def test_the_string_of_a_scheme() -> None:
     said = [str(s) for s in (Scheme("int8"), Scheme(), Scheme("int4", 32, symmetric=True))]
     assert said == ["int8", "int4 in groups of 128, asymmetric", "int4 in groups of 32, symmetric"]

@@ -1,1 +1,1 @@
-"""Kernels for CPUs: the C++, its compiler and its bindings."""
+"""Kernels for CPUs: C++ sources, their compilation and their bindings."""

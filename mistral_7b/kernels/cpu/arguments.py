@@ -1,9 +1,9 @@
-"""What the C++ is given: each structure is one of the same name in cpu/, with the same fields in the same order.
+"""The arguments of the C++ functions: structures with the names and fields of those in cpu/, in the same order.
 
-A structure points at memory and holds no reference: its maker keeps the tensors for as long as it is used.
+A structure holds pointers, not references: the caller must keep the tensors alive while it is used.
 
-M rows · K inputs, N outputs, Kp inputs with their padding · D width of a row or of a head · H query heads ·
-G key/value heads · `bf16`: whether numbers are bfloat16, else float32
+M rows · K inputs, N outputs, Kp inputs with padding · D width of a row or of a head · H query heads ·
+G key/value heads · `bf16`: values are bfloat16, else float32
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _fields(kind: type, names: str) -> Fields:
 
 
 class Weights(ctypes.Structure):
-    """A quantized weight (weights.h). `adapters` and `mixture`, or 0: what LoRA adapters add to its product."""
+    """A quantized weight (weights.h). `adapters` and `mixture` give the LoRA update of its product; 0: none."""
 
     _fields_ = (
         *_fields(LONG, "N Kp group"), *_fields(PTR, "codes groups scale d"), *_fields(INT, "bits"),
@@ -28,19 +28,19 @@ class Weights(ctypes.Structure):
 
 
 class LowRank(ctypes.Structure):
-    """One adapter's factors for one product (low_rank.h)."""
+    """The factors of one adapter for one product (low_rank.h)."""
 
     _fields_ = (*_fields(LONG, "rank"), *_fields(PTR, "a b"))
 
 
 class Mixture(ctypes.Structure):
-    """Which rows of a call belong to which adapters (low_rank.h)."""
+    """The adapter of each row of a call (low_rank.h)."""
 
     _fields_ = (*_fields(LONG, "n"), *_fields(PTR, "which counts rows"), *_fields(LONG, "total refused"))
 
 
 class Block(ctypes.Structure):
-    """A transformer block's weights (layers.h)."""
+    """The weights of a transformer block (layers.h)."""
 
     _fields_ = (
         *_fields(Weights, "wq wk wv wo w1 w2 w3"), *_fields(PTR, "attention_norm ffn_norm"),
@@ -49,7 +49,7 @@ class Block(ctypes.Structure):
 
 
 class Place(ctypes.Structure):
-    """Where keys and values lie (keys.h)."""
+    """Where keys and values are stored (keys.h)."""
 
     _fields_ = (
         *_fields(LONG, "B N"), *_fields(PTR, "offsets start held"), *_fields(LONG, "slots origin"),
@@ -58,19 +58,19 @@ class Place(ctypes.Structure):
 
 
 class LinearCall(ctypes.Structure):
-    """out (M, N) = x (M, K) by a weight."""
+    """out (M, N) = x (M, K) times a weight."""
 
     _fields_ = (*_fields(PTR, "weight x out"), *_fields(LONG, "M K"), *_fields(INT, "bf16 threads"))
 
 
 class LowRankCall(ctypes.Structure):
-    """y (M, N) += what adapters make of x (M, K)."""
+    """y (M, N) += the LoRA update of x (M, K)."""
 
     _fields_ = (*_fields(PTR, "adapters mixture x y"), *_fields(LONG, "M K N"), *_fields(INT, "bf16 threads"))
 
 
 class RMSNormCall(ctypes.Structure):
-    """out (M, D) = RMSNorm of x (M, D) by weight (D,)."""
+    """out (M, D) = RMSNorm of x (M, D) with weight (D,)."""
 
     _fields_ = (
         *_fields(PTR, "x weight out"), *_fields(LONG, "M D"), *_fields(FLOAT, "eps"),
@@ -93,7 +93,7 @@ class RotateCall(ctypes.Structure):
 
 
 class Attend(Place):
-    """Attention of bfloat16 q (N, H, D) over its own keys and values and those remembered: out (keys.h)."""
+    """out = attention of bfloat16 q (N, H, D) over new and cached keys and values (keys.h)."""
 
     _fields_ = (
         *_fields(LONG, "H G D"), *_fields(PTR, "q k v k_scale v_scale old_k old_v old_k_scale old_v_scale out"),
@@ -102,7 +102,7 @@ class Attend(Place):
 
 
 class ProjectCall(ctypes.Structure):
-    """q (M, H, D), k and v (M, G, D), the first two rotated, of the normed x (M, dim) of a block."""
+    """q (M, H, D), k and v (M, G, D) of a block's normalized input x (M, dim), with RoPE applied to q and k."""
 
     _fields_ = (
         *_fields(PTR, "block x cos sin q k v"), *_fields(LONG, "M angles"), *_fields(INT, "bf16 threads"),
@@ -110,13 +110,13 @@ class ProjectCall(ctypes.Structure):
 
 
 class FinishBlockCall(ctypes.Structure):
-    """A block's output (M, dim) from its input x (M, dim) and what its heads attended to (M, H, D)."""
+    """A block's output (M, dim) from its input x (M, dim) and its attention output (M, H, D)."""
 
     _fields_ = (*_fields(PTR, "block x attended out"), *_fields(LONG, "M"), *_fields(INT, "bf16 threads"))
 
 
 class LayersCall(ctypes.Structure):
-    """bfloat16 x (N, dim) through all blocks, in place, over the cache that `attend` describes (layers.h)."""
+    """All blocks applied to bfloat16 x (N, dim), in place, with the cache described by `attend` (layers.h)."""
 
     _fields_ = (
         ("attend", Attend), *_fields(PTR, "blocks entries x cos sin"), *_fields(LONG, "layers angles"),

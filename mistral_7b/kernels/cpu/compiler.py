@@ -1,10 +1,9 @@
-"""The C++ in cpu/, compiled on first use with the machine's own compiler, kept, and loaded.
+"""Compiles the C++ in cpu/ on first use with the machine's compiler, caches the library, and loads it.
 
-The library lies in `$XDG_CACHE_HOME/mistral-7b/kernels` under a hash of everything that it depends on: the
-sources, the flags, the compiler and the CPU. Without a compiler this is said once, and every function of this
-room runs its PyTorch twin.
+The library is stored in `$XDG_CACHE_HOME/mistral-7b/kernels` under a hash of the sources, the flags, the compiler
+and the CPU. Without a compiler, one warning is issued and all operations use their PyTorch twins.
 
-MISTRAL_7B_KERNELS chooses the instructions: native (the default), avx512 (no AMX), avx2, scalar, or off.
+MISTRAL_7B_KERNELS selects the instruction set: native (the default), avx512 (no AMX), avx2, scalar, or off.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ import warnings
 
 from ...errors import ConfigError
 
-SOURCE = pathlib.Path(__file__).with_name("entry.cpp")  # which includes all that lies beside it
-COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP is the one that PyTorch has loaded already
+SOURCE = pathlib.Path(__file__).with_name("entry.cpp")  # includes all headers of this folder
+COMPILERS = ("g++", "c++", "clang++")  # g++ first: PyTorch has already loaded its OpenMP library
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-    "-ffp-contract=off",  # or a sum would depend on the instructions
+    "-ffp-contract=off",  # else sums would depend on the instruction set
 )  # fmt: skip
 INSTRUCTIONS = {
     "native": ("-march=native",),
@@ -38,16 +37,18 @@ INSTRUCTIONS = {
 }
 VARIABLE = "MISTRAL_7B_KERNELS"
 
-FUNCTIONS = (  # each takes one structure of arguments.py, and returns nothing
+FUNCTIONS = (  # each takes a pointer to one structure of arguments.py
     "linear", "low_rank", "rms_norm", "silu_mul", "rotate", "attend", "project", "finish_block", "layers",
 )  # fmt: skip
 
 
-def asked() -> str:
-    """Which instructions the environment asks for. ConfigError for a name that is none."""
+def requested() -> str:
+    """The instruction set requested by the environment. ConfigError for an unknown name."""
     name = os.environ.get(VARIABLE, "native") or "native"
     if name not in INSTRUCTIONS:
-        raise ConfigError(f"{VARIABLE}={name} is not known: it can be {', '.join(INSTRUCTIONS)}", field=VARIABLE)
+        raise ConfigError(
+            f"{VARIABLE}={name} is not known: it must be one of {', '.join(INSTRUCTIONS)}", field=VARIABLE
+        )
     return name
 
 
@@ -60,7 +61,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def cpu() -> str:
-    """What tells this CPU from another for a compiler: its architecture and features."""
+    """The CPU's model and features, which compiled code depends on."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
@@ -69,54 +70,54 @@ def cpu() -> str:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where compiled libraries are kept."""
+    """The folder of compiled libraries."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "mistral-7b" / "kernels"
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there are none to be had."""
-    name = asked()
+    """The compiled kernels, or None if they are off or cannot be built."""
+    name = requested()
     if name == "off":
         return None
-    for instructions in dict.fromkeys((name, "avx512")):  # where a system knows of AMX and does not grant it
+    for instructions in dict.fromkeys((name, "avx512")):  # for systems that report AMX but do not permit it
         path, why = _build(instructions)
         lib = None if path is None else _load(path)
         if lib is not None and lib.m7b_instructions():
             return lib
-        _WHY.append(why or f"{path} cannot be loaded; remove it to have it compiled again")
+        _FAILURES.append(why or f"{path} cannot be loaded; delete it to recompile it")
     return None
 
 
 def instructions() -> str:
-    """What the compiled kernels run on: AMX, AVX-512 VNNI, AVX2 or scalar; "" where there are none."""
+    """The instruction set of the compiled kernels: AMX, AVX-512 VNNI, AVX2 or scalar; "" if there are none."""
     lib = library()
     return lib.m7b_instructions().decode() if lib else ""
 
 
 def must_compile() -> bool:
-    """Whether `library` has to compile first, which takes from ten seconds to a minute: nothing is kept yet."""
-    name, cxx = asked(), compiler()
-    return name != "off" and cxx is not None and not _place(cxx, name).exists()
+    """Whether `library` would have to compile, which takes from ten seconds to a minute."""
+    name, cxx = requested(), compiler()
+    return name != "off" and cxx is not None and not _library_path(cxx, name).exists()
 
 
-_WHY: list[str] = []  # what was in the way, if anything was
+_FAILURES: list[str] = []  # why building or loading failed
 
 
 def missing() -> str:
-    """What to say where the kernels were wanted and could not be had; "" where all is well."""
-    if library() is not None or not _WHY:
+    """The warning if the kernels are enabled but not available; "" if there is no problem."""
+    if library() is not None or not _FAILURES:
         return ""
     return (
-        f"the CPU kernels are not compiled ({_WHY[-1]}), so PyTorch's operators stand in, many times slower; "
-        f"install g++ (Debian: apt-get install g++), or set {VARIABLE}=off to silence this"
+        f"the CPU kernels are not compiled ({_FAILURES[-1]}), so PyTorch operators are used, many times slower; "
+        f"install g++ (Debian: apt-get install g++), or set {VARIABLE}=off to disable this warning"
     )
 
 
 @functools.cache
 def warn_if_missing() -> None:
-    """Say so once."""
+    """Warn once if the kernels are enabled but not available."""
     if why := missing():
         warnings.warn(why, stacklevel=2)
 
@@ -135,52 +136,54 @@ def _load(path: pathlib.Path) -> ctypes.CDLL | None:
 
 
 def sources() -> list[pathlib.Path]:
-    """All files of the one piece that is compiled."""
+    """All source files of the library."""
     return sorted(path for path in SOURCE.parent.iterdir() if path.suffix in (".cpp", ".h"))
 
 
 def _fingerprint(cxx: str, flags: list[str]) -> str:
-    """A hash of all that a library depends on."""
+    """A hash of everything the library depends on."""
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=False).stdout
     texts = [f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in sources()]
-    what = "\0".join([*texts, *flags, cxx, version, cpu(), sys.platform])
-    return hashlib.sha256(what.encode()).hexdigest()[:16]
+    inputs = "\0".join([*texts, *flags, cxx, version, cpu(), sys.platform])
+    return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 
 def _flags(name: str) -> list[str]:
     return [*FLAGS, *INSTRUCTIONS[name]]
 
 
-def _place(cxx: str, name: str) -> pathlib.Path:
-    """Where the library for these instructions is kept."""
+def _library_path(cxx: str, name: str) -> pathlib.Path:
+    """The path of the library for an instruction set."""
     return cache_folder() / f"cpu-{name}-{_fingerprint(cxx, _flags(name))}.so"
 
 
 def _build(name: str) -> tuple[pathlib.Path | None, str]:
-    """The library for these instructions, from the cache or compiled; or None and why."""
+    """The library for an instruction set, cached or newly compiled; or None and the reason."""
     cxx = compiler()
     if cxx is None:
         return None, "no C++ compiler was found"
-    path = _place(cxx, name)
+    path = _library_path(cxx, name)
     if path.exists():
         return path, ""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    said = ""
+    message = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for openmp in (["-fopenmp"], []):  # without it on one thread: better than not at all
-            done = subprocess.run(
+        for openmp in (["-fopenmp"], []):  # without OpenMP, the kernels run on one thread
+            process = subprocess.run(
                 [cxx, *_flags(name), *openmp, str(SOURCE), "-o", str(partial)],
                 capture_output=True,
                 text=True,
                 check=False,
             )
-            if done.returncode == 0:
-                os.replace(partial, path)  # two processes may compile at once: either result will do
+            if process.returncode == 0:
+                os.replace(partial, path)  # atomic: another process may compile at the same time
                 return path, ""
-            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+            message = next(
+                (line for line in process.stderr.splitlines() if "error" in line), process.stderr[-200:]
+            )
     except OSError as e:
         return None, f"{path.parent}: {e.strerror}"
     finally:
         partial.unlink(missing_ok=True)
-    return None, f"{cxx} failed: {said}"
+    return None, f"{cxx} failed: {message}"

@@ -1,4 +1,4 @@
-// What lies between the products: norm, gate, sum and rotation.
+// RMSNorm, SwiGLU's gate, addition and rotary embedding.
 
 #pragma once
 
@@ -27,13 +27,13 @@ struct SiluMulCall {
 
 struct RotateCall {
     const void* x;           // (M, heads, D)
-    const float *cos, *sin;  // (angles, D / 2), repeated if M is a multiple of `angles`
+    const float *cos, *sin;  // (angles, D / 2), repeated if M is a multiple threads `angles`
     void* out;
     int64_t M, angles, heads, D;
     int bf16, threads;
 };
 
-// out = cast(x / sqrt(mean(x^2) + eps)) * weight, a row at a time; sums in one order whatever the batch.
+// out = cast(x / sqrt(mean(x^2) + eps)) * weight, per row; the order of sums does not depend on the batch.
 template <class T>
 void rms_norm(const RMSNormCall& c) {
     using S = typename T::Store;
@@ -41,8 +41,8 @@ void rms_norm(const RMSNormCall& c) {
     const S *x = static_cast<const S*>(c.x), *weight = static_cast<const S*>(c.weight);
     S* y = static_cast<S*>(c.out);
     parallel(c.M * D < 1 << 16 ? 1 : c.threads, [&](int t, int n) {
-        const Span mine = share(c.M, t, n);
-        for (int64_t m = mine.begin; m < mine.end; m++) {
+        const Span range = partition(c.M, t, n);
+        for (int64_t m = range.begin; m < range.end; m++) {
             const auto* row = x + m * D;
             auto* out = y + m * D;
             F16 sum[4] = {};
@@ -51,8 +51,8 @@ void rms_norm(const RMSNormCall& c) {
                     F16 v = load(row + d + 16 * u, D - d - 16 * u);
                     sum[u] += v * v;
                 }
-            const float mean = total((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(D);
-            const F16 r = all(1.0f / __builtin_sqrtf(mean + c.eps));
+            const float mean = reduce_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(D);
+            const F16 r = broadcast(1.0f / __builtin_sqrtf(mean + c.eps));
             for (int64_t d = 0; d < D; d += 16) {
                 S cast[16];
                 store(cast, load(row + d, D - d) * r);
@@ -62,16 +62,16 @@ void rms_norm(const RMSNormCall& c) {
     });
 }
 
-// silu(gate) * up, each rounded to its type as PyTorch does.
+// silu(gate) * up, each rounded to its type as in PyTorch.
 template <class T>
 void silu_mul(const SiluMulCall& c) {
     using S = typename T::Store;
     const S *gate = static_cast<const S*>(c.gate), *up = static_cast<const S*>(c.up);
     S* y = static_cast<S*>(c.out);
-    const int64_t n = c.n, lines = (n + 15) / 16;
-    parallel(n < 1 << 15 ? 1 : c.threads, [&](int t, int of) {
-        const Span mine = share(lines, t, of);
-        for (int64_t i = mine.begin * 16; i < std::min(n, mine.end * 16); i += 16) {
+    const int64_t n = c.n, vectors = (n + 15) / 16;
+    parallel(n < 1 << 15 ? 1 : c.threads, [&](int t, int threads) {
+        const Span range = partition(vectors, t, threads);
+        for (int64_t i = range.begin * 16; i < std::min(n, range.end * 16); i += 16) {
             F16 g = load(gate + i, n - i);
             S cast[16];
             store(cast, g / (1.0f + exponential(-g)));
@@ -83,21 +83,21 @@ void silu_mul(const SiluMulCall& c) {
 // a + b, rounded to its type.
 template <class T>
 void add(const typename T::Store* a, const typename T::Store* b, int64_t n, int threads, typename T::Store* y) {
-    const int64_t lines = (n + 15) / 16;
-    parallel(n < 1 << 16 ? 1 : threads, [&](int t, int of) {
-        const Span mine = share(lines, t, of);
-        for (int64_t i = mine.begin * 16; i < std::min(n, mine.end * 16); i += 16) store(y + i, load(a + i, n - i) + load(b + i, n - i), n - i);
+    const int64_t vectors = (n + 15) / 16;
+    parallel(n < 1 << 16 ? 1 : threads, [&](int t, int threads) {
+        const Span range = partition(vectors, t, threads);
+        for (int64_t i = range.begin * 16; i < std::min(n, range.end * 16); i += 16) store(y + i, load(a + i, n - i) + load(b + i, n - i), n - i);
     });
 }
 
-// Neighbours (2i, 2i + 1) of each head rotated by the angle whose cos and sin stand at its row: (M, heads, D).
+// Rotates adjacent pairs (2i, 2i + 1) of each head of x (M, heads, D) by the angles of its row.
 template <class T>
 void rotate(const RotateCall& c) {
     using S = typename T::Store;
     const int64_t heads = c.heads, D = c.D;
     parallel(c.M * heads * D < 1 << 16 ? 1 : c.threads, [&](int t, int n) {
-        const Span mine = share(c.M, t, n);
-        for (int64_t m = mine.begin; m < mine.end; m++) {
+        const Span range = partition(c.M, t, n);
+        for (int64_t m = range.begin; m < range.end; m++) {
             const float *cos = c.cos + m % c.angles * (D / 2), *sin = c.sin + m % c.angles * (D / 2);
             for (int64_t h = 0; h < heads; h++) {
                 const S* in = static_cast<const S*>(c.x) + (m * heads + h) * D;

@@ -1,22 +1,22 @@
-// What PyTorch has no fast operator for on a CPU: the C interface, last of all, and what it is made of.
+// The C interface of the CPU kernels, which are a single translation unit.
 //
-// Plain C++17, in which the widest instructions that the flags allow are taken. All is one translation unit, of which
-// this file is the end. In the order in which it is best read, and in which each includes those before it:
+// Plain C++17; the widest instruction set that the compiler flags enable is used. The headers in reading order, in
+// which each includes only those before it:
 //
-//   vectors.h        numbers of two and four bytes, sixteen floats at once
-//   threads.h        scratch memory, and work shared out
-//   weights.h        how weights and activations are laid out, and what a product of them is
-//   lines.h          64 bytes of weights by four inputs, in the instructions that there are
-//   few_rows.h       products with weights as they lie: decoding
+//   vectors.h        bfloat16 and float16 conversions, vectors of 16 floats
+//   threads.h        scratch memory and parallel loops
+//   weights.h        the layout of weights and activations, and the definition of their product
+//   lines.h          dot products of a 64-byte line of weights, per instruction set
+//   few_rows.h       products of few rows, without repacking: decode
 //   tiles.h          products of many rows, on AMX
-//   gguf_blocks.h    products with GGUF's blocks
-//   low_rank.h       what adapters add to a product, each to its own rows
-//   products.h       one x by several weights, of any form
-//   elementwise.h    norm, gate, sum and rotation
-//   keys.h           where keys and values lie: among the new ones, in a ring, in pages
-//   scores.h         one block of them against the rows of one head
-//   attention.h      all blocks, all rows, all threads
-//   layers.h         a transformer block but for its attention, and all blocks of a model
+//   gguf_blocks.h    products with weights in GGUF blocks
+//   low_rank.h       LoRA updates of products, with an adapter per row
+//   products.h       products of one x with several weights of any format
+//   elementwise.h    RMSNorm, SwiGLU's gate, addition and rotary embedding
+//   keys.h           where keys and values are stored: new ones, a ring, pages
+//   scores.h         attention of one head's rows over one block of keys
+//   attention.h      attention over all blocks, rows and threads
+//   layers.h         a transformer block without its attention, and all blocks of a model
 
 #include <cstdint>
 #include <memory>
@@ -30,9 +30,9 @@
 
 extern "C" {
 
-// Each takes one structure, which its header defines and arguments.py mirrors. bf16: numbers are bfloat16, else float32.
+// Each function takes one structure, defined in its header and mirrored in arguments.py. bf16: bfloat16, else float32.
 
-// x by a weight of int8 or int4 codes, or of GGUF's blocks, of which K is a multiple of 32.
+// x times a weight of int8 or int4 codes, or of GGUF blocks, for which K is a multiple of 32.
 void m7b_linear(const LinearCall* c) {
     c->bf16 ? linears<BF16>(c->x, c->M, c->K, {c->weight}, c->threads, {c->out}) : linears<F32>(c->x, c->M, c->K, {c->weight}, c->threads, {c->out});
 }
@@ -56,12 +56,12 @@ void m7b_attend(const Attend* a) { attend(*a, make_plan(*a)); }
 
 void m7b_layers(const LayersCall* c) { run_layers(*c); }
 
-// How fast memory can be read, to be timed: the sum of a buffer's 64-bit words, without what is left of 128 bytes.
-// Each thread reads two streams, a line of 64 bytes of each at a time, and asks for what comes 1024 bytes later.
+// For measuring memory bandwidth: the sum of a buffer's 64-bit words, without a remainder below 128 bytes.
+// Each thread reads two streams, 64 bytes of each at a time, and prefetches 1024 bytes ahead.
 int64_t m7b_read(const void* p, int64_t nbytes, int threads) {
     const std::unique_ptr<uint64_t[]> sums(new uint64_t[threads]());
     parallel(threads, [&](int t, int n) {
-        const Span pairs = share(nbytes / 128, t, n);
+        const Span pairs = partition(nbytes / 128, t, n);
         const int64_t lines = pairs.end - pairs.begin;
         const uint64_t* a = static_cast<const uint64_t*>(p) + pairs.begin * 16;
         const uint64_t* b = a + lines * 8;
@@ -78,7 +78,7 @@ int64_t m7b_read(const void* p, int64_t nbytes, int threads) {
     return static_cast<int64_t>(total);
 }
 
-// The instructions that run here; "" if the system does not grant them, and this library must not be used.
+// The instruction set in use; "" if the system does not permit it, and the library must not be used.
 const char* m7b_instructions() {
 #if defined(WITH_AMX)
     return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0 ? "AMX" : "";

@@ -1,4 +1,4 @@
-// Products with GGUF's blocks of 32 (Q8_0 and Q4_0).
+// Products with weights in GGUF blocks of 32 (Q8_0 and Q4_0).
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// R rows by one tile: each block's integer sum times its two scales, added in the order of the blocks.
+// R rows by one tile: the integer sum of each block times its two scales, added in block order.
 template <class T, int R>
 void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, void* out) {
     F16 y[R] = {};
@@ -50,8 +50,8 @@ template <class T>
 void block_product(const Rows& r, const Weights& w, int threads, void* out) {
     const int64_t tiles = (w.N + 15) / 16;
     parallel(threads, [&](int t, int n) {
-        const Span mine = share(tiles, t, n);
-        for (int64_t tile = mine.begin; tile < mine.end; tile++) {
+        const Span range = partition(tiles, t, n);
+        for (int64_t tile = range.begin; tile < range.end; tile++) {
             int64_t row = 0;
             for (; row + 4 <= r.M; row += 4) block_tile<T, 4>(r, w, row, tile, out);
             for (; row < r.M; row++) block_tile<T, 1>(r, w, row, tile, out);

@@ -1,4 +1,4 @@
-// A transformer block on either side of its attention, and all blocks of a model in one call.
+// A transformer block before and after its attention, and all blocks of a model in one call.
 
 #pragma once
 
@@ -10,8 +10,8 @@
 
 namespace {
 
-// Everything of a transformer block on either side of attention, in two calls: between calls of its parts, one by
-// one, the interpreter would take a tenth of a step of decoding, its own memory being cold after each weight.
+// A transformer block is two calls, before and after attention. With one call per operation, the Python interpreter
+// would take a tenth of a decode step, since each weight evicts its memory from the caches.
 struct Block {
     Weights wq, wk, wv, wo, w1, w2, w3;
     const void *attention_norm, *ffn_norm;
@@ -42,17 +42,17 @@ struct FinishBlockCall {
     int bf16, threads;
 };
 
-// All blocks over a ring or pages. `attend` says where these lie and what they hold; its q, k, v and out are set here.
+// All blocks, with a cache in a ring or pages. `attend` describes the cache; its q, k, v and out are set here.
 struct LayersCall {
     Attend attend;
     const Block* blocks;
-    void* const* entries;    // for each layer its keys and values, in int8 their scales too
+    void* const* entries;    // per layer the cached keys and values, for int8 also their scales
     void* x;                 // (N, dim) bfloat16, in place
     const float *cos, *sin;  // as in ProjectCall
     int64_t layers, angles;
 };
 
-// q, k, v = rotated projections of the normed x (M, dim).
+// q, k, v = projections of the normalized x (M, dim); q and k are rotated.
 template <class T>
 void project(const ProjectCall& c) {
     const Block& b = *c.block;
@@ -80,24 +80,24 @@ void finish_block(const FinishBlockCall& c) {
     add<T>(z, h, M * b.dim, c.threads, static_cast<S*>(c.out));
 }
 
-// Keys or values (rows, D) of heads to int8, each with its own scale.
+// Quantizes keys or values (rows, D) to int8, with a scale per head of each token.
 void quantize_heads(const uint16_t* x, int64_t rows, int64_t D, int threads, int8_t* q, float* scale) {
     parallel(rows * D < 1 << 16 ? 1 : threads, [&](int t, int n) {
-        const Span mine = share(rows, t, n);
+        const Span range = partition(rows, t, n);
         int32_t sum;
-        for (int64_t i = mine.begin; i < mine.end; i++) quantize_row<BF16>({1, D, D, D, D, q + i * D, scale + i, &sum}, 0, x + i * D);
+        for (int64_t i = range.begin; i < range.end; i++) quantize_row<BF16>({1, D, D, D, D, q + i * D, scale + i, &sum}, 0, x + i * D);
     });
 }
 
 void run_layers(const LayersCall& c) {
-    static thread_local Scratch<uint16_t> qkv_of;
-    static thread_local Scratch<int8_t> codes_of;
-    static thread_local Scratch<float> scales_of;
+    static thread_local Scratch<uint16_t> qkv_scratch;
+    static thread_local Scratch<int8_t> codes_scratch;
+    static thread_local Scratch<float> scales_scratch;
     Attend a = c.attend;
     const int64_t M = a.N, nq = M * a.H * a.D, nk = M * a.G * a.D;
-    uint16_t *q = qkv_of.get(2 * nq + 2 * nk), *k = q + nq, *v = k + nk, *out = v + nk;
-    int8_t* codes = codes_of.get(a.int8 ? 2 * nk : 1);
-    float* scales = scales_of.get(a.int8 ? 2 * M * a.G : 1);
+    uint16_t *q = qkv_scratch.get(2 * nq + 2 * nk), *k = q + nq, *v = k + nk, *out = v + nk;
+    int8_t* codes = codes_scratch.get(a.int8 ? 2 * nk : 1);
+    float* scales = scales_scratch.get(a.int8 ? 2 * M * a.G : 1);
     a.q = q, a.k = k, a.v = v, a.out = out, a.keep = 1;
     const Plan plan = make_plan(a);
     void* const* entry = c.entries;

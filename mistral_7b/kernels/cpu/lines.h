@@ -1,5 +1,5 @@
-// A line of 64 bytes, sixteen outputs by four inputs, times four inputs of a row: what weights.h lays out, in the widest
-// instructions that the flags allow. Integer sums are exact, so all of them agree.
+// Products of a 64-byte line of weights (16 outputs by 4 inputs, see weights.h) with 4 inputs of a row, in the widest
+// instruction set that the compiler flags enable. Integer sums are exact, so all instruction sets agree.
 
 #pragma once
 
@@ -15,9 +15,9 @@ namespace {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 using Line = __m512i;
-using Sums = __m512i;  // sixteen int32
-constexpr int64_t ROWS_BY_TWO = 1 << 30;  // rows up to which the sums of two tiles at once stay in registers
-constexpr int32_t SUBTRACT = 128;  // times the sum of a row's codes, from what dot8 adds up of the weights' codes
+using Sums = __m512i;  // 16 int32
+constexpr int64_t ROWS_BY_TWO = 1 << 30;  // max rows for which the sums of two tiles fit in registers
+constexpr int32_t SUBTRACT = 128;  // dot8 uses codes q = w8 + 128: subtract this times the sum of x
 Line load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 Line low(Line v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 Line high(Line v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
@@ -30,38 +30,38 @@ Sums dot8(Sums s, Line v, const int8_t* x) {
 Sums dot4(Sums s, Line v, const int8_t* x) { return dot8(s, v, x); }
 Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 void store(int32_t* out, Sums s) { _mm512_storeu_si512(out, s); }
-// total + m (s - z sum), with m and z from a tile's group bytes
-Sums fold(Sums total, Sums s, const uint8_t* group, int32_t sum) {
+// total + m (s - z sum), with m and z from the tile's group bytes
+Sums add_group(Sums total, Sums s, const uint8_t* group, int32_t sum) {
     __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group)));
     __m512i m = _mm512_and_si512(b, _mm512_set1_epi32(15)), z = _mm512_srli_epi32(b, 4);
     s = _mm512_sub_epi32(s, _mm512_mullo_epi32(z, _mm512_set1_epi32(sum)));
     return _mm512_add_epi32(total, _mm512_mullo_epi32(m, s));
 }
-// How a group's nibbles become bytes 128 + m (q - z), for a line of them: q * m + shift.
-struct Repacking {
+// Repacks a line of int4 codes as int8: 128 + m (q - z) = q * m + shift.
+struct Repack {
     __m512i m, shift;
-    explicit Repacking(const uint8_t* group) {
+    explicit Repack(const uint8_t* group) {
         const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group)));
         const __m512i z = _mm512_srli_epi32(b, 4);
         m = _mm512_and_si512(b, _mm512_set1_epi32(15));
         shift = _mm512_and_si512(_mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_mullo_epi32(m, z)), _mm512_set1_epi32(255));
         shift = _mm512_mullo_epi32(shift, _mm512_set1_epi32(0x01010101));
-        m = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));  // m q <= 225: two bytes multiply without a carry
+        m = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));  // m q <= 225: a 16-bit product of two bytes has no carry
     }
     void store(uint8_t* out, Line q) const { _mm512_storeu_si512(out, _mm512_add_epi8(_mm512_mullo_epi16(q, m), shift)); }
 };
 
 #elif defined(__AVX2__)
 
-// Two halves of 32 bytes: eight outputs by four inputs each.
+// Two halves of 32 bytes: 8 outputs by 4 inputs each.
 struct Line {
     __m256i half[2];
 };
 struct Sums {
-    __m256i half[2];  // eight int32 each
+    __m256i half[2];  // 8 int32 each
 };
 constexpr int64_t ROWS_BY_TWO = 2;
-constexpr int32_t SUBTRACT = 0;  // dot8 computes with w8 = q - 128 itself
+constexpr int32_t SUBTRACT = 0;  // dot8 uses w8 = q - 128
 inline Line load(const uint8_t* p) {
     const auto* from = reinterpret_cast<const __m256i*>(p);
     return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
@@ -82,8 +82,8 @@ inline __m256i quad_of(const int8_t* x) {
 inline __m256i add_quads(__m256i s, __m256i pairs) {  // pairs: int16
     return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-// vpmaddubsw adds two products of an unsigned and a signed byte in int16, and saturates. |w8| <= 128 times x with the
-// sign of w8, |x| <= 127, is at most 32512 for the two: exact. A code of up to 255 in the place of |w8| would not be.
+// vpmaddubsw adds two products of an unsigned and a signed byte in int16, with saturation. For |w8| <= 128 times x with
+// the sign of w8, |x| <= 127, the sum is at most 32512: exact. With codes up to 255 instead of |w8|, it could saturate.
 inline Sums dot8(Sums s, const Line& l, const int8_t* x) {
     const __m256i xs = quad_of(x);
     for (int h = 0; h < 2; h++) {
@@ -103,28 +103,28 @@ inline Sums add(const Sums& a, const Sums& b) {
 inline void store(int32_t* out, const Sums& s) {
     for (int h = 0; h < 2; h++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + h, s.half[h]);
 }
-// A tile's group bytes: multipliers m and zero points z of eight outputs.
+// Group bytes of a tile: multipliers m and zero points z of 8 outputs.
 inline __m256i bytes_of(const uint8_t* group) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(group)));
 }
-inline Sums fold(Sums total, const Sums& s, const uint8_t* group, int32_t sum) {
+inline Sums add_group(Sums total, const Sums& s, const uint8_t* group, int32_t sum) {
     for (int h = 0; h < 2; h++) {
         const __m256i b = bytes_of(group + 8 * h);
         const __m256i m = _mm256_and_si256(b, _mm256_set1_epi32(15)), z = _mm256_srli_epi32(b, 4);
-        const __m256i centred = _mm256_sub_epi32(s.half[h], _mm256_mullo_epi32(z, _mm256_set1_epi32(sum)));
-        total.half[h] = _mm256_add_epi32(total.half[h], _mm256_mullo_epi32(m, centred));
+        const __m256i centered = _mm256_sub_epi32(s.half[h], _mm256_mullo_epi32(z, _mm256_set1_epi32(sum)));
+        total.half[h] = _mm256_add_epi32(total.half[h], _mm256_mullo_epi32(m, centered));
     }
     return total;
 }
-struct Repacking {
+struct Repack {
     __m256i m[2], shift[2];
-    explicit Repacking(const uint8_t* group) {
+    explicit Repack(const uint8_t* group) {
         for (int h = 0; h < 2; h++) {
             const __m256i b = bytes_of(group + 8 * h), z = _mm256_srli_epi32(b, 4);
-            const __m256i factor = _mm256_and_si256(b, _mm256_set1_epi32(15));
-            const __m256i from = _mm256_sub_epi32(_mm256_set1_epi32(128), _mm256_mullo_epi32(factor, z));
+            const __m256i multiplier = _mm256_and_si256(b, _mm256_set1_epi32(15));
+            const __m256i from = _mm256_sub_epi32(_mm256_set1_epi32(128), _mm256_mullo_epi32(multiplier, z));
             shift[h] = _mm256_mullo_epi32(_mm256_and_si256(from, _mm256_set1_epi32(255)), _mm256_set1_epi32(0x01010101));
-            m[h] = _mm256_or_si256(factor, _mm256_slli_epi32(factor, 16));  // as above
+            m[h] = _mm256_or_si256(multiplier, _mm256_slli_epi32(multiplier, 16));  // as above
         }
     }
     void store(uint8_t* out, const Line& q) const {
@@ -168,13 +168,13 @@ inline Sums add(Sums a, Sums b) {
     return a;
 }
 inline void store(int32_t* out, Sums s) { std::memcpy(out, s.v, 64); }
-inline Sums fold(Sums total, Sums s, const uint8_t* group, int32_t sum) {
+inline Sums add_group(Sums total, Sums s, const uint8_t* group, int32_t sum) {
     for (int n = 0; n < 16; n++) total.v[n] += (group[n] & 15) * (s.v[n] - (group[n] >> 4) * sum);
     return total;
 }
-struct Repacking {
+struct Repack {
     const uint8_t* group;
-    explicit Repacking(const uint8_t* g) : group(g) {}
+    explicit Repack(const uint8_t* g) : group(g) {}
     void store(uint8_t* out, const Line& q) const {
         for (int n = 0; n < 16; n++)
             for (int j = 0; j < 4; j++)

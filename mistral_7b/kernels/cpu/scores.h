@@ -1,5 +1,5 @@
-// One block of keys and values against one head's rows of queries, in one thread's workspace: scores, probabilities,
-// and the values' weighted sum. On AMX in its tiles, which round and sum in their own way.
+// Attention of one head's query rows over one block of keys and values, in one thread's workspace: scores, softmax
+// over the block, and the weighted sum of values. AMX tiles round and sum differently from other instruction sets.
 
 #pragma once
 
@@ -13,16 +13,16 @@
 
 namespace {
 
-struct Workspace {  // what one thread works in
+struct Workspace {  // of one thread
     int64_t D32;
-    uint16_t *k, *v, *q, *p, *line;  // AMX's layouts: k (D/2, 64, 2), v (32, D, 2), q (rows, D), p (rows, 64)
-    float *kf, *vf;                  // else: k (D, 64), v (64, D)
-    float *s, *o, *top, *sum, *k_scale, *v_scale;
+    uint16_t *k, *v, *q, *p, *line;  // AMX layouts: k (D/2, 64, 2), v (32, D, 2), q (rows, D), p (rows, 64)
+    float *kf, *vf;                  // without AMX: k (D, 64), v (64, D)
+    float *s, *o, *max, *sum, *k_scale, *v_scale;
 };
 
 #if defined(WITH_AMX)
 
-// 16 rows of 16 dwords transposed: out[i][j] = in[j][i].
+// Transposes 16 rows of 16 dwords: out[i][j] = in[j][i].
 inline void transpose(const uint32_t* in, int64_t stride, uint32_t* out, int64_t out_stride) {
     __m512i r[16], t[16];
     for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(in + i * stride);
@@ -51,7 +51,7 @@ inline void transpose(const uint32_t* in, int64_t stride, uint32_t* out, int64_t
     for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + i * out_stride, r[i]);
 }
 
-// Two rows of 32 to pairs: (a0, b0, a1, b1, ...).
+// Interleaves two rows of 32: (a0, b0, a1, b1, ...).
 inline void pair_rows(const uint16_t* a, const uint16_t* b, uint16_t* out) {
     alignas(64) static const struct Order {
         uint16_t first[32], second[32];
@@ -67,12 +67,12 @@ inline void pair_rows(const uint16_t* a, const uint16_t* b, uint16_t* out) {
     _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(x, _mm512_load_si512(order.second), y));
 }
 
-// Up to so many rows, as in decoding, the keys are the left factor as they lie: a few queries and scores are transposed
-// and not 64 keys. Sums have the same terms in the same order, so a row has the same bits in any company.
+// With at most this many rows, as in decode, the keys are the left operand without repacking: a few queries and scores
+// are transposed instead of 64 keys. The order of sums is the same, so both cases are bit-identical.
 constexpr int64_t KEYS_LEFT = 32;
 
-// Queries as the right factor: 16 rows become (D / 2, 16, 2).
-void place_queries(const Workspace& r, int64_t rows) {
+// Packs queries as the right operand: 16 rows become (D / 2, 16, 2).
+void pack_queries(const Workspace& r, int64_t rows) {
     for (int64_t m = 0; m < rows && rows <= KEYS_LEFT; m += 16) {
         uint16_t* q = r.q + m * r.D32;
         std::memcpy(r.k, q, 16 * r.D32 * 2);
@@ -81,7 +81,7 @@ void place_queries(const Workspace& r, int64_t rows) {
     }
 }
 
-void place_block(const Workspace& r, int64_t rows) {  // r.line (2, 64, D32): keys, then values
+void pack_block(const Workspace& r, int64_t rows) {  // r.line (2, 64, D32): keys, then values
     for (int64_t j = 0; j < KEYS && rows > KEYS_LEFT; j += 16)
         for (int64_t d = 0; d < r.D32; d += 32)
             transpose(reinterpret_cast<uint32_t*>(r.line + j * r.D32 + d), r.D32 / 2, reinterpret_cast<uint32_t*>(r.k) + d / 2 * KEYS + j, KEYS);
@@ -177,9 +177,9 @@ void add_values(const Workspace& r, int64_t rows) {
 
 #else
 
-void place_queries(const Workspace&, int64_t) {}
+void pack_queries(const Workspace&, int64_t) {}
 
-void place_block(const Workspace& r, int64_t) {
+void pack_block(const Workspace& r, int64_t) {
     const uint16_t* values = r.line + KEYS * r.D32;
     for (int64_t j = 0; j < KEYS; j++)
         for (int64_t d = 0; d < r.D32; d++) {
@@ -210,7 +210,7 @@ void add_values(const Workspace& r, int64_t rows) {
 
 #endif
 
-// Softmax over one block of a row's scores, of which keys first..last are visible, with the row's maximum and sum so far.
+// Softmax over one block of a row's scores, with visible keys first..last; updates the running maximum and sum.
 void softmax_block(const Workspace& r, int64_t m, int64_t first, int64_t last, float scale) {
     if (first >= last) {
         std::memset(r.p + m * KEYS, 0, KEYS * 2);
@@ -218,24 +218,24 @@ void softmax_block(const Workspace& r, int64_t m, int64_t first, int64_t last, f
     }
     float* row = r.s + m * KEYS;
     const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    F16 s[4], top = all(-3.0e38f);
+    F16 s[4], max = broadcast(-3.0e38f);
     for (int i = 0; i < 4; i++) {
         s[i] = load(row + 16 * i) * scale * load(r.k_scale + 16 * i);
         const I16 key = lane + 16 * i;
-        s[i] = (key >= int32_t(first)) & (key < int32_t(last)) ? s[i] : all(-3.0e38f);
-        top = larger(top, s[i]);
+        s[i] = (key >= int32_t(first)) & (key < int32_t(last)) ? s[i] : broadcast(-3.0e38f);
+        max = maximum(max, s[i]);
     }
-    const float before = r.top[m], now = std::max(before, largest(top));
-    if (now > before) {
-        const F16 shrink = exponential(all(before - now));
+    const float old_max = r.max[m], new_max = std::max(old_max, reduce_max(max));
+    if (new_max > old_max) {
+        const F16 rescale = exponential(broadcast(old_max - new_max));
         float* o = r.o + m * r.D32;
-        for (int64_t d = 0; d < r.D32; d += 16) store(o + d, load(o + d) * shrink);
-        store(r.sum + 16 * m, load(r.sum + 16 * m) * shrink);
-        r.top[m] = now;
+        for (int64_t d = 0; d < r.D32; d += 16) store(o + d, load(o + d) * rescale);
+        store(r.sum + 16 * m, load(r.sum + 16 * m) * rescale);
+        r.max[m] = new_max;
     }
     F16 sum = load(r.sum + 16 * m);
     for (int i = 0; i < 4; i++) {
-        const F16 e = exponential(s[i] - now);
+        const F16 e = exponential(s[i] - new_max);
         sum += e;
         store(r.p + m * KEYS + 16 * i, e * load(r.v_scale + 16 * i));
     }

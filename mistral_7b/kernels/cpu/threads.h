@@ -1,4 +1,4 @@
-// Scratch memory and threads.
+// Scratch memory and parallel loops.
 
 #pragma once
 
@@ -13,26 +13,26 @@
 
 namespace {
 
-struct Free {
+struct FreeDeleter {
     void operator()(void* p) const { std::free(p); }
 };
 
-// Scratch that is kept between calls: a step of decoding allocates nothing.
+// Scratch memory that is reused between calls, so that a decode step allocates nothing.
 template <class T>
 struct Scratch {
-    std::unique_ptr<void, Free> held;
+    std::unique_ptr<void, FreeDeleter> memory;
     size_t size = 0;
     T* get(size_t n) {
         if (n * sizeof(T) > size) {
             size = (n * sizeof(T) + 4095) / 4096 * 4096;
-            held.reset();
-            held.reset(std::aligned_alloc(4096, size));
-            if (!held) {
+            memory.reset();
+            memory.reset(std::aligned_alloc(4096, size));
+            if (!memory) {
                 size = 0;
                 throw std::bad_alloc();
             }
         }
-        return static_cast<T*>(held.get());
+        return static_cast<T*>(memory.get());
     }
 };
 
@@ -51,6 +51,7 @@ void parallel(int threads, F f) {
 struct Span {
     int64_t begin, end;
 };
-Span share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
+// The part of 0..n of thread t.
+Span partition(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
 
 }  // namespace

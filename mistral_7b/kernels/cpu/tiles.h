@@ -1,4 +1,4 @@
-// Products of many rows on AMX: tiles of 16 rows by 16 outputs by 64 inputs. Empty for other machines.
+// Products of many rows on AMX: tiles of 16 rows by 16 outputs by 64 inputs. Empty without AMX.
 
 #pragma once
 
@@ -15,7 +15,7 @@ namespace {
 
 #if defined(WITH_AMX)
 
-constexpr int64_t NB = 16, KB = 4096, MB = 512;  // of a block: tiles of outputs, inputs (1 MB of codes in L2), rows
+constexpr int64_t NB = 16, KB = 4096, MB = 512;  // block size: tiles of outputs, inputs (1 MB of codes in L2), rows
 
 void configure_tiles() {
     struct alignas(64) {
@@ -26,7 +26,7 @@ void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
-// The macros of tiles do not tell the compiler that they touch memory.
+// The tile intrinsics do not tell the compiler that they access memory.
 inline void fence() { __asm__ volatile("" ::: "memory"); }
 
 inline void clear_tiles() {
@@ -36,10 +36,10 @@ inline void clear_tiles() {
     _tile_zero(3);
 }
 
-// Tiles 0..3 += A B over `steps` tiles of inputs: 32 rows by up to 2 tiles of outputs.
+// Tiles 0..3 += A B over `steps` tiles of inputs, for 32 rows by up to 2 tiles of outputs.
 inline void steps_2x2(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int64_t count) {
     fence();
-    if (count < 2) ldb = 0;  // the one tile twice: its second result is not used
+    if (count < 2) ldb = 0;  // uses the single tile twice; the second result is ignored
     for (int64_t i = 0; i < steps; i++) {
         for (int64_t line = (i + 2) * 1024; line < (i + 3) * 1024; line += LINE) {
             __builtin_prefetch(b + line);
@@ -57,7 +57,7 @@ inline void steps_2x2(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ld
     fence();
 }
 
-// The same for 16 rows by up to 4 tiles of outputs.
+// The same, for 16 rows by up to 4 tiles of outputs.
 inline void steps_1x4(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ldb, int64_t steps, int64_t count) {
     fence();
     for (int64_t i = 0; i < steps; i++) {
@@ -80,7 +80,7 @@ inline void steps_1x4(const int8_t* a, int64_t lda, const uint8_t* b, int64_t ld
     fence();
 }
 
-// Tiles 0..3 from memory, or back to it: C (32 rows, 32 outputs) if `two`, else (16, 16 times count).
+// Loads tiles 0..3 from memory, or stores them: C is (32 rows, 32 outputs) if `two`, else (16, 16 * count).
 inline void load_sums(const int32_t* c, int64_t ldc, bool two, int64_t count) {
     fence();
     const int64_t second = 16, third = two ? 16 * ldc : 32, fourth = two ? 16 * ldc + 16 : 48;
@@ -99,7 +99,7 @@ inline void store_sums(int32_t* c, int64_t ldc, bool two, int64_t count) {
     fence();
 }
 
-// Rows begin..end by the tiles of one block of outputs, all inputs.
+// The given rows by one block of output tiles, over all inputs.
 template <class T>
 void amx_block(const Rows& r, const Weights& w, Span rows, Span tiles, uint8_t* panel, int32_t* c, void* out) {
     constexpr int64_t ldc = NB * TILE_N;
@@ -140,8 +140,8 @@ void amx_block(const Rows& r, const Weights& w, Span rows, Span tiles, uint8_t* 
     }
 }
 
-// Up to 16 MT rows by `count` tiles of outputs (up to 4 / MT), all inputs: int4 codes are repacked just before they
-// are used, while the matrix unit still works on those before.
+// Up to 16 MT rows by `count` tiles of outputs (up to 4 / MT), over all inputs. int4 codes are repacked just before
+// use, while the matrix unit processes the previous ones.
 template <class T, int MT>
 void amx_few(const Rows& r, const Weights& w, int64_t row, int64_t tile, int64_t count, void* out) {
     constexpr int64_t CHUNK = 128;
@@ -183,8 +183,8 @@ void amx_linear(const Rows& r, const Weights& w, int threads, void* out) {
         const int64_t width = r.M <= 16 ? 4 : 2, blocks = (tiles + width - 1) / width;
         parallel(threads, [&](int t, int n) {
             configure_tiles();
-            const Span mine = share(blocks, t, n);
-            for (int64_t b = mine.begin; b < mine.end; b++) {
+            const Span range = partition(blocks, t, n);
+            for (int64_t b = range.begin; b < range.end; b++) {
                 const int64_t tile = b * width, count = std::min(width, tiles - tile);
                 width == 4 ? amx_few<T, 1>(r, w, 0, tile, count, out) : amx_few<T, 2>(r, w, 0, tile, count, out);
             }
@@ -192,18 +192,18 @@ void amx_linear(const Rows& r, const Weights& w, int threads, void* out) {
         });
         return;
     }
-    // Blocks of outputs, smaller where there would be too few to share.
+    // Blocks of outputs, smaller if there are too few for the threads.
     int64_t width = NB;
     while (width > 4 && (tiles + width - 1) / width < 4 * threads) width /= 2;
     const int64_t blocks = (tiles + width - 1) / width;
     parallel(threads, [&](int t, int n) {
-        static thread_local Scratch<uint8_t> panel_of;
-        static thread_local Scratch<int32_t> sums_of;
-        uint8_t* panel = panel_of.get(NB * TILE_N * KB);
-        int32_t* c = sums_of.get(MB * NB * TILE_N);
+        static thread_local Scratch<uint8_t> panel_scratch;
+        static thread_local Scratch<int32_t> sums_scratch;
+        uint8_t* panel = panel_scratch.get(NB * TILE_N * KB);
+        int32_t* c = sums_scratch.get(MB * NB * TILE_N);
         configure_tiles();
-        const Span mine = share(blocks, t, n);
-        for (int64_t b = mine.begin; b < mine.end; b++)
+        const Span range = partition(blocks, t, n);
+        for (int64_t b = range.begin; b < range.end; b++)
             for (int64_t m = 0; m < r.M; m += MB)
                 amx_block<T>(r, w, {m, std::min(m + MB, r.M)}, {b * width, std::min((b + 1) * width, tiles)}, panel, c, out);
         _tile_release();

@@ -1,22 +1,22 @@
-// How weights and activations are laid out, and what a product of them is.
+// The layout of weights and activations, and the definition of their product.
 //
 //   M rows of activations · N outputs · K inputs · G groups of K
 //
-// A weight is stored in tiles of 16 outputs by 4 inputs, 64 bytes a line, so that one load feeds one
+// A weight is stored in lines of 64 bytes, 16 outputs by 4 inputs each, so that one load is the operand of one
 // vector instruction (vpdpbusd) and 16 lines are one AMX tile:
 //
 //   int8   codes[N/16][K/4][16][4]   byte (n, j) of line i   is q[n, 4i + j]                w8 = q - 128
-//   int4   codes[N/16][K/8][16][4]   byte (n, j) of line i   is q[n, 8i + j] below, q[n, 8i + 4 + j] above
-//          groups[N/16][G][16]       a byte                  is m below, z above            w8 = m (q - z)
+//   int4   codes[N/16][K/8][16][4]   byte (n, j) of line i   is q[n, 8i + j] low nibble, q[n, 8i + 4 + j] high
+//          groups[N/16][G][16]       a byte                  is m low nibble, z high        w8 = m (q - z)
 //
-// N is padded to 16 and K to 64 (and to whole groups); padded inputs meet activations that are zero.
-// Activations become int8 a row at a time: sx = absmax / 127, xq = round(x / sx). Then
+// N is padded to 16 and K to 64 (and to whole groups); the activations of padded inputs are zero.
+// Activations are quantized to int8 per row: sx = absmax / 127, xq = round(x / sx). Then
 //
 //   y[m, n] = float(sum_k xq[m, k] w8[n, k]) * sx[m] * scale[n]
 //
-// and since integer sums are exact, a row's result does not depend on the other rows, on the number of
-// threads or on the instructions used. GGUF's blocks ("block") have a float scale for every 32 inputs, for
-// activations too; their sums are added in the order of the blocks, whatever the path.
+// Integer sums are exact, so the result of a row does not depend on the other rows, on the number of threads or on
+// the instruction set. GGUF blocks have a float scale per 32 inputs, for activations too; the sums of blocks are
+// always added in order.
 
 #pragma once
 
@@ -29,10 +29,10 @@
 
 namespace {
 
-constexpr int64_t TILE_N = 16, LINE = 64;  // outputs of a tile, bytes of a line
-constexpr int64_t BLOCK = 32;              // inputs of a block of GGUF
+constexpr int64_t TILE_N = 16, LINE = 64;  // outputs in a tile, bytes in a line
+constexpr int64_t BLOCK = 32;              // inputs in a GGUF block
 
-// Rows of int8 with a scale for every `block` inputs and, per `group` inputs, the sum of their codes.
+// Rows quantized to int8, with a scale per `block` inputs and the sum of codes per `group` inputs.
 struct Rows {
     int64_t M, K, Kp, block, group;
     int8_t* q;      // (M, Kp), padded with zeros; M itself is padded to 16 rows for AMX
@@ -45,21 +45,21 @@ void quantize_row(const Rows& r, int64_t row, const typename T::Store* x) {
     int8_t* q = r.q + row * r.Kp;
     for (int64_t b = 0; b * r.block < r.Kp; b++) {
         const int64_t begin = b * r.block, end = std::max(begin, std::min(begin + r.block, r.K));
-        uint32_t top = 0;  // the largest bits are the largest magnitude; those of inf and NaN lie above all
+        uint32_t absmax_bits = 0;  // bits order as magnitudes; inf and NaN are the largest
         for (int64_t k = begin; k < end; k++) {
             float v = T::load(x, k);
             uint32_t bits;
             std::memcpy(&bits, &v, 4);
-            top = std::max(top, bits & 0x7fffffffu);
+            absmax_bits = std::max(absmax_bits, bits & 0x7fffffffu);
         }
         float absmax;
-        std::memcpy(&absmax, &top, 4);
+        std::memcpy(&absmax, &absmax_bits, 4);
         r.scale[row * (r.Kp / r.block) + b] = absmax / 127.0f;
         const float inverse = absmax > 0 ? 127.0f / absmax : 0.0f;
-        const bool finite = top < 0x7f800000u && inverse <= 3.0e38f;
+        const bool finite = absmax_bits < 0x7f800000u && inverse <= 3.0e38f;
         if (finite)
             for (int64_t k = begin; k < end; k++) q[k] = int8_t(int32_t(__builtin_rintf(T::load(x, k) * inverse)));
-        else  // the scale is 0, inf or NaN, and so will the products be
+        else  // the scale is 0, inf or NaN, and so are the products
             std::memset(q + begin, 0, end - begin);
     }
     std::memset(q + r.K, 0, r.Kp - r.K);
@@ -70,35 +70,35 @@ void quantize_row(const Rows& r, int64_t row, const typename T::Store* x) {
     }
 }
 
-// M rows made int8, in scratch that the next call takes again: a scale for `block` inputs, a sum for `group`.
+// Quantizes M rows, in scratch memory that the next call reuses: a scale per `block` inputs, a sum per `group`.
 template <class T>
 Rows quantize(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, int64_t group, int threads) {
-    static thread_local Scratch<int8_t> codes_of;
-    static thread_local Scratch<float> scale_of;
-    static thread_local Scratch<int32_t> sum_of;
+    static thread_local Scratch<int8_t> codes_scratch;
+    static thread_local Scratch<float> scale_scratch;
+    static thread_local Scratch<int32_t> sum_scratch;
     const int64_t padded = (M + 15) / 16 * 16;
-    const Rows r{M, K, Kp, block, group, codes_of.get(padded * Kp), scale_of.get(M * (Kp / block)), sum_of.get(M * (Kp / group))};
+    const Rows r{M, K, Kp, block, group, codes_scratch.get(padded * Kp), scale_scratch.get(M * (Kp / block)), sum_scratch.get(M * (Kp / group))};
     const auto* rows = static_cast<const typename T::Store*>(x);
     parallel(M < 4 ? 1 : threads, [&](int t, int n) {
-        const Span mine = share(M, t, n);
-        for (int64_t m = mine.begin; m < mine.end; m++) quantize_row<T>(r, m, rows + m * K);
+        const Span range = partition(M, t, n);
+        for (int64_t m = range.begin; m < range.end; m++) quantize_row<T>(r, m, rows + m * K);
     });
     std::memset(r.q + M * Kp, 0, (padded - M) * Kp);
     return r;
 }
 
 struct Weights {
-    int64_t N, Kp, group;  // group: inputs of an int4 group; Kp for int8
+    int64_t N, Kp, group;  // group: inputs in an int4 group; Kp for int8
     const uint8_t* codes;
     const uint8_t* groups;    // int4 only
     const float* scale;       // (N,)
-    const uint16_t* d;        // block formats only: half floats [N/16][K/32][16]
+    const uint16_t* d;        // GGUF blocks only: float16 [N/16][K/32][16]
     int bits;
-    const struct LowRank* adapters;  // or null: what each of the resident ones adds (low_rank.h)
-    struct Mixture* mixture;         // and which of them do, to which rows
+    const struct LowRank* adapters;  // LoRA factors of each adapter (low_rank.h), or null
+    struct Mixture* mixture;         // the adapter of each row
 };
 
-// y = float(sums) * sx * scale, for the 16 outputs of a tile or what there is of them.
+// y = float(sums) * sx * scale, for the 16 outputs of a tile, or fewer in the last one.
 template <class T>
 inline void finish(const Rows& r, const Weights& w, int64_t row, int64_t tile, const int32_t* sums, void* out) {
     I16 v;

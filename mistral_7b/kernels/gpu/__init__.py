@@ -1,1 +1,1 @@
-"""Kernels for GPUs, in Triton, each beside its twin in plain PyTorch."""
+"""Triton kernels for GPUs, each with a twin in plain PyTorch."""

@@ -1,6 +1,6 @@
-"""RMSNorm, SwiGLU's gate and the rotation on a GPU: ../elementwise.py's operators there, in Triton.
+"""RMSNorm, SwiGLU's gate and rotary embedding in Triton: the GPU implementations of ../elementwise.py.
 
-For what backend.py gives to Triton, tensors with elements. Compared with the twins in Triton's interpreter.
+Call them only if backend.py selects Triton, with non-empty tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of one shape and type."""
+    """silu(gate) * up, of the same shape and type."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     _launch("silu_mul", (-(-gate.numel() // 1024),), gate, up, out, gate.numel(), BLOCK=1024)
@@ -31,9 +31,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x (..., heads, K) by angles whose cos and sin are (..., 1, K/2), float32.
+    """Rotate adjacent pairs of x (..., heads, K) by angles with float32 cos and sin (..., 1, K/2).
 
-    The angles have x's leading dimensions, or fewer and then serve for all: (T, 1, K/2) for (B, T, heads, K).
+    The angles broadcast over leading dimensions that they lack: (T, 1, K/2) for (B, T, heads, K).
     """
     x = x.contiguous()
     heads, half = x.shape[-2], x.shape[-1] // 2

@@ -1,7 +1,7 @@
-"""Work for a GPU that is recorded once and then started as a whole: CUDA graphs.
+"""Capture of CUDA graphs.
 
-A step of the 7B model is a thousand kernels; launched one by one they keep the GPU waiting. Replayed, they are one
-launch, on the tensors that they were recorded with, which are given new values before. Never yet run on a GPU.
+A step of the 7B model launches a thousand kernels, and the GPU waits for their launches. A captured graph replays
+them with one launch, on the tensors of the capture, into which new values are copied before.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 import torch
 
-WARM_UP = 3  # times that a step is run before: libraries and Triton set themselves up then
+WARM_UP = 3  # runs before capture, in which libraries and Triton initialize
 
 
 class Recorder:
-    """Records on one stream, as libraries keep a workspace for each, and into one pool of memory.
+    """Captures graphs on one stream, since libraries keep a workspace per stream, and into one memory pool.
 
-    What the pool's graphs use between their kernels is then as much as the largest of them needs. So none may be
-    replayed while another runs, nor read from the inside of one after another was replayed: results go to tensors
-    that were there before.
+    The graphs share the pool's memory for intermediate tensors, so it is as large as the largest graph needs. Do
+    not replay two graphs concurrently, nor read a graph's intermediate tensors after replaying another: write
+    results to tensors allocated before the capture.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,15 +28,15 @@ class Recorder:
             self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], object], rehearse: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """The graph of `step`, which asks the device for nothing; `rehearse` runs it before, without a trace."""
+        """Capture `step`, which must not synchronize; `rehearse` runs it before, without side effects."""
         with torch.cuda.device(self.device):
-            here = torch.cuda.current_stream()
-            self.stream.wait_stream(here)
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
                 rehearse()
-            here.wait_stream(self.stream)
+            current.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            mode = "thread_local"  # other threads go on
+            mode = "thread_local"  # other threads may call CUDA meanwhile
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
                 step()
         return graph

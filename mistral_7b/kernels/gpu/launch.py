@@ -1,4 +1,4 @@
-"""How a Triton kernel is started. Triton is imported with the first: without a GPU it is not there."""
+"""Launching of Triton kernels. Triton is imported by the first launch, as it is not installed without a GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 
-def launch(module: str, kernel: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **how: Any) -> None:
-    """Run a kernel of a module beside this, on the device of its first tensor, which need not be current."""
+def launch(
+    module: str, kernel: str, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any
+) -> None:
+    """Launch a kernel of a module in this package on the device of its first tensor, whether current or not."""
     with torch.cuda.device_of(first):
-        getattr(_module(module), kernel)[grid](first, *arguments, **how)
+        getattr(_module(module), kernel)[grid](first, *arguments, **constants)
 
 
 def power(n: int) -> int:
-    """The smallest power of two that is at least n."""
+    """The smallest power of two >= n."""
     return 1 << (n - 1).bit_length()
 
 

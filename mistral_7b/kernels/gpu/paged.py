@@ -1,22 +1,20 @@
-"""Attention over pages on a GPU, for any mixture of decode and prefill: ../attend.py's operator there.
+"""Paged attention on a GPU, for any mixture of decode and prefill: the GPU implementation of ../attend.py.
 
-    rows of queries, packed         0   1   2 3 4 5 6 7 8   9     decode is prefill of length one
-    their sequences               [ 0 | 1 | 2 2 2 2 2 2 2 | 3 ]   offsets 0, 1, 2, 9, 10
-    tiles, of 4 queries say         a   b   c c c c d d d   e     each with the R heads that share a key head
+    query rows, packed              0   1   2 3 4 5 6 7 8   9     decode is prefill of length one
+    sequence                      [ 0 | 1 | 2 2 2 2 2 2 2 | 3 ]   offsets (cu_seqlens) 0, 1, 2, 9, 10
+    tile, here of 4 queries         a   b   c c c c d d d   e     each with the R query heads of a key/value head
 
-**A row's bits are a matter of its keys alone.** Tiles are BLOCK_M rows high, filled or not, so every row goes
-through the same instructions. Keys are taken in blocks of BLOCK_S positions, and these in splits of SPLIT, all
-beginning at multiples of their size: which block a key belongs to does not depend on the chunk its query came
-in, on its page, or on other sequences. A split gives a maximum, a sum and a weighted sum of values, and splits
-are folded from the first to the last. What is free is who folds: one program that goes through all of a tile's
-splits, keeping nothing outside its registers, or, where there are too few tiles to fill the GPU (a few rows of
-decode over long contexts), a second kernel, after several programs shared the splits. Both run the same fold,
-so the choice, made by the sizes of the batch, changes no bit.
+**The bits of a row depend only on its keys.** All tiles have BLOCK_M rows, with padding rows, so all rows execute
+the same instructions. Keys are processed in blocks of BLOCK_S positions, and blocks in splits of SPLIT, aligned to
+multiples of their size: the block of a key does not depend on the chunk of its query, on its page, or on other
+sequences. A split gives a maximum, a sum and a weighted sum of values; the splits are combined in order. Either
+one program processes all splits of a tile and keeps its state in registers, or, if there are too few tiles to fill
+the GPU (a few decode rows over long contexts), several programs process the splits and a second kernel combines
+them. Both use the same function to combine, so this choice, which depends on the batch size, changes no bit.
 
-The host knows N, B and the shapes of tensors, and asks the device for nothing else: what is launched depends on
-these alone, and a captured graph stays true when start, held, offsets and table are given other values.
-Programs that find no work cost an exit: at most N / queries + 1 tiles, one for each sequence without rows, and
-the shares of splits that are not there.
+The host uses only N, B and the shapes of tensors and does not synchronize. Launches depend on these alone, so a
+captured graph remains valid when the values of start, held, offsets and table change. Programs without work exit
+immediately: at most N / queries + 1 tiles, one per sequence without rows, and those of splits that do not exist.
 """
 
 from __future__ import annotations
@@ -32,27 +30,28 @@ from .launch import launch, power
 if TYPE_CHECKING:
     from ..attend import Remembered
 
-SPLIT = 512  # positions whose keys one program must take together
-BLOCK_M = 32  # rows of a tile: low enough for mma.sync, high enough for prefill to use a loaded key 32 times
-BLOCK_S = 64  # keys at once; half as many in float32, for which there would be no registers
-PROGRAMS = 2048  # that fill a GPU evenly: several for each place on its multiprocessors, as lengths differ
-SHARES = 2**27  # bytes of results between the two kernels: beyond, each tile's splits are left to one program
-ENDLESS = 2**31 - 1  # a window that hides nothing
-# Three stages: table, keys and values, sums. Unfused: a line that stands in two kernels rounds alike in both.
-HOW: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+SPLIT = 512  # positions in a split, the unit of work that programs can share
+BLOCK_M = 32  # rows in a tile: mma.sync needs few, and prefill uses each loaded key 32 times
+BLOCK_S = 64  # keys in a block; half as many in float32, to fit the registers
+PROGRAMS = 2048  # that fill a GPU: several per slot of its multiprocessors, since their lengths differ
+MAX_PARTIAL_BYTES = 2**27  # of partial results; above, one program processes all splits of a tile
+NO_WINDOW = 2**31 - 1  # a window that includes all positions
+# Three stages: block table, keys and values, sums. No fp fusion: the same code must round alike in both kernels.
+LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 def paged_attend(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, old: Remembered,
     window: int | None, keep: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Attention of packed q (N, H, K) over its own k, v (N, G, K) and pages (n_pages, page, G, K): (N, H, K).
+    """Attention of packed q (N, H, K) over new k, v (N, G, K) and pages (n_pages, page, G, K): (N, H, K).
 
-    Sequence b has rows offsets[b] to offsets[b + 1], at positions start[b] on, and sees held[b] positions before
-    them in the pages table[b] (B, columns), of all these the last `window` (None or 0: all). It may have no rows.
-    Rows after the last offset belong to no sequence: they give zeros and are not kept.
-    k, v and pages are of q's type, or int8 with float32 scales (N, G, 1) and (n_pages, page, G, 1); pages are
-    contiguous. With `keep` the new ones are then written to theirs. For what backend.py gives to Triton.
+    Sequence b has the rows offsets[b]..offsets[b + 1], at positions from start[b]. They attend to these and to the
+    held[b] positions before, in the pages of the block table's row b, within `window` (None or 0: all). A sequence
+    may have no rows. Rows after the last offset are padding rows: they give zeros and are not written to pages.
+    k, v and pages have q's type, or int8 with float32 scales (N, G, 1) and (n_pages, page, G, 1); pages are
+    contiguous. With `keep`, new keys and values are then written to pages.
+    Call it only if backend.py selects Triton.
     """
     place, page = old.place, old.place.page
     assert place.offsets is not None
@@ -65,64 +64,63 @@ def paged_attend(
     start, held, offsets, table = (t.contiguous() for t in (place.start, place.held, place.offsets, place.table))
     scales = [q if t is None else t for t in (k_scale, v_scale, old.k_scale, old.v_scale)]
     entries = (k, v, *(t if t is q else t.contiguous() for t in scales[:2]), old.k, old.v, *scales[2:])
-    columns, window = table.shape[1], window or ENDLESS
-    cut = _cut(N, H, G, K, B, columns * page, 0 if keep else N, window)
-    shared, parts = cut.programs > 1, [out] * 3
-    if shared:
-        shapes = [(N * H, cut.slots, *last) for last in ((), (), (K,))]
-        parts = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
-    strides, sizes = (q.stride(0), k.stride(0), v.stride(0)), (cut.slots, window)
+    columns, window = table.shape[1], window or NO_WINDOW
+    grid = _grid(N, H, G, K, B, columns * page, 0 if keep else N, window)
+    split_programs, partials = grid.programs > 1, [out] * 3
+    if split_programs:
+        shapes = [(N * H, grid.slots, *last) for last in ((), (), (K,))]
+        partials = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
+    strides, sizes = (q.stride(0), k.stride(0), v.stride(0)), (grid.slots, window)
     heads: dict[str, Any] = {"G": G, "R": H // G, "K": K, "SPLIT": SPLIT, "BLOCK_K": max(16, power(K))}
     pages: dict[str, Any] = {"PAGE": page, "INT8": k_scale is not None}
-    blocks = {"BLOCK_M": cut.height, "BLOCK_S": BLOCK_S // 2 if q.dtype == torch.float32 else BLOCK_S}
+    blocks = {"BLOCK_M": grid.height, "BLOCK_S": BLOCK_S // 2 if q.dtype == torch.float32 else BLOCK_S}
     _launch(
-        "attend_tiles", (cut.tiles, G, cut.programs), q, *entries, start, held, offsets, table, out, *parts,
-        *strides, N, B, columns, *sizes, math.log2(math.e) / math.sqrt(K), SHARED=shared,
+        "attend_tiles", (grid.tiles, G, grid.programs), q, *entries, start, held, offsets, table, out, *partials,
+        *strides, N, B, columns, *sizes, math.log2(math.e) / math.sqrt(K), SHARED=split_programs,
         **heads, **pages, **blocks,
     )  # fmt: skip
-    if shared:
+    if split_programs:
         _launch(
-            "merge_splits", (N, G), *parts, start, held, offsets, out, B, *sizes, BLOCK_R=power(H // G), **heads
+            "merge_splits", (N, G), *partials, start, held, offsets, out, B, *sizes, BLOCK_R=power(H // G), **heads
         )
     if keep:
         _launch(
-            "remember", (N,), *entries, start, offsets, table, *strides[1:], B, columns, G=G, K=K, **pages,
+            "write_kv", (N,), *entries, start, offsets, table, *strides[1:], B, columns, G=G, K=K, **pages,
             BLOCK=power(G * K), BLOCK_G=power(G),
         )  # fmt: skip
     return out
 
 
-class Cut(NamedTuple):
-    """How a batch is laid out in programs: tiles of `height` rows, of which each has at most `slots` splits."""
+class Grid(NamedTuple):
+    """The launch grid of a batch: tiles of `height` rows, each with at most `slots` splits."""
 
     height: int
     tiles: int
     slots: int
-    programs: int  # that share a tile's splits
+    programs: int  # that share the splits of a tile
 
 
-def _cut(N: int, H: int, G: int, K: int, B: int, paged: int, beside: int, window: int) -> Cut:
-    """Positions in pages, `paged` at most, begin at 0; with new ones `beside` them, they begin anywhere."""
+def _grid(N: int, H: int, G: int, K: int, B: int, paged: int, new: int, window: int) -> Grid:
+    """The grid for at most `paged` positions in pages and `new` beside them; without new, positions begin at 0."""
     height = max(BLOCK_M, power(H // G))
     queries = height // (H // G)
-    tiles = (
-        N // queries + B + 1
-    )  # sequence b's begin at offsets[b] // queries + b, and as if B + 1 took what is left
-    everything = _splits(paged + beside) if beside else -(-paged // SPLIT)
-    slots = max(1, min(everything, _splits(window + queries - 1)))
+    # The tiles of sequence b begin at offsets[b] // queries + b; padding rows count as one more sequence.
+    tiles = N // queries + B + 1
+    all_splits = _splits(paged + new) if new else -(-paged // SPLIT)
+    slots = max(1, min(all_splits, _splits(window + queries - 1)))
     programs = max(1, min(slots, PROGRAMS // (tiles * G)))
-    return Cut(height, tiles, slots, programs if 4 * N * H * slots * (K + 2) <= SHARES else 1)
+    return Grid(height, tiles, slots, programs if 4 * N * H * slots * (K + 2) <= MAX_PARTIAL_BYTES else 1)
 
 
 def _splits(positions: int) -> int:
-    """The most splits in which so many positions can lie, wherever they begin."""
+    """The largest number of splits that a range of this many positions can overlap."""
     return (positions - 2) // SPLIT + 2
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t (N, heads, K), contiguous but for the distance of its rows, which may be those of a wider matrix."""
+    """t (N, heads, K), contiguous within rows; the row stride may be that of a wider matrix."""
     return t if t.stride(2) == 1 and t.stride(1) == t.shape[2] else t.contiguous()
 
 
 def _launch(kernel: str, grid: tuple[int, ...], first: Tensor, *rest: Any, **constants: Any) -> None:
-    launch("triton_paged", kernel, grid, first, *rest, **constants, **HOW)
+    launch("triton_paged", kernel, grid, first, *rest, **constants, **LAUNCH_OPTIONS)

@@ -1,6 +1,6 @@
-"""Triton kernels for attention of one token. decode_attention.py says what they compute.
+"""Triton kernels for single-token attention, launched and documented by decode_attention.py.
 
-Sums run in float32 in an order fixed by the ring alone, so no row depends on how many there are.
+Sums are in float32, in an order that depends on the ring's size only, so results are batch-invariant.
 """
 
 # mypy: disable-error-code="no-untyped-def, import-not-found, import-untyped"
@@ -12,20 +12,20 @@ import triton.language as tl
 
 @triton.jit
 def attend_split(
-    q, k, v, seen, tops, totals, sums, S, row_k, slot_k, row_v, slot_v, row_seen, scale, G, R, K,
+    q, k, v, seen, maxima, totals, sums, S, row_k, slot_k, row_v, slot_v, row_seen, scale, G, R, K,
     MASKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The R query heads of one key/value head over SPLIT keys: largest score, sum of exps, weighted values.
+    """Maximum score, sum of exponentials and weighted values over SPLIT keys, for the R heads of one key head.
 
-    Keys that are not seen are neither read nor counted, a block of them costs a byte each. A split without
-    any writes -inf, 0, 0: every number of the three results is written, whatever is visible.
+    Unseen keys are not read; a block of them costs one byte of mask per key. A split without visible keys writes
+    -inf, 0, 0, so all elements of the results are always written.
     """
     b, g, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    there = (r < R)[:, None] & (d < K)[None, :]
+    valid = (r < R)[:, None] & (d < K)[None, :]
     heads = tl.program_id(0) * R + r
-    query = tl.load(q + heads[:, None] * K + d[None, :], mask=there, other=0.0)
-    top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    query = tl.load(q + heads[:, None] * K + d[None, :], mask=valid, other=0.0)
+    maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in range(0, SPLIT, BLOCK_S):
@@ -40,32 +40,32 @@ def attend_split(
             key = tl.load(at_k, mask=(d < K)[:, None] & visible[None, :], other=0.0)
             score = tl.dot(query, key, input_precision="ieee") * scale
             score = tl.where(visible[None, :], score, float("-inf"))
-            higher = tl.maximum(top, tl.max(score, 1))
-            weight = tl.exp(score - higher[:, None])
-            shrink = tl.exp(top - higher)
+            new_maximum = tl.maximum(maximum, tl.max(score, 1))
+            weight = tl.exp(score - new_maximum[:, None])
+            rescale = tl.exp(maximum - new_maximum)
             value = tl.load(at_v, mask=visible[:, None] & (d < K)[None, :], other=0.0)
-            acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-            total = total * shrink + tl.sum(weight, 1)
-            top = higher
-    place = heads * tl.num_programs(1) + split
-    tl.store(tops + place, top, mask=r < R)
-    tl.store(totals + place, total, mask=r < R)
-    tl.store(sums + place[:, None] * K + d[None, :], acc, mask=there)
+            acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
+            total = total * rescale + tl.sum(weight, 1)
+            maximum = new_maximum
+    index = heads * tl.num_programs(1) + split
+    tl.store(maxima + index, maximum, mask=r < R)
+    tl.store(totals + index, total, mask=r < R)
+    tl.store(sums + index[:, None] * K + d[None, :], acc, mask=valid)
 
 
 @triton.jit
-def attend_merge(tops, totals, sums, out, SPLITS, K, BLOCK_SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The splits of one query head, added up in their order."""
+def attend_merge(maxima, totals, sums, out, SPLITS, K, BLOCK_SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Merge the splits of one query head, in order."""
     head = tl.program_id(0)
     d, i = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_SPLITS)
     first = head * SPLITS
-    best = tl.max(tl.load(tops + first + i, mask=i < SPLITS, other=float("-inf")), 0)
-    best = tl.maximum(best, -1e30)  # a query that sees nothing gives zeros, not NaN
+    global_maximum = tl.max(tl.load(maxima + first + i, mask=i < SPLITS, other=float("-inf")), 0)
+    global_maximum = tl.maximum(global_maximum, -1e30)  # a query without visible keys gives zeros, not NaN
     total = 0.0
     acc = tl.zeros((BLOCK_K,), tl.float32)
     for split in range(SPLITS):
-        share = tl.exp(tl.load(tops + first + split) - best)
-        total += share * tl.load(totals + first + split)
-        acc += share * tl.load(sums + (first + split) * K + d, mask=d < K, other=0.0)
+        factor = tl.exp(tl.load(maxima + first + split) - global_maximum)
+        total += factor * tl.load(totals + first + split)
+        acc += factor * tl.load(sums + (first + split) * K + d, mask=d < K, other=0.0)
     acc = acc / tl.maximum(total, 1e-30)
     tl.store(out + head * K + d, acc.to(out.dtype.element_ty), mask=d < K)

@@ -1,7 +1,7 @@
-"""Triton kernels for what lies between the matrix products. elementwise.py says what they compute.
+"""Triton kernels for RMSNorm, SwiGLU's gate and rotary embedding, launched by elementwise.py.
 
-Each does in one pass over memory what PyTorch does in three to eight. Sums run in float32 in an order fixed
-by the shape of one row, so no row depends on how many there are.
+Each makes one pass over memory where PyTorch makes three to eight. Sums are in float32, in an order that depends
+on the row's length only, so results are batch-invariant.
 """
 
 # mypy: disable-error-code="no-untyped-def, import-not-found, import-untyped"
@@ -13,12 +13,12 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm(x, weight, out, D, eps, BLOCK: tl.constexpr):
-    """A row of D a program: normalised in float32, rounded, times the weight."""
+    """One row of D elements per program: normalized in float32, rounded, times the weight."""
     at = tl.arange(0, BLOCK)
     mask = at < D
     row = tl.program_id(0).to(tl.int64) * D
-    wide = tl.load(x + row + at, mask=mask, other=0.0).to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
+    x32 = tl.load(x + row + at, mask=mask, other=0.0).to(tl.float32)
+    normed = x32 * tl.rsqrt(tl.sum(x32 * x32, 0) / D + eps)
     kind: tl.constexpr = out.dtype.element_ty
     value = normed.to(kind).to(tl.float32) * tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row + at, value.to(kind), mask=mask)
@@ -26,7 +26,7 @@ def rms_norm(x, weight, out, D, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def silu_mul(gate, up, out, count, BLOCK: tl.constexpr):
-    """silu(gate) * up, rounded in between as two operations would."""
+    """silu(gate) * up; silu(gate) is rounded to the output type first, as two operations do."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
@@ -37,7 +37,7 @@ def silu_mul(gate, up, out, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def rotate(x, cos, sin, out, HEADS, HALF, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Rotate the pairs of one token's heads (HEADS, 2 * HALF) by its angles (HALF,)."""
+    """Rotate adjacent pairs of one token's heads (HEADS, 2 * HALF) by its angles (HALF,)."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     pair = tl.arange(0, BLOCK_P)

@@ -65,7 +65,7 @@ def _request(
     """Build the engine request. Errors name a message by its index in the client's request."""
     talk = wire.conversation(body)
     return state.llm.inputs.chat(
-        talk.messages, body.params(), RequestOptions(adapter=adapter, gone=gone), tools=wire.offered(body),
+        talk.messages, body.params(), RequestOptions(adapter=adapter, disconnected=gone), tools=wire.offered(body),
         tool_choice=wire.chosen(body), parallel=wire.most_calls(body) is None, labels=talk.labels,
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ def check_n(state: State, n: int | None) -> None:
 def read_chat(
     state: State, body: ChatRequest, adapter: str | None, gone: threading.Event | None = None
 ) -> Request:
-    """Build the engine request of a conversation; `gone` as in RequestOptions. Slow: run it on a thread."""
+    """Build the engine request of a conversation; `gone` is set at a disconnect. Slow: run it on a thread."""
     messages = body.plain(body.messages)
     labels = [f"messages[{i}]" for i in range(len(messages))]
     if body.safe_prompt:
@@ -97,7 +97,9 @@ def read_chat(
     if not isinstance(choice, str):
         choice = dict(plain(choice))
     params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=_structured(body))
-    options = RequestOptions(priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, gone=gone)
+    options = RequestOptions(
+        priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, disconnected=gone
+    )
     return state.llm.inputs.chat(
         messages, params, options, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
         labels=labels,

@@ -47,7 +47,7 @@ def router(state: State) -> APIRouter:
             priority=body.priority or 0,
             adapter=state.adapter(body.model),
             cache_salt=body.cache_salt,
-            gone=left(http_request),
+            disconnected=left(http_request),
         )
         prompts = prompts_of(body.prompt)
         requests = [

@@ -92,7 +92,7 @@ def router(state: State) -> APIRouter:
 
 def _tokenizer(state: State) -> Tokenizer:
     if state.llm.tokenizer is None:
-        raise GenerationError(f"this model has no tokenizer: {state.llm.inputs.why}")
+        raise GenerationError(f"this model has no tokenizer: {state.llm.inputs.tokenizer_error}")
     return state.llm.tokenizer
 
 

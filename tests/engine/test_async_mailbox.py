@@ -13,10 +13,11 @@ import pytest
 import torch
 from scenes import GREEDY, LONG, no_thread_is_left, open_llm, play  # noqa: F401
 
-from mistral_7b.engine.async_llm import AsyncLLM, _Mailbox
+from mistral_7b.engine.async_llm import AsyncLLM
 from mistral_7b.engine.completion import TextPiece
 from mistral_7b.engine.inputs import RequestOptions
-from mistral_7b.engine.threads import release
+from mistral_7b.engine.mailbox import Mailbox
+from mistral_7b.engine.threads import release_openmp_threads
 from mistral_7b.sampling.logprobs import Logprob
 from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.text.tool_calls import ToolCallDelta
@@ -59,13 +60,13 @@ def test_no_piece_comes_before_the_rest_is_over() -> None:
 
 def test_what_came_in_a_rest_is_told_after_it_though_nothing_follows() -> None:
     async def scene() -> None:
-        mailbox = _Mailbox()
+        mailbox = Mailbox()
         waiting = asyncio.create_task(mailbox.wait(0.02))
         await asyncio.sleep(0)
-        assert mailbox.resting
+        assert mailbox.throttled
         mailbox.pieces.append(TextPiece("a"))  # and is not announced, as by the engine's thread
         await waiting
-        assert not mailbox.resting
+        assert not mailbox.throttled
 
     play(scene())
 
@@ -113,7 +114,7 @@ def test_threads_of_loops_are_let_go_of() -> None:
         for _ in range(2):
             torch.ones(1 << 20).sqrt()
             counts.append(len(os.listdir("/proc/self/task")))
-            release()
+            release_openmp_threads()
             time.sleep(0.1)
             counts.append(len(os.listdir("/proc/self/task")))
 

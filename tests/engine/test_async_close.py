@@ -13,8 +13,8 @@ from automaton import check
 from scenes import GREEDY, LONG, no_thread_is_left, open_llm, play, settled, tokens_of  # noqa: F401
 from torch import Tensor
 
-from mistral_7b.engine import async_llm
 from mistral_7b.engine.async_llm import AsyncLLM
+from mistral_7b.engine.mailbox import Mailbox
 from mistral_7b.errors import EngineError
 
 
@@ -107,9 +107,9 @@ def test_a_loop_that_closes_while_it_is_told_hurts_nobody_else() -> None:
 
     async def scene() -> None:
         async with open_llm() as llm:
-            mailbox = async_llm._Mailbox()
+            mailbox = Mailbox()
             mailbox.loop = Closing()  # type: ignore[assignment]
-            llm._touched[mailbox] = None
+            llm._updated[mailbox] = None
             assert await tokens_of(llm, [5]) == llm.engine.model.greedy([5], 12)
 
     play(scene())

@@ -182,7 +182,7 @@ def planning_time(waiting: int) -> float:
     best = 1.0
     for _ in range(30):
         began = time.perf_counter()
-        engine.drafts.guess(engine.scheduler.running, engine._blame)
+        engine.drafts.propose(engine.scheduler.running, engine._fail_request)
         plan = engine.scheduler.plan()
         best = min(best, time.perf_counter() - began)
         assert len(plan) == 8

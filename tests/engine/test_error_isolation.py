@@ -40,9 +40,9 @@ ASKED: dict[str, dict[str, Any]] = {
     "grammar": {"structured_outputs": StructuredOutputs(regex="[a-z ]{3,40}"), "n": 2},
 }
 WHAT = {  # some of the calls into which faults must have been injected
-    "text": {"StreamDecoder.push", "StopTexts.push", "_Stop.push", "History.add", "ToolCallStream.push"},
-    "numbers": {"StreamDecoder.push", "Guesser.guess", "Guesser.take", "PromptLookup.propose"},
-    "grammar": {"GrammarState.ask", "GrammarState.wait", "GrammarState.take", "Guesser.guess"},
+    "text": {"StreamDecoder.push", "StopStrings.push", "_StopMatcher.push", "History.add", "ToolCallStream.push"},
+    "numbers": {"StreamDecoder.push", "Speculator.propose", "Speculator.update", "PromptLookup.propose"},
+    "grammar": {"GrammarState.ask", "GrammarState.wait", "GrammarState.take", "Speculator.propose"},
 }
 SPECULATION = Speculation(row_cost=0.0, max_draft=3, min_ngram=1)
 
@@ -72,7 +72,7 @@ def own_objects(request: Request) -> Iterator[Any]:
     """What a request brought with it, and what belongs to that: the engine's own bookkeeping is not among it."""
     seen: set[int] = set()
     found: list[Any] = [request.params, request.sink, request.speculation, *request.completions]
-    found += [part for s in request.sequences for part in (s.grammar, s.guesser)]
+    found += [part for s in request.sequences for part in (s.grammar, s.speculator)]
     while found:
         thing = found.pop()
         module = type(thing).__module__ or ""

@@ -13,7 +13,7 @@ from engines import GREEDY, add, broken, served, small
 from torch import Tensor
 
 from mistral_7b.engine.completion import TextPiece
-from mistral_7b.engine.containment import because
+from mistral_7b.engine.containment import request_error
 from mistral_7b.engine.grammar.client import Masks
 from mistral_7b.engine.request import Request
 from mistral_7b.errors import EngineError, GenerationError
@@ -25,7 +25,7 @@ from mistral_7b.sampling.params import SamplingParams
 @pytest.mark.wording
 def test_an_error_names_the_request_and_what_failed() -> None:
     request = request_of(small(), [1, 2], GREEDY)
-    error = because(request, "the model's step", RuntimeError("the model broke"))
+    error = request_error(request, "the model's step", RuntimeError("the model broke"))
     assert str(error) == f"request {request.id}: the model's step failed: RuntimeError('the model broke')"
 
 
@@ -82,7 +82,7 @@ def test_logits_that_are_not_finite_fail_one_request_alone(monkeypatch: pytest.M
         assert requests[1].completions[0].token_ids == engine.model.greedy([7, 7, 7, 9], 3)
 
 
-def test_logits_that_are_not_finite_after_a_wrong_guess_matter_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_after_a_rejected_draft_end_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Automaton(8)
     engine = small(model)
     logits = model.logits
@@ -102,13 +102,13 @@ def test_logits_that_are_not_finite_after_a_wrong_guess_matter_to_nobody(monkeyp
     assert engine.counts.drafted_tokens > engine.counts.accepted_tokens > 0
 
 
-class _BrokenGuesses(Oracle):
-    """Guesses that fail, or are no tokens."""
+class _BrokenDrafts(Oracle):
+    """Drafts that fail, or are no tokens."""
 
-    def guesser(self, prompt: Any, room: int) -> Any:
-        guesser = super().guesser(prompt, room)
-        guesser.drafter.propose = self.propose  # type: ignore[method-assign]
-        return guesser
+    def speculator(self, prompt: Any, max_length: int) -> Any:
+        speculator = super().speculator(prompt, max_length)
+        speculator.drafter.propose = self.propose  # type: ignore[method-assign]
+        return speculator
 
     def propose(self, n: int, choose: Any) -> list[int]:
         raise RuntimeError("the drafter broke")
@@ -118,7 +118,7 @@ def test_a_drafter_that_fails_ends_its_own_request_alone() -> None:
     model = Automaton(8)
     engine = small(model)
     (good,) = add(engine, [1, 2, 3])
-    (bad,) = add(engine, [3, 2, 1], speculation=_BrokenGuesses(model))
+    (bad,) = add(engine, [3, 2, 1], speculation=_BrokenDrafts(model))
     served(engine, good)
     assert isinstance(bad.error, EngineError)
     assert "the drafter broke" in repr(bad.error.__cause__)
@@ -127,7 +127,7 @@ def test_a_drafter_that_fails_ends_its_own_request_alone() -> None:
 def test_a_draft_model_whose_logits_are_not_finite_costs_nobody_anything() -> None:
     model = Automaton(8)
 
-    class NotFinite(_BrokenGuesses):
+    class NotFinite(_BrokenDrafts):
         def propose(self, n: int, choose: Any) -> list[int]:
             return [choose(torch.full((1, 11), float("nan")), []) for _ in range(n)]
 

@@ -8,7 +8,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_7b.engine.completion import StopTexts
+from mistral_7b.engine.completion import StopStrings
 
 
 def plain(stops: list[str], pieces: list[str]) -> tuple[list[str], str | None, str]:
@@ -31,7 +31,7 @@ def plain(stops: list[str], pieces: list[str]) -> tuple[list[str], str | None, s
     st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3), st.lists(st.text("abc", max_size=7))
 )
 def test_they_do_what_they_are_defined_to(stops: list[str], pieces: list[str]) -> None:
-    s, out = StopTexts(stops), []
+    s, out = StopStrings(stops), []
     for piece in pieces:
         out.append(s.push(piece))
         if s.found is not None:
@@ -44,18 +44,18 @@ def test_they_are_found_however_text_is_cut():
     text, stops = "aabaabaaab", ["aaab", "baaa"]
     for mask in range(2 ** (len(text) - 1)):
         cuts = [0, *[i + 1 for i in range(len(text) - 1) if mask >> i & 1], len(text)]
-        s, out = StopTexts(stops), ""
+        s, out = StopStrings(stops), ""
         for a, b in itertools.pairwise(cuts):
             if s.found is None:
                 out += s.push(text[a:b])
         assert (out, s.found) == ("aabaa", "baaa")
-    s = StopTexts(["abc"])
+    s = StopStrings(["abc"])
     assert [s.push(t) for t in ("xa", "b", "ab", "d", "a")] == ["x", "", "ab", "abd", ""]
     assert s.flush() == "a"
 
 
 def test_what_was_flushed_begins_no_stop():
-    s = StopTexts(["ab"])
+    s = StopStrings(["ab"])
     assert (s.push("a"), s.flush(), s.push("b")) == ("", "a", "b")
     assert s.found is None
 
@@ -63,7 +63,7 @@ def test_what_was_flushed_begins_no_stop():
 def test_a_long_one_takes_time_in_proportion():
     """The plain definition compares 300,000 texts of up to 300,000 characters here, nearly to their ends."""
     half = "a" * 300_000
-    s, began = StopTexts([half + "b"]), time.process_time()
+    s, began = StopStrings([half + "b"]), time.process_time()
     assert s.push(half) == ""
     assert s.push("ca") == half + "c"
     assert s.push(half + "b") == "a"

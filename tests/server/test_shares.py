@@ -198,13 +198,11 @@ def test_probes_are_answered_when_all_connections_are_in_use() -> None:
         status, headers, data = server.ask("POST", CHAT, ASK, bearer("one"))
         assert (status, code(data), headers["connection"]) == (503, "too_many_connections", "close")
         with contextlib.ExitStack() as stack:
-            for _ in range(RESERVE):
+            for _ in range(2 * RESERVE):  # idle ones cannot fill the reserve
                 stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-            assert until(lambda: len(server.state.connections) == 4 + RESERVE)
-            assert b" 503 " in server.raw(b"")
-        assert until(lambda: len(server.state.connections) == 4)
-        assert server.ask("GET", "/health/ready")[0] == 200
-        assert server.state.rejected >= 2
+                assert len(server.state.connections) <= 4 + RESERVE
+            assert server.ask("GET", "/health/ready")[0] == 200
+        assert server.state.rejected == 1
 
 
 def test_both_lengths_of_a_body_are_refused_and_the_connection_closed() -> None:

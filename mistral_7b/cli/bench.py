@@ -164,13 +164,13 @@ def schemes(args: Bench, source: str | None) -> tuple[str, ...]:
     """Return the requested schemes, or that of a quantized folder. UsageError if they conflict."""
     from ..checkpoint import read_record
 
-    asked = tuple(dict.fromkeys(args.scheme))
+    requested = tuple(dict.fromkeys(args.scheme))
     if source is None or (record := read_record(source)) is None:
-        return asked or ("int4", "int8", "bf16")
+        return requested or ("int4", "int8", "bf16")
     own = record.scheme.name
-    if asked not in ((), (own,)):
+    if requested not in ((), (own,)):
         raise UsageError(
-            f"--scheme {' '.join(asked)}: {args.model} is quantized already, as {own}",
+            f"--scheme {' '.join(requested)}: {args.model} is quantized already, as {own}",
             field="--scheme",
             hint="omit --scheme",
         )

@@ -103,7 +103,7 @@ def test_missing_matplotlib_is_told_before_anything_is_measured(run, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, err = run("bench", "--shape", "tiny", "--plot", "r.png")
     assert (code, out) == (2, "")
-    assert err == "mistral-7b: a picture needs matplotlib; pip install 'mistral-7b[plot]'\n"
+    assert err == "mistral-7b: a plot needs matplotlib; pip install 'mistral-7b[plot]'\n"
 
 
 def test_a_shape_has_fewer_layers_and_no_file(windowed: str) -> None:

@@ -1,11 +1,11 @@
-"""What each way of rounding costs the bundled model, and a copy of it with outlier channels.
+"""Measure the quantization loss of each rounding method, on the bundled model and a copy with outlier channels.
 
     python experiments/calibration.py --json experiments/results/2026-11-24-calibration.json
 
-Calibrates on files that the model was trained on, and measures on the beginnings of all that were held out: the
-distance from the model as it was, in float32. Rounding to nearest, with feedback alone (GPTQ), rescaled alone
-(AWQ), and both, which is what `quantization.calibrate` does. The copy computes the same function: four channels
-of each norm are made 10 to 50 times larger, and the weights after it smaller. Large models grow such channels.
+Calibrates on training files, and measures the distance from the float32 original on the beginnings of all held-
+out files. Methods: nearest rounding, error feedback only (GPTQ), rescaling only (AWQ), and both, as in
+`quantization.calibrate`. The copy computes the same function with four channels of each norm scaled by 10 to 50
+and the weights after it scaled down, because large models have such channels.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Documents = list[list[int]]
 
 
 def documents(fate: str, tokens: int, every: int = 1) -> Documents:
-    """The first `tokens` tokens of every so many-th file that the bundled model's manifest gives this fate."""
+    """Return the first `tokens` tokens of every `every`-th file with this fate in the bundled model's manifest."""
     manifest = json.loads((Path(mistral_7b.__file__).parent / "demo/manifest.json").read_text())
     tokenizer, root = Tokenizer.from_pretrained("demo"), Path(sysconfig.get_paths()["stdlib"])
     names = [f["file"] for f in manifest["files"] if f["fate"] == fate][::every]
@@ -54,7 +54,7 @@ def documents(fate: str, tokens: int, every: int = 1) -> Documents:
 
 
 def with_outliers(model: Mistral7B, channels: int = 4) -> Mistral7B:
-    """Channels of each norm in front of Linears made 10 to 50 times larger, what they meet smaller; in place."""
+    """Scale channels of each norm by 10 to 50, and the Linears after it inversely; in place."""
     draw = torch.Generator().manual_seed(0)
     for block in model.layers:
         a, f = block.attention, block.feed_forward
@@ -69,7 +69,7 @@ def with_outliers(model: Mistral7B, channels: int = 4) -> Mistral7B:
 
 
 def staged(model: Mistral7B, texts: Documents, scheme: Scheme, rescaled: bool) -> Mistral7B:
-    """One of the two stages of calibration alone: rescaled, then rounded to nearest; or rounded with feedback."""
+    """Run one stage of calibration: rescaling with nearest rounding, or rounding with error feedback."""
     embedding = Int8Embedding.from_weight(model.tok_embeddings.weight)
     model.set_submodule("tok_embeddings", embedding)
     inputs = [embedding(torch.tensor(ids)) for ids in texts]
@@ -88,7 +88,7 @@ def staged(model: Mistral7B, texts: Documents, scheme: Scheme, rescaled: bool) -
 
 
 def through(block: torch.nn.Module, inputs: list[Tensor], model: Mistral7B) -> list[Tensor]:
-    """What a block makes of its inputs."""
+    """Return the outputs of a block."""
     out = []
     for x in inputs:
         memory = Stateless(model.args.sliding_window)
@@ -121,7 +121,7 @@ class Held:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line for each method of each scheme, the two models side by side."""
+    """Return a Markdown table: a row per scheme and method, both models side by side."""
     rows = ["| scheme | method | KL | top-1 | perplexity | KL, outliers | top-1 | perplexity |", "|" + "---|" * 8]
     for r in (r for r in records if r["model"] == "bundled"):
         other = next(
@@ -143,9 +143,9 @@ def main(json_file: Path | None = None, tokens: int = 513, methods: tuple[str, .
     """Measure every method on both models and print the table.
 
     Args:
-        json_file: Where to write the records.
-        tokens: Of each held-out file.
-        methods: Which of them.
+        json_file: Write the records to this file.
+        tokens: Tokens per held-out file.
+        methods: Methods to measure.
     """
     original = Mistral7B.from_pretrained("demo", dtype=torch.float32).requires_grad_(False)
     texts, held = documents("train", 1024, every=110), Held(original, documents("held_out", tokens))

@@ -1,4 +1,4 @@
-"""The commit that a record of a benchmark names."""
+"""The commit for the record of a measurement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def commit_of(folder: Path | str = ".") -> str:
-    """The commit that is checked out in a folder; "" if it is no checkout."""
+    """Return the commit checked out in a folder; "" outside a checkout."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True, capture_output=True, check=False
     )

@@ -1,14 +1,14 @@
-"""What the engine costs beside the model: records in JSON, a line each on the terminal.
+"""Measure the engine's overhead outside the model. Prints one line per record; --json writes all records.
 
     python experiments/engine.py --shape 7b --json FILE      some ten minutes, 8 GB
 
-overhead       of a step with 32 sequences decoding, the time outside the model, while 0 to 10,000 requests wait;
-               and what of it is choosing who computes, sampling, and making text
-one request    through the engine against a bare loop over a ring (examples/loop.py): seconds of both, in turn
-prefix         time to the first token of a request that begins as an earlier one did, against that one's
-pages          keys and values held while a prompt of four windows is read, against a window and a step's tokens
+overhead       time of a step outside the model, with 32 sequences decoding and 0 to 10,000 waiting requests;
+               its shares for scheduling, sampling and detokenization
+one request    seconds with the engine and with a plain loop over a rolling cache (examples/loop.py), alternately
+prefix         time to the first token with a cached prefix, compared with that of the first request
+pages          KV cache held during the prefill of four windows, compared with the window and one step's tokens
 
-What is timed is the engine's own step: the model's `hidden` and `logits` are wrapped, everything else is outside.
+The model's `hidden` and `logits` are wrapped with timers; the rest of a step counts as outside the model.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from mistral_7b.model import Mistral7B, ModelArgs
 from mistral_7b.quantization import random_model
 from mistral_7b.sampling.params import SamplingParams
 
-BATCH = 32  # sequences that decode together
+BATCH = 32  # concurrent decoding sequences
 WAITING = (0, 100, 1_000, 10_000)
 SAMPLERS: dict[str, dict[str, float]] = {"greedy": {"temperature": 0}, "top_p": {"temperature": 0.7, "top_p": 0.9}}
-STEPS = 24  # timed at each number of waiting requests
-PREFIX, OWN = 2_000, 16  # tokens that are shared, and that are not
+STEPS = 24  # timed steps at each number of waiting requests
+PREFIX, OWN = 2_000, 16  # shared and unshared tokens of a prompt
 LONG = 4  # windows in the long prompt
 
 LOOP = Path(__file__).resolve().parents[1] / "examples" / "loop.py"
@@ -54,7 +54,7 @@ Tell = Callable[..., None]
 
 
 class Clock:
-    """Seconds spent in some methods of an object, summed up."""
+    """Total seconds spent in some methods of an object."""
 
     def __init__(self, of: Any, *names: str) -> None:
         self.of, self.methods, self.seconds = of, {name: getattr(of, name) for name in names}, 0.0
@@ -80,7 +80,7 @@ class Clock:
 
 
 class Words:
-    """Prompts at random, each another."""
+    """Random prompts, all different."""
 
     def __init__(self, vocabulary: int) -> None:
         self.draw, self.tokens = random.Random(0), range(3, vocabulary)
@@ -90,9 +90,9 @@ class Words:
 
 
 def overhead(llm: LLM, words: Words, tell: Tell, name: str, waits: Sequence[int]) -> None:
-    """Steps of BATCH decoding sequences: in all, and outside the model, with ever more requests waiting.
+    """Time steps of BATCH decoding sequences, in total and outside the model, with more and more waiting requests.
 
-    Random weights give every token nearly the same chance, which is the most that top_p can have to do.
+    With random weights all tokens have nearly the same probability, which is the worst case for top_p.
     """
     engine, waiting = llm.engine, []
     params = SamplingParams(**SAMPLERS[name], max_tokens=1_000, ignore_eos=True, seed=0)
@@ -112,14 +112,14 @@ def overhead(llm: LLM, words: Words, tell: Tell, name: str, waits: Sequence[int]
     for n in waits:
         add(n - engine.scheduler.waiting)
         found = timed_steps(engine)
-        assert engine.scheduler.waiting == n, "a request that was to wait has begun"
+        assert engine.scheduler.waiting == n, "a waiting request has started"
         tell(f"step of {BATCH}, {name}, {n} waiting", **found, share=found["outside"] / found["step"])
     for id in waiting:
         engine.abort(id)
 
 
 def timed_steps(engine: Engine) -> dict[str, float]:
-    """Seconds of a step, of its parts outside the model, and of all that is outside: medians."""
+    """Return the median seconds of a step, of its time outside the model, and of the parts of that."""
     clocks = {
         "model": Clock(engine.model, "hidden", "logits"), "scheduling": Clock(engine.scheduler, "plan", "advance"),
         "sampling": Clock(containment, "sample_rows"), "text": Clock(Completion, "push"),
@@ -138,7 +138,7 @@ def timed_steps(engine: Engine) -> dict[str, float]:
 
 
 def one_request(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:
-    """128 tokens read and 64 made, by the engine and by the loop: each time a prompt that neither has seen."""
+    """Time a new prompt of 128 tokens and 64 generated tokens, with the engine and with the loop."""
     model, loop = llm.engine.model, runpy.run_path(str(LOOP))["loop"]
     params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=64, ignore_eos=True, seed=0)
     runs: dict[str, Callable[[list[int]], Any]] = {
@@ -148,18 +148,18 @@ def one_request(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         prompt = words(128)
-        for name in sorted(runs, reverse=bool(turn % 2)):  # whoever comes second may find caches warm
+        for name in sorted(runs, reverse=bool(turn % 2)):  # the second run may profit from warm caches
             began = time.perf_counter()
             runs[name](prompt)
             seconds[name].append(time.perf_counter() - began)
-    # The machine drifts more than they differ: of neighbours in time the ratio holds.
+    # The machine drifts more than the two differ: ratios of adjacent runs are more robust.
     ratio = statistics.median(e / n for e, n in list(zip(seconds["engine"], seconds["loop"], strict=True))[1:])
     ours, plain = (statistics.median(seconds[name][1:]) for name in ("engine", "loop"))
     tell("one request of 128 + 64 tokens", engine=ours, loop=plain, engine_over_loop=ratio)
 
 
 def prefix(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:
-    """Seconds to the first token of a prompt that begins as an earlier one did, and of that one."""
+    """Time the first token of a request with a cached prefix, and of the request that computed the prefix."""
     params = SamplingParams(temperature=0, max_tokens=1)
     first, second = [], []
     for _ in range(rounds):
@@ -176,13 +176,13 @@ def prefix(llm: LLM, words: Words, tell: Tell, rounds: int) -> None:
 
 
 def held_pages(llm: LLM, words: Words, tell: Tell) -> None:
-    """The most keys and values that a prompt of LONG windows holds at a time."""
+    """Measure the peak number of KV pages held during a prompt of LONG windows."""
     engine, pool, model = llm.engine, llm.engine.pool, llm.engine.model
     window = model.args.sliding_window
     if window is None:
         return
     seen, began = [], time.perf_counter()
-    hook = model.norm.register_forward_hook(lambda *_: seen.append(pool.held))  # within a step, when most is held
+    hook = model.norm.register_forward_hook(lambda *_: seen.append(pool.held))  # within a step, at the peak
     llm.generate(words(LONG * window), SamplingParams(temperature=0, max_tokens=8))
     hook.remove()
     most = max(seen)
@@ -196,7 +196,7 @@ def held_pages(llm: LLM, words: Words, tell: Tell) -> None:
 
 
 def build(shape: str, layers: int | None) -> Mistral7B:
-    """The bundled model, or one of random weights in int4."""
+    """Return the bundled model, or an int4 model with random weights."""
     if shape == "demo":
         return Mistral7B.from_pretrained("demo")
     return random_model(ModelArgs(**{**SHAPES[shape], **({"n_layers": layers} if layers else {})}), "int4")
@@ -205,8 +205,8 @@ def build(shape: str, layers: int | None) -> Mistral7B:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("tiny", "demo", "7b"), default="7b")
-    parser.add_argument("--layers", type=int, help="of random weights: so many and no more")
-    parser.add_argument("--rounds", type=int, default=5, help="of what is done in turn")
+    parser.add_argument("--layers", type=int, help="number of layers, with random weights")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of alternating measurements")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     records: list[dict[str, Any]] = []

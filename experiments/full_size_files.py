@@ -1,9 +1,9 @@
-"""Memory and time of opening and converting a checkpoint of the real size, with random weights.
+"""Measure memory and time of loading and converting a full-size checkpoint with random weights.
 
     python experiments/full_size_files.py FOLDER [--json FILE]     needs 45 GB of disk in FOLDER, 16 GB of memory
 
-Each step runs in a process of its own. The peak is that of resident memory, which counts mapped pages of
-the files too. Bounds: loading 1.1 times the checkpoint, converting 3 GB.
+Each step runs in its own process. The peak is that of resident memory, including mapped files. Bounds: 1.1
+times the checkpoint for loading, 3 GB for converting.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> int:
               "command": "python experiments/full_size_files.py FOLDER"}  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps({**header, "records": records}, indent=1) + "\n")
-    print("broken: " + ", ".join(broken) if broken else "all bounds held")
+    print("exceeded bounds: " + ", ".join(broken) if broken else "all within bounds")
     return int(bool(broken))
 
 

@@ -1,9 +1,9 @@
-"""`make gpu-check`: the tests, then exactness and speed on whatever accelerator is present; a table last.
+"""`make gpu-check`: run the tests, then measure exactness and speed on the accelerator, and print a table.
 
-Without an accelerator the same is measured on the CPU, what needs CUDA is left out, and the table says so.
-The size is that of Mistral 7B where the memory holds it (random weights: speed does not depend on their
-values), the bundled model's otherwise. Results also go to --json FILE; gpu_measures.py
-and gpu_pages.py say what is measured.
+Without an accelerator the measurements run on the CPU, without those that need CUDA, and the table says so. The
+size is that of Mistral 7B if it fits in memory, otherwise that of the bundled model. Weights are random,
+because speed does not depend on their values. --json FILE also writes the results. gpu_measures.py and
+gpu_pages.py contain the measurements.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DISTANCE = 1e-4  # largest difference of float32 logits of size 1 to 5, device a
 
 
 def accelerator() -> torch.device:
-    """The accelerator PyTorch finds, else the CPU."""
+    """Return PyTorch's accelerator, or the CPU without one."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
 
@@ -49,7 +49,7 @@ def name_of(device: torch.device) -> str:
 
 @torch.inference_mode()
 def distances(device: torch.device) -> list[dict[str, Any]]:
-    """Largest difference to the CPU's uncached forward, per cache and chunk, over 5 windows of prompt."""
+    """Return the largest difference from the CPU's uncached forward, per cache and chunk, over 5 windows."""
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     here = Mistral7B(TINY, dtype=torch.float32, device="cpu")
@@ -73,12 +73,12 @@ def distances(device: torch.device) -> list[dict[str, Any]]:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that the device can hold now."""
+    """Return the free memory of the device in bytes."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def line_of(record: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     if "skipped" in record:
         return f"{record['what']:<62}  not run: {record['skipped']}"
     verdict = {True: "ok", False: "FAILED", None: ""}[record.get("ok")]
@@ -124,7 +124,7 @@ def main() -> int:
         options.json.write_text(json.dumps({**header, "records": records}, indent=1) + "\n")
     print("\n" + "  ".join(f"{k}: {v}" for k, v in header.items()))
     if not header["accelerator"]:
-        print("No accelerator was found: these are figures of the CPU.")
+        print("No accelerator was found: these results are from the CPU.")
     for r in records:
         print(line_of(r))
     return int(any(r.get("ok") is False for r in records))

@@ -1,8 +1,8 @@
-"""What `make gpu-check` measures: ceilings, kernels against their twins, decode and prefill by scheme.
+"""Measurements of `make gpu-check`: ceilings, kernels compared with their twins, decode and prefill by scheme.
 
-Records are dictionaries {what, value, unit, of_ceiling?, ok?}, or {what, skipped} where something is missing.
-A decode step reads every weight but the embedding's once, and the keys and values it attends to: its ceiling
-is the bandwidth of a large copy, counting what is read and what is written.
+Records are dictionaries {what, value, unit, of_ceiling?, ok?}, or {what, skipped} if a measurement is not
+possible. A decode step reads every weight except the embedding once, and the visible keys and values. Its
+ceiling is the bandwidth of a large copy, counting reads and writes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = 7, warm: int = 2) -> float:
-    """Median wall time of `work`, after some runs that do not count."""
+    """Return the median wall time of `work`, after `warm` warmup runs."""
     taken = []
     for i in range(warm + times):
         synchronize(device)
@@ -57,7 +57,7 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 7, wa
 
 
 def ceilings(device: torch.device) -> tuple[float, float, list[Record]]:
-    """Bytes a second of a large copy, and operations a second of a large bfloat16 product."""
+    """Return bytes per second of a large copy, operations per second of a bfloat16 product, and their records."""
     big = device.type != "cpu"
     source = torch.empty(2**30 if big else 2**26, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
@@ -77,7 +77,7 @@ def ceilings(device: torch.device) -> tuple[float, float, list[Record]]:
 
 
 def random_linear(linear: nn.Module, name: str, scheme: str) -> nn.Module:
-    """A Linear of that shape and scheme with random codes, made on the device; speed does not see the values."""
+    """Return a Linear of this shape and scheme with random codes: speed does not depend on the values."""
     device, (N, K) = linear.weight.device, linear.weight.shape
     if scheme == "fp8":
         return Fp8Linear.from_weight(linear.weight)
@@ -99,13 +99,13 @@ def model_of(scheme: str, args: ModelArgs, device: torch.device) -> Mistral7B:
 
 
 def weight_bytes(model: Mistral7B) -> int:
-    """What a decode step reads of the model."""
+    """Return the bytes of weights that a decode step reads."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return sum(t.numel() * t.element_size() for n, t in tensors.items() if not n.startswith("tok_embeddings"))
 
 
 def decode(model: Mistral7B, label: str, prompt: int, batch: int, bandwidth: float) -> Record:
-    """Tokens a second of `batch` sequences after `prompt` tokens, as the engine decodes them, reading included."""
+    """Measure tokens per second of `batch` sequences in the engine after `prompt` tokens, including readback."""
     device, args = model.norm.weight.device, model.args
     new, times, warm = 64, 5, 1
     params = SamplingParams(temperature=0, max_tokens=4 + new * (times + warm), ignore_eos=True)
@@ -131,7 +131,7 @@ def decode(model: Mistral7B, label: str, prompt: int, batch: int, bandwidth: flo
 
 
 def decode_by_steps(model: Mistral7B, label: str, prompt: int, bandwidth: float) -> Record:
-    """The same for one row, every kernel launched by itself."""
+    """Measure decode of one row with every kernel launched separately."""
     device, new = model.norm.weight.device, 32
     cache = model.rolling_cache(1, prompt + 8 * new)
     token = model.logits(model.hidden(torch.full((1, prompt), 5, device=device), cache)[:, -1:]).argmax(-1)
@@ -146,7 +146,7 @@ def decode_by_steps(model: Mistral7B, label: str, prompt: int, bandwidth: float)
 
 
 def prefill(model: Mistral7B, label: str, prompt: int, peak: float) -> Record:
-    """Tokens a second of one prompt in one chunk; the ceiling counts the products and not attention."""
+    """Measure tokens per second of a prompt in one chunk; the ceiling counts matrix products, not attention."""
     device, args = model.norm.weight.device, model.args
     tokens = torch.randint(3, args.vocab_size, (1, prompt), device=device)
 
@@ -162,11 +162,11 @@ def prefill(model: Mistral7B, label: str, prompt: int, peak: float) -> Record:
 
 @torch.inference_mode()
 def speeds(device: torch.device, args: ModelArgs, prompt: int) -> list[Record]:
-    """Every scheme: prefill, decode of one row and of 16 as a graph, and of one row by steps."""
+    """Measure every scheme: prefill, decode of 1 and 16 rows as a graph, and of one row kernel by kernel."""
     bandwidth, peak, records = ceilings(device)
     for scheme in SCHEMES:
         if scheme == "fp8" and device.type == "cuda" and not has_fp8(device):
-            records.append({"what": "fp8", "skipped": "this GPU has none: it takes compute capability 8.9"})
+            records.append({"what": "fp8", "skipped": "this GPU lacks fp8, which needs compute capability 8.9"})
             continue
         model = model_of(scheme, args, device)
         kernels_run = scheme == "bf16" or uses(Backend.TRITON, WEIGHT_ONLY, model.norm.weight)
@@ -179,9 +179,9 @@ def speeds(device: torch.device, args: ModelArgs, prompt: int) -> list[Record]:
 
 
 def kernels(device: torch.device, args: ModelArgs) -> list[Record]:
-    """Every kernel against its twin on this device, at the model's shapes and at odd ones."""
+    """Compare every kernel with its twin on this device, at the model's shapes and at odd ones."""
     if (choice := choose(WEIGHT_ONLY, torch.empty(1, device=device))).backend is not Backend.TRITON:
-        why = f"{choice.reason}; tests/kernels run them in Triton's interpreter, where it is installed"
+        why = f"{choice.reason}; tests/kernels run them in Triton's interpreter, if it is installed"
         return [{"what": "kernels against their twins", "skipped": why}]
     records = []
     for N, K in ((args.hidden_dim, args.dim), (args.dim, args.hidden_dim), (333, 1100)):
@@ -192,7 +192,7 @@ def kernels(device: torch.device, args: ModelArgs) -> list[Record]:
 
 @torch.inference_mode()
 def linears(device: torch.device, N: int, K: int) -> list[Record]:
-    """Whole-number activations, whose sums are exact: to the bit. Real ones: a row whatever rows there are."""
+    """Compare kernels with twins on integer activations, whose sums are exact, and rows across batch sizes."""
     scale = 2.0 ** torch.randint(-9, -3, (N,), device=device).float()
     q = torch.randint(0, 256, (N, K), dtype=torch.uint8, device=device)
     fp8 = w.to_fp8(torch.randn(N, K, device=device))
@@ -221,7 +221,7 @@ def linears(device: torch.device, N: int, K: int) -> list[Record]:
             rows = linear(x, invariant=True)
             alike &= all(torch.equal(linear(x[:M], invariant=True), rows[:M]) for M in ROWS)
             alike &= all(torch.equal(linear(x[:M]), rows[:M]) for M in ROWS if 2 <= M <= w.TILE_ROWS)
-        bound = 2.0**-7  # of bfloat16; what should be exact is seen in the value
+        bound = 2.0**-7  # of bfloat16; the value shows exact results
         records.append({"what": f"{name} {N}x{K} against its twin", "value": far, "unit": "", "ok": far < bound})
         records.append(
             {"what": f"{name} {N}x{K}: rows the same in any batch", "value": alike, "unit": "", "ok": alike}
@@ -231,7 +231,7 @@ def linears(device: torch.device, N: int, K: int) -> list[Record]:
 
 @torch.inference_mode()
 def betweens(device: torch.device, args: ModelArgs) -> list[Record]:
-    """RMSNorm, SiLU x mul, RoPE and attention of one token, bfloat16 at the model's shapes."""
+    """Compare RMSNorm, SiLU x mul, RoPE and attention of one token, in bfloat16 at the model's shapes."""
     D, H, G, K = args.dim, args.n_heads, args.n_kv_heads, args.head_dim
     draw = functools.partial(torch.randn, device=device)
     x, y, weight = draw(17, D).bfloat16(), draw(17, D).bfloat16(), draw(D).bfloat16()
@@ -260,10 +260,10 @@ def betweens(device: torch.device, args: ModelArgs) -> list[Record]:
 
 
 def same_tokens(device: torch.device, args: ModelArgs) -> list[Record]:
-    """Rows out of step, several windows long: as a graph (on CUDA) and kernel by kernel, greedy and sampled."""
+    """Compare tokens of graphs (on CUDA) and of separate kernels: ragged rows over several windows."""
     records, chosen, cuda = [], loop.forward_for, device.type == "cuda"
     how = "one graph" if cuda else "not recorded"
-    graphs = chosen if cuda else GraphForward  # which runs its steps as they are
+    graphs = chosen if cuda else GraphForward  # which runs its steps without recording
     for dtype in (torch.float32,) if cuda else (torch.float64, torch.float32):  # float64 is not recorded
         torch.manual_seed(0)
         model = Mistral7B(args, dtype=dtype, device=device).requires_grad_(False)

@@ -1,6 +1,6 @@
-"""What `make gpu-check` measures of attention over pages (kernels/gpu/paged.py): exactness, then speed.
+"""Measurements of `make gpu-check` for paged attention (kernels/gpu/paged.py): exactness and speed.
 
-Records as in gpu_measures.py. Decode is bounded by reading keys and values, prefill by products.
+Records as in gpu_measures.py. Decode is bounded by reads of keys and values, prefill by matrix products.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def entries(k: Tensor, v: Tensor, int8: bool) -> Entries:
 
 
 def place_of(starts: list[int], lengths: list[int], device: torch.device) -> Place:
-    """Sequences of these first new positions and numbers of new tokens, in pages in no order."""
+    """Return sequences with these start positions and numbers of new tokens, in shuffled pages."""
     columns = max(-(-(s + n) // PAGE) for s, n in zip(starts, lengths, strict=True))
     table = torch.randperm(len(starts) * columns, device=device).view(len(starts), columns)
     start, offsets = torch.tensor(starts, device=device), torch.tensor([0, *lengths], device=device).cumsum(0)
@@ -34,15 +34,15 @@ def place_of(starts: list[int], lengths: list[int], device: torch.device) -> Pla
 
 
 def attended(q: Tensor, new: Entries, old: Entries, place: Place, window: int | None) -> Tensor:
-    """By the kernel, without keeping."""
+    """Run the kernel without writing to the cache."""
     return paged_attend(q, *new, Remembered(*old, place), window, keep=False)
 
 
 @torch.inference_mode()
 def over_pages(device: torch.device, args: ModelArgs) -> list[Record]:
-    """Both kinds of keys and values against the twin, a row alone and among others, and both speeds."""
+    """Measure exactness and speed with a KV cache in bfloat16 and in int8."""
     if (choice := choose(PAGED_ATTENTION, torch.empty(1, device=device))).backend is not Backend.TRITON:
-        why = f"{choice.reason}; tests/kernels run it in Triton's interpreter, where it is installed"
+        why = f"{choice.reason}; tests/kernels run it in Triton's interpreter, if it is installed"
         return [{"what": "attention over pages", "skipped": why}]
     bandwidth, peak, _ = ceilings(device)
     records = []
@@ -52,7 +52,7 @@ def over_pages(device: torch.device, args: ModelArgs) -> list[Record]:
 
 
 def exactness(device: torch.device, args: ModelArgs, int8: bool) -> list[Record]:
-    """A ragged batch against the twin; then one sequence whole, in chunks and by single tokens."""
+    """Compare a prompt with the twin, and with its own rows in chunks and single tokens."""
     H, G, K, W = args.n_heads, args.n_kv_heads, args.head_dim, args.sliding_window
     T, label = 1500, "int8" if int8 else "bf16"
     q = torch.randn(T, H, K, device=device).bfloat16()
@@ -83,7 +83,7 @@ def exactness(device: torch.device, args: ModelArgs, int8: bool) -> list[Record]
 
 
 def speed(device: torch.device, args: ModelArgs, int8: bool, bandwidth: float, peak: float) -> list[Record]:
-    """One layer: one row's time, bytes of keys and values a second of 32 rows, operations a second of a prompt."""
+    """Measure one layer: the time of one row, bytes per second of 32 rows, operations per second of a prompt."""
     H, G, K, W = args.n_heads, args.n_kv_heads, args.head_dim, args.sliding_window
     held, label = W or 4096, "int8" if int8 else "bf16"
     records: list[Record] = []

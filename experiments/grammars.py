@@ -1,13 +1,12 @@
-"""What a grammar costs a request: until it is compiled, and for each token. A table, and records in JSON.
+"""Measure the cost of grammars per request and per token. Prints a table; --json writes records.
 
     python experiments/grammars.py --json FILE
-    python experiments/grammars.py --against FOLDER      beside another checkout, in turn, in one run
+    python experiments/grammars.py --against FOLDER      alternately with another checkout, in one run
 
-compile    seconds until a request with a schema that was not seen before is ready, beyond one without a schema:
-           now and then one (0.1 s apart), and one upon the other
-token      seconds of a step with a grammar beyond one without, for each of its sequences (of the bundled model)
-beside     time of a token of a stream alone, and beside 16 completions whose grammar takes ever longer, until
-           they are ended; how long that takes, and the longest step meanwhile (of this checkout alone)
+compile    seconds to prepare a request with a new schema, minus those without: 0.1 s apart, and back to back
+token      seconds of a step with a grammar, minus those of one without, per sequence (bundled model)
+beside     seconds per token of a stream alone, and next to 16 completions whose grammar becomes ever slower, until
+           these end; the time until then, and the longest step (this checkout only)
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SCHEMAS, PAUSE, TOKENS, ROUNDS = 40, 0.1, 96, 3
 
 
 def person(i: int) -> dict[str, Any]:
-    """An ordinary schema, each another."""
+    """Return an ordinary schema, different for each i."""
     return {
         "type": "object", "required": ["name", "age", f"field{i}", "tags"], "additionalProperties": False,
         "properties": {
@@ -50,7 +49,7 @@ TEXTS: dict[str, dict[str, Any]] = {
 
 
 def measure() -> dict[str, float]:
-    """Median seconds by what was measured, with the package that is imported."""
+    """Return median seconds by measurement, with the imported package."""
     from mistral_7b import LLM, EngineConfig, SamplingParams
     from mistral_7b.engine.inputs import RequestOptions
 
@@ -75,7 +74,7 @@ def measure() -> dict[str, float]:
         assert all(len(r.completions[0].token_ids) == TOKENS for r in requests)
         return statistics.median(times[8:])
 
-    ready(SamplingParams(structured_outputs={"json": person(-1)}))  # whatever is made once
+    ready(SamplingParams(structured_outputs={"json": person(-1)}))  # one-time initialization
     plain = statistics.median(ready(SamplingParams()) for _ in range(SCHEMAS))
     out = {}
     for at, (name, pause) in enumerate({"now and then": PAUSE, "in a row": 0.0}.items()):
@@ -94,7 +93,7 @@ AMBIGUOUS = 'start: s\ns: s s | "a" | ""'
 
 
 def beside() -> dict[str, float]:
-    """What an expensive grammar costs a stream beside it."""
+    """Measure the effect of an expensive grammar on a concurrent stream."""
     from mistral_7b import LLM, SamplingParams
     from mistral_7b.engine.inputs import RequestOptions
 
@@ -106,7 +105,7 @@ def beside() -> dict[str, float]:
     )
 
     def stream(*others: SamplingParams) -> tuple[float, float, float]:
-        """Tokens a second while the others run (or of 400), the longest step, and seconds."""
+        """Return tokens per second while the others run (or over 400), the longest step, and the seconds."""
         free = llm.inputs.text(
             "import os", SamplingParams(max_tokens=2000, ignore_eos=True, seed=1), RequestOptions()
         )
@@ -119,7 +118,7 @@ def beside() -> dict[str, float]:
             llm.engine.step()
             longest = max(longest, time.perf_counter() - step)
         seconds, tokens = time.perf_counter() - began, len(free.completions[0].token_ids)
-        assert all("CPU time" in str(r.error) for r in bad), "it came to an end of its own"
+        assert all("CPU time" in str(r.error) for r in bad), "a grammar ended by itself"
         llm.engine.abort(free.id)
         return tokens / seconds, longest, seconds
 
@@ -131,7 +130,7 @@ def beside() -> dict[str, float]:
 
 
 def measured(folder: Path, what: str = "--one") -> dict[str, float]:
-    """What is measured with the package of a checkout, in a process of its own."""
+    """Run the measurements with the package of a checkout, in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, __file__, what],
@@ -146,9 +145,9 @@ def measured(folder: Path, what: str = "--one") -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, help="a checkout to measure beside this one")
-    parser.add_argument("--runs", type=int, default=3, help="of each, in turn")
-    parser.add_argument("--json", type=Path, help="where to write the records")
+    parser.add_argument("--against", type=Path, help="another checkout to compare with")
+    parser.add_argument("--runs", type=int, default=3, help="alternating runs per checkout")
+    parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--beside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

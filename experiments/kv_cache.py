@@ -1,9 +1,9 @@
-"""What keys and values in int8 cost the bundled model: its distance from itself with those of bfloat16.
+"""Measure the loss of an int8 KV cache: the bundled model's distance from itself with a bfloat16 cache.
 
     python experiments/kv_cache.py --json-file experiments/results/2026-11-24-kv-int8.json
 
-Reads the beginnings of files that the model was not trained on into a rolling cache of each kind, a chunk at a
-time, so that most of what is attended to has been remembered; past the window the ring goes round.
+The beginnings of held-out files are prefilled into a rolling cache of each type in chunks, so that most keys
+are read from the cache. The texts are longer than the window, so that the ring buffer wraps around.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mistral_7b.quantization.distance import Comparison
 
 
 def logits(model: Mistral7B, tokens: Tensor, chunk: int, kv_dtype: torch.dtype | None) -> Tensor:
-    """Those of tokens (T,) through a ring that is given a chunk of them at a time: (T, V)."""
+    """Return the logits (T, V) of tokens (T,), prefilled into a rolling cache in chunks."""
     ring = model.rolling_cache(max_seq_len=len(tokens), kv_dtype=kv_dtype)
     return torch.cat([model(part[None], ring)[0][0] for part in tokens.split(chunk)])
 
 
 def token_bytes(ring: RollingCache) -> int:
-    """Bytes that one position takes in all layers, scales included."""
+    """Return the bytes of one position in all layers, including scales."""
     return sum(t.nbytes for memory in ring.layers for t in memory.entries) // ring.slots
 
 
@@ -42,10 +42,10 @@ def main(json_file: Path | None = None, files: int = 20, tokens: int = 513, chun
     """Measure and print the distance.
 
     Args:
-        json_file: Where to write it.
-        files: How many of the held-out files, evenly spread over their list.
-        tokens: Of each; the last is only predicted.
-        chunk: Tokens of one forward.
+        json_file: Write the record to this file.
+        files: Number of held-out files, evenly spread over their list.
+        tokens: Tokens per file; the last one is only predicted.
+        chunk: Tokens per forward.
     """
     model = Mistral7B.from_pretrained("demo", dtype=torch.bfloat16).requires_grad_(False)
     texts = documents("held_out", tokens)

@@ -1,15 +1,15 @@
-"""One request through `generate`, here and in another checkout, in turn: what a change costs a single user.
+"""Compare a single request through `generate` in this checkout and another one.
 
     git worktree add /tmp/before main
     python experiments/one_request.py --against /tmp/before [--shape demo] [--kinds float32 int4] [--json FILE]
 
-decode     seconds of a token, sampling and text included, after a prompt of `--prompt` tokens: a round's median
-first      seconds to the first token of that prompt, which was never read before
+decode     median seconds per token, including sampling and text, after a prompt of `--prompt` tokens
+first      seconds to the first token of a new prompt
 process    seconds from starting `mistral-7b generate demo` to its end after one token
 
-Both checkouts run the same rounds, one beside the other's, in processes that stay; the best of their rounds
-counts, as whatever else runs on the machine only ever adds. Ratios are those of the other checkout's seconds to
-these: above 1 is faster than it was.
+Both checkouts run the same rounds alternately, each in one long-lived process. The best round counts, because
+other programs only add time. A ratio is the other checkout's seconds divided by this one's: above 1 is an
+improvement.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def circumstances(folders: list[Path]) -> dict[str, Any]:
-    """Date, hardware and the commits that were compared."""
+    """Return date, hardware and the commits compared."""
     import torch
 
     from mistral_7b import machine
@@ -50,7 +50,7 @@ def circumstances(folders: list[Path]) -> dict[str, Any]:
 
 
 def serve(shape: str, kind: str, prompt: int, tokens: int) -> None:
-    """One round for every line of standard input, its figures on a line of standard output."""
+    """Run one round for each line of stdin, and print its results as a line of JSON."""
     import torch
 
     from mistral_7b.generate import stream
@@ -79,7 +79,7 @@ def serve(shape: str, kind: str, prompt: int, tokens: int) -> None:
 
 
 class Checkout:
-    """A process that runs rounds with the package of one folder."""
+    """A process that runs rounds with the package of one checkout."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
@@ -107,7 +107,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def cold(folder: Path) -> dict[str, float]:
-    """A process of its own that generates one token with the bundled model."""
+    """Time a new process that generates one token with the bundled model."""
     command = [
         sys.executable,
         "-m",
@@ -125,7 +125,7 @@ def cold(folder: Path) -> dict[str, float]:
 
 
 def compare(name: str, rounds: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str, Any]:
-    """The best rounds of both, a line each on the terminal."""
+    """Print the best rounds of both checkouts, one line per figure, and return the record."""
     record: dict[str, Any] = {"what": name}
     for figure in rounds[0][0]:
         before, now = (min(pair[i][figure] for pair in rounds) for i in (0, 1))
@@ -136,13 +136,13 @@ def compare(name: str, rounds: list[tuple[dict[str, float], dict[str, float]]]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", type=Path, help="another checkout")
+    parser.add_argument("--against", type=Path, help="the other checkout")
     parser.add_argument("--shape", choices=(*SHAPES, "demo"), default="mid")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--prompt", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--cold", type=int, default=0, help="processes of the bundled model, for each checkout")
+    parser.add_argument("--cold", type=int, default=0, help="number of cold processes per checkout")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -151,11 +151,11 @@ def main() -> None:
         serve(shape, kind, int(prompt), int(tokens))
         return
     if options.against is None:
-        parser.error("--against: which checkout to compare with")
+        parser.error("--against is required")
     folders, records = (options.against.resolve(), HERE), []
     for kind in options.kinds:
         both = [Checkout(f, options.shape, kind, str(options.prompt), str(options.tokens)) for f in folders]
-        for checkout in both:  # kernels are compiled, weights are touched
+        for checkout in both:  # warmup: compiles kernels, touches weights
             checkout.round()
         pairs = [(both[0].round(), both[1].round()) for _ in range(options.rounds)]
         records.append(compare(f"{options.shape} {kind}", pairs))

@@ -1,11 +1,11 @@
-"""What single things cost at 7B's size, with random weights: records in JSON, a line each on the terminal.
+"""Measure the cost of single features at 7B size with random weights. Prints one line per record.
 
     python experiments/prices.py --json FILE          some minutes, 12 GB
 
-overhead        a token of `generate`, sampling and text included, and how much of it lies outside the kernels
-int8 keys       decode at a long context with keys and values in bfloat16 and in int8
-deterministic   bfloat16 whose rows do not depend on the batch, against bfloat16 as it comes (8 layers)
-speculation     one forward of 1 to 11 rows: what verifying guesses costs
+overhead        time per token of `generate`, including sampling and text, in total and outside the kernels
+int8 keys       decode at a long context with a KV cache in bfloat16 and in int8
+deterministic   batch-invariant bfloat16 compared with plain bfloat16 (8 layers)
+speculation     a forward of 1 to 11 rows: the cost of verifying draft tokens
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mistral_7b.sampling.params import SamplingParams
 
 
 class Timed:
-    """The kernels, with the seconds spent in them added up."""
+    """Wraps the kernel library and sums the seconds spent in it."""
 
     def __init__(self, library: Any) -> None:
         self.library, self.seconds = library, 0.0
@@ -49,7 +49,7 @@ class Timed:
 
 
 def median(work: Callable[[], object], times: int) -> float:
-    """Seconds of the median of so many runs, after one that warms up."""
+    """Return the median seconds of `times` runs, after one warmup run."""
     taken = []
     for _ in range(times + 1):
         began = time.perf_counter()
@@ -59,7 +59,7 @@ def median(work: Callable[[], object], times: int) -> float:
 
 
 def overhead(model: Mistral7B, tokens: int = 48) -> dict[str, float]:
-    """Of a token of `generate` at temperature 0.7, the seconds in all and outside the kernels: medians."""
+    """Return the median seconds per token of `generate` at temperature 0.7, in total and outside the kernels."""
     params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=tokens, ignore_eos=True, seed=0)
     library = compiler.library
     timed = Timed(library())
@@ -81,7 +81,7 @@ def overhead(model: Mistral7B, tokens: int = 48) -> dict[str, float]:
 
 @torch.inference_mode()
 def decode(model: Mistral7B, context: int, kv_dtype: torch.dtype | None, rows: int = 1) -> float:
-    """Seconds of a forward of `rows` new tokens after `context` others."""
+    """Return the seconds of a forward of `rows` new tokens after `context` tokens."""
     slack = 64 * rows
     ring = model.rolling_cache(1, context + slack, slack=slack, kv_dtype=kv_dtype)
     for part in torch.randint(0, model.args.vocab_size, (1, context)).split(512, dim=1):
@@ -104,7 +104,7 @@ def prefill(model: Mistral7B, length: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--layers", type=int, default=32, help="of the int4 model; the figures are for so many")
+    parser.add_argument("--layers", type=int, default=32, help="number of layers of the int4 model")
     parser.add_argument("--context", type=int, default=4000)
     options = parser.parse_args()
     records: list[dict[str, Any]] = []
@@ -124,7 +124,7 @@ def main() -> None:
         tell(f"decode, context {options.context}, {name} keys", seconds=decode(model, options.context, kv_dtype))
     del model
     layers = min(8, options.layers)
-    for name, scheme in (("as it comes", Scheme("bf16")), ("deterministic", Scheme("bf16", deterministic=True))):
+    for name, scheme in (("plain", Scheme("bf16")), ("deterministic", Scheme("bf16", deterministic=True))):
         model = random_model(ModelArgs(n_layers=layers), scheme)
         tell(f"bf16 {name}, {layers} layers: decode", seconds=decode(model, 128, None))
         tell(f"bf16 {name}, {layers} layers: prefill of 512", seconds=prefill(model, 512))

@@ -1,8 +1,9 @@
-"""A quantized folder of real size: seconds until it is open and until its first token, memory, decode after 4096.
+"""Measure a quantized folder: seconds to load and to the first token, peak memory, decode after 4096 tokens.
 
     mistral-7b quantize MODEL FOLDER && python experiments/quantized_load.py FOLDER [--copy] [--json FILE]
 
---copy opens it with mmap=False, on huge pages. Linux only: memory is the process's peak, its mapped file included.
+--copy loads it with mmap=False, on huge pages. Linux only: memory is the process's peak, including the mapped
+file.
 """
 
 from __future__ import annotations

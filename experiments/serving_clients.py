@@ -1,7 +1,7 @@
-"""What the measurements of the server share: a server in a process of its own, and clients that cost little.
+"""Shared by the server's measurements: a server in a separate process, and lightweight clients.
 
-The clients share the cores with the server, so they speak HTTP over bare sockets and look at no more than they
-must: how an answer begins, how it ends, and how many events lie between.
+The clients run on the same cores as the server. They therefore speak HTTP over plain sockets and parse only the
+head, the end and the number of events of a response.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ END = b"\r\n0\r\n\r\n"  # of a body in chunks; JSON has no bare line ends
 
 
 class Server:
-    """`mistral-7b serve` in a process of its own, with its log in a file; a context manager that kills it."""
+    """`mistral-7b serve` in a separate process with its log in a file; a context manager that kills it."""
 
     def __init__(self, *options: str) -> None:
         self.log = tempfile.NamedTemporaryFile("w+", prefix="serve", suffix=".log")  # noqa: SIM115
@@ -36,7 +36,7 @@ class Server:
         command = [sys.executable, "-m", "mistral_7b", "serve", "--port", "0", *options]
         self.process = subprocess.Popen(command, stderr=self.log)
         self.pid = self.process.pid
-        while not (found := re.search(r"at http://127\.0\.0\.1:(\d+) ", self.said())):
+        while not (found := re.search(r"at http://127\.0\.0\.1:(\d+) ", self.log_text())):
             self._alive(began)
         self.port = int(found[1])
         while not self._ready():
@@ -45,7 +45,7 @@ class Server:
 
     def _alive(self, began: float) -> None:
         if self.process.poll() is not None or time.perf_counter() - began > 120:
-            raise RuntimeError(f"the server did not start: {self.said()[-2000:]}")
+            raise RuntimeError(f"the server did not start: {self.log_text()[-2000:]}")
         time.sleep(0.01)
 
     def _ready(self) -> bool:
@@ -65,16 +65,16 @@ class Server:
         self.process.send_signal(how)
         self.process.wait(60)
 
-    def said(self) -> str:
-        """Its log so far."""
+    def log_text(self) -> str:
+        """Return the log so far."""
         return Path(self.log.name).read_text(errors="replace")
 
     def mishaps(self) -> list[str]:
-        """Lines of the log that tell of a mistake in the server."""
-        return [line for line in self.said().splitlines() if '"level": "error"' in line or "Traceback" in line]
+        """Return the lines of the log that report errors of the server."""
+        return [line for line in self.log_text().splitlines() if '"level": "error"' in line or "Traceback" in line]
 
     def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body."""
+        """Return status and body."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
             return answer.status, answer.read()
 
@@ -86,7 +86,7 @@ class Server:
 
     @property
     def sockets(self) -> int:
-        """Open file descriptors that are sockets."""
+        """Number of open sockets."""
         folder = f"/proc/{self.pid}/fd"
         count = 0
         for name in os.listdir(folder):
@@ -97,11 +97,11 @@ class Server:
         return count
 
     def metrics(self) -> dict[str, float]:
-        """/metrics by name and labels, without the package's prefix."""
+        """Read /metrics by name and labels, without the package's prefix."""
         return read_metrics(self.get("/metrics")[1])
 
     def idle(self, seconds: float = 60) -> dict[str, float]:
-        """The metrics once nothing runs and no page is held, or after so long."""
+        """Return the metrics once no request runs and no page is held, or after `seconds`."""
         end = time.perf_counter() + seconds
         while True:
             now = self.metrics()
@@ -112,19 +112,19 @@ class Server:
 
 
 def read_metrics(text: bytes) -> dict[str, float]:
-    """Prometheus' text by name and labels."""
+    """Parse Prometheus' text format by name and labels."""
     lines = (line.rpartition(" ") for line in text.decode().splitlines() if line and line[0] != "#")
     return {name.removeprefix("mistral_7b_"): float(value) for name, _, value in lines}
 
 
 @dataclass
 class Answer:
-    """How a request went. `status` 0: there was no answer; `whole`: it came to its end."""
+    """The response to a request. `status` 0: none was received; `whole`: it is complete."""
 
     status: int = 0
     whole: bool = False
     events: int = 0
-    failed: bool = False  # an error in the middle of the stream
+    failed: bool = False  # an error event in the stream
     body: bytes = b""  # the first 64 kB
 
 
@@ -135,18 +135,18 @@ class Client(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.answer = Answer()
         self.done: asyncio.Future[Answer] | None = None
-        self.leave_after: int | None = None  # events after which the client is gone
+        self.leave_after: int | None = None  # events after which the client disconnects
         self._head = b""
         self._left: int | None = None
 
     @classmethod
     async def connect(cls, port: int) -> Client:
-        """A client of a server on this machine."""
+        """Connect to a server on this machine."""
         _, client = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return client
 
     def ask(self, data: bytes, leave_after: int | None = None) -> asyncio.Future[Answer]:
-        """Send a request. The future is done when the answer has come to its end, or the connection."""
+        """Send a request. The future is done when the response is complete or the connection is closed."""
         assert self.transport is not None
         self.answer, self.leave_after, self._head, self._left = Answer(), leave_after, b"", None
         self.done = asyncio.get_running_loop().create_future()
@@ -157,7 +157,7 @@ class Client(asyncio.Protocol):
         return self.done
 
     def leave(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         if self.transport is not None:
             self.transport.abort()
 
@@ -204,7 +204,7 @@ class Client(asyncio.Protocol):
 
 
 def post(path: str, body: Any, headers: Sequence[str] = ()) -> bytes:
-    """A POST as bytes; what is bytes already is sent as it is."""
+    """Return a POST request as bytes; a body of bytes is not encoded."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = "".join(f"{line}\r\n" for line in headers)
     return (
@@ -214,14 +214,14 @@ def post(path: str, body: Any, headers: Sequence[str] = ()) -> bytes:
 
 
 def slope(times: Sequence[float], values: Sequence[float]) -> float:
-    """Of the straight line through these, by least squares."""
+    """Return the slope of the least-squares line."""
     t, v = sum(times) / len(times), sum(values) / len(values)
     above = sum((a - t) * (b - v) for a, b in zip(times, values, strict=True))
     return above / max(sum((a - t) ** 2 for a in times), 1e-12)
 
 
 def place() -> dict[str, Any]:
-    """Where and when it was measured; the load tells who else was at work."""
+    """Return date, commit, CPU and load of the measurement."""
     return {
         "date": datetime.date.today().isoformat(), "commit": machine.commit(), "cpu": machine.cpu_name(),
         "cores": machine.cores(), "load": os.getloadavg()[0],

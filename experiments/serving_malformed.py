@@ -1,11 +1,11 @@
-"""A thousand each of ten kinds of malformed HTTP: right status, right error shape, nothing leaks. Records in JSON.
+"""Send ten kinds of malformed HTTP, a thousand each: check status and error shape, and measure leaks.
 
     python experiments/serving_malformed.py --each 1000 --json FILE
 
 truncated JSON · wrong types · huge numbers · invalid UTF-8 · a body of 100 MB · a slow body · header bombs ·
 unknown fields · deep nesting · closed early
 
-After each kind the server is looked at: memory, sockets, pages. The slow ones come all at once.
+After each kind, the server's memory, sockets and pages are measured. Slow bodies are sent all at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/tokenize": {"prompt": "def"},
     "/detokenize": {"tokens": [1, 2, 3]},
 }
-WRONG: dict[str, tuple[Any, ...]] = {  # fields that are refused whatever is put into them, and what is
+WRONG: dict[str, tuple[Any, ...]] = {  # field -> invalid values
     "messages": (3, "x", {}, None, [3], [{"role": 4, "content": "x"}], [{"role": "king", "content": "x"}]),
     "prompt": (True, {"a": 1}, [None], [[{}]]), "input": (True, {"a": 1}, [None], 5),
     "max_tokens": ("2", 2.5, [2], True, -1), "temperature": ("hot", [0.5], True, {}),
@@ -56,28 +56,28 @@ NUMBERS = (*INFINITE, str(2**63), str(-(2**63) - 1), "1e308")
 
 @dataclass
 class Case:
-    """What is sent, in parts with a pause before each but the first, and which answers are right.
+    """The parts of a request, sent with a pause in between, and the correct statuses.
 
-    No statuses: the client hangs up without waiting.
+    Without statuses the client disconnects without waiting.
     """
 
     parts: Iterator[bytes]
     statuses: tuple[int, ...] = (400,)
     pause: float = 0.0
     code: str | None = None
-    linger: float = 0.0  # seconds after which a client that wants no answer hangs up
+    linger: float = 0.0  # seconds until a client that does not wait disconnects
 
 
 Kind = Callable[[random.Random], Case]
 
 
 def whole(data: bytes, *statuses: int, code: str | None = None) -> Case:
-    """All at once."""
+    """Return a request sent in one part."""
     return Case(iter([data]), statuses or (400,), code=code)
 
 
 def pick(dice: random.Random) -> tuple[str, dict[str, Any]]:
-    """A route and a body that it takes."""
+    """Return a random route and a valid body for it."""
     path = dice.choice(list(BODIES))
     return path, dict(BODIES[path])
 
@@ -191,7 +191,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass
 class Outcome:
-    """How a kind went."""
+    """The results of one kind."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -208,7 +208,7 @@ async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
 
 
 async def send(port: int, case: Case) -> tuple[int, bytes]:
-    """Status and body that a case was answered with; 0: nothing was awaited."""
+    """Send a request; return status and body of the response, or status 0 if it is not awaited."""
     async with connected(port) as (reader, writer):
         if not case.statuses:
             writer.write(b"".join(case.parts))
@@ -236,7 +236,7 @@ async def receive(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 
 
 def fault(case: Case, status: int, body: bytes) -> str | None:
-    """What is wrong with an answer; None: it is as it must be."""
+    """Return what is wrong with a response; None if it is correct."""
     if not case.statuses:
         return None
     if status not in case.statuses:
@@ -246,16 +246,16 @@ def fault(case: Case, status: int, body: bytes) -> str | None:
     except (ValueError, KeyError, TypeError):
         return f"no error in the body: {body[:200]!r}"
     if list(error) != ["message", "type", "param", "code"] or not isinstance(error["message"], str):
-        return f"not the shape of an error: {body[:200]!r}"
+        return f"invalid shape of an error: {body[:200]!r}"
     if not error["message"] or "Traceback" in error["message"] or len(body) > 2000:
-        return f"not the message of an error: {body[:200]!r}"
+        return f"invalid message of an error: {body[:200]!r}"
     if case.code is not None and error["code"] != case.code:
         return f"code {error['code']!r} instead of {case.code!r}"
     return None
 
 
 async def bombard(port: int, kind: Kind, count: int, at_once: int, seed: int = 0) -> Outcome:
-    """Send so many of a kind, some at once."""
+    """Send `count` requests of a kind, `at_once` concurrently."""
     outcome, numbers = Outcome(), iter(range(count))
 
     async def sender() -> None:
@@ -276,9 +276,9 @@ async def bombard(port: int, kind: Kind, count: int, at_once: int, seed: int = 0
 
 
 def measure(server: Server, name: str, each: int) -> dict[str, Any]:
-    """The record of one kind."""
+    """Send one kind and return its record."""
     slow = name == "slow body"
-    asyncio.run(bombard(server.port, KINDS[name], max(4, each // 20), 8, seed=1))  # buffers and caches grow once
+    asyncio.run(bombard(server.port, KINDS[name], max(4, each // 20), 8, seed=1))  # warmup
     server.idle()
     rss, sockets, began = server.rss, server.sockets, time.perf_counter()
     outcome = asyncio.run(bombard(server.port, KINDS[name], each, each if slow else 8))
@@ -296,7 +296,7 @@ def measure(server: Server, name: str, each: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--each", type=int, default=1000)
-    parser.add_argument("--only", default="", help="a part of a kind's name")
+    parser.add_argument("--only", default="", help="only kinds whose name contains this text")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     room = ["--max-concurrent", "1200", "--max-connections", "2000", "--body-timeout", "5"]

@@ -1,13 +1,13 @@
-"""What the server costs over the bare engine, and how it comes back after kill -9. Records in JSON.
+"""Measure the server's overhead over the bare engine, and its restart after kill -9. Writes JSON.
 
     python experiments/serving_overhead.py --streams 32 --answers 4 --rounds 7 --json FILE
     python experiments/serving_overhead.py --shape 7b --tokens 16 48 --answers 1 --rounds 3 --json FILE     8 GB
 
-overhead    so many streams at once, of so many answers each, one after the other; by turns straight to the
-            engine's thread and over HTTP, in one process and with the same settings. The clients are a process of
-            their own, on the same cores. Of the bundled model, or of random int4 weights in Mistral 7B's shape
-kill -9     in mid-answer: what the client sees, and seconds until a new server is ready
-page        time to the first byte of `/`, if there is a page
+overhead    concurrent streams of several responses each, alternately sent to the engine's thread and over
+            HTTP, in one process with the same settings. The clients run in a separate process on the same
+            cores. The model is the bundled one, or random int4 weights in Mistral 7B's shape
+kill -9     during a response: what the client receives, and seconds until a new server is ready
+page        time to the first byte of `/`
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from typing import Any
 
 from serving_clients import Client, Server, place, post
 
-Tokens = tuple[int, int]  # of an answer, at least and at most
+Tokens = tuple[int, int]  # minimum and maximum tokens of a response
 
 
 def questions(streams: int, answers: int, tokens: Tokens, seed: int) -> list[list[dict[str, Any]]]:
-    """What each stream asks for: prompts of 16 ids, answers of different lengths, so that no two go in step."""
+    """Return each stream's requests: prompts of 16 ids, responses of different lengths to avoid lockstep."""
     dice = random.Random(seed)
 
     def question() -> dict[str, Any]:
@@ -47,7 +47,7 @@ def questions(streams: int, answers: int, tokens: Tokens, seed: int) -> list[lis
 
 
 async def clients(port: int) -> None:
-    """The process of the clients: "STREAMS ANSWERS LEAST MOST SEED" is answered with the seconds they took."""
+    """Run the clients' process: for each line "STREAMS ANSWERS LEAST MOST SEED" on stdin, print the seconds."""
     connections: list[Client] = []
 
     async def stream(client: Client, asked: Sequence[bytes]) -> None:
@@ -71,7 +71,7 @@ async def clients(port: int) -> None:
 
 
 def bare(llm: Any, asked: Sequence[Sequence[dict[str, Any]]]) -> float:
-    """Seconds for the same, asked in the engine's thread."""
+    """Return the seconds of the same requests, sent in the engine's thread."""
     from mistral_7b.engine.inputs import RequestOptions
     from mistral_7b.sampling.params import SamplingParams
 
@@ -100,7 +100,7 @@ def bare(llm: Any, asked: Sequence[Sequence[dict[str, Any]]]) -> float:
 
 
 def overhead(shape: str, streams: int, answers: int, lengths: Tokens, rounds: int) -> dict[str, Any]:
-    """By turns, after a round of each that warms up."""
+    """Measure both alternately, after one warmup round each."""
     from engine import build as model_of
 
     from mistral_7b.bench.serving.ours import words_for
@@ -144,7 +144,7 @@ def overhead(shape: str, streams: int, answers: int, lengths: Tokens, rounds: in
 
 
 def killed() -> dict[str, Any]:
-    """Kill a server in mid-answer, and start another."""
+    """Kill a server during a response, and start another."""
 
     async def watch(server: Server) -> dict[str, Any]:
         client = await Client.connect(server.port)
@@ -168,7 +168,7 @@ def killed() -> dict[str, Any]:
 
 
 def page() -> dict[str, Any] | None:
-    """Seconds to the first byte of the page; None: there is none."""
+    """Return the seconds to the first byte of the page; None if there is no page."""
     with Server("--quiet") as server, contextlib.suppress(urllib.error.HTTPError):
         taken = []
         for _ in range(50):
@@ -184,10 +184,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", choices=("demo", "7b"), default="demo")
     parser.add_argument(
-        "--tokens", type=int, nargs=2, default=(64, 192), help="of an answer, at least and at most"
+        "--tokens", type=int, nargs=2, default=(64, 192), help="minimum and maximum tokens of a response"
     )
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--answers", type=int, default=4, help="of each stream, one after the other")
+    parser.add_argument("--answers", type=int, default=4, help="responses per stream, one after the other")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--clients-of", type=int, metavar="PORT", help=argparse.SUPPRESS)

@@ -1,14 +1,14 @@
-"""Many streams for long, among clients that misbehave: errors, memory, pages, the event loop. Records in JSON.
+"""Soak test of the server with misbehaving clients: errors, memory, pages, event loop. Writes JSON.
 
     python experiments/serving_soak.py --clients 200 --minutes 10 --json FILE
 
-Of the clients, who all ask the bundled model for streams at once, a tenth hang up somewhere in an answer, again
-and again, and a tenth send what is no request. The other must not notice.
+All clients stream from the bundled model concurrently. A tenth of them repeatedly disconnect during a response,
+and a tenth send garbage. The others must not be affected.
 
-    errors              answers to the well-behaved that were refused, cut, or did not come to their end
-    memory              resident, and the slope of the straight line through it after a fifth of the time
-    pages               held once all clients have gone
-    event loop          how late it comes round; "blocked": less what its thread waited for a core that others had
+    errors              responses to well-behaved clients that were refused, cut off or incomplete
+    memory              resident memory, and the slope of its linear fit after a fifth of the time
+    pages               KV pages held after all clients have disconnected
+    event loop          its lag; "blocked": without the time its thread waited for a core
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ GARBAGE = [
 
 @dataclass
 class Tally:
-    """What the clients saw, and what the server said of itself."""
+    """The results of the clients, and the server's metrics."""
 
     answers: int = 0
     events: int = 0
@@ -52,7 +52,7 @@ class Tally:
 
 
 def question(dice: random.Random, tokens: int) -> bytes:
-    """A stream of so many tokens, after a prompt that no other begins like."""
+    """Return a streaming request for `tokens` tokens with a random prompt."""
     text = " ".join(dice.choices(WORDS, k=dice.randint(3, 40)))
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True,
             "ignore_eos": True, "temperature": dice.choice([0.0, 0.8])}  # fmt: skip
@@ -60,7 +60,7 @@ def question(dice: random.Random, tokens: int) -> bytes:
 
 
 async def behave(port: int, tally: Tally, end: float, dice: random.Random) -> None:
-    """Ask for answers and read them to their end, over one connection."""
+    """Send requests and read complete responses over one connection."""
     client = await Client.connect(port)
     while time.monotonic() < end:
         answer = await client.ask(question(dice, dice.randint(16, 96)))
@@ -75,7 +75,7 @@ async def behave(port: int, tally: Tally, end: float, dice: random.Random) -> No
 
 
 async def vanish(port: int, tally: Tally, end: float, dice: random.Random) -> None:
-    """Ask, and hang up: before the answer, or somewhere in it."""
+    """Send requests and disconnect before or during the response."""
     while time.monotonic() < end:
         client = await Client.connect(port)
         answer = client.ask(question(dice, 200), leave_after=dice.randint(1, 60))
@@ -86,7 +86,7 @@ async def vanish(port: int, tally: Tally, end: float, dice: random.Random) -> No
 
 
 async def babble(port: int, tally: Tally, end: float, dice: random.Random) -> None:
-    """Send what is no request."""
+    """Send garbage."""
     while time.monotonic() < end:
         client = await Client.connect(port)
         answer = client.ask(dice.choice([*GARBAGE, dice.randbytes(200) + b"\r\n\r\n"]))
@@ -97,7 +97,7 @@ async def babble(port: int, tally: Tally, end: float, dice: random.Random) -> No
 
 
 async def watch(server: Server, tally: Tally, began: float, end: float) -> None:
-    """Note the server's memory, each second; and its metrics when it is warm."""
+    """Record the server's memory every second, and its metrics after the warmup."""
     warm = began + (end - began) / 5
     while (now := time.monotonic()) < end:
         if now >= warm:
@@ -109,7 +109,7 @@ async def watch(server: Server, tally: Tally, began: float, end: float) -> None:
 
 
 async def scrape(port: int) -> dict[str, float]:
-    """/metrics, without keeping the clients waiting."""
+    """Read /metrics without blocking the clients."""
     client = await Client.connect(port)
     answer = await client.ask(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
     client.leave()
@@ -117,7 +117,7 @@ async def scrape(port: int) -> dict[str, float]:
 
 
 async def soak(server: Server, clients: int, seconds: float, seed: int = 0) -> tuple[Tally, dict[str, float]]:
-    """All of them for so long; the tally, and the metrics at the end."""
+    """Run all clients for `seconds`; return the tally and the final metrics."""
     tally, began = Tally(), time.monotonic()
     end, odd = began + seconds, max(1, clients // 10)
     kinds = [vanish] * odd + [babble] * odd + [behave] * (clients - 2 * odd)
@@ -129,7 +129,7 @@ async def soak(server: Server, clients: int, seconds: float, seed: int = 0) -> t
 
 
 def summary(server: Server, tally: Tally, last: dict[str, float], seconds: float) -> dict[str, Any]:
-    """The record."""
+    """Return the record."""
     idle = server.idle()
     ran = seconds * 4 / 5
 

@@ -1,15 +1,16 @@
-"""What guessing ahead brings on grounded tasks, and what it would bring at 7B size.
+"""Measure prompt lookup speculation on grounded tasks, and replay its traces at 7B size.
 
     python experiments/speculation.py [--dtype float32] [--tokens 200] [--json FILE]
     python experiments/speculation.py --shape 7b --scheme int4 --trace FILE [--json FILE]
 
-The first runs the bundled model with and without prompt lookup on text that it was not trained on: it
-goes on with a test file of this project, and writes a function again after a request to rename it. The
-tokens must be equal, or the status is 1. FILE holds the figures and, of each run, the tokens: a trace.
+The first command runs the bundled model with and without prompt lookup on text it was not trained on: it
+continues a test file of this project, and repeats a function with a renamed argument. The exit code is 1 unless
+the tokens are equal. FILE contains the results and the tokens of each run: a trace.
 
-The second replays traces on a model of another size with random weights: prompt and tokens are fed as
-they stand, guesses are made, counted right and taken back as they would be, and each step costs what it
-costs there. It also times one step by the number of rows in it. `--shape demo` tries it out in seconds.
+The second command replays traces on a model of another size with random weights. It feeds the prompt and tokens
+of the trace; tokens are drafted, accepted and rolled back as in the original run, and each step takes the time
+it takes at that size. It also times one step by its number of rows. `--shape demo` tests the command in
+seconds.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def read_rows(path, separator=","):
 def read_rows(path, delimiter=","):
     """Read a table and return'''
 TEMPERATURES = (0.0, 0.7)
-ROWS = (1, 2, 3, 4, 6, 8, 11, 16)  # in a step, to be timed
+ROWS = (1, 2, 3, 4, 6, 8, 11, 16)  # timed numbers of rows in a step
 
 
 def tasks() -> dict[str, str]:
-    """Prompts by name."""
+    """Return the prompts by name."""
     return {
         "continue a test file": (ROOT / "tests/sampling/test_sampling.py").read_text()[:2500],
         "edit": FUNCTION,
@@ -64,7 +65,7 @@ def tasks() -> dict[str, str]:
 
 
 def run_demo(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
-    """Every task with and without; the records, and whether all tokens were equal."""
+    """Run every task with and without speculation; return the records, and whether all tokens are equal."""
     model = Mistral7B.from_pretrained("demo", dtype=getattr(torch, options.dtype))
     assert model.source is not None
     tokenizer = Tokenizer.from_pretrained(model.source)
@@ -98,38 +99,38 @@ def run_demo(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
 def replay(
     model: Mistral7B, prompt: Sequence[int], ids: Sequence[int], speculate: Speculation | None
 ) -> tuple[float, list[tuple[int, int]]]:
-    """Seconds that a model needs to say `ids` after `prompt`, and tokens guessed and right in each step."""
+    """Return the seconds to generate `ids` after `prompt`, and the drafted and accepted tokens of each step."""
     most = speculate.max_draft if speculate else 0
     cache = prefilled(model, prompt, len(ids), most)
     speculator = speculate.speculator([*prompt, ids[0]], len(prompt) + len(ids)) if speculate else None
     step_time = StepTime(speculate.row_cost if speculate else None)
-    said, steps = 1, []
+    generated, steps = 1, []
     began = time.perf_counter()
-    while said < len(ids):
+    while generated < len(ids):
         at = time.perf_counter()
         draft: list[int] = []
         if speculator and step_time.known:
-            draft = speculator.propose(len(ids) - said - 1, lambda n: step_time(1 + n), no_sampler)
-        hidden = model.hidden(torch.tensor([[ids[said - 1], *draft]]), cache)
+            draft = speculator.propose(len(ids) - generated - 1, lambda n: step_time(1 + n), no_sampler)
+        hidden = model.hidden(torch.tensor([[ids[generated - 1], *draft]]), cache)
         model.logits(hidden[0]).argmax(-1).tolist()
-        right = common_prefix_length(draft, ids[said:])
-        came = ids[said : said + right + 1]
+        accepted = common_prefix_length(draft, ids[generated:])
+        new = ids[generated : generated + accepted + 1]
         if draft:
-            cache.rollback(1 + len(draft) - len(came))
+            cache.rollback(1 + len(draft) - len(new))
         if speculator:
-            speculator.update(came)
-        said += len(came)
-        steps.append((len(draft), right))
+            speculator.update(new)
+        generated += len(new)
+        steps.append((len(draft), accepted))
         step_time.add(1 + len(draft), time.perf_counter() - at)
     return time.perf_counter() - began, steps
 
 
 def no_sampler(logits: Tensor, ahead: Sequence[int]) -> int:
-    raise AssertionError("a trace is replayed with prompt lookup, which samples nothing")
+    raise AssertionError("prompt lookup does not sample")
 
 
 def prefilled(model: Mistral7B, prompt: Sequence[int], more: int, slack: int) -> RollingCache:
-    """A cache that has read the prompt."""
+    """Return a cache with the prompt prefilled."""
     cache = model.rolling_cache(1, len(prompt) + more, slack=slack)
     for part in torch.tensor([prompt]).split(512, dim=1):
         model.hidden(part, cache)
@@ -138,7 +139,7 @@ def prefilled(model: Mistral7B, prompt: Sequence[int], more: int, slack: int) ->
 
 @torch.inference_mode()
 def step_seconds(model: Mistral7B, prompt: Sequence[int], repeats: int) -> dict[int, float]:
-    """Median seconds of a step by the number of rows in it, sizes in turn."""
+    """Return the median seconds of a step by its number of rows, measured alternately."""
     cache = prefilled(model, prompt, max(ROWS), max(ROWS))
     seconds: dict[int, list[float]] = {rows: [] for rows in ROWS}
     for repeat in range(repeats + 1):
@@ -152,7 +153,7 @@ def step_seconds(model: Mistral7B, prompt: Sequence[int], repeats: int) -> dict[
 
 
 def run_replay(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every trace of a file, on a model of the shape that is asked for."""
+    """Replay every trace of a file on a model of the given shape."""
     traces = json.loads(options.trace.read_text())["records"]
     if options.shape == "demo":
         model = Mistral7B.from_pretrained("demo", dtype=getattr(torch, options.dtype))
@@ -188,19 +189,19 @@ def show(record: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("7b", "demo"), help="replay the traces at this size")
-    parser.add_argument("--scheme", default="int4", help="of the 7B model's weights")
-    parser.add_argument("--trace", type=Path, help="a FILE that the first kind of run has written")
-    parser.add_argument("--dtype", default="float32", help="of the bundled model")
-    parser.add_argument("--tokens", type=int, default=200, help="to generate for each task")
+    parser.add_argument("--shape", choices=("7b", "demo"), help="replay traces at this size")
+    parser.add_argument("--scheme", default="int4", help="quantization of the 7B model")
+    parser.add_argument("--trace", type=Path, help="a FILE written by the first command")
+    parser.add_argument("--dtype", default="float32", help="type of the bundled model")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens generated per task")
     parser.add_argument("--max-draft", type=int, default=Speculation.max_draft)
-    parser.add_argument("--repeats", type=int, default=5, help="of each size of step")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each step size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if (options.shape is None) != (options.trace is None):
-        parser.error("--shape and --trace go together")
+        parser.error("--shape and --trace need each other")
     equal = True
     if options.shape:
         records = run_replay(options)

@@ -31,7 +31,7 @@ def adapter() -> Adapter:
 
 def conversation(path: Path) -> None:
     one = Conversation("be brief")
-    one.answered("1 + 1?", "2")
+    one.add_turn("1 + 1?", "2")
     one.save(str(path))
 
 

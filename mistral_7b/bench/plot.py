@@ -36,7 +36,7 @@ def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
     """
     shown = [r for r in records if r.what in WORDS]
     if not shown:
-        raise BenchmarkError("nothing to draw: a roofline needs decode, prefill or batch16", field="--what")
+        raise BenchmarkError("nothing to plot: a roofline needs decode, prefill or batch16", field="--what")
     Figure, FigureCanvasAgg = matplotlib_classes()
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     FigureCanvasAgg(figure)  # a canvas that can measure text
@@ -49,9 +49,9 @@ def draw(path: str | os.PathLike[str], records: list[Record]) -> None:
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a figure atomically. BenchmarkError for an unknown file name suffix."""
     target = pathlib.Path(path).expanduser()
-    with atomic_write(target) as beside:
+    with atomic_write(target) as temporary:
         try:
-            figure.savefig(beside, format=target.suffix[1:] or "png", dpi=150)
+            figure.savefig(temporary, format=target.suffix[1:] or "png", dpi=150)
         except ValueError as error:
             raise BenchmarkError(f"--plot {target}: {error}", field="--plot") from error
 
@@ -62,7 +62,7 @@ def matplotlib_classes() -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise BenchmarkError("a picture needs matplotlib", hint="pip install 'mistral-7b[plot]'") from error
+        raise BenchmarkError("a plot needs matplotlib", hint="pip install 'mistral-7b[plot]'") from error
     return Figure, FigureCanvasAgg
 
 
@@ -89,11 +89,11 @@ def roofs(axes: Axes, records: list[Record]) -> None:
     )  # fmt: skip
     axes.grid(True, which="major", color="0.9", lw=0.8)
     axes.set_axisbelow(True)
-    turn = _slope(axes)
+    angle = _slope(axes)
     at = left * (top / bandwidth / left) ** 0.3
     axes.annotate(
         f"memory bandwidth, {bandwidth / 1e9:.1f} GB/s", (at, at * bandwidth), (-6, 6), textcoords="offset points",
-        rotation=turn, rotation_mode="anchor", ha="left", va="bottom", fontsize=9, color="0.25",
+        rotation=angle, rotation_mode="anchor", ha="left", va="bottom", fontsize=9, color="0.25",
     )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
             rate = engine.generated(STEPS[job.quick].seconds)
             found = dataclasses.replace(found, generate_tokens_per_s=rate)
     except (Mistral7BError, ImportError, MemoryError) as error:
-        said = error.data if isinstance(error, Mistral7BError) else {"message": first_line(error)}
-        print(json.dumps(said), file=sys.stderr)
+        data = error.data if isinstance(error, Mistral7BError) else {"message": first_line(error)}
+        print(json.dumps(data), file=sys.stderr)
         return 1
     print(json.dumps(dataclasses.asdict(found)))
     return 0

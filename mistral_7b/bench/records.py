@@ -100,8 +100,8 @@ def spread(times: list[float]) -> float:
 def write_json(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
     """Write records (dataclasses) as JSON, atomically. Raises WriteError if writing fails."""
     text = json.dumps([dataclasses.asdict(r) for r in records], indent=1) + "\n"
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> list[Record]:

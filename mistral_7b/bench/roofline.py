@@ -84,9 +84,9 @@ def measure(quick: bool = False, until: float | None = None) -> Iterator[tuple[s
 
 def buffer_bytes() -> int:
     """Return the buffer size: 4 times the last-level cache, >= 2 GB, <= 1/4 of free memory."""
-    wanted = max(2 << 30, 4 * last_level_cache())
+    size = max(2 << 30, 4 * last_level_cache())
     free = memory()[1] or 4 << 30
-    return max(CHUNK, min(wanted, free // 4)) >> 20 << 20
+    return max(CHUNK, min(size, free // 4)) >> 20 << 20
 
 
 def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
@@ -102,14 +102,14 @@ def read_bandwidth(size: int | None = None, seconds: float = SECONDS) -> float:
     words = _filled(huge_pages.empty(((size or buffer_bytes()) // 4,), torch.int32), seconds)
     numbers, size = words.view(torch.float32), words.nbytes
     half = numbers.numel() // 2
-    ways: list[Callable[[], object]] = [
+    loops: list[Callable[[], object]] = [
         lambda: words.amax(),
         lambda: numbers.amax(),
         lambda: torch.dot(numbers[:half], numbers[half:]),
     ]
     if uses(Backend.CPU, READ, numbers):
-        ways.insert(0, lambda: calls.read(words))
-    return size / _shortest(ways, seconds)
+        loops.insert(0, lambda: calls.read(words))
+    return size / _shortest(loops, seconds)
 
 
 def _filled(words: Tensor, seconds: float) -> Tensor:
@@ -123,17 +123,17 @@ def _filled(words: Tensor, seconds: float) -> Tensor:
     return words[:done]
 
 
-def _shortest(ways: Sequence[Callable[[], object]], seconds: float) -> float:
+def _shortest(loops: Sequence[Callable[[], object]], seconds: float) -> float:
     """Return the time of the fastest run, cycling through loops while the next run should fit."""
     end, best = time.perf_counter() + seconds, float("inf")
-    for way in itertools.cycle(ways):
+    for loop in itertools.cycle(loops):
         began = time.perf_counter()
-        way()
+        loop()
         now = time.perf_counter()
         best = min(best, now - began)
         if now + (now - began) > end:
             return best
-    raise AssertionError("there is a way at least")
+    raise AssertionError("no loops to measure")
 
 
 def fp32_peak(side: int, rows: int, seconds: float = SECONDS) -> float:

@@ -153,10 +153,10 @@ def find_ceilings(
     Runs in a separate process, which briefly uses gigabytes of memory. Its probes share the time, and the process
     is killed at the deadline.
     """
-    asked = json.dumps([threads, quick, time.time() + seconds - ENDING])
+    arguments = json.dumps([threads, quick, time.time() + seconds - ENDING])
     found: dict[str, Any] = {}
     tell("starting")
-    for line in _lines(sys.executable, "process", ("ceilings", asked), {}, seconds):
+    for line in _lines(sys.executable, "process", ("ceilings", arguments), {}, seconds):
         found |= json.loads(line)
         if left := [name for name in PROBES if name not in found]:
             tell(left[0])
@@ -185,7 +185,7 @@ def check_memory(args: dict[str, Any], scheme: str) -> None:
         raise BenchmarkError(
             f"{scheme} weights of this shape take {weights / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
             field="--layers",
-            hint="close other programs, or take fewer --layers",
+            hint="close other programs, or use fewer --layers",
         )
 
 
@@ -215,14 +215,14 @@ class PeerFiles:
                 raise BenchmarkError(
                     f"{path.name} takes {size / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f}",
                     field="--keep",
-                    hint="name a folder with more room",
+                    hint="use a folder with more free space",
                 )
-            beside = path.with_suffix(".part")
+            temporary = path.with_suffix(".part")
             try:
-                _python(self.python, "llama_file", str(beside), scheme, json.dumps(args))
-                beside.rename(path)
+                _python(self.python, "llama_file", str(temporary), scheme, json.dumps(args))
+                temporary.rename(path)
             finally:
-                beside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
         return str(path)
 
     def _need(self, *modules: str) -> None:
@@ -234,10 +234,10 @@ class PeerFiles:
 
 
 def call(python: str, *argv: str, **variables: str) -> dict[str, Any]:
-    said = _python(python, "process", *argv, **variables).strip()
-    if not said:
+    output = _python(python, "process", *argv, **variables).strip()
+    if not output:
         raise BenchmarkError("the process ended without a result")
-    out: dict[str, Any] = json.loads(said.splitlines()[-1])
+    out: dict[str, Any] = json.loads(output.splitlines()[-1])
     return out
 
 
@@ -260,7 +260,7 @@ def _lines(
         late.set()
         process.kill()
 
-    with tempfile.TemporaryDirectory(prefix="mistral-7b-path-") as path, tempfile.TemporaryFile("w+") as complaint:
+    with tempfile.TemporaryDirectory(prefix="mistral-7b-path-") as path, tempfile.TemporaryFile("w+") as error_log:
         (pathlib.Path(path) / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
         before = os.environ.get("PYTHONPATH")
         environment = {
@@ -271,7 +271,7 @@ def _lines(
         command = [python, "-m", f"mistral_7b.bench.{module}", *argv]
         try:
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=complaint, text=True, env=environment
+                command, stdout=subprocess.PIPE, stderr=error_log, text=True, env=environment
             )
         except OSError as error:
             raise BenchmarkError(f"{python} cannot be run: {error.strerror}") from error
@@ -286,20 +286,20 @@ def _lines(
             finally:
                 timer.cancel()
                 process.kill()  # no effect if it has exited
-        complaint.seek(0)
-        said = complaint.read().strip().splitlines()
+        error_log.seek(0)
+        output = error_log.read().strip().splitlines()
     if late.is_set():
         return
     if process.returncode < 0:
         why = " (out of memory?)" if process.returncode == -9 else ""
         raise BenchmarkError(f"the process was killed by signal {-process.returncode}{why}")
     if process.returncode:
-        raise _failure(said, process.returncode)
+        raise _failure(output, process.returncode)
 
 
-def _failure(said: Sequence[str], code: int) -> BenchmarkError:
+def _failure(output: Sequence[str], code: int) -> BenchmarkError:
     """Build the error of a failed process from the last line of its stderr: JSON data or text."""
-    last = said[-1] if said else f"the process ended with code {code}"
+    last = output[-1] if output else f"the process ended with code {code}"
     try:
         return BenchmarkError(**json.loads(last))
     except (ValueError, TypeError):

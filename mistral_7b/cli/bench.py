@@ -137,7 +137,7 @@ def check(args: Bench) -> None:
     if args.shape and args.model:
         raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other", field="--shape")
     if args.layers and not args.shape:
-        raise UsageError("--layers goes with --shape: a model has the layers it has", field="--layers")
+        raise UsageError("--layers needs --shape: the layers of a model are fixed", field="--layers")
 
 
 def plan_of(args: Bench) -> Plan:
@@ -146,7 +146,7 @@ def plan_of(args: Bench) -> Plan:
     whats = tuple(dict.fromkeys(args.what))
     if args.shape:
         if whats == ("load",):
-            raise UsageError("--what load opens files", field="--what", hint="name a model instead of --shape")
+            raise UsageError("--what load reads files", field="--what", hint="name a model instead of --shape")
         whats = tuple(w for w in whats if w != "load")
 
     from ..bench.run import Plan
@@ -164,15 +164,15 @@ def schemes(args: Bench, source: str | None) -> tuple[str, ...]:
     """Return the requested schemes, or that of a quantized folder. UsageError if they conflict."""
     from ..checkpoint import read_record
 
-    asked = tuple(dict.fromkeys(args.scheme))
+    requested = tuple(dict.fromkeys(args.scheme))
     if source is None or (record := read_record(source)) is None:
-        return asked or ("int4", "int8", "bf16")
+        return requested or ("int4", "int8", "bf16")
     own = record.scheme.name
-    if asked not in ((), (own,)):
+    if requested not in ((), (own,)):
         raise UsageError(
-            f"--scheme {' '.join(asked)}: {args.model} is quantized already, as {own}",
+            f"--scheme {' '.join(requested)}: {args.model} is quantized already, as {own}",
             field="--scheme",
-            hint="leave it out",
+            hint="omit --scheme",
         )
     return (own,)
 
@@ -196,5 +196,5 @@ def subject(args: Bench, longest: int, flags: str) -> tuple[str, str | None, dic
         path = hub.resolve(args.model or "demo")
         name, source, model_args = args.model or "demo", str(path), read_args(path)[0]
     if longest > model_args.max_seq_len and model_args.sliding_window is None:
-        raise UsageError(f"{flags}: {name} holds {model_args.max_seq_len} tokens, not {longest}")
+        raise UsageError(f"{flags}: the context of {name} is {model_args.max_seq_len} tokens, not {longest}")
     return name, source, dataclasses.asdict(model_args)

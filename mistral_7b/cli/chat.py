@@ -1,4 +1,4 @@
-"""`mistral-7b chat`: a conversation with a model, at a prompt."""
+"""`mistral-7b chat`: chat with a model on the terminal."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ if TYPE_CHECKING:
     from .render import Render
     from .repl import Answer
 
-ADAPTER = "adapter"  # what the one that is given is called
+ADAPTER = "adapter"  # the name of --adapter in the engine
 DEMO = (
-    "The bundled model is a small base model of Python code: it goes on with code and was never taught to\n"
-    "answer. For a conversation take an instruct model: mistral-7b chat mistralai/Mistral-7B-Instruct-v0.3"
+    "The bundled model is a small base model of Python code: it continues code and is not instruction-tuned.\n"
+    "For a conversation use an instruct model: mistral-7b chat mistralai/Mistral-7B-Instruct-v0.3"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat(TextOptions):
-    """Talk with an instruction-tuned model; /help at the prompt lists what can be done there."""
+    """Chat with an instruction-tuned model; /help at the prompt lists the commands."""
 
     model: ModelName = "demo"
     """A folder, a hub id or "demo"."""
     system: str = ""
-    """Instructions that stand before the conversation."""
+    """System prompt."""
     system_file: str = ""
-    """The same, from a file."""
+    """File with the system prompt."""
     load: str = ""
-    """Go on with a conversation that /save has written."""
+    """Continue a conversation saved with /save."""
     plain: bool = False
-    """Show answers as they are; otherwise a terminal shows them as rendered markdown."""
+    """Show the raw text of answers; by default a terminal shows them as rendered Markdown."""
     sampling: SamplingParams = dataclasses.field(
         default_factory=lambda: SamplingParams(temperature=0.7, max_tokens=2048)
     )
-    """How tokens are chosen."""
+    """Sampling parameters."""
 
 
 def run(argv: list[str]) -> int:
     args = read_flags(Chat, "chat", argv)
     if args.sampling.n != 1:
-        raise UsageError("--n: a chat has one answer at a time", field="--n")
+        raise UsageError("--n must be 1: a chat has one answer per message", field="--n")
     params = args.constrained(args.sampling)
     conversation = Conversation.load(args.load) if args.load else Conversation()
     if args.system_file:
@@ -63,7 +63,7 @@ def run(argv: list[str]) -> int:
     if demo:
         notice(DEMO)
     if sys.stdin.isatty():
-        notice("/help lists the commands, Ctrl-D leaves.")
+        notice("/help lists the commands, Ctrl-D exits.")
     render: Render | None = None
     if sys.stdout.isatty() and not args.plain:
         from .render import as_markdown, as_python
@@ -79,14 +79,14 @@ def run(argv: list[str]) -> int:
 
 
 def is_demo(model: Mistral7B) -> bool:
-    """Whether this is the model that comes with the package."""
+    """Return whether this is the bundled model."""
     from ..checkpoint.hub import resolve
 
     return model.source is not None and model.source.resolve() == resolve("demo").resolve()
 
 
 def engine_of(model: Mistral7B, tokenizer: Tokenizer, args: Chat) -> LLM:
-    """An engine for one answer at a time, which keeps what it has computed of the conversation."""
+    """Return an engine for one sequence, whose prefix cache keeps the conversation."""
     from ..engine.config import EngineConfig
     from ..engine.llm import LLM
 
@@ -97,30 +97,32 @@ def engine_of(model: Mistral7B, tokenizer: Tokenizer, args: Chat) -> LLM:
 
 
 def answers(llm: LLM, params: SamplingParams) -> Answer:
-    """How the model answers a conversation: pieces of text, within what is left of its context."""
+    """Return a function that streams the model's answer, limited to the rest of the context.
+
+    GenerationError if the conversation does not fit, or if the answer reaches its token limit.
+    """
     tokenizer, context = llm.tokenizer, llm.engine.model.args.max_seq_len
     assert tokenizer is not None  # the command opens it with the model
     adapter = next(iter(llm.engine.adapters.names), None)
 
     def answer(messages: list[Message]) -> Iterator[str]:
         ids = tokenizer.encode_chat(messages)
-        room = context - len(ids)
-        if room < 1:
+        remaining = context - len(ids)
+        if remaining < 1:
             raise GenerationError(
-                f"the conversation with this question is {len(ids)} tokens and the model holds {context}: "
-                "the question is not kept, all else is",
+                f"the conversation with this message has {len(ids)} tokens, more than the context of {context}: "
+                "the message is not added",
                 hint="/save FILE, then /reset",
             )
-        limit = min(params.max_tokens or room, room)
+        limit = min(params.max_tokens or remaining, remaining)
         finish = None
         limited = dataclasses.replace(params, max_tokens=limit)
         for piece in llm.stream(ids, limited, adapter=adapter):
             finish = piece.finish_reason
             yield piece.text
         if finish == "length":
-            way_on = (
-                "the context is full: /save FILE, then /reset" if limit == room else "--max-tokens allows more"
-            )
-            raise GenerationError(f"(the answer was cut off after {limit} tokens; {way_on})")
+            full = limit == remaining
+            hint = "the context is full: /save FILE, then /reset" if full else "--max-tokens sets this limit"
+            raise GenerationError(f"(the answer was cut off after {limit} tokens; {hint})")
 
     return answer

@@ -1,4 +1,4 @@
-"""A conversation: messages in OpenAI's form, and the file they are kept in."""
+"""A conversation: messages in OpenAI's format, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Message = dict[str, Any]
 
 
 class Conversation:
-    """Whole turns only: a question is added together with its answer, so that nothing is left hanging."""
+    """Complete turns of a conversation: a question is added together with its answer."""
 
     def __init__(self, system: str = "") -> None:
         self.system = system
         self.turns: list[Message] = []
 
-    def asking(self, question: str) -> list[Message]:
-        """The messages with one more question, as the model should see them."""
+    def with_question(self, question: str) -> list[Message]:
+        """Return the messages with one more question, without adding it."""
         return [*self.messages, {"role": "user", "content": question}]
 
-    def answered(self, question: str, answer: str) -> None:
+    def add_turn(self, question: str, answer: str) -> None:
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
     @property
@@ -32,40 +32,40 @@ class Conversation:
         return [*system, *self.turns]
 
     def save(self, path: str) -> None:
-        """Write `{"messages": [...]}`, beside the place and renamed. Only a conversation is written over.
+        """Write `{"messages": [...]}` atomically; only an existing conversation is overwritten.
 
-        WriteError if the system does not take it.
+        UsageError if the file is something else, WriteError if it cannot be written.
         """
         target = pathlib.Path(path).expanduser()
         if target.exists():
             try:
                 read_messages(target)
             except UsageError as error:
-                raise UsageError.of(error, hint="it is not written over, choose another name") from error
+                raise UsageError.of(error, hint="it is not overwritten; use another name") from error
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n"
-        with atomic_write(target) as beside:
-            beside.touch(mode=0o600)  # a conversation is for its user's eyes
-            beside.write_text(text, encoding="utf-8")
+        with atomic_write(target) as temporary:
+            temporary.touch(mode=0o600)  # readable by its owner only
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str) -> Conversation:
-        """Read a file that `save` has written, or a bare list of messages."""
+        """Read a file written by `save`, or a list of messages. UsageError if roles do not alternate."""
         messages = read_messages(pathlib.Path(path).expanduser())
         conversation = cls()
         if messages and messages[0]["role"] == "system":
             conversation.system, messages = messages[0]["content"], messages[1:]
         for i, message in enumerate(messages):
-            wanted = "assistant" if i % 2 else "user"
-            if message["role"] != wanted:
-                raise UsageError(f"turn {i + 1} has role {message['role']!r} where {wanted!r} is due", place=path)
+            expected = "assistant" if i % 2 else "user"
+            if message["role"] != expected:
+                raise UsageError(f"turn {i + 1} has role {message['role']!r}, not {expected!r}", place=path)
         if len(messages) % 2:
-            raise UsageError("ends with a question: its answer is missing", place=path)
+            raise UsageError("the last message has no answer", place=path)
         conversation.turns = messages
         return conversation
 
 
 def read_messages(path: pathlib.Path) -> list[Message]:
-    """The messages in a JSON file, each with a role and a text. UsageError if it holds anything else."""
+    """Read messages, each with a role and a text, from a JSON file. UsageError for any other content."""
     try:
         data = json.loads(read_text(str(path)))
     except json.JSONDecodeError as error:

@@ -44,11 +44,11 @@ def run(argv: list[str]) -> int:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("opening", total=None)
 
-        def told(done: int, total: int, name: str) -> None:
+        def advance(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
         convert(
-            args.source, args.out, to=args.to, max_shard_size=args.max_shard_size, progress=told, type=args.type
+            args.source, args.out, to=args.to, max_shard_size=args.max_shard_size, progress=advance, type=args.type
         )
     print(f"{args.source} is written to {args.out} in {args.to} format", file=sys.stderr)
     return 0

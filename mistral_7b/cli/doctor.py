@@ -1,4 +1,4 @@
-"""`mistral-7b doctor`: what this machine has, what runs on it, how fast it could be, and what is missing."""
+"""`mistral-7b doctor`: report the hardware, kernels, measured ceilings and missing software of this machine."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from .inputs import busy, read_flags
 if TYPE_CHECKING:
     from rich.console import Console
 
-PACKAGES = {  # package -> what it is for, and the extra that brings it, if any
-    "matplotlib": "pictures", "gguf": "writing GGUF for the benchmark's peers",
+PACKAGES = {  # package -> its use
+    "matplotlib": "plots", "gguf": "writing GGUF for the benchmark's peers",
     "llama-cpp-python": "the benchmark's peer", "transformers": "the benchmark's peer",
 }  # fmt: skip
-MEASURED = {  # the ceilings in the order in which they are measured
-    "read_bandwidth": "reading memory", "fp32": "products in float32", "bf16": "in bf16", "int8": "in int8",
+MEASURED = {  # the ceilings in the order of measurement
+    "read_bandwidth": "memory bandwidth", "fp32": "float32 products", "bf16": "bf16 products",
+    "int8": "int8 products",
 }  # fmt: skip
-NAMES = 27  # characters of the longest name of a row
+NAME_WIDTH = 27  # characters of the longest row name
 NEEDED = {"bf16": 15.5e9, "int8": 8.5e9, "int4": 5.0e9}  # bytes for Mistral 7B with a context of 4096
-
-
-SECONDS = 15.0  # for all that is measured, however busy the machine is
+SECONDS = 15.0  # time limit for all measurements
 
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Look at this machine: CPU, memory, compiler, kernels, GPU, measured ceilings, and what to do about gaps."""
+    """Check this machine: CPU, memory, compiler, kernels, GPU, measured ceilings, and how to fix problems."""
 
     measure: bool = True
-    """Measure read bandwidth and matrix products: 15 seconds at most, 2 GB of memory for a moment."""
+    """Measure memory bandwidth and matrix products: at most 15 seconds, briefly 2 GB of memory."""
     json: bool = False
     """Print one JSON object."""
 
@@ -60,12 +59,12 @@ def run(argv: list[str]) -> int:
 
 
 def show(console: Console, rows: dict[str, str]) -> None:
-    """Print rows of the table, which grows while facts are found."""
+    """Print some rows of the table; later facts follow below."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True, width=NAMES)
+    table.add_column(style="bold", no_wrap=True, width=NAME_WIDTH)
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, Text(value))
@@ -73,9 +72,9 @@ def show(console: Console, rows: dict[str, str]) -> None:
 
 
 def examine(measure: bool) -> Iterator[dict[str, Any]]:
-    """All facts, those first that are known at once, and what has to be measured last.
+    """Yield all facts: those read from the system first, measurements last.
 
-    A thing that cannot be found out is said to be so; nothing is raised for it.
+    A fact that cannot be determined has an "error" entry; no exception is raised.
     """
     yield machine_facts()
     with busy("importing PyTorch"):
@@ -86,7 +85,7 @@ def examine(measure: bool) -> Iterator[dict[str, Any]]:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What the system says of the machine, and which packages there are."""
+    """Return hardware, operating system and the versions of installed packages."""
     from .. import machine
 
     total, free = machine.memory()
@@ -105,7 +104,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def torch_facts() -> dict[str, Any]:
-    """Threads, the instruction sets PyTorch was built to use here, and the accelerator if there is one."""
+    """Return PyTorch's version, threads and CPU capability, and the accelerator if there is one."""
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -122,7 +121,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def kernel_facts() -> dict[str, Any]:
-    """What computes what here, and why (kernels/backend.py); the kernels are compiled for it if they were not."""
+    """Return the backend of each operation and the reason (kernels/backend.py); compile the kernels if needed."""
     from ..bench.run import compile_kernels
     from ..kernels import backend
 
@@ -131,15 +130,15 @@ def kernel_facts() -> dict[str, Any]:
 
 
 def ceilings() -> dict[str, Any]:
-    """The ceilings that are measured within SECONDS, with progress on a terminal."""
+    """Return the ceilings measured within SECONDS; show progress on a terminal."""
     from ..bench.run import find_ceilings
 
-    with busy(f"measuring, {SECONDS:.0f} seconds at most") as tell:
+    with busy(f"measuring, at most {SECONDS:.0f} seconds") as tell:
         return find_ceilings(seconds=SECONDS, tell=lambda what: tell(f"measuring: {MEASURED.get(what, what)}"))
 
 
 def _attempt(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `find` finds, or why it could not: an odd machine is what this command is for."""
+    """Return the result of `find`, or its error: this command must also work on unusual machines."""
     try:
         return find()
     except Exception as error:
@@ -147,40 +146,38 @@ def _attempt(find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def advice(facts: dict[str, Any]) -> list[str]:
-    """What to do about what is missing, the most rewarding first."""
+    """Return recommendations, the most useful first."""
     out = []
     for part in ("torch", "kernels", "ceilings"):
         if "error" in facts[part]:
-            out.append(f"{part} could not be looked at: {facts[part]['error']}")
+            out.append(f"{part} could not be checked: {facts[part]['error']}")
     if "missing" in facts["kernels"]:
         out.append(facts["kernels"]["missing"])
     sets = facts["instruction_sets"]
     if not any(sets.values()):
         out.append(
-            "The CPU's instruction sets cannot be read, or it has none that the kernels use: int8 will be slow."
+            "The CPU's instruction sets cannot be read, or the kernels use none of them: int8 will be slow."
         )
     elif "AVX2" in sets and not any(on for name, on in sets.items() if "VNNI" in name or "AMX" in name):
-        out.append(
-            "This CPU has no integer dot product (VNNI or AMX): int8 and int4 gain less in prefill than elsewhere."
-        )
+        out.append("This CPU has no integer dot product (VNNI or AMX): int8 and int4 speed up prefill less.")
     threads = facts["torch"].get("threads")
     if threads and threads < facts["cores"] // 2:
         out.append(
-            f"PyTorch takes {threads} of {facts['cores']} CPUs: is OMP_NUM_THREADS set? --threads overrides it."
+            f"PyTorch uses {threads} of {facts['cores']} CPUs: is OMP_NUM_THREADS set? --threads overrides it."
         )
     free = facts["memory_free_bytes"]
     fitting = [scheme for scheme, size in NEEDED.items() if free >= size]
     if free and "bf16" not in fitting:
-        what = f"--quantization {fitting[0]} fits" if fitting else "even int4 needs more, so close other programs"
-        out.append(f"{free / 1e9:.1f} GB of memory are free, and Mistral 7B takes 14.5 in bf16: {what}.")
+        what = f"--quantization {fitting[0]} fits" if fitting else "int4 does not fit either; close other programs"
+        out.append(f"{free / 1e9:.1f} GB of memory are free, but Mistral 7B takes 14.5 GB in bf16: {what}.")
     gpu = facts["torch"].get("gpu")
     if gpu and gpu not in ("mps",) and not facts["packages"]["triton"]:
-        out.append("There is a GPU and no Triton, which its quantized kernels are written in: pip install triton.")
+        out.append("Triton, which the quantized GPU kernels need, is not installed: pip install triton.")
     return out
 
 
 def rows(facts: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
-    """What was `found` just now, for a person; `facts` are all that are known."""
+    """Return table rows for the facts just `found`; `facts` are all facts so far."""
     if "cpu" in found:
         return machine_rows(found)
     if "torch" in found:
@@ -196,7 +193,7 @@ def rows(facts: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
 
 
 def kernel_rows(facts: dict[str, Any]) -> dict[str, str]:
-    """The kernels, and for each operation the backend that computes it, with the reason."""
+    """Return rows on the kernels, and on the backend of each operation with the reason."""
     out = {f"kernels: {name}": str(value) for name, value in facts.items() if name != "operations"}
     for device, operations in facts.get("operations", {}).items():
         for name, choice in operations.items():
@@ -206,29 +203,31 @@ def kernel_rows(facts: dict[str, Any]) -> dict[str, str]:
 
 def machine_rows(facts: dict[str, Any]) -> dict[str, str]:
     sets = facts["instruction_sets"]
-    has = ", ".join(name for name, on in sets.items() if on) or "none that is known"
-    lacks = ", ".join(name for name, on in sets.items() if not on)
+    present = ", ".join(name for name, on in sets.items() if on) or "(none known)"
+    absent = ", ".join(name for name, on in sets.items() if not on) or "(none)"
     packages = {name: v for name, v in facts["packages"].items() if name != "torch"}
     return {
-        "CPU": f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} CPUs to use",
+        "CPU": f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} CPUs available",
         "system": f"{facts['system']}, Python {facts['python']}",
-        "it can": has,
-        "it cannot": lacks or "(nothing is missing)",
+        "instruction sets": present,
+        "not available": absent,
         "memory": f"{facts['memory_bytes'] / 1e9:.1f} GB, {facts['memory_free_bytes'] / 1e9:.1f} GB free",
         "optional": ", ".join(f"{name} {v or 'absent'}" for name, v in packages.items()),
     }
 
 
 def ceiling_rows(found: dict[str, Any], kernels: str) -> dict[str, str]:
-    """The ceilings, and what each was measured with."""
+    """Return rows on the ceilings and how they were measured."""
     if "error" in found or "skipped" in found:
         return {"ceilings": found.get("error") or "not measured"}
     out = {}
     if "read_bandwidth" in found:
-        out["reads at most"] = f"{found['read_bandwidth'] / 1e9:.1f} GB/s with {found['threads']} threads"
+        out["read bandwidth"] = f"{found['read_bandwidth'] / 1e9:.1f} GB/s with {found['threads']} threads"
     kinds = {"float32": "fp32", "bf16": "bf16", f"int8 by the kernels ({kernels})": "int8"}
     if products := [f"{kind} {found[key] / 1e12:.3g}" for kind, key in kinds.items() if found.get(key)]:
-        out["multiplies at most"] = f"{', '.join(products)} Top/s"
+        out["matrix products"] = f"{', '.join(products)} Top/s"
     if missing := [word for key, word in MEASURED.items() if key not in found]:
-        out["not measured"] = f"{', '.join(missing)}: {SECONDS:.0f} seconds were not enough, the machine is busy"
+        out["not measured"] = (
+            f"{', '.join(missing)}: not finished within {SECONDS:.0f} seconds, the machine is busy"
+        )
     return out

@@ -1,4 +1,4 @@
-"""`mistral-7b generate`: continue one text. Text on stdout as it comes, statistics on stderr."""
+"""`mistral-7b generate`: continue a text. Output streams to stdout, statistics go to stderr."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
 PROMPT_LOOKUP = "prompt-lookup"
-DEMO_PROMPT = "class TestParser(unittest.TestCase):\n"  # the bundled model has read many of these
+DEMO_PROMPT = "class TestParser(unittest.TestCase):\n"  # frequent in the bundled model's training data
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate(TextOptions):
-    """Continue a text. Without a prompt it is read from standard input; the bundled model has one of its own."""
+    """Continue a text. The prompt comes from a flag, a file or a pipe; the bundled model has a default one."""
 
     model: ModelName = "demo"
     """A folder, a file, a hub id or "demo"."""
     prompt: str = ""
-    """The text to continue; --prompt="..." for one that begins with a dash."""
+    """Text to continue. A prompt that begins with a dash is written --prompt="-x"."""
     prompt_file: str = ""
-    """A file that holds it; - is standard input."""
+    """File with the prompt; - is standard input."""
     echo: Literal["auto", "always", "never"] = "auto"
-    """Print the prompt before its continuation; auto: on a terminal, or if nobody gave one."""
+    """Print the prompt before its continuation; auto: on a terminal, or with the default prompt."""
     json: bool = False
     """Print one JSON object at the end: text, token ids, log-probabilities, statistics."""
     speculate: Annotated[str, tyro.conf.arg(metavar="prompt-lookup|MODEL")] = ""
-    """Guess tokens ahead, from repetitions in the text or by a smaller model of the same vocabulary."""
+    """Speculative decoding: draft tokens from repetitions in the text, or with a smaller model of the same
+    vocabulary."""
     max_draft: int | None = None
-    """Most tokens guessed at once; none: 10. How many are, follows from how many prove right."""
+    """Maximum number of draft tokens per step; None: 10. The number adapts to how many are accepted."""
     sampling: SamplingParams = dataclasses.field(
         default_factory=lambda: SamplingParams(temperature=0.7, max_tokens=256)
     )
-    """How tokens are chosen."""
+    """Sampling parameters."""
 
 
 def run(argv: list[str]) -> int:
@@ -55,7 +56,7 @@ def run(argv: list[str]) -> int:
         raise UsageError(
             "--logprobs and --prompt-logprobs are part of the JSON output", field="--logprobs", hint="add --json"
         )
-    prompt = given_prompt(args)
+    prompt = read_prompt(args)
     echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
     prompt = prompt or DEMO_PROMPT
     model, tokenizer = args.open(args.model)
@@ -64,30 +65,32 @@ def run(argv: list[str]) -> int:
 
     params = dataclasses.replace(params, seed=draw_seed() if params.seed is None else params.seed)
     ids = tokenizer.encode(prompt)
-    written = Written(params.n, len(ids), params.n == 1 and not args.json, speculate.tally if speculate else None)
+    generation = Generation(
+        params.n, len(ids), params.n == 1 and not args.json, speculate.tally if speculate else None
+    )
     if echo and not args.json:
         _show(prompt)
-    how = {"speculate": speculate, "kv_dtype": args.kv_dtype, "adapter": args.adapter}
+    options = {"speculate": speculate, "kv_dtype": args.kv_dtype, "adapter": args.adapter}
     if scored:
-        facts, code = score(model, ids, params, tokenizer, written, **how), 0
+        results, code = score(model, ids, params, tokenizer, generation, **options), 0
     else:
-        code = write(model, ids, params, tokenizer, written, **how)
-        facts = {"outputs": written.outputs}
+        code = write(model, ids, params, tokenizer, generation, **options)
+        results = {"outputs": generation.outputs}
     if args.json:
-        known = {"model": args.model, "prompt": prompt, "prompt_token_ids": ids, "seed": params.seed}
-        print(json.dumps({**known, **facts, "stats": written.stats()}))
+        inputs = {"model": args.model, "prompt": prompt, "prompt_token_ids": ids, "seed": params.seed}
+        print(json.dumps({**inputs, **results, "stats": generation.stats()}))
     else:
-        written.show_rest()
+        generation.show_rest()
         if code == 0:
-            print(written.summary(), file=sys.stderr)
+            print(generation.summary(), file=sys.stderr)
     return code
 
 
 def speculation(args: Generate) -> Speculation | None:
-    """How tokens are to be guessed ahead, if at all; opens the model that guesses."""
+    """Return the speculation of the flags, with the draft model loaded; None without --speculate."""
     if not args.speculate:
         if args.max_draft is not None:
-            raise UsageError("--max-draft goes with --speculate", field="--max-draft")
+            raise UsageError("--max-draft needs --speculate", field="--max-draft")
         return None
     from ..engine.speculation import Speculation
 
@@ -95,8 +98,11 @@ def speculation(args: Generate) -> Speculation | None:
     return Speculation(model) if args.max_draft is None else Speculation(model, max_draft=args.max_draft)
 
 
-def given_prompt(args: Generate) -> str:
-    """The prompt that was given, by flag, file or pipe; "" where the bundled model may use its own."""
+def read_prompt(args: Generate) -> str:
+    """Return the prompt of the flag, the file or the pipe; "" selects the bundled model's default.
+
+    Raises UsageError for two prompts, none, or one that is not UTF-8.
+    """
     if args.prompt and args.prompt_file:
         raise UsageError("--prompt and --prompt-file exclude each other", field="--prompt")
     prompt = args.prompt
@@ -109,12 +115,12 @@ def given_prompt(args: Generate) -> str:
     except UnicodeEncodeError as error:
         raise UsageError("the prompt is not UTF-8 text", field="--prompt") from error
     if not prompt and args.model != "demo":
-        raise UsageError("no prompt", hint="give --prompt TEXT or --prompt-file FILE, or pipe a text in")
+        raise UsageError("no prompt", hint="use --prompt TEXT or --prompt-file FILE, or pipe a text")
     return prompt
 
 
-class Written:
-    """What has been generated so far: shown as it comes if `live`, counted and timed."""
+class Generation:
+    """The generated text and its statistics; printed while it streams if `live`."""
 
     def __init__(self, n: int, prompt_tokens: int, live: bool, tally: Tally | None = None) -> None:
         self.outputs: list[dict[str, Any]] = [
@@ -127,7 +133,7 @@ class Written:
         self.first: float | None = None  # seconds until the first token
 
     def push(self, piece: TextPiece) -> None:
-        """Take the next piece of one of the completions."""
+        """Append the next piece of one of the completions."""
         self.count(len(piece.token_ids))
         output = self.outputs[piece.index]
         output["text"] += piece.text
@@ -138,14 +144,14 @@ class Written:
             _show(piece.text)
 
     def count(self, tokens: int) -> None:
-        """Note that so many more tokens have come just now."""
+        """Count tokens that have just arrived."""
         self.ended = time.perf_counter()
         if self.first is None:
             self.first = self.ended - self.began
         self.tokens += tokens
 
     def show_rest(self) -> None:
-        """End the live text with a line break, or print what was not shown yet."""
+        """End live text with a line break, or print all completions."""
         if self.live:
             _show("\n")
             return
@@ -153,9 +159,9 @@ class Written:
             _show(f"--- {output['index'] + 1} of {len(self.outputs)} ---\n{output['text']}\n")
 
     def stats(self) -> dict[str, Any]:
-        """Counts, and times in seconds; the model's loading is not among them."""
+        """Return counts, and times in seconds without loading the model."""
         seconds = self.ended - self.began
-        facts: dict[str, Any] = {
+        stats: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.tokens,
             "seconds": round(seconds, 4),
@@ -163,26 +169,26 @@ class Written:
             "tokens_per_second": round(self.tokens / seconds, 2) if seconds else None,
         }
         if self.tally is not None:
-            facts["speculation"] = {
+            stats["speculation"] = {
                 **vars(self.tally),
                 "acceptance": round(self.tally.acceptance, 4),
                 "tokens_per_step": round(self.tally.tokens_per_step, 4),
             }
-        return facts
+        return stats
 
     def summary(self) -> str:
-        """The statistics in a line."""
+        """Return the statistics as one line."""
         s = self.stats()
-        guessed = ""
+        drafted = ""
         if self.tally is not None:
-            guessed = (
-                f"; {self.tally.tokens_per_step:.2f} tokens a step, "
-                f"{self.tally.accepted} of {self.tally.drafted} guesses right"
+            drafted = (
+                f"; {self.tally.tokens_per_step:.2f} tokens per step, "
+                f"{self.tally.accepted} of {self.tally.drafted} draft tokens accepted"
             )
         return (
-            f"{s['prompt_tokens']} tokens of prompt, {s['completion_tokens']} generated in {s['seconds']:.2f} s: "
-            f"{s['tokens_per_second'] or 0:.1f} tokens/s, the first after {s['seconds_to_first_token'] or 0:.2f} s"
-            f"{guessed}"
+            f"{s['prompt_tokens']} prompt tokens, {s['completion_tokens']} generated in {s['seconds']:.2f} s: "
+            f"{s['tokens_per_second'] or 0:.1f} tokens/s, first token after "
+            f"{s['seconds_to_first_token'] or 0:.2f} s{drafted}"
         )
 
 
@@ -191,16 +197,19 @@ def write(
     ids: list[int],
     params: SamplingParams,
     tokenizer: Tokenizer,
-    written: Written,
-    **how: Any,
+    generation: Generation,
+    **options: Any,
 ) -> int:
-    """Stream into `written`, `how` as in `stream`; the exit code. Ctrl-C ends it, and what has come stays."""
+    """Stream into `generation` (`options` as in `stream`) and return the exit code.
+
+    Ctrl-C ends the stream; the text so far is kept.
+    """
     from ..generate import stream
 
-    written.began = time.perf_counter()
+    generation.began = time.perf_counter()
     try:
-        for piece in stream(model, ids, params, tokenizer, **how):
-            written.push(piece)
+        for piece in stream(model, ids, params, tokenizer, **options):
+            generation.push(piece)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -211,22 +220,22 @@ def score(
     ids: list[int],
     params: SamplingParams,
     tokenizer: Tokenizer,
-    written: Written,
-    **how: Any,
+    generation: Generation,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Generate with log-probabilities, `how` as in `generate`; what the JSON output says of it."""
+    """Generate with log-probabilities (`options` as in `generate`) and return the fields of the JSON output."""
     from ..generate import generate
 
-    written.began = time.perf_counter()
-    request = generate(model, [ids], params, tokenizer, **how)[0]
-    written.count(sum(len(c.token_ids) for c in request.outputs))
-    written.first = None  # all came at once
+    generation.began = time.perf_counter()
+    request = generate(model, [ids], params, tokenizer, **options)[0]
+    generation.count(sum(len(c.token_ids) for c in request.outputs))
+    generation.first = None  # unknown: all tokens arrive at once
     outputs = [{**vars(c), "logprobs": _named(c.logprobs)} for c in request.outputs]
     return {"outputs": outputs, "prompt_logprobs": _named(request.prompt_logprobs)}
 
 
 def _named(places: Any) -> Any:
-    """Log-probabilities with their fields' names, which JSON would drop from a named tuple."""
+    """Turn named tuples of log-probabilities into dicts, so that JSON keeps their fields."""
     if places is None:
         return None
     return [place and {token: entry._asdict() for token, entry in place.items()} for place in places]

@@ -109,8 +109,8 @@ def table(facts: dict[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    a, said = facts["args"], facts.get("quantization")
-    stored = said["scheme"] if said else facts["dtype"]
+    a, quantization = facts["args"], facts.get("quantization")
+    stored = quantization["scheme"] if quantization else facts["dtype"]
     window = a["sliding_window"]
     rows = {
         "release": facts["release"],
@@ -122,7 +122,7 @@ def table(facts: dict[str, Any]) -> Table:
         **{name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in a.items()
            if name not in ("sliding_window", "tie_embeddings")},
         "tie_embeddings": "yes" if a["tie_embeddings"] else "no",
-        **(quantization_rows(said) if said else {}),
+        **(quantization_rows(quantization) if quantization else {}),
         f"weights in {stored}": readable(facts["weights_bytes"]),
         f"cache at {facts['context']:,} tokens": f"{readable(facts['cache_bytes'])}"
         f" ({facts['cache_tokens']:,} x {readable(facts['cache_bytes_per_token'])})",
@@ -138,12 +138,13 @@ def table(facts: dict[str, Any]) -> Table:
     return out
 
 
-def quantization_rows(said: dict[str, Any]) -> dict[str, str]:
+def quantization_rows(quantization: dict[str, Any]) -> dict[str, str]:
     """Return table rows on a checkpoint's quantization, from its `quantization_config`."""
-    d, kind = said["distance"], said["scheme"]
-    calibration = said["calibration"] or {"none": "rounded to nearest"}
-    if said["group_size"]:
-        kind += f", groups of {said['group_size']}, {'symmetric' if said['symmetric'] else 'asymmetric'}"
+    d, kind = quantization["distance"], quantization["scheme"]
+    calibration = quantization["calibration"] or {"none": "rounded to nearest"}
+    if quantization["group_size"]:
+        symmetry = "symmetric" if quantization["symmetric"] else "asymmetric"
+        kind += f", groups of {quantization['group_size']}, {symmetry}"
     return {
         "quantization": kind,
         "calibration": ", ".join(f"{name}: {value}" for name, value in calibration.items()),

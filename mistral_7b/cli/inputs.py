@@ -79,8 +79,8 @@ class ModelOptions:
             tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(
-                f"{tokenizer.vocab_size} tokens, but the model {source} knows {model.args.vocab_size}: the "
-                "tokenizer belongs to another model",
+                f"{tokenizer.vocab_size} tokens, but the vocabulary of the model {source} has "
+                f"{model.args.vocab_size}: the tokenizer belongs to another model",
                 place=tokenizer.path,
             )
         return model, tokenizer
@@ -104,28 +104,30 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions(ModelOptions):
-    """How the model runs, and what its text must be like."""
+    """How the model runs, and constraints on its text."""
 
     adapter: str | None = None
-    """A LoRA adapter to use with the model: a folder or file that PEFT or mistral-finetune has written."""
+    """A LoRA adapter: a folder or file in the format of PEFT or mistral-finetune."""
     schema: str = ""
-    """A file with a JSON schema that the text must obey. This and the next three exclude each other."""
+    """File with a JSON schema that the text must match. Only one of --schema, --regex, --choice and --grammar
+    may be used."""
     regex: str = ""
-    """A regular expression that the whole text must match."""
+    """Regular expression that the whole text must match."""
     choice: tuple[str, ...] = ()
-    """Texts of which it must be one."""
+    """The text must be one of these."""
     grammar: str = ""
-    """A file with a context-free grammar, in Lark's notation or llama.cpp's GBNF, that the text must obey."""
+    """File with a context-free grammar that the text must match, in the syntax of Lark or of llama.cpp's GBNF."""
 
     def constrained(self, params: SamplingParams) -> SamplingParams:
-        """The parameters, with what the text must obey. SamplingError for more than one, or one that cannot be."""
-        wanted = {
+        """Return the parameters with the constraint of the flags. SamplingError for several or an invalid one."""
+        constraints = {
             "json": read_text(self.schema) if self.schema else None, "regex": self.regex or None,
             "choice": self.choice or None, "grammar": read_text(self.grammar) if self.grammar else None,
         }  # fmt: skip
-        if not any(wanted.values()):
+        if not any(constraints.values()):
             return params
-        return dataclasses.replace(params, structured_outputs=StructuredOutputs(**wanted))  # type: ignore[arg-type]
+        structured = StructuredOutputs(**constraints)  # type: ignore[arg-type]
+        return dataclasses.replace(params, structured_outputs=structured)
 
 
 def pick_device(name: str) -> torch.device:

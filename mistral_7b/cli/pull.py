@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
         return 0
     if not hub.REPO_ID.fullmatch(args.repo_id):
         raise UsageError(
-            f"{args.repo_id!r} is no name of a model on the hub: owner/name is wanted", field="repo_id"
+            f"{args.repo_id!r} is not the name of a model on the hub: use owner/name", field="repo_id"
         )
     print(hub.pull(args.repo_id, revision=args.revision))
     return 0

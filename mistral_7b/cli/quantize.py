@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
             raise UsageError(f"--{flag} must be at least {least}, not {value}", field=f"--{flag}")
     threads.check(args.threads, "--threads")
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
-    guides = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
+    calibration_texts = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("opening", total=None)
 
-        def told(done: int, total: int, name: str) -> None:
+        def advance(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
         from ..checkpoint import hub, quantize, read_args
@@ -92,10 +92,13 @@ def run(argv: list[str]) -> int:
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or folder)
         tokens = rows(tokenizer, text, args.tokens, longest)
         scheme = Scheme(args.scheme, args.group_size, args.symmetric)
-        guide = None if guides is None else documents(tokenizer, guides, args.calibration_tokens, longest)
+        calibration = None
+        if calibration_texts is not None:
+            calibration = documents(tokenizer, calibration_texts, args.calibration_tokens, longest)
         record = quantize(
-            folder, args.out, scheme, tokens, name, told, calibration_tokens=guide, calibration_text=args.calibrate
-        )
+            folder, args.out, scheme, tokens, name, advance,
+            calibration_tokens=calibration, calibration_text=args.calibrate,
+        )  # fmt: skip
     print(f"{args.source} is written to {args.out}: {summary(record)}", file=sys.stderr)
     return 0
 
@@ -130,18 +133,18 @@ def texts(name: str, content: str) -> list[str]:
                     'not a JSON object with a "text", as the first line is', place=f"{name}, line {n}"
                 )
             found.append(text)
-    kept = [text for text in found if text.strip()]
-    if not kept:
+    nonempty = [text for text in found if text.strip()]
+    if not nonempty:
         raise UsageError("the text to calibrate on is empty", place=name)
-    return kept
+    return nonempty
 
 
 def _text_of(line: str) -> str | None:
     try:
-        said = json.loads(line)
+        entry = json.loads(line)
     except ValueError:
         return None
-    text = said.get("text") if isinstance(said, dict) else None
+    text = entry.get("text") if isinstance(entry, dict) else None
     return text if isinstance(text, str) else None
 
 
@@ -161,11 +164,13 @@ def documents(tokenizer: Tokenizer, texts: list[str], most: int, length: int) ->
 def summary(record: Record) -> str:
     """Return one line on a quantized checkpoint and its loss."""
     d = record.distance
-    lost = d["perplexity"] / d["perplexity_original"] - 1
-    guide = record.calibration
-    guided = f"calibrated on {guide['tokens']:,} tokens of {guide['text']}" if guide else "rounded to nearest"
+    increase = d["perplexity"] / d["perplexity_original"] - 1
+    calibration = record.calibration
+    method = "rounded to nearest"
+    if calibration:
+        method = f"calibrated on {calibration['tokens']:,} tokens of {calibration['text']}"
     return (
-        f"{record.scheme}, {guided}, {record.nbytes / 1e9:.2f} GB. On {d['tokens']:,} tokens of {d['text']}: KL "
+        f"{record.scheme}, {method}, {record.nbytes / 1e9:.2f} GB. On {d['tokens']:,} tokens of {d['text']}: KL "
         f"{d['kl']:.4f}, top-1 agreement {d['top1_agreement']:.1%}, perplexity {d['perplexity_original']:.3f} -> "
-        f"{d['perplexity']:.3f} ({lost:+.2%})"
+        f"{d['perplexity']:.3f} ({increase:+.2%})"
     )

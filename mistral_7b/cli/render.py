@@ -61,10 +61,10 @@ class LiveText:
     def _draw(self, redrawn: int) -> None:
         console = self._live.console
         lines = console.render_lines(self._render(self._text), pad=False) if self._text.strip() else []
-        stand = max(self._printed, len(lines) - redrawn)
-        if stand > self._printed and (final := lines[self._printed : stand]):
+        fixed = max(self._printed, len(lines) - redrawn)
+        if fixed > self._printed and (final := lines[self._printed : fixed]):
             console.print(_segments(final), end="")
-            self._printed = stand
+            self._printed = fixed
         self._live.update(_segments(lines[self._printed :]), refresh=True)
 
 

@@ -1,7 +1,7 @@
-"""The dialogue of `mistral-7b chat`: reading what is typed, the commands, showing answers.
+"""The read-eval-print loop of `mistral-7b chat`: input, commands, display of answers.
 
-It knows nothing of models: `answer(messages)` yields pieces of text. What it raises after some of them
-is told, and the pieces are kept.
+It is independent of the model: `answer(messages)` yields pieces of text. If it raises an error after some pieces,
+the error is printed and the pieces are kept.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Answer = Callable[[list[Message]], Iterator[str]]
 
 HELP = '''\
 /help           this list
-/system TEXT    instructions for the model; without TEXT: show them; "/system -" removes them
-/reset          forget the turns so far (the system text stays)
-/save FILE      write the conversation as JSON
-/load FILE      go on with a saved conversation
-/exit           leave (or Ctrl-D)
+/system TEXT    set the system prompt; without TEXT: show it; "/system -" removes it
+/reset          delete all turns, keep the system prompt
+/save FILE      save the conversation as JSON
+/load FILE      load a saved conversation
+/exit           exit (also Ctrl-D)
 
-End a line with \\ to go on in the next one, or begin with """ and end with """ for a block.
-Ctrl-C stops an answer; what has come of it stays in the conversation.
-A message that begins with / is sent if a space stands before it.'''
+A line that ends with \\ continues on the next one; """ begins and ends a block.
+Ctrl-C stops an answer; the partial answer stays in the conversation.
+A message that begins with / is sent if a space precedes it.'''
 
 
 class Repl:
-    """One dialogue. `render` None: plain text on stdout; otherwise as rendered on a terminal."""
+    """One chat session. `render` formats answers for a terminal; None: plain text on stdout."""
 
     def __init__(self, answer: Answer, conversation: Conversation, render: Render | None = None) -> None:
         self.answer = answer
@@ -48,7 +48,7 @@ class Repl:
         }
 
     def loop(self) -> None:
-        """Read and answer until /exit or the end of input."""
+        """Read and answer messages until /exit or the end of input."""
         while True:
             try:
                 message = read_message()
@@ -57,7 +57,7 @@ class Repl:
                     notice("")
                 return
             except KeyboardInterrupt:
-                notice("\n(Ctrl-D or /exit leaves)")
+                notice("\n(Ctrl-D or /exit exits)")
                 continue
             if message.strip() in ("/exit", "/quit"):
                 return
@@ -73,13 +73,13 @@ class Repl:
                 notice(f"{error}")
 
     def _ask(self, question: str) -> None:
-        """Answer one message. Only a question that got an answer enters the conversation."""
+        """Answer one message. A message without an answer is not added to the conversation."""
         pieces: list[str] = []
         stopped = False
         try:
             with showing(self.render) as push:
                 try:
-                    for piece in self.answer(self.conversation.asking(question)):
+                    for piece in self.answer(self.conversation.with_question(question)):
                         pieces.append(piece)
                         push(piece)
                 except KeyboardInterrupt:
@@ -87,12 +87,12 @@ class Repl:
         finally:
             answer = "".join(pieces).strip()
             if answer:
-                self.conversation.answered(question, answer)
+                self.conversation.add_turn(question, answer)
         if stopped:
-            kept = "" if answer else ": nothing had come, and the question is not kept"
-            notice(f"(stopped{kept})")
+            detail = "" if answer else " before the first token; the message is not added"
+            notice(f"(stopped{detail})")
         elif not answer:
-            notice("(the model gave an empty answer, and the question is not kept)")
+            notice("(the model gave an empty answer; the message is not added)")
 
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -113,32 +113,32 @@ class Repl:
         notice(f"system: {self.conversation.system or '(none)'}")
 
     def _reset(self, rest: str) -> None:
-        forgotten = len(self.conversation.turns) // 2
+        deleted = len(self.conversation.turns) // 2
         self.conversation.turns = []
-        notice(f"({forgotten} {'turn' if forgotten == 1 else 'turns'} forgotten)")
+        notice(f"({deleted} {'turn' if deleted == 1 else 'turns'} deleted)")
 
     def _save(self, path: str) -> None:
         if not path:
-            raise UsageError("/save needs the name of a file")
+            raise UsageError("/save needs a file name")
         self.conversation.save(path)
         notice(f"(saved to {path})")
 
     def _load(self, path: str) -> None:
         if not path:
-            raise UsageError("/load needs the name of a file")
+            raise UsageError("/load needs a file name")
         loaded = Conversation.load(path)
         self.conversation.system, self.conversation.turns = loaded.system, loaded.turns
         notice(f"({len(loaded.turns) // 2} turns loaded from {path})")
 
 
 def notice(text: str) -> None:
-    """Say something that is no answer: on stderr, so that stdout holds the answers alone."""
+    """Print to stderr, so that stdout contains only the answers."""
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def showing(render: Render | None) -> Iterator[Callable[[str], None]]:
-    """Where the pieces of an answer go, as they come; a line break follows the last."""
+    """Yield a function that displays a piece of the answer; on exit, print a line break."""
     if render is not None:
         from rich.console import Console
 
@@ -159,11 +159,11 @@ def showing(render: Render | None) -> Iterator[Callable[[str], None]]:
 
 
 def read_message() -> str:
-    """One message from the terminal or a pipe: a line, lines joined by a last "\\\\", or a \"\"\" block."""
+    """Read one message: a line, lines joined by a final "\\", or a \"\"\" block. EOFError at the end."""
     line = _read_line("> ")
     if line.strip() == '"""' or (line.startswith('"""') and not line.rstrip().endswith('"""')):
         lines = [line.removeprefix('"""')] if line.strip() != '"""' else []
-        with contextlib.suppress(EOFError):  # a block that the end of input cuts off is a message too
+        with contextlib.suppress(EOFError):  # the end of input ends a block
             while not (line := _read_line("... ")).rstrip().endswith('"""'):
                 lines.append(line)
             lines.append(line.rstrip().removesuffix('"""'))
@@ -187,7 +187,7 @@ def _read_line(prompt: str) -> str:
 
 
 def state_file(name: str) -> pathlib.Path:
-    """Where something is kept between runs: $XDG_STATE_HOME/mistral-7b, by default in ~/.local/state."""
+    """Return the path of a file in $XDG_STATE_HOME/mistral-7b, by default in ~/.local/state."""
     home = os.environ.get("XDG_STATE_HOME", "")
     base = pathlib.Path(home) if os.path.isabs(home) else pathlib.Path.home() / ".local" / "state"
     return base / "mistral-7b" / name
@@ -195,10 +195,10 @@ def state_file(name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def history() -> Iterator[None]:
-    """Line editing with the history of earlier chats; it is kept on leaving, for this user's eyes only."""
+    """Enable line editing with the history of earlier chats; on exit, save it readable by its owner only."""
     try:
         import readline
-    except ImportError:  # Python was built without it: lines are read all the same
+    except ImportError:  # Python built without readline: no editing
         yield
         return
     path = state_file("chat_history")
@@ -210,7 +210,7 @@ def history() -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            beside.touch(mode=0o600)
-            readline.write_history_file(beside)
-            os.replace(beside, path)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.touch(mode=0o600)
+            readline.write_history_file(temporary)
+            os.replace(temporary, path)

@@ -35,7 +35,7 @@ class Distance:
         """Summarize a comparison. Raises EvaluationError if it holds no prediction."""
         if not comparison.tokens:
             raise EvaluationError(
-                "there is nothing to predict in these documents: each is empty but for BOS", field="documents"
+                "these documents have no tokens to predict: each contains only BOS", field="documents"
             )
         found = comparison.result("")
         return cls(**{field.name: found[field.name] for field in fields(cls)})

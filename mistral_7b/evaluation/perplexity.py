@@ -69,7 +69,7 @@ def perplexity(
                 tokens += len(targets)
     if not tokens:
         raise EvaluationError(
-            "there is nothing to predict in these documents: each is empty but for BOS", field="documents"
+            "these documents have no tokens to predict: each contains only BOS", field="documents"
         )
     return Perplexity(tokens, nats, size if known else 0)
 
@@ -88,10 +88,10 @@ def encode(document: str | Sequence[int], tokenizer: Tokenizer | None) -> list[i
 
 def pieces(ids: list[int], model: Mistral7B) -> Iterator[list[int]]:
     """Yield the document, or without a window its pieces of context length, each with BOS."""
-    room = model.args.max_seq_len if model.args.sliding_window is None else len(ids)
+    context = model.args.max_seq_len if model.args.sliding_window is None else len(ids)
     body = ids[1:]
-    for start in range(0, len(body), max(1, room - 1)):
-        yield [ids[0], *body[start : start + room - 1]]
+    for start in range(0, len(body), max(1, context - 1)):
+        yield [ids[0], *body[start : start + context - 1]]
 
 
 @torch.inference_mode()

@@ -89,7 +89,7 @@ class TrainArgs:
             )
         if not 0 <= self.warmup <= self.steps:
             raise TrainingError(
-                f"TrainArgs.warmup must lie in 0..steps ({self.steps}), not {self.warmup}",
+                f"TrainArgs.warmup must be in 0..steps ({self.steps}), not {self.warmup}",
                 field="warmup",
             )
 

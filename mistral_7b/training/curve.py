@@ -39,6 +39,6 @@ def draw_curve(log: Sequence[dict[str, Any]], path: Path) -> bool:
             f"{measured[-1][1]:.3f}", measured[-1], textcoords="offset points", xytext=(-4, 8), ha="right"
         )
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right", frameon=False)
-    with atomic_write(path) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return True

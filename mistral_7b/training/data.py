@@ -66,8 +66,8 @@ def split_files(data: Sequence[str], held_out: Sequence[str], suffixes: Sequence
     Raises TrainingError as `text_files` does, and if no training file remains.
     """
     found, measured = text_files(data, suffixes), text_files(held_out, suffixes)
-    hidden = {path.resolve() for path in measured}
-    training = [path for path in found if path.resolve() not in hidden]
+    excluded = {path.resolve() for path in measured}
+    training = [path for path in found if path.resolve() not in excluded]
     if not training:
         raise TrainingError(
             f"nothing remains to train on: all {len(found)} files of --data are held out as well",

@@ -24,9 +24,9 @@ def loss_backward(model: Mistral7B, hidden: Tensor, targets: Tensor, n_targets: 
     memory. The gradient of the hidden states is then propagated through the blocks.
     """
     flat = hidden.detach().flatten(0, -2).requires_grad_()
-    wanted = targets.flatten()
+    flat_targets = targets.flatten()
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, target in zip(flat.split(CHUNK), wanted.split(CHUNK), strict=True):
+    for rows, target in zip(flat.split(CHUNK), flat_targets.split(CHUNK), strict=True):
         loss = F.cross_entropy(model.logits(rows), target, ignore_index=IGNORE, reduction="sum") / n_targets
         loss.backward()
         total += loss.detach()

@@ -82,7 +82,7 @@ class Trainer:
         if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
             raise TrainingError(
                 f"update {self.step}: loss {float(loss)}, gradient norm {float(norm)}; the last saved state is "
-                "sound",
+                "valid",
                 field="lr",
                 hint="lower the learning rate and resume from it",
             )
@@ -128,16 +128,14 @@ class Trainer:
         """
         try:
             with (
-                atomic_write(path) as beside,
-                beside.open("wb") as file,
+                atomic_write(path) as temporary,
+                temporary.open("wb") as file,
             ):  # given a path, torch would hide the OSError
                 torch.save(self.state(), file)
         except WriteError as error:
-            kept = (
-                f"update {self.saved} is, and the same command resumes there" if self.saved else "nothing is yet"
-            )
+            last = f"the same command resumes at update {self.saved}" if self.saved else "there is no saved state"
             raise WriteError.of(
-                error, message=f"{error.message}. Update {self.step} is not saved; {kept}"
+                error, message=f"{error.message}. Update {self.step} is not saved; {last}"
             ) from error
         self.saved = self.step
 
@@ -221,8 +219,8 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     if measure and "held_out_bits_per_byte" not in last:
         last["held_out_bits_per_byte"] = trainer.log[-1]["held_out_bits_per_byte"] = measure()
         trainer.save(state_path)
-    with atomic_write(out / "log.jsonl") as beside:
-        beside.write_text("".join(json.dumps(r) + "\n" for r in trainer.log), encoding="utf-8")
+    with atomic_write(out / "log.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in trainer.log), encoding="utf-8")
     _save_model(trainer.model, tokenizer, out / "model")
     draw_curve(trainer.log, out / "curve.png")
     return last
@@ -258,9 +256,9 @@ def _check_same_run(saved: Record, args: TrainArgs, path: Path) -> None:
 def _save_model(model: Mistral7B, tokenizer: Tokenizer, path: Path) -> None:
     """Write the model, then replace that of an earlier end of the same run."""
     model.source = tokenizer.path.parent  # the tokenizer file is copied from here
-    beside = path.with_name(f".next.{path.name}")
-    shutil.rmtree(beside, ignore_errors=True)  # left by a run killed at this point
-    model.save_pretrained(beside)
+    temporary = path.with_name(f".next.{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run killed at this point
+    model.save_pretrained(temporary)
     if path.exists():
         shutil.rmtree(path)
-    os.replace(beside, path)
+    os.replace(temporary, path)

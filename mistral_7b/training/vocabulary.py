@@ -51,5 +51,5 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int, path: Path) -> None:
         raise TrainingError(
             f"cannot learn {vocab_size} tokens from this text: {error}", field="vocab_size"
         ) from None
-    with atomic_write(path) as beside:
-        beside.write_bytes(model.getvalue())
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(model.getvalue())

@@ -152,8 +152,8 @@ def test_a_server_is_started_asked_and_stopped(tmp_path: pathlib.Path, kind: str
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("full", "the server answered 503: .*no slot is free"),
-        ("broken", "the server broke off: "),
+        ("full", "the server returned 503: .*no slot is free"),
+        ("broken", "the connection broke: "),
         ("gone", "llama-server did not start: cannot open the file"),
     ],
 )

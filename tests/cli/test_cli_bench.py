@@ -81,13 +81,13 @@ def test_a_terminated_bench_leaves_no_files(tmp_path: pathlib.Path) -> None:
         (["--shape", "8b"], "--shape"),
         (["--scheme", "int3"], "--scheme"),
         (["--shape", "tiny", "--what", "load"], "name a model instead of --shape"),
-        (["--layers", "2"], "--layers goes with --shape"),
+        (["--layers", "2"], "--layers needs --shape"),
         (["demo", "--shape", "7b"], "exclude each other"),
         (["--json", "/nowhere/r.json"], "there is no folder /nowhere"),
         (["--plot", "/nowhere/r.png"], "there is no folder /nowhere"),
         (["/nowhere"], "/nowhere"),
-        (["{short}", "--context", "65"], "holds 64 tokens, not 512"),
-        (["{short}", "--context", "65", "--prompt", "5"], "holds 64 tokens, not 65"),
+        (["{short}", "--context", "65"], "is 64 tokens, not 512"),
+        (["{short}", "--context", "65", "--prompt", "5"], "is 64 tokens, not 65"),
     ],
 )
 def test_what_is_refused(run, short: str, words: list[str], message: str) -> None:
@@ -103,7 +103,7 @@ def test_missing_matplotlib_is_told_before_anything_is_measured(run, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, err = run("bench", "--shape", "tiny", "--plot", "r.png")
     assert (code, out) == (2, "")
-    assert err == "mistral-7b: a picture needs matplotlib; pip install 'mistral-7b[plot]'\n"
+    assert err == "mistral-7b: a plot needs matplotlib; pip install 'mistral-7b[plot]'\n"
 
 
 def test_a_shape_has_fewer_layers_and_no_file(windowed: str) -> None:

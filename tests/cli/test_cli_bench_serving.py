@@ -79,7 +79,7 @@ def test_a_command_is_kept_without_the_places_of_this_machine() -> None:
         (["--serving", "--threads", "0"], "--threads must be at least 1"),
         (["--serving", "--max-sequences", "300"], "max_batch_tokens (256) must hold a token"),
         (["--serving", "--plot", "/nowhere/r.png"], "there is no folder /nowhere"),
-        (["{short}", "--serving", "--prompt-tokens", "60", "--output-tokens", "5"], "holds 64 tokens, not 65"),
+        (["{short}", "--serving", "--prompt-tokens", "60", "--output-tokens", "5"], "is 64 tokens, not 65"),
     ],
 )
 def test_what_is_refused(run, short: str, words: list[str], message: str) -> None:

@@ -33,7 +33,7 @@ def test_answers_are_those_of_the_chat_template(run, windowed: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=20)
     wanted = generate(Mistral7B.from_pretrained(windowed), [ids], params, tokenizer)[0].outputs[0].text
     assert out == wanted + "\n"
-    assert "cut off after 20 tokens; --max-tokens allows more" in err
+    assert "cut off after 20 tokens; --max-tokens sets this limit" in err
 
 
 def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
@@ -94,7 +94,7 @@ def test_a_full_context_loses_nothing(run, short: str, tmp_path: pathlib.Path) -
     lines = f"hello\n{'many words ' * 60}\n/save {file}\n"
     code, out, err = run("chat", short, "--max-tokens", "8", "--ignore-eos", stdin=lines)
     assert code == 0
-    assert "the model holds 64: the question is not kept, all else is" in err
+    assert "more than the context of 64: the message is not added" in err
     saved = json.loads(file.read_text(encoding="utf-8"))["messages"]
     assert [m["role"] for m in saved] == ["user", "assistant"]
     assert saved[0]["content"] == "hello"
@@ -132,7 +132,7 @@ def test_the_bundled_model_says_what_it_is(run, windowed: str, short: str, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--n", "2"], "one answer at a time"),
+        (["--n", "2"], "one answer per message"),
         (["--load", "/nowhere/x.json"], "/nowhere/x.json: No such file"),
         (["--system-file", "/nowhere/x"], "/nowhere/x: No such file"),
         (["--temperature", "-2"], "temperature must be"),
@@ -167,7 +167,7 @@ def test_on_a_terminal(windowed: str, tmp_path: pathlib.Path, plain: bool) -> No
         child.send("half a li")
         child.expect("half a li")
         child.sendintr()
-        child.expect(r"\(Ctrl-D or /exit leaves\)")
+        child.expect(r"\(Ctrl-D or /exit exits\)")
         child.expect("> ")
         child.sendline(f"/save {tmp_path}/talk.json")
         child.expect(r"\(saved to ")

@@ -30,7 +30,7 @@ def test_text_on_stdout_statistics_on_stderr(run, windowed: str) -> None:
     assert code == 0
     assert out == expected(windowed, max_tokens=30, seed=5, temperature=0.7)[0] + "\n"
     assert re.fullmatch(
-        r"\d+ tokens of prompt, 30 generated in \d+\.\d\d s: \d+\.\d tokens/s, the first after \d+\.\d\d s\n", err
+        r"\d+ prompt tokens, 30 generated in \d+\.\d\d s: \d+\.\d tokens/s, first token after \d+\.\d\d s\n", err
     )
 
 
@@ -87,7 +87,7 @@ def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> 
     for how in ("prompt-lookup", windowed):
         result = run("generate", windowed, "--prompt", prompt, *flags, "--speculate", how, "--max-draft", "3")
         assert (result.code, result.out) == (0, plain)
-        found = re.search(r"; (\d\.\d\d) tokens a step, (\d+) of (\d+) guesses right\n$", result.err)
+        found = re.search(r"; (\d\.\d\d) tokens per step, (\d+) of (\d+) draft tokens accepted\n$", result.err)
         assert found
         assert 0 < int(found[2]) <= int(found[3])
         facts = json.loads(
@@ -102,7 +102,7 @@ def test_speculation(run, windowed: str, short: str, tmp_path: pathlib.Path) -> 
         assert told["acceptance"] == round(told["accepted"] / told["drafted"], 4)
     other = write_model(tmp_path / "other", vocab_size=32769)
     for words, message in (
-        (["--max-draft", "3"], "--max-draft goes with --speculate"),
+        (["--max-draft", "3"], "--max-draft needs --speculate"),
         (["--speculate", "prompt-lookup", "--max-draft", "0"], "max_draft must be at least 1"),
         (["--speculate", "./nowhere/at-all"], "./nowhere/at-all"),
         (["--speculate", str(other)], "must share a vocabulary"),

@@ -111,8 +111,8 @@ def test_save_writes_over_conversations_only(talk: Talk, tmp_path: pathlib.Path)
     file.write_text("years of work")
     _, err = talk("hello", f"/save {file}", "/save", f"/save {tmp_path / 'no' / 'folder'}", f"/save {tmp_path}")
     assert file.read_text() == "years of work"
-    assert "not written over" in err
-    assert "needs the name of a file" in err
+    assert "not overwritten" in err
+    assert "needs a file name" in err
     assert "No such file" in err
     assert "Is a directory" in err
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
@@ -141,8 +141,8 @@ def test_a_save_that_fails_leaves_the_old_file(talk: Talk, tmp_path: pathlib.Pat
         ("{", "is not JSON"),
         ("3", 'it has no list of "messages"'),
         ('[{"role": "user"}]', "message 1 is not"),
-        ('[{"role": "user", "content": "x"}]', "its answer is missing"),
-        ('[{"role": "assistant", "content": "x"}]', "turn 1 has role 'assistant' where 'user' is due"),
+        ('[{"role": "user", "content": "x"}]', "has no answer"),
+        ('[{"role": "assistant", "content": "x"}]', "turn 1 has role 'assistant', not 'user'"),
     ],
 )
 def test_a_file_that_cannot_be_loaded_changes_nothing(
@@ -166,7 +166,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(talk: Talk) -> None:
     out, err = talk("one", "nothing", "go on", answer=answer, conversation=conversation)
     assert out == "half an \n\nhalf an \n"
     assert "(stopped)" in err
-    assert "(stopped: nothing had come, and the question is not kept)" in err
+    assert "(stopped before the first token; the message is not added)" in err
     assert [m["content"] for m in conversation.messages] == ["one", "half an", "go on", "half an"]
 
 

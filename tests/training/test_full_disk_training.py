@@ -113,6 +113,6 @@ def test_the_command_says_it_in_one_sentence(
     assert (done, codes) == (None, [1])
     assert said == (
         f"mistral-7b: {tmp_path}/state.pt: cannot be written (No space left on device); nothing half-written was "
-        "left there. Update 2 is not saved; nothing is yet; free some space there, or name another place"
+        "left there. Update 2 is not saved; there is no saved state; free some space there, or name another place"
     )
     assert below(tmp_path) == {}

@@ -30,7 +30,7 @@ def _silent(level: int, text: bytes, data: Any) -> None:
 class Engine:
     def __init__(self, job: Job) -> None:
         if job.source is None:
-            raise BenchmarkError("llama.cpp opens files: it needs a GGUF")
+            raise BenchmarkError("llama.cpp needs a GGUF file")
         c.llama_log_set(_silent, ctypes.c_void_p(0))
         c.llama_backend_init()
         self.job = job
@@ -46,7 +46,7 @@ class Engine:
         params.no_perf = True
         self.context = c.llama_init_from_model(self.model, params)
         if not self.context:
-            raise BenchmarkError("llama.cpp cannot make a context of this size", hint="take a smaller --context")
+            raise BenchmarkError("llama.cpp cannot create a context of this size", hint="use a smaller --context")
         a = job.args
         table = round(table_weights(a) * BITS[job.scheme] / 8)
         self.weight_bytes = c.llama_model_size(self.model) - (0 if a["tie_embeddings"] else table)
@@ -81,7 +81,7 @@ class Engine:
                 batch.logits[i] = t == T - 1
         code = c.llama_decode(self.context, batch)
         if code:
-            raise BenchmarkError(f"llama_decode answered {code}")
+            raise BenchmarkError(f"llama_decode returned {code}")
         self.held += T
         vocab = self.job.args["vocab_size"]
         self.newest = np.array(

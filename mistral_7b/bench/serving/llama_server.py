@@ -33,7 +33,7 @@ def serve(job: ServingJob, server: str) -> Served:
     context = -(-(traffic.prompt[1] + traffic.output[1]) // SLOT) * SLOT
     flags = ["--parallel", slots, "-c", slots * context, "-t", threads, "-tb", threads, "--cache-ram", 0]
     arrivals = traffic.draw(job.args["vocab_size"])
-    with running(server, str(job.source), flags) as (port, process, told):
+    with running(server, str(job.source), flags) as (port, process, build_info):
         target = Llama(port)
 
         async def send() -> tuple[float, list[Trace]]:
@@ -43,7 +43,7 @@ def serve(job: ServingJob, server: str) -> Served:
 
         alone, traces = asyncio.run(send())
         peak = peak_memory(process.pid)
-    path = f"{features(told)}; {' '.join(map(str, flags))}"
+    path = f"{features(build_info)}; {' '.join(map(str, flags))}"
     return Served(traces, alone, threads, peak, path, version(server), target.cached)
 
 
@@ -67,10 +67,10 @@ def running(server: str, file: str, flags: list[Any]) -> Iterator[tuple[int, sub
             until = time.monotonic() + START
             while not asyncio.run(healthy(port)):
                 if process.poll() is not None or time.monotonic() > until:
-                    said = said_by(log) or ["it said nothing"]
-                    raise BenchmarkError(f"{pathlib.Path(server).name} did not start: {said[-1]}")
+                    output = lines_of(log) or ["no output"]
+                    raise BenchmarkError(f"{pathlib.Path(server).name} did not start: {output[-1]}")
                 time.sleep(0.05)
-            yield port, process, next((line for line in said_by(log) if "system_info" in line), "")
+            yield port, process, next((line for line in lines_of(log) if "system_info" in line), "")
         finally:
             process.terminate()
             try:
@@ -80,7 +80,7 @@ def running(server: str, file: str, flags: list[Any]) -> Iterator[tuple[int, sub
                 process.wait()
 
 
-def said_by(log: IO[str]) -> list[str]:
+def lines_of(log: IO[str]) -> list[str]:
     """Return the lines written so far by a process, without moving its file position."""
     log.flush()
     return os.pread(log.fileno(), 1 << 24, 0).decode(errors="replace").strip().splitlines()
@@ -93,40 +93,42 @@ class Llama:
         self.port, self.cached = port, 0
 
     async def stream(self, prompt: list[int], output: int) -> AsyncIterator[int]:
-        asked = {
+        body = {
             "prompt": prompt, "max_tokens": output, "stream": True, "ignore_eos": True,
             "temperature": 0, "top_k": 1, "stream_options": {"include_usage": True},
         }  # fmt: skip
-        come, usage = 0, None
-        async with contextlib.aclosing(events(self.port, "/v1/completions", asked)) as said:
-            async for event in said:
+        streamed, usage = 0, None
+        async with contextlib.aclosing(events(self.port, "/v1/completions", body)) as stream:
+            async for event in stream:
                 if "error" in event:
                     raise BenchmarkError(event["error"].get("message", "the server failed"))
                 usage = event.get("usage") or usage
                 if event["choices"] and event["choices"][0]["text"]:
-                    come += 1
+                    streamed += 1
                     yield 1
         if usage is not None:
             self.cached += (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-            if usage["completion_tokens"] > come:  # tokens without text send no event
-                yield usage["completion_tokens"] - come
+            if usage["completion_tokens"] > streamed:  # tokens without text send no event
+                yield usage["completion_tokens"] - streamed
 
 
 async def events(port: int, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
     """Yield the events of a streamed response. BenchmarkError for an error response."""
     async with contextlib.aclosing(exchange(port, "POST", path, json.dumps(body).encode())) as parts:
         try:
-            status, held = await anext(parts), b""
+            status, buffered = await anext(parts), b""
             async for part in parts:
-                held += part
-                while status == b"200" and b"\n" in held:
-                    line, held = held.split(b"\n", 1)
+                buffered += part
+                while status == b"200" and b"\n" in buffered:
+                    line, buffered = buffered.split(b"\n", 1)
                     if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                         yield json.loads(line[6:])
         except (OSError, EOFError) as error:
-            raise BenchmarkError(f"the server broke off: {error}") from error
+            raise BenchmarkError(f"the connection broke: {error}") from error
         if status != b"200":
-            raise BenchmarkError(f"the server answered {status.decode()}: {held.decode(errors='replace')[:200]}")
+            raise BenchmarkError(
+                f"the server returned {status.decode()}: {buffered.decode(errors='replace')[:200]}"
+            )
 
 
 async def healthy(port: int) -> bool:

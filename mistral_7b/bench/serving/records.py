@@ -88,21 +88,24 @@ class Circumstances:
 def record(job: ServingJob, rounds: Sequence[Served], here: Circumstances) -> ServingRecord:
     """Combine several rounds of one job."""
     answered = [[t for t in served.traces if not t.error] for served in rounds]
-    every, t, last = [t for traces in answered for t in traces], job.traffic, rounds[-1]
+    complete, t, last = [t for traces in answered for t in traces], job.traffic, rounds[-1]
     seconds = [max(t.tokens[-1] for t in traces) for traces in answered]
-    made = [sum(len(t.tokens) for t in traces) for traces in answered]
-    read = [sum(t.prompt for t in traces) for traces in answered]
-    told = [kept_up(s) if t.rate is not None else None for s in rounds]
+    generated = [sum(len(t.tokens) for t in traces) for traces in answered]
+    prompts = [sum(t.prompt for t in traces) for traces in answered]
+    verdicts = [kept_up(s) if t.rate is not None else None for s in rounds]
     return ServingRecord(
         engine=job.engine, scheme=job.scheme, what="serving", rate=t.rate, requests=t.requests,
         requests_per_s=statistics.median(len(a) / s for a, s in zip(answered, seconds, strict=True)),
-        tokens_per_s=statistics.median(n / s for n, s in zip(made, seconds, strict=True)),
-        total_tokens_per_s=statistics.median((n + p) / s for n, p, s in zip(made, read, seconds, strict=True)),
-        first_token=percentiles([t.tokens[0] - t.arrived for t in every]),
-        between_tokens=percentiles([after - before for t in every for before, after in pairwise(t.tokens)]),
-        latency=percentiles([t.tokens[-1] - t.arrived for t in every]),
+        tokens_per_s=statistics.median(n / s for n, s in zip(generated, seconds, strict=True)),
+        total_tokens_per_s=statistics.median(
+            (n + p) / s for n, p, s in zip(generated, prompts, seconds, strict=True)
+        ),
+        first_token=percentiles([t.tokens[0] - t.arrived for t in complete]),
+        between_tokens=percentiles([after - before for t in complete for before, after in pairwise(t.tokens)]),
+        latency=percentiles([t.tokens[-1] - t.arrived for t in complete]),
         unfinished=max(unfinished(s.traces) for s in rounds),
-        kept_up=None if None in told else all(told), failed=sum(bool(t.error) for s in rounds for t in s.traces),
+        kept_up=None if None in verdicts else all(verdicts),
+        failed=sum(bool(t.error) for s in rounds for t in s.traces),
         prompt=t.prompt, output=t.output, shared=t.shared, seed=t.seed, cached_tokens=last.cached,
         max_sequences=job.max_sequences, max_batch_tokens=job.max_batch_tokens,
         seconds=statistics.median(seconds), spread=spread(seconds), rounds=len(rounds),
@@ -135,10 +138,10 @@ def kept_up(served: Served) -> bool | None:
     """
     traces = served.traces
     last = max(t.arrived for t in traces)
-    came = sum(t.arrived > last / 2 for t in traces)
+    arrivals = sum(t.arrived > last / 2 for t in traces)
     alone = min(served.alone, *(t.tokens[-1] - t.arrived for t in traces if not t.error))
-    if came < FEW or alone > last / 2:
+    if arrivals < FEW or alone > last / 2:
         return None
-    ended = sum(not t.error and last / 2 < t.tokens[-1] <= last for t in traces)
-    there = came * alone / (last / 2)
-    return came - ended <= max(0.1 * came, 2 * math.sqrt(2 * there))
+    completions = sum(not t.error and last / 2 < t.tokens[-1] <= last for t in traces)
+    in_system = arrivals * alone / (last / 2)
+    return arrivals - completions <= max(0.1 * arrivals, 2 * math.sqrt(2 * in_system))

@@ -91,12 +91,12 @@ TIMES = ("first_token", "between_tokens", "latency")
 
 def doubt(records: Sequence[ServingRecord]) -> str:
     """Return warnings about failures and varying times, else ""."""
-    said = []
+    warnings = []
     if failed := sum(r.failed for r in records):
-        said.append(f"{failed} requests failed; throughput and latency exclude them")
+        warnings.append(f"{failed} requests failed; throughput and latency exclude them")
     if wide := [f"{r.engine} {r.scheme} {r.name}" for r in records if r.spread > QUIET]:
-        said.append(f"spread above {QUIET:.0%}, so the machine was busy: {', '.join(wide)}")
-    return "\n".join(said)
+        warnings.append(f"spread above {QUIET:.0%}, so the machine was busy: {', '.join(wide)}")
+    return "\n".join(warnings)
 
 
 def _span(span: tuple[int, int]) -> str:

@@ -38,17 +38,17 @@ class Traffic:
 
     def draw(self, vocabulary: int) -> list[Arrival]:
         """Return the requests in order of arrival, with tokens below `vocabulary`."""
-        asked, clock = random.Random(self.seed), random.Random(f"{self.seed} arrivals")
+        request_rng, arrival_rng = random.Random(self.seed), random.Random(f"{self.seed} arrivals")
 
         def tokens(n: int) -> list[int]:
-            return asked.choices(range(min(CONTROLS, vocabulary - 1), vocabulary), k=n)
+            return request_rng.choices(range(min(CONTROLS, vocabulary - 1), vocabulary), k=n)
 
         common, at, arrivals = [BOS, *tokens(self.prompt[1] - 1)], 0.0, []
         for _ in range(self.requests):
-            length, output = asked.randint(*self.prompt), asked.randint(*self.output)
+            length, output = request_rng.randint(*self.prompt), request_rng.randint(*self.output)
             prompt = common[: max(1, round(self.shared * length))]
             arrivals.append(Arrival(at, prompt + tokens(length - len(prompt)), output))
-            at += clock.expovariate(self.rate) if self.rate is not None else 0.0
+            at += arrival_rng.expovariate(self.rate) if self.rate is not None else 0.0
         return arrivals
 
     @property

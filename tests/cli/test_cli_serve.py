@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 
 import pytest
 from command import start, write_model
+from waiting import until
+
+from mistral_7b.server.operations.json_log import LogThread
 
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
@@ -62,6 +67,70 @@ def test_the_bundled_model_is_served_and_ends_quietly(tmp_path):
         assert "/v1/completions" in paths
         assert not any("secret" in str(line) for line in lines)
         assert not any("traceback" in line for line in lines)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_stderr_that_is_not_read_blocks_nothing():
+    """More log lines than a pipe holds, 64 KiB: requests are answered, and the process ends."""
+    process = start("serve", "--port", "0", "--drain-grace", "0")
+    try:
+        url = url_of(process)
+        wait_ready(url, "")
+        for _ in range(600):
+            get(f"{url}/v1/models")
+        with urllib.request.urlopen(f"{url}/metrics", timeout=20) as answer:
+            assert b"mistral_7b_log_lines_dropped_total 0.0" in answer.read()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_log_that_is_full_drops_lines_and_says_how_many():
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream, os.fdopen(read) as reader:
+        log = LogThread(stream, size=10)
+        for i in range(3000):
+            log.write(f"{i:0100d}")  # some fill the pipe, and 10 wait
+        dropped = log.dropped
+        assert 1000 < dropped <= 2990
+        said: list[str] = []
+        thread = threading.Thread(target=lambda: said.extend(reader))
+        thread.start()
+        while log._lines.qsize():
+            time.sleep(0.01)
+        log.write("after")
+        log.close()
+        stream.close()
+        thread.join(10)
+    lost = [json.loads(line)["lines"] for line in said if line.startswith("{")]
+    assert sum(lost) == dropped
+    assert len(said) - len(lost) == 3001 - dropped
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return get(f"{url}/health/ready") == {"status": "ready"}
+    except urllib.error.HTTPError as e:
+        if json.load(e) != {"status": "draining"}:
+            raise
+        return False
+
+
+@pytest.mark.parametrize("sig", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_leaves_load_balancers_a_moment(sig):
+    """Not ready at once, but requests are still taken until the grace is over; then the process ends well."""
+    process = start("serve", "--port", "0", "--drain-grace", "3")
+    try:
+        url = url_of(process)
+        wait_ready(url, "")
+        process.send_signal(sig)
+        assert until(lambda: not is_ready(url), 10)
+        assert get(f"{url}/v1/models")["data"]
+        assert process.wait(20) == 0
     finally:
         process.kill()
         process.wait()

@@ -10,9 +10,12 @@ const model = createOpenAI({ baseURL: `${url}/v1`, apiKey: "none" })("demo");
 assert.equal(model.provider, "openai.responses");
 const limits = { model, maxRetries: 0, maxOutputTokens: 40 };
 
-const { text, usage } = await generateText({ ...limits, system: "Be brief.", prompt: "def add(" });
-assert.equal(typeof text, "string");
-assert.ok(usage.outputTokens > 0);
+const asked = { role: "user", content: "def add(" };
+const first = await generateText({ ...limits, system: "Be brief.", messages: [asked] });
+assert.equal(typeof first.text, "string");
+assert.ok(first.usage.outputTokens > 0);
+const next = [asked, ...first.response.messages, { role: "user", content: "and then?" }]; // refers to the stored item
+assert.equal(typeof (await generateText({ ...limits, messages: next })).text, "string");
 
 const stream = streamText({ ...limits, prompt: "def add(", onError: ({ error }) => { throw error; } });
 let streamed = "";
@@ -30,7 +33,7 @@ const stepped = await generateText({
   prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber ? "auto" : "required" }),
 });
 assert.ok(calls > 0);
-assert.ok(stepped.steps.length > 1); // the second step refers to the stored items of the first
+assert.ok(stepped.steps.length > 1);
 
 const object = await generateText({
   ...limits, maxOutputTokens: 300, prompt: "Ada is 36.", output: Output.object({ schema: z.object({ old: z.boolean() }) }),

@@ -34,6 +34,8 @@ class ServerConfig:
         max_prompt_tokens: tokens of one prompt; None: the model's context length
         max_n: completions of one prompt
         max_prompts: prompts, or inputs to embed, in one request
+        max_stored: responses of /v1/responses kept in memory for `previous_response_id`
+        max_stored_bytes: size of all of them
         max_concurrent: requests running or queued at the same time; beyond that, 429
         max_connections: open connections
         body_timeout: seconds to receive a request's head, and again its body
@@ -55,6 +57,8 @@ class ServerConfig:
     max_prompt_tokens: int | None = None
     max_n: int = 16
     max_prompts: int = 128
+    max_stored: int = 1024
+    max_stored_bytes: int = 64 * MIB
     max_concurrent: int = 512
     max_connections: int = 1024
     body_timeout: float = 30.0

@@ -3,7 +3,7 @@
 config        server settings: limits, timeouts, access
 state         state that all routes share, and `answer`, which runs one request
 http/         guard, access, connections, JSON bodies, errors, server-sent events
-openai/       chat completions, completions, embeddings, models, tokens
+openai/       chat completions, responses, completions, embeddings, models, tokens
 anthropic/    messages
 operations/   health, metrics, tracing, logs, adapters
 page          the chat page, whose files are in web/

@@ -32,6 +32,8 @@ class ServerConfig:
         max_prompt_tokens: tokens of one prompt; None: the model's context length
         max_n: completions of one prompt
         max_prompts: prompts, or inputs to embed, in one request
+        max_stored: responses of /v1/responses kept in memory for `previous_response_id`
+        max_stored_bytes: size of all of them
         max_request_tokens: tokens of all completions that one request asks for
         max_concurrent: requests running or queued at the same time; beyond that, 429 for keys that have an equal
             share of them
@@ -60,6 +62,8 @@ class ServerConfig:
     max_n: int = 16
     max_prompts: int = 128
     max_request_tokens: int = 1 << 20
+    max_stored: int = 1024
+    max_stored_bytes: int = 64 * MIB
     max_concurrent: int = 512
     max_concurrent_per_key: int | None = None
     requests_per_minute: int | None = None

@@ -23,17 +23,21 @@ from mistralai.client.models import ChatCompletionRequest, EmbeddingRequest
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextParams
 from openai.types.embedding_create_params import EmbeddingCreateParams
+from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 CHAT, TEXT, EMBED, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages"
+RESPONSES = "/v1/responses"
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
 ASK: dict[str, dict[str, Any]] = {
     CHAT: {"model": "tiny", "messages": HELLO, "max_tokens": 3, "temperature": 0},
     TEXT: {"model": "tiny", "prompt": "one", "max_tokens": 3, "temperature": 0},
     EMBED: {"model": "tiny", "input": "one"},
+    RESPONSES: {"model": "tiny", "input": "one", "max_output_tokens": 3, "temperature": 0},
     MESSAGES: {"model": "tiny", "messages": HELLO, "max_tokens": 3, "temperature": 0},
     f"{MESSAGES}/count_tokens": {"model": "tiny", "messages": HELLO},
 }  # fmt: skip
+RESPONSES_TOOL = {"type": "function", **TOOL["function"]}
 ANTHROPIC_TOOL = {"name": "weather", "input_schema": {"type": "object"}}
 
 # A value for each field: supported, then ignored, then refused. FRIENDS: other fields that a field requires.
@@ -54,6 +58,21 @@ ENDPOINTS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, A
          "verbosity": "low"},
         {"audio": {"voice": "alloy", "format": "wav"}, "function_call": "auto", "functions": [{"name": "f"}],
          "moderation": {"model": "omni-moderation-latest"}, "web_search_options": {}},
+    ),
+    "openai responses.create": (
+        RESPONSES, ResponseCreateParamsStreaming,
+        {"model": "tiny", "input": "two", "instructions": "Be brief.", "previous_response_id": None,
+         "store": False, "stream": True, "stream_options": {"include_obfuscation": False},
+         "tools": [RESPONSES_TOOL], "tool_choice": "auto", "parallel_tool_calls": False,
+         "text": {"format": {"type": "json_object"}}, "max_output_tokens": 2, "temperature": 0.5,
+         "top_p": 0.5, "top_logprobs": 2, "include": ["message.output_text.logprobs"]},
+        {"metadata": {"a": "b"}, "user": "u", "reasoning": {"effort": "low"}, "truncation": "auto",
+         "max_tool_calls": 3, "prompt_cache_key": "k", "safety_identifier": "s", "service_tier": "auto",
+         "prompt_cache_options": {"mode": "explicit"}, "prompt_cache_retention": "24h",
+         "context_management": [{"type": "compaction"}], "access_programs": {"cyber": "standard"},
+         "background_options": {"completion_window": "soonest"}, "image": {"context_compression": "auto"}},
+        {"background": True, "conversation": "conv_1", "prompt": {"id": "pmpt_1"},
+         "moderation": {"model": "omni-moderation-latest"}},
     ),
     "openai completions.create": (
         TEXT, TextParams,
@@ -118,11 +137,15 @@ def fields_of(params: Any) -> set[str]:
 def friends_of(path: str, field: str) -> dict[str, Any]:
     if path.startswith(MESSAGES) and field == "tool_choice":
         return {"tools": [ANTHROPIC_TOOL]}
+    if path == RESPONSES:
+        return {"tools": [RESPONSES_TOOL]} if field == "tool_choice" else {}
     return FRIENDS.get(field, {})
 
 
 def told(out: Any) -> Any:
     """A response without the fields that differ between calls."""
+    if out.get("object") == "response":  # it repeats the fields of the request
+        return out["status"], [part["text"] for item in out["output"] for part in item["content"]]
     return {k: v for k, v in out.items() if k not in ("id", "created", "usage")}
 
 
@@ -165,7 +188,7 @@ def test_refused(server: Serving, name: str) -> None:
 
 def test_the_documentation_names_them() -> None:
     text = DOCS.read_text()
-    table = text[text.index("| client's method |") : text.index("## Anthropic's clients")]
+    table = text[text.index("| client's method |") : text.index("## OpenAI's Responses API")]
     rows = {row.split("|")[1].strip(" `"): row for row in table.splitlines()[2:] if row.startswith("|")}
     assert rows.keys() == ENDPOINTS.keys()
     for name, (*_, passed_over, refused) in ENDPOINTS.items():

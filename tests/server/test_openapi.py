@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
 )
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-GENERATE = ("/v1/chat/completions", "/v1/completions", "/v1/messages")
+GENERATE = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
 FEW = settings(
     max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -34,7 +34,8 @@ def test_every_answer_is_documented(server: Serving, mode: str) -> None:
         @given(operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
         def holds(case) -> None:
             if isinstance(case.body, dict) and case.path in GENERATE:
-                for name in {"max_tokens", *({"max_completion_tokens"} & case.body.keys())}:  # short responses
+                limit = "max_output_tokens" if case.path == "/v1/responses" else "max_tokens"
+                for name in {limit, *({"max_completion_tokens"} & case.body.keys())}:  # short responses
                     most = case.body.setdefault(name, 2)
                     case.body[name] = min(most, 2) if type(most) is int else most
             seen.add(case.call_and_validate(checks=CHECKS, timeout=20).status_code)

@@ -7,7 +7,7 @@ connections whose client stops reading.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -34,14 +34,17 @@ def error_frame(error: HttpError, path: str) -> bytes:
     return frame(error.body(path), "error" if path.startswith("/v1/messages") else None)
 
 
-async def event_stream(frames: Frames) -> Response:
-    """Return a streaming response. The first event is awaited here, so that earlier errors set the status."""
+async def event_stream(frames: Frames, failed: Callable[[HttpError], bytes] | None = None) -> Response:
+    """Return a streaming response. The first event is awaited here, so that earlier errors set the status.
+
+    `failed`: encodes the events of an error that ends the stream; by default error_frame does.
+    """
     try:
         first = await anext(frames)
     except BaseException:
         await frames.aclose()
         raise
-    return EventStream(first, frames)
+    return EventStream(first, frames, failed)
 
 
 class EventStream(Response):
@@ -49,8 +52,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, frames: Frames) -> None:
+    def __init__(self, first: bytes, frames: Frames, failed: Callable[[HttpError], bytes] | None = None) -> None:
         self.first, self.frames, self.status_code, self.background = first, frames, 200, None
+        self.failed = failed
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,4 +76,4 @@ class EventStream(Response):
             if why.status >= 500 and why is not e:
                 logger.exception("a stream ended with an error")
             if why.status != CLIENT_GONE:
-                yield error_frame(why, path)
+                yield error_frame(why, path) if self.failed is None else self.failed(why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -84,11 +84,15 @@ def check_n(state: State, n: int | None) -> None:
 
 
 def read_chat(
-    state: State, body: ChatRequest, adapter: str | None, gone: threading.Event | None = None
-) -> Request:
-    """Build the engine request of a conversation; `gone` is set at a disconnect. Slow: run it on a thread."""
+    state: State, body: ChatRequest, adapter: str | None, gone: threading.Event | None = None,
+    labels: Sequence[str] | None = None,
+) -> Request:  # fmt: skip
+    """Build the engine request of a conversation; `gone` is set at a disconnect. Slow: run it on a thread.
+
+    `labels`: names of the messages in errors; by default "messages[0]" and so on.
+    """
     messages = body.plain(body.messages)
-    labels = [f"messages[{i}]" for i in range(len(messages))]
+    labels = [f"messages[{i}]" for i in range(len(messages))] if labels is None else list(labels)
     if body.safe_prompt:
         messages.insert(0, {"role": "system", "content": SAFE})
         labels.insert(0, "safe_prompt")

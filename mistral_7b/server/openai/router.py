@@ -1,4 +1,4 @@
-"""The OpenAI-compatible routes: chat completions, completions, embeddings, models."""
+"""The OpenAI-compatible routes: chat completions, responses, completions, embeddings, models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from ..http.errors import HttpError
 from ..state import State
 from . import chat, completions, embeddings
 from .responses import Capabilities, Model, ModelList, documented
+from .responses_api import routes as responses_api
 
 
 def router(state: State) -> APIRouter:
     """All routes of the OpenAI API."""
     routes = APIRouter()
-    for part in (chat, completions, embeddings):
+    for part in (chat, responses_api, completions, embeddings):
         routes.include_router(part.router(state))
 
     context, tokenizer = state.llm.engine.model.args.max_seq_len, state.llm.tokenizer

@@ -24,8 +24,8 @@ from ...engine.request import Request
 from ..state import NOTES, REQUESTS, Answered
 
 OPERATIONS = {
-    "/v1/chat/completions": "chat", "/v1/messages": "chat", "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
+    "/v1/chat/completions": "chat", "/v1/responses": "chat", "/v1/messages": "chat",
+    "/v1/completions": "text_completion", "/v1/embeddings": "embeddings",
 }  # fmt: skip
 GOOD = ("stop", "length", "abort", "refused")  # reasons that are not server faults
 UNTRACED = ("/health", "/health/live", "/health/ready", "/metrics")  # probes, polled every few seconds

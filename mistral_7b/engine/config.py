@@ -16,8 +16,8 @@ class GrammarLimits:
     """What a grammar (a schema, regex, choice or Lark text) may use of the machine; past it its request ends.
 
     CPU seconds, so that a busy machine ends no request. An ordinary schema compiles in 10 ms, and a token takes
-    0.1 ms. What all grammars together may use is fixed (grammar/turns.py, grammar/client.py). A value out of its
-    range raises ConfigError naming the field.
+    0.1 ms. What all grammars together may use is fixed (grammar/compile_queue.py, grammar/client.py). A value
+    out of its range raises ConfigError naming the field.
 
     Attributes:
         compile_seconds: to read and compile it

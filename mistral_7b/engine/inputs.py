@@ -32,8 +32,8 @@ from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import ToolCallStream
 from .completion import Completion
 from .engine import Engine
-from .grammar.client import KEPT, MOST, Grammars
-from .grammar.spec import FREE, GrammarSpec
+from .grammar.client import MAX_IDLE, MAX_PROCESSES, Grammars
+from .grammar.spec import OPTIONAL_CHOICES, GrammarSpec
 from .pages import first_key
 from .request import Request, Sink
 from .speculation import Speculation
@@ -254,7 +254,7 @@ class InputProcessor:
                 hint="pass tokenizer=...",
             )
         wanted = params.structured_outputs
-        if wanted is not None and tool_choice not in FREE:
+        if wanted is not None and tool_choice not in OPTIONAL_CHOICES:
             raise GenerationError(
                 f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other",
                 field="structured_outputs",
@@ -296,8 +296,10 @@ class InputProcessor:
         with self._lock:
             if self._grammars is None:
                 args, config = self.engine.model.args, self.engine.config
-                most = max(MOST, KEPT + config.max_sequences)
-                self._grammars = Grammars(self.tokenizer, args.vocab_size, config.grammar_limits, most=most)
+                most = max(MAX_PROCESSES, MAX_IDLE + config.max_sequences)
+                self._grammars = Grammars(
+                    self.tokenizer, args.vocab_size, config.grammar_limits, max_processes=most
+                )
             return self._grammars
 
     def warm_up(self) -> None:

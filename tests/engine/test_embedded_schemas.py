@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mistral_7b.engine.grammar.embedded import exact
+from mistral_7b.engine.grammar.embedded import expand_json_schemas
 from mistral_7b.engine.grammar.spec import GrammarSpec
 from mistral_7b.errors import GrammarError
 from mistral_7b.sampling.params import StructuredOutputs
@@ -64,18 +64,18 @@ def test_what_a_grammar_with_schemas_admits(name: str) -> None:
 
 REFUSED = {
     'start: "a"\nb: "é" %json {"type": "array", "uniqueItems": true}': r"line 2, column 8: uniqueItems .* at #$",
-    'start: %json {\n"a": 1,}\n': r"line 1, column 8: what follows is no JSON",
-    "start: %json": r"line 1, column 8: what follows is no JSON",
-    'start: %json {"const": 1.00000000000000000001}': r"no JSON: 1\.00000000000000000001",
-    'start: %json {"const": ' + "[" * 100_000: r"no JSON",
-    "start: %json [1]": r"a JSON schema is an object",
-    'start: X\nX: "a" %json {}': r"line 2, column 8: X takes terminals",
-    'start: "a"\n%ignore %json {}': r"line 2, column 9: %ignore takes terminals",
+    'start: %json {\n"a": 1,}\n': r"line 1, column 8 is not followed by valid JSON",
+    "start: %json": r"line 1, column 8 is not followed by valid JSON",
+    'start: %json {"const": 1.00000000000000000001}': r"valid JSON: 1\.00000000000000000001",
+    'start: %json {"const": ' + "[" * 100_000: r"valid JSON",
+    "start: %json [1]": r"a JSON schema must be an object",
+    'start: X\nX: "a" %json {}': r"line 2, column 8: X accepts only terminals",
+    'start: "a"\n%ignore %json {}': r"line 2, column 9: %ignore accepts only terminals",
     "start: x\nx[lazy]: %json {}": r"%json and %lark .* cannot be used in terminals",
     'start: %json {"anyOf": []}': r"anyOf must be a list",
     'start: %json {"allOf": [{"multipleOf": 211}, {"multipleOf": 199}], "type": "integer"}': r"takes too long",
     'start: %json {"x-guidance": {"item_separator": ";"}}': r"item_separator",
-    'start: %json {"$ref": "#/$defs/none"}': r"refers to no place",
+    'start: %json {"$ref": "#/$defs/none"}': r"does not resolve",
 }
 
 
@@ -89,7 +89,7 @@ def test_what_is_refused_names_the_field_and_the_place(grammar: str) -> None:
 
 def test_a_grammar_without_schemas_is_the_same_text() -> None:
     for text in ('start: "%json" /a/', '%llguidance {}\nstart: %regex {"substring_chars": "%json"}'):
-        assert exact(text) == text
+        assert expand_json_schemas(text) == text
 
 
 def test_multiples_of_several_tools_are_no_multiple_of_all() -> None:
@@ -98,5 +98,5 @@ def test_multiples_of_several_tools_are_no_multiple_of_all() -> None:
     schema: Any = {"type": "object", "properties": properties, "required": ["199", "211"], "maxProperties": 2}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     spec = GrammarSpec(None, [tool], "required")
-    assert '"multipleOf": 211' in spec.lark(spaced=False)
+    assert '"multipleOf": 211' in spec.lark(leading_space=False)
     assert admits(StructuredOutputs(grammar=f"start: %json {json.dumps(schema)}"), '{"199":398,"211":422}')

@@ -39,12 +39,12 @@ def v3() -> tuple[Tokenizer, Grammars]:
         ({"json": {"type": "strin"}}, "Invalid type: strin"),
         ({"json": {"type": "string", "format": "colour"}}, "Unknown format: colour"),
         ({"json": {"$ref": "#/$defs/none"}}, "none"),
-        ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "nsatisfiable|no text obeys"),
+        ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "nsatisfiable|no text matches"),
         ({"grammar": "start: rule"}, "rule"),
         ({"grammar": "nonsense"}, "grammar"),
-        ({"grammar": "start: X\nX: /a/ & /b/"}, "no text obeys"),
+        ({"grammar": "start: X\nX: /a/ & /b/"}, "no text matches"),
         ({"grammar": "root ::= other"}, "other"),
-        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text obeys"),
+        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text matches"),
     ],
 )
 def test_what_is_no_grammar_is_refused_at_once(
@@ -121,7 +121,7 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer() -> None:
 
 def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.from_pretrained()
-    grammars = Grammars(tokenizer, tokenizer.vocab_size, kept=2)
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, max_idle=2)
     begun: list[str] = []
 
     class Noted(client.GrammarProcess):
@@ -141,14 +141,14 @@ def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.Mo
 def test_no_completion_uses_up_what_another_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The states of a lexer are shared and limited: what runs out is made anew, and masks are the same."""
     tokenizer = Tokenizer.from_pretrained()
-    text = GrammarSpec(StructuredOutputs(regex="(a|b)*a(a|b){40}c")).lark(spaced=False)
+    text = GrammarSpec(StructuredOutputs(regex="(a|b)*a(a|b){40}c")).lark(leading_space=False)
     vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
     letters = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size)}
     free = CompiledGrammar(vocabulary, text)
-    monkeypatch.setattr(matcher, "STATES", 1000)
+    monkeypatch.setattr(matcher, "MAX_LEXER_STATES", 1000)
     tight = CompiledGrammar(vocabulary, text)
     with monkeypatch.context() as patched:
-        patched.setattr(matcher, "PROGRESS", 10**9)  # no renewal beyond the first
+        patched.setattr(matcher, "RENEWAL_INTERVAL", 10**9)  # no renewal beyond the first
         state = tight.start(at_start=True)
         with refused(GrammarError, field="structured_outputs"):
             walk([state], letters, 600)

@@ -31,7 +31,7 @@ for _ in range(3):
     llm.engine.step()
 process = bad.sequences[0].grammar._process
 os.kill(process._pid, signal.SIGKILL)
-process.ended_by()
+process.exit_signal()
 if sys.argv[2] == "server":
     llm.inputs.grammars._server._process.kill()
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -171,7 +171,7 @@ def test_what_is_not_there_says_so(tmp_path: pathlib.Path, hub: Hub) -> None:
     said = pull(tmp_path, hub.url, "someone/gguf")
     assert said == "HubError: someone/gguf holds 2 GGUF files; name one, such as someone/gguf/x.f16.gguf"
     said = pull(tmp_path, hub.url, "someone/gguf", "main", "y.gguf")
-    assert "someone/gguf holds no y.gguf; it holds x.f16.gguf, x.q8_0.gguf" in said
+    assert "someone/gguf has no file y.gguf; it has x.f16.gguf, x.q8_0.gguf" in said
 
 
 def test_one_file_of_many_by_its_name(tmp_path: pathlib.Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_one_file_of_many_by_its_name(tmp_path: pathlib.Path, hub: Hub, monkeypa
 
 def test_offline_and_out_of_reach_say_what_to_do(tmp_path: pathlib.Path, hub: Hub) -> None:
     said = pull(tmp_path, hub.url, REPO, HF_HUB_OFFLINE="1")
-    assert said.startswith(f"HubError: {REPO} is not (wholly) in the cache at {tmp_path}")
+    assert said.startswith(f"HubError: {REPO} is not completely in the cache at {tmp_path}")
     assert f"mistral-7b pull {REPO}" in said
     assert hub.asked == []
     said = pull(tmp_path, "http://127.0.0.1:9", REPO)

@@ -202,7 +202,7 @@ def test_a_bad_conversation_is_refused_by_its_place(messages, field):
 
 @pytest.mark.wording
 def test_what_is_said_of_a_bad_conversation():
-    with pytest.raises(TokenizerError, match=r"^messages\[1\]: unknown role 'bot'; known are system, developer, "):
+    with pytest.raises(TokenizerError, match=r"^messages\[1\]: unknown role 'bot'; must be one of system, "):
         OURS["v3"].encode_chat([TURNS[0], {"role": "bot", "content": "x"}])
     with pytest.raises(TokenizerError, match=r"^messages\[1\]: .*'tool' after role 'user'"):
         OURS["v3"].encode_chat([TURNS[0], CALLS[2], *TURNS[:3]])

@@ -39,10 +39,11 @@ def lark(spec: StructuredOutputs, leading_space: bool, user_grammar: bool = Fals
         text = f"{start}\n{rules(schema, 'structured_outputs.json', 'value')}"
     elif spec.choice is not None:
         text = "start: TEXT\nTEXT: " + " | ".join(json.dumps(choice) for choice in spec.choice)
+    elif spec.regex == "":
+        text = 'start: ""'
     elif spec.regex is not None:
         # "d": \d matches 0 to 9, as in JSON schemas; \w and \s match Unicode.
-        pattern = import_llguidance().regex_to_lark(spec.regex, "d")
-        text = f"start: TEXT\nTEXT: /{pattern}/" if spec.regex else 'start: ""'
+        text = f"start: TEXT\nTEXT: /{import_llguidance().regex_to_lark(spec.regex, 'd')}/"
     else:
         try:
             text = import_llguidance().grammar_from("grammar", spec.grammar)

@@ -238,11 +238,10 @@ class _Writer:
                 if more is not None and more == same:
                     before.append(f"({comma} {pair})? {same}")
                 else:
-                    options = [] if more is None else [f"{comma} {pair} {more}"]
-                    options += [] if same is None else [same or '""']
-                    before.append(
-                        options[0] if len(options) == 1 else f"({' | '.join(options)})" if options else None
-                    )
+                    choices = [] if more is None else [f"{comma} {pair} {more}"]
+                    choices += [] if same is None else [same or '""']
+                    text = " | ".join(choices)
+                    before.append(f"({text})" if len(choices) > 1 else text or None)
             tails = before
         return self._bracketed("{}", first or "", may_be_empty=not shape.required and shape.min_size == 0)
 
@@ -265,10 +264,8 @@ class _Writer:
                 tails.append(_repeat(f"{comma} {pair}", max(missing, 0), room) if classes else "")
         if not classes or shape.max_size == 0 or tails[0] is None:
             return None, tails
-        return (
-            f"{pair} {_repeat(f'{comma} {pair}', 0, None if shape.max_size is None else shape.max_size - 1)}",
-            tails,
-        )
+        more = None if shape.max_size is None else shape.max_size - 1
+        return f"{pair} {_repeat(f'{comma} {pair}', 0, more)}", tails
 
     def _bracketed(self, pair: str, text: str, may_be_empty: bool) -> str:
         inside = self._style.inside

@@ -198,6 +198,6 @@ def test_offline_and_out_of_reach_say_what_to_do(tmp_path: pathlib.Path, hub: Hu
 def test_half_a_snapshot_is_not_taken_for_a_model(tmp_path: pathlib.Path, hub: Hub) -> None:
     folder = pathlib.Path(pull(tmp_path, hub.url, REPO))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    assert pull(tmp_path, hub.url, REPO, HF_HUB_OFFLINE="1").startswith(f"HubError: {REPO} is not (wholly)")
+    assert pull(tmp_path, hub.url, REPO, HF_HUB_OFFLINE="1").startswith(f"HubError: {REPO} is not completely")
     assert pull(tmp_path, hub.url, REPO) == str(folder)
     assert (folder / "model-00002-of-00002.safetensors").exists()

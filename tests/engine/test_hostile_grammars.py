@@ -308,7 +308,7 @@ def test_a_process_that_stands_still_is_given_up(llm: LLM, monkeypatch: pytest.M
     params = SamplingParams(max_tokens=16, structured_outputs=StructuredOutputs(regex="[q-z]{40}"))
     stuck = llm.inputs.text("a", params, RequestOptions())
     pid = stuck.sequences[0].grammar._process._pid  # type: ignore[union-attr]
-    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    monkeypatch.setattr(client, "ANSWER_TIMEOUT", 1.0)
     os.kill(pid, signal.SIGSTOP)
     try:
         free = llm.inputs.text("def f(", SamplingParams(max_tokens=16, seed=1), RequestOptions())

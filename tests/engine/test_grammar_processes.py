@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_grammar_turns import until
+from test_compile_queue import until
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/engine")))}
 
 FILES = """
 import os, resource, signal, sys
-from test_grammar_turns import *
+from test_compile_queue import *
 from mistral_7b.engine.inputs import RequestOptions
 tokenizer = Tokenizer.from_pretrained()
 args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=256)
@@ -63,7 +63,7 @@ print(llm.generate("a", SamplingParams(structured_outputs=StructuredOutputs(rege
 
 
 @pytest.mark.parametrize(("left", "killed"), [(0, "worker"), (1, "worker"), (0, "server"), (1, "server")])
-def test_no_files_left_is_said_by_its_name_and_ends_no_other(left: int, killed: str) -> None:
+def test_running_out_of_files_ends_only_its_request(left: int, killed: str) -> None:
     """A process ends in the middle of a step, and no other can be started."""
     done = subprocess.run(
         [sys.executable, "-c", FILES, str(left), killed], capture_output=True, text=True, timeout=120, env=ENV
@@ -79,7 +79,7 @@ def test_no_files_left_is_said_by_its_name_and_ends_no_other(left: int, killed: 
 
 KILLED = """
 import time
-from test_grammar_turns import *
+from test_compile_queue import *
 tokenizer = Tokenizer.from_pretrained()
 grammars = Grammars(tokenizer, tokenizer.vocab_size, LONG)
 asking = [Asking(grammars, slow(i)) for i in range(6)]

@@ -80,7 +80,7 @@ def ended(asking: list[Asking], seconds: float = 5.0) -> list[str]:
     return [type(each.error).__name__ for each in asking]
 
 
-def test_one_clients_hostile_grammars_keep_no_other_waiting(grammars: Grammars) -> None:
+def test_slow_grammars_do_not_delay_ordinary_ones(grammars: Grammars) -> None:
     """Few of them are compiled at one time, and an ordinary one waits for each of those before it for a moment."""
     hostile = [Asking(grammars, slow(i)) for i in range(12)]
     most = grammars.compile_queue.max_quick + grammars.compile_queue.max_slow
@@ -106,7 +106,7 @@ def test_one_clients_hostile_grammars_keep_no_other_waiting(grammars: Grammars) 
     assert until(lambda: len(workers(grammars)) <= 1 + 4 + 2, 2)
 
 
-def test_no_more_are_begun_than_there_are_turns(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_grammars_wait_for_a_turn(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_queue, "TIME_SLICE", 60.0)
     asking = [Asking(grammars, slow(i)) for i in range(grammars.compile_queue.max_quick + 3)]
     assert until(lambda: len(grammars.compile_queue._waiting) >= 3, 20)
@@ -114,7 +114,7 @@ def test_no_more_are_begun_than_there_are_turns(grammars: Grammars, monkeypatch:
     assert ended(asking).count("AbandonedError") >= 3
 
 
-def test_those_that_take_long_take_turns_to_their_end(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspended_grammars_compile_to_the_same_masks(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped or not, each comes to what it would have come to alone."""
     monkeypatch.setattr(compile_queue, "TIME_SLICE", 0.0)
     schemas = [{"properties": {f"{i}-{j}": {"type": "integer"} for j in range(400)}} for i in range(5)]
@@ -130,7 +130,7 @@ def test_those_that_take_long_take_turns_to_their_end(grammars: Grammars, monkey
     )
 
 
-def test_what_cannot_wait_is_refused_with_the_limit(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_queues_refuse_with_the_limit(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_queue, "MAX_SUSPENDED", 2)
     at_once = grammars.compile_queue.max_slow + compile_queue.MAX_SUSPENDED
     asking = [Asking(grammars, slow(i)) for i in range(at_once + 2)]
@@ -152,7 +152,7 @@ def test_what_cannot_wait_is_refused_with_the_limit(grammars: Grammars, monkeypa
         grammars.start(quick(), [1])
 
 
-def test_a_compile_that_nobody_waits_for_ends(grammars: Grammars) -> None:
+def test_an_abandoned_compilation_ends(grammars: Grammars) -> None:
     first, second = Asking(grammars, slow()), Asking(grammars, slow())  # which share a process
     assert until(lambda: any(len(p.waiting_states) == 2 for p in grammars._alive), 10)
     (process,) = grammars._alive
@@ -169,7 +169,7 @@ def test_a_compile_that_nobody_waits_for_ends(grammars: Grammars) -> None:
     grammars.start(quick(), [1])
 
 
-def test_one_that_waits_for_its_turn_leaves_the_queue(grammars: Grammars) -> None:
+def test_an_abandoned_request_leaves_the_queue(grammars: Grammars) -> None:
     grammars.compile_queue.max_quick = 0
     waiting, next_one = Asking(grammars, quick(0)), Asking(grammars, quick(1))
     assert until(lambda: len(grammars.compile_queue._waiting) == 2, 10)
@@ -180,7 +180,7 @@ def test_one_that_waits_for_its_turn_leaves_the_queue(grammars: Grammars) -> Non
     assert len(workers(grammars)) == 2  # it, and one that was forked before it is needed
 
 
-def test_those_that_wait_look_around_now_and_then(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_requests_poll_slowly(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     """They do not wake each other."""
     looks, look = [0], grammars.compile_queue._update
 
@@ -198,7 +198,7 @@ def test_those_that_wait_look_around_now_and_then(grammars: Grammars, monkeypatc
     ended(waiting)
 
 
-def test_a_failed_compile_leaves_no_turn_taken(grammars: Grammars) -> None:
+def test_a_failed_compilation_frees_its_turn(grammars: Grammars) -> None:
     for i in range(8):
         with pytest.raises(GrammarError):
             grammars.start(StructuredOutputs(regex=f"{i}("), [1])
@@ -216,7 +216,7 @@ def deep(i: int) -> str:
     return f'start: r0\n{chr(10).join(f"r{j}: r{j + 1}" for j in range(6000))}\nr6000: "{i}"'
 
 
-def test_there_are_only_so_many_processes_and_no_text_changes() -> None:
+def test_evicted_processes_restart_with_the_same_masks() -> None:
     """Those longest unused end; what they followed begins again in others, to the same masks."""
     tokenizer = Tokenizer.from_pretrained()
     few = Grammars(tokenizer, tokenizer.vocab_size, max_idle=1, max_processes=4)
@@ -240,7 +240,7 @@ def test_there_are_only_so_many_processes_and_no_text_changes() -> None:
     assert all(not state._process.terminated for state in used)
 
 
-def test_who_is_asked_when_his_process_makes_room_is_not_to_blame(grammars: Grammars) -> None:
+def test_a_pending_state_survives_the_eviction_of_its_process(grammars: Grammars) -> None:
     state = grammars.start(quick(), [1])
     wanted = state.masks()[0][0]
     for _ in range(3):

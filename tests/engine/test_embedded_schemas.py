@@ -55,7 +55,7 @@ ADMITTED: dict[str, tuple[str, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ADMITTED)
-def test_what_a_grammar_with_schemas_admits(name: str) -> None:
+def test_embedded_schemas_allow_exactly_their_texts(name: str) -> None:
     grammar, good, bad = ADMITTED[name]
     spec = StructuredOutputs(grammar=grammar)
     assert [text for text in good if not admits(spec, text)] == []
@@ -80,19 +80,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("grammar", REFUSED, ids=lambda grammar: grammar[:60])
-def test_what_is_refused_names_the_field_and_the_place(grammar: str) -> None:
+def test_invalid_embedded_schemas_name_field_and_place(grammar: str) -> None:
     with pytest.raises(GrammarError, match=REFUSED[grammar]) as e:
         in_process("demo")[1].start(StructuredOutputs(grammar=grammar), [1])
     assert str(e.value).startswith("structured_outputs")
     assert "\n" not in str(e.value)
 
 
-def test_a_grammar_without_schemas_is_the_same_text() -> None:
+def test_a_grammar_without_schemas_is_unchanged() -> None:
     for text in ('start: "%json" /a/', '%llguidance {}\nstart: %regex {"substring_chars": "%json"}'):
         assert expand_json_schemas(text) == text
 
 
-def test_multiples_of_several_tools_are_no_multiple_of_all() -> None:
+def test_multiple_of_is_separate_for_each_tool() -> None:
     """Each is counted by itself."""
     properties = {str(n): {"type": "integer", "minimum": 0, "multipleOf": n} for n in (199, 211)}
     schema: Any = {"type": "object", "properties": properties, "required": ["199", "211"], "maxProperties": 2}

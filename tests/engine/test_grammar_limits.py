@@ -47,9 +47,7 @@ def v3() -> tuple[Tokenizer, Grammars]:
         ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text matches"),
     ],
 )
-def test_what_is_no_grammar_is_refused_at_once(
-    v3: tuple[Tokenizer, Grammars], spec: dict[str, Any], words: str
-) -> None:
+def test_invalid_grammars_are_refused(v3: tuple[Tokenizer, Grammars], spec: dict[str, Any], words: str) -> None:
     with pytest.raises(GrammarError, match=words) as e:
         v3[1].start(StructuredOutputs(**spec), [1])
     assert "\n" not in str(e.value)
@@ -98,7 +96,7 @@ def test_hostile_grammars_are_bounded(v3: tuple[Tokenizer, Grammars], name: str)
             grammars.start(StructuredOutputs(**HOSTILE[name]), [1])
 
 
-def test_many_choices_and_common_multiples_are_no_burden(v3: tuple[Tokenizer, Grammars]) -> None:
+def test_many_choices_and_multiples_compile(v3: tuple[Tokenizer, Grammars]) -> None:
     tokenizer, grammars = v3
     many = [f"value {i}" for i in range(5000)]
     assert draw(grammars.start(StructuredOutputs(choice=many), [1]), tokenizer, [1], random.Random(0))[1] in many
@@ -107,7 +105,7 @@ def test_many_choices_and_common_multiples_are_no_burden(v3: tuple[Tokenizer, Gr
         grammars.start(StructuredOutputs(json={"allOf": [prices, {"items": {"multipleOf": multiple}}]}), [1])
 
 
-def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer() -> None:
+def test_model_and_tokenizer_vocabularies_may_differ() -> None:
     tokenizer = Tokenizer.from_pretrained()
     spec = StructuredOutputs(regex=".*")
     whole = allowed(Grammars(tokenizer, tokenizer.vocab_size).start(spec, [1]).masks()[0][0])
@@ -119,7 +117,7 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer() -> None:
         narrow.accept(2000)
 
 
-def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_grammars_are_cached_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.from_pretrained()
     grammars = Grammars(tokenizer, tokenizer.vocab_size, max_idle=2)
     begun: list[str] = []
@@ -138,7 +136,7 @@ def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.Mo
     assert np.array_equal(other.masks()[0][0], grammars.start(StructuredOutputs(regex="bb"), [1]).masks()[0][0])
 
 
-def test_no_completion_uses_up_what_another_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lexer_states_are_not_exhausted_by_other_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The states of a lexer are shared and limited: what runs out is made anew, and masks are the same."""
     tokenizer = Tokenizer.from_pretrained()
     text = GrammarSpec(StructuredOutputs(regex="(a|b)*a(a|b){40}c")).lark(leading_space=False)

@@ -122,14 +122,14 @@ def check_beside(llm: LLM, wanted: list[list[int]], params: SamplingParams, **ch
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_grammar_costs_its_own_request_alone(llm: LLM, wanted: list[list[int]], name: str) -> None:
+def test_a_hostile_grammar_ends_only_its_request(llm: LLM, wanted: list[list[int]], name: str) -> None:
     params = SamplingParams(max_tokens=40, seed=1, n=2, structured_outputs=StructuredOutputs(**HOSTILE[name]))
     check_beside(llm, wanted, params)
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
 @pytest.mark.parametrize("name", ["constant", "optional properties", "references", "objects"])
-def test_so_does_a_hostile_tool(llm: LLM, wanted: list[list[int]], name: str, choice: str) -> None:
+def test_a_hostile_tool_ends_only_its_request(llm: LLM, wanted: list[list[int]], name: str, choice: str) -> None:
     parameters = {"type": "object", "properties": {"x": HOSTILE[name]["json"]}, "required": ["x"]}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     wants = None if choice == "required" else StructuredOutputs(choice=["yes", "no"])
@@ -138,7 +138,7 @@ def test_so_does_a_hostile_tool(llm: LLM, wanted: list[list[int]], name: str, ch
 
 
 @pytest.mark.parametrize("name", ["rules", "terminals"])
-def test_a_crash_is_one_clear_error(llm: LLM, name: str) -> None:
+def test_a_crash_raises_one_grammar_error(llm: LLM, name: str) -> None:
     with refused(GrammarError, field="structured_outputs") as e:
         llm.inputs.text(
             "a", SamplingParams(structured_outputs=StructuredOutputs(**HOSTILE[name])), RequestOptions()
@@ -146,7 +146,7 @@ def test_a_crash_is_one_clear_error(llm: LLM, name: str) -> None:
     assert len(str(e.value)) < 300
 
 
-def test_an_ambiguous_grammar_ends_at_its_budget_and_slows_no_other(llm: LLM, wanted: list[list[int]]) -> None:
+def test_an_ambiguous_grammar_ends_at_its_cpu_limit(llm: LLM, wanted: list[list[int]]) -> None:
     """Its masks take ever longer. Steps of the others wait for it a moment each, and it is ended by name."""
     a = next(t for t in range(4096) if llm.tokenizer.surface(t) == "a")  # type: ignore[union-attr]
     ambiguous = StructuredOutputs(grammar=AMBIGUOUS)
@@ -173,7 +173,7 @@ def test_an_ambiguous_grammar_ends_at_its_budget_and_slows_no_other(llm: LLM, wa
 
 
 @pytest.mark.parametrize("sent", [signal.SIGSEGV, signal.SIGKILL])
-def test_those_that_share_a_process_that_ends_begin_again(llm: LLM, wanted: list[list[int]], sent: int) -> None:
+def test_states_restart_when_their_shared_process_ends(llm: LLM, wanted: list[list[int]], sent: int) -> None:
     """Killed from outside while several completions are on their way: all come to the same end."""
     for killed_at in (1, 3, 8):
         requests = beside(llm)
@@ -190,7 +190,7 @@ def test_those_that_share_a_process_that_ends_begin_again(llm: LLM, wanted: list
         assert all(r.error is None for r in requests)
 
 
-def test_the_server_of_processes_may_be_killed(llm: LLM, wanted: list[list[int]]) -> None:
+def test_a_killed_fork_server_is_restarted(llm: LLM, wanted: list[list[int]]) -> None:
     llm.inputs.grammars._server._process.kill()
     llm.inputs.grammars._processes.clear()
     others = beside(llm)
@@ -213,7 +213,7 @@ def test_processes_end_with_their_engine() -> None:
     pytest.fail("a worker is left")
 
 
-def test_limits_are_checked() -> None:
+def test_invalid_limits_are_refused() -> None:
     for wrong in ({"mask_seconds": 0}, {"compile_seconds": "1"}, {"memory_bytes": 5}, {"request_seconds": True}):
         with refused(ConfigError, field=next(iter(wrong))):
             GrammarLimits(**wrong)  # type: ignore[arg-type]
@@ -286,7 +286,7 @@ ENDS = Counter[str]()
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(spec=SPECS, seed=st.integers(0, 3))
-def test_random_hostile_grammars_leave_the_others_their_bits(
+def test_random_hostile_grammars_do_not_change_other_outputs(
     llm: LLM, wanted: list[list[int]], spec: dict[str, Any], seed: int
 ) -> None:
     params = SamplingParams(max_tokens=12, seed=seed, n=1 + seed, structured_outputs=StructuredOutputs(**spec))
@@ -296,14 +296,14 @@ def test_random_hostile_grammars_leave_the_others_their_bits(
 
 
 @pytest.mark.wording
-def test_those_at_random_are_of_every_kind() -> None:
+def test_random_hostile_grammars_cover_every_kind() -> None:
     """A control of the test above: what it drew was served often, refused often, and ended often on the way."""
     assert ENDS["served"] > 30
     assert ENDS["refused"] > 30
     assert ENDS["CPU time"] + ENDS["failed"] > 5
 
 
-def test_a_process_that_stands_still_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresponsive_process_times_out(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the clock: its request ends, and those that share nothing with it run on meanwhile."""
     params = SamplingParams(max_tokens=16, structured_outputs=StructuredOutputs(regex="[q-z]{40}"))
     stuck = llm.inputs.text("a", params, RequestOptions())

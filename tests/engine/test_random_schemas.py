@@ -108,7 +108,7 @@ def check(walk: Walk, schema: Any, seed: int) -> str:
 
 
 @pytest.mark.parametrize("piece", range(PIECES))
-def test_texts_of_random_schemas_obey_and_end(walk: Walk, piece: int) -> None:
+def test_texts_of_random_schemas_match_and_end(walk: Walk, piece: int) -> None:
     reasons = []
     for seed in range(piece * SCHEMAS // PIECES, (piece + 1) * SCHEMAS // PIECES):
         reasons.append(check(walk, Drawing(seed).schema(), seed))
@@ -144,7 +144,7 @@ SABOTAGE = [off_by_one, no_dead_ends_found, one_schema_a_name, oneof_as_anyof, l
 
 
 @pytest.mark.parametrize("sabotage", SABOTAGE)
-def test_random_schemas_find_what_is_wrong(
+def test_random_schemas_detect_injected_faults(
     walk: Walk, sabotage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def search() -> None:
@@ -156,7 +156,7 @@ def test_random_schemas_find_what_is_wrong(
         search()
 
 
-def test_random_schemas_find_what_is_wrong_with_llguidance_alone() -> None:
+def test_random_schemas_detect_faults_of_llguidance_alone() -> None:
     """In a process of its own, which some of them end."""
     code = """
 import json

@@ -143,7 +143,7 @@ ADMITTED: dict[str, tuple[Any, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ADMITTED)
-def test_what_a_schema_admits(name: str) -> None:
+def test_a_schema_allows_exactly_its_texts(name: str) -> None:
     schema, good, bad = ADMITTED[name]
     schema = schema if isinstance(schema, dict) else {"allOf": [schema]}
     assert [text for text in good if not admits(schema, text)] == []
@@ -154,14 +154,14 @@ def test_what_a_schema_admits(name: str) -> None:
     "name",
     ["enum", "const in const", "above 2^53", "names by escapes", "numbers end"],
 )
-def test_llguidance_alone_admits_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llguidance_alone_allows_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So the test above can fail."""
     monkeypatch.setattr(lark_module, "rules", as_before)
     schema, _, bad = ADMITTED[name]
     assert [text for text in bad if admits(schema, text)]
 
 
-def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comma_is_followed_by_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
     """llguidance alone takes the comma, and then nothing at all."""
     schema = ADMITTED["a pattern that is a property"][0]
     assert not admits(schema, '{"a":1,')
@@ -209,7 +209,7 @@ def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> No
          "more than 100 schemas apply to one value"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_obeyed_is_refused_by_name_and_place(schema: Any, words: str) -> None:
+def test_unsupported_keywords_are_refused_by_name_and_place(schema: Any, words: str) -> None:
     with refused(GrammarError, field="structured_outputs.json") as e:
         admits(schema, "")
     assert re.search(words, str(e.value))
@@ -232,14 +232,14 @@ FIXED = "^((a{1,1000}){1,1000}){1,1000}$"
         ),
     ],
 )
-def test_patterns_that_are_too_much_are_refused_by_their_place(schema: Any, place: str) -> None:
+def test_patterns_that_are_too_large_name_their_place(schema: Any, place: str) -> None:
     with pytest.raises(
         GrammarError, match=f"^structured_outputs.json: pattern, format .* together: .*, at {place}"
     ):
         admits(schema, "")
 
 
-def test_what_is_no_json_is_named() -> None:
+def test_values_that_are_not_json_are_named() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"default": {1}}}}
     for name, spec in (
         ("tools", GrammarSpec(None, [tool], "required")),
@@ -274,12 +274,12 @@ def test_what_is_no_json_is_named() -> None:
         {"enum": [1, "a"], "type": "boolean"},
     ],
 )
-def test_a_schema_that_no_finite_text_obeys_is_refused(schema: Any) -> None:
+def test_a_schema_without_finite_texts_is_refused(schema: Any) -> None:
     with refused(GrammarError, field="structured_outputs.json"):
         admits({"allOf": [schema]}, "")
 
 
-def test_numbers_are_read_as_they_are_written() -> None:
+def test_numbers_are_parsed_exactly() -> None:
     assert StructuredOutputs(json='{"enum": [12345678901234567890, 0.1, 1e3]}').json == {
         "enum": [12345678901234567890, 0.1, 1000.0]
     }
@@ -291,7 +291,7 @@ def test_numbers_are_read_as_they_are_written() -> None:
 
 
 @pytest.mark.parametrize("parameters", [[], "x", True, {"type": "array"}, {"type": ["object", "null"]}])
-def test_parameters_of_a_tool_are_an_object(parameters: Any) -> None:
+def test_tool_parameters_must_be_an_object(parameters: Any) -> None:
     tools = [{"function": {"name": "a"}}, {"function": {"name": "b", "parameters": parameters}}]
     for choice in ("required", "auto"):
         with pytest.raises(GrammarError) as e:
@@ -299,7 +299,7 @@ def test_parameters_of_a_tool_are_an_object(parameters: Any) -> None:
         assert str(e.value.field).startswith("tools[1].function.parameters")
 
 
-def test_a_tool_with_a_schema_that_cannot_be_used_is_named() -> None:
+def test_a_tool_with_an_unsupported_schema_is_named() -> None:
     tools = [
         {"function": {"name": "a"}},
         {"function": {"name": "b", "parameters": {"properties": {"c": {"not": {}}}}}},

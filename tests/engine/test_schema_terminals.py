@@ -27,7 +27,7 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_are_found_where_python_finds_them(pattern: str) -> None:
+def test_patterns_match_as_in_python(pattern: str) -> None:
     terminal = strings.of_pattern(pattern)
     python = re.compile(re.sub(r"(?<!\\)\$", r"\\Z", pattern), re.ASCII)
     found = {text for text in TEXTS if python.search(text)}
@@ -49,7 +49,7 @@ def test_patterns_are_found_where_python_finds_them(pattern: str) -> None:
         ("[]", [], ["", "a"]),
     ],
 )
-def test_patterns_that_python_reads_otherwise(pattern: str, good: list[str], bad: list[str]) -> None:
+def test_patterns_that_differ_from_python(pattern: str, good: list[str], bad: list[str]) -> None:
     terminal = strings.of_pattern(pattern)
     assert [text for text in [*good, *bad] if strings.matches(terminal, text)] == good
 
@@ -66,7 +66,7 @@ def test_patterns_that_python_reads_otherwise(pattern: str, good: list[str], bad
         ("(" * 500 + ")" * 500, "nested too deeply"), ("\\", r"\\ is not"),
     ],
 )  # fmt: skip
-def test_what_is_no_pattern_is_refused(pattern: str, words: str) -> None:
+def test_invalid_patterns_are_refused(pattern: str, words: str) -> None:
     with pytest.raises(GrammarError, match=words):
         strings.of_pattern(pattern)
 
@@ -88,14 +88,14 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", strings.FORMATS)
-def test_formats(name: str) -> None:
+def test_formats_match_exactly_their_strings(name: str) -> None:
     good, bad = FORMATS[name]
     terminal = strings.of_format(name)
     assert [text for text in good if not strings.matches(terminal, text)] == []
     assert [text for text in bad if strings.matches(terminal, text)] == []
 
 
-def test_terminals_may_be_empty() -> None:
+def test_empty_terminals_are_detected() -> None:
     one, other = strings.of_pattern("^a*b$"), strings.of_pattern("^a*c$")
     assert strings.is_empty(f"{one} & {other}")
     assert not strings.is_empty(one)

@@ -57,10 +57,10 @@ def write(
         with atomic_write(path, folders=True) as partial, partial.open("wb") as f:
             f.write(_header(_metadata(args, plan, source), plan))
             for tensor, kind in plan:
-                f.write(bytes(-f.on_written() % ALIGNMENT))
+                f.write(bytes(-f.tell() % ALIGNMENT))
                 _write_tensor(f, tensor, kind)
                 on_written(tensor)
-            f.write(bytes(-f.on_written() % ALIGNMENT))
+            f.write(bytes(-f.tell() % ALIGNMENT))
     except (struct.error, OverflowError) as e:  # a configuration or tokenizer value out of range
         raise CheckpointError(f"not written: a value is out of the range of its GGUF key ({e})", place=path) from e
 

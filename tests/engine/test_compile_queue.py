@@ -1,4 +1,4 @@
-"""How many grammars are compiled at one time and followed in all, and what ends those that nobody waits for."""
+"""The limits on grammars that compile at once and on processes, and the end of abandoned compilations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def grammars() -> Grammars:
 
 
 def workers(grammars: Grammars) -> dict[int, str]:
-    """The children of its server that are not ended, and their states: "R" runs, "T" stands still."""
+    """The live workers of the fork server and their states: "R" is running, "T" is suspended."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -54,7 +54,7 @@ def workers(grammars: Grammars) -> dict[int, str]:
 
 
 class Asking(threading.Thread):
-    """A request that is read in a thread; what came of it."""
+    """A request whose grammar is compiled on a thread, with its state or error."""
 
     def __init__(self, grammars: Grammars, spec: StructuredOutputs) -> None:
         super().__init__(daemon=True)
@@ -71,7 +71,7 @@ class Asking(threading.Thread):
 
 
 def ended(asking: list[Asking], seconds: float = 5.0) -> list[str]:
-    """Let them all go; how they ended."""
+    """Disconnect all requests; the names of the errors they end with."""
     for each in asking:
         each.gone.set()
     for each in asking:
@@ -81,7 +81,7 @@ def ended(asking: list[Asking], seconds: float = 5.0) -> list[str]:
 
 
 def test_slow_grammars_do_not_delay_ordinary_ones(grammars: Grammars) -> None:
-    """Few of them are compiled at one time, and an ordinary one waits for each of those before it for a moment."""
+    """Few of them compile at once, and an ordinary grammar waits at most a time slice for each one ahead."""
     hostile = [Asking(grammars, slow(i)) for i in range(12)]
     most = grammars.compile_queue.max_quick + grammars.compile_queue.max_slow
     running: list[int] = []
@@ -115,7 +115,7 @@ def test_new_grammars_wait_for_a_turn(grammars: Grammars, monkeypatch: pytest.Mo
 
 
 def test_suspended_grammars_compile_to_the_same_masks(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped or not, each comes to what it would have come to alone."""
+    """A suspended compilation yields the masks of an uninterrupted one."""
     monkeypatch.setattr(compile_queue, "TIME_SLICE", 0.0)
     schemas = [{"properties": {f"{i}-{j}": {"type": "integer"} for j in range(400)}} for i in range(5)]
     medium = [StructuredOutputs(json=schema) for schema in schemas]
@@ -181,7 +181,7 @@ def test_an_abandoned_request_leaves_the_queue(grammars: Grammars) -> None:
 
 
 def test_waiting_requests_poll_slowly(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They do not wake each other."""
+    """Waiting requests do not wake each other."""
     looks, look = [0], grammars.compile_queue._update
 
     def counted() -> None:
@@ -217,7 +217,7 @@ def deep(i: int) -> str:
 
 
 def test_evicted_processes_restart_with_the_same_masks() -> None:
-    """Those longest unused end; what they followed begins again in others, to the same masks."""
+    """The least recently used processes end; their states restart in others, with the same masks."""
     tokenizer = Tokenizer.from_pretrained()
     few = Grammars(tokenizer, tokenizer.vocab_size, max_idle=1, max_processes=4)
     many = Grammars(tokenizer, tokenizer.vocab_size)

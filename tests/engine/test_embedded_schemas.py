@@ -1,4 +1,4 @@
-"""JSON schemas within a user's own Lark grammar: as exact as those that stand alone, wherever they stand."""
+"""JSON schemas embedded in a user's own Lark grammar are enforced as exactly as other schemas."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_grammar_without_schemas_is_unchanged() -> None:
 
 
 def test_multiple_of_is_separate_for_each_tool() -> None:
-    """Each is counted by itself."""
+    """The multiples of each schema are counted separately."""
     properties = {str(n): {"type": "integer", "minimum": 0, "multipleOf": n} for n in (199, 211)}
     schema: Any = {"type": "object", "properties": properties, "required": ["199", "211"], "maxProperties": 2}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}

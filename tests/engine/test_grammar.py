@@ -1,5 +1,4 @@
-"""Whatever is drawn under a grammar's masks, the text that comes out obeys the grammar: to the character, for
-every vocabulary, and wherever the completion begins."""
+"""Texts sampled under a grammar's masks match the grammar exactly, for every vocabulary and starting position."""
 
 from __future__ import annotations
 
@@ -148,7 +147,7 @@ def test_a_rejected_draft_does_not_change_the_state(v3: tuple[Tokenizer, Grammar
 
 
 def test_control_and_unknown_tokens_are_never_allowed(tokenizer: Tokenizer, grammars: Grammars) -> None:
-    """Not even by a grammar of anything but a text, whose complement holds no UTF-8 either."""
+    """Not even by the complement of a text, which also contains invalid UTF-8."""
     controls = {t for t in range(tokenizer.vocab_size) if tokenizer.is_control(t)}
     for grammar in (
         "start: X\nX: ~/abc/",
@@ -187,7 +186,7 @@ def test_a_grammar_may_name_control_tokens(v3: tuple[Tokenizer, Grammars]) -> No
 
 
 def test_every_tokenization_of_a_text_is_allowed(v3: tuple[Tokenizer, Grammars]) -> None:
-    """llguidance would then need the encoding of a text that follows upon others, which SentencePiece has not."""
+    """Forcing one would need the encoding of a text after other text, which SentencePiece does not define."""
     tokenizer, grammars = v3
     for options in ("", '%llguidance {"no_forcing": false}\n'):
         state = grammars.start(StructuredOutputs(grammar=f'{options}start: "the end"'), [1])
@@ -208,7 +207,7 @@ def test_whitespace_in_json_is_bounded(v3: tuple[Tokenizer, Grammars]) -> None:
 
 
 def test_the_sampler_applies_masks(tokenizer: Tokenizer, grammars: Grammars) -> None:
-    """Through the project's own sampler, two grammars and a free row side by side."""
+    """The project's own sampler, with two grammars and an unconstrained row in one batch."""
     specs = [SPECS["regex"], SPECS["choice"]]
     states = [grammars.start(spec, [tokenizer.bos_id]) for spec, _ in specs]
     decoders, texts = [tokenizer.stream([tokenizer.bos_id]) for _ in specs], ["", ""]

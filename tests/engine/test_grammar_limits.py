@@ -1,4 +1,4 @@
-"""What is no grammar, what asks for too much, and what is shared between completions."""
+"""Invalid and expensive grammars, and the state that completions share."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_grammars_are_bounded(v3: tuple[Tokenizer, Grammars], name: str) -> None:
-    """They are refused, or followed as far as limits allow; and neither takes long."""
+    """They are refused, or followed within the limits, and neither takes long."""
     grammars = v3[1]
     began = time.monotonic()
     with contextlib.suppress(GrammarError):
@@ -137,7 +137,7 @@ def test_compiled_grammars_are_cached_least_recently_used(monkeypatch: pytest.Mo
 
 
 def test_lexer_states_are_not_exhausted_by_other_completions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The states of a lexer are shared and limited: what runs out is made anew, and masks are the same."""
+    """Lexer states are shared and limited: a completion that runs out recompiles, with the same masks."""
     tokenizer = Tokenizer.from_pretrained()
     text = GrammarSpec(StructuredOutputs(regex="(a|b)*a(a|b){40}c")).lark(leading_space=False)
     vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
@@ -161,7 +161,7 @@ def test_lexer_states_are_not_exhausted_by_other_completions(monkeypatch: pytest
 
 
 def walk(states: list[MatcherState], letters: dict[str | bytes | None, int], n: int) -> None:
-    """Take n letters in all states, and see that their masks are the same."""
+    """Append n letters to all states, and check that their masks are equal."""
     chance = random.Random(n)
     for _ in range(n):
         masks = [state.masks()[0][0] for state in states]

@@ -1,4 +1,4 @@
-"""What the system does to the processes that follow grammars: no files are left, or their engine is killed."""
+"""Failures of the system for grammar processes: no file descriptors left, or a killed engine."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ print(llm.generate("a", SamplingParams(structured_outputs=StructuredOutputs(rege
 
 @pytest.mark.parametrize(("left", "killed"), [(0, "worker"), (1, "worker"), (0, "server"), (1, "server")])
 def test_running_out_of_files_ends_only_its_request(left: int, killed: str) -> None:
-    """A process ends in the middle of a step, and no other can be started."""
+    """A process ends during a step, and no other can be started."""
     done = subprocess.run(
         [sys.executable, "-c", FILES, str(left), killed], capture_output=True, text=True, timeout=120, env=ENV
     )
@@ -91,7 +91,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("first", ["engine", "fork server"])
 def test_workers_end_within_a_second_of_a_kill(first: str) -> None:
-    """Those that compile, and those that stand still."""
+    """Both compiling and suspended workers."""
     with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, env=ENV) as engine:
         assert engine.stdout is not None
         server, *pids = map(int, engine.stdout.readline().split())

@@ -1,4 +1,4 @@
-"""Whatever schema is drawn: each text that its grammar can end in obeys it, and no text ends midway."""
+"""For random schemas, every complete text of the grammar matches the schema, and no text reaches a dead end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXTS = 2  # of each schema
 
 
 class Walk:
-    """Draws texts from a grammar's masks; half the tokens are USEFUL, and at length whatever can end does."""
+    """Samples texts under a grammar's masks: half the tokens are USEFUL, and long texts are closed."""
 
     def __init__(self) -> None:
         self.tokenizer, self.grammars = in_process("demo")
@@ -61,7 +61,7 @@ class Walk:
         return text + decoder.flush()
 
     def _ending(self, found: np.ndarray, text: str, chance: random.Random) -> np.ndarray:
-        """Of the tokens found, those that end something, or at least begin nothing."""
+        """The tokens that close something, or else those that open nothing."""
         if re.sub(r"\\.", "", text).count('"') % 2:  # within a string
             found = found if len(found) < 40 else _those(found, self._useful)
             return _those(found, self._quote) if chance.random() < 0.5 else found
@@ -70,7 +70,7 @@ class Walk:
 
 
 def _those(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Of the tokens found those that are wanted; all if none is."""
+    """The wanted tokens among those found; all of them if there are none."""
     few = found[wanted[found]]
     return few if len(few) else found
 
@@ -81,7 +81,7 @@ def walk() -> Walk:
 
 
 def refusal(walk: Walk, spec: StructuredOutputs) -> str:
-    """Why a schema cannot be used, or ""."""
+    """The reason why a schema is refused, or ""."""
     try:
         walk.grammars.start(spec, [1])
     except GrammarError as e:
@@ -90,7 +90,7 @@ def refusal(walk: Walk, spec: StructuredOutputs) -> str:
 
 
 def check(walk: Walk, schema: Any, seed: int) -> str:
-    """How a schema fares: "" where it can be used; otherwise why not."""
+    """Test a schema: "" if it can be used, else the reason why not."""
     chance = random.Random(seed)
     spec = StructuredOutputs(json=schema)
     reason = refusal(walk, spec)
@@ -157,7 +157,7 @@ def test_random_schemas_detect_injected_faults(
 
 
 def test_random_schemas_detect_faults_of_llguidance_alone() -> None:
-    """In a process of its own, which some of them end."""
+    """In a separate process, because some schemas crash it."""
     code = """
 import json
 from mistral_7b.engine.grammar import lark

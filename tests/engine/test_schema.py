@@ -1,4 +1,4 @@
-"""JSON schemas keyword by keyword: what their grammars admit to the character, and what they refuse by name."""
+"""JSON schemas keyword by keyword: the texts that their grammars allow, and the keywords that they refuse."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LIST: dict[str, Any] = {
 
 
 def admits(schema: Any, text: str) -> bool:
-    """Whether a text can be written under a schema, and end there."""
+    """Whether a schema allows a text as a complete one."""
     return drawing.admits(StructuredOutputs(json=schema), text)
 
 
 def as_before(schema: Any, where: str, name: str, style: object = None) -> str:
-    """The schema as llguidance itself takes it, in place of rules.rules."""
+    """The schema compiled by llguidance's own %json, in place of rules.rules."""
     return f"{name}: %json {json.dumps({**schema, 'x-guidance': {'whitespace_flexible': False}})}"
 
 
@@ -155,14 +155,14 @@ def test_a_schema_allows_exactly_its_texts(name: str) -> None:
     ["enum", "const in const", "above 2^53", "names by escapes", "numbers end"],
 )
 def test_llguidance_alone_allows_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the test above can fail."""
+    """This shows that the test above can fail."""
     monkeypatch.setattr(lark_module, "rules", as_before)
     schema, _, bad = ADMITTED[name]
     assert [text for text in bad if admits(schema, text)]
 
 
 def test_a_comma_is_followed_by_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llguidance alone takes the comma, and then nothing at all."""
+    """llguidance alone allows the comma and then reaches a dead end."""
     schema = ADMITTED["a pattern that is a property"][0]
     assert not admits(schema, '{"a":1,')
     monkeypatch.setattr(lark_module, "rules", as_before)

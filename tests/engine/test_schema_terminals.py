@@ -1,4 +1,4 @@
-"""Terminals of strings and numbers, against Python's own reading of patterns, formats and numbers."""
+"""Terminals of strings and numbers, compared with Python's patterns, formats and numbers."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_empty_terminals_are_detected() -> None:
 
 
 def _matches(terminal: str, text: str) -> bool:
-    """Whether a text is in a terminal made of regexes, "&", "|", parentheses and "-" alone."""
+    """Whether a text matches a terminal of only regexes, "&", "|", parentheses and "-"."""
     negative = re.fullmatch(r'(?:\((.*)\) \| )?"-" \((.*)\)', terminal) or re.fullmatch(r"\((.*)\)()", terminal)
     if terminal.startswith("/"):
         return re.fullmatch(terminal[1:-1], text) is not None

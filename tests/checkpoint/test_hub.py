@@ -169,7 +169,7 @@ def test_missing_models_and_files_raise(tmp_path: pathlib.Path, hub: Hub) -> Non
     assert "no such model" in pull(tmp_path, hub.url, "someone/nothing")
     assert f"{REPO} has no revision 'v9'" in pull(tmp_path, hub.url, REPO, "v9")
     said = pull(tmp_path, hub.url, "someone/gguf")
-    assert said == "HubError: someone/gguf holds 2 GGUF files; name one, such as someone/gguf/x.f16.gguf"
+    assert said == "HubError: someone/gguf has 2 GGUF files; name one, such as someone/gguf/x.f16.gguf"
     said = pull(tmp_path, hub.url, "someone/gguf", "main", "y.gguf")
     assert "someone/gguf has no file y.gguf; it has x.f16.gguf, x.q8_0.gguf" in said
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .writing import convert as convert
     from .writing import save as save
 
-_HOMES = {
+_MODULES = {
     "load": "reading",
     "read_args": "reading",
     "read_record": "quantized",
@@ -38,6 +38,6 @@ __all__ = ["convert", "load", "quantize", "read_args", "read_record", "save"]
 
 
 def __getattr__(name: str) -> Any:  # lazy: importing `checkpoint.hub` must not import torch
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -18,7 +18,7 @@ V0_1_THETA, V0_1_WINDOW, LATER_THETA = 1e4, 4096, 1e6
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Read a JSON object. CheckpointError for invalid JSON, NaN or conflicting duplicates."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for name, value in pairs:
             if name in out and out[name] != value:
@@ -29,18 +29,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         return out
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"not JSON ({e})", place=path, hint="fetch the file again") from e
     except OSError as e:
         raise CheckpointError(f"cannot be read ({e.strerror})", place=path) from e
     if not isinstance(data, dict):
-        raise CheckpointError(f"holds a {type(data).__name__} where a JSON object belongs", place=path)
+        raise CheckpointError(f"contains a {type(data).__name__} instead of a JSON object", place=path)
     for field, value in _numbers(data, ""):
         if not math.isfinite(value):
-            raise CheckpointError(
-                f"field {field!r} is {value}, not a number that can be used", field=field, place=path
-            )
+            raise CheckpointError(f"field {field!r} is {value}, not a finite number", field=field, place=path)
     return data
 
 
@@ -56,14 +54,17 @@ def _numbers(value: Any, field: str) -> Iterator[tuple[str, float]]:
             yield from _numbers(inner, f"{field}[{i}]")
 
 
-def agreed(path: pathlib.Path, fields: dict[str, Any]) -> Any:
-    """Return the common value of synonymous fields or None; CheckpointError if they differ."""
+def consistent_value(path: pathlib.Path, fields: dict[str, Any]) -> Any:
+    """Return the common value of synonymous fields, or None if none is set; CheckpointError if they differ."""
     given = {name: value for name, value in fields.items() if value is not None}
     values = list(given.values())
     if any(v != values[0] for v in values):
-        said = " but ".join(f"{name!r} is {value!r}" for name, value in given.items())
+        listing = " but ".join(f"{name!r} is {value!r}" for name, value in given.items())
         raise CheckpointError(
-            f"{said}; they mean the same", field=next(iter(given)), place=path, hint="correct or remove one"
+            f"{listing}; both set the same value",
+            field=next(iter(given)),
+            place=path,
+            hint="correct or remove one",
         )
     return values[0] if values else None
 
@@ -77,19 +78,19 @@ def theta_and_window(path: pathlib.Path, theta: Any, window: Any) -> tuple[Any, 
         theta = LATER_THETA if window is None else V0_1_THETA
     if theta == LATER_THETA and window == V0_1_WINDOW:
         warnings.warn(
-            f"{path}: theta 1e6 with a window of 4096 is what early copies of Instruct-v0.2 said by mistake. "
-            "It is taken as it stands; if this is v0.2 or v0.3, set the window to null in that file.",
+            f"{path}: theta 1e6 with a window of 4096 is a mistake of early copies of Instruct-v0.2. "
+            "It is used unchanged; if this is v0.2 or v0.3, set the window to null in that file.",
             stacklevel=2,
         )
     return theta, window
 
 
-def refuse(path: pathlib.Path, data: dict[str, Any], harmless: dict[str, tuple[Any, ...]]) -> None:
-    """Raise CheckpointError if a field that changes the model has a value not in `harmless`."""
-    for field, values in harmless.items():
+def check_supported(path: pathlib.Path, data: dict[str, Any], supported: dict[str, tuple[Any, ...]]) -> None:
+    """Raise CheckpointError if a field has a value not in `supported`, which would change the model."""
+    for field, values in supported.items():
         if (value := data.get(field)) is not None and value not in values:
             raise CheckpointError(
-                f"{field!r} is {_short(value)}, which Mistral 7B does not have", field=field, place=path
+                f"{field!r} is {_short(value)}, which Mistral 7B does not support", field=field, place=path
             )
 
 

@@ -37,7 +37,7 @@ CONFIG_FILES = ("config.json", "params.json", "generation_config.json")
 class WeightGroup(NamedTuple):
     """A complete copy of the weights: the file to open (weights or shard index), and all files."""
 
-    door: str
+    entry_file: str
     files: list[str]
 
 
@@ -70,19 +70,19 @@ def needed_files(names: Iterable[str]) -> list[str]:
     return sorted([*small, *groups[0].files]) if groups else []
 
 
-def is_whole(folder: pathlib.Path, group: WeightGroup) -> bool:
+def is_complete(folder: pathlib.Path, group: WeightGroup) -> bool:
     """Return whether all files of a weight group are in the folder, including indexed shards."""
-    if not group.door.endswith(".json"):
-        return (folder / group.door).is_file()
+    if not group.entry_file.endswith(".json"):
+        return (folder / group.entry_file).is_file()
     try:
-        shards = set(json.loads((folder / group.door).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(json.loads((folder / group.entry_file).read_text(encoding="utf-8"))["weight_map"].values())
         return all((folder / shard).is_file() for shard in shards)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return False
 
 
 def sentencepiece_file(folder: pathlib.Path) -> pathlib.Path | None:
-    """Return the SentencePiece file of a folder, of several that of the highest version."""
+    """Return the SentencePiece file of a folder, that of the highest version if there are several."""
     files = [f for f in folder.iterdir() if SENTENCEPIECE.fullmatch(f.name)] if folder.is_dir() else []
     if not files:
         return None
@@ -115,7 +115,7 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
     HubError, with a hint, if the model is gated, missing or unreachable.
     """
     if not REPO_ID.fullmatch(repo_id):
-        raise HubError(f"{repo_id!r} is no name of a model on the hub: owner/name is wanted", field="repo_id")
+        raise HubError(f"{repo_id!r} is not the name of a model on the hub: use owner/name", field="repo_id")
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -145,18 +145,18 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
         if (refusal := write_error_in(e)) is not None and refusal.errno in ADVICE:
             raise WriteError(
                 f"{repo_id} could not be written to {constants.HF_HUB_CACHE} ({refusal.strerror})",
-                hint=f"{ADVICE[refusal.errno]} with HF_HOME; the files that have arrived are kept",
+                hint=f"{ADVICE[refusal.errno]} with HF_HOME; completed files are kept",
             ) from e
         if found := _cached(repo_id, revision, file):
             return found
         if isinstance(e, errors.OfflineModeIsEnabled):
             raise HubError(
-                f"{repo_id} is not (wholly) in the cache at {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set",
+                f"{repo_id} is not completely in the cache at {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set",
                 hint=f"unset it and run `mistral-7b pull {repo_id}`",
             ) from e
         raise HubError(
             f"{repo_id} could not be downloaded from {constants.ENDPOINT}: {first_line(e)}",
-            hint="check the connection and run it again; the files that have arrived are kept",
+            hint="check the connection and run it again; completed files are kept",
         ) from e
 
 
@@ -164,13 +164,13 @@ def _wanted(repo_id: str, names: list[str], file: str | None) -> list[str]:
     """Return the files to download: `file` if given, else `needed_files` of the one model."""
     if file is not None:
         if file not in names:
-            raise HubError(f"{repo_id} holds no {file}; it holds {', '.join(names[:20])}", field="file")
+            raise HubError(f"{repo_id} has no file {file}; it has {', '.join(names[:20])}", field="file")
         return [file]
     if wanted := needed_files(names):
         return wanted
     if found := [name for name in names if name.endswith(".gguf")]:
-        raise HubError(f"{repo_id} holds {len(found)} GGUF files", hint=f"name one, such as {repo_id}/{found[0]}")
-    raise HubError(f"{repo_id} holds no weights that can be opened here; it holds {', '.join(names[:20])}")
+        raise HubError(f"{repo_id} has {len(found)} GGUF files", hint=f"name one, such as {repo_id}/{found[0]}")
+    raise HubError(f"{repo_id} has no weights in a supported format; it has {', '.join(names[:20])}")
 
 
 def _cached(repo_id: str, revision: str, file: str | None) -> pathlib.Path | None:
@@ -183,6 +183,6 @@ def _cached(repo_id: str, revision: str, file: str | None) -> pathlib.Path | Non
             folder = pathlib.Path(found).parent
             if file:
                 return pathlib.Path(found)
-            if any(is_whole(folder, group) for group in weight_groups(os.listdir(folder))):
+            if any(is_complete(folder, group) for group in weight_groups(os.listdir(folder))):
                 return folder
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..model import ModelArgs
-from .config import V0_1_THETA, V0_1_WINDOW, agreed, refuse, theta_and_window, to_args
+from .config import V0_1_THETA, V0_1_WINDOW, check_supported, consistent_value, theta_and_window, to_args
 
 FIELDS = {
     "dim": "hidden_size",
@@ -23,8 +23,8 @@ FIELDS = {
     "vocab_size": "vocab_size",
 }
 ARCHITECTURE = "MistralForCausalLM"
-OURS = "mistral_7b"  # `quant_method` of checkpoints written by quantizing.py
-HARMLESS = {  # field -> the values that do not change the model
+QUANT_METHOD = "mistral_7b"  # `quant_method` of checkpoints written by quantizing.py
+SUPPORTED_VALUES = {  # field -> the values that do not change the model
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -33,7 +33,7 @@ HARMLESS = {  # field -> the values that do not change the model
 }
 
 
-def recognise(data: dict[str, Any]) -> bool:
+def recognize(data: dict[str, Any]) -> bool:
     """Return whether a JSON object has the fields of a Hugging Face config.json."""
     return "model_type" in data or "architectures" in data or "hidden_size" in data
 
@@ -41,11 +41,13 @@ def recognise(data: dict[str, Any]) -> bool:
 def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
     """Build ModelArgs from a config.json. CheckpointError names an invalid field."""
     _check_kind(path, data)
-    refuse(path, data, HARMLESS)
+    check_supported(path, data, SUPPORTED_VALUES)
     theta, window = theta_and_window(path, _theta(path, data), data.get("sliding_window"))
     if "sliding_window" not in data and theta == V0_1_THETA:
         # transformers defaults to a window of 4096, which is also that of v0.1, whose theta is 1e4.
-        warnings.warn(f"{path}: no 'sliding_window', but theta 1e4 as in v0.1: taking its 4096", stacklevel=2)
+        warnings.warn(
+            f"{path}: no 'sliding_window', but theta 1e4 as in v0.1: using its window of 4096", stacklevel=2
+        )
         window = V0_1_WINDOW
     _check_layer_types(path, data.get("layer_types"), window)
     head_dim = data.get("head_dim")
@@ -53,7 +55,9 @@ def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
         heads, dim = data.get("num_attention_heads"), data.get("hidden_size")
         if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
             raise CheckpointError(
-                "no 'head_dim', and hidden_size / num_attention_heads is not whole", field="head_dim", place=path
+                "no 'head_dim', and hidden_size / num_attention_heads is not an integer",
+                field="head_dim",
+                place=path,
             )
         head_dim = dim // heads
     more = {"max_seq_len": data.get("max_position_embeddings"), "tie_embeddings": data.get("tie_word_embeddings")}
@@ -75,15 +79,15 @@ def _check_kind(path: pathlib.Path, data: dict[str, Any]) -> None:
         )
     quantization = data.get("quantization_config")
     if quantization is not None and not (
-        isinstance(quantization, dict) and quantization.get("quant_method") == OURS
+        isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
     ):
         raise CheckpointError(
-            "'quantization_config' says that these weights are quantized in a way that cannot be opened",
+            "'quantization_config' names a quantization method that is not supported",
             field="quantization_config",
             place=path,
-            hint="take the unquantized checkpoint",
+            hint="use the unquantized checkpoint",
         )
-    agreed(path, {name: data.get(name) for name in ("dtype", "torch_dtype")})
+    consistent_value(path, {name: data.get(name) for name in ("dtype", "torch_dtype")})
 
 
 def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
@@ -95,21 +99,24 @@ def _theta(path: pathlib.Path, data: dict[str, Any]) -> Any:
             continue
         kind = None
         if isinstance(rope, dict):
-            kind = agreed(path, {f"{place}.{name}": rope.get(name) for name in ("rope_type", "type")}) or "default"
-            refuse(path, rope, {"partial_rotary_factor": (1,)})
+            kind = (
+                consistent_value(path, {f"{place}.{name}": rope.get(name) for name in ("rope_type", "type")})
+                or "default"
+            )
+            check_supported(path, rope, {"partial_rotary_factor": (1,)})
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
             raise CheckpointError(
-                f"{place!r} asks for a rotary embedding that Mistral 7B does not have", field=place, place=path
+                f"{place!r} sets a rotary embedding that Mistral 7B does not support", field=place, place=path
             )
         found[f"{place}.rope_theta"] = rope.get("rope_theta")
-    return agreed(path, found)
+    return consistent_value(path, found)
 
 
 def _check_layer_types(path: pathlib.Path, kinds: Any, window: Any) -> None:
     wanted = "full_attention" if window is None else "sliding_attention"
     if kinds is not None and not (isinstance(kinds, list) and all(kind == wanted for kind in kinds)):
         raise CheckpointError(
-            f"'layer_types' must all be {wanted!r}: every layer of Mistral 7B is alike",
+            f"'layer_types' must all be {wanted!r}: the layers of Mistral 7B are identical",
             field="layer_types",
             place=path,
         )

@@ -7,13 +7,13 @@ import warnings
 from typing import Any
 
 from ..model import ModelArgs
-from .config import agreed, refuse, theta_and_window, to_args
+from .config import check_supported, consistent_value, theta_and_window, to_args
 
 FIELDS = {
     name: name
     for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size")
 }
-HARMLESS: dict[str, tuple[Any, ...]] = {  # field -> the values that do not change the model
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {  # field -> the values that do not change the model
     "model_type": ("transformer",),
     "moe": (),
     "vision_encoder": (),
@@ -26,25 +26,27 @@ HARMLESS: dict[str, tuple[Any, ...]] = {  # field -> the values that do not chan
     "use_scale_emb": (False,),
     "causal": (True,),
 }
-OTHER = {
+OTHER_FIELDS = {
     "rope_theta", "sliding_window", "_sliding_window", "max_seq_len", "max_position_embeddings",
     "tied_embeddings", "max_batch_size",
 }  # fmt: skip
 
 
-def recognise(data: dict[str, Any]) -> bool:
+def recognize(data: dict[str, Any]) -> bool:
     """Return whether a JSON object has the fields of a params.json."""
     return "dim" in data and "n_layers" in data
 
 
 def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
     """Build ModelArgs from a params.json. CheckpointError names an invalid field."""
-    refuse(path, data, HARMLESS)
-    if strange := sorted(data.keys() - FIELDS.keys() - HARMLESS.keys() - OTHER):
-        warnings.warn(f"{path}: fields {', '.join(map(repr, strange))} are not known and not used", stacklevel=2)
-    window = agreed(path, {name: data.get(name) for name in ("sliding_window", "_sliding_window")})
+    check_supported(path, data, SUPPORTED_VALUES)
+    if unknown_fields := sorted(data.keys() - FIELDS.keys() - SUPPORTED_VALUES.keys() - OTHER_FIELDS):
+        warnings.warn(
+            f"{path}: fields {', '.join(map(repr, unknown_fields))} are unknown and ignored", stacklevel=2
+        )
+    window = consistent_value(path, {name: data.get(name) for name in ("sliding_window", "_sliding_window")})
     theta, window = theta_and_window(path, data.get("rope_theta"), window)
-    longest = agreed(path, {name: data.get(name) for name in ("max_seq_len", "max_position_embeddings")})
+    longest = consistent_value(path, {name: data.get(name) for name in ("max_seq_len", "max_position_embeddings")})
     more = {"max_seq_len": longest, "tie_embeddings": data.get("tied_embeddings")}
     more = {name: value for name, value in more.items() if value is not None}
     return to_args(path, data, FIELDS, rope_theta=theta, sliding_window=window, **more)

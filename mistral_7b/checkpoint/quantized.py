@@ -24,14 +24,20 @@ from ..kernels.cpu import huge_pages
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import Scheme, empty_model
 from . import config
-from .huggingface import OURS
+from .huggingface import QUANT_METHOD
 from .stored import StoredTensor
 
 FORMAT, WEIGHTS = 1, "quantized.safetensors"
-DISTANCE = ("kl", "top1_agreement", "perplexity_original", "perplexity", "tokens")  # numbers, and "text" a name
-HOW = (
-    "give distance={'kl', 'top1_agreement', 'perplexity_original', 'perplexity', 'tokens', 'text'} as measured "
-    "against the original on a text; `mistral-7b quantize` measures while it writes"
+DISTANCE_FIELDS = (
+    "kl",
+    "top1_agreement",
+    "perplexity_original",
+    "perplexity",
+    "tokens",
+)  # numbers, and "text" a name
+DISTANCE_HINT = (
+    "pass distance={'kl', 'top1_agreement', 'perplexity_original', 'perplexity', 'tokens', 'text'} as measured "
+    "against the original on a text; `mistral-7b quantize` measures it while writing"
 )
 
 
@@ -51,20 +57,20 @@ class Record:
     calibration: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in DISTANCE:
+        for name in DISTANCE_FIELDS:
             value = self.distance.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise QuantizationError(
-                    f"the distance's {name!r} is {value!r}, not a measured number", field=name, hint=HOW
+                    f"{name!r} of the distance is {value!r}, not a finite number", field=name, hint=DISTANCE_HINT
                 )
         if not isinstance(self.distance.get("text"), str):
-            raise QuantizationError("the distance does not name its 'text'", field="text", hint=HOW)
+            raise QuantizationError("the distance does not name its 'text'", field="text", hint=DISTANCE_HINT)
 
     def config(self) -> dict[str, Any]:
         """Return the content of `quantization_config`."""
         grouped = self.scheme.name == "int4"
         return {
-            "quant_method": OURS,
+            "quant_method": QUANT_METHOD,
             "format": FORMAT,
             "scheme": self.scheme.name,
             "group_size": self.scheme.group_size if grouped else None,
@@ -81,49 +87,53 @@ def read_record(path: str | os.PathLike[str]) -> Record | None:
     path = (path if path.is_dir() else path.parent) / "config.json"
     if not path.is_file():
         return None
-    said = config.read_json(path).get("quantization_config")
-    if not isinstance(said, dict) or said.get("quant_method") != OURS:
+    stored_config = config.read_json(path).get("quantization_config")
+    if not isinstance(stored_config, dict) or stored_config.get("quant_method") != QUANT_METHOD:
         return None
-    if said.get("format") != FORMAT:
+    if stored_config.get("format") != FORMAT:
         raise CheckpointError(
-            f"quantized in format {said.get('format')!r} and this release reads {FORMAT}",
+            f"quantized in format {stored_config.get('format')!r}, but this release reads format {FORMAT}",
             field="quantization_config.format",
             place=path,
-            hint="take a newer one",
+            hint="install a newer release",
         )
     kinds = {"scheme": str, "symmetric": bool, "distance": dict, "bytes": int}
-    if said.get("scheme") == "int4":
+    if stored_config.get("scheme") == "int4":
         kinds["group_size"] = int
     for field, kind in kinds.items():
-        if not isinstance(said.get(field), kind):
+        if not isinstance(stored_config.get(field), kind):
             raise CheckpointError(
-                f"'quantization_config.{field}' is {said.get(field)!r}, not of its kind",
+                f"'quantization_config.{field}' is {stored_config.get(field)!r}, not of type {kind.__name__}",
                 field=f"quantization_config.{field}",
                 place=path,
             )
-    name, calibration = said["scheme"], said.get("calibration")
+    name, calibration = stored_config["scheme"], stored_config.get("calibration")
     if name not in ("int8", "int4") or not isinstance(calibration, dict | None):
         raise CheckpointError(
-            "'quantization_config' has no scheme or calibration that can be read",
+            "'quantization_config' has an invalid scheme or calibration",
             field="quantization_config",
             place=path,
         )
     try:
-        scheme = Scheme(name, said["group_size"], said["symmetric"]) if name == "int4" else Scheme(name)
-        return Record(scheme, said["distance"], said["bytes"], calibration)
+        scheme = (
+            Scheme(name, stored_config["group_size"], stored_config["symmetric"])
+            if name == "int4"
+            else Scheme(name)
+        )
+        return Record(scheme, stored_config["distance"], stored_config["bytes"], calibration)
     except QuantizationError as e:
         raise CheckpointError.of(e, place=path) from e
 
 
-def check_asked(path: pathlib.Path, record: Record, asked: str | Scheme | None) -> None:
-    """Raise QuantizationError if `asked` is a scheme other than that of the folder."""
-    if asked is None or asked in (record.scheme.name, record.scheme):
+def check_scheme(path: pathlib.Path, record: Record, requested: str | Scheme | None) -> None:
+    """Raise QuantizationError if `requested` differs from the scheme of the folder."""
+    if requested is None or requested in (record.scheme.name, record.scheme):
         return
     raise QuantizationError(
-        f"is quantized already, as {record.scheme}, and not as {asked}",
+        f"is already quantized as {record.scheme}, not as {requested}",
         field="quantization",
         place=path,
-        hint="leave `quantization` out, or quantize the original anew",
+        hint="omit `quantization`, or quantize the original checkpoint",
     )
 
 
@@ -144,15 +154,15 @@ def build(
             raise CheckpointError(f"tensor {name!r} is missing", field=name, place=path)
         stored = raw[name]
         if stored.shape != tuple(like.shape):
-            raise stored.fault(f"is of shape {stored.shape}; its configuration says {tuple(like.shape)}")
+            raise stored.fault(f"has shape {stored.shape}; the configuration requires {tuple(like.shape)}")
         norm = name.endswith(".weight")  # norms are the only tensors of the model's dtype
         if stored.dtype != like.dtype and not (norm and stored.dtype.is_floating_point):
-            raise stored.fault(f"is of type {stored.dtype}, not {like.dtype}")
+            raise stored.fault(f"has type {stored.dtype}, not {like.dtype}")
         weights[name] = stored.view().to(like.dtype)
         if not mmap:  # one tensor at a time, so that the model is never held twice
             weights[name] = huge_pages.copied(weights[name])
             stored.release()
     if unknown := [name for name in raw if name not in wanted]:
-        raise raw[unknown[0]].fault(f"is unknown: {scheme} has none such")
+        raise raw[unknown[0]].fault(f"is not part of a model quantized as {scheme}")
     model.load_state_dict(weights, assign=True)
     return model

@@ -32,9 +32,9 @@ from . import hub, huggingface
 from .names import EMBEDDING, OUTPUT
 from .quantized import WEIGHTS, Record
 from .reading import Checkpoint, open_checkpoint
-from .writing import ALIGNMENT, Progress, copy_beside, header_of, new_folder, write_json
+from .writing import ALIGNMENT, Progress, copy_tokenizer_files, header_of, new_folder, write_json
 
-Put = Callable[[str, Tensor], None]
+WriteTensor = Callable[[str, Tensor], None]
 ROWS = 256  # logits per chunk
 
 
@@ -52,17 +52,19 @@ def save_quantized(
     scheme = scheme_of(model)
     if scheme is None:
         raise QuantizationError(
-            "the model is not wholly of int8 or int4 modules", field="format", hint="quantize it, or save it plain"
+            "not all modules of the model are int8 or int4",
+            field="format",
+            hint="quantize it, or save it unquantized",
         )
     state = {name: value.detach() for name, value in model.state_dict().items()}
     if meta := [name for name, value in state.items() if value.is_meta]:
         raise CheckpointError(f"{meta[0]!r} is on the meta device and has no data to save", field=meta[0])
     record = Record(scheme, distance or {}, sum(t.nbytes for t in state.values()), calibration)
     with new_folder(pathlib.Path(path), record.nbytes) as folder:
-        with _tensor_file(folder / WEIGHTS, state, progress) as put:
+        with _open_tensor_file(folder / WEIGHTS, state, progress) as write_tensor:
             for name, value in state.items():
-                put(name, value)
-        _write_rest(folder, model.args, model.norm.weight.dtype, record, model.source)
+                write_tensor(name, value)
+        _write_other_files(folder, model.args, model.norm.weight.dtype, record, model.source)
 
 
 def quantize(
@@ -92,32 +94,32 @@ def quantize(
     scheme = Scheme.of(scheme)
     if not scheme.whole:
         raise QuantizationError(
-            f"files hold int8 and int4; {scheme} is made when a model is opened, with quantization='{scheme}'",
+            f"only int8 and int4 can be saved; {scheme} is applied during loading, with quantization='{scheme}'",
             field="scheme",
         )
     checkpoint = open_checkpoint(hub.resolve(source))
-    guide = None if calibration_tokens is None else [torch.as_tensor(ids) for ids in calibration_tokens]
-    _check_ids(checkpoint, tokens.flatten(), *(guide or ()))
-    guide = None if guide is None else [ids for ids in guide if len(ids)]
-    if guide == []:
+    calibration_rows = None if calibration_tokens is None else [torch.as_tensor(ids) for ids in calibration_tokens]
+    _check_ids(checkpoint, tokens.flatten(), *(calibration_rows or ()))
+    calibration_rows = None if calibration_rows is None else [ids for ids in calibration_rows if len(ids)]
+    if calibration_rows == []:
         raise QuantizationError(
-            "no text to calibrate on",
+            "the calibration text is empty",
             field="calibration_tokens",
-            hint="pass rows of token ids, or quantize without",
+            hint="pass rows of token ids, or quantize without calibration",
         )
     held = checkpoint.tensors[EMBEDDING].dtype
     dtype = torch.bfloat16 if held.itemsize == 2 else torch.float32
     tensors = empty_model(checkpoint.args, scheme, dtype).state_dict()
     size = sum(t.nbytes for t in tensors.values())
     with new_folder(pathlib.Path(out), size) as folder:
-        with _tensor_file(folder / WEIGHTS, tensors, progress) as put, torch.inference_mode():
-            comparison = _Stream(checkpoint, scheme, dtype, tokens, put, guide).run()
+        with _open_tensor_file(folder / WEIGHTS, tensors, progress) as write_tensor, torch.inference_mode():
+            comparison = _Stream(checkpoint, scheme, dtype, tokens, write_tensor, calibration_rows).run()
         calibration = None
-        if guide is not None:
-            count = sum(map(len, guide))
+        if calibration_rows is not None:
+            count = sum(map(len, calibration_rows))
             calibration = {"method": "rescaling, feedback", "tokens": count, "text": calibration_text}
         record = Record(scheme, comparison.result(text), size, calibration)
-        _write_rest(folder, checkpoint.args, dtype, record, checkpoint.folder)
+        _write_other_files(folder, checkpoint.args, dtype, record, checkpoint.folder)
     return record
 
 
@@ -126,8 +128,8 @@ def _check_ids(checkpoint: Checkpoint, *rows: Tensor) -> None:
     most = max((int(ids.max()) for ids in rows if len(ids)), default=0)
     if most >= checkpoint.args.vocab_size:
         raise QuantizationError(
-            f"token {most} is beyond the vocabulary of {checkpoint.args.vocab_size}: the tokenizer belongs to "
-            "another model",
+            f"token {most} exceeds the vocabulary of {checkpoint.args.vocab_size} tokens: the tokenizer belongs "
+            "to another model",
             field="tokens",
             place=checkpoint.folder,
         )
@@ -135,14 +137,14 @@ def _check_ids(checkpoint: Checkpoint, *rows: Tensor) -> None:
 
 @dataclasses.dataclass
 class _Stream:
-    """Quantize a checkpoint layer by layer into `put`, running texts through both models."""
+    """Quantize a checkpoint layer by layer into `write_tensor`, running texts through both models."""
 
     checkpoint: Checkpoint
     scheme: Scheme
     dtype: torch.dtype
     tokens: Tensor  # (R, T)
-    put: Put
-    guide: list[Tensor] | None = None  # calibration rows (T,)
+    write_tensor: WriteTensor
+    calibration_rows: list[Tensor] | None = None  # calibration rows (T,)
 
     def run(self) -> Comparison:
         args = self.checkpoint.args
@@ -150,10 +152,12 @@ class _Stream:
         rope = rope_phases(memory.extend(self.tokens), args.head_dim, args.rope_theta, self.dtype)
         weight = self.checkpoint.read(EMBEDDING, self.dtype)
         embedding = Int8Embedding.from_weight(weight)
-        self._put_all("tok_embeddings", embedding)
+        self._write_module("tok_embeddings", embedding)
         x, y = weight[self.tokens], embedding(self.tokens)  # (R, T, D), original and quantized
         # Inputs of the next block for each calibration row: (T, D)
-        self.calibration = None if self.guide is None else [embedding(ids) for ids in self.guide]
+        self.calibration = (
+            None if self.calibration_rows is None else [embedding(ids) for ids in self.calibration_rows]
+        )
         self.checkpoint.tensors[EMBEDDING].release()
         for layer in range(args.n_layers):
             x, y = self._block(layer, x, y, rope, memory)
@@ -167,31 +171,31 @@ class _Stream:
         block.load_state_dict({k: self.checkpoint.read(f"{name}.{k}", self.dtype) for k in keys}, assign=True)
         x = block(x, rope, memory)
         if self.calibration is None:
-            replace_linears(block, self._rounded)
+            replace_linears(block, self._round_linear)
         else:  # calibration also changes the norms
             self.calibration = calibrate_block(block, self.calibration, self.checkpoint.args, self.scheme)
         block = fused(block)
-        self._put_all(name, block)
+        self._write_module(name, block)
         for key in keys:
             self.checkpoint.tensors[f"{name}.{key}"].release()
         return x, block(y, rope, memory)
 
-    def _rounded(self, linear: nn.Module, name: str) -> nn.Module:
+    def _round_linear(self, linear: nn.Module, name: str) -> nn.Module:
         assert isinstance(linear, nn.Linear)
         return self.scheme.linear(linear.weight, name)
 
     def _head(self, x: Tensor, y: Tensor) -> Comparison:
         """Quantize the output layer and compare the logits of both models."""
-        held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # a tied output
+        held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # tied embeddings
         weights = [self.checkpoint.read(name, self.dtype) for name in ("norm.weight", held)]
-        (norm, linear), (scaled, plain) = self._last(*weights), self._last(*weights)
+        (norm, linear), (scaled, plain) = self._output_modules(*weights), self._output_modules(*weights)
         if self.calibration is None:
-            rounded = self._rounded(plain, "output")
+            rounded = self._round_linear(plain, "output")
         else:
             rounded = calibrate_output(scaled, plain, self.calibration, self.scheme)
         scaled = fused(scaled)
-        self._put_all("norm", scaled)
-        self._put_all("output", rounded)
+        self._write_module("norm", scaled)
+        self._write_module("output", rounded)
         comparison = Comparison()
         last = x.shape[1] - 1  # the last token of a row has no target
         places = (t[:, :last].flatten(0, 1).split(ROWS) for t in (x, y, self.tokens[:, 1:, None]))
@@ -200,59 +204,61 @@ class _Stream:
         self.checkpoint.tensors[held].release()
         return comparison
 
-    def _last(self, norm: Tensor, output: Tensor) -> tuple[RMSNorm, nn.Linear]:
+    def _output_modules(self, norm: Tensor, output: Tensor) -> tuple[RMSNorm, nn.Linear]:
         """Return the final norm and the output layer with these weights."""
         args = self.checkpoint.args
-        made = (
+        modules = (
             RMSNorm(args.dim, args.norm_eps, dtype=self.dtype, device="meta"),
             nn.Linear(args.dim, args.vocab_size, bias=False, dtype=self.dtype, device="meta"),
         )
-        for module, weight in zip(made, (norm, output), strict=True):
+        for module, weight in zip(modules, (norm, output), strict=True):
             module.load_state_dict({"weight": weight}, assign=True)
-        return made
+        return modules
 
-    def _put_all(self, prefix: str, module: nn.Module) -> None:
+    def _write_module(self, prefix: str, module: nn.Module) -> None:
         for name, value in module.state_dict().items():
-            self.put(f"{prefix}.{name}", value)
+            self.write_tensor(f"{prefix}.{name}", value)
 
 
 @contextlib.contextmanager
-def _tensor_file(path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Progress | None) -> Iterator[Put]:
-    """Yield a function that writes tensors, in any order, to a preallocated safetensors file.
+def _open_tensor_file(
+    path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Progress | None
+) -> Iterator[WriteTensor]:
+    """Yield a function that writes tensors, in any order, at their offsets in a safetensors file.
 
-    `tensors` gives types and shapes and may be on meta. Tensors of a multiple of 64 bytes come first, so that each
-    of them (all tensors, in a model of ordinary sizes) is aligned to 64 bytes.
+    `tensors` gives types and shapes and may be on the meta device. Tensors whose size is a multiple of 64 bytes
+    come first, so that all of them (in models of usual sizes: all tensors) are aligned to 64 bytes.
     """
     order = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT != 0, -tensors[n].dtype.itemsize))
     header = header_of((name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order)
-    begins, total = {}, len(header)
+    offsets, total = {}, len(header)
     for name in order:
-        begins[name] = total
+        offsets[name] = total
         total += tensors[name].nbytes
     total -= len(header)
-    left, done = dict(tensors), 0
+    remaining, done = dict(tensors), 0
     with path.open("wb") as f:
         f.write(header)
 
-        def put(name: str, value: Tensor) -> None:
+        def write_tensor(name: str, value: Tensor) -> None:
             nonlocal done
-            like = left.pop(name)
+            like = remaining.pop(name)
             assert (value.shape, value.dtype) == (like.shape, like.dtype), name
-            f.seek(begins[name])
+            f.seek(offsets[name])
             f.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             done += value.nbytes
             if progress is not None:
                 progress(done, total, name)
 
-        yield put
-    assert not left, f"{next(iter(left))} was not written"
+        yield write_tensor
+    assert not remaining, f"{next(iter(remaining))} was not written"
 
 
-def _write_rest(
+def _write_other_files(
     folder: pathlib.Path, args: ModelArgs, dtype: torch.dtype, record: Record, source: pathlib.Path | None
 ) -> None:
-    """Write all files but the weights; the configuration last, since nothing opens without it."""
-    copy_beside(source, folder, "huggingface")
+    """Write all files except the weights; the configuration last, as no folder opens without it."""
+    copy_tokenizer_files(source, folder, "huggingface")
     if not (folder / "generation_config.json").exists():
         write_json(folder / "generation_config.json", huggingface.GENERATION)
     config = huggingface.config(args, str(dtype).removeprefix("torch."))

@@ -72,7 +72,7 @@ class Checkpoint:
     def keeps_blocks(self, name: str) -> bool:
         """Return whether `blocks` is not None for this tensor."""
         stored = self.tensors[name]
-        return isinstance(stored, gguf.StoredBlocks) and stored.kept
+        return isinstance(stored, gguf.StoredBlocks) and stored.kernel_ready
 
     def nbytes(self) -> int:
         """Return the size of all weights, in bytes."""
@@ -104,7 +104,7 @@ def load(
     """
     path = hub.resolve(source)
     if (record := quantized.read_record(path)) is not None:
-        quantized.check_asked(path, record, quantization)
+        quantized.check_scheme(path, record, quantization)
         record.scheme.check_device(device)
         return _open_quantized(path, record, dtype, device, mmap)
     checkpoint = open_checkpoint(path)
@@ -161,7 +161,7 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
     """Load a checkpoint, quantizing one weight at a time."""
     scheme.check_device(device)
     if scheme.name == "bf16" and dtype != torch.bfloat16:
-        raise QuantizationError(f"quantization 'bf16' computes in bfloat16, and not in {dtype}", field="dtype")
+        raise QuantizationError(f"quantization 'bf16' computes in bfloat16, not in {dtype}", field="dtype")
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
 
     def build(linear: nn.Module, name: str) -> nn.Module:
@@ -208,28 +208,28 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"is quantized, as {record.scheme}",
             field="quantization_config",
             place=path,
-            hint="take the original, which lost nothing",
+            hint="use the original checkpoint, which is unquantized",
         )
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
     layout = layout_of(raw)
     if layout not in CONFIGS:
         name = next(iter(raw), None)
-        raise CheckpointError(f"no tensor has a name of Mistral 7B's (the first is {name!r})", place=path)
+        raise CheckpointError(f"no tensor has a name of Mistral 7B (the first is {name!r})", place=path)
     args, _ = _read_config(folder, prefer=layout)
-    return Checkpoint(folder, args, layout, _fit(path, raw, layout, args))
+    return Checkpoint(folder, args, layout, _validated(path, raw, layout, args))
 
 
 def _gguf_of(path: pathlib.Path) -> pathlib.Path | None:
     """Return `path` if it is a GGUF file, or a folder's GGUF file if it has no other weights."""
     if path.is_dir() and (groups := hub.weight_groups(entry.name for entry in path.iterdir())):
-        path = path / groups[0].door
+        path = path / groups[0].entry_file
     return path if path.is_file() and is_gguf(path) else None
 
 
 def _open_gguf(path: pathlib.Path) -> Checkpoint:
     args, raw = gguf.read(path)
-    return Checkpoint(path, args, "gguf", _fit(path, raw, "gguf", args))
+    return Checkpoint(path, args, "gguf", _validated(path, raw, "gguf", args))
 
 
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -243,16 +243,18 @@ def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[Mod
     """Return the configuration of a folder and its format; `prefer` decides between two."""
     found = [folder / name for name in CONFIGS.values() if (folder / name).is_file()]
     if not found:
-        raise CheckpointError("holds neither config.json nor params.json, so it is not a checkpoint", place=folder)
+        raise CheckpointError(
+            "contains neither config.json nor params.json, so it is not a checkpoint", place=folder
+        )
     configs = {}
     for path in found:
         data = config.read_json(path)
-        if mistral.recognise(data):
+        if mistral.recognize(data):
             configs["mistral"] = (path, data)
-        elif huggingface.recognise(data):
+        elif huggingface.recognize(data):
             configs["huggingface"] = (path, data)
         else:
-            raise CheckpointError("neither Hugging Face's nor Mistral's configuration of a model", place=path)
+            raise CheckpointError("neither a config.json of Hugging Face nor a params.json of Mistral", place=path)
     format = prefer if prefer in configs else next(iter(configs))
     reader = mistral if format == "mistral" else huggingface
     return reader.read(*configs[format]), format
@@ -263,22 +265,22 @@ def _find_weights(folder: pathlib.Path) -> dict[str, StoredTensor]:
     groups = hub.weight_groups(entry.name for entry in folder.iterdir())
     if not groups:
         raise CheckpointError(
-            "holds no weights (*.safetensors, consolidated.00.pth, pytorch_model.bin)", place=folder
+            "contains no weights (*.safetensors, consolidated.00.pth, pytorch_model.bin)", place=folder
         )
     # If no group is complete, opening the first raises the error that names the missing file.
-    group = next((g for g in groups if hub.is_whole(folder, g)), groups[0])
-    return _read_weights(folder / group.door)
+    group = next((g for g in groups if hub.is_complete(folder, g)), groups[0])
+    return _read_weights(folder / group.entry_file)
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
     """Return the `weight_map` of an index: tensor name -> file name in the same folder."""
     table = config.read_json(path).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
-        raise CheckpointError("no 'weight_map' from tensors to files", place=path)
+        raise CheckpointError("no 'weight_map' of tensors to files", place=path)
     for tensor, file in table.items():
         if file != os.path.basename(file) or file in ("", ".", "..") or "\\" in file or "\0" in file:
             raise CheckpointError(
-                f"puts tensor {tensor!r} in {file!r}, outside its own folder", field=tensor, place=path
+                f"maps tensor {tensor!r} to {file!r}, outside the folder", field=tensor, place=path
             )
     return table
 
@@ -293,23 +295,23 @@ def _read_weights(path: pathlib.Path) -> dict[str, StoredTensor]:
         if not (path.parent / shard).is_file():
             first = next(tensor for tensor, file in index.items() if file == shard)
             raise CheckpointError(
-                f"missing, with tensor {first!r}; {path.name} names it", field=first, place=path.parent / shard
+                f"missing; {path.name} maps tensor {first!r} to it", field=first, place=path.parent / shard
             )
         for name, stored in read_file(path.parent / shard).items():
             if (place := index.get(name)) != shard:  # in two shards, or not in the index
                 raise CheckpointError(
-                    f"holds tensor {name!r}, which {path.name} puts in {place!r}", field=name, place=stored.path
+                    f"contains tensor {name!r}, which {path.name} maps to {place!r}", field=name, place=stored.path
                 )
             out[name] = stored
     for name, shard in index.items():
         if name not in out:
             raise CheckpointError(
-                f"lacks tensor {name!r}, which {path.name} says it holds", field=name, place=path.parent / shard
+                f"lacks tensor {name!r}, which {path.name} maps to it", field=name, place=path.parent / shard
             )
     return out
 
 
-def _fit(
+def _validated(
     path: pathlib.Path, raw: dict[str, StoredTensor], layout: str, args: ModelArgs
 ) -> dict[str, StoredTensor]:
     """Return the tensors by Mistral's names in forward order, after checking names and shapes."""
@@ -319,7 +321,7 @@ def _fit(
             continue
         ours = rename(name, layout, "mistral")
         if ours is None:
-            raise stored.fault("is unknown: this is not a plain Mistral 7B")
+            raise stored.fault("is unknown: this is not a Mistral 7B without additions")
         have[ours] = stored
     out = {}
     for ours, shape in expected(args):
@@ -330,13 +332,13 @@ def _fit(
             raise CheckpointError(f"tensor {theirs!r} is missing", field=theirs, place=path)
         stored = have.pop(ours)
         if not stored.dtype.is_floating_point:
-            raise stored.fault(f"is of {stored.dtype}, no plain float")
+            raise stored.fault(f"has type {stored.dtype}, not a floating-point type")
         if stored.shape != shape:
-            raise stored.fault(f"is of shape {stored.shape}; its configuration says {shape}")
+            raise stored.fault(f"has shape {stored.shape}; the configuration requires {shape}")
         out[ours] = stored
     if have:
         stored = next(iter(have.values()))
-        raise stored.fault(f"lies beyond the {args.n_layers} layers of its configuration")
+        raise stored.fault(f"exceeds the {args.n_layers} layers of the configuration")
     if args.tie_embeddings and OUTPUT in out:
         extra = out.pop(OUTPUT)
         if not torch.equal(extra.view(), out[EMBEDDING].view()):

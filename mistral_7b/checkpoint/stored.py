@@ -85,7 +85,7 @@ class StoredTensor:
         mapped = self.file.map()
         count = self._elements()
         if self.offset + count * self.dtype.itemsize > len(mapped):
-            raise self.fault("lies beyond the end of the file", hint="fetch it again")
+            raise self.fault("extends beyond the end of the file", hint="fetch it again")
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=count * self.dtype.itemsize, offset=self.offset)
         if raw.data_ptr() % self.dtype.itemsize:  # the header is not padded, so the data is unaligned
             raw = raw.clone()
@@ -117,33 +117,33 @@ def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, StoredTensor
             pass
         with path.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
-            header: dict[str, Any] = json.loads(f.read(length), object_pairs_hook=_no_name_twice)
+            header: dict[str, Any] = json.loads(f.read(length), object_pairs_hook=_unique_names)
     except CheckpointError as e:
         raise CheckpointError.of(e, place=path) from e
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError, struct.error) as e:
         if head[:1] == b"\x80" and head[2:] != bytes(6):  # a pickle's first bytes, not a plausible header length
             raise CheckpointError(
-                "a pickle of PyTorch before 1.6", place=path, hint="save it as safetensors"
+                "a pickle written by PyTorch before 1.6", place=path, hint="save it as safetensors"
             ) from e
-        raise CheckpointError(f"damaged or cut short ({e})", place=path, hint="fetch the file again") from e
+        raise CheckpointError(f"damaged or truncated ({e})", place=path, hint="fetch the file again") from e
     header.pop("__metadata__", None)
     file, out = MappedFile(path), {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"tensor {name!r} is of type {entry['dtype']}, which no weight is of", field=name, place=path
+                f"tensor {name!r} has type {entry['dtype']}, which is not supported", field=name, place=path
             )
         begin = 8 + length + entry["data_offsets"][0]
         out[name] = StoredTensor(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
     return out
 
 
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(n for n in names if names.count(n) > 1)
-        raise CheckpointError(f"tensor {twice!r} is named twice", field=twice)
+        raise CheckpointError(f"tensor {twice!r} appears twice", field=twice)
     return out
 
 
@@ -154,23 +154,25 @@ def _read_pickle(path: pathlib.Path) -> dict[str, StoredTensor]:
     # A damaged pickle can raise any exception; `weights_only` guarantees that no code ran.
     except Exception as e:
         raise CheckpointError(
-            "refused. It is damaged, or holds more than tensors, which could run code on your machine "
+            "refused: it is damaged, or contains more than tensors, which could execute code "
             f"({type(e).__name__}: {first_line(e)})",
             place=path,
             hint="use a safetensors file",
         ) from e
     file, out = MappedFile(path), {}
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"holds a {type(tensors).__name__} where a table of tensors belongs", place=path)
+        raise CheckpointError(
+            f"contains a {type(tensors).__name__} instead of a dictionary of tensors", place=path
+        )
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in FLOATS):
             raise CheckpointError(
-                f"entry {str(name)[:80]!r} is not a tensor of plain floats", field=str(name)[:80], place=path
+                f"entry {str(name)[:80]!r} is not a floating-point tensor", field=str(name)[:80], place=path
             )
         start = tensor.untyped_storage()._checkpoint_offset
         if start not in starts:
             raise CheckpointError(
-                f"tensor {name!r} is not stored plainly",
+                f"tensor {name!r} is stored compressed",
                 field=name,
                 place=path,
                 hint="save it again with torch.save",

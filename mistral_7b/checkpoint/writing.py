@@ -88,11 +88,11 @@ def save(
         return
     if distance is not None or calibration is not None:
         raise CheckpointError(
-            f"format {format!r} has no place for a distance or calibration: 'quantized' has", field="format"
+            f"format {format!r} cannot store a distance or calibration; 'quantized' can", field="format"
         )
     if scheme_of(model) is not None:
         raise CheckpointError(
-            f"the model is quantized, which format {format!r} cannot say",
+            f"format {format!r} cannot store a quantized model",
             field="format",
             hint="save it as 'quantized'",
         )
@@ -101,15 +101,17 @@ def save(
     for name, value in state.items():
         if name not in plain or tuple(value.shape) != plain[name]:
             raise CheckpointError(
-                f"{name!r} {tuple(value.shape)} is no weight of a plain Mistral 7B; not saved", field=name
+                f"{name!r} {tuple(value.shape)} is not a weight of Mistral 7B without additions; not saved",
+                field=name,
             )
         if value.is_meta:
             raise CheckpointError(f"{name!r} is on the meta device and has no data to save", field=name)
         if value.dtype not in CODES:
-            raise CheckpointError(f"{name!r} is of type {value.dtype}: cannot be saved", field=name)
+            raise CheckpointError(f"{name!r} has type {value.dtype}, which cannot be saved", field=name)
     if missing := [name for name in plain if name not in state]:
         raise CheckpointError(
-            f"the model lacks {missing[0]!r}: quantized or adapted, it cannot be saved", field=missing[0]
+            f"the model lacks {missing[0]!r}: a quantized or adapted model cannot be saved in this format",
+            field=missing[0],
         )
     outgoing = [
         Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
@@ -156,10 +158,10 @@ def _write(
     if format in ("huggingface", "gguf") and args.tie_embeddings:
         outgoing = [t for t in outgoing if t.name != OUTPUT]
     if format == "gguf":
-        gguf_writing.write(out, args, outgoing, type, source, _teller(outgoing, progress))
+        gguf_writing.write(out, args, outgoing, type, source, _progress_callback(outgoing, progress))
     elif type is not None:
         raise CheckpointError(
-            f"a type ({type!r}) is chosen for GGUF alone; other formats keep that of the weights", field="type"
+            f"type {type!r} applies only to GGUF; other formats keep the type of the weights", field="type"
         )
     else:
         _write_folder(out, args, format, outgoing, max_shard_size, source, progress)
@@ -176,12 +178,12 @@ def _write_folder(
 ) -> None:
     if format not in ("huggingface", "mistral"):
         raise CheckpointError(
-            f"format {format!r} is not known: 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
+            f"unknown format {format!r}; must be 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
         )
     limit = _bytes(max_shard_size)
     with new_folder(out, sum(t.nbytes for t in outgoing)) as partial:
         _write_weights(partial, args, format, outgoing, limit, progress)
-        copy_beside(source, partial, format)
+        copy_tokenizer_files(source, partial, format)
         _write_configs(partial, args, format, outgoing)
 
 
@@ -192,7 +194,7 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
     On an error it is removed. Raises CheckpointError if `out` exists and is not empty, WriteError if the disk is
     full or writing fails.
     """
-    _check_room(out, needed)
+    _check_target(out, needed)
     partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
@@ -207,9 +209,9 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_room(out: pathlib.Path, needed: int) -> None:
+def _check_target(out: pathlib.Path, needed: int) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError("exists already", place=out, hint="name a new folder, or remove that one")
+        raise CheckpointError("exists already", place=out, hint="choose a new folder, or remove this one")
     check_room(out, needed)
 
 
@@ -220,22 +222,23 @@ def _bytes(size: int | str) -> int:
         size = int(float(number) * UNITS[unit.upper()]) if unit.upper() in UNITS else 0
     if not isinstance(size, int) or size <= 0:
         raise CheckpointError(
-            f'max_shard_size {size!r} is no size: bytes, or like "5GB" or "500MB"', field="max_shard_size"
+            f'max_shard_size {size!r} is not a size: use bytes, or a string like "5GB" or "500MB"',
+            field="max_shard_size",
         )
     return size
 
 
-def _teller(outgoing: list[Outgoing], progress: Progress | None) -> Callable[[Outgoing], None]:
+def _progress_callback(outgoing: list[Outgoing], progress: Progress | None) -> Callable[[Outgoing], None]:
     """Return a callback for written tensors that counts bytes and calls `progress`."""
     done, total = 0, sum(t.nbytes for t in outgoing)
 
-    def tell(tensor: Outgoing) -> None:
+    def on_written(tensor: Outgoing) -> None:
         nonlocal done
         done += tensor.nbytes
         if progress is not None:
             progress(done, total, tensor.name)
 
-    return tell
+    return on_written
 
 
 def _write_weights(
@@ -247,18 +250,18 @@ def _write_weights(
     progress: Progress | None,
 ) -> None:
     """Write all tensors: one file in Mistral's layout, else shards of at most `limit` bytes."""
-    tell = _teller(outgoing, progress)
+    on_written = _progress_callback(outgoing, progress)
     if format == "mistral":
-        _write_safetensors(folder / "consolidated.safetensors", args, format, outgoing, tell)
+        _write_safetensors(folder / "consolidated.safetensors", args, format, outgoing, on_written)
         return
     shards = _shards(outgoing, limit)
     if len(shards) == 1:
-        _write_safetensors(folder / "model.safetensors", args, format, outgoing, tell)
+        _write_safetensors(folder / "model.safetensors", args, format, outgoing, on_written)
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / file, args, format, shard, tell)
+        _write_safetensors(folder / file, args, format, shard, on_written)
         weight_map.update({rename(t.name, "mistral", format): file for t in shard})
     total = {
         "total_parameters": sum(math.prod(t.shape) for t in outgoing),
@@ -281,7 +284,11 @@ def _shards(outgoing: list[Outgoing], limit: int) -> list[list[Outgoing]]:
 
 
 def _write_safetensors(
-    path: pathlib.Path, args: ModelArgs, format: str, tensors: list[Outgoing], tell: Callable[[Outgoing], None]
+    path: pathlib.Path,
+    args: ModelArgs,
+    format: str,
+    tensors: list[Outgoing],
+    on_written: Callable[[Outgoing], None],
 ) -> None:
     """Write one safetensors file, loading, writing and releasing one tensor at a time."""
     tensors = sorted(tensors, key=lambda t: -t.dtype.itemsize)  # stable; widest first keeps alignment
@@ -295,7 +302,7 @@ def _write_safetensors(
             value = value if heads is None else half_split(value, heads)
             f.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
             t.release()
-            tell(t)
+            on_written(t)
 
 
 def header_of(tensors: Iterable[tuple[str | None, torch.dtype, tuple[int, ...]]]) -> bytes:
@@ -310,7 +317,7 @@ def header_of(tensors: Iterable[tuple[str | None, torch.dtype, tuple[int, ...]]]
     return struct.pack("<Q", len(raw)) + raw
 
 
-def copy_beside(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
+def copy_tokenizer_files(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
     """Copy the tokenizer files, and for Hugging Face generation_config.json, from the source."""
     if source is not None and is_gguf(source):
         metadata = read_gguf(source).metadata

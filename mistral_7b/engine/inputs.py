@@ -17,8 +17,8 @@ from ..text.messages import tool_call_id
 from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import ToolCallStream
 from .engine import Engine
-from .grammar.client import KEPT, MOST, Grammars
-from .grammar.spec import FREE, GrammarSpec
+from .grammar.client import MAX_IDLE, MAX_PROCESSES, Grammars
+from .grammar.spec import OPTIONAL_CHOICES, GrammarSpec
 from .pages import first_key
 from .prompts import Prompt, TokenizedPrompt, tokenize_prompt
 from .request import Request, Sink
@@ -127,7 +127,7 @@ class InputProcessor:
                 hint="pass tokenizer=...",
             )
         structured = params.structured_outputs
-        if structured is not None and tool_choice not in FREE:
+        if structured is not None and tool_choice not in OPTIONAL_CHOICES:
             raise GenerationError(
                 f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other",
                 field="structured_outputs",
@@ -175,8 +175,10 @@ class InputProcessor:
         with self._lock:
             if self._grammars is None:
                 args, config = self.engine.model.args, self.engine.config
-                most = max(MOST, KEPT + config.max_sequences)
-                self._grammars = Grammars(self.tokenizer, args.vocab_size, config.grammar_limits, most=most)
+                most = max(MAX_PROCESSES, MAX_IDLE + config.max_sequences)
+                self._grammars = Grammars(
+                    self.tokenizer, args.vocab_size, config.grammar_limits, max_processes=most
+                )
             return self._grammars
 
     def warm_up(self) -> None:

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from ..errors import TokenizerError
 
 # Exceptions of mistral-common; SentencePiece raises RuntimeError for text that is not valid UTF-8.
-REFUSALS = (MistralCommonException, ValueError, AssertionError, RuntimeError)
+MISTRAL_COMMON_ERRORS = (MistralCommonException, ValueError, AssertionError, RuntimeError)
 
 
 def read_messages(
@@ -38,7 +38,7 @@ def read_messages(
 
     Raises TokenizerError naming the invalid message (see `label`).
     """
-    return _Reader(version).read(messages, labels)
+    return _Converter(version).convert(messages, labels)
 
 
 def label(labels: Sequence[str] | None, index: int) -> str:
@@ -59,14 +59,14 @@ def tool_call_id(name: str) -> str:
     return "".join(alphabet[number // 62**i % 62] for i in range(9))
 
 
-class _Reader:
+class _Converter:
     """Converter for the messages of one conversation."""
 
     def __init__(self, version: str) -> None:
         self.version = version
         self.open_calls: list[ToolCall] = []  # calls of the last assistant message without a result
 
-    def read(self, messages: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) -> list[Any]:
+    def convert(self, messages: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) -> list[Any]:
         if isinstance(messages, (str, Mapping)) or not messages:
             raise TokenizerError(
                 "messages must be a list of at least one {'role': ..., 'content': ...}", field="messages"
@@ -81,7 +81,7 @@ class _Reader:
                 name = label(labels, i)
                 field = f"{name}.{e.field}" if e.field else name
                 raise TokenizerError.of(e, message=f"{name}: {e.message}", field=field) from e
-            except (*REFUSALS, KeyError, TypeError) as e:
+            except (*MISTRAL_COMMON_ERRORS, KeyError, TypeError) as e:
                 name = label(labels, i)
                 raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
         return chat
@@ -89,7 +89,7 @@ class _Reader:
     def _message(self, index: int, message: Mapping[str, Any]) -> Any:
         if not isinstance(message, Mapping) or "role" not in message:
             field = "role" if isinstance(message, Mapping) else None
-            raise TokenizerError(f"not a dictionary with a role: {message!r:.80}", field=field)
+            raise TokenizerError(f"must be a dictionary with a role, not {message!r:.80}", field=field)
         role, content = message["role"], _content(message.get("content"))
         if role == "assistant":
             calls = [self._call(f"{index}.{k}", c) for k, c in enumerate(message.get("tool_calls") or ())]
@@ -110,13 +110,13 @@ class _Reader:
         if role in ("system", "developer"):
             return SystemMessage(content=content)
         raise TokenizerError(
-            f"unknown role {role!r}; known are system, developer, user, assistant, tool", field="role"
+            f"unknown role {role!r}; must be one of system, developer, user, assistant, tool", field="role"
         )
 
-    def _call(self, place: str, call: Mapping[str, Any]) -> ToolCall:
+    def _call(self, default_id: str, call: Mapping[str, Any]) -> ToolCall:
         if self.version == "v1":
             raise TokenizerError(
-                "this tokenizer (v1) knows no tool calls; Mistral 7B v0.3 does", field="tool_calls"
+                "this tokenizer (v1) does not support tool calls; Mistral 7B v0.3 does", field="tool_calls"
             )
         try:
             function = call["function"]
@@ -124,7 +124,7 @@ class _Reader:
         except KeyError as e:
             raise TokenizerError(f"field {e} of a tool call is missing", field="tool_calls") from e
         return ToolCall(
-            id=tool_call_id(call.get("id") or place), function=FunctionCall(name=name, arguments=arguments)
+            id=tool_call_id(call.get("id") or default_id), function=FunctionCall(name=name, arguments=arguments)
         )
 
     def _result(self, message: Mapping[str, Any], content: Any) -> ToolMessage:
@@ -171,13 +171,13 @@ def _content(content: Any) -> Any:
         return content
     if not isinstance(content, Sequence):
         raise TokenizerError(
-            f"content must be a text or a list of parts, not {type(content).__name__}", field="content"
+            f"content must be a string or a list of parts, not {type(content).__name__}", field="content"
         )
     for i, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
             raise TokenizerError(
-                f"content part of type {kind!r}: Mistral 7B reads text only", field=f"content[{i}]"
+                f"content part of type {kind!r}: Mistral 7B supports text only", field=f"content[{i}]"
             )
     return [TextChunk(text=part["text"]) for part in content]
 

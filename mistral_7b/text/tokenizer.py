@@ -33,7 +33,7 @@ from ..checkpoint.gguf.file import is_gguf
 from ..checkpoint.gguf.tokenizer import extract
 from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from ..errors import TokenizerError
-from .messages import REFUSALS, TEMPLATES, label, read_messages, reason
+from .messages import MISTRAL_COMMON_ERRORS, TEMPLATES, label, read_messages, reason
 
 UTF8 = codecs.getincrementaldecoder("utf-8")
 SPACE = "\u2581"  # SentencePiece's symbol for a space; in text it also decodes to a space
@@ -136,12 +136,12 @@ class Tokenizer:
         try:
             return self._pieces.encode(text, bos=bos, eos=eos)
         except (RuntimeError, AssertionError) as e:
-            raise TokenizerError(f"not a text that can be written as UTF-8: {text!r:.80}", field="text") from e
+            raise TokenizerError(f"the text cannot be encoded as UTF-8: {text!r:.80}", field="text") from e
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids, skipping control tokens; each invalid UTF-8 byte becomes U+FFFD."""
-        silent = self.bos_id  # replaces ids unknown to SentencePiece, so that bytes around one are not joined
-        return self._pieces.decode([silent if self.is_control(i) else i for i in ids])
+        textless = self.bos_id  # replaces ids unknown to SentencePiece, so that bytes around one are not joined
+        return self._pieces.decode([textless if self.is_control(i) else i for i in ids])
 
     def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
         """Return an incremental decoder for ids that follow the ids `after`.
@@ -184,7 +184,7 @@ class Tokenizer:
         may emit. Raises TokenizerError for a negative id.
         """
         if token < 0:
-            raise TokenizerError(f"{token} is no token id: these are whole numbers of at least 0", field="ids")
+            raise TokenizerError(f"{token} is not a token id: ids are integers of at least 0", field="ids")
         return self._surfaces[token] if token < len(self._surfaces) else None
 
     @cached_property
@@ -225,20 +225,20 @@ class Tokenizer:
         Consecutive assistant messages count as one, as mistral-common joins them.
         """
         if tools and self.version == "v1":
-            raise TokenizerError("this tokenizer (v1) knows no tools; Mistral 7B v0.3 does", field="tools")
+            raise TokenizerError("this tokenizer (v1) does not support tools; Mistral 7B v0.3 does", field="tools")
         chat = read_messages(messages, self.version, labels)
         if not any(m.role == "user" for m in chat):
             raise TokenizerError("the conversation has no message with role 'user' to answer", field="messages")
         try:
-            offered = [Tool.from_openai(dict(t)) for t in tools or ()] or None
-            if offered:
-                self._chat._chat_completion_request_validator._validate_tools(offered)
-        except REFUSALS as e:
+            validated_tools = [Tool.from_openai(dict(t)) for t in tools or ()] or None
+            if validated_tools:
+                self._chat._chat_completion_request_validator._validate_tools(validated_tools)
+        except MISTRAL_COMMON_ERRORS as e:
             raise TokenizerError(f"tools: {reason(e)}", field="tools") from e
         try:
-            return self._apply(self._chat, chat, offered)
-        except REFUSALS as e:
-            name = label(labels, self._at_fault(chat))
+            return self._apply(self._chat, chat, validated_tools)
+        except MISTRAL_COMMON_ERRORS as e:
+            name = label(labels, self._invalid_index(chat))
             raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
 
     @staticmethod
@@ -247,13 +247,13 @@ class Tokenizer:
         encoded = template.encode_chat_completion(request)
         return encoded.tokens, len(encoded.prefix_ids or ())
 
-    def _at_fault(self, chat: list[Any]) -> int:
+    def _invalid_index(self, chat: list[Any]) -> int:
         """Return the index of the first message that makes a conversation invalid."""
         lenient = self._template(ValidationMode.agnostic)  # accepts any last role
         for i in range(len(chat)):
             try:
                 self._apply(lenient, chat[: i + 1], None)
-            except REFUSALS:
+            except MISTRAL_COMMON_ERRORS:
                 return i
         return len(chat) - 1
 
@@ -275,7 +275,7 @@ class StreamDecoder:
         if isinstance(surface, bytes):
             self._at_start = False
             self._pending += surface
-            return self._settle()
+            return self._decode_pending()
         text = self.flush()  # bytes followed by a piece can never be completed
         if surface is None:
             return text
@@ -291,9 +291,9 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """Return the buffered text at the end of the stream."""
-        return self._settle(final=True)
+        return self._decode_pending(final=True)
 
-    def _settle(self, final: bool = False) -> str:
+    def _decode_pending(self, final: bool = False) -> str:
         text = ""
         while self._pending:
             size = _utf8_size(self._pending[0])
@@ -323,8 +323,8 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
         return extract(inside[0])
     others = [n for n in ("tokenizer.json", "tekken.json") if (folder / n).is_file()]
     raise TokenizerError(
-        "holds no tokenizer.model or tokenizer.model.v3"
-        + (f" ({others[0]} is of another kind)" if others else ""),
+        "contains no tokenizer.model or tokenizer.model.v3"
+        + (f" ({others[0]} is not a SentencePiece model)" if others else ""),
         place=folder,
         hint="fetch it from the model's repository on the hub: tokenizer.model for v0.1 and v0.2, "
         "tokenizer.model.v3 for v0.3",

@@ -25,8 +25,8 @@ LITERALS = {"t": "rue", "f": "alse", "n": "ull"}
 ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 # Parsers are generators: one character is sent at a time, and they return at their last character.
-Reading = Generator[None, str, None]
-ReadingOn = Generator[None, str, str]  # returns the parsed text, or the first character after it
+Parser = Generator[None, str, None]
+ValueParser = Generator[None, str, str]  # returns the parsed text, or the first character after it
 
 
 @dataclass
@@ -64,7 +64,7 @@ class ToolCallStream:
 
     def push(self, token: int, text: str) -> tuple[str, list[ToolCallDelta]]:
         """Add a token and its decoded text; return new content and tool call deltas."""
-        content, deltas = self._read(text)
+        content, deltas = self._parse(text)
         if token == self.control:  # `text` precedes the control token
             content += self.close()[0]
             self._list = _CallList()
@@ -84,33 +84,33 @@ class ToolCallStream:
         calls, self._list = self._list, None
         deltas: list[ToolCallDelta] = []
         if calls is None or not cut:
-            return calls.left() if calls is not None else "", deltas
-        if calls.name is not None and not calls.begun:
-            self._begin(calls.name, deltas)
+            return calls.remaining() if calls is not None else "", deltas
+        if calls.name is not None and not calls.emitted:
+            self._emit_call(calls.name, deltas)
         return "", deltas
 
-    def _read(self, text: str) -> tuple[str, list[ToolCallDelta]]:
+    def _parse(self, text: str) -> tuple[str, list[ToolCallDelta]]:
         deltas: list[ToolCallDelta] = []
-        for place, char in enumerate(text):
+        for i, char in enumerate(text):
             calls = self._list
             if calls is None:
-                return text[place:], deltas
+                return text[i:], deltas
             if not calls.push(char):
-                return self.close()[0] + text[place:], deltas
+                return self.close()[0] + text[i:], deltas
             if calls.name is not None and calls.fragment:
-                if not calls.begun:
-                    self._begin(calls.name, deltas)
-                    calls.begun = True
-                self._extend(calls.fragment, deltas)
+                if not calls.emitted:
+                    self._emit_call(calls.name, deltas)
+                    calls.emitted = True
+                self._emit_arguments(calls.fragment, deltas)
                 calls.fragment = ""
         return "", deltas
 
-    def _begin(self, name: str, deltas: list[ToolCallDelta]) -> None:
+    def _emit_call(self, name: str, deltas: list[ToolCallDelta]) -> None:
         index = len(self.calls)
         self.calls.append(ToolCall(index, self._ids(index), name))
         deltas.append(ToolCallDelta(index, self.calls[-1].id, name))
 
-    def _extend(self, fragment: str, deltas: list[ToolCallDelta]) -> None:
+    def _emit_arguments(self, fragment: str, deltas: list[ToolCallDelta]) -> None:
         call = self.calls[-1]
         call.arguments += fragment
         if not deltas or deltas[-1].index != call.index:
@@ -118,7 +118,7 @@ class ToolCallStream:
         deltas[-1].arguments += fragment
 
 
-class _WrongError(Exception):
+class _InvalidError(Exception):
     """Raised for a character that is invalid at its position."""
 
 
@@ -126,75 +126,75 @@ class _CallList:
     """Parser of a list of calls, one character at a time.
 
     `name` is the current call's name once complete, `fragment` its new argument text. The caller takes the
-    fragment and sets `begun` when the call has been emitted.
+    fragment and sets `emitted` when the call has been emitted.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.begun = False
+        self.emitted = False
         self.fragment = ""
         self._raw = ""  # text not yet emitted
         self._complete = False  # the current character completes a call or the list
-        self._over = False
-        self._reading = self._read_list()
-        next(self._reading)
+        self._list_ended = False
+        self._parser = self._parse_list()
+        next(self._parser)
 
-    def left(self) -> str:
+    def remaining(self) -> str:
         """Return the text not emitted; whitespace after the complete list is dropped."""
-        return "" if self._over else self._raw
+        return "" if self._list_ended else self._raw
 
     def push(self, char: str) -> bool:
         """Add a character; return whether it is valid. After False nothing more may be pushed."""
         self._complete = False
         try:
-            self._reading.send(char)
-        except _WrongError:
-            self._over = False  # whitespace between the list and text is content
+            self._parser.send(char)
+        except _InvalidError:
+            self._list_ended = False  # whitespace between the list and text is content
             return False
         self._raw += char
         if self._complete or (self.name is not None and self.fragment):
             self._raw = ""
         return True
 
-    def _read_list(self) -> Reading:
-        _need((yield from _skip()) == "[")
+    def _parse_list(self) -> Parser:
+        _expect((yield from _skip()) == "[")
         char = ","
         while char == ",":
-            _need((yield from _skip()) == "{")
-            yield from self._read_call()
+            _expect((yield from _skip()) == "{")
+            yield from self._parse_call()
             char = yield from _skip()
-        _need(char == "]")
-        self._complete = self._over = True
+        _expect(char == "]")
+        self._complete = self._list_ended = True
         while True:
-            _need((yield) in WHITESPACE)
+            _expect((yield) in WHITESPACE)
 
-    def _read_call(self) -> Reading:
-        self.name, self.begun, seen, char = None, False, set[str](), ","
+    def _parse_call(self) -> Parser:
+        self.name, self.emitted, seen, char = None, False, set[str](), ","
         while char == ",":
-            _need((yield from _skip()) == '"')
+            _expect((yield from _skip()) == '"')
             key = yield from _string()
-            _need(key in ("name", "arguments", "id") and key not in seen)
+            _expect(key in ("name", "arguments", "id") and key not in seen)
             seen.add(key)
-            _need((yield from _skip()) == ":")
-            yield from self._read_field(key)
+            _expect((yield from _skip()) == ":")
+            yield from self._parse_field(key)
             char = yield from _skip()
-        _need(char == "}" and self.name is not None)
+        _expect(char == "}" and self.name is not None)
         self._complete = True
         if "arguments" not in seen:
             self.fragment = "{}"
 
-    def _read_field(self, key: str) -> Reading:
+    def _parse_field(self, key: str) -> Parser:
         char = yield from _skip()
         if key == "arguments":
-            yield from self._read_arguments(char)
+            yield from self._parse_arguments(char)
             return
-        _need(char == '"')
+        _expect(char == '"')
         text = yield from _string()
         if key == "name":
-            _need(text != "")
+            _expect(text != "")
             self.name = text
 
-    def _read_arguments(self, char: str) -> Reading:
+    def _parse_arguments(self, char: str) -> Parser:
         """Parse an object or null starting with `char`, or a string that contains one or is blank."""
         quoted = char == '"'
         if quoted:
@@ -208,33 +208,33 @@ class _CallList:
                 while True:
                     self.fragment += char
                     char = (yield from _char()) if quoted else (yield)
-                    _need(char != "")
+                    _expect(char != "")
                     reading.send(char)
             except StopIteration:
                 self.fragment += char
         elif char:
-            _need(char == "n")
+            _expect(char == "n")
             for expected in LITERALS[char]:
-                _need(((yield from _char()) if quoted else (yield)) == expected)
+                _expect(((yield from _char()) if quoted else (yield)) == expected)
         while quoted and char and (char := (yield from _char())):
-            _need(char in WHITESPACE)
+            _expect(char in WHITESPACE)
         if empty:
             self.fragment = "{}"
 
 
-def _need(condition: bool) -> None:
+def _expect(condition: bool) -> None:
     if not condition:
-        raise _WrongError
+        raise _InvalidError
 
 
-def _skip() -> ReadingOn:
+def _skip() -> ValueParser:
     """Skip whitespace; return the first other character."""
     while (char := (yield)) in WHITESPACE:
         pass
     return char
 
 
-def _string() -> ReadingOn:
+def _string() -> ValueParser:
     """Parse a string after its opening quotation mark; return its value."""
     parts = []
     while char := (yield from _char()):
@@ -242,25 +242,25 @@ def _string() -> ReadingOn:
     return "".join(parts)
 
 
-def _char() -> ReadingOn:
+def _char() -> ValueParser:
     """Return the next decoded character of a string, or "" at its end."""
     char = yield
     if char == '"':
         return ""
-    _need(char >= " ")
+    _expect(char >= " ")
     if char != "\\":
         return char
     char = yield
     if char != "u":
-        _need(char in ESCAPES)
+        _expect(char in ESCAPES)
         return ESCAPES[char]
     code = yield from _hexadecimal()
     if 0xD800 <= code < 0xDC00:  # a high surrogate must be followed by a low one
-        _need((yield) == "\\" and (yield) == "u")
+        _expect((yield) == "\\" and (yield) == "u")
         low = yield from _hexadecimal()
-        _need(0xDC00 <= low < 0xE000)
+        _expect(0xDC00 <= low < 0xE000)
         code = 0x10000 + (code - 0xD800 << 10) + low - 0xDC00
-    _need(not 0xDC00 <= code < 0xE000)
+    _expect(not 0xDC00 <= code < 0xE000)
     return chr(code)
 
 
@@ -269,11 +269,11 @@ def _hexadecimal() -> Generator[None, str, int]:
     digits = ""
     for _ in range(4):
         digits += yield
-        _need(digits[-1] in DIGITS + "abcdefABCDEF")
+        _expect(digits[-1] in DIGITS + "abcdefABCDEF")
     return int(digits, 16)
 
 
-def _value(char: str) -> Reading:
+def _value(char: str) -> Parser:
     """Parse an object or list whose first character is `char`, without recursion."""
     closers: list[str] = []
     while True:
@@ -290,7 +290,7 @@ def _value(char: str) -> Reading:
             yield from _string()
         elif char in LITERALS:
             for expected in LITERALS[char]:
-                _need((yield) == expected)
+                _expect((yield) == expected)
         else:
             following = yield from _number(char)
         while closers:
@@ -301,21 +301,21 @@ def _value(char: str) -> Reading:
             closers.pop()
         if not closers:
             return
-        _need(char == ",")
+        _expect(char == ",")
         char = yield from _skip()
         if closers[-1] == "}":
             char = yield from _key(char)
 
 
-def _key(char: str) -> ReadingOn:
+def _key(char: str) -> ValueParser:
     """Parse a key starting with `char` and its colon; return the first character of the value."""
-    _need(char == '"')
+    _expect(char == '"')
     yield from _string()
-    _need((yield from _skip()) == ":")
+    _expect((yield from _skip()) == ":")
     return (yield from _skip())
 
 
-def _number(char: str) -> ReadingOn:
+def _number(char: str) -> ValueParser:
     """Parse a number starting with `char`; return the character after it."""
     if char == "-":
         char = yield
@@ -333,9 +333,9 @@ def _number(char: str) -> ReadingOn:
     return char
 
 
-def _digits(char: str) -> ReadingOn:
+def _digits(char: str) -> ValueParser:
     """Parse one or more digits starting with `char`; return the character after them."""
-    _need(char in DIGITS)
+    _expect(char in DIGITS)
     while char in DIGITS:
         char = yield
     return char

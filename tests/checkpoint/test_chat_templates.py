@@ -146,7 +146,7 @@ def test_random_conversations_have_the_ids_of_encode_chat(version: str) -> None:
 MUTATED = '{}[]",:\\/ \n\t0123456789.-+eEu_tnafNI"é'
 
 
-def test_a_text_is_reread_as_json_dumps_of_json_loads() -> None:
+def test_the_json_macro_equals_json_dumps_of_json_loads() -> None:
     """Valid JSON, and JSON with one or two changed characters."""
     draw, drawing, counts = random.Random(0), Drawing(0, "v3"), [0, 0, 0]
     macro = environment().from_string(chat_templates.JSON + "{{ reread(text) }}")
@@ -180,7 +180,7 @@ CALLED: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [C
 RESULT = {"role": "tool", "tool_call_id": "call00001", "content": '{"y":[1,2]}'}
 
 
-def test_compact_arguments_and_results_are_spaced_as_mistral_does() -> None:
+def test_compact_json_gets_mistrals_whitespace() -> None:
     text = WRITTEN["v3"].render([USER, CALLED, RESULT])
     assert text.endswith(
         '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}, "id": "call00001"}]</s>'
@@ -219,7 +219,7 @@ REFUSED: list[tuple[str, Chat, str]] = [
 
 
 @pytest.mark.parametrize(("version", "chat", "said"), REFUSED)
-def test_what_is_refused_says_why(version: str, chat: Chat, said: str) -> None:
+def test_templates_raise_with_the_reason(version: str, chat: Chat, said: str) -> None:
     with pytest.raises(jinja2.TemplateError, match=re.escape(said)):
         WRITTEN[version].render(chat)
 
@@ -235,7 +235,7 @@ def test_an_engine_that_cannot_strip_characters_is_refused(method: str) -> None:
 
 @every
 @pytest.mark.parametrize("text", ["It will be", "It will be ", " a \n ", "   ", "\n"])
-def test_transformers_continues_a_last_message_as_given(version: str, text: str) -> None:
+def test_transformers_continues_a_final_assistant_message_unchanged(version: str, text: str) -> None:
     """continue_final_message cuts the rendered text at the last message, which must not be stripped."""
     rendering = pytest.importorskip("transformers.utils.chat_template_utils")
     written, last = WRITTEN[version], {"role": "assistant", "content": text}
@@ -250,7 +250,7 @@ def test_transformers_continues_a_last_message_as_given(version: str, text: str)
     assert written.tokens(found) == OURS[version].encode_chat([USER, {**last, "prefix": True}])
 
 
-def test_llama_cpp_finds_what_it_looks_for() -> None:
+def test_templates_contain_the_strings_llama_cpp_searches_for() -> None:
     """llama.cpp probes a template with a call without its result."""
     sources = {version: written.source for version, written in WRITTEN.items()}
     for version in ("v2", "v3", "v7", "demo"):
@@ -272,7 +272,7 @@ def test_llama_cpp_finds_what_it_looks_for() -> None:
 
 
 @every
-def test_the_vocabulary_is_read_back_with_its_version(version: str, tmp_path: pathlib.Path) -> None:
+def test_a_vocabulary_round_trips_with_its_version(version: str, tmp_path: pathlib.Path) -> None:
     keys = gguf_tokenizer.metadata(OURS[version].path, OURS[version].vocab_size)
     path = tmp_path / gguf_tokenizer.file_name(keys)
     path.write_bytes(gguf_tokenizer.sentencepiece_model(path, keys))
@@ -280,7 +280,7 @@ def test_the_vocabulary_is_read_back_with_its_version(version: str, tmp_path: pa
     assert gguf_tokenizer.metadata(path, OURS[version].vocab_size) == keys
 
 
-def test_tokens_of_a_users_own_are_special_too() -> None:
+def test_user_defined_tokens_are_special() -> None:
     """Token names are literals in the template for any characters; numbered names share a prefix."""
     names = ["<|im_start|>", "it's", 'a"b', "\\n", "[THING_12]", "7]"]
     template = environment().from_string(chat_templates.chat_template("v1", names))

@@ -40,23 +40,23 @@ def test_trap_08_golden_configs_as_transformers_5_writes_them(tmp_path: pathlib.
 
 
 @pytest.mark.parametrize("window", [4096, None, 1000])
-def test_trap_08_theta_left_out_follows_the_window(tmp_path: pathlib.Path, window: int | None) -> None:
+def test_trap_08_a_missing_theta_follows_the_window(tmp_path: pathlib.Path, window: int | None) -> None:
     data = {k: v for k, v in HF_V1.items() if k != "rope_theta"} | {"sliding_window": window}
     assert args_of(tmp_path, data).rope_theta == (1e6 if window is None else 1e4)
 
 
-def test_trap_08_another_theta_is_a_fine_tune_and_stands(tmp_path: pathlib.Path) -> None:
+def test_trap_08_any_other_theta_is_kept(tmp_path: pathlib.Path) -> None:
     assert args_of(tmp_path, {**HF_V1, "rope_theta": 123456.0}).rope_theta == 123456.0
     assert args_of(tmp_path, {**HF_V1, "sliding_window": None}).rope_theta == 1e4
 
 
-def test_trap_08_instruct_v0_2_copies_that_still_name_a_window_are_warned_of(tmp_path: pathlib.Path) -> None:
+def test_trap_08_instruct_v0_2_copies_with_a_window_warn(tmp_path: pathlib.Path) -> None:
     with pytest.warns(UserWarning, match=r"config\.json.*Instruct-v0.2.*null"):
         args = args_of(tmp_path, {**HF_V2, "sliding_window": 4096})
     assert (args.rope_theta, args.sliding_window) == (1e6, 4096)
 
 
-def test_trap_08_a_window_left_out_of_a_config_with_theta_of_v0_1_is_v0_1s(tmp_path: pathlib.Path) -> None:
+def test_trap_08_a_missing_window_with_theta_of_v0_1_is_4096(tmp_path: pathlib.Path) -> None:
     data = {k: v for k, v in HF_V1.items() if k != "sliding_window"}
     with pytest.warns(UserWarning, match="sliding_window"):
         assert args_of(tmp_path, data) == V1
@@ -71,12 +71,12 @@ DISAGREEING = {
 
 
 @pytest.mark.parametrize("data", DISAGREEING.values(), ids=DISAGREEING)
-def test_trap_08_two_fields_that_disagree_are_refused(tmp_path: pathlib.Path, data: dict[str, Any]) -> None:
+def test_trap_08_conflicting_fields_are_refused(tmp_path: pathlib.Path, data: dict[str, Any]) -> None:
     with refused(CheckpointError, place=tmp_path / "config.json"):
         args_of(tmp_path, data)
 
 
-def test_trap_08_two_windows_that_disagree_are_refused(tmp_path: pathlib.Path) -> None:
+def test_trap_08_conflicting_windows_are_refused(tmp_path: pathlib.Path) -> None:
     with refused(CheckpointError, field="sliding_window", place=tmp_path / "params.json"):
         args_of(tmp_path, {**PARAMS, "sliding_window": 8, "_sliding_window": 16}, "params.json")
     assert (
@@ -84,13 +84,13 @@ def test_trap_08_two_windows_that_disagree_are_refused(tmp_path: pathlib.Path) -
     )
 
 
-def test_trap_08_one_field_given_twice_is_refused(tmp_path: pathlib.Path) -> None:
+def test_trap_08_a_duplicate_field_is_refused(tmp_path: pathlib.Path) -> None:
     text = json.dumps(HF_V1)[:-1] + ', "rope_theta": 1000000.0}'
     with refused(CheckpointError, field="rope_theta", place=tmp_path / "config.json"):
         args_of(tmp_path, text)
 
 
-def test_fields_that_agree_in_old_and_new_style_are_fine(tmp_path: pathlib.Path) -> None:
+def test_old_and_new_fields_that_agree_are_accepted(tmp_path: pathlib.Path) -> None:
     assert args_of(tmp_path, {**HF_V2, **transformers_5(HF_V2)}) == V2
 
 
@@ -120,7 +120,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "field"), REFUSED.values(), ids=REFUSED)
-def test_configs_that_cannot_be_are_refused_by_name(
+def test_unsupported_config_fields_are_named(
     tmp_path: pathlib.Path, change: dict[str, Any], field: str | None
 ) -> None:
     with refused(CheckpointError, field=field, place=tmp_path / "config.json"):
@@ -128,23 +128,23 @@ def test_configs_that_cannot_be_are_refused_by_name(
 
 
 @pytest.mark.parametrize("change", [{"moe": {"num_experts": 8}}, {"vision_encoder": {}}, {"dim": None}])
-def test_params_that_cannot_be_are_refused(tmp_path: pathlib.Path, change: dict[str, Any]) -> None:
+def test_unsupported_params_are_refused(tmp_path: pathlib.Path, change: dict[str, Any]) -> None:
     with refused(CheckpointError, field=next(iter(change)), place=tmp_path / "params.json"):
         args_of(tmp_path, {**PARAMS, **change}, "params.json")
 
 
-def test_unknown_params_are_warned_of(tmp_path: pathlib.Path) -> None:
+def test_unknown_params_warn(tmp_path: pathlib.Path) -> None:
     with pytest.warns(UserWarning, match="'something_new'"):
         args_of(tmp_path, {**PARAMS, "something_new": 1}, "params.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", '{"a": 1}', "[" * 100_000])
-def test_what_is_no_config_is_refused(tmp_path: pathlib.Path, text: str) -> None:
+def test_an_invalid_config_file_is_refused(tmp_path: pathlib.Path, text: str) -> None:
     with refused(CheckpointError, place=tmp_path / "config.json"):
         args_of(tmp_path, text)
 
 
-def test_a_config_is_told_by_its_content_and_not_by_its_name(tmp_path: pathlib.Path) -> None:
+def test_config_formats_are_detected_by_content(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**PARAMS, "sliding_window": 4096}))
     assert read_args(tmp_path) == (V1, "mistral")
 
@@ -159,7 +159,7 @@ def test_a_config_is_told_by_its_content_and_not_by_its_name(tmp_path: pathlib.P
         ModelArgs(tie_embeddings=True, sliding_window=17, norm_eps=1e-6),
     ],
 )
-def test_configs_written_are_read_back(args: ModelArgs) -> None:
+def test_configs_round_trip(args: ModelArgs) -> None:
     path = pathlib.Path("x.json")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

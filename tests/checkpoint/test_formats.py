@@ -39,7 +39,7 @@ def opened(path: pathlib.Path, dtype: torch.dtype = torch.float32) -> Mistral7B:
 
 
 @pytest.mark.parametrize("args", CONFIGS.values(), ids=CONFIGS)
-def test_trap_09_and_10_transformers_reads_what_we_write(
+def test_trap_09_and_10_transformers_loads_our_checkpoints(
     tmp_path: pathlib.Path, args: ModelArgs, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
     model = tiny_model(args)
@@ -63,7 +63,7 @@ def test_trap_09_and_10_transformers_reads_what_we_write(
 
 
 @pytest.mark.parametrize("args", CONFIGS.values(), ids=CONFIGS)
-def test_trap_09_and_10_we_read_what_transformers_writes(tmp_path: pathlib.Path, args: ModelArgs) -> None:
+def test_trap_09_and_10_we_load_transformers_checkpoints(tmp_path: pathlib.Path, args: ModelArgs) -> None:
     torch.manual_seed(3)
     theirs = transformers.MistralForCausalLM(
         transformers.MistralConfig(
@@ -118,7 +118,7 @@ def test_trap_09_round_trips_are_bit_identical(
         }
 
 
-def test_mistral_inference_would_find_its_own_names_in_one_file(tmp_path: pathlib.Path) -> None:
+def test_the_mistral_format_is_one_file_with_mistrals_names(tmp_path: pathlib.Path) -> None:
     model = tiny_model(tiny_args(tie_embeddings=True))
     model.save_pretrained(tmp_path / "out", format="mistral", max_shard_size=1000)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["consolidated.safetensors", "params.json"]
@@ -128,7 +128,7 @@ def test_mistral_inference_would_find_its_own_names_in_one_file(tmp_path: pathli
     assert (params["rope_theta"], params["sliding_window"]) == (TINY.rope_theta, TINY.sliding_window)
 
 
-def test_a_pickle_opens_like_the_safetensors(tmp_path: pathlib.Path) -> None:
+def test_a_pickle_loads_like_safetensors(tmp_path: pathlib.Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "out", format="mistral")
     (tmp_path / "out" / "consolidated.safetensors").unlink()
@@ -140,7 +140,7 @@ def test_a_pickle_opens_like_the_safetensors(tmp_path: pathlib.Path) -> None:
     assert same_bits(model, opened(tmp_path / "out" / "consolidated.00.pth"))
 
 
-def test_a_hugging_face_pickle_in_shards(tmp_path: pathlib.Path) -> None:
+def test_a_sharded_hugging_face_pickle_loads(tmp_path: pathlib.Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "out")
     state = load_file(tmp_path / "out" / "model.safetensors")
@@ -155,7 +155,7 @@ def test_a_hugging_face_pickle_in_shards(tmp_path: pathlib.Path) -> None:
     assert same_bits(model, opened(tmp_path / "out"))
 
 
-def test_a_file_alone_with_its_configuration_beside_it_whatever_it_is_called(tmp_path: pathlib.Path) -> None:
+def test_a_single_weight_file_loads_under_any_name(tmp_path: pathlib.Path) -> None:
     model = tiny_model()
     for format, old in (("huggingface", "model.safetensors"), ("mistral", "consolidated.safetensors")):
         folder = tmp_path / format
@@ -167,7 +167,7 @@ def test_a_file_alone_with_its_configuration_beside_it_whatever_it_is_called(tmp
             assert copy.source == folder
 
 
-def test_layouts_are_told_by_names_of_tensors_and_not_of_files(tmp_path: pathlib.Path) -> None:
+def test_layouts_are_detected_by_tensor_names(tmp_path: pathlib.Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "hf")
     model.save_pretrained(tmp_path / "ms", format="mistral")
@@ -175,7 +175,7 @@ def test_layouts_are_told_by_names_of_tensors_and_not_of_files(tmp_path: pathlib
     assert same_bits(model, opened(tmp_path / "hf"))
 
 
-def test_of_two_layouts_in_one_folder_one_is_loaded(tmp_path: pathlib.Path) -> None:
+def test_one_of_two_layouts_in_a_folder_is_loaded(tmp_path: pathlib.Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "hf", max_shard_size="30KB")
     model.save_pretrained(tmp_path / "ms", format="mistral")
@@ -190,7 +190,7 @@ def test_of_two_layouts_in_one_folder_one_is_loaded(tmp_path: pathlib.Path) -> N
     assert same_bits(model, opened(tmp_path / "hf"))
 
 
-def test_dtype_and_device(tmp_path: pathlib.Path) -> None:
+def test_load_returns_the_requested_dtype_and_device(tmp_path: pathlib.Path) -> None:
     model = tiny_model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -199,7 +199,7 @@ def test_dtype_and_device(tmp_path: pathlib.Path) -> None:
     assert all(p.is_meta for p in Mistral7B.from_pretrained(tmp_path / "out", device="meta").parameters())
 
 
-def test_training_a_loaded_model_leaves_its_file_alone(tmp_path: pathlib.Path) -> None:
+def test_training_a_loaded_model_does_not_change_its_file(tmp_path: pathlib.Path) -> None:
     tiny_model().save_pretrained(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     model = opened(tmp_path / "out")
@@ -210,7 +210,7 @@ def test_training_a_loaded_model_leaves_its_file_alone(tmp_path: pathlib.Path) -
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
 
 
-def test_saving_over_the_folder_it_came_from_is_refused_and_harmless(tmp_path: pathlib.Path) -> None:
+def test_saving_over_the_source_folder_is_refused(tmp_path: pathlib.Path) -> None:
     tiny_model().save_pretrained(tmp_path / "out")
     model = opened(tmp_path / "out")
     with refused(CheckpointError, place=tmp_path / "out"):
@@ -222,7 +222,7 @@ def test_saving_over_the_folder_it_came_from_is_refused_and_harmless(tmp_path: p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "out"]
 
 
-def test_tokenizer_files_go_along(tmp_path: pathlib.Path) -> None:
+def test_tokenizer_files_are_copied(tmp_path: pathlib.Path) -> None:
     tiny_model().save_pretrained(tmp_path / "a")
     for name in ("tokenizer.model", "tokenizer.model.v3", "tokenizer.json", "chat_template.jinja", "notes.txt"):
         (tmp_path / "a" / name).write_text(name)
@@ -234,7 +234,7 @@ def test_tokenizer_files_go_along(tmp_path: pathlib.Path) -> None:
     assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": 5}
 
 
-def test_shards_keep_their_bounds_and_the_index_is_complete(tmp_path: pathlib.Path) -> None:
+def test_shards_respect_their_limit_and_the_index_is_complete(tmp_path: pathlib.Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "out", max_shard_size="25KB")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -247,12 +247,12 @@ def test_shards_keep_their_bounds_and_the_index_is_complete(tmp_path: pathlib.Pa
 
 
 @pytest.mark.parametrize("size", ["5 apples", "GB", 0, -1, "0GB", "nan"])
-def test_a_strange_shard_size_is_refused(tmp_path: pathlib.Path, size: int | str) -> None:
+def test_an_invalid_shard_size_is_refused(tmp_path: pathlib.Path, size: int | str) -> None:
     with refused(CheckpointError, field="max_shard_size"):
         tiny_model().save_pretrained(tmp_path / "out", max_shard_size=size)
 
 
-def test_mixed_types_are_kept(tmp_path: pathlib.Path) -> None:
+def test_mixed_dtypes_are_preserved(tmp_path: pathlib.Path) -> None:
     model = tiny_model(dtype=torch.bfloat16)
     model.norm.float()
     model.save_pretrained(tmp_path / "a")
@@ -263,7 +263,7 @@ def test_mixed_types_are_kept(tmp_path: pathlib.Path) -> None:
     assert weights["output.weight"].dtype == torch.bfloat16
 
 
-def test_a_header_padded_to_no_boundary_is_read(tmp_path: pathlib.Path) -> None:
+def test_an_unaligned_safetensors_header_is_read(tmp_path: pathlib.Path) -> None:
     model = tiny_model()
     model.save_pretrained(tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
@@ -275,7 +275,7 @@ def test_a_header_padded_to_no_boundary_is_read(tmp_path: pathlib.Path) -> None:
     assert same_bits(model, opened(tmp_path / "out"))
 
 
-def test_what_cannot_be_saved_is_named(tmp_path: pathlib.Path) -> None:
+def test_weights_that_cannot_be_saved_are_named(tmp_path: pathlib.Path) -> None:
     with refused(CheckpointError, field="tok_embeddings.weight"):
         Mistral7B(TINY, device="meta").save_pretrained(tmp_path / "out")
     adapted = tiny_model()
@@ -291,7 +291,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: pathlib.Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tied_model_whose_file_unties_it_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_tied_model_with_a_different_output_is_refused(tmp_path: pathlib.Path) -> None:
     tiny_model(tiny_args(tie_embeddings=True)).save_pretrained(tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
     weights = load_file(path)

@@ -82,7 +82,7 @@ def test_trap_09_round_trips_through_gguf_are_bit_identical(
     assert files(tmp_path / "a") == files(tmp_path / "e")
 
 
-def test_the_demo_through_gguf_is_the_demo(tmp_path: pathlib.Path) -> None:
+def test_the_demo_round_trips_through_gguf(tmp_path: pathlib.Path) -> None:
     convert("demo", tmp_path / "demo.gguf", to="gguf", type="bf16")
     convert(tmp_path / "demo.gguf", tmp_path / "back", to="huggingface")
     back, demo = files(tmp_path / "back"), files(pathlib.Path(Mistral7B.from_pretrained("demo").source or ""))
@@ -90,7 +90,7 @@ def test_the_demo_through_gguf_is_the_demo(tmp_path: pathlib.Path) -> None:
     assert [name for name in back if back[name] != demo[name]] == ["tokenizer.model.v3"]  # see test_gguf_tokenizer
 
 
-def test_an_f16_file_gives_the_logits_of_the_reference(tmp_path: pathlib.Path) -> None:
+def test_an_f16_file_has_the_reference_logits(tmp_path: pathlib.Path) -> None:
     model = tiny_model(TINY, torch.float16)
     model.save_pretrained(tmp_path / "x.gguf", format="gguf")
     tokens = tokens_of((41,))
@@ -98,7 +98,7 @@ def test_an_f16_file_gives_the_logits_of_the_reference(tmp_path: pathlib.Path) -
 
 
 @pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
-def test_the_gguf_package_reads_what_we_write(tmp_path: pathlib.Path, type: str) -> None:
+def test_the_gguf_package_reads_our_files(tmp_path: pathlib.Path, type: str) -> None:
     model = tiny_model(NARROW, torch.bfloat16)
     model.save_pretrained(tmp_path / "x.gguf", format="gguf", type=type)
     reader = gguf.GGUFReader(tmp_path / "x.gguf")
@@ -162,7 +162,7 @@ def their_file(
 
 @pytest.mark.parametrize("args", [NARROW, dataclasses.replace(NARROW, tie_embeddings=True)], ids=["", "tied"])
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_we_read_what_the_gguf_package_writes(tmp_path: pathlib.Path, kind: str, args: ModelArgs) -> None:
+def test_we_read_files_of_the_gguf_package(tmp_path: pathlib.Path, kind: str, args: ModelArgs) -> None:
     args = dataclasses.replace(args, sliding_window=None, rope_theta=1e6)
     theirs = their_file(tmp_path / "x.gguf", args, kinds=lambda name: "F16" if name[:3] == "tok" else kind)
     ours = opened(tmp_path / "x.gguf")
@@ -170,7 +170,7 @@ def test_we_read_what_the_gguf_package_writes(tmp_path: pathlib.Path, kind: str,
     assert same_bits(ours, theirs)
 
 
-def test_blocks_are_handed_out_as_they_lie(tmp_path: pathlib.Path) -> None:
+def test_blocks_are_returned_without_repacking(tmp_path: pathlib.Path) -> None:
     kinds = {"w1": "Q8_0", "w2": "Q4_0", "w3": "Q5_0"}
     model = their_file(tmp_path / "x.gguf", NARROW, kinds=lambda name: kinds.get(name.split(".")[-2], "F32"))
     checkpoint = open_checkpoint(tmp_path / "x.gguf")
@@ -188,7 +188,7 @@ def test_blocks_are_handed_out_as_they_lie(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_converting_to_gguf_keeps_blocks_to_the_bit(tmp_path: pathlib.Path, kind: str) -> None:
+def test_converting_to_gguf_keeps_blocks_bit_identical(tmp_path: pathlib.Path, kind: str) -> None:
     """Blocks that requantization would change: every code is far from its block's maximum."""
 
     def weak(writer: gguf.GGUFWriter) -> None:
@@ -207,7 +207,7 @@ def test_converting_to_gguf_keeps_blocks_to_the_bit(tmp_path: pathlib.Path, kind
     assert requantized.numpy().tobytes() != one[-1].data.tobytes()  # or this would prove nothing
 
 
-def test_v0_1_has_its_window_with_a_notice_and_later_ones_none(tmp_path: pathlib.Path) -> None:
+def test_gguf_of_v0_1_gets_its_window_with_a_warning(tmp_path: pathlib.Path) -> None:
     their_file(tmp_path / "v1.gguf", TINY)
     with pytest.warns(UserWarning, match=r"v1.gguf: theta 1e4 as in v0.1.*4096"):
         assert read_args(tmp_path / "v1.gguf") == (tiny_args(sliding_window=4096), "gguf")
@@ -226,7 +226,7 @@ def test_v0_1_has_its_window_with_a_notice_and_later_ones_none(tmp_path: pathlib
         assert read_args(tmp_path / "none.gguf")[0].sliding_window is None
 
 
-def test_what_older_converters_left_out(tmp_path: pathlib.Path) -> None:
+def test_keys_missing_in_older_files_have_defaults(tmp_path: pathlib.Path) -> None:
     args = tiny_args(dim=60, sliding_window=None, rope_theta=1e6)  # 6 heads of width 10 = dim / heads
     left_out = dict.fromkeys(("attention__key_length", "attention__value_length", "vocab_size"))
     their_file(tmp_path / "x.gguf", args, **left_out)
@@ -261,7 +261,7 @@ def test_what_older_converters_left_out(tmp_path: pathlib.Path) -> None:
         ({"attention__causal": False}, "attention.causal"),
     ],
 )  # fmt: skip
-def test_what_is_no_mistral_is_refused_by_name(
+def test_keys_of_other_models_are_refused_by_name(
     tmp_path: pathlib.Path, keys: dict[str, Any], field: str | None
 ) -> None:
     their_file(tmp_path / "x.gguf", TINY, **keys)
@@ -270,7 +270,7 @@ def test_what_is_no_mistral_is_refused_by_name(
             attempt(tmp_path / "x.gguf")
 
 
-def test_other_things_that_change_what_is_computed(tmp_path: pathlib.Path) -> None:
+def test_other_features_that_change_the_model_are_refused(tmp_path: pathlib.Path) -> None:
     for name, add in (
         ("bias", ("blk.0.attn_q.bias", np.ones(60, dtype=np.float32))),
         ("freqs", ("rope_freqs.weight", np.full(5, 8, dtype=np.float32))),
@@ -283,11 +283,11 @@ def test_other_things_that_change_what_is_computed(tmp_path: pathlib.Path) -> No
     with refused(CheckpointError, field="split.count", place=tmp_path / "part.gguf"):
         open_checkpoint(tmp_path / "part.gguf")
     their_file(tmp_path / "odd.gguf", TINY, rope__freq_base=1e6, new_idea=1)
-    with pytest.warns(UserWarning, match="'new_idea' are not known and not used"):
+    with pytest.warns(UserWarning, match="'new_idea' are unknown and ignored"):
         open_checkpoint(tmp_path / "odd.gguf")
 
 
-def test_a_type_that_cannot_be_read_is_named(tmp_path: pathlib.Path) -> None:
+def test_an_unsupported_tensor_type_is_named(tmp_path: pathlib.Path) -> None:
     def exotic(writer: gguf.GGUFWriter) -> None:
         kind = gguf.GGMLQuantizationType.IQ4_NL
         writer.add_tensor("output2.weight", np.zeros((2, 18), dtype=np.uint8), raw_dtype=kind)
@@ -305,7 +305,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4, 0, 3 << 24])
-def test_versions(tmp_path: pathlib.Path, raw: bytes, version: int) -> None:
+def test_gguf_versions_2_and_3_are_read(tmp_path: pathlib.Path, raw: bytes, version: int) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(raw[:4] + struct.pack("<I", version) + raw[8:])
     if version in (2, 3):
@@ -316,7 +316,7 @@ def test_versions(tmp_path: pathlib.Path, raw: bytes, version: int) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 8, 23, 24, 30, 200, 900, -21, -53, -2000])
-def test_cut_short_anywhere(tmp_path: pathlib.Path, raw: bytes, keep: int) -> None:
+def test_a_file_truncated_anywhere_is_refused(tmp_path: pathlib.Path, raw: bytes, keep: int) -> None:
     (tmp_path / "x.gguf").write_bytes(raw[:keep])
     with refused(CheckpointError, place=tmp_path / "x.gguf"):
         open_checkpoint(tmp_path / "x.gguf")
@@ -326,9 +326,7 @@ HUGE = (1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 
 
 @pytest.mark.parametrize("size", HUGE)
-def test_lengths_beyond_the_file_cost_an_error_and_no_memory(
-    tmp_path: pathlib.Path, raw: bytes, size: int
-) -> None:
+def test_lengths_beyond_the_file_raise_without_allocating(tmp_path: pathlib.Path, raw: bytes, size: int) -> None:
     huge = struct.pack("<Q", size)
     key = struct.pack("<Q", 1) + b"k"
     head = raw[:8] + struct.pack("<QQ", 0, 1)
@@ -348,9 +346,7 @@ def test_lengths_beyond_the_file_cost_an_error_and_no_memory(
 
 
 @pytest.mark.wording
-def test_more_of_anything_than_a_file_can_mean_is_refused_at_its_number(
-    tmp_path: pathlib.Path, raw: bytes
-) -> None:
+def test_counts_above_the_limits_are_refused(tmp_path: pathlib.Path, raw: bytes) -> None:
     """Limits are checked before parsing: Python objects are larger than the file."""
     head = raw[:8] + struct.pack("<QQ", 1, 1)
     for name, content in {
@@ -360,11 +356,11 @@ def test_more_of_anything_than_a_file_can_mean_is_refused_at_its_number(
         "64": raw[:8] + struct.pack("<QQQ", 1, 0, 65),
     }.items():
         (tmp_path / "x.gguf").write_bytes(content + bytes(2 << 20))
-        with pytest.raises(CheckpointError, match=f"no file has more than {name} "):
+        with pytest.raises(CheckpointError, match=f"at most {name} "):
             open_checkpoint(tmp_path / "x.gguf")
 
 
-def test_tensors_named_twice_or_one_over_another(tmp_path: pathlib.Path, raw: bytes) -> None:
+def test_duplicate_or_overlapping_tensors_are_refused(tmp_path: pathlib.Path, raw: bytes) -> None:
     (tmp_path / "twice.gguf").write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"))
     with refused(CheckpointError, field="blk.0.ffn_up.weight", place=tmp_path / "twice.gguf"):
         open_checkpoint(tmp_path / "twice.gguf")
@@ -378,14 +374,14 @@ def test_tensors_named_twice_or_one_over_another(tmp_path: pathlib.Path, raw: by
 
 
 @pytest.mark.parametrize("type", ["q8_0", "q4_0"])
-def test_rows_that_make_no_blocks_are_refused_and_nothing_is_left(tmp_path: pathlib.Path, type: str) -> None:
+def test_rows_not_divisible_into_blocks_are_refused_without_remains(tmp_path: pathlib.Path, type: str) -> None:
     tiny_model(tiny_args(dim=64, hidden_dim=70)).save_pretrained(tmp_path / "in")
     with refused(CheckpointError, field="layers.0.attention.wo.weight"):
         convert(tmp_path / "in", tmp_path / "out" / "x.gguf", to="gguf", type=type)
     assert {p.name for p in tmp_path.iterdir()} == {"in"}
 
 
-def test_what_a_type_cannot_hold_is_refused(tmp_path: pathlib.Path) -> None:
+def test_values_out_of_a_types_range_are_refused(tmp_path: pathlib.Path) -> None:
     for type, bad in (("f16", 1e5), ("q8_0", float("nan"))):
         model = tiny_model(NARROW)
         model.layers[1].feed_forward.w2.weight[3, 5] = bad
@@ -402,7 +398,7 @@ def test_what_a_type_cannot_hold_is_refused(tmp_path: pathlib.Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"a", "there.gguf"}
 
 
-def test_a_source_whose_keys_cannot_be_written_again_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_source_with_unwritable_keys_is_refused(tmp_path: pathlib.Path) -> None:
     their_file(tmp_path / "x.gguf", NARROW, lambda w: w.add_int64("tokenizer.ggml.odd", -1))
     with refused(CheckpointError, place=tmp_path / "y.gguf"):
         convert(tmp_path / "x.gguf", tmp_path / "y.gguf", to="gguf")
@@ -412,7 +408,7 @@ def test_a_source_whose_keys_cannot_be_written_again_is_refused(tmp_path: pathli
     assert {p.name for p in tmp_path.iterdir()} == {"x.gguf", "z.gguf"}
 
 
-def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: pathlib.Path) -> None:
+def test_a_folder_with_one_gguf_file_opens_it(tmp_path: pathlib.Path) -> None:
     model = tiny_model(NARROW)
     model.save_pretrained(tmp_path / "x.gguf", format="gguf")
     assert same_bits(opened(tmp_path), model)
@@ -424,13 +420,13 @@ def test_a_folder_with_one_gguf_file_is_that_file(tmp_path: pathlib.Path) -> Non
     assert same_bits(opened(tmp_path / "renamed.bin"), model)
 
 
-def test_quantized_values_go_to_other_formats_as_they_are(tmp_path: pathlib.Path) -> None:
+def test_other_formats_store_the_dequantized_values(tmp_path: pathlib.Path) -> None:
     tiny_model(NARROW).save_pretrained(tmp_path / "x.gguf", format="gguf", type="q4_0")
     convert(tmp_path / "x.gguf", tmp_path / "hf", to="huggingface")
     assert same_bits(opened(tmp_path / "hf"), opened(tmp_path / "x.gguf"))
 
 
-def test_the_command_line(tmp_path: pathlib.Path) -> None:
+def test_the_command_line_converts_to_gguf(tmp_path: pathlib.Path) -> None:
     def run(*argv: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "mistral_7b", *argv], capture_output=True, text=True, check=True

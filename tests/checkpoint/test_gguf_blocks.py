@@ -29,7 +29,7 @@ def random_rows(kind: Kind, seed: int, rows: int = 37, blocks: int = 3) -> np.nd
 @pytest.mark.parametrize("kind", BLOCKED, ids=lambda kind: kind.name)
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=20, deadline=None)
-def test_any_bytes_mean_what_they_mean_to_the_gguf_package(kind: Kind, seed: int) -> None:
+def test_any_bytes_dequantize_as_in_the_gguf_package(kind: Kind, seed: int) -> None:
     """Random bytes include scales of every kind: negative, subnormal, infinite, NaN."""
     raw = random_rows(kind, seed)
     with np.errstate(all="ignore"):
@@ -40,7 +40,7 @@ def test_any_bytes_mean_what_they_mean_to_the_gguf_package(kind: Kind, seed: int
 
 
 @pytest.mark.parametrize("kind", BLOCKED, ids=lambda kind: kind.name)
-def test_in_chunks_and_rounded_it_is_the_same(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_rounded_dequantization_is_the_same(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = torch.from_numpy(random_rows(kind, 1))
     whole = gguf_blocks.dequantize(kind, raw)
     monkeypatch.setattr(gguf_blocks, "VALUES_AT_ONCE", 5 * 3 * kind.block)
@@ -50,7 +50,7 @@ def test_in_chunks_and_rounded_it_is_the_same(kind: Kind, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
-def test_codes_and_scales_are_what_the_values_are_made_of(kind: Kind) -> None:
+def test_codes_and_scales_give_the_dequantized_values(kind: Kind) -> None:
     raw = torch.from_numpy(random_rows(kind, 2))
     d, q = gguf_blocks.codes(kind, raw)
     assert (d.dtype, q.dtype) == (torch.float16, torch.uint8)
@@ -76,7 +76,7 @@ def awkward(seed: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=20, deadline=None)
-def test_values_become_the_bytes_that_the_gguf_package_makes_of_them(kind: Kind, seed: int) -> None:
+def test_quantized_bytes_equal_those_of_the_gguf_package(kind: Kind, seed: int) -> None:
     x = awkward(seed)
     for source in (torch.from_numpy(x), torch.from_numpy(x).bfloat16()):
         wanted = quantize(source.float().numpy(), GGMLQuantizationType[kind.name])
@@ -85,7 +85,7 @@ def test_values_become_the_bytes_that_the_gguf_package_makes_of_them(kind: Kind,
 
 @pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e8])
-def test_what_no_scale_can_hold_is_refused(kind: Kind, bad: float) -> None:
+def test_values_beyond_the_scales_are_refused(kind: Kind, bad: float) -> None:
     x = torch.ones(2, 64)
     x[1, 40] = bad
     with pytest.raises(ValueError, match="not finite, or larger"):

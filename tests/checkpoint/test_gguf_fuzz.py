@@ -29,7 +29,7 @@ def endured(path: pathlib.Path, raw: bytes) -> bool:
     return opened
 
 
-def test_the_seeds_open(tmp_path: pathlib.Path) -> None:
+def test_the_fuzzing_seeds_open(tmp_path: pathlib.Path) -> None:
     """Some of the files made from them load and some do not, so that the tests below are meaningful."""
     assert all(endured(tmp_path / "x.gguf", raw) for raw in SEEDS)
     draw = random.Random(1)
@@ -37,7 +37,7 @@ def test_the_seeds_open(tmp_path: pathlib.Path) -> None:
         assert 3 < sum(endured(tmp_path / "x.gguf", make()) for _ in range(100)) < 97
 
 
-def test_a_vector_in_blocks_is_read_but_not_handed_out_as_a_matrix(tmp_path: pathlib.Path) -> None:
+def test_a_quantized_vector_is_read_dequantized(tmp_path: pathlib.Path) -> None:
     """Found by fuzzing: blocks() returned shape (1, K)."""
     tensors = tensors_of(BLOCKS, random.Random(0), ["Q8_0"])
     name, sizes, _, offset, _ = tensors[-2]
@@ -49,7 +49,7 @@ def test_a_vector_in_blocks_is_read_but_not_handed_out_as_a_matrix(tmp_path: pat
     assert checkpoint.blocks("output.weight") is not None
 
 
-def test_rows_that_are_no_whole_blocks_are_refused_and_not_rounded_down(tmp_path: pathlib.Path) -> None:
+def test_rows_of_partial_blocks_are_refused(tmp_path: pathlib.Path) -> None:
     tensors = tensors_of(BLOCKS, random.Random(0), ["Q8_0"])
     name, (width, *rest), kind, offset, data = tensors[-1]
     for wrong in (width + 1, width + 16, 1):
@@ -60,7 +60,7 @@ def test_rows_that_are_no_whole_blocks_are_refused_and_not_rounded_down(tmp_path
             open_checkpoint(tmp_path / "x.gguf")
 
 
-def test_a_tensor_of_nothing_is_refused(tmp_path: pathlib.Path) -> None:
+def test_an_empty_tensor_is_refused(tmp_path: pathlib.Path) -> None:
     """Also for the tensor that is read before shapes are checked."""
     tensors = tensors_of(BLOCKS, random.Random(0), ["F32"])
     for sizes in ((0,), (0, 4), (4, 0)):
@@ -73,24 +73,24 @@ def test_a_tensor_of_nothing_is_refused(tmp_path: pathlib.Path) -> None:
 
 @QUICK
 @given(seed=st.integers(0, 2**63), which=st.integers(0, len(SEEDS) - 1))
-def test_damaged_files(tmp_path: pathlib.Path, seed: int, which: int) -> None:
+def test_damaged_files_raise_or_open(tmp_path: pathlib.Path, seed: int, which: int) -> None:
     endured(tmp_path / "x.gguf", mutated(SEEDS[which], random.Random(seed)))
 
 
 @QUICK
 @given(seed=st.integers(0, 2**63))
-def test_well_formed_files_that_say_anything(tmp_path: pathlib.Path, seed: int) -> None:
+def test_well_formed_files_with_random_values_raise_or_open(tmp_path: pathlib.Path, seed: int) -> None:
     endured(tmp_path / "x.gguf", grown(random.Random(seed)))
 
 
 @QUICK
 @given(raw=st.binary(max_size=400), version=st.sampled_from([2, 3]))
-def test_any_bytes(tmp_path: pathlib.Path, raw: bytes, version: int) -> None:
+def test_random_bytes_raise(tmp_path: pathlib.Path, raw: bytes, version: int) -> None:
     assert not endured(tmp_path / "x.gguf", b"GGUF" + bytes([version, 0, 0, 0]) + raw)
 
 
 @pytest.mark.parametrize("make", [grown, lambda draw: mutated(draw.choice(SEEDS), draw)], ids=["grown", "damaged"])
-def test_no_file_of_kilobytes_costs_megabytes(tmp_path: pathlib.Path, make) -> None:  # type: ignore[no-untyped-def]
+def test_small_files_do_not_allocate_megabytes(tmp_path: pathlib.Path, make) -> None:  # type: ignore[no-untyped-def]
     draw = random.Random(2)
     inputs = [make(draw) for _ in range(100)]
     survives(_written(tmp_path, SEEDS[0]))  # warmup: imports and caches

@@ -28,11 +28,11 @@ from mistral_7b.checkpoint.hub import DEMO
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python to compare with llama.cpp")
 
 # Maximum |difference| of logits over their standard deviation, and maximum KL of a token in nats.
-# Measured on an AMX Xeon: f32 and f16 1.2e-5, bf16 0.017, q8_0 0.052, q4_0 0.064; QUANTISED_THERE 0.16 to 0.31.
+# Measured on an AMX Xeon: f32 and f16 1.2e-5, bf16 0.017, q8_0 0.052, q4_0 0.064; LLAMA_CPP_TYPES 0.16 to 0.31.
 EXACT = (2e-4, 1e-5)
 TOLERANCES = {"f32": EXACT, "f16": EXACT, "bf16": (0.05, 2e-4), "q8_0": (0.15, 2e-3), "q4_0": (0.15, 2e-3)}
 ROUNDED = (0.6, 1e-2)  # random weights with sharp attention make more of the same rounding
-QUANTISED_THERE = {  # llama.cpp's number for a whole file
+LLAMA_CPP_TYPES = {  # llama.cpp's number for a whole file
     "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18,
 }  # fmt: skip
 WIDE = tiny_args(  # rows of 256 and 512, as the K types need
@@ -79,7 +79,7 @@ def prompt() -> list[int]:
 
 
 @pytest.mark.parametrize("type", TOLERANCES)
-def test_llama_cpp_computes_from_our_files_what_we_do(tmp_path: pathlib.Path, type: str) -> None:
+def test_llama_cpp_has_our_logits_on_our_files(tmp_path: pathlib.Path, type: str) -> None:
     convert("demo", tmp_path / f"{type}.gguf", to="gguf", type=type)
     path, tokens = tmp_path / f"{type}.gguf", prompt()
     compared(path, their_logits(path, tokens), tokens, *TOLERANCES[type])
@@ -101,10 +101,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
-@pytest.mark.parametrize("name", QUANTISED_THERE)
-def test_we_read_their_quantized_files_as_they_do(tmp_path: pathlib.Path, wide: pathlib.Path, name: str) -> None:
+@pytest.mark.parametrize("name", LLAMA_CPP_TYPES)
+def test_we_have_llama_cpps_logits_on_its_quantized_files(
+    tmp_path: pathlib.Path, wide: pathlib.Path, name: str
+) -> None:
     theirs, again, tokens = tmp_path / f"{name}.gguf", tmp_path / "again.gguf", prompt()
-    quantized(wide, theirs, QUANTISED_THERE[name])
+    quantized(wide, theirs, LLAMA_CPP_TYPES[name])
     kinds = {entry.kind.name for entry in read(theirs).entries.values()}
     assert any(kind.startswith(name.removesuffix("_M")) for kind in kinds)
     quantized(theirs, again, 0)  # back to float32, by llama.cpp
@@ -147,13 +149,13 @@ def vocabulary(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_llama_cpp_cuts_text_as_we_do(vocabulary: tuple[Tokenizer, Any], text: str) -> None:
+def test_llama_cpp_tokenizes_as_we_do(vocabulary: tuple[Tokenizer, Any], text: str) -> None:
     ours, theirs = vocabulary
     assert theirs.tokenize(text.encode(), add_bos=True, special=False) == ours.encode(text)
 
 
 @pytest.mark.parametrize("chat", CHATS, ids=len)
-def test_trap_16_llama_cpp_gives_chats_the_ids_that_we_do(
+def test_trap_16_llama_cpp_encodes_chats_as_we_do(
     vocabulary: tuple[Tokenizer, Any], chat: list[dict[str, str]]
 ) -> None:
     ours, theirs = vocabulary
@@ -162,7 +164,7 @@ def test_trap_16_llama_cpp_gives_chats_the_ids_that_we_do(
     assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ours.encode_chat(chat)
 
 
-def test_llama_cpp_knows_the_templates_without_jinja(vocabulary: tuple[Tokenizer, Any]) -> None:
+def test_llama_cpp_recognizes_the_templates_without_jinja(vocabulary: tuple[Tokenizer, Any]) -> None:
     """Compare texts: v1 puts spaces outside [INST], v3 does not."""
     ours, theirs = vocabulary
     role, content = b"user", b"Hello"

@@ -49,7 +49,7 @@ def pair(
     return original, Tokenizer.from_pretrained(folder / "x.gguf"), folder / "x.gguf"
 
 
-def test_pieces_kinds_and_template_are_the_original_s(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
+def test_pieces_types_and_template_equal_the_original(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
     original, back, _ = pair
     assert back.version == original.version
     assert (back.vocab_size, back.bos_id, back.eos_id) == (original.vocab_size, original.bos_id, original.eos_id)
@@ -61,7 +61,7 @@ def test_pieces_kinds_and_template_are_the_original_s(pair: tuple[Tokenizer, Tok
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_ids_are_the_original_s(pair: tuple[Tokenizer, Tokenizer, Any], text: str) -> None:
+def test_ids_equal_the_original(pair: tuple[Tokenizer, Tokenizer, Any], text: str) -> None:
     original, back, _ = pair
     assert back.encode(text) == original.encode(text)
     assert back.decode(back.encode(text)) == original.decode(original.encode(text))
@@ -69,12 +69,12 @@ def test_ids_are_the_original_s(pair: tuple[Tokenizer, Tokenizer, Any], text: st
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 @settings(max_examples=200, deadline=None)
-def test_ids_of_any_text_are_the_original_s(pair: tuple[Tokenizer, Tokenizer, Any], text: str) -> None:
+def test_ids_of_any_text_equal_the_original(pair: tuple[Tokenizer, Tokenizer, Any], text: str) -> None:
     original, back, _ = pair
     assert back.encode(text) == original.encode(text)
 
 
-def test_the_gguf_package_reads_pieces_as_converters_write_them(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
+def test_tokenizer_keys_are_those_of_converters(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
     original, _, path = pair
     reader = gguf.GGUFReader(path)
     field = {
@@ -96,7 +96,7 @@ def test_the_gguf_package_reads_pieces_as_converters_write_them(pair: tuple[Toke
     assert field["chat_template"].startswith(chat_templates.HEADS[original.version].strip())
 
 
-def test_the_file_is_kept_once_and_mended(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
+def test_the_extracted_file_is_cached_and_repaired(pair: tuple[Tokenizer, Tokenizer, Any]) -> None:
     _, back, path = pair
     assert Tokenizer.from_pretrained(path).path == back.path
     content = back.path.read_bytes()
@@ -105,14 +105,14 @@ def test_the_file_is_kept_once_and_mended(pair: tuple[Tokenizer, Tokenizer, Any]
     assert sorted(p.name for p in back.path.parent.iterdir()) == [back.path.name]
 
 
-def test_without_a_cache_it_still_works(
+def test_extraction_works_without_a_cache(
     pair: tuple[Tokenizer, Tokenizer, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
     assert Tokenizer.from_pretrained(pair[2]).encode("a b") == pair[0].encode("a b")
 
 
-def test_more_rows_than_tokens_are_filled_up(tmp_path: pathlib.Path) -> None:
+def test_the_vocabulary_is_padded_to_the_embedding(tmp_path: pathlib.Path) -> None:
     demo = Tokenizer.from_pretrained()
     keys = gguf_tokenizer.metadata(demo.path, demo.vocab_size + 3)
     (tmp_path / "tokenizer.model.v3").write_bytes(gguf_tokenizer.sentencepiece_model(tmp_path, keys))
@@ -147,14 +147,14 @@ GOOD = {
         ("eos_token_id", "2", "eos_token_id"),
     ],
 )
-def test_one_clear_error(key: str, value: Any, field: str) -> None:
+def test_invalid_tokenizer_keys_raise_one_error(key: str, value: Any, field: str) -> None:
     path = pathlib.Path("x.gguf")
     gguf_tokenizer.sentencepiece_model(path, GOOD)
     with refused(TokenizerError, field=f"tokenizer.ggml.{field}", place=path):
         gguf_tokenizer.sentencepiece_model(path, {**GOOD, f"tokenizer.ggml.{key}": value})
 
 
-def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces() -> None:
+def test_user_defined_pieces_use_sentencepieces_space() -> None:
     """As written by converters; SentencePiece matches one only with its own space symbol."""
     keys = {
         **GOOD, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b c"],
@@ -164,7 +164,7 @@ def test_a_users_own_piece_is_written_with_spaces_and_meant_with_sentencepieces(
     assert model.encode("ab ca")[-3:] == [3, 4, 3]
 
 
-def test_a_file_without_a_tokenizer_says_so(tmp_path: pathlib.Path) -> None:
+def test_a_file_without_a_tokenizer_warns(tmp_path: pathlib.Path) -> None:
     with pytest.warns(UserWarning, match="has no tokenizer"):
         tiny_model().save_pretrained(tmp_path / "x.gguf", format="gguf")
     with refused(TokenizerError, field="tokenizer.ggml.model", place=tmp_path / "x.gguf"):

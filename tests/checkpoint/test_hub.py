@@ -43,7 +43,7 @@ V0_1 = [
 ]  # fmt: skip
 
 
-def test_of_a_repository_only_what_is_needed() -> None:
+def test_only_the_needed_files_are_selected() -> None:
     unneeded = {".gitattributes", "README.md", "consolidated.safetensors"}
     assert set(names.needed_files(V0_3)) == set(V0_3) - unneeded
     assert set(V0_1) - set(names.needed_files(V0_1)) == {
@@ -59,7 +59,7 @@ def test_of_a_repository_only_what_is_needed() -> None:
     assert names.needed_files(["config.json", "one.safetensors", "two.safetensors"]) == []
 
 
-def test_names_that_need_no_hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_names_need_no_hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names.resolve() == names.resolve("demo") == names.DEMO
     assert names.resolve(tmp_path) == names.resolve(str(tmp_path)) == tmp_path
     (tmp_path / "owner" / "name").mkdir(parents=True)
@@ -126,7 +126,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_pull_fetches_one_copy_of_the_weights_and_goes_on_where_it_was_cut(
+def test_a_pull_downloads_one_copy_of_the_weights_and_resumes(
     tmp_path: pathlib.Path, hub: Hub, repos: dict[str, pathlib.Path]
 ) -> None:
     hub.cut_after["model-00001-of-00002.safetensors"] = 12_000_000
@@ -150,13 +150,13 @@ def test_a_pull_fetches_one_copy_of_the_weights_and_goes_on_where_it_was_cut(
     assert pull(tmp_path, "http://127.0.0.1:9", REPO) == str(folder)  # and with the hub unreachable
 
 
-def test_mistrals_own_layout(tmp_path: pathlib.Path, hub: Hub, repos: dict[str, pathlib.Path]) -> None:
+def test_mistrals_layout_is_downloaded(tmp_path: pathlib.Path, hub: Hub, repos: dict[str, pathlib.Path]) -> None:
     folder = pull(tmp_path, hub.url, "someone/own")
     assert hub.downloads() == ["consolidated.safetensors", "params.json"]
     assert same(weights(folder), weights(repos[REPO]))
 
 
-def test_a_gated_model_says_what_to_do(tmp_path: pathlib.Path, hub: Hub) -> None:
+def test_a_gated_model_raises_with_a_hint(tmp_path: pathlib.Path, hub: Hub) -> None:
     hub.gated[GATED] = "secret"
     for token in ({}, {"HF_TOKEN": "wrong"}):
         said = pull(tmp_path, hub.url, GATED, **token)
@@ -165,16 +165,18 @@ def test_a_gated_model_says_what_to_do(tmp_path: pathlib.Path, hub: Hub) -> None
     assert pull(tmp_path, hub.url, GATED, HF_TOKEN="secret").endswith(SHA)
 
 
-def test_what_is_not_there_says_so(tmp_path: pathlib.Path, hub: Hub) -> None:
+def test_missing_models_and_files_raise(tmp_path: pathlib.Path, hub: Hub) -> None:
     assert "no such model" in pull(tmp_path, hub.url, "someone/nothing")
     assert f"{REPO} has no revision 'v9'" in pull(tmp_path, hub.url, REPO, "v9")
     said = pull(tmp_path, hub.url, "someone/gguf")
-    assert said == "HubError: someone/gguf holds 2 GGUF files; name one, such as someone/gguf/x.f16.gguf"
+    assert said == "HubError: someone/gguf has 2 GGUF files; name one, such as someone/gguf/x.f16.gguf"
     said = pull(tmp_path, hub.url, "someone/gguf", "main", "y.gguf")
-    assert "someone/gguf holds no y.gguf; it holds x.f16.gguf, x.q8_0.gguf" in said
+    assert "someone/gguf has no file y.gguf; it has x.f16.gguf, x.q8_0.gguf" in said
 
 
-def test_one_file_of_many_by_its_name(tmp_path: pathlib.Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gguf_file_is_downloaded_by_name(
+    tmp_path: pathlib.Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = pathlib.Path(pull(tmp_path, hub.url, "someone/gguf", "main", "x.q8_0.gguf"))
     assert found.read_bytes() == (hub.repos["someone/gguf"] / "x.q8_0.gguf").read_bytes()
     assert hub.downloads() == ["x.q8_0.gguf"]
@@ -185,9 +187,9 @@ def test_one_file_of_many_by_its_name(tmp_path: pathlib.Path, hub: Hub, monkeypa
     assert asked == [("someone/gguf", "deep/x.gguf")]
 
 
-def test_offline_and_out_of_reach_say_what_to_do(tmp_path: pathlib.Path, hub: Hub) -> None:
+def test_offline_and_unreachable_raise_with_a_hint(tmp_path: pathlib.Path, hub: Hub) -> None:
     said = pull(tmp_path, hub.url, REPO, HF_HUB_OFFLINE="1")
-    assert said.startswith(f"HubError: {REPO} is not (wholly) in the cache at {tmp_path}")
+    assert said.startswith(f"HubError: {REPO} is not completely in the cache at {tmp_path}")
     assert f"mistral-7b pull {REPO}" in said
     assert hub.asked == []
     said = pull(tmp_path, "http://127.0.0.1:9", REPO)
@@ -195,9 +197,9 @@ def test_offline_and_out_of_reach_say_what_to_do(tmp_path: pathlib.Path, hub: Hu
     assert "run it again" in said
 
 
-def test_half_a_snapshot_is_not_taken_for_a_model(tmp_path: pathlib.Path, hub: Hub) -> None:
+def test_an_incomplete_snapshot_is_not_a_model(tmp_path: pathlib.Path, hub: Hub) -> None:
     folder = pathlib.Path(pull(tmp_path, hub.url, REPO))
     (folder / "model-00002-of-00002.safetensors").unlink()
-    assert pull(tmp_path, hub.url, REPO, HF_HUB_OFFLINE="1").startswith(f"HubError: {REPO} is not (wholly)")
+    assert pull(tmp_path, hub.url, REPO, HF_HUB_OFFLINE="1").startswith(f"HubError: {REPO} is not completely")
     assert pull(tmp_path, hub.url, REPO) == str(folder)
     assert (folder / "model-00002-of-00002.safetensors").exists()

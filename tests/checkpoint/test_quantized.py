@@ -58,7 +58,9 @@ def logits(model: Mistral7B) -> torch.Tensor:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_four_ways_to_one_model(tmp_path: pathlib.Path, scheme: Scheme, layout: str, tied: bool) -> None:
+def test_four_ways_to_quantize_give_one_model(
+    tmp_path: pathlib.Path, scheme: Scheme, layout: str, tied: bool
+) -> None:
     """Quantization in memory, during loading, on disk, and saved from memory: the same bits."""
     tiny_model(tiny_args(tie_embeddings=tied), torch.bfloat16).save_pretrained(tmp_path / "plain", format=layout)
     record = quantize(tmp_path / "plain", tmp_path / "disk", scheme, TEXT, "random tokens")
@@ -74,7 +76,7 @@ def test_four_ways_to_one_model(tmp_path: pathlib.Path, scheme: Scheme, layout: 
     assert record.scheme == scheme
 
 
-def test_bf16_while_loading_is_the_packed_model(folders: pathlib.Path) -> None:
+def test_bf16_on_load_equals_packing_the_model(folders: pathlib.Path) -> None:
     wanted = logits(quantize_model(load(folders / "plain"), "bf16"))
     assert torch.equal(logits(load(folders / "plain", quantization="bf16")), wanted)
     with refused(QuantizationError, field="dtype"):
@@ -84,7 +86,7 @@ def test_bf16_while_loading_is_the_packed_model(folders: pathlib.Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the map of memory from Linux's /proc")
-def test_weights_are_mapped_and_begin_at_lines(tmp_path: pathlib.Path) -> None:
+def test_weights_are_mapped_and_aligned_to_cache_lines(tmp_path: pathlib.Path) -> None:
     """With ordinary sizes, all tensors are aligned to 64 bytes; tensors of any size are mapped."""
     ordinary = tiny_args(dim=64, head_dim=16, n_heads=4, n_kv_heads=4, hidden_dim=128, vocab_size=96)
     for name, args in (("ordinary", ordinary), ("odd", TINY)):
@@ -105,7 +107,7 @@ def test_weights_are_mapped_and_begin_at_lines(tmp_path: pathlib.Path) -> None:
         assert torch.equal(logits(copied), logits(model))
 
 
-def test_shards_open_too(folders: pathlib.Path, copy: pathlib.Path) -> None:
+def test_a_sharded_quantized_folder_loads(folders: pathlib.Path, copy: pathlib.Path) -> None:
     tensors = load_file(copy / WEIGHTS)
     (copy / WEIGHTS).unlink()
     table = {}
@@ -116,7 +118,7 @@ def test_shards_open_too(folders: pathlib.Path, copy: pathlib.Path) -> None:
     assert torch.equal(logits(load(copy)), logits(load(folders / "int4")))
 
 
-def test_what_the_folder_says(folders: pathlib.Path) -> None:
+def test_the_configuration_records_the_quantization(folders: pathlib.Path) -> None:
     args, form = read_args(folders / "int4")
     assert (args, form) == (TINY, "quantized")
     said = json.loads((folders / "int4" / "config.json").read_text())["quantization_config"]
@@ -134,7 +136,7 @@ def test_what_the_folder_says(folders: pathlib.Path) -> None:
     assert read_record(folders / "plain") is None
 
 
-def test_the_distance_is_that_of_the_two_models(tmp_path: pathlib.Path) -> None:
+def test_the_distance_equals_that_of_the_two_models(tmp_path: pathlib.Path) -> None:
     """Computed by definition from two whole models; rows are longer than two windows."""
     tiny_model().save_pretrained(tmp_path / "plain")
     found = quantize(tmp_path / "plain", tmp_path / "int4", "int4", TEXT, "a text").distance
@@ -178,21 +180,21 @@ def test_the_folder_is_the_same_on_every_machine(tmp_path: pathlib.Path, kernels
     assert run.stdout.strip() == hashlib.sha256(out.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def test_transformers_refuses_rather_than_draws_weights(folders: pathlib.Path) -> None:
+def test_transformers_refuses_the_folder(folders: pathlib.Path) -> None:
     transformers = pytest.importorskip("transformers")
     for door in (transformers.AutoModelForCausalLM, transformers.MistralForCausalLM):
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             door.from_pretrained(folders / "int4")
 
 
-def test_another_scheme_is_not_to_be_had(folders: pathlib.Path) -> None:
+def test_another_scheme_is_refused(folders: pathlib.Path) -> None:
     for asked in ("int8", "bf16", Scheme("int4", 32)):
         with refused(QuantizationError, field="quantization"):
             load(folders / "int4", quantization=asked)
     assert load(folders / "int4", quantization=Scheme("int4")).args == TINY
 
 
-def test_what_is_quantized_is_not_taken_for_an_original(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_quantized_folder_is_refused_as_a_source(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for act in (
         lambda: convert(folders / "int4", tmp_path / "out", to="mistral"),
         lambda: quantize(folders / "int4", tmp_path / "out", "int8", TEXT, "a text"),
@@ -209,7 +211,7 @@ def test_what_is_quantized_is_not_taken_for_an_original(folders: pathlib.Path, t
     "distance",
     [None, {}, {**DISTANCE, "kl": float("nan")}, {**DISTANCE, "text": None}, {**DISTANCE, "tokens": True}],
 )
-def test_no_saving_without_a_measured_distance(
+def test_saving_without_a_measured_distance_is_refused(
     folders: pathlib.Path, tmp_path: pathlib.Path, distance: dict[str, Any] | None
 ) -> None:
     with pytest.raises(QuantizationError):
@@ -217,7 +219,7 @@ def test_no_saving_without_a_measured_distance(
     assert not list(tmp_path.iterdir())
 
 
-def test_formats_and_models_that_do_not_go_together(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_incompatible_formats_and_models_are_refused(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
     quantized, plain = load(folders / "int4"), load(folders / "plain")
     with refused(CheckpointError, field="format"):
         quantized.save_pretrained(tmp_path / "out")
@@ -269,7 +271,7 @@ def _add(tensors: dict[str, torch.Tensor]) -> None:
         (_add, "layers.0.attention.wq.weight"),
     ],
 )
-def test_damaged_weights(
+def test_damaged_quantized_weights_are_refused(
     copy: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], None], field: str
 ) -> None:
     tensors = load_file(copy / WEIGHTS)
@@ -280,7 +282,7 @@ def test_damaged_weights(
 
 
 @pytest.mark.parametrize("keep", [0, 100, -1])
-def test_truncated_weights(copy: pathlib.Path, keep: int) -> None:
+def test_truncated_quantized_weights_are_refused(copy: pathlib.Path, keep: int) -> None:
     raw = (copy / WEIGHTS).read_bytes()
     (copy / WEIGHTS).write_bytes(raw[:keep])
     with refused(CheckpointError, place=copy / WEIGHTS):
@@ -309,7 +311,9 @@ def test_truncated_weights(copy: pathlib.Path, keep: int) -> None:
         ("quant_method", "gptq", "quantization_config"),
     ],
 )
-def test_damaged_configuration(copy: pathlib.Path, field: str, value: object, named: str) -> None:
+def test_a_damaged_quantization_config_is_refused(
+    copy: pathlib.Path, field: str, value: object, named: str
+) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"][field] = value
     (copy / "config.json").write_text(json.dumps(config))
@@ -317,7 +321,7 @@ def test_damaged_configuration(copy: pathlib.Path, field: str, value: object, na
         load(copy)
 
 
-def test_codes_under_a_plain_name_are_no_weight(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_codes_under_a_weights_name_are_refused(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(folders / "plain", tmp_path / "plain")
     path = tmp_path / "plain" / "model.safetensors"
     tensors = load_file(path)
@@ -340,7 +344,7 @@ quantize(sys.argv[1], sys.argv[2], "int4", torch.ones(1, 9, dtype=torch.long), "
 """
 
 
-def test_killed_it_leaves_nothing_that_opens(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_killed_quantization_leaves_nothing_that_opens(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out"
     with subprocess.Popen(
         [sys.executable, "-c", QUANTIZE_AND_HANG, folders / "plain", out], stdout=subprocess.PIPE, text=True
@@ -358,7 +362,7 @@ def test_killed_it_leaves_nothing_that_opens(folders: pathlib.Path, tmp_path: pa
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ValueError])
-def test_failed_it_cleans_up_after_itself(
+def test_a_failed_quantization_cleans_up(
     folders: pathlib.Path, tmp_path: pathlib.Path, error: BaseException | type[BaseException]
 ) -> None:
     def fail(done: int, total: int, name: str) -> None:

@@ -10,14 +10,14 @@ from mistral_7b.checkpoint import names
 from mistral_7b.model import Mistral7B
 
 
-def test_the_table_is_the_model() -> None:
+def test_the_name_table_equals_the_models_tensors() -> None:
     args = tiny_args(n_layers=3)
     state = Mistral7B(args, device="meta").state_dict()
     assert dict(names.expected(args)) == {name: tuple(t.shape) for name, t in state.items()}
 
 
 @pytest.mark.parametrize("format", names.FORMATS)
-def test_names_go_to_every_format_and_back(format: str) -> None:
+def test_names_round_trip_through_every_format(format: str) -> None:
     args = tiny_args(n_layers=12)
     ours = [name for name, _ in names.expected(args)]
     theirs = [names.rename(name, "mistral", format) for name in ours]
@@ -35,11 +35,11 @@ def test_names_go_to_every_format_and_back(format: str) -> None:
         "layers.0.attention.wq", "layers.0.norm.weight",
     ],
 )  # fmt: skip
-def test_strange_names_are_unknown(name: str) -> None:
+def test_unknown_names_are_rejected(name: str) -> None:
     assert names.rename(name, "mistral", "huggingface") is None
 
 
-def test_a_few_names_as_they_stand_in_released_files() -> None:
+def test_names_of_released_files() -> None:
     pairs = {
         "layers.7.attention_norm.weight": ("model.layers.7.input_layernorm.weight", "blk.7.attn_norm.weight"),
         "layers.31.ffn_norm.weight": ("model.layers.31.post_attention_layernorm.weight", "blk.31.ffn_norm.weight"),
@@ -50,13 +50,13 @@ def test_a_few_names_as_they_stand_in_released_files() -> None:
         assert (names.rename(ours, "mistral", "huggingface"), names.rename(ours, "mistral", "gguf")) == theirs
 
 
-def test_trap_09_rows_by_hand() -> None:
+def test_trap_09_the_permutation_of_a_small_example() -> None:
     rows = torch.tensor([0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15])[:, None]  # two heads of three pairs
     assert names.half_split(rows, 2).flatten().tolist() == [0, 2, 4, 1, 3, 5, 10, 12, 14, 11, 13, 15]
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(6, 10), (3, 10), (1, 2), (5, 14)])
-def test_trap_09_the_permutation_round_trips_to_the_bit(heads: int, head_dim: int) -> None:
+def test_trap_09_the_permutation_round_trips_bit_identical(heads: int, head_dim: int) -> None:
     w = torch.randn(heads * head_dim, 7, dtype=torch.bfloat16)
     assert torch.equal(names.interleaved(names.half_split(w, heads), heads), w)
     assert torch.equal(names.half_split(names.interleaved(w, heads), heads), w)

@@ -69,7 +69,7 @@ def test_weights_are_not_needed(run, windowed: str, tmp_path: pathlib.Path) -> N
         (["{folder}", "--context", "0"], "--context must be at least 1"),
         (["{folder}", "--context", "many"], "--context"),
         (["/nowhere"], "/nowhere"),
-        (["{empty}"], "holds neither config.json nor params.json"),
+        (["{empty}"], "contains neither config.json nor params.json"),
     ],
 )
 def test_what_is_refused(run, windowed: str, tmp_path: pathlib.Path, words: list[str], message: str) -> None:

@@ -49,7 +49,7 @@ def test_quantize_inform_and_generate(run, windowed: str, text: str, tmp_path: p
     assert len(made["outputs"][0]["token_ids"]) == 5
     code, _, err = run("generate", out, *words, "--quantization", "int8")
     assert code == 2
-    assert "already, as int4 in groups of 32" in err
+    assert "already quantized as int4 in groups of 32" in err
 
 
 def test_quantize_while_loading_is_the_same_model(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:

@@ -79,7 +79,7 @@ class InProcess:
     def start(self, spec: StructuredOutputs, after: list[int]) -> MatcherState:
         """As Grammars.start."""
         at_start = not after or not self._vocabulary.has_text(after[-1])
-        text = GrammarSpec(spec).lark(spaced=not at_start)
+        text = GrammarSpec(spec).lark(leading_space=not at_start)
         return CompiledGrammar(self._vocabulary, text).start(at_start)
 
 

@@ -1,4 +1,4 @@
-"""JSON schemas within a user's own Lark grammar: as exact as those that stand alone, wherever they stand."""
+"""JSON schemas embedded in a user's own Lark grammar are enforced as exactly as other schemas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mistral_7b.engine.grammar.embedded import exact
+from mistral_7b.engine.grammar.embedded import expand_json_schemas
 from mistral_7b.engine.grammar.spec import GrammarSpec
 from mistral_7b.errors import GrammarError
 from mistral_7b.sampling.params import StructuredOutputs
@@ -55,7 +55,7 @@ ADMITTED: dict[str, tuple[str, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ADMITTED)
-def test_what_a_grammar_with_schemas_admits(name: str) -> None:
+def test_embedded_schemas_allow_exactly_their_texts(name: str) -> None:
     grammar, good, bad = ADMITTED[name]
     spec = StructuredOutputs(grammar=grammar)
     assert [text for text in good if not admits(spec, text)] == []
@@ -64,39 +64,39 @@ def test_what_a_grammar_with_schemas_admits(name: str) -> None:
 
 REFUSED = {
     'start: "a"\nb: "é" %json {"type": "array", "uniqueItems": true}': r"line 2, column 8: uniqueItems .* at #$",
-    'start: %json {\n"a": 1,}\n': r"line 1, column 8: what follows is no JSON",
-    "start: %json": r"line 1, column 8: what follows is no JSON",
-    'start: %json {"const": 1.00000000000000000001}': r"no JSON: 1\.00000000000000000001",
-    'start: %json {"const": ' + "[" * 100_000: r"no JSON",
-    "start: %json [1]": r"a JSON schema is an object",
-    'start: X\nX: "a" %json {}': r"line 2, column 8: X takes terminals",
-    'start: "a"\n%ignore %json {}': r"line 2, column 9: %ignore takes terminals",
+    'start: %json {\n"a": 1,}\n': r"line 1, column 8 is not followed by valid JSON",
+    "start: %json": r"line 1, column 8 is not followed by valid JSON",
+    'start: %json {"const": 1.00000000000000000001}': r"valid JSON: 1\.00000000000000000001",
+    'start: %json {"const": ' + "[" * 100_000: r"valid JSON",
+    "start: %json [1]": r"a JSON schema must be an object",
+    'start: X\nX: "a" %json {}': r"line 2, column 8: X accepts only terminals",
+    'start: "a"\n%ignore %json {}': r"line 2, column 9: %ignore accepts only terminals",
     "start: x\nx[lazy]: %json {}": r"%json and %lark .* cannot be used in terminals",
     'start: %json {"anyOf": []}': r"anyOf must be a list",
     'start: %json {"allOf": [{"multipleOf": 211}, {"multipleOf": 199}], "type": "integer"}': r"takes too long",
     'start: %json {"x-guidance": {"item_separator": ";"}}': r"item_separator",
-    'start: %json {"$ref": "#/$defs/none"}': r"refers to no place",
+    'start: %json {"$ref": "#/$defs/none"}': r"does not resolve",
 }
 
 
 @pytest.mark.parametrize("grammar", REFUSED, ids=lambda grammar: grammar[:60])
-def test_what_is_refused_names_the_field_and_the_place(grammar: str) -> None:
+def test_invalid_embedded_schemas_name_field_and_place(grammar: str) -> None:
     with pytest.raises(GrammarError, match=REFUSED[grammar]) as e:
         in_process("demo")[1].start(StructuredOutputs(grammar=grammar), [1])
     assert str(e.value).startswith("structured_outputs")
     assert "\n" not in str(e.value)
 
 
-def test_a_grammar_without_schemas_is_the_same_text() -> None:
+def test_a_grammar_without_schemas_is_unchanged() -> None:
     for text in ('start: "%json" /a/', '%llguidance {}\nstart: %regex {"substring_chars": "%json"}'):
-        assert exact(text) == text
+        assert expand_json_schemas(text) == text
 
 
-def test_multiples_of_several_tools_are_no_multiple_of_all() -> None:
-    """Each is counted by itself."""
+def test_multiple_of_is_separate_for_each_tool() -> None:
+    """The multiples of each schema are counted separately."""
     properties = {str(n): {"type": "integer", "minimum": 0, "multipleOf": n} for n in (199, 211)}
     schema: Any = {"type": "object", "properties": properties, "required": ["199", "211"], "maxProperties": 2}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     spec = GrammarSpec(None, [tool], "required")
-    assert '"multipleOf": 211' in spec.lark(spaced=False)
+    assert '"multipleOf": 211' in spec.lark(leading_space=False)
     assert admits(StructuredOutputs(grammar=f"start: %json {json.dumps(schema)}"), '{"199":398,"211":422}')

@@ -1,5 +1,4 @@
-"""Whatever is drawn under a grammar's masks, the text that comes out obeys the grammar: to the character, for
-every vocabulary, and wherever the completion begins."""
+"""Texts sampled under a grammar's masks match the grammar exactly, for every vocabulary and starting position."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ def v3() -> tuple[Tokenizer, Grammars]:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_what_is_drawn_obeys(name: str, tokenizer: Tokenizer, grammars: Grammars) -> None:
+def test_sampled_texts_match_the_grammar(name: str, tokenizer: Tokenizer, grammars: Grammars) -> None:
     spec, obeys = SPECS[name]
     chance = random.Random(5)
     texts = set()
@@ -52,7 +51,7 @@ def test_what_is_drawn_obeys(name: str, tokenizer: Tokenizer, grammars: Grammars
     assert len(texts) > 5
 
 
-def test_a_first_word_loses_its_space_only_where_the_text_does(tokenizer: Tokenizer, grammars: Grammars) -> None:
+def test_the_first_words_space_follows_the_decoder(tokenizer: Tokenizer, grammars: Grammars) -> None:
     ids = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size)}
     the, space = ids[SPACE + "the"], ids[SPACE]
     for choice, at_start, after_text in (("the", True, False), (" the", False, True)):
@@ -68,7 +67,7 @@ def test_a_first_word_loses_its_space_only_where_the_text_does(tokenizer: Tokeni
     assert state.finished
 
 
-def test_json_may_begin_with_the_space_that_the_model_writes(tokenizer: Tokenizer, grammars: Grammars) -> None:
+def test_json_may_begin_with_the_models_space(tokenizer: Tokenizer, grammars: Grammars) -> None:
     spec = StructuredOutputs(json={"const": 1})
     seen = set()
     for after in beginnings(tokenizer):
@@ -77,7 +76,7 @@ def test_json_may_begin_with_the_space_that_the_model_writes(tokenizer: Tokenize
     assert seen == {"1", " 1"}
 
 
-def test_characters_may_come_byte_by_byte(tokenizer: Tokenizer, grammars: Grammars) -> None:
+def test_characters_may_be_split_into_byte_tokens(tokenizer: Tokenizer, grammars: Grammars) -> None:
     text = "é日😀"
     ids = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size) if isinstance(tokenizer.surface(t), bytes)}
     for after in beginnings(tokenizer):
@@ -111,7 +110,7 @@ def test_eos_is_allowed_exactly_where_the_text_may_end(v3: tuple[Tokenizer, Gram
     assert empty.finished
 
 
-def test_masks_of_a_draft_are_those_that_come_without_one(tokenizer: Tokenizer, grammars: Grammars) -> None:
+def test_masks_of_a_draft_equal_those_without_one(tokenizer: Tokenizer, grammars: Grammars) -> None:
     chance = random.Random(2)
     for spec, _ in SPECS.values():
         for after in beginnings(tokenizer):
@@ -134,7 +133,7 @@ def test_masks_of_a_draft_are_those_that_come_without_one(tokenizer: Tokenizer, 
                 place += len(draft)
 
 
-def test_a_refused_draft_leaves_the_state_as_it_was(v3: tuple[Tokenizer, Grammars]) -> None:
+def test_a_rejected_draft_does_not_change_the_state(v3: tuple[Tokenizer, Grammars]) -> None:
     tokenizer, grammars = v3
     state = grammars.start(StructuredOutputs(choice=["one two"]), [1])
     one, two, three = (tokenizer.encode(word)[-1] for word in ("one", "two", "three"))
@@ -147,8 +146,8 @@ def test_a_refused_draft_leaves_the_state_as_it_was(v3: tuple[Tokenizer, Grammar
     assert state.finished
 
 
-def test_control_tokens_and_what_is_no_token_are_never_allowed(tokenizer: Tokenizer, grammars: Grammars) -> None:
-    """Not even by a grammar of anything but a text, whose complement holds no UTF-8 either."""
+def test_control_and_unknown_tokens_are_never_allowed(tokenizer: Tokenizer, grammars: Grammars) -> None:
+    """Not even by the complement of a text, which also contains invalid UTF-8."""
     controls = {t for t in range(tokenizer.vocab_size) if tokenizer.is_control(t)}
     for grammar in (
         "start: X\nX: ~/abc/",
@@ -186,8 +185,8 @@ def test_a_grammar_may_name_control_tokens(v3: tuple[Tokenizer, Grammars]) -> No
         assert state.finished
 
 
-def test_no_grammar_can_ask_for_one_encoding_alone(v3: tuple[Tokenizer, Grammars]) -> None:
-    """llguidance would then need the encoding of a text that follows upon others, which SentencePiece has not."""
+def test_every_tokenization_of_a_text_is_allowed(v3: tuple[Tokenizer, Grammars]) -> None:
+    """Forcing one would need the encoding of a text after other text, which SentencePiece does not define."""
     tokenizer, grammars = v3
     for options in ("", '%llguidance {"no_forcing": false}\n'):
         state = grammars.start(StructuredOutputs(grammar=f'{options}start: "the end"'), [1])
@@ -195,7 +194,7 @@ def test_no_grammar_can_ask_for_one_encoding_alone(v3: tuple[Tokenizer, Grammars
         assert {"t", "th", "the", " the", " t", " "} <= found
 
 
-def test_whitespace_in_json_comes_to_an_end(v3: tuple[Tokenizer, Grammars]) -> None:
+def test_whitespace_in_json_is_bounded(v3: tuple[Tokenizer, Grammars]) -> None:
     tokenizer, grammars = v3
     newline = next(t for t in range(tokenizer.vocab_size) if tokenizer.surface(t) == b"\n")
     state = grammars.start(StructuredOutputs(json_object=True), [1])
@@ -207,8 +206,8 @@ def test_whitespace_in_json_comes_to_an_end(v3: tuple[Tokenizer, Grammars]) -> N
     assert n == 64
 
 
-def test_sampling_under_masks(tokenizer: Tokenizer, grammars: Grammars) -> None:
-    """Through the project's own sampler, two grammars and a free row side by side."""
+def test_the_sampler_applies_masks(tokenizer: Tokenizer, grammars: Grammars) -> None:
+    """The project's own sampler, with two grammars and an unconstrained row in one batch."""
     specs = [SPECS["regex"], SPECS["choice"]]
     states = [grammars.start(spec, [tokenizer.bos_id]) for spec, _ in specs]
     decoders, texts = [tokenizer.stream([tokenizer.bos_id]) for _ in specs], ["", ""]

@@ -1,4 +1,4 @@
-"""What is no grammar, what asks for too much, and what is shared between completions."""
+"""Invalid and expensive grammars, and the state that completions share."""
 
 from __future__ import annotations
 
@@ -39,17 +39,15 @@ def v3() -> tuple[Tokenizer, Grammars]:
         ({"json": {"type": "strin"}}, "Invalid type: strin"),
         ({"json": {"type": "string", "format": "colour"}}, "Unknown format: colour"),
         ({"json": {"$ref": "#/$defs/none"}}, "none"),
-        ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "nsatisfiable|no text obeys"),
+        ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "nsatisfiable|no text matches"),
         ({"grammar": "start: rule"}, "rule"),
         ({"grammar": "nonsense"}, "grammar"),
-        ({"grammar": "start: X\nX: /a/ & /b/"}, "no text obeys"),
+        ({"grammar": "start: X\nX: /a/ & /b/"}, "no text matches"),
         ({"grammar": "root ::= other"}, "other"),
-        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text obeys"),
+        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "no text matches"),
     ],
 )
-def test_what_is_no_grammar_is_refused_at_once(
-    v3: tuple[Tokenizer, Grammars], spec: dict[str, Any], words: str
-) -> None:
+def test_invalid_grammars_are_refused(v3: tuple[Tokenizer, Grammars], spec: dict[str, Any], words: str) -> None:
     with pytest.raises(GrammarError, match=words) as e:
         v3[1].start(StructuredOutputs(**spec), [1])
     assert "\n" not in str(e.value)
@@ -82,7 +80,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_grammars_are_bounded(v3: tuple[Tokenizer, Grammars], name: str) -> None:
-    """They are refused, or followed as far as limits allow; and neither takes long."""
+    """They are refused, or followed within the limits, and neither takes long."""
     grammars = v3[1]
     began = time.monotonic()
     with contextlib.suppress(GrammarError):
@@ -98,7 +96,7 @@ def test_hostile_grammars_are_bounded(v3: tuple[Tokenizer, Grammars], name: str)
             grammars.start(StructuredOutputs(**HOSTILE[name]), [1])
 
 
-def test_many_choices_and_common_multiples_are_no_burden(v3: tuple[Tokenizer, Grammars]) -> None:
+def test_many_choices_and_multiples_compile(v3: tuple[Tokenizer, Grammars]) -> None:
     tokenizer, grammars = v3
     many = [f"value {i}" for i in range(5000)]
     assert draw(grammars.start(StructuredOutputs(choice=many), [1]), tokenizer, [1], random.Random(0))[1] in many
@@ -107,7 +105,7 @@ def test_many_choices_and_common_multiples_are_no_burden(v3: tuple[Tokenizer, Gr
         grammars.start(StructuredOutputs(json={"allOf": [prices, {"items": {"multipleOf": multiple}}]}), [1])
 
 
-def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer() -> None:
+def test_model_and_tokenizer_vocabularies_may_differ() -> None:
     tokenizer = Tokenizer.from_pretrained()
     spec = StructuredOutputs(regex=".*")
     whole = allowed(Grammars(tokenizer, tokenizer.vocab_size).start(spec, [1]).masks()[0][0])
@@ -119,9 +117,9 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer() -> None:
         narrow.accept(2000)
 
 
-def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_grammars_are_cached_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.from_pretrained()
-    grammars = Grammars(tokenizer, tokenizer.vocab_size, kept=2)
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, max_idle=2)
     begun: list[str] = []
 
     class Noted(client.GrammarProcess):
@@ -138,17 +136,17 @@ def test_compiled_grammars_are_kept_and_the_oldest_leaves(monkeypatch: pytest.Mo
     assert np.array_equal(other.masks()[0][0], grammars.start(StructuredOutputs(regex="bb"), [1]).masks()[0][0])
 
 
-def test_no_completion_uses_up_what_another_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The states of a lexer are shared and limited: what runs out is made anew, and masks are the same."""
+def test_lexer_states_are_not_exhausted_by_other_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lexer states are shared and limited: a completion that runs out recompiles, with the same masks."""
     tokenizer = Tokenizer.from_pretrained()
-    text = GrammarSpec(StructuredOutputs(regex="(a|b)*a(a|b){40}c")).lark(spaced=False)
+    text = GrammarSpec(StructuredOutputs(regex="(a|b)*a(a|b){40}c")).lark(leading_space=False)
     vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
     letters = {tokenizer.surface(t): t for t in range(tokenizer.vocab_size)}
     free = CompiledGrammar(vocabulary, text)
-    monkeypatch.setattr(matcher, "STATES", 1000)
+    monkeypatch.setattr(matcher, "MAX_LEXER_STATES", 1000)
     tight = CompiledGrammar(vocabulary, text)
     with monkeypatch.context() as patched:
-        patched.setattr(matcher, "PROGRESS", 10**9)  # no renewal beyond the first
+        patched.setattr(matcher, "RENEWAL_INTERVAL", 10**9)  # no renewal beyond the first
         state = tight.start(at_start=True)
         with refused(GrammarError, field="structured_outputs"):
             walk([state], letters, 600)
@@ -163,7 +161,7 @@ def test_no_completion_uses_up_what_another_needs(monkeypatch: pytest.MonkeyPatc
 
 
 def walk(states: list[MatcherState], letters: dict[str | bytes | None, int], n: int) -> None:
-    """Take n letters in all states, and see that their masks are the same."""
+    """Append n letters to all states, and check that their masks are equal."""
     chance = random.Random(n)
     for _ in range(n):
         masks = [state.masks()[0][0] for state in states]

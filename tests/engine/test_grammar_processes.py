@@ -1,4 +1,4 @@
-"""What the system does to the processes that follow grammars: no files are left, or their engine is killed."""
+"""Failures of the system for grammar processes: no file descriptors left, or a killed engine."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_grammar_turns import until
+from test_compile_queue import until
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/engine")))}
 
 FILES = """
 import os, resource, signal, sys
-from test_grammar_turns import *
+from test_compile_queue import *
 from mistral_7b.engine.inputs import RequestOptions
 tokenizer = Tokenizer.from_pretrained()
 args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=256)
@@ -31,7 +31,7 @@ for _ in range(3):
     llm.engine.step()
 process = bad.sequences[0].grammar._process
 os.kill(process._pid, signal.SIGKILL)
-process.ended_by()
+process.exit_signal()
 if sys.argv[2] == "server":
     llm.inputs.grammars._server._process.kill()
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -63,8 +63,8 @@ print(llm.generate("a", SamplingParams(structured_outputs=StructuredOutputs(rege
 
 
 @pytest.mark.parametrize(("left", "killed"), [(0, "worker"), (1, "worker"), (0, "server"), (1, "server")])
-def test_no_files_left_is_said_by_its_name_and_ends_no_other(left: int, killed: str) -> None:
-    """A process ends in the middle of a step, and no other can be started."""
+def test_running_out_of_files_ends_only_its_request(left: int, killed: str) -> None:
+    """A process ends during a step, and no other can be started."""
     done = subprocess.run(
         [sys.executable, "-c", FILES, str(left), killed], capture_output=True, text=True, timeout=120, env=ENV
     )
@@ -79,7 +79,7 @@ def test_no_files_left_is_said_by_its_name_and_ends_no_other(left: int, killed: 
 
 KILLED = """
 import time
-from test_grammar_turns import *
+from test_compile_queue import *
 tokenizer = Tokenizer.from_pretrained()
 grammars = Grammars(tokenizer, tokenizer.vocab_size, LONG)
 asking = [Asking(grammars, slow(i)) for i in range(6)]
@@ -91,7 +91,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("first", ["engine", "fork server"])
 def test_workers_end_within_a_second_of_a_kill(first: str) -> None:
-    """Those that compile, and those that stand still."""
+    """Both compiling and suspended workers."""
     with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True, env=ENV) as engine:
         assert engine.stdout is not None
         server, *pids = map(int, engine.stdout.readline().split())

@@ -1,4 +1,4 @@
-"""Grammars that crash their compiler, run away or fail on the way end their own request, and no other notices.
+"""Grammars that crash their compiler, loop or fail later end their own request and affect no other.
 
 The faults are llguidance's own (crashes of its native code cannot be caught in the process that they happen in);
 llama.cpp#26600 and vllm#30730 are of the same kind.
@@ -36,13 +36,13 @@ LEAST = -(2**63)
 
 
 def chain(n: int) -> dict[str, Any]:
-    """References, each to the next."""
+    """A chain of references."""
     links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(n)}
     return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{n}": {"type": "string"}}}
 
 
 def rules(n: int, name: str) -> str:
-    """Lark rules (or terminals), each the next."""
+    """A chain of Lark rules (or terminals)."""
     return f"start: {name}0\n" + "\n".join(f"{name}{i}: {name}{i + 1}" for i in range(n)) + f'\n{name}{n}: "a"'
 
 
@@ -66,7 +66,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    """Whose tokens are the same to the bit whatever runs beside them."""
+    """An engine whose tokens are bit-identical regardless of the other requests."""
     tokenizer = Tokenizer.from_pretrained()
     args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=1024)
     model = tiny_model(args, torch.bfloat16)
@@ -75,7 +75,7 @@ def llm() -> LLM:
 
 
 def beside(llm: LLM) -> list[Request]:
-    """Requests that must not notice: one without a grammar, one with, one that shares its process."""
+    """Requests that must not be affected: without a grammar, with one, and one that shares its process."""
     regex = StructuredOutputs(regex="[a-z]{8}( [a-z]{8}){2}")
     asked = [
         SamplingParams(max_tokens=16, seed=1),
@@ -102,7 +102,7 @@ def wanted(llm: LLM) -> list[list[int]]:
 
 
 def check_beside(llm: LLM, wanted: list[list[int]], params: SamplingParams, **chat: Any) -> Mistral7BError | None:
-    """Run a hostile request among others; what it ended with."""
+    """Run a hostile request among others; return its error."""
     others = beside(llm)
     try:
         if chat:
@@ -122,14 +122,14 @@ def check_beside(llm: LLM, wanted: list[list[int]], params: SamplingParams, **ch
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_grammar_costs_its_own_request_alone(llm: LLM, wanted: list[list[int]], name: str) -> None:
+def test_a_hostile_grammar_ends_only_its_request(llm: LLM, wanted: list[list[int]], name: str) -> None:
     params = SamplingParams(max_tokens=40, seed=1, n=2, structured_outputs=StructuredOutputs(**HOSTILE[name]))
     check_beside(llm, wanted, params)
 
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
 @pytest.mark.parametrize("name", ["constant", "optional properties", "references", "objects"])
-def test_so_does_a_hostile_tool(llm: LLM, wanted: list[list[int]], name: str, choice: str) -> None:
+def test_a_hostile_tool_ends_only_its_request(llm: LLM, wanted: list[list[int]], name: str, choice: str) -> None:
     parameters = {"type": "object", "properties": {"x": HOSTILE[name]["json"]}, "required": ["x"]}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     wants = None if choice == "required" else StructuredOutputs(choice=["yes", "no"])
@@ -138,7 +138,7 @@ def test_so_does_a_hostile_tool(llm: LLM, wanted: list[list[int]], name: str, ch
 
 
 @pytest.mark.parametrize("name", ["rules", "terminals"])
-def test_a_crash_is_one_clear_error(llm: LLM, name: str) -> None:
+def test_a_crash_raises_one_grammar_error(llm: LLM, name: str) -> None:
     with refused(GrammarError, field="structured_outputs") as e:
         llm.inputs.text(
             "a", SamplingParams(structured_outputs=StructuredOutputs(**HOSTILE[name])), RequestOptions()
@@ -146,8 +146,8 @@ def test_a_crash_is_one_clear_error(llm: LLM, name: str) -> None:
     assert len(str(e.value)) < 300
 
 
-def test_an_ambiguous_grammar_ends_at_its_budget_and_slows_no_other(llm: LLM, wanted: list[list[int]]) -> None:
-    """Its masks take ever longer. Steps of the others wait for it a moment each, and it is ended by name."""
+def test_an_ambiguous_grammar_ends_at_its_cpu_limit(llm: LLM, wanted: list[list[int]]) -> None:
+    """Its masks take ever longer. Other requests' steps wait for it briefly, and it ends with its limit named."""
     a = next(t for t in range(4096) if llm.tokenizer.surface(t) == "a")  # type: ignore[union-attr]
     ambiguous = StructuredOutputs(grammar=AMBIGUOUS)
     params = SamplingParams(
@@ -173,8 +173,8 @@ def test_an_ambiguous_grammar_ends_at_its_budget_and_slows_no_other(llm: LLM, wa
 
 
 @pytest.mark.parametrize("sent", [signal.SIGSEGV, signal.SIGKILL])
-def test_those_that_share_a_process_that_ends_begin_again(llm: LLM, wanted: list[list[int]], sent: int) -> None:
-    """Killed from outside while several completions are on their way: all come to the same end."""
+def test_states_restart_when_their_shared_process_ends(llm: LLM, wanted: list[list[int]], sent: int) -> None:
+    """Their process is killed during several completions: all have the same output."""
     for killed_at in (1, 3, 8):
         requests = beside(llm)
         for request in requests:
@@ -190,7 +190,7 @@ def test_those_that_share_a_process_that_ends_begin_again(llm: LLM, wanted: list
         assert all(r.error is None for r in requests)
 
 
-def test_the_server_of_processes_may_be_killed(llm: LLM, wanted: list[list[int]]) -> None:
+def test_a_killed_fork_server_is_restarted(llm: LLM, wanted: list[list[int]]) -> None:
     llm.inputs.grammars._server._process.kill()
     llm.inputs.grammars._processes.clear()
     others = beside(llm)
@@ -213,7 +213,7 @@ def test_processes_end_with_their_engine() -> None:
     pytest.fail("a worker is left")
 
 
-def test_limits_are_checked() -> None:
+def test_invalid_limits_are_refused() -> None:
     for wrong in ({"mask_seconds": 0}, {"compile_seconds": "1"}, {"memory_bytes": 5}, {"request_seconds": True}):
         with refused(ConfigError, field=next(iter(wrong))):
             GrammarLimits(**wrong)  # type: ignore[arg-type]
@@ -286,7 +286,7 @@ ENDS = Counter[str]()
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(spec=SPECS, seed=st.integers(0, 3))
-def test_random_hostile_grammars_leave_the_others_their_bits(
+def test_random_hostile_grammars_do_not_change_other_outputs(
     llm: LLM, wanted: list[list[int]], spec: dict[str, Any], seed: int
 ) -> None:
     params = SamplingParams(max_tokens=12, seed=seed, n=1 + seed, structured_outputs=StructuredOutputs(**spec))
@@ -296,19 +296,19 @@ def test_random_hostile_grammars_leave_the_others_their_bits(
 
 
 @pytest.mark.wording
-def test_those_at_random_are_of_every_kind() -> None:
-    """A control of the test above: what it drew was served often, refused often, and ended often on the way."""
+def test_random_hostile_grammars_cover_every_kind() -> None:
+    """A check of the test above: its samples were often served, often refused, and often ended midway."""
     assert ENDS["served"] > 30
     assert ENDS["refused"] > 30
     assert ENDS["CPU time"] + ENDS["failed"] > 5
 
 
-def test_a_process_that_stands_still_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the clock: its request ends, and those that share nothing with it run on meanwhile."""
+def test_an_unresponsive_process_times_out(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In wall-clock time: its request ends, and independent requests continue meanwhile."""
     params = SamplingParams(max_tokens=16, structured_outputs=StructuredOutputs(regex="[q-z]{40}"))
     stuck = llm.inputs.text("a", params, RequestOptions())
     pid = stuck.sequences[0].grammar._process._pid  # type: ignore[union-attr]
-    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    monkeypatch.setattr(client, "ANSWER_TIMEOUT", 1.0)
     os.kill(pid, signal.SIGSTOP)
     try:
         free = llm.inputs.text("def f(", SamplingParams(max_tokens=16, seed=1), RequestOptions())

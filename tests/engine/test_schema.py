@@ -1,4 +1,4 @@
-"""JSON schemas keyword by keyword: what their grammars admit to the character, and what they refuse by name."""
+"""JSON schemas keyword by keyword: the texts that their grammars allow, and the keywords that they refuse."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LIST: dict[str, Any] = {
 
 
 def admits(schema: Any, text: str) -> bool:
-    """Whether a text can be written under a schema, and end there."""
+    """Whether a schema allows a text as a complete one."""
     return drawing.admits(StructuredOutputs(json=schema), text)
 
 
 def as_before(schema: Any, where: str, name: str, style: object = None) -> str:
-    """The schema as llguidance itself takes it, in place of rules.rules."""
+    """The schema compiled by llguidance's own %json, in place of rules.rules."""
     return f"{name}: %json {json.dumps({**schema, 'x-guidance': {'whitespace_flexible': False}})}"
 
 
@@ -143,7 +143,7 @@ ADMITTED: dict[str, tuple[Any, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ADMITTED)
-def test_what_a_schema_admits(name: str) -> None:
+def test_a_schema_allows_exactly_its_texts(name: str) -> None:
     schema, good, bad = ADMITTED[name]
     schema = schema if isinstance(schema, dict) else {"allOf": [schema]}
     assert [text for text in good if not admits(schema, text)] == []
@@ -154,15 +154,15 @@ def test_what_a_schema_admits(name: str) -> None:
     "name",
     ["enum", "const in const", "above 2^53", "names by escapes", "numbers end"],
 )
-def test_llguidance_alone_admits_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So the test above can fail."""
+def test_llguidance_alone_allows_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This shows that the test above can fail."""
     monkeypatch.setattr(lark_module, "rules", as_before)
     schema, _, bad = ADMITTED[name]
     assert [text for text in bad if admits(schema, text)]
 
 
-def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llguidance alone takes the comma, and then nothing at all."""
+def test_a_comma_is_followed_by_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llguidance alone allows the comma and then reaches a dead end."""
     schema = ADMITTED["a pattern that is a property"][0]
     assert not admits(schema, '{"a":1,')
     monkeypatch.setattr(lark_module, "rules", as_before)
@@ -182,9 +182,9 @@ def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> No
         ({"dependencies": {"a": ["b"]}}, "dependencies is not supported"),
         ({"propertyNames": {"maxLength": 1}}, "propertyNames is not supported"),
         ({"unevaluatedProperties": False}, "unevaluatedProperties is not supported"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "where #/oneOf/0 and #/oneOf/1 may both hold"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "where #/oneOf/0 and #/oneOf/1 can both match"),
         ({"type": "object", "minProperties": 2}, "minProperties is not supported beyond"),
-        ({"$ref": "https://e.org/x"}, r"\$ref 'https://e.org/x' refers to no place"),
+        ({"$ref": "https://e.org/x"}, r"\$ref 'https://e.org/x' does not resolve"),
         ({"properties": {"a": {"$id": "x", "items": {"$ref": "#"}}}}, r"\$ref is not supported within"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{}, {"$ref": "#/$defs/a"}]}}}, "refers to itself"),
         ({"pattern": "(?=a)"}, r"pattern '\(\?=a\)' cannot be used: look-around"),
@@ -192,7 +192,7 @@ def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> No
         ({"pattern": r"\bword"}, r"\\b is not supported"),
         ({"type": "integer", "multipleOf": 3, "minimum": 2**60}, "multipleOf is supported for numbers up to 2"),
         ({"type": "integer", "multipleOf": 99991}, "multipleOf 99991 takes too long"),
-        ({"multipleOf": 0}, "multipleOf must be above 0"),
+        ({"multipleOf": 0}, "multipleOf must be greater than 0"),
         ({"minLength": -1}, "minLength must be a whole number"),
         ({"maxItems": 1.5}, "maxItems must be a whole number"),
         ({"minimum": "1"}, "minimum must be a number, not '1', at #"),
@@ -202,14 +202,14 @@ def test_a_comma_is_followed_by_something(monkeypatch: pytest.MonkeyPatch) -> No
         ({"anyOf": []}, "anyOf must be a list"),
         ({"type": ["string", 3]}, "Invalid type: 3"),
         ({"properties": []}, "properties must be an object"),
-        ({"properties": {"a": 3}}, "a JSON schema is an object, true or false, not 3, at #/properties/a"),
+        ({"properties": {"a": 3}}, "a JSON schema must be an object, true or false, not 3, at #/properties/a"),
         ({"required": ["a", 3]}, "required must be a list of names"),
-        ({"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}]}, "prefixItems is no keyword"),
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "prefixItems": [{}]}, "prefixItems is not a"),
         ({"$ref": "#/$defs/0", "$defs": {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(3000)}},
          "more than 100 schemas apply to one value"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_obeyed_is_refused_by_name_and_place(schema: Any, words: str) -> None:
+def test_unsupported_keywords_are_refused_by_name_and_place(schema: Any, words: str) -> None:
     with refused(GrammarError, field="structured_outputs.json") as e:
         admits(schema, "")
     assert re.search(words, str(e.value))
@@ -232,14 +232,14 @@ FIXED = "^((a{1,1000}){1,1000}){1,1000}$"
         ),
     ],
 )
-def test_patterns_that_are_too_much_are_refused_by_their_place(schema: Any, place: str) -> None:
+def test_patterns_that_are_too_large_name_their_place(schema: Any, place: str) -> None:
     with pytest.raises(
         GrammarError, match=f"^structured_outputs.json: pattern, format .* together: .*, at {place}"
     ):
         admits(schema, "")
 
 
-def test_what_is_no_json_is_named() -> None:
+def test_values_that_are_not_json_are_named() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"default": {1}}}}
     for name, spec in (
         ("tools", GrammarSpec(None, [tool], "required")),
@@ -274,12 +274,12 @@ def test_what_is_no_json_is_named() -> None:
         {"enum": [1, "a"], "type": "boolean"},
     ],
 )
-def test_a_schema_that_no_finite_text_obeys_is_refused(schema: Any) -> None:
+def test_a_schema_without_finite_texts_is_refused(schema: Any) -> None:
     with refused(GrammarError, field="structured_outputs.json"):
         admits({"allOf": [schema]}, "")
 
 
-def test_numbers_are_read_as_they_are_written() -> None:
+def test_numbers_are_parsed_exactly() -> None:
     assert StructuredOutputs(json='{"enum": [12345678901234567890, 0.1, 1e3]}').json == {
         "enum": [12345678901234567890, 0.1, 1000.0]
     }
@@ -291,7 +291,7 @@ def test_numbers_are_read_as_they_are_written() -> None:
 
 
 @pytest.mark.parametrize("parameters", [[], "x", True, {"type": "array"}, {"type": ["object", "null"]}])
-def test_parameters_of_a_tool_are_an_object(parameters: Any) -> None:
+def test_tool_parameters_must_be_an_object(parameters: Any) -> None:
     tools = [{"function": {"name": "a"}}, {"function": {"name": "b", "parameters": parameters}}]
     for choice in ("required", "auto"):
         with pytest.raises(GrammarError) as e:
@@ -299,7 +299,7 @@ def test_parameters_of_a_tool_are_an_object(parameters: Any) -> None:
         assert str(e.value.field).startswith("tools[1].function.parameters")
 
 
-def test_a_tool_with_a_schema_that_cannot_be_used_is_named() -> None:
+def test_a_tool_with_an_unsupported_schema_is_named() -> None:
     tools = [
         {"function": {"name": "a"}},
         {"function": {"name": "b", "parameters": {"properties": {"c": {"not": {}}}}}},

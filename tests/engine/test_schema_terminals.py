@@ -1,4 +1,4 @@
-"""Terminals of strings and numbers, against Python's own reading of patterns, formats and numbers."""
+"""Terminals of strings and numbers, compared with Python's patterns, formats and numbers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_are_found_where_python_finds_them(pattern: str) -> None:
+def test_patterns_match_as_in_python(pattern: str) -> None:
     terminal = strings.of_pattern(pattern)
     python = re.compile(re.sub(r"(?<!\\)\$", r"\\Z", pattern), re.ASCII)
     found = {text for text in TEXTS if python.search(text)}
     if pattern in ("^.$", r"^\S+$"):
         found -= {"\u2028"}  # which ends a line in ECMA-262, and is a blank
-    assert {text for text in TEXTS if strings.holds(terminal, text)} == found
+    assert {text for text in TEXTS if strings.matches(terminal, text)} == found
 
 
 @pytest.mark.parametrize(
@@ -49,24 +49,24 @@ def test_patterns_are_found_where_python_finds_them(pattern: str) -> None:
         ("[]", [], ["", "a"]),
     ],
 )
-def test_patterns_that_python_reads_otherwise(pattern: str, good: list[str], bad: list[str]) -> None:
+def test_patterns_that_differ_from_python(pattern: str, good: list[str], bad: list[str]) -> None:
     terminal = strings.of_pattern(pattern)
-    assert [text for text in [*good, *bad] if strings.holds(terminal, text)] == good
+    assert [text for text in [*good, *bad] if strings.matches(terminal, text)] == good
 
 
 @pytest.mark.wording
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("(?<!a)b", "look-around"), ("(?i)a", "flags"), ("(a", "unclosed group"), ("a)", "stands where"),
-        ("[a", "unclosed class"), (r"(a)\1", r"\\1 is not"), ("a**", "nothing to repeat"), ("*", "stands where"),
-        ("^*", "nothing to repeat"), ("x^y", "ends alone"), ("(^a)*", "ends alone"), ("[b-a]", "wrong way"),
-        ("a{3,1}", "wrong way"), ("a{,3}", "write {0,n}"), (r"\p{Greek}", "general categories"),
-        (r"[\d-z]", "end of a range"), (r"\ud800", "no character"), (r"a\b", r"\\b is not"),
-        ("(" * 500 + ")" * 500, "nest too deeply"), ("\\", r"\\ is not"),
+        ("(?<!a)b", "look-around"), ("(?i)a", "flags"), ("(a", "unclosed group"), ("a)", "unexpected"),
+        ("[a", "unclosed class"), (r"(a)\1", r"\\1 is not"), ("a**", "nothing to repeat"), ("*", "unexpected"),
+        ("^*", "nothing to repeat"), ("x^y", "ends alone"), ("(^a)*", "ends alone"), ("[b-a]", "wrong order"),
+        ("a{3,1}", "wrong order"), ("a{,3}", "write {0,n}"), (r"\p{Greek}", "general categories"),
+        (r"[\d-z]", "range must start and end"), (r"\ud800", "not a character"), (r"a\b", r"\\b is not"),
+        ("(" * 500 + ")" * 500, "nested too deeply"), ("\\", r"\\ is not"),
     ],
 )  # fmt: skip
-def test_what_is_no_pattern_is_refused(pattern: str, words: str) -> None:
+def test_invalid_patterns_are_refused(pattern: str, words: str) -> None:
     with pytest.raises(GrammarError, match=words):
         strings.of_pattern(pattern)
 
@@ -88,14 +88,14 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", strings.FORMATS)
-def test_formats(name: str) -> None:
+def test_formats_match_exactly_their_strings(name: str) -> None:
     good, bad = FORMATS[name]
     terminal = strings.of_format(name)
-    assert [text for text in good if not strings.holds(terminal, text)] == []
-    assert [text for text in bad if strings.holds(terminal, text)] == []
+    assert [text for text in good if not strings.matches(terminal, text)] == []
+    assert [text for text in bad if strings.matches(terminal, text)] == []
 
 
-def test_terminals_may_be_empty() -> None:
+def test_empty_terminals_are_detected() -> None:
     one, other = strings.of_pattern("^a*b$"), strings.of_pattern("^a*c$")
     assert strings.is_empty(f"{one} & {other}")
     assert not strings.is_empty(one)
@@ -104,7 +104,7 @@ def test_terminals_may_be_empty() -> None:
 
 
 def _matches(terminal: str, text: str) -> bool:
-    """Whether a text is in a terminal made of regexes, "&", "|", parentheses and "-" alone."""
+    """Whether a text matches a terminal of only regexes, "&", "|", parentheses and "-"."""
     negative = re.fullmatch(r'(?:\((.*)\) \| )?"-" \((.*)\)', terminal) or re.fullmatch(r"\((.*)\)()", terminal)
     if terminal.startswith("/"):
         return re.fullmatch(terminal[1:-1], text) is not None
@@ -144,6 +144,6 @@ def test_decimals_between_bounds() -> None:
         for value in (low, high, low - Fraction(1, 1000), high + Fraction(1, 1000), number(), number()):
             above = least is None or (value > low if least.open else value >= low)
             below = most is None or (value < high if most.open else value <= high)
-            text = digits.written(value)
+            text = digits.format_decimal(value)
             zeros = text + ("" if "." in text else ".") + "0" * chance.randint(1, 2)
             assert _matches(terminal, text) == _matches(terminal, zeros) == (above and below), (least, most, text)

@@ -10,7 +10,7 @@ import pytest
 from refusals import refused
 
 from mistral_7b.engine.grammar.client import Grammars
-from mistral_7b.engine.grammar.lark import or_tools, tool_spec
+from mistral_7b.engine.grammar.lark import tool_spec, with_tools
 from mistral_7b.errors import GrammarError
 from mistral_7b.sampling.params import StructuredOutputs
 from mistral_7b.text.tokenizer import Tokenizer
@@ -66,8 +66,8 @@ def test_a_text_or_calls_where_the_model_is_free(v3: tuple[Tokenizer, Grammars],
     tokenizer, grammars = v3
     wanted, obeys = SPECS[name]
     chance, names = random.Random(2), {t["function"]["name"] for t in TOOLS}
-    for after, spaced in (([4], False), (tokenizer.encode("Well,"), True)):
-        spec = or_tools(wanted, TOOLS, False, spaced)
+    for after, leading_space in (([4], False), (tokenizer.encode("Well,"), True)):
+        spec = with_tools(wanted, TOOLS, False, leading_space)
         for calls in (True, False, True, False):
             state = grammars.start(spec, after)
             assert 5 in allowed(state.masks()[0][0])
@@ -80,7 +80,7 @@ def test_a_text_or_calls_where_the_model_is_free(v3: tuple[Tokenizer, Grammars],
             else:
                 assert obeys(text)
     mine = StructuredOutputs(grammar='start: "x"')
-    assert or_tools(mine, TOOLS, True, False) is mine
+    assert with_tools(mine, TOOLS, True, False) is mine
 
 
 def test_what_tool_choice_cannot_be() -> None:

@@ -13,7 +13,7 @@ import pytest
 from serving import HELLO, Serving, serving
 from waiting import until
 
-from mistral_7b.engine.grammar import client, turns
+from mistral_7b.engine.grammar import client, compile_queue
 from mistral_7b.engine.grammar.client import Grammars
 
 CHAT = "/v1/chat/completions"
@@ -38,23 +38,27 @@ def asking(server: Serving, path: str = CHAT, grammar: str = SLOW) -> socket.soc
 
 
 def compiling(grammars: Grammars) -> list[client.GrammarProcess]:
-    with grammars.turns.changed:
-        return [process for process in grammars._alive if grammars.turns.compiles(process) and process.starting]
+    with grammars.compile_queue.changed:
+        return [
+            process
+            for process in grammars._alive
+            if grammars.compile_queue.is_compiling(process) and process.waiting_states
+        ]
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
 def test_who_hangs_up_ends_what_is_compiled_for_him_alone(server: Serving, path: str) -> None:
     grammars = server.llm.inputs.grammars
     first, second = asking(server, path), asking(server, path)
-    assert until(lambda: any(len(process.starting) == 2 for process in compiling(grammars)), 10)
+    assert until(lambda: any(len(process.waiting_states) == 2 for process in compiling(grammars)), 10)
     (process,) = compiling(grammars)
     first.close()
-    assert until(lambda: len(process.starting) == 1, 2)
+    assert until(lambda: len(process.waiting_states) == 1, 2)
     assert until(lambda: server.state.active == 1, 2)
     assert os.path.exists(f"/proc/{process._pid}")
-    assert not process.over
+    assert not process.terminated
     second.close()
-    assert until(lambda: process.over, 1)
+    assert until(lambda: process.terminated, 1)
     assert until(lambda: ended(process._pid), 1)
     assert compiling(grammars) == []
     server.idle()
@@ -62,19 +66,19 @@ def test_who_hangs_up_ends_what_is_compiled_for_him_alone(server: Serving, path:
 
 def test_who_hangs_up_leaves_the_queue(server: Serving) -> None:
     grammars = server.llm.inputs.grammars
-    usual, grammars.turns.quick_at_once = grammars.turns.quick_at_once, 0
+    usual, grammars.compile_queue.max_quick = grammars.compile_queue.max_quick, 0
     try:
         sock = asking(server, grammar='start: "a"')
-        assert until(lambda: len(grammars.turns._waiting) == 1, 10)
+        assert until(lambda: len(grammars.compile_queue._waiting) == 1, 10)
         sock.close()
-        assert until(lambda: not grammars.turns._waiting, 2)
+        assert until(lambda: not grammars.compile_queue._waiting, 2)
         server.idle()
     finally:
-        grammars.turns.quick_at_once = usual
+        grammars.compile_queue.max_quick = usual
 
 
 def test_what_no_turn_is_left_for_is_told_to_come_again(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "WAITING", 0)
+    monkeypatch.setattr(compile_queue, "MAX_WAITING", 0)
     status, headers, data = server.ask("POST", CHAT, {"messages": HELLO, "structured_outputs": {"regex": "abc?"}})
     error = json.loads(data)["error"]
     assert (status, error["code"]) == (429, "queue_full")

@@ -1,4 +1,4 @@
-"""The tokenizer against mistral-common called directly, against literal ids, and against itself."""
+"""The tokenizer, compared with mistral-common, with literal ids, and with itself."""
 
 import json
 import random
@@ -119,7 +119,7 @@ def test_trap_16_tool_call_ids_become_nine_alphanumerics():
     assert OURS["v3"].encode_chat(foreign) == theirs("v3", mapped)
 
 
-def test_openai_clients_habits_are_understood():
+def test_null_and_missing_fields_of_openai_clients_are_accepted():
     v3, plain = OURS["v3"], theirs("v3", [SYSTEM, *CALLS])
     loose = [
         {"role": "developer", "content": [{"type": "text", "text": "Be brief."}], "name": None},
@@ -152,7 +152,7 @@ def test_openai_clients_habits_are_understood():
     ],
 )
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_arguments_that_a_model_wrote_in_other_ways(version, given, meant):
+def test_arguments_in_unusual_encodings_are_normalized(version, given, meant):
     function = {"name": "get"} if given is None else {"name": "get", "arguments": given}
     call = {"id": "abcDEF123", "type": "function", "function": function}
     ours = OURS[version].encode_chat([CALLS[0], {"role": "assistant", "tool_calls": [call]}, CALLS[2], TURNS[0]])
@@ -165,7 +165,7 @@ def test_arguments_that_a_model_wrote_in_other_ways(version, given, meant):
     assert ours == THEIRS[version].encode_chat_completion(ChatCompletionRequest(messages=chat)).tokens
 
 
-def test_a_prefix_of_the_answer_is_gone_on_with():
+def test_a_prefix_of_the_answer_is_continued():
     chat = [TURNS[0], {"role": "assistant", "content": "Well,", "prefix": True}]
     ids = OURS["v3"].encode_chat(chat)
     assert ids == [*OURS["v3"].encode_chat(chat[:1]), *OURS["v3"].encode("Well,", bos=False)]
@@ -191,7 +191,7 @@ def test_a_prefix_of_the_answer_is_gone_on_with():
         ([*TURNS[:3], {"role": "assistant", "content": "a", "prefix": True}, TURNS[0]], "messages[3].prefix"),
     ],
 )
-def test_a_bad_conversation_is_refused_by_its_place(messages, field):
+def test_an_invalid_conversation_names_the_message(messages, field):
     with refused(TokenizerError, field=field):
         OURS["v3"].encode_chat(messages)
     if field.startswith("messages["):
@@ -201,20 +201,20 @@ def test_a_bad_conversation_is_refused_by_its_place(messages, field):
 
 
 @pytest.mark.wording
-def test_what_is_said_of_a_bad_conversation():
-    with pytest.raises(TokenizerError, match=r"^messages\[1\]: unknown role 'bot'; known are system, developer, "):
+def test_error_messages_of_invalid_conversations():
+    with pytest.raises(TokenizerError, match=r"^messages\[1\]: unknown role 'bot'; must be one of system, "):
         OURS["v3"].encode_chat([TURNS[0], {"role": "bot", "content": "x"}])
     with pytest.raises(TokenizerError, match=r"^messages\[1\]: .*'tool' after role 'user'"):
         OURS["v3"].encode_chat([TURNS[0], CALLS[2], *TURNS[:3]])
 
 
-def test_text_beside_calls_is_left_out_as_mistrals_templates_do():
-    """Clients send back what a model wrote before it called, and the conversation must go on."""
+def test_text_beside_calls_is_dropped_as_in_mistrals_templates():
+    """Clients send back the text that a model wrote before its calls, and the conversation continues."""
     ids = OURS["v3"].encode_chat([TURNS[0], {**CALLS[1], "content": "I look it up."}, CALLS[2]])
     assert ids == OURS["v3"].encode_chat([TURNS[0], CALLS[1], CALLS[2]])
 
 
-def test_bad_tools_are_refused():
+def test_invalid_tools_are_refused():
     for tool in ({"type": "function"}, {"function": {"name": "a b", "parameters": {}}}, "x"):
         with refused(TokenizerError, field="tools"):
             OURS["v3"].encode_chat(TURNS[:1], [tool])
@@ -262,7 +262,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2
     | st.sampled_from([" ", "  a", "\n b", "\r\n\t", "😀👩‍👩‍👧", "日本", "\x00", "\ufffd", "a\u0301", "⁇"])
 )
 @settings(max_examples=150, deadline=None)
-def test_text_comes_back_as_it_was(version, text):
+def test_text_round_trips(version, text):
     t = OURS[version]
     ids = t.encode(text)
     assert t.decode(ids) == text
@@ -282,7 +282,7 @@ def ids_of(version):
 @tokenizers
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
-def test_trap_19_streamed_text_is_the_text_decoded_whole(version, data):
+def test_trap_19_streamed_text_equals_decoded_text(version, data):
     t = OURS[version]
     ids = data.draw(ids_of(version))
     stream = t.stream()
@@ -290,7 +290,7 @@ def test_trap_19_streamed_text_is_the_text_decoded_whole(version, data):
 
 
 @tokenizers
-def test_trap_19_no_space_is_lost_and_no_character_split(version):
+def test_trap_19_spaces_are_kept_and_characters_stay_whole(version):
     t = OURS[version]
     first = t.encode("\x00", bos=False)[-1]
     stream = t.stream()
@@ -311,7 +311,7 @@ def test_trap_19_no_space_is_lost_and_no_character_split(version):
 
 
 @tokenizers
-def test_pieces_are_shown_faithfully(version):
+def test_pieces_for_display(version):
     t = OURS[version]
     first = t.encode("\x00", bos=False)[-1]
     assert (t.piece(first + 10), t.piece(first + 0xE2), t.piece(2)) == ("\n", "<0xE2>", "</s>")
@@ -322,8 +322,8 @@ def test_pieces_are_shown_faithfully(version):
 
 @tokenizers
 @pytest.mark.parametrize("behind", [0, 63, 2**40])
-def test_ids_behind_the_vocabulary_have_no_text(version, behind):
-    """A model may know more ids than its tokenizer, and emit them."""
+def test_ids_beyond_the_vocabulary_have_no_text(version, behind):
+    """A model may have more ids than its tokenizer, and emit them."""
     t = OURS[version]
     unused, words = t.vocab_size + behind, t.encode("one two")
     assert (t.piece(unused), t.piece_bytes(unused), t.surface(unused)) == (f"<unused_{unused}>", b"", None)
@@ -344,7 +344,7 @@ def test_negative_ids_are_refused(version):
         t.encode("\ud800")
 
 
-def test_the_template_is_read_from_the_vocabulary_not_the_name(tmp_path):
+def test_the_template_is_detected_from_the_vocabulary(tmp_path):
     for version, name, found in [
         ("v1", "tokenizer.model.v3", "v1"),
         ("v3", "tokenizer.model", "v3"),
@@ -365,7 +365,7 @@ def test_the_template_is_read_from_the_vocabulary_not_the_name(tmp_path):
     assert t.encode_chat([SYSTEM, TURNS[0]]) == want.tokens
 
 
-def test_the_right_file_of_a_folder_is_taken(tmp_path):
+def test_the_tokenizer_file_of_a_folder_is_chosen(tmp_path):
     with refused(TokenizerError, place=tmp_path):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -381,7 +381,7 @@ def test_the_right_file_of_a_folder_is_taken(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path / "model.safetensors").version == "v3"
 
 
-def test_bad_files_are_refused(tmp_path):
+def test_invalid_tokenizer_files_are_refused(tmp_path):
     with refused(TokenizerError, place=tmp_path / "tokenizer.model"):
         Tokenizer.from_file(tmp_path / "tokenizer.model")
     bad = tmp_path / "tokenizer.model"

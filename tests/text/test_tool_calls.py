@@ -1,4 +1,4 @@
-"""Tool calls out of tokens: the same whatever the split, nothing lost, and control tokens alone begin them."""
+"""Tool calls parsed from tokens: independent of the split, no text lost, started by the control token alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ids(index: int) -> str:
 
 
 def read(pieces: Sequence[tuple[int, str]], cut: bool = False) -> tuple[str, list[ToolCall], list[ToolCallDelta]]:
-    """All content, the calls, and the deltas of a stream that ends by itself, or is cut."""
+    """The content, calls and deltas of a stream that ends with EOS, or is truncated (`cut`)."""
     stream = ToolCallStream(CONTROL, ids)
     content, deltas = "", []
     for token, text in pieces:
@@ -51,13 +51,13 @@ def read(pieces: Sequence[tuple[int, str]], cut: bool = False) -> tuple[str, lis
 
 
 def split(text: str, cuts: Sequence[int]) -> list[tuple[int, str]]:
-    """[TOOL_CALLS], and then text in pieces."""
+    """[TOOL_CALLS], followed by text split into tokens."""
     places = [0, *sorted(c % (len(text) + 1) for c in cuts), len(text)]
     return [(CONTROL, ""), *((WORD, text[a:b]) for a, b in itertools.pairwise(places))]
 
 
 def joined(deltas: Sequence[ToolCallDelta]) -> list[ToolCall]:
-    """The calls as somebody puts them together who has only the deltas."""
+    """The calls assembled from their deltas alone."""
     out: list[ToolCall] = []
     for delta in deltas:
         if delta.name is not None:
@@ -70,7 +70,7 @@ def joined(deltas: Sequence[ToolCallDelta]) -> list[ToolCall]:
 
 @given(calls, st.lists(st.integers(0, 400), max_size=12), st.booleans(), st.sampled_from([None, 1]))
 @settings(max_examples=80, deadline=None)
-def test_any_calls_in_any_pieces(
+def test_random_calls_parse_under_any_split(
     wanted: list[tuple[str, dict]], cuts: list[int], ascii_only: bool, indent: int | None
 ) -> None:
     texts = [json.dumps(arguments, ensure_ascii=ascii_only, indent=indent) for _, arguments in wanted]
@@ -95,9 +95,7 @@ def test_any_calls_in_any_pieces(
     st.booleans(),
 )  # fmt: skip
 @settings(max_examples=300, deadline=None)
-def test_whatever_comes_the_split_changes_nothing_and_nothing_is_lost(
-    tail: str, head: str, cuts: list[int], cut: bool
-) -> None:
+def test_random_text_is_never_lost_under_any_split(tail: str, head: str, cuts: list[int], cut: bool) -> None:
     text = head + tail
     whole, parts = read(split(text, ()), cut), read(split(text, cuts), cut)
     assert whole[:2] == parts[:2]
@@ -146,7 +144,7 @@ def test_whatever_comes_the_split_changes_nothing_and_nothing_is_lost(
         ('[{"name": "\\ud800", "arguments": {}}]', '[{"name": "\\ud800", "arguments": {}}]', []),
     ],
 )  # fmt: skip
-def test_what_is_no_list_of_calls_is_text(text: str, content: str, arguments: list[str]) -> None:
+def test_an_invalid_list_is_content(text: str, content: str, arguments: list[str]) -> None:
     found = read(split(text, range(len(text))))
     assert (found[0], [c.arguments for c in found[1]]) == (content, arguments)
     assert read(split(text, ()))[:2] == found[:2]
@@ -167,7 +165,7 @@ def test_what_is_no_list_of_calls_is_text(text: str, content: str, arguments: li
     ],
 )
 @pytest.mark.parametrize("call", ['[{"name": "f", "arguments": %s}]', '[{"arguments": %s, "name": "f"}]'])
-def test_null_and_a_string_that_says_an_object(written: str, arguments: str, call: str) -> None:
+def test_null_and_string_encoded_arguments_are_normalized(written: str, arguments: str, call: str) -> None:
     text = call % written
     for cuts in ((), range(len(text))):
         content, found, deltas = read(split(text, cuts))
@@ -178,7 +176,9 @@ def test_null_and_a_string_that_says_an_object(written: str, arguments: str, cal
 @given(st.dictionaries(st.text(max_size=4), values, max_size=3), st.lists(st.integers(0, 200), max_size=9),
        st.booleans(), st.booleans())  # fmt: skip
 @settings(max_examples=80, deadline=None)
-def test_any_object_in_a_string_in_any_pieces(wanted: dict, cuts: list[int], inner: bool, outer: bool) -> None:
+def test_random_string_encoded_objects_parse_under_any_split(
+    wanted: dict, cuts: list[int], inner: bool, outer: bool
+) -> None:
     arguments = json.dumps(wanted, ensure_ascii=inner)
     text = f'[{{"name": "f", "arguments": {json.dumps(arguments, ensure_ascii=outer)}}}]'
     content, found, deltas = read(split(text, cuts))
@@ -191,13 +191,13 @@ def test_any_object_in_a_string_in_any_pieces(wanted: dict, cuts: list[int], inn
     ["1", "-0.5", "[]", '[{"a": 1}]', "true", "nul", "nothing", '"Rome"', '"[1]"', '"1"', '"nul"', '"nullx"',
      r'"\"{}\""', r'"\ud83d"', r'"\ude00"', r'"\ud83dx"', '"\t{}"'],
 )  # fmt: skip
-def test_any_other_arguments_are_no_call(written: str) -> None:
+def test_other_arguments_make_the_list_content(written: str) -> None:
     text = f'[{{"name": "f", "arguments": {written}}}]'
     for cuts in ((), range(len(text))):
         assert read(split(text, cuts)) == (text, [], [])
 
 
-def test_a_string_whose_object_breaks_off_is_text_from_there_on() -> None:
+def test_an_invalid_string_encoded_object_is_content_from_there() -> None:
     head = '[{"name": "f", "arguments": '
     assert read(split(head + r'"{\"a\": oops}"}]', ()))[:2] == ('oops}"}]', [ToolCall(0, ids(0), "f", '{"a": ')])
     assert read(split(head + r'"{\"a\": 1"}]', ()))[:2] == ('"}]', [ToolCall(0, ids(0), "f", '{"a": 1')])
@@ -224,7 +224,7 @@ def test_a_string_whose_object_breaks_off_is_text_from_there_on() -> None:
         ('[{"name": "f", "arguments": {}}] ', [("f", "{}")]),
     ],
 )
-def test_of_a_list_that_is_cut_off_nothing_is_text(text: str, calls: list[tuple[str, str]]) -> None:
+def test_a_truncated_list_adds_no_content(text: str, calls: list[tuple[str, str]]) -> None:
     for cuts in ((), range(len(text))):
         content, found, deltas = read(split(text, cuts), cut=True)
         assert (content, [(c.name, c.arguments) for c in found]) == ("", calls)
@@ -232,7 +232,7 @@ def test_of_a_list_that_is_cut_off_nothing_is_text(text: str, calls: list[tuple[
 
 
 @pytest.mark.parametrize("text", ["I cannot do", "[] so", '{"name": "f", ', '[{"name": "f", "arguments": 1'])
-def test_what_is_no_list_is_text_wherever_it_is_cut(text: str) -> None:
+def test_an_invalid_list_is_content_wherever_it_is_truncated(text: str) -> None:
     assert read(split(text, ()), cut=True) == (text, [], [])
 
 
@@ -241,7 +241,7 @@ SO_FAR = [[("f", '{"a": 1}')], [("f", '{"a": 1}'), ("g", "")], [("f", '{"a": 1}'
 
 
 def completed(texts: Sequence[str], *ends: int, **more: Any) -> Completion:
-    """A completion that writes text, [TOOL_CALLS] and these texts, as long as it does not end."""
+    """A completion of text, [TOOL_CALLS] and these texts, up to its end."""
     tokenizer = Tokenizer.v3()
     prompt = tokenizer.encode_chat([{"role": "user", "content": "?"}], TOOLS)
     byte = {tokenizer.surface(token): token for token in range(1000)}
@@ -261,7 +261,7 @@ def completed(texts: Sequence[str], *ends: int, **more: Any) -> Completion:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_a_completion_that_is_cut_inside_a_call_shows_none_of_its_scaffolding(size: int) -> None:
+def test_a_completion_truncated_in_a_call_shows_no_syntax(size: int) -> None:
     stop = BEGUN[size]
     for c in (completed(BEGUN[:size]), completed([*BEGUN[:size], stop], stop=stop)):
         assert c.text == "See:"
@@ -276,12 +276,12 @@ def test_a_completion_that_is_cut_inside_a_call_shows_none_of_its_scaffolding(si
     assert ended.text == "See:" + [', {"na', ', {"name": "g"', ""][size - 1]
 
 
-def test_what_is_no_call_is_text_however_a_completion_ends() -> None:
+def test_text_without_calls_is_content_for_any_finish_reason() -> None:
     for c in (completed(["I cannot."]), completed(["I cannot."], 2), completed(["I cannot. No"], stop=" No")):
         assert (c.text, c.output().tool_calls) == ("See:I cannot.", [])
 
 
-def test_a_call_comes_with_its_first_argument_and_then_before_its_end() -> None:
+def test_calls_are_emitted_incrementally() -> None:
     stream = ToolCallStream(CONTROL, ids)
     assert stream.push(CONTROL, "") == ("", [])
     assert stream.push(WORD, '[{"name": "wea') == ("", [])
@@ -293,7 +293,7 @@ def test_a_call_comes_with_its_first_argument_and_then_before_its_end() -> None:
     )
 
 
-def test_only_the_control_token_begins_calls() -> None:
+def test_only_the_control_token_starts_calls() -> None:
     spelt = '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'
     assert read([(WORD, spelt)]) == (spelt, [], [])
     stream = ToolCallStream(None, ids)  # a vocabulary without it
@@ -302,7 +302,7 @@ def test_only_the_control_token_begins_calls() -> None:
     assert CONTROL not in tokenizer.encode(spelt)
 
 
-def test_text_before_the_calls_is_content_and_a_second_list_goes_on_counting() -> None:
+def test_a_second_list_continues_the_call_indexes() -> None:
     one = '[{"name": "f", "arguments": {}}]'
     content, found, _ = read([(WORD, "Let me"), (CONTROL, " see"), (WORD, one), (CONTROL, ""), (WORD, one)])
     assert content == "Let me see"
@@ -310,14 +310,14 @@ def test_text_before_the_calls_is_content_and_a_second_list_goes_on_counting() -
     assert read([(CONTROL, ""), (WORD, "[{"), (CONTROL, ""), (WORD, one)])[0] == "[{"
 
 
-def test_deep_nesting_costs_no_recursion() -> None:
+def test_deep_nesting_does_not_recurse() -> None:
     arguments = '{"a": ' + "[" * 20_000 + "]" * 20_000 + "}"
     content, found, _ = read(split(f'[{{"name": "f", "arguments": {arguments}}}]', ()))
     assert (content, found[0].arguments) == ("", arguments)
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Zürich", "days": [1, 2.5], "note": "日本 😀 \\"x\\""}', "{}"])
-def test_calls_encode_again_to_the_tokens_that_they_came_from(arguments: str) -> None:
+def test_calls_encode_to_their_original_tokens(arguments: str) -> None:
     tokenizer = Tokenizer.v3()
     given_id = tool_call_id("7.0.0")
     asked = [{"role": "user", "content": "?"}]

@@ -59,9 +59,9 @@ NUMBERS = {
 _BYTES = {code: struct.calcsize(form) for code, form in NUMBERS.items()}
 _NUMPY = {code: np.dtype(form if code != BOOL else "u1") for code, form in NUMBERS.items()}
 
-# Far above any model's values. They bound memory: Python objects are larger than their bytes in the file.
-MOST_PAIRS, MOST_TENSORS, MOST_ELEMENTS, LONGEST_NAME, LONGEST_KEY = 4096, 1 << 16, 1 << 20, 64, 1 << 16
-LONGEST_HEADER = 1 << 27
+# Limits far above any model's values. They bound memory: Python objects are larger than their bytes in a file.
+MAX_PAIRS, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME_BYTES, MAX_KEY_BYTES = 4096, 1 << 16, 1 << 20, 64, 1 << 16
+MAX_HEADER_BYTES = 1 << 27
 
 Value = Any  # int, float, bool, str, or a list of one of these
 
@@ -95,37 +95,37 @@ class _Cursor:
 
     def __init__(self, path: pathlib.Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
-        self.end = min(len(data), LONGEST_HEADER)
+        self.end = min(len(data), MAX_HEADER_BYTES)
 
     def fault(self, what: str, **data: str | None) -> CheckpointError:
         return CheckpointError(f"{what} (byte {self.at})", place=self.path, **data)
 
-    def take(self, size: int) -> int:
+    def advance(self, size: int) -> int:
         """Advance by `size` bytes and return the previous position."""
         begin = self.at
         if size > self.end - begin:
             raise self.fault(
-                f"damaged or cut short: {size} bytes should follow and {self.end - begin} do",
+                f"damaged or truncated: {size} bytes should follow, but {self.end - begin} do",
                 hint="fetch the file again",
             )
         self.at = begin + size
         return begin
 
     def number(self, code: int) -> Any:
-        value = struct.unpack_from(NUMBERS[code], self.data, self.take(_BYTES[code]))[0]
+        value = struct.unpack_from(NUMBERS[code], self.data, self.advance(_BYTES[code]))[0]
         if code == BOOL and self.data[self.at - 1] > 1:
-            raise self.fault(f"a truth value is {self.data[self.at - 1]}")
+            raise self.fault(f"a boolean is {self.data[self.at - 1]}")
         return float(str(np.float32(value))) if code == FLOAT32 else value  # 1e-5, not 9.99999974e-06
 
     def count(self, most: int, what: str) -> int:
         number: int = self.number(10)
         if number > most:
-            raise self.fault(f"damaged: {number} {what}, and no file has more than {most}")
+            raise self.fault(f"damaged: {number} {what}; at most {most} are accepted")
         return number
 
     def text(self, most: int, what: str) -> str:
         size = self.count(most, f"bytes of {what}")
-        begin = self.take(size)
+        begin = self.advance(size)
         try:
             return self.data[begin : begin + size].decode()
         except UnicodeDecodeError as e:
@@ -138,14 +138,14 @@ class _Cursor:
         if code in NUMBERS:
             return self.number(code)
         if code != ARRAY:
-            raise self.fault(f"{key!r} is of type {code}, which is none", field=key)
+            raise self.fault(f"{key!r} has the unknown type {code}", field=key)
         code = self.number(UINT32)
-        size = self.count(MOST_ELEMENTS, f"elements of {key!r}")
+        size = self.count(MAX_ELEMENTS, f"elements of {key!r}")
         if code == STRING:
             return [self.text(self.end, f"an element of {key!r}") for _ in range(size)]
         if code not in NUMBERS:
-            raise self.fault(f"{key!r} is an array of type {code}, which no array here is made of", field=key)
-        begin = self.take(size * _BYTES[code])
+            raise self.fault(f"{key!r} is an array of the unsupported type {code}", field=key)
+        begin = self.advance(size * _BYTES[code])
         return np.frombuffer(self.data, _NUMPY[code], size, begin).tolist()
 
 
@@ -163,7 +163,7 @@ def read(path: pathlib.Path) -> Contents:
     try:
         with path.open("rb") as f:
             if f.read(4) != MAGIC:
-                raise CheckpointError("no GGUF file", place=path)
+                raise CheckpointError("not a GGUF file", place=path)
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as e:
         raise CheckpointError(f"cannot be read ({e})", place=path) from e
@@ -172,25 +172,25 @@ def read(path: pathlib.Path) -> Contents:
 
 
 def _contents(cursor: _Cursor) -> Contents:
-    cursor.take(len(MAGIC))
+    cursor.advance(len(MAGIC))
     version: int = cursor.number(UINT32)
     if version not in VERSIONS:
         big = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
         raise cursor.fault(
             "a big-endian GGUF file; convert it to little-endian" if big
-            else f"GGUF of version {version}; {' and '.join(map(str, VERSIONS))} can be read"
+            else f"GGUF of version {version}; {' and '.join(map(str, VERSIONS))} are supported"
         )  # fmt: skip
-    tensors = cursor.count(MOST_TENSORS, "tensors")
-    pairs = cursor.count(MOST_PAIRS, "metadata")
+    tensors = cursor.count(MAX_TENSORS, "tensors")
+    pairs = cursor.count(MAX_PAIRS, "metadata")
     metadata: dict[str, Value] = {}
     for _ in range(pairs):
-        key = cursor.text(LONGEST_KEY, "a key")
+        key = cursor.text(MAX_KEY_BYTES, "a key")
         if not key or key in metadata:
             raise cursor.fault(f"the key {key!r} is given twice" if key else "a key is empty", field=key or None)
         metadata[key] = cursor.value(key)
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise cursor.fault(f"'general.alignment' is {alignment!r}, no power of two", field="general.alignment")
+        raise cursor.fault(f"'general.alignment' is {alignment!r}, not a power of two", field="general.alignment")
     table = [_entry(cursor, alignment) for _ in range(tensors)]
     start = cursor.at + -cursor.at % alignment
     entries: dict[str, Entry] = {}
@@ -198,13 +198,13 @@ def _contents(cursor: _Cursor) -> Contents:
     for entry in sorted(table, key=lambda entry: entry.offset):
         entry = dataclasses.replace(entry, offset=start + entry.offset)
         if entry.name in entries:
-            raise cursor.fault(f"tensor {entry.name!r} is named twice", field=entry.name)
+            raise cursor.fault(f"tensor {entry.name!r} appears twice", field=entry.name)
         if entry.offset < end:
-            raise cursor.fault(f"tensor {entry.name!r} lies over another", field=entry.name)
+            raise cursor.fault(f"tensor {entry.name!r} overlaps another", field=entry.name)
         end = entry.offset + entry.nbytes
         if end > len(cursor.data):
             raise cursor.fault(
-                f"cut short: tensor {entry.name!r} would end at byte {end} of {len(cursor.data)}",
+                f"truncated: tensor {entry.name!r} would end at byte {end} of {len(cursor.data)}",
                 field=entry.name,
                 hint="fetch it again",
             )
@@ -214,7 +214,7 @@ def _contents(cursor: _Cursor) -> Contents:
 
 def _entry(cursor: _Cursor, alignment: int) -> Entry:
     """Parse one entry of the tensor table; its offset still counts from the start of the data."""
-    name = cursor.text(LONGEST_NAME, "a tensor's name")
+    name = cursor.text(MAX_NAME_BYTES, "a tensor's name")
     rank: int = cursor.number(UINT32)
     if not 1 <= rank <= 4:
         raise cursor.fault(f"tensor {name!r} has {rank} dimensions", field=name)
@@ -225,16 +225,17 @@ def _entry(cursor: _Cursor, alignment: int) -> Entry:
     offset: int = cursor.number(10)
     if code not in _BY_CODE:
         raise cursor.fault(
-            f"tensor {name!r} is of type {_OTHERS.get(code, code)}; those that can be read are {', '.join(KINDS)}",
+            f"tensor {name!r} has type {_OTHERS.get(code, code)}; supported are {', '.join(KINDS)}",
             field=name,
         )
     kind = _BY_CODE[code]
     if sizes[0] % kind.block:
         raise cursor.fault(
-            f"tensor {name!r} has rows of {sizes[0]}, no multiple of {kind.name}'s {kind.block}", field=name
+            f"tensor {name!r} has rows of {sizes[0]} values, not a multiple of {kind.name}'s {kind.block}",
+            field=name,
         )
     if offset % alignment:
         raise cursor.fault(
-            f"tensor {name!r} begins at {offset}, no multiple of the alignment {alignment}", field=name
+            f"tensor {name!r} begins at {offset}, not a multiple of the alignment {alignment}", field=name
         )
     return Entry(name, kind, tuple(reversed(sizes)), offset)

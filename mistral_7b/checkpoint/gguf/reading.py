@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...model import ModelArgs
-from ..config import V0_1_THETA, V0_1_WINDOW, refuse, theta_and_window, to_args
+from ..config import V0_1_THETA, V0_1_WINDOW, check_supported, theta_and_window, to_args
 from ..names import EMBEDDING, OUTPUT, rename
 from ..stored import MappedFile, StoredTensor
 from . import blocks as gguf_blocks
@@ -38,7 +38,7 @@ FIELDS = {
 }
 WINDOW, THETA, HEAD_DIM = "attention.sliding_window", "rope.freq_base", "rope.dimension_count"
 WIDTHS = ("attention.key_length", "attention.value_length")
-HARMLESS: dict[str, tuple[Any, ...]] = {  # key -> the values that do not change the model
+SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {  # key -> the values that do not change the model
     "expert_count": (0,),
     "expert_used_count": (0,),
     "rope.scaling.type": ("none", "linear"),
@@ -56,7 +56,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {  # key -> the values that do not change
     "residual_scale": (0, 1),
     "embedding_scale": (0, 1),
 }
-SPEAKS_OF_TRAINING = ("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")
+TRAINING_KEYS = ("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")
 FREQUENCIES = "rope_freqs.weight"  # divisors of the rotary frequencies
 TOKENS = "tokenizer.ggml.tokens"
 
@@ -68,7 +68,7 @@ class StoredBlocks(StoredTensor):
     kind: Kind = gguf_file.KINDS["Q8_0"]
 
     @property
-    def kept(self) -> bool:
+    def kernel_ready(self) -> bool:
         """Whether this is a matrix whose blocks the kernels use without repacking."""
         return len(self.shape) == 2 and self.kind.name in gguf_blocks.ZERO_POINTS
 
@@ -81,7 +81,7 @@ class StoredBlocks(StoredTensor):
         """Return the blocks as a view of the mapped file: (N, K / block * size) uint8."""
         mapped = self.file.map()
         if self.offset + self.nbytes > len(mapped):
-            raise self.fault("lies beyond the end of the file", hint="fetch it again")
+            raise self.fault("extends beyond the end of the file", hint="fetch it again")
         flat = torch.frombuffer(mapped, dtype=torch.uint8, count=self.nbytes, offset=self.offset)
         return flat.view(math.prod(self.shape[:-1]), -1)
 
@@ -106,7 +106,9 @@ def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, StoredTensor]]:
     if frequencies := tensors.pop(FREQUENCIES, None):
         if frequencies.nbytes > 1 << 16 or not bool((frequencies.view() == 1).all()):
             raise CheckpointError(
-                f"{FREQUENCIES!r} scales the rotary embedding; Mistral 7B's is not", field=FREQUENCIES, place=path
+                f"{FREQUENCIES!r} scales the rotary embedding, which Mistral 7B does not support",
+                field=FREQUENCIES,
+                place=path,
             )
         frequencies.release()
     return _args(contents, tied=rename(OUTPUT, "mistral", "gguf") not in tensors), tensors
@@ -133,17 +135,17 @@ def _args(contents: gguf_file.Contents, tied: bool) -> ModelArgs:
         )
     if metadata.get("split.count", 1) != 1:
         raise CheckpointError(
-            f"one part of {metadata['split.count']}",
+            f"is one of {metadata['split.count']} parts of a split file",
             field="split.count",
             place=path,
             hint="join them with llama-gguf-split",
         )
     prefix = f"{architecture}."
     data = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
-    refuse(path, data, HARMLESS)
-    known = {*FIELDS.values(), *HARMLESS, *WIDTHS, *SPEAKS_OF_TRAINING, WINDOW, THETA, HEAD_DIM}
-    if strange := sorted(data.keys() - known):
-        warnings.warn(f"{path}: keys {', '.join(map(repr, strange))} are not known and not used", stacklevel=2)
+    check_supported(path, data, SUPPORTED_VALUES)
+    known = {*FIELDS.values(), *SUPPORTED_VALUES, *WIDTHS, *TRAINING_KEYS, WINDOW, THETA, HEAD_DIM}
+    if unknown_fields := sorted(data.keys() - known):
+        warnings.warn(f"{path}: keys {', '.join(map(repr, unknown_fields))} are unknown and ignored", stacklevel=2)
     data.setdefault("attention.head_count_kv", data.get("attention.head_count"))
     data.setdefault("vocab_size", _vocabulary(contents))
     theta, window = _theta_and_window(path, data)
@@ -167,7 +169,7 @@ def _theta_and_window(path: pathlib.Path, data: Mapping[str, Any]) -> tuple[Any,
     theta, window = data.get(THETA, V0_1_THETA), data.get(WINDOW)
     if WINDOW not in data and theta == V0_1_THETA:
         warnings.warn(
-            f"{path}: theta 1e4 as in v0.1, and GGUF has no key for the window: taking v0.1's {V0_1_WINDOW}",
+            f"{path}: theta 1e4 as in v0.1, and GGUF has no key for the window: using v0.1's {V0_1_WINDOW}",
             stacklevel=2,
         )
         window = V0_1_WINDOW
@@ -181,10 +183,10 @@ def _head_dim(path: pathlib.Path, data: Mapping[str, Any]) -> Any:
     widths = list(given.values())
     if not set(WIDTHS) & given.keys():  # the width defaults to dim / heads and must equal the rotated part
         if not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 and dim % heads == 0):
-            raise CheckpointError(f"embedding_length {dim!r} / head_count {heads!r} is not whole", place=path)
+            raise CheckpointError(f"embedding_length {dim!r} / head_count {heads!r} is not an integer", place=path)
         widths.append(dim // heads)
     if any(width != widths[0] for width in widths):
-        raise CheckpointError(f"heads of different widths ({given}), or not rotated whole", place=path)
+        raise CheckpointError(f"heads of different widths ({given}), or only partly rotated", place=path)
     return widths[0]
 
 

@@ -28,7 +28,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same c
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"  # SentencePiece's symbol for a space
 BPE = 2  # ModelType in SentencePiece's TrainerSpec
-UNTOUCHED = " \ufb01  \uff21"  # a ligature, two spaces, a wide letter: normalization would change them
+NORMALIZATION_PROBE = " \ufb01  \uff21"  # a ligature, two spaces, a wide letter: normalization would change them
 
 
 def extract(path: pathlib.Path) -> pathlib.Path:
@@ -45,9 +45,9 @@ def extract(path: pathlib.Path) -> pathlib.Path:
     root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     folder = root / "mistral-7b" / "tokenizers" / hashlib.sha256(model).hexdigest()[:32]
     try:
-        return _kept(folder / name, model)
+        return _write_if_changed(folder / name, model)
     except (OSError, WriteError):  # the cache is not writable: use a temporary file
-        return _kept(pathlib.Path(tempfile.mkdtemp(prefix="mistral-7b-")) / name, model)
+        return _write_if_changed(pathlib.Path(tempfile.mkdtemp(prefix="mistral-7b-")) / name, model)
 
 
 def file_name(metadata: Any) -> str:
@@ -58,7 +58,7 @@ def file_name(metadata: Any) -> str:
     return "tokenizer.model.v2" if v2 else "tokenizer.model.v3"
 
 
-def _kept(path: pathlib.Path, content: bytes) -> pathlib.Path:
+def _write_if_changed(path: pathlib.Path, content: bytes) -> pathlib.Path:
     """Write `content` to `path` atomically unless the file already holds it."""
     if not path.is_file() or path.read_bytes() != content:
         with atomic_write(path, folders=True) as beside:
@@ -71,10 +71,10 @@ def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
     kind = metadata.get(MODEL)
     if kind != "llama":
         raise TokenizerError(
-            f"its tokenizer is {kind!r}, and Mistral 7B's is 'llama' (SentencePiece)",
+            f"the tokenizer is {kind!r}; Mistral 7B's is 'llama' (SentencePiece)",
             field=MODEL,
             place=path,
-            hint="name another with --tokenizer, or Tokenizer.from_pretrained",
+            hint="choose another with --tokenizer or Tokenizer.from_pretrained",
         )
     tokens, scores, types = _pieces(path, metadata)
     ids = {
@@ -84,7 +84,7 @@ def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
     for name, token in ids.items():
         if not isinstance(token, int) or not 0 <= token < len(tokens):
             raise TokenizerError(
-                f"'tokenizer.ggml.{name}_token_id' is {token!r}, of {len(tokens)} tokens",
+                f"'tokenizer.ggml.{name}_token_id' is {token!r}, not an id of {len(tokens)} tokens",
                 field=f"tokenizer.ggml.{name}_token_id",
                 place=path,
             )
@@ -104,13 +104,13 @@ def sentencepiece_model(path: pathlib.Path, metadata: Any) -> bytes:
         + b"".join(_number(field - 5, ids[name]) for field, name in names)
         + b"".join(_message(field, tokens[ids[name]].encode()) for field, name in names)
     )
-    normaliser = (
+    normalizer = (
         _message(1, b"identity")
         + _number(3, flags["add_space_prefix"] is True)
         + _number(4, flags["remove_extra_whitespaces"] is True)
         + _number(5, True)
     )
-    return b"".join(pieces) + _message(2, trainer) + _message(3, normaliser)
+    return b"".join(pieces) + _message(2, trainer) + _message(3, normalizer)
 
 
 def _pieces(path: pathlib.Path, metadata: Any) -> tuple[list[str], list[float], list[int]]:
@@ -134,13 +134,13 @@ def _pieces(path: pathlib.Path, metadata: Any) -> tuple[list[str], list[float], 
             raise TokenizerError(f"token {i} has score {score} and type {kind}", field=f"{TYPES}[{i}]", place=path)
         if kind == BYTE and not BYTE_PIECE.fullmatch(token):
             raise TokenizerError(
-                f"token {i} {token!r:.40} is to be a byte, such as '<0x0A>'", field=f"{TOKENS}[{i}]", place=path
+                f"token {i} {token!r:.40} must be a byte, such as '<0x0A>'", field=f"{TOKENS}[{i}]", place=path
             )
         seen.add(token)
     count = {kind: types.count(kind) for kind in (UNKNOWN, BYTE)}
     if count[UNKNOWN] != 1 or count[BYTE] not in (0, 256):
         raise TokenizerError(
-            f"{count[UNKNOWN]} tokens for the unknown and {count[BYTE]} bytes; there are 1, and 256 or 0",
+            f"{count[UNKNOWN]} unknown tokens and {count[BYTE]} byte tokens; there must be 1, and 256 or 0",
             field=TYPES,
             place=path,
         )
@@ -202,10 +202,10 @@ def metadata(path: pathlib.Path, vocab_size: int) -> dict[str, Any]:
     size = model.vocab_size()
     if size > vocab_size:
         raise TokenizerError(
-            f"{size} tokens, but the model knows {vocab_size}: it is of another model", place=path
+            f"{size} tokens, but the model has {vocab_size}: it belongs to another model", place=path
         )
-    if model.normalize(UNTOUCHED) != SPACE + UNTOUCHED.replace(" ", SPACE):
-        raise TokenizerError("changes text before it cuts it, which GGUF's 'llama' tokenizer does not", place=path)
+    if model.normalize(NORMALIZATION_PROBE) != SPACE + NORMALIZATION_PROBE.replace(" ", SPACE):
+        raise TokenizerError("normalizes text, which GGUF's 'llama' tokenizer does not", place=path)
     tokens, scores, types = [], [], []
     for piece in (_fields(content) for field, content in _fields(model.serialized_model_proto()) if field == 1):
         entry: dict[int, Any] = {1: b"", 2: bytes(4), 3: NORMAL} | dict(piece)

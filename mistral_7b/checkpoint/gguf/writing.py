@@ -37,7 +37,7 @@ def write(
     outgoing: list[Outgoing],
     type: str | None,
     source: pathlib.Path | None,
-    tell: Callable[[Outgoing], None],
+    on_written: Callable[[Outgoing], None],
 ) -> None:
     """Write the file `path`, which must not exist, atomically (written, then renamed).
 
@@ -46,9 +46,9 @@ def write(
     quantization. Raises CheckpointError, naming the tensor, if a type cannot hold its values.
     """
     if type is not None and type not in TYPES:
-        raise CheckpointError(f"type {type!r} is not known: {', '.join(map(repr, TYPES))}", field="type")
+        raise CheckpointError(f"unknown type {type!r}; must be one of {', '.join(map(repr, TYPES))}", field="type")
     if path.exists():
-        raise CheckpointError("exists already", place=path, hint="name a new file, or remove that one")
+        raise CheckpointError("exists already", place=path, hint="choose a new file, or remove this one")
     plan = [(t, _kind(t, type, args)) for t in outgoing]
     for tensor, kind in plan:
         _check(tensor, kind)
@@ -59,12 +59,10 @@ def write(
             for tensor, kind in plan:
                 f.write(bytes(-f.tell() % ALIGNMENT))
                 _write_tensor(f, tensor, kind)
-                tell(tensor)
+                on_written(tensor)
             f.write(bytes(-f.tell() % ALIGNMENT))
     except (struct.error, OverflowError) as e:  # a configuration or tokenizer value out of range
-        raise CheckpointError(
-            f"not written, for GGUF's keys cannot hold what they should ({e})", place=path
-        ) from e
+        raise CheckpointError(f"not written: a value is out of the range of its GGUF key ({e})", place=path) from e
 
 
 def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
@@ -72,13 +70,13 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
     if len(tensor.shape) == 1:
         return KINDS["F32"]
     if type is None:
-        if isinstance(tensor.stored, gguf.StoredBlocks) and tensor.stored.kept:
+        if isinstance(tensor.stored, gguf.StoredBlocks) and tensor.stored.kernel_ready:
             return tensor.stored.kind
         if tensor.dtype not in _KIND_OF:
             raise CheckpointError(
-                f"tensor {tensor.name!r} is {tensor.dtype}, for which GGUF has no type",
+                f"tensor {tensor.name!r} has type {tensor.dtype}, which GGUF does not have",
                 field=tensor.name,
-                hint="give one",
+                hint="choose a type",
             )
         return _KIND_OF[tensor.dtype]
     output = EMBEDDING if args.tie_embeddings else OUTPUT
@@ -88,10 +86,10 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
 def _check(tensor: Outgoing, kind: Kind) -> None:
     if tensor.shape[-1] % kind.block:
         raise CheckpointError(
-            f"tensor {tensor.name!r} has rows of {tensor.shape[-1]}, no multiple of the {kind.block} values "
-            f"that a block of {kind.name} has",
+            f"tensor {tensor.name!r} has rows of {tensor.shape[-1]} values, not a multiple of the {kind.block} "
+            f"values of a {kind.name} block",
             field=tensor.name,
-            hint="take 'bf16' or 'f16'",
+            hint="use 'bf16' or 'f16'",
         )
 
 
@@ -123,7 +121,7 @@ def _from_source(source: pathlib.Path | None, vocab_size: int) -> dict[str, Any]
     file = hub.sentencepiece_file(source) if source is not None and source.is_dir() else None
     if file is None:
         warnings.warn(
-            "no tokenizer.model lies beside the weights, so the GGUF file has no tokenizer", stacklevel=2
+            "there is no tokenizer.model beside the weights, so the GGUF file has no tokenizer", stacklevel=2
         )
         return {gguf_tokenizer.MODEL: "none"}
     return gguf_tokenizer.metadata(file, vocab_size)
@@ -180,21 +178,23 @@ def _write_tensor(f: BinaryIO, tensor: Outgoing, kind: Kind) -> None:
         rows = values.reshape(-1, values.shape[-1])
         step = max(1, gguf_blocks.VALUES_AT_ONCE // rows.shape[1])
         for begin in range(0, len(rows), step):
-            raw = _encoded(tensor.name, rows[begin : begin + step], kind)
+            raw = _encode(tensor.name, rows[begin : begin + step], kind)
             f.write(raw.contiguous().view(torch.uint8).numpy().data)
     tensor.release()
 
 
-def _encoded(name: str, values: Tensor, kind: Kind) -> Tensor:
+def _encode(name: str, values: Tensor, kind: Kind) -> Tensor:
     """Return rows of values in the representation of `kind`."""
     try:
         if kind.block > 1:
             return gguf_blocks.quantize(kind, values)
     except ValueError as e:
-        raise CheckpointError(f"tensor {name!r} holds {e}: it cannot be {kind.name}", field=name) from e
+        raise CheckpointError(
+            f"tensor {name!r} contains {e}: it cannot be stored as {kind.name}", field=name
+        ) from e
     out = values.to(gguf_blocks.FLOATS[kind.name])
     if bool((out.isinf() & values.isfinite()).any()):
         raise CheckpointError(
-            f"tensor {name!r} holds values too large for {kind.name}", field=name, hint="take 'bf16'"
+            f"tensor {name!r} contains values too large for {kind.name}", field=name, hint="use 'bf16'"
         )
     return out

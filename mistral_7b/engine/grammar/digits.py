@@ -1,4 +1,4 @@
-"""Regular expressions of the numbers between two bounds, over their decimal digits: exact at any size."""
+"""Lark terminals of the numbers between two bounds, built over decimal digits: exact at any size."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 ANY_INTEGER = "/0|-?[1-9][0-9]*/"
-# With exponents that floats have too: 1e400 is infinite to most readers.
+# Exponents are limited to those of floats: most parsers read 1e400 as infinity.
 ANY_NUMBER = r"/-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[12]?[0-9]{1,2})?/"
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The end of a range of numbers; `open`: it is no part of the range itself."""
+    """The end of a range of numbers; `open`: exclusive."""
 
     value: Fraction
     open: bool = False
@@ -22,7 +22,7 @@ class Bound:
 
 
 def integers(low: int | None, high: int | None) -> str:
-    """A Lark terminal of the integers from `low` to `high`, both included, low <= high; None is no bound."""
+    """A Lark terminal of the integers from `low` to `high` inclusive, low <= high; None is unbounded."""
     if low is None and high is None:
         return ANY_INTEGER
     parts = []
@@ -35,9 +35,9 @@ def integers(low: int | None, high: int | None) -> str:
 
 
 def decimals(low: Bound | None, high: Bound | None) -> str:
-    """A Lark terminal of the numbers between the bounds; without an exponent where there are any.
+    """A Lark terminal of the numbers between the bounds; None is unbounded. Bounded numbers have no exponent.
 
-    The bounds have finitely many decimal digits, and something lies between them.
+    The bounds have finitely many decimal digits, and the range is not empty.
     """
     if low is None and high is None:
         return ANY_NUMBER
@@ -51,8 +51,8 @@ def decimals(low: Bound | None, high: Bound | None) -> str:
     return " | ".join(parts)
 
 
-def written(value: Fraction) -> str:
-    """A number without an exponent, its decimal digits ending."""
+def format_decimal(value: Fraction) -> str:
+    """A number with finitely many decimal digits, without an exponent."""
     whole, part = _digits(abs(value))
     return f"{'-' if value < 0 else ''}{whole}{'.' + part if part else ''}"
 
@@ -71,7 +71,7 @@ def _naturals(low: int, high: int | None) -> str:
 
 
 def _between(a: str, b: str) -> str:
-    """A regex of what lies between two texts of digits of one length, a <= b."""
+    """A regex of the digit strings from `a` to `b`, which have equal length; a <= b."""
     if a == b:
         return a
     same = next(i for i, pair in enumerate(zip(a, b, strict=True)) if len(set(pair)) > 1)
@@ -83,7 +83,7 @@ def _between(a: str, b: str) -> str:
 
 
 def _at_least(a: str) -> list[str]:
-    """Regexes of the texts of digits as long as `a` that are not below it."""
+    """Regexes of the digit strings as long as `a` that are at least `a`."""
     core = a.rstrip("0")
     parts = [core + _any(len(a) - len(core))]
     steps = [(i, int(digit)) for i, digit in enumerate(core) if digit != "9"]
@@ -91,7 +91,7 @@ def _at_least(a: str) -> list[str]:
 
 
 def _at_most(b: str) -> list[str]:
-    """Regexes of the texts of digits as long as `b` that are not above it."""
+    """Regexes of the digit strings as long as `b` that are at most `b`."""
     core = b.rstrip("9")
     parts = [core + _any(len(b) - len(core))]
     steps = [(i, int(digit)) for i, digit in enumerate(core) if digit != "0"]
@@ -107,7 +107,7 @@ def _any(n: int) -> str:
 
 
 def _unsigned(low: Bound, high: Bound | None) -> str:
-    """A Lark terminal of the numbers between two bounds that are not negative, written without a sign."""
+    """A Lark terminal of the numbers between two nonnegative bounds, without a sign."""
     above = f"/{_above(low)}/"
     return above if high is None else f"{above} & /{_below(high)}/"
 
@@ -127,7 +127,7 @@ def _below(bound: Bound) -> str:
     """A regex of the unsigned numbers below a bound."""
     whole, part = _digits(bound.value)
     regexes = [] if whole == "0" else [rf"({_naturals(0, int(whole) - 1)})(\.[0-9]+)?"]
-    parts = [part[:i] for i in range(1, len(part))]  # what ends early is less
+    parts = [part[:i] for i in range(1, len(part))]  # a proper prefix is less
     parts += [part[:i] + _class(0, int(digit) - 1) + "[0-9]*" for i, digit in enumerate(part) if digit != "0"]
     if not bound.open:
         parts.append(f"{part}0*" if part else "0+")
@@ -137,7 +137,7 @@ def _below(bound: Bound) -> str:
 
 
 def _digits(value: Fraction) -> tuple[str, str]:
-    """The digits before and behind the point of a number that is not negative, without zeros at the end."""
+    """The digits before and after the point of a nonnegative number, without trailing zeros."""
     places, scale = 0, value.denominator
     while scale > 1:
         scale, places = Fraction(scale, 10).numerator, places + 1

@@ -1,13 +1,13 @@
-"""JSON schemas that stand in a user's own Lark grammar, as `%json {...}`, written as our own exact rules.
+"""Expands JSON schemas in a user's own Lark grammar, `%json {...}`, into the exact rules of rules.py.
 
     answer: "Result: " %json {"type": "integer"}
-    answer: "Result: " %lark {              a grammar of its own: its names and its %ignore are not the user's
+    answer: "Result: " %lark {              a nested grammar: its names and %ignore are separate from the user's
     start: value
     value: VALUE_0
     ...
     }
 
-llguidance's own reading of %json rounds large integers and passes over keywords that schema.py refuses.
+llguidance's own %json rounds large integers and ignores keywords that schema.py refuses.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 
 from ...errors import GrammarError
 from ...sampling.params import as_written
-from .rules import FREE, Style, rules
+from .rules import FLEXIBLE, Style, rules
 
 FIELD = "structured_outputs.grammar"
-# What llguidance's lexer takes whole, and what begins a line. Everything else is passed character by character.
+# Tokens of llguidance's lexer that may contain "%json", and the start of a line. All else is skipped.
 TOKEN = re.compile(
     r"""
-      "(?:\\.|[^"\\\n])*"                                               # a string, also one within JSON
+      "(?:\\.|[^"\\\n])*"                                               # a string, also inside JSON
     | (?:\#|//)[^\n]*                                                  # a comment
     | /(?:\\.|[^/\\])+/                                                # a regular expression
     | <[^<>\s]+>                                                       # a control token
-    | ^[ \t]*(?P<head>%ignore|_?[A-Z][A-Z0-9_-]*|[!?_]*[a-z][a-z0-9_-]*)  # what the line is about
+    | ^[ \t]*(?P<head>%ignore|_?[A-Z][A-Z0-9_-]*|[!?_]*[a-z][a-z0-9_-]*)  # what the line defines
     | (?P<json>%json)[ \t\r\n]*
     """,
     re.VERBOSE | re.MULTILINE,
@@ -36,11 +36,11 @@ TOKEN = re.compile(
 _decoder = json.JSONDecoder(parse_float=as_written, parse_constant=as_written)
 
 
-def exact(text: str) -> str:
-    """A Lark grammar with its JSON schemas written as rules.
+def expand_json_schemas(text: str) -> str:
+    """A Lark grammar with its JSON schemas expanded into rules.
 
-    Raises GrammarError, with the line and the column, for a schema that cannot be obeyed exactly, for what is no
-    JSON, and for a schema where only a terminal may stand.
+    Raises GrammarError, with line and column, for invalid JSON, for a schema that cannot be enforced exactly, and
+    for a schema where only a terminal is allowed.
     """
     parts: list[str] = []
     done = at = 0
@@ -56,14 +56,14 @@ def exact(text: str) -> str:
         try:
             value, at = _decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as e:
-            raise GrammarError(f"{where}: what follows is no JSON: {e}", field=FIELD) from e
+            raise GrammarError(f"{where} is not followed by valid JSON: {e}", field=FIELD) from e
         if head == "%ignore" or head.lstrip("_")[:1].isupper():
             raise GrammarError(
-                f"{where}: {head} takes terminals, and a schema is none",
+                f"{where}: {head} accepts only terminals, and a schema is a rule",
                 field=FIELD,
-                hint="give it to a rule, with a name in small letters",
+                hint="use the schema in a rule, which has a lower-case name",
             )
-        schema, style = _styled(value, where)
+        schema, style = _whitespace_style(value, where)
         try:
             written = rules(schema, where, "value", style)
         except GrammarError as e:
@@ -73,14 +73,14 @@ def exact(text: str) -> str:
     return "".join([*parts, text[done:]])
 
 
-def _styled(schema: Any, where: str) -> tuple[Any, Style]:
-    """A schema without llguidance's own "x-guidance", and how JSON is to be spaced as that says."""
+def _whitespace_style(schema: Any, where: str) -> tuple[Any, Style]:
+    """A schema without llguidance's keyword "x-guidance", and the whitespace style that it selects."""
     if not isinstance(schema, dict) or "x-guidance" not in schema:
-        return schema, FREE
+        return schema, FLEXIBLE
     asked = schema["x-guidance"]
     if asked not in ({}, {"whitespace_flexible": True}, {"whitespace_flexible": False}):
         raise GrammarError(
-            f"{where}: of x-guidance only whitespace_flexible is supported, not {asked!r:.80}", field=FIELD
+            f"{where}: x-guidance supports only whitespace_flexible, not {asked!r:.80}", field=FIELD
         )
-    style = FREE if asked.get("whitespace_flexible", True) else Style()
+    style = FLEXIBLE if asked.get("whitespace_flexible", True) else Style()
     return {key: value for key, value in schema.items() if key != "x-guidance"}, style

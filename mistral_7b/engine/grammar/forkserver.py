@@ -1,13 +1,13 @@
-"""The process that worker processes are forked from: small, without threads, with the vocabulary ready.
+"""The process that worker processes are forked from: small, single-threaded, with the vocabulary loaded.
 
-    engine's process -- b"f" --------------------------> a worker that was forked before, and waits
-                     <---- its pid and its socket, then the next one is forked
-                     -- b"w", pid ---------------------> how did it end?
+    engine's process -- b"f" --------------------------> a worker that was forked in advance
+                     <------ its pid and control socket; then the next worker is forked
+                     -- b"w", pid ---------------------> ask how a worker ended
                      <------------------ its wait status
-                     -- b"s", b"c" or b"k", pid -------> stop it, continue it, kill it
+                     -- b"s", b"c" or b"k", pid -------> suspend, resume or kill a worker
 
-Forking the engine's own process is no choice: it has threads, and gigabytes. This one ends with its engine,
-however that ends, and all workers with this one.
+The engine's own process cannot be forked: it has threads and uses gigabytes. This process ends with its engine,
+even if that is killed, and all workers end with this process.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ import time
 from collections import OrderedDict
 
 from .vocabulary import Vocabulary
-from .worker import rehearse, serve
+from .worker import serve, warm_up
 
-MESSAGE = struct.Struct("<cq")  # what is asked, and a pid
-ALIVE = -1  # no wait status
+MESSAGE = struct.Struct("<cq")  # the kind of request, and a pid
+ALIVE = -1  # reply to b"w" for a worker that runs
 SIGNALS = {b"s": signal.SIGSTOP, b"c": signal.SIGCONT, b"k": signal.SIGKILL}
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-REMEMBERED = 1024  # wait statuses kept for an engine that asks later
+PR_SET_PDEATHSIG = 1  # Linux prctl option
+MAX_STATUSES = 1024  # wait statuses kept until the engine asks for them
 
 
 def main(server_fd: int, vocabulary_fd: int) -> None:
-    """Read the vocabulary from a file, then hand out workers as the socket says until that is closed."""
+    """Load the vocabulary, then serve requests from the socket until it is closed."""
     with open(vocabulary_fd, "rb") as file:
         vocabulary = pickle.load(file)
     server = socket.socket(fileno=server_fd)
-    rehearse(vocabulary)
+    warm_up(vocabulary)
     gc.collect()
-    gc.freeze()  # what is shared with the forks is not written to
+    gc.freeze()  # keeps the collector from writing to pages that are shared with the forks
     workers = Workers()
     try:
         spare, control = _fork(workers, server, vocabulary)
@@ -54,18 +54,18 @@ def main(server_fd: int, vocabulary_fd: int) -> None:
             else:
                 value = workers.status(pid) if kind == b"w" else workers.send(pid, SIGNALS[kind])
                 server.sendall(MESSAGE.pack(kind, value))
-    except ConnectionError:  # the engine has ended
+    except ConnectionError:  # the engine ended
         pass
     finally:
         workers.kill()
 
 
 def _fork(workers: Workers, server: socket.socket, vocabulary: Vocabulary) -> tuple[int, socket.socket]:
-    """A worker that waits for its grammar, and the socket to its control."""
+    """The pid and control socket of a new worker, which waits for its grammar."""
     ours, theirs = socket.socketpair()
     parent = os.getpid()
     if (pid := os.fork()) == 0:
-        _end_with(parent)
+        _die_with_parent(parent)
         server.close()
         ours.close()
         serve(vocabulary, theirs)
@@ -74,32 +74,32 @@ def _fork(workers: Workers, server: socket.socket, vocabulary: Vocabulary) -> tu
     return pid, ours
 
 
-def _end_with(parent: int) -> None:
-    """Have this process killed when its parent ends, if that is killed itself. Linux alone can do so."""
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, even by SIGKILL. Linux only."""
     if hasattr(libc := ctypes.CDLL(None), "prctl"):
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended before
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
 
 
 class Workers:
-    """The children of this process: those that are alive, and how some others have ended."""
+    """The children of this process: those alive, and the wait statuses of others."""
 
     def __init__(self) -> None:
         self.alive: set[int] = set()
-        self._ended: OrderedDict[int, int] = OrderedDict()
+        self._statuses: OrderedDict[int, int] = OrderedDict()
 
     def status(self, pid: int) -> int:
-        """How one has ended, or is about to; ALIVE after a second."""
+        """A worker's wait status; waits up to a second for it to end, then returns ALIVE."""
         for _ in range(100):
             self.reap()
-            if pid in self._ended:
-                return self._ended.pop(pid)
+            if pid in self._statuses:
+                return self._statuses.pop(pid)
             time.sleep(0.01)
         return ALIVE
 
     def send(self, pid: int, number: int) -> int:
-        """Send a signal to one that has not ended: 1; or 0, it has."""
+        """Send a signal to a worker; 1 if it was sent, 0 if the worker has ended."""
         self.reap()
         if pid not in self.alive:
             return 0
@@ -107,15 +107,15 @@ class Workers:
         return 1
 
     def kill(self) -> None:
-        """End them all: no other process would, where they compile."""
+        """Kill all workers: one that compiles does not notice that its engine has ended."""
         for pid in self.alive:
             os.kill(pid, signal.SIGKILL)
 
     def reap(self) -> None:
-        """Note how those have ended that did."""
+        """Record the wait statuses of workers that have ended."""
         with contextlib.suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
                 self.alive.discard(found[0])
-                self._ended[found[0]] = found[1]
-        while len(self._ended) > REMEMBERED:
-            self._ended.popitem(last=False)
+                self._statuses[found[0]] = found[1]
+        while len(self._statuses) > MAX_STATUSES:
+            self._statuses.popitem(last=False)

@@ -1,10 +1,11 @@
-"""Where one completion stands in its grammar, and which tokens may come next.
+"""The state of one completion in its grammar, and the mask of the tokens allowed next.
 
-llguidance follows a grammar byte by byte; vocabulary.py tells it which bytes a token adds to the text that the
-user gets, so that it is this text that obeys. All of this runs in worker processes (worker.py).
+llguidance follows a grammar byte by byte. vocabulary.py tells it which bytes each token adds to the text that the
+user receives, so that this text matches the grammar. All of this runs in worker processes (worker.py).
 
-Masks are numpy arrays (ceil(V / 32),) int32 with a bit for each token, the lowest first; V is the model's, and
-ids that are none of the tokenizer's are never allowed. Nor are control tokens, unless the grammar names them.
+Masks are numpy arrays (ceil(V / 32),) int32 with one bit per token, the least significant first. V is the model's
+vocabulary size; ids that the tokenizer does not have are never allowed. Neither are control tokens, unless the
+grammar names them.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from ...errors import GrammarError
-from .vocabulary import Vocabulary, library
+from .vocabulary import Vocabulary, import_llguidance
 
 if TYPE_CHECKING:
     import llguidance
 
 T = TypeVar("T")
 
-STATES = 50_000  # of a grammar's lexer, half a kilobyte each
-PROGRESS = 16  # tokens that a completion must have taken with new states before it may have new ones again
-DEAD_END = "no text obeys the grammar, or none that begins like this one"
+MAX_LEXER_STATES = 50_000  # states of a grammar's lexer, 0.5 kB each
+RENEWAL_INTERVAL = 16  # tokens after a recompilation for want of lexer states before the next one is allowed
+DEAD_END = "no text matches the grammar, or none with this beginning"
 
 
 class CompiledGrammar:
-    """A grammar in Lark's notation, compiled for a vocabulary.
+    """A grammar in Lark notation, compiled for a vocabulary.
 
-    Raises GrammarError, with llguidance's reason, for one that is malformed, too large, or obeyed by no text.
+    Raises GrammarError, with llguidance's reason, if it is malformed, too large, or matched by no text.
     """
 
     def __init__(self, vocabulary: Vocabulary, text: str) -> None:
@@ -40,141 +41,141 @@ class CompiledGrammar:
         self._first = self._compile()
 
     def start(self, at_start: bool) -> MatcherState:
-        """The state of a completion that has no tokens yet; `at_start`: its first word loses its space."""
-        return MatcherState(self._first.copy(at_start), self._renew, at_start)
+        """The state of an empty completion; `at_start`: decoding drops the space before its first word."""
+        return MatcherState(self._first.copy(at_start), self._recompile, at_start)
 
-    def _renew(self) -> Matcher:
-        """A matcher at the grammar's start, with new states, which later completions share."""
+    def _recompile(self) -> Matcher:
+        """A new matcher at the grammar's start, with fresh lexer states, which later completions share."""
         self._first = self._compile()
         return self._first
 
     def _compile(self) -> Matcher:
-        limits = library().LLParserLimits(max_lexer_states=STATES, verbose_errors=False)
-        matcher = library().LLMatcher(self.vocabulary.entries, self.text, log_level=0, limits=limits)
+        limits = import_llguidance().LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        matcher = import_llguidance().LLMatcher(self.vocabulary.entries, self.text, log_level=0, limits=limits)
         first = Matcher(self.vocabulary, matcher, self.vocabulary.permitted(self.text), at_start=False)
-        first.copy().mask()  # raises what can be known at once
+        first.copy().mask()  # raises GrammarError for a grammar that no text matches
         return first
 
 
 class MatcherState:
-    """Where one completion stands in its grammar.
+    """The state of one completion in its grammar.
 
-    EOS is allowed exactly where the text may end. When `finished`, only EOS may follow, and the completion is over
-    without it. `ignore_eos` has no effect under a grammar: a text that its grammar cannot continue ends. In the
-    same way a ban for min_tokens is lifted where it would leave no token (sampling.lift).
+    EOS is allowed exactly where the text may end. When `finished`, only EOS may follow, and the completion ends
+    without it. `ignore_eos` has no effect under a grammar: a text that cannot continue ends. Likewise, the ban on
+    EOS for min_tokens is lifted where it would leave no token (sampling.lift).
 
-    Copies of a matcher share the states of its lexer, which are limited. A completion that finds none left
-    continues with a matcher compiled anew, so that it cannot use up those of another.
+    Copies of a matcher share its lexer states, whose number is limited. A completion that finds the limit reached
+    recompiles the grammar, so that one completion cannot exhaust the states of another.
     """
 
     def __init__(self, matcher: Matcher, renew: Callable[[], Matcher], at_start: bool) -> None:
-        self._matcher, self._renew, self._began_at_start = matcher, renew, at_start
+        self._matcher, self._recompile, self._initially_at_start = matcher, renew, at_start
         self._tokens: list[int] = []
-        self._renewed = -PROGRESS
-        self._ended = False  # EOS has come
-        self._known: np.ndarray | None = None  # the mask of the present place
+        self._recompiled_at = -RENEWAL_INTERVAL
+        self._eos_taken = False  # whether EOS was accepted
+        self._mask: np.ndarray | None = None  # the mask of the next token, once computed
 
     @property
     def finished(self) -> bool:
-        """Whether nothing may follow but EOS; exactly known only once masks() have been asked for."""
-        return self._ended or self._matcher.over or self._known is self._matcher.vocabulary.only_eos
+        """Whether only EOS may follow; reliable only after a call of masks()."""
+        return self._eos_taken or self._matcher.stopped or self._mask is self._matcher.vocabulary.only_eos
 
     def masks(self, draft: Sequence[int] = ()) -> tuple[list[np.ndarray], list[bool]]:
-        """The mask of the next token and those after each draft token, and of each of these if the text is over.
+        """The masks of the next token and after each allowed draft token, and whether the text is over after each.
 
-        There is one mask more than allowed tokens of the draft. They are not to be written to. The state is the
-        same after the call. Raises GrammarError where the grammar exceeds its limits or comes to a dead end.
+        There is one mask more than allowed draft tokens. Do not write to them. The state does not change.
+        Raises GrammarError if the grammar exceeds its limits or reaches a dead end.
         """
-        if self._known is None:
-            self._known = self._persist(lambda: self._matcher.mask())
-        masks, over = [self._known], list[bool]()
-        if not draft or not _holds(self._known, draft[0]):
+        if self._mask is None:
+            self._mask = self._retry_recompiled(lambda: self._matcher.mask())
+        masks, over = [self._mask], list[bool]()
+        if not draft or not _has_bit(self._mask, draft[0]):
             return masks, over
-        ahead = self._matcher.copy()
-        with contextlib.suppress(GrammarError):  # an error on the way of a draft ends the draft alone
+        lookahead = self._matcher.copy()
+        with contextlib.suppress(GrammarError):  # an error within the draft truncates the draft only
             for token in draft:
-                if not _holds(masks[-1], token):
+                if not _has_bit(masks[-1], token):
                     break
-                ended = token == ahead.vocabulary.eos
+                ended = token == lookahead.vocabulary.eos
                 if not ended:
-                    ahead.push(token)
-                masks.append(ahead.vocabulary.only_eos if ended else ahead.mask())
-                over.append(ended or ahead.over)
+                    lookahead.consume(token)
+                masks.append(lookahead.vocabulary.only_eos if ended else lookahead.mask())
+                over.append(ended or lookahead.stopped)
                 if ended:
                     break
         return masks, over
 
     def allows(self, token: int) -> bool:
-        """Whether it may be the next. Raises GrammarError as masks() does."""
-        return _holds(self.masks()[0][0], token)
+        """Whether a token may be next. Raises GrammarError as masks() does."""
+        return _has_bit(self.masks()[0][0], token)
 
     def accept(self, token: int) -> None:
-        """Take the next token. Raises GrammarError for one that is not allowed, and as masks() does."""
+        """Append the next token. Raises GrammarError as masks() does, and for a token that is not allowed."""
         if not self.allows(token):
-            raise GrammarError(f"token {token} is not what the grammar allows here", field="structured_outputs")
+            raise GrammarError(f"token {token} is not allowed by the grammar here", field="structured_outputs")
         only_eos = self._matcher.vocabulary.only_eos
         if token == self._matcher.vocabulary.eos:
-            self._ended = True
+            self._eos_taken = True
         else:
-            self._persist(lambda: self._matcher.push(token))
+            self._retry_recompiled(lambda: self._matcher.consume(token))
             self._tokens.append(token)
-        self._known = only_eos if self._ended else None
+        self._mask = only_eos if self._eos_taken else None
 
-    def _persist(self, work: Callable[[], T]) -> T:
-        """Do what may fail for want of states, and if it does, once more with new ones."""
+    def _retry_recompiled(self, work: Callable[[], T]) -> T:
+        """Call `work`; if it fails, perhaps for want of lexer states, recompile and call it once more."""
         try:
             return work()
         except GrammarError:
-            if len(self._tokens) < self._renewed + PROGRESS:
+            if len(self._tokens) < self._recompiled_at + RENEWAL_INTERVAL:
                 raise
-            self._renewed = len(self._tokens)
-            self._matcher = self._renew().copy(self._began_at_start)
+            self._recompiled_at = len(self._tokens)
+            self._matcher = self._recompile().copy(self._initially_at_start)
             for token in self._tokens:
-                self._matcher.push(token)
+                self._matcher.consume(token)
             return work()
 
 
 class Matcher:
-    """A matcher, and what it does not know: our own numbers of the tokens, and whether the text has begun."""
+    """llguidance's matcher over token ids of the tokenizer; it tracks whether the text has begun."""
 
     def __init__(
         self, vocabulary: Vocabulary, matcher: llguidance.LLMatcher, permitted: np.ndarray, at_start: bool
     ) -> None:
         self.vocabulary = vocabulary
         self._matcher = matcher
-        self._permitted = permitted  # mask of the tokens that the grammar may use at all
-        self._at_start = at_start  # the next text is the first, and loses its space
+        self._permitted = permitted  # mask of the tokens that the grammar may ever use
+        self._at_start = at_start  # whether decoding drops the space before the next word
 
     def copy(self, at_start: bool | None = None) -> Matcher:
-        """Another at the same place; `at_start` tells where that is for one at the beginning of its grammar."""
+        """A copy of the state; `at_start` replaces that of a matcher at the beginning of its grammar."""
         at_start = self._at_start if at_start is None else at_start
         return Matcher(self.vocabulary, self._matcher.deep_copy(), self._permitted, at_start)
 
     @property
-    def over(self) -> bool:
-        """Whether the matcher knows that nothing may follow."""
+    def stopped(self) -> bool:
+        """Whether the matcher knows that no text may follow."""
         return bool(self._matcher.is_stopped())
 
-    def push(self, token: int) -> None:
-        """Take a token that is allowed."""
-        entry = int(self.vocabulary.first[token]) if self._at_start else token
+    def consume(self, token: int) -> None:
+        """Append an allowed token."""
+        entry = int(self.vocabulary.first_entry[token]) if self._at_start else token
         if entry >= 0:
             self._matcher.consume_token(entry)
             self._check()
-        self._at_start = self._at_start and token in self.vocabulary.controls
+        self._at_start = self._at_start and token in self.vocabulary.control_ids
 
     def mask(self) -> np.ndarray:
-        """The tokens that may come: (ceil(V / 32),) int32, and `only_eos` itself if it is that."""
+        """The mask of the next token, (ceil(V / 32),) int32; the object `only_eos` if it equals that."""
         v = self.vocabulary
         self._check()
-        if self.over:
+        if self.stopped:
             return v.only_eos
-        found = np.empty(v.entry_words, dtype=np.int32)
+        found = np.empty(v.entry_mask_words, dtype=np.int32)
         self._matcher.unsafe_compute_mask_ptr(found.ctypes.data, found.nbytes)
         self._check()
-        mask = (v.of_first_words(found) if self._at_start else v.of_entries(found)) & self._permitted
-        if self._at_start and (mask & v.text).any():
-            mask |= v.silent
+        mask = (v.token_mask_at_start(found) if self._at_start else v.token_mask(found)) & self._permitted
+        if self._at_start and (mask & v.text_tokens).any():
+            mask |= v.textless_at_start
         if self._matcher.is_accepting():
             mask |= v.only_eos
         if not mask.any():
@@ -182,21 +183,21 @@ class Matcher:
         return v.only_eos if np.array_equal(mask, v.only_eos) else mask
 
     def _check(self) -> None:
-        """Raise what the matcher has come to."""
+        """Raise the matcher's error, if it has one."""
         if self._matcher.is_error():
-            report = _reason(self._matcher.get_error())
+            report = _short_report(self._matcher.get_error())
             raise GrammarError(f"structured_outputs: {report}", field="structured_outputs")
 
 
-def _holds(mask: np.ndarray, token: int) -> bool:
-    """Whether a mask has the bit of a token."""
+def _has_bit(mask: np.ndarray, token: int) -> bool:
+    """Whether a token's bit is set in a mask."""
     return 0 <= token < 32 * len(mask) and bool(mask[token // 32] >> token % 32 & 1)
 
 
-def _reason(report: str) -> str:
-    """What llguidance reports, without the picture of the place in the grammar, which is not the user's own.
+def _short_report(report: str) -> str:
+    """llguidance's error report without its excerpt of the grammar, which the user did not write.
 
-    The report is all that it tells, and only the wording of our message hangs on it.
+    The report is free text; only the wording of our message depends on it.
     """
     lines = []
     for line in report.splitlines():
@@ -205,5 +206,5 @@ def _reason(report: str) -> str:
         lines.append(line.strip())
     text = " ".join(line for line in lines if line.strip("^ "))
     text = re.sub(r"^at \d+\(\d+\): ", "", text).replace("(in regex): regex parse error: ", "")
-    text = text.replace("nested %lark {", "%json and %lark {")  # the one may have been the other (embedded.py)
+    text = text.replace("nested %lark {", "%json and %lark {")  # embedded.py turns %json into %lark
     return DEAD_END if not text or text.startswith("NoExtension") else text[:400]

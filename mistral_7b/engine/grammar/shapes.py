@@ -1,7 +1,7 @@
-"""What a JSON schema allows, as a union of shapes, each of one JSON type, that can be intersected exactly.
+"""What a JSON schema allows: a union of shapes, each of one JSON type, that can be intersected exactly.
 
-What stands inside an array or an object is kept as the places in the schema that it must obey all together, so
-that recursive schemas stay finite and nothing is intersected before it is needed.
+For the contents of an array or an object, a shape keeps pointers to the subschemas that apply. So recursive
+schemas stay finite, and nothing is intersected before it is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fractions import Fraction
 from . import digits, strings
 from .digits import Bound
 
-Places = tuple[str, ...]  # of schemas, all of which a value must obey; () allows every value
+Subschemas = tuple[str, ...]  # JSON pointers to schemas that all apply to one value; () allows every value
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,22 @@ class Literal:
 
 @dataclass(frozen=True)
 class Number:
+    """Numbers between two bounds that are integers, multiples of a number, or both."""
+
     low: Bound | None = None
     high: Bound | None = None
-    whole: bool = False
-    step: Fraction | None = None  # a multiple of it
+    integer: bool = False
+    multiple_of: Fraction | None = None
 
-    def meet(self, other: Number) -> Number | None:
-        steps = [step for step in (self.step, other.step) if step]
+    def intersect(self, other: Number) -> Number | None:
+        steps = [step for step in (self.multiple_of, other.multiple_of) if step]
         low = tighter(self.low, other.low, 1)
         high = tighter(self.high, other.high, -1)
-        met = Number(low, high, self.whole or other.whole, _common(steps) if steps else None)
-        return None if met.is_empty() else met
+        common = Number(low, high, self.integer or other.integer, _lcm(steps) if steps else None)
+        return None if common.is_empty() else common
 
     def is_empty(self) -> bool:
-        """Whether no number is in it."""
+        """Whether it allows no number."""
         if self.low is None or self.high is None:
             return False
         if step := self.unit:
@@ -51,13 +53,13 @@ class Number:
 
     @property
     def unit(self) -> Fraction | None:
-        """What every number in it is a multiple of."""
-        if not self.whole:
-            return self.step
-        return _common([self.step, Fraction(1)]) if self.step else Fraction(1)
+        """The number of which all allowed numbers are multiples, if there is one."""
+        if not self.integer:
+            return self.multiple_of
+        return _lcm([self.multiple_of, Fraction(1)]) if self.multiple_of else Fraction(1)
 
     def ends(self, unit: Fraction) -> tuple[int | None, int | None]:
-        """The first and the last multiple of `unit` between the bounds, in units."""
+        """The first and last multiple of `unit` within the bounds, divided by `unit`."""
         low = high = None
         if self.low is not None:
             low = math.ceil(self.low.value / unit)
@@ -68,49 +70,51 @@ class Number:
         return low, high
 
     def terminal(self) -> str | None:
-        """A terminal of these numbers; None where only llguidance itself can count in such steps."""
+        """A Lark terminal of these numbers; None for multiples, which llguidance itself must count."""
         unit = self.unit
         if unit is None:
             if self.low is not None and self.high is not None and self.low.value == self.high.value:
-                return f'"{digits.written(self.low.value)}"'
+                return f'"{digits.format_decimal(self.low.value)}"'
             return digits.decimals(self.low, self.high)
         low, high = self.ends(unit)
         if unit == 1:
             return digits.integers(low, high)
         if low is not None and low == high:
-            return f'"{digits.written(low * unit)}"'
+            return f'"{digits.format_decimal(low * unit)}"'
         return None
 
 
 @dataclass(frozen=True)
-class Text:
-    least: int = 0
-    most: int | None = None
-    patterns: tuple[str, ...] = ()  # all of which are found in it
-    formats: tuple[str, ...] = ()
-    value: str | None = None  # this one alone
+class String:
+    """Strings of some length that match all patterns and formats, or a single string."""
 
-    def meet(self, other: Text) -> Text | None:
+    min_size: int = 0
+    max_size: int | None = None
+    patterns: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    value: str | None = None  # the only string allowed
+
+    def intersect(self, other: String) -> String | None:
         if None not in (self.value, other.value) and self.value != other.value:
             return None
-        met = Text(
-            max(self.least, other.least),
-            _least(self.most, other.most),
+        common = String(
+            max(self.min_size, other.min_size),
+            _minimum(self.max_size, other.max_size),
             tuple(dict.fromkeys((*self.patterns, *other.patterns))),
             tuple(dict.fromkeys((*self.formats, *other.formats))),
             self.value if other.value is None else other.value,
         )
-        return None if met.is_empty() else met
+        return None if common.is_empty() else common
 
     def is_empty(self) -> bool:
-        """Whether no text is in it."""
+        """Whether it allows no string."""
         if self.value is not None:
             length = len(self.value)
-            held = all(strings.holds(terminal, self.value) for terminal in self._limits())
-            return not held or length < self.least or (self.most is not None and length > self.most)
-        if self.most is not None and self.least > self.most:
+            held = all(strings.matches(terminal, self.value) for terminal in self._limits())
+            return not held or length < self.min_size or (self.max_size is not None and length > self.max_size)
+        if self.max_size is not None and self.min_size > self.max_size:
             return True
-        if not self.patterns and len(self.formats) < 2 and self.least == 0 and self.most is None:
+        if not self.patterns and len(self.formats) < 2 and self.min_size == 0 and self.max_size is None:
             return False
         return bool(self.patterns or self.formats) and strings.is_empty(self.terminal())
 
@@ -118,8 +122,8 @@ class Text:
         if self.value is not None:
             return strings.literal(self.value)
         limits = self._limits()
-        if self.least or self.most is not None or not limits:
-            limits.append(strings.of_length(self.least, self.most))
+        if self.min_size or self.max_size is not None or not limits:
+            limits.append(strings.of_length(self.min_size, self.max_size))
         return " & ".join(limits)
 
     def _limits(self) -> list[str]:
@@ -128,63 +132,63 @@ class Text:
 
 @dataclass(frozen=True)
 class Array:
-    """`parts`: all of which hold; each the items of a prefix, and what the others are."""
+    """Arrays. All `parts` apply; each holds the subschemas of the prefix items and those of the other items."""
 
-    parts: tuple[tuple[tuple[Places, ...], Places], ...] = ()
-    least: int = 0
-    most: int | None = None
+    parts: tuple[tuple[tuple[Subschemas, ...], Subschemas], ...] = ()
+    min_size: int = 0
+    max_size: int | None = None
 
-    def meet(self, other: Array) -> Array | None:
-        least, most = max(self.least, other.least), _least(self.most, other.most)
-        empty = most is not None and least > most
-        return None if empty else Array(_union(self.parts, other.parts), least, most)
+    def intersect(self, other: Array) -> Array | None:
+        min_size, max_size = max(self.min_size, other.min_size), _minimum(self.max_size, other.max_size)
+        empty = max_size is not None and min_size > max_size
+        return None if empty else Array(_merge(self.parts, other.parts), min_size, max_size)
 
     @property
-    def fixed(self) -> int:
-        """How many items have a schema of their own."""
+    def prefix_length(self) -> int:
+        """The number of items that have their own schema."""
         return max((len(prefix) for prefix, _ in self.parts), default=0)
 
-    def item(self, i: int) -> Places:
-        return _joined(prefix[i] if i < len(prefix) else others for prefix, others in self.parts)
+    def item(self, i: int) -> Subschemas:
+        return _flatten(prefix[i] if i < len(prefix) else others for prefix, others in self.parts)
 
 
 @dataclass(frozen=True)
 class Properties:
-    """Properties by name, by pattern, and those that no name and no pattern fits."""
+    """Subschemas of properties: by name, by pattern, and for all others (additionalProperties)."""
 
-    named: tuple[tuple[str, Places], ...] = ()
-    patterns: tuple[tuple[str, Places], ...] = ()
-    others: Places = ()
+    named: tuple[tuple[str, Subschemas], ...] = ()
+    patterns: tuple[tuple[str, Subschemas], ...] = ()
+    others: Subschemas = ()
 
     @functools.cached_property
-    def _by_name(self) -> dict[str | None, Places]:
+    def _by_name(self) -> dict[str | None, Subschemas]:
         return dict(self.named)
 
-    def of(self, name: str | None, matched: Collection[str]) -> Places:
-        """What a property must obey: of this name, if it is one of these, and matched by these patterns."""
+    def subschemas_of(self, name: str | None, matched: Collection[str]) -> Subschemas:
+        """The subschemas of a property with this name, which matches the patterns `matched`."""
         found = [self._by_name[name]] if name in self._by_name else []
-        found += [places for pattern, places in self.patterns if pattern in matched]
-        return _joined(found) if found else self.others
+        found += [subschemas for pattern, subschemas in self.patterns if pattern in matched]
+        return _flatten(found) if found else self.others
 
 
 @dataclass(frozen=True)
 class Object:
-    """`parts`: all of which hold."""
+    """Objects. All `parts` apply."""
 
     parts: tuple[Properties, ...] = ()
     required: tuple[str, ...] = ()
-    least: int = 0
-    most: int | None = None
+    min_size: int = 0
+    max_size: int | None = None
 
-    def meet(self, other: Object) -> Object | None:
-        least, most = max(self.least, other.least), _least(self.most, other.most)
-        required = _union(self.required, other.required)
-        empty = most is not None and max(least, len(required)) > most
-        return None if empty else Object(_union(self.parts, other.parts), required, least, most)
+    def intersect(self, other: Object) -> Object | None:
+        min_size, max_size = max(self.min_size, other.min_size), _minimum(self.max_size, other.max_size)
+        required = _merge(self.required, other.required)
+        empty = max_size is not None and max(min_size, len(required)) > max_size
+        return None if empty else Object(_merge(self.parts, other.parts), required, min_size, max_size)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names in the schema, in the order in which they are written."""
+        """The property names in the schema, in its order."""
         named = [name for part in self.parts for name, _ in part.named]
         return tuple(dict.fromkeys((*named, *self.required)))
 
@@ -192,48 +196,48 @@ class Object:
     def patterns(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(pattern for part in self.parts for pattern, _ in part.patterns))
 
-    def property(self, name: str) -> Places:
-        """What the property of a name must obey."""
-        matched = [pattern for pattern in self.patterns if strings.holds(strings.of_pattern(pattern), name)]
-        return _joined(part.of(name, matched) for part in self.parts)
+    def property(self, name: str) -> Subschemas:
+        """The subschemas of the property with this name."""
+        matched = [pattern for pattern in self.patterns if strings.matches(strings.of_pattern(pattern), name)]
+        return _flatten(part.subschemas_of(name, matched) for part in self.parts)
 
-    def others(self, matched: Collection[str]) -> Places:
-        """What a property must obey whose name is none of `names` and is matched by these patterns alone."""
-        return _joined(part.of(None, matched) for part in self.parts)
+    def others(self, matched: Collection[str]) -> Subschemas:
+        """The subschemas of a property that is not in `names` and matches exactly the patterns `matched`."""
+        return _flatten(part.subschemas_of(None, matched) for part in self.parts)
 
 
-Shape = Literal | Number | Text | Array | Object
+Shape = Literal | Number | String | Array | Object
 ANYTHING: tuple[Shape, ...] = (
-    Literal("null"), Literal("true"), Literal("false"), Number(), Text(), Array(), Object(),
+    Literal("null"), Literal("true"), Literal("false"), Number(), String(), Array(), Object(),
 )  # fmt: skip
 
 
-def meet(one: Shape, other: Shape) -> Shape | None:
-    """What is in both shapes; None where nothing is."""
+def intersect(one: Shape, other: Shape) -> Shape | None:
+    """The values in both shapes, as a shape; None if there are none."""
     if isinstance(one, Literal):
         return one if one == other else None
-    return one.meet(other) if type(one) is type(other) else None  # type: ignore[arg-type]
+    return one.intersect(other) if type(one) is type(other) else None  # type: ignore[arg-type]
 
 
 def tighter(one: Bound | None, other: Bound | None, sign: int) -> Bound | None:
-    """The higher one of two lower bounds (`sign` 1), or the lower one of two upper bounds (-1)."""
+    """The higher of two lower bounds (`sign` 1), or the lower of two upper bounds (-1)."""
     if one is None or other is None:
         return other if one is None else one
     return max(one, other, key=lambda bound: (sign * bound.value, bound.open))
 
 
-def _common(steps: list[Fraction]) -> Fraction:
+def _lcm(steps: list[Fraction]) -> Fraction:
     """The least common multiple of fractions."""
     return Fraction(math.lcm(*(step.numerator for step in steps)), math.gcd(*(step.denominator for step in steps)))
 
 
-def _least(one: int | None, other: int | None) -> int | None:
+def _minimum(one: int | None, other: int | None) -> int | None:
     return min((number for number in (one, other) if number is not None), default=None)
 
 
-def _union(one: tuple, other: tuple) -> tuple:
+def _merge(one: tuple, other: tuple) -> tuple:
     return tuple(dict.fromkeys((*one, *other)))
 
 
-def _joined(places: Iterable[Places]) -> Places:
-    return tuple(dict.fromkeys(place for some in places for place in some))
+def _flatten(subschemas: Iterable[Subschemas]) -> Subschemas:
+    return tuple(dict.fromkeys(pointer for some in subschemas for pointer in some))

@@ -1,6 +1,6 @@
-"""What a completion must obey: the form of its text, tools that it must call, or either.
+"""The constraints on a completion: structured outputs, tool calls, or either.
 
-Only data, which travels to the process that compiles it: reading a schema can cost as much as compiling it.
+Only data, which is sent to the process that compiles it: parsing a schema can cost as much as compiling it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 from ...errors import GrammarError
 from ...sampling.params import StructuredOutputs
-from .lark import check_tools, lark, or_tools, tool_spec
+from .lark import check_tools, lark, tool_spec, with_tools
 
-FREE = ("auto", "none")  # values of tool_choice with which a model need not call
+OPTIONAL_CHOICES = ("auto", "none")  # values of tool_choice that require no call
 
 
 @dataclass(frozen=True)
 class GrammarSpec:
-    """The form of a text, and tools with OpenAI's `tool_choice` and `parallel_tool_calls`.
+    """Structured outputs, and tools with OpenAI's `tool_choice` and `parallel_tool_calls`.
 
-    With both a form and tools, the completion either has this form or calls tools.
+    With both, the completion either matches the structured outputs or calls tools.
     """
 
     structured: StructuredOutputs | None = None
@@ -34,22 +34,22 @@ class GrammarSpec:
         cls, structured: StructuredOutputs | None, tools: Sequence[Mapping[str, Any]] = (),
         choice: str | Mapping[str, Any] = "auto", parallel: bool = True,
     ) -> GrammarSpec | None:  # fmt: skip
-        """What a request asks for; None where any text will do. GrammarError for tools that are none."""
+        """A request's specification; None if any text is allowed. Raises GrammarError for invalid tools."""
         check_tools(tools)
-        if structured is None and choice in FREE:
+        if structured is None and choice in OPTIONAL_CHOICES:
             return None
         return cls(structured, () if choice == "none" else tuple(tools), choice, parallel)
 
-    def lark(self, spaced: bool) -> str:
-        """The grammar in Lark's notation; `spaced` as in lark.lark. GrammarError for what is no grammar."""
+    def lark(self, leading_space: bool) -> str:
+        """The grammar in Lark notation; `leading_space` as in lark.lark. Raises GrammarError if it is invalid."""
         spec = tool_spec(self.tools, self.choice, self.parallel) or self.structured
-        assert spec is not None  # or `of` had returned None
+        assert spec is not None  # otherwise `of` returned None
         if self.structured is not None and self.tools:
-            spec = or_tools(spec, self.tools, self.parallel, spaced)
-        return lark(spec, spaced, own=spec is self.structured)
+            spec = with_tools(spec, self.tools, self.parallel, leading_space)
+        return lark(spec, leading_space, user_grammar=spec is self.structured)
 
     def to_json(self) -> str:
-        """As text; equal specifications have equal texts. GrammarError for what cannot be written as JSON."""
+        """The specification as JSON, equal for equal ones. Raises GrammarError if it is not serializable."""
         given = {f.name: getattr(self.structured, f.name, None) for f in fields(StructuredOutputs)}
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         values = {"structured_outputs": given, "tools": list(self.tools), "tool_choice": self.choice}
@@ -63,6 +63,6 @@ class GrammarSpec:
 
     @classmethod
     def from_json(cls, text: str) -> GrammarSpec:
-        """What `to_json` wrote."""
+        """The inverse of `to_json`."""
         given, tools, choice, parallel = json.loads(text)
         return cls(StructuredOutputs(**given) if given else None, tools, choice, parallel)

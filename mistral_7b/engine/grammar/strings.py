@@ -1,7 +1,7 @@
-r"""JSON strings as Lark terminals: lengths, formats, and patterns of ECMA-262, over the text as JSON writes it.
+r"""Lark terminals of JSON strings: lengths, formats, and ECMA-262 patterns, over the text as JSON encodes it.
 
-Every character is written in one way alone: as itself, or, what may not stand in JSON, by its shortest escape. So
-a text is in a terminal exactly if what it means is, and terminals may be intersected (&) and complemented (~).
+Every character has exactly one encoding here: itself, or the shortest escape if JSON requires one. So a text
+matches a terminal exactly if its decoded string does, and terminals can be intersected (&) and complemented (~).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 from typing import Any
 
 from ...errors import GrammarError
-from .patterns import CHAR, escape, quoted
-from .vocabulary import library
+from .patterns import CHAR, escape, to_json_regex
+from .vocabulary import import_llguidance
 
 STRING = f"/\\x22{CHAR}*\\x22/"
 
@@ -53,84 +53,84 @@ FORMATS = {
     "ipv6": IPV6,
     "uuid": r"[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}",
     "uri": rf"[a-zA-Z][a-zA-Z0-9+.-]*:({PATH})(\?({URI_CHAR}|[\x2f?])*)?(#({URI_CHAR}|[\x2f?])*)?",
-}  # what they allow needs no escape in JSON
-LIMITS = {"hostname": ".{1,253}", "email": "[^@]{1,64}@.{1,253}"}  # beside that
+}  # all match only characters that JSON does not escape
+LENGTHS = {"hostname": ".{1,253}", "email": "[^@]{1,64}@.{1,253}"}  # length limits in addition
 
 
 NO_FORCING = '%llguidance {"no_forcing": true}'
 
 
 class TerminalError(GrammarError):
-    """A terminal beyond llguidance's limits; the caller adds the schema's place (`TOO_MUCH`)."""
+    """A terminal exceeds llguidance's limits; the caller adds the schema's place and TOO_LARGE."""
 
 
-TOO_MUCH = "pattern, format and patternProperties are too much together"
+TOO_LARGE = "pattern, format and patternProperties are too large together"
 
 
 def literal(text: str) -> str:
-    """A text as JSON writes it, as a string of Lark."""
-    return json.dumps(_written(text))
+    """A Lark string literal that matches the JSON encoding of a text."""
+    return json.dumps(_to_json(text))
 
 
 def of_length(least: int, most: int | None) -> str:
-    """A terminal of the strings with so many characters."""
+    """A terminal of the strings with `least` to `most` characters."""
     return f"/\\x22{CHAR}{{{least},{'' if most is None else most}}}\\x22/" if least or most is not None else STRING
 
 
 def of_format(name: str) -> str:
-    """A terminal of the strings of a format that FORMATS names."""
+    """A terminal of the strings of a format in FORMATS."""
     terminal = f"/\\x22({FORMATS[name]})\\x22/"
-    return f"{terminal} & /\\x22({LIMITS[name]})\\x22/" if name in LIMITS else terminal
+    return f"{terminal} & /\\x22({LENGTHS[name]})\\x22/" if name in LENGTHS else terminal
 
 
 def of_pattern(pattern: str) -> str:
-    """A terminal of the strings in which a pattern is found. Raises GrammarError as patterns.quoted does."""
-    return f"/\\x22({quoted(pattern)})\\x22/"
+    """A terminal of the strings that contain a match of a pattern. GrammarError as patterns.to_json_regex."""
+    return f"/\\x22({to_json_regex(pattern)})\\x22/"
 
 
-def holds(terminal: str, text: str) -> bool:
-    """Whether a text is in a terminal of strings. Raises TerminalError."""
-    matcher, written = _matcher(terminal).deep_copy(), _written(text).encode()
+def matches(terminal: str, text: str) -> bool:
+    """Whether a text matches a terminal of strings. Raises TerminalError."""
+    matcher, written = _matcher(terminal).deep_copy(), _to_json(text).encode()
     return bool(matcher.try_consume_tokens(list(written)) == len(written) and matcher.is_accepting())
 
 
 def is_empty(terminal: str) -> bool:
-    """Whether no text is in a terminal of strings. Raises TerminalError."""
+    """Whether no text matches a terminal of strings. Raises TerminalError."""
     return bool(_matcher(terminal).deep_copy().try_consume_tokens([ord('"')]) == 0)
 
 
-def fault(value: str) -> str | None:
-    """What llguidance finds wrong with what may stand in a rule."""
-    matcher = library().LLMatcher(_tokenizer(), f"start: {value}\n{NO_FORCING}", log_level=0)
-    return _report(matcher) if matcher.is_error() else None
+def compile_error(value: str) -> str | None:
+    """llguidance's error for the right-hand side of a rule, or None."""
+    matcher = import_llguidance().LLMatcher(_tokenizer(), f"start: {value}\n{NO_FORCING}", log_level=0)
+    return _error_line(matcher) if matcher.is_error() else None
 
 
-def _report(matcher: Any) -> str:
-    """What llguidance finds wrong, without the picture of the place."""
+def _error_line(matcher: Any) -> str:
+    """The first line of llguidance's error report, without the excerpt of the grammar."""
     return str(matcher.get_error()).splitlines()[0]
 
 
-def _written(text: str) -> str:
-    """A text as JSON writes it here."""
+def _to_json(text: str) -> str:
+    """The JSON encoding of a text, with the shortest escapes and only where required."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", escape("\x7f"))
 
 
 @functools.lru_cache(256)
 def _matcher(terminal: str) -> Any:
-    """llguidance's matcher of a terminal, over bytes. Raises TerminalError for one beyond its limits."""
-    matcher = library().LLMatcher(_tokenizer(), f"start: T\nT: {terminal}\n{NO_FORCING}", log_level=0)
+    """llguidance's matcher of a terminal, over bytes. Raises TerminalError if it exceeds the limits."""
+    matcher = import_llguidance().LLMatcher(_tokenizer(), f"start: T\nT: {terminal}\n{NO_FORCING}", log_level=0)
     if matcher.is_error():
-        raise TerminalError(_report(matcher))
+        raise TerminalError(_error_line(matcher))
     return matcher
 
 
 @functools.cache
 def _tokenizer() -> Any:
-    return library().LLTokenizer(_Bytes())
+    return import_llguidance().LLTokenizer(_ByteTokenizer())
 
 
-class _Bytes:
-    """What llguidance asks of a tokenizer: here, one of bytes."""
+class _ByteTokenizer:
+    """The tokenizer interface that llguidance requires, with one token per byte."""
 
     is_tokenizer_wrapper = True
     special_token_ids = (256,)

@@ -1,13 +1,13 @@
 """The tokens of a SentencePiece vocabulary as llguidance knows them, and masks over them.
 
-llguidance has to be told which bytes a token adds to the text that the user gets, and that depends on the
-place: a text's first word is written with a space before it that decoding drops (tokenizer.StreamDecoder).
+llguidance must know which bytes a token adds to the text that the user receives. That depends on the position:
+a text's first word is encoded with a space before it that decoding drops (tokenizer.StreamDecoder).
 
     after a control token or at the very start     "▁Yes" adds "Yes", and "▁" alone adds nothing
     everywhere else                                "▁Yes" adds " Yes"
 
-So llguidance's vocabulary holds more tokens than ours: behind our own stand what is left of those that lose
-their space, and a first token is looked up and passed on under its number there.
+So llguidance's vocabulary is larger than the tokenizer's: after the tokens come entries for first words without
+their space. The first token of a text is translated to its entry there.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ...text.tokenizer import Tokenizer
 
 
-def library() -> Any:
-    """llguidance, imported where it is first needed. GrammarError if it is not installed."""
+def import_llguidance() -> Any:
+    """The llguidance module, imported on first use. Raises GrammarError if it is not installed."""
     try:
         import llguidance
     except ImportError as e:
@@ -41,39 +41,40 @@ def library() -> Any:
 
 
 class Vocabulary:
-    """A tokenizer's tokens as llguidance knows them, and masks over them. It can be pickled.
+    """A tokenizer's tokens as llguidance entries, and masks over them. Can be pickled.
 
-    Entries 0..size-1 are the tokens. Those behind are what is left of first words without their space, where that
-    is no token itself. `first` (size,) has for each token its entry at the start of a text; -1: it adds nothing.
+    Entries 0 to size-1 are the tokens. The rest are first words without their space that are not tokens
+    themselves. `first_entry` (size,) maps each token to its entry at the start of a text, or -1 if it adds
+    nothing there.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.size = min(tokenizer.vocab_size, vocab_size)
-        self.words = -(-vocab_size // 32)
+        self.mask_words = -(-vocab_size // 32)
         self.eos, self.bos = tokenizer.eos_id, tokenizer.bos_id
         ids = range(self.size)
-        self.controls = {i for i in ids if tokenizer.is_control(i)}
-        self._names = {_angled(tokenizer.piece(i)): i for i in self.controls}
-        hidden = self.controls | {tokenizer.unk_id}  # they add nothing to the text
+        self.control_ids = {i for i in ids if tokenizer.is_control(i)}
+        self._names = {_lark_name(tokenizer.piece(i)): i for i in self.control_ids}
+        hidden = self.control_ids | {tokenizer.unk_id}  # they add nothing to the text
         entries = [tokenizer.piece_bytes(i) for i in ids]
         for name, i in self._names.items():
             entries[i] = name.encode()
         entries[tokenizer.unk_id] = b"<unk>"
         words = [i for i in ids if isinstance(tokenizer.surface(i), str) and entries[i].startswith(b" ")]
-        self.first = self._add_first_words(entries, hidden, words)
-        self.text = self._pack([i not in hidden for i in ids])
-        self.silent = self._pack(self.first < 0)
-        self.only_eos = self._pack([i == self.eos for i in ids])
-        self.entry_words = -(-len(entries) // 32)
+        self.first_entry = self._add_first_words(entries, hidden, words)
+        self.text_tokens = self._pack_bits([i not in hidden for i in ids])
+        self.textless_at_start = self._pack_bits(self.first_entry < 0)
+        self.only_eos = self._pack_bits([i == self.eos for i in ids])
+        self.entry_mask_words = -(-len(entries) // 32)
         self._bytes, self._hidden = entries, sorted(hidden)
 
     @cached_property
     def entries(self) -> llguidance.LLTokenizer:
         """The entries, as llguidance's matchers take them."""
-        return library().LLTokenizer(_Entries(self._bytes, self._hidden, self.eos, self.bos))
+        return import_llguidance().LLTokenizer(_TokenizerWrapper(self._bytes, self._hidden, self.eos, self.bos))
 
     def _add_first_words(self, entries: list[bytes], hidden: set[int], words: Sequence[int]) -> np.ndarray:
-        """Add what is missing of `words`, tokens that begin with a space; each token's entry at a text's start."""
+        """Append entries for `words`, tokens that begin with a space, without it. Returns `first_entry`."""
         known = {entry: i for i, entry in enumerate(entries) if i not in hidden}
         first = np.arange(self.size, dtype=np.int64)
         for i in words:
@@ -85,42 +86,42 @@ class Vocabulary:
         return first
 
     def has_text(self, token: int) -> bool:
-        """Whether a token adds text: neither a control token nor one that the tokenizer does not know."""
-        return token < self.size and token not in self.controls
+        """Whether a token adds text: it is known to the tokenizer and not a control token."""
+        return token < self.size and token not in self.control_ids
 
     def permitted(self, grammar: str) -> np.ndarray:
-        """The tokens that a grammar may use: those of text, and the control tokens it names, <NAME> or <[5]>."""
+        """The mask of tokens a grammar may use: text tokens, and control tokens that it names, <NAME> or <[5]>."""
         named: set[int] = set()
         for name in re.findall(r"<[^<>\n]+>", grammar):
             if name in self._names:
                 named.add(self._names[name])
             elif name.startswith("<[") and "^" not in name:
                 for low, high in re.findall(r"(\d+)(?:-(\d+))?", name):
-                    named.update(i for i in self.controls if int(low) <= i <= int(high or low))
-        return self.text | self._pack([i in named for i in range(self.size)])
+                    named.update(i for i in self.control_ids if int(low) <= i <= int(high or low))
+        return self.text_tokens | self._pack_bits([i in named for i in range(self.size)])
 
-    def of_entries(self, found: np.ndarray) -> np.ndarray:
-        """A mask of tokens from one of entries (entry_words,), anywhere but at the start of a text."""
-        mask = np.zeros(self.words, dtype=np.int32)
-        shared = min(self.words, self.entry_words)
-        mask[:shared] = found[:shared]  # the bits of other entries are taken away by `permitted`
+    def token_mask(self, found: np.ndarray) -> np.ndarray:
+        """A mask of tokens from a mask of entries (entry_mask_words,), except at the start of a text."""
+        mask = np.zeros(self.mask_words, dtype=np.int32)
+        shared = min(self.mask_words, self.entry_mask_words)
+        mask[:shared] = found[:shared]  # `permitted` clears the bits of extra entries
         return mask
 
-    def of_first_words(self, found: np.ndarray) -> np.ndarray:
+    def token_mask_at_start(self, found: np.ndarray) -> np.ndarray:
         """The same at the start of a text."""
         bits = np.unpackbits(found.view(np.uint8), bitorder="little")
-        return self._pack((bits[self.first] > 0) & (self.first >= 0))
+        return self._pack_bits((bits[self.first_entry] > 0) & (self.first_entry >= 0))
 
-    def _pack(self, allowed: Sequence[bool] | np.ndarray) -> np.ndarray:
-        """A mask (words,) of truth values (size,)."""
-        mask = np.zeros(self.words, dtype=np.int32)
+    def _pack_bits(self, allowed: Sequence[bool] | np.ndarray) -> np.ndarray:
+        """A mask (mask_words,) int32 from booleans (size,)."""
+        mask = np.zeros(self.mask_words, dtype=np.int32)
         packed = np.packbits(np.asarray(allowed, dtype=bool), bitorder="little")
         mask.view(np.uint8)[: len(packed)] = packed
         return mask
 
 
-class _Entries:
-    """What llguidance asks of a tokenizer."""
+class _TokenizerWrapper:
+    """The tokenizer interface that llguidance requires."""
 
     is_tokenizer_wrapper = True
 
@@ -129,10 +130,10 @@ class _Entries:
         self.eos_token_id, self.bos_token_id = eos, bos
 
     def __call__(self, text: bytes) -> list[int]:
-        """Only grammars that force tokens ask for the usual encoding, and ours do not (lark.OPTIONS)."""
+        """Never called: llguidance encodes text only to force tokens, which lark.OPTIONS disables."""
         raise NotImplementedError
 
 
-def _angled(name: str) -> str:
-    """A control token's name as Lark takes it: [INST] is <INST>, and <s> itself."""
+def _lark_name(name: str) -> str:
+    """A control token's name in Lark notation: <INST> for [INST], and <s> for <s>."""
     return f"<{name[1:-1]}>"

@@ -74,20 +74,20 @@ def shard_of(folder: pathlib.Path, tensor: str) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 100, 0.5, -1])
-def test_truncated_safetensors(copies: pathlib.Path, keep: float) -> None:
+def test_truncated_safetensors_are_refused(copies: pathlib.Path, keep: float) -> None:
     for path in (copies / "one" / "model.safetensors", shard_of(copies / "many", Q1)):
         raw = path.read_bytes()
         path.write_bytes(raw[: int(len(raw) * keep) if keep == 0.5 else int(keep)])
         rejected(path.parent, path)
 
 
-def test_longer_than_its_header_says(copies: pathlib.Path) -> None:
+def test_safetensors_longer_than_its_header_are_refused(copies: pathlib.Path) -> None:
     path = copies / "one" / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"\0" * 8)
     rejected(copies / "one", path)
 
 
-def test_a_missing_shard(copies: pathlib.Path) -> None:
+def test_a_missing_shard_is_refused(copies: pathlib.Path) -> None:
     shard = shard_of(copies / "many", Q1)
     first = next(
         t for t, f in json.loads((copies / "many" / INDEX).read_text())["weight_map"].items() if f == shard.name
@@ -96,14 +96,14 @@ def test_a_missing_shard(copies: pathlib.Path) -> None:
     rejected(copies / "many", shard, first)
 
 
-def test_a_tensor_in_two_shards(copies: pathlib.Path) -> None:
+def test_a_tensor_in_two_shards_is_refused(copies: pathlib.Path) -> None:
     folder = copies / "many"
     other = shard_of(folder, "lm_head.weight")
     rewrite(other, lambda t: t.update({Q1: load_file(shard_of(folder, Q1))[Q1]}))
     rejected(folder, other, Q1)
 
 
-def test_an_index_that_names_a_tensor_twice(copies: pathlib.Path) -> None:
+def test_an_index_with_a_duplicate_tensor_is_refused(copies: pathlib.Path) -> None:
     path = copies / "many" / INDEX
     text = path.read_text().replace(
         '"weight_map": {', f'"weight_map": {{"{Q1}": "model-00001-of-00005.safetensors",', 1
@@ -112,7 +112,7 @@ def test_an_index_that_names_a_tensor_twice(copies: pathlib.Path) -> None:
     rejected(copies / "many", path, Q1)
 
 
-def test_a_header_that_names_a_tensor_twice(copies: pathlib.Path) -> None:
+def test_a_header_with_a_duplicate_tensor_is_refused(copies: pathlib.Path) -> None:
     path = copies / "one" / "model.safetensors"
     raw = path.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
@@ -121,7 +121,7 @@ def test_a_header_that_names_a_tensor_twice(copies: pathlib.Path) -> None:
     rejected(copies / "one", path)
 
 
-def test_an_index_that_disagrees_with_its_shards(copies: pathlib.Path) -> None:
+def test_an_index_that_disagrees_with_its_shards_is_refused(copies: pathlib.Path) -> None:
     folder = copies / "many"
     other = shard_of(folder, "lm_head.weight").name
     rewrite(folder / INDEX, lambda d: d["weight_map"].update({Q1: other}))
@@ -133,7 +133,7 @@ def test_an_index_that_disagrees_with_its_shards(copies: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["../one/model.safetensors", "/etc/passwd", "..", "", 7])
-def test_an_index_that_leads_out_of_its_folder(copies: pathlib.Path, place: Any) -> None:
+def test_an_index_with_a_path_outside_its_folder_is_refused(copies: pathlib.Path, place: Any) -> None:
     rewrite(copies / "many" / INDEX, lambda d: d["weight_map"].update({Q1: place}))
     rejected(copies / "many", copies / "many" / INDEX)
 
@@ -158,7 +158,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str | None]] = {
 
 
 @pytest.mark.parametrize(("change", "field"), CHANGES.values(), ids=CHANGES)
-def test_tensors_that_do_not_fit(
+def test_missing_extra_or_misshapen_tensors_are_refused(
     copies: pathlib.Path, change: Callable[[dict[str, Any]], Any], field: str | None
 ) -> None:
     rewrite(copies / "one" / "model.safetensors", change)
@@ -171,12 +171,12 @@ def test_tensors_that_do_not_fit(
      ("vocab_size", 10**15), ("head_dim", 12), ("intermediate_size", 55), ("rms_norm_eps", float("nan")),
      ("rope_theta", 5.0), ("quantization_config", {"bits": 4}), ("architectures", ["MixtralForCausalLM"])],
 )  # fmt: skip
-def test_a_config_that_does_not_fit(copies: pathlib.Path, field: str, value: Any) -> None:
+def test_a_config_that_disagrees_with_the_weights_is_refused(copies: pathlib.Path, field: str, value: Any) -> None:
     rewrite(copies / "one" / "config.json", lambda d: d.update({field: value}))
     rejected(copies / "one", copies / "one")
 
 
-def test_what_is_no_checkpoint(tmp_path: pathlib.Path, copies: pathlib.Path) -> None:
+def test_folders_without_a_checkpoint_are_refused(tmp_path: pathlib.Path, copies: pathlib.Path) -> None:
     empty = tmp_path / "empty" / "folder"
     empty.mkdir(parents=True)
     rejected(empty, empty)
@@ -215,14 +215,14 @@ def test_trap_23_a_malicious_pickle_is_refused_and_not_run(copies: pathlib.Path,
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"norm.weight": "text"}, {3: torch.ones(2)}, torch.ones(2)])
-def test_a_pickle_of_something_else(copies: pathlib.Path, content: Any) -> None:
+def test_a_pickle_of_other_objects_is_refused(copies: pathlib.Path, content: Any) -> None:
     folder = copies / "mistral"
     (folder / "consolidated.safetensors").unlink()
     torch.save(content, folder / "consolidated.00.pth")
     rejected(folder, folder / "consolidated.00.pth")
 
 
-def test_a_pickle_cut_short_compressed_or_old(copies: pathlib.Path) -> None:
+def test_a_truncated_compressed_or_old_pickle_is_refused(copies: pathlib.Path) -> None:
     folder = copies / "mistral"
     (folder / "consolidated.safetensors").unlink()
     path = folder / "consolidated.00.pth"
@@ -262,7 +262,7 @@ def opens_or_says_why(folder: pathlib.Path) -> None:
 
 @FUZZ
 @given(st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=4))
-def test_fuzzed_safetensors_headers(
+def test_fuzzed_safetensors_headers_raise_checkpoint_errors(
     originals: pathlib.Path, copies: pathlib.Path, edits: list[tuple[int, int]]
 ) -> None:
     raw = bytearray((originals / "one" / "model.safetensors").read_bytes())
@@ -278,7 +278,7 @@ def test_fuzzed_safetensors_headers(
     st.sampled_from([("one", "config.json"), ("mistral", "params.json"), ("many", INDEX)]),
     st.lists(st.tuples(st.integers(0, 2**31), st.binary(max_size=3), st.integers(0, 3)), min_size=1, max_size=3),
 )
-def test_fuzzed_json_bytes(
+def test_fuzzed_json_bytes_raise_checkpoint_errors(
     originals: pathlib.Path, copies: pathlib.Path, which: tuple[str, str], edits: list[tuple[int, bytes, int]]
 ) -> None:
     raw = bytearray((originals / which[0] / which[1]).read_bytes())
@@ -298,7 +298,9 @@ VALUES = st.one_of(
 
 @FUZZ
 @given(st.data())
-def test_fuzzed_config_values(originals: pathlib.Path, copies: pathlib.Path, data: st.DataObject) -> None:
+def test_fuzzed_config_values_raise_checkpoint_errors(
+    originals: pathlib.Path, copies: pathlib.Path, data: st.DataObject
+) -> None:
     folder, file = data.draw(st.sampled_from([("one", "config.json"), ("mistral", "params.json")]))
     config = json.loads((originals / folder / file).read_text())
     more = ["layer_types", "rope_scaling", "dtype", "_sliding_window", "partial_rotary_factor", "moe"]
@@ -310,7 +312,9 @@ def test_fuzzed_config_values(originals: pathlib.Path, copies: pathlib.Path, dat
 
 @FUZZ
 @given(st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 255)), min_size=1, max_size=4))
-def test_fuzzed_pickles(originals: pathlib.Path, copies: pathlib.Path, edits: list[tuple[int, int]]) -> None:
+def test_fuzzed_pickles_raise_checkpoint_errors(
+    originals: pathlib.Path, copies: pathlib.Path, edits: list[tuple[int, int]]
+) -> None:
     folder = copies / "mistral"
     (folder / "consolidated.safetensors").unlink(missing_ok=True)
     whole = copies / "whole.pth"

@@ -41,7 +41,7 @@ def products(model: Mistral7B) -> dict[type[nn.Module], int]:
 
 
 @pytest.mark.parametrize("scheme", MADE)
-def test_opened_on_a_gpu_every_linear_is_for_gpus(
+def test_a_model_loaded_on_a_gpu_has_gpu_linears(
     plain: pathlib.Path, tmp_path: pathlib.Path, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schemes, "has_fp8", lambda device: device.type == "meta")
@@ -57,7 +57,7 @@ def test_opened_on_a_gpu_every_linear_is_for_gpus(
 
 
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4"), Scheme("int4", 32, symmetric=True)], ids=str)
-def test_a_weight_rounded_for_a_gpu_is_the_one_in_a_file(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_quantization_equals_a_quantized_file(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheme and `to_gpu` give the same modules with the same values."""
     monkeypatch.setattr(schemes, "row_by_row", lambda linear, device: row_by_row(linear, "cpu"))
     model = quantize_model(tiny_model(dtype=torch.bfloat16), scheme)
@@ -70,7 +70,7 @@ def test_a_weight_rounded_for_a_gpu_is_the_one_in_a_file(scheme: Scheme, monkeyp
                 assert torch.equal(a, b)
 
 
-def test_fp8_computes_what_it_should(plain: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_computes_close_to_the_original(plain: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schemes, "has_fp8", lambda device: True)
     model = load(plain, quantization="fp8")
     assert products(model) == MADE["fp8"]
@@ -79,7 +79,7 @@ def test_fp8_computes_what_it_should(plain: pathlib.Path, monkeypatch: pytest.Mo
     assert 1e-3 < (got - wanted).norm() / wanted.norm() < 0.3  # random weights are the worst case
 
 
-def test_what_a_device_cannot_do_is_refused(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_schemes_a_device_does_not_support_are_refused(plain: pathlib.Path, tmp_path: pathlib.Path) -> None:
     model = tiny_model(dtype=torch.bfloat16)
     for act in (
         lambda: load(plain, quantization="fp8"),

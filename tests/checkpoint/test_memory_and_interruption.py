@@ -103,7 +103,7 @@ BOUNDS = {  # (what, source, target) -> peak, as a share of the weights' size
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory from Linux's /proc")
-def test_peak_memory(sources: pathlib.Path) -> None:
+def test_peak_memory_stays_near_one_model(sources: pathlib.Path) -> None:
     program = [sys.executable, "-c", MEASURE, sources, json.dumps(list(BOUNDS))]
     run = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
@@ -153,7 +153,7 @@ def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path: pathlib.Path, t
 
 @pytest.mark.parametrize("to", ["mistral", "gguf"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ZeroDivisionError])
-def test_a_failed_conversion_cleans_up_after_itself(
+def test_a_failed_conversion_cleans_up(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | type[BaseException], to: str
 ) -> None:
     tiny_model().save_pretrained(tmp_path / "source")
@@ -161,7 +161,7 @@ def test_a_failed_conversion_cleans_up_after_itself(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(writing, "copy_beside", fail)
+    monkeypatch.setattr(writing, "copy_tokenizer_files", fail)
     monkeypatch.setattr(gguf_writing, "_encoded", fail)
     with pytest.raises(WriteError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
         convert(tmp_path / "source", tmp_path / "out", to=to)
@@ -169,7 +169,7 @@ def test_a_failed_conversion_cleans_up_after_itself(
 
 
 @pytest.mark.parametrize("to", ["mistral", "gguf"])
-def test_where_there_is_no_room_nothing_is_begun(
+def test_a_full_disk_is_refused_before_writing(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
     tiny_model().save_pretrained(tmp_path / "source")

@@ -21,7 +21,7 @@ GUIDE = [tokens_of((n,), seed=n).tolist() for n in (30, 30, 7)]
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])
 @pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
-def test_on_disk_it_is_the_model_calibrated_in_memory(
+def test_calibrated_writing_equals_calibration_in_memory(
     tmp_path: pathlib.Path, scheme: Scheme, layout: str, tied: bool
 ) -> None:
     plain = tiny_model(tiny_args(tie_embeddings=tied), torch.bfloat16)
@@ -52,7 +52,7 @@ def test_on_disk_it_is_the_model_calibrated_in_memory(
     assert any(not torch.equal(v, state[n]) for n, v in load(tmp_path / "nearest").state_dict().items())
 
 
-def test_it_is_nearer_to_the_bundled_model_than_rounding_to_nearest(tmp_path: pathlib.Path) -> None:
+def test_calibration_is_closer_to_the_bundled_model_than_rounding(tmp_path: pathlib.Path) -> None:
     demo, tokenizer = hub.resolve("demo"), Tokenizer.from_pretrained("demo")
     guide = documents(tokenizer, [pathlib.Path(pathlib.__file__).read_text(encoding="utf-8")], 2000, 512)
     assert sum(map(len, guide)) == 2000
@@ -74,7 +74,7 @@ def test_it_is_nearer_to_the_bundled_model_than_rounding_to_nearest(tmp_path: pa
         (TEXT + 60, None, "tokens"),
     ],
 )
-def test_what_cannot_be_read_is_refused(
+def test_unusable_calibration_data_is_refused(
     tmp_path: pathlib.Path, tokens: torch.Tensor, guide: list[list[int]] | None, field: str
 ) -> None:
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "plain")

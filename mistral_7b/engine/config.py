@@ -16,8 +16,8 @@ class GrammarLimits:
     """Limits of a request's grammar (JSON schema, regex, choice or Lark), at which the request ends.
 
     Times are CPU seconds, so that a busy machine ends no request. An ordinary schema compiles in 10 ms, a token's
-    mask takes 0.1 ms. Limits on all grammars together are fixed (grammar/compile_queue.py, grammar/client.py). ConfigError
-    names a field whose value is out of range.
+    mask takes 0.1 ms. Limits on all grammars together are fixed (grammar/compile_queue.py, grammar/client.py).
+    ConfigError names a field whose value is out of range.
 
     Attributes:
         compile_seconds: to parse and compile the grammar

@@ -1,11 +1,12 @@
 /**
  * Renders Markdown block by block: while a text grows, only its last blocks are rendered again.
  *
- * The only module that turns text into HTML. DOMPurify keeps the tags and attributes listed below; the server's
+ * The only module that turns text into HTML; formulas.js replaces placeholders in it by MathML. DOMPurify keeps the tags and attributes listed below; the server's
  * Content-Security-Policy allows no other code to create HTML (trusted types), and no images of other origins.
  */
 
 import { copy, icon, make } from "./dom.js";
+import { beginText, drawFormulas, FORMULAS } from "./formulas.js";
 import DOMPurify from "./vendor/purify.js";
 import { Marked } from "./vendor/marked.js";
 
@@ -48,6 +49,8 @@ const SAFE = {
   RETURN_DOM_FRAGMENT: true,
 };
 
+const BELOW = 2; // an answer's headings rank below the page's own h1 and h2
+
 /** @type {any} */
 const purify = DOMPurify;
 
@@ -58,11 +61,17 @@ const marked = new Marked({
   renderer: {
     html: ({ text }) => escape(text), // HTML from the model is shown as text
     image: ({ text, href }) => `<span>${escape(text || href)}</span>`,
+    heading({ depth, tokens }) {
+      const rank = Math.min(depth + BELOW, 6);
+      return `<h${rank}>${/** @type {any} */ (this).parser.parseInline(tokens)}</h${rank}>`;
+    },
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
     code: ({ text, lang }) =>
       `<pre><code class="language-${escape(first(lang))}">${coloured(text, first(lang))}</code></pre>`,
   },
 });
+
+marked.use(/** @type {any} */ (FORMULAS));
 
 /** @type {any} */
 let highlighter = null;
@@ -116,6 +125,7 @@ export class Rendered {
     if (plain === this.plain && source === this.source && this.blocks.length) return [];
     if (plain !== this.plain) for (const block of this.blocks.splice(0)) block.element.remove();
     this.plain = plain;
+    beginText(source);
     /** @type {{raw: string}[]} */
     const tokens = plain
       ? source.split(/(?<=\n)/).map((raw) => ({ raw }))
@@ -159,6 +169,7 @@ export class Rendered {
       frame.append(table);
     }
     for (const pre of element.querySelectorAll("pre")) this.#frame(pre);
+    drawFormulas(element, () => this.onload?.());
     return element;
   }
 
@@ -183,6 +194,6 @@ export class Rendered {
     frame.append(make("div", { class: "code-head" }, make("span", { text: language || "text" }), button), pre);
   }
 
-  /** Called when the highlighter has loaded and `again` should run. @type {(() => void) | undefined} */
+  /** Called when the highlighter or Temml has loaded and `again` should run. @type {(() => void) | undefined} */
   onload;
 }

@@ -1,7 +1,7 @@
 /**
  * Maps tokens to the characters of an answer, and tints them by probability.
  *
- * Rendered Markdown has no markup, so each piece of a block's text is searched in its source, from left to right:
+ * A formula is tinted as a whole. Rendered Markdown has no markup, so each piece of a block's text is searched in its source, from left to right:
  *
  *     source     so **very** good         tokens   "so" " **" "very" "**" " good"
  *     rendered   so very good             tinted   "so" " "   "very"      " good"
@@ -54,12 +54,20 @@ function shown(content, at, text) {
 /** Wrap the text of each token of a block in a span.
  * @param {import("./markdown.js").Block} block @param {Token[]} tokens @param {number[]} ends */
 export function tint(block, tokens, ends) {
-  const walker = document.createTreeWalker(block.element, NodeFilter.SHOW_TEXT);
-  /** @type {Text[]} */
+  const walker = document.createTreeWalker(block.element, NodeFilter.SHOW_TEXT | NodeFilter.SHOW_ELEMENT);
+  /** @type {(Text | HTMLElement)[]} */
   const nodes = [];
-  while (walker.nextNode()) nodes.push(/** @type {Text} */ (walker.currentNode));
+  while (walker.nextNode()) {
+    const node = /** @type {any} */ (walker.currentNode);
+    const inFormula = node.parentElement?.closest(".tex");
+    if (node.nodeType === Node.TEXT_NODE ? !inFormula : node.classList.contains("tex")) nodes.push(node);
+  }
   let at = 0;
   for (const node of nodes) {
+    if (node instanceof HTMLElement) {
+      at = tintFormula(node, block, at, tokens, ends);
+      continue;
+    }
     if (
       node.parentElement?.closest(".code-head") ||
       (!node.data.trim() && !node.parentElement?.closest("pre, .plain"))
@@ -79,6 +87,26 @@ export function tint(block, tokens, ends) {
     }
     node.replaceWith(...parts);
   }
+}
+
+/** Tint a formula as its least likely token, whose alternatives it shows.
+ * @param {HTMLElement} formula @param {import("./markdown.js").Block} block
+ * @param {number} at offset in the block's source @param {Token[]} tokens @param {number[]} ends
+ * @returns {number} the offset of the formula's end */
+function tintFormula(formula, block, at, tokens, ends) {
+  const raw = formula.dataset.raw ?? "";
+  const found = block.raw.indexOf(raw, at);
+  if (found < 0) return at;
+  const from = block.from + found;
+  let least = -1;
+  for (let i = first(ends, from); i < tokens.length && ends[i] < from + raw.length; i++) {
+    if (ends[i + 1] > from && (least < 0 || tokens[i].p < tokens[least].p)) least = i;
+  }
+  if (least >= 0) {
+    formula.classList.add("tok", `t${level(tokens[least].p)}`);
+    formula.dataset.i = String(least);
+  }
+  return found + raw.length;
 }
 
 /** @param {string} text @param {number} from its offset in the source

@@ -40,11 +40,11 @@ ANSWERS = {
     ),
     "formulas": (
         "# Attention\n\nA query \\(q_i\\) meets the keys \\(k_1, \\dots, k_j\\), scaled by $\\sqrt{d_k}$:\n\n"
-        "\\[\n\\operatorname{softmax}\\left(\\frac{q_i k_j^\\top}{\\sqrt{d_k}}\\right)\n= \\frac{e^{s_{ij}}}{\\sum_{t=1}^{n} "
-        "e^{s_{it}}}\n- 0\n\\]\n\n"
+        "\\[\n\\operatorname{softmax}\\left(\\frac{q_i k_j^\\top}{\\sqrt{d_k}}\\right)\n= "
+        "\\frac{e^{s_{ij}}}{\\sum_{t=1}^{n} e^{s_{it}}}\n- 0\n\\]\n\n"
         "It costs $5 and not $10, or US$3 (about 2$), and `$x$` is code.\n\n"
-        "$$\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix} \\begin{cases} 1 & x < 0 \\\\ \\int_0^\\infty e^{-x^2}\\,dx "
-        "& x \\ge 0 \\end{cases}$$\n\n"
+        "$$\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix} \\begin{cases} 1 & x < 0 \\\\ "
+        "\\int_0^\\infty e^{-x^2}\\,dx & x \\ge 0 \\end{cases}$$\n\n"
         "- with \\(\\alpha *\\beta\\) and \\(a* b\\) in a list\n- and \\(\\oops{x}\\), which is not LaTeX"
     ),
     "evil": (

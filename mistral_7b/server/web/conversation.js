@@ -7,9 +7,11 @@ import { MessageView } from "./message.js";
 /** @typedef {import("./tree.js").Tree} Tree */
 
 export class ConversationView {
-  /** @param {import("./message.js").Actions & {branch: (id: string, i: number, k: number) => void}} actions */
-  constructor(actions) {
+  /** @param {import("./message.js").Actions & {branch: (id: string, i: number, k: number) => void}} actions
+   * @param {(model: string | undefined) => boolean} plainly whether a model's answers are plain text */
+  constructor(actions, plainly) {
     this.actions = actions;
+    this.plainly = plainly;
     this.alternatives = new Alternatives(actions.branch);
     this.list = the("messages");
     this.scroll = the("scroll");
@@ -42,7 +44,7 @@ export class ConversationView {
   /** Scroll to the end if the view follows it, unless the list of alternatives is open. */
   #toEnd() {
     if (this.alternatives.open) return;
-    if (this.follow) this.scroll.scrollTop = this.scroll.scrollHeight;
+    if (this.follow && this.views.size) this.scroll.scrollTop = this.scroll.scrollHeight;
     this.#scrolled();
   }
 
@@ -102,7 +104,10 @@ export class ConversationView {
       view.update({
         ...this.#place(message.id),
         tinted: this.tinted,
-        plain: how === "plain" || (Boolean(format) && /^\s*\{/.test(message.content)), // JSON is not Markdown
+        plain:
+          how === "plain" ||
+          (Boolean(format) && /^\s*\{/.test(message.content)) || // JSON is not Markdown
+          (how !== "markdown" && this.plainly(message.model)),
         idle: this.idle,
         results: next?.role === "tool" ? { message: next, ...this.#place(next.id) } : undefined,
       });

@@ -7,8 +7,10 @@
  *   hint: string}} NumberField
  */
 
+export const TOKEN_LIMIT = 1024; // per answer by default, so that each answer ends
+
 /**
- * Numeric settings, with the server's field names. An empty field uses the server's default.
+ * Numeric settings, with the server's field names. An empty field uses the server's default, or TOKEN_LIMIT.
  * @type {NumberField[]}
  */
 export const NUMBERS = [
@@ -49,7 +51,7 @@ export const NUMBERS = [
     step: "any",
     hint: "for each earlier use of a token",
   },
-  { name: "max_tokens", label: "Token limit", usual: "context length", min: 1, step: 1, hint: "per answer" },
+  { name: "max_tokens", label: "Token limit", usual: "1024", min: 1, step: 1, hint: "per answer" },
   { name: "seed", label: "Seed", usual: "random", step: 1, hint: "same seed, same answer" },
 ];
 
@@ -139,6 +141,7 @@ export function requestOf(path, settings, model) {
     stream_options: { include_usage: true },
     logprobs: true,
     top_logprobs: 5,
+    max_tokens: TOKEN_LIMIT,
   };
   for (const { name } of NUMBERS) {
     if (settings[name]?.trim()) body[name] = Number(settings[name]);

@@ -68,7 +68,8 @@ CASES = {
     r"\(x\)": 1, r"a \[x\] b": 1, "$$x$$": 1, "$x$, $5$ and $a_1 = 5$": 3, r"$x$ $y$": 2, "**$a*b$** and $a*b$": 2,
     "> $$\n> a\n> $$": 1, r"| a |\n|---|\n| $x_1$ |".replace(r"\n", "\n"): 1, r"`\(x\)`": 0, "```\n$$x$$\n```": 0,
     "$5 and $10": 0, "$5-$10": 0, "$5 or pay 10$": 0, "$20 to 30$": 0, "A$5, B$6": 0, r"\$x\$": 0,
-    "$HOME and $PATH": 0, "$ x $": 0, r"\(x" + "\n\nnext": 0, r"\\(x\\)": 0, "a $x": 0, r"$$\text{a} \quad \sin x \cos y$$": 1,
+    "$HOME and $PATH": 0, "$ x $": 0, r"\(x" + "\n\nnext": 0, r"\\(x\\)": 0, "a $x": 0,
+    r"$$\text{a} \quad \sin x \cos y$$": 1,
     r"$x \in A \text{ if not so}$": 1, r"\(\underbrace{a}_{b} \cancel{x} \boxed{y} \sideset{}{'}\sum \pmb{x}\)": 1,
 }  # fmt: skip
 SHOW = """async text => {

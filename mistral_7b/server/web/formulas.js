@@ -29,16 +29,22 @@ const OPEN_DOLLARS = /^\$(?![\s$\d])[^$\n`]*\\[^$\n`]*$/; // with a backslash, w
 const PROSE = /(?<![\\A-Za-z])[A-Za-z]{2,} [A-Za-z]{2,}|^\d[^\\^_={}+*/<>|]*\s/;
 
 let whole = "";
+let inCode = 0; // characters at the end that follow a backtick without its partner: perhaps code
 
-/** Set the text that is rendered next. Only a formula at its end can be incomplete because more text follows.
+/** Set the text that is rendered next. Only at its end can formulas and code be incomplete because more text follows.
  * @param {string} source */
 export function beginText(source) {
   whole = source.trimEnd();
+  const tail = whole.slice(whole.lastIndexOf("\n\n") + 1);
+  const ticks = [...tail.matchAll(/(?<!`)`{1,2}(?!`)/g)];
+  inCode = ticks.length % 2 ? tail.length - (ticks.at(-1)?.index ?? 0) : 0;
 }
 
 /** The formula at the start of a text, or null.
  * @param {string} source @returns {Formula | null} */
 export function formulaAt(source) {
+  const rest = source.trimEnd();
+  if (rest.length < inCode && whole.endsWith(rest)) return null;
   for (const [i, [, , display]] of PAIRS.entries()) {
     const closed = CLOSED[i].exec(source);
     if (closed?.[1].trim()) return { raw: closed[0], display, open: false };

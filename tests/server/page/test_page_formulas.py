@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from tests.server.page.browser import answer, ask, asked
+from tests.server.page.scripted import ANSWERS
 
 MATH = ".assistant .formula math"
 
@@ -40,28 +41,35 @@ def test_a_formula_is_tinted_as_its_least_likely_token_and_branches(page: Any) -
     assert page.locator(f"[data-i='{i}'].tok").count() <= 1
 
 
-WATCH = """() => { window.seen = []; const look = () => {
-    const answer = document.querySelector(".assistant .text");
-    if (answer) {
-        const copy = answer.cloneNode(true);
+PREFIXES = """async text => {
+    const { Rendered } = await import("/web/markdown.js");
+    const root = document.createElement("div");
+    const view = new Rendered(root);
+    view.show("$x$");
+    if (!root.querySelector("math")) await new Promise(done => { view.onload = done; });
+    const states = [];
+    let display = null;
+    for (let end = 1; end <= text.length; end++) {
+        view.show(text.slice(0, end));
+        if (view.source.includes("costs")) display ??= root.querySelector(".display math");
+        const copy = root.cloneNode(true);
         copy.querySelectorAll(".formula, code").forEach(e => e.remove());
-        seen.push([answer.querySelectorAll("math").length, /\\\\(frac|sqrt|begin|dots)/.test(copy.textContent)]);
+        states.push([root.querySelectorAll("math").length, copy.textContent.match(/\\\\(frac|sqrt|begin|dots)/)]);
     }
-    requestAnimationFrame(look);
-}; look(); }"""
+    return [states, root.contains(display)];
+}"""
 
 
 def test_a_formula_that_streams_does_not_flicker(page: Any) -> None:
-    ask(page, "formulas first, so that the library is there")
-    page.wait_for_selector(MATH)
-    page.click("#new")
-    page.evaluate(WATCH)
-    ask(page, "slow formulas")
-    seen = page.evaluate("window.seen")
-    counts = [count for count, _ in seen]
-    assert counts == sorted(counts), "a drawn formula went back to its source"
+    """In no state of a growing answer does a formula go back to its source, or its source become Markdown."""
+    states, same = page.evaluate(PREFIXES, ANSWERS["formulas"])
+    counts = [count for count, _ in states]
+    assert counts == sorted(counts)
     assert counts[-1] == 7
-    assert not any(bare for _, bare in seen), "the source of an incomplete formula was read as Markdown"
+    assert not any(bare for _, bare in states)
+    assert same, "a formula in a finished block was drawn again"
+    ask(page, "slow formulas", wait=False)
+    page.wait_for_selector(".assistant[aria-busy=true] .formula math")  # drawn while the answer streams
 
 
 CASES = {

@@ -64,7 +64,8 @@ export class Attachments {
     const name = file.name.replace(/[`\s]+/g, " ").trim() || "file";
     const used = this.files.reduce((sum, { text }) => sum + text.length, 0);
     if (file.size > MOST) return `${name} has ${size(file.size)}, and a message can hold files of ${size(MOST)}.`;
-    if (used + file.size > MOST) return `${name} was not attached: the files of a message can have ${size(MOST)} together.`;
+    if (used + file.size > MOST)
+      return `${name} was not attached: the files of a message can have ${size(MOST)} together.`;
     let text = "";
     try {
       text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
@@ -118,9 +119,20 @@ export function drawMessage(root, content) {
   let from = 0;
   for (const { index, 0: whole, 1: name, 3: text } of content.matchAll(FILE)) {
     parts.push(content.slice(from, index));
-    const head = make("summary", {}, icon("clip"), make("span", { text: name }), make("small", { text: size(text.length) }));
+    const head = make(
+      "summary",
+      {},
+      icon("clip"),
+      make("span", { text: name }),
+      make("small", { text: size(text.length) }),
+    );
     parts.push(
-      make("details", { class: "file" }, head, make("pre", { text, dir: "ltr", tabindex: "0", role: "region", "aria-label": name })),
+      make(
+        "details",
+        { class: "file" },
+        head,
+        make("pre", { text, dir: "ltr", tabindex: "0", role: "region", "aria-label": name }),
+      ),
     );
     from = index + whole.length;
   }

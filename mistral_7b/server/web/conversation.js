@@ -24,6 +24,7 @@ export class ConversationView {
     this.pending = 0;
     this.cost = 0;
     this.follow = true;
+    this.height = 0;
     this.down = the("down");
     this.down.append(icon("down"));
     this.down.addEventListener("click", () => {
@@ -36,8 +37,11 @@ export class ConversationView {
   }
 
   #scrolled() {
-    const below = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
-    this.follow = below < 60;
+    const { scrollHeight, scrollTop, clientHeight } = this.scroll;
+    const below = scrollHeight - scrollTop - clientHeight;
+    if (below < 60) this.follow = true;
+    else if (clientHeight === this.height) this.follow = false; // not if a banner changed the height
+    this.height = clientHeight;
     this.down.hidden = below < 240;
   }
 

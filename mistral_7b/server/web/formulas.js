@@ -31,7 +31,7 @@ const PROSE = /(?<![\\A-Za-z])[A-Za-z]{2,} [A-Za-z]{2,}|^\d[^\\^_={}+*/<>|]*\s/;
 let whole = "";
 let inCode = 0; // characters at the end that follow a backtick without its partner: perhaps code
 
-/** Set the text that is rendered next. Only at its end can formulas and code be incomplete because more text follows.
+/** Set the text that is rendered next. Only at its end can formulas and code still be incomplete.
  * @param {string} source */
 export function beginText(source) {
   whole = source.trimEnd();
@@ -72,7 +72,7 @@ function placeholder({ raw, display, open }) {
 
 const BLOCK = /^ {0,3}(?=\\\[|\$\$)/;
 
-/** Extension of marked: formulas in text, and as blocks. A block keeps its lines, although they may begin as lists do. */
+/** Extension of marked: formulas in text, and as blocks, whose lines may begin as list items do. */
 export const FORMULAS = {
   extensions: [
     {
@@ -146,7 +146,8 @@ function load() {
 }
 
 /** Replace the placeholders in an element by formulas. Incomplete and invalid ones stay as source text.
- * @param {HTMLElement} root @param {() => void} loaded called when Temml has loaded and `root` can be drawn again */
+ * @param {HTMLElement} root
+ * @param {() => void} loaded called when Temml has loaded and `root` can be drawn again */
 export function drawFormulas(root, loaded) {
   for (const span of /** @type {NodeListOf<HTMLElement>} */ (root.querySelectorAll("span.formula"))) {
     const raw = span.textContent ?? "";
@@ -176,7 +177,10 @@ export function drawFormulas(root, loaded) {
 function draw(raw, display) {
   if (!drawn.has(raw)) {
     if (drawn.size >= MOST) drawn.clear();
-    drawn.set(raw, build(raw.replace(/^(?:\\[[(]|\$\$?)/, "").replace(/(?:\\[\])]|\$\$?)([.,;:]?)$/, "$1"), display));
+    drawn.set(
+      raw,
+      build(raw.replace(/^(?:\\[[(]|\$\$?)/, "").replace(/(?:\\[\])]|\$\$?)([.,;:]?)$/, "$1"), display),
+    );
   }
   return /** @type {Element | null} */ (drawn.get(raw)?.cloneNode(true) ?? null);
 }
@@ -194,7 +198,7 @@ function build(tex, display) {
   }
 }
 
-/** Remove the attributes that a formula must not set: ids (of \label), links, and styles (which the policy blocks).
+/** Remove the attributes that a formula must not set: ids (of \label), and styles, which the policy blocks.
  * Throws an Error for links (\ref) and images.
  * @param {any} node of Temml's tree */
 function clean(node) {

@@ -42,7 +42,7 @@ export class Page {
       move: (id, by) => this.change((tree) => tree.move(id, by)),
       edit: (id, text) => this.edit(id, text),
       again: (id) => this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent)),
-      goOn: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
+      resume: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
       retry: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
       results: (id, results) =>
         this.withTree((tree) => this.writer.ask(tree, tree.add(id, { role: "tool", results }).id)),

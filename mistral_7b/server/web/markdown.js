@@ -1,8 +1,9 @@
 /**
  * Renders Markdown block by block: while a text grows, only its last blocks are rendered again.
  *
- * The only module that turns text into HTML; formulas.js replaces placeholders in it by MathML. DOMPurify keeps the tags and attributes listed below; the server's
- * Content-Security-Policy allows no other code to create HTML (trusted types), and no images of other origins.
+ * The only module that turns text into HTML, in which formulas.js replaces placeholders by MathML. DOMPurify keeps
+ * the tags and attributes listed below; the server's Content-Security-Policy allows no other code to create HTML
+ * (trusted types), and no images of other origins.
  */
 
 import { copy, icon, make } from "./dom.js";
@@ -67,7 +68,7 @@ const marked = new Marked({
     },
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
     code: ({ text, lang }) =>
-      `<pre><code class="language-${escape(first(lang))}">${coloured(text, first(lang))}</code></pre>`,
+      `<pre><code class="language-${escape(first(lang))}">${colored(text, first(lang))}</code></pre>`,
   },
 });
 
@@ -94,7 +95,7 @@ function first(info) {
 }
 
 /** @param {string} text @param {string} language @returns {string} HTML */
-function coloured(text, language) {
+function colored(text, language) {
   if (!highlighter?.getLanguage(language)) return escape(text);
   return highlighter.highlight(text, { language, ignoreIllegals: true }).value;
 }
@@ -157,7 +158,8 @@ export class Rendered {
 
   /** @param {any} token @returns {HTMLElement} */
   #make(token) {
-    if (this.plain) return make("div", { class: "block plain", dir: "auto" }, token.raw.replace(/\n$/, "") || make("br"));
+    if (this.plain)
+      return make("div", { class: "block plain", dir: "auto" }, token.raw.replace(/\n$/, "") || make("br"));
     const element = make("div", { class: "block", dir: "auto" }, purify.sanitize(marked.parser([token]), SAFE));
     for (const link of element.querySelectorAll("a")) {
       link.target = "_blank";

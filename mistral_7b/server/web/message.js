@@ -15,7 +15,7 @@ import { drawCalls } from "./tools.js";
  * @property {(id: string, by: number) => void} move      show another version
  * @property {(id: string, text: string) => boolean} edit   returns whether the edit was accepted
  * @property {(id: string) => void} again        generate another version
- * @property {(id: string) => void} goOn         continue this answer
+ * @property {(id: string) => void} resume         continue this answer
  * @property {(id: string) => void} retry        repeat a failed request
  * @property {(id: string, results: {id: string, content: string}[]) => void} results
  */
@@ -143,7 +143,7 @@ export class MessageView {
       !idle || this.notice.hidden
         ? []
         : [
-            some && make("button", { type: "button", onclick: () => this.actions.goOn(message.id) }, "Continue"),
+            some && make("button", { type: "button", onclick: () => this.actions.resume(message.id) }, "Continue"),
             (state === "cut" || state === "failed" || (state === "full" && !some)) &&
               make(
                 "button",
@@ -176,7 +176,7 @@ export class MessageView {
             answer &&
             message.content &&
             !message.calls?.length &&
-            iconButton("goOn", "Continue", () => actions.goOn(message.id)),
+            iconButton("resume", "Continue", () => actions.resume(message.id)),
         ];
     this.foot.replaceChildren(...parts.filter(Boolean), this.stats);
   }

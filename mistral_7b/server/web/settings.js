@@ -22,7 +22,15 @@ export const NUMBERS = [
     step: "any",
     hint: "0: always the most likely token",
   },
-  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "likeliest tokens that sum to p" },
+  {
+    name: "top_p",
+    label: "Top p",
+    usual: "1",
+    min: 0,
+    max: 1,
+    step: "any",
+    hint: "likeliest tokens that sum to p",
+  },
   { name: "top_k", label: "Top k", usual: "0", min: -1, step: 1, hint: "the k most likely tokens; 0: all" },
   { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "at least p × top probability" },
   {

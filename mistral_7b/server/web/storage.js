@@ -69,12 +69,12 @@ export class Store {
   tell = () => {};
 
   /** Open the database, or a store in memory if the browser allows no storage.
-   * @returns {Promise<Store | Forgetful>} */
+   * @returns {Promise<Store | MemoryStore>} */
   static async open() {
     try {
       return await Store.#open();
     } catch {
-      return new Forgetful();
+      return new MemoryStore();
     }
   }
 
@@ -153,7 +153,7 @@ export class Store {
 }
 
 /** A Store in memory, which lasts until the page is closed. */
-export class Forgetful {
+export class MemoryStore {
   /** @type {Map<string, Conversation>} */
   #conversations = new Map();
   /** @type {Map<string, Message>} */

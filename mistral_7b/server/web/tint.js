@@ -1,7 +1,8 @@
 /**
  * Maps tokens to the characters of an answer, and tints them by probability.
  *
- * A formula is tinted as a whole. Rendered Markdown has no markup, so each piece of a block's text is searched in its source, from left to right:
+ * Rendered Markdown has no markup, so each piece of a block's text is searched in its source, from left to right. A
+ * formula is tinted as a whole.
  *
  *     source     so **very** good         tokens   "so" " **" "very" "**" " good"
  *     rendered   so very good             tinted   "so" " "   "very"      " good"
@@ -11,7 +12,7 @@ import { make } from "./dom.js";
 
 /** @typedef {import("./tree.js").Message} Message @typedef {import("./tree.js").Token} Token */
 
-/** The lowest probability of each tint, from t0 on; answer.css sets the colours of t0 to t5. */
+/** The lowest probability of each tint, from t0 on; answer.css sets the colors of t0 to t5. */
 const LEVELS = [0.9, 0.7, 0.45, 0.25, 0.1];
 
 /** @param {number} logprob @returns {number} the tint, 0 (likely) to 5 (unlikely) */

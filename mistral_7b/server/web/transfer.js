@@ -89,7 +89,8 @@ function readOne(from) {
     chosen: /** @type {Record<string, string>} */ ({}),
     settings: texts(record(from.settings)),
   };
-  for (const message of from.messages) if (message !== record(message)) throw new Error("a message is not an object");
+  for (const message of from.messages)
+    if (message !== record(message)) throw new Error("a message is not an object");
   const ids = new Map(from.messages.map((/** @type {any} */ m) => [text(m.id, "id"), newId()]));
   if (ids.size < from.messages.length) throw new Error("two messages have the same id");
   const messages = from.messages.map((/** @type {any} */ m) => readMessage(m, ids, conversation.id));

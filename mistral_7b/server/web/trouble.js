@@ -25,7 +25,8 @@ export class Trouble {
   }
 
   /** Tell that something could not be stored, and offer a way out; null clears that message.
-   * @param {unknown} error @param {() => void} save exports all conversations @param {() => void} list shows them */
+   * @param {unknown} error
+   * @param {() => void} save exports all conversations @param {() => void} list shows them */
   stored(error, save, list) {
     if (!error) return this.banner.over("storage");
     const why = isFull(error)
@@ -84,7 +85,9 @@ export class Trouble {
     dialog.showModal();
     const closed = async () => {
       if (dialog.returnValue !== "ok" || !the("key").value.trim()) {
-        this.banner.show("key", "This server requires an API key.", [["Enter key", () => this.#askForKey(why, again)]]);
+        this.banner.show("key", "This server requires an API key.", [
+          ["Enter key", () => this.#askForKey(why, again)],
+        ]);
         return;
       }
       useKey(the("key").value);

@@ -10,7 +10,7 @@ import { answer } from "./stream.js";
 const SAVE_EVERY = 800; // milliseconds of streamed text that a crash may lose
 
 /** Store a conversation with its unsaved and its changed messages.
- * @param {import("./storage.js").Store | import("./storage.js").Forgetful} store
+ * @param {import("./storage.js").Store | import("./storage.js").MemoryStore} store
  * @param {Tree} tree @param {Message[]} [changed] */
 export async function keepTree(store, tree, changed = []) {
   const messages = new Set([...tree.fresh, ...changed]);
@@ -19,7 +19,7 @@ export async function keepTree(store, tree, changed = []) {
 }
 
 export class Writer {
-  /** @param {import("./storage.js").Store | import("./storage.js").Forgetful} store
+  /** @param {import("./storage.js").Store | import("./storage.js").MemoryStore} store
    * @param {{changed: (tree: Tree, ended: boolean) => void, trouble: (problem: Problem, again: () => void) => void,
    *   model: () => string, answered: () => void, stored: (error: unknown) => void}} actions
    * `answered` is called after an answer without problems, `stored` after each attempt to store messages */

@@ -121,7 +121,7 @@ class Script:
             error = {"message": "3 requests are waiting, and no more may.", "type": "rate_limit_error"}
             return JSONResponse({"error": error}, 429, {"retry-after": "3"})
         if "tight" in said and body.get("max_tokens"):
-            error = {"message": "the prompt and max_tokens does not fit the context", "type": "invalid_request_error"}
+            error = {"message": "max_tokens does not fit the context", "type": "invalid_request_error"}
             return JSONResponse({"error": error}, 400)
         return StreamingResponse(self.chunks(body, said), media_type="text/event-stream")
 

@@ -101,6 +101,8 @@ def test_a_conversation_is_exported_as_markdown(page: Any, tmp_path: Path) -> No
     assert download.value.suggested_filename == "markdown-please.md"
     download.value.save_as(tmp_path / "x.md")
     text = (tmp_path / "x.md").read_text(encoding="utf-8")
-    assert text.startswith("# markdown, please\n\n## You\n\nmarkdown, please\n\n## Answer of mistral-7b\n\n## Sliding")
+    assert text.startswith(
+        "# markdown, please\n\n## You\n\nmarkdown, please\n\n## Answer of mistral-7b\n\n## Slid"
+    )
     assert text.endswith("## You\n\nemoji\n\n## Answer of mistral-7b\n\nGood 🙂 day\n")
     assert answer(page).count() == 0  # the open conversation stays open

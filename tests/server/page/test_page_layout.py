@@ -1,4 +1,4 @@
-"""The page's layout on narrow screens, on paper, and with forced colours."""
+"""The page's layout on narrow screens, on paper, and with forced colors."""
 
 from __future__ import annotations
 

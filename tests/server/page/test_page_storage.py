@@ -75,7 +75,8 @@ def test_settings_that_cannot_be_stored_are_told(page: Any) -> None:
 
 def test_a_bad_import_offers_another_file_and_success_clears_it(page: Any) -> None:
     page.set_input_files("#file", {"name": "bad.json", "mimeType": "application/json", "buffer": b"{"})
-    assert "bad.json was not imported: the file is not valid JSON." in page.wait_for_selector("#banner").inner_text()
+    banner = page.wait_for_selector("#banner.failed")
+    assert "bad.json was not imported: the file is not valid JSON." in banner.inner_text()
     with page.expect_file_chooser() as chooser:
         page.click("#banner >> text=Choose another file")
     one = {"title": "x", "chosen": {}, "created": 1, "messages": [], "settings": {}}

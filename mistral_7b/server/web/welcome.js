@@ -13,6 +13,7 @@ const QUESTIONS = [
 const BEGINNINGS = [
   ["A function", 'def is_prime(n: int) -> bool:\n    """Whether n is a prime number."""\n'],
   ["A class", 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n'],
+  ["A script", 'import argparse\n\n\ndef main() -> None:\n    """Count the words of a file."""\n'],
   ["A test", "import unittest\n\n\nclass TestSorting(unittest.TestCase):\n    def test_empty(self):\n"],
 ];
 

@@ -44,6 +44,7 @@ def test_a_file_alone_is_a_message(page: Any) -> None:
 
 REFUSED = {
     "image.png": (b"\x89PNG\r\n\x1a\n\x00\x00", "image.png is not a text file in UTF-8"),
+    "latin.txt": ("café".encode("latin-1"), "latin.txt is not a text file in UTF-8"),
     "null.txt": (b"a\x00b", "null.txt is not a text file"),
     "long.txt": (b"x" * 100_001, "long.txt has 100 kB, and a message can hold files of 100 kB"),
     "empty.txt": (b"", "empty.txt is empty"),

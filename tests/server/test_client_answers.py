@@ -25,8 +25,9 @@ LOGPROBS = {"max_tokens": 6, "n": 2, "seed": 1, "logprobs": True, "top_logprobs"
 SHORT = {"max_tokens": 4}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 USAGE = {"usage.prompt_tokens_details"}  # Mistral's client has no field for cached tokens
-OTHERS = {  # fields of vLLM, Mistral and Anthropic
+OTHERS = {  # fields of vLLM, Mistral and Anthropic, and this server's own
     "root", "parent", "max_model_len", "type", "capabilities", "max_context_length", "display_name", "created_at",
+    "precision", "chat_template",
 }  # fmt: skip
 
 

@@ -153,7 +153,10 @@ class Capabilities(TypedDict):
 
 
 class Model(TypedDict):
-    """A model in the lists of OpenAI, vLLM, Mistral and Anthropic, whose fields follow in this order."""
+    """A model in the lists of OpenAI, vLLM, Mistral and Anthropic, whose fields follow in this order.
+
+    The last two are this server's own; see model_info.
+    """
 
     id: str
     object: Literal["model"]
@@ -167,6 +170,8 @@ class Model(TypedDict):
     max_context_length: int
     display_name: str
     created_at: str
+    precision: str
+    chat_template: bool | None
 
 
 class ModelList(TypedDict):

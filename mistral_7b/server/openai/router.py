@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from ..http.errors import HttpError
 from ..state import State
 from . import chat, completions, embeddings
+from .model_info import has_chat_template, precision
 from .responses import Capabilities, Model, ModelList, documented
 from .responses_api import routes as responses_api
 
@@ -21,6 +22,7 @@ def router(state: State) -> APIRouter:
 
     context, tokenizer = state.llm.engine.model.args.max_seq_len, state.llm.tokenizer
     calls = tokenizer is not None and tokenizer.tool_calls_id is not None
+    weights, template = precision(state.llm.engine.model), has_chat_template(state.llm.engine.model.source)
     able: Capabilities = {"completion_chat": True, "function_calling": calls}
 
     def model(name: str) -> Model:
@@ -30,6 +32,7 @@ def router(state: State) -> APIRouter:
             "parent": None if name == base else base, "max_model_len": context,
             "type": "base", "capabilities": able, "max_context_length": context,
             "display_name": name, "created_at": datetime.fromtimestamp(int(state.started), UTC).isoformat(),
+            "precision": weights, "chat_template": template,
         }  # fmt: skip
 
     @routes.get("/v1/models", responses=documented(answer=ModelList), tags=["OpenAI"])

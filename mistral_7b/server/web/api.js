@@ -109,7 +109,8 @@ export async function count(body) {
   return (await (await call("/tokenize", { body, signal: AbortSignal.timeout(3000) })).json()).count;
 }
 
-/** @typedef {{id: string, parent?: string | null, max_model_len?: number}} Model */
+/** @typedef {{id: string, parent?: string | null, max_model_len?: number, precision?: string,
+ *   chat_template?: boolean | null}} Model */
 
 /** The model and its adapters.
  * @returns {Promise<Model[]>} */

@@ -7,11 +7,19 @@ export class Banner {
   constructor() {
     this.box = the("banner");
     this.timer = 0;
+    this.kind = "";
     this.turn = 0; // changes with each banner: ends the loop of one that was replaced
+  }
+
+  /** Hide the banner if it shows one of these kinds of problems, which no longer exists.
+   * @param {...string} kinds */
+  over(...kinds) {
+    if (kinds.includes(this.kind)) this.hide();
   }
 
   hide() {
     this.turn++;
+    this.kind = "";
     clearInterval(this.timer);
     this.box.hidden = true;
   }
@@ -19,6 +27,7 @@ export class Banner {
   /** @param {string} kind @param {string} text @param {[string, () => void][]} [buttons] labels and actions */
   show(kind, text, buttons = []) {
     this.hide();
+    this.kind = kind;
     this.box.className = kind;
     this.words = make("span", { text });
     this.box.replaceChildren(

@@ -1,13 +1,16 @@
-/** The message box, and the button that sends or stops. */
+/** The message box with its attached files, and the button that sends or stops. */
 
+import { Attachments } from "./attach.js";
 import { icon, the } from "./dom.js";
 
 export class Composer {
-  /** @param {{send: (text: string) => boolean | Promise<boolean>, stop: () => void, editLast: () => void}} actions
+  /** @param {{send: (text: string) => boolean | Promise<boolean>, stop: () => void, editLast: () => void,
+   *   refuse: (problem: string) => void}} actions
    * `send` returns whether the text was accepted */
   constructor(actions) {
     this.actions = actions;
     this.area = the("ask");
+    this.attachments = new Attachments(actions.refuse, () => this.#fit());
     this.button = the("send");
     the("composer").addEventListener("submit", (/** @type {Event} */ event) => {
       event.preventDefault();
@@ -38,7 +41,19 @@ export class Composer {
       this.button.title = busy ? "Stop (Escape)" : "Send (Enter)";
       this.button.replaceChildren(icon(busy ? "stop" : "send"));
     }
-    this.button.disabled = !busy && !this.area.value.trim();
+    this.button.disabled = !busy && this.#empty;
+  }
+
+  get #empty() {
+    return !this.area.value.trim() && !this.attachments.files.length;
+  }
+
+  /** Put a text into the box, in place of what is in it.
+   * @param {string} text */
+  use(text) {
+    this.area.value = text;
+    this.#fit();
+    this.area.focus();
   }
 
   focus() {
@@ -47,19 +62,20 @@ export class Composer {
 
   async #send() {
     const text = this.area.value;
-    if (!text.trim()) return;
+    const { files } = this.attachments;
+    if (this.#empty) return;
+    const message = this.attachments.message(text);
     this.area.value = "";
-    this.#fit();
-    if (!(await this.actions.send(text)) && !this.area.value) {
-      this.area.value = text;
-      this.#fit();
-    }
+    this.attachments.set([]);
+    if ((await this.actions.send(message)) || this.area.value) return;
+    this.area.value = text;
+    this.attachments.set(files);
   }
 
   /** Fit the box's height to the text; style.css sets the maximum. */
   #fit() {
     this.area.style.height = "auto";
     this.area.style.height = `${this.area.scrollHeight}px`;
-    this.button.disabled = !this.busy && !this.area.value.trim();
+    this.button.disabled = !this.busy && this.#empty;
   }
 }

@@ -7,9 +7,11 @@ import { MessageView } from "./message.js";
 /** @typedef {import("./tree.js").Tree} Tree */
 
 export class ConversationView {
-  /** @param {import("./message.js").Actions & {branch: (id: string, i: number, k: number) => void}} actions */
-  constructor(actions) {
+  /** @param {import("./message.js").Actions & {branch: (id: string, i: number, k: number) => void}} actions
+   * @param {(model: string | undefined) => boolean} plainly whether a model's answers are plain text */
+  constructor(actions, plainly) {
     this.actions = actions;
+    this.plainly = plainly;
     this.alternatives = new Alternatives(actions.branch);
     this.list = the("messages");
     this.scroll = the("scroll");
@@ -22,6 +24,7 @@ export class ConversationView {
     this.pending = 0;
     this.cost = 0;
     this.follow = true;
+    this.height = 0;
     this.down = the("down");
     this.down.append(icon("down"));
     this.down.addEventListener("click", () => {
@@ -34,15 +37,18 @@ export class ConversationView {
   }
 
   #scrolled() {
-    const below = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight;
-    this.follow = below < 60;
+    const { scrollHeight, scrollTop, clientHeight } = this.scroll;
+    const below = scrollHeight - scrollTop - clientHeight;
+    if (below < 60) this.follow = true;
+    else if (clientHeight === this.height) this.follow = false; // not if a banner changed the height
+    this.height = clientHeight;
     this.down.hidden = below < 240;
   }
 
   /** Scroll to the end if the view follows it, unless the list of alternatives is open. */
   #toEnd() {
     if (this.alternatives.open) return;
-    if (this.follow) this.scroll.scrollTop = this.scroll.scrollHeight;
+    if (this.follow && this.views.size) this.scroll.scrollTop = this.scroll.scrollHeight;
     this.#scrolled();
   }
 
@@ -102,7 +108,10 @@ export class ConversationView {
       view.update({
         ...this.#place(message.id),
         tinted: this.tinted,
-        plain: how === "plain" || (Boolean(format) && /^\s*\{/.test(message.content)), // JSON is not Markdown
+        plain:
+          how === "plain" ||
+          (Boolean(format) && /^\s*\{/.test(message.content)) || // JSON is not Markdown
+          (how !== "markdown" && this.plainly(message.model)),
         idle: this.idle,
         results: next?.role === "tool" ? { message: next, ...this.#place(next.id) } : undefined,
       });

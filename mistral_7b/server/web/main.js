@@ -1,5 +1,6 @@
 /** The page: its state, its views, and the actions of their buttons. */
 
+import { titleOf } from "./attach.js";
 import { Composer } from "./composer.js";
 import { controls } from "./controls.js";
 import { ConversationView } from "./conversation.js";
@@ -8,12 +9,13 @@ import { Picker } from "./models.js";
 import { Panel } from "./panel.js";
 import { faults, texts } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { keep, kept, Store } from "./storage.js";
+import { isFull, keep, kept, onKeep, Store } from "./storage.js";
 import { Tabs } from "./tabs.js";
 import { branch } from "./tint.js";
-import { exportAll, readExport } from "./transfer.js";
+import { exportAll, exportMarkdown, readExport } from "./transfer.js";
 import { newId, Tree } from "./tree.js";
 import { Trouble } from "./trouble.js";
+import { Welcome } from "./welcome.js";
 import { keepTree, Writer } from "./writer.js";
 
 /** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
@@ -26,18 +28,21 @@ export class Page {
     this.conversations = [];
     /** @type {Tree | null} */
     this.tree = null;
-    this.picker = new Picker();
+    this.picker = new Picker(() => this.#modelChanged());
     this.trouble = new Trouble(this.picker);
     this.writer = new Writer(store, {
       changed: (tree, ended) => this.changed(tree, ended),
       trouble: (problem, again) => this.trouble.meet(problem, again),
       model: () => this.picker.chosen,
+      answered: () => this.trouble.banner.over("full", "lost", "found", "key"),
+      stored: (error) => this.#stored(error),
     });
-    this.view = new ConversationView({
+    onKeep((full) => this.trouble.kept(full, () => this.export(null)));
+    const actions = {
       move: (id, by) => this.change((tree) => tree.move(id, by)),
       edit: (id, text) => this.edit(id, text),
       again: (id) => this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent)),
-      goOn: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
+      resume: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
       retry: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
       results: (id, results) =>
         this.withTree((tree) => this.writer.ask(tree, tree.add(id, { role: "tool", results }).id)),
@@ -45,11 +50,13 @@ export class Page {
         await this.stop(); // the answer may still be streaming
         this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent, branch(tree.get(id), i, k)));
       },
-    });
+    };
+    this.view = new ConversationView(actions, (model) => this.picker.plain(model));
     this.sidebar = new Sidebar({
       open: (id, message) => this.open(id, message),
       begin: () => this.begin(),
       save: (id) => this.export(id),
+      saveText: async (id) => exportMarkdown(await this.#treeOf(id)),
       load: (file) => this.import(file),
       search: (query) => store.search(query, this.conversations),
       rename: (id, title) => this.rename(id, title),
@@ -59,7 +66,9 @@ export class Page {
       send: (text) => this.send(text),
       stop: () => this.stop(),
       editLast: () => this.view.editLast(),
+      refuse: (problem) => (problem ? this.note("failed", problem) : this.trouble.banner.over("failed")),
     });
+    this.welcome = new Welcome(this.picker, (text) => this.composer.use(text));
     this.tabs = new Tabs(this);
     this.panel = new Panel(the("panel"), the("settings"), (settings) => this.set(settings));
     controls(this);
@@ -129,6 +138,7 @@ export class Page {
     this.sidebar.show(this.conversations, id);
     this.picker.gauge(this.tree?.path() ?? []);
     const { title } = this.tree?.conversation ?? {};
+    the("title").textContent = title || "Conversation";
     document.title = title ? `${title} · Mistral 7B` : "Mistral 7B";
   }
 
@@ -170,7 +180,7 @@ export class Page {
   send(text) {
     return this.withTree((tree) => {
       const user = tree.add(tree.path().at(-1)?.id ?? null, { role: "user", content: text });
-      tree.conversation.title ||= text.trim().split("\n")[0].slice(0, 60);
+      tree.conversation.title ||= titleOf(text);
       this.writer.ask(tree, user.id);
     });
   }
@@ -201,7 +211,29 @@ export class Page {
     action(tree);
     this.view.follow = false;
     this.refresh();
-    await keepTree(this.store, tree);
+    await this.#keep(() => keepTree(this.store, tree));
+  }
+
+  /** Store something, and tell whether it succeeded. @param {() => Promise<void>} save */
+  async #keep(save) {
+    await save().then(
+      () => this.#stored(null),
+      (error) => this.#stored(error),
+    );
+  }
+
+  /** @param {unknown} error null: storing succeeded */
+  #stored(error) {
+    this.trouble.stored(
+      error,
+      () => this.export(null),
+      () => this.sidebar.open(true),
+    );
+  }
+
+  #modelChanged() {
+    this.welcome.draw();
+    this.view.draw();
   }
 
   /** @param {Record<string, string>} settings */
@@ -212,7 +244,7 @@ export class Page {
     this.view.draw();
     keep("settings", JSON.stringify(settings));
     if (!this.conversations.includes(conversation)) return;
-    this.store.save(conversation).catch(() => {}); // on failure, the next message saves it
+    this.#keep(() => this.store.save(conversation));
   }
 
   // ------------------------------------------------------------------ list of conversations
@@ -223,12 +255,12 @@ export class Page {
     if (!conversation) return;
     conversation.title = title;
     this.refresh();
-    await this.store.save(conversation);
+    await this.#keep(() => this.store.save(conversation));
   }
 
   /** @param {string} id */
   async remove(id) {
-    await this.store.remove(id);
+    await this.#keep(() => this.store.remove(id));
     await this.drop(id);
   }
 
@@ -250,23 +282,37 @@ export class Page {
 
   /** @param {string | null} id */
   export(id) {
-    return exportAll(
-      this.store,
-      this.conversations.filter((c) => id === null || c.id === id),
-    );
+    const chosen = this.conversations.filter((c) => id === null || c.id === id);
+    return exportAll(chosen, async (of) => [...(await this.#treeOf(of)).messages.values()]);
+  }
+
+  /** A conversation's tree: the one in use, which may have messages that could not be stored, or the stored one.
+   * @param {string} id @returns {Promise<Tree>} */
+  async #treeOf(id) {
+    if (this.tree?.conversation.id === id) return this.tree;
+    const conversation = /** @type {Conversation} */ (this.conversations.find((c) => c.id === id));
+    return this.writer.running.get(id)?.tree ?? new Tree(conversation, await this.store.messages(id));
   }
 
   /** @param {File} file */
   async import(file) {
     try {
       const read = readExport(await file.text());
-      for (const { conversation, messages } of read) await this.store.save(conversation, messages);
-      this.conversations = [...read.map((r) => r.conversation), ...this.conversations];
+      for (const { conversation, messages } of read) {
+        await this.store.save(conversation, messages);
+        this.conversations.push(conversation);
+      }
       this.refresh();
       say(`${read.length} imported`);
+      this.trouble.banner.over("failed", "storage");
       if (read.length) await this.open(read[0].conversation.id);
     } catch (error) {
-      this.note("failed", `${file.name} was not imported: ${/** @type {Error} */ (error).message}.`);
+      if (isFull(error)) return this.#stored(error);
+      const { banner } = this.trouble;
+      banner.show("failed", `${file.name} was not imported: ${/** @type {Error} */ (error).message}.`, [
+        ["Choose another file", () => the("file").click()],
+        ["Dismiss", () => banner.hide()],
+      ]);
     }
   }
 }

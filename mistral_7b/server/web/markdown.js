@@ -1,11 +1,13 @@
 /**
  * Renders Markdown block by block: while a text grows, only its last blocks are rendered again.
  *
- * The only module that turns text into HTML. DOMPurify keeps the tags and attributes listed below; the server's
- * Content-Security-Policy allows no other code to create HTML (trusted types), and no images of other origins.
+ * The only module that turns text into HTML, in which formulas.js replaces placeholders by MathML. DOMPurify keeps
+ * the tags and attributes listed below; the server's Content-Security-Policy allows no other code to create HTML
+ * (trusted types), and no images of other origins.
  */
 
 import { copy, icon, make } from "./dom.js";
+import { beginText, drawFormulas, FORMULAS } from "./formulas.js";
 import DOMPurify from "./vendor/purify.js";
 import { Marked } from "./vendor/marked.js";
 
@@ -48,6 +50,8 @@ const SAFE = {
   RETURN_DOM_FRAGMENT: true,
 };
 
+const BELOW = 2; // an answer's headings rank below the page's own h1 and h2
+
 /** @type {any} */
 const purify = DOMPurify;
 
@@ -58,11 +62,17 @@ const marked = new Marked({
   renderer: {
     html: ({ text }) => escape(text), // HTML from the model is shown as text
     image: ({ text, href }) => `<span>${escape(text || href)}</span>`,
+    heading({ depth, tokens }) {
+      const rank = Math.min(depth + BELOW, 6);
+      return `<h${rank}>${/** @type {any} */ (this).parser.parseInline(tokens)}</h${rank}>`;
+    },
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
     code: ({ text, lang }) =>
-      `<pre><code class="language-${escape(first(lang))}">${coloured(text, first(lang))}</code></pre>`,
+      `<pre><code class="language-${escape(first(lang))}">${colored(text, first(lang))}</code></pre>`,
   },
 });
+
+marked.use(/** @type {any} */ (FORMULAS));
 
 /** @type {any} */
 let highlighter = null;
@@ -85,7 +95,7 @@ function first(info) {
 }
 
 /** @param {string} text @param {string} language @returns {string} HTML */
-function coloured(text, language) {
+function colored(text, language) {
   if (!highlighter?.getLanguage(language)) return escape(text);
   return highlighter.highlight(text, { language, ignoreIllegals: true }).value;
 }
@@ -116,6 +126,7 @@ export class Rendered {
     if (plain === this.plain && source === this.source && this.blocks.length) return [];
     if (plain !== this.plain) for (const block of this.blocks.splice(0)) block.element.remove();
     this.plain = plain;
+    beginText(source);
     /** @type {{raw: string}[]} */
     const tokens = plain
       ? source.split(/(?<=\n)/).map((raw) => ({ raw }))
@@ -147,7 +158,8 @@ export class Rendered {
 
   /** @param {any} token @returns {HTMLElement} */
   #make(token) {
-    if (this.plain) return make("div", { class: "block plain", dir: "auto" }, token.raw.replace(/\n$/, "") || make("br"));
+    if (this.plain)
+      return make("div", { class: "block plain", dir: "auto" }, token.raw.replace(/\n$/, "") || make("br"));
     const element = make("div", { class: "block", dir: "auto" }, purify.sanitize(marked.parser([token]), SAFE));
     for (const link of element.querySelectorAll("a")) {
       link.target = "_blank";
@@ -159,6 +171,7 @@ export class Rendered {
       frame.append(table);
     }
     for (const pre of element.querySelectorAll("pre")) this.#frame(pre);
+    drawFormulas(element, () => this.onload?.());
     return element;
   }
 
@@ -183,6 +196,6 @@ export class Rendered {
     frame.append(make("div", { class: "code-head" }, make("span", { text: language || "text" }), button), pre);
   }
 
-  /** Called when the highlighter has loaded and `again` should run. @type {(() => void) | undefined} */
+  /** Called when the highlighter or Temml has loaded and `again` should run. @type {(() => void) | undefined} */
   onload;
 }

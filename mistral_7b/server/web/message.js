@@ -1,6 +1,7 @@
 /** The view of one message: text, tool calls, status and buttons. */
 
 import { Alternatives } from "./alternatives.js";
+import { drawMessage } from "./attach.js";
 import { copy, icon, iconButton, make } from "./dom.js";
 import { Rendered } from "./markdown.js";
 import { place, tint } from "./tint.js";
@@ -14,7 +15,7 @@ import { drawCalls } from "./tools.js";
  * @property {(id: string, by: number) => void} move      show another version
  * @property {(id: string, text: string) => boolean} edit   returns whether the edit was accepted
  * @property {(id: string) => void} again        generate another version
- * @property {(id: string) => void} goOn         continue this answer
+ * @property {(id: string) => void} resume         continue this answer
  * @property {(id: string) => void} retry        repeat a failed request
  * @property {(id: string, results: {id: string, content: string}[]) => void} results
  */
@@ -56,6 +57,7 @@ export class MessageView {
     }
     this.tinted = false;
     this.drawn = "";
+    this.shown = "";
     /** @type {HTMLElement | null} */
     this.editing = null;
   }
@@ -70,7 +72,7 @@ export class MessageView {
     const { message } = this;
     if (this.editing) return;
     if (this.rendered) this.#answer(how.tinted, how.plain);
-    else if (this.text.textContent !== message.content) this.text.textContent = message.content;
+    else if (this.shown !== message.content) drawMessage(this.text, (this.shown = message.content));
     this.element.setAttribute("aria-busy", String(this.busy));
     const state = JSON.stringify([
       how,
@@ -128,7 +130,7 @@ export class MessageView {
       state === "stopped"
         ? "Stopped."
         : state === "length"
-          ? "Stopped at the token limit."
+          ? "Stopped at the token limit"
           : state === "full"
             ? "No answer yet."
             : state === "cut" || state === "failed"
@@ -141,7 +143,7 @@ export class MessageView {
       !idle || this.notice.hidden
         ? []
         : [
-            some && make("button", { type: "button", onclick: () => this.actions.goOn(message.id) }, "Continue"),
+            some && make("button", { type: "button", onclick: () => this.actions.resume(message.id) }, "Continue"),
             (state === "cut" || state === "failed" || (state === "full" && !some)) &&
               make(
                 "button",
@@ -153,7 +155,8 @@ export class MessageView {
                 some ? "Start over" : "Try again",
               ),
           ];
-    this.notice.replaceChildren(make("span", { text: said }), ...buttons.filter(Boolean));
+    const dot = state === "length" && buttons[0] ? make("span", { "aria-hidden": "true", text: "·" }) : "";
+    this.notice.replaceChildren(make("span", { text: said }), dot, ...buttons.filter(Boolean));
   }
 
   /** @param {{siblings: number, at: number, idle: boolean}} how */
@@ -173,7 +176,7 @@ export class MessageView {
             answer &&
             message.content &&
             !message.calls?.length &&
-            iconButton("goOn", "Continue", () => actions.goOn(message.id)),
+            iconButton("resume", "Continue", () => actions.resume(message.id)),
         ];
     this.foot.replaceChildren(...parts.filter(Boolean), this.stats);
   }

@@ -7,11 +7,16 @@ import { keep, kept } from "./storage.js";
 /** @typedef {import("./api.js").Model} Model @typedef {import("./tree.js").Message} Message */
 
 export class Picker {
-  constructor() {
+  /** @param {() => void} changed called when the list has loaded, and when another model is chosen */
+  constructor(changed) {
+    this.changed = changed;
     this.select = the("model");
     /** @type {Model[]} */
     this.models = [];
-    this.select.addEventListener("change", () => keep("model", this.select.value));
+    this.select.addEventListener("change", () => {
+      keep("model", this.select.value);
+      changed();
+    });
   }
 
   /** The selected model's name for requests. */
@@ -25,6 +30,38 @@ export class Picker {
     return model?.max_model_len ?? this.models[0]?.max_model_len;
   }
 
+  /** Whether the chosen model is a base model. An adapter of one may be trained for conversations. */
+  get isBase() {
+    return this.plain(this.chosen);
+  }
+
+  /** Whether answers of a model are plain text or code rather than Markdown.
+   * @param {string | undefined} name */
+  plain(name) {
+    const model = this.models.find((m) => m.id === name);
+    return model?.chat_template === false && !model.parent;
+  }
+
+  /** What is known about the chosen model: names, values, and the values in words.
+   * @returns {[string, string, string][]} */
+  facts() {
+    const model = this.models.find((m) => m.id === this.chosen);
+    if (!model) return [];
+    const { context } = this;
+    const base = this.models.find((m) => m.id === model.parent) ?? model;
+    const tokens = context && `${context.toLocaleString("en")} tokens`;
+    const kind = this.isBase ? "base model" : model.chat_template && !model.parent ? "chat model" : "";
+    return /** @type {[string, string, string][]} */ (
+      [
+        ["Name", model.id, model.id],
+        ["Adapter of", model.parent, `adapter of ${model.parent}`],
+        ["Kind", kind, kind],
+        ["Context", tokens, `context of ${tokens}`],
+        ["Weights", base.precision, `${base.precision} weights`],
+      ].filter(([, value]) => value)
+    );
+  }
+
   /** Load the list of models from the server. Throws a Problem. */
   async load() {
     this.models = await models();
@@ -36,6 +73,7 @@ export class Picker {
     if (this.models.some((m) => m.id === before)) this.select.value = before;
     this.select.disabled = this.models.length < 2;
     this.select.classList.toggle("only", this.models.length < 2);
+    this.changed();
   }
 
   /** Show that no list could be loaded. @param {string} why */

@@ -81,6 +81,7 @@ export class Panel {
         make("h2", { text: "Settings" }),
         iconButton("close", "Close settings", () => this.open(false)),
       ),
+      make("dl", { id: "about", "aria-label": "Model" }),
       this.#field("system", "System prompt", make("textarea", { rows: 4, placeholder: "None" })),
       make("h3", { text: "Sampling" }),
       make(
@@ -120,9 +121,11 @@ export class Panel {
         make(
           "select",
           {},
-          make("option", { value: "", text: "Markdown (default)" }),
+          make("option", { value: "", text: "Automatic (default)" }),
+          make("option", { value: "markdown", text: "Markdown" }),
           make("option", { value: "plain", text: "Plain text" }),
         ),
+        "automatic: Markdown, or plain text for a base model",
       ),
       make("h3", { text: "Tools" }),
       this.#field(

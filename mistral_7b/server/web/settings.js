@@ -7,8 +7,10 @@
  *   hint: string}} NumberField
  */
 
+export const TOKEN_LIMIT = 1024; // per answer by default, so that each answer ends
+
 /**
- * Numeric settings, with the server's field names. An empty field uses the server's default.
+ * Numeric settings, with the server's field names. An empty field uses the server's default, or TOKEN_LIMIT.
  * @type {NumberField[]}
  */
 export const NUMBERS = [
@@ -20,7 +22,15 @@ export const NUMBERS = [
     step: "any",
     hint: "0: always the most likely token",
   },
-  { name: "top_p", label: "Top p", usual: "1", min: 0, max: 1, step: "any", hint: "likeliest tokens that sum to p" },
+  {
+    name: "top_p",
+    label: "Top p",
+    usual: "1",
+    min: 0,
+    max: 1,
+    step: "any",
+    hint: "likeliest tokens that sum to p",
+  },
   { name: "top_k", label: "Top k", usual: "0", min: -1, step: 1, hint: "the k most likely tokens; 0: all" },
   { name: "min_p", label: "Min p", usual: "0", min: 0, max: 1, step: "any", hint: "at least p × top probability" },
   {
@@ -49,7 +59,7 @@ export const NUMBERS = [
     step: "any",
     hint: "for each earlier use of a token",
   },
-  { name: "max_tokens", label: "Token limit", usual: "context length", min: 1, step: 1, hint: "per answer" },
+  { name: "max_tokens", label: "Token limit", usual: "1024", min: 1, step: 1, hint: "per answer" },
   { name: "seed", label: "Seed", usual: "random", step: 1, hint: "same seed, same answer" },
 ];
 
@@ -139,6 +149,7 @@ export function requestOf(path, settings, model) {
     stream_options: { include_usage: true },
     logprobs: true,
     top_logprobs: 5,
+    max_tokens: TOKEN_LIMIT,
   };
   for (const { name } of NUMBERS) {
     if (settings[name]?.trim()) body[name] = Number(settings[name]);

@@ -14,15 +14,30 @@ export function kept(name) {
   }
 }
 
+/** Called after each attempt to store a preference. @type {(full: boolean) => void} */
+let report = () => {};
+
+/** @param {typeof report} action called with whether the storage for preferences is full */
+export function onKeep(action) {
+  report = action;
+}
+
 /** Store a preference; null deletes it.
  * @param {string} name @param {string | null} value */
 export function keep(name, value) {
   try {
     if (value === null) localStorage.removeItem(name);
     else localStorage.setItem(name, value);
-  } catch {
-    /* no storage, as in private windows of some browsers: the preference lasts until the page is closed */
+    report(false);
+  } catch (error) {
+    if (isFull(error)) report(true);
+    // else no storage, as in private windows of some browsers: the preference lasts until the page is closed
   }
+}
+
+/** Whether an error means that the browser's storage for this page is full. @param {any} error */
+export function isFull(error) {
+  return error?.name === "QuotaExceededError";
 }
 
 /** @template T @param {IDBRequest<T>} request @returns {Promise<T>} */
@@ -54,12 +69,12 @@ export class Store {
   tell = () => {};
 
   /** Open the database, or a store in memory if the browser allows no storage.
-   * @returns {Promise<Store | Forgetful>} */
+   * @returns {Promise<Store | MemoryStore>} */
   static async open() {
     try {
       return await Store.#open();
     } catch {
-      return new Forgetful();
+      return new MemoryStore();
     }
   }
 
@@ -138,7 +153,7 @@ export class Store {
 }
 
 /** A Store in memory, which lasts until the page is closed. */
-export class Forgetful {
+export class MemoryStore {
   /** @type {Map<string, Conversation>} */
   #conversations = new Map();
   /** @type {Map<string, Message>} */

@@ -8,8 +8,8 @@
 const PATIENCE = 400; // milliseconds that a tab has to reply that it streams an answer
 const QUIET = 2000; // milliseconds without an update of a streaming answer, after which its tab is queried
 
-/** @typedef {"changed" | "removed" | "stop" | "who" | "here"} What
- * Messages between tabs, about one conversation. `stop`: stop its answer. `who`: asks which tab streams an answer,
+/** @typedef {"changed" | "removed" | "stop" | "query" | "here"} What
+ * Messages between tabs, about one conversation. `stop`: stop its answer. `query`: asks which tab streams an answer,
  * which replies `here`. */
 
 export class Tabs {
@@ -32,7 +32,7 @@ export class Tabs {
   /** @param {{what: What, id: string, listed: boolean}} told */
   #hear({ what, id, listed }) {
     const { writer } = this.page;
-    if (what === "who" && writer.busy(id)) this.tell("here", id);
+    if (what === "query" && writer.busy(id)) this.tell("here", id);
     else if (what === "here") this.asking.get(id)?.();
     else if (what === "stop") writer.stop(id);
     else if (what === "changed") this.#changed(id, listed);
@@ -87,7 +87,7 @@ export class Tabs {
       this.asking.set(id, () => resolve(true));
       setTimeout(resolve, PATIENCE, false);
     });
-    this.tell("who", id);
+    this.tell("query", id);
     const here = await said;
     this.asking.delete(id);
     return here;

@@ -1,7 +1,8 @@
 /**
  * Maps tokens to the characters of an answer, and tints them by probability.
  *
- * Rendered Markdown has no markup, so each piece of a block's text is searched in its source, from left to right:
+ * Rendered Markdown has no markup, so each piece of a block's text is searched in its source, from left to right. A
+ * formula is tinted as a whole.
  *
  *     source     so **very** good         tokens   "so" " **" "very" "**" " good"
  *     rendered   so very good             tinted   "so" " "   "very"      " good"
@@ -11,7 +12,7 @@ import { make } from "./dom.js";
 
 /** @typedef {import("./tree.js").Message} Message @typedef {import("./tree.js").Token} Token */
 
-/** The lowest probability of each tint, from t0 on; answer.css sets the colours of t0 to t5. */
+/** The lowest probability of each tint, from t0 on; answer.css sets the colors of t0 to t5. */
 const LEVELS = [0.9, 0.7, 0.45, 0.25, 0.1];
 
 /** @param {number} logprob @returns {number} the tint, 0 (likely) to 5 (unlikely) */
@@ -54,12 +55,20 @@ function shown(content, at, text) {
 /** Wrap the text of each token of a block in a span.
  * @param {import("./markdown.js").Block} block @param {Token[]} tokens @param {number[]} ends */
 export function tint(block, tokens, ends) {
-  const walker = document.createTreeWalker(block.element, NodeFilter.SHOW_TEXT);
-  /** @type {Text[]} */
+  const walker = document.createTreeWalker(block.element, NodeFilter.SHOW_TEXT | NodeFilter.SHOW_ELEMENT);
+  /** @type {(Text | HTMLElement)[]} */
   const nodes = [];
-  while (walker.nextNode()) nodes.push(/** @type {Text} */ (walker.currentNode));
+  while (walker.nextNode()) {
+    const node = /** @type {any} */ (walker.currentNode);
+    const inFormula = node.parentElement?.closest(".tex");
+    if (node.nodeType === Node.TEXT_NODE ? !inFormula : node.classList.contains("tex")) nodes.push(node);
+  }
   let at = 0;
   for (const node of nodes) {
+    if (node instanceof HTMLElement) {
+      at = tintFormula(node, block, at, tokens, ends);
+      continue;
+    }
     if (
       node.parentElement?.closest(".code-head") ||
       (!node.data.trim() && !node.parentElement?.closest("pre, .plain"))
@@ -79,6 +88,26 @@ export function tint(block, tokens, ends) {
     }
     node.replaceWith(...parts);
   }
+}
+
+/** Tint a formula as its least likely token, whose alternatives it shows.
+ * @param {HTMLElement} formula @param {import("./markdown.js").Block} block
+ * @param {number} at offset in the block's source @param {Token[]} tokens @param {number[]} ends
+ * @returns {number} the offset of the formula's end */
+function tintFormula(formula, block, at, tokens, ends) {
+  const raw = formula.dataset.raw ?? "";
+  const found = block.raw.indexOf(raw, at);
+  if (found < 0) return at;
+  const from = block.from + found;
+  let least = -1;
+  for (let i = first(ends, from); i < tokens.length && ends[i] < from + raw.length; i++) {
+    if (ends[i + 1] > from && (least < 0 || tokens[i].p < tokens[least].p)) least = i;
+  }
+  if (least >= 0) {
+    formula.classList.add("tok", `t${level(tokens[least].p)}`);
+    formula.dataset.i = String(least);
+  }
+  return found + raw.length;
 }
 
 /** @param {string} text @param {number} from its offset in the source

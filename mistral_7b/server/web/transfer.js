@@ -1,24 +1,60 @@
-/** Export and import of conversations as JSON files. */
+/** Export of conversations as JSON or Markdown files, and import of JSON. */
 
 import { make } from "./dom.js";
 import { texts } from "./settings.js";
 import { newId } from "./tree.js";
 
+/** @typedef {import("./tree.js").Tree} Tree */
 /** @typedef {import("./tree.js").Conversation} Conversation @typedef {import("./tree.js").Message} Message */
 
 const FORMAT = "mistral-7b conversations";
 
 /** Download conversations as a JSON file.
- * @param {import("./storage.js").Store | import("./storage.js").Forgetful} store @param {Conversation[]} conversations */
-export async function exportAll(store, conversations) {
+ * @param {Conversation[]} conversations @param {(id: string) => Promise<Message[]>} messagesOf */
+export async function exportAll(conversations, messagesOf) {
   const all = [];
   for (const conversation of conversations) {
-    all.push({ ...conversation, messages: await store.messages(conversation.id) });
+    all.push({ ...conversation, messages: await messagesOf(conversation.id) });
   }
   const text = JSON.stringify({ format: FORMAT, version: 1, conversations: all }, null, 1);
-  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  const name = all.length === 1 ? all[0].title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) : "conversations";
-  make("a", { href: url, download: `${name || "conversation"}.json` }).click();
+  download(text, "application/json", all.length === 1 ? all[0].title : "conversations", "json");
+}
+
+/** Download the visible versions of a conversation as a Markdown file.
+ * @param {Tree} tree */
+export function exportMarkdown(tree) {
+  const { title } = tree.conversation;
+  download(markdownOf(tree), "text/markdown", title, "md");
+}
+
+/** @param {Tree} tree @returns {string} */
+export function markdownOf(tree) {
+  const { title, settings } = tree.conversation;
+  const parts = [`# ${title}`];
+  if (settings.system?.trim()) parts.push("## System prompt", settings.system.trim());
+  for (const message of tree.path()) {
+    const { role, content, model, calls = [], results = [] } = message;
+    if (role === "user") parts.push("## You", content.trim());
+    if (role === "assistant") parts.push(model ? `## Answer of ${model}` : "## Answer", content.trim());
+    for (const call of calls) parts.push(`Call of \`${call.name}\`:`, fenced(call.arguments, "json"));
+    for (const result of results) parts.push("Result:", fenced(result.content));
+  }
+  return `${parts.filter(Boolean).join("\n\n")}\n`;
+}
+
+/** A Markdown code block, whose fence is longer than any run of backticks in the text.
+ * @param {string} text @param {string} [language] */
+export function fenced(text, language = "") {
+  const longest = Math.max(2, ...(text.match(/`+/g) ?? []).map((run) => run.length));
+  const fence = "`".repeat(longest + 1);
+  return `${fence}${language}\n${text.replace(/\n$/, "")}\n${fence}`;
+}
+
+/** @param {string} text @param {string} type @param {string} title @param {string} suffix */
+function download(text, type, title, suffix) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  const name = title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
+  make("a", { href: url, download: `${name || "conversation"}.${suffix}` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
@@ -53,7 +89,8 @@ function readOne(from) {
     chosen: /** @type {Record<string, string>} */ ({}),
     settings: texts(record(from.settings)),
   };
-  for (const message of from.messages) if (message !== record(message)) throw new Error("a message is not an object");
+  for (const message of from.messages)
+    if (message !== record(message)) throw new Error("a message is not an object");
   const ids = new Map(from.messages.map((/** @type {any} */ m) => [text(m.id, "id"), newId()]));
   if (ids.size < from.messages.length) throw new Error("two messages have the same id");
   const messages = from.messages.map((/** @type {any} */ m) => readMessage(m, ids, conversation.id));

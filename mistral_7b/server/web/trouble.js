@@ -3,6 +3,7 @@
 import { hasKey, Problem, useKey } from "./api.js";
 import { Banner } from "./banner.js";
 import { say, the } from "./dom.js";
+import { isFull, keep } from "./storage.js";
 
 export class Trouble {
   /** @param {import("./models.js").Picker} picker */
@@ -21,6 +22,35 @@ export class Trouble {
       if (!(error instanceof Problem)) throw error;
       this.meet(error, () => this.connect());
     }
+  }
+
+  /** Tell that something could not be stored, and offer a way out; null clears that message.
+   * @param {unknown} error
+   * @param {() => void} save exports all conversations @param {() => void} list shows them */
+  stored(error, save, list) {
+    if (!error) return this.banner.over("storage");
+    const why = isFull(error)
+      ? "The browser's storage for this page is full, so the last change is not stored."
+      : `The browser could not store the last change: ${/** @type {any} */ (error).message ?? error}.`;
+    if (this.banner.kind === "storage") return; // already told
+    this.banner.show("storage", `${why} Export the conversations, then delete some of them.`, [
+      ["Export all", save],
+      ["Choose what to delete", list],
+      ["Dismiss", () => this.banner.hide()],
+    ]);
+  }
+
+  /** Tell whether the storage for settings is full.
+   * @param {boolean} full @param {() => void} save exports all conversations */
+  kept(full, save) {
+    if (!full) return this.banner.over("settings");
+    if (this.banner.kind === "settings") return;
+    const text = "The browser's storage for settings is full, so new settings last only until the page is closed.";
+    this.banner.show("settings", text, [
+      ["Export all", save],
+      ["Delete stored settings", () => ["settings", "model", "theme", "tint"].forEach((name) => keep(name, null))],
+      ["Dismiss", () => this.banner.hide()],
+    ]);
   }
 
   /** @param {Problem} problem @param {() => void} again repeats the failed request */
@@ -55,7 +85,9 @@ export class Trouble {
     dialog.showModal();
     const closed = async () => {
       if (dialog.returnValue !== "ok" || !the("key").value.trim()) {
-        this.banner.show("key", "This server requires an API key.", [["Enter key", () => this.#askForKey(why, again)]]);
+        this.banner.show("key", "This server requires an API key.", [
+          ["Enter key", () => this.#askForKey(why, again)],
+        ]);
         return;
       }
       useKey(the("key").value);

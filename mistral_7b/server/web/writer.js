@@ -10,7 +10,7 @@ import { answer } from "./stream.js";
 const SAVE_EVERY = 800; // milliseconds of streamed text that a crash may lose
 
 /** Store a conversation with its unsaved and its changed messages.
- * @param {import("./storage.js").Store | import("./storage.js").Forgetful} store
+ * @param {import("./storage.js").Store | import("./storage.js").MemoryStore} store
  * @param {Tree} tree @param {Message[]} [changed] */
 export async function keepTree(store, tree, changed = []) {
   const messages = new Set([...tree.fresh, ...changed]);
@@ -19,9 +19,10 @@ export async function keepTree(store, tree, changed = []) {
 }
 
 export class Writer {
-  /** @param {import("./storage.js").Store | import("./storage.js").Forgetful} store
+  /** @param {import("./storage.js").Store | import("./storage.js").MemoryStore} store
    * @param {{changed: (tree: Tree, ended: boolean) => void, trouble: (problem: Problem, again: () => void) => void,
-   *   model: () => string}} actions */
+   *   model: () => string, answered: () => void, stored: (error: unknown) => void}} actions
+   * `answered` is called after an answer without problems, `stored` after each attempt to store messages */
   constructor(store, actions) {
     this.store = store;
     this.actions = actions;
@@ -73,10 +74,10 @@ export class Writer {
     let saved = Date.now();
     /** @type {Problem | null} */
     let problem = null;
+    await this.#keep(tree, message);
     try {
-      await keepTree(this.store, tree, [message]);
       const body = requestOf(tree.upTo(message.id), conversation.settings, this.actions.model());
-      await answer(message, body, {
+      await this.#answer(message, body, !conversation.settings.max_tokens?.trim(), {
         signal: controller.signal,
         changed: () => {
           reader.heard(message.content, false);
@@ -91,15 +92,36 @@ export class Writer {
     }
     reader.heard(message.content, true);
     conversation.updated = Date.now();
-    try {
-      await keepTree(this.store, tree, [message]);
-    } catch (error) {
-      problem ??= new Problem("failed", `The browser could not store the answer: ${error}`);
-    }
+    await this.#keep(tree, message);
     this.running.delete(conversation.id); // only after the save: from now on tabs prefer the stored version
     this.actions.changed(tree, true);
     if (problem) this.actions.trouble(problem, () => this.write(tree, message));
+    else this.actions.answered();
     if (controller.signal.aborted) this.#count(tree, message);
+  }
+
+  /** Store a message. An answer that cannot be stored streams nevertheless.
+   * @param {Tree} tree @param {Message} message */
+  async #keep(tree, message) {
+    try {
+      await keepTree(this.store, tree, [message]);
+      this.actions.stored(null);
+    } catch (error) {
+      this.actions.stored(error);
+    }
+  }
+
+  /** Stream an answer. If the default token limit does not fit into the context, the server uses the rest of it.
+   * @param {Message} message @param {Record<string, any>} body @param {boolean} byDefault the limit is the default
+   * @param {Parameters<typeof answer>[2]} how */
+  async #answer(message, body, byDefault, how) {
+    try {
+      await answer(message, body, how);
+    } catch (error) {
+      if (!byDefault || !(error instanceof Problem) || error.kind !== "refused") throw error;
+      delete body.max_tokens;
+      await answer(message, body, how);
+    }
   }
 
   /** Count the conversation's tokens: the usage of a stopped answer is never sent.

@@ -3,7 +3,8 @@
     python -m tests.server.page.scripted PORT
 
 A word in the last user message selects the response: "slow", "long", "markdown", "evil", "emoji", "weather" (a
-tool call), "json", "full" (429 the first two times), "length", "error" or "hang up" (during the response), else a
+tool call), "json", "full" (429 the first two times), "tight" (400 if there is a token
+limit), "length", "error" or "hang up" (during the response), else a
 sentence. With "several", each event carries three tokens.
 """
 
@@ -38,6 +39,15 @@ ANSWERS = {
         "3. third\n4. fourth\n\n"
         "So the cache never grows past the window, however long the text is."
     ),
+    "formulas": (
+        "# Attention\n\nA query \\(q_i\\) meets the keys \\(k_1, \\dots, k_j\\), scaled by $\\sqrt{d_k}$:\n\n"
+        "\\[\n\\operatorname{softmax}\\left(\\frac{q_i k_j^\\top}{\\sqrt{d_k}}\\right)\n= "
+        "\\frac{e^{s_{ij}}}{\\sum_{t=1}^{n} e^{s_{it}}}\n- 0\n\\]\n\n"
+        "It costs $5 and not $10, or US$3 (about 2$), and `$x$` is code.\n\n"
+        "$$\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix} \\begin{cases} 1 & x < 0 \\\\ "
+        "\\int_0^\\infty e^{-x^2}\\,dx & x \\ge 0 \\end{cases}$$\n\n"
+        "- with \\(\\alpha *\\beta\\) and \\(a* b\\) in a list\n- and \\(\\oops{x}\\), which is not LaTeX"
+    ),
     "evil": (
         "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'> [press](javascript:window.hurt=3) "
         "![dot](https://example.org/dot.png)\n\n"
@@ -51,9 +61,12 @@ ANSWERS = {
     "slow": " ".join(f"{SENTENCE}" for _ in range(12)),
 }  # fmt: skip
 MODELS = [
-    {"id": "mistral-7b", "object": "model", "created": 1, "owned_by": "mistral-7b", "max_model_len": 4096},
+    {"id": "mistral-7b", "object": "model", "created": 1, "owned_by": "mistral-7b", "max_model_len": 4096,
+     "precision": "int8", "chat_template": True},
     {"id": "poems", "object": "model", "created": 1, "owned_by": "mistral-7b", "parent": "mistral-7b"},
-]
+    {"id": "base", "object": "model", "created": 1, "owned_by": "mistral-7b", "max_model_len": 4096,
+     "precision": "bfloat16", "chat_template": False},
+]  # fmt: skip
 
 
 def split(text: str) -> list[bytes]:
@@ -107,6 +120,9 @@ class Script:
         if "full" in said and self.seen[said] <= 2:
             error = {"message": "3 requests are waiting, and no more may.", "type": "rate_limit_error"}
             return JSONResponse({"error": error}, 429, {"retry-after": "3"})
+        if "tight" in said and body.get("max_tokens"):
+            error = {"message": "max_tokens does not fit the context", "type": "invalid_request_error"}
+            return JSONResponse({"error": error}, 400)
         return StreamingResponse(self.chunks(body, said), media_type="text/event-stream")
 
     async def chunks(self, body: dict[str, Any], said: str) -> AsyncIterator[str]:

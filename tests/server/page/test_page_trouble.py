@@ -135,6 +135,19 @@ def test_axe_finds_nothing_serious(browser: Any, scripted: Scripted, scheme: str
     page.evaluate(AXE.read_text(encoding="utf-8"))
     page.evaluate("document.documentElement.append(Object.assign(document.createElement('style'), "
                   "{ textContent: '* { transition: none !important }' }))")  # fmt: skip
+    page.wait_for_selector(".starter")
+    page.select_option("#model", "base")
+    assert serious(page) == []
+    page.select_option("#model", "mistral-7b")
+    page.set_input_files("#attach-file", {"name": "a.txt", "mimeType": "text/plain", "buffer": b"text\n" * 99})
+    page.wait_for_selector("#attached li")
+    assert serious(page) == []
+    ask(page, "formulas")
+    page.wait_for_selector(".formula math")
+    page.click(".user summary")
+    ask(page, "length")
+    page.set_input_files("#file", {"name": "bad.json", "mimeType": "application/json", "buffer": b"{"})
+    page.wait_for_selector("#banner.failed")
     assert serious(page) == []
     ask(page, "markdown")
     page.wait_for_selector(".hljs-keyword")

@@ -128,7 +128,7 @@ def _room(args: ModelArgs, name: str, field: str, length: int, params: SamplingP
     if params.max_tokens is None and left < 1:
         raise PromptTooLongError(
             f"{name} has {length} tokens and fills the context of {context}", field=field, hint="shorten it"
-        )
+        ).counted(context, length)
     if params.max_tokens is None and space is not None:
         left = min(left, space - length)
         if left < 1:
@@ -136,14 +136,14 @@ def _room(args: ModelArgs, name: str, field: str, length: int, params: SamplingP
                 f"{name} has {length} tokens and fills the memory for {space}",
                 field=field,
                 hint="shorten it, or raise kv_cache_bytes",
-            )
+            ).counted(space, length)
     if params.max_tokens is not None and params.max_tokens > left and args.sliding_window is None:
         raise PromptTooLongError(
             f"{name} has {length} tokens, and max_tokens={params.max_tokens} more do not fit the context of "
             f"{context}",
             field=field,
             hint="shorten it, or lower max_tokens (None takes what is left)",
-        )
+        ).counted(context, length, params.max_tokens)
     return left if params.max_tokens is None else params.max_tokens
 
 

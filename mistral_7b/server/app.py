@@ -17,9 +17,10 @@ from ..errors import ConfigError, Mistral7BError
 from . import page
 from .anthropic import messages as anthropic
 from .config import ServerConfig
-from .http.errors import HttpError, invalid, refusal
+from .http.errors import HttpError, refusal
 from .http.guard import Guard
 from .http.json_bodies import json_answer
+from .http.validation import invalid
 from .openai import router as openai
 from .openai import tokens
 from .openai.responses import documented
@@ -77,7 +78,7 @@ def _install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: HttpRequest, error: RequestValidationError) -> Response:
-        return respond(request, invalid(error.errors()))
+        return respond(request, invalid(error.errors(), error.body, request.headers.get("content-type")))
 
     @app.exception_handler(HTTPException)
     async def http_exception(request: HttpRequest, error: HTTPException) -> Response:

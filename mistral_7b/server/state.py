@@ -26,7 +26,7 @@ from ..engine.completion import TextPiece
 from ..engine.request import Request
 from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
 from .config import ServerConfig
-from .http.errors import ClientGoneError, HttpError
+from .http.errors import ClientGoneError, ContextLengthError, HttpError
 
 # Keys of the ASGI scope, set by the guard and the routes.
 GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has disconnected
@@ -187,7 +187,8 @@ def left(http_request: HttpRequest) -> threading.Event | None:
 async def read(state: State, make: Callable[[], Request], field: str) -> Request:
     """Run `make`, which makes a request, on a worker thread, because tokenizing and grammars are slow.
 
-    Raises the input processor's errors for an invalid request; HttpError (422) naming `field` if it is too large;
+    Raises the input processor's errors for an invalid request; HttpError naming `field` if it needs more than all
+    memory (422) or its prompt is over the limit (400);
     ClientGoneError if the client has disconnected and `make` was given the event (`left`).
     """
     try:
@@ -200,8 +201,7 @@ async def read(state: State, make: Callable[[], Request], field: str) -> Request
         raise HttpError.of(e, status=422, code="too_large") from e
     most = state.config.max_prompt_tokens or state.llm.engine.model.args.max_seq_len
     if len(request.ids) > most:
-        raise HttpError(422, f"the prompt has {len(request.ids)} tokens; the server's limit is {most}",
-                      field=field, hint="shorten it", code="context_length_exceeded")  # fmt: skip
+        raise ContextLengthError(most, len(request.ids), request.params.max_tokens, field)
     return request
 
 

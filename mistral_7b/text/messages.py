@@ -179,6 +179,9 @@ def _content(content: Any) -> Any:
             raise TokenizerError(
                 f"content part of type {kind!r}: Mistral 7B reads text only", field=f"content[{i}]"
             )
+        if not isinstance(part.get("text"), str):
+            told = "must be a text" if "text" in part else "is missing"
+            raise TokenizerError(f"content[{i}].text {told}", field=f"content[{i}].text")
     return [TextChunk(text=part["text"]) for part in content]
 
 

@@ -47,7 +47,11 @@ class _Strict(_Wire):
 
 def _as_blocks(content: Any) -> Any:
     """Expand a string to one text block."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise ValueError("must be a string or a list of blocks")
+    return content
 
 
 class TextBlock(_Wire):

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
@@ -51,9 +52,18 @@ def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "
     _install_openapi(app)
     _install_error_handlers(app)
     app.add_middleware(Guard, state=state)
+    _answer_head(app)
     for route in app.routes:  # FastAPI prepares a route at its first match: do it now, not during a request
         route.matches({"type": "http", "method": "GET", "path": "/nowhere", "root_path": "", "headers": []})
     return app
+
+
+def _answer_head(app: FastAPI) -> None:
+    """Add HEAD to every route with GET; uvicorn leaves out the body. The OpenAPI schema does not list them."""
+    for route in list(iter_route_contexts(app.routes)):
+        if "GET" in (route.methods or ()) and "HEAD" not in (route.methods or ()):
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False,
+                              response_model=None)  # fmt: skip
 
 
 def _install_openapi(app: FastAPI) -> None:

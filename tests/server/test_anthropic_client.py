@@ -207,7 +207,7 @@ def test_a_format(client: anthropic.Anthropic) -> None:
         ),
         (
             {"messages": [{"role": "user", "content": "too long " * 400}]},
-            anthropic.UnprocessableEntityError, "invalid_request_error", "messages",
+            anthropic.BadRequestError, "invalid_request_error", "messages",
         ),
     ],
 )  # fmt: skip

@@ -273,7 +273,7 @@ def test_async_clients_side_by_side(server):
          openai.BadRequestError, "messages[0].content[0]"),
         ({"n": 13}, openai.UnprocessableEntityError, "n"),
         ({"max_tokens": 4, "messages": [{"role": "user", "content": "x " * 2000}]},
-         openai.UnprocessableEntityError, "messages"),
+         openai.BadRequestError, "messages"),
         ({"stop": "x" * 1000}, openai.BadRequestError, "stop"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}},
          openai.BadRequestError, "structured_outputs.json"),

@@ -22,7 +22,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, fi
 
 from ...errors import TokenizerError
 from ...sampling.params import SamplingParams, StructuredOutputs
-from ..openai.protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop, not_served
+from ..openai.body import INT64, not_served, sampling_params, without_nulls
+from ..openai.protocol import MOST_MESSAGES, MOST_STOPS, Stop
 
 MOST_TOKENS = 2**31 - 1
 NO_THINKING = "this model does not think before it answers: leave `thinking` out, or disable it"
@@ -37,6 +38,11 @@ class _Wire(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, protected_namespaces=(), hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return without_nulls(cls, data)
 
 
 class _Strict(_Wire):
@@ -185,7 +191,7 @@ class MessagesRequest(_Conversation):
             "max_tokens": self.max_tokens, "stop": self.stop_sequences, "temperature": self.temperature,
             "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed, "structured_outputs": self._spec(),
         }  # fmt: skip
-        return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
+        return sampling_params({name: value for name, value in given.items() if value is not None})
 
     def _spec(self) -> StructuredOutputs | None:
         """The constraint on the text, or None."""

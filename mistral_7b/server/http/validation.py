@@ -62,6 +62,11 @@ class _Found:
         return len(self.path), tuple(part for part in self.path if isinstance(part, int))
 
     @property
+    def of_type(self) -> bool:
+        """Whether the value has another type than is wanted."""
+        return self.error["type"].endswith("_type") or self.error["type"] in ("literal_error", "none_required")
+
+    @property
     def name(self) -> str:
         return ".".join(map(str, self.path))[:LONGEST]
 
@@ -81,8 +86,10 @@ def invalid(errors: Sequence[Error], body: Any = None, content_type: str | None 
     if top.branched is not None:
         shared = top.path[: top.branched]
         found = [f for f in found if f.branched == top.branched and f.path[: top.branched] == shared]
-        top = max(found, key=lambda f: f.rank)
-        found = [f for f in found if f.path == top.path]
+        furthest = max(f.rank for f in found)
+        found = [f for f in found if f.rank == furthest]
+        found = [f for f in found if not f.of_type] or found  # a branch whose type fits has got further
+        top = found[0]
     else:
         found = [top]
     if not top.path and first["type"] != "value_error":

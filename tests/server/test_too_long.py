@@ -34,7 +34,7 @@ def short(request: pytest.FixtureRequest) -> Iterator[Serving]:
          "This model's maximum context length is 128 tokens, however you requested {more} tokens ({prompt} in "
          "your prompt; 7 for the completion). Please reduce your prompt; or completion length."),
         (MESSAGES, {"model": "tiny", "messages": LONG, "max_tokens": 7},
-         "prompt is too long: {more} tokens > 128 maximum"),
+         "prompt is too long: {prompt} tokens > 128 maximum"),
     ],
 )  # fmt: skip
 def test_in_the_words_of_each_api(short: Serving, path: str, body: dict[str, Any], message: str) -> None:

@@ -75,11 +75,12 @@ class ContextLengthError(HttpError):
     """
 
     def __init__(self, limit: int, prompt: int, completion: int | None, field: str) -> None:
-        self.limit, self.tokens = limit, prompt + (completion or 0)
+        self.limit, self.prompt = limit, prompt
+        requested = prompt + (completion or 0)
         most = f"This model's maximum context length is {limit} tokens"
         if field != "messages":
             told = (
-                f"{most}, however you requested {self.tokens} tokens ({prompt} in your prompt; {completion or 0} "
+                f"{most}, however you requested {requested} tokens ({prompt} in your prompt; {completion or 0} "
                 "for the completion). Please reduce your prompt; or completion length."
             )
         elif completion is None:
@@ -87,7 +88,7 @@ class ContextLengthError(HttpError):
             told += "messages."
         else:
             told = (
-                f"{most}. However, you requested {self.tokens} tokens ({prompt} in the messages, {completion} in "
+                f"{most}. However, you requested {requested} tokens ({prompt} in the messages, {completion} in "
                 "the completion). Please reduce the length of the messages or completion."
             )
         # The code is in the text too: OpenAI's client shows its users the message alone, and LangChain reads it.
@@ -96,7 +97,7 @@ class ContextLengthError(HttpError):
     def body(self, path: str = "") -> dict[str, Any]:
         if not path.startswith(ANTHROPIC):
             return super().body(path)
-        told = f"prompt is too long: {self.tokens} tokens > {self.limit} maximum"
+        told = f"prompt is too long: {self.prompt} tokens > {self.limit} maximum"
         return HttpError(400, told, field=self.field, code=self.code).body(path)
 
 

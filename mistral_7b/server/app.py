@@ -22,6 +22,7 @@ from .http.errors import HttpError, refusal
 from .http.guard import Guard
 from .http.json_bodies import json_answer
 from .http.validation import invalid
+from .ollama import router as ollama
 from .openai import router as openai
 from .openai import tokens
 from .openai.responses import documented
@@ -30,7 +31,7 @@ from .state import State
 
 # FastAPI's own spans and logs quote request data and lack the model's attributes; tracing.py replaces them.
 FASTAPI_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-ROUTERS = (openai, anthropic, tokens, adapters, metrics, health, page)
+ROUTERS = (openai, anthropic, ollama, tokens, adapters, metrics, health, page)
 
 
 def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "mistral-7b") -> FastAPI:

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -25,6 +25,7 @@ from ..engine.async_llm import AsyncLLM
 from ..engine.completion import TextPiece
 from ..engine.request import Request
 from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
+from ..sampling.params import SamplingParams
 from .config import ServerConfig
 from .http.errors import ClientGoneError, ContextLengthError, HttpError
 
@@ -203,6 +204,19 @@ async def read(state: State, make: Callable[[], Request], field: str) -> Request
     if len(request.ids) > most:
         raise ContextLengthError(most, len(request.ids), request.params.max_tokens, field)
     return request
+
+
+def fitting(make: Callable[[SamplingParams], Request], params: SamplingParams) -> Request:
+    """Make a request; `max_tokens` beyond the context, or the memory, asks for all that is left.
+
+    For APIs whose clients always ask for much, made for long contexts: Claude Code for 32000.
+    """
+    try:
+        return make(params)
+    except (PromptTooLongError, EngineError) as e:
+        if params.max_tokens is None or isinstance(e, (AbandonedError, ProcessError, QueueFullError)):
+            raise
+        return make(replace(params, max_tokens=None))
 
 
 async def answer(state: State, http_request: HttpRequest, request: Request) -> AsyncGenerator[TextPiece, None]:

@@ -10,7 +10,6 @@ import threading
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 
 from fastapi import APIRouter
@@ -19,19 +18,12 @@ from starlette.responses import Response
 
 from ...engine.inputs import RequestOptions
 from ...engine.request import Request
-from ...errors import (
-    AbandonedError,
-    EngineError,
-    GenerationError,
-    ProcessError,
-    PromptTooLongError,
-    QueueFullError,
-)
+from ...errors import GenerationError
 from ...sampling.params import SamplingParams
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import event_stream, frame
 from ..openai.responses import documented
-from ..state import State, answer, left, read
+from ..state import State, answer, fitting, left, read
 from . import wire as wire
 from .events import Answer, CountAnswer, MessageAnswer
 
@@ -77,11 +69,7 @@ def router(state: State) -> APIRouter:
 def _request(
     state: State, body: wire.MessagesRequest, adapter: str | None, gone: threading.Event | None
 ) -> Request:
-    """Build the engine request. Errors name a message by its index in the client's request.
-
-    `max_tokens` beyond the context, or the memory, asks for all that is left: clients made for long contexts
-    always ask for much, Claude Code for 32000.
-    """
+    """Build the engine request. Errors name a message by its index in the client's request."""
     talk, params = wire.conversation(body), body.params()
 
     def make(params: SamplingParams) -> Request:
@@ -90,12 +78,7 @@ def _request(
             tool_choice=wire.chosen(body), parallel=wire.most_calls(body) is None, labels=talk.labels,
         )  # fmt: skip
 
-    try:
-        return make(params)
-    except (PromptTooLongError, EngineError) as e:
-        if isinstance(e, (AbandonedError, ProcessError, QueueFullError)):
-            raise
-        return make(replace(params, max_tokens=None))
+    return fitting(make, params)
 
 
 def _count(state: State, body: wire.CountRequest) -> int:

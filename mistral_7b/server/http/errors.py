@@ -1,7 +1,7 @@
 """Error responses: a status and {"error": {"message", "type", "param", "code"}}, in streams as well.
 
 Under /v1/messages the types are Anthropic's. Its shape, {"type": "error", "error": {"type", "message"}}, is the
-same object with one more field.
+same object with one more field. Under /api the body is Ollama's, {"error": message}.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ...errors import (
 )
 
 ANTHROPIC = "/v1/messages"  # begins the paths of Anthropic's API
+OLLAMA = "/api/"  # and of Ollama's
 TOO_LONG = "context_length_exceeded"
 CLIENT_GONE = 499  # only for the log: the connection is closed
 RETRY_AFTER = 1  # seconds; the queue has room again after a few steps
@@ -62,6 +63,8 @@ class HttpError(Mistral7BError):
 
     def body(self, path: str = "") -> dict[str, Any]:
         """The JSON body for a route's path."""
+        if path.startswith(OLLAMA):
+            return {"error": str(self)}
         anthropic = path.startswith(ANTHROPIC)
         kind = (ANTHROPIC_TYPES if anthropic else OPENAI_TYPES).get(self.status, "invalid_request_error")
         error = {"message": str(self), "type": kind, "param": self.field, "code": self.code}

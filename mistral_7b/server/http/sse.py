@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import CLIENT_GONE, HttpError, refusal
+from .errors import ANTHROPIC, CLIENT_GONE, OLLAMA, HttpError, refusal
 
 logger = logging.getLogger("mistral_7b.server")
 
@@ -31,17 +31,19 @@ def frame(data: Any, event: str | None = None) -> bytes:
 
 def error_frame(error: HttpError, path: str) -> bytes:
     """Encode an error as an event, for a stream that has started."""
-    return frame(error.body(path), "error" if path.startswith("/v1/messages") else None)
+    if path.startswith(OLLAMA):
+        return to_json(error.body(path)) + b"\n"
+    return frame(error.body(path), "error" if path.startswith(ANTHROPIC) else None)
 
 
-async def event_stream(frames: Frames) -> Response:
+async def event_stream(frames: Frames, kind: type[EventStream] | None = None) -> Response:
     """Return a streaming response. The first event is awaited here, so that earlier errors set the status."""
     try:
         first = await anext(frames)
     except BaseException:
         await frames.aclose()
         raise
-    return EventStream(first, frames)
+    return (kind or EventStream)(first, frames)
 
 
 class EventStream(Response):
@@ -73,3 +75,9 @@ class EventStream(Response):
                 logger.exception("a stream ended with an error")
             if why.status != CLIENT_GONE:
                 yield error_frame(why, path)
+
+
+class LineStream(EventStream):
+    """The same as lines of JSON, as in Ollama's API."""
+
+    media_type = "application/x-ndjson"

@@ -46,8 +46,8 @@ WITHOUT_TORCH = (
     "training", "training.args", "kernels.cpu.compiler", "kernels.threads",
     "engine.grammar.client", "engine.grammar.forkserver",
     "server.config", "server.openai.protocol", "server.openai.responses", "server.anthropic.wire",
-    "server.anthropic.events", "bench.run", "bench.report", "bench.plot", "bench.serving.run",
-    "bench.serving.report", "bench.serving.plot",
+    "server.anthropic.events", "server.ollama.bodies", "server.ollama.answers",
+    "bench.run", "bench.report", "bench.plot", "bench.serving.run", "bench.serving.report", "bench.serving.plot",
 )  # fmt: skip
 
 Import = tuple[str, str, int]  # the room imported, the function it stands in ("" at the top), the line

@@ -62,6 +62,8 @@ def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "
 def _answer_head(app: FastAPI) -> None:
     """Add HEAD to every route with GET; uvicorn leaves out the body. The OpenAPI schema does not list them."""
     for route in list(iter_route_contexts(app.routes)):
+        if route.path is None or route.endpoint is None:
+            continue
         if "GET" in (route.methods or ()) and "HEAD" not in (route.methods or ()):
             app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False,
                               response_model=None)  # fmt: skip

@@ -42,11 +42,11 @@ def only(*values: Any) -> BeforeValidator:
 
 
 def without_nulls(model: type[BaseModel], data: Any) -> Any:
-    """Leave out the null fields of a body, which mean what a missing field means. Required ones are kept."""
+    """Leave out the null fields of a body, which mean what a missing field means. Only known, optional ones."""
     if not isinstance(data, dict) or None not in data.values():
         return data
-    required = {field.alias or name for name, field in model.model_fields.items() if field.is_required()}
-    return {name: value for name, value in data.items() if value is not None or name in required}
+    optional = {field.alias or name for name, field in model.model_fields.items() if not field.is_required()}
+    return {name: value for name, value in data.items() if value is not None or name not in optional}
 
 
 class Part(BaseModel):
@@ -61,7 +61,7 @@ class Part(BaseModel):
 
 
 class Body(BaseModel):
-    """A request body or a part of one; unknown fields are refused, unless they are null."""
+    """A request body or a part of one; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 

@@ -33,7 +33,8 @@ def router(state: State) -> APIRouter:
             return json_answer({"status": "draining"}, 503, {"retry-after": "5"})
         return json_answer({"status": "ready"})
 
-    @routes.api_route("/ping", methods=["GET", "POST"], responses=answers, operation_id="ping")
+    @routes.get("/ping", responses=answers)
+    @routes.post("/ping", responses=answers)
     async def ping() -> Response:
         """Readiness, by the name that SageMaker uses."""
         return await ready()

@@ -46,7 +46,7 @@ BODIES: dict[str, dict[str, Any]] = {
 WRONG: dict[str, tuple[Any, ...]] = {  # field -> invalid values
     "messages": (3, "x", {}, None, [3], [{"role": 4, "content": "x"}], [{"role": "king", "content": "x"}]),
     "prompt": (True, {"a": 1}, [None], [[{}]]), "input": (True, {"a": 1}, [None], 5),
-    "max_tokens": ("2", 2.5, [2], True, -1), "temperature": ("hot", [0.5], True, {}),
+    "max_tokens": ("2", 2.5, [2], True, -2), "temperature": ("hot", [0.5], True, {}),
     "stop": (5, [5], {"a": 1}, ""), "tools": ("f", [3], {}), "n": ("1", 1.5, True, 0),
     "logit_bias": ([5], {"5": "x"}, "x"), "tokens": ("x", ["x"], {}, 5), "model": (3, [], {}),
 }  # fmt: skip

@@ -97,7 +97,22 @@ class GenerationError(Mistral7BError):
 
 
 class PromptTooLongError(GenerationError):
-    """A prompt that, with what is to follow it, exceeds the context."""
+    """A prompt that, with what is to follow it, exceeds the context.
+
+    Attributes, in tokens, None where unknown:
+        limit: the size of the context, or of the memory if that is smaller
+        prompt: the length of the prompt
+        completion: `max_tokens`; None also for no limit
+    """
+
+    limit: int | None = None
+    prompt: int | None = None
+    completion: int | None = None
+
+    def counted(self, limit: int, prompt: int, completion: int | None = None) -> Self:
+        """This error with its counts."""
+        self.limit, self.prompt, self.completion = limit, prompt, completion
+        return self
 
 
 class TrainingError(Mistral7BError):

@@ -47,6 +47,7 @@ WITHOUT_TORCH = (
     "engine.grammar.client", "engine.grammar.forkserver",
     "server.config", "server.openai.protocol", "server.openai.responses", "server.anthropic.wire",
     "server.anthropic.events", "server.openai.responses_api.events", "server.openai.responses_api.store",
+    "server.ollama.bodies", "server.ollama.answers",
     "bench.run", "bench.report", "bench.plot", "bench.serving.run", "bench.serving.report", "bench.serving.plot",
 )  # fmt: skip
 

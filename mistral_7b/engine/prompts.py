@@ -107,7 +107,7 @@ def _max_tokens(
     if params.max_tokens is None and left < 1:
         raise PromptTooLongError(
             f"{name} has {length} tokens and fills the context of {context}", field=field, hint="shorten it"
-        )
+        ).counted(context, length)
     if params.max_tokens is None and kv_capacity is not None:
         left = min(left, kv_capacity - length)
         if left < 1:
@@ -115,14 +115,14 @@ def _max_tokens(
                 f"{name} has {length} tokens and fills the KV pages, which hold {kv_capacity}",
                 field=field,
                 hint="shorten it, or raise kv_cache_bytes",
-            )
+            ).counted(kv_capacity, length)
     if params.max_tokens is not None and params.max_tokens > left and args.sliding_window is None:
         raise PromptTooLongError(
             f"{name} has {length} tokens, and max_tokens={params.max_tokens} more do not fit the context of "
             f"{context}",
             field=field,
             hint="shorten it, or lower max_tokens (None takes what is left)",
-        )
+        ).counted(context, length, params.max_tokens)
     return left if params.max_tokens is None else params.max_tokens
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
@@ -17,9 +18,11 @@ from ..errors import ConfigError, Mistral7BError
 from . import page
 from .anthropic import messages as anthropic
 from .config import ServerConfig
-from .http.errors import HttpError, invalid, refusal
+from .http.errors import HttpError, refusal
 from .http.guard import Guard
 from .http.json_bodies import json_answer
+from .http.validation import invalid
+from .ollama import router as ollama
 from .openai import router as openai
 from .openai import tokens
 from .openai.responses import documented
@@ -28,7 +31,7 @@ from .state import State
 
 # FastAPI's own spans and logs quote request data and lack the model's attributes; tracing.py replaces them.
 FASTAPI_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
-ROUTERS = (openai, anthropic, tokens, adapters, metrics, health, page)
+ROUTERS = (openai, anthropic, ollama, tokens, adapters, metrics, health, page)
 
 
 def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "mistral-7b") -> FastAPI:
@@ -50,9 +53,20 @@ def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "
     _install_openapi(app)
     _install_error_handlers(app)
     app.add_middleware(Guard, state=state)
+    _answer_head(app)
     for route in app.routes:  # FastAPI prepares a route at its first match: do it now, not during a request
         route.matches({"type": "http", "method": "GET", "path": "/nowhere", "root_path": "", "headers": []})
     return app
+
+
+def _answer_head(app: FastAPI) -> None:
+    """Add HEAD to every route with GET; uvicorn leaves out the body. The OpenAPI schema does not list them."""
+    for route in list(iter_route_contexts(app.routes)):
+        if route.path is None or route.endpoint is None:
+            continue
+        if "GET" in (route.methods or ()) and "HEAD" not in (route.methods or ()):
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False,
+                              response_model=None)  # fmt: skip
 
 
 def _install_openapi(app: FastAPI) -> None:
@@ -77,7 +91,7 @@ def _install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: HttpRequest, error: RequestValidationError) -> Response:
-        return respond(request, invalid(error.errors()))
+        return respond(request, invalid(error.errors(), error.body, request.headers.get("content-type")))
 
     @app.exception_handler(HTTPException)
     async def http_exception(request: HttpRequest, error: HTTPException) -> Response:

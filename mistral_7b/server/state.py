@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -25,9 +25,10 @@ from ..engine.async_llm import AsyncLLM
 from ..engine.completion import TextPiece
 from ..engine.request import Request
 from ..errors import AbandonedError, EngineError, ProcessError, PromptTooLongError, QueueFullError
+from ..sampling.params import SamplingParams
 from .config import ServerConfig
 from .http.access import Accounts
-from .http.errors import ClientGoneError, HttpError
+from .http.errors import ClientGoneError, ContextLengthError, HttpError
 from .http.limits import Account
 
 # Keys of the ASGI scope, set by the guard and the routes.
@@ -211,7 +212,8 @@ def left(http_request: HttpRequest) -> threading.Event | None:
 async def read(state: State, make: Callable[[], Request], field: str) -> Request:
     """Run `make`, which makes a request, on a worker thread, because tokenizing and grammars are slow.
 
-    Raises the input processor's errors for an invalid request; HttpError (422) naming `field` if it is too large;
+    Raises the input processor's errors for an invalid request; HttpError naming `field` if it needs more than all
+    memory (422) or its prompt is over the limit (400);
     ClientGoneError if the client has disconnected and `make` was given the event (`left`).
     """
     try:
@@ -224,8 +226,7 @@ async def read(state: State, make: Callable[[], Request], field: str) -> Request
         raise HttpError.of(e, status=422, code="too_large") from e
     most = state.config.max_prompt_tokens or state.llm.engine.model.args.max_seq_len
     if len(request.ids) > most:
-        raise HttpError(422, f"the prompt has {len(request.ids)} tokens; the server's limit is {most}",
-                      field=field, hint="shorten it", code="context_length_exceeded")  # fmt: skip
+        raise ContextLengthError(most, len(request.ids), request.params.max_tokens, field)
     check_size(state, [request])
     return request
 
@@ -237,6 +238,19 @@ def check_size(state: State, requests: Sequence[Request]) -> None:
         raise HttpError(422, f"up to {size} tokens would be generated; the server's limit for one request is "
                         f"{state.config.max_request_tokens}", field="max_tokens", code="too_large",
                         hint="lower max_tokens or n, or send fewer prompts")  # fmt: skip
+
+
+def fitting(make: Callable[[SamplingParams], Request], params: SamplingParams) -> Request:
+    """Make a request; `max_tokens` beyond the context, or the memory, asks for all that is left.
+
+    For APIs whose clients always ask for much, made for long contexts: Claude Code for 32000.
+    """
+    try:
+        return make(params)
+    except (PromptTooLongError, EngineError) as e:
+        if params.max_tokens is None or isinstance(e, (AbandonedError, ProcessError, QueueFullError)):
+            raise
+        return make(replace(params, max_tokens=None))
 
 
 async def answer(state: State, http_request: HttpRequest, request: Request) -> AsyncGenerator[TextPiece, None]:

@@ -74,7 +74,7 @@ class _Converter:
         chat = []
         for i, message in enumerate(messages):
             try:
-                chat.append(self._message(i, message))
+                chat.append(self._message(i, message, i + 1 == len(messages)))
                 if message.get("prefix") and i + 1 < len(messages):
                     raise TokenizerError('only the last message can have "prefix": true', field="prefix")
             except TokenizerError as e:
@@ -86,7 +86,7 @@ class _Converter:
                 raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
         return chat
 
-    def _message(self, index: int, message: Mapping[str, Any]) -> Any:
+    def _message(self, index: int, message: Mapping[str, Any], last: bool) -> Any:
         if not isinstance(message, Mapping) or "role" not in message:
             field = "role" if isinstance(message, Mapping) else None
             raise TokenizerError(f"must be a dictionary with a role, not {message!r:.80}", field=field)
@@ -97,7 +97,9 @@ class _Converter:
             if calls:  # Mistral's templates drop text beside tool calls
                 content = None
             if not calls and not content:
-                raise TokenizerError("an assistant's message needs content or tool_calls", field="content")
+                if last or message.get("prefix"):
+                    raise TokenizerError("an assistant's message needs content or tool_calls", field="content")
+                content = [TextChunk(text="")]  # an empty answer; mistral-common refuses ""
             return AssistantMessage(
                 content=content, tool_calls=calls or None, prefix=bool(message.get("prefix", False))
             )
@@ -179,6 +181,9 @@ def _content(content: Any) -> Any:
             raise TokenizerError(
                 f"content part of type {kind!r}: Mistral 7B supports text only", field=f"content[{i}]"
             )
+        if not isinstance(part.get("text"), str):
+            told = "must be a text" if "text" in part else "is missing"
+            raise TokenizerError(f"content[{i}].text {told}", field=f"content[{i}].text")
     return [TextChunk(text=part["text"]) for part in content]
 
 
@@ -191,12 +196,26 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+class _V1(InstructTokenizerV1):
+    """The v1 template, except that an answer may be empty: the end of the sequence alone, as a model writes it."""
+
+    def encode_assistant_message(self, message: AssistantMessage, is_before_last_user_message: bool) -> list[int]:
+        if not message.content and not message.tool_calls:
+            return [] if message.prefix else [self.tokenizer.eos_id]
+        return super().encode_assistant_message(message, is_before_last_user_message)
+
+
 class _V2(InstructTokenizerV2):
-    """The v2 template, except that a continued answer keeps its trailing spaces.
+    """The v2 template, except that an answer may be empty, and that a continued one keeps its trailing spaces.
 
     mistral-common strips trailing spaces from every answer, as in training. A continued answer must match the text
     to which the client appends the continuation.
     """
+
+    def encode_assistant_message(self, message: AssistantMessage, is_before_last_user_message: bool) -> list[int]:
+        if not message.content and not message.tool_calls:
+            return [] if message.prefix else [self.tokenizer.eos_id]
+        return super().encode_assistant_message(message, is_before_last_user_message)
 
     def _encode_normal_content_assistant_message(self, message: AssistantMessage) -> list[int]:
         if message.prefix and isinstance(message.content, str):
@@ -205,11 +224,11 @@ class _V2(InstructTokenizerV2):
 
 
 class _V3(_V2, InstructTokenizerV3):
-    """The v3 template, with the same exception."""
+    """The v3 template, with the same exceptions."""
 
 
 class _V7(_V2, InstructTokenizerV7):
-    """The v7 template, with the same exception."""
+    """The v7 template, with the same exceptions."""
 
 
-TEMPLATES = {"v1": InstructTokenizerV1, "v2": _V2, "v3": _V3, "v7": _V7}
+TEMPLATES = {"v1": _V1, "v2": _V2, "v3": _V3, "v7": _V7}

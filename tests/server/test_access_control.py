@@ -51,7 +51,13 @@ def test_each_route_by_each_method_wants_the_key(closed: Serving) -> None:
             data = answer.read()
             assert answer.status == 401, (method, path)
             assert answer.headers["www-authenticate"].startswith("Bearer")
-            assert method == "HEAD" or json.loads(data)["error"]["code"] == "invalid_api_key"
+            if method == "HEAD":
+                continue
+            error = json.loads(data)["error"]
+            if path.startswith("/api/"):
+                assert "key" in error  # Ollama's errors are a sentence
+            else:
+                assert error["code"] == "invalid_api_key"
     connection.close()
 
 
@@ -59,7 +65,7 @@ def test_live_tells_nothing_but_that_it_lives(closed: Serving) -> None:
     status, _, data = closed.ask("GET", OPEN)
     assert (status, json.loads(data)) == (200, {"status": "live"})
     for method in METHODS[1:]:
-        assert closed.ask(method, OPEN)[0] == 405
+        assert closed.ask(method, OPEN)[0] == (200 if method == "HEAD" else 405)
 
 
 def test_a_browser_is_asked_for_the_key_and_then_has_the_page(closed: Serving) -> None:

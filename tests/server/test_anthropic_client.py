@@ -186,10 +186,8 @@ def test_a_format(client: anthropic.Anthropic) -> None:
     ("fields", "error", "kind", "param"),
     [
         ({"model": "claude"}, anthropic.NotFoundError, "not_found_error", "model"),
-        (
-            {"thinking": {"type": "enabled", "budget_tokens": 1024}},
-            anthropic.BadRequestError, "invalid_request_error", "thinking",
-        ),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]},
+         anthropic.BadRequestError, "invalid_request_error", "tools.0.type"),
         ({"extra_body": {"n": 2}}, anthropic.BadRequestError, "invalid_request_error", "n"),
         ({"max_tokens": 0}, anthropic.BadRequestError, "invalid_request_error", "max_tokens"),
         ({"extra_body": {"top_p": 7}}, anthropic.BadRequestError, "invalid_request_error", "top_p"),
@@ -207,7 +205,7 @@ def test_a_format(client: anthropic.Anthropic) -> None:
         ),
         (
             {"messages": [{"role": "user", "content": "too long " * 400}]},
-            anthropic.UnprocessableEntityError, "invalid_request_error", "messages",
+            anthropic.BadRequestError, "invalid_request_error", "messages",
         ),
     ],
 )  # fmt: skip

@@ -33,7 +33,11 @@ OPENAI_WEATHER = {
         "name": "weather", "description": "tells the weather", "parameters": WEATHER["input_schema"],
     },
 }  # fmt: skip
+SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
 USER = {"role": "user", "content": "hi"}
+THOUGHTS = [
+    {"type": "thinking", "thinking": "well", "signature": "s"}, {"type": "redacted_thinking", "data": "d"}
+]  # fmt: skip
 CALLS = {
     "role": "assistant",
     "content": [
@@ -69,6 +73,21 @@ def tokenizer() -> Tokenizer:
     ("asked", "openai"),
     [
         (request(USER), [USER]),
+        (request(USER, {"role": "assistant", "content": []}), [USER]),
+        (request(USER, {"role": "assistant", "content": ""}), [USER]),
+        (request(USER, {"role": "assistant", "content": THOUGHTS}), [USER]),
+        (
+            request(USER, {"role": "assistant", "content": [*THOUGHTS, *text("a")]}, USER, tools=[SEARCH]),
+            [USER, {"role": "assistant", "content": "a"}, USER],
+        ),
+        (
+            request(USER, {"role": "assistant", "content": []}, USER),
+            [USER, {"role": "assistant", "content": ""}, USER],
+        ),
+        (
+            request(USER, {"role": "system", "content": "late"}),
+            [{"role": "user", "content": "hi\n\nlate"}],
+        ),
         (request(USER, system="be brief"), [{"role": "system", "content": "be brief"}, USER]),
         (
             request({"role": "user", "content": text("a", "b")}, system=text("c", "d")),
@@ -120,6 +139,20 @@ def test_a_conversation_gives_the_tokens_of_the_same_in_openais_words(
 
 
 @pytest.mark.parametrize(
+    ("system", "left"),
+    [
+        ("x-anthropic-billing-header: cc_version=2.1; cch=1a2b;", []),
+        ("x-anthropic-billing-header: cc_version=2.1; cch=1a2b;\n\nBe brief.", ["Be brief."]),
+        (text("x-anthropic-billing-header: cch=1;", "Be brief."), ["Be brief."]),
+        ("Be brief.\nx-anthropic-billing-header: cch=1;", ["Be brief.\nx-anthropic-billing-header: cch=1;"]),
+    ],
+)
+def test_the_billing_header_is_left_out(system: Any, left: list[str]) -> None:
+    messages = conversation(request(USER, system=system)).messages
+    assert [m["content"] for m in messages if m["role"] == "system"] == left
+
+
+@pytest.mark.parametrize(
     ("messages", "field"),
     [
         ([USER, CALLS], "messages[1]"),
@@ -159,8 +192,7 @@ def test_an_error_names_the_place_in_the_request(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("fields", "kind", "place"),
     [
-        ({"thinking": {"type": "enabled", "budget_tokens": 2048}}, "value_error", "thinking"),
-        ({"thinking": {"type": "adaptive"}}, "value_error", "thinking"),
+        ({"thinking": 5}, "dict_type", "thinking"),
         ({"max_tokens": "8"}, "int_type", "max_tokens"),
         ({"max_tokens": 0}, "greater_than_equal", "max_tokens"),
         ({"max_tokens": 10**30}, "less_than_equal", "max_tokens"),
@@ -174,7 +206,10 @@ def test_an_error_names_the_place_in_the_request(tokenizer: Tokenizer) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
             "union_tag_invalid", "messages.0.content.0",
         ),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "missing", "tools.0.input_schema"),
+        ({"tools": [{"name": "web_search"}]}, "missing", "tools.0.custom.input_schema"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "value_error", "tools.0.server.type"),
+        ({"tools": [SEARCH], "tool_choice": {"type": "any"}}, "value_error", ""),
+        ({"tools": [SEARCH, WEATHER], "tool_choice": {"type": "tool", "name": "web_search"}}, "value_error", ""),
         ({"tool_choice": {"type": "any"}}, "value_error", ""),
         ({"tool_choice": {"type": "tool", "name": "weather"}, "tools": []}, "value_error", ""),
     ],

@@ -109,16 +109,17 @@ ENDPOINTS: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any], dict[str, A
          "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
         {"cache_control": {"type": "ephemeral"}, "diagnostics": {"previous_message_id": None},
          "inference_geo": "eu", "metadata": {"user_id": "u"}, "service_tier": "auto", "speed": "fast",
-         "user_profile_id": "u", "workspace_id": "w"},
-        {"container": "c", "thinking": {"type": "enabled", "budget_tokens": 1024}},
+         "user_profile_id": "u", "workspace_id": "w", "container": "c",
+         "thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {},
     ),
     "anthropic messages.count_tokens": (
         f"{MESSAGES}/count_tokens", MessageCountTokensParams,
         {"model": "tiny", "messages": HELLO, "system": "Be brief.", "tools": [ANTHROPIC_TOOL],
          "tool_choice": {"type": "auto"}},
         {"cache_control": {"type": "ephemeral"}, "speed": "fast", "user_profile_id": "u", "workspace_id": "w",
-         "output_config": {"effort": "low"}},
-        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+         "output_config": {"effort": "low"}, "thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {},
     ),
 }  # fmt: skip
 FRIENDS: dict[str, dict[str, Any]] = {

@@ -54,7 +54,7 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     (CHAT, chat(messages=[*HELLO, LATE, LATE, {"role": "assistant", "tool_calls": [CALL]}]), 400, BAD,
      "messages[3]"),
     (CHAT, chat(messages=[LATE]), 400, BAD, "messages"),
-    (CHAT, chat(messages=[{"role": "user", "content": LONG}]), 422, BAD, "messages"),
+    (CHAT, chat(messages=[{"role": "user", "content": LONG}]), 400, BAD, "messages"),
     (CHAT, chat(model="no"), 404, GONE, "model"),
     (CHAT, chat(n=99), 422, BAD, "n"),
     (CHAT, chat(top_logprobs=2), 400, BAD, "top_logprobs"),
@@ -76,7 +76,7 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     (ANTHROPIC, chat(model="tiny", system="s", messages=[
         *HELLO, {"role": "assistant", "content": [DO]}, {"role": "user", "content": [DONE]}, LATE, *HELLO,
     ]), 400, BAD, "messages[3]"),  # index 4 in the prompt's messages, where `system` is the first
-    (ANTHROPIC, chat(model="tiny", messages=[{"role": "user", "content": LONG}]), 422, BAD, "messages"),
+    (ANTHROPIC, chat(model="tiny", messages=[{"role": "user", "content": LONG}]), 400, BAD, "messages"),
     (ANTHROPIC + "/count_tokens", {"model": "tiny", "messages": [LATE]}, 400, BAD, "messages"),
 ]  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_what_the_engine_refuses_keeps_its_code(
     server: Serving, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     for error, status, code in (
-        (PromptTooLongError("long", field="messages"), 422, "context_length_exceeded"),
+        (PromptTooLongError("long", field="messages"), 400, "context_length_exceeded"),
         (GenerationError("empty", field="messages"), 400, None),
     ):
 

@@ -124,7 +124,7 @@ def test_limits_have_their_own_status(closed: Serving):
     key = bearer("one")
     long = [{"role": "user", "content": "x " * 200}]
     status, _, data = closed.ask("POST", CHAT, {**ASK, "messages": long}, key)
-    assert (status, error_of(data)["code"]) == (422, "context_length_exceeded")
+    assert (status, error_of(data)["code"]) == (400, "context_length_exceeded")
     assert closed.ask("POST", CHAT, {**ASK, "n": 17}, key)[0] == 422
     assert closed.ask("POST", "/v1/completions", {"prompt": ["a", "b", "c"]}, key)[0] == 422
     status, _, data = closed.ask("POST", CHAT, b"x" * 2001, key)

@@ -27,7 +27,7 @@ def test_an_answer_without_a_limit_fits_what_memory_there_is():
         status, out = server.post(CHAT, {"messages": HELLO, "max_tokens": 600})
         assert (status, out["error"]["code"]) == (422, "too_large")
         status, out = server.post(CHAT, {"messages": HELLO, "max_tokens": 2000})
-        assert (status, out["error"]["code"]) == (422, "context_length_exceeded")
+        assert (status, out["error"]["code"]) == (400, "context_length_exceeded")
         server.idle()
 
 

@@ -85,7 +85,7 @@ CALL = {"id": "123456789", "type": "function", "function": {"name": "f", "argume
          "output_config.format.grammar"),
         (anthropic(output_config={"task_budget": {"type": "tokens", "total": 9}}), "output_config.task_budget"),
         (anthropic(tools=[ANTHROPIC_TOOL], tool_choice={"type": "any", "max_calls": 1}),
-         "tool_choice.any.max_calls"),
+         "tool_choice.max_calls"),
         (anthropic(tools=[{**ANTHROPIC_TOOL, "input_examples": [{"city": "Rome"}]}]), "tools.0.input_examples"),
         (anthropic(tools=[{**ANTHROPIC_TOOL, "allowed_callers": ["code_execution_20260120"]}]),
          "tools.0.allowed_callers.0"),

@@ -17,6 +17,7 @@ from schemathesis.specs.openapi.checks import (  # noqa: E402
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 GENERATE = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
+OLLAMA = ("/api/chat", "/api/generate")
 FEW = settings(
     max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -38,6 +39,12 @@ def test_every_answer_is_documented(server: Serving, mode: str) -> None:
                 for name in {limit, *({"max_completion_tokens"} & case.body.keys())}:  # short responses
                     most = case.body.setdefault(name, 2)
                     case.body[name] = min(most, 2) if type(most) is int else most
+                    if case.body[name] == -1:  # no limit
+                        case.body[name] = 2
+            if isinstance(case.body, dict) and case.path in OLLAMA:
+                case.body.setdefault("options", {})
+                if isinstance(case.body["options"], dict):
+                    case.body["options"]["num_predict"] = 2
             seen.add(case.call_and_validate(checks=CHECKS, timeout=20).status_code)
 
         try:

@@ -185,7 +185,7 @@ def test_a_prefix_of_the_answer_is_continued():
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
         (TURNS[:2], "messages[1]"),
         ([SYSTEM], "messages"),
-        ([TURNS[0], {"role": "assistant", "content": ""}, TURNS[2]], "messages[1].content"),
+        ([TURNS[0], {"role": "assistant", "content": ""}], "messages[1].content"),
         ([TURNS[0], CALLS[2], *TURNS[:3]], "messages[1]"),
         ([TURNS[0], {"role": "assistant", "tool_calls": [{"id": "x"}]}], "messages[1].tool_calls"),
         ([*TURNS[:3], {"role": "assistant", "content": "a", "prefix": True}, TURNS[0]], "messages[3].prefix"),

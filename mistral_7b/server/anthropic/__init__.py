@@ -1,6 +1,7 @@
 """Anthropic's Messages API.
 
-wire       request and response bodies; imports no torch
+bodies     request bodies; imports no torch
+wire       their conversion to OpenAI's message format; imports no torch
 events     the events of a streamed message; imports no torch
 messages   /v1/messages and its token count
 """

@@ -1,6 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API.
 
-Request bodies are in anthropic_wire.py, responses and events in anthropic_events.py.
+Request bodies are in bodies.py, their conversion in wire.py, responses and events in events.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from starlette.responses import Response
 from ...engine.inputs import RequestOptions
 from ...engine.request import Request
 from ...errors import GenerationError
+from ...sampling.params import SamplingParams
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import event_stream, frame
 from ..openai.responses import documented
-from ..state import State, answer, left, read
+from ..state import State, answer, fitting, left, read
 from . import wire as wire
 from .events import Answer, CountAnswer, MessageAnswer
 
@@ -56,6 +57,12 @@ def router(state: State) -> APIRouter:
         state.adapter(body.model)
         return json_answer({"input_tokens": await asyncio.to_thread(_count, state, body)})
 
+    @routes.post("/api/event_logging/batch", include_in_schema=False)
+    @routes.post("/api/event_logging/v2/batch", include_in_schema=False)
+    async def events() -> Response:
+        """Statistics of Claude Code: nothing is kept."""
+        return json_answer({})
+
     return routes
 
 
@@ -63,11 +70,15 @@ def _request(
     state: State, body: wire.MessagesRequest, adapter: str | None, gone: threading.Event | None
 ) -> Request:
     """Build the engine request. Errors name a message by its index in the client's request."""
-    talk = wire.conversation(body)
-    return state.llm.inputs.chat(
-        talk.messages, body.params(), RequestOptions(adapter=adapter, disconnected=gone), tools=wire.offered(body),
-        tool_choice=wire.chosen(body), parallel=wire.most_calls(body) is None, labels=talk.labels,
-    )  # fmt: skip
+    talk, params = wire.conversation(body), body.params()
+
+    def make(params: SamplingParams) -> Request:
+        return state.llm.inputs.chat(
+            talk.messages, params, RequestOptions(adapter=adapter, disconnected=gone), tools=wire.offered(body),
+            tool_choice=wire.chosen(body), parallel=wire.most_calls(body) is None, labels=talk.labels,
+        )  # fmt: skip
+
+    return fitting(make, params)
 
 
 def _count(state: State, body: wire.CountRequest) -> int:

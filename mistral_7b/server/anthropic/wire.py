@@ -1,196 +1,46 @@
-"""Request bodies of Anthropic's Messages API, and their conversion to OpenAI's message format.
+"""Conversion of Anthropic's requests to OpenAI's message format.
 
-    Anthropic                                   OpenAI format, as messages.py reads it
+    Anthropic                                   OpenAI format, as text/messages.py reads it
     system                                      a first message with role system
     user: [tool_result ..., text ...]           a tool message for each result, then a user message
     assistant: [text ..., tool_use ...]         one assistant message; only its calls, if there are any
     assistant, as the last message              "prefix": True: it is continued, trailing whitespace included
+    thinking, redacted_thinking                 nothing
     tool {name, input_schema}                   {"type": "function", "function": {name, parameters}}
+    tool that Anthropic's servers run           nothing; an error if `tool_choice` forces it
 
-Mistral's template supports neither text next to tool calls nor `is_error`. The text is dropped, as Mistral's own
-template does, and the result of a failed call gets the prefix "Error: ".
+Mistral's template supports neither text next to tool calls nor `is_error`, nor a system turn after a user's. The
+text is dropped, as Mistral's own template does, the result of a failed call gets the prefix "Error: ", and a
+system turn after a user's, or at the end, becomes a part of the user's.
+
+The billing header rule: a line `x-anthropic-billing-header: ...` at the beginning of a system text is left out.
+Claude Code sends it with a hash that changes from request to request. In the prompt it would give every request
+another first page, and no request would hit the prefix cache.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, field_validator, model_validator
+from typing import Any
 
 from ...errors import TokenizerError
-from ...sampling.params import SamplingParams, StructuredOutputs
-from ..openai.protocol import INT64, MOST_MESSAGES, MOST_STOPS, Stop, not_served
+from .bodies import (
+    AnyChoice,
+    Block,
+    Conversing,
+    NamedChoice,
+    NoChoice,
+    TextBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+from .bodies import CountRequest as CountRequest
+from .bodies import MessagesRequest as MessagesRequest
 
-MOST_TOKENS = 2**31 - 1
-NO_THINKING = "this model does not think before it answers: leave `thinking` out, or disable it"
-
-# ---------------------------------------------------------------------- request bodies
-
-
-class _Wire(BaseModel):
-    """Base class with strict types: "5" is not a number.
-
-    Messages, blocks and tools ignore unknown fields, because clients add hints such as `cache_control`.
-    """
-
-    model_config = ConfigDict(strict=True, protected_namespaces=(), hide_input_in_errors=True)
-
-
-class _Strict(_Wire):
-    """Base class of all other bodies, in which unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-def _as_blocks(content: Any) -> Any:
-    """Expand a string to one text block."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-class TextBlock(_Wire):
-    type: Literal["text"]
-    text: str
-
-
-class ToolUseBlock(_Wire):
-    type: Literal["tool_use"]
-    id: str = Field(min_length=1)
-    name: str = Field(min_length=1)
-    input: dict[str, Any]
-
-
-Texts = Annotated[list[TextBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[TextBlock])]
-
-
-class ToolResultBlock(_Wire):
-    type: Literal["tool_result"]
-    tool_use_id: str
-    content: Texts | None = None
-    is_error: bool | None = None
-
-
-Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
-Blocks = Annotated[list[Block], BeforeValidator(_as_blocks, json_schema_input_type=str | list[Block])]
-
-
-class Message(_Wire):
-    role: Literal["user", "assistant", "system"]
-    content: Blocks
-
-
-class Tool(_Wire):
-    name: str
-    input_schema: dict[str, Any]
-    description: str | None = None
-    type: Literal["custom"] | None = None
-    allowed_callers: list[Literal["direct"]] | None = None  # the model is the only caller
-    input_examples: Annotated[None, not_served("Mistral's template has none; use the description")] = None
-
-
-class AutoChoice(_Strict):
-    type: Literal["auto"]
-    disable_parallel_tool_use: bool = False
-
-
-class AnyChoice(_Strict):
-    type: Literal["any"]
-    disable_parallel_tool_use: bool = False
-
-
-class NamedChoice(_Strict):
-    type: Literal["tool"]
-    name: str
-    disable_parallel_tool_use: bool = False
-
-
-class NoChoice(_Strict):
-    type: Literal["none"]
-    disable_parallel_tool_use: bool = False
-
-
-Choice = Annotated[AutoChoice | AnyChoice | NamedChoice | NoChoice, Field(discriminator="type")]
-
-
-class JSONFormat(_Strict):
-    type: Literal["json_schema"]
-    json_schema: dict[str, Any] = Field(alias="schema")
-
-
-class OutputConfig(_Strict):
-    format: JSONFormat | None = None
-    effort: str | None = None
-
-
-class _Conversation(_Strict):
-    """Fields that /v1/messages and /v1/messages/count_tokens share."""
-
-    model: str
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
-    system: Texts | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Choice | None = None
-    thinking: dict[str, Any] | None = None
-    output_config: OutputConfig | None = None
-    # Accepted and ignored.
-    cache_control: Any = None
-    speed: Any = None
-    user_profile_id: Any = None
-    workspace_id: Any = None
-
-    @field_validator("thinking")
-    @classmethod
-    def _refuse_thinking(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None and value.get("type") != "disabled":
-            raise ValueError(NO_THINKING)
-        return value
-
-    @model_validator(mode="after")
-    def _need_tools(self) -> _Conversation:
-        if isinstance(self.tool_choice, AnyChoice | NamedChoice) and not self.tools:
-            raise ValueError("tool_choice requires a call, but there are no tools")
-        return self
-
-
-class CountRequest(_Conversation):
-    """POST /v1/messages/count_tokens."""
-
-
-class MessagesRequest(_Conversation):
-    """POST /v1/messages. `seed` is an extension of this server."""
-
-    max_tokens: int = Field(ge=1, le=MOST_TOKENS)
-    stop_sequences: Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    metadata: dict[str, Any] | None = None
-    # Accepted and ignored.
-    service_tier: Any = None
-    inference_geo: Any = None
-    diagnostics: Any = None
-    container: Annotated[None, not_served("this server cannot run code")] = None
-
-    def params(self) -> SamplingParams:
-        """The engine's sampling parameters. SamplingError names a field that is out of range."""
-        given = {
-            "max_tokens": self.max_tokens, "stop": self.stop_sequences, "temperature": self.temperature,
-            "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed, "structured_outputs": self._spec(),
-        }  # fmt: skip
-        return SamplingParams.from_dict({name: value for name, value in given.items() if value is not None})
-
-    def _spec(self) -> StructuredOutputs | None:
-        """The constraint on the text, or None."""
-        if self.output_config is not None and self.output_config.format is not None:
-            return StructuredOutputs(json=self.output_config.format.json_schema)
-        return None
-
-
-# ---------------------------------------------------------------------- conversion to OpenAI's format
+BILLING = re.compile(r"\s*x-anthropic-billing-header:[^\n]*\n*", re.IGNORECASE)
 
 
 class ConversationError(TokenizerError):
@@ -209,22 +59,32 @@ class Conversation:
         self.labels.append(label)
 
 
-def conversation(request: _Conversation) -> Conversation:
+def conversation(request: Conversing) -> Conversation:
     """Convert the conversation of a request. ConversationError names a message that breaks Anthropic's rules."""
     out = Conversation()
-    if request.system and any(block.text for block in request.system):
-        out.add("system", {"role": "system", "content": _text(request.system)})
+    system = [TextBlock(type="text", text=_without_billing(block.text)) for block in request.system or ()]
+    if system := [block for block in system if block.text]:
+        out.add("system", {"role": "system", "content": _text(system)})
     called: set[str] = set()  # ids of the last assistant turn's calls that have no result yet
     for i, message in enumerate(request.messages):
         origin = f"messages[{i}]"
-        blocks = message.content
+        role, blocks = message.role, message.content
+        if role == "assistant":
+            called = _add_assistant(out, origin, blocks)
+            continue
         if not blocks:
             raise ConversationError(f"{origin} has no content", field=f"{origin}.content")
-        if message.role == "assistant":
-            called = _add_assistant(out, origin, blocks)
-        else:
-            called -= _add_user(out, origin, message.role, blocks, called)
-    if out.messages[-1]["role"] == "assistant":
+        before = out.messages[-1]["role"] if out.messages else None
+        if role == "system" and (
+            before == "user" or (before in ("assistant", "tool") and i + 1 == len(request.messages))
+        ):
+            role = "user"
+        called -= _add_user(out, origin, role, blocks, called)
+    last = out.messages[-1] if out.messages else {}
+    if last.get("role") == "assistant" and not called and not any(_texts(last["content"])):
+        out.messages.pop()  # nothing to continue: the answer begins there
+        out.labels.pop()
+    elif last.get("role") == "assistant":
         if called:
             raise ConversationError(
                 f"{out.labels[-1]} calls tools: their results must follow", field=out.labels[-1]
@@ -264,6 +124,17 @@ def _add_user(out: Conversation, origin: str, role: str, blocks: Sequence[Block]
     return {result.tool_use_id for result in results}
 
 
+def _without_billing(text: str) -> str:
+    """A system text by the billing header rule."""
+    header = BILLING.match(text)
+    return text[header.end() :] if header else text
+
+
+def _texts(content: Any) -> list[str]:
+    """The texts of a content that `_text` made."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content]
+
+
 def _text(blocks: Sequence[Block]) -> Any:
     """The content of text blocks: a string for one block, otherwise a list."""
     texts = [b.text for b in blocks if isinstance(b, TextBlock)]
@@ -283,9 +154,9 @@ def _call(block: ToolUseBlock) -> dict[str, Any]:
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
 
 
-def offered(request: _Conversation) -> list[dict[str, Any]] | None:
+def offered(request: Conversing) -> list[dict[str, Any]] | None:
     """The tools in OpenAI's format; None if the prompt must not contain any."""
-    if not request.tools or isinstance(request.tool_choice, NoChoice):
+    if not request.own_tools or isinstance(request.tool_choice, NoChoice):
         return None
     return [
         {
@@ -294,11 +165,11 @@ def offered(request: _Conversation) -> list[dict[str, Any]] | None:
                 "name": tool.name, "description": tool.description or "", "parameters": tool.input_schema,
             },
         }
-        for tool in request.tools
+        for tool in request.own_tools
     ]  # fmt: skip
 
 
-def chosen(request: _Conversation) -> str | dict[str, Any]:
+def chosen(request: Conversing) -> str | dict[str, Any]:
     """`tool_choice` in OpenAI's format."""
     choice = request.tool_choice
     if isinstance(choice, NamedChoice):
@@ -308,7 +179,7 @@ def chosen(request: _Conversation) -> str | dict[str, Any]:
     return "none" if isinstance(choice, NoChoice) else "auto"
 
 
-def most_calls(request: _Conversation) -> int | None:
+def most_calls(request: Conversing) -> int | None:
     """The maximum number of tool calls in one turn; None: no limit."""
     choice = request.tool_choice
     return 1 if choice is not None and getattr(choice, "disable_parallel_tool_use", False) else None

@@ -1,12 +1,12 @@
 """Error responses: a status and {"error": {"message", "type", "param", "code"}}, in streams as well.
 
 Under /v1/messages the types are Anthropic's. Its shape, {"type": "error", "error": {"type", "message"}}, is the
-same object with one more field.
+same object with one more field. Under /api the body is Ollama's, {"error": message}.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ...errors import (
@@ -21,6 +21,9 @@ from ...errors import (
     TokenizerError,
 )
 
+ANTHROPIC = "/v1/messages"  # begins the paths of Anthropic's API
+OLLAMA = "/api/"  # and of Ollama's
+TOO_LONG = "context_length_exceeded"
 CLIENT_GONE = 499  # only for the log: the connection is closed
 RETRY_AFTER = 1  # seconds; the queue has room again after a few steps
 LONGEST = 500  # characters of a message, which may quote client input of any length
@@ -60,10 +63,45 @@ class HttpError(Mistral7BError):
 
     def body(self, path: str = "") -> dict[str, Any]:
         """The JSON body for a route's path."""
-        anthropic = path.startswith("/v1/messages")
+        if path.startswith(OLLAMA):
+            return {"error": str(self)}
+        anthropic = path.startswith(ANTHROPIC)
         kind = (ANTHROPIC_TYPES if anthropic else OPENAI_TYPES).get(self.status, "invalid_request_error")
         error = {"message": str(self), "type": kind, "param": self.field, "code": self.code}
         return {"type": "error", "error": error} if anthropic else {"error": error}
+
+
+class ContextLengthError(HttpError):
+    """A prompt that exceeds the context (400), in the words of each API, by which its clients recognize it.
+
+    `limit`, `prompt` and `completion` are tokens, as in PromptTooLongError; `field` held the prompt.
+    """
+
+    def __init__(self, limit: int, prompt: int, completion: int | None, field: str) -> None:
+        self.limit, self.prompt = limit, prompt
+        requested = prompt + (completion or 0)
+        most = f"This model's maximum context length is {limit} tokens"
+        if field != "messages":
+            told = (
+                f"{most}, however you requested {requested} tokens ({prompt} in your prompt; {completion or 0} "
+                "for the completion). Please reduce your prompt; or completion length."
+            )
+        elif completion is None:
+            told = f"{most}. However, your messages resulted in {prompt} tokens. Please reduce the length of the "
+            told += "messages."
+        else:
+            told = (
+                f"{most}. However, you requested {requested} tokens ({prompt} in the messages, {completion} in "
+                "the completion). Please reduce the length of the messages or completion."
+            )
+        # The code is in the text too: OpenAI's client shows its users the message alone, and LangChain reads it.
+        super().__init__(400, f"{told} ({TOO_LONG})", field=field, code=TOO_LONG)
+
+    def body(self, path: str = "") -> dict[str, Any]:
+        if not path.startswith(ANTHROPIC):
+            return super().body(path)
+        told = f"prompt is too long: {self.prompt} tokens > {self.limit} maximum"
+        return HttpError(400, told, field=self.field, code=self.code).body(path)
 
 
 class ClientGoneError(HttpError):
@@ -88,7 +126,9 @@ def refusal(error: Exception) -> HttpError:
     if isinstance(error, ProcessError):
         return HttpError.of(error, status=503, code="no_process", retry_after=RETRY_AFTER)
     if isinstance(error, PromptTooLongError):
-        return HttpError.of(error, status=422, code="context_length_exceeded")
+        if error.limit is None or error.prompt is None:
+            return HttpError.of(error, status=400, code=TOO_LONG)
+        return ContextLengthError(error.limit, error.prompt, error.completion, error.field or "prompt")
     if isinstance(error, AdapterError):
         return HttpError.of(error, status=404, field="model", code="model_not_found")
     if isinstance(error, (SamplingError, TokenizerError, GenerationError)):  # GrammarError is a SamplingError
@@ -96,17 +136,3 @@ def refusal(error: Exception) -> HttpError:
     if isinstance(error, EngineError):
         return HttpError(500, "the engine failed on this request; see the server's log")
     return HttpError(500, "internal server error; see the server's log")
-
-
-def invalid(errors: Sequence[Mapping[str, Any]]) -> HttpError:
-    """The error response for pydantic's validation errors; it reports the first one, with its field."""
-    first = errors[0]
-    param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    kind = first["type"]
-    message = str(first["ctx"]["error"] if kind == "value_error" else first["msg"])
-    if kind == "extra_forbidden":
-        return HttpError(400, f"unknown field {param!r:.200}", field=param[:200], code="unknown_field")
-    if kind == "missing":
-        message = f"{param} is missing" if param else "the body is missing: send a JSON object"
-        return HttpError(400, message, field=param or None, code="missing_field")
-    return HttpError(400, f"{param[:200]}: {message}" if param else message, field=param[:200] or None)

@@ -24,7 +24,7 @@ class _JsonRequest(HttpRequest):
             body = await self.body()
             data = _parse(body)
         except ValueError as e:
-            raise json.JSONDecodeError(f"the body is not valid JSON: {e}", "", 0) from None
+            raise json.JSONDecodeError(str(e), "", 0) from None
         if len(body) > LARGE:
             await asyncio.sleep(0)  # let other tasks run between parsing and validation
         return data

@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .errors import CLIENT_GONE, HttpError, refusal
+from .errors import ANTHROPIC, CLIENT_GONE, OLLAMA, HttpError, refusal
 
 logger = logging.getLogger("mistral_7b.server")
 
@@ -31,10 +31,14 @@ def frame(data: Any, event: str | None = None) -> bytes:
 
 def error_frame(error: HttpError, path: str) -> bytes:
     """Encode an error as an event, for a stream that has started."""
-    return frame(error.body(path), "error" if path.startswith("/v1/messages") else None)
+    if path.startswith(OLLAMA):
+        return to_json(error.body(path)) + b"\n"
+    return frame(error.body(path), "error" if path.startswith(ANTHROPIC) else None)
 
 
-async def event_stream(frames: Frames, failed: Callable[[HttpError], bytes] | None = None) -> Response:
+async def event_stream(
+    frames: Frames, failed: Callable[[HttpError], bytes] | None = None, kind: type[EventStream] | None = None
+) -> Response:
     """Return a streaming response. The first event is awaited here, so that earlier errors set the status.
 
     `failed`: encodes the events of an error that ends the stream; by default error_frame does.
@@ -44,7 +48,7 @@ async def event_stream(frames: Frames, failed: Callable[[HttpError], bytes] | No
     except BaseException:
         await frames.aclose()
         raise
-    return EventStream(first, frames, failed)
+    return (kind or EventStream)(first, frames, failed)
 
 
 class EventStream(Response):
@@ -77,3 +81,9 @@ class EventStream(Response):
                 logger.exception("a stream ended with an error")
             if why.status != CLIENT_GONE:
                 yield error_frame(why, path) if self.failed is None else self.failed(why)
+
+
+class LineStream(EventStream):
+    """The same as lines of JSON, as in Ollama's API."""
+
+    media_type = "application/x-ndjson"

@@ -23,7 +23,7 @@ from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
 from ..state import State, answer, left, read
 from .logprobs import ChatLogprobs
-from .protocol import ChatRequest, plain, plain_tools
+from .protocol import ChatRequest, Sampling, plain, plain_tools
 from .responses import (
     CallDelta,
     ChatChoice,
@@ -55,7 +55,7 @@ def router(state: State) -> APIRouter:
     )
     async def chat_completions(body: ChatRequest, http_request: HttpRequest) -> Response:
         """Complete a conversation."""
-        check_n(state, body.n)
+        check_n(state, body)
         adapter = state.adapter(body.model)
         make = partial(read_chat, state, body, adapter, left(http_request))
         request = await read(state, make, "messages")
@@ -73,8 +73,11 @@ def router(state: State) -> APIRouter:
     return routes
 
 
-def check_n(state: State, n: int | None) -> None:
-    """HttpError (422) if `n` is over the server's or the engine's limit."""
+def check_n(state: State, body: Sampling) -> None:
+    """HttpError if `n` is over the server's or the engine's limit (422), or `best_of` is another number (400)."""
+    n = body.n
+    if body.best_of not in (None, n or 1):
+        raise HttpError(400, "best_of is not supported", field="best_of", hint="use n with logprobs, and choose")
     most = min(state.config.max_n, state.llm.engine.config.max_sequences)
     if n is not None and n > most:
         raise HttpError(422, f"n must be at most {most} here, not {n}", field="n")
@@ -104,10 +107,11 @@ def read_chat(
     options = RequestOptions(
         priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, disconnected=gone
     )
-    return state.llm.inputs.chat(
-        messages, params, options, tools=tools, tool_choice=choice, parallel=body.parallel_tool_calls is not False,
-        labels=labels,
-    )  # fmt: skip
+    with body.named():
+        return state.llm.inputs.chat(
+            messages, params, options, tools=tools, tool_choice=choice,
+            parallel=body.parallel_tool_calls is not False, labels=labels,
+        )  # fmt: skip
 
 
 def _top(body: ChatRequest) -> int | None:
@@ -120,11 +124,9 @@ def _structured(body: ChatRequest) -> StructuredOutputs | None:
     """The constraint on the text: OpenAI's response_format or vLLM's structured_outputs."""
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
-        return None if body.structured_outputs is None else StructuredOutputs.from_dict(body.structured_outputs)
-    if body.structured_outputs is not None:
-        raise HttpError(
-            400, "response_format and structured_outputs exclude each other", field="structured_outputs"
-        )
+        return body.constraint()
+    if (other := body.constrained_by) is not None:
+        raise HttpError(400, f"response_format and {other} exclude each other", field=other)
     schema = wanted.schema_ if wanted.json_schema is None else wanted.json_schema.schema_
     if wanted.type == "json_object" and not schema:
         return StructuredOutputs(json_object=True)

@@ -24,7 +24,7 @@ from ..http.sse import DONE, Frames, event_stream, frame
 from ..state import State, answer, check_size, left, read
 from .chat import check_n
 from .logprobs import Part, TokenSpans, joined, text_logprobs
-from .protocol import CompletionRequest, prompts_of
+from .protocol import NO_LIMIT, CompletionRequest, prompts_of
 from .responses import TextChoice, TextCompletion, TextLogprobs, Usage, documented
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -67,12 +67,10 @@ def router(state: State) -> APIRouter:
 
 
 def _check(state: State, body: CompletionRequest) -> None:
-    check_n(state, body.n)
+    check_n(state, body)
     check_prompts(state, prompts_of(body.prompt), "prompt")
     if body.suffix:
         raise HttpError(400, "suffix is not supported: Mistral 7B was not trained to infill", field="suffix")
-    if body.best_of not in (None, body.n or 1):
-        raise HttpError(400, "best_of is not supported", field="best_of", hint="use n with logprobs, and choose")
     if body.max_tokens == 0 and not body.echo:
         raise HttpError(400, "max_tokens must be at least 1, unless echo is true", field="max_tokens")
 
@@ -87,10 +85,13 @@ def check_prompts(state: State, prompts: Sequence[Any], param: str) -> None:
 
 
 def _read(state: State, body: CompletionRequest, prompt: Any, options: RequestOptions) -> Request:
-    limit = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    limit: int | None = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    if body.max_tokens == NO_LIMIT:
+        limit = None
     echoed = body.logprobs if body.echo else None
     params = body.params(max_tokens=limit, logprobs=body.logprobs, prompt_logprobs=echoed)
-    return state.llm.inputs.text(prompt, params, options)
+    with body.named():
+        return state.llm.inputs.text(prompt, params, options)
 
 
 # ---------------------------------------------------------------------- the response

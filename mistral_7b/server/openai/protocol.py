@@ -1,7 +1,7 @@
 """Request bodies: OpenAI's fields, with vLLM's and Mistral's extensions. Imports no torch.
 
-Pydantic validates them: a wrong type or an unknown field gives a 400 that names the field. Response bodies are in
-answers.py.
+Pydantic validates them: a wrong type or an unknown field gives a 400 that names the field. Base classes are in
+body.py, vLLM's defaults in vllm.py, response bodies in responses.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import MaxLen
 from pydantic import (
+    AfterValidator,
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
     Field,
     StrictBool,
     StrictFloat,
@@ -25,8 +23,9 @@ from pydantic import (
 
 from ...sampling.params import SamplingParams
 from ..http.errors import HttpError
+from .body import Body, First, Int, Part, not_served, only, sampling_params
+from .vllm import Constraint, Defaults
 
-INT64 = 1 << 63
 MOST_MESSAGES = 4096
 MOST_STOPS = 16
 LONGEST_STOP = 256  # characters: each new token is compared with all stop strings
@@ -35,51 +34,12 @@ MOST_LOGPROBS = 20
 MOST_PROMPTS = 2048  # limit of parsing; ServerConfig.max_prompts limits what is served
 
 
-class _First(FailFast):
-    """Stops the validation of a list at its first invalid entry."""
-
-    __hash__ = object.__hash__  # FailFast has no hash, which pydantic needs in unions
-
-
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
-Int = Annotated[StrictInt, Field(ge=-INT64, lt=INT64)]
-Ids = Annotated[list[Int], _First()]
-Texts = Annotated[list[str], _First(), MaxLen(MOST_PROMPTS)]
-IdLists = Annotated[list[Ids], _First(), MaxLen(MOST_PROMPTS)]
+Ids = Annotated[list[Int], First()]
+Texts = Annotated[list[str], First(), MaxLen(MOST_PROMPTS)]
+IdLists = Annotated[list[Ids], First(), MaxLen(MOST_PROMPTS)]
 Prompts = str | Texts | Ids | IdLists
 Schema = dict[str, Any]
-
-
-def not_served(why: str) -> BeforeValidator:
-    """A validator for a known field that is not supported and must not be ignored: only null is valid."""
-
-    def refuse(value: Any) -> None:
-        if value is not None:
-            raise ValueError(f"not supported: {why}")
-
-    return BeforeValidator(refuse)
-
-
-class Body(BaseModel):
-    """A request body or a part of one; unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_unknown(cls, data: Any) -> Any:
-        """Keep only the first unknown field: pydantic would build one error for each of thousands."""
-        if not isinstance(data, dict) or len(data) <= len(cls.model_fields):
-            return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        unknown = next(name for name in data if name not in known)
-        return {name: value for name, value in data.items() if name in known or name == unknown}
-
-
-class Part(BaseModel):
-    """A part that ignores unknown fields. Unsupported fields that would change the response are refused."""
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=(), hide_input_in_errors=True)
 
 
 class StreamOptions(Body):
@@ -87,14 +47,24 @@ class StreamOptions(Body):
     include_obfuscation: StrictBool | None = None  # ignored: the streams are not padded
 
 
-class Sampling(Body):
+def _at_least_one(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be at least 1, or -1 for no limit")
+    return value
+
+
+NO_LIMIT = -1  # of max_tokens: as many as the context holds
+Limit = Annotated[Int, Field(ge=NO_LIMIT), AfterValidator(_at_least_one)]
+
+
+class Sampling(Constraint, Defaults):
     """Fields that chat completions and completions share."""
 
     model: str | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[Int, Field(ge=1)] | None = None
-    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    max_tokens: Annotated[Int, Field(ge=NO_LIMIT)] | None = None
     temperature: StrictFloat | None = None
     top_p: StrictFloat | None = None
     seed: Int | None = None
@@ -111,7 +81,7 @@ class Sampling(Body):
     min_tokens: Annotated[Int, Field(ge=0)] | None = None
     ignore_eos: StrictBool | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=MOST_IDS)] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    best_of: Int | None = None
     priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     cache_salt: Annotated[str, StringConstraints(max_length=256)] | None = None
     # Mistral's
@@ -122,12 +92,11 @@ class Sampling(Body):
         names = (
             "n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias",
             "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
-            "structured_outputs",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.seed is None and self.random_seed is not None:
             given["seed"] = self.random_seed
-        return SamplingParams(**{**given, **others})
+        return sampling_params({**given, "structured_outputs": self.constraint(), **others})
 
     @property
     def with_usage(self) -> bool:
@@ -242,15 +211,17 @@ class Ending(Body):
 class ChatRequest(Sampling, Ending):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], _First(), Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
-    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], First(), Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_completion_tokens: Limit | None = None
+    max_tokens: Limit | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[ToolDefinition] | None = None
     tool_choice: Literal["auto", "none", "required", "any"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
+    echo: Annotated[StrictBool | None, only(False)] = None
+    add_special_tokens: Annotated[StrictBool | None, only(False)] = None  # the template has them
     safe_prompt: StrictBool | None = None
     # Accepted and ignored: they would not change the response.
     store: Any = None
@@ -286,7 +257,8 @@ class ChatRequest(Sampling, Ending):
     @property
     def limit(self) -> int | None:
         """Token limit of the response; None: the rest of the context."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        given = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return None if given == NO_LIMIT else given
 
 
 class CompletionRequest(Sampling):
@@ -294,8 +266,8 @@ class CompletionRequest(Sampling):
 
     prompt: Prompts
     echo: StrictBool | None = None
+    add_special_tokens: Annotated[StrictBool | None, only(True)] = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    best_of: Int | None = None
     suffix: str | None = None
 
 

@@ -147,6 +147,38 @@ class EmbeddingList(TypedDict):
     usage: EmbeddingUsage
 
 
+class Score(TypedDict):
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreList(TypedDict):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: EmbeddingUsage
+
+
+class RerankedDocument(TypedDict):
+    text: str
+
+
+class RerankResult(TypedDict):
+    index: int
+    relevance_score: float
+    document: NotRequired[RerankedDocument]
+
+
+class Reranked(TypedDict):
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: EmbeddingUsage
+
+
 class Capabilities(TypedDict):
     completion_chat: bool
     function_calling: bool
@@ -184,6 +216,10 @@ class ModelList(TypedDict):
 
 class Health(TypedDict):
     status: str
+
+
+class Version(TypedDict):
+    version: str
 
 
 def documented(*statuses: int, answer: Any = None, stream: bool = False) -> dict[int | str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible routes: chat completions, responses, completions, embeddings, models."""
+"""The OpenAI-compatible routes: chat completions, responses, completions, embeddings, similarity, models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 from ..http.errors import HttpError
 from ..state import State
-from . import chat, completions, embeddings
+from . import chat, completions, embeddings, rerank
 from .model_info import has_chat_template, precision
 from .responses import Capabilities, Model, ModelList, documented
 from .responses_api import routes as responses_api
@@ -17,7 +17,7 @@ from .responses_api import routes as responses_api
 def router(state: State) -> APIRouter:
     """All routes of the OpenAI API."""
     routes = APIRouter()
-    for part in (chat, responses_api, completions, embeddings):
+    for part in (chat, responses_api, completions, embeddings, rerank):
         routes.include_router(part.router(state))
 
     context, tokenizer = state.llm.engine.model.args.max_seq_len, state.llm.tokenizer
@@ -50,5 +50,11 @@ def router(state: State) -> APIRouter:
         if name not in state.models:
             raise HttpError(404, f"there is no model {name!r:.100}", field="model", code="model_not_found")
         return model(name)
+
+    @routes.post("/v1/fim/completions", responses=documented(400), tags=["Mistral"])
+    async def fill_in_the_middle() -> None:
+        """Mistral's completion between a prompt and a suffix: refused, as the model was not trained for it."""
+        why = "this model has no fill-in-the-middle tokens: Codestral has"
+        raise HttpError(400, why, hint="continue a prompt with /v1/completions", code="fim_not_supported")
 
     return routes

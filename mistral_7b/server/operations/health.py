@@ -1,11 +1,12 @@
-"""GET /health/live and /health/ready: liveness and readiness probes."""
+"""GET /health/live and /health/ready: liveness and readiness probes; /ping and /version, as in vLLM."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from ... import __version__
 from ..http.json_bodies import json_answer
-from ..openai.responses import Health, documented
+from ..openai.responses import Health, Version, documented
 from ..state import State
 
 
@@ -31,5 +32,16 @@ def router(state: State) -> APIRouter:
         if state.leaving:
             return json_answer({"status": "draining"}, 503, {"retry-after": "5"})
         return json_answer({"status": "ready"})
+
+    @routes.get("/ping", responses=answers)
+    @routes.post("/ping", responses=answers)
+    async def ping() -> Response:
+        """Readiness, by the name that SageMaker uses."""
+        return await ready()
+
+    @routes.get("/version", responses=documented(answer=Version))
+    async def version() -> Version:
+        """The version of this package."""
+        return {"version": __version__}
 
     return routes

@@ -29,7 +29,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ....errors import Mistral7BError
-from ...http.errors import HttpError, invalid
+from ...http.errors import HttpError
+from ...http.validation import invalid
 from ..protocol import ChatRequest
 from .wire import MODES, Choice, Item, ResponsesRequest, Tool
 
@@ -176,7 +177,7 @@ def chat_request(body: ResponsesRequest, talk: Conversation, tools: Tools) -> Ch
     try:
         return ChatRequest.model_validate(chat)
     except ValidationError as e:
-        raise renamed(invalid(e.errors()), tools) from e
+        raise renamed(invalid(e.errors(), chat), tools) from e
 
 
 def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:

@@ -20,20 +20,15 @@ from pydantic import (
     model_validator,
 )
 
+from ..body import INT64, Body, First, Int, Part, not_served
 from ..protocol import (
-    INT64,
     MOST_LOGPROBS,
     MOST_MESSAGES,
     MOST_STOPS,
     SAY_PARAMETERS,
-    Body,
-    Int,
-    Part,
     Schema,
     Stop,
     StreamOptions,
-    _First,
-    not_served,
 )
 
 MODES = ("auto", "none", "required")
@@ -79,7 +74,7 @@ class ContentPart(Part):
 
 
 Content = Annotated[
-    list[ContentPart], _First(), BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart])
+    list[ContentPart], First(), BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart])
 ]
 
 
@@ -120,7 +115,7 @@ class Item(Part):
 
 
 Items = Annotated[
-    list[Item], _First(), Field(max_length=MOST_MESSAGES),
+    list[Item], First(), Field(max_length=MOST_MESSAGES),
     BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
 ]  # fmt: skip
 
@@ -134,7 +129,7 @@ class Tool(Part):
     name: str | None = None
     description: str | None = None
     parameters: Schema | None = None
-    tools: Annotated[list[Tool], _First()] | None = None  # of a namespace
+    tools: Annotated[list[Tool], First()] | None = None  # of a namespace
     # Refused: ignoring them would offer a tool without parameters.
     input_schema: Annotated[None, SAY_PARAMETERS] = None
     inputSchema: Annotated[None, SAY_PARAMETERS] = None  # noqa: N815
@@ -194,7 +189,7 @@ class ResponsesRequest(Body):
     store: StrictBool | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    tools: Annotated[list[Tool], _First()] | None = None
+    tools: Annotated[list[Tool], First()] | None = None
     tool_choice: (
         Annotated[
             Choice,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,8 @@ class EngineConfig:
             on an accelerator), but never more than `max_sequences` contexts need
         kv_dtype: "int8" keeps keys and values in about half of bfloat16's bytes, rounded
         prefix_caching: begin a prompt where an earlier one that began alike has left off
+        prefix_cache: a folder in which pages of prompts outlive the engine; processes may share it
+        prefix_cache_bytes: the most that all files in this folder may take
         deterministic: make a request's tokens the same to the bit whatever runs beside it. A model quantized
             to int8 or int4 on a CPU is so by itself and pays nothing.
         speculation: guess tokens ahead, for requests that do not say otherwise
@@ -70,12 +73,17 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     kv_dtype: str | None = None
     prefix_caching: bool = True
+    prefix_cache: str | os.PathLike[str] | None = None
+    prefix_cache_bytes: int = 20 * 10**9
     deterministic: bool = False
     speculation: Speculation | None = None
     grammar_limits: GrammarLimits = GrammarLimits()
 
     def __post_init__(self) -> None:
-        lows = {"max_sequences": 1, "max_batch_tokens": 1, "page_size": 1, "max_waiting": 1, "kv_cache_bytes": 1}
+        lows = {
+            "max_sequences": 1, "max_batch_tokens": 1, "page_size": 1, "max_waiting": 1, "kv_cache_bytes": 1,
+            "prefix_cache_bytes": 1,
+        }  # fmt: skip
         for name, low in lows.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
@@ -86,6 +94,8 @@ class EngineConfig:
                 f"sequence: at least max_sequences + page_size = {self.max_sequences + self.page_size}",
                 field="max_batch_tokens",
             )
+        if self.prefix_cache is not None and not self.prefix_caching:
+            raise ConfigError("prefix_cache needs prefix_caching", field="prefix_cache")
         if self.kv_dtype not in (None, "int8"):
             raise ConfigError(
                 f'kv_dtype is "int8", or None for the model\'s own type, not {self.kv_dtype!r}', field="kv_dtype"

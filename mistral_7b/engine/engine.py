@@ -33,6 +33,7 @@ from ..sampling.sampler import NOT_FINITE
 from .completion import TextPiece
 from .config import EngineConfig
 from .containment import because, hidden_of, logits_of, logprobs_of, read_hidden, sample
+from .disk_cache import scheduler_for
 from .drafts import Drafts
 from .extras import Entry
 from .forward import forward_for
@@ -40,7 +41,7 @@ from .in_flight import InFlightStep, Plan, feed, picks_of, waits
 from .masks import PATIENCE, Masks, ask, collect, late_ones, may_sample, settle, wait_for_one
 from .pages import PagePool
 from .request import Request, SequenceState
-from .scheduler import Counts, Scheduler
+from .scheduler import Counts
 
 
 class Engine:
@@ -48,8 +49,8 @@ class Engine:
 
     def __init__(self, model: Mistral7B, pool: PagePool, config: EngineConfig) -> None:
         self.model, self.pool, self.config = model, pool, config
-        self.scheduler = Scheduler(pool, model.args.sliding_window, config)
         self.adapters = Adapters(model)
+        self.scheduler = scheduler_for(model, pool, config, self.adapters)
         self.requests: dict[str, Request] = {}  # running and waiting
         self.device = pool.layers[0][0].device
         self.drafts = Drafts(config, pool.page, self.device)

@@ -231,7 +231,7 @@ class InputProcessor:
             speculation.check(self.engine.model.args.vocab_size)
         request = Request(
             asked.request_id or _fresh_id(), read.prompt, read.ids, read.params, read.completions,
-            self._key(asked), asked.priority, asked.adapter, speculation, sink=sink,
+            self._key(asked), asked.priority, asked.adapter, speculation, sink=sink, salt=asked.cache_salt,
         )  # fmt: skip
         self._bind(request, name, begun, grammar or GrammarSpec.of(read.params.structured_outputs), asked.gone)
         return self._checked(request, name, field)
@@ -281,7 +281,7 @@ class InputProcessor:
         read = self._read(prompt, params, name, "input")
         request = Request(
             asked.request_id or _fresh_id(), read.prompt, read.ids, params, read.completions, self._key(asked),
-            asked.priority, asked.adapter, pooling=pooling, sink=sink,
+            asked.priority, asked.adapter, pooling=pooling, sink=sink, salt=asked.cache_salt,
         )  # fmt: skip
         return self._checked(request, name, "input")
 

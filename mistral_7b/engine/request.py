@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +25,9 @@ from .grammar.client import GrammarState
 from .pages import Key, PagePool, next_key
 from .speculation import Guesser, Speculation
 
+if TYPE_CHECKING:
+    from .disk_cache import StoredPrefix
+
 Sink = Callable[["Request", list[TextPiece]], None]
 
 
@@ -35,6 +39,8 @@ class Request:
         priority: lower comes first; equals in the order of their arrival
         adapter: the LoRA adapter to use, by name
         key: what its prefix must share with another's to be taken for the same (pages.first_key)
+        salt: cache_salt, as in RequestOptions
+        stored: the files of its prompt's pages, where there is a prefix cache on disk
         pooling: "mean" or "last" hidden state, where it is an embedding that is wanted and not text
         sink: is called after each step with what has come, and once more when the request has ended
         error: why it ended, where that was not as it should
@@ -51,6 +57,8 @@ class Request:
     speculation: Speculation | None = None
     pooling: str | None = None
     sink: Sink | None = None
+    salt: str | None = None
+    stored: StoredPrefix | None = None
     order: int = 0  # of arrival
     sequences: list[SequenceState] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])

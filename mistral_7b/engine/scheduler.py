@@ -52,6 +52,11 @@ class Counts:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     preemptions: int = 0
+    disk_queries: int = 0  # prompt tokens that were not in memory, looked up in the prefix cache on disk
+    disk_hits: int = 0  # of these, found
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
+    disk_dropped: int = 0  # pages that were not written because the disk was too slow
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason, "abort" or "error"
     ended: int = 0  # requests, for any reason
 
@@ -292,6 +297,9 @@ class Scheduler:
                 self.pool.know(int(sequence.pages[i]), sequence.key_of(i, self.page))
                 sequence.known = i + 1
         sequence.drop(self.pool, self.first_seen(sequence.computed))
+
+    def close(self) -> None:
+        """Finish what runs beside the engine."""
 
     def check_pages(self) -> None:
         """AssertionError unless every page is accounted for."""

@@ -1,0 +1,329 @@
+"""The prefix cache on disk: a scheduler that reads the pages of prompts from files, and writes them there.
+
+    a worker thread     look up: which full pages of the prompt are on disk; a file found is marked as used
+    the engine's        a request whose cached prefix is longer on disk than in memory is held back
+      the reader's      its missing pages are read and checked, BUFFER bytes ahead
+    the engine's        between two steps they are copied into KV pages; then the request is queued like any other
+    the engine's        a step has filled pages of the prompt: they are copied
+      the writer's      and written
+
+Only the full pages of prompts are written, computed or found in memory, and no generated token's: these are of use
+when they come back in the next turn's prompt, and are written then. After a restart the last answer of a
+conversation is computed again, and nothing else of it. A page is copied while its sequence holds it. Where the
+writer's queue is full this is tried again after the next step; a page that is freed before is dropped and counted.
+
+One request is read at a time, those waiting first in order of rank, and the next when the one before has begun: so
+the pages that were read are not replaced before they are used. They are held meanwhile, with those of the prefix
+that were in memory. A damaged or vanished file ends the prefix there: the rest is computed.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..errors import AdapterError
+from ..lora.adapters import Adapters
+from ..model import Mistral7B
+from .config import EngineConfig
+from .disk_files import APART, PageFiles
+from .disk_io import Load, Reader, Writer
+from .fingerprint import adapter_of, space_of
+from .pages import Key, PagePool, first_key, next_key
+from .request import Request, SequenceState
+from .scheduler import Scheduler
+
+STEP_BYTES = 64 << 20  # copied for the writer in one step at most
+PAUSE = 0.02  # seconds that a step without tokens waits for pages
+
+
+@dataclass
+class StoredPrefix:
+    """The full pages of one prompt and their files.
+
+    Attributes:
+        loading: of its adapter, when it was looked up
+        time: when that was (ns since the epoch)
+        keys: of the files
+        present: whether there was such a file
+        full: pages that have been computed or found
+        saved: pages that have been written, or need not be
+    """
+
+    loading: int
+    time: int = field(default_factory=time.time_ns)
+    keys: list[Key] = field(default_factory=list)
+    present: list[bool] = field(default_factory=list)
+    full: int = 0
+    saved: int = 0
+
+
+@dataclass
+class _Loading:
+    """A request whose pages are being read."""
+
+    request: Request
+    load: Load
+    before: int  # pages of the prefix without them
+    held: dict[int, int]  # KV pages by their places in the prompt
+
+    @property
+    def sequence(self) -> SequenceState:
+        return self.request.sequences[0]
+
+
+class DiskScheduler(Scheduler):
+    """A scheduler whose prefix cache goes on in a folder."""
+
+    def __init__(
+        self, pool: PagePool, window: int | None, config: EngineConfig, files: PageFiles, adapters: Adapters,
+        space: str,
+    ) -> None:  # fmt: skip
+        super().__init__(pool, window, config)
+        self.adapters, self.space = adapters, space
+        self.reader, self.writer = Reader(files, pool.page_bytes), Writer(files, pool.page_bytes, self.counts)
+        self.files = files
+        self._digests: dict[int, str] = {0: ""}  # of adapters, by their loading
+        self._held_back: list[Request] = []  # they count as waiting
+        self._loading: _Loading | None = None
+        self._last: Request | None = None  # the request that was read last
+        self._finalize = weakref.finalize(self, _close, self.reader, self.writer)
+
+    # ------------------------------------------------------------------ looking up
+
+    def check(self, request: Request) -> None:
+        super().check(request)
+        if request.stored is None and request.shares_prefixes and self._finalize.alive:
+            request.stored = self._look_up(request)
+
+    def _look_up(self, request: Request) -> StoredPrefix:
+        """Which pages of a prompt are on disk. On any thread: inputs.py checks requests on their own."""
+        stored = StoredPrefix(self.adapters.loading(request.adapter))
+        if stored.loading not in self._digests:
+            self._digests[stored.loading] = adapter_of(self.adapters, request.adapter)
+        key = first_key(self.space, self._digests[stored.loading], request.salt)
+        for at in range(0, len(request.ids) // self.page * self.page, self.page):
+            key = next_key(key, request.ids[at : at + self.page])
+            stored.keys.append(key)
+        stored.present = self.files.touch(stored.keys, stored.time)
+        return stored
+
+    # ------------------------------------------------------------------ reading
+
+    def add(self, request: Request) -> None:
+        self.check(request)
+        if (stored := request.stored) is not None and self._replaced(request, stored):
+            stored.keys, stored.present = [], []
+        if stored is not None and self._count(request, stored) and self._missing(request, stored):
+            self._held_back.append(request)
+            request.sequences[0].waits = True
+            self.waiting += 1
+        else:
+            super().add(request)
+
+    def _replaced(self, request: Request, stored: StoredPrefix) -> bool:
+        """Whether its adapter is another than the one that it was looked up for."""
+        try:
+            return self.adapters.loading(request.adapter) != stored.loading
+        except AdapterError:
+            return True
+
+    def _count(self, request: Request, stored: StoredPrefix) -> bool:
+        most = self._most(request, stored)
+        self.counts.disk_queries += (most - self._reach(most, self._cached(request))) * self.page
+        return most > 0
+
+    def _most(self, request: Request, stored: StoredPrefix) -> int:
+        """Pages that may be found: one token at least is computed."""
+        return min(len(stored.keys), (len(request.ids) - 1) // self.page)
+
+    def _cached(self, request: Request) -> Callable[[int], bool]:
+        sequence = request.sequences[0]
+        return lambda i: self.pool.find(sequence.key_of(i, self.page)) is not None
+
+    def _reach(self, most: int, there: Callable[[int], bool]) -> int:
+        """The length of the usable prefix in pages, where these are there; as Scheduler._prefix."""
+        best = run = 0
+        for i in range(most):
+            run = run + 1 if there(i) else 0
+            if run and run >= i + 1 - self.first_seen((i + 1) * self.page):
+                best = i + 1
+            elif self.window is None:
+                break
+        return best
+
+    def _missing(self, request: Request, stored: StoredPrefix) -> tuple[int, int, int] | None:
+        """What to read: pages of the prefix in memory, and the first and last page of the one to have.
+
+        None if the disk has nothing to add.
+        """
+        most, cached = self._most(request, stored), self._cached(request)
+        before = self._reach(most, cached)
+        after = self._reach(most, lambda i: stored.present[i] or cached(i))
+        if after <= before or not self._finalize.alive:
+            return None
+        return before, self.first_seen(after * self.page), after
+
+    def _join(self) -> None:
+        """Take what has been read, queue the requests that are complete, and begin to read for the next."""
+        self.reader.news.clear()
+        if self._loading is not None and self._take(self._loading):
+            loaded = self._loading
+            self._finish_load()
+            after = self._reach(self._most(loaded.request, loaded.request.stored), self._cached(loaded.request))  # type: ignore[arg-type]
+            self.counts.disk_hits += max(0, after - loaded.before) * self.page
+            self._last = loaded.request
+            self._queue(loaded.request)
+        while self._loading is None and self._held_back:
+            request = min(self._held_back, key=_rank)
+            assert request.stored is not None
+            if self._last is not None and not _begun(self._last) and _rank(self._last) < _rank(request):
+                break
+            if (missing := self._missing(request, request.stored)) is None:  # in memory by now, or in vain
+                self._held_back.remove(request)
+                self._queue(request)
+            elif not self._begin_load(request, *missing):
+                break
+
+    def _begin_load(self, request: Request, before: int, first: int, after: int) -> bool:
+        """Begin to read; False while too few pages are free."""
+        sequence, stored = request.sequences[0], request.stored
+        assert stored is not None
+        found = {i: self.pool.find(sequence.key_of(i, self.page)) for i in range(first, after)}
+        held = {i: page for i, page in found.items() if page is not None}
+        needed = len(found) - len(held) + sum(map(self.pool.is_idle, held.values())) + len(self.running)
+        if self.running and needed > self.pool.available:
+            return False
+        load = Load([(i, stored.keys[i]) for i, page in found.items() if page is None], self.pool.page_bytes)
+        self._held_back.remove(request)
+        self._loading = _Loading(request, load, before, {i: self.pool.share(page) for i, page in held.items()})
+        self.reader.start(load)
+        return True
+
+    def _take(self, loading: _Loading) -> bool:
+        """Copy the pages that have been read into KV pages; whether these were all."""
+        pool = self.pool
+        while True:
+            try:
+                item = loading.load.done.get_nowait()
+            except queue.Empty:
+                return False
+            if item is None or not pool.available:
+                return True
+            i, contents = item
+            key = loading.sequence.key_of(i, self.page)
+            if (page := pool.find(key)) is not None:  # computed meanwhile
+                loading.held[i] = pool.share(page)
+                continue
+            loading.held[i] = page = pool.take()
+            pool.fill(page, contents)
+            pool.know(page, key)
+            self.counts.disk_read_bytes += len(contents)
+
+    def _finish_load(self) -> None:
+        """Release the pages of the request that is read: they are in the prefix cache, its first one longest."""
+        if (loading := self._loading) is not None:
+            loading.load.cancelled = True
+            self.pool.release(loading.held[i] for i in sorted(loading.held, reverse=True))
+            self._loading = None
+
+    def _queue(self, request: Request) -> None:
+        request.sequences[0].waits = False
+        self.waiting -= 1
+        super().add(request)
+
+    def plan(self) -> list[tuple[SequenceState, int]]:
+        self._join()
+        planned = super().plan()
+        if not planned and not self.running and self._loading is not None:
+            self.reader.news.wait(PAUSE)
+            self._join()
+            planned = super().plan()
+        return planned
+
+    def plan_without_loss(self) -> list[tuple[SequenceState, int]] | None:
+        self._join()
+        return super().plan_without_loss()
+
+    # ------------------------------------------------------------------ writing
+
+    def advance(self, sequence: SequenceState, n: int) -> None:
+        stored = sequence.request.stored
+        if stored is not None and stored.saved < len(stored.keys) and self._finalize.alive:
+            self._save(sequence, stored, sequence.computed + n)
+        super().advance(sequence, n)
+
+    def _save(self, sequence: SequenceState, stored: StoredPrefix, computed: int) -> None:
+        """Have the full pages of a prompt written of which `computed` tokens are computed."""
+        left = max(1, STEP_BYTES // self.pool.page_bytes)
+        if not stored.full:
+            stored.saved = sequence.first  # it never held those before
+        stored.full = max(stored.full, min(computed // self.page, len(stored.keys)))
+        if sequence.first > stored.saved:  # out of the window before they could be copied
+            self._drop(stored, min(sequence.first, stored.full))
+        while stored.saved < stored.full and left:
+            i = stored.saved
+            if not self._has(stored, i) and self.writer.broken is None:
+                if self.writer.full:
+                    break
+                contents = self.pool.contents(int(sequence.pages[i]))
+                self.writer.put(stored.keys[i], contents, stored.time - i * APART)
+                left -= 1
+            stored.saved = i + 1
+
+    def _has(self, stored: StoredPrefix, i: int) -> bool:
+        return stored.present[i] or self.writer.has(stored.keys[i], stored.time)
+
+    def _drop(self, stored: StoredPrefix, until: int) -> None:
+        """Count pages as dropped that are not written and no longer held."""
+        if self.writer.broken is None:
+            self.counts.disk_dropped += sum(not self._has(stored, i) for i in range(stored.saved, until))
+        stored.saved = max(stored.saved, until)
+
+    # ------------------------------------------------------------------ the end
+
+    def end(self, sequence: SequenceState) -> None:
+        super().end(sequence)
+        request = sequence.request
+        if (stored := request.stored) is None or request.pending:
+            return
+        self._drop(stored, stored.full)
+        if request in self._held_back:
+            self._held_back.remove(request)
+        if self._loading is not None and self._loading.request is request:
+            self._finish_load()
+
+    def close(self) -> None:
+        """Write what waits to be written, for some seconds at most, and write and read nothing more."""
+        self._finalize()
+
+    def check_pages(self) -> None:
+        loading = [] if self._loading is None else [self._loading.held.values()]
+        self.pool.check([*(s.held for s in self._all()), *loading])
+
+
+def scheduler_for(model: Mistral7B, pool: PagePool, config: EngineConfig, adapters: Adapters) -> Scheduler:
+    """The scheduler of an engine. ConfigError or WriteError if its prefix cache cannot be where it should."""
+    window = model.args.sliding_window
+    if config.prefix_cache is None:
+        return Scheduler(pool, window, config)
+    space = space_of(model, pool, config)
+    files = PageFiles(config.prefix_cache, space[:16], pool.page_bytes, config.prefix_cache_bytes)
+    return DiskScheduler(pool, window, config, files, adapters, space)
+
+
+def _rank(request: Request) -> tuple[int, int, int]:
+    return request.sequences[0].rank
+
+
+def _begun(request: Request) -> bool:
+    """Whether a request has begun to be computed, or has ended."""
+    return request.cached is not None or request.finished
+
+
+def _close(reader: Reader, writer: Writer) -> None:
+    reader.close()
+    writer.close()

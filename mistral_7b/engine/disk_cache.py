@@ -211,7 +211,12 @@ class DiskScheduler(Scheduler):
                 item = loading.load.done.get_nowait()
             except queue.Empty:
                 return False
-            if item is None or not pool.available:
+            if item is None:
+                unread = next((i for i, _ in loading.load.pages if i not in loading.held), None)
+                if unread is not None and loading.request.stored is not None:
+                    loading.request.stored.present[unread] = False  # it will be written again
+                return True
+            if not pool.available:
                 return True
             i, contents = item
             key = loading.sequence.key_of(i, self.page)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 import time
@@ -32,7 +33,8 @@ from ..files import ADVICE
 
 MAGIC = b"M7B-KV01"
 HEADER = len(MAGIC) + 32 + 4
-SUFFIX, PARTIAL = ".kv", ".partial"
+SPACE, FILE = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-f]{64}[.]kv")  # nothing else is ever removed
+TEMPORARY = re.compile("[.](?P<host>.+)-(?P<pid>[0-9]+)-[0-9a-f]{8}[.]partial")
 KEPT = 0.9  # of the bound, after files were removed
 UNSEEN = 0.05  # of the bound: bytes to write before other processes' files are counted again
 STALE = 3600  # seconds until a temporary file of another machine is taken for abandoned
@@ -80,7 +82,7 @@ class PageFiles:
 
     def path(self, key: bytes) -> str:
         """The file of a page."""
-        return os.path.join(self.folder, key.hex() + SUFFIX)
+        return os.path.join(self.folder, f"{key.hex()}.kv")
 
     def touch(self, keys: Sequence[bytes], now: int) -> list[bool]:
         """Mark the pages of a prompt as used at the time `now` (ns); whether there is a file of each."""
@@ -135,17 +137,17 @@ class PageFiles:
     def trim(self, more: int = 0) -> None:
         """Remove abandoned temporary files and, where all files and `more` exceed the bound, those used least."""
         files: list[tuple[int, int, str]] = []
-        folders: list[str] = []
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as spaces:
-            folders = [space.path for space in spaces if space.is_dir(follow_symlinks=False)]
-        for folder in folders:
+        spaces: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            spaces = [os.path.join(self.root, name) for name in os.listdir(self.root) if SPACE.fullmatch(name)]
+        for folder in (self.root, *spaces):
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     with contextlib.suppress(OSError):  # another process has removed it
                         found = entry.stat(follow_symlinks=False)
-                        if entry.name.endswith(SUFFIX):
+                        if FILE.fullmatch(entry.name):
                             files.append((found.st_mtime_ns, found.st_size, entry.path))
-                        elif entry.name.endswith(PARTIAL) and self._abandoned(entry.name, found.st_mtime):
+                        elif (owner := TEMPORARY.fullmatch(entry.name)) and _abandoned(owner, found.st_mtime):
                             os.unlink(entry.path)
         total = sum(size for _, size, _ in files)
         if total + more > self.most:
@@ -158,23 +160,23 @@ class PageFiles:
                     total -= size
         self._total, self._unseen = total, 0
 
-    def _abandoned(self, name: str, modified: float) -> bool:
-        """Whether the process that wrote a temporary file is dead; of another machine: probably."""
-        host, _, pid = name[1:].rpartition("-")[0].rpartition("-")
-        if host == socket.gethostname() and pid.isdigit():
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                return True
-            except OSError:
-                pass
-            return False
+
+def _abandoned(owner: re.Match[str], modified: float) -> bool:
+    """Whether the process that wrote a temporary file is dead; of another machine: probably."""
+    if owner["host"] != socket.gethostname():
         return time.time() - modified > STALE
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        pass
+    return False
 
 
 def _partial_name() -> str:
     """A name for a temporary file that says which process it belongs to."""
-    return f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
+    return f".{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
 
 
 def _private(path: str, flags: int) -> int:

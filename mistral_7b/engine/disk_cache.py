@@ -25,6 +25,9 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from ..errors import AdapterError
 from ..lora.adapters import Adapters
 from ..model import Mistral7B
@@ -84,8 +87,8 @@ class DiskScheduler(Scheduler):
     ) -> None:  # fmt: skip
         super().__init__(pool, window, config)
         self.adapters, self.space = adapters, space
-        self.reader, self.writer = Reader(files, pool.page_bytes), Writer(files, pool.page_bytes, self.counts)
-        self.files = files
+        self.files, self.page_bytes = files, page_bytes(pool)
+        self.reader, self.writer = Reader(files, self.page_bytes), Writer(files, self.page_bytes, self.counts)
         self._digests: dict[int, str] = {0: ""}  # of adapters, by their loading
         self._held_back: list[Request] = []  # they count as waiting
         self._loading: _Loading | None = None
@@ -197,7 +200,7 @@ class DiskScheduler(Scheduler):
         needed = len(found) - len(held) + sum(map(self.pool.is_idle, held.values())) + len(self.running)
         if self.running and needed > self.pool.available:
             return False
-        load = Load([(i, stored.keys[i]) for i, page in found.items() if page is None], self.pool.page_bytes)
+        load = Load([(i, stored.keys[i]) for i, page in found.items() if page is None], self.page_bytes)
         self._held_back.remove(request)
         self._loading = _Loading(request, load, before, {i: self.pool.share(page) for i, page in held.items()})
         self.reader.start(load)
@@ -224,7 +227,7 @@ class DiskScheduler(Scheduler):
                 loading.held[i] = pool.share(page)
                 continue
             loading.held[i] = page = pool.take()
-            pool.fill(page, contents)
+            fill(pool, page, contents)
             pool.know(page, key)
             self.counts.disk_read_bytes += len(contents)
 
@@ -263,7 +266,7 @@ class DiskScheduler(Scheduler):
 
     def _save(self, sequence: SequenceState, stored: StoredPrefix, computed: int) -> None:
         """Have the full pages of a prompt written of which `computed` tokens are computed."""
-        left = max(1, STEP_BYTES // self.pool.page_bytes)
+        left = max(1, STEP_BYTES // self.page_bytes)
         if not stored.full:
             stored.saved = sequence.first  # it never held those before
         stored.full = max(stored.full, min(computed // self.page, len(stored.keys)))
@@ -274,7 +277,7 @@ class DiskScheduler(Scheduler):
             if not self._has(stored, i) and self.writer.broken is None:
                 if self.writer.full:
                     break
-                contents = self.pool.contents(int(sequence.pages[i]))
+                contents = contents_of(self.pool, int(sequence.pages[i]))
                 self.writer.put(stored.keys[i], contents, stored.time - i * APART)
                 left -= 1
             stored.saved = i + 1
@@ -316,8 +319,28 @@ def scheduler_for(model: Mistral7B, pool: PagePool, config: EngineConfig, adapte
     if config.prefix_cache is None:
         return Scheduler(pool, window, config)
     space = space_of(model, pool, config)
-    files = PageFiles(config.prefix_cache, space[:16], pool.page_bytes, config.prefix_cache_bytes)
+    files = PageFiles(config.prefix_cache, space[:16], page_bytes(pool), config.prefix_cache_bytes)
     return DiskScheduler(pool, window, config, files, adapters, space)
+
+
+def page_bytes(pool: PagePool) -> int:
+    """The bytes of a page in all layers."""
+    return sum(t[pool.scratch].nbytes for entries in pool.layers for t in entries)
+
+
+def contents_of(pool: PagePool, page: int) -> Tensor:
+    """A copy of a page's bytes in all layers, uint8 (page_bytes,), on the pool's device."""
+    return torch.cat([t[page].view(torch.uint8).flatten() for entries in pool.layers for t in entries])
+
+
+def fill(pool: PagePool, page: int, contents: Tensor) -> None:
+    """Overwrite a page with what `contents_of` returned."""
+    contents, at = contents.to(pool.layers[0][0].device), 0
+    for entries in pool.layers:
+        for t in entries:
+            own = t[page].view(torch.uint8)
+            own.copy_(contents[at : at + own.numel()].view(own.shape))
+            at += own.numel()
 
 
 def _rank(request: Request) -> tuple[int, int, int]:

@@ -117,24 +117,6 @@ class PagePool:
                 t[target] = t[source]
         return target
 
-    @property
-    def page_bytes(self) -> int:
-        """The bytes of a page in all layers."""
-        return sum(t[self.scratch].nbytes for entries in self.layers for t in entries)
-
-    def contents(self, page: int) -> torch.Tensor:
-        """A copy of a page's bytes in all layers, uint8 (page_bytes,), on the pool's device."""
-        return torch.cat([t[page].view(torch.uint8).flatten() for entries in self.layers for t in entries])
-
-    def fill(self, page: int, contents: torch.Tensor) -> None:
-        """Overwrite a page with what `contents` returned."""
-        contents, at = contents.to(self.layers[0][0].device), 0
-        for entries in self.layers:
-            for t in entries:
-                own = t[page].view(torch.uint8)
-                own.copy_(contents[at : at + own.numel()].view(own.shape))
-                at += own.numel()
-
     def forget(self) -> None:
         """Empty the prefix cache: every idle page becomes free."""
         for page in [p for p in self._key_of if p in self._idle]:

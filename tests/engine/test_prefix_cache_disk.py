@@ -21,7 +21,7 @@ from mistral_7b.engine import disk_io, fingerprint
 from mistral_7b.engine.async_llm import AsyncLLM
 from mistral_7b.engine.completion import RequestOutput
 from mistral_7b.engine.config import EngineConfig
-from mistral_7b.engine.disk_cache import DiskScheduler
+from mistral_7b.engine.disk_cache import DiskScheduler, page_bytes
 from mistral_7b.engine.disk_files import PageFiles
 from mistral_7b.engine.engine import Engine
 from mistral_7b.engine.fingerprint import space_of, weights_of
@@ -108,7 +108,7 @@ def test_with_a_window_its_pages_are_enough(tmp_path: Path) -> None:
     again = restarted(tmp_path, before=first)
     ask(again)
     seen = 40 // PAGE - again.engine.scheduler.first_seen(40)
-    assert again.engine.counts.disk_read_bytes == seen * again.engine.pool.page_bytes
+    assert again.engine.counts.disk_read_bytes == seen * page_bytes(again.engine.pool)
 
 
 def test_a_longer_prompt_and_several_completions_begin_there(filled: Path) -> None:

@@ -206,6 +206,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_a_good_folder(tmp_path:
     assert len(files_in(tmp_path)) == 10
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder_that_is_too_small_for_both(tmp_path: Path) -> None:
     body = """
         prompts = [[*PROMPT[:20], *tokens_of((20,), seed=seed).tolist()] for seed in range(6)]

@@ -25,9 +25,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from ..errors import AdapterError
 from ..lora.adapters import Adapters
 from ..model import Mistral7B
@@ -35,6 +32,7 @@ from .config import EngineConfig
 from .disk_files import APART, PageFiles
 from .disk_io import Load, Reader, Writer
 from .fingerprint import adapter_of, space_of
+from .page_contents import contents_of, fill, page_bytes
 from .pages import Key, PagePool, first_key, next_key
 from .request import Request, SequenceState
 from .scheduler import Scheduler
@@ -321,26 +319,6 @@ def scheduler_for(model: Mistral7B, pool: PagePool, config: EngineConfig, adapte
     space = space_of(model, pool, config)
     files = PageFiles(config.prefix_cache, space[:16], page_bytes(pool), config.prefix_cache_bytes)
     return DiskScheduler(pool, window, config, files, adapters, space)
-
-
-def page_bytes(pool: PagePool) -> int:
-    """The bytes of a page in all layers."""
-    return sum(t[pool.scratch].nbytes for entries in pool.layers for t in entries)
-
-
-def contents_of(pool: PagePool, page: int) -> Tensor:
-    """A copy of a page's bytes in all layers, uint8 (page_bytes,), on the pool's device."""
-    return torch.cat([t[page].view(torch.uint8).flatten() for entries in pool.layers for t in entries])
-
-
-def fill(pool: PagePool, page: int, contents: Tensor) -> None:
-    """Overwrite a page with what `contents_of` returned."""
-    contents, at = contents.to(pool.layers[0][0].device), 0
-    for entries in pool.layers:
-        for t in entries:
-            own = t[page].view(torch.uint8)
-            own.copy_(contents[at : at + own.numel()].view(own.shape))
-            at += own.numel()
 
 
 def _rank(request: Request) -> tuple[int, int, int]:

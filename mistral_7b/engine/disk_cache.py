@@ -12,9 +12,10 @@ when they come back in the next turn's prompt, and are written then. After a res
 conversation is computed again, and nothing else of it. A page is copied while its sequence holds it. Where the
 writer's queue is full this is tried again after the next step; a page that is freed before is dropped and counted.
 
-One request is read at a time, those waiting first in order of rank, and the next when the one before has begun: so
-the pages that were read are not replaced before they are used. They are held meanwhile, with those of the prefix
-that were in memory. A damaged or vanished file ends the prefix there: the rest is computed.
+One request is read at a time, the first in rank first, and the next when the one before has begun, unless it
+comes before that. Until then its pages are held, with those of the prefix that were in memory, so that nothing
+replaces them; they are released where a running request would be preempted for them. A damaged or vanished file
+ends the prefix there: the rest is computed.
 """
 
 from __future__ import annotations
@@ -71,9 +72,11 @@ class _Loading:
     before: int  # pages of the prefix without them
     held: dict[int, int]  # KV pages by their places in the prompt
 
-    @property
-    def sequence(self) -> SequenceState:
-        return self.request.sequences[0]
+    def release(self, pool: PagePool) -> None:
+        """Read no more, and release the pages: of those in the prefix cache the first of the prompt stays longest."""
+        self.load.cancelled = True
+        pool.release(self.held[i] for i in sorted(self.held, reverse=True))
+        self.held = {}
 
 
 class DiskScheduler(Scheduler):
@@ -90,7 +93,7 @@ class DiskScheduler(Scheduler):
         self._digests: dict[int, str] = {0: ""}  # of adapters, by their loading
         self._held_back: list[Request] = []  # they count as waiting
         self._loading: _Loading | None = None
-        self._last: Request | None = None  # the request that was read last
+        self._ready: _Loading | None = None  # was read last, and has not begun: its pages are still held
         self._finalize = weakref.finalize(self, _close, self.reader, self.writer)
 
     # ------------------------------------------------------------------ looking up
@@ -116,9 +119,12 @@ class DiskScheduler(Scheduler):
 
     def add(self, request: Request) -> None:
         self.check(request)
-        if (stored := request.stored) is not None and self._replaced(request, stored):
-            stored.keys, stored.present = [], []
-        if stored is not None and self._count(request, stored) and self._missing(request, stored):
+        if (stored := request.stored) is not None:
+            if self._replaced(request, stored):
+                stored.keys, stored.present = [], []
+            most = self._most(request, stored)
+            self.counts.disk_queries += (most - self._reach(most, self._cached(request))) * self.page
+        if stored is not None and self._missing(request, stored):
             self._held_back.append(request)
             request.sequences[0].waits = True
             self.waiting += 1
@@ -131,11 +137,6 @@ class DiskScheduler(Scheduler):
             return self.adapters.loading(request.adapter) != stored.loading
         except AdapterError:
             return True
-
-    def _count(self, request: Request, stored: StoredPrefix) -> bool:
-        most = self._most(request, stored)
-        self.counts.disk_queries += (most - self._reach(most, self._cached(request))) * self.page
-        return most > 0
 
     def _most(self, request: Request, stored: StoredPrefix) -> int:
         """Pages that may be found: one token at least is computed."""
@@ -171,23 +172,46 @@ class DiskScheduler(Scheduler):
     def _join(self) -> None:
         """Take what has been read, queue the requests that are complete, and begin to read for the next."""
         self.reader.news.clear()
+        if self._ready is not None and self._ready.request.cached is not None:
+            self._release_ready()
         if self._loading is not None and self._take(self._loading):
-            loaded = self._loading
-            self._finish_load()
-            after = self._reach(self._most(loaded.request, loaded.request.stored), self._cached(loaded.request))  # type: ignore[arg-type]
-            self.counts.disk_hits += max(0, after - loaded.before) * self.page
-            self._last = loaded.request
-            self._queue(loaded.request)
+            self._end_load()
         while self._loading is None and self._held_back:
             request = min(self._held_back, key=_rank)
             assert request.stored is not None
-            if self._last is not None and not _begun(self._last) and _rank(self._last) < _rank(request):
+            if self._ready is not None and _rank(self._ready.request) < _rank(request):
                 break
-            if (missing := self._missing(request, request.stored)) is None:  # in memory by now, or in vain
+            if (missing := self._missing(request, request.stored)) is None:  # it is in memory by now
                 self._held_back.remove(request)
                 self._queue(request)
             elif not self._begin_load(request, *missing):
                 break
+
+    def _end_load(self) -> None:
+        """Queue the request that is read, with what has been read of it."""
+        assert self._loading is not None
+        loading, self._loading = self._loading, None
+        loading.load.cancelled = True
+        after = self._reach(len(loading.request.ids) // self.page, self._cached(loading.request))
+        self.counts.disk_hits += max(0, after - loading.before) * self.page
+        self._release_ready()
+        self._ready = loading
+        self._queue(loading.request)
+
+    def _release_ready(self) -> None:
+        """Release the pages that are held for a request to begin with. They are in the prefix cache."""
+        if self._ready is not None:
+            self._ready.release(self.pool)
+            self._ready = None
+
+    def _find_pages(self, sequence: SequenceState, n: int) -> bool:
+        """As Scheduler's. Where pages are short, those that are held for a request to begin with are released."""
+        if super()._find_pages(sequence, n):
+            return True
+        if self._loading is not None:
+            self._end_load()
+        self._release_ready()
+        return super()._find_pages(sequence, n)
 
     def _begin_load(self, request: Request, before: int, first: int, after: int) -> bool:
         """Begin to read; False while too few pages are free."""
@@ -220,7 +244,7 @@ class DiskScheduler(Scheduler):
             if not pool.available:
                 return True
             i, contents = item
-            key = loading.sequence.key_of(i, self.page)
+            key = loading.request.sequences[0].key_of(i, self.page)
             if (page := pool.find(key)) is not None:  # computed meanwhile
                 loading.held[i] = pool.share(page)
                 continue
@@ -228,13 +252,6 @@ class DiskScheduler(Scheduler):
             fill(pool, page, contents)
             pool.know(page, key)
             self.counts.disk_read_bytes += len(contents)
-
-    def _finish_load(self) -> None:
-        """Release the pages of the request that is read: they are in the prefix cache, its first one longest."""
-        if (loading := self._loading) is not None:
-            loading.load.cancelled = True
-            self.pool.release(loading.held[i] for i in sorted(loading.held, reverse=True))
-            self._loading = None
 
     def _queue(self, request: Request) -> None:
         request.sequences[0].waits = False
@@ -300,14 +317,17 @@ class DiskScheduler(Scheduler):
         if request in self._held_back:
             self._held_back.remove(request)
         if self._loading is not None and self._loading.request is request:
-            self._finish_load()
+            self._loading.release(self.pool)
+            self._loading = None
+        if self._ready is not None and self._ready.request is request:
+            self._release_ready()
 
     def close(self) -> None:
         """Write what waits to be written, for some seconds at most, and write and read nothing more."""
         self._finalize()
 
     def check_pages(self) -> None:
-        loading = [] if self._loading is None else [self._loading.held.values()]
+        loading = [each.held.values() for each in (self._loading, self._ready) if each is not None]
         self.pool.check([*(s.held for s in self._all()), *loading])
 
 
@@ -323,11 +343,6 @@ def scheduler_for(model: Mistral7B, pool: PagePool, config: EngineConfig, adapte
 
 def _rank(request: Request) -> tuple[int, int, int]:
     return request.sequences[0].rank
-
-
-def _begun(request: Request) -> bool:
-    """Whether a request has begun to be computed, or has ended."""
-    return request.cached is not None or request.finished
 
 
 def _close(reader: Reader, writer: Writer) -> None:

@@ -73,7 +73,7 @@ class _Loading:
     held: dict[int, int]  # KV pages by their places in the prompt
 
     def release(self, pool: PagePool) -> None:
-        """Read no more, and release the pages: of those in the prefix cache the first of the prompt stays longest."""
+        """Read no more, and release the pages, the last of the prompt first: it is replaced first."""
         self.load.cancelled = True
         pool.release(self.held[i] for i in sorted(self.held, reverse=True))
         self.held = {}

@@ -163,9 +163,15 @@ def test_one_request_is_read_at_a_time_and_the_first_in_rank(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_request_that_is_given_up_while_it_is_read_leaves_nothing(
-    begun: bool, filled: Path, slow: threading.Event
+    begun: bool, tmp_path: Path, slow: threading.Event
 ) -> None:
-    llm = restarted(filled)
+    kind = "int8 without a window"
+    slow.set()
+    first = restarted(tmp_path, kind)
+    ask(first)
+    llm = restarted(tmp_path, kind, first)
+    ask(llm, PROMPT[:9])  # two pages are in memory, and held while the others are read
+    slow.clear()
     requests = [llm.inputs.text(PROMPT, PARAMS, RequestOptions()) for _ in range(2)]
     for request in requests:
         llm.engine.add(request)

@@ -95,7 +95,7 @@ class PageFiles:
             with open(path, "rb") as file:
                 whole = os.fstat(file.fileno()).st_size == self.size
                 header = file.read(HEADER)
-                whole = whole and file.readinto(contents) == len(contents)  # type: ignore[attr-defined]
+                whole = whole and file.readinto(contents) == len(contents)
             if whole and header == _header(key, contents):
                 return True
             os.unlink(path)

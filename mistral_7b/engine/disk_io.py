@@ -84,7 +84,7 @@ class Writer:
             logger.warning("%s: nothing more is written to the prefix cache: %s", self.files.root, error)
 
     def _write(self, key: Key, contents: Tensor, now: int) -> None:
-        self.counts.disk_written_bytes += self.files.write(key, memoryview(contents.cpu().numpy()), now)
+        self.counts.disk_written_bytes += self.files.write(key, contents.cpu().numpy().data, now)
 
 
 class Load:
@@ -134,7 +134,7 @@ class Reader:
     def _read(self, load: Load) -> None:
         for i, key in load.pages:
             contents = torch.empty(self.page_bytes, dtype=torch.uint8)
-            if load.cancelled or not self.files.read(key, memoryview(contents.numpy())):
+            if load.cancelled or not self.files.read(key, contents.numpy().data):
                 return
             if not load.put((i, contents)):
                 return

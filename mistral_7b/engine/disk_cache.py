@@ -7,8 +7,8 @@
     the engine's        a step has filled pages of the prompt: they are copied
       the writer's      and written
 
-Only the full pages of prompts are written, computed or found in memory, and no generated token's: these are of use
-when they come back in the next turn's prompt, and are written then. After a restart the last answer of a
+Only the full pages of prompts are written, computed or found in memory. Pages of generated tokens are written when
+they are part of the next turn's prompt, as most answers are never read again. After a restart the last answer of a
 conversation is computed again, and nothing else of it. A page is copied while its sequence holds it. Where the
 writer's queue is full this is tried again after the next step; a page that is freed before is dropped and counted.
 
@@ -80,7 +80,7 @@ class _Loading:
 
 
 class DiskScheduler(Scheduler):
-    """A scheduler whose prefix cache goes on in a folder."""
+    """A scheduler whose prefix cache includes the files of a folder."""
 
     def __init__(
         self, pool: PagePool, window: int | None, config: EngineConfig, files: PageFiles, adapters: Adapters,
@@ -158,7 +158,7 @@ class DiskScheduler(Scheduler):
         return best
 
     def _missing(self, request: Request, stored: StoredPrefix) -> tuple[int, int, int] | None:
-        """What to read: pages of the prefix in memory, and the first and last page of the one to have.
+        """What to read: pages of the prefix in memory, and the first and last page of the longer one.
 
         None if the disk has nothing to add.
         """

@@ -72,7 +72,7 @@ class Writer:
         self._try(self.files.trim)
         while (item := self._pages.get()) is not None:
             self._try(self._write, *item)
-            del item  # or its memory is kept until the next one comes
+            del item  # or its memory is kept until the next one is there
 
     def _try(self, work: Callable[..., None], *arguments: Any) -> None:
         if self.broken is not None:
@@ -96,7 +96,7 @@ class Load:
         self.cancelled = False
 
     def put(self, item: tuple[int, Tensor] | None) -> bool:
-        """Hand over a page, when there is room; False if nobody wants it any more."""
+        """Hand over a page, when there is room; False if the load was cancelled."""
         while not self.cancelled:
             with suppress(queue.Full):
                 self.done.put(item, timeout=0.1)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ ADVICE = {  # errno of a failed write -> hint
     errno.EACCES: "name a place that you may write to",
     errno.EPERM: "name a place that you may write to",
 }
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """Parse a size such as "5GB" (10^9) or "5GiB" (2^30); 0 if it is none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    return int(float(found[1]) * UNITS.get(found[2].upper(), 0)) if found else 0
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import secrets
 import shutil
 import struct
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import check_room, raise_write_error
+from ..files import check_room, raise_write_error, size_in_bytes
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import scheme_of
 from . import hub, huggingface, mistral
@@ -39,7 +38,6 @@ from .reading import open_checkpoint
 from .stored import CODES, StoredTensor
 
 Progress = Callable[[int, int, str], None]  # bytes written, total bytes, name of the tensor just written
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 ALIGNMENT = 64  # bytes: alignment of mapped tensors, for aligned vector loads
 
 
@@ -217,9 +215,8 @@ def _check_target(out: pathlib.Path, needed: int) -> None:
 
 def _bytes(size: int | str) -> int:
     """Parse a size in bytes from a number or a string such as "5GB" (10^9) or "5GiB" (2^30)."""
-    if isinstance(size, str) and (found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())):
-        number, unit = found.groups()
-        size = int(float(number) * UNITS[unit.upper()]) if unit.upper() in UNITS else 0
+    if isinstance(size, str):
+        size = size_in_bytes(size)
     if not isinstance(size, int) or size <= 0:
         raise CheckpointError(
             f'max_shard_size {size!r} is not a size: use bytes, or a string like "5GB" or "500MB"',

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ..engine.config import EngineConfig
+from ..files import size_in_bytes
 from ..server.config import ServerConfig, traces_wanted
 from ..server.keys import read_keys
 from .inputs import ModelName, ModelOptions, UsageError, busy, read_flags
@@ -51,6 +52,10 @@ class Engine:
     """Memory for the KV cache; None: half of free memory (nine tenths on an accelerator)."""
     prefix_caching: bool = EngineConfig.prefix_caching
     """Reuse the cached prefix of earlier prompts."""
+    prefix_cache: str | None = None
+    """Folder that keeps prefixes on disk, across restarts and between servers that share it."""
+    prefix_cache_size: str = "20GB"
+    """Maximum size of that folder; the least recently used files are removed."""
     deterministic: bool = EngineConfig.deterministic
     """Bit-identical results in any batch; int8 and int4 on a CPU always are."""
 
@@ -77,17 +82,19 @@ class Serve(ModelOptions):
 
 def run(argv: list[str]) -> int:
     args = read_flags(Serve, "serve", argv)
-    config, traced = _config(args), traces_wanted(os.environ)
+    config, engine, traced = _config(args), _engine(args), traces_wanted(os.environ)
     adapters = dict(_adapter(text) for text in args.adapters)
     missing = [name for name in ("fastapi", "uvicorn", "llguidance") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}", hint="pip install 'mistral-7b[serve]'")
 
+    from ..engine.disk_files import check_folder
     from ..server.serve import bind, url_of
 
+    if engine.prefix_cache is not None:
+        check_folder(engine.prefix_cache)
     sock = bind(config)  # before loading the model, so that a port in use fails at once
     model, tokenizer = args.open(args.model)
-    engine = EngineConfig(**vars(args.engine), kv_dtype="int8" if args.kv == "int8" else None)
 
     from ..engine.async_llm import AsyncLLM
     from ..server.app import build
@@ -126,6 +133,17 @@ def _config(args: Serve) -> ServerConfig:
             file=sys.stderr,
         )
     return config
+
+
+def _engine(args: Serve) -> EngineConfig:
+    """Return the engine's configuration. UsageError for a size that is none."""
+    flags = dict(vars(args.engine))
+    if not (size := size_in_bytes(flags.pop("prefix_cache_size"))):
+        raise UsageError(
+            f'--prefix-cache-size {args.engine.prefix_cache_size} is no size, like "20GB" or "500MB"',
+            field="--prefix-cache-size",
+        )
+    return EngineConfig(**flags, prefix_cache_bytes=size, kv_dtype="int8" if args.kv == "int8" else None)
 
 
 def _spans(model_name: str) -> Spans | None:

@@ -202,6 +202,7 @@ class AsyncLLM:
             self._error = self._error or EngineError("the engine is closed")
             self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.engine.scheduler.close)
 
     async def __aenter__(self) -> AsyncLLM:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,8 @@ class EngineConfig:
             (nine tenths on an accelerator), and at most what `max_sequences` full contexts use.
         kv_dtype: "int8" quantizes keys and values, to about half of bfloat16's bytes
         prefix_caching: reuse the keys and values of an earlier prompt with the same prefix
+        prefix_cache: folder in which KV pages of prompts are kept beyond the engine's life; processes may share it
+        prefix_cache_bytes: maximum size of all files in this folder
         deterministic: make a request's tokens bit-identical whatever runs beside it. A model quantized to int8 or
             int4 is so on a CPU without this option and without cost.
         speculation: settings of speculative decoding for requests without their own
@@ -70,12 +73,17 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     kv_dtype: str | None = None
     prefix_caching: bool = True
+    prefix_cache: str | os.PathLike[str] | None = None
+    prefix_cache_bytes: int = 20 * 10**9
     deterministic: bool = False
     speculation: Speculation | None = None
     grammar_limits: GrammarLimits = GrammarLimits()
 
     def __post_init__(self) -> None:
-        lows = {"max_sequences": 1, "max_batch_tokens": 1, "page_size": 1, "max_waiting": 1, "kv_cache_bytes": 1}
+        lows = {
+            "max_sequences": 1, "max_batch_tokens": 1, "page_size": 1, "max_waiting": 1, "kv_cache_bytes": 1,
+            "prefix_cache_bytes": 1,
+        }  # fmt: skip
         for name, low in lows.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
@@ -86,6 +94,8 @@ class EngineConfig:
                 f"prompt: at least max_sequences + page_size = {self.max_sequences + self.page_size}",
                 field="max_batch_tokens",
             )
+        if self.prefix_cache is not None and not self.prefix_caching:
+            raise ConfigError("prefix_cache needs prefix_caching", field="prefix_cache")
         if self.kv_dtype not in (None, "int8"):
             raise ConfigError(
                 f'kv_dtype must be "int8", or None for the model\'s own type, not {self.kv_dtype!r}',

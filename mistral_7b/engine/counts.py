@@ -17,5 +17,10 @@ class Counts:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     preemptions: int = 0
+    disk_queries: int = 0  # prompt tokens that were not in memory, looked up in the prefix cache on disk
+    disk_hits: int = 0  # of these, found
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
+    disk_dropped: int = 0  # pages that were not written because the disk was too slow
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason, "abort" or "error"
     ended: int = 0  # requests, for any reason

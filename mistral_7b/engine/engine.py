@@ -33,6 +33,7 @@ from .completion import TextPiece
 from .config import EngineConfig
 from .containment import hidden_of, logits_of, logprobs_of, request_error, sample, use_hidden
 from .counts import Counts
+from .disk_cache import scheduler_for
 from .drafts import Drafts
 from .extras import TopLogprobs
 from .forward import forward_for
@@ -40,7 +41,6 @@ from .in_flight import InFlightStep, Plan, feed, picks_of, waits
 from .masks import PATIENCE, Masks, collect_masks, grammar_over, late_ones, may_sample, request_masks, wait_any
 from .pages import PagePool
 from .request import Request, SequenceState
-from .scheduler import Scheduler
 
 
 class Engine:
@@ -48,8 +48,8 @@ class Engine:
 
     def __init__(self, model: Mistral7B, pool: PagePool, config: EngineConfig) -> None:
         self.model, self.pool, self.config = model, pool, config
-        self.scheduler = Scheduler(pool, model.args.sliding_window, config)
         self.adapters = Adapters(model)
+        self.scheduler = scheduler_for(model, pool, config, self.adapters)
         self.requests: dict[str, Request] = {}  # unfinished ones, by id
         self.device = pool.layers[0][0].device
         self.drafts = Drafts(config, pool.page, self.device)

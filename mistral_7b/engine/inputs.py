@@ -104,6 +104,7 @@ class InputProcessor:
         request = Request(
             options.request_id or _new_id(), prompt.prompt, prompt.ids, prompt.params, prompt.completions,
             self._key(options), options.priority, options.adapter, options.client, speculation, sink=sink,
+            salt=options.cache_salt,
         )  # fmt: skip
         spec = grammar or GrammarSpec.of(prompt.params.structured_outputs)
         self._start_grammars(request, name, prefix, spec, options.disconnected)
@@ -161,6 +162,7 @@ class InputProcessor:
         request = Request(
             options.request_id or _new_id(), tokenized.prompt, tokenized.ids, params, tokenized.completions,
             self._key(options), options.priority, options.adapter, options.client, pooling=pooling, sink=sink,
+            salt=options.cache_salt,
         )  # fmt: skip
         return self._checked(request, name, "input")
 

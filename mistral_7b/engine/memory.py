@@ -25,7 +25,7 @@ def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | No
     import torch
 
     from .pages import PagePool
-    from .scheduler import most_pages
+    from .window import most_pages
 
     args, p, page = model.args, model.norm.weight, config.page_size
     int8 = config.kv_dtype == "int8"

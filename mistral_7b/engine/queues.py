@@ -12,7 +12,7 @@ arrives gets the lowest count of those present: absence earns no credit. A clien
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .request import SequenceState
@@ -49,6 +49,8 @@ class Queues:
 
     def leave(self, sequence: SequenceState) -> None:
         """Count a sequence of a client less; the last one takes the client with it."""
+        if sequence.waiting:
+            self.discard(sequence)
         client = self._clients[sequence.request.client]
         client.present -= 1
         if not client.present:
@@ -60,6 +62,10 @@ class Queues:
         heapq.heappush(client.heap, (sequence.rank, sequence))
         self._count(sequence, 1)
 
+    def hold(self, sequence: SequenceState) -> None:
+        """Count a sequence as waiting that is not in its client's queue yet; `discard` ends it."""
+        self._count(sequence, 1)
+
     def pop(self, sequence: SequenceState) -> None:
         """Remove the first sequence of its client's queue."""
         taken = heapq.heappop(self._clients[sequence.request.client].heap)[1]
@@ -67,7 +73,7 @@ class Queues:
         self._count(sequence, -1)
 
     def discard(self, sequence: SequenceState) -> None:
-        """Let a sequence, which has ended, wait no longer. It stays in the heap until it is the first."""
+        """Count a held or ended sequence as waiting no longer. It stays in the heap until it is the first."""
         self._count(sequence, -1)
 
     def _count(self, sequence: SequenceState, n: int) -> None:
@@ -88,9 +94,15 @@ class Queues:
         """The first waiting sequence of each client that has one."""
         return [head for name in self._clients if (head := self.head(name)) is not None]
 
-    def served(self, name: str) -> int:
-        """The tokens that count for a client."""
-        return self._clients[name].served
+    def next(self, heads: Sequence[SequenceState], planned: Mapping[str, int] = {}) -> SequenceState:
+        """Of several clients' first sequences the next: by priority, then by what the clients were served, with
+        the tokens `planned` for them."""
+
+        def turn(s: SequenceState) -> tuple[int, int, Rank]:
+            client = s.request.client
+            return s.request.priority, self._clients[client].served + planned.get(client, 0), s.rank
+
+        return min(heads, key=turn)
 
     def charge(self, name: str, tokens: int) -> None:
         """Count tokens computed for a client."""

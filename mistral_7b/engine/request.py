@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +24,9 @@ from .completion import Completion, CompletionOutput, RequestMetrics, RequestOut
 from .grammar.client import GrammarState
 from .pages import Key, PagePool, next_key
 from .speculation import Speculation, Speculator
+
+if TYPE_CHECKING:
+    from .disk_cache import StoredPrefix
 
 Sink = Callable[["Request", list[TextPiece]], None]
 
@@ -36,6 +40,8 @@ class Request:
         adapter: name of the LoRA adapter to use
         client: name of the client; clients share the engine equally (queues.py)
         key: root of its prefix-cache keys; only requests with equal roots share pages (pages.first_key)
+        salt: cache_salt, as in RequestOptions
+        stored: files of the pages of its prompt, if there is a prefix cache on disk
         pooling: "mean" or "last" for an embedding of the prompt; None for text
         sink: called after each step with the request and its new pieces, and once more when it has ended
         error: the error that ended it; None if it did not fail
@@ -53,6 +59,8 @@ class Request:
     speculation: Speculation | None = None
     pooling: str | None = None
     sink: Sink | None = None
+    salt: str | None = None
+    stored: StoredPrefix | None = None
     order: int = 0  # its number in order of arrival
     sequences: list[SequenceState] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])

@@ -19,6 +19,7 @@ import bisect
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
+from functools import partial
 from operator import attrgetter
 
 from ..errors import EngineError
@@ -28,6 +29,7 @@ from .pages import PagePool
 from .queues import Queues
 from .request import Request, SequenceState
 from .shares import Shares
+from .window import first_visible, most_pages, usable_prefix
 
 RANK = attrgetter("rank")
 
@@ -36,28 +38,21 @@ class _PagesShortError(Exception):
     """There are too few free pages, and no sequence may be preempted."""
 
 
-def most_pages(tokens: int, window: int | None, config: EngineConfig) -> int:
-    """The largest number of pages that a sequence of `tokens` tokens holds at a time."""
-    page = config.page_size
-    whole = -(-tokens // page)
-    if window is None:
-        return whole
-    return min(whole, -(-(window + config.max_batch_tokens) // page) + 1)
-
-
 class Scheduler:
     """The queue, the running sequences, and their pages."""
 
     def __init__(self, pool: PagePool, window: int | None, config: EngineConfig) -> None:
         self.pool, self.window, self.config = pool, window, config
         self.page = pool.page
+        self.most_pages = partial(most_pages, window=window, config=config)
+        self.first_visible = partial(first_visible, window=window, page=pool.page)
+        self.usable_prefix = partial(usable_prefix, window=window, page=pool.page)
         self.running: list[SequenceState] = []  # in order
         self.counts = Counts()
         self.queues, self.shares = Queues(), Shares(config.max_sequences, pool.n_pages)
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait."""
         return self.queues.waiting
 
     # ------------------------------------------------------------------ adding and ending requests
@@ -86,21 +81,15 @@ class Scheduler:
                 hint="shorten it, or raise kv_cache_bytes",
             )
 
-    def most_pages(self, tokens: int) -> int:
-        """The largest number of pages that a sequence of `tokens` tokens holds at a time."""
-        return most_pages(tokens, self.window, self.config)
-
     def end(self, sequence: SequenceState) -> None:
         """End a sequence and free its pages."""
         if sequence.ended:
             return
+        if sequence.running or sequence.waiting:
+            self.queues.leave(sequence)
         if sequence.running:
             self.running.remove(sequence)
             sequence.running = False
-            self.queues.leave(sequence)
-        elif sequence.waiting:
-            self.queues.discard(sequence)
-            self.queues.leave(sequence)
         sequence.ended = True
         sequence.free_pages(self.pool)
 
@@ -168,24 +157,21 @@ class Scheduler:
                 heads += [head for head in self.queues.heads() if not unread.get(head.request.client)]
             if not heads:
                 return
-            sequence = heads[0] if len(heads) == 1 else min(heads, key=lambda s: self._turn(s, here))
+            sequence = heads[0] if len(heads) == 1 else self.queues.next(heads, here)
             client = sequence.request.client
             if unread.get(client):
                 unread[client].popleft()
                 left -= 1
                 if not sequence.running:  # preempted since
                     continue
-            elif not self._admit(sequence):
+            elif (fit := self._fit(sequence)) is None:
                 admitting = False  # no other may pass it, or it might wait for ever
                 continue
+            else:
+                self._begin(sequence, *fit)
             n = self._plan(sequence, self._part(sequence, budget, left > 0), planned, keep)
             budget -= n
             here[client] += n
-
-    def _turn(self, sequence: SequenceState, here: dict[str, int]) -> tuple[int, int, tuple[int, int, int]]:
-        """The order of several clients' first sequences: by priority, then by what the clients were served."""
-        client = sequence.request.client
-        return sequence.request.priority, self.queues.served(client) + here.get(client, 0), sequence.rank
 
     def _part(self, sequence: SequenceState, budget: int, followed: bool) -> int:
         """The size of the next prefill chunk of a sequence; `followed`: another prefill comes after it."""
@@ -243,8 +229,8 @@ class Scheduler:
 
     def _make_way(self, keep: bool) -> None:
         """Preempt a sequence for the next client's first request, if this cannot start otherwise."""
-        head = min(self.queues.heads(), key=lambda s: self._turn(s, {}))
-        if not self.running or self._fit(head) is not None:
+        heads = self.queues.heads()
+        if not heads or not self.running or self._fit(head := self.queues.next(heads)) is not None:
             return
         victim = self.shares.to_yield(self.running, head, self.most_pages(len(head.tokens)))
         if victim is not None:
@@ -253,14 +239,6 @@ class Scheduler:
             self._preempt(victim)
 
     # ------------------------------------------------------------------ admission
-
-    def _admit(self, sequence: SequenceState) -> bool:
-        """Start a waiting sequence, with its cached prefix; False if it cannot start yet."""
-        if (fit := self._fit(sequence)) is None:
-            return False
-        self.queues.pop(sequence)
-        self._begin(sequence, *fit)
-        return True
 
     def _fit(self, sequence: SequenceState) -> tuple[int, list[int]] | None:
         """The cached prefix of a waiting sequence, as `_prefix`; None if there is no room for the sequence."""
@@ -278,6 +256,8 @@ class Scheduler:
         return sum(s.request.completions_per_sequence for s in self.running)
 
     def _begin(self, sequence: SequenceState, start: int, found: list[int]) -> None:
+        """Run a waiting sequence, whose cached prefix of `start` tokens has these visible pages."""
+        self.queues.pop(sequence)
         request = sequence.request
         for _ in range(start // self.page - len(found)):
             sequence.append_page(self.pool.scratch)  # outside the window: never read
@@ -300,22 +280,15 @@ class Scheduler:
         """
         if not (self.config.prefix_caching and sequence.request.shares_prefixes):
             return 0, []
-        most = (len(sequence.tokens) - 1) // self.page
-        pages, best = [], 0
-        run = 0  # consecutive cached pages
-        for i in range(most):
-            found = self.pool.find(sequence.key_of(i, self.page))
-            pages.append(found)
-            run = run + 1 if found is not None else 0
-            if run and run >= i + 1 - self.first_seen((i + 1) * self.page):
-                best = i + 1
-            elif self.window is None:
-                break
-        return best * self.page, [p for p in pages[self.first_seen(best * self.page) : best] if p is not None]
+        pages: dict[int, int | None] = {}
 
-    def first_seen(self, position: int) -> int:
-        """The first page that a query at this position or later can see."""
-        return 0 if self.window is None else max(0, position - self.window + 1) // self.page
+        def cached(i: int) -> bool:
+            pages[i] = self.pool.find(sequence.key_of(i, self.page))
+            return pages[i] is not None
+
+        best = self.usable_prefix((len(sequence.tokens) - 1) // self.page, cached)
+        visible = range(self.first_visible(best * self.page), best)
+        return best * self.page, [page for i in visible if (page := pages[i]) is not None]
 
     # ------------------------------------------------------------------ after the step
 
@@ -331,7 +304,10 @@ class Scheduler:
             for i in range(max(sequence.cached_pages, sequence.first), full):
                 self.pool.know(int(sequence.pages[i]), sequence.key_of(i, self.page))
                 sequence.cached_pages = i + 1
-        sequence.free_pages_before(self.pool, self.first_seen(sequence.computed))
+        sequence.free_pages_before(self.pool, self.first_visible(sequence.computed))
+
+    def close(self) -> None:
+        """Finish what runs beside the engine."""
 
     def check_pages(self) -> None:
         """AssertionError unless every page is accounted for."""

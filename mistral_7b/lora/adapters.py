@@ -102,6 +102,10 @@ class Adapters:
         self._of(name)
         return self._loadings[name]
 
+    def factors(self, name: str) -> dict[str, LowRank]:
+        """What an adapter adds, by Linear. AdapterError if there is none of that name."""
+        return dict(self._of(name))
+
     def nbytes(self, name: str) -> int:
         """The size of an adapter in bytes."""
         return sum(low.nbytes for low in self._of(name).values())

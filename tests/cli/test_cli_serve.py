@@ -173,6 +173,40 @@ def test_an_engine_that_breaks_ends_the_process(tmp_path):
         process.wait()
 
 
+def test_a_prefix_outlives_a_server_that_is_killed(tmp_path):
+    ask = {"model": "demo", "prompt": "import os\n" * 40, "max_tokens": 5, "temperature": 0}
+    answers = []
+    for _ in range(2):
+        process = start(
+            "serve", "--port", "0", "--quantization", "int8", "--prefix-cache", str(tmp_path / "cache")
+        )
+        try:
+            url = url_of(process)
+            wait_ready(url, "")
+            answers.append(get(f"{url}/v1/completions", json.dumps(ask).encode()))
+            wanted, end = answers[0]["usage"]["prompt_tokens"] // 16, time.monotonic() + 20
+            while len(list(tmp_path.glob("cache/*/*.kv"))) < wanted:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        finally:
+            process.kill()
+            process.wait()
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached == [0, (answers[0]["usage"]["prompt_tokens"] - 1) // 16 * 16]
+    assert answers[0]["choices"][0]["text"] == answers[1]["choices"][0]["text"]
+
+
+def test_a_prefix_cache_that_cannot_be_is_refused_before_the_model_is_opened(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("serve", "no/such-model", "--port", "0", "--prefix-cache", str(tmp_path / "file" / "cache"))
+    assert result.code == 1
+    assert str(tmp_path / "file" / "cache") in result.err
+    result = run("serve", "no/such-model", "--prefix-cache", str(tmp_path), "--prefix-cache-size", "much")
+    assert result.code == 2
+    assert "--prefix-cache-size" in result.err
+    assert run("serve", "no/such-model", "--prefix-cache", str(tmp_path), "--no-prefix-caching").code == 2
+
+
 @pytest.mark.wording
 def test_what_cannot_be_served_is_said_in_a_line(run, tmp_path, monkeypatch):
     with socket.socket() as taken:

@@ -25,8 +25,8 @@ from mistral_7b.engine.inputs import InputProcessor, RequestOptions
 from mistral_7b.engine.memory import pool_for
 from mistral_7b.engine.pages import PagePool
 from mistral_7b.engine.request import Request
-from mistral_7b.engine.scheduler import most_pages
 from mistral_7b.engine.speculation import Speculation
+from mistral_7b.engine.window import most_pages
 from mistral_7b.generate import generate
 from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.model import Mistral7B

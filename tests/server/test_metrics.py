@@ -38,6 +38,22 @@ def scrape(client: httpx.Client) -> Samples:
     }
 
 
+def test_tokens_found_on_disk_are_counted(tmp_path: pathlib.Path) -> None:
+    engine = EngineConfig(max_sequences=2, max_batch_tokens=64, page_size=4, prefix_cache=tmp_path)
+    found = []
+    for _ in range(2):
+        with serving(engine=engine) as it, httpx.Client(base_url=it.url, timeout=30) as client:
+            body = client.post("/v1/chat/completions", json={"model": "tiny", "max_tokens": 3, **ASK}).json()
+            found.append((body["usage"], scrape(client)))
+    (first, _), (usage, samples) = found
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert cached == (usage["prompt_tokens"] - 1) // 4 * 4 > 0
+    assert samples["prefix_cache_disk_hits_total", ""] == samples["prefix_cache_disk_queries_total", ""] == cached
+    assert samples["prefix_cache_disk_read_bytes_total", ""] > 0
+    assert samples["prefix_cache_disk_dropped_pages_total", ""] == 0
+
+
 def test_what_was_done_is_counted(client: httpx.Client) -> None:
     before = scrape(client)
     usages = []

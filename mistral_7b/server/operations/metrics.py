@@ -171,6 +171,16 @@ class _EngineCollector(Collector):
             ("preemptions", "Preemptions of sequences", counts.preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", counts.prompt_tokens),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", counts.cached_tokens),
+            *(
+                (f"prefix_cache_disk_{name}", help, value)
+                for name, help, value in (
+                    ("queries", "Prompt tokens not in memory, looked up on disk", counts.disk_queries),
+                    ("hits", "Prompt tokens found on disk", counts.disk_hits),
+                    ("read_bytes", "Bytes read from the prefix cache on disk", counts.disk_read_bytes),
+                    ("written_bytes", "Bytes written to the prefix cache on disk", counts.disk_written_bytes),
+                    ("dropped_pages", "Pages not written because the disk was too slow", counts.disk_dropped),
+                )
+            ),
             ("drafted_tokens", "Draft tokens of speculative decoding", counts.drafted_tokens),
             ("accepted_tokens", "Accepted draft tokens", counts.accepted_tokens),
         ):

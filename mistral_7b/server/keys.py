@@ -91,7 +91,7 @@ def _keys_in(file: pathlib.Path) -> list[ApiKey]:
         raise ConfigError("is not UTF-8 text", place=file, hint="write one key per line") from e
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
-        if line := f" {line}".partition(" #")[0].replace("\t", " ").strip():
+        if line := f" {line}".replace("\t", " ").partition(" #")[0].strip():
             keys.append(ApiKey.parse(line, f"{file}, line {number}"))
     if not keys:
         raise ConfigError("contains no key", place=file, hint="write one key per line")

@@ -12,10 +12,11 @@ from serving import HELLO, Serving, serving
 
 from mistral_7b.errors import ConfigError
 from mistral_7b.server.config import ServerConfig
+from mistral_7b.server.http.guard import PROBES
 from mistral_7b.server.keys import ApiKey, read_keys
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
-OPEN = "/health/live"
+OPEN, *_ = PROBES
 FRIEND, STRANGER = "https://page.example", "https://evil.example"
 KEY = {"authorization": "Bearer key"}
 
@@ -40,11 +41,11 @@ def paths_of(app: FastAPI) -> set[str]:
 
 def test_each_route_by_each_method_wants_the_key(closed: Serving) -> None:
     paths = paths_of(closed.server.config.app)
-    assert paths > {"/", "/web/index.html", "/openapi.json", "/metrics", "/v1/adapters/x", "/v1/messages", OPEN}
+    assert paths > {"/", "/web/index.html", "/openapi.json", "/metrics", "/v1/adapters/x", "/v1/messages", *PROBES}
     odd = {"/docs", "/redoc", "/nowhere", "//", "/%2e%2e/etc/passwd", "/health/live/", "/HEALTH/LIVE", "*"}
-    odd |= {"/health/live%2f..%2f..%2fv1/models", "/health/ready?x=/health/live", "http://localhost/v1/models"}
+    odd |= {"/health/live%2f..%2f..%2fv1/models", "/v1/models?x=/health/live", "http://localhost/v1/models"}
     connection = http.client.HTTPConnection("127.0.0.1", closed.port, timeout=20)
-    for path in paths - {OPEN} | odd:
+    for path in paths - set(PROBES) | odd:
         for method in METHODS:
             connection.request(method, path, headers={"host": "localhost"})
             answer = connection.getresponse()

@@ -13,7 +13,6 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -30,6 +29,7 @@ from .config import ServerConfig
 from .http.access import Accounts
 from .http.errors import ClientGoneError, ContextLengthError, HttpError
 from .http.limits import Account
+from .workers import Workers
 
 # Keys of the ASGI scope, set by the guard and the routes.
 GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has disconnected
@@ -109,7 +109,7 @@ class State:
     trace: Callable[[Answered], None] | None = None
     # A large pool, because a thread may wait seconds for a grammar that other processes compile, and a separate
     # one, so that users of the default executor never queue behind it.
-    readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(READERS, "read"))
+    workers: Workers = field(init=False)
     running: set[Running] = field(default_factory=set)
     active: int = 0  # HTTP requests that the guard has admitted
     held: int = 0  # bytes of their bodies
@@ -121,6 +121,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.accounts = Accounts(self.config)
+        self.workers = Workers(READERS, len(self.accounts.all))
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -217,7 +218,7 @@ async def read(state: State, make: Callable[[], Request], field: str) -> Request
     ClientGoneError if the client has disconnected and `make` was given the event (`left`).
     """
     try:
-        request = await asyncio.get_running_loop().run_in_executor(state.readers, make)
+        request = await state.workers.run(make)
     except AbandonedError as e:
         raise ClientGoneError from e
     except (QueueFullError, PromptTooLongError, ProcessError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -20,6 +21,7 @@ from mistral_7b.server.config import ServerConfig
 from mistral_7b.server.http.connection import RESERVE
 from mistral_7b.server.http.limits import Bucket
 from mistral_7b.server.keys import ApiKey
+from mistral_7b.server.workers import Workers, account_name
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -165,6 +167,30 @@ def test_log_lines_name_the_key_and_the_times_and_leave_probes_out(caplog: pytes
     assert 0 <= line["queue_seconds"] <= line["first_token_seconds"] <= line["seconds"]
     assert "secret" not in str(line)
     assert "secret" not in repr(server.state.config)
+
+
+def test_slow_functions_of_one_account_leave_threads_to_another() -> None:
+    release = threading.Event()
+
+    async def wait_slowly(workers: Workers, n: int) -> None:
+        account_name.set("greedy")
+        await asyncio.gather(*(workers.run(release.wait) for _ in range(n)))
+
+    async def main() -> None:
+        workers = Workers(8, accounts=2)
+        slow = asyncio.create_task(wait_slowly(workers, 50))
+        await asyncio.sleep(0)
+        account_name.set("modest")
+        assert [await workers.run(lambda i=i: i) for i in range(20)] == list(range(20))  # type: ignore[misc]
+        assert not slow.done()
+        with pytest.raises(ZeroDivisionError):
+            await workers.run(lambda: 1 // 0)
+        release.set()
+        await slow
+        assert not workers._running
+        assert not workers._waiting
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 # ---------------------------------------------------------------------- connections and probes

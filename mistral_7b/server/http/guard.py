@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import ServerConfig
 from ..state import ACCOUNT, GONE, LEFT, NOTES, RESERVED, Answered, State
+from ..workers import account_name
 from .access import AccessControl
 from .errors import CLIENT_GONE, ClientGoneError, HttpError, refusal, too_many_connections
 from .limits import Account
@@ -141,6 +142,7 @@ class _Exchange:
             raise closed
         self.check_share(account)
         self.account = account
+        account_name.set(account.name)
         account.admit(counted=self.scope["method"] == "POST")
 
     def check_share(self, account: Account) -> None:

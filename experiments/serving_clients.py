@@ -28,9 +28,13 @@ END = b"\r\n0\r\n\r\n"  # of a body in chunks; JSON has no bare line ends
 
 
 class Server:
-    """`mistral-7b serve` in a separate process with its log in a file; a context manager that kills it."""
+    """`mistral-7b serve` in a separate process with its log in a file; a context manager that kills it.
 
-    def __init__(self, *options: str) -> None:
+    `key`: an API key for the requests of `get`.
+    """
+
+    def __init__(self, *options: str, key: str = "none") -> None:
+        self.key = key
         self.log = tempfile.NamedTemporaryFile("w+", prefix="serve", suffix=".log")  # noqa: SIM115
         began = time.perf_counter()
         command = [sys.executable, "-m", "mistral_7b", "serve", "--port", "0", *options]
@@ -75,7 +79,9 @@ class Server:
 
     def get(self, path: str) -> tuple[int, bytes]:
         """Return status and body."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+        headers = {"authorization": f"Bearer {self.key}"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, answer.read()
 
     @property

@@ -2,8 +2,9 @@
 
     python experiments/serving_soak.py --clients 200 --minutes 10 --json FILE
 
-All clients stream from the bundled model concurrently. A tenth of them repeatedly disconnect during a response,
-and a tenth send garbage. The others must not be affected.
+All clients stream from the bundled model concurrently. Of fifteen, one repeatedly disconnects during a response,
+one sends garbage, and three are greedy: with one API key they send large requests, as many as they can, and open
+idle connections. The others have keys of their own and must not be affected.
 
     errors              responses to well-behaved clients that were refused, cut off or incomplete
     memory              resident memory, and the slope of its linear fit after a fifth of the time
@@ -18,6 +19,7 @@ import asyncio
 import json
 import random
 import signal
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from typing import Any
 from serving_clients import Client, Server, place, post, read_metrics, slope
 
 CHAT = "/v1/chat/completions"
+KEYS, GREEDY = ("one", "two", "three", "four"), "greedy"
 WORDS = ["def", "class", "return", "import", "for", "while", "print", "open", "read", "write", "list", "sum"]
 GARBAGE = [
     b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x00" * 300 + b"\r\n\r\n",
@@ -44,6 +47,8 @@ class Tally:
     answers: int = 0
     events: int = 0
     vanished: int = 0
+    greedy: Counter[int] = field(default_factory=Counter)  # statuses
+    seconds: list[float] = field(default_factory=list)  # to the last token, of well-behaved clients
     garbage: Counter[int] = field(default_factory=Counter)  # statuses
     errors: list[str] = field(default_factory=list)
     times: list[float] = field(default_factory=list)  # minutes
@@ -51,22 +56,28 @@ class Tally:
     first: dict[str, float] = field(default_factory=dict)  # metrics after the warm-up
 
 
-def question(dice: random.Random, tokens: int) -> bytes:
+def bearer(key: str) -> list[str]:
+    return [f"Authorization: Bearer {key}"]
+
+
+def question(dice: random.Random, tokens: int, key: str) -> bytes:
     """Return a streaming request for `tokens` tokens with a random prompt."""
     text = " ".join(dice.choices(WORDS, k=dice.randint(3, 40)))
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True,
             "ignore_eos": True, "temperature": dice.choice([0.0, 0.8])}  # fmt: skip
-    return post(CHAT, body)
+    return post(CHAT, body, bearer(key))
 
 
 async def behave(port: int, tally: Tally, end: float, dice: random.Random) -> None:
     """Send requests and read complete responses over one connection."""
     client = await Client.connect(port)
     while time.monotonic() < end:
-        answer = await client.ask(question(dice, dice.randint(16, 96)))
+        sent = time.monotonic()
+        answer = await client.ask(question(dice, dice.randint(16, 96), dice.choice(KEYS)))
         if answer.status == 200 and answer.whole and not answer.failed and answer.body:
             tally.answers += 1
             tally.events += answer.events
+            tally.seconds.append(time.monotonic() - sent)
         else:
             tally.errors.append(f"status {answer.status}, whole {answer.whole}, {answer.body[-200:]!r}")
             await asyncio.sleep(0.5)
@@ -78,7 +89,7 @@ async def vanish(port: int, tally: Tally, end: float, dice: random.Random) -> No
     """Send requests and disconnect before or during the response."""
     while time.monotonic() < end:
         client = await Client.connect(port)
-        answer = client.ask(question(dice, 200), leave_after=dice.randint(1, 60))
+        answer = client.ask(question(dice, 200, dice.choice(KEYS)), leave_after=dice.randint(1, 60))
         await asyncio.wait([answer], timeout=dice.choice([0.01, 0.3, 3, 30]))
         client.leave()
         tally.vanished += 1
@@ -96,6 +107,27 @@ async def babble(port: int, tally: Tally, end: float, dice: random.Random) -> No
         await asyncio.sleep(dice.random())
 
 
+async def grab(port: int, tally: Tally, end: float, dice: random.Random) -> None:
+    """Send large requests without a pause, and hold idle connections, all with one key."""
+    large = [
+        ("/v1/completions", {"prompt": ["import "] * 16, "n": 8, "max_tokens": 128, "ignore_eos": True}),
+        ("/v1/completions", {"prompt": "def ", "n": 16, "max_tokens": 512, "ignore_eos": True, "stream": True}),
+        ("/v1/embeddings", {"input": ["word " * 400] * 16}),
+        (CHAT, {"messages": [{"role": "user", "content": "list " * 1500}], "max_tokens": 200}),
+    ]
+    idle = [await Client.connect(port) for _ in range(10)]
+    while time.monotonic() < end:
+        client = await Client.connect(port)
+        answer = client.ask(post(*dice.choice(large), bearer(GREEDY)))
+        await asyncio.wait([answer], timeout=max(0.1, min(60, end - time.monotonic())))
+        tally.greedy[client.answer.status] += 1
+        client.leave()
+        if client.answer.status in (429, 503):
+            await asyncio.sleep(0.05)
+    for each in idle:
+        each.leave()
+
+
 async def watch(server: Server, tally: Tally, began: float, end: float) -> None:
     """Record the server's memory every second, and its metrics after the warmup."""
     warm = began + (end - began) / 5
@@ -111,7 +143,8 @@ async def watch(server: Server, tally: Tally, began: float, end: float) -> None:
 async def scrape(port: int) -> dict[str, float]:
     """Read /metrics without blocking the clients."""
     client = await Client.connect(port)
-    answer = await client.ask(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    head = f"GET /metrics HTTP/1.1\r\nHost: localhost\r\n{bearer(KEYS[0])[0]}\r\n\r\n"
+    answer = await client.ask(head.encode())
     client.leave()
     return read_metrics(answer.body)
 
@@ -119,8 +152,8 @@ async def scrape(port: int) -> dict[str, float]:
 async def soak(server: Server, clients: int, seconds: float, seed: int = 0) -> tuple[Tally, dict[str, float]]:
     """Run all clients for `seconds`; return the tally and the final metrics."""
     tally, began = Tally(), time.monotonic()
-    end, odd = began + seconds, max(1, clients // 10)
-    kinds = [vanish] * odd + [babble] * odd + [behave] * (clients - 2 * odd)
+    end, odd = began + seconds, max(1, clients // 15)
+    kinds = [vanish] * odd + [babble] * odd + [grab] * 3 * odd + [behave] * (clients - 5 * odd)
     await asyncio.gather(
         watch(server, tally, began, end),
         *(kind(server.port, tally, end, random.Random(seed + i)) for i, kind in enumerate(kinds)),
@@ -143,6 +176,8 @@ def summary(server: Server, tally: Tally, last: dict[str, float], seconds: float
 
     return {
         "answers": tally.answers, "errors": len(tally.errors), "first_errors": tally.errors[:5],
+        "greedy_statuses": {str(k): n for k, n in sorted(tally.greedy.items())},
+        "seconds_median": statistics.median(tally.seconds), "seconds_longest": max(tally.seconds),
         "vanished": tally.vanished, "garbage_statuses": {str(k): n for k, n in sorted(tally.garbage.items())},
         "requests_a_second": since("requests_total") / ran,
         "tokens_a_second": since("generation_tokens_total") / ran,
@@ -166,7 +201,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     where = place()
-    with Server() as server:
+    keys = [option for key in (*KEYS, GREEDY) for option in ("--api-key", key)]
+    with Server(*keys, key=KEYS[0]) as server:
         seconds = args.minutes * 60
         tally, last = asyncio.run(soak(server, args.clients, seconds))
         record = summary(server, tally, last, seconds)

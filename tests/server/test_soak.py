@@ -11,13 +11,15 @@ from serving import serving
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
-from serving_soak import soak
+from serving_soak import GREEDY, KEYS, soak
 
 from mistral_7b.engine.config import EngineConfig
+from mistral_7b.server.config import ServerConfig
 
 
 def test_the_well_behaved_notice_nothing_of_the_others() -> None:
-    with serving(engine=EngineConfig(max_sequences=8, max_batch_tokens=48, page_size=4)) as it:
+    config = ServerConfig(port=0, api_keys=(*KEYS, GREEDY), max_connections=64)
+    with serving(config, EngineConfig(max_sequences=8, max_batch_tokens=48, page_size=4)) as it:
         server = SimpleNamespace(port=it.port, rss=1.0)
         tally, last = asyncio.run(soak(server, clients=20, seconds=4.0))  # type: ignore[arg-type]
         it.idle()
@@ -29,7 +31,8 @@ def test_the_well_behaved_notice_nothing_of_the_others() -> None:
         assert last['requests_finished_total{reason="error"}'] == 0
         assert last["event_loop_lag_seconds_count"] > 10
         assert it.llm.engine.pool.held == 0
-        held = [line for line in it.ask("GET", "/metrics")[2].decode().splitlines() if "pages_held" in line]
+        metrics = it.ask("GET", "/metrics", headers={"x-api-key": KEYS[0]})
+        held = [line for line in metrics[2].decode().splitlines() if "pages_held" in line]
         assert held[-1].endswith(" 0.0")
 
 

@@ -215,14 +215,13 @@ def _check_target(out: pathlib.Path, needed: int) -> None:
 
 def _bytes(size: int | str) -> int:
     """Parse a size in bytes from a number or a string such as "5GB" (10^9) or "5GiB" (2^30)."""
-    if isinstance(size, str):
-        size = size_in_bytes(size)
-    if not isinstance(size, int) or size <= 0:
+    found = size_in_bytes(size) if isinstance(size, str) else size
+    if not isinstance(found, int) or found <= 0:
         raise CheckpointError(
             f'max_shard_size {size!r} is not a size: use bytes, or a string like "5GB" or "500MB"',
             field="max_shard_size",
         )
-    return size
+    return found
 
 
 def _progress_callback(outgoing: list[Outgoing], progress: Progress | None) -> Callable[[Outgoing], None]:

@@ -249,7 +249,7 @@ BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "no"}}}
                                                        "call_id": "c"}]}, 400, "input[1]"),
         ({"input": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, 400, "input[1]"),
         ({"input": [{"role": "developer", "content": "x"}]}, 400, "input"),
-        ({"input": "x " * 2000}, 422, "input"),
+        ({"input": "x " * 2000}, 400, "input"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, 400, "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": BAD_SCHEMA}}}, 400,
          "text.format.schema"),

@@ -124,7 +124,11 @@ def _told(top: _Found, found: Sequence[_Found]) -> HttpError:
 
 def _at(error: Error, body: Any) -> _Found:
     """Find an error's place in the body. Parts of its location that the body does not have name union branches."""
-    parts, path, branched = error["loc"][1:], [], None
+    where, *parts = error["loc"]
+    if where != "body":  # a parameter of the path or the query, which has no parts
+        return _Found(error, tuple(parts), None)
+    path: list[str | int] = []
+    branched = None
     for i, part in enumerate(parts):
         inside = (isinstance(body, dict) and part in body) or (
             isinstance(body, list) and isinstance(part, int) and part < len(body)

@@ -177,7 +177,8 @@ def chat_request(body: ResponsesRequest, talk: Conversation, tools: Tools) -> Ch
     try:
         return ChatRequest.model_validate(chat)
     except ValidationError as e:
-        raise renamed(invalid(e.errors(), chat), tools) from e
+        errors = [{**error, "loc": ("body", *error["loc"])} for error in e.errors()]
+        raise renamed(invalid(errors, chat), tools) from e
 
 
 def _response_format(body: ResponsesRequest) -> dict[str, Any] | None:

@@ -217,7 +217,6 @@ class AsyncLLM:
 
     def _submit(self, request: Request, mailbox: Mailbox) -> None:
         """Queue a request for the engine. QueueFullError if `max_waiting` are waiting."""
-        limit = self.engine.config.max_waiting
 
         def command() -> None:
             with self._lock:
@@ -231,13 +230,21 @@ class AsyncLLM:
 
         with self._lock:
             self._check_open()
-            queues, submitted = self.engine.scheduler.queues, self._submitted.total()
-            own = self._submitted[request.client]
-            if limit is not None and not queues.has_room(request.client, limit, submitted, own):
-                waiting = queues.waiting + submitted
-                raise QueueFullError(f"the queue is full: {waiting} requests are waiting", hint="try again later")
+            self._check_queue(request.client)
             self._submitted[request.client] += 1
             self._commands.put(command)
+
+    def check_queue(self, client: str = "") -> None:
+        """QueueFullError if no further request of a client may wait."""
+        with self._lock:
+            self._check_queue(client)
+
+    def _check_queue(self, client: str) -> None:
+        limit, queues, submitted = self.engine.config.max_waiting, self.engine.scheduler.queues, self._submitted
+        total = submitted.total()
+        if limit is not None and not queues.has_room(client, limit, total, submitted[client]):
+            waiting = queues.waiting + total
+            raise QueueFullError(f"the queue is full: {waiting} requests are waiting", hint="try again later")
 
     # ------------------------------------------------------------------ in the engine's thread
 

@@ -52,7 +52,8 @@ class EngineConfig:
         max_sequences: completions computed together; more wait
         max_batch_tokens: tokens of one step, those of prompts and completions together. More tokens make prefill
             cheaper, and slow down the completions that decode in the same step.
-        max_waiting: waiting requests beyond which QueueFullError refuses new ones; None for no limit
+        max_waiting: waiting requests beyond which QueueFullError refuses new ones, or the last one of the client
+            that has most of them; None for no limit
         page_size: tokens of a KV page; prefixes are shared in whole pages
         kv_cache_bytes: memory of the KV pages. None takes half of the memory that is free after loading the model
             (nine tenths on an accelerator), and at most what `max_sequences` full contexts use.

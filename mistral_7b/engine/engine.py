@@ -70,10 +70,12 @@ class Engine:
         """Queue a request. EngineError if it can never be scheduled or its id is in use, QueueFullError."""
         if request.id in self.requests:
             raise EngineError(f"a request with the id {request.id!r} is not finished", field="request_id")
+        full = QueueFullError(f"the queue is full: {self.scheduler.waiting} are waiting", hint="try again later")
         if not self.can_queue(request.client):
-            raise QueueFullError(
-                f"the queue is full: {self.scheduler.waiting} requests are waiting", hint="try again later"
-            )
+            raise full
+        limit, queues = self.config.max_waiting, self.scheduler.queues
+        if limit is not None and queues.waiting >= limit and (last := queues.to_drop(request.client)) is not None:
+            self.fail(last.request, full)
         request.order = self._arrivals
         self.scheduler.add(request)
         self.requests[request.id] = request

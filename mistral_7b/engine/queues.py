@@ -109,17 +109,25 @@ class Queues:
         self._clients[name].served += tokens
 
     def has_room(self, name: str, most: int, submitted: int = 0, submitted_of: int = 0) -> bool:
-        """Whether one more sequence of a client may wait, where all clients' `most` may.
+        """Whether one more sequence of a client may wait, with a total limit of `most`.
 
-        A client with less than an equal share of the queue may wait even if the queue is full: otherwise one
-        client's long queue would turn all others away. `submitted`, `submitted_of`: sequences on their way to
-        the queue, of all clients and of this one. Other threads than the engine's may ask.
+        If the queue is full, a client may take the place of the one that has most in it (`to_drop`), as long as it
+        has fewer itself. `submitted`, `submitted_of`: sequences on their way to the queue, of all clients and of
+        this one. Other threads than the engine's may ask.
         """
         if self.waiting + submitted < most:
             return True
-        client = self._clients.get(name)
-        clients = len(self._clients) + (client is None)
-        return clients > 1 and (client.waiting if client else 0) + submitted_of < most // clients
+        own = (client.waiting if (client := self._clients.get(name)) else 0) + submitted_of
+        others = [client.waiting for other, client in list(self._clients.items()) if other != name]
+        return own + 1 < max(others, default=0)
+
+    def to_drop(self, name: str) -> SequenceState | None:
+        """The sequence that leaves a full queue for one of client `name`: the last, not begun, of the client that
+        has most in it; None if there is none."""
+        others = [client for other, client in self._clients.items() if other != name]
+        longest = max(others, key=lambda client: client.waiting, default=None)
+        heap = longest.heap if longest is not None else []
+        return max(((r, s) for r, s in heap if not s.ended and s.request.cached is None), default=(None, None))[1]
 
     def all(self) -> Iterable[SequenceState]:
         """Every waiting sequence, ended ones among them."""

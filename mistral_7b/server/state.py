@@ -29,7 +29,7 @@ from .config import ServerConfig
 from .http.access import Accounts
 from .http.errors import ClientGoneError, ContextLengthError, HttpError
 from .http.limits import Account
-from .workers import Workers
+from .workers import Workers, account_name
 
 # Keys of the ASGI scope, set by the guard and the routes.
 GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has disconnected
@@ -214,9 +214,10 @@ async def read(state: State, make: Callable[[], Request], field: str) -> Request
     """Run `make`, which makes a request, on a worker thread, because tokenizing and grammars are slow.
 
     Raises the input processor's errors for an invalid request; HttpError naming `field` if it needs more than all
-    memory (422) or its prompt is over the limit (400);
+    memory (422) or its prompt is over the limit (400); QueueFullError;
     ClientGoneError if the client has disconnected and `make` was given the event (`left`).
     """
+    state.llm.check_queue(account_name.get())  # before the work, which a refused request would waste
     try:
         request = await state.workers.run(make)
     except AbandonedError as e:

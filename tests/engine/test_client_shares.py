@@ -140,11 +140,15 @@ def test_when_memory_runs_out_the_client_that_holds_most_gives_way() -> None:
 
 
 def test_a_full_queue_has_room_for_another_client() -> None:
+    """It takes the place of the last request of the client that has most in it."""
     shared = engine(max_waiting=20)
     with pytest.raises(QueueFullError):
         many_requests(shared)
+    greedy = list(shared.requests.values())
     for _ in range(10):
         add(shared, "modest")
+        assert shared.scheduler.waiting == 20
+    assert [isinstance(r.error, QueueFullError) for r in greedy] == [False] * 10 + [True] * 10
     with pytest.raises(QueueFullError):
         add(shared, "modest")
     for _ in range(6):

@@ -34,7 +34,7 @@ def loop(model: Mistral7B, prompt: Sequence[int], params: SamplingParams, eos: i
         hidden = model.hidden(part, cache)  # (1, T, D)
     for n in range(most):
         logits = model.logits(hidden[:, -1])  # (1, V)
-        u = uniforms(params.seed or 0, 0, n, 1)[0]  # a random number of this seed, text and place, for the sampler
+        u = uniforms(params.seed or 0, 0, n, 1)[0]  # the random number for (seed, completion 0, position n)
         token = sample_rows(logits, [Row(params, u)])  # (1,): temperature, top-k, top-p, min-p, then by u
         yield int(token)
         if int(token) == eos:

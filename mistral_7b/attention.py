@@ -22,7 +22,7 @@ from torch import Tensor
 from .kernels.backend import DECODE_ATTENTION, Backend, uses
 from .kernels.gpu.decode_attention import decode_attention
 
-BLOCK = 1024  # queries attended at once: a mask is at most BLOCK x (BLOCK + W), however long the prompt
+BLOCK = 1024  # queries attended at once: a mask is at most BLOCK x (BLOCK + W), or BLOCK x S without a window
 
 
 def visible(

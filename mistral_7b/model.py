@@ -4,10 +4,10 @@
 
 B sequences · T new tokens · D width · H query heads · G key/value heads
 K head width · F feed-forward width · W window · V vocabulary · N layers
-"..." is (B, T) for a rectangle, (T,) for a packed batch; only attend() can tell.
+"..." is (B, T) for a rectangle, (T,) for a packed batch; only attend() treats the two differently.
 
-Everything here is a pure function of its arguments. What is remembered between calls is in the cache
-(cache/), and which key a query sees is decided in attention.py.
+Modules hold no state between calls: only the cache that is passed in is changed (cache/). Which keys a
+query sees is decided in attention.py.
 """
 
 from __future__ import annotations
@@ -225,9 +225,9 @@ class Mistral7B(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights, uniform of deviation 0.02; those that write to the residual stream smaller.
+        """Draw fresh weights, uniform of deviation 0.02; smaller for those that write to the residual stream.
 
-        Each tensor has a generator of its own, seeded from torch's: so threads can share 7 billion draws.
+        Each tensor has its own generator, seeded from torch's, so tensors can be initialized in parallel.
         """
         weights = [(name, p) for name, p in self.named_parameters() if p.dim() == 2]
         seeds = torch.randint(2**62, (len(weights),), device="cpu").tolist()
@@ -261,11 +261,11 @@ class Mistral7B(nn.Module):
     def forward(
         self, tokens: Tensor, cache: Cache | None = None, sequence_ids: Tensor | None = None
     ) -> tuple[Tensor, Cache]:
-        """Logits of every token, and the cache with which to go on.
+        """Logits of every token, and the cache that continues from them.
 
         tokens        (B, T), a rectangle of sequences of equal length, or (T,), a packed batch
-        cache         what came before; none begins at position 0. A GrowingCache (the default) is a
-                      value and stays valid; a RollingCache is written in place.
+        cache         what came before; none begins at position 0. A GrowingCache (the default) is not
+                      changed and stays valid; a RollingCache is written in place.
         sequence_ids  (T,), for packed tokens: which sequence each belongs to. With Stateless also (B, T).
 
         Returns logits (..., V) in float32, and the cache.
@@ -285,7 +285,7 @@ class Mistral7B(nn.Module):
     ) -> RollingCache:
         """An empty ring for `batch` sequences of up to `max_seq_len` tokens (endless with a window).
 
-        Up to `slack` tokens can be taken back from it at any time. With `kv_dtype` torch.int8, keys and
+        Up to `slack` tokens can be rolled back at any time. With `kv_dtype` torch.int8, keys and
         values are kept in half the bytes.
         """
         args, p = self.args, self.norm.weight

@@ -11,8 +11,8 @@ absolute position, so nothing is ever un-rotated, and visibility depends on posi
     entries     keys and values as they are stored: in the model's type or in int8
     sequences   positions of packed tokens that belong to several sequences
     stateless   stores nothing: training
-    growing     stores and concatenates; a value: `model(tokens)`
-    rolling     a ring of slots, written in place (paper, figure 3)
+    growing     stores and concatenates; immutable: `model(tokens)`
+    rolling     a ring of slots, written in place (paper, figure 2)
 
 The engine's cache over pages is engine/batch.py.
 """

@@ -36,7 +36,7 @@ class Cache(Protocol):
     def layers(self) -> Iterable[Memory]: ...
 
     def writable(self) -> Cache:
-        """The cache that the next forward extends: a copy of a cache that is a value, otherwise itself."""
+        """The cache that the next forward extends: a copy of an immutable cache, otherwise itself."""
         ...
 
     def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
@@ -77,7 +77,7 @@ class KernelCache(ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """The dtype of the model."""
+        """The dtype of queries and outputs; stored entries may be int8."""
 
     @abstractmethod
     def writable(self) -> KernelCache: ...

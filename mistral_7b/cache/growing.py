@@ -1,4 +1,4 @@
-"""A cache that concatenates keys and values. It is a value: see GrowingCache."""
+"""A cache that concatenates keys and values. Callers see it as immutable: see GrowingCache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class GrowingStep(NamedTuple):
 class GrowingCache:
     """Concatenates keys and values; with a window it keeps the last W of them.
 
-    A value: `model(tokens, cache)` does not change its argument, so one prefix can be continued twice. It holds
+    Immutable: `model(tokens, cache)` does not change its argument, so one prefix can be continued twice. It holds
     tokens (B, T), with rows of equal length, or packed tokens (T,) with a sequence id each, in any order.
     """
 

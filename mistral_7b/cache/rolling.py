@@ -1,4 +1,4 @@
-"""A ring of slots for each sequence, written in place: constant memory (arXiv:2310.06825, figure 3).
+"""A ring of slots for each sequence, written in place: constant memory (arXiv:2310.06825, figure 2).
 
 A ring of W = 4 slots after six tokens, position p in slot p mod W:
 
@@ -83,8 +83,8 @@ class RollingCache(KernelCache):
     refused. Rows may differ in length: prefill them with `rows(i, j)` and decode all together with tokens (B, T).
     No gradient flows through stored keys and values: train with Stateless or GrowingCache.
 
-    At least `slack` tokens can be rolled back at any time, and up to slack + 1 new ones are written before they
-    are attended to; decode of length one is the case of no slack.
+    At least `slack` tokens can be rolled back at any time. Steps of up to slack + 1 tokens write before attending;
+    longer ones attend first. Without slack, only decode of one token writes first.
 
     `static` is for compiled or graph-captured decode: every step uses every slot and reads nothing back from the
     device, so shapes never change. The caller must then check that the tokens fit.
@@ -180,8 +180,7 @@ class RollingCache(KernelCache):
     def _decode(self, place: Place, new: Slots, new_p: Tensor, lengths: list[int]) -> Decode:
         T = new_p.shape[1]
         filled = min(max(lengths) + T, self.slots) if lengths else self.slots
-        # If all rows have one length, one token sees every filled slot, until a ring with slack holds more than
-        # its window.
+        # One token per row, all rows of one length: no mask is needed while the slots hold at most W keys.
         equal = bool(lengths) and min(lengths) == max(lengths)
         if equal and T == 1 and (self.slack == 0 or self.window is None or lengths[0] < self.window):
             return Decode(place, new, filled, None)

@@ -141,8 +141,9 @@ class AsyncLLM:
     ) -> AsyncGenerator[TextPiece, None]:
         """Compute a request made by `inputs` and yield its pieces. Raises the error of a request that fails.
 
-        Pieces that wait to be read are joined. `interval` is called after each read and returns the seconds until
-        the next one, which only the request's end precedes: with a fast model, waking up costs more than reading.
+        Pieces that wait to be read are joined. `interval` is called after each read and returns an interval in
+        seconds: the next read is at its next multiple, and only the end of the request interrupts the wait. With a
+        fast model, waking up costs more than reading.
         """
         mailbox = Mailbox()
         request.sink = lambda request, pieces: self._deliver(mailbox, request, pieces)

@@ -43,7 +43,7 @@ class Paged(Protocol):
 
 @dataclass
 class PaddingRow:
-    """A row of no request, which pads a step: nothing is stored for it, and it writes to the scratch page."""
+    """A row of no request, which pads a step: it has no cached positions; its keys go to the scratch page."""
 
     pages: np.ndarray
     first: int = 0

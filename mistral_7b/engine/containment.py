@@ -1,6 +1,7 @@
 """Isolates errors: a batched call that fails is repeated for each request, and those that fail again are ended.
 
-Rows do not depend on the other rows of a batch, so the other requests get the same results as without the error.
+Rows of a deterministic engine (`deterministic` in config.py; int8 or int4 weights on a CPU) do not depend on the
+other rows of a batch, so the other requests get bit-identical results with and without the error.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """The prefix cache on disk: a scheduler that reads the pages of prompts from files, and writes them there.
 
-    a worker thread     look up: which full pages of the prompt are on disk; a file found is marked as used
-    the engine's        a request whose cached prefix is longer on disk than in memory is held back
-      the reader's      its missing pages are read and checked, BUFFER bytes ahead
-    the engine's        between two steps they are copied into KV pages; then the request is queued like any other
-    the engine's        a step has filled pages of the prompt: they are copied
-      the writer's      and written
+    worker thread    look up: which full pages of the prompt are on disk; a file found is marked as used
+    engine thread    a request whose cached prefix is longer on disk than in memory is held back
+    reader thread    its missing pages are read and checked, BUFFER bytes ahead
+    engine thread    between two steps they are copied into KV pages; then the request is queued like any other
+    engine thread    a step has filled pages of the prompt: they are copied
+    writer thread    the copies are written
 
-Only the full pages of prompts are written, computed or found in memory. Pages of generated tokens are written when
+Only full prompt pages are written, whether computed or found in memory. Pages of generated tokens are written when
 they are part of the next turn's prompt, as most answers are never read again. After a restart the last answer of a
-conversation is computed again, and nothing else of it. A page is copied while its sequence holds it. Where the
-writer's queue is full this is tried again after the next step; a page that is freed before is dropped and counted.
+conversation is computed again, and nothing else of it. A page is copied while its sequence holds it. If the
+writer's queue is full, this is tried again after the next step; a page freed before that is dropped and counted.
 
-One request is read at a time, the first in rank first, and the next when the one before has begun, unless it
-comes before that. Until then its pages are held, with those of the prefix that were in memory, so that nothing
-replaces them; they are released where a running request would be preempted for them. A damaged or vanished file
+One request is read at a time, in rank order. The next is read once the previous one runs, or earlier if it ranks
+before it. Until the request runs, its pages and those of its prefix in memory are held, so that nothing replaces
+them; they are released if a running request would otherwise be preempted. A damaged or vanished file
 ends the prefix there: the rest is computed.
 """
 
@@ -30,7 +30,7 @@ from ..errors import AdapterError
 from ..lora.adapters import Adapters
 from ..model import Mistral7B
 from .config import EngineConfig
-from .disk_files import APART, PageFiles
+from .disk_files import TIME_STEP, PageFiles
 from .disk_io import Load, Reader, Writer
 from .fingerprint import adapter_of, space_of
 from .page_contents import contents_of, fill, page_bytes
@@ -47,8 +47,8 @@ class StoredPrefix:
     """The full pages of one prompt and their files.
 
     Attributes:
-        loading: of its adapter, when it was looked up
-        time: when that was (ns since the epoch)
+        loading: load number of its adapter (Adapters.loading) at look-up
+        time: of the look-up (ns since the epoch)
         keys: of the files
         present: whether there was such a file
         full: pages that have been computed or found
@@ -90,10 +90,10 @@ class DiskScheduler(Scheduler):
         self.adapters, self.space = adapters, space
         self.files, self.page_bytes = files, page_bytes(pool)
         self.reader, self.writer = Reader(files, self.page_bytes), Writer(files, self.page_bytes, self.counts)
-        self._digests: dict[int, str] = {0: ""}  # of adapters, by their loading
+        self._digests: dict[int, str] = {0: ""}  # of adapters, by their load number
         self._held_back: list[Request] = []  # they count as waiting
         self._loading: _Loading | None = None
-        self._ready: _Loading | None = None  # was read last, and has not begun: its pages are still held
+        self._ready: _Loading | None = None  # read last and not started yet: its pages are still held
         self._finalize = weakref.finalize(self, _close, self.reader, self.writer)
 
     # ------------------------------------------------------------------ looking up
@@ -159,7 +159,7 @@ class DiskScheduler(Scheduler):
         return before, self.first_visible(after * self.page), after
 
     def _join(self) -> None:
-        """Take what has been read, queue the requests that are complete, and begin to read for the next."""
+        """Take what has been read, queue the requests that are complete, and start reading for the next."""
         self.reader.news.clear()
         if self._ready is not None and self._ready.request.cached is not None:
             self._release_ready()
@@ -188,13 +188,13 @@ class DiskScheduler(Scheduler):
         self._queue(loading.request)
 
     def _release_ready(self) -> None:
-        """Release the pages that are held for a request to begin with. They are in the prefix cache."""
+        """Release the pages that are held until the request starts. They are in the prefix cache."""
         if self._ready is not None:
             self._ready.release(self.pool)
             self._ready = None
 
     def _find_pages(self, sequence: SequenceState, n: int) -> bool:
-        """As Scheduler's. Where pages are short, those that are held for a request to begin with are released."""
+        """As Scheduler's. If pages are short, those held until a request starts are released."""
         if super()._find_pages(sequence, n):
             return True
         if self._loading is not None:
@@ -239,7 +239,7 @@ class DiskScheduler(Scheduler):
                 continue
             loading.held[i] = page = pool.take()
             fill(pool, page, contents)
-            pool.know(page, key)
+            pool.register(page, key)
             self.counts.disk_read_bytes += len(contents)
 
     def _queue(self, request: Request) -> None:
@@ -255,9 +255,9 @@ class DiskScheduler(Scheduler):
             planned = super().plan()
         return planned
 
-    def plan_without_loss(self) -> list[tuple[SequenceState, int]] | None:
+    def plan_without_preempting(self) -> list[tuple[SequenceState, int]] | None:
         self._join()
-        return super().plan_without_loss()
+        return super().plan_without_preempting()
 
     # ------------------------------------------------------------------ writing
 
@@ -268,7 +268,7 @@ class DiskScheduler(Scheduler):
         super().advance(sequence, n)
 
     def _save(self, sequence: SequenceState, stored: StoredPrefix, computed: int) -> None:
-        """Have the full pages of a prompt written of which `computed` tokens are computed."""
+        """Queue for writing every full prompt page within the first `computed` tokens."""
         left = max(1, STEP_BYTES // self.page_bytes)
         if not stored.full:
             stored.saved = sequence.first  # it never held those before
@@ -281,7 +281,7 @@ class DiskScheduler(Scheduler):
                 if self.writer.full:
                     break
                 contents = contents_of(self.pool, int(sequence.pages[i]))
-                self.writer.put(stored.keys[i], contents, stored.time - i * APART)
+                self.writer.put(stored.keys[i], contents, stored.time - i * TIME_STEP)
                 left -= 1
             stored.saved = i + 1
 
@@ -311,7 +311,7 @@ class DiskScheduler(Scheduler):
             self._release_ready()
 
     def close(self) -> None:
-        """Write what waits to be written, for some seconds at most, and write and read nothing more."""
+        """Write what is queued, for CLOSE_TIMEOUT seconds at most; then write and read nothing more."""
         self._finalize()
 
     def check_pages(self) -> None:
@@ -320,7 +320,7 @@ class DiskScheduler(Scheduler):
 
 
 def scheduler_for(model: Mistral7B, pool: PagePool, config: EngineConfig, adapters: Adapters) -> Scheduler:
-    """The scheduler of an engine. ConfigError or WriteError if its prefix cache cannot be where it should."""
+    """An engine's scheduler. ConfigError or WriteError if the prefix cache's folder or size cannot be used."""
     window = model.args.sliding_window
     if config.prefix_cache is None:
         return Scheduler(pool, window, config)

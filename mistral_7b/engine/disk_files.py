@@ -2,7 +2,7 @@
 
     folder/SPACE/KEY.kv    magic (8 bytes) | key (32) | CRC-32 of key and contents (4) | contents (page_bytes)
 
-SPACE names everything that changes the contents beside the tokens (fingerprint.py), KEY is a chain of SHA-256
+SPACE names everything that changes the contents besides the tokens (fingerprint.py), KEY is a chain of SHA-256
 hashes over the tokens. A file is immutable and appears by a rename, so that processes share the folder without
 locks: a file of some name is right, or it is damaged, which its length, key and checksum show. A damaged file is
 removed. Any file may vanish at any time.
@@ -13,8 +13,8 @@ Files are not synced: one that a power failure has emptied fails its checksum.
 
 All files of a folder together are at most `most` bytes. The modification time is the time of the last use, and the
 files used longest ago are removed first. A page's time is later than that of the pages after it in the prompt, so
-that a prefix shrinks from its end. With several processes the sum may exceed `most` by a twentieth for each, until
-the next of them looks.
+that a prefix shrinks from its end. With several processes the sum may exceed `most` by 5% per process until one
+recounts.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ MAGIC = b"M7B-KV01"
 HEADER = len(MAGIC) + 32 + 4
 SPACE, FILE = re.compile("[0-9a-f]{16}"), re.compile("[0-9a-f]{64}[.]kv")  # nothing else is ever removed
 TEMPORARY = re.compile("[.](?P<host>.+)-(?P<pid>[0-9]+)-[0-9a-f]{8}[.]partial")
-KEPT = 0.9  # of the bound, after files were removed
-UNSEEN = 0.05  # of the bound: bytes to write before other processes' files are counted again
+TRIM_TO = 0.9  # of the bound: the size to which files are removed
+RECOUNT_AFTER = 0.05  # of the bound: bytes written before all processes' files are counted again
 STALE = 3600  # seconds until a temporary file of another machine is taken for abandoned
-APART = 1_000_000  # nanoseconds between the times of two neighboring pages
+TIME_STEP = 1_000_000  # nanoseconds between the times of two neighboring pages
 
 
 def check_folder(folder: str | os.PathLike[str]) -> str:
@@ -86,7 +86,7 @@ class PageFiles:
 
     def touch(self, keys: Sequence[bytes], now: int) -> list[bool]:
         """Mark the pages of a prompt as used at the time `now` (ns); whether there is a file of each."""
-        return [_touched(self.path(key), now - i * APART) for i, key in enumerate(keys)]
+        return [_touched(self.path(key), now - i * TIME_STEP) for i, key in enumerate(keys)]
 
     def read(self, key: bytes, contents: memoryview) -> bool:
         """Fill `contents` from a page's file; False if there is none, or it is damaged, which removes it."""
@@ -129,7 +129,7 @@ class PageFiles:
 
     def _make_room(self) -> bool:
         """Keep the bound with one file more; False if it cannot be kept."""
-        if self._total is None or self._unseen > UNSEEN * self.most or self._total + self.size > self.most:
+        if self._total is None or self._unseen > RECOUNT_AFTER * self.most or self._total + self.size > self.most:
             self.trim(self.size)
         assert self._total is not None
         return self._total + self.size <= self.most
@@ -151,7 +151,7 @@ class PageFiles:
                             os.unlink(entry.path)
         total = sum(size for _, size, _ in files)
         if total + more > self.most:
-            goal = min(int(self.most * KEPT), self.most - more)
+            goal = min(int(self.most * TRIM_TO), self.most - more)
             for _, size, path in sorted(files):
                 if total <= goal:
                     break

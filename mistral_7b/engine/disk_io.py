@@ -26,8 +26,8 @@ from .pages import Key
 logger = logging.getLogger("mistral_7b.engine")
 
 BUFFER = 256 << 20  # bytes of pages on their way, in each direction
-REMEMBERED = 2**16  # pages that were given to the writer
-LAST = 10.0  # seconds that are waited for the writer in the end
+RECENT_PAGES = 2**16  # pages given to the writer that it remembers
+CLOSE_TIMEOUT = 10.0  # seconds to wait for the writer when the engine is closed
 
 
 def slots(page_bytes: int) -> int:
@@ -57,16 +57,16 @@ class Writer:
 
     def put(self, key: Key, contents: Tensor, now: int) -> None:
         """Write contents, uint8 (page_bytes,) on any device, later. Only where not `full`, by one thread."""
-        if len(self._given) >= REMEMBERED:
+        if len(self._given) >= RECENT_PAGES:
             self._given.clear()
         self._given[key] = time.time_ns()
         self._pages.put_nowait((key, contents, now))
 
     def close(self) -> None:
-        """Write what waits, for LAST seconds at most, and end the thread."""
+        """Write what waits, for CLOSE_TIMEOUT seconds at most, and end the thread."""
         with suppress(queue.Full):
-            self._pages.put(None, timeout=LAST)
-        self._thread.join(LAST)
+            self._pages.put(None, timeout=CLOSE_TIMEOUT)
+        self._thread.join(CLOSE_TIMEOUT)
 
     def _run(self) -> None:
         self._try(self.files.trim)

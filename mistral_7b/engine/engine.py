@@ -117,19 +117,19 @@ class Engine:
     def step(self) -> None:
         """Compute one step for the sequences that can take part, if there are any.
 
-        Where host and device overlap, its tokens are read in the next step, after that one was launched: a
-        sequence that they finish has a row in that step whose result is dropped.
+        Where host and device overlap, step N's tokens are read after step N+1 is launched. A sequence finished by
+        them still has a row in N+1, which is ignored.
         """
         began = time.perf_counter()
         self._end_late()
         self.drafts.propose(self.scheduler.running, self._fail_request)
-        alone = self._in_flight is None
-        plan = None if alone else self.scheduler.plan_without_loss()
+        nothing_in_flight = self._in_flight is None
+        plan = None if nothing_in_flight else self.scheduler.plan_without_preempting()
         if plan is None:  # a sequence with a token in flight is never preempted, and reading may free pages
             self._wait_for_step()
             plan = self.scheduler.plan()
-        ahead = self.forward.overlaps and not any(waits(s) for s, _ in plan)
-        timed = alone and not ahead and all(s.decoding for s, _ in plan)
+        may_overlap = self.forward.overlaps and not any(waits(s) for s, _ in plan)
+        timed = nothing_in_flight and not may_overlap and all(s.decoding for s, _ in plan)
         try:
             flight = self._launch(plan, began if timed else None) if plan else None
         except Exception as e:
@@ -138,7 +138,7 @@ class Engine:
             return
         self._wait_for_step()
         self._in_flight = flight
-        if not ahead or all(s.ended for s, _ in plan):
+        if not may_overlap or all(s.ended for s, _ in plan):
             self._wait_for_step()
         if not plan:
             wait_any(self.scheduler.running)
@@ -318,7 +318,7 @@ class Engine:
             request.sink(request, pieces)
         except Exception as e:
             request.sink = None
-            error = request_error(request, "what was to take its output", e)
+            error = request_error(request, "its output callback", e)
             if request.finished:
                 request.error = request.error or error
             else:

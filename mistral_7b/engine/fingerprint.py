@@ -1,4 +1,4 @@
-"""What keys and values depend on beside the tokens, in one name: two engines of one name compute the same ones.
+"""Hashes of everything except the tokens that determines keys and values: equal hashes mean equal results.
 
 All weights are read once, at the speed of memory: files' names and dates would tell nothing of a model that was
 quantized, merged or trained after it was opened, and samples would miss a change of a few rows. A tensor's digest
@@ -29,7 +29,7 @@ CHUNK = 2**17  # rows that are summed at a time: 512 MiB
 
 
 def space_of(model: Mistral7B, pool: PagePool, config: EngineConfig) -> str:
-    """The name of everything that an engine's keys and values depend on beside tokens and adapter: 64 letters."""
+    """The hash of everything besides tokens and adapter that determines keys and values: 64 hex digits."""
     library = compiler.library()
     facts: list[object] = [
         FORMAT, __version__, torch.__version__, torch.version.cuda, compiler.cpu(),

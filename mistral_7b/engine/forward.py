@@ -12,8 +12,8 @@ longest sequence:
 
     columns   64  256  1024 ...
 
-No row's result depends on the other rows (kernels/gpu/paged.py; docs/gpu.md says where products do), so padding
-changes no result. A graph is recorded on first use.
+Attention of a row does not depend on the other rows (kernels/gpu/paged.py), and neither do the products of a
+deterministic engine (docs/gpu.md): there padding changes no result. A graph is recorded on first use.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def bucket_size(n: int) -> int:
 
 
 def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> Forward:
-    """The Forward for the device of the pages; the only place in the engine that depends on the device."""
+    """Choose the Forward for the device of the pages."""
     device = pool.layers[0][0].device
     if not uses(Backend.CUDA_GRAPH, STEP, torch.empty(0, dtype=pool.dtype, device=device)):  # pages may be int8
         linears = [m for m in adapters.model.modules() if type(m) is torch.nn.Linear]

@@ -3,9 +3,9 @@
     host      plan 2, launch 2, read 1    plan 3, launch 3, read 2    ...
     device    compute 1 ---------------> compute 2 ----------------> compute 3
 
-A sequence has a token in flight from the launch of the step that samples it until it is read, and may be part of
-the next step already, which reads the token where it was sampled. Random numbers, bans and pages depend on the
-token's position alone. Where more is needed (`waits`), tokens are read before the next step is planned.
+A sequence has a token in flight from the launch of the step that samples it until that token is read on the host.
+It may be part of the next step already, which reads the token on the device. Random numbers, bans and pages depend
+on the token's position alone. Where more is needed (`waits`), tokens are read before the next step is planned.
 """
 
 from __future__ import annotations

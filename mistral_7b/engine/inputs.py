@@ -32,7 +32,7 @@ POOLINGS = ("mean", "last")
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """Options of a request beside its prompt and sampling parameters.
+    """Options of a request besides its prompt and sampling parameters.
 
     Attributes:
         request_id: its id, unique among unfinished requests; None makes one
@@ -95,8 +95,8 @@ class InputProcessor:
     ) -> Request:
         """A request to complete a prompt that was tokenized with this tokenizer.
 
-        `grammar`, or else the parameters' structured_outputs, constrains the text. It includes the last `prefix`
-        tokens of the prompt, the start of the answer. `name` and `field` as in tokenize_prompt.
+        `grammar`, or else the parameters' structured_outputs, constrains the text. The constrained text includes
+        the last `prefix` tokens of the prompt, the start of the answer. `name` and `field`: see tokenize_prompt.
         """
         speculation = options.speculation or self.engine.config.speculation
         if speculation is not None:

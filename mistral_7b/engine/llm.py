@@ -134,21 +134,23 @@ class LLM:
         asked: RequestOptions | Sequence[RequestOptions] | None = None,
         progress: bool = False,
         on_output: Sink | None = None,
-        **each: Any,
+        **option_fields: Any,
     ) -> list[RequestOutput]:
         """Complete one or several prompts, texts or token ids; outputs are in the order of the prompts.
 
-        params      for all prompts, or one for each; None is SamplingParams(), with 16 tokens
-        asked       RequestOptions for all prompts, or one for each
-        **each      fields of RequestOptions by name, instead of `asked`
-        progress    show a progress bar
-        on_output   called with a request and its new TextPieces after each step
+        params           for all prompts, or one for each; None is SamplingParams(), with 16 tokens
+        asked            RequestOptions for all prompts, or one for each
+        **option_fields  fields of RequestOptions by name, instead of `asked`
+        progress         show a progress bar
+        on_output        called with a request and its new TextPieces after each step
 
         An invalid prompt raises its error before any is computed. RequestsFailedError, with all outputs, if
         requests fail later.
         """
         several = as_prompts(prompts)
-        every = zip(several, params_for(several, params), _options(asked, each, len(several)), strict=True)
+        every = zip(
+            several, params_for(several, params), _options(asked, option_fields, len(several)), strict=True
+        )
         requests = [
             self.inputs.text(prompt, sampling, options, on_output, f"prompt {i}")
             for i, (prompt, sampling, options) in enumerate(every)
@@ -165,13 +167,15 @@ class LLM:
         asked: RequestOptions | Sequence[RequestOptions] | None = None,
         progress: bool = False,
         on_output: Sink | None = None,
-        **each: Any,
+        **option_fields: Any,
     ) -> list[RequestOutput]:
         """Answer one or several conversations, as `generate`. Messages, tools and tool_choice are OpenAI's."""
         several: list[Any] = list(conversations)
         if several and isinstance(several[0], Mapping):
             several = [several]
-        every = zip(several, params_for(several, params), _options(asked, each, len(several)), strict=True)
+        every = zip(
+            several, params_for(several, params), _options(asked, option_fields, len(several)), strict=True
+        )
         requests = [
             self.inputs.chat(messages, sampling, options, on_output, tools, tool_choice, f"conversation {i}")
             for i, (messages, sampling, options) in enumerate(every)
@@ -185,11 +189,11 @@ class LLM:
         pooling: str = "mean",
         normalize: bool = True,
         progress: bool = False,
-        **each: Any,
+        **option_fields: Any,
     ) -> list[EmbeddingOutput]:
         """Embed prompts: the mean or the last of each one's final hidden states, of length 1 if `normalize`."""
         several = as_prompts(prompts)
-        every = zip(several, _options(None, each, len(several)), strict=True)
+        every = zip(several, _options(None, option_fields, len(several)), strict=True)
         requests = [
             self.inputs.embedding(prompt, pooling, options, name=f"text {i}")
             for i, (prompt, options) in enumerate(every)
@@ -197,9 +201,12 @@ class LLM:
         self._outputs(requests, progress)
         return [EmbeddingOutput(r.embedding(normalize), r.ids) for r in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **each: Any) -> Iterator[TextPiece]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **option_fields: Any
+    ) -> Iterator[TextPiece]:
         """Complete one prompt and yield its text in pieces; else as `generate`. The call checks the prompt."""
-        return follow(self.engine, self.inputs.text(prompt, params or SamplingParams(), RequestOptions(**each)))
+        options = RequestOptions(**option_fields)
+        return follow(self.engine, self.inputs.text(prompt, params or SamplingParams(), options))
 
     def _outputs(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
         """Compute requests and return their outputs. RequestsFailedError if some failed."""
@@ -251,12 +258,12 @@ def follow(engine: Engine, request: Request) -> Iterator[TextPiece]:
 
 
 def _options(
-    asked: RequestOptions | Sequence[RequestOptions] | None, each: Mapping[str, Any], n: int
+    asked: RequestOptions | Sequence[RequestOptions] | None, option_fields: Mapping[str, Any], n: int
 ) -> list[RequestOptions]:
     """The options of each of n requests."""
     if asked is None:
-        asked = RequestOptions(**each)
-    elif each:
+        asked = RequestOptions(**option_fields)
+    elif option_fields:
         raise EngineError("pass `asked`, or its fields by name, not both", field="asked")
     if isinstance(asked, RequestOptions):
         if asked.request_id is not None and n > 1:

@@ -68,7 +68,7 @@ def grammar_over(s: SequenceState, fail_request: FailRequest, end: float = 0.0) 
 
 
 def may_sample(s: SequenceState, masks: Masks) -> bool:
-    """Whether no sequence that samples from this sequence's next row lacks a mask."""
+    """Whether every sequence that samples from this row has its mask, or needs none."""
     return all(each.grammar is None or each in masks for each in s.sampled_sequences)
 
 

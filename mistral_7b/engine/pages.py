@@ -1,6 +1,6 @@
 """KV pages: allocation, reference counts and the prefix cache.
 
-    page    free   ->  held by 1 or more sequences  ->  free                     its contents are of no use
+    page    free   ->  held by 1 or more sequences  ->  free: contents undefined
                                   |   ^
                                   v   | found again by its key
                               idle: held by no sequence, and still the keys and values of a known prefix
@@ -86,7 +86,7 @@ class PagePool:
         return page
 
     def release(self, pages: Iterable[int]) -> None:
-        """Count one holder less of each page. Of pages released together, the first is reused first."""
+        """Count one holder fewer of each page. Of pages released together, the first is reused first."""
         for page in pages:
             assert self.holders[page] > 0, "a released page has no holder"
             self.holders[page] -= 1
@@ -96,7 +96,7 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def know(self, page: int, key: Key) -> None:
+    def register(self, page: int, key: Key) -> None:
         """Enter a full page into the prefix cache. If the key is known, its first page keeps it."""
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key

@@ -21,7 +21,7 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A checked prompt, and its n completions, which have no tokens yet; `prompt` is its text, if it was one."""
+    """A checked prompt, and its n completions without tokens. `prompt` is the text, None if given as ids."""
 
     prompt: str | None
     ids: list[int]

@@ -48,7 +48,7 @@ class Queues:
         client.present += 1
 
     def leave(self, sequence: SequenceState) -> None:
-        """Count a sequence of a client less; the last one takes the client with it."""
+        """Count one sequence fewer of its client; forget a client that has none."""
         if sequence.waiting:
             self.discard(sequence)
         client = self._clients[sequence.request.client]
@@ -95,8 +95,7 @@ class Queues:
         return [head for name in self._clients if (head := self.head(name)) is not None]
 
     def next(self, heads: Sequence[SequenceState], planned: Mapping[str, int] = {}) -> SequenceState:
-        """Of several clients' first sequences the next: by priority, then by what the clients were served, with
-        the tokens `planned` for them."""
+        """The head to run next: by priority, then by tokens served to its client plus `planned` ones."""
 
         def turn(s: SequenceState) -> tuple[int, int, Rank]:
             client = s.request.client
@@ -109,7 +108,7 @@ class Queues:
         self._clients[name].served += tokens
 
     def has_room(self, name: str, most: int, submitted: int = 0, submitted_of: int = 0) -> bool:
-        """Whether one more sequence of a client may wait, with a total limit of `most`.
+        """Whether a client may queue one more sequence, with a total limit of `most`.
 
         If the queue is full, a client may take the place of the one that has most in it (`to_drop`), as long as it
         has fewer itself. `submitted`, `submitted_of`: sequences on their way to the queue, of all clients and of

@@ -4,7 +4,8 @@
     computed   |-----------|             tokens whose keys and values are in pages, or will be by a step in flight
     a step feeds the next tokens: only the newest, when all others are computed (decode is prefill of length one)
 
-A preempted sequence keeps its tokens and is recomputed, to bit-identical keys and values.
+A preempted sequence keeps its tokens and is recomputed; on a deterministic engine (`deterministic` in config.py;
+int8 or int4 weights on a CPU) its keys and values are bit-identical.
 """
 
 from __future__ import annotations

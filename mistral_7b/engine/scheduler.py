@@ -1,13 +1,13 @@
 """The scheduler: which sequence feeds how many tokens in the next step.
 
     1. every sequence that is decoding feeds its newest token and its draft tokens
-    2. the rest of the budget goes to prompts, those of the client that was served the least first (queues.py): its
-       running prefills, then its waiting requests, in order. The first gets at most half of it while others wait,
-       so that a long prompt does not delay them
+    2. the rest of the budget goes to prompts, first to the client served least so far (queues.py): its running
+       prefills, then its waiting requests, in order. The first gets at most half of it while others wait, so that
+       a long prompt does not delay them
     3. a sequence whose grammar mask is not ready keeps its pages and computes nothing
-    4. when pages run out, the last sequence in order is preempted, of the client that holds the most: it frees its
-       pages, waits, and is recomputed. So is one, in each step, of a client that holds twice as much as the next
-       client would with the request that cannot start
+    4. when pages run out, the last sequence of the client with the largest share (shares.py) is preempted: it
+       frees its pages, waits, and is recomputed. Also, once a step: if the next request does not fit, and another
+       client holds at least twice what the requester would then hold, one of its sequences is preempted
 
 A prefill chunk ends where a page ends, unless the prompt ends first: a sequence with a window never holds more
 than the window and one step's tokens.
@@ -32,6 +32,7 @@ from .shares import Shares
 from .window import first_visible, most_pages, usable_prefix
 
 RANK = attrgetter("rank")
+Planned = dict[SequenceState, int]  # how many tokens each sequence feeds in the next step
 
 
 class _PagesShortError(Exception):
@@ -110,70 +111,70 @@ class Scheduler:
 
     def plan(self) -> list[tuple[SequenceState, int]]:
         """Sequences with the number of tokens that each feeds, drafts included. Their pages are allocated."""
-        return self._planned(keep=False)
+        return self._build_plan(may_preempt=True)
 
-    def plan_without_loss(self) -> list[tuple[SequenceState, int]] | None:
+    def plan_without_preempting(self) -> list[tuple[SequenceState, int]] | None:
         """`plan`, or None, with nothing changed, if a sequence would have to be preempted."""
         try:
-            return self._planned(keep=True)
+            return self._build_plan(may_preempt=False)
         except _PagesShortError:
             return None
 
-    def _planned(self, keep: bool) -> list[tuple[SequenceState, int]]:
-        planned: dict[SequenceState, int] = {}
+    def _build_plan(self, may_preempt: bool) -> list[tuple[SequenceState, int]]:
+        planned: Planned = {}
         budget = self.config.max_batch_tokens
         if self.waiting and self.queues.contended:
-            self._make_way(keep)
-        preempted = self.counts.preemptions
+            self._make_way(may_preempt)
+        preemptions = self.counts.preemptions
         decoding = [s for s in self.running if s.decoding and not s.at_token_limit and not s.late]
         for sequence in decoding:
             if sequence.running:  # not preempted for an earlier one
-                budget -= self._plan(sequence, 1, planned, keep)
+                budget -= self._allocate(sequence, 1, planned, may_preempt)
         for sequence in decoding:  # draft tokens may take a free page, and preempt no sequence
             if sequence.draft and sequence.running:
-                budget -= self._lengthen(sequence, planned)
-        self._plan_prompts(budget, planned, keep, preempted)
+                budget -= self._add_draft(sequence, planned)
+        self._plan_prefills(budget, planned, may_preempt, preemptions)
         if self.queues.contended:
             for sequence, n in planned.items():
                 self.queues.charge(sequence.request.client, n)
         return list(planned.items())
 
-    def _plan_prompts(self, budget: int, planned: dict[SequenceState, int], keep: bool, preemptions: int) -> None:
+    def _plan_prefills(self, budget: int, planned: Planned, may_preempt: bool, preemptions: int) -> None:
         """Plan chunks of running prefills and of admitted requests: each for the client served the least so far.
 
-        None is admitted once there were more preemptions than `preemptions`.
+        Stops admitting once pages have run out in this step: when the count exceeds `preemptions`.
         """
-        unread: dict[str, deque[SequenceState]] = defaultdict(deque)
+        prefills: dict[str, deque[SequenceState]] = defaultdict(deque)
         for s in self.running:
             if not s.decoding and not s.late:
-                unread[s.request.client].append(s)
-        left = sum(map(len, unread.values()))
-        here: dict[str, int] = defaultdict(int)  # tokens planned here, by client
+                prefills[s.request.client].append(s)
+        left = sum(map(len, prefills.values()))
+        planned_by_client: dict[str, int] = defaultdict(int)  # prefill tokens
         admitting = True
         while budget > 0:
             admitting = admitting and budget >= self.page and self.counts.preemptions == preemptions
-            heads = [queue[0] for queue in unread.values() if queue]
+            heads = [queue[0] for queue in prefills.values() if queue]
             if admitting and self.waiting:
-                heads += [head for head in self.queues.heads() if not unread.get(head.request.client)]
+                heads += [head for head in self.queues.heads() if not prefills.get(head.request.client)]
             if not heads:
                 return
-            sequence = heads[0] if len(heads) == 1 else self.queues.next(heads, here)
+            sequence = heads[0] if len(heads) == 1 else self.queues.next(heads, planned_by_client)
             client = sequence.request.client
-            if unread.get(client):
-                unread[client].popleft()
+            if prefills.get(client):
+                prefills[client].popleft()
                 left -= 1
                 if not sequence.running:  # preempted since
                     continue
             elif (fit := self._fit(sequence)) is None:
-                admitting = False  # no other may pass it, or it might wait for ever
+                admitting = False  # none may overtake it, or it might wait forever
                 continue
             else:
                 self._begin(sequence, *fit)
-            n = self._plan(sequence, self._part(sequence, budget, left > 0), planned, keep)
+            n = self._allocate(sequence, self._chunk_size(sequence, budget, left > 0), planned, may_preempt)
             budget -= n
-            here[client] += n
+            planned_by_client[client] += n
 
-    def _part(self, sequence: SequenceState, budget: int, followed: bool) -> int:
+    def _chunk_size(self, sequence: SequenceState, budget: int, followed: bool) -> int:
         """The size of the next prefill chunk of a sequence; `followed`: another prefill comes after it."""
         if followed or self.waiting:
             budget = max(budget // 2, min(budget, self.page))
@@ -181,10 +182,10 @@ class Scheduler:
             return sequence.uncomputed
         return max(0, (sequence.computed + budget) // self.page * self.page - sequence.computed)
 
-    def _plan(self, sequence: SequenceState, n: int, planned: dict[SequenceState, int], keep: bool) -> int:
-        """Allocate pages for n more tokens, preempting from the end of the order: n, or 0 without pages."""
+    def _allocate(self, sequence: SequenceState, n: int, planned: Planned, may_preempt: bool) -> int:
+        """Allocate pages for n more tokens; returns n, or 0 if the sequence itself was preempted."""
         while not self._find_pages(sequence, n):
-            if keep:
+            if not may_preempt:
                 raise _PagesShortError
             victim = self.shares.last(self.running) if self.queues.contended else self.running[-1]
             self._preempt(victim)
@@ -195,8 +196,8 @@ class Scheduler:
             planned[sequence] = n
         return n
 
-    def _lengthen(self, sequence: SequenceState, planned: dict[SequenceState, int]) -> int:
-        """Add a sequence's draft tokens to the step: how many; 0 if there are no pages for them."""
+    def _add_draft(self, sequence: SequenceState, planned: Planned) -> int:
+        """Add a sequence's draft tokens to the step; returns their number, 0 if there are no pages for them."""
         if not self._find_pages(sequence, 1 + len(sequence.draft)):
             sequence.draft = []
             return 0
@@ -227,14 +228,14 @@ class Scheduler:
         self.queues.push(sequence)
         self.counts.preemptions += 1
 
-    def _make_way(self, keep: bool) -> None:
+    def _make_way(self, may_preempt: bool) -> None:
         """Preempt a sequence for the next client's first request, if this cannot start otherwise."""
         heads = self.queues.heads()
         if not heads or not self.running or self._fit(head := self.queues.next(heads)) is not None:
             return
-        victim = self.shares.to_yield(self.running, head, self.most_pages(len(head.tokens)))
+        victim = self.shares.to_preempt(self.running, head, self.most_pages(len(head.tokens)))
         if victim is not None:
-            if keep:
+            if not may_preempt:
                 raise _PagesShortError
             self._preempt(victim)
 
@@ -302,12 +303,12 @@ class Scheduler:
             full = min(sequence.computed, len(sequence.tokens)) // self.page
             # With a window of 1 some pages are already freed.
             for i in range(max(sequence.cached_pages, sequence.first), full):
-                self.pool.know(int(sequence.pages[i]), sequence.key_of(i, self.page))
+                self.pool.register(int(sequence.pages[i]), sequence.key_of(i, self.page))
                 sequence.cached_pages = i + 1
         sequence.free_pages_before(self.pool, self.first_visible(sequence.computed))
 
     def close(self) -> None:
-        """Finish what runs beside the engine."""
+        """Hook for DiskScheduler; nothing to close here."""
 
     def check_pages(self) -> None:
         """AssertionError unless every page is accounted for."""

@@ -25,7 +25,7 @@ class Shares:
     pages: int
 
     def of(self, seats: int, pages: int) -> float:
-        """The share that seats and pages are."""
+        """The share of these seats and pages."""
         return max(seats / self.seats, pages / self.pages)
 
     def held(self, running: Iterable[SequenceState]) -> dict[str, float]:
@@ -38,13 +38,15 @@ class Shares:
         return {client: self.of(n, pages[client]) for client, n in seats.items()}
 
     def last(self, running: Sequence[SequenceState]) -> SequenceState:
-        """The sequence to preempt when pages run out: of the lowest priority, of the client that holds the most,
-        the last in order. `running` is in order."""
-        held, lowest = self.held(running), running[-1].request.priority
-        last = {s.request.client: s for s in running if s.request.priority == lowest}  # by client
+        """The sequence to preempt when pages run out: with the largest priority number (served last), of the
+        client that holds the most, the last in order. `running` is in order."""
+        held, priority = self.held(running), running[-1].request.priority
+        last = {s.request.client: s for s in running if s.request.priority == priority}  # by client
         return max(last.values(), key=lambda s: (held[s.request.client], s.rank))
 
-    def to_yield(self, running: Sequence[SequenceState], head: SequenceState, pages: int) -> SequenceState | None:
+    def to_preempt(
+        self, running: Sequence[SequenceState], head: SequenceState, pages: int
+    ) -> SequenceState | None:
         """The sequence to preempt so that a waiting one, which needs `pages`, can start; None: it has to wait.
 
         Its client must hold twice what the waiting one's would hold: preempted tokens are computed twice.

@@ -6,7 +6,7 @@
                                         s_i that differs is the next token, and the later drafts are rejected
 
 Sampling is unchanged: every token is drawn by the ordinary sampler from the model's logits, with the random number
-of its position (sampling.uniforms). Greedy or sampled, with any parameters, the tokens are those without
+of its position (sampling.choice.uniforms). Greedy or sampled, with any parameters, the tokens are those without
 speculation, provided that logits do not depend on how many rows are computed together. Rejection sampling
 (Leviathan et al., arXiv:2211.17192) has the same distribution but gives other tokens. A draft model's tokens are
 sampled with the same random numbers, which raises the acceptance rate.

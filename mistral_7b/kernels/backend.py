@@ -1,4 +1,4 @@
-"""Selects the backend of each operation, with the reason. No other module in the package selects one.
+"""Selects the backend of each operation, with the reason.
 
     choice = choose(ATTENTION, q)
     choice.backend        Backend.CPU: the C++ in cpu/ · TRITON: gpu/ · ONEDNN · CUBLAS · CUDA_GRAPH · PYTORCH
@@ -13,7 +13,9 @@ The first rule that applies selects the backend:
     on a GPU, and Triton supports the types     Triton, if it is installed
     otherwise                                   PyTorch
 
-The selection does not depend on shapes: each kernel documents the shapes that its callers may pass.
+The selection does not depend on shapes: each kernel documents the shapes that its callers may pass. No other
+module selects a backend, but two refine the choice: quantization/fused.py computes blocks that it cannot fuse
+module by module, and gpu/weight_only.py chooses a kernel by the number of rows.
 """
 
 from __future__ import annotations

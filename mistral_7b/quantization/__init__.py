@@ -3,8 +3,12 @@
 rounding      round-to-nearest quantization of weights
 linear        the modules that replace Linears
 gpu           those for GPUs
+fused         a quantized model's blocks computed with fused kernels
 schemes       quantization schemes and their application to a model
 calibration   quantization calibrated on activations: rescaling, then rounding with error feedback
+rescaling     scales of channels before rounding (AWQ, SmoothQuant)
+feedback      rounding with error feedback (GPTQ)
+distance      the distance of a quantized model from the original
 """
 
 from .calibration import calibrate as calibrate

@@ -1,12 +1,12 @@
 """From adjusted logits to tokens: probabilities as integer weights, and inverse transform sampling.
 
     w_t = floor(2^n exp((l_t - max l) / temperature))            then min_p, top_k, top_p set small weights to 0
-    the token is the first whose cumulative sum w_0 + ... + w_t exceeds u (w_0 + ... + w_V)
+    the token is the first whose cumulative sum w_0 + ... + w_t exceeds u (w_0 + ... + w_(V-1))
 
 Integer sums do not depend on their order, so a row's token is the same on every device and beside any other rows.
 u in [0, 1) is a hash of (seed, completion, position), see `uniforms`.
 
-R rows · D sampled rows, the others are greedy · N sampled rows with min_p, top_k or top_p · V vocabulary
+R rows · D sampled rows, the others are greedy · N filtered rows, with min_p, top_k or top_p · V vocabulary
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ ALL = (0, 0, 1)  # values of min_p, top_k and top_p that keep every token
 CANDIDATES = 1024  # tokens of a row that a CPU sorts at first; few rows need more
 
 
-def pick(logits: Tensor, modes: SamplingModes, u: Tensor) -> Tensor:
+def select_tokens(logits: Tensor, modes: SamplingModes, u: Tensor) -> Tensor:
     """Choose a token for each row of adjusted logits (R, V) by u (R,) float64: ids (R,), -1 as in sample_rows."""
-    if modes.greedy:
+    if modes.any_greedy:
         best, tokens = logits.max(-1)  # the first of equal logits; NaN propagates
     else:
         best = logits.amax(-1)
         tokens = torch.empty_like(best, dtype=torch.long)
-    if modes.draws:
-        weights = integer_weights(logits[modes.drawn], best[modes.drawn], modes)
-        tokens[modes.drawn] = choose(weights, u[modes.drawn])
+    if modes.any_sampled:
+        weights = integer_weights(logits[modes.sampled], best[modes.sampled], modes)
+        tokens[modes.sampled] = choose(weights, u[modes.sampled])
     return torch.where(best.isfinite(), tokens, -1)
 
 
@@ -46,20 +46,20 @@ def integer_weights(logits: Tensor, best: Tensor, modes: SamplingModes) -> Tenso
     """
     t = modes.temperature.to(logits.dtype)
     exponents = (logits / t).double().sub_((best[:, None] / t).double())
-    weights = exponents.exp_().mul_(_one(logits.shape[-1])).long()
-    if modes.narrows:
-        least = torch.zeros_like(weights[:, :1])
-        least[modes.narrowed] = _least(weights[modes.narrowed], modes.min_p, modes.top_k, modes.top_p)
-        weights *= torch.ge(weights, least, out=exponents.view(torch.long))  # faster than where() on a CPU
+    weights = exponents.exp_().mul_(_max_weight(logits.shape[-1])).long()
+    if modes.any_filtered:
+        cutoff = torch.zeros_like(weights[:, :1])
+        cutoff[modes.filtered] = _cutoff(weights[modes.filtered], modes.min_p, modes.top_k, modes.top_p)
+        weights *= torch.ge(weights, cutoff, out=exponents.view(torch.long))  # faster than where() on a CPU
     return weights
 
 
-def _one(V: int) -> float:
+def _max_weight(V: int) -> float:
     """The weight of the most probable of V tokens: the largest power of two of which V sum to at most 2^62."""
     return 2.0 ** (62 - (V - 1).bit_length())
 
 
-def _least(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, candidates: int = CANDIDATES) -> Tensor:
+def _cutoff(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, candidates: int = CANDIDATES) -> Tensor:
     """The smallest weight (N, 1) that is kept of weights (N, V); equal weights are kept too.
 
     min_p   keeps weights of at least min_p times the highest
@@ -71,7 +71,7 @@ def _least(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, candida
     V = weights.shape[-1]
     best = _highest(weights, min(candidates, V))  # (N, M)
     least = best.gather(-1, (top_k - 1).clamp(0, best.shape[-1] - 1)) * (top_k > 0)
-    least = least.maximum((min_p * _one(V)).long())
+    least = least.maximum((min_p * _max_weight(V)).long())
     kept = best * (best >= least)
     sums = kept.cumsum(-1)
     total = torch.where(least > 0, sums[:, -1:], weights.sum(-1, keepdim=True))
@@ -81,7 +81,7 @@ def _least(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, candida
     if best.shape[-1] < V:
         more = ((best[:, -1:] >= least) & (inside[:, -1:] | (least > 0)))[:, 0]  # more weights may be kept
         if bool(more.any()):
-            cut[more] = _least(weights[more], min_p[more], top_k[more], top_p[more], V)
+            cut[more] = _cutoff(weights[more], min_p[more], top_k[more], top_p[more], V)
     return cut
 
 
@@ -134,22 +134,23 @@ def _settings(p: SamplingParams, vocabulary: int) -> tuple[float, ...]:
 class SamplingModes:
     """How R rows are sampled, as tensors on their device, which the host never reads back.
 
-    drawn     indices (D,) of the rows that are not greedy; temperature (D, 1)
-    narrowed  indices (N,) into drawn; min_p, top_k (0: all), top_p (N, 1)
+    sampled   indices (D,) of the rows that are not greedy; temperature (D, 1)
+    filtered  indices (N,) into sampled; min_p, top_k (0: all), top_p (N, 1)
 
     Indices of all rows are a slice, which copies nothing.
     """
 
     def __init__(self, settings: Sequence[tuple[float, ...]], device: torch.device) -> None:
-        drawn = [i for i, row in enumerate(settings) if row]
-        narrowed = [n for n, i in enumerate(drawn) if settings[i][1:] != ALL]
-        self.draws, self.narrows, self.greedy = bool(drawn), bool(narrowed), len(drawn) < len(settings)
-        self.drawn = _indices(drawn, len(settings), device)
-        self.narrowed = _indices(narrowed, len(drawn), device)
-        if drawn:
-            table = to_device([settings[i] for i in drawn], device, np.float64)
+        sampled = [i for i, row in enumerate(settings) if row]
+        filtered = [n for n, i in enumerate(sampled) if settings[i][1:] != ALL]
+        self.any_sampled, self.any_filtered = bool(sampled), bool(filtered)
+        self.any_greedy = len(sampled) < len(settings)
+        self.sampled = _indices(sampled, len(settings), device)
+        self.filtered = _indices(filtered, len(sampled), device)
+        if sampled:
+            table = to_device([settings[i] for i in sampled], device, np.float64)
             self.temperature = table[:, :1]
-            self.min_p, top_k, self.top_p = table[self.narrowed, 1:].split(1, dim=1)
+            self.min_p, top_k, self.top_p = table[self.filtered, 1:].split(1, dim=1)
             self.top_k = top_k.long()
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .choice import modes_of, pick, to_device
+from .choice import modes_of, select_tokens, to_device
 from .params import SamplingParams
 
 ROWS = 8  # rows that a CPU samples at once, which fit its caches
@@ -84,7 +84,9 @@ def sample_rows(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         parts = (rows[i : i + ROWS] for i in range(0, len(rows), ROWS))
         return torch.cat([sample_rows(part, of) for part, of in zip(logits.split(ROWS), parts, strict=True)])
     modes = modes_of([row.params for row in rows], logits.shape[-1], logits.device)
-    return pick(adjust(logits, rows), modes, to_device([row.u for row in rows], logits.device, np.float64))
+    return select_tokens(
+        adjust(logits, rows), modes, to_device([row.u for row in rows], logits.device, np.float64)
+    )
 
 
 def adjust(logits: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -36,7 +36,7 @@ logger = logging.getLogger("mistral_7b.server")
 COLLECT = (5_000, 3, 20)  # garbage collector thresholds: a collection of 5,000 objects blocks the loop for 5 ms
 OTHER_FILES = 256
 ACCEPTED = 16  # connections accepted per event loop iteration: more would delay the open ones
-LAST_WORDS = 2  # seconds to send the final errors of cut requests
+FINAL_ERRORS_TIMEOUT = 2  # seconds to send the final errors of aborted requests
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(
             app, loop="asyncio", http=connection_class(self.state), ws="none", lifespan="off", log_config=None,
             access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=int(config.keep_alive),
-            timeout_graceful_shutdown=LAST_WORDS, backlog=ACCEPTED,
+            timeout_graceful_shutdown=FINAL_ERRORS_TIMEOUT, backlog=ACCEPTED,
         ))  # fmt: skip
         self.broken: EngineError | None = None  # the engine failure that ended the server
         self._signals = 0
@@ -137,29 +137,29 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Check for draining, engine failure and the drain deadline; uvicorn calls this ten times a second."""
         if self._signals and not self.state.draining:
-            self.state.leaving = True
+            self.state.stopping = True
             if self._refuse_at is None or time.monotonic() >= self._refuse_at:
                 self._drain(self.state.config.drain_timeout)
         if self.broken is None and self.state.llm.broken is not None:
             self.broken = self.state.llm.broken
-            self._drain(LAST_WORDS)
+            self._drain(FINAL_ERRORS_TIMEOUT)
         if self.state.draining and not self.should_exit:
             if not self.state.active:
                 self.should_exit = True
             elif time.monotonic() > self._deadline:
-                self._cut()
+                self._abort_all()
         return await super().on_tick(counter)
 
     def _drain(self, seconds: float) -> None:
         """Refuse new requests, and exit once all running ones have finished, or after `seconds`."""
-        self.state.leaving = self.state.draining = True
+        self.state.stopping = self.state.draining = True
         self._limit, self._deadline = seconds, time.monotonic() + seconds
         logger.info("shutting down", extra={"fields": {"running": self.state.active}})
 
-    def _cut(self) -> None:
+    def _abort_all(self) -> None:
         limit = self._limit
         why = HttpError(503, f"the server is shutting down; this request did not finish within {limit:g} seconds",
                       code="shutting_down", retry_after=5)  # fmt: skip
-        cut = self.state.cut(why)
-        logger.warning("requests were cut", extra={"fields": {"answers": cut, "seconds": limit}})
+        aborted = self.state.abort_all(why)
+        logger.warning("requests were cut", extra={"fields": {"answers": aborted, "seconds": limit}})
         self.should_exit = True

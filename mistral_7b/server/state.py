@@ -1,10 +1,10 @@
 """State that all routes share, and the functions that prepare and run one engine request.
 
-    request = await read(state, partial(state.llm.inputs.chat, messages, params, options), "messages")
+    request = await prepare(state, partial(state.llm.inputs.chat, messages, params, options), "messages")
     async for piece in answer(state, http_request, request):
 
-`read` encodes on a worker thread; `answer` streams. No task is cancelled: on a disconnect, a timeout or shutdown
-the engine aborts the request, its stream ends, and `answer` raises the reason.
+`prepare` encodes on a worker thread; `answer` streams. No task is cancelled: on a disconnect, a timeout or
+shutdown the engine aborts the request, its stream ends, and `answer` raises the reason.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .http.limits import Account
 from .workers import Workers, account_name
 
 # Keys of the ASGI scope, set by the guard and the routes.
-GONE = "mistral_7b.gone"  # asyncio.Future[None], done when the client has disconnected
-LEFT = "mistral_7b.left"  # threading.Event, set when the client has disconnected: for worker threads
+DISCONNECT_FUTURE = "mistral_7b.disconnect_future"  # asyncio.Future[None], done when the client has disconnected
+DISCONNECT_EVENT = "mistral_7b.disconnect_event"  # threading.Event, set at the same time: for worker threads
 ACCOUNT = "mistral_7b.account"  # Account: of the request's key
 RESERVED = "mistral_7b.reserved"  # bool, in the scope's "state": the connection is beyond max_connections
 NOTES = "mistral_7b.notes"  # dict[str, Any]: fields of the access log
 REQUESTS = "mistral_7b.requests"  # list[Request]: the engine requests
 
 READERS = 64  # worker threads that encode prompts and compile grammars
-WRITES = 400  # writes per second, over all streams; LONGEST_REST takes precedence
-LONGEST_REST = 0.1  # seconds between two writes of a stream: longer intervals would be visible as stutter
+WRITES = 400  # writes per second, over all streams; LONGEST_INTERVAL takes precedence
+LONGEST_INTERVAL = 0.1  # seconds between two writes of a stream: longer intervals would be visible as stutter
 
 
 class Observer(Protocol):
@@ -103,7 +103,7 @@ class State:
     config: ServerConfig
     model_name: str
     started: float = field(default_factory=time.time)
-    leaving: bool = False  # a signal came: not ready for load balancers, and requests are still accepted
+    stopping: bool = False  # a signal came: not ready for load balancers, but requests are still accepted
     draining: bool = False  # new requests are refused
     metrics: Observer = field(default_factory=Silent)
     trace: Callable[[Answered], None] | None = None
@@ -148,15 +148,15 @@ class State:
                            retry_after=5)  # fmt: skip
         return None
 
-    def rest(self) -> float:
+    def write_interval(self) -> float:
         """Seconds that a stream waits after a write, so that several tokens share the next one.
 
         Each write runs through many layers and holds the GIL, which the engine's thread needs. The rate over all
         streams is therefore limited to WRITES per second.
         """
-        return min(len(self.running) / WRITES, LONGEST_REST)
+        return min(len(self.running) / WRITES, LONGEST_INTERVAL)
 
-    def cut(self, why: HttpError) -> int:
+    def abort_all(self, why: HttpError) -> int:
         """Abort all running requests for the reason `why`; return their number."""
         for running in list(self.running):
             running.end("shutdown", why)
@@ -190,10 +190,10 @@ def engine_broke(status: int) -> HttpError:
 
 def is_admin(http_request: HttpRequest) -> bool:
     """Whether the request has an admin key."""
-    return account(http_request).admin
+    return account_of(http_request).admin
 
 
-def account(http_request: HttpRequest) -> Account:
+def account_of(http_request: HttpRequest) -> Account:
     """The account that the request is counted in."""
     found: Account = http_request.scope[ACCOUNT]
     return found
@@ -204,18 +204,18 @@ def note(http_request: HttpRequest, **notes: Any) -> None:
     http_request.scope.setdefault(NOTES, {}).update(notes)
 
 
-def left(http_request: HttpRequest) -> threading.Event | None:
+def disconnect_event(http_request: HttpRequest) -> threading.Event | None:
     """An event, set when the client has disconnected; for RequestOptions.disconnected."""
-    event: threading.Event | None = http_request.scope.get(LEFT)
+    event: threading.Event | None = http_request.scope.get(DISCONNECT_EVENT)
     return event
 
 
-async def read(state: State, make: Callable[[], Request], field: str) -> Request:
+async def prepare(state: State, make: Callable[[], Request], field: str) -> Request:
     """Run `make`, which makes a request, on a worker thread, because tokenizing and grammars are slow.
 
     Raises the input processor's errors for an invalid request; HttpError naming `field` if it needs more than all
-    memory (422) or its prompt is over the limit (400); QueueFullError;
-    ClientGoneError if the client has disconnected and `make` was given the event (`left`).
+    memory (422) or its prompt is over the limit (400); QueueFullError; ClientGoneError if the client has disconnected
+    and `make` was given the `disconnect_event`.
     """
     state.llm.check_queue(account_name.get())  # before the work, which a refused request would waste
     try:
@@ -242,10 +242,10 @@ def check_size(state: State, requests: Sequence[Request]) -> None:
                         hint="lower max_tokens or n, or send fewer prompts")  # fmt: skip
 
 
-def fitting(make: Callable[[SamplingParams], Request], params: SamplingParams) -> Request:
-    """Make a request; `max_tokens` beyond the context, or the memory, asks for all that is left.
+def with_capped_max_tokens(make: Callable[[SamplingParams], Request], params: SamplingParams) -> Request:
+    """Make a request; if `max_tokens` do not fit the context or the memory, it gets all that fit.
 
-    For APIs whose clients always ask for much, made for long contexts: Claude Code for 32000.
+    For clients such as Claude Code, which always asks for 32,000.
     """
     try:
         return make(params)
@@ -263,21 +263,21 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
     """
     began = time.perf_counter()
     running, metrics, limit = Running(state.llm, request), state.metrics, state.config.request_timeout
-    gone: asyncio.Future[None] | None = http_request.scope.get(GONE)
-    if gone is not None and gone.done():
+    disconnected: asyncio.Future[None] | None = http_request.scope.get(DISCONNECT_FUTURE)
+    if disconnected is not None and disconnected.done():
         raise ClientGoneError
-    payer = account(http_request)
-    if request.priority and not payer.priority:
+    account = account_of(http_request)
+    if request.priority and not account.priority:
         raise HttpError(403, "this key may not set priority", field="priority", code="priority_not_allowed",
                         hint="leave it out")  # fmt: skip
-    request.client = payer.name
+    request.client = account.name
     metrics.arrived(request)
 
     def abort(_: object) -> None:
         running.end("abort", ClientGoneError())
 
-    if gone is not None:
-        gone.add_done_callback(abort)
+    if disconnected is not None:
+        disconnected.add_done_callback(abort)
     timeout = HttpError(504, f"the response was not complete after {limit:g} seconds", code="timeout",
                       headers={"x-should-retry": "false"})  # fmt: skip
     timer = asyncio.get_running_loop().call_later(limit, running.end, "timeout", timeout)
@@ -285,7 +285,7 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
     reason, tokens = "abort", 0
     newest: dict[int, float] = {}  # time of each completion's latest piece
     try:
-        async with aclosing(state.llm.follow(request, state.rest)) as pieces:
+        async with aclosing(state.llm.follow(request, state.write_interval)) as pieces:
             async for piece in pieces:
                 now = time.perf_counter()
                 if not newest:
@@ -309,13 +309,13 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
             raise engine_broke(503 if request.error is None else 500) from e
         raise
     finally:
-        if gone is not None:
-            gone.remove_done_callback(abort)
+        if disconnected is not None:
+            disconnected.remove_done_callback(abort)
         timer.cancel()
         state.running.discard(running)
         metrics.ended(request, reason, time.perf_counter() - began)
         if reason != "refused":
-            payer.spend(len(request.ids) + tokens)
+            account.spend(len(request.ids) + tokens)
         _note(state, http_request, request, reason, tokens)
 
 

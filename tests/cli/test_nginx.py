@@ -33,7 +33,7 @@ http {{
 }}
 """
 # Of a broken engine: the process stays while a client is sending, so that it can be observed.
-LINGERS = "import mistral_7b.server.serve as serve\nserve.LAST_WORDS = 30\n"
+LINGERS = "import mistral_7b.server.serve as serve\nserve.FINAL_ERRORS_TIMEOUT = 30\n"
 
 
 def free_port() -> int:

@@ -76,7 +76,7 @@ class Pages(RuleBasedStateMachine):
     @rule(which=st.integers(0, 99), name=st.integers(0, 5))
     def know(self, which: int, name: int) -> None:
         page, key = self.held[which % len(self.held)], first_key(str(name))
-        self.pool.know(page, key)
+        self.pool.register(page, key)
         if key not in self.keys and page not in self.keys.values():
             self.keys[key] = page
 
@@ -147,7 +147,7 @@ def test_check_finds_whatever_is_wrong() -> None:
     def pool() -> tuple[PagePool, int, int]:
         p = PagePool(1, 1, 2, 4, 2, dtype=torch.float32)
         a, b = p.take(), p.take()
-        p.know(b, first_key())
+        p.register(b, first_key())
         p.release([b])
         p.check([[a]])
         return p, a, b

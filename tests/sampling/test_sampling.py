@@ -13,7 +13,7 @@ from refusals import refused
 from mistral_7b.engine.completion import Completion
 from mistral_7b.errors import SamplingError
 from mistral_7b.sampling import choice as sampling
-from mistral_7b.sampling.choice import CANDIDATES, choose, integer_weights, modes_of, pick, uniforms
+from mistral_7b.sampling.choice import CANDIDATES, choose, integer_weights, modes_of, select_tokens, uniforms
 from mistral_7b.sampling.logprobs import logprobs
 from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.sampling.sampler import History, Row, adjust, draw_seed, sample_rows
@@ -302,7 +302,7 @@ def test_captured_ways_are_those_of_the_rows():
     for seed in range(20):
         logits, u = random_logits(4, seed=seed), uniforms(seed, 0, 0, 4)
         want = sample_rows(logits, [Row(p, x) for p, x in zip(params, u, strict=True)])
-        assert torch.equal(pick(logits, ways, torch.from_numpy(u)), want)
+        assert torch.equal(select_tokens(logits, ways, torch.from_numpy(u)), want)
 
 
 def test_extremes_take_the_most_probable_token():

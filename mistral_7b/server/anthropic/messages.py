@@ -23,7 +23,7 @@ from ...sampling.params import SamplingParams
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import event_stream, frame
 from ..openai.responses import documented
-from ..state import State, answer, fitting, left, read
+from ..state import State, answer, disconnect_event, prepare, with_capped_max_tokens
 from . import wire as wire
 from .events import Answer, CountAnswer, MessageAnswer
 
@@ -38,8 +38,8 @@ def router(state: State) -> APIRouter:
     async def messages(http_request: HttpRequest, body: wire.MessagesRequest) -> Response:
         """Complete a conversation, as Anthropic's Messages API does."""
         adapter = state.adapter(body.model)
-        make = partial(_request, state, body, adapter, left(http_request))
-        request = await read(state, make, "messages")
+        make = partial(_request, state, body, adapter, disconnect_event(http_request))
+        request = await prepare(state, make, "messages")
         message = Answer(f"msg_{uuid.uuid4().hex}", body.model or state.model_name, wire.most_calls(body))
         if body.stream:
             return await event_stream(_events(state, http_request, request, message))
@@ -78,7 +78,7 @@ def _request(
             tool_choice=wire.chosen(body), parallel=wire.most_calls(body) is None, labels=talk.labels,
         )  # fmt: skip
 
-    return fitting(make, params)
+    return with_capped_max_tokens(make, params)
 
 
 def _count(state: State, body: wire.CountRequest) -> int:

@@ -22,7 +22,7 @@ from pydantic_core import to_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import ServerConfig
-from ..state import ACCOUNT, GONE, LEFT, NOTES, RESERVED, Answered, State
+from ..state import ACCOUNT, DISCONNECT_EVENT, DISCONNECT_FUTURE, NOTES, RESERVED, Answered, State
 from ..workers import account_name
 from .access import AccessControl
 from .errors import CLIENT_GONE, ClientGoneError, HttpError, refusal, too_many_connections
@@ -32,10 +32,10 @@ logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")
 
 PROBES = ("/health", "/health/live", "/health/ready")  # skip all checks, and the log
-CALM = ("/", "/metrics")  # served under full load and while draining
-PAGE = ("/web/",)  # likewise: small files from memory, so that the page loads and can report a full server
-BODIES = 64  # limit of all bodies in memory, in bodies of the maximum size
-SWEEP = 1 << 26  # bytes of finished bodies after which the garbage collector runs
+ALWAYS_SERVED = ("/", "/metrics")  # served under full load and while draining
+PAGE_FILES = ("/web/",)  # likewise: small files from memory, so that the page loads and can report a full server
+BODIES = 64  # all bodies together may use this many times max_body_bytes
+COLLECT_AFTER = 1 << 26  # bytes of finished bodies after which the garbage collector runs
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
@@ -59,7 +59,7 @@ class Guard:
         self.app, self.state = app, state
         self.config: ServerConfig = state.config
         self.access = AccessControl(state.config, state.accounts)
-        self.gone = 0  # bytes of finished bodies since the last garbage collection
+        self.finished_bytes = 0  # of bodies, since the last garbage collection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -69,15 +69,15 @@ class Guard:
         else:
             await self.app(scope, receive, send)
 
-    def leave(self, size: int) -> None:
+    def body_done(self, size: int) -> None:
         """Account for a finished body, and collect garbage now and then.
 
         An error's traceback is in a reference cycle and keeps the body alive until a collection.
         """
         self.state.held -= size
-        self.gone += size
-        if self.gone > SWEEP:
-            self.gone = 0
+        self.finished_bytes += size
+        if self.finished_bytes > COLLECT_AFTER:
+            self.finished_bytes = 0
             gc.collect(1)
 
 
@@ -93,8 +93,8 @@ class _Exchange:
         self.path: str = scope["path"]
         self.status, self.began, self.size = 0, time.perf_counter(), 0
         self.cors: list[tuple[bytes, bytes]] = []
-        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.left = threading.Event()
+        self.disconnected: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.disconnect_event = threading.Event()
         self.body: bytes | None = b""
         self.account: Account | None = None  # that the request is counted in
 
@@ -114,7 +114,7 @@ class _Exchange:
             self.state.active -= 1
             if self.account is not None:
                 self.account.active -= 1
-            self.guard.leave(self.size)
+            self.guard.body_done(self.size)
             self.end()
 
     # ------------------------------------------------------------------ by the headers
@@ -129,14 +129,15 @@ class _Exchange:
         if self.scope.get("state", {}).get(RESERVED):
             self.state.rejected += 1
             raise too_many_connections()
-        access, calm = self.guard.access, self.path in CALM or self.path.startswith(PAGE)
-        access.check_host(self.headers)
-        self.allow(access.origin_of(self.headers))
+        control = self.guard.access
+        always_served = self.path in ALWAYS_SERVED or self.path.startswith(PAGE_FILES)
+        control.check_host(self.headers)
+        self.allow(control.origin_of(self.headers))
         if self.preflight:
             return
         page = self.scope["method"] == "GET" and b"text/html" in self.headers.get(b"accept", b"")
-        self.scope[ACCOUNT] = account = access.check_key(self.headers, page)
-        if calm:
+        self.scope[ACCOUNT] = account = control.check_key(self.headers, page)
+        if always_served:
             return
         if (closed := self.state.closed) is not None:
             raise closed
@@ -183,7 +184,7 @@ class _Exchange:
         except HttpError as e:
             await self.refuse(e)
             return
-        self.scope[GONE], self.scope[LEFT] = self.gone, self.left
+        self.scope[DISCONNECT_FUTURE], self.scope[DISCONNECT_EVENT] = self.disconnected, self.disconnect_event
         watcher = asyncio.create_task(self.watch())
         try:
             await self.guard.app(self.scope, self.receive, self.send)
@@ -195,10 +196,10 @@ class _Exchange:
             await self.refuse(why)
         finally:
             watcher.cancel()
-            self.gone.cancel()
+            self.disconnected.cancel()
 
     async def read(self) -> bytes:
-        """The body. HttpError (413) if it is too large, (503) if all bodies in memory are."""
+        """The body. HttpError (413) if it is too large, 503 if all bodies together exceed the limit."""
         most, parts = self.config.max_body_bytes, []
         length = self.headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > most:
@@ -229,15 +230,15 @@ class _Exchange:
         if self.body is not None:
             body, self.body = self.body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        await asyncio.wait([self.gone])
+        await asyncio.wait([self.disconnected])
         return {"type": "http.disconnect"}
 
     async def watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.left.set()
-        if not self.gone.done():
-            self.gone.set_result(None)
+        self.disconnect_event.set()
+        if not self.disconnected.done():
+            self.disconnected.set_result(None)
 
     # ------------------------------------------------------------------ response
 
@@ -281,7 +282,7 @@ class _Exchange:
     def end(self) -> None:
         """Record the finished request in metrics, trace and access log."""
         seconds = time.perf_counter() - self.began
-        status = CLIENT_GONE if self.gone.done() and not self.gone.cancelled() else self.status
+        status = CLIENT_GONE if self.disconnected.done() and not self.disconnected.cancelled() else self.status
         route: str = getattr(self.scope.get("route"), "path_format", "")
         self.state.metrics.answered(route, self.scope["method"], status, seconds)
         if self.state.trace is not None:

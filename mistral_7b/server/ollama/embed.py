@@ -15,7 +15,7 @@ from ...errors import PromptTooLongError
 from ..http.errors import HttpError
 from ..http.json_bodies import json_answer
 from ..openai.completions import check_prompts, together
-from ..state import State, answer, read
+from ..state import State, answer, prepare
 from .answers import Embeddings, OneEmbedding, nanoseconds
 from .bodies import EmbedBody, OldEmbedBody
 from .routes import OllamaRoute, documented
@@ -54,7 +54,7 @@ async def _embedded(
     """Run the requests of texts."""
     options = RequestOptions(adapter=state.adapter(model))
     check_prompts(state, texts, "input")
-    requests = [await read(state, partial(_read, state, text, options, cut), "input") for text in texts]
+    requests = [await prepare(state, partial(_read, state, text, options, cut), "input") for text in texts]
     async with aclosing(together([answer(state, http_request, request) for request in requests])) as pieces:
         async for _ in pieces:
             pass

@@ -18,7 +18,7 @@ from ...sampling.params import SamplingParams
 from ..http.json_bodies import json_answer
 from ..http.sse import Frames, LineStream, event_stream
 from ..openai.protocol import plain_tools
-from ..state import State, answer, fitting, left, read
+from ..state import State, answer, disconnect_event, prepare, with_capped_max_tokens
 from .answers import ChatAnswer, GenerateAnswer, Reply, loaded
 from .bodies import ChatBody, GenerateBody
 from .routes import OllamaRoute, documented
@@ -34,8 +34,8 @@ def router(state: State) -> APIRouter:
         adapter = state.adapter(body.model)
         if not body.messages:
             return json_answer(loaded(body.model, chat=True))
-        make = partial(_read_chat, state, body, adapter, left(http_request))
-        request = await read(state, make, "messages")
+        make = partial(_read_chat, state, body, adapter, disconnect_event(http_request))
+        request = await prepare(state, make, "messages")
         return await _respond(state, http_request, Reply(body.model, request, chat=True), body.stream)
 
     @routes.post("/api/generate", responses=documented(GenerateAnswer, stream=True))
@@ -44,8 +44,8 @@ def router(state: State) -> APIRouter:
         adapter = state.adapter(body.model)
         if not body.prompt:
             return json_answer(loaded(body.model, chat=False))
-        make = partial(_read_text, state, body, adapter, left(http_request))
-        request = await read(state, make, "prompt")
+        make = partial(_read_text, state, body, adapter, disconnect_event(http_request))
+        request = await prepare(state, make, "prompt")
         return await _respond(state, http_request, Reply(body.model, request, chat=False), body.stream)
 
     return routes
@@ -59,7 +59,7 @@ def _read_chat(state: State, body: ChatBody, adapter: str | None, gone: threadin
     def make(params: SamplingParams) -> Request:
         return state.llm.inputs.chat(messages, params, options, tools=tools)
 
-    return fitting(make, body.params())
+    return with_capped_max_tokens(make, body.params())
 
 
 def _read_text(state: State, body: GenerateBody, adapter: str | None, gone: threading.Event | None) -> Request:
@@ -73,7 +73,7 @@ def _read_text(state: State, body: GenerateBody, adapter: str | None, gone: thre
         messages = [*system, {"role": "user", "content": body.prompt}]
         ids = tokenizer.encode_chat(messages, labels=["system", "prompt"][-len(messages) :])
         prompt = [*body.context, *ids[1:]] if body.context else ids
-    return fitting(lambda params: state.llm.inputs.text(prompt, params, options), body.params())
+    return with_capped_max_tokens(lambda params: state.llm.inputs.text(prompt, params, options), body.params())
 
 
 async def _respond(state: State, http_request: HttpRequest, reply: Reply, stream: bool) -> Response:

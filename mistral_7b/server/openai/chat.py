@@ -21,7 +21,7 @@ from ...sampling.params import StructuredOutputs
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
-from ..state import State, answer, left, read
+from ..state import State, answer, disconnect_event, prepare
 from .logprobs import ChatLogprobs
 from .protocol import ChatRequest, Sampling, plain, plain_tools
 from .responses import (
@@ -57,8 +57,8 @@ def router(state: State) -> APIRouter:
         """Complete a conversation."""
         check_n(state, body)
         adapter = state.adapter(body.model)
-        make = partial(read_chat, state, body, adapter, left(http_request))
-        request = await read(state, make, "messages")
+        make = partial(read_chat, state, body, adapter, disconnect_event(http_request))
+        request = await prepare(state, make, "messages")
         pieces = answer(state, http_request, request)
         agent = http_request.headers.get("user-agent", "")
         mistral = body.of_mistral or any(name in agent for name in MISTRALS_CLIENTS)

@@ -21,7 +21,7 @@ from ...text.tokenizer import Tokenizer
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
-from ..state import State, answer, check_size, left, read
+from ..state import State, answer, check_size, disconnect_event, prepare
 from .chat import check_n
 from .logprobs import Part, TokenSpans, joined, text_logprobs
 from .protocol import NO_LIMIT, CompletionRequest, prompts_of
@@ -47,11 +47,11 @@ def router(state: State) -> APIRouter:
             priority=body.priority or 0,
             adapter=state.adapter(body.model),
             cache_salt=body.cache_salt,
-            disconnected=left(http_request),
+            disconnected=disconnect_event(http_request),
         )
         prompts = prompts_of(body.prompt)
         requests = [
-            await read(state, partial(_read, state, body, prompt, options), "prompt") for prompt in prompts
+            await prepare(state, partial(_read, state, body, prompt, options), "prompt") for prompt in prompts
         ]
         check_size(state, requests)
         texts = Texts(state, body, requests)

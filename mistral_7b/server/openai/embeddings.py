@@ -17,7 +17,7 @@ from pydantic_core import to_json
 from ...engine.inputs import RequestOptions
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
-from ..state import State, answer, read
+from ..state import State, answer, prepare
 from .completions import check_prompts, together
 from .protocol import EmbeddingRequest, prompts_of
 from .responses import EmbeddingList, documented
@@ -44,7 +44,7 @@ def router(state: State) -> APIRouter:
             priority=body.priority or 0, adapter=state.adapter(body.model), cache_salt=body.cache_salt
         )
         make = state.llm.inputs.embedding
-        requests = [await read(state, partial(make, text, body.pooling, options), "input") for text in texts]
+        requests = [await prepare(state, partial(make, text, body.pooling, options), "input") for text in texts]
         async with aclosing(together([answer(state, http_request, r) for r in requests])) as pieces:
             async for _ in pieces:
                 pass

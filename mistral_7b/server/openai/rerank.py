@@ -17,7 +17,7 @@ from pydantic import Field, StrictBool, StrictInt
 from ...engine.inputs import RequestOptions
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
-from ..state import State, answer, read
+from ..state import State, answer, prepare
 from .body import Body
 from .completions import check_prompts, together
 from .protocol import Texts
@@ -55,7 +55,7 @@ def router(state: State) -> APIRouter:
             check_prompts(state, those, field)
             for text in those:
                 make = partial(state.llm.inputs.embedding, text, "mean", options)
-                requests.append(await read(state, make, field))
+                requests.append(await prepare(state, make, field))
         async with aclosing(together([answer(state, http_request, r) for r in requests])) as pieces:
             async for _ in pieces:
                 pass

@@ -29,7 +29,7 @@ def router(state: State) -> APIRouter:
         """Readiness: 200, or 503 once a signal has come to shut down and after an engine failure."""
         if state.llm.broken is not None:
             return json_answer({"status": "broken"}, 503)
-        if state.leaving:
+        if state.stopping:
             return json_answer({"status": "draining"}, 503, {"retry-after": "5"})
         return json_answer({"status": "ready"})
 

@@ -20,7 +20,7 @@ from ...http.access import key_of
 from ...http.errors import HttpError
 from ...http.json_bodies import JsonRoute, json_answer
 from ...http.sse import Frames, event_stream, frame
-from ...state import State, answer, left, read
+from ...state import State, answer, disconnect_event, prepare
 from ..chat import Choices, read_chat
 from ..protocol import ChatRequest
 from ..responses import documented
@@ -42,7 +42,7 @@ def router(state: State) -> APIRouter:
     async def create(body: ResponsesRequest, http_request: HttpRequest) -> Response:
         """Complete a conversation, as OpenAI's Responses API does."""
         job = _Job(state, store, body, _owner(http_request))
-        request = await read(state, partial(job.read, left(http_request)), "input")
+        request = await prepare(state, partial(job.read, disconnect_event(http_request)), "input")
         choices, pieces = Choices(state, job.chat, request), answer(state, http_request, request)
         if body.stream:
             return await event_stream(job.stream(choices, pieces), lambda why: _frames(list(job.answer.fail(why))))

@@ -214,8 +214,8 @@ async def prepare(state: State, make: Callable[[], Request], field: str) -> Requ
     """Run `make`, which makes a request, on a worker thread, because tokenizing and grammars are slow.
 
     Raises the input processor's errors for an invalid request; HttpError naming `field` if it needs more than all
-    memory (422) or its prompt is over the limit (400); QueueFullError; ClientGoneError if the client has disconnected
-    and `make` was given the `disconnect_event`.
+    memory (422) or its prompt is over the limit (400); QueueFullError; ClientGoneError if the client has
+    disconnected and `make` was given the `disconnect_event`.
     """
     state.llm.check_queue(account_name.get())  # before the work, which a refused request would waste
     try:

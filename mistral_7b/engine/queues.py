@@ -6,7 +6,8 @@
 
 Fair queueing over tokens, as virtual token counters (Sheng et al., "Fairness in Serving Large Language Models",
 OSDI 2024): each token computed for a client counts, and the client with the lowest count is next. A client that
-arrives gets the lowest count of those present: absence earns no credit. A client without sequences is forgotten.
+arrives gets the lowest count of those present, or its own if that is higher: absence earns no credit and forgives
+no debt. When no client is present, all counts are forgotten.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from .request import SequenceState
 
 Rank = tuple[int, int, int]
+MAX_ABSENT = 4096  # clients whose counts are kept while they are absent
 
 
 @dataclass
@@ -26,6 +28,7 @@ class _Client:
     present: int = 0  # its sequences that run or wait
     waiting: int = 0
     heap: list[tuple[Rank, SequenceState]] = field(default_factory=list)  # by rank; it may hold ended sequences
+    ended: int = 0  # how many
 
 
 class Queues:
@@ -34,6 +37,7 @@ class Queues:
     def __init__(self) -> None:
         self.waiting = 0
         self._clients: dict[str, _Client] = {}
+        self._served: dict[str, int] = {}  # of clients that are absent while others are present
 
     @property
     def contended(self) -> bool:
@@ -44,17 +48,27 @@ class Queues:
         """Count a sequence that will run or wait as its client's."""
         name = sequence.request.client
         if (client := self._clients.get(name)) is None:
-            client = self._clients[name] = _Client(min((c.served for c in self._clients.values()), default=0))
+            lowest = min((c.served for c in self._clients.values()), default=0)
+            client = self._clients[name] = _Client(max(lowest, self._served.pop(name, 0)))
         client.present += 1
 
     def leave(self, sequence: SequenceState) -> None:
-        """Count one sequence fewer of its client; forget a client that has none."""
+        """Count one sequence fewer of its client."""
+        client = self._clients[sequence.request.client]
         if sequence.waiting:
             self.discard(sequence)
-        client = self._clients[sequence.request.client]
+            client.ended += 1
+            if 2 * client.ended > len(client.heap):
+                client.heap = [(rank, s) for rank, s in client.heap if not s.ended and s is not sequence]
+                heapq.heapify(client.heap)
+                client.ended = 0
         client.present -= 1
         if not client.present:
             del self._clients[sequence.request.client]
+            if not self._clients or len(self._served) >= MAX_ABSENT:
+                self._served.clear()
+            else:
+                self._served[sequence.request.client] = client.served
 
     def push(self, sequence: SequenceState) -> None:
         """Let a sequence wait."""
@@ -88,6 +102,7 @@ class Queues:
             return None
         while client.heap and client.heap[0][1].ended:
             heapq.heappop(client.heap)
+            client.ended -= 1
         return client.heap[0][1] if client.heap else None
 
     def heads(self) -> list[SequenceState]:

@@ -44,7 +44,7 @@ def build(llm: AsyncLLM, config: ServerConfig | None = None, model_name: str = "
     state = State(llm, config or ServerConfig(), model_name)
     app = FastAPI(
         title="mistral_7b", version=__version__, docs_url=None, redoc_url=None,  # both load scripts from a CDN
-        openapi_url=None, telemetry=FASTAPI_TELEMETRY,
+        openapi_url=None, redirect_slashes=False, telemetry=FASTAPI_TELEMETRY,
         responses=documented(400, 401, 403, 404, 408, 413, 429, 500, 503), separate_input_output_schemas=False,
     )  # fmt: skip
     app.state.serving = state

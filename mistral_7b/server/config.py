@@ -98,6 +98,10 @@ class ServerConfig:
                 except ConfigError as e:
                     raise ConfigError(f"{name}: {e.message}", field=name) from None
 
+        names = [key.name for key in (*self.api_keys, *self.admin_keys) if isinstance(key, ApiKey) and key.name]
+        if len(set(names)) < len(names):
+            raise ConfigError("two keys have the same name", field="api_keys", hint="give each its own name")
+
     @property
     def loopback(self) -> bool:
         """Whether `host` is a loopback address."""

@@ -124,6 +124,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal: the first starts draining, the second exits immediately."""
+        if self._signals and sig == signal.SIGHUP:  # a closing terminal may send it twice
+            return
         if not self._signals and sig != signal.SIGINT:
             self._refuse_at = time.monotonic() + self.state.config.drain_grace
         self._signals += 1

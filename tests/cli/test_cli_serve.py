@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -118,6 +119,17 @@ def is_ready(url: str) -> bool:
         if json.load(e) != {"status": "draining"}:
             raise
         return False
+
+
+def test_a_record_that_cannot_be_formatted_does_not_end_the_log(tmp_path):
+    with (tmp_path / "log").open("w") as stream:
+        log = LogThread(stream)
+        log.emit(logging.LogRecord("x", logging.INFO, "", 0, "a %d", ("text",), None))
+        log.write("after")
+        log.close()
+    first, second = (tmp_path / "log").read_text().splitlines()
+    assert "could not be formatted" in first
+    assert second == "after"
 
 
 @pytest.mark.parametrize("sig", [signal.SIGHUP, signal.SIGTERM])

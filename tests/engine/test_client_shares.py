@@ -157,3 +157,32 @@ def test_a_full_queue_has_room_for_another_client() -> None:
         add(shared, "third")
     run(shared)
     check(shared)
+
+
+def test_aborted_requests_do_not_stay_in_the_queue() -> None:
+    shared = engine(max_sequences=1)
+    add(shared, "a", tokens=1000)
+    for _ in range(3):
+        shared.step()
+    add(shared, "a")
+    for _ in range(500):
+        shared.abort(add(shared, "a", priority=1).id)
+    assert shared.scheduler.waiting == 1
+    assert len(list(shared.scheduler.queues.all())) <= 4
+
+
+def test_debt_outlives_a_short_absence() -> None:
+    shared = engine(max_sequences=4)
+    for _ in range(60):
+        add(shared, "steady", tokens=20)
+    burst = [add(shared, "burst", tokens=20) for _ in range(4)]
+    while not all(r.finished for r in burst):
+        shared.step()
+    queues = shared.scheduler.queues
+    owed = queues._served["burst"]
+    again = add(shared, "burst")
+    assert queues._clients["burst"].served == max(owed, queues._clients["steady"].served)
+    assert owed > 0
+    shared.abort(again.id)
+    run(shared)
+    assert not queues._served

@@ -39,13 +39,16 @@ def test_a_whole_context_is_the_limit_where_there_is_room():
 
 def test_bodies_that_are_too_much_together(server: Serving):
     much = BODIES * server.state.config.max_body_bytes
+    (account,) = server.state.accounts.all
     server.state.held += much
+    account.held += much
     try:
         status, headers, data = server.ask("POST", CHAT, {"messages": HELLO, "max_tokens": 1})
         assert (status, json.loads(data)["error"]["code"]) == (503, "bodies_too_large")
         assert "retry-after" in headers
     finally:
         server.state.held -= much
+        account.held -= much
     server.idle()
 
 

@@ -17,8 +17,10 @@ from serving import HELLO, Serving, serving
 from waiting import until
 
 from mistral_7b.engine.config import EngineConfig
+from mistral_7b.errors import ConfigError
 from mistral_7b.server.config import ServerConfig
 from mistral_7b.server.http.connection import RESERVE
+from mistral_7b.server.http.guard import BODIES
 from mistral_7b.server.http.limits import Bucket
 from mistral_7b.server.keys import ApiKey
 from mistral_7b.server.workers import Workers, account_name
@@ -286,3 +288,51 @@ def test_threads_that_send_at_once_are_all_answered() -> None:
         while len(server.state.connections) and time.monotonic() < end:
             time.sleep(0.01)
         assert len(server.state.connections) == 0
+
+
+def test_requests_without_a_key_hold_neither_seats_nor_connections() -> None:
+    """Bodies that never come: of health probes, which need no key, and of requests that were refused."""
+    config = ServerConfig(port=0, api_keys=("one",), max_concurrent=2, max_connections=8)
+    with serving(config) as server:
+        for path, status in (("/health/live", b" 405 "), ("/v1/completions", b" 401 ")):
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n".encode()
+            with contextlib.ExitStack() as stack:
+                for _ in range(8):
+                    sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+                    sock.sendall(head)
+                    assert status in sock.recv(1000)
+                assert server.state.active == 0
+                assert server.ask("POST", CHAT, ASK, bearer("one"))[0] == 200
+        server.idle()
+
+
+def test_bodies_of_one_key_leave_memory_to_another() -> None:
+    config = ServerConfig(port=0, api_keys=("greedy", "modest"), max_body_bytes=2000)
+    head = [f"POST {CHAT} HTTP/1.1", "Host: localhost", "Authorization: Bearer greedy", "Content-Length: 1999"]
+    with serving(config) as server, contextlib.ExitStack() as stack:
+        for _ in range(BODIES):
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            sock.sendall("\r\n".join([*head, "", " " * 1990]).encode())
+        assert until(lambda: server.state.held == BODIES * 1990)
+        ask = {**ASK, "user": "x" * 1500}
+        assert code(server.ask("POST", CHAT, ask, bearer("greedy"))[2]) == "bodies_too_large"
+        assert server.ask("POST", CHAT, ask, bearer("modest"))[0] == 200
+
+
+def test_more_prompts_than_the_queue_holds_are_refused_for_good() -> None:
+    with serving(engine=EngineConfig(max_sequences=12, max_batch_tokens=48, page_size=4, max_waiting=8)) as server:
+        status, body = server.post(COMPLETIONS, {"prompt": ["a"] * 9, "max_tokens": 1})
+        assert (status, body["error"]["param"]) == (422, "prompt")
+        assert server.post(COMPLETIONS, {"prompt": ["a"] * 8, "max_tokens": 1})[0] == 200
+
+
+def test_a_trailing_slash_is_another_route() -> None:
+    with serving() as server:
+        status, headers, data = server.ask("POST", f"{CHAT}/", ASK)
+        assert (status, code(data)) == (404, "no_such_route")
+        assert "location" not in headers
+
+
+def test_keys_with_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError):
+        ServerConfig(api_keys=(ApiKey("a", "x"), ApiKey("b", "x")))

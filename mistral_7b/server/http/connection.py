@@ -59,7 +59,7 @@ class Connection(H11Protocol):
         others = [c for c in self.connections if c is not self and not c.transport.is_closing()]
         if len(others) < self.limits.max_connections:
             return True
-        idle = [c for c in others if isinstance(c, Connection) and not c._busy and c.conn.their_state is h11.IDLE]
+        idle = [c for c in others if isinstance(c, Connection) and not c._busy]  # or with an answered, unread body
         if not idle:
             return False
         min(idle, key=lambda c: c._idle_since).transport.close()

@@ -105,17 +105,18 @@ class _Exchange:
             await self.refuse(e)
             self.end()
             return
-        self.state.active += 1
         if self.account is not None:
+            self.state.active += 1
             self.account.active += 1
         try:
             await self.serve()
         finally:
-            self.state.active -= 1
+            self.end()  # first, so that no request is active whose line is not in the log
             if self.account is not None:
+                self.state.active -= 1
                 self.account.active -= 1
-            self.guard.body_done(self.size)
-            self.end()
+                self.account.held -= self.size
+                self.guard.body_done(self.size)
 
     # ------------------------------------------------------------------ by the headers
 
@@ -175,8 +176,9 @@ class _Exchange:
             if self.preflight:
                 await self.answer_preflight()
                 return
-            async with asyncio.timeout(self.config.body_timeout):
-                self.body = await self.read()
+            if self.account is not None:  # other routes have no body: what is sent is not kept
+                async with asyncio.timeout(self.config.body_timeout):
+                    self.body = await self.read(self.account)
         except TimeoutError:
             late = f"the body was not complete after {self.config.body_timeout:g} seconds"
             await self.refuse(HttpError(408, late, code="body_timeout", headers={"connection": "close"}))
@@ -198,8 +200,9 @@ class _Exchange:
             watcher.cancel()
             self.disconnected.cancel()
 
-    async def read(self) -> bytes:
-        """The body. HttpError (413) if it is too large, 503 if all bodies together exceed the limit."""
+    async def read(self, account: Account) -> bytes:
+        """The body. HttpError (413) if it is too large; 503 if all bodies together exceed the limit, and those of
+        the account its share."""
         most, parts = self.config.max_body_bytes, []
         length = self.headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > most:
@@ -211,14 +214,20 @@ class _Exchange:
             part = message.get("body", b"")
             self.size += len(part)
             self.state.held += len(part)
+            account.held += len(part)
             if self.size > most:
                 raise self.large()
-            if self.state.held > BODIES * most:
+            if self.state.held > BODIES * most and self.exceeds_share(account):
                 raise HttpError(503, "request bodies in progress exceed the memory limit", hint="try again later",
                               code="bodies_too_large", retry_after=1)  # fmt: skip
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+    def exceeds_share(self, account: Account) -> bool:
+        """Whether the account's bodies have more than an equal share of their memory."""
+        sharing = sum(a.held > 0 for a in self.state.accounts.all)
+        return account.held > BODIES * self.config.max_body_bytes // sharing
 
     def large(self) -> HttpError:
         """The 413 error. A method, so that no local variable of `read` holds it: frame and error would keep the

@@ -58,6 +58,7 @@ class Account:
     tokens: Bucket | None = None
     max_concurrent: int | None = None
     active: int = 0  # admitted HTTP requests
+    held: int = 0  # bytes of their bodies
     refused: dict[str, int] = field(default_factory=dict)  # by limit
 
     def admit(self, counted: bool) -> None:

@@ -76,10 +76,11 @@ def _check(state: State, body: CompletionRequest) -> None:
 
 
 def check_prompts(state: State, prompts: Sequence[Any], param: str) -> None:
-    """HttpError for an empty list (400), or for more prompts than `max_prompts` (422)."""
+    """HttpError for an empty list (400), or for more prompts than `max_prompts` or the queue holds (422)."""
     if not prompts:
         raise HttpError(400, f"{param} is empty", field=param)
-    most = state.config.max_prompts
+    most, queue = state.config.max_prompts, state.llm.engine.config.max_waiting
+    most = most if queue is None else min(most, queue)
     if len(prompts) > most:
         raise HttpError(422, f"{param} has {len(prompts)} entries; the server's limit is {most}", field=param)
 

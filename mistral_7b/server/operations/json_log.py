@@ -64,7 +64,10 @@ class LogThread(logging.Handler):
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
-            text = line if isinstance(line, str) else self.format(line)
+            try:
+                text = line if isinstance(line, str) else self.format(line)
+            except Exception as e:  # such as arguments that do not fit the message
+                text = json.dumps({"level": "error", "event": f"a log line could not be formatted: {e!r:.200}"})
             if (lost := self.dropped - self._told) > 0:
                 self._told += lost
                 text += "\n" + json.dumps({"level": "warning", "event": "log lines were dropped", "lines": lost})

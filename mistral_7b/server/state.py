@@ -217,7 +217,11 @@ async def prepare(state: State, make: Callable[[], Request], field: str) -> Requ
     memory (422) or its prompt is over the limit (400); QueueFullError; ClientGoneError if the client has
     disconnected and `make` was given the `disconnect_event`.
     """
-    state.llm.check_queue(account_name.get())  # before the work, which a refused request would waste
+    try:
+        state.llm.check_queue(account_name.get())  # before the work, which a refused request would waste
+    except QueueFullError:
+        state.accounts.count_refusal(account_name.get(), "queue")
+        raise
     try:
         request = await state.workers.run(make)
     except AbandonedError as e:

@@ -92,21 +92,22 @@ def test_an_answer_that_takes_too_long():
 
 
 def test_a_full_queue_is_said_at_once():
-    engine = EngineConfig(max_sequences=1, max_batch_tokens=16, page_size=4, max_waiting=1)
+    engine = EngineConfig(max_sequences=1, max_batch_tokens=16, page_size=4, max_waiting=2)
     with serving(engine=engine) as server:
         running = stream(server)
         assert until(lambda: server.llm.engine.scheduler.running)
-        waiting = stream(server)
-        assert until(lambda: server.llm.engine.scheduler.waiting == 1)
+        waiting = [stream(server), stream(server)]
+        assert until(lambda: server.llm.engine.scheduler.waiting == 2)
         for body in ({**LONG, "stream": True}, LONG):
             status, headers, data = server.ask("POST", CHAT, body)
             assert (status, json.loads(data)["error"]["code"]) == (429, "queue_full")
             assert int(headers["retry-after"]) > 0
-        several = {"prompt": ["a", "b", "c"], "max_tokens": 100_000, "ignore_eos": True}
+        several = {"prompt": ["a", "b"], "max_tokens": 100_000, "ignore_eos": True}
+        waiting.pop().close()
+        assert until(lambda: server.llm.engine.scheduler.waiting == 1)
+        assert server.post("/v1/completions", several)[0] == 429  # neither of the two keeps running
         running.close()
-        waiting.close()
-        server.idle()
-        assert server.post("/v1/completions", several)[0] == 429  # none of the three keeps running
+        waiting.pop().close()
         server.idle()
 
 

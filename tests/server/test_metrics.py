@@ -12,6 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import serving
+from waiting import until
 
 from mistral_7b.engine.config import EngineConfig
 
@@ -119,11 +120,13 @@ def test_http_requests_are_counted_by_template_method_and_status(client: httpx.C
 
 
 def test_who_finds_the_queue_full_is_refused_and_no_error(client: httpx.Client) -> None:
-    engine = EngineConfig(max_sequences=1, max_batch_tokens=16, page_size=4, max_waiting=1)
+    engine = EngineConfig(max_sequences=1, max_batch_tokens=16, page_size=4, max_waiting=4)
     with serving(engine=engine) as it, httpx.Client(base_url=it.url, timeout=30) as client:
         before = scrape(client)
-        body = {"prompt": ["a", "b", "c", "d"], "max_tokens": 1000, "ignore_eos": True}
-        assert client.post("/v1/completions", json=body).status_code == 429
+        body = {"prompt": ["a", "b", "c", "d"], "max_tokens": 100_000, "ignore_eos": True}
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}):
+            assert until(lambda: it.llm.engine.scheduler.waiting == 3)
+            assert client.post("/v1/completions", json=body).status_code == 429
         it.idle()
         after = scrape(client)
     ends = {
@@ -133,7 +136,7 @@ def test_who_finds_the_queue_full_is_refused_and_no_error(client: httpx.Client) 
     }
     assert ends["refused"] >= 1
     assert ends["error"] == 0
-    assert ends["refused"] + ends["abort"] == after["requests_total", ""] == 4
+    assert ends["refused"] + ends["abort"] == after["requests_total", ""] == 8
     # refused requests are not in the latency histograms
     assert after["request_latency_seconds_count", ""] == after["requests_total", ""] - ends["refused"]
 

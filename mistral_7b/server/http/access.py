@@ -37,6 +37,12 @@ class Accounts:
                 found = account
         return found or self.open
 
+    def count_refusal(self, name: str, limit: str) -> None:
+        """Count a request of the account `name` that was refused by a limit."""
+        for account in self.all:
+            if account.name == name:
+                account.refused[limit] = account.refused.get(limit, 0) + 1
+
     @property
     def all(self) -> list[Account]:
         """Every account."""

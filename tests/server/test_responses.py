@@ -262,6 +262,8 @@ BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "no"}}}
         ({"tool_choice": {"type": "web_search"}, "tools": [SEARCH, FUNCTION]}, 400, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "x"}, "tools": [FUNCTION]}, 400, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "x"}}, 400, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": []}]}},
+         400, "tool_choice.tools.0.name"),
         ({"model": "nobody"}, 404, "model"),
         ({"background": True}, 400, "background"),
         ({"cache_salt": "x" * 300}, 400, "cache_salt"),

@@ -149,7 +149,7 @@ class Tools:
                             hint="define a function")  # fmt: skip
         offered, mode = self.functions, choice.mode or choice.type
         if choice.type == "allowed_tools":
-            names = {tool.get("name") for tool in choice.tools or () if tool.get("type", "function") == "function"}
+            names = {tool.name for tool in choice.tools or () if tool.type == "function"}
             allowed = [place for place, tool in enumerate(offered) if tool["function"]["name"] in names]
             self.places = [self.places[place] for place in allowed]
             offered = [offered[place] for place in allowed]

@@ -141,13 +141,22 @@ class Tool(Part):
         return self
 
 
+class AllowedTool(Part):
+    """An entry of `tool_choice.tools`, kept as it was sent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "function"
+    name: str | None = None
+
+
 class Choice(Part):
     """`tool_choice`: a mode, a function, a set of allowed tools, or a tool of another type."""
 
     type: str
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[AllowedTool], First()] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Choice:

@@ -74,6 +74,14 @@ def test_the_bytes_are_bounded() -> None:
     assert len(store) == before
 
 
+def test_the_ids_are_counted() -> None:
+    store = Store(1000, 1 << 20)
+    store.add(b"me", body("short"), (), [{"id": "x" * 10}])
+    before = store.size
+    store.add(b"me", body("longs"), (), [{"id": "x" * 210}])
+    assert store.size - 2 * before == 200 * (1 + 4)  # in the item, and as a key of up to 4 bytes a character
+
+
 def test_a_conversation_survives_its_older_responses() -> None:
     store = Store(2, 1 << 20)
     items: tuple[Any, ...] = ()

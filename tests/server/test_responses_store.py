@@ -10,6 +10,7 @@ import pytest
 from serving import Serving, serving
 
 from mistral_7b.server.config import ServerConfig
+from mistral_7b.server.openai.responses_api import routes
 from mistral_7b.server.openai.responses_api.store import Store
 
 ASK = {"input": "Hello", "max_output_tokens": 3, "temperature": 0}
@@ -150,6 +151,26 @@ def test_the_server_bounds_its_store(shared: Serving) -> None:
     assert [ask(shared, "GET", f"/{name}")[0] for name in names] == [404, 200, 200, 200]
     assert ask(shared, "DELETE", f"/{names[1]}")[1] == {"id": names[1], "object": "response", "deleted": True}
     assert ask(shared, "DELETE", f"/{names[1]}")[0] == 404
+
+
+def test_a_conversation_has_at_most_so_many_items(shared: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "MOST_MESSAGES", 4)
+    two = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    first = ask(shared, "POST", "", {**ASK, "input": two})[1]["id"]  # two items and the response's
+    status, out = ask(shared, "POST", "", {**ASK, "input": two, "previous_response_id": first})
+    assert (status, out["error"]["param"]) == (400, "input")
+    status, second = ask(shared, "POST", "", {**ASK, "previous_response_id": first})
+    assert status == 200
+    status, out = ask(shared, "POST", "", {**ASK, "previous_response_id": second["id"]})
+    assert (status, out["error"]["param"]) == (400, "previous_response_id")
+    assert "would have 6 items" in out["error"]["message"]
+
+
+def test_messages_without_effect_are_not_stored(shared: Serving) -> None:
+    empty = [{"role": "assistant", "content": text} for text in ("", [])]
+    name = ask(shared, "POST", "", {**ASK, "input": [*empty, {"role": "user", "content": "a"}, *empty]})[1]["id"]
+    page = ask(shared, "GET", f"/{name}/input_items")[1]["data"]
+    assert [entry["role"] for entry in page] == ["user"]
 
 
 def test_input_items_in_pages(shared: Serving) -> None:

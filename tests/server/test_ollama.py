@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from random import Random
 from typing import Any
 
 import pytest
 from serving import HELLO, TOOL, Serving, serving
 
+from mistral_7b.server.ollama.bodies import ChatBody
 from mistral_7b.text.tokenizer import Tokenizer
 
 ASK: dict[str, Any] = {"model": "tiny", "options": {"temperature": 0, "num_predict": 5}}
@@ -128,6 +130,52 @@ def test_tool_results_find_their_calls(server: Serving) -> None:
         out["message"]["content"]
         == server.post("/v1/chat/completions", plain)[1]["choices"][0]["message"]["content"]
     )
+
+
+def test_results_take_the_calls_in_order() -> None:
+    """The first open call of the name, or else the first one."""
+
+    def taken(calls: str, results: list[str | None]) -> list[str | None]:
+        functions = [{"function": {"name": name}} for name in calls]
+        messages = [{"role": "assistant", "tool_calls": functions}]
+        messages += [{"role": "tool", "tool_name": name} for name in results]
+        body = ChatBody.model_validate({"model": "m", "messages": messages})
+        return [told["tool_call_id"] for told in body.conversation()[1:]]
+
+    results = ["g", None, "f", "f", "h", "g"]
+    assert taken("fgfgf", results) == ["call_0_1", "call_0_0", "call_0_2", "call_0_4", "call_0_3", None]
+    random = Random(1)
+    for _ in range(100):
+        calls = "".join(random.choices("fgh", k=random.randrange(8)))
+        asked: list[str | None] = random.choices([*"fghi", None], k=9)
+        left, expected = list(enumerate(calls)), []
+        for name in asked:
+            found = next((call for call in left if call[1] == name), left[0] if left else None)
+            expected.append(None if found is None else f"call_0_{found[0]}")
+            left = [call for call in left if call != found]
+        assert taken(calls, asked) == expected
+
+
+def test_many_results_take_linear_time() -> None:
+    """Each comparison of a name is counted: a search of the open calls would do millions."""
+    compared = 0
+
+    class Name(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    functions = [{"function": {"name": "f"}} for _ in range(2000)]
+    messages = [{"role": "assistant", "tool_calls": functions}]
+    messages += [{"role": "tool"} for _ in range(2000)]
+    body = ChatBody.model_validate({"model": "m", "messages": messages})
+    for message in body.messages[1:]:
+        message.tool_name = Name("g")
+    assert len({told["tool_call_id"] for told in body.conversation()[1:]}) == 2000
+    assert compared < 10_000
 
 
 def test_tools_are_called() -> None:

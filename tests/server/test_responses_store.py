@@ -10,6 +10,7 @@ import pytest
 from serving import Serving, serving
 
 from mistral_7b.server.config import ServerConfig
+from mistral_7b.server.openai.responses_api import routes
 from mistral_7b.server.openai.responses_api.store import Store
 
 ASK = {"input": "Hello", "max_output_tokens": 3, "temperature": 0}
@@ -72,6 +73,14 @@ def test_the_bytes_are_bounded() -> None:
     )  # alone over the bound: nothing is dropped for it
     assert store.get(b"me", "large") is None
     assert len(store) == before
+
+
+def test_the_ids_are_counted() -> None:
+    store = Store(1000, 1 << 20)
+    store.add(b"me", body("short"), (), [{"id": "x" * 10}])
+    before = store.size
+    store.add(b"me", body("longs"), (), [{"id": "x" * 210}])
+    assert store.size - 2 * before == 200 * (1 + 4)  # in the item, and as a key of up to 4 bytes a character
 
 
 def test_a_conversation_survives_its_older_responses() -> None:
@@ -142,6 +151,26 @@ def test_the_server_bounds_its_store(shared: Serving) -> None:
     assert [ask(shared, "GET", f"/{name}")[0] for name in names] == [404, 200, 200, 200]
     assert ask(shared, "DELETE", f"/{names[1]}")[1] == {"id": names[1], "object": "response", "deleted": True}
     assert ask(shared, "DELETE", f"/{names[1]}")[0] == 404
+
+
+def test_a_conversation_has_at_most_so_many_items(shared: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "MOST_MESSAGES", 4)
+    two = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    first = ask(shared, "POST", "", {**ASK, "input": two})[1]["id"]  # two items and the response's
+    status, out = ask(shared, "POST", "", {**ASK, "input": two, "previous_response_id": first})
+    assert (status, out["error"]["param"]) == (400, "input")
+    status, second = ask(shared, "POST", "", {**ASK, "previous_response_id": first})
+    assert status == 200
+    status, out = ask(shared, "POST", "", {**ASK, "previous_response_id": second["id"]})
+    assert (status, out["error"]["param"]) == (400, "previous_response_id")
+    assert "would have 6 items" in out["error"]["message"]
+
+
+def test_messages_without_effect_are_not_stored(shared: Serving) -> None:
+    empty = [{"role": "assistant", "content": text} for text in ("", [])]
+    name = ask(shared, "POST", "", {**ASK, "input": [*empty, {"role": "user", "content": "a"}, *empty]})[1]["id"]
+    page = ask(shared, "GET", f"/{name}/input_items")[1]["data"]
+    assert [entry["role"] for entry in page] == ["user"]
 
 
 def test_input_items_in_pages(shared: Serving) -> None:

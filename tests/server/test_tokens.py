@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,3 +87,27 @@ def test_half_a_character_is_refused(client: httpx.Client) -> None:
     response = client.post("/tokenize", content=b'{"prompt": "\\ud800"}')
     assert response.status_code == 400
     assert response.json()["error"]["message"]
+
+
+def test_slow_work_runs_on_the_shared_workers(
+    server: Serving, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the pieces: neither the event loop nor other threads do it."""
+    threads: dict[str, set[str]] = {}
+
+    def watch(name: str) -> None:
+        method = getattr(server.llm.tokenizer, name)
+
+        def watched(*args: Any, **more: Any) -> Any:
+            threads.setdefault(name, set()).add(threading.current_thread().name.partition("_")[0])
+            return method(*args, **more)
+
+        monkeypatch.setattr(server.llm.tokenizer, name, watched)
+
+    names = ("encode", "encode_chat", "piece", "decode")
+    for name in names:
+        watch(name)
+    post(client, "/tokenize", prompt="a b", return_token_strs=True)
+    post(client, "/detokenize", tokens=[5, 6])
+    post(client, "/v1/messages/count_tokens", model="tiny", messages=ASK)
+    assert threads == {name: {"read"} for name in names}

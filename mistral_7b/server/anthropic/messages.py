@@ -5,7 +5,6 @@ Request bodies are in bodies.py, their conversion in wire.py, responses and even
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import uuid
 from collections.abc import AsyncGenerator
@@ -55,7 +54,7 @@ def router(state: State) -> APIRouter:
     async def count_tokens(body: wire.CountRequest) -> Response:
         """Number of tokens of a conversation, in this model's template."""
         state.adapter(body.model)
-        return json_answer({"input_tokens": await asyncio.to_thread(_count, state, body)})
+        return json_answer({"input_tokens": await state.workers.run(partial(_count, state, body))})
 
     @routes.post("/api/event_logging/batch", include_in_schema=False)
     @routes.post("/api/event_logging/v2/batch", include_in_schema=False)

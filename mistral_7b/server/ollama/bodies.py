@@ -6,6 +6,8 @@ Unknown fields and options are ignored, as Ollama does: clients send options of 
 from __future__ import annotations
 
 import json
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator
@@ -113,18 +115,15 @@ class ChatBody(_Ask):
         first at all.
         """
         out: list[dict[str, Any]] = []
-        open_calls: list[tuple[str, str]] = []  # id and name
+        open_calls = _OpenCalls(())
         for i, message in enumerate(self.messages):
             told: dict[str, Any] = {"role": message.role, "content": message.content}
             if message.role == "assistant":
                 calls = [(c.id or f"call_{i}_{k}", c.function) for k, c in enumerate(message.tool_calls or ())]
-                open_calls = [(id, function.name) for id, function in calls]
+                open_calls = _OpenCalls([(id, function.name) for id, function in calls])
                 told["tool_calls"] = [_call(id, function) for id, function in calls]
-            elif message.role == "tool" and message.tool_call_id is None and open_calls:
-                named = [call for call in open_calls if call[1] == message.tool_name]
-                call = (named or open_calls)[0]
-                open_calls.remove(call)
-                told["tool_call_id"] = call[0]
+            elif message.role == "tool" and message.tool_call_id is None:
+                told["tool_call_id"] = open_calls.take(message.tool_name)
             elif message.role == "tool":
                 told["tool_call_id"] = message.tool_call_id
             out.append(told)
@@ -134,6 +133,25 @@ class ChatBody(_Ask):
             else:
                 out.pop()
         return out
+
+
+class _OpenCalls:
+    """The calls of a message that have no result yet. All takes together cost time linear in the calls."""
+
+    def __init__(self, calls: Sequence[tuple[str, str]]) -> None:
+        """`calls`: the id and the name of each call."""
+        self._ids = OrderedDict((place, id) for place, (id, _) in enumerate(calls))  # of the open calls
+        self._named: dict[str | None, deque[int]] = {}  # places, also of calls that were taken without a name
+        for place, (_, name) in enumerate(calls):
+            self._named.setdefault(name, deque()).append(place)
+
+    def take(self, name: str | None) -> str | None:
+        """Remove the first open call of a name, or else the first one, and return its id. None if none is open."""
+        places = self._named.get(name, deque())
+        while places:
+            if (id := self._ids.pop(places.popleft(), None)) is not None:
+                return id
+        return self._ids.popitem(last=False)[1] if self._ids else None
 
 
 def _call(id: str, function: CalledFunction) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter
 from pydantic import BaseModel, FailFast, Field, StrictBool, StrictInt, model_validator
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from ...errors import GenerationError, TokenizerError
@@ -66,26 +67,13 @@ def router(state: State) -> APIRouter:
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text or a conversation, as the model would receive them."""
         state.adapter(body.model)
-        tokenizer = _tokenizer(state)
-        ids = await asyncio.to_thread(_encode, tokenizer, body)
-        return json_answer(
-            {
-                "count": len(ids), "max_model_len": state.llm.engine.model.args.max_seq_len, "tokens": ids,
-                "token_strs": _pieces(tokenizer, ids) if body.return_token_strs else None,
-            }
-        )  # fmt: skip
+        return json_answer(await state.workers.run(partial(_tokenize, state, body)))
 
     @routes.post("/detokenize", responses=documented(400, 404, answer=DetokenizeAnswer))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         state.adapter(body.model)
-        vocab_size = state.llm.engine.model.args.vocab_size
-        for i, token in enumerate(body.tokens):
-            if token >= vocab_size:
-                raise HttpError(400, f"tokens.{i}: {token} is not below the vocabulary size {vocab_size}",
-                              field="tokens")  # fmt: skip
-        text = await asyncio.to_thread(_tokenizer(state).decode, body.tokens)
-        return json_answer({"prompt": text})
+        return json_answer(await state.workers.run(partial(_detokenize, state, body)))
 
     return routes
 
@@ -94,6 +82,26 @@ def _tokenizer(state: State) -> Tokenizer:
     if state.llm.tokenizer is None:
         raise GenerationError(f"this model has no tokenizer: {state.llm.inputs.tokenizer_error}")
     return state.llm.tokenizer
+
+
+def _tokenize(state: State, body: TokenizeRequest) -> bytes:
+    """The response as JSON. Slow for a large body: run it on a worker."""
+    tokenizer = _tokenizer(state)
+    ids = _encode(tokenizer, body)
+    return to_json({
+        "count": len(ids), "max_model_len": state.llm.engine.model.args.max_seq_len, "tokens": ids,
+        "token_strs": _pieces(tokenizer, ids) if body.return_token_strs else None,
+    })  # fmt: skip
+
+
+def _detokenize(state: State, body: DetokenizeRequest) -> bytes:
+    """The response as JSON. Slow for a large body: run it on a worker."""
+    vocab_size = state.llm.engine.model.args.vocab_size
+    for i, token in enumerate(body.tokens):
+        if token >= vocab_size:
+            raise HttpError(400, f"tokens.{i}: {token} is not below the vocabulary size {vocab_size}",
+                          field="tokens")  # fmt: skip
+    return to_json({"prompt": _tokenizer(state).decode(body.tokens)})
 
 
 def _encode(tokenizer: Tokenizer, body: TokenizeRequest) -> list[int]:

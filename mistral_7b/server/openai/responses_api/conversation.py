@@ -69,6 +69,11 @@ def _part(text: str, of_assistant: bool) -> dict[str, Any]:
     return {"type": "input_text", "text": text}
 
 
+def in_prompt(item: Mapping[str, Any]) -> bool:
+    """Whether the prompt contains an item: all but an assistant's message without text."""
+    return item.get("role") != "assistant" or any(part["text"] for part in item["content"])
+
+
 @dataclass
 class Conversation:
     """Chat messages. Each label names the field of the request that the message comes from."""
@@ -84,7 +89,7 @@ class Conversation:
         elif kind == "function_call_output":
             output = _texts(item["output"])
             self._message(label, {"role": "tool", "tool_call_id": item["call_id"], "content": output})
-        elif item["role"] != "assistant" or any(part["text"] for part in item["content"]):
+        elif in_prompt(item):
             self._message(label, {"role": item["role"], "content": _texts(item["content"])})
 
     def _message(self, label: str, message: dict[str, Any]) -> None:
@@ -149,7 +154,7 @@ class Tools:
                             hint="define a function")  # fmt: skip
         offered, mode = self.functions, choice.mode or choice.type
         if choice.type == "allowed_tools":
-            names = {tool.get("name") for tool in choice.tools or () if tool.get("type", "function") == "function"}
+            names = {tool.name for tool in choice.tools or () if tool.type == "function"}
             allowed = [place for place, tool in enumerate(offered) if tool["function"]["name"] in names]
             self.places = [self.places[place] for place in allowed]
             offered = [offered[place] for place in allowed]

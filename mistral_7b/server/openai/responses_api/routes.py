@@ -22,9 +22,9 @@ from ...http.json_bodies import JsonRoute, json_answer
 from ...http.sse import Frames, event_stream, frame
 from ...state import State, answer, disconnect_event, prepare
 from ..chat import Choices, read_chat
-from ..protocol import ChatRequest
+from ..protocol import MOST_MESSAGES, ChatRequest
 from ..responses import documented
-from .conversation import Conversation, Tools, chat_request, plain_item, renamed
+from .conversation import Conversation, Tools, chat_request, in_prompt, plain_item, renamed
 from .events import Answer, Deleted, Event, ItemList, ResponseAnswer, begun
 from .store import Encoded, Store, Stored
 from .wire import Item, ResponsesRequest
@@ -125,23 +125,29 @@ class _Job:
             self.talk.add("previous_response_id", from_json(data), self.tools)
         self.items: list[dict[str, Any]] = []
         for i, item in enumerate(body.input):
-            if item.type != "reasoning":
-                self.items.append(self._item(i, item))
-                self.talk.add(f"input[{i}]", self.items[-1], self.tools)
+            if item.type != "reasoning" and in_prompt(plain := self._item(i, item)):
+                self.items.append(plain)
+                self.talk.add(f"input[{i}]", plain, self.tools)
         if not self.talk.messages:
             raise HttpError(400, "input is missing", field="input", code="missing_field")
         self.chat: ChatRequest = chat_request(body, self.talk, self.tools)
         self.answer = Answer(begun(body, body.model or state.model_name), self.tools.origins)
 
     def _history(self, name: str | None) -> tuple[Encoded, ...]:
-        """The items of the response `name` and of its context."""
+        """The items of the response `name` and of its context. HttpError if there are too many with the input."""
         if name is None:
             return ()
         found = self.store.get(self.owner, name)
         if found is None:
             raise HttpError(400, f"Previous response with id '{name:.100}' not found.",
                             field="previous_response_id", code="previous_response_not_found")  # fmt: skip
-        return found.items
+        before, new = found.items, len(self.body.input)
+        if len(before) + new > MOST_MESSAGES:
+            raise HttpError(400, f"the conversation would have {len(before) + new} items: {len(before)} of the "
+                            f"previous response and {new} of input; at most {MOST_MESSAGES} are allowed",
+                            field="previous_response_id" if len(before) >= MOST_MESSAGES else "input",
+                            hint="start a new conversation")  # fmt: skip
+        return before
 
     def _item(self, place: int, item: Item) -> dict[str, Any]:
         if item.type != "item_reference":

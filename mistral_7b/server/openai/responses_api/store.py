@@ -15,6 +15,7 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 OVERHEAD = 128  # bytes of an encoded item beyond its text
+ID_BYTES = 4  # at most, for each character of an id
 Encoded = tuple[str, bytes]  # an item's id, and the item as JSON
 
 
@@ -34,7 +35,7 @@ class Stored:
     @property
     def size(self) -> int:
         """Bytes."""
-        return len(self.body) + sum(len(data) + OVERHEAD for _, data in self.items)
+        return len(self.body) + sum(len(data) + ID_BYTES * len(name) + OVERHEAD for name, data in self.items)
 
 
 class Store:

@@ -34,6 +34,7 @@ from ..protocol import (
 MODES = ("auto", "none", "required")
 TEXTS = ("input_text", "output_text", "text")
 ITEMS = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
+Name = Annotated[str, StringConstraints(max_length=256)]
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -82,12 +83,12 @@ class Item(Part):
     """One item of the input; its type may be left out for a message and for a reference."""
 
     type: str
-    id: str | None = None
+    id: Name | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Content | None = None
-    call_id: str | None = None
-    name: str | None = None
-    namespace: str | None = None
+    call_id: Name | None = None
+    name: Name | None = None
+    namespace: Name | None = None
     arguments: str | None = None
     output: Content | None = None
 
@@ -126,7 +127,7 @@ class Tool(Part):
     model_config = ConfigDict(extra="allow")
 
     type: str
-    name: str | None = None
+    name: Name | None = None  # a call's name must be valid in an item
     description: str | None = None
     parameters: Schema | None = None
     tools: Annotated[list[Tool], First()] | None = None  # of a namespace
@@ -141,13 +142,22 @@ class Tool(Part):
         return self
 
 
+class AllowedTool(Part):
+    """An entry of `tool_choice.tools`, kept as it was sent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "function"
+    name: str | None = None
+
+
 class Choice(Part):
     """`tool_choice`: a mode, a function, a set of allowed tools, or a tool of another type."""
 
     type: str
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[AllowedTool], First()] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Choice:

@@ -34,13 +34,18 @@ def write_model(folder: pathlib.Path, **changes: object) -> pathlib.Path:
 
 
 def start(*argv: str, before: str = "", **options: object) -> subprocess.Popen[bytes]:
-    """Start the real command in its own process, where Ctrl-C works as usual.
+    """Start the real command in its own process, where Ctrl-C and SIGHUP work as usual.
 
     `before` is Python code that runs first, to replace slow parts.
     """
     command = ["-c", f"{before}\nimport runpy; runpy.run_module('mistral_7b', run_name='__main__')"]
+
+    def reset_signals() -> None:  # SIGHUP is ignored under nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     return subprocess.Popen(
         [sys.executable, *(command if before else ("-m", "mistral_7b")), *argv],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options,
+        preexec_fn=reset_signals, **options,
     )  # fmt: skip

@@ -166,8 +166,10 @@ def main() -> None:
     if options.json:
         from mistral_7b import machine
 
+        # Without the folders of this machine.
+        argv = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
         record = {
-            "command": " ".join(sys.argv), "date": datetime.date.today().isoformat(), "cpu": machine.cpu_name(),
+            "command": " ".join(argv), "date": datetime.date.today().isoformat(), "cpu": machine.cpu_name(),
             "torch": torch.__version__, "python": platform.python_version(),
             "commits": [commit_of(folder) for folder in folders], "seconds": columns, "runs": runs,
         }  # fmt: skip

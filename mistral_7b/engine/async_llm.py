@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EngineError, QueueFullError
+from ..errors import EngineError
 from ..model import Mistral7B
 from ..sampling.params import SamplingParams
 from ..text.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ from .inputs import Messages, RequestOptions, ToolChoice, Tools
 from .llm import EmbeddingOutput, open_engine
 from .mailbox import Mailbox, wake
 from .prompts import Prompt
+from .queues import queue_full
 from .request import Request
 from .threads import release_openmp_threads
 
@@ -244,8 +245,7 @@ class AsyncLLM:
         limit, queues, submitted = self.engine.config.max_waiting, self.engine.scheduler.queues, self._submitted
         total = submitted.total()
         if limit is not None and not queues.has_room(client, limit, total, submitted[client]):
-            waiting = queues.waiting + total
-            raise QueueFullError(f"the queue is full: {waiting} requests are waiting", hint="try again later")
+            raise queue_full(queues.waiting + total)
 
     # ------------------------------------------------------------------ in the engine's thread
 

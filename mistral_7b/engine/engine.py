@@ -24,7 +24,7 @@ from itertools import groupby
 
 import torch
 
-from ..errors import AdapterError, EngineError, GenerationError, Mistral7BError, QueueFullError
+from ..errors import AdapterError, EngineError, GenerationError, Mistral7BError
 from ..lora.adapters import Adapters
 from ..model import Mistral7B
 from ..sampling.choice import to_device
@@ -40,6 +40,7 @@ from .forward import forward_for
 from .in_flight import InFlightStep, Plan, feed, picks_of, waits
 from .masks import PATIENCE, Masks, collect_masks, grammar_over, late_ones, may_sample, request_masks, wait_any
 from .pages import PagePool
+from .queues import queue_full
 from .request import Request, SequenceState
 
 
@@ -70,12 +71,11 @@ class Engine:
         """Queue a request. EngineError if it can never be scheduled or its id is in use, QueueFullError."""
         if request.id in self.requests:
             raise EngineError(f"a request with the id {request.id!r} is not finished", field="request_id")
-        full = QueueFullError(f"the queue is full: {self.scheduler.waiting} are waiting", hint="try again later")
-        if not self.can_queue(request.client):
-            raise full
         limit, queues = self.config.max_waiting, self.scheduler.queues
+        if not self.can_queue(request.client):
+            raise queue_full(queues.waiting)
         if limit is not None and queues.waiting >= limit and (last := queues.to_drop(request.client)) is not None:
-            self.fail(last.request, full)
+            self.fail(last.request, queue_full(queues.waiting))
         request.order = self._arrivals
         self.scheduler.add(request)
         self.requests[request.id] = request

@@ -16,6 +16,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import QueueFullError
 from .request import SequenceState
 
 Rank = tuple[int, int, int]
@@ -29,6 +30,11 @@ class _Client:
     waiting: int = 0
     heap: list[tuple[Rank, SequenceState]] = field(default_factory=list)  # by rank; it may hold ended sequences
     ended: int = 0  # how many
+
+
+def queue_full(waiting: int) -> QueueFullError:
+    """The error of a request that may not wait."""
+    return QueueFullError(f"the queue is full: {waiting} requests are waiting", hint="try again later")
 
 
 class Queues:
@@ -95,19 +101,16 @@ class Queues:
         self.waiting += n
         sequence.waiting = n > 0
 
-    def head(self, name: str) -> SequenceState | None:
-        """The first waiting sequence of a client."""
-        client = self._clients.get(name)
-        if client is None:
-            return None
-        while client.heap and client.heap[0][1].ended:
-            heapq.heappop(client.heap)
-            client.ended -= 1
-        return client.heap[0][1] if client.heap else None
-
     def heads(self) -> list[SequenceState]:
         """The first waiting sequence of each client that has one."""
-        return [head for name in self._clients if (head := self.head(name)) is not None]
+        heads = []
+        for client in self._clients.values():
+            while client.heap and client.heap[0][1].ended:
+                heapq.heappop(client.heap)
+                client.ended -= 1
+            if client.heap:
+                heads.append(client.heap[0][1])
+        return heads
 
     def next(self, heads: Sequence[SequenceState], planned: Mapping[str, int] = {}) -> SequenceState:
         """The head to run next: by priority, then by tokens served to its client plus `planned` ones."""

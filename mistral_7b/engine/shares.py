@@ -11,7 +11,7 @@ NSDI 2011).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .request import SequenceState
@@ -41,8 +41,7 @@ class Shares:
         """The sequence to preempt when pages run out: with the largest priority number (served last), of the
         client that holds the most, the last in order. `running` is in order."""
         held, priority = self.held(running), running[-1].request.priority
-        last = {s.request.client: s for s in running if s.request.priority == priority}  # by client
-        return max(last.values(), key=lambda s: (held[s.request.client], s.rank))
+        return max((s for s in running if s.request.priority == priority), key=lambda s: _order(s, held))
 
     def to_preempt(
         self, running: Sequence[SequenceState], head: SequenceState, pages: int
@@ -53,10 +52,11 @@ class Shares:
         """
         held, client = self.held(running), head.request.client
         would = held.get(client, 0.0) + self.of(head.request.completions_per_sequence, pages)
-        last = {
-            s.request.client: s
-            for s in running
-            if s.request.client != client and s.request.priority >= head.request.priority
-        }
-        most = max(last.values(), key=lambda s: (held[s.request.client], s.rank), default=None)
+        others = (s for s in running if s.request.client != client and s.request.priority >= head.request.priority)
+        most = max(others, key=lambda s: _order(s, held), default=None)
         return most if most is not None and held[most.request.client] >= 2 * would else None
+
+
+def _order(s: SequenceState, held: Mapping[str, float]) -> tuple[float, tuple[int, int, int]]:
+    """The order of preemption, last first: by what its client holds, then by rank."""
+    return held[s.request.client], s.rank

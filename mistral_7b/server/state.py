@@ -29,7 +29,7 @@ from .config import ServerConfig
 from .http.access import Accounts
 from .http.errors import ClientGoneError, ContextLengthError, HttpError
 from .http.limits import Account
-from .workers import Workers, account_name
+from .workers import Workers, current_account
 
 # Keys of the ASGI scope, set by the guard and the routes.
 DISCONNECT_FUTURE = "mistral_7b.disconnect_future"  # asyncio.Future[None], done when the client has disconnected
@@ -218,9 +218,9 @@ async def prepare(state: State, make: Callable[[], Request], field: str) -> Requ
     disconnected and `make` was given the `disconnect_event`.
     """
     try:
-        state.llm.check_queue(account_name.get())  # before the work, which a refused request would waste
+        state.llm.check_queue(current_account.get().name)  # before the work, which a refused request would waste
     except QueueFullError:
-        state.accounts.count_refusal(account_name.get(), "queue")
+        current_account.get().count_refusal("queue")
         raise
     try:
         request = await state.workers.run(make)

@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from .http.limits import Account
+
 Result = TypeVar("Result")
 
-# Name of the account that the current HTTP request is counted in; the guard sets it.
-account_name: ContextVar[str] = ContextVar("account_name", default="")
+# The account that the current HTTP request is counted in; the guard sets it.
+current_account: ContextVar[Account] = ContextVar("current_account", default=Account())  # noqa: B039
 
 
 class Workers:
@@ -36,7 +38,7 @@ class Workers:
     async def run(self, function: Callable[[], Result]) -> Result:
         """Return what the function returns, for the current account. Raises what it raises."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(account_name.get(), deque()).append((function, future))
+        self._waiting.setdefault(current_account.get().name, deque()).append((function, future))
         self._start()
         return await future
 

@@ -30,3 +30,13 @@ def server() -> Iterator[Serving]:
         it.llm.engine.adapters.load("sql", Adapter(targets))
         yield it
         it.idle()
+
+
+@pytest.fixture(scope="module")
+def taught() -> Iterator[Serving]:
+    """A server whose model was trained to call a tool."""
+    from caller import trained
+
+    with serving(trained=trained()) as it:
+        yield it
+        it.idle()

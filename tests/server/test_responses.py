@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
-from caller import WEATHER, trained
-from serving import TOOL, Serving, serving
+from caller import WEATHER
+from serving import TOOL, Serving
 
 openai = pytest.importorskip("openai")
 
@@ -29,14 +29,6 @@ class Person(BaseModel):
 def client(server: Serving) -> Iterator[Any]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def taught() -> Iterator[Serving]:
-    """A server whose model was trained to call a tool."""
-    with serving(trained=trained()) as it:
-        yield it
-        it.idle()
 
 
 @pytest.fixture
@@ -241,7 +233,7 @@ BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "no"}}}
         ({"input": None}, 400, "input"),
         ({"input": []}, 400, "input"),
         ({"input": 7}, 400, "input"),
-        ({"input": [{"role": "nobody", "content": "x"}]}, 400, "input.0.role"),
+        ({"input": [{"role": "unknown", "content": "x"}]}, 400, "input.0.role"),
         ({"input": [{"role": "user"}]}, 400, "input.0"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400, "input.0.content.0"),
         ({"input": [{"role": "user", "content": "x"}, {"type": "computer_call"}]}, 400, "input.1"),
@@ -271,7 +263,7 @@ BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "no"}}}
         ({"input": [{"type": "function_call", "name": "f" * 257, "arguments": "{}", "call_id": "c"}]}, 400,
          "input.0.name"),
         ({"tools": [{**FUNCTION, "name": "f" * 257}]}, 400, "tools.0.name"),
-        ({"model": "nobody"}, 404, "model"),
+        ({"model": "unknown"}, 404, "model"),
         ({"background": True}, 400, "background"),
         ({"cache_salt": "x" * 300}, 400, "cache_salt"),
     ],

@@ -21,9 +21,9 @@ from mistral_7b.errors import ConfigError
 from mistral_7b.server.config import ServerConfig
 from mistral_7b.server.http.connection import RESERVE
 from mistral_7b.server.http.guard import BODIES
-from mistral_7b.server.http.limits import Bucket
+from mistral_7b.server.http.limits import Account, Bucket
 from mistral_7b.server.keys import ApiKey
-from mistral_7b.server.workers import Workers, account_name
+from mistral_7b.server.workers import Workers, current_account
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -175,14 +175,14 @@ def test_slow_functions_of_one_account_leave_threads_to_another() -> None:
     release = threading.Event()
 
     async def wait_slowly(workers: Workers, n: int) -> None:
-        account_name.set("greedy")
+        current_account.set(Account("greedy"))
         await asyncio.gather(*(workers.run(release.wait) for _ in range(n)))
 
     async def main() -> None:
         workers = Workers(8, accounts=2)
         slow = asyncio.create_task(wait_slowly(workers, 50))
         await asyncio.sleep(0)
-        account_name.set("modest")
+        current_account.set(Account("modest"))
         assert [await workers.run(lambda i=i: i) for i in range(20)] == list(range(20))  # type: ignore[misc]
         assert not slow.done()
         with pytest.raises(ZeroDivisionError):

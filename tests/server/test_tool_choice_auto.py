@@ -8,21 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from caller import CITIES, WEATHER, trained, user
-from serving import Serving, serving
+from caller import CITIES, WEATHER, user
+from serving import Serving
 
 from mistral_7b.engine.completion import TextPiece
 from mistral_7b.server.openai.chat import _Choice
 from mistral_7b.text.tool_calls import ToolCallDelta
 
 openai = pytest.importorskip("openai")
-
-
-@pytest.fixture(scope="module")
-def taught() -> Iterator[Serving]:
-    with serving(trained=trained()) as it:
-        yield it
-        it.idle()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from ..config import ServerConfig
 from ..keys import ApiKey
 from .errors import HttpError
-from .limits import Account, account_of, open_account
+from .limits import Account, account_of
 
 Headers = Mapping[bytes, bytes]
 OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -22,7 +22,7 @@ class Accounts:
     """The accounts of a server's keys. Looking one up takes the same time whichever key is given."""
 
     def __init__(self, config: ServerConfig) -> None:
-        self.open = None if config.api_keys else open_account(config)
+        self.open = None if config.api_keys else account_of(None, config)
         self._of: dict[bytes, Account] = {}
         for admin, keys in ((False, config.api_keys), (True, config.admin_keys)):
             for key in keys:
@@ -36,12 +36,6 @@ class Accounts:
             if hmac.compare_digest(digest, known):
                 found = account
         return found or self.open
-
-    def count_refusal(self, name: str, limit: str) -> None:
-        """Count a request of the account `name` that was refused by a limit."""
-        for account in self.all:
-            if account.name == name:
-                account.refused[limit] = account.refused.get(limit, 0) + 1
 
     @property
     def all(self) -> list[Account]:

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import ServerConfig
 from ..state import ACCOUNT, DISCONNECT_EVENT, DISCONNECT_FUTURE, NOTES, RESERVED, Answered, State
-from ..workers import account_name
+from ..workers import current_account
 from .access import AccessControl
 from .errors import CLIENT_GONE, ClientGoneError, HttpError, refusal, too_many_connections
 from .limits import Account
@@ -144,7 +144,7 @@ class _Exchange:
             raise closed
         self.check_share(account)
         self.account = account
-        account_name.set(account.name)
+        current_account.set(account)
         account.admit(counted=self.scope["method"] == "POST")
 
     def check_share(self, account: Account) -> None:

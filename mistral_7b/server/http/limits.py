@@ -81,6 +81,10 @@ class Account:
         if self.tokens is not None:
             self.tokens.take(tokens)
 
+    def count_refusal(self, limit: str) -> None:
+        """Count a request that a limit has refused."""
+        self.refused[limit] = self.refused.get(limit, 0) + 1
+
     def headers(self) -> Headers:
         """OpenAI's headers: limit, what is left, and the time until the bucket is full again."""
         out: Headers = []
@@ -92,25 +96,20 @@ class Account:
         return out
 
     def _limited(self, kind: str, what: str, seconds: float) -> HttpError:
-        self.refused[kind] = self.refused.get(kind, 0) + 1
+        self.count_refusal(kind)
         retry = max(1, math.ceil(seconds))
         return HttpError(429, what, hint=f"retry in {retry} s", code="rate_limit_exceeded", retry_after=retry)
 
 
-def account_of(key: ApiKey, config: ServerConfig, admin: bool = False) -> Account:
-    """The account of a key, with the server's limits where it has none of its own."""
-    requests = key.requests_per_minute or config.requests_per_minute
-    tokens = key.tokens_per_minute or config.tokens_per_minute
-    return Account(
-        key.label, admin, admin or key.priority, Bucket(requests) if requests else None,
-        Bucket(tokens) if tokens else None, key.max_concurrent or config.max_concurrent_per_key,
-    )  # fmt: skip
+def account_of(key: ApiKey | None, config: ServerConfig, admin: bool = False) -> Account:
+    """The account of a key, with the server's limits where it has none of its own.
 
-
-def open_account(config: ServerConfig) -> Account:
-    """The account of all requests of a server without keys."""
-    requests, tokens = config.requests_per_minute, config.tokens_per_minute
+    None: the account of all requests of a server without keys, which may set `priority`.
+    """
+    own = key or ApiKey("none", priority=True)
+    requests = own.requests_per_minute or config.requests_per_minute
+    tokens = own.tokens_per_minute or config.tokens_per_minute
     return Account(
-        "", False, True, Bucket(requests) if requests else None, Bucket(tokens) if tokens else None,
-        config.max_concurrent_per_key,
+        key.label if key else "", admin, admin or own.priority, Bucket(requests) if requests else None,
+        Bucket(tokens) if tokens else None, own.max_concurrent or config.max_concurrent_per_key,
     )  # fmt: skip

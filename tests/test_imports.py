@@ -45,8 +45,8 @@ WITHOUT_TORCH = (
     "text.tool_calls", "checkpoint", "checkpoint.hub", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer", "lora",
     "training", "training.args", "kernels.cpu.compiler", "kernels.threads",
     "engine.grammar.client", "engine.grammar.forkserver",
-    "server.config", "server.openai.protocol", "server.openai.responses", "server.anthropic.wire",
-    "server.anthropic.events", "server.openai.responses_api.events", "server.openai.responses_api.store",
+    "server.config", "server.openai.protocol", "server.openai.answers", "server.anthropic.wire",
+    "server.anthropic.events", "server.openai.responses.events", "server.openai.responses.store",
     "server.ollama.bodies", "server.ollama.answers",
     "bench.run", "bench.report", "bench.plot", "bench.serving.run", "bench.serving.report", "bench.serving.plot",
 )  # fmt: skip

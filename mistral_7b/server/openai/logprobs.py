@@ -18,7 +18,7 @@ from ...engine.completion import NO_TOKEN, TextPiece
 from ...sampling.logprobs import Logprob
 from ...text.tokenizer import SPACE, Tokenizer
 from ...text.tool_calls import ToolCallStream
-from .responses import ChoiceLogprobs, TextLogprobs, TokenLogprob, TopLogprob
+from .answers import ChoiceLogprobs, TextLogprobs, TokenLogprob, TopLogprob
 
 LOWEST = -9999.0  # OpenAI's value for very unlikely tokens: JSON has no infinity
 Entry = dict[int, Logprob]

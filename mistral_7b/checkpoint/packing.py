@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .config import read_json
+from .hub import QUANTIZATION_FILES
 
 QUANT_METHOD = "mistral_7b"  # `quant_method` of checkpoints written by quantizing.py
-OLDER_CONFIGS = ("quantize_config.json", "quant_config.json")  # beside config.json: early AutoGPTQ, early AutoAWQ
 GPTQ_BITS = (2, 4, 8)
 INSTEAD = "take the unquantized model and --quantization int4, or its Q4_K_M GGUF file"
 OTHERS = {  # quant_method -> what it is
@@ -56,7 +56,7 @@ class Packing:
 
 def of_folder(folder: pathlib.Path) -> Packing | None:
     """Return how the checkpoint in a folder is quantized; None if it is not, or in this package's own format."""
-    for name, field in (("config.json", "quantization_config"), *((name, None) for name in OLDER_CONFIGS)):
+    for name, field in (("config.json", "quantization_config"), *((name, None) for name in QUANTIZATION_FILES)):
         path = folder / name
         if not path.is_file():
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import zipfile
@@ -36,27 +37,32 @@ MAGICS = (  # first bytes -> what such a file is, and what to do
 SEARCHED = 300  # folders that are looked into for the model meant
 
 
-def check(path: pathlib.Path) -> None:
-    """Raise CheckpointError, saying what a folder or file is, if it can be no checkpoint."""
-    if not path.is_dir():
-        if ADAPTER.fullmatch(path.name):
-            raise _adapter_error(path)
-        if path.name in CONFIGS:
-            raise CheckpointError(
-                "a configuration, not weights", place=path, hint=f"name its folder, {path.parent}"
-            )
-        if path.suffix != ".json":
-            check_weight_file(path)
-        return
+def check(source: str | os.PathLike[str]) -> pathlib.Path:
+    """Return a path. CheckpointError if nothing is there, or what can be no checkpoint, saying what it is."""
+    path = pathlib.Path(source)
+    if not path.exists():
+        raise CheckpointError("no such file or folder", place=path)
+    if path.is_dir():
+        _check_folder(path)
+    elif ADAPTER.fullmatch(path.name):
+        raise _adapter_error(path)
+    elif path.name in CONFIGS:
+        raise CheckpointError("a configuration, not weights", place=path, hint=f"name its folder, {path.parent}")
+    elif path.suffix != ".json":  # an index of shards
+        check_weight_file(path)
+    return path
+
+
+def _check_folder(folder: pathlib.Path) -> None:
     try:
-        names = sorted(entry.name for entry in path.iterdir())
+        names = sorted(entry.name for entry in folder.iterdir())
     except OSError as e:
-        raise CheckpointError(f"cannot be read ({e.strerror or e})", place=path) from e
-    if error := _known(path, names):
+        raise CheckpointError(f"cannot be read ({e.strerror or e})", place=folder) from e
+    if error := _known(folder, names):
         raise error
     groups = hub.weight_groups(names)
     for name in [*(groups[0].files if groups else ()), *filter(hub.TOKENIZER_FILES.fullmatch, names)]:
-        check_pointer(path / name)
+        check_pointer(folder / name)
 
 
 def check_pointer(path: pathlib.Path) -> None:

@@ -187,10 +187,9 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
 def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
     """Return the configuration and format of a folder or file, without loading weights.
 
-    The format is "huggingface", "mistral", "gguf", "quantized" (see `quantized.read_record`), "gptq", "awq" or
-    "compressed-tensors".
+    The format is "huggingface", "mistral", "gguf", "quantized" (quantized.py) or a method of packing.py.
     """
-    path = _existing(path)
+    path = others.check(path)
     if file := _gguf_of(path):
         checkpoint = _open_gguf(file)
         return checkpoint.args, checkpoint.format
@@ -204,7 +203,7 @@ def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Find and validate the weights and configuration of a folder or file."""
-    path = _existing(path)
+    path = others.check(path)
     if file := _gguf_of(path):
         return _open_gguf(file)
     if (record := quantized.read_record(path)) is not None:
@@ -236,15 +235,6 @@ def _gguf_of(path: pathlib.Path) -> pathlib.Path | None:
 def _open_gguf(path: pathlib.Path) -> Checkpoint:
     args, raw = gguf.read(path)
     return Checkpoint(path, args, "gguf", _validated(path, raw, "gguf", args))
-
-
-def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Return a path that exists. CheckpointError says what is there, if it is no checkpoint."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise CheckpointError("no such file or folder", place=path)
-    others.check(path)
-    return path
 
 
 def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[ModelArgs, str]:
@@ -299,7 +289,10 @@ def _read_weights(path: pathlib.Path) -> dict[str, StoredTensor]:
         if not (path.parent / shard).is_file():
             first = next(tensor for tensor, file in index.items() if file == shard)
             raise CheckpointError(
-                f"missing; {path.name} maps tensor {first!r} to it", field=first, place=path.parent / shard
+                f"missing, though {path.name} maps tensor {first!r} to it",
+                field=first,
+                place=path.parent / shard,
+                hint="fetch it from the model's repository, such as with `mistral-7b pull`",
             )
         for name, stored in read_file(path.parent / shard).items():
             if (place := index.get(name)) != shard:  # in two shards, or not in the index

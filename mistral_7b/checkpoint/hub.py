@@ -31,7 +31,8 @@ STEMS = (  # (stem, suffix) of weight files, in order of preference
     ("pytorch_model", "bin"),
     ("quantized", "safetensors"),
 )
-CONFIG_FILES = ("config.json", "params.json", "generation_config.json")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # of early AutoGPTQ and AutoAWQ
+CONFIG_FILES = ("config.json", "params.json", "generation_config.json", *QUANTIZATION_FILES)
 
 
 class WeightGroup(NamedTuple):

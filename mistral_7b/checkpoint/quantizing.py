@@ -149,7 +149,7 @@ class _Stream:
     def run(self) -> Comparison:
         args = self.checkpoint.args
         memory = Stateless(args.sliding_window)
-        rope = rope_phases(memory.extend(self.tokens), args.head_dim, args.rope_theta, self.dtype)
+        rope = rope_phases(memory.extend(self.tokens), args, self.dtype)
         weight = self.checkpoint.read(EMBEDDING, self.dtype)
         embedding = Int8Embedding.from_weight(weight)
         self._write_module("tok_embeddings", embedding)

@@ -178,6 +178,8 @@ def _write_folder(
         raise CheckpointError(
             f"unknown format {format!r}; must be 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
         )
+    if format == "mistral":
+        mistral.params(args)  # refuses what it has no field for before anything is written
     limit = _bytes(max_shard_size)
     with new_folder(out, sum(t.nbytes for t in outgoing)) as partial:
         _write_weights(partial, args, format, outgoing, limit, progress)

@@ -245,9 +245,8 @@ def test_keys_missing_in_older_files_have_defaults(tmp_path: pathlib.Path) -> No
     [
         ({"arch": "qwen2"}, "general.architecture"),
         ({"expert_count": 8}, "expert_count"),
-        ({"rope__scaling__type": "yarn"}, "rope.scaling.type"),
-        ({"rope__scaling__factor": 4.0}, "rope.scaling.factor"),
-        ({"rope__scale_linear": 2.0}, "rope.scale_linear"),
+        ({"rope__scaling__type": "longrope"}, "rope.scaling.type"),
+        ({"rope__scaling__factor": -4.0}, "rope.scaling.factor"),
         ({"attention__head_count": [6, 6]}, "n_heads"),
         ({"attention__head_count_kv": 4}, "n_heads"),
         ({"embedding_length": None}, "embedding_length"),

@@ -103,7 +103,7 @@ class Tokenizer:
     def _find(self, name: str) -> int:
         found = self.vocabulary.find(name)
         if found is None:
-            found = self.vocabulary.find(name.replace(" ", SPACE))
+            found = next((i for i in range(self.vocab_size) if self.piece(i) == name), None)
         if found is None:
             raise TokenizerError(
                 f"{name!r} is not one token of the vocabulary",

@@ -59,7 +59,8 @@ class TokenSpans:
         self._tokenizer, self._decoder = tokenizer, tokenizer.stream(after)
         self._first = tokenizer.vocabulary.drops_first_space and tokenizer.is_start(after)
         self._calls = ToolCallStream(tokenizer.tool_calls_id if calls else None, str)
-        self._bytes: list[Part] = []  # tokens of bytes, up to the first that ends with a character
+        self._bytes: list[Part] = []  # tokens of bytes that do not end with a character yet
+        self._decoded = ""  # the characters of these tokens so far
         self._read: list[Part] = []  # decoded tokens that may belong to a tool call
         self._content: deque[Part] = deque()  # content that a stop string may still remove
         self._given: float = 0  # bytes of final text whose tokens are not emitted yet
@@ -67,11 +68,17 @@ class TokenSpans:
     def of(self, piece: TextPiece) -> list[Part]:
         """Add a piece; return the tokens to emit with it, whose text may lag behind the piece's."""
         for token, entry in zip(piece.token_ids, piece.logprobs, strict=True):
-            if piece.stop_reason != token:  # a stop token has no text
+            if not self._ended_by(piece, token):
                 self.push(token, entry)
         if piece.finish_reason is not None:
             self.end()
         return self.told(len(piece.text.encode()), last=piece.finish_reason is not None)
+
+    def _ended_by(self, piece: TextPiece, token: int) -> bool:
+        """Whether this token ended the completion without its text."""
+        if piece.finish_reason != "stop" or piece.stop_reason is not None:
+            return piece.stop_reason == token
+        return token in self._tokenizer.stop_ids and not self._tokenizer.is_control(token)
 
     def push(self, token: int, entry: Entry | None) -> None:
         """Add the next token."""
@@ -81,17 +88,17 @@ class TokenSpans:
         if isinstance(surface, bytes):
             part.raw, part.whole = surface, False
             self._bytes.append(part)
-            self._complete(text)
+            text, _ = self._complete(text)
         else:
-            own = self._complete(text)
+            before, own = self._complete(text)
             part.data, part.characters = own.encode(), len(own)
             self._read.append(part)
+            text = before + own
         self._sort(self._calls.push(token, text)[0])
 
     def end(self) -> None:
         """Flush the decoders after the last token."""
-        text = self._decoder.flush()
-        self._complete(text)
+        text, _ = self._complete(self._decoder.flush())
         self._sort(self._calls.push(NO_TOKEN, text)[0] + self._calls.close()[0])
 
     def told(self, size: float = math.inf, last: bool = True) -> list[Part]:
@@ -122,30 +129,37 @@ class TokenSpans:
                 return count
         return 0
 
-    def _complete(self, text: str) -> str:
-        """Assign decoded text to the pending tokens of bytes; return the rest, which is the current token's."""
-        for i, character in enumerate(text):
-            if not self._bytes:
-                return text[i:]
-            self._assign(character.encode())
-        return ""
+    def _complete(self, text: str) -> tuple[str, str]:
+        """Assign decoded text to the pending tokens of bytes.
+
+        Returns the text of those tokens that end with a character, and the rest of `text`, which is not theirs.
+        """
+        count = 0
+        while count < len(text) and any(part.raw for part in self._bytes):
+            self._assign(text[count].encode())
+            count += 1
+        self._decoded += text[:count]
+        begun = [part for part in self._bytes if part.data]
+        if not begun or not begun[-1].whole:
+            return "", text[count:]
+        self._read += begun
+        del self._bytes[: len(begun)]
+        done, self._decoded = self._decoded, ""
+        return done, text[count:]
 
     def _assign(self, data: bytes) -> None:
-        """Assign a character to the pending tokens whose bytes it is, and pass on those that end with it."""
+        """Assign a character to the pending tokens whose bytes it is."""
         raw = b"".join(part.raw for part in self._bytes)
         valid = raw.startswith(data)  # else it is U+FFFD for one invalid byte
         left = len(data) if valid else 1
-        for done, part in enumerate(self._bytes, 1):
+        for part in self._bytes:
             taken = part.raw[:left]
             part.raw, left = part.raw[len(taken) :], left - len(taken)
             if taken:
                 part.data += taken if valid else data
             if not left:
                 part.characters += 1
-                if not part.raw:
-                    part.whole = True
-                    self._read += self._bytes[:done]
-                    del self._bytes[:done]
+                part.whole = not part.raw
                 break
 
     def _sort(self, content: str) -> None:

@@ -146,6 +146,18 @@ def test_a_control_token_spelled_across_a_border_stays_text(tmp_path: Path) -> N
         assert ours.decode(ids).strip(" ") == "\n<|im_start|>x"
 
 
+def test_trap_18_merges_make_no_control_token(tmp_path: Path) -> None:
+    """Nor does a word that a vocabulary holds whole, with ignore_merges."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, "merges": ["a b", "ab c"]}
+    added = [{"id": 3, **decoder_entry("ab")}]
+    for number, more in enumerate(({}, {"ignore_merges": True})):
+        folder = write(tmp_path / str(number), tokenizer={"added_tokens": added, "model": {**model, **more}})
+        t = Tokenizer.from_pretrained(folder)
+        assert t.encode("ab", bos=False) == [0, 1]
+        assert t.encode_rendered("ab") == t.encode_rendered("ab", [(5, 6)]) == [3]
+        assert t.encode_rendered("abab", [(0, 2)]) == [0, 1, 3]
+
+
 @pytest.fixture(scope="module", params=["prepend", "first"])
 def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """Ours of tokenizer.model and added tokens, and the tokenizer.json that transformers 4 made of such files."""

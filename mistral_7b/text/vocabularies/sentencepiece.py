@@ -56,9 +56,9 @@ class SentencePieceVocabulary(Vocabulary):
             self.names[token.id] = token.content
             self.surfaces[token.id] = None if token.special or token.id in ends else token.content
         textless = {t.id for t in self.added if t.is_markup or t.id in ends}
-        self.markup = controls | textless
-        unknown = [] if self.unk_id is None else [AddedToken(self.unk_id, self.names[self.unk_id])]
-        self._all = [*self.added, *(AddedToken(i, self.names[i]) for i in controls - textless), *unknown]
+        own = controls if self.unk_id is None else controls | {self.unk_id}
+        self.markup = own | textless
+        self._all = [*self.added, *(AddedToken(i, self.names[i]) for i in own - {t.id for t in self.added})]
 
     def _surface(self, token: int, piece: str) -> Surface:
         model = self.pieces._model
@@ -77,13 +77,13 @@ class SentencePieceVocabulary(Vocabulary):
         """Encode plain text; added tokens are found in it unless they are control tokens."""
         if not self.added:
             return self._encode_part(text, True)
-        return self._encode(text, lambda token, start, end: token in self.markup or token == self.unk_id)
+        return self._encode(text, lambda token, start, end: token in self.markup)
 
     def encode_rendered(self, text: str, plain: Spans = ()) -> list[int]:
         """Encode a rendered chat template; control tokens that touch `plain` stay text."""
 
         def is_plain(token: int, start: int, end: int) -> bool:
-            return (token in self.markup or token == self.unk_id) and touches(start, end, plain)
+            return token in self.markup and touches(start, end, plain)
 
         return self._encode(text, is_plain)
 

@@ -25,7 +25,7 @@ from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 SEEDS = 160  # conversations for each version
 V7 = MistralTokenizer.v7().instruct_tokenizer.tokenizer.file_path
 OURS = {
-    "v1": Tokenizer.v1(), "v2": Tokenizer.v2(), "v3": Tokenizer.v3(), "v7": Tokenizer(V7, "v7"),
+    "v1": Tokenizer.v1(), "v2": Tokenizer.v2(), "v3": Tokenizer.v3(), "v7": Tokenizer.from_file(V7, "v7"),
     "demo": Tokenizer.from_pretrained(),
 }  # fmt: skip
 every = pytest.mark.parametrize("version", OURS)
@@ -276,7 +276,7 @@ def test_a_vocabulary_round_trips_with_its_version(version: str, tmp_path: pathl
     keys = gguf_tokenizer.metadata(OURS[version].path, OURS[version].vocab_size)
     path = tmp_path / gguf_tokenizer.file_name(keys)
     path.write_bytes(gguf_tokenizer.sentencepiece_model(path, keys))
-    assert Tokenizer(path).version == OURS[version].version
+    assert Tokenizer.from_file(path).version == OURS[version].version
     assert gguf_tokenizer.metadata(path, OURS[version].vocab_size) == keys
 
 

@@ -55,8 +55,8 @@ def test_pieces_types_and_template_equal_the_original(pair: tuple[Tokenizer, Tok
     assert (back.vocab_size, back.bos_id, back.eos_id) == (original.vocab_size, original.bos_id, original.eos_id)
     every = range(original.vocab_size)
     assert [back.surface(i) for i in every] == [original.surface(i) for i in every]
-    assert [back._pieces._model.get_score(i) for i in every] == [
-        original._pieces._model.get_score(i) for i in every
+    assert [back.vocabulary.pieces._model.get_score(i) for i in every] == [
+        original.vocabulary.pieces._model.get_score(i) for i in every
     ]
 
 
@@ -80,7 +80,7 @@ def test_tokenizer_keys_are_those_of_converters(pair: tuple[Tokenizer, Tokenizer
     field = {
         key.removeprefix("tokenizer."): reader.get_field(key).contents() for key in reader.fields if "token" in key
     }
-    model = original._pieces._model
+    model = original.vocabulary.pieces._model
     every = range(original.vocab_size)
     assert field["ggml.tokens"] == [model.id_to_piece(i) for i in every]
     assert field["ggml.scores"] == [model.get_score(i) for i in every]
@@ -116,7 +116,7 @@ def test_the_vocabulary_is_padded_to_the_embedding(tmp_path: pathlib.Path) -> No
     demo = Tokenizer.from_pretrained()
     keys = gguf_tokenizer.metadata(demo.path, demo.vocab_size + 3)
     (tmp_path / "tokenizer.model.v3").write_bytes(gguf_tokenizer.sentencepiece_model(tmp_path, keys))
-    more = Tokenizer(tmp_path / "tokenizer.model.v3")
+    more = Tokenizer.from_file(tmp_path / "tokenizer.model.v3")
     assert more.vocab_size == demo.vocab_size + 3
     assert more.encode("[PAD4096] x") == demo.encode("[PAD4096] x")
     with refused(TokenizerError, place=demo.path):

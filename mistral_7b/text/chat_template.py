@@ -8,9 +8,10 @@ Rendering is sandboxed and limited (template_sandbox.py), and text of a conversa
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,8 @@ class ChatTemplate:
 
         `continue_final` ends the text where the content of the last message ends, blanks included. `extra` are
         further variables of the template. A list of text parts is joined with newlines for a template that takes
-        texts only. Raises TokenizerError for what the template refuses, and for tools that it would drop.
+        texts only; arguments of a tool call that are JSON text, as in the OpenAI API, become objects. Raises
+        TokenizerError for what the template refuses, and for tools that it would drop.
         """
         if tools is not None and self.tool_use is not None:
             return self.tool_use.render(
@@ -99,12 +101,26 @@ class ChatTemplate:
         )
         if any(isinstance(m.get("content"), list) for m in conversation.messages) and not self.supports_parts:
             conversation = conversation.joined()
-        rendered = self._marked(conversation, continue_final)
+        rendered = self._with_arguments(conversation, continue_final)
         if tools and not self.supports_tools:
             raise TokenizerError(
                 "this model's chat template has no place for tools", field="tools", place=self.name
             )
         return rendered
+
+    def _with_arguments(self, conversation: _Conversation, continue_final: bool) -> Rendered:
+        """Render with the arguments of tool calls as objects, and as given if the template takes only texts."""
+        parsed = conversation.parsed()
+        try:
+            return self._marked(parsed, continue_final)
+        except TokenizerError:
+            if parsed == conversation:
+                raise
+            try:
+                return self._marked(conversation, continue_final)
+            except TokenizerError:
+                pass  # what the usual form met says more
+            raise
 
     def _marked(self, conversation: _Conversation, continue_final: bool) -> Rendered:
         """Render a conversation with marks in what spells a control token, and read them."""
@@ -224,9 +240,8 @@ class _Conversation:
     def mapped(self, change: Any) -> _Conversation:
         """Return the conversation with every string changed except known roles and the names of `extra`."""
         extra = {name: mapped(value, change) for name, value in self.extra.items()}
-        return _Conversation(
-            mapped_messages(self.messages, change), mapped(self.tools, change), extra, self.add_generation_prompt
-        )
+        messages, tools = mapped_messages(self.messages, change), mapped(self.tools, change)
+        return replace(self, messages=messages, tools=tools, extra=extra)
 
     def joined(self) -> _Conversation:
         """Return the conversation with lists of text parts as one text each."""
@@ -234,7 +249,17 @@ class _Conversation:
             {**m, "content": "\n".join(p["text"] for p in m["content"])} if _is_text(m.get("content")) else m
             for m in self.messages
         ]
-        return _Conversation(messages, self.tools, self.extra, self.add_generation_prompt)
+        return replace(self, messages=messages)
+
+    def parsed(self) -> _Conversation:
+        """Return the conversation with arguments of tool calls that are the text of a JSON object as objects."""
+        messages = [
+            {**m, "tool_calls": [_parsed(c) for c in m["tool_calls"]]}
+            if isinstance(m.get("tool_calls"), list)
+            else m
+            for m in self.messages
+        ]
+        return replace(self, messages=messages)
 
     def ending(self, end: str) -> _Conversation:
         """Return the conversation with `end` after the content of the last message."""
@@ -246,8 +271,19 @@ class _Conversation:
             content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + end}]
         else:
             raise TokenizerError("the last message has no text to continue", field=f"messages[{len(before)}]")
-        last = {**last, "content": content}
-        return _Conversation([*before, last], self.tools, self.extra, self.add_generation_prompt, ended=True)
+        return replace(self, messages=[*before, {**last, "content": content}], ended=True)
+
+
+def _parsed(call: Any) -> Any:
+    """Return a tool call whose arguments are an object, if they were the text of one."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
+        return call
+    try:
+        arguments = _plain(json.loads(text), "arguments")
+    except (ValueError, RecursionError, TokenizerError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _is_text(content: Any) -> bool:
@@ -277,15 +313,23 @@ def _messages(messages: Messages) -> list[dict[str, Any]]:
 
 def _plain(value: Any, field: str, depth: int = 0) -> Any:
     """Return a copy made of Python's own types for JSON."""
-    if value is None or type(value) in (str, int, float, bool):
+    if isinstance(value, str):
+        try:
+            value.encode()  # rejects lone surrogates with a clear message
+        except UnicodeEncodeError as e:
+            raise TokenizerError(f"{field}: {e}", field=field) from e
+        return str(value)
+    if value is None or type(value) in (int, float, bool):
         return value
     if depth > 100:
         raise TokenizerError(f"{field} is nested too deeply", field=field)
     if isinstance(value, Mapping):
+        if any(isinstance(key, (Mapping, list, tuple)) for key in value):
+            raise TokenizerError(f"{field} has a key that is no JSON", field=field)
         return {_plain(k, field, depth + 1): _plain(v, field, depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v, field, depth + 1) for v in value]
-    for kind in (str, bool, int, float):  # enumerations and the like
+    for kind in (int, float):  # enumerations and the like
         if isinstance(value, kind):
             return kind(value)
     raise TokenizerError(f"{field} holds {type(value).__name__}, which is no JSON", field=field)

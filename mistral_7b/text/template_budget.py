@@ -150,11 +150,12 @@ def compared(value: Any) -> Any:
     return value
 
 
-def concat(parts: tuple[Any, ...]) -> str:
+def tilde(parts: tuple[Any, ...]) -> str:
     """Jinja's `~`."""
     budget = current()
     budget.allow(sum(budget.size(part) for part in parts))
-    return str(taken("".join(map(str, parts))))
+    text: str = taken("".join(map(str, parts)))
+    return text
 
 
 def multiply(left: Any, right: Any) -> None:

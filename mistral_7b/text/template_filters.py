@@ -21,11 +21,11 @@ def _tojson(
 def _check_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> Any:
-    step = len(indent) if isinstance(indent, str) else indent or 0
-    if step > 64 or sum(map(len, separators or ())) > 64:
+    step = len(indent) if isinstance(indent, str) else max(indent or 0, 0)
+    between = sum(map(len, separators or ()))
+    if step > 64 or between > 64:
         raise LimitError("it writes JSON with a very wide indent or separator")
-    levels = max(_depth(value), 1)
-    current().allow(current().size(value) * (6 + (step * levels if indent is not None else 0)))
+    current().allow(current().size(value) * (6 + between + step * _depth(value)))
     return value
 
 
@@ -63,10 +63,14 @@ def items(value: Any, *args: Any, **kwargs: Any) -> Any:
     return value
 
 
-def _grouped(value: Any, count: Any, *args: Any) -> Any:
-    if isinstance(count, int) and count > ITEMS:
-        raise LimitError(f"it makes more than {ITEMS:,} groups")
+def _batched(value: Any, linecount: Any, fill_with: Any = None) -> Any:
+    if isinstance(linecount, int) and linecount > ITEMS:
+        raise LimitError(f"it makes groups of more than {ITEMS:,} items")
     return items(value)
+
+
+def _sliced(value: Any, slices: Any, fill_with: Any = None) -> Any:
+    return _batched(value, slices)
 
 
 def _added(value: Any, attribute: Any = None, start: Any = 0) -> Any:
@@ -130,7 +134,7 @@ FILTERS: Mapping[str, Check] = {
         ["dictsort", "groupby", "items", "list", "map", "max", "min", "reject", "rejectattr", "select",
          "selectattr", "sort", "unique"], items
     ),
-    "batch": _grouped, "slice": _grouped, "sum": _added, "join": _joined, "indent": _indented, "round": _rounded,
+    "batch": _batched, "slice": _sliced, "sum": _added, "join": _joined, "indent": _indented, "round": _rounded,
     "center": _centered, "replace": _replaced, "trim": _trimmed, "format": _formatted, "title": _titled,
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ from .template_filters import items, offered_filters, offered_tests
 
 SOURCE = 100_000  # characters of a template
 TOKENS = 12_000  # of Jinja, in a template; compiling takes about 0.1 ms for each
-COUNTED = (budget.step, budget.taken, budget.compared, budget.concat)
+COUNTED = (budget.step, budget.taken, budget.compared, budget.tilde)
 
 
 class RefusalError(TemplateError):
@@ -63,7 +63,7 @@ class _Code(CodeGenerator):
         self.write(")")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concat((")
+        self.write("environment.tilde((")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")
@@ -101,7 +101,12 @@ class _Generation(Extension):
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_written"), [], [], body).set_lineno(line)
+
+    def _written(self, caller: Macro) -> str:
+        text: str = caller()
+        return text
 
 
 class _Size(Extension):
@@ -202,10 +207,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 @pass_context  # keeps Jinja from calling it for constants while it compiles
-def _shown(context: Context, value: Any) -> Any:
-    """Count a value that is written."""
-    current().spend(value.__sizeof__() if isinstance(value, str) else 16)
-    return value
+def _shown(context: Context, value: Any) -> str:
+    """Return the text of a value that is written, counted."""
+    text = value if isinstance(value, str) else str(value)
+    current().spend(text.__sizeof__())
+    return text
 
 
 def _raise(message: str) -> None:

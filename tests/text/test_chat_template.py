@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -89,6 +90,17 @@ def test_tools_and_their_calls_render_as_in_transformers(source):
     chat = CALLED if source is not SHAPES["thinking"] else [USER]
     assert ours(source, chat, [TOOL]).text == theirs(source, chat, [TOOL])
     assert "weather" in ours(source, chat, [TOOL]).text
+
+
+def test_arguments_in_json_become_objects_unless_the_template_takes_texts():
+    text = {**CALL, "function": {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"])}}
+    chat = [CALLED[0], {**CALLED[1], "tool_calls": [text]}, CALLED[2]]
+    assert ours(HERMES_TOOLS, chat, [TOOL]) == ours(HERMES_TOOLS, CALLED, [TOOL])
+    texts = "{{ '(' + messages[1].tool_calls[0].function.arguments + ')' }}"
+    assert ours(texts, chat).text == theirs(texts, chat) == f"({json.dumps(CALL['function']['arguments'])})"
+    cut = {**CALL, "function": {**CALL["function"], "arguments": '{"at": "Ro'}}
+    shown = "{{ messages[0].tool_calls[0].function.arguments }}"
+    assert ours(shown, [{"role": "assistant", "tool_calls": [cut]}]).text == '{"at": "Ro'
 
 
 def test_further_variables_are_those_of_the_caller():
@@ -293,7 +305,9 @@ def test_a_failing_expression_is_one_error(source):
 @pytest.mark.parametrize(
     ("messages", "field"),
     [([], "messages"), ({"role": "user"}, "messages"), ("Hi", "messages"), ([USER, "Hi"], "messages[1]"),
-     ([{"role": "user", "content": object()}], "messages[0]")],
+     ([{"role": "user", "content": object()}], "messages[0]"),
+     ([{"role": "user", "content": "\ud800"}], "messages[0]"),
+     ([{"role": "user", "content": {("a",): 1}}], "messages[0]")],
 )  # fmt: skip
 def test_what_is_no_conversation_is_refused(messages, field):
     with refused(TokenizerError, field=field):
@@ -305,3 +319,52 @@ def test_a_conversation_is_not_changed():
     before = repr(chat)
     ours(CHATML, chat, continue_final=True)
     assert repr(chat) == before
+
+
+EXPRESSIONS = """
+[1, 2, 3] | batch(linecount=2, fill_with=0) | list ;; [1, 2, 3] | slice(2) | map('list') | list ;; 'a b' | capitalize
+'x' | center(width=9) ;; none | d('y', true) ;; {'b': 1, 'a': 2} | dictsort ;; '<a>' | e ;; [3, 4] | first
+'%s-%05.1f' | format('a', 2) ;; messages | groupby('role') | map(attribute=0) | list ;; 'a\\nb' | indent(2, true)
+'12' | int ;; '3.5' | float ;; {'a': 1} | items | list ;; [1, 2] | join('-') ;; messages | join(', ', attribute='role')
+'ab' | last ;; 'AB' | lower ;; [1, 2] | map('string') | list ;; [3, 1] | max ;; [3, 1] | min ;; [0, 1] | select | list
+[0, 1] | reject | list ;; messages | rejectattr('role', 'equalto', 'x') | list | length ;; 'aab' | replace('a', 'c', 1)
+'abc' | reverse ;; 2.567 | round(1, 'floor') ;; '<' | safe ;; messages | selectattr('name', 'defined') | list
+[2, 1] | sort(reverse=true) ;; 3 | string ;; [1, 2] | sum ;; messages | sum(attribute='n', start=5) ;; 'a bc' | title
+' a ' | trim ;; '--a-' | trim('-') ;; 'abc def ghi' | truncate(7, leeway=0) ;; [1, 1, 2] | unique | list ;; 'ab' | upper
+-3 | abs ;; ('x' | attr('upper'))() ;; {'a': [1, {'b': none}], 'c': 'é"<'} | tojson
+{'b': 1, 'a': 2} | tojson(sort_keys=true, indent=1) ;; ['é'] | tojson(ensure_ascii=true, separators=(',', ':'))
+'a,b'.split(',') ;; 'a b  c'.split() ;; 'a.b.c'.rsplit('.', 1) ;; 'a\\nb'.splitlines() ;; 'a=b'.partition('=')
+'abab'.find('b') ;; 'abab'.rfind('b') ;; 'abab'.count('a') ;; '-'.join(['a', 'b']) ;; 'a'.ljust(3) ;; '7'.zfill(3)
+'xay'.strip('xy') ;; 'ab'.startswith('a') ;; 'ab'.removeprefix('a') ;; {'a': 1}.get('b', 2) ;; {'a': 1}.items() | list
+{'a': 1}.keys() | list ;; 'Ab'.swapcase() ;; '12'.isdigit() ;; '{:>5}|{x!r}'.format('a', x=1) ;; '%(a)s' % {'a': 1}
+'a' * 3 ;; [0] * 2 ;; 2 ** 8 ;; 7 // 2 ;; 7 % 4 ;; 7 / 2 ;; 'a' + 'b' ;; [1] + [2] ;; 1 ~ 'a' ~ none ;; 1 < 2 < 3
+'a' in 'abc' ;; 2 not in [1] ;; 'a' if 1 > 2 else 'b' ;; 'a' if false ;; messages[0]['role'] ;; messages[-1:][0].role
+'abcdef'[1:4] ;; 3 is odd ;; none is none ;; x is undefined ;; 'a' is string ;; {} is mapping ;; 3 is divisibleby(3)
+[] is iterable ;; 1 is sameas(1) ;; 'a' is in('ab') ;; range(3) | list ;; dict(a=1, **{'b': 2}) ;; dict.fromkeys('ab', 1)
+namespace(a=1).a ;; cycler(1, 2).next() ;; joiner('-')() ;; (1, 'a') ;; {'a': 1} ;; 1.0 ;; true ;; nothing ;; not 1
+'<' + ('<' | e) ;; ('<' | e) ~ '<' ;; '%s' % ('<' | e) ;; messages | map(attribute='nothing') | list ;; 'é' | length
+"""  # noqa: E501
+
+
+def test_expressions_mean_what_they_mean_in_transformers():
+    chat = [{"role": "user", "content": "Hi", "n": 1, "name": "a"}, {"role": "assistant", "content": "Yo", "n": 2}]
+    for expression in re.split(";;|\n", EXPRESSIONS.strip()):
+        source = f"{{{{ ({expression.strip()}) }}}}"
+        assert ours(source, chat).text == theirs(source, chat), expression
+
+
+def test_statements_mean_what_they_mean_in_transformers():
+    source = """
+{% macro shout(x, mark='!') %}{{ x | upper }}{{ mark }}{{ varargs }}{{ kwargs }}{{ caller() if caller }}{% endmacro %}
+{{ shout('a') }}{{ shout('a', '?', 1, k=2) }}{% call shout('b') %}inner{% endcall %}
+{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{{ loop.first }}{% endfor %}{% for x in [] %}{% else %}none{% endfor %}
+{% for x in [1, [2, [3]]] recursive %}{{ loop.depth }}{{ loop(x) if x is not number else x }}{% endfor %}
+{% for x in range(9) if x is odd %}{% if x == 3 %}{% continue %}{% elif x > 6 %}{% break %}{% endif %}{{ x }}{% endfor %}
+{% set a, b = 1, 2 %}{{ a }}{{ b }}{% set block %}x{{ a }}{% endset %}{{ block }}{% with c = 3 %}{{ c }}{% endwith %}
+{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% set lost = 1 %}{% endfor %}{{ ns.n }}
+{{ lost }}{% filter upper %}y{{ a }}{% endfilter %}{% raw %}{{ raw }}{% endraw %}{# comment #}{% block z %}zz{% endblock %}
+  {%- if true -%}   stripped   {%- endif %}
+{% generation %}{{ a }}{% set inside = 1 %}{% endgeneration %}{{ inside }}{{ self.z() }}{{ loop }}
+"""  # noqa: E501
+    chat = [USER, {"role": "assistant", "content": "Yo"}]
+    assert ours(source, chat).text == theirs(source, chat)

@@ -79,7 +79,7 @@ class Tokenizer:
         """Load the tokenizer of a model: a folder, a file in it, a GGUF file, a hub id, or "demo"."""
         path = resolve(source)
         if path.is_file() and is_gguf(path):
-            return cls(extract(path))
+            return cls(_find(extract(path)))
         if path.is_file() and SENTENCEPIECE.fullmatch(path.name):
             return cls(path)
         return cls(_find(path.parent if path.is_file() else path))
@@ -320,7 +320,7 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
         return file
     inside = [f for f in folder.glob("*.gguf") if is_gguf(f)]
     if len(inside) == 1:
-        return extract(inside[0])
+        return _find(extract(inside[0]))
     others = [n for n in ("tokenizer.json", "tekken.json") if (folder / n).is_file()]
     raise TokenizerError(
         "contains no tokenizer.model or tokenizer.model.v3"

@@ -12,6 +12,7 @@ stored       tensors in memory-mapped files, loaded lazily
 gguf/        GGUF: container, tensors, tokenizer, chat templates
 reading      a folder or file -> a validated Checkpoint -> a model
 writing      a model or Checkpoint -> a folder or file, one tensor at a time
+tokenizer_files  the tokenizer's files beside weights, carried from one layout to another
 quantized    read a quantized folder
 quantizing   write a quantized folder, one layer at a time, and measure its distance from the original
 hub          a name -> a local path, downloading what is needed (imports no torch)

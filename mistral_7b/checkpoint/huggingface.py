@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pathlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
@@ -167,8 +168,11 @@ def _check_layer_types(path: pathlib.Path, kinds: Any, window: Any) -> None:
         )
 
 
-def config(args: ModelArgs, dtype: str) -> dict[str, Any]:
-    """Return the content of config.json for any transformers; `dtype` is like "bfloat16"."""
+def config(args: ModelArgs, dtype: str, ids: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of config.json for any transformers; `dtype` is like "bfloat16".
+
+    `ids` holds `bos_token_id` and `eos_token_id` (a number, a list or None).
+    """
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "mistral",
@@ -183,9 +187,5 @@ def config(args: ModelArgs, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **ids,
     }
-
-
-GENERATION = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2}  # generation_config.json

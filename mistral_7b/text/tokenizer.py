@@ -46,7 +46,7 @@ class Tokenizer:
         """Load the tokenizer of a model: a folder, a file in it, a GGUF file, a hub id, or "demo"."""
         path = resolve(source)
         if path.is_file() and is_gguf(path):
-            path = extract(path)
+            return cls._of_folder(extract(path))
         if path.is_file() and SENTENCEPIECE.fullmatch(path.name):
             return cls.from_file(path)
         folder = path if path.is_dir() else path.parent

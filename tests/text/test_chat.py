@@ -29,6 +29,8 @@ class Rendered:
 class ChatML:
     """<|im_start|>role, the content, <|im_end|>, written by hand."""
 
+    name = "ChatML"
+
     def __init__(self, head: str = "<|im_start|>{role}\n", space: str = "") -> None:
         self.head, self.space = head, space
 

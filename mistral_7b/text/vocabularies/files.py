@@ -1,7 +1,7 @@
 """What the JSON files of a folder say about its vocabulary: added tokens, named tokens, ends of generation.
 
 tokenizer_config.json     added_tokens_decoder, bos_token ..., add_bos_token, legacy
-special_tokens_map.json   named tokens, where tokenizer_config.json has none
+special_tokens_map.json   named tokens, unless tokenizer_config.json has an added_tokens_decoder
 added_tokens.json         {token: id}, where there is no added_tokens_decoder
 config.json, generation_config.json   eos_token_id: a number or a list
 """
@@ -76,7 +76,8 @@ class TokenizerFiles:
     @cached_property
     def named(self) -> dict[str, str]:
         """The named tokens: {"eos_token": "</s>", ...}."""
-        both = read_json(self.folder / "special_tokens_map.json") | self.config
+        first = {} if "added_tokens_decoder" in self.config else read_json(self.folder / "special_tokens_map.json")
+        both = self.config | first
         texts = {name: _content(both.get(name)) for name in NAMED}
         return {name: text for name, text in texts.items() if text}
 

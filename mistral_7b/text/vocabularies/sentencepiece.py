@@ -69,9 +69,8 @@ class SentencePieceVocabulary(Vocabulary):
         return piece
 
     def _has(self, token: AddedToken) -> bool:
-        """Whether the file itself has this token as a control token or as the unknown one."""
-        same = token.id < len(self.names) and self.names[token.id] == token.content
-        return same and (self.surfaces[token.id] is None or token.id == self.unk_id)
+        """Whether the file itself has this token, which SentencePiece then finds in texts, or never does."""
+        return token.id < len(self.names) and self.names[token.id] == token.content
 
     def encode(self, text: str) -> list[int]:
         """Encode plain text; added tokens are found in it unless they are control tokens."""

@@ -33,6 +33,7 @@ TIME = [
     "{% set s = range(99999)|list %}{% for i in range(99999) %}{{ s == s[:] }}{% endfor %}",
     "{% for i in range(99999) %}{{ range(99999)|list|sort|length }}{% endfor %}",
     LONG + "{% for i in range(9999) %}{{ t in s }}{% endfor %}",
+    LONG + "{% if t in s %}{% endif %}" * 1200,
     "{% for i in range(99999) %}{% for j in range(99999) if j is odd %}{% endfor %}{% endfor %}",
 ]
 

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_args, tiny_model
@@ -16,6 +17,7 @@ from tokenizer_files import DEMO, byte_fallback_folder, byte_level_folder, sente
 
 from mistral_7b.engine.async_llm import AsyncLLM
 from mistral_7b.engine.config import EngineConfig
+from mistral_7b.engine.grammar.vocabulary import Vocabulary
 from mistral_7b.engine.llm import LLM
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.errors import GenerationError, GrammarError, SamplingError
@@ -125,7 +127,12 @@ GRAMMARS: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [byte_level_folder, byte_fallback_folder, sentencepiece_folder])
+def spaceless_folder(folder: Path) -> Path:
+    """tokenizer.json whose decoding drops no space before the first word."""
+    return byte_fallback_folder(folder, "never")
+
+
+@pytest.mark.parametrize("make", [byte_level_folder, byte_fallback_folder, sentencepiece_folder, spaceless_folder])
 @pytest.mark.parametrize(("grammar", "wanted"), GRAMMARS)
 def test_text_under_a_grammar(tmp_path: Path, make: Any, grammar: dict[str, Any], wanted: str) -> None:
     pytest.importorskip("llguidance")
@@ -133,7 +140,7 @@ def test_text_under_a_grammar(tmp_path: Path, make: Any, grammar: dict[str, Any]
     params = SamplingParams(
         max_tokens=90, temperature=1.3, seed=5, n=3, structured_outputs=StructuredOutputs(**grammar)
     )
-    for prompt in ("def f", [40]):
+    for prompt in ("def f", [1]):
         for output in llm.generate([prompt], params)[0].outputs:
             assert output.finish_reason == "stop"
             assert re.fullmatch(wanted, output.text), output.text
@@ -158,6 +165,14 @@ def test_any_end_may_end_a_text_under_a_grammar_and_none_may_before(tmp_path: Pa
         0
     ]
     assert (found.finish_reason, set(found.text), len(found.text)) == ("stop", {"a"}, 60)
+
+
+def test_an_end_beyond_the_tokenizer_ends_a_text_under_a_grammar() -> None:
+    t = Tokenizer.from_file(DEMO)
+    size = t.vocab_size
+    vocabulary = Vocabulary(t, size + 40, frozenset((size + 39,)))
+    ends = np.flatnonzero(np.unpackbits(vocabulary.only_ends.view(np.uint8), bitorder="little"))
+    assert ends.tolist() == [size + 39]
 
 
 def test_a_begun_answer_within_a_token_excludes_a_grammar(tmp_path: Path) -> None:

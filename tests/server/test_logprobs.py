@@ -6,13 +6,14 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import HELLO, Serving
-from tokenizer_files import byte_level_folder
+from tokenizer_files import byte_level_folder, write
 
 from mistral_7b.engine.completion import Completion, TextPiece
 from mistral_7b.sampling.logprobs import Logprob
@@ -20,6 +21,7 @@ from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.server.openai.logprobs import ChatLogprobs, Part, TokenSpans, joined, text_logprobs
 from mistral_7b.text.tokenizer import Tokenizer
 from mistral_7b.text.tool_calls import ToolCallStream
+from mistral_7b.text.vocabularies.fast import BYTES as BYTE_OF
 
 TEXTS = [
     "a🙂b世界 龘x",
@@ -187,6 +189,24 @@ def test_tokens_of_several_bytes_are_the_text_so_far(
     assert numbers == sorted(set(numbers))
     if not stops:
         assert numbers == [i for i in range(len(tokens)) if not byte_level.is_control(tokens[i])]
+
+
+def test_no_token_is_told_in_the_middle_of_a_character(tmp_path: Path) -> None:
+    """日本 in two tokens, of which the second is held back as the start of a stop string."""
+    names = {byte: name for name, byte in BYTE_OF.items()}
+    first, second = ("".join(names[b] for b in part) for part in (b"\xe6\x97", b"\xa5\xe6\x9c\xac"))
+    vocabulary = {name: i for i, name in enumerate([*names.values(), first, second])}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    t = Tokenizer.from_pretrained(write(tmp_path, tokenizer={"model": model, "decoder": decoder}))
+    c = Completion([1], SamplingParams(stop="本x", logprobs=0), 9, 0, tokenizer=t)
+    logprobs, out = ChatLogprobs(t, [1], 0, False), []
+    for token in (256, 257, vocabulary["y"]):
+        entry = {token: Logprob(-1.0, 1)}
+        piece = TextPiece(c.push(token, entry), 0, (token,), c.finish_reason, c.stop_reason, (entry,))
+        text, found = logprobs.of(piece)
+        out.append((piece.text, text, [bytes(e["bytes"]) for e in found["content"]]))
+    assert out == [("", "", []), ("日", "", []), ("本y", "日本y", [b"\xe6\x97", b"\xa5\xe6\x9c\xac", b"y"])]
 
 
 def test_where_tokens_of_several_bytes_stand(byte_level: Tokenizer) -> None:

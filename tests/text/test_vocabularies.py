@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 from tokenizer_files import (
@@ -73,6 +73,7 @@ def theirs(tokenizer: Any, text: str, **options: bool) -> list[int]:
 
 
 @given(TEXTS)
+@example("a  <|im_end|>  b  <|im_start|>  user users <tool_call> c")
 @settings(max_examples=60, deadline=None)
 def test_ids_are_those_of_transformers(both: tuple[Tokenizer, Any], text: str) -> None:
     ours, auto = both
@@ -188,14 +189,16 @@ def test_flags_of_tokens_added_to_a_sentencepiece_file(tmp_path: Path) -> None:
         "32000": decoder_entry("<|im_end|>", rstrip=True),
         "32001": decoder_entry("<|im_start|>", False, lstrip=True),
         "32003": decoder_entry("<tool_call>", False), "32004": decoder_entry("user", False, single_word=True),
+        "32005": decoder_entry("<tool_call>s", False),
     }})  # fmt: skip
     t = Tokenizer.from_pretrained(folder)
-    assert t.vocab_size == 32005
+    assert t.vocab_size == 32006
     assert t.encode_rendered("a \n<|im_start|>b<|im_end|>  c") == [
         *t.encode("a", bos=False), 32001, *t.encode("b", bos=False), 32000, *t.encode("c", bos=False),
     ]  # fmt: skip
     assert t.encode("user users", bos=False) == [32004, *Tokenizer.v1().encode(" users", bos=False)]
     assert t.encode("<tool_call>", bos=False) == [32003]
+    assert t.encode("<tool_call>s", bos=False) == [32005]
     assert 32001 not in t.encode("<|im_start|>")  # no special token, but a mark of turns
     assert (t.surface(32000), t.surface(32001), t.surface(32002)) == (None, "<|im_start|>", None)
     assert (t.piece(32000), t.piece(32002), t.piece(32003)) == ("<|im_end|>", "<unused_32002>", "<tool_call>")

@@ -68,17 +68,11 @@ class TokenSpans:
     def of(self, piece: TextPiece) -> list[Part]:
         """Add a piece; return the tokens to emit with it, whose text may lag behind the piece's."""
         for token, entry in zip(piece.token_ids, piece.logprobs, strict=True):
-            if not self._ended_by(piece, token):
+            if piece.stop_reason != token:  # a stop token has no text
                 self.push(token, entry)
         if piece.finish_reason is not None:
             self.end()
         return self.told(len(piece.text.encode()), last=piece.finish_reason is not None)
-
-    def _ended_by(self, piece: TextPiece, token: int) -> bool:
-        """Whether this token ended the completion without its text."""
-        if piece.finish_reason != "stop" or piece.stop_reason is not None:
-            return piece.stop_reason == token
-        return token in self._tokenizer.stop_ids and not self._tokenizer.is_control(token)
 
     def push(self, token: int, entry: Entry | None) -> None:
         """Add the next token."""

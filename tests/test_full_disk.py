@@ -119,7 +119,7 @@ def test_a_source_that_cannot_be_read_is_not_said_to_be_the_place(
     def unreadable(*where: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(theirs))
 
-    monkeypatch.setattr("mistral_7b.checkpoint.writing.copy_tokenizer_files", unreadable)
+    monkeypatch.setattr("mistral_7b.checkpoint.writing.TokenizerFiles.write", unreadable)
     monkeypatch.setattr("mistral_7b.checkpoint.gguf.writing._metadata", unreadable)
     with pytest.raises(PermissionError) as caught:
         convert(source, tmp_path / "out", to=to)

@@ -43,7 +43,8 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 WITHOUT_TORCH = (
     "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",
     "text.tool_calls", "text.chat_template", "text.template_choice", "text.template_sandbox",
-    "checkpoint", "checkpoint.hub", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer", "lora",
+    "checkpoint", "checkpoint.hub", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer",
+    "checkpoint.gguf.tokenizer_metadata", "checkpoint.tokenizer_files", "lora",
     "training", "training.args", "kernels.cpu.compiler", "kernels.threads",
     "engine.grammar.client", "engine.grammar.forkserver",
     "server.config", "server.openai.protocol", "server.openai.answers", "server.anthropic.wire",

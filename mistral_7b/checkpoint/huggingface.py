@@ -23,6 +23,7 @@ from .config import (
     theta_and_window,
     to_args,
 )
+from .tokenizer_files import IDS
 
 FIELDS = {
     "dim": "hidden_size",
@@ -168,7 +169,7 @@ def _check_layer_types(path: pathlib.Path, kinds: Any, window: Any) -> None:
         )
 
 
-def config(args: ModelArgs, dtype: str, ids: Mapping[str, Any]) -> dict[str, Any]:
+def config(args: ModelArgs, dtype: str, ids: Mapping[str, Any] = IDS) -> dict[str, Any]:
     """Return the content of config.json for any transformers; `dtype` is like "bfloat16".
 
     `ids` holds `bos_token_id` and `eos_token_id` (a number, a list or None).

@@ -161,7 +161,7 @@ def test_a_failed_conversion_cleans_up(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(writing, "copy_tokenizer_files", fail)
+    monkeypatch.setattr(writing.TokenizerFiles, "write", fail)
     monkeypatch.setattr(gguf_writing, "_encode", fail)
     with pytest.raises(WriteError if isinstance(error, OSError) else error):  # type: ignore[arg-type]
         convert(tmp_path / "source", tmp_path / "out", to=to)

@@ -166,17 +166,10 @@ def write(
     """
     if format in ("huggingface", "gguf") and args.tie_embeddings:
         outgoing = [t for t in outgoing if t.name != OUTPUT]
+    check_format(format, type)
     if format == "gguf":
         gguf_writing.write(out, args, outgoing, type, source, _progress_callback(outgoing, progress))
         return
-    if type is not None:
-        raise CheckpointError(
-            f"type {type!r} applies only to GGUF; other formats keep the type of the weights", field="type"
-        )
-    if format not in ("huggingface", "mistral"):
-        raise CheckpointError(
-            f"unknown format {format!r}; must be 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
-        )
     limit = _bytes(max_shard_size)
     with new_folder(out, sum(t.nbytes for t in outgoing)) as partial:
         _write_weights(partial, args, format, outgoing, limit, progress)
@@ -184,6 +177,18 @@ def write(
         if beside is not None:
             beside(partial)
         _write_configs(partial, args, format, outgoing)
+
+
+def check_format(format: str, type: str | None) -> None:
+    """Raise CheckpointError for an unknown format, or a type with a format other than GGUF."""
+    if format not in ("huggingface", "mistral", "gguf"):
+        raise CheckpointError(
+            f"unknown format {format!r}; must be 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
+        )
+    if type is not None and format != "gguf":
+        raise CheckpointError(
+            f"type {type!r} applies only to GGUF; other formats keep the type of the weights", field="type"
+        )
 
 
 @contextlib.contextmanager

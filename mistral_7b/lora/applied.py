@@ -114,8 +114,8 @@ def linear(base: nn.Module, name: str, adapter: Adapter, like: Tensor, mixture: 
 def updated(weight: Tensor, factors: Factors) -> Tensor:
     """W + scale * B A (N, K), in float32 at least."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (t.to(weight.device, wide) for t in factors[:2])
-    return torch.addmm(weight.to(wide), b, a, alpha=factors.scale)
+    a, b = factors.a.to(weight.device, wide), (factors.b.double() * factors.scale).to(weight.device, wide)
+    return torch.addmm(weight.to(wide), b, a)
 
 
 def _weight(base: nn.Module, name: str) -> Tensor:

@@ -248,7 +248,8 @@ def _place(one: StoredTensor, layout: str) -> tuple[str, str]:
         if (found := pattern.fullmatch(name)) and (ours := rename(f"{found[1]}.weight", layout, "mistral")):
             part = found[2].upper() if layout == "gguf" and len(found[2]) == 1 else found[2]
             if part != "weight" and (ours == EMBEDDING) != (kind == "embedding "):
-                raise one.fault("adapts the embedding in a way that cannot be opened", hint=peft.MERGE)
+                hint = peft.MERGE if layout == "huggingface" else "open PEFT's files of this adapter"
+                raise one.fault("adapts the embedding in a way that cannot be opened", hint=hint)
             return ours, part
     raise one.fault(
         "is no tensor of a LoRA adapter of Mistral 7B", hint="if it is one of another model, use it with that one"

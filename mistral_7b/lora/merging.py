@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,8 +30,9 @@ from ..checkpoint.reading import Checkpoint, open_checkpoint
 from ..checkpoint.writing import Outgoing, Progress, copy_tokenizer_files, write_json
 from ..errors import AdapterError, CheckpointError
 from ..kernels.low_rank import Mixture
-from ..model import ModelArgs, RMSNorm, TransformerBlock, rope_phases
+from ..model import ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
 from ..quantization.distance import Comparison
+from ..surgery import replace_linears
 from .applied import AdaptedEmbedding, linear, updated
 from .files import Adapter, read_adapter
 
@@ -81,6 +81,7 @@ def merge(
     merging = _Merging(checkpoint, adapter)
     merging.check(tokens)
     outgoing = merging.outgoing()
+    writing.check_format(to, type)
     writing.check_target(pathlib.Path(out), 0, file=to == "gguf")  # before minutes of work
     if to == "gguf" and type is None and merging.dequantized:
         raise CheckpointError(
@@ -134,6 +135,7 @@ class _Merging:
         self.dequantized = sum(isinstance(t.stored, StoredBlocks) for t in self.plain.values())
         bfloat16 = self.plain[EMBEDDING].dtype == torch.bfloat16
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # of the models that are compared
+        self.like, self.mixture = torch.empty(0, dtype=self.dtype), Mixture()
 
     def check(self, tokens: Tensor) -> None:
         """Raise AdapterError for what no merge can do, before anything is computed."""
@@ -141,7 +143,7 @@ class _Merging:
             raise AdapterError(
                 f"the adapter has a bias for {biased[0]!r}, and the Linears of Mistral 7B have none",
                 field=biased[0],
-                place=self.adapter.source,
+                place=self.adapter.source or None,
                 hint="use it with --adapter",
             )
         factors = self.adapter.targets.values()
@@ -149,7 +151,7 @@ class _Merging:
             raise AdapterError(
                 "every B of the adapter is zero: it was not trained, and the merge would change nothing",
                 field="adapter",
-                place=self.adapter.source,
+                place=self.adapter.source or None,
                 hint="check that this is the adapter that training saved",
             )
         most = int(tokens.max()) if tokens.numel() else 0
@@ -210,44 +212,42 @@ class _Merging:
             raise AdapterError(
                 f"the merge would change nothing: rounding to {self.plain[EMBEDDING].dtype} loses every update",
                 field="adapter",
-                place=self.adapter.source,
+                place=self.adapter.source or None,
                 hint="use it with --adapter, or merge into a float32 copy of the base",
             )
 
     def measure(self, tokens: Tensor) -> Comparison:
         """Compare the base model with the adapter at run time with the merged model, layer by layer."""
-        args, like = self.args, torch.empty(0, dtype=self.dtype)
-        memory, mixture = Stateless(args.sliding_window), Mixture()
+        args, memory = self.args, Stateless(self.args.sliding_window)
         rope = rope_phases(memory.extend(tokens), args.head_dim, args.rope_theta, self.dtype)
-
-        def adapted(base: nn.Module, name: str) -> nn.Module:
-            return linear(base, name, self.adapter, like, mixture) if name in self.adapter.targets else base
-
         before, after = self._both(EMBEDDING)
         embedding: nn.Module = nn.Embedding.from_pretrained(before)
         if (factors := self.adapter.targets.get("tok_embeddings")) is not None:
-            embedding = AdaptedEmbedding(embedding, factors, like)
+            embedding = AdaptedEmbedding(embedding, factors, self.like)
         x, y = embedding(tokens), F.embedding(tokens, after)  # (R, T, D)
+        del before, after, embedding
         self.plain[EMBEDDING].release()
         for layer in range(args.n_layers):
-            path = f"layers.{layer}"
-            blocks = [TransformerBlock(args, dtype=self.dtype, device="meta") for _ in range(2)]
-            keys = [f"{path}.{key}" for key in blocks[0].state_dict()]
-            pairs = {key.removeprefix(f"{path}."): self._both(key) for key in keys}
-            for i, block in enumerate(blocks):
-                block.load_state_dict({key: pair[i] for key, pair in pairs.items()}, assign=True)
-            for key in pairs:
-                name, _, _ = key.rpartition(".weight")
-                if f"{path}.{name}" in self.adapter.targets:
-                    blocks[0].set_submodule(name, adapted(blocks[0].get_submodule(name), f"{path}.{name}"))
-            x, y = blocks[0](x, rope, memory), blocks[1](y, rope, memory)
-            for key in keys:
-                self.plain[key].release()
-        return self._compare(x, y, tokens, adapted)
+            x, y = self._layer(f"layers.{layer}", x, y, rope, memory)
+        return self._compare(x, y, tokens)
 
-    def _compare(
-        self, x: Tensor, y: Tensor, tokens: Tensor, adapted: Callable[[nn.Module, str], nn.Module]
-    ) -> Comparison:
+    def _layer(self, path: str, x: Tensor, y: Tensor, rope: Rope, memory: Stateless) -> tuple[Tensor, Tensor]:
+        """Return the outputs of a layer: with the adapter at run time for x, merged for y."""
+        blocks = [TransformerBlock(self.args, dtype=self.dtype, device="meta") for _ in range(2)]
+        pairs = {key: self._both(f"{path}.{key}") for key in blocks[0].state_dict()}
+        for i, block in enumerate(blocks):
+            block.load_state_dict({key: pair[i] for key, pair in pairs.items()}, assign=True)
+        replace_linears(blocks[0], lambda base, name: self._adapted(base, f"{path}.{name}"))
+        x, y = blocks[0](x, rope, memory), blocks[1](y, rope, memory)
+        for key in pairs:
+            self.plain[f"{path}.{key}"].release()
+        return x, y
+
+    def _adapted(self, base: nn.Module, name: str) -> nn.Module:
+        """A Linear with the adapter as it is applied at run time."""
+        return linear(base, name, self.adapter, self.like, self.mixture) if name in self.adapter.targets else base
+
+    def _compare(self, x: Tensor, y: Tensor, tokens: Tensor) -> Comparison:
         """Compare the logits of both models from their last hidden states (R, T, D)."""
         args = self.args
         heads = []
@@ -258,7 +258,7 @@ class _Merging:
             projection.load_state_dict({"weight": output}, assign=True)
             heads.append((scaled, projection))
         (norm_x, output_x), (norm_y, output_y) = heads
-        adapted_x = adapted(output_x, "output")
+        adapted_x = self._adapted(output_x, "output")
         comparison, last = Comparison(), tokens.shape[1] - 1  # the last token of a row has no target
         places = (t[:, :last].flatten(0, 1).split(ROWS) for t in (x, y, tokens[:, 1:, None]))
         for a, b, targets in zip(*places, strict=True):

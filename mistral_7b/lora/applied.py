@@ -39,20 +39,21 @@ class AdaptedLinear(nn.Module):
         self.in_features: int = base.in_features  # type: ignore[assignment]
         self.out_features: int = base.out_features  # type: ignore[assignment]
         self.base = base
-        self.low = LowRank(factors.a, factors.b.double() * factors.scale, like.dtype, like.device)
-        self.adapters = LowRanks([self.low], mixture)
+        low = LowRank(factors.a, factors.b.double() * factors.scale, like.dtype, like.device)
+        self.a, self.b = low.a, low.b  # (r, K), (r, N): the module's own, for the model's fingerprint
+        self.adapters = LowRanks([low], mixture)
         self.gain: Tensor | None = None  # (N,), with DoRA
         self.bias: Tensor | None = None  # (N,)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         y = self.base(x)
-        if uses(Backend.CPU, LOW_RANK, y, x, self.low.a):  # there a row does not depend on the others
+        if uses(Backend.CPU, LOW_RANK, y, x, self.a):  # there a row does not depend on the others
             rows = y.numel() // self.out_features
             if self.adapters.mixture.total != rows:
                 self.adapters.mixture.choose({0: range(rows)}, rows, "cpu")
             self.adapters.add(x, y)
         else:
-            y = y + F.linear(x, self.low.a) @ self.low.b
+            y = y + F.linear(x, self.a) @ self.b
         if self.gain is not None:
             y = (y * self.gain).to(y.dtype)
         return y if self.bias is None else (y + self.bias).to(y.dtype)
@@ -64,10 +65,11 @@ class AdaptedEmbedding(nn.Module):
     def __init__(self, base: nn.Module, factors: Factors, like: Tensor) -> None:
         super().__init__()
         self.base = base
-        self.low = LowRank(factors.a, factors.b.double() * factors.scale, like.dtype, like.device)
+        low = LowRank(factors.a, factors.b.double() * factors.scale, like.dtype, like.device)
+        self.a, self.b = low.a, low.b  # (r, D), (r, V)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (...) -> (..., D)
-        return self.base(tokens) + self.low.b.T[tokens] @ self.low.a
+        return self.base(tokens) + self.b.T[tokens] @ self.a
 
 
 def apply(model: Mistral7B, adapter: Adapter) -> tuple[Mistral7B, Adapter | None]:

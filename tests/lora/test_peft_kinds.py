@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -15,6 +16,7 @@ from refusals import refused
 from tiny import TINY, close, tiny_model, tokens_of
 from torch import Tensor
 
+from mistral_7b.engine.fingerprint import weights_of
 from mistral_7b.errors import AdapterError, CheckpointError
 from mistral_7b.lora import apply, merge, read_adapter
 from mistral_7b.lora.adapters import Adapters
@@ -104,6 +106,16 @@ def test_over_a_quantized_base_each_row_keeps_its_bits(name: str, scheme: str, s
     if name == "dora" and scheme != "bf16":
         alone = adapted_logits(base, it.folder, it.tokens[:1])
         assert torch.equal(alone, whole[:1])
+
+
+@pytest.mark.parametrize("name", ["dora", "embedding", "modules"])
+def test_the_fingerprint_of_an_adapted_model_is_its_own(name: str, saved: Save) -> None:
+    """Prefixes on disk are found by it."""
+    base, adapter = tiny_model(), read_adapter(saved(name).folder, TINY)
+    special = {target: f._replace(a=2 * f.a) for target, f in adapter.targets.items()}
+    own = {target: 2 * weight for target, weight in adapter.weights.items()}
+    found = [apply(base, one)[0] for one in (adapter, dataclasses.replace(adapter, targets=special, weights=own))]
+    assert len({weights_of(model) for model in (base, *found)}) == 3
 
 
 def test_a_model_with_an_adapter_of_its_own_is_not_saved_as_plain(saved: Save, tmp_path: pathlib.Path) -> None:

@@ -8,7 +8,6 @@ share prefixes use an LLM, which keeps its prefix cache. examples/loop.py shows 
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from .engine.prompts import Prompt, as_prompts, ends_of, load_tokenizer, params_
 from .engine.request import Request
 from .engine.speculation import Speculation
 from .errors import GenerationError
+from .lora.adapters import Source
 from .model import Mistral7B
 from .sampling.params import SamplingParams
 from .text.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def generate(
     batch_size: int = 16,
     speculate: Speculation | None = None,
     kv_dtype: torch.dtype | None = None,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: Source | None = None,
 ) -> list[RequestOutput]:
     """Complete one or several prompts, texts or token ids of any lengths; return outputs in their order.
 
@@ -52,7 +52,7 @@ def generate(
     batch_size  completions decoded together; memory grows with it, outputs do not change
     speculate   settings of speculative decoding, which saves steps; outputs do not change
     kv_dtype    torch.int8 quantizes keys and values, to about half of bfloat16's bytes; None does not
-    adapter     a LoRA adapter's folder or file (PEFT or mistral-finetune)
+    adapter     a LoRA adapter, or the folder or file of one
 
     Raises GenerationError, naming the prompt, if one is empty or does not fit the context, CacheError for another
     kv_dtype, AdapterError for an adapter of another model.
@@ -73,7 +73,7 @@ def stream(
     *,
     speculate: Speculation | None = None,
     kv_dtype: torch.dtype | None = None,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: Source | None = None,
 ) -> Iterator[TextPiece]:
     """Complete one prompt and yield its text in pieces; closing the iterator frees the engine.
 
@@ -101,7 +101,7 @@ def _with_text(engine: Engine, request: Request) -> Iterator[TextPiece]:
 def _open(
     model: Mistral7B, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None,
     tokenizer: Tokenizer | None, batch_size: int, speculate: Speculation | None, kv_dtype: torch.dtype | None,
-    adapter: str | os.PathLike[str] | None,
+    adapter: Source | None,
 ) -> tuple[Engine, list[Request]]:  # fmt: skip
     """An engine with memory for these prompts, and their requests."""
     int8 = check_kv_dtype(kv_dtype)

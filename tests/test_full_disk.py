@@ -20,13 +20,14 @@ from mistral_7b.bench.records import write_json
 from mistral_7b.checkpoint import convert, hub, quantize
 from mistral_7b.cli.conversation import Conversation
 from mistral_7b.files import atomic_write
+from mistral_7b.lora import merge
 from mistral_7b.lora.files import Adapter, Factors, save_adapter
 from mistral_7b.training.curve import draw_curve
 from mistral_7b.training.vocabulary import train_vocabulary
 
 
 def adapter() -> Adapter:
-    return Adapter({"layers.0.attention.wo": Factors(torch.zeros(2, 60), torch.zeros(40, 2), 2.0)})
+    return Adapter({"layers.0.attention.wo": Factors(torch.ones(2, 60), torch.ones(40, 2), 2.0)})
 
 
 def conversation(path: Path) -> None:
@@ -59,6 +60,7 @@ WORKS: dict[str, Callable[[Path, Path], object]] = {
     "convert": lambda source, out: convert(source, out, to="mistral"),
     "convert to gguf": lambda source, out: convert(source, out, to="gguf", type="bf16"),
     "quantize": lambda source, out: quantize(source, out, "int4", tokens_of((1, 9)), "random tokens"),
+    "merge": lambda source, out: merge(source, adapter(), out, tokens_of((1, 9)), max_shard_size="20KB"),
     "adapter": lambda source, out: save_adapter(adapter(), out, TINY),
     "adapter of mistral-finetune": lambda source, out: save_adapter(adapter(), out, TINY, format="mistral"),
     "conversation": lambda source, out: conversation(out),

@@ -10,8 +10,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+from mistral_7b.checkpoint import read_args
+from mistral_7b.checkpoint.hub import DEMO
 from mistral_7b.cli import main
+from mistral_7b.lora.files import Adapter, Factors, save_adapter
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -64,6 +68,11 @@ def test_commands_run(
         words[words.index("--steps") + 1] = "2"
         words[words.index("--warmup") + 1] = "1"
         words += ["--seq-len", "64", "--rows", "1", "--dim", "16", "--head-dim", "8", "--hidden-dim", "16"]
+    if words[0] == "merge":
+        args = read_args(DEMO)[0]
+        factors = Factors(torch.ones(2, args.dim), torch.ones(args.n_heads * args.head_dim, 2), 0.1)
+        save_adapter(Adapter({"layers.0.attention.wq": factors}), tmp_path / words[2], args)
+        words += ["--tokens", "60"]
     if words[0] == "bench":  # one process of it, at a size that any machine holds
         words[words.index("--shape") + 1] = "tiny"
         words += ["--quick", "--what", "prefill"]

@@ -27,6 +27,7 @@ class Job:
     threads: int | None = None  # None: PyTorch's default
     quick: bool = False
     started: float | None = None  # load: start time of the process (Unix time)
+    adapter: str | None = None  # a LoRA adapter of every row, a file or folder
 
     @property
     def room(self) -> int:

@@ -62,6 +62,7 @@ class Plan:
     peers: bool = False
     peer_python: str = sys.executable
     files: str | None = None  # a folder to keep the peers' files in
+    adapter: str | None = None  # a LoRA adapter, for this package alone
 
     def __post_init__(self) -> None:
         threads.check(self.threads)
@@ -82,6 +83,7 @@ class Plan:
         return Job(
             engine, scheme, what, self.args, self.source if engine == OURS else None,
             rows=BATCH if what == "batch16" else 1, prompt=prompt, threads=self.threads, quick=self.quick,
+            adapter=self.adapter if engine == OURS else None,
         )  # fmt: skip
 
 

@@ -68,7 +68,11 @@ class TokenizerFiles:
                 generation["eos_token_id"] = ends[0] if len(set(ends)) == 1 else list(dict.fromkeys(ends))
                 generation.setdefault("bos_token_id", self.ids.get("bos_token_id"))
                 files[GENERATION] = _json(generation)
-        for name, content in files.items():
+        TokenizerFiles(files, self.ids).copy_to(folder)
+
+    def copy_to(self, folder: pathlib.Path) -> None:
+        """Write the files as they are."""
+        for name, content in self.files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
 

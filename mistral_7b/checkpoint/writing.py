@@ -31,7 +31,7 @@ from . import hub, huggingface, mistral
 from .gguf import reading as gguf
 from .gguf import writing as gguf_writing
 from .names import EMBEDDING, OUTPUT, expected, half_split, rename, rotated_heads
-from .reading import open_checkpoint
+from .reading import Checkpoint, open_checkpoint
 from .stored import CODES, StoredTensor
 from .tokenizer_files import TokenizerFiles
 
@@ -113,7 +113,7 @@ def save(
         Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
         for name, shape in plain.items()
     ]
-    _write(pathlib.Path(path), model.args, format, outgoing, max_shard_size, model.source, progress, type)
+    write(pathlib.Path(path), model.args, format, outgoing, max_shard_size, model.source, progress, type)
 
 
 def convert(
@@ -131,6 +131,12 @@ def convert(
     folder. `progress(done, total, name)` is called after each tensor, in bytes.
     """
     checkpoint = open_checkpoint(hub.resolve(source))
+    outgoing = outgoing_of(checkpoint)
+    write(pathlib.Path(out), checkpoint.args, to, outgoing, max_shard_size, checkpoint.folder, progress, type)
+
+
+def outgoing_of(checkpoint: Checkpoint) -> list[Outgoing]:
+    """Return all tensors of a checkpoint, those of a tied output included, to be written as they are."""
     outgoing = []
     for name, shape in expected(checkpoint.args):
         held = name if name in checkpoint.tensors else EMBEDDING  # a tied output is stored once, as the embedding
@@ -138,10 +144,10 @@ def convert(
         dtype = stored.dtype if checkpoint.format != "gguf" else gguf.plain_dtype(stored, checkpoint.tensors)
         fetch = functools.partial(checkpoint.read, held, dtype)
         outgoing.append(Outgoing(name, dtype, shape, fetch, stored.release, stored))
-    _write(pathlib.Path(out), checkpoint.args, to, outgoing, max_shard_size, checkpoint.folder, progress, type)
+    return outgoing
 
 
-def _write(
+def write(
     out: pathlib.Path,
     args: ModelArgs,
     format: str,
@@ -150,32 +156,18 @@ def _write(
     source: pathlib.Path | None,
     progress: Progress | None,
     type: str | None,
+    beside: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
+    """Write tensors in `format`, with the tokenizer and generation settings of `source`.
+
+    `beside` is called with the unfinished folder, to add or replace files in it; not for GGUF.
+    """
     if format in ("huggingface", "gguf") and args.tie_embeddings:
         outgoing = [t for t in outgoing if t.name != OUTPUT]
+    check_format(format, type)
     if format == "gguf":
         gguf_writing.write(out, args, outgoing, type, source, _progress_callback(outgoing, progress))
-    elif type is not None:
-        raise CheckpointError(
-            f"type {type!r} applies only to GGUF; other formats keep the type of the weights", field="type"
-        )
-    else:
-        _write_folder(out, args, format, outgoing, max_shard_size, source, progress)
-
-
-def _write_folder(
-    out: pathlib.Path,
-    args: ModelArgs,
-    format: str,
-    outgoing: list[Outgoing],
-    max_shard_size: int | str,
-    source: pathlib.Path | None,
-    progress: Progress | None,
-) -> None:
-    if format not in ("huggingface", "mistral"):
-        raise CheckpointError(
-            f"unknown format {format!r}; must be 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
-        )
+        return
     if format == "mistral":
         mistral.params(args)  # refuses what it has no field for before anything is written
     limit = _bytes(max_shard_size)
@@ -183,7 +175,21 @@ def _write_folder(
         _write_weights(partial, args, format, outgoing, limit, progress)
         tokenizer = TokenizerFiles.of(source)
         tokenizer.write(partial, format)
+        if beside is not None:
+            beside(partial)
         _write_configs(partial, args, format, outgoing, tokenizer.ids)
+
+
+def check_format(format: str, type: str | None) -> None:
+    """Raise CheckpointError for an unknown format, or a type with a format other than GGUF."""
+    if format not in ("huggingface", "mistral", "gguf"):
+        raise CheckpointError(
+            f"unknown format {format!r}; must be 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
+        )
+    if type is not None and format != "gguf":
+        raise CheckpointError(
+            f"type {type!r} applies only to GGUF; other formats keep the type of the weights", field="type"
+        )
 
 
 @contextlib.contextmanager
@@ -193,7 +199,7 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
     On an error it is removed. Raises CheckpointError if `out` exists and is not empty, WriteError if the disk is
     full or writing fails.
     """
-    _check_target(out, needed)
+    check_target(out, needed)
     partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
     try:
         partial.mkdir(parents=True)
@@ -208,8 +214,9 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_target(out: pathlib.Path, needed: int) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+def check_target(out: pathlib.Path, needed: int, file: bool = False) -> None:
+    """Raise CheckpointError if `out` exists (as more than an empty folder), WriteError without room for it."""
+    if out.exists() and not (not file and out.is_dir() and not any(out.iterdir())):
         raise CheckpointError("exists already", place=out, hint="choose a new folder, or remove this one")
     check_room(out, needed)
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "info": "show a checkpoint's release, shape and memory requirements",
     "convert": "convert a checkpoint to another format",
     "quantize": "quantize a checkpoint to int8 or int4",
+    "merge": "merge a LoRA adapter into its base model",
     "pull": "download a model from the Hugging Face hub",
     "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",

@@ -38,6 +38,8 @@ class Bench:
     """Use random weights of this shape, created in memory: speed does not depend on their values."""
     layers: int | None = None
     """With --shape: number of layers, to save memory."""
+    adapter: str | None = None
+    """Measure this package with a LoRA adapter in every row: a folder or file; not with --peers or --serving."""
     scheme: tuple[Scheme, ...] = ()
     """Quantization of the weights; none: unquantized, with PyTorch's operators.
     Default: int4, int8 and bf16, or the scheme of a quantized folder."""
@@ -136,6 +138,8 @@ def check(args: Bench) -> None:
             raise UsageError(f"--{name} {value}: there is no folder {os.path.dirname(value)}", field=f"--{name}")
     if args.shape and args.model:
         raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other", field="--shape")
+    if args.adapter and args.peers:
+        raise UsageError("--adapter and --peers exclude each other: the peers run without it", field="--adapter")
     if args.layers and not args.shape:
         raise UsageError("--layers needs --shape: the layers of a model are fixed", field="--layers")
 
@@ -152,11 +156,17 @@ def plan_of(args: Bench) -> Plan:
     from ..bench.run import Plan
 
     name, source, model_args = subject(args, max(args.context, args.prompt), "--context and --prompt")
+    if args.adapter:
+        from ..lora import read_adapter
+        from ..model import ModelArgs
+
+        read_adapter(args.adapter, ModelArgs(**model_args))  # its errors now, not in a process of a measurement
+        name = f"{name} with {pathlib.Path(args.adapter).absolute().name}"
     return Plan(
         name, model_args, source, schemes(args, source), whats,
         context=args.context, prompt=args.prompt, threads=args.threads,
         quick=args.quick, rounds=args.rounds, peers=args.peers, peer_python=args.peer_python,
-        files=args.keep,
+        files=args.keep, adapter=args.adapter,
     )  # fmt: skip
 
 

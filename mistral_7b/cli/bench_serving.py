@@ -48,7 +48,7 @@ class ServingOptions:
     """Path of llama.cpp's llama-server, to measure with the same requests and random weights."""
 
 
-ELSEWHERE = ("--what", "--context", "--prompt", "--peers", "--quick")
+ELSEWHERE = ("--adapter", "--what", "--context", "--prompt", "--peers", "--quick")
 
 
 def check(args: Bench) -> None:

@@ -14,6 +14,7 @@ from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
+    from ..lora.files import Adapter
     from ..model import Mistral7B
     from ..text.tokenizer import Tokenizer
     from .render import Render
@@ -55,7 +56,7 @@ def run(argv: list[str]) -> int:
     if args.system_file:
         conversation.system = read_text(args.system_file).strip()
     conversation.system = args.system or conversation.system
-    model, tokenizer = args.open(args.model)
+    model, tokenizer, adapter = args.open_adapted(args.model, args.adapter)
 
     from .repl import Repl, history, notice
 
@@ -69,7 +70,7 @@ def run(argv: list[str]) -> int:
         from .render import as_markdown, as_python
 
         render = as_python if demo else as_markdown
-    repl = Repl(answers(engine_of(model, tokenizer, args), params), conversation, render)
+    repl = Repl(answers(engine_of(model, tokenizer, args, adapter), params), conversation, render)
     if sys.stdin.isatty():
         with history():
             repl.loop()
@@ -85,14 +86,14 @@ def is_demo(model: Mistral7B) -> bool:
     return model.source is not None and model.source.resolve() == resolve("demo").resolve()
 
 
-def engine_of(model: Mistral7B, tokenizer: Tokenizer, args: Chat) -> LLM:
+def engine_of(model: Mistral7B, tokenizer: Tokenizer, args: Chat, adapter: Adapter | None = None) -> LLM:
     """Return an engine for one sequence, whose prefix cache keeps the conversation."""
     from ..engine.config import EngineConfig
     from ..engine.llm import LLM
 
     kv_dtype = None if args.kv == "model" else args.kv
     config = EngineConfig(max_sequences=1, max_batch_tokens=512, kv_dtype=kv_dtype)
-    adapters = {ADAPTER: args.adapter} if args.adapter else None
+    adapters = {ADAPTER: adapter} if adapter else None
     return LLM(model, config, tokenizer=tokenizer, adapters=adapters)
 
 

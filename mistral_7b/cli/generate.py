@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
     prompt = read_prompt(args)
     echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
     prompt = prompt or DEMO_PROMPT
-    model, tokenizer = args.open(args.model)
+    model, tokenizer, adapter = args.open_adapted(args.model, args.adapter)
     speculate = speculation(args)
     from ..sampling.sampler import draw_seed
 
@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
     )
     if echo and not args.json:
         _show(prompt)
-    options = {"speculate": speculate, "kv_dtype": args.kv_dtype, "adapter": args.adapter}
+    options = {"speculate": speculate, "kv_dtype": args.kv_dtype, "adapter": adapter}
     if scored:
         results, code = score(model, ids, params, tokenizer, generation, **options), 0
     else:

@@ -18,6 +18,7 @@ from ..sampling.params import SamplingParams, StructuredOutputs
 if TYPE_CHECKING:
     import torch
 
+    from ..lora.files import Adapter
     from ..model import Mistral7B
     from ..text.tokenizer import Tokenizer
 
@@ -73,22 +74,38 @@ class ModelOptions:
 
     def open(self, source: str) -> tuple[Mistral7B, Tokenizer]:
         """Load the model `source` and its tokenizer."""
+        return self.open_adapted(source, None)[:2]
+
+    def open_adapted(self, source: str, adapter: str | None) -> tuple[Mistral7B, Tokenizer, Adapter | None]:
+        """Load the model `source` with an adapter, and the tokenizer: the adapter's if it has one.
+
+        What the adapter has beyond plain LoRA is applied to the model; the rest is returned, for the engine.
+        """
         with busy(f"opening {source}"):
             import torch
 
+            from ..lora import apply, read_adapter
             from ..text.tokenizer import Tokenizer
 
             torch.seed()  # random by default; --seed makes a run reproducible
             threads.use(self.threads)
-            model = self._load(source)
-            tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source, self.chat_template)
+            model, rest, words = self._load(source), None, None
+            if adapter:
+                found = read_adapter(adapter, model.args)
+                words = found.tokenizer
+                model, rest = apply(model, found)
+            tokenizer = Tokenizer.from_pretrained(
+                self.tokenizer or words or model.source or source, self.chat_template
+            )
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(
                 f"{tokenizer.vocab_size} tokens, but the vocabulary of the model {source} has "
                 f"{model.args.vocab_size}: the tokenizer belongs to another model",
                 place=tokenizer.path,
             )
-        return model, tokenizer.stopping_at(self._stops(model)) if self.stop_tokens else tokenizer
+        if self.stop_tokens:
+            tokenizer = tokenizer.stopping_at(self._stops(model))
+        return model, tokenizer, rest
 
     def _stops(self, model: Mistral7B) -> list[int | str]:
         """Return --stop-token: digits are an id. UsageError for an id that the model does not have."""
@@ -121,7 +138,7 @@ class TextOptions(ModelOptions):
     """How the model runs, and constraints on its text."""
 
     adapter: str | None = None
-    """A LoRA adapter: a folder or file in the format of PEFT or mistral-finetune."""
+    """A LoRA adapter of the model: a folder or file of PEFT, mistral-finetune or llama.cpp."""
     schema: str = ""
     """File with a JSON schema that the text must match. Only one of --schema, --regex, --choice and --grammar
     may be used."""

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import EngineError
 from ..kernels.backend import LINEAR, Backend, uses
+from ..lora.adapters import Source
 from ..model import Mistral7B
 from ..quantization import Scheme, quantize
 from ..quantization.linear import Compressed
@@ -48,7 +49,7 @@ def open_engine(
     model: str | os.PathLike[str] | Mistral7B,
     config: EngineConfig | None,
     tokenizer: Tokenizer | None,
-    adapters: Mapping[str, str | os.PathLike[str]] | None,
+    adapters: Mapping[str, Source] | None,
     lengths: Sequence[int] | None = None,
     **load_options: Any,
 ) -> InputProcessor:
@@ -100,7 +101,7 @@ class LLM:
     model         a folder, file, hub id or "demo", or a loaded Mistral7B
     config        EngineConfig: memory, batch size, queue
     tokenizer     None loads the one in the model's folder; prompts of token ids need none
-    adapters      LoRA adapters by name: folders or files of PEFT or mistral-finetune
+    adapters      LoRA adapters by name, or their folders or files
     dtype, device, quantization    as in Mistral7B.from_pretrained, if the model is not loaded yet
 
     A prompt's output does not depend on the other prompts that are computed with it: see docs/engine.md.
@@ -112,7 +113,7 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | None = None,
-        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        adapters: Mapping[str, Source] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         quantization: str | None = None,

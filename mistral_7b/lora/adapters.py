@@ -23,6 +23,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
@@ -33,6 +34,7 @@ from ..quantization.linear import Compressed
 from ..surgery import replace_linears
 from .files import Adapter, read_adapter
 
+Source = str | os.PathLike[str] | Adapter  # an adapter, or the folder or file of one
 Run = tuple[str | None, int]  # an adapter's name, None for the model alone, and a number of rows
 
 
@@ -110,8 +112,8 @@ class Adapters:
         """The size of an adapter in bytes."""
         return sum(low.nbytes for low in self._of(name).values())
 
-    def load(self, name: str, source: str | os.PathLike[str] | Adapter) -> None:
-        """Read an adapter (PEFT's or mistral-finetune's; see `read_adapter`) and keep it under `name`.
+    def load(self, name: str, source: Source) -> None:
+        """Read an adapter (see `read_adapter`) and keep it under `name`.
 
         AdapterError, or CheckpointError for what is wrong with its files, and nothing has changed.
         """
@@ -133,6 +135,14 @@ class Adapters:
                 f"adapter {name!r} is of rank {adapter.rank}, and {self.max_rank} is allowed",
                 field="max_rank",
                 hint="raise max_rank",
+            )
+        if special := [*own_weights(self.model, adapter), *own_targets(adapter)]:
+            raise AdapterError(
+                f"adapter {name!r} has for {special[0]!r} more than the factors of a Linear (its own "
+                "weight, DoRA, a bias, or the embedding): the rows of a batch cannot choose it",
+                field=special[0],
+                hint="merge it (`mistral-7b merge`) and open the merged model, or use it alone (`--adapter` of "
+                "generate and chat)",
             )
         linears, norm, own = dict(self.model.named_modules()), self.model.norm.weight, {}
         for target, (a, b, scale) in adapter.targets.items():
@@ -190,7 +200,7 @@ class Adapters:
                 return CompressedLoraLinear(linear, adapters)
             return LoraLinear(linear, adapters)
 
-        adapted, targets = _shell(self.model), {target for own in held.values() for target in own}
+        adapted, targets = shell(self.model), {target for own in held.values() for target in own}
         replace_linears(adapted, build, lambda name, _: name in targets)
         assert isinstance(adapted, Mistral7B)
         self._held, self._adapted = held, adapted
@@ -210,10 +220,29 @@ def _check(name: str, target: str, a: Tensor, b: Tensor, linear: nn.Module | Non
         )
 
 
-def _shell(module: nn.Module) -> nn.Module:
+def own_weights(model: Mistral7B, adapter: Adapter) -> dict[str, Tensor]:
+    """The weights that an adapter has in place of the model's, if they differ.
+
+    PEFT saves embedding and output with any adapter of one of them.
+    """
+    held = model.state_dict()
+    return {
+        name: own
+        for name, own in adapter.weights.items()
+        if (base := held.get(name)) is None or base.shape != own.shape or not torch.equal(base, own.to(base))
+    }
+
+
+def own_targets(adapter: Adapter) -> list[str]:
+    """The modules for which an adapter has more than the factors of a Linear."""
+    more = {*adapter.magnitudes, *adapter.biases, "tok_embeddings"}
+    return [name for name in adapter.targets if name in more]
+
+
+def shell(module: nn.Module) -> nn.Module:
     """A copy of a tree of modules that shares its leaves, so that a leaf can be replaced in the copy alone."""
     if not module._modules:
         return module
     out = copy.copy(module)
-    out._modules = {key: child and _shell(child) for key, child in module._modules.items()}
+    out._modules = {key: child and shell(child) for key, child in module._modules.items()}
     return out

@@ -1,4 +1,4 @@
-"""Read and write LoRA adapters of PEFT and mistral-finetune, in Mistral's names and layout.
+"""Read and write LoRA adapters of PEFT, mistral-finetune and llama.cpp, in Mistral's names and layout.
 
 An adapter holds two low-rank factors for each adapted Linear: W becomes W + scale * B A.
 
@@ -6,14 +6,18 @@ An adapter holds two low-rank factors for each adapted Linear: W becomes W + sca
                        name}.lora_A.weight; the rows of B for q and k are in Hugging Face's order (names.py);
                        scale alpha / r, or alpha / sqrt(r) with use_rslora
     mistral-finetune   lora.safetensors: {Mistral's name}.lora_A.weight; scale 2, or that of params.json beside it
+    llama.cpp          one GGUF file: {GGUF's name}.weight.lora_a; scale adapter.lora.alpha / r
 
-r rank · K inputs · N outputs
+PEFT's adapters can also have weights of their own in place of the model's (`modules_to_save`, a resized
+vocabulary), magnitudes (DoRA), biases, and factors of the embedding.
+
+r rank · K inputs · N outputs · V vocabulary · D width
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import os
 import pathlib
 import re
@@ -24,35 +28,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import mistral
+from ..checkpoint import hub, mistral
 from ..checkpoint.config import read_json
-from ..checkpoint.names import EMBEDDING, expected, half_split, interleaved, rename, rotated_heads
+from ..checkpoint.gguf.file import is_gguf
+from ..checkpoint.names import EMBEDDING, OUTPUT, expected, half_split, interleaved, rename, rotated_heads
 from ..checkpoint.stored import StoredTensor, read_file
 from ..checkpoint.writing import header_of, new_folder, write_json
 from ..errors import CheckpointError
 from ..model import ModelArgs
+from . import gguf, peft
+from .peft import CONFIG
 
-CONFIG, FILES = "adapter_config.json", ("adapter_model.safetensors", "lora.safetensors", "adapter_model.bin")
+FILES = ("adapter_model.safetensors", "lora.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 MISTRAL_SCALE = 2.0
 
-# Fields of PEFT's configuration: those read here, and those that do not affect a trained adapter.
-READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-IRRELEVANT = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "parent_library",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
-}  # fmt: skip
-PLAIN = {  # field -> the values of plain LoRA, besides those in NOTHING
-    "bias": ("none",),
-    # Others ("pissa", "olora", ...) modify the base weights at initialization.
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+# What a tensor is, by the end of its name: factors, magnitudes and biases of a weight, or a weight itself.
+PARTS = {
+    "huggingface": (
+        (re.compile(r"(.+)\.lora_([AB])\.weight"), ""),
+        (re.compile(r"(.+)\.lora_embedding_([AB])"), "embedding "),
+        (re.compile(r"(.+)\.lora_(magnitude)_vector(?:\.weight)?"), ""),
+        (re.compile(r"(.+)\.lora_B\.(bias)"), ""),
+        (re.compile(r"(.+?)(?:\.base_layer)?\.(weight)"), ""),
+    ),
+    "mistral": ((re.compile(r"(.+)\.lora_([AB])\.weight"), ""),),
+    "gguf": ((re.compile(r"(.+)\.weight\.lora_([ab])"), ""), (re.compile(r"(.+)\.(weight)"), "")),
 }
-NOTHING: tuple[Any, ...] = (None, False, {}, [])
 
 
 class Factors(NamedTuple):
-    """The update of one Linear's weight (N, K): scale * b @ a."""
+    """The update of one weight (N, K): scale * b @ a. Of the embedding, N is V and K is D."""
 
     a: Tensor  # (r, K)
     b: Tensor  # (N, r)
@@ -66,11 +72,29 @@ class Adapter:
     targets: Mapping[str, Factors]  # keyed by the Linear's name, such as "layers.0.attention.wq"
     source: str = ""  # the path it was read from
     base_model: str = ""  # the base model's name in its configuration
+    magnitudes: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # DoRA: (N,), by Linear
+    biases: Mapping[str, Tensor] = dataclasses.field(
+        default_factory=dict
+    )  # (N,), by Linear; scaled as its factors
+    weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # in place of the model's, by name
+    tokenizer: pathlib.Path | None = None  # the adapter's folder, if a tokenizer lies in it
 
     @property
     def rank(self) -> int:
         """The largest rank among the targets."""
-        return max(f.a.shape[0] for f in self.targets.values())
+        return max((f.a.shape[0] for f in self.targets.values()), default=0)
+
+    def args(self, base: ModelArgs) -> ModelArgs:
+        """The configuration of the base model with this adapter: its vocabulary, and what is still tied."""
+        own = [self.weights[name] for name in (EMBEDDING, OUTPUT) if name in self.weights]
+        if own:
+            base = dataclasses.replace(base, vocab_size=own[0].shape[0])
+        if not base.tie_embeddings:
+            return base
+        # PEFT adapts each of two tied modules alone; they stay tied with equal weights for both.
+        alone = {"tok_embeddings", "output"} & self.targets.keys() or len(own) == 1
+        tied = not alone and (not own or torch.equal(*own))
+        return dataclasses.replace(base, tie_embeddings=tied)
 
 
 def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
@@ -81,149 +105,155 @@ def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
     `weights_only=True`.
     """
     file = _find(pathlib.Path(path).expanduser())
+    if is_gguf(file):
+        stored, alpha = gguf.read(file)
+        return _assembled(file, stored, args, "gguf", lambda weight, r: alpha / r if alpha else 1.0)
     stored = read_file(file)
-    if any(name.startswith(PREFIX) for name in stored):
+    if file.with_name(CONFIG).is_file() or any(name.startswith(PREFIX) for name in stored):
         return _read_peft(file, stored, args)
     beside = file.with_name("params.json")
     lora = read_json(beside).get("lora") if beside.is_file() else None
     scale = lora.get("scaling", MISTRAL_SCALE) if isinstance(lora, dict) else MISTRAL_SCALE
-    if not _is_number(scale):
+    if not peft.is_number(scale):
         raise CheckpointError(f"'lora.scaling' is {scale!r}, not a number", field="lora.scaling", place=beside)
-    return Adapter(_factors(file, stored, args, "mistral", lambda linear, r: float(scale)), str(path))
+    return _assembled(file, stored, args, "mistral", lambda weight, r: float(scale))
 
 
 def _find(path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(
-            "no such file or folder", place=path, hint="download the adapter and name where it lies"
-        )
+        hint = "name the folder or file of an adapter on this machine"
+        if hub.REPO_ID.fullmatch(str(path)):
+            hint = (
+                f"an adapter on the hub is downloaded first: `hf download {path} --local-dir FOLDER`, then FOLDER"
+            )
+        raise CheckpointError("no such file or folder", place=path, hint=hint)
     found = [path / name for name in FILES if (path / name).is_file()]
-    if not found:
-        raise CheckpointError(f"holds no adapter ({', '.join(FILES)})", place=path)
-    return found[0]
+    inside = found or [file for file in sorted(path.glob("*.gguf")) if gguf.is_adapter(file)]
+    if not inside:
+        model = any((path / name).is_file() for name in hub.CONFIG_FILES) and hub.weight_groups(os.listdir(path))
+        raise CheckpointError(
+            f"holds no adapter ({', '.join(FILES)})",
+            place=path,
+            hint="this folder is a model: name it as the MODEL, and an adapter of it as the adapter" if model
+            else f"a folder of PEFT has {CONFIG} and {FILES[0]}",
+        )  # fmt: skip
+    return inside[0]
 
 
 def _read_peft(file: pathlib.Path, stored: dict[str, StoredTensor], args: ModelArgs) -> Adapter:
     path = file.with_name(CONFIG)
     if not path.is_file():
-        raise CheckpointError(f"PEFT's weights without {CONFIG} beside them, which has their scale", place=file)
-    data = read_json(path)
-    if data.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"'peft_type' is {data.get('peft_type')!r}; only 'LORA' can be opened", field="peft_type", place=path
+            f"PEFT's weights without {CONFIG} beside them, which has their scale",
+            place=file,
+            hint=f"fetch {CONFIG} too",
         )
-    for field, value in data.items():
-        if field in READ or field in IRRELEVANT or value in NOTHING or value in PLAIN.get(field, ()):
-            continue
+    config = peft.read_config(path)
+
+    def scale(weight: str, r: int) -> float:
+        name = str(rename(weight, "mistral", "huggingface")).removesuffix(".weight")
+        if config.rank(name) != r:
+            raise CheckpointError(
+                f"{name!r} is of rank {r}; {CONFIG} says {config.rank(name)}", field=name, place=file
+            )
+        return config.scale(name, r)
+
+    adapter = _assembled(file, stored, args, "huggingface", scale, config.base_model)
+    lora = {name for name in adapter.targets if name != "tok_embeddings"}
+    if config.dora != bool(adapter.magnitudes) or (config.dora and adapter.magnitudes.keys() != lora):
         raise CheckpointError(
-            f"{field!r} is {str(value)[:60]!r}: a variant of LoRA that cannot be opened; plain ones can",
-            field=field,
+            f"'use_dora' is {config.dora}, and {len(adapter.magnitudes)} of {len(lora)} Linears have a magnitude",
+            field="use_dora",
             place=path,
         )
-    ranks = _pattern(path, data, "rank_pattern", "r")
-    alphas = _pattern(path, data, "alpha_pattern", "lora_alpha")
-    rslora = data.get("use_rslora") is True
-
-    def scale(linear: str, r: int) -> float:
-        if ranks(linear) != r:
-            raise CheckpointError(
-                f"{linear!r} is of rank {r}; {CONFIG} says {ranks(linear)}", field=linear, place=file
-            )
-        return alphas(linear) / (math.sqrt(r) if rslora else r)
-
-    targets = _factors(file, stored, args, "huggingface", scale)
-    return Adapter(targets, str(file), str(data.get("base_model_name_or_path") or ""))
+    words = hub.sentencepiece_file(file.parent) or file.with_name("tokenizer.json")
+    return dataclasses.replace(adapter, tokenizer=file.parent if words.is_file() else None)
 
 
-def _pattern(path: pathlib.Path, data: dict[str, Any], field: str, default: str) -> Callable[[str], float]:
-    """Return a map from Linear names to numbers: the first matching pattern or `default`."""
-    table = data.get(field) or {}
-    if not _is_number(data.get(default)):
-        raise CheckpointError(f"{default!r} is {data.get(default)!r}, not a number", field=default, place=path)
-    if not isinstance(table, dict) or not all(map(_is_number, table.values())):
-        raise CheckpointError(f"{field!r} must be a table from names to numbers", field=field, place=path)
-    compiled = []
-    for pattern, number in table.items():
-        # Exponential backtracking needs a repeated group; four quantifiers are enough for names.
-        if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 4:
-            raise CheckpointError(
-                f"{field!r} has {pattern!r}, too involved a pattern",
-                field=field,
-                place=path,
-                hint="name the layers",
-            )
-        try:
-            compiled.append((re.compile(rf"(?:.*\.)?(?:{pattern})$"), number))
-        except (re.error, OverflowError) as e:
-            raise CheckpointError(
-                f"{field!r} has {pattern!r}, which is no pattern ({e})", field=field, place=path
-            ) from e
-    return lambda name: next((number for p, number in compiled if p.match(name)), data[default])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def _factors(
+def _assembled(
     file: pathlib.Path,
     stored: dict[str, StoredTensor],
     args: ModelArgs,
     layout: str,
     scale: Callable[[str, int], float],
-) -> dict[str, Factors]:
-    """Return the factors by Mistral's names and in its layout, in forward order."""
-    shapes = {name: shape for name, shape in expected(args) if len(shape) == 2}
-    halves: dict[str, dict[str, StoredTensor]] = {}
+    base_model: str = "",
+) -> Adapter:
+    """Return the adapter of these tensors, by Mistral's names and in its layout, in forward order."""
+    hint = f"it is an adapter of another model{f', {base_model}' if base_model else ''}: use it with that one"
+    found: dict[str, dict[str, StoredTensor]] = {}
     for one in stored.values():
-        ours, half = _place(one, layout)
-        if ours not in shapes:
-            raise one.fault(f"lies beyond the {args.n_layers} layers of the model")
-        halves.setdefault(ours, {})[half] = one
-    if not halves:
+        ours, part = _place(one, layout)
+        found.setdefault(ours, {})[part] = one
+    if not found:
         raise CheckpointError("holds no tensor of an adapter", place=file)
-    out = {}
-    for ours, (outputs, inputs) in shapes.items():
-        if ours in halves:
-            a, b = _pair(ours, halves[ours], outputs, inputs)
-            linear = str(rename(ours, "mistral", layout)).removesuffix(".weight")
-            heads = rotated_heads(ours, args) if layout == "huggingface" else None
-            view = b if heads is None else interleaved(b, heads)
-            out[ours.removesuffix(".weight")] = Factors(a, view, scale(linear, a.shape[0]))
-    return out
+    shapes = dict(expected(_resized(found, args, hint)))
+    if beyond := next((parts for name, parts in found.items() if name not in shapes), None):
+        raise next(iter(beyond.values())).fault(f"lies beyond the {args.n_layers} layers of the model", hint=hint)
+    targets: dict[str, Factors] = {}
+    more: dict[str, dict[str, Tensor]] = {"magnitude": {}, "bias": {}, "weight": {}}
+    for ours, shape in shapes.items():
+        parts, linear = found.get(ours, {}), ours.removesuffix(".weight")
+        heads = rotated_heads(ours, args) if layout == "huggingface" else None
+        read = functools.partial(_values, parts, ours, heads, hint)
+        if "weight" in parts:
+            more["weight"][ours] = read("weight", shape)
+        if not parts.keys() - {"weight"}:
+            continue
+        if lacking := sorted({"A", "B"} - parts.keys()):
+            raise next(iter(parts.values())).fault(f"is there without the factor {' and '.join(lacking)}")
+        outputs, inputs = shape[0], shape[-1]
+        if ours == EMBEDDING:  # its factors are stored transposed
+            outputs, inputs = inputs, outputs
+        r = parts["A"].shape[0] if parts["A"].shape else 0
+        a, b = read("A", (max(r, 1), inputs)), read("B", (outputs, r))
+        targets[linear] = Factors(*((b.T, a.T) if ours == EMBEDDING else (a, b)), scale(ours, r))
+        for part in ("magnitude", "bias"):
+            if part in parts:
+                more[part][linear] = read(part, (outputs,))
+    return Adapter(targets, str(file), base_model, more["magnitude"], more["bias"], more["weight"])
+
+
+def _values(
+    parts: dict[str, StoredTensor], ours: str, heads: int | None, hint: str, part: str, shape: tuple[int, ...]
+) -> Tensor:
+    """Return a part of a weight, after checking shape and type, with its rows in Mistral's order."""
+    one = parts[part]
+    if one.shape != shape:
+        raise one.fault(f"is of shape {one.shape}; the model's {ours!r} takes {shape}", hint=hint)
+    if not one.dtype.is_floating_point:
+        raise one.fault(f"is of {one.dtype}, no plain float")
+    return one.view() if heads is None or part == "A" else interleaved(one.view(), heads)
+
+
+def _resized(found: dict[str, dict[str, StoredTensor]], args: ModelArgs, hint: str) -> ModelArgs:
+    """Return the base model's configuration with the vocabulary that the adapter's own weights bring."""
+    whole = [found[name]["weight"] for name in (EMBEDDING, OUTPUT) if "weight" in found.get(name, {})]
+    if not whole or len(whole[0].shape) != 2 or whole[0].shape[0] == args.vocab_size:
+        return args
+    if len(whole) < 2:
+        raise whole[0].fault(
+            f"has {whole[0].shape[0]} tokens, and the model {args.vocab_size}; the adapter lacks the other of "
+            "embedding and output",
+            hint=hint,
+        )
+    return dataclasses.replace(args, vocab_size=whole[0].shape[0])
 
 
 def _place(one: StoredTensor, layout: str) -> tuple[str, str]:
-    """Return the weight (Mistral's name) that a tensor belongs to, and its factor, "A" or "B"."""
-    plain = one.name.removeprefix(PREFIX).replace(".base_layer.", ".")
-    found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", plain)
-    ours = rename(f"{found[1]}.weight", layout, "mistral") if found else None
-    if ours == EMBEDDING or "lora_embedding" in one.name:
-        raise one.fault("adapts the embedding; only Linears can be adapted")
-    if rename(plain, layout, "mistral") is not None:
-        raise one.fault(
-            "is a weight of the model itself, of which adapters cannot have their own (PEFT leaves them out with "
-            "save_embedding_layers=False)"
-        )
-    if found is None or ours is None:
-        raise one.fault("is no factor of a LoRA adapter of Mistral 7B")
-    return ours, found[2]
-
-
-def _pair(ours: str, halves: dict[str, StoredTensor], outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """Return A (r, K) and B (N, r) of one Linear, after checking shapes and types."""
-    if len(halves) < 2:
-        raise next(iter(halves.values())).fault("is there without its other half")
-    a, b = halves["A"], halves["B"]
-    r = a.shape[0] if a.shape else 0
-    for one, shape in ((a, (r, inputs)), (b, (outputs, r))):
-        if one.shape != shape or r == 0:
-            raise one.fault(f"is of shape {one.shape}; the model's {ours!r} takes {shape}")
-        if not one.dtype.is_floating_point:
-            raise one.fault(f"is of {one.dtype}, no plain float")
-    return a.view(), b.view()
+    """Return the weight (Mistral's name) that a tensor belongs to, and its part: A, B, magnitude, bias, weight."""
+    name = one.name.removeprefix(PREFIX)
+    for pattern, kind in PARTS[layout]:
+        if (found := pattern.fullmatch(name)) and (ours := rename(f"{found[1]}.weight", layout, "mistral")):
+            part = found[2].upper() if layout == "gguf" and len(found[2]) == 1 else found[2]
+            if part != "weight" and (ours == EMBEDDING) != (kind == "embedding "):
+                hint = peft.MERGE if layout == "huggingface" else "open PEFT's files of this adapter"
+                raise one.fault("adapts the embedding in a way that cannot be opened", hint=hint)
+            return ours, part
+    raise one.fault(
+        "is no tensor of a LoRA adapter of Mistral 7B", hint="if it is one of another model, use it with that one"
+    )
 
 
 def save_adapter(
@@ -233,10 +263,14 @@ def save_adapter(
 
     Values keep their type and bits, except that mistral-finetune's scale is always 2: B is rescaled to match.
     `base_model` is the base model's name, which PEFT records. Raises CheckpointError if `path` exists and is not
-    empty, WriteError if it cannot be written.
+    empty, or for an adapter with more than the factors of Linears; WriteError if it cannot be written.
     """
     if format not in ("peft", "mistral"):
         raise CheckpointError(f"an adapter's format {format!r} is not known: 'peft' or 'mistral'", field="format")
+    if adapter.magnitudes or adapter.biases or adapter.weights or "tok_embeddings" in adapter.targets:
+        raise CheckpointError(
+            "only the factors of Linears can be written, and this adapter has more", field="adapter", place=path
+        )
     tensors: dict[str, Tensor] = {}
     for linear, (a, b, scale) in adapter.targets.items():
         name = linear

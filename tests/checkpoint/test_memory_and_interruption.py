@@ -15,6 +15,8 @@ from tiny import tiny_args, tiny_model
 from mistral_7b import CheckpointError, Mistral7B, ModelArgs, WriteError
 from mistral_7b.checkpoint import convert, quantize, writing
 from mistral_7b.checkpoint.gguf import writing as gguf_writing
+from mistral_7b.checkpoint.names import expected
+from mistral_7b.lora.files import Adapter, Factors, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer.model lies beside")
 
@@ -25,6 +27,7 @@ BIG = ModelArgs(
 MEASURE = """
 import json, os, pathlib, sys, torch
 from mistral_7b.checkpoint import convert, load, quantize
+from mistral_7b.lora import merge
 
 def act(what, source, out, target):
     if what == "convert":
@@ -32,6 +35,9 @@ def act(what, source, out, target):
         return None
     if what == "quantize":
         quantize(source, out, target, torch.ones(1, 9, dtype=torch.long), "ones")
+        return None
+    if what == "merge":
+        merge(source, source.parent / f"{source.name}-lora", out, torch.ones(1, 9, dtype=torch.long), to=target)
         return None
     if what == "round":
         return load(source, quantization=target)
@@ -76,6 +82,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     model.save_pretrained(folder / "bf16.gguf", format="gguf")
     model.save_pretrained(folder / "q4_0.gguf", format="gguf", type="q4_0")
     tiny_model(tiny_args(), torch.bfloat16).save_pretrained(folder / "tiny")
+    for name, args in (("huggingface", BIG), ("tiny", tiny_args())):
+        shapes = [
+            (n.removesuffix(".weight"), s) for n, s in expected(args) if len(s) == 2 and n.startswith("layers")
+        ]
+        factors = {n: Factors(torch.ones(8, s[1]), torch.ones(s[0], 8), 1.0) for n, s in shapes}
+        save_adapter(Adapter(factors), folder / f"{name}-lora", args)
     for name, plain in (("int4", "huggingface"), ("tiny-int4", "tiny")):
         quantize(folder / plain, folder / name, "int4", torch.ones(1, 9, dtype=torch.long), "ones")
     return folder
@@ -99,6 +111,7 @@ BOUNDS = {  # (what, source, target) -> peak, as a share of the weights' size
     ("copy", "int4", "bfloat16"): 0.37,
     ("round", "huggingface", "int4"): 0.5,
     ("quantize", "huggingface", "int4"): 0.3,
+    ("merge", "huggingface", "mistral"): 0.5,  # a layer of both models, in part float32, and the adapter
 }
 
 

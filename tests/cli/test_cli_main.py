@@ -59,7 +59,12 @@ def test_unknown_command_suggests_the_near_one(run) -> None:
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_unknown_flag(run, command: str) -> None:
-    words = {"convert": ["a", "b", "--to", "mistral"], "quantize": ["a", "b"], "pull": ["a/b"]}.get(command, [])
+    words = {
+        "convert": ["a", "b", "--to", "mistral"],
+        "quantize": ["a", "b"],
+        "merge": ["a", "b", "c"],
+        "pull": ["a/b"],
+    }.get(command, [])
     code, out, err = run(command, *words, "--no-such-flag")
     assert (code, out) == (2, "")
     assert "--no-such-flag" in err

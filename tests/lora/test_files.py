@@ -162,9 +162,9 @@ def test_a_pickle_opens_as_tensors_alone(saved: dict[str, Any], tmp_path: pathli
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True), ("bias", "all"), ("bias", "lora_only"), ("modules_to_save", ["lm_head"]),
+        ("use_dora", True), ("use_dora", "yes"), ("use_rslora", 1),
         ("fan_in_fan_out", True), ("megatron_config", {"a": 1}), ("layer_replication", [[0, 1]]),
-        ("lora_bias", True), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
+        ("lora_bias", 3), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
         ("use_qalora", True), ("trainable_token_indices", [3]), ("target_parameters", ["w"]),
         ("alora_invocation_tokens", [1]), ("something_of_tomorrow", "yes"), ("peft_type", "IA3"),
         ("r", None), ("r", "8"), ("lora_alpha", -1), ("lora_alpha", True), ("rank_pattern", ["q_proj"]),
@@ -214,14 +214,10 @@ BAD: list[tuple[Callable[[dict[str, Tensor]], Any], str | None]] = [
     (renamed(Q0.format("A"), MAGNITUDE), MAGNITUDE),
     (renamed(Q0.format("A"), EMBEDDING + "lora_embedding_A"), EMBEDDING + "lora_embedding_A"),
     (renamed(Q0.format("A"), EMBEDDING + "lora_A.weight"), EMBEDDING + "lora_A.weight"),
-    (
-        lambda t: t.update({EMBEDDING + "weight": torch.zeros(67, 40)}),
-        EMBEDDING + "weight",
-    ),
-    (
-        lambda t: t.update({BASE: torch.zeros(67, 40)}),
-        BASE,
-    ),
+    (lambda t: t.update({EMBEDDING + "weight": torch.zeros(67, 48)}), EMBEDDING + "weight"),
+    (lambda t: t.update({EMBEDDING + "weight": torch.zeros(69, 40)}), EMBEDDING + "weight"),
+    (lambda t: t.update({BASE: torch.zeros(69, 40), EMBEDDING + "weight": torch.zeros(68, 40)}), BASE),
+    (lambda t: t.update({BASE: torch.zeros(67, 40).byte()}), BASE),
     (lambda t: t.clear(), None),
 ]
 

@@ -6,13 +6,18 @@ import platform
 import time
 
 import torch
+from torch import Tensor
 
 from ...generate import PREFILL_CHUNK, stream
 from ...kernels import backend, threads
+from ...lora import apply, read_adapter
+from ...lora.adapters import Adapters, Run
 from ...model import Mistral7B, ModelArgs
 from ...quantization.schemes import compressed_bytes, random_model
 from ...sampling.params import SamplingParams
 from ..jobs import WARM_UP, Job
+
+ADAPTER = "adapter"
 
 
 class Engine:
@@ -21,9 +26,17 @@ class Engine:
     def __init__(self, job: Job) -> None:
         threads.use(job.threads)
         self.job = job
-        self.model = build(job).eval()
+        model, rest, factors = build(job).eval(), None, 0  # bytes of the adapter's factors
+        if job.adapter is not None:
+            adapter = read_adapter(job.adapter, model.args)
+            linears = [f for name, f in adapter.targets.items() if name != "tok_embeddings"]
+            factors = sum(f.a.numel() + f.b.numel() for f in linears) * model.norm.weight.element_size()
+            model, rest = apply(model, adapter)
+        self.model, self.adapter, self.adapters = model, rest, Adapters(model)
+        if rest is not None:
+            self.adapters.load(ADAPTER, rest)
         self.tokens = torch.randint(0, self.model.args.vocab_size, (job.rows, job.prompt))
-        self.weight_bytes = compressed_bytes(self.model)
+        self.weight_bytes = compressed_bytes(model) + factors
         self.kv_token_bytes = kv_token_bytes(self.model)
         self.threads = torch.get_num_threads()
         self.path = f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
@@ -34,18 +47,31 @@ class Engine:
         job = self.job
         self.cache = self.model.rolling_cache(job.rows, job.prompt + job.room)
         for chunk in self.tokens.split(max(1, PREFILL_CHUNK // job.rows), dim=1):
-            hidden = self.model.hidden(chunk, self.cache)  # (B, T, D)
-        self.logits = self.model.logits(hidden[:, -1:])  # (B, 1, V)
+            hidden = self.hidden(chunk)  # (B, T, D)
+        self.logits = self.projected(hidden[:, -1:])  # (B, 1, V)
 
     @torch.inference_mode()
     def step(self) -> None:
-        self.logits = self.model.logits(self.model.hidden(self.logits.argmax(-1), self.cache))
+        self.logits = self.projected(self.hidden(self.logits.argmax(-1)))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Hidden states of tokens (B, T), every row with the adapter if there is one."""
+        with self.adapters.over(self.runs(tokens.numel())) as model:
+            return model.hidden(tokens, self.cache)
+
+    def projected(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states (B, 1, D)."""
+        with self.adapters.over(self.runs(len(hidden))) as model:
+            return model.logits(hidden)
+
+    def runs(self, rows: int) -> list[Run]:
+        return [(None if self.adapter is None else ADAPTER, rows)]
 
     def generated(self, seconds: float) -> float:
         """Return the median tokens per second of `generate`, including sampling and text."""
         params = SamplingParams(temperature=0, max_tokens=self.job.room, ignore_eos=True)
         times: list[float] = []
-        pieces = stream(self.model, self.tokens[0].tolist(), params)
+        pieces = stream(self.model, self.tokens[0].tolist(), params, adapter=self.adapter)
         began = time.perf_counter()
         for n, piece in enumerate(pieces):
             now = time.perf_counter()

@@ -98,7 +98,7 @@ def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, StoredTensor]]:
     Raises CheckpointError if it is not a Mistral 7B.
     """
     contents = gguf_file.read(path)
-    tensors = _tensors(contents)
+    tensors = stored_tensors(contents)
     if frequencies := tensors.pop(FREQUENCIES, None):
         if frequencies.nbytes > 1 << 16 or not bool((frequencies.view() == 1).all()):
             raise CheckpointError(
@@ -110,7 +110,7 @@ def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, StoredTensor]]:
     return _args(contents, tied=rename(OUTPUT, "mistral", "gguf") not in tensors), tensors
 
 
-def _tensors(contents: gguf_file.Contents) -> dict[str, StoredTensor]:
+def stored_tensors(contents: gguf_file.Contents) -> dict[str, StoredTensor]:
     file, out = MappedFile(contents.path), {}
     for name, entry in contents.entries.items():
         if entry.kind.name in gguf_blocks.FLOATS:

@@ -1,0 +1,96 @@
+"""`mistral-7b merge`: merge a LoRA adapter into a checkpoint, and measure its distance from the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from ..kernels import threads
+from .inputs import UsageError, read_flags, read_text
+from .quantize import ROW, own_source, rows
+
+if TYPE_CHECKING:
+    from ..lora.merging import Merge as Record
+
+Base = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="BASE")]
+AdapterName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADAPTER")]
+Out = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Merge a LoRA adapter into its base model, layer by layer, and measure on a text what rounding changed.
+
+    The output can be used wherever a MODEL is named. It is complete or absent.
+    """
+
+    base: Base
+    """The adapter's base model, unquantized: a folder, a file, a hub id or "demo"."""
+    adapter: AdapterName
+    """The adapter: a folder or file of PEFT, mistral-finetune or llama.cpp."""
+    out: Out
+    """The output folder; for GGUF, the output file."""
+    to: Literal["huggingface", "mistral", "gguf"] = "huggingface"
+    """Format of the output, as of `convert`."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
+    """GGUF: type of the matrices; None: that of the base."""
+    max_shard_size: str = "5GB"
+    """Maximum file size in Hugging Face's format; Mistral's is one file."""
+    text: str = ""
+    """Text file to measure the distance on; default: this package's source."""
+    tokens: int = 2048
+    """Maximum number of tokens of that text."""
+    tokenizer: str | None = None
+    """A tokenizer file, or a folder or model with one; None: that of the adapter, else of the base."""
+    threads: int | None = None
+    """CPU threads, at most 4 per CPU; None: PyTorch's default."""
+
+
+def run(argv: list[str]) -> int:
+    args = read_flags(Merge, "merge", argv)
+    if args.tokens < 2:
+        raise UsageError(f"--tokens must be at least 2, not {args.tokens}", field="--tokens")
+    threads.check(args.threads, "--threads")
+    name, text = (args.text, read_text(args.text)) if args.text else own_source()
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring the distance", total=None)
+
+        def advance(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        from ..checkpoint import hub, read_args
+        from ..lora import merge, read_adapter
+        from ..text.tokenizer import Tokenizer
+
+        threads.use(args.threads)
+        base = hub.resolve(args.base)
+        model_args = read_args(base)[0]
+        adapter = read_adapter(args.adapter, model_args)
+        tokenizer = Tokenizer.from_pretrained(args.tokenizer or adapter.tokenizer or base)
+        tokens = rows(tokenizer, text, args.tokens, min(ROW, model_args.max_seq_len))
+        record = merge(
+            args.base, adapter, args.out, tokens, name, args.to,
+            type=args.type, max_shard_size=args.max_shard_size, progress=advance,
+        )  # fmt: skip
+    print(f"{args.base} with {args.adapter} is written to {args.out}: {summary(record)}", file=sys.stderr)
+    return 0
+
+
+def summary(record: Record) -> str:
+    """Return one line on a merge and its distance from the adapter at run time."""
+    d = record.distance
+    quantized = (
+        f"; {record.dequantized} quantized weights of the base were dequantized" if record.dequantized else ""
+    )
+    return (
+        f"{record.changed} of {record.weights} adapted weights changed, rounded to {record.dtype}{quantized}. "
+        f"On {d['tokens']:,} tokens of {d['text']}, adapter at run time -> merged: KL {d['kl']:.2e}, top-1 "
+        f"agreement {d['top1_agreement']:.1%}, perplexity {d['perplexity_original']:.3f} -> {d['perplexity']:.3f}"
+    )

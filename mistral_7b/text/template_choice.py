@@ -27,6 +27,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from ..errors import TokenizerError
 from .chat_template import ChatTemplate
 from .template_library import MISTRAL, TEMPLATES
+from .vocabularies.folder import release_of
 
 MARKERS = re.compile(r"\s*(<s>|</s>|\[/?INST\])\s*")
 MAX_BYTES = 64 << 20  # of a file that is read
@@ -171,7 +172,7 @@ def mistral_version(
     the folder's own; it must write what mistral-common encodes, but for blanks at the markers. Without one, the
     folder must be in Mistral's layout.
     """
-    version = _vocabulary_version(tuple(pieces))
+    version = release_of(tuple(pieces))
     if version is None:
         return None
     if template is None:
@@ -202,12 +203,3 @@ def _encoded(version: str, roles: tuple[str, ...]) -> str:
 def _mistral_tokenizer(version: str) -> MistralTokenizer:
     tokenizer: MistralTokenizer = getattr(MistralTokenizer, version)()
     return tokenizer
-
-
-@functools.lru_cache
-def _vocabulary_version(pieces: tuple[str, ...]) -> str | None:
-    """Return the version of the vocabulary of Mistral 7B that has these pieces."""
-    for version in MISTRAL.values():
-        if pieces == tuple(_mistral_tokenizer(version).instruct_tokenizer.tokenizer.vocab()):
-            return version
-    return None

@@ -70,7 +70,7 @@ def of_folder(folder: pathlib.Path, vocab_size: int) -> dict[str, Any] | None:
     else:
         return None
     templates = chat_templates(folder)
-    if templates:
+    if templates or (config and "[INST]" not in keys[TOKENS]):  # a base model's, in Hugging Face's layout
         keys.pop(TEMPLATE, None)
     for name, text in templates.items():
         keys[TEMPLATE if name == "default" else f"{TEMPLATE}.{name}"] = text

@@ -7,7 +7,6 @@ tokenizer.model with added tokens                         SentencePiece between 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pathlib
 from functools import cache
@@ -46,12 +45,12 @@ def open_folder(folder: pathlib.Path) -> Vocabulary:
 def is_mistrals_own(pieces: pathlib.Path, fast: pathlib.Path, files: TokenizerFiles) -> bool:
     """Return whether a folder with both files is a release of Mistral, whose ids are those of mistral-common.
 
-    The SentencePiece file is one of Mistral's, tokenizer.json has the same tokens and no others, and the chat
-    template, if there is one, writes [INST].
+    The SentencePiece file has the pieces of one of Mistral's, tokenizer.json has the same tokens and no others, and
+    the chat template, if there is one, writes [INST].
     """
-    if hashlib.sha256(pieces.read_bytes()).hexdigest() not in mistrals_files():
-        return False
     known = SentencePieceVocabulary(pieces)
+    if release_of(tuple(known.names)) is None:
+        return False
     content = read_json(fast)
     try:
         tokens = {**content["model"]["vocab"], **{t["content"]: t["id"] for t in content["added_tokens"]}}
@@ -62,10 +61,13 @@ def is_mistrals_own(pieces: pathlib.Path, fast: pathlib.Path, files: TokenizerFi
 
 
 @cache
-def mistrals_files() -> frozenset[str]:
-    """Return the SHA-256 of each SentencePiece file of Mistral's, which mistral-common brings."""
-    files = MistralTokenizer._data_path().glob("*.model.v*")
-    return frozenset(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+def release_of(pieces: tuple[str, ...]) -> str | None:
+    """Return the version of Mistral's vocabulary that has these pieces, of those of Mistral 7B; None: no other has."""
+    for version in ("v1", "v2", "v3"):
+        tokenizer = getattr(MistralTokenizer, version)().instruct_tokenizer.tokenizer
+        if pieces == tuple(tokenizer.vocab()):
+            return version
+    return None
 
 
 def _templates(files: TokenizerFiles) -> str:

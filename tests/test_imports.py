@@ -42,7 +42,8 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 # Read for --help, or at the HTTP door, before anyone needs torch.
 WITHOUT_TORCH = (
     "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",
-    "text.tool_calls", "checkpoint", "checkpoint.hub", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer", "lora",
+    "text.tool_calls", "checkpoint", "checkpoint.hub", "checkpoint.starter", "checkpoint.gguf.file",
+    "checkpoint.gguf.tokenizer", "lora",
     "training", "training.args", "kernels.cpu.compiler", "kernels.threads",
     "engine.grammar.client", "engine.grammar.forkserver",
     "server.config", "server.openai.protocol", "server.openai.responses", "server.anthropic.wire",

@@ -11,6 +11,7 @@ writing      a model or Checkpoint -> a folder or file, one tensor at a time
 quantized    read a quantized folder
 quantizing   write a quantized folder, one layer at a time, and measure its distance from the original
 hub          a name -> a local path, downloading what is needed (imports no torch)
+starter      the model "starter", downloaded with pip (imports no torch)
 """
 
 from __future__ import annotations

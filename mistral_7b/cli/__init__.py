@@ -26,7 +26,7 @@ COMMANDS = {
     "info": "show a checkpoint's release, shape and memory requirements",
     "convert": "convert a checkpoint to another format",
     "quantize": "quantize a checkpoint to int8 or int4",
-    "pull": "download a model from the Hugging Face hub",
+    "pull": "download a model: one of the Hugging Face hub, or the starter model",
     "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",
     "bench": "measure speed and memory, compared with hardware limits and other engines",
@@ -95,7 +95,8 @@ def _help() -> str:
         "Mistral 7B in PyTorch: readable, exact and fast at once.\n\n"
         f"commands:\n{commands}\n\n"
         "`mistral-7b COMMAND --help` lists the flags of a command. MODEL is a folder, a file, a hub id\n"
-        '(owner/name), or "demo" (the default): the bundled small model of Python code.'
+        '(owner/name), "starter" (a small chat model, downloaded once), or "demo" (the default): the bundled\n'
+        "small model of Python code."
     )
 
 

@@ -31,7 +31,7 @@ class Chat(TextOptions):
     """Chat with an instruction-tuned model; /help at the prompt lists the commands."""
 
     model: ModelName = "demo"
-    """A folder, a hub id or "demo"."""
+    """A folder, a hub id, "starter" or "demo"."""
     system: str = ""
     """System prompt."""
     system_file: str = ""

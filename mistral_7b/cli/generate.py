@@ -28,7 +28,7 @@ class Generate(TextOptions):
     """Continue a text. The prompt comes from a flag, a file or a pipe; the bundled model has a default one."""
 
     model: ModelName = "demo"
-    """A folder, a file, a hub id or "demo"."""
+    """A folder, a file, a hub id, "starter" or "demo"."""
     prompt: str = ""
     """Text to continue. A prompt that begins with a dash is written --prompt="-x"."""
     prompt_file: str = ""

@@ -97,7 +97,7 @@ class LLM:
         for output in llm.generate(["def add(", "class "], SamplingParams(max_tokens=32)):
             print(output.outputs[0].text)
 
-    model         a folder, file, hub id or "demo", or a loaded Mistral7B
+    model         a folder, file, hub id, "starter" or "demo", or a loaded Mistral7B
     config        EngineConfig: memory, batch size, queue
     tokenizer     None loads the one in the model's folder; prompts of token ids need none
     adapters      LoRA adapters by name: folders or files of PEFT or mistral-finetune

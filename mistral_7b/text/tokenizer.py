@@ -74,6 +74,9 @@ class Tokenizer:
         self._pieces = SentencePieceTokenizer(self.path, tokenizer_version=TokenizerVersion(self.version))
         self._chat = self._template(ValidationMode.test)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({str(self.path)!r}, {self.version!r}, {self.vocab_size} tokens)"
+
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str] = "demo") -> Tokenizer:
         """Load the tokenizer of a model: a folder, a file in it, a GGUF file, a hub id, or "demo"."""

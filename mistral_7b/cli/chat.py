@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import GenerationError
 from ..sampling.params import SamplingParams
 from .conversation import Conversation, Message
-from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
+from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text, sampling_of
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -43,7 +43,7 @@ class Chat(TextOptions):
     sampling: SamplingParams = dataclasses.field(
         default_factory=lambda: SamplingParams(temperature=0.7, max_tokens=2048)
     )
-    """Sampling parameters."""
+    """Sampling parameters. Without a flag, the model's own default (generation_config.json) precedes these."""
 
 
 def run(argv: list[str]) -> int:
@@ -56,6 +56,8 @@ def run(argv: list[str]) -> int:
         conversation.system = read_text(args.system_file).strip()
     conversation.system = args.system or conversation.system
     model, tokenizer = args.open(args.model)
+    sampling = sampling_of(args, "chat", argv, model)
+    params = dataclasses.replace(sampling, structured_outputs=params.structured_outputs)
 
     from .repl import Repl, history, notice
 

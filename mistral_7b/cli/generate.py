@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ..sampling.params import SamplingParams
-from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
+from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text, sampling_of
 
 if TYPE_CHECKING:
     from ..engine.speculation import Speculation, Tally
@@ -45,7 +45,7 @@ class Generate(TextOptions):
     sampling: SamplingParams = dataclasses.field(
         default_factory=lambda: SamplingParams(temperature=0.7, max_tokens=256)
     )
-    """Sampling parameters."""
+    """Sampling parameters. Without a flag, the model's own default (generation_config.json) precedes these."""
 
 
 def run(argv: list[str]) -> int:
@@ -60,6 +60,8 @@ def run(argv: list[str]) -> int:
     echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
     prompt = prompt or DEMO_PROMPT
     model, tokenizer = args.open(args.model)
+    sampling = sampling_of(args, "generate", argv, model)
+    params = dataclasses.replace(sampling, structured_outputs=params.structured_outputs)
     speculate = speculation(args)
     from ..sampling.sampler import draw_seed
 

@@ -92,7 +92,7 @@ def through(block: torch.nn.Module, inputs: list[Tensor], model: Mistral7B) -> l
     out = []
     for x in inputs:
         memory = Stateless(model.args.sliding_window)
-        rope = rope_phases(memory.extend(x[:, 0]), model.args.head_dim, model.args.rope_theta, x.dtype)
+        rope = rope_phases(memory.extend(x[:, 0]), model.args, x.dtype)
         out.append(block(x, rope, memory))
     return out
 

@@ -21,7 +21,7 @@ from .engine.config import EngineConfig
 from .engine.engine import Engine
 from .engine.inputs import RequestOptions
 from .engine.llm import follow, open_engine, run
-from .engine.prompts import Prompt, as_prompts, load_tokenizer, params_for, tokenize_prompt
+from .engine.prompts import Prompt, as_prompts, ends_of, load_tokenizer, params_for, tokenize_prompt
 from .engine.request import Request
 from .engine.speculation import Speculation
 from .errors import GenerationError
@@ -113,8 +113,9 @@ def _open(
     tokenizer_error = ""
     if tokenizer is None:
         tokenizer, tokenizer_error = load_tokenizer(model)
+    ends = ends_of(model, tokenizer)
     tokenized = [
-        tokenize_prompt(model.args, f"prompt {i}", prompt, p, tokenizer, tokenizer_error)
+        tokenize_prompt(model.args, f"prompt {i}", prompt, p, tokenizer, tokenizer_error, ends=ends)
         for i, (prompt, p) in enumerate(zip(several, params_for(several, params), strict=True))
     ]
     rows = max([batch_size, *(len(one.completions) for one in tokenized)])  # a prompt's completions run together

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .cache import Cache, GrowingCache, Memory, RollingCache, check_fit
 from .errors import ConfigError
+from .rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +48,24 @@ class ModelArgs:
     sliding_window: int | None = 4096  # W; None: full causal attention
     max_seq_len: int = 32768
     tie_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None  # of fine-tunes for longer contexts; not in the paper
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "tie_embeddings":
-                good = isinstance(value, bool)
-                wanted = "true or false"
-            elif field.name == "sliding_window" and value is None:
-                continue
-            elif field.name in ("norm_eps", "rope_theta"):
-                good = isinstance(value, (int, float)) and not isinstance(value, bool)
-                good = good and math.isfinite(value) and value > 0
-                wanted = "a finite number above 0"
+            name, value = field.name, getattr(self, field.name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name == "tie_embeddings":
+                good, wanted = isinstance(value, bool), "true or false"
+            elif name == "rope_scaling":
+                good, wanted = isinstance(value, RopeScaling | None), "a RopeScaling or None"
+            elif name in ("norm_eps", "rope_theta"):
+                good, wanted = number and math.isfinite(value) and value > 0, "a finite number above 0"
             else:
-                good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-                wanted = "a whole number of at least 1"
-                if field.name == "sliding_window":
-                    wanted += " (or None for full attention)"
+                good, wanted = number and isinstance(value, int) and value >= 1, "a whole number of at least 1"
+                if name == "sliding_window":
+                    good, wanted = good or value is None, wanted + " (or None for full attention)"
             if not good:
-                raise ConfigError(f"ModelArgs.{field.name} must be {wanted}, not {value!r}", field=field.name)
+                raise ConfigError(f"ModelArgs.{name} must be {wanted}, not {value!r}", field=name)
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"ModelArgs.n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})",
@@ -111,17 +110,20 @@ class RMSNorm(nn.Module):
 Rope = tuple[Tensor, Tensor]  # cos and sin of p * theta^(-2i/K), each (..., 1, K/2)
 
 
-def rope_phases(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rope:
+def rope_phases(positions: Tensor, args: ModelArgs, dtype: torch.dtype) -> Rope:
     """cos and sin of the rotary angles (arXiv:2104.09864, eq. 15) at positions (...): (..., 1, K/2).
 
     Angles are computed wide from exact positions whatever the weights' dtype: in bfloat16 position
     32767 would be off by whole turns. `dtype` is that of the result, float32 at least.
     """
     exact = torch.float32 if positions.device.type == "mps" else torch.float64  # MPS has no float64
-    pair = torch.arange(0, head_dim, 2, dtype=exact, device=positions.device)
-    angle = positions.to(exact)[..., None, None] * theta ** (-pair / head_dim)
+    pair = torch.arange(0, args.head_dim, 2, dtype=exact, device=positions.device)
+    frequency, gain = args.rope_theta ** (-pair / args.head_dim), 1.0
+    if args.rope_scaling is not None:
+        frequency, gain = args.rope_scaling.apply(frequency, args.rope_theta)
+    angle = positions.to(exact)[..., None, None] * frequency
     dtype = torch.promote_types(dtype, torch.float32)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -255,7 +257,7 @@ class Mistral7B(nn.Module):
         check_fit(cache, len(self.layers), tokens, sequence_ids)
         positions = cache.extend(tokens, sequence_ids)
         x = self.tok_embeddings(tokens)  # (..., D)
-        rope = rope_phases(positions, self.args.head_dim, self.args.rope_theta, x.dtype)
+        rope = rope_phases(positions, self.args, x.dtype)
         return self.norm(self.layers(x, rope, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:

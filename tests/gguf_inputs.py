@@ -11,6 +11,7 @@ import struct
 import warnings
 from typing import Any
 
+import tokenizers
 import torch
 from sentencepiece import SentencePieceProcessor
 
@@ -218,8 +219,11 @@ def survives(path: pathlib.Path, load: bool = True) -> bool:
         if load:
             Mistral7B.from_pretrained(path)
     try:
-        model = gguf_tokenizer.sentencepiece_model(path, gguf_file.read(path).metadata)
-        SentencePieceProcessor(model_proto=model).encode("a b\u2581[INST]\0")
+        files = gguf_tokenizer.files(path, gguf_file.read(path).metadata)
+        if "tokenizer.model" in files:
+            SentencePieceProcessor(model_proto=files["tokenizer.model"]).encode("a b\u2581[INST]\0")
+        if "tokenizer.json" in files:
+            tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode()).encode("a b\u2581[INST]\0")
     except TokenizerError:
         pass
     return True

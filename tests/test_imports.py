@@ -18,7 +18,7 @@ ROOT = Path(mistral_7b.__file__).parent
 LAYERS = (
     ("errors",),
     ("files", "kernels", "machine"),
-    ("attention", "sampling"),
+    ("attention", "rope", "sampling"),
     ("cache",),
     ("model",),
     ("surgery",),
@@ -42,12 +42,13 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 # Read for --help, or at the HTTP door, before anyone needs torch.
 WITHOUT_TORCH = (
     "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",
-    "text.tool_calls", "checkpoint", "checkpoint.hub", "checkpoint.starter", "checkpoint.gguf.file",
+    "text.tool_calls", "text.chat_template", "text.template_choice", "text.template_sandbox",
+    "checkpoint", "checkpoint.hub", "checkpoint.starter", "checkpoint.gguf.file",
     "checkpoint.gguf.tokenizer", "lora",
     "training", "training.args", "kernels.cpu.compiler", "kernels.threads",
     "engine.grammar.client", "engine.grammar.forkserver",
-    "server.config", "server.openai.protocol", "server.openai.responses", "server.anthropic.wire",
-    "server.anthropic.events", "server.openai.responses_api.events", "server.openai.responses_api.store",
+    "server.config", "server.openai.protocol", "server.openai.answers", "server.anthropic.wire",
+    "server.anthropic.events", "server.openai.responses.events", "server.openai.responses.store",
     "server.ollama.bodies", "server.ollama.answers",
     "bench.run", "bench.report", "bench.plot", "bench.serving.run", "bench.serving.report", "bench.serving.plot",
 )  # fmt: skip
@@ -113,7 +114,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_the_model_stands_on_attention_cache_and_errors_alone() -> None:
     found = set(imports_of((ROOT / "model.py").read_text(encoding="utf-8"), ()))
-    assert {room for room, function, _ in found if not function} <= {"attention", "cache", "errors"}
+    assert {room for room, function, _ in found if not function} <= {"attention", "cache", "errors", "rope"}
     doors = {("model", function, room) for room, function, _ in found if function}
     assert doors == DOORS
 

@@ -25,7 +25,7 @@ W = 8
 def test_trap_08_constants_of_the_releases() -> None:
     body = {
         "dim": 4096, "n_layers": 32, "head_dim": 128, "hidden_dim": 14336, "n_heads": 32, "n_kv_heads": 8,
-        "norm_eps": 1e-5, "max_seq_len": 32768, "tie_embeddings": False,
+        "norm_eps": 1e-5, "max_seq_len": 32768, "tie_embeddings": False, "rope_scaling": None,
     }  # fmt: skip
     v0_1 = body | {"vocab_size": 32000, "rope_theta": 10_000.0, "sliding_window": 4096}
     v0_2 = body | {"vocab_size": 32000, "rope_theta": 1_000_000.0, "sliding_window": None}
@@ -42,6 +42,7 @@ BAD = (
     + [("norm_eps", value) for value in (0.0, -1.0, math.nan, math.inf, "1", True, None)]
     + [("rope_theta", value) for value in (0.0, -1.0, math.nan, math.inf, "1", True, None)]
     + [("tie_embeddings", value) for value in (0, 1, None, "no")]
+    + [("rope_scaling", value) for value in (0, "linear", {"type": "linear", "factor": 2.0})]
 )  # fmt: skip
 
 
@@ -118,15 +119,15 @@ def test_trap_11_phases_at_the_last_position_are_exact(dtype: torch.dtype, theta
 
 def test_rotation_turns_neighbouring_pairs_and_keeps_relative_angles() -> None:
     q, k = torch.randn(2, 5, 6, 10, dtype=torch.float64)
-    turned = rotate(q, rope_phases(torch.arange(5), 10, 1e4, torch.float64))
+    turned = rotate(q, rope_phases(torch.arange(5), TINY, torch.float64))
     for p in range(5):
         for i in range(5):
             angle = p * 1e4 ** (-2 * i / 10)
             pair = torch.complex(q[p, :, 2 * i], q[p, :, 2 * i + 1]) * complex(math.cos(angle), math.sin(angle))
             close(turned[p, :, 2 * i], pair.real)
             close(turned[p, :, 2 * i + 1], pair.imag)
-    near = [rope_phases(torch.full((5,), p), 10, 1e4, torch.float64) for p in (3, 1)]
-    far = [rope_phases(torch.full((5,), p), 10, 1e4, torch.float64) for p in (30003, 30001)]
+    near = [rope_phases(torch.full((5,), p), TINY, torch.float64) for p in (3, 1)]
+    far = [rope_phases(torch.full((5,), p), TINY, torch.float64) for p in (30003, 30001)]
     close((rotate(q, near[0]) * rotate(k, near[1])).sum(-1), (rotate(q, far[0]) * rotate(k, far[1])).sum(-1))
 
 

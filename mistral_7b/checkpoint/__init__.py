@@ -4,10 +4,15 @@ names        one table of tensor names, and the row order of wq and wk
 config       helpers shared by both configuration files: strict JSON, theta, window
 huggingface  config.json
 mistral      params.json
+rope         a scaled rotary embedding in config.json and GGUF
+packing      quantization_config of GPTQ, AWQ and compressed-tensors
+packed       their tensors, dequantized one matrix at a time
+others       what a folder or file is that holds no checkpoint
 stored       tensors in memory-mapped files, loaded lazily
 gguf/        GGUF: container, tensors, tokenizer, chat templates
 reading      a folder or file -> a validated Checkpoint -> a model
 writing      a model or Checkpoint -> a folder or file, one tensor at a time
+tokenizer_files  the tokenizer's files beside weights, carried from one layout to another
 quantized    read a quantized folder
 quantizing   write a quantized folder, one layer at a time, and measure its distance from the original
 hub          a name -> a local path, downloading what is needed (imports no torch)

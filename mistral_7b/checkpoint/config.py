@@ -11,8 +11,13 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..model import ModelArgs
+from .others import check_pointer
 
 V0_1_THETA, V0_1_WINDOW, LATER_THETA = 1e4, 4096, 1e6
+INSTEAD = (
+    "open it with transformers or llama.cpp, or take a Mistral 7B, such as mistralai/Mistral-7B-Instruct-v0.3"
+)
+TEKKEN = 131_072  # the vocabulary of Mistral's later models
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -28,6 +33,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
             out[name] = value
         return out
 
+    check_pointer(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
@@ -83,6 +89,19 @@ def theta_and_window(path: pathlib.Path, theta: Any, window: Any) -> tuple[Any, 
             stacklevel=2,
         )
     return theta, window
+
+
+def check_tekken(path: pathlib.Path, data: dict[str, Any], width: str) -> None:
+    """Raise CheckpointError for Mistral's later models, of the same architecture with the Tekken tokenizer."""
+    dim = data.get(width)
+    if data.get("vocab_size") == TEKKEN and isinstance(dim, int) and dim >= 4096:
+        raise CheckpointError(
+            f"a vocabulary of {TEKKEN} tokens: this is Mistral Nemo, Ministral or Mistral Small, whose tokenizer "
+            "(Tekken) is not supported",
+            field="vocab_size",
+            place=path,
+            hint=INSTEAD,
+        )
 
 
 def check_supported(path: pathlib.Path, data: dict[str, Any], supported: dict[str, tuple[Any, ...]]) -> None:

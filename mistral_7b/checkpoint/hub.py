@@ -23,7 +23,7 @@ FILE_ID = re.compile(rf"(?P<repo>{REPO_ID.pattern})/(?P<file>[\w.-]+(/[\w.-]+)*\
 
 TOKENIZER_FILES = re.compile(
     r"tokenizer\.model(\.v\w+)?|tokenizer\.json|tekken\.json|tokenizer_config\.json|special_tokens_map\.json"
-    r"|added_tokens\.json|chat_template\.jinja"
+    r"|added_tokens\.json|chat_template\.(jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
 )
 SENTENCEPIECE = re.compile(r"tokenizer\.model(\.v(?P<version>\d+)(m\d+)?)?")
 STEMS = (  # (stem, suffix) of weight files, in order of preference
@@ -32,7 +32,8 @@ STEMS = (  # (stem, suffix) of weight files, in order of preference
     ("pytorch_model", "bin"),
     ("quantized", "safetensors"),
 )
-CONFIG_FILES = ("config.json", "params.json", "generation_config.json")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # of early AutoGPTQ and AutoAWQ
+CONFIG_FILES = ("config.json", "params.json", "generation_config.json", *QUANTIZATION_FILES)
 
 
 class WeightGroup(NamedTuple):

@@ -6,8 +6,9 @@ import pathlib
 import warnings
 from typing import Any
 
+from ..errors import CheckpointError
 from ..model import ModelArgs
-from .config import check_supported, consistent_value, theta_and_window, to_args
+from .config import INSTEAD, check_supported, check_tekken, consistent_value, theta_and_window, to_args
 
 FIELDS = {
     name: name
@@ -15,16 +16,17 @@ FIELDS = {
 }
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {  # field -> the values that do not change the model
     "model_type": ("transformer",),
-    "moe": (),
-    "vision_encoder": (),
-    "multimodal": (),
-    "lora": (),
     "quantization": (),
     "yarn": (),
     "llama_4_scaling": (),
     "use_biases": (False,),
     "use_scale_emb": (False,),
     "causal": (True,),
+}
+OTHERS = {  # field -> what a model with it is
+    "moe": "Mixtral, a mixture of experts",
+    "vision_encoder": "Pixtral or Mistral Small 3.1, with a vision encoder",
+    "multimodal": "Pixtral or Voxtral, with an encoder of images or sound",
 }
 OTHER_FIELDS = {
     "rope_theta", "sliding_window", "_sliding_window", "max_seq_len", "max_position_embeddings",
@@ -39,8 +41,21 @@ def recognize(data: dict[str, Any]) -> bool:
 
 def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
     """Build ModelArgs from a params.json. CheckpointError names an invalid field."""
+    for field, what in OTHERS.items():
+        if data.get(field) is not None:
+            raise CheckpointError(f"{field!r} is set: this is {what}", field=field, place=path, hint=INSTEAD)
+    if data.get("lora") is not None:
+        raise CheckpointError(
+            "'lora' is set: this is a LoRA adapter of mistral-finetune",
+            field="lora",
+            place=path,
+            hint="name its base model, and this with --adapter",
+        )
+    check_tekken(path, data, "dim")
     check_supported(path, data, SUPPORTED_VALUES)
-    if unknown_fields := sorted(data.keys() - FIELDS.keys() - SUPPORTED_VALUES.keys() - OTHER_FIELDS):
+    if unknown_fields := sorted(
+        data.keys() - FIELDS.keys() - SUPPORTED_VALUES.keys() - OTHER_FIELDS - OTHERS.keys() - {"lora"}
+    ):
         warnings.warn(
             f"{path}: fields {', '.join(map(repr, unknown_fields))} are unknown and ignored", stacklevel=2
         )
@@ -53,7 +68,16 @@ def read(path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
 
 
 def params(args: ModelArgs) -> dict[str, Any]:
-    """Return the content of params.json, always with theta: mistral-inference defaults to 1e6."""
+    """Return the content of params.json, always with theta: mistral-inference defaults to 1e6.
+
+    CheckpointError for a scaled rotary embedding, which mistral-inference would ignore.
+    """
+    if args.rope_scaling is not None:
+        raise CheckpointError(
+            f"params.json has no field for the {args.rope_scaling.type!r} scaling of the rotary embedding",
+            field="rope_scaling",
+            hint="use the format 'huggingface' or 'gguf'",
+        )
     out: dict[str, Any] = {name: getattr(args, name) for name in FIELDS}
     out["rope_theta"] = args.rope_theta
     if args.sliding_window is not None:

@@ -24,7 +24,7 @@ from ..kernels.cpu import huge_pages
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import Scheme, empty_model
 from . import config
-from .huggingface import QUANT_METHOD
+from .packing import QUANT_METHOD
 from .stored import StoredTensor
 
 FORMAT, WEIGHTS = 1, "quantized.safetensors"

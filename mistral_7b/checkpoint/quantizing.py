@@ -32,7 +32,8 @@ from . import hub, huggingface
 from .names import EMBEDDING, OUTPUT
 from .quantized import WEIGHTS, Record
 from .reading import Checkpoint, open_checkpoint
-from .writing import ALIGNMENT, Progress, copy_tokenizer_files, header_of, new_folder, write_json
+from .tokenizer_files import TokenizerFiles
+from .writing import ALIGNMENT, Progress, header_of, new_folder, write_json
 
 WriteTensor = Callable[[str, Tensor], None]
 ROWS = 256  # logits per chunk
@@ -149,7 +150,7 @@ class _Stream:
     def run(self) -> Comparison:
         args = self.checkpoint.args
         memory = Stateless(args.sliding_window)
-        rope = rope_phases(memory.extend(self.tokens), args.head_dim, args.rope_theta, self.dtype)
+        rope = rope_phases(memory.extend(self.tokens), args, self.dtype)
         weight = self.checkpoint.read(EMBEDDING, self.dtype)
         embedding = Int8Embedding.from_weight(weight)
         self._write_module("tok_embeddings", embedding)
@@ -258,8 +259,7 @@ def _write_other_files(
     folder: pathlib.Path, args: ModelArgs, dtype: torch.dtype, record: Record, source: pathlib.Path | None
 ) -> None:
     """Write all files except the weights; the configuration last, as no folder opens without it."""
-    copy_tokenizer_files(source, folder, "huggingface")
-    if not (folder / "generation_config.json").exists():
-        write_json(folder / "generation_config.json", huggingface.GENERATION)
-    config = huggingface.config(args, str(dtype).removeprefix("torch."))
+    tokenizer = TokenizerFiles.of(source)
+    tokenizer.write(folder, "quantized")
+    config = huggingface.config(args, str(dtype).removeprefix("torch."), tokenizer.ids)
     write_json(folder / "config.json", {**config, "quantization_config": record.config()})

@@ -22,7 +22,7 @@ from ..quantization.gpu import to_gpu
 from ..quantization.linear import BlockLinear, Int8Embedding
 from ..quantization.schemes import Scheme
 from ..surgery import replace_linears
-from . import config, hub, huggingface, mistral, quantized
+from . import config, hub, huggingface, mistral, others, packed, packing, quantized
 from .gguf import blocks as gguf_blocks
 from .gguf import reading as gguf
 from .gguf.file import is_gguf
@@ -187,20 +187,23 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
 def read_args(path: str | os.PathLike[str]) -> tuple[ModelArgs, str]:
     """Return the configuration and format of a folder or file, without loading weights.
 
-    The format is "huggingface", "mistral", "gguf" or "quantized" (see `quantized.read_record`).
+    The format is "huggingface", "mistral", "gguf", "quantized" (quantized.py) or a method of packing.py.
     """
-    path = _existing(path)
+    path = others.check(path)
     if file := _gguf_of(path):
         checkpoint = _open_gguf(file)
         return checkpoint.args, checkpoint.format
+    folder = path if path.is_dir() else path.parent
+    args, format = _read_config(folder)
     if quantized.read_record(path) is not None:
-        return _read_config(path if path.is_dir() else path.parent)[0], "quantized"
-    return _read_config(path if path.is_dir() else path.parent)
+        return args, "quantized"
+    scheme = packing.of_folder(folder)
+    return args, format if scheme is None else scheme.method
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Find and validate the weights and configuration of a folder or file."""
-    path = _existing(path)
+    path = others.check(path)
     if file := _gguf_of(path):
         return _open_gguf(file)
     if (record := quantized.read_record(path)) is not None:
@@ -212,6 +215,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         )
     folder = path if path.is_dir() else path.parent
     raw = _find_weights(folder) if path.is_dir() else _read_weights(path)
+    if (scheme := packing.of_folder(folder)) is not None:
+        raw = packed.combine(raw, scheme)
     layout = layout_of(raw)
     if layout not in CONFIGS:
         name = next(iter(raw), None)
@@ -232,20 +237,11 @@ def _open_gguf(path: pathlib.Path) -> Checkpoint:
     return Checkpoint(path, args, "gguf", _validated(path, raw, "gguf", args))
 
 
-def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise CheckpointError("no such file or folder", place=path)
-    return path
-
-
 def _read_config(folder: pathlib.Path, prefer: str = "huggingface") -> tuple[ModelArgs, str]:
     """Return the configuration of a folder and its format; `prefer` decides between two."""
     found = [folder / name for name in CONFIGS.values() if (folder / name).is_file()]
     if not found:
-        raise CheckpointError(
-            "contains neither config.json nor params.json, so it is not a checkpoint", place=folder
-        )
+        raise others.folder_error(folder)
     configs = {}
     for path in found:
         data = config.read_json(path)
@@ -264,9 +260,7 @@ def _find_weights(folder: pathlib.Path) -> dict[str, StoredTensor]:
     """Return the tensors of a folder: those of the first complete weight group."""
     groups = hub.weight_groups(entry.name for entry in folder.iterdir())
     if not groups:
-        raise CheckpointError(
-            "contains no weights (*.safetensors, consolidated.00.pth, pytorch_model.bin)", place=folder
-        )
+        raise others.folder_error(folder)
     # If no group is complete, opening the first raises the error that names the missing file.
     group = next((g for g in groups if hub.is_complete(folder, g)), groups[0])
     return _read_weights(folder / group.entry_file)
@@ -295,7 +289,10 @@ def _read_weights(path: pathlib.Path) -> dict[str, StoredTensor]:
         if not (path.parent / shard).is_file():
             first = next(tensor for tensor, file in index.items() if file == shard)
             raise CheckpointError(
-                f"missing; {path.name} maps tensor {first!r} to it", field=first, place=path.parent / shard
+                f"missing, though {path.name} maps tensor {first!r} to it",
+                field=first,
+                place=path.parent / shard,
+                hint="fetch it from the model's repository, such as with `mistral-7b pull`",
             )
         for name, stored in read_file(path.parent / shard).items():
             if (place := index.get(name)) != shard:  # in two shards, or not in the index

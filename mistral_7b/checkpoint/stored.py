@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, first_line
+from .others import check_weight_file
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "U8": torch.uint8, "I8": torch.int8,  # quantized weights only
 }  # fmt: skip
+READABLE = DTYPES | {"I32": torch.int32, "I64": torch.int64}  # in checkpoints quantized elsewhere (packed.py)
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = {dtype for dtype in CODES if dtype.is_floating_point}  # dtypes of unquantized weights
 NAMED_DTYPES = {
@@ -114,12 +116,10 @@ class StoredTensor:
 
 
 def read_file(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a weight file by its content. CheckpointError if it is damaged."""
-    try:
-        with path.open("rb") as f:
-            head = f.read(8)
-    except OSError as e:
-        raise CheckpointError(f"cannot be read ({e.strerror or e})", place=path) from e
+    """Return the tensors of a weight file by its content. CheckpointError if it is damaged, or another file."""
+    check_weight_file(path)
+    with path.open("rb") as f:
+        head = f.read(8)
     return _read_pickle(path) if head[:4] == b"PK\x03\x04" else _read_safetensors(path, head)
 
 
@@ -141,12 +141,12 @@ def _read_safetensors(path: pathlib.Path, head: bytes) -> dict[str, StoredTensor
     header.pop("__metadata__", None)
     file, out = MappedFile(path), {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in READABLE:
             raise CheckpointError(
                 f"tensor {name!r} has type {entry['dtype']}, which is not supported", field=name, place=path
             )
         begin = 8 + length + entry["data_offsets"][0]
-        out[name] = StoredTensor(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin)
+        out[name] = StoredTensor(file, name, READABLE[entry["dtype"]], tuple(entry["shape"]), begin)
     return out
 
 

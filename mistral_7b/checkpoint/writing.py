@@ -29,13 +29,11 @@ from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import scheme_of
 from . import hub, huggingface, mistral
 from .gguf import reading as gguf
-from .gguf import tokenizer as gguf_tokenizer
 from .gguf import writing as gguf_writing
-from .gguf.file import is_gguf
-from .gguf.file import read as read_gguf
 from .names import EMBEDDING, OUTPUT, expected, half_split, rename, rotated_heads
 from .reading import open_checkpoint
 from .stored import CODES, StoredTensor
+from .tokenizer_files import TokenizerFiles
 
 Progress = Callable[[int, int, str], None]  # bytes written, total bytes, name of the tensor just written
 ALIGNMENT = 64  # bytes: alignment of mapped tensors, for aligned vector loads
@@ -73,8 +71,8 @@ def save(
     These load in transformers, mistral-inference, llama.cpp and this package. `path` must not exist or be an
     empty folder. `max_shard_size` is in bytes or like "5GB"; Mistral's layout is always one file. GGUF is one
     file; `type` is the type of its matrices: "f32", "f16", "bf16", "q8_0", "q4_0", or None for the model's own.
-    The tokenizer is copied from the model's source. Raises CheckpointError if a weight has no data or does not
-    belong to a plain Mistral 7B (merge adapters and save before quantizing).
+    The tokenizer's files, with chat templates and ends, are those of the model's source. Raises CheckpointError
+    if a weight has no data or does not belong to a plain Mistral 7B (merge adapters and save before quantizing).
 
     A model of int8 or int4 modules is saved as "quantized", with its measured `distance` from the original and
     its `calibration` (see quantized.Record). Raises QuantizationError without a distance.
@@ -178,11 +176,14 @@ def _write_folder(
         raise CheckpointError(
             f"unknown format {format!r}; must be 'huggingface', 'mistral', 'gguf' or 'quantized'", field="format"
         )
+    if format == "mistral":
+        mistral.params(args)  # refuses what it has no field for before anything is written
     limit = _bytes(max_shard_size)
     with new_folder(out, sum(t.nbytes for t in outgoing)) as partial:
         _write_weights(partial, args, format, outgoing, limit, progress)
-        copy_tokenizer_files(source, partial, format)
-        _write_configs(partial, args, format, outgoing)
+        tokenizer = TokenizerFiles.of(source)
+        tokenizer.write(partial, format)
+        _write_configs(partial, args, format, outgoing, tokenizer.ids)
 
 
 @contextlib.contextmanager
@@ -313,29 +314,14 @@ def header_of(tensors: Iterable[tuple[str | None, torch.dtype, tuple[int, ...]]]
     return struct.pack("<Q", len(raw)) + raw
 
 
-def copy_tokenizer_files(source: pathlib.Path | None, folder: pathlib.Path, format: str) -> None:
-    """Copy the tokenizer files, and for Hugging Face generation_config.json, from the source."""
-    if source is not None and is_gguf(source):
-        metadata = read_gguf(source).metadata
-        if metadata.get(gguf_tokenizer.MODEL) == "llama":
-            vocabulary = gguf_tokenizer.sentencepiece_model(source, metadata)
-            (folder / gguf_tokenizer.file_name(metadata)).write_bytes(vocabulary)
-    if source is None or not source.is_dir():
-        return
-    for entry in sorted(source.iterdir()):
-        settings = format == "huggingface" and entry.name == "generation_config.json"
-        if entry.is_file() and (settings or hub.TOKENIZER_FILES.fullmatch(entry.name)):
-            shutil.copyfile(entry, folder / entry.name)
-
-
-def _write_configs(folder: pathlib.Path, args: ModelArgs, format: str, outgoing: list[Outgoing]) -> None:
+def _write_configs(
+    folder: pathlib.Path, args: ModelArgs, format: str, outgoing: list[Outgoing], ids: Mapping[str, Any]
+) -> None:
     if format == "mistral":
         write_json(folder / "params.json", mistral.params(args))
         return
-    if not (folder / "generation_config.json").exists():
-        write_json(folder / "generation_config.json", huggingface.GENERATION)
     dtype = Counter(t.dtype for t in outgoing).most_common(1)[0][0]
-    write_json(folder / "config.json", huggingface.config(args, str(dtype).removeprefix("torch.")))
+    write_json(folder / "config.json", huggingface.config(args, str(dtype).removeprefix("torch."), ids))
 
 
 def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:

@@ -136,8 +136,9 @@ def table(facts: dict[str, Any]) -> Table:
         "parameters": f"{facts['parameters']:,}",
         "window": f"{window:,} tokens a layer" if window else "none: full causal attention",
         **{name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in a.items()
-           if name not in ("sliding_window", "tie_embeddings")},
+           if name not in ("sliding_window", "tie_embeddings", "rope_scaling")},
         "tie_embeddings": "yes" if a["tie_embeddings"] else "no",
+        **({"rope_scaling": scaling_text(a["rope_scaling"])} if a["rope_scaling"] else {}),
         **(quantization_rows(quantization) if quantization else {}),
         f"weights in {stored}": readable(facts["weights_bytes"]),
         f"cache at {facts['context']:,} tokens": f"{readable(facts['cache_bytes'])}"
@@ -152,6 +153,12 @@ def table(facts: dict[str, Any]) -> Table:
     for name, value in rows.items():
         out.add_row(name, Text(value))
     return out
+
+
+def scaling_text(scaling: dict[str, Any]) -> str:
+    """Return a scaled rotary embedding in words."""
+    original = f", from {scaling['original_max_seq_len']:,} tokens" if scaling["original_max_seq_len"] else ""
+    return f"{scaling['type']}, factor {scaling['factor']:g}{original}"
 
 
 def quantization_rows(quantization: dict[str, Any]) -> dict[str, str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ModelName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")]
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 DType = Literal["bfloat16", "float16", "float32"]
 
 
@@ -78,6 +79,8 @@ class ModelOptions:
     """CPU threads, at most 4 per CPU; None: PyTorch's default."""
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model with one; None: that of the model."""
+    stop_tokens: Annotated[Repeated, tyro.conf.arg(name="stop-token", metavar="TEXT|ID")] = ()
+    """A token that ends generation, by spelling or id, besides those that the model's files name."""
 
     def __post_init__(self) -> None:
         threads.check(self.threads, "--threads")
@@ -106,7 +109,16 @@ class ModelOptions:
                 f"{model.args.vocab_size}: the tokenizer belongs to another model",
                 place=tokenizer.path,
             )
-        return model, tokenizer
+        return model, tokenizer.stopping_at(self._stops(model)) if self.stop_tokens else tokenizer
+
+    def _stops(self, model: Mistral7B) -> list[int | str]:
+        """Return --stop-token: digits are an id. UsageError for an id that the model does not have."""
+        stops = [int(token) if token.isdecimal() else token for token in self.stop_tokens]
+        size = model.args.vocab_size
+        for token in stops:
+            if isinstance(token, int) and token >= size:
+                raise UsageError(f"--stop-token {token}: the vocabulary has {size} tokens", field="--stop-token")
+        return stops
 
     def open_model(self, source: str) -> Mistral7B:
         """Load another model with the same type and device."""

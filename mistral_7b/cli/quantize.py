@@ -118,7 +118,7 @@ def rows(tokenizer: Tokenizer, text: str, most: int, length: int) -> Tensor:
     if width < 1:
         raise UsageError("the text for the distance is empty: there is nothing to measure on")
     whole = torch.tensor(ids[: len(ids) // width * width]).view(-1, width)
-    return torch.nn.functional.pad(whole, (1, 0), value=tokenizer.bos_id)
+    return torch.nn.functional.pad(whole, (1, 0), value=tokenizer.start_id)
 
 
 def texts(name: str, content: str) -> list[str]:
@@ -154,7 +154,7 @@ def documents(tokenizer: Tokenizer, texts: list[str], most: int, length: int) ->
     for text in texts:
         ids = tokenizer.encode(text, bos=False)
         for start in range(0, len(ids), length - 1):
-            row = [tokenizer.bos_id, *ids[start : start + length - 1]][:most]
+            row = [tokenizer.start_id, *ids[start : start + length - 1]][:most]
             most -= len(row)
             if len(row) > 1:
                 out.append(row)

@@ -16,12 +16,10 @@ from ..engine.config import EngineConfig
 from ..files import size_in_bytes
 from ..server.config import ServerConfig, traces_wanted
 from ..server.keys import read_keys
-from .inputs import ModelName, ModelOptions, UsageError, busy, read_flags
+from .inputs import ModelName, ModelOptions, Repeated, UsageError, busy, read_flags
 
 if TYPE_CHECKING:
     from ..server.operations.tracing import Spans
-
-Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..sampling.sampler import History, Row
 from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import ToolCall, ToolCallDelta, ToolCallStream
 
-EOS = 2  # in every Mistral vocabulary; used without a tokenizer
+EOS = 2  # in every vocabulary of Mistral; used where neither a tokenizer nor the model names an end
 NO_TOKEN = -1
 RANDOM_BLOCK = 64  # random numbers computed at once, which takes little longer than one
 
@@ -30,8 +30,8 @@ class CompletionOutput:
     token_ids          all generated tokens, with the one that ended it
     cumulative_logprob sum of the tokens' log-probabilities, if `logprobs` were requested
     logprobs           for each token a dictionary of Logprobs, its own first
-    finish_reason      "stop" (EOS, stop token or stop string) or "length"; "abort" or "error" if it ended early
-    stop_reason        the stop string or stop token that ended it, None for EOS
+    finish_reason      "stop" (an end, stop token or stop string) or "length"; "abort" or "error" if it ended early
+    stop_reason        the stop string or stop token that ended it, None for an end of the model's own
     tool_calls         the model's tool calls, if tools were offered; they are not part of the text
     """
 
@@ -202,7 +202,8 @@ class Completion:
     """The state of one completion of one prompt.
 
     `max_tokens` is its token limit: the parameters' own, or what the context leaves. Without a tokenizer it has no
-    text. `calls` separates tool calls from the text.
+    text. `calls` separates tool calls from the text. `ends` are the ids with which the model ends a text; None:
+    those of the tokenizer, or else EOS.
     """
 
     prompt: Sequence[int]
@@ -212,13 +213,16 @@ class Completion:
     index: int = 0
     tokenizer: Tokenizer | None = None
     calls: ToolCallStream | None = None
+    ends: frozenset[int] | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
-        self.eos = self.tokenizer.eos_id if self.tokenizer else EOS
+        if self.ends is None:
+            self.ends = self.tokenizer.stop_ids if self.tokenizer else frozenset((EOS,))
+        self._own_ends = frozenset() if self.params.ignore_eos else self.ends
         self._decoder = self.tokenizer.stream(after=self.prompt[-1:]) if self.tokenizer else None
         self._stop_strings = StopStrings(self.params.stops)
         self._stop_ids = frozenset(self.params.stop_token_ids or ())
@@ -237,10 +241,10 @@ class Completion:
         return "".join(self._texts)
 
     def banned(self, ahead: int = 0) -> tuple[int, ...]:
-        """Tokens banned at the position `ahead` after the next: before `min_tokens`, EOS and the stop tokens."""
+        """Tokens banned at the position `ahead` after the next: before `min_tokens`, ends and stop tokens."""
         if len(self.token_ids) + ahead >= self.params.min_tokens:
             return ()
-        return tuple(sorted(self._stop_ids if self.params.ignore_eos else self._stop_ids | {self.eos}))
+        return tuple(sorted(self._stop_ids | self._own_ends))
 
     def uniform(self, ahead: int = 0) -> float:
         """The random number in [0, 1) that samples the token at the position `ahead` after the next."""
@@ -272,7 +276,7 @@ class Completion:
         if logprobs is not None:
             self.logprobs.append(logprobs)
         text = ""
-        if token == self.eos and not self.params.ignore_eos:
+        if token in self._own_ends:
             self.finish_reason = "stop"
         elif token in self._stop_ids:
             self.finish_reason, self.stop_reason = "stop", token

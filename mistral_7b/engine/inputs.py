@@ -21,7 +21,7 @@ from .engine import Engine
 from .grammar.client import MAX_IDLE, MAX_PROCESSES, Grammars
 from .grammar.spec import OPTIONAL_CHOICES, GrammarSpec
 from .pages import first_key
-from .prompts import Prompt, TokenizedPrompt, tokenize_prompt
+from .prompts import Prompt, TokenizedPrompt, ends_of, tokenize_prompt
 from .request import Request, Sink
 from .speculation import Speculation
 
@@ -59,6 +59,7 @@ class InputProcessor:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, tokenizer_error: str = "") -> None:
         self.engine, self.tokenizer, self.tokenizer_error = engine, tokenizer, tokenizer_error
+        self.ends = ends_of(engine.model, tokenizer)
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
         pool, scheduler = engine.pool, engine.scheduler
@@ -83,7 +84,7 @@ class InputProcessor:
     def _tokenize(self, prompt: Prompt, params: SamplingParams, name: str, field: str) -> TokenizedPrompt:
         args = self.engine.model.args
         return tokenize_prompt(
-            args, name, prompt, params, self.tokenizer, self.tokenizer_error, self.kv_capacity, field
+            args, name, prompt, params, self.tokenizer, self.tokenizer_error, self.kv_capacity, field, self.ends
         )
 
     def request(
@@ -139,10 +140,15 @@ class InputProcessor:
         grammar = GrammarSpec.of(structured, tools or (), tool_choice, parallel)
         offered = None if tool_choice == "none" else tools
         ids, prefix = self.tokenizer.encode_chat_with_prefix(messages, offered, labels)
+        if structured is None:
+            prefix = 0
+        elif prefix is None:
+            raise GenerationError(
+                f"{name}: structured_outputs cannot constrain this answer, which begins within a token",
+                field="structured_outputs",
+            )
         prompt = self._tokenize(ids, params, name, "messages")
-        request = self.request(
-            prompt, options, sink, name, prefix if structured is not None else 0, grammar, "messages"
-        )
+        request = self.request(prompt, options, sink, name, prefix, grammar, "messages")
         for c in request.completions if offered else ():
             c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
         return request
@@ -182,7 +188,7 @@ class InputProcessor:
                 args, config = self.engine.model.args, self.engine.config
                 most = max(MAX_PROCESSES, MAX_IDLE + config.max_sequences)
                 self._grammars = Grammars(
-                    self.tokenizer, args.vocab_size, config.grammar_limits, max_processes=most
+                    self.tokenizer, args.vocab_size, config.grammar_limits, max_processes=most, ends=self.ends
                 )
             return self._grammars
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from ..model import Mistral7B, ModelArgs
 from ..sampling.params import SamplingParams
 from ..sampling.sampler import draw_seed
 from ..text.tokenizer import Tokenizer
-from .completion import Completion
+from ..text.vocabularies.files import stop_ids_of
+from .completion import EOS, Completion
 
 Prompt = str | Sequence[int]
 
@@ -55,12 +57,14 @@ def params_for(
 def tokenize_prompt(
     args: ModelArgs, name: str, prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None,
     tokenizer_error: str = "", kv_capacity: int | None = None, field: str = "prompt",
+    ends: frozenset[int] | None = None,
 ) -> TokenizedPrompt:  # fmt: skip
     """Tokenize and check one prompt. GenerationError, PromptTooLongError, SamplingError or TokenizerError.
 
     name, field      how errors call the prompt, and the request field that held it
     tokenizer_error  why there is no tokenizer, if it is None
     kv_capacity      tokens that the KV pages hold, if fewer than a context; None if they hold a context
+    ends             ids with which the model ends a text (`ends_of`); None: those of the tokenizer
     """
     if tokenizer is None and (isinstance(prompt, str) or params.stops):
         raise GenerationError(
@@ -92,7 +96,7 @@ def tokenize_prompt(
         )
     max_tokens = _max_tokens(args, name, field, len(ids), params, kv_capacity)
     seed = draw_seed() if params.seed is None else params.seed
-    completions = [Completion(ids, params, max_tokens, seed, k, tokenizer) for k in range(params.n)]
+    completions = [Completion(ids, params, max_tokens, seed, k, tokenizer, ends=ends) for k in range(params.n)]
     return TokenizedPrompt(prompt if isinstance(prompt, str) else None, ids, params, completions)
 
 
@@ -129,6 +133,18 @@ def _max_tokens(
 @functools.lru_cache(maxsize=4)
 def _tokenizer_at(source: pathlib.Path) -> Tokenizer:
     return Tokenizer.from_pretrained(source)
+
+
+_stop_ids_at = functools.lru_cache(maxsize=4)(stop_ids_of)
+
+
+def ends_of(model: Mistral7B, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The ids with which a model ends a text: those that its files and its tokenizer name, or else EOS."""
+    named = tokenizer.stop_ids if tokenizer is not None else frozenset[int]()
+    if model.source is not None:
+        with contextlib.suppress(Mistral7BError):  # files that cannot be read name none
+            named |= _stop_ids_at(model.source)
+    return frozenset(i for i in named or (EOS,) if i < model.args.vocab_size)
 
 
 def load_tokenizer(model: Mistral7B) -> tuple[Tokenizer | None, str]:

@@ -21,7 +21,7 @@ from ..model import Mistral7B
 from ..text.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens per forward pass: bounds the memory of logits
-BOS = 1  # in every Mistral vocabulary
+BOS = 1  # in every vocabulary of Mistral; used without a tokenizer
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def encode(document: str | Sequence[int], tokenizer: Tokenizer | None) -> list[i
             raise EvaluationError(
                 "a text needs the model's tokenizer", field="tokenizer", hint="pass it, or pass token ids"
             )
-        return tokenizer.encode(document, bos=True)
-    ids = list(document)
-    return ids if ids[:1] == [BOS] else [BOS, *ids]
+        return [tokenizer.start_id, *tokenizer.encode(document, bos=False)]
+    ids, start = list(document), BOS if tokenizer is None else tokenizer.start_id
+    return ids if ids[:1] == [start] else [start, *ids]
 
 
 def pieces(ids: list[int], model: Mistral7B) -> Iterator[list[int]]:

@@ -189,7 +189,7 @@ def _linears(parent: nn.Module, *names: str) -> dict[str, nn.Linear]:
 def _wo_input(block: TransformerBlock, x: Tensor, args: ModelArgs) -> Tensor:
     """The input of wo, (T, H K), for the block's input x (T, D)."""
     memory = Stateless(args.sliding_window)
-    rope = rope_phases(memory.extend(x[:, 0]), args.head_dim, args.rope_theta, x.dtype)
+    rope = rope_phases(memory.extend(x[:, 0]), args, x.dtype)
     return _captured_input(block.attention.wo, lambda: block.attention(block.attention_norm(x), rope, memory))
 
 

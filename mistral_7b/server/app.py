@@ -25,7 +25,7 @@ from .http.validation import invalid
 from .ollama import router as ollama
 from .openai import router as openai
 from .openai import tokens
-from .openai.responses import documented
+from .openai.answers import documented
 from .operations import adapters, health, metrics
 from .state import State
 

@@ -41,6 +41,48 @@ def read_messages(
     return _Converter(version).convert(messages, labels)
 
 
+def plain_messages(
+    messages: Sequence[Mapping[str, Any]], labels: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Copy OpenAI's messages for a chat template of Jinja: text parts become one text, developer becomes system.
+
+    Everything else stays as it was given. Raises TokenizerError naming the invalid message (see `label`).
+    """
+    if isinstance(messages, (str, Mapping)) or not messages:
+        raise TokenizerError(
+            "messages must be a list of at least one {'role': ..., 'content': ...}", field="messages"
+        )
+    chat = []
+    for i, message in enumerate(messages):
+        try:
+            chat.append(_plain(message, last=i + 1 == len(messages)))
+        except TokenizerError as e:
+            name = label(labels, i)
+            field = f"{name}.{e.field}" if e.field else name
+            raise TokenizerError.of(e, message=f"{name}: {e.message}", field=field) from e
+    return chat
+
+
+def _plain(message: Mapping[str, Any], last: bool) -> dict[str, Any]:
+    """Copy one message. TokenizerError names its invalid field."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        field = "role" if isinstance(message, Mapping) else None
+        raise TokenizerError(f"must be a dictionary with a role, not {message!r:.80}", field=field)
+    copy = dict(message)
+    content = _content(copy.get("content"))
+    if isinstance(content, list):
+        copy["content"] = "\n".join(chunk.text for chunk in content)
+    if copy["role"] == "developer":
+        copy["role"] = "system"
+    if not copy.get("prefix"):
+        copy.pop("prefix", None)
+    elif not last:
+        raise TokenizerError('only the last message can have "prefix": true', field="prefix")
+    elif copy["role"] != "assistant" or not copy.get("content"):
+        raise TokenizerError("an answer to continue needs the role assistant and content", field="content")
+    return copy
+
+
 def label(labels: Sequence[str] | None, index: int) -> str:
     """Return the name of a message in errors: its label if there are labels, else its index."""
     return labels[index] if labels is not None else f"messages[{index}]"

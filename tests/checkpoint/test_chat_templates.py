@@ -19,13 +19,13 @@ from conversations import ODD, VALUES, Chat, Drawing
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mistral_7b import Tokenizer, TokenizerError
-from mistral_7b.checkpoint.gguf import chat_templates
+from mistral_7b.checkpoint.gguf import chat_templates, tokenizer_metadata
 from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 
 SEEDS = 160  # conversations for each version
 V7 = MistralTokenizer.v7().instruct_tokenizer.tokenizer.file_path
 OURS = {
-    "v1": Tokenizer.v1(), "v2": Tokenizer.v2(), "v3": Tokenizer.v3(), "v7": Tokenizer(V7, "v7"),
+    "v1": Tokenizer.v1(), "v2": Tokenizer.v2(), "v3": Tokenizer.v3(), "v7": Tokenizer.from_file(V7, "v7"),
     "demo": Tokenizer.from_pretrained(),
 }  # fmt: skip
 every = pytest.mark.parametrize("version", OURS)
@@ -47,7 +47,7 @@ class Written:
     """A template as written to GGUF, and llama.cpp's tokenization with the vocabulary."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        keys = gguf_tokenizer.metadata(tokenizer.path, tokenizer.vocab_size)
+        keys = tokenizer_metadata.of_sentencepiece(tokenizer.path, tokenizer.vocab_size)
         self.tokenizer, self.source = tokenizer, keys["tokenizer.chat_template"]
         self.templates = [
             environment(**options).from_string(self.source)
@@ -273,11 +273,11 @@ def test_templates_contain_the_strings_llama_cpp_searches_for() -> None:
 
 @every
 def test_a_vocabulary_round_trips_with_its_version(version: str, tmp_path: pathlib.Path) -> None:
-    keys = gguf_tokenizer.metadata(OURS[version].path, OURS[version].vocab_size)
+    keys = tokenizer_metadata.of_sentencepiece(OURS[version].path, OURS[version].vocab_size)
     path = tmp_path / gguf_tokenizer.file_name(keys)
-    path.write_bytes(gguf_tokenizer.sentencepiece_model(path, keys))
-    assert Tokenizer(path).version == OURS[version].version
-    assert gguf_tokenizer.metadata(path, OURS[version].vocab_size) == keys
+    path.write_bytes(gguf_tokenizer.files(path, keys)[path.name])
+    assert Tokenizer.from_file(path).version == OURS[version].version
+    assert tokenizer_metadata.of_sentencepiece(path, OURS[version].vocab_size) == keys
 
 
 def test_user_defined_tokens_are_special() -> None:

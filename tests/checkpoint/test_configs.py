@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import warnings
@@ -60,7 +61,8 @@ def test_trap_08_a_missing_window_with_theta_of_v0_1_is_4096(tmp_path: pathlib.P
     data = {k: v for k, v in HF_V1.items() if k != "sliding_window"}
     with pytest.warns(UserWarning, match="sliding_window"):
         assert args_of(tmp_path, data) == V1
-    assert args_of(tmp_path, {**data, "rope_theta": 1e6}) == V2
+    with pytest.warns(UserWarning, match=r"sliding_window.*full attention.*transformers"):
+        assert args_of(tmp_path, {**data, "rope_theta": 1e6}) == V2
 
 
 DISAGREEING = {
@@ -104,12 +106,11 @@ REFUSED = {
     "window of none": ({"sliding_window": 0}, "sliding_window"),
     "heads that do not divide": ({"num_key_value_heads": 5}, "n_heads"),
     "no eps": ({"rms_norm_eps": None}, "rms_norm_eps"),
-    "another architecture": ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+    "another architecture": ({"architectures": ["GPT2LMHeadModel"]}, "architectures"),
+    "Llama's architecture alone": ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
     "a classifier": ({"architectures": ["MistralForSequenceClassification"]}, "architectures"),
     "another model": ({"model_type": "mixtral"}, "model_type"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
-    "scaled RoPE": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-    "YaRN": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_parameters"),
     "RoPE as text": ({"rope_parameters": "default"}, "rope_parameters"),
     "RoPE a layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
     "partly rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -127,10 +128,98 @@ def test_unsupported_config_fields_are_named(
         args_of(tmp_path, {**HF_V1, **change})
 
 
-@pytest.mark.parametrize("change", [{"moe": {"num_experts": 8}}, {"vision_encoder": {}}, {"dim": None}])
+SMOLLM: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
+    "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536, "is_llama_config": True,
+    "max_position_embeddings": 8192, "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 49152,
+}  # fmt: skip
+
+
+def test_a_llama_without_differences_is_a_mistral_without_window(tmp_path: pathlib.Path) -> None:
+    wanted = ModelArgs(
+        dim=576, n_layers=30, head_dim=64, hidden_dim=1536, n_heads=9, n_kv_heads=3, vocab_size=49152,
+        rope_theta=100000, sliding_window=None, max_seq_len=8192, tie_embeddings=True,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert args_of(tmp_path, SMOLLM) == wanted
+        # Fields that are missing have the defaults of transformers' LlamaConfig.
+        few = {k: v for k, v in SMOLLM.items() if k not in ("rope_theta", "rms_norm_eps", "num_key_value_heads")}
+        changed = dataclasses.replace(wanted, rope_theta=1e4, norm_eps=1e-6, n_kv_heads=9)
+        assert args_of(tmp_path, few) == changed
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"model_type": "mistral"}, "architectures"),
+    ],
+)
+def test_a_llama_that_differs_is_refused(tmp_path: pathlib.Path, change: dict[str, Any], field: str) -> None:
+    with refused(CheckpointError, field=field, place=tmp_path / "config.json"):
+        args_of(tmp_path, {**SMOLLM, **change})
+
+
+@pytest.mark.parametrize("size", [32001, 32002, 32032, 32064, 32770])
+def test_padded_and_extended_vocabularies_are_kept(tmp_path: pathlib.Path, size: int) -> None:
+    assert args_of(tmp_path, {**HF_V2, "vocab_size": size}).vocab_size == size
+
+
+def test_variants_of_fields_are_read(tmp_path: pathlib.Path) -> None:
+    layers = ["full_attention"] * 32
+    assert args_of(tmp_path, {**HF_V2, "layer_types": layers, "head_dim": None}) == V2
+    assert args_of(tmp_path, {**HF_V1, "layer_types": ["sliding_attention"] * 32}) == V1
+    assert args_of(tmp_path, {**HF_V2, "tie_word_embeddings": True, "max_position_embeddings": 777}) == (
+        dataclasses.replace(V2, tie_embeddings=True, max_seq_len=777)
+    )
+    assert args_of(tmp_path, {**HF_V2, "num_key_value_heads": None}).n_kv_heads == 32
+
+
+OTHER_MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "Mixtral": ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "Mixtral"),
+    "Small 3.1": ({"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3"}, "vision"),
+    "Pixtral": ({"architectures": ["PixtralForConditionalGeneration"], "model_type": "pixtral"}, "Pixtral"),
+    "Qwen": ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "Qwen"),
+    "Nemo": ({"vocab_size": 131072, "hidden_size": 5120, "head_dim": 128}, "Nemo"),
+    "an embedding model": ({"architectures": ["MistralModel"]}, "embedding"),
+}
+
+
+@pytest.mark.wording
+@pytest.mark.parametrize(("change", "name"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_other_models_are_named(tmp_path: pathlib.Path, change: dict[str, Any], name: str) -> None:
+    with refused(CheckpointError, place=tmp_path / "config.json") as error:
+        args_of(tmp_path, {**HF_V2, **change})
+    assert name in error.value.message
+    assert "Mistral-7B" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"moe": {"num_experts": 8}},
+        {"vision_encoder": {}},
+        {"dim": None},
+        {"lora": {"rank": 8}},
+        {"yarn": {"factor": 4}},
+    ],
+)
 def test_unsupported_params_are_refused(tmp_path: pathlib.Path, change: dict[str, Any]) -> None:
     with refused(CheckpointError, field=next(iter(change)), place=tmp_path / "params.json"):
         args_of(tmp_path, {**PARAMS, **change}, "params.json")
+
+
+def test_params_of_nemo_are_refused(tmp_path: pathlib.Path) -> None:
+    with refused(CheckpointError, field="vocab_size", place=tmp_path / "params.json"):
+        args_of(tmp_path, {**PARAMS, "dim": 5120, "vocab_size": 131072}, "params.json")
 
 
 def test_unknown_params_warn(tmp_path: pathlib.Path) -> None:

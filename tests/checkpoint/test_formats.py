@@ -87,6 +87,34 @@ def test_trap_09_and_10_we_load_transformers_checkpoints(tmp_path: pathlib.Path,
     close(model(tokens)[0] / scale, wanted / scale)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_we_load_transformers_llama_without_a_window(tmp_path: pathlib.Path, tied: bool) -> None:
+    args = tiny_args(dim=60, sliding_window=None, rope_theta=1e5, tie_embeddings=tied)
+    torch.manual_seed(3)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.hidden_dim,
+            num_hidden_layers=args.n_layers, num_attention_heads=args.n_heads, num_key_value_heads=args.n_kv_heads,
+            head_dim=args.head_dim, rms_norm_eps=args.norm_eps, max_position_embeddings=args.max_seq_len,
+            rope_parameters={"rope_theta": args.rope_theta, "rope_type": "default"}, tie_word_embeddings=tied,
+            initializer_range=0.15, attn_implementation="eager",
+        )
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = opened(tmp_path / "theirs")
+    assert model.args == args
+    tokens = tokens_of((2, 41), args)
+    wanted = theirs(tokens).logits.detach()
+    scale = max(1.0, float(wanted.abs().max()) / 5)
+    close(model(tokens)[0] / scale, wanted / scale)
+    model.save_pretrained(tmp_path / "ours")  # as a Mistral, which transformers opens with the same logits
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
+    )
+    assert type(again).__name__ == "MistralForCausalLM"
+    close(again(tokens).logits.detach() / scale, wanted / scale)
+
+
 def test_trap_09_without_the_permutation_the_parity_would_fail(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +258,7 @@ def test_tokenizer_files_are_copied(tmp_path: pathlib.Path) -> None:
     opened(tmp_path / "a").save_pretrained(tmp_path / "b")
     convert(tmp_path / "b", tmp_path / "c", to="mistral")
     tokenizers = {"tokenizer.model", "tokenizer.model.v3", "tokenizer.json", "chat_template.jinja"}
+    tokenizers.add("generation_config.json")  # its ends are not Mistral's
     assert {p.name for p in (tmp_path / "c").iterdir()} == tokenizers | {"params.json", "consolidated.safetensors"}
     assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {"eos_token_id": 5}
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import jinja2
 import pytest
+import tokenizer_folders
 import torch
 from tiny import tiny_args, tiny_model
+from tokenizers import Tokenizer as Fast
 from torch import Tensor
 
 from mistral_7b import Mistral7B, Tokenizer
@@ -173,3 +175,35 @@ def test_llama_cpp_recognizes_the_templates_without_jinja(vocabulary: tuple[Toke
     template = theirs.metadata["tokenizer.chat_template"].encode()
     size = llama_cpp.llama_chat_apply_template(template, ctypes.byref(message), 1, True, out, 200)
     assert out.raw[:size] == (b" [INST] Hello [/INST]" if ours.version == "v1" else b"[INST] Hello[/INST]")
+
+
+@pytest.fixture(scope="module", params=tokenizer_folders.KINDS)
+def fine_tune(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fast, Any]:
+    """A tokenizer with added tokens as Hugging Face's files define it, and llama.cpp's from our GGUF file."""
+    folder, other = tmp_path_factory.mktemp("fine-tune"), tmp_path_factory.mktemp("other")
+    tokenizer_folders.KINDS[request.param](folder)
+    model = tiny_model(tiny_args(vocab_size=4128 if request.param in ("sentencepiece", "fast") else 768))
+    model.source = folder
+    model.save_pretrained(folder / "it.gguf", format="gguf")
+    if request.param == "sentencepiece":  # the same vocabulary
+        tokenizer_folders.fast(other)
+        folder.joinpath("tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
+    theirs = llama_cpp.Llama(str(folder / "it.gguf"), vocab_only=True, verbose=False)
+    return Fast.from_file(str(folder / "tokenizer.json")), theirs
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["text", "controls"])
+def test_llama_cpp_gives_the_ids_of_fine_tunes_tokenizers(fine_tune: tuple[Fast, Any], special: bool) -> None:
+    """With added tokens, of every kind of vocabulary; control tokens are text, or parsed."""
+    original, theirs = fine_tune
+    original.encode_special_tokens = not special
+    for text in tokenizer_folders.fuzzed(1000, seed=5):
+        wanted = original.encode(text, add_special_tokens=False).ids
+        assert theirs.tokenize(text.encode(), add_bos=False, special=special) == wanted, repr(text)
+
+
+def test_llama_cpp_knows_the_ends_and_templates_of_fine_tunes(fine_tune: tuple[Fast, Any]) -> None:
+    original, theirs = fine_tune
+    assert theirs.token_eos() == original.token_to_id("<|im_end|>")
+    assert theirs.metadata["tokenizer.chat_template"] == tokenizer_folders.CHATML
+    assert theirs.metadata["tokenizer.ggml.add_bos_token"] == ("true" if theirs.n_vocab() == 4128 else "false")

@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 from tiny import tiny_args, tiny_model
 
 from mistral_7b import Tokenizer, TokenizerError
-from mistral_7b.checkpoint.gguf import chat_templates
+from mistral_7b.checkpoint.gguf import chat_templates, tokenizer_metadata
 from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 
 NAMES = {"v1": "tokenizer.model", "v3": "tokenizer.model.v3", "demo": "tokenizer.model.v3"}
@@ -55,8 +55,8 @@ def test_pieces_types_and_template_equal_the_original(pair: tuple[Tokenizer, Tok
     assert (back.vocab_size, back.bos_id, back.eos_id) == (original.vocab_size, original.bos_id, original.eos_id)
     every = range(original.vocab_size)
     assert [back.surface(i) for i in every] == [original.surface(i) for i in every]
-    assert [back._pieces._model.get_score(i) for i in every] == [
-        original._pieces._model.get_score(i) for i in every
+    assert [back.vocabulary.pieces._model.get_score(i) for i in every] == [
+        original.vocabulary.pieces._model.get_score(i) for i in every
     ]
 
 
@@ -80,7 +80,7 @@ def test_tokenizer_keys_are_those_of_converters(pair: tuple[Tokenizer, Tokenizer
     field = {
         key.removeprefix("tokenizer."): reader.get_field(key).contents() for key in reader.fields if "token" in key
     }
-    model = original._pieces._model
+    model = original.vocabulary.pieces._model
     every = range(original.vocab_size)
     assert field["ggml.tokens"] == [model.id_to_piece(i) for i in every]
     assert field["ggml.scores"] == [model.get_score(i) for i in every]
@@ -102,7 +102,8 @@ def test_the_extracted_file_is_cached_and_repaired(pair: tuple[Tokenizer, Tokeni
     content = back.path.read_bytes()
     back.path.write_bytes(b"damaged")
     assert Tokenizer.from_pretrained(path).path.read_bytes() == content
-    assert sorted(p.name for p in back.path.parent.iterdir()) == [back.path.name]
+    names = ["generation_config.json", back.path.name, "tokenizer_config.json"]
+    assert sorted(p.name for p in back.path.parent.iterdir()) == names
 
 
 def test_extraction_works_without_a_cache(
@@ -114,13 +115,15 @@ def test_extraction_works_without_a_cache(
 
 def test_the_vocabulary_is_padded_to_the_embedding(tmp_path: pathlib.Path) -> None:
     demo = Tokenizer.from_pretrained()
-    keys = gguf_tokenizer.metadata(demo.path, demo.vocab_size + 3)
-    (tmp_path / "tokenizer.model.v3").write_bytes(gguf_tokenizer.sentencepiece_model(tmp_path, keys))
-    more = Tokenizer(tmp_path / "tokenizer.model.v3")
-    assert more.vocab_size == demo.vocab_size + 3
-    assert more.encode("[PAD4096] x") == demo.encode("[PAD4096] x")
+    keys = tokenizer_metadata.of_sentencepiece(demo.path, demo.vocab_size + 3)
+    assert keys["tokenizer.ggml.tokens"][-3:] == ["[PAD4096]", "[PAD4097]", "[PAD4098]"]
+    assert keys["tokenizer.ggml.token_type"][-4:] == [1, 5, 5, 5]
+    (tmp_path / "tokenizer.model.v3").write_bytes(gguf_tokenizer.files(tmp_path, keys)["tokenizer.model.v3"])
+    back = Tokenizer.from_file(tmp_path / "tokenizer.model.v3")
+    assert back.vocab_size == demo.vocab_size  # ids of padding have no text
+    assert back.encode("[PAD4096] x") == demo.encode("[PAD4096] x")
     with refused(TokenizerError, place=demo.path):
-        gguf_tokenizer.metadata(demo.path, 4095)
+        tokenizer_metadata.of_sentencepiece(demo.path, 4095)
 
 
 GOOD = {
@@ -132,7 +135,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("key", "value", "field"),
     [
-        ("model", "gpt2", "model"),
+        ("model", "t5", "model"),
         ("model", None, "model"),
         ("tokens", None, "tokens"),
         ("tokens", ["<unk>", "<s>", "</s>", ""], "tokens[3]"),
@@ -149,19 +152,19 @@ GOOD = {
 )
 def test_invalid_tokenizer_keys_raise_one_error(key: str, value: Any, field: str) -> None:
     path = pathlib.Path("x.gguf")
-    gguf_tokenizer.sentencepiece_model(path, GOOD)
+    gguf_tokenizer.files(path, GOOD)
     with refused(TokenizerError, field=f"tokenizer.ggml.{field}", place=path):
-        gguf_tokenizer.sentencepiece_model(path, {**GOOD, f"tokenizer.ggml.{key}": value})
+        gguf_tokenizer.files(path, {**GOOD, f"tokenizer.ggml.{key}": value})
 
 
 def test_user_defined_pieces_use_sentencepieces_space() -> None:
     """As written by converters; SentencePiece matches one only with its own space symbol."""
     keys = {
-        **GOOD, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "a", "b c"],
-        "tokenizer.ggml.scores": [0.0] * 5, "tokenizer.ggml.token_type": [2, 3, 3, 1, 4],
+        **GOOD, "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "b c", "a"],
+        "tokenizer.ggml.scores": [0.0] * 5, "tokenizer.ggml.token_type": [2, 3, 3, 4, 1],
     }  # fmt: skip
-    model = SentencePieceProcessor(model_proto=gguf_tokenizer.sentencepiece_model(pathlib.Path("x.gguf"), keys))
-    assert model.encode("ab ca")[-3:] == [3, 4, 3]
+    files = gguf_tokenizer.files(pathlib.Path("x.gguf"), keys)
+    assert SentencePieceProcessor(model_proto=files["tokenizer.model"]).encode("ab ca")[-3:] == [4, 3, 4]
 
 
 def test_a_file_without_a_tokenizer_warns(tmp_path: pathlib.Path) -> None:

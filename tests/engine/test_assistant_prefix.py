@@ -19,7 +19,7 @@ from mistral_7b.sampling.params import SamplingParams, StructuredOutputs
 from mistral_7b.text.tokenizer import Tokenizer
 
 V7 = MistralTokenizer.v7().instruct_tokenizer.tokenizer.file_path
-OURS = {"v1": Tokenizer.v1(), "v2": Tokenizer.v2(), "v3": Tokenizer.v3(), "v7": Tokenizer(V7, "v7")}
+OURS = {"v1": Tokenizer.v1(), "v2": Tokenizer.v2(), "v3": Tokenizer.v3(), "v7": Tokenizer.from_file(V7, "v7")}
 HELLO = {"role": "user", "content": "How will the weather be?"}
 BEGINNINGS = [
     "It will be", "It will be ", "It will be   ", " Well, ", "a\n", "a \n ", "a\t", " ", "   ", "\n", " \n\t ",

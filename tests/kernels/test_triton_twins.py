@@ -84,7 +84,7 @@ def test_the_twins_match_the_model(dtype: torch.dtype) -> None:
     assert torch.equal(rms_norm_twin(x, norm.weight, norm.eps), norm(x))
     assert torch.equal(forward.w2(silu_mul_twin(forward.w1(x), forward.w3(x))), forward(x))
     heads = torch.randn(2, 5, 6, 10).to(dtype)
-    rope = rope_phases(torch.arange(5), 10, TINY.rope_theta, dtype)
+    rope = rope_phases(torch.arange(5), TINY, dtype)
     assert torch.equal(rotate_twin(heads, *rope), rotate(heads, rope))
 
 

@@ -142,7 +142,7 @@ def run(block: TransformerBlock, inputs: list[Tensor]) -> list[Tensor]:
     out = []
     for x in inputs:
         memory = Stateless(TINY.sliding_window)
-        rope = rope_phases(memory.extend(x[:, 0]), TINY.head_dim, TINY.rope_theta, x.dtype)
+        rope = rope_phases(memory.extend(x[:, 0]), TINY, x.dtype)
         out.append(block(x, rope, memory))
     return out
 

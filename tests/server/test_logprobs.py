@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import HELLO, Serving
+from tokenizer_files import byte_level_folder
 
 from mistral_7b.engine.completion import Completion, TextPiece
 from mistral_7b.sampling.logprobs import Logprob
@@ -146,6 +147,68 @@ def test_tokens_told_so_far_are_the_text_so_far(
         assert numbers == [i for i in range(ended) if not V3.is_control(tokens[i])]
     for number, entry in zip(numbers, entries, strict=True):
         assert tokens[number] in BYTES or entry["token"] == bytes(entry["bytes"]).decode()
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Its tokens are bytes, several each, that begin and end within characters."""
+    return Tokenizer.from_pretrained(byte_level_folder(tmp_path_factory.mktemp("files")))
+
+
+@given(
+    st.lists(st.sampled_from(["日本", "é", " So it", "🙂", "\ufffd", "End"]) | st.integers(0, 699), max_size=12),
+    st.lists(st.sampled_from(["End", " it", "t", "本", "\ufffd", "🙂"]), max_size=2),
+    st.lists(st.integers(1, 6), min_size=1),
+)
+@settings(max_examples=300, deadline=None)
+def test_tokens_of_several_bytes_are_the_text_so_far(
+    byte_level: Tokenizer, runs: list[str | int], stops: list[str], sizes: list[int]
+) -> None:
+    tokens = [i for run in runs for i in (byte_level.encode(run) if isinstance(run, str) else [run])]
+    params = SamplingParams(stop=stops, ignore_eos=True, logprobs=0)
+    c = Completion([1], params, max(1, len(tokens)), 0, tokenizer=byte_level)
+    pieces = []
+    for number, token in enumerate(tokens):
+        if not c.finished:
+            entry = {token: Logprob(-float(number), 1)}
+            text = c.push(token, entry)
+            pieces.append(TextPiece(text, 0, (token,), c.finish_reason, c.stop_reason, (entry,)))
+    logprobs, size = ChatLogprobs(byte_level, [1], 0, False), itertools.cycle(sizes)
+    given, spelt, entries = "", b"", []
+    left = iter(pieces)
+    while some := list(itertools.islice(left, next(size))):
+        text, found = logprobs.of(TextPiece.joined(some))
+        given += text
+        entries += found["content"]
+        spelt += b"".join(bytes(entry["bytes"]) for entry in found["content"])
+        assert spelt.decode() == given
+    assert given == c.text
+    numbers = [-int(entry["logprob"]) for entry in entries]
+    assert numbers == sorted(set(numbers))
+    if not stops:
+        assert numbers == [i for i in range(len(tokens)) if not byte_level.is_control(tokens[i])]
+
+
+def test_where_tokens_of_several_bytes_stand(byte_level: Tokenizer) -> None:
+    for text in TEXTS:
+        ids = byte_level.encode(text)
+        parts = told(TokenSpans(byte_level), ids)
+        assert [part.offset for part in parts] == wanted(byte_level, ids, keep_space=True)
+        assert [byte_level.piece_bytes(i) for i in ids] == [part.data for part in parts]
+
+
+def test_a_stop_id_that_is_text_is_left_out(byte_level: Tokenizer) -> None:
+    word = byte_level.encode("So")[-1]
+    t = byte_level.stopping_at([word])
+    c = Completion([1], SamplingParams(logprobs=0), 9, 0, tokenizer=t)
+    tokens = [*t.encode("it "), word]
+    pieces = []
+    for token in tokens:
+        entry = {token: Logprob(-1.0, 1)}
+        pieces.append(TextPiece(c.push(token, entry), 0, (token,), c.finish_reason, c.stop_reason, (entry,)))
+    assert (c.text, c.finish_reason, c.stop_reason) == ("it ", "stop", None)
+    text, found = ChatLogprobs(t, [1], 0, False).of(TextPiece.joined(pieces))
+    assert text == "it " == "".join(entry["token"] for entry in found["content"])
 
 
 def streamed(server: Serving, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import h11
 import pytest
 from serving import Serving, serving
 
@@ -21,6 +22,7 @@ from serving_malformed import BODIES, KINDS, bombard
 from mistral_7b.server.config import ServerConfig
 from mistral_7b.server.http.errors import HttpError
 from mistral_7b.server.http.guard import _Exchange
+from mistral_7b.server.serve import COLLECT_IDLE
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,40 @@ def test_a_body_that_is_too_large_is_free_without_the_collector(patient: Serving
     finally:
         gc.enable()
     assert not left, gc.get_referrers(left[0])
+
+
+def test_connections_that_sent_garbage_keep_no_frames_without_the_collector(patient: Serving) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            assert patient.raw(b"\x00 bad \x01\r\n\r\n", 2).startswith(b"HTTP/1.1 400 ")
+        time.sleep(0.1)
+        left = [o for o in gc.get_objects() if isinstance(o, h11.RemoteProtocolError)]
+    finally:
+        gc.enable()
+    assert not left
+
+
+def test_full_collections_run_while_the_server_is_idle(patient: Serving) -> None:
+    generations: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            generations.append(info["generation"])
+
+    patient.idle()
+    gc.callbacks.append(note)
+    try:
+        for _ in range(COLLECT_IDLE + 1):
+            gc.collect(1)
+        for _ in range(100):
+            if 2 in generations:
+                break
+            time.sleep(0.02)
+    finally:
+        gc.callbacks.remove(note)
+    assert 2 in generations
 
 
 def test_the_collector_looks_for_large_bodies_that_errors_keep(patient: Serving) -> None:

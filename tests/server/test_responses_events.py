@@ -17,9 +17,9 @@ from openai.types.responses.response_item_list import ResponseItemList  # noqa: 
 
 from mistral_7b.server.config import ServerConfig  # noqa: E402
 from mistral_7b.server.http.errors import HttpError  # noqa: E402
-from mistral_7b.server.openai.responses import ChunkChoice, Usage  # noqa: E402
-from mistral_7b.server.openai.responses_api.events import Answer, begun  # noqa: E402
-from mistral_7b.server.openai.responses_api.wire import ResponsesRequest  # noqa: E402
+from mistral_7b.server.openai.answers import ChunkChoice, Usage  # noqa: E402
+from mistral_7b.server.openai.responses.events import Answer, begun  # noqa: E402
+from mistral_7b.server.openai.responses.wire import ResponsesRequest  # noqa: E402
 
 ASK = {"input": "How will the weather be?", "max_output_tokens": 6, "seed": 2}
 CALLS = {

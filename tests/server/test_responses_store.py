@@ -10,8 +10,8 @@ import pytest
 from serving import Serving, serving
 
 from mistral_7b.server.config import ServerConfig
-from mistral_7b.server.openai.responses_api import routes
-from mistral_7b.server.openai.responses_api.store import Store
+from mistral_7b.server.openai.responses import routes
+from mistral_7b.server.openai.responses.store import Store
 
 ASK = {"input": "Hello", "max_output_tokens": 3, "temperature": 0}
 KEYS = ("alice", "bob")
@@ -38,7 +38,7 @@ def body(name: str, *output: dict[str, Any]) -> dict[str, Any]:
     return {"id": name, "output": list(output)}
 
 
-def check(store: Store, owner: bytes, names: list[str]) -> None:
+def check(store: Store, owner: str, names: list[str]) -> None:
     """Sizes and items are those of the entries."""
     assert len(store) == len(names)
     entries = [store._entries[owner, name] for name in names]
@@ -49,37 +49,37 @@ def check(store: Store, owner: bytes, names: list[str]) -> None:
 def test_the_least_recently_used_goes_first() -> None:
     store = Store(2, 1 << 20)
     for name in "ab":
-        store.add(b"me", body(name, item(f"out-{name}")), (), [item(f"in-{name}")])
-    assert store.get(b"me", "a") is not None
-    store.add(b"me", body("c", item("out-c")), (), [item("in-c")])
-    assert store.get(b"me", "b") is None
-    assert store.item(b"me", "in-b") is None
-    check(store, b"me", ["a", "c"])
-    assert store.remove(b"me", "a")
-    assert not store.remove(b"me", "a")
-    check(store, b"me", ["c"])
+        store.add("me", body(name, item(f"out-{name}")), (), [item(f"in-{name}")])
+    assert store.get("me", "a") is not None
+    store.add("me", body("c", item("out-c")), (), [item("in-c")])
+    assert store.get("me", "b") is None
+    assert store.item("me", "in-b") is None
+    check(store, "me", ["a", "c"])
+    assert store.remove("me", "a")
+    assert not store.remove("me", "a")
+    check(store, "me", ["c"])
 
 
 def test_the_bytes_are_bounded() -> None:
     store = Store(1000, 10_000)
     for i in range(50):
-        store.add(b"me", body(f"r{i}", item(f"o{i}", "x" * i * 10)), (), [item(f"i{i}", "y" * 100)])
+        store.add("me", body(f"r{i}", item(f"o{i}", "x" * i * 10)), (), [item(f"i{i}", "y" * 100)])
         assert store.size <= 10_000
     assert 0 < len(store) < 50
-    assert store.get(b"me", "r49") is not None
+    assert store.get("me", "r49") is not None
     before = len(store)
     store.add(
-        b"me", body("large"), (), [item("large-in", "z" * 20_000)]
+        "me", body("large"), (), [item("large-in", "z" * 20_000)]
     )  # alone over the bound: nothing is dropped for it
-    assert store.get(b"me", "large") is None
+    assert store.get("me", "large") is None
     assert len(store) == before
 
 
 def test_the_ids_are_counted() -> None:
     store = Store(1000, 1 << 20)
-    store.add(b"me", body("short"), (), [{"id": "x" * 10}])
+    store.add("me", body("short"), (), [{"id": "x" * 10}])
     before = store.size
-    store.add(b"me", body("longs"), (), [{"id": "x" * 210}])
+    store.add("me", body("longs"), (), [{"id": "x" * 210}])
     assert store.size - 2 * before == 200 * (1 + 4)  # in the item, and as a key of up to 4 bytes a character
 
 
@@ -87,26 +87,26 @@ def test_a_conversation_survives_its_older_responses() -> None:
     store = Store(2, 1 << 20)
     items: tuple[Any, ...] = ()
     for i in range(5):
-        store.add(b"me", body(f"r{i}", item(f"o{i}")), items, [item(f"i{i}")])
-        found = store.get(b"me", f"r{i}")
+        store.add("me", body(f"r{i}", item(f"o{i}")), items, [item(f"i{i}")])
+        found = store.get("me", f"r{i}")
         assert found is not None
         items = found.items
     assert [name for name, _ in items] == [f"{kind}{i}" for i in range(5) for kind in "io"]
-    assert store.item(b"me", "o0") == item("o0")  # its response is gone, and a later one has it
-    check(store, b"me", ["r3", "r4"])
+    assert store.item("me", "o0") == item("o0")  # its response is gone, and a later one has it
+    check(store, "me", ["r3", "r4"])
     for name in ("r3", "r4"):
-        store.remove(b"me", name)
-    check(store, b"me", [])
+        store.remove("me", name)
+    check(store, "me", [])
 
 
 def test_owners_are_strangers() -> None:
     store = Store(9, 1 << 20)
-    store.add(b"me", body("a", item("x", "mine")), (), [])
-    store.add(b"you", body("b", item("x", "yours")), (), [])
-    assert store.get(b"you", "a") is None
-    assert not store.remove(b"you", "a")
-    assert store.item(b"you", "x") == item("x", "yours")
-    assert store.item(b"me", "x") == item("x", "mine")
+    store.add("me", body("a", item("x", "mine")), (), [])
+    store.add("you", body("b", item("x", "yours")), (), [])
+    assert store.get("you", "a") is None
+    assert not store.remove("you", "a")
+    assert store.item("you", "x") == item("x", "yours")
+    assert store.item("me", "x") == item("x", "mine")
 
 
 def test_the_key_of_another_reads_nothing(shared: Serving) -> None:

@@ -369,8 +369,9 @@ def test_the_tokenizer_file_of_a_folder_is_chosen(tmp_path):
     with refused(TokenizerError, place=tmp_path):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with refused(TokenizerError, place=tmp_path):
+    with refused(TokenizerError, place=tmp_path / "tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     shutil.copy(OURS["v1"].path, tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.model.v3.incomplete").write_text("half")
     assert Tokenizer.from_pretrained(tmp_path).version == "v1"
@@ -390,6 +391,6 @@ def test_invalid_tokenizer_files_are_refused(tmp_path):
         with refused(TokenizerError, place=bad):
             Tokenizer.from_file(bad)
     with refused(TokenizerError, field="version", place=OURS["v1"].path):
-        Tokenizer(OURS["v1"].path, "v3")
+        Tokenizer.from_file(OURS["v1"].path, "v3")
     with refused(TokenizerError, field="version"):
-        Tokenizer(OURS["v1"].path, "v9")
+        Tokenizer.from_file(OURS["v1"].path, "v9")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...model import ModelArgs
+from .. import rope
 from ..config import V0_1_THETA, V0_1_WINDOW, check_supported, theta_and_window, to_args
 from ..names import EMBEDDING, OUTPUT, rename
 from ..stored import MappedFile, StoredTensor
@@ -41,11 +42,6 @@ WIDTHS = ("attention.key_length", "attention.value_length")
 SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {  # key -> the values that do not change the model
     "expert_count": (0,),
     "expert_used_count": (0,),
-    "rope.scaling.type": ("none", "linear"),
-    "rope.scaling.factor": (0, 1),
-    "rope.scale_linear": (0, 1),
-    "rope.scaling.attn_factor": (1,),
-    "rope.scaling.alpha": (0, 1),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -56,7 +52,7 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {  # key -> the values that do no
     "residual_scale": (0, 1),
     "embedding_scale": (0, 1),
 }
-TRAINING_KEYS = ("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout")
+OTHER_KEYS = {"tensor_data_layout", *rope.GGUF_KEYS, *rope.GGUF_VALUES}
 FREQUENCIES = "rope_freqs.weight"  # divisors of the rotary frequencies
 TOKENS = "tokenizer.ggml.tokens"
 
@@ -143,15 +139,17 @@ def _args(contents: gguf_file.Contents, tied: bool) -> ModelArgs:
     prefix = f"{architecture}."
     data = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}
     check_supported(path, data, SUPPORTED_VALUES)
-    known = {*FIELDS.values(), *SUPPORTED_VALUES, *WIDTHS, *TRAINING_KEYS, WINDOW, THETA, HEAD_DIM}
+    known = {*FIELDS.values(), *SUPPORTED_VALUES, *WIDTHS, *OTHER_KEYS, WINDOW, THETA, HEAD_DIM}
     if unknown_fields := sorted(data.keys() - known):
         warnings.warn(f"{path}: keys {', '.join(map(repr, unknown_fields))} are unknown and ignored", stacklevel=2)
     data.setdefault("attention.head_count_kv", data.get("attention.head_count"))
     data.setdefault("vocab_size", _vocabulary(contents))
+    scaling = rope.read_gguf(path, data)
+    data["context_length"] = rope.longest_context(data.get("context_length"), scaling)
     theta, window = _theta_and_window(path, data)
     return to_args(
         path, data, FIELDS, head_dim=_head_dim(path, data), rope_theta=theta, sliding_window=window,
-        tie_embeddings=tied,
+        tie_embeddings=tied, rope_scaling=scaling,
     )  # fmt: skip
 
 
@@ -196,6 +194,7 @@ def metadata(args: ModelArgs) -> dict[str, Any]:
     values |= dict.fromkeys((HEAD_DIM, *WIDTHS), args.head_dim)
     values |= {THETA: float(args.rope_theta), WINDOW: args.sliding_window or 0}
     values[FIELDS["norm_eps"]] = float(args.norm_eps)
+    values |= rope.gguf(args)
     return {f"llama.{key}": value for key, value in values.items()}
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...files import atomic_write, check_room
 from ...model import ModelArgs
-from .. import hub
 from ..names import EMBEDDING, OUTPUT, rename
 from . import blocks as gguf_blocks
 from . import reading as gguf
-from . import tokenizer as gguf_tokenizer
+from . import tokenizer_metadata
 from .file import ALIGNMENT, ARRAY, BOOL, FLOAT32, INT32, KINDS, MAGIC, STRING, UINT32, Kind, is_gguf
 from .file import read as read_gguf
+from .vocabulary import MODEL
 
 if TYPE_CHECKING:
     from ..writing import Outgoing
@@ -113,18 +113,18 @@ def _metadata(args: ModelArgs, plan: list[tuple[Outgoing, Kind]], source: pathli
 
 
 def _from_source(source: pathlib.Path | None, vocab_size: int) -> dict[str, Any]:
-    """Return the name and tokenizer keys of a GGUF source, else those of a SentencePiece file."""
+    """Return the name and tokenizer keys of a GGUF source, else those of a folder's tokenizer files."""
     if source is not None and is_gguf(source):
-        return {
-            k: v for k, v in read_gguf(source).metadata.items() if k.startswith(("tokenizer.", "general.name"))
-        }
-    file = hub.sentencepiece_file(source) if source is not None and source.is_dir() else None
-    if file is None:
+        kept = ("tokenizer.", "huggingface.", "general.name")
+        return {k: v for k, v in read_gguf(source).metadata.items() if k.startswith(kept)}
+    keys = tokenizer_metadata.of_folder(source, vocab_size) if source is not None and source.is_dir() else None
+    if keys is None:
         warnings.warn(
-            "there is no tokenizer.model beside the weights, so the GGUF file has no tokenizer", stacklevel=2
+            "there is no tokenizer.model or tokenizer.json beside the weights, so the GGUF file has no tokenizer",
+            stacklevel=2,
         )
-        return {gguf_tokenizer.MODEL: "none"}
-    return gguf_tokenizer.metadata(file, vocab_size)
+        return {MODEL: "none"}
+    return keys
 
 
 def _header(metadata: dict[str, Any], plan: list[tuple[Outgoing, Kind]]) -> bytes:

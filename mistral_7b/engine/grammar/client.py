@@ -46,18 +46,19 @@ _unnamed = itertools.count()
 class Grammars:
     """The compiled grammars of one tokenizer, cached by specification in least-recently-used order.
 
-    Thread-safe. `vocab_size` is the model's, which may exceed the tokenizer's. `max_processes` must exceed
-    `max_idle` plus the number of running completions. compile_queue.py limits how many compile at once.
-    Raises GrammarError if llguidance is not installed, ProcessError if no process can be started.
+    Thread-safe. `ends` are the ids that may end a text; None: those of the tokenizer. `vocab_size` is the model's,
+    which may exceed the tokenizer's. `max_processes` must exceed `max_idle` plus the number of running
+    completions. compile_queue.py limits how many compile at once. Raises GrammarError if llguidance is not
+    installed, ProcessError if no process can be started.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, limits: GrammarLimits | None = None, max_idle: int = MAX_IDLE,
-        max_processes: int = MAX_PROCESSES,
+        max_processes: int = MAX_PROCESSES, ends: frozenset[int] | None = None,
     ) -> None:  # fmt: skip
         import_llguidance()
         self.limits, self._max_idle, self._max_processes = limits or GrammarLimits(), max_idle, max_processes
-        self._vocabulary = Vocabulary(tokenizer, vocab_size)
+        self._vocabulary = Vocabulary(tokenizer, vocab_size, ends)
         self._server = ForkServer(self._vocabulary)
         self._processes: OrderedDict[tuple[str, str], GrammarProcess] = OrderedDict()
         self._alive: WeakSet[GrammarProcess] = WeakSet()

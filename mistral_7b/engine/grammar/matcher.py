@@ -60,9 +60,9 @@ class CompiledGrammar:
 class MatcherState:
     """The state of one completion in its grammar.
 
-    EOS is allowed exactly where the text may end. When `finished`, only EOS may follow, and the completion ends
-    without it. `ignore_eos` has no effect under a grammar: a text that cannot continue ends. Likewise, the ban on
-    EOS for min_tokens is lifted where it would leave no token (sampling.lift).
+    The model's ends (EOS and others) are allowed exactly where the text may end. When `finished`, only they may
+    follow, and the completion ends without one. `ignore_eos` has no effect under a grammar: a text that cannot
+    continue ends. Likewise, the ban on ends for min_tokens is lifted where it would leave no token (lift_bans).
 
     Copies of a matcher share its lexer states, whose number is limited. A completion that finds the limit reached
     recompiles the grammar, so that one completion cannot exhaust the states of another.
@@ -72,13 +72,13 @@ class MatcherState:
         self._matcher, self._recompile, self._initially_at_start = matcher, renew, at_start
         self._tokens: list[int] = []
         self._recompiled_at = -RENEWAL_INTERVAL
-        self._eos_taken = False  # whether EOS was accepted
+        self._ended = False  # whether an end was accepted
         self._mask: np.ndarray | None = None  # the mask of the next token, once computed
 
     @property
     def finished(self) -> bool:
-        """Whether only EOS may follow; reliable only after a call of masks()."""
-        return self._eos_taken or self._matcher.stopped or self._mask is self._matcher.vocabulary.only_eos
+        """Whether only an end may follow; reliable only after a call of masks()."""
+        return self._ended or self._matcher.stopped or self._mask is self._matcher.vocabulary.only_ends
 
     def masks(self, draft: Sequence[int] = ()) -> tuple[list[np.ndarray], list[bool]]:
         """The masks of the next token and after each allowed draft token, and whether the text is over after each.
@@ -96,10 +96,10 @@ class MatcherState:
             for token in draft:
                 if not _has_bit(masks[-1], token):
                     break
-                ended = token == lookahead.vocabulary.eos
+                ended = token in lookahead.vocabulary.ends
                 if not ended:
                     lookahead.consume(token)
-                masks.append(lookahead.vocabulary.only_eos if ended else lookahead.mask())
+                masks.append(lookahead.vocabulary.only_ends if ended else lookahead.mask())
                 over.append(ended or lookahead.stopped)
                 if ended:
                     break
@@ -113,13 +113,13 @@ class MatcherState:
         """Append the next token. Raises GrammarError as masks() does, and for a token that is not allowed."""
         if not self.allows(token):
             raise GrammarError(f"token {token} is not allowed by the grammar here", field="structured_outputs")
-        only_eos = self._matcher.vocabulary.only_eos
-        if token == self._matcher.vocabulary.eos:
-            self._eos_taken = True
+        only_ends = self._matcher.vocabulary.only_ends
+        if token in self._matcher.vocabulary.ends:
+            self._ended = True
         else:
             self._retry_recompiled(lambda: self._matcher.consume(token))
             self._tokens.append(token)
-        self._mask = only_eos if self._eos_taken else None
+        self._mask = only_ends if self._ended else None
 
     def _retry_recompiled(self, work: Callable[[], T]) -> T:
         """Call `work`; if it fails, perhaps for want of lexer states, recompile and call it once more."""
@@ -165,11 +165,11 @@ class Matcher:
         self._at_start = self._at_start and token in self.vocabulary.control_ids
 
     def mask(self) -> np.ndarray:
-        """The mask of the next token, (ceil(V / 32),) int32; the object `only_eos` if it equals that."""
+        """The mask of the next token, (ceil(V / 32),) int32; the object `only_ends` if it equals that."""
         v = self.vocabulary
         self._check()
         if self.stopped:
-            return v.only_eos
+            return v.only_ends
         found = np.empty(v.entry_mask_words, dtype=np.int32)
         self._matcher.unsafe_compute_mask_ptr(found.ctypes.data, found.nbytes)
         self._check()
@@ -177,10 +177,10 @@ class Matcher:
         if self._at_start and (mask & v.text_tokens).any():
             mask |= v.textless_at_start
         if self._matcher.is_accepting():
-            mask |= v.only_eos
-        if not mask.any():
+            mask |= v.only_ends
+        elif not mask.any():
             raise GrammarError(f"structured_outputs: {DEAD_END}", field="structured_outputs")
-        return v.only_eos if np.array_equal(mask, v.only_eos) else mask
+        return v.only_ends if np.array_equal(mask, v.only_ends) else mask
 
     def _check(self) -> None:
         """Raise the matcher's error, if it has one."""

@@ -21,7 +21,7 @@ from ...errors import GenerationError
 from ...sampling.params import SamplingParams
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import event_stream, frame
-from ..openai.responses import documented
+from ..openai.answers import documented
 from ..state import State, answer, disconnect_event, prepare, with_capped_max_tokens
 from . import wire as wire
 from .events import Answer, CountAnswer, MessageAnswer

@@ -104,16 +104,15 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Reject malformed input. uvicorn calls this while it handles h11's error."""
+        error = sys.exception()
+        if error is not None:  # h11's frames hold the error, and its traceback them: a cycle with this connection
+            error.__traceback__ = None
         if self._busy and self.cycle.response_started:
             self.transport.close()
+        elif isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
+            self._reject(HttpError(431, f"the request head is larger than {HEAD} bytes", code="head_too_large"))
         else:
-            error = sys.exception()
-            if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-                self._reject(
-                    HttpError(431, f"the request head is larger than {HEAD} bytes", code="head_too_large")
-                )
-            else:
-                self._reject(HttpError(400, "the request is not valid HTTP", code="bad_http"))
+            self._reject(HttpError(400, "the request is not valid HTTP", code="bad_http"))
 
     @property
     def _busy(self) -> bool:

@@ -27,6 +27,7 @@ from ..workers import current_account
 from .access import AccessControl
 from .errors import CLIENT_GONE, ClientGoneError, HttpError, refusal, too_many_connections
 from .limits import Account
+from .pace import Pace
 
 logger = logging.getLogger("mistral_7b.server")
 access = logging.getLogger("mistral_7b.access")
@@ -34,6 +35,7 @@ access = logging.getLogger("mistral_7b.access")
 PROBES = ("/health", "/health/live", "/health/ready")  # skip all checks, and the log
 ALWAYS_SERVED = ("/", "/metrics")  # served under full load and while draining
 PAGE_FILES = ("/web/",)  # likewise: small files from memory, so that the page loads and can report a full server
+STARTED = 8  # requests started per event loop iteration: some 3 ms
 BODIES = 64  # all bodies together may use this many times max_body_bytes
 COLLECT_AFTER = 1 << 26  # bytes of finished bodies after which the garbage collector runs
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -59,10 +61,13 @@ class Guard:
         self.app, self.state = app, state
         self.config: ServerConfig = state.config
         self.access = AccessControl(state.config, state.accounts)
+        self.pace = Pace(STARTED)
         self.finished_bytes = 0  # of bodies, since the last garbage collection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
+            if scope["path"] not in PROBES:
+                await self.pace.turn()
             await _Exchange(self, scope, receive, send).run()
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1003, "reason": "websockets are not supported"})

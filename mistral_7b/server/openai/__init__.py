@@ -3,9 +3,9 @@
 router        all its routes, and /v1/models
 model_info    facts about the loaded model for /v1/models
 protocol      request bodies as pydantic models; imports no torch
-responses     response bodies, whole and in pieces; imports no torch
+answers       response bodies, whole and in pieces; imports no torch
 chat          /v1/chat/completions
-responses_api/ /v1/responses
+responses/     /v1/responses
 completions   /v1/completions
 embeddings    /v1/embeddings
 tokens        /tokenize and /detokenize

@@ -22,9 +22,7 @@ from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
 from ..state import State, answer, disconnect_event, prepare, with_capped_max_tokens
-from .logprobs import ChatLogprobs
-from .protocol import NO_LIMIT, ChatRequest, Sampling, plain, plain_tools
-from .responses import (
+from .answers import (
     CallDelta,
     ChatChoice,
     ChatCompletion,
@@ -35,6 +33,8 @@ from .responses import (
     Usage,
     documented,
 )
+from .logprobs import ChatLogprobs
+from .protocol import NO_LIMIT, ChatRequest, Sampling, plain, plain_tools
 
 MISTRALS_CLIENTS = ("mistral-client", "mistralai")  # in the User-Agent: their API streams whole calls
 # The system prompt that Mistral's guardrails guide gives for safe_prompt.

@@ -22,10 +22,10 @@ from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
 from ..state import State, answer, check_size, disconnect_event, prepare
+from .answers import TextChoice, TextCompletion, TextLogprobs, Usage, documented
 from .chat import check_n
 from .logprobs import Part, TokenSpans, joined, text_logprobs
 from .protocol import NO_LIMIT, CompletionRequest, prompts_of
-from .responses import TextChoice, TextCompletion, TextLogprobs, Usage, documented
 
 DEFAULT_TOKENS = 16  # OpenAI's
 AHEAD = 16  # size of the queue that merges the pieces of several prompts

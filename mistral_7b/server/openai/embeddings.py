@@ -18,9 +18,9 @@ from ...engine.inputs import RequestOptions
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..state import State, answer, prepare
+from .answers import EmbeddingList, documented
 from .completions import check_prompts, together
 from .protocol import EmbeddingRequest, prompts_of
-from .responses import EmbeddingList, documented
 
 
 def router(state: State) -> APIRouter:

@@ -9,6 +9,7 @@ are removed from the tokens as from the text: at any time, the emitted tokens jo
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 
 from ...engine.completion import NO_TOKEN, TextPiece
 from ...sampling.logprobs import Logprob
-from ...text.tokenizer import SPACE, Tokenizer
+from ...text.tokenizer import Tokenizer
 from ...text.tool_calls import ToolCallStream
-from .responses import ChoiceLogprobs, TextLogprobs, TokenLogprob, TopLogprob
+from ...text.vocabularies.contract import SPACE
+from .answers import ChoiceLogprobs, TextLogprobs, TokenLogprob, TopLogprob
 
 LOWEST = -9999.0  # OpenAI's value for very unlikely tokens: JSON has no infinity
 Entry = dict[int, Logprob]
@@ -28,8 +30,9 @@ Entry = dict[int, Logprob]
 class Part:
     """The bytes `data` that a token adds to a text, at character `offset`.
 
-    Byte tokens of one character share its offset; the last one counts the character. `first`: the token starts
-    the text, where the decoder strips a leading space.
+    Tokens that share a character have its offset; the last one counts it. `first`: the token starts the text,
+    where the decoder strips a leading space. `raw` are bytes that are not decoded yet. A token is `whole` if it
+    ends where a character does.
     """
 
     token: int
@@ -38,6 +41,8 @@ class Part:
     data: bytes
     characters: int = 0  # number of characters that this token completes
     offset: int = 0
+    raw: bytes = b""
+    whole: bool = True
 
 
 class TokenSpans:
@@ -52,9 +57,10 @@ class TokenSpans:
     ) -> None:
         self.length = length  # characters of the text emitted so far
         self._tokenizer, self._decoder = tokenizer, tokenizer.stream(after)
-        self._first = not after or tokenizer.is_control(after[-1])
+        self._first = tokenizer.vocabulary.drops_first_space and tokenizer.is_start(after)
         self._calls = ToolCallStream(tokenizer.tool_calls_id if calls else None, str)
-        self._bytes: list[Part] = []  # byte tokens of an incomplete character
+        self._bytes: list[Part] = []  # tokens of bytes that do not end with a character yet
+        self._decoded = ""  # the characters of these tokens so far
         self._read: list[Part] = []  # decoded tokens that may belong to a tool call
         self._content: deque[Part] = deque()  # content that a stop string may still remove
         self._given: float = 0  # bytes of final text whose tokens are not emitted yet
@@ -62,60 +68,99 @@ class TokenSpans:
     def of(self, piece: TextPiece) -> list[Part]:
         """Add a piece; return the tokens to emit with it, whose text may lag behind the piece's."""
         for token, entry in zip(piece.token_ids, piece.logprobs, strict=True):
-            if piece.stop_reason != token:  # a stop token has no text
+            if not self._ended_by(piece, token):
                 self.push(token, entry)
         if piece.finish_reason is not None:
             self.end()
         return self.told(len(piece.text.encode()), last=piece.finish_reason is not None)
 
+    def _ended_by(self, piece: TextPiece, token: int) -> bool:
+        """Whether this token ended the completion without its text."""
+        if piece.finish_reason != "stop" or piece.stop_reason is not None:
+            return piece.stop_reason == token
+        return token in self._tokenizer.stop_ids and not self._tokenizer.is_control(token)
+
     def push(self, token: int, entry: Entry | None) -> None:
         """Add the next token."""
         text, surface = self._decoder.push(token), self._tokenizer.surface(token)
-        part = Part(token, entry, self._first, surface if isinstance(surface, bytes) else b"")
+        part = Part(token, entry, self._first, b"")
         self._first = self._first and surface is None
         if isinstance(surface, bytes):
+            part.raw, part.whole = surface, False
             self._bytes.append(part)
-            self._complete(text)
+            text, _ = self._complete(text)
         else:
-            own = self._complete(text)
+            before, own = self._complete(text)
             part.data, part.characters = own.encode(), len(own)
             self._read.append(part)
+            text = before + own
         self._sort(self._calls.push(token, text)[0])
 
     def end(self) -> None:
         """Flush the decoders after the last token."""
-        text = self._decoder.flush()
-        self._complete(text)
+        text, _ = self._complete(self._decoder.flush())
         self._sort(self._calls.push(NO_TOKEN, text)[0] + self._calls.close()[0])
 
     def told(self, size: float = math.inf, last: bool = True) -> list[Part]:
         """Return the tokens that are final with `size` more bytes of text. `last`: cut the final token there."""
         out = []
         self._given += size
-        while self._content and len(self._content[0].data) <= self._given:
-            out.append(self._content.popleft())
-            self._given -= len(out[-1].data)
-        if last and self._content and self._given:
-            out.append(self._content.popleft())
-            out[-1].data = out[-1].data[: int(self._given)]
+        while count := self._whole(self._given):
+            for _ in range(count):
+                out.append(self._content.popleft())
+                self._given -= len(out[-1].data)
+        while last and self._content and self._given > 0:
+            part = self._content.popleft()
+            part.data = part.data[: int(min(self._given, len(part.data)))]
+            self._given -= len(part.data)
+            out.append(part)
         for part in out:
             part.offset = self.length
             self.length += part.characters
         return out
 
-    def _complete(self, text: str) -> str:
-        """Assign decoded text to the pending byte tokens; return the rest, which is the current token's."""
-        for i, character in enumerate(text):
-            if not self._bytes:
-                return text[i:]
-            data = character.encode()
-            count = len(data)
-            if b"".join(part.data for part in self._bytes[:count]) != data:
-                count, self._bytes[0].data = 1, data  # an invalid byte, decoded as U+FFFD
-            self._bytes[count - 1].characters = 1
-            self._read += self._bytes[:count]
-            del self._bytes[:count]
-        return ""
+    def _whole(self, size: float) -> int:
+        """Return how many tokens at the head of the content, at most `size` bytes, end with a character first."""
+        for count, part in enumerate(self._content, 1):
+            size -= len(part.data)
+            if size < 0:
+                return 0
+            if part.whole:
+                return count
+        return 0
+
+    def _complete(self, text: str) -> tuple[str, str]:
+        """Assign decoded text to the pending tokens of bytes.
+
+        Returns the text of those tokens that end with a character, and the rest of `text`, which is not theirs.
+        """
+        count = 0
+        while count < len(text) and any(part.raw for part in self._bytes):
+            self._assign(text[count].encode())
+            count += 1
+        self._decoded += text[:count]
+        begun = [part for part in self._bytes if part.data]
+        if not begun or not begun[-1].whole:
+            return "", text[count:]
+        self._read += begun
+        del self._bytes[: len(begun)]
+        done, self._decoded = self._decoded, ""
+        return done, text[count:]
+
+    def _assign(self, data: bytes) -> None:
+        """Assign a character to the pending tokens whose bytes it is."""
+        raw = b"".join(part.raw for part in self._bytes)
+        valid = raw.startswith(data)  # else it is U+FFFD for one invalid byte
+        left = len(data) if valid else 1
+        for part in self._bytes:
+            taken = part.raw[:left]
+            part.raw, left = part.raw[len(taken) :], left - len(taken)
+            if taken:
+                part.data += taken if valid else data
+            if not left:
+                part.characters += 1
+                part.whole = not part.raw
+                break
 
     def _sort(self, content: str) -> None:
         """Move tokens from `_read` to `_content`. The content is the end of the text read; the rest is a call."""
@@ -184,8 +229,13 @@ def _one(text: str, data: bytes, found: Logprob) -> TopLogprob:
 
 def _shown(tokenizer: Tokenizer, part: Part) -> str:
     """The token's readable form, reduced to the part that is in the text."""
-    is_text = isinstance(tokenizer.surface(part.token), str)
-    return part.data.decode() if is_text else tokenizer.piece(part.token)
+    surface = tokenizer.surface(part.token)
+    if isinstance(surface, str):
+        return part.data.decode()
+    if surface is not None and 0 < len(part.data) < len(surface) and part.data in surface:
+        with contextlib.suppress(UnicodeDecodeError):
+            return part.data.decode()
+    return tokenizer.piece(part.token)
 
 
 def _alternative(tokenizer: Tokenizer, token: int, part: Part) -> tuple[str, bytes]:

@@ -18,10 +18,10 @@ from ...engine.inputs import RequestOptions
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..state import State, answer, prepare
+from .answers import Reranked, ScoreList, documented
 from .body import Body
 from .completions import check_prompts, together
 from .protocol import Texts
-from .responses import Reranked, ScoreList, documented
 
 ERRORS = (400, 404, 422, 429, 500, 503, 504)
 

@@ -9,15 +9,15 @@ from fastapi import APIRouter
 from ..http.errors import HttpError
 from ..state import State
 from . import chat, completions, embeddings, rerank
+from .answers import Capabilities, Model, ModelList, documented
 from .model_info import has_chat_template, precision
-from .responses import Capabilities, Model, ModelList, documented
-from .responses_api import routes as responses_api
+from .responses import routes as responses
 
 
 def router(state: State) -> APIRouter:
     """All routes of the OpenAI API."""
     routes = APIRouter()
-    for part in (chat, responses_api, completions, embeddings, rerank):
+    for part in (chat, responses, completions, embeddings, rerank):
         routes.include_router(part.router(state))
 
     context, tokenizer = state.llm.engine.model.args.max_seq_len, state.llm.tokenizer

@@ -16,8 +16,8 @@ from ...text.tokenizer import Tokenizer
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..state import State
+from .answers import documented
 from .protocol import MOST_MESSAGES, Body, Ending, Message, ToolDefinition, plain_tools
-from .responses import documented
 
 
 class TokenizeRequest(Ending):

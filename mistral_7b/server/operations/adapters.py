@@ -21,8 +21,8 @@ from ...errors import AdapterError, CheckpointError
 from ...lora.files import Adapter, read_adapter
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
+from ..openai.answers import documented
 from ..openai.protocol import Body
-from ..openai.responses import documented
 from ..state import State, is_admin
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

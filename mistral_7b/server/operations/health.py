@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 
 from ... import __version__
 from ..http.json_bodies import json_answer
-from ..openai.responses import Health, Version, documented
+from ..openai.answers import Health, Version, documented
 from ..state import State
 
 

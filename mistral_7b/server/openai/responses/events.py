@@ -16,7 +16,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict  # pydantic requires it before Python 3.12
 
 from ...http.errors import HttpError
-from ..responses import CallDelta, ChoiceLogprobs, ChunkChoice, Usage
+from ..answers import CallDelta, ChoiceLogprobs, ChunkChoice, Usage
 from .conversation import fresh
 from .wire import MODES, ResponsesRequest
 

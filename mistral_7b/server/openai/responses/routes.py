@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -16,14 +15,13 @@ from pydantic_core import from_json
 from ....engine.completion import TextPiece
 from ....engine.request import Request
 from ....errors import AbandonedError, Mistral7BError
-from ...http.access import key_of
 from ...http.errors import HttpError
 from ...http.json_bodies import JsonRoute, json_answer
 from ...http.sse import Frames, event_stream, frame
-from ...state import State, answer, disconnect_event, prepare
+from ...state import State, account_of, answer, disconnect_event, prepare
+from ..answers import documented
 from ..chat import Choices, read_chat
 from ..protocol import MOST_MESSAGES, ChatRequest
-from ..responses import documented
 from .conversation import Conversation, Tools, chat_request, in_prompt, plain_item, renamed
 from .events import Answer, Deleted, Event, ItemList, ResponseAnswer, begun
 from .store import Encoded, Store, Stored
@@ -41,7 +39,7 @@ def router(state: State) -> APIRouter:
     )
     async def create(body: ResponsesRequest, http_request: HttpRequest) -> Response:
         """Complete a conversation, as OpenAI's Responses API does."""
-        job = _Job(state, store, body, _owner(http_request))
+        job = _Job(state, store, body, account_of(http_request).name)
         request = await prepare(state, partial(job.read, disconnect_event(http_request)), "input")
         choices, pieces = Choices(state, job.chat, request), answer(state, http_request, request)
         if body.stream:
@@ -63,7 +61,7 @@ def router(state: State) -> APIRouter:
     async def delete(response_id: str, http_request: HttpRequest) -> Response:
         """Delete a stored response."""
         _stored(store, http_request, response_id)
-        store.remove(_owner(http_request), response_id)
+        store.remove(account_of(http_request).name, response_id)
         return json_answer({"id": response_id, "object": "response", "deleted": True})
 
     @routes.get("/v1/responses/{response_id}/input_items", responses=documented(400, 404, answer=ItemList))
@@ -89,14 +87,9 @@ def router(state: State) -> APIRouter:
     return routes
 
 
-def _owner(http_request: HttpRequest) -> bytes:
-    """What tells owners of responses apart: the digest of the key that the request has, if any."""
-    return hashlib.sha256(key_of(dict(http_request.scope["headers"]))).digest()
-
-
 def _stored(store: Store, http_request: HttpRequest, name: str) -> Stored:
     """HttpError (404) if the owner has no such response."""
-    found = store.get(_owner(http_request), name)
+    found = store.get(account_of(http_request).name, name)
     if found is None:
         raise HttpError(404, f"Response with id '{name:.100}' not found.", field="response_id", code="not_found")
     return found
@@ -113,7 +106,7 @@ class _Job:
     Raises HttpError for an invalid request, a response or item that is not stored, and an unknown model.
     """
 
-    def __init__(self, state: State, store: Store, body: ResponsesRequest, owner: bytes) -> None:
+    def __init__(self, state: State, store: Store, body: ResponsesRequest, owner: str) -> None:
         self.state, self.store, self.body, self.owner = state, store, body, owner
         self.adapter = state.adapter(body.model)
         self.tools, self.talk = Tools(body.tools), Conversation()

@@ -46,16 +46,16 @@ class Store:
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self.most, self.most_bytes, self.size = most, most_bytes, 0
-        self._entries: OrderedDict[tuple[bytes, str], Stored] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], Stored] = OrderedDict()
         self._items: dict[
-            tuple[bytes, str], tuple[bytes, int]
+            tuple[str, str], tuple[bytes, int]
         ] = {}  # by id, with the number of entries that have it
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def add(
-        self, owner: bytes, body: Mapping[str, Any], before: Sequence[Encoded], items: Sequence[Mapping[str, Any]]
+        self, owner: str, body: Mapping[str, Any], before: Sequence[Encoded], items: Sequence[Mapping[str, Any]]
     ) -> None:
         """Store a response with the context `before + items`, unless it alone exceeds the bound."""
         entry = Stored(to_json(body), (*before, *_encoded(items)), _encoded(body["output"]))
@@ -69,26 +69,26 @@ class Store:
             (of, _), oldest = self._entries.popitem(last=False)
             self._forget(of, oldest)
 
-    def get(self, owner: bytes, name: str) -> Stored | None:
+    def get(self, owner: str, name: str) -> Stored | None:
         """The response `name` of `owner`, which becomes the most recently used; None if there is none."""
         entry = self._entries.get((owner, name))
         if entry is not None:
             self._entries.move_to_end((owner, name))
         return entry
 
-    def item(self, owner: bytes, name: str) -> Any:
+    def item(self, owner: str, name: str) -> Any:
         """The item `name` of a stored response of `owner`; None if there is none."""
         found = self._items.get((owner, name))
         return None if found is None else from_json(found[0])
 
-    def remove(self, owner: bytes, name: str) -> bool:
+    def remove(self, owner: str, name: str) -> bool:
         """Drop the response `name` of `owner`; return whether there was one."""
         entry = self._entries.pop((owner, name), None)
         if entry is not None:
             self._forget(owner, entry)
         return entry is not None
 
-    def _forget(self, owner: bytes, entry: Stored) -> None:
+    def _forget(self, owner: str, entry: Stored) -> None:
         self.size -= entry.size
         for name in dict(entry.items):
             data, count = self._items.pop((owner, name))

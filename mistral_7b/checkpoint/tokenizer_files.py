@@ -1,0 +1,147 @@
+"""The tokenizer files beside weights: which there are, and how they are copied to another checkpoint.
+
+Everything that a model's tokenizer, chat template and ends consist of is carried from one layout to another
+unchanged: a folder's files as they are, those of a GGUF file as gguf/tokenizer.py writes them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import TokenizerError
+from . import hub
+from .gguf import tokenizer as gguf_tokenizer
+from .gguf.file import is_gguf
+from .gguf.file import read as read_gguf
+from .gguf.vocabulary import KINDS, MODEL
+
+GENERATION = "generation_config.json"
+IDS = {"bos_token_id": 1, "eos_token_id": 2}  # Mistral's, where a source does not say otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFiles:
+    """Files by name, and `bos_token_id` and `eos_token_id` (a number, a list or None) of config.json."""
+
+    files: Mapping[str, bytes]
+    ids: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: pathlib.Path | None) -> TokenizerFiles:
+        """Return those of a folder or a GGUF file; none for None."""
+        if source is not None and is_gguf(source):
+            metadata = read_gguf(source).metadata
+            files = _extracted(source, metadata)
+            return cls(files, _ids(files, gguf_tokenizer.config_ids(metadata)))
+        if source is None or not source.is_dir():
+            return cls({}, IDS)
+        inside = [*source.iterdir(), *(source / "additional_chat_templates").glob("*.jinja")]
+        files = {
+            name: entry.read_bytes()
+            for entry in sorted(inside)
+            if (name := entry.relative_to(source).as_posix()) == GENERATION or hub.TOKENIZER_FILES.fullmatch(name)
+            if entry.is_file()
+        }
+        return cls(files, _ids(files, read_object(source / "config.json")))
+
+    def write(self, folder: pathlib.Path, format: str) -> None:
+        """Write the files to a new checkpoint.
+
+        Every layout of Hugging Face has a generation_config.json. Mistral's has no other place for ids that
+        differ from Mistral's own, so that it then has one too, with all ends.
+        """
+        files = dict(self.files)
+        usual = _json({"_from_model_config": True, **IDS})
+        if format != "mistral":
+            files.setdefault(GENERATION, _json({"_from_model_config": True, **self.ids}))
+        elif files.get(GENERATION, usual) == usual and dict(self.ids) == IDS:
+            files.pop(GENERATION, None)
+        else:
+            generation = _object(files.get(GENERATION, b"{}")) or {"_from_model_config": True}
+            ends = [i for d in (generation, self.ids) for i in _list(d.get("eos_token_id"))]
+            if set(ends) - set(_list(generation.get("eos_token_id"))):
+                generation["eos_token_id"] = ends[0] if len(set(ends)) == 1 else list(dict.fromkeys(ends))
+                generation.setdefault("bos_token_id", self.ids.get("bos_token_id"))
+                files[GENERATION] = _json(generation)
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def _extracted(source: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the tokenizer files of a GGUF file; none, with a warning, if it is of an unknown kind."""
+    kind = metadata.get(MODEL)
+    if kind in KINDS:
+        return gguf_tokenizer.files(source, metadata)
+    if kind not in (None, "none", "no_vocab"):
+        warnings.warn(f"{source}: the tokenizer is {kind!r}, which is not converted", stacklevel=2)
+    return {}
+
+
+def _ids(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ids for config.json: what the source's says, else its generation_config.json, else Mistral's."""
+    generation = _object(files.get(GENERATION, b"{}"))
+    return {name: config.get(name, generation.get(name, default)) for name, default in IDS.items()}
+
+
+def chat_templates(folder: pathlib.Path) -> dict[str, str]:
+    """Return the chat templates in a folder by name, "default" first, from the places where transformers looks.
+
+    `chat_template.jinja` (and `additional_chat_templates/NAME.jinja`) precede tokenizer_config.json, which holds a
+    text or a list of {name, template}; chat_template.json is that of a processor.
+    """
+    out: dict[str, str] = {}
+    if (file := folder / "chat_template.jinja").is_file():
+        out["default"] = _read_text(file)
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        out[file.stem] = _read_text(file)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        given = None if out else read_object(folder / name).get("chat_template")
+        if isinstance(given, str):
+            out["default"] = given
+        for entry in given if isinstance(given, list) else []:
+            if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+                out[str(entry.get("name"))] = entry["template"]
+    return {name: out[name] for name in sorted(out, key=lambda name: name != "default")}
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Return a JSON object; empty if there is no such file. TokenizerError if it holds anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as e:
+        raise TokenizerError(f"not JSON ({e})", place=path, hint="fetch the file again") from e
+    if not isinstance(data, dict):
+        raise TokenizerError(f"contains a {type(data).__name__} instead of a JSON object", place=path)
+    return data
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise TokenizerError(f"cannot be read ({e})", place=path, hint="fetch the file again") from e
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """Return the JSON object in a file's content; empty if it is none (the file is copied all the same)."""
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -1,0 +1,176 @@
+"""Chat formats: conversations to token ids.
+
+MistralChat     mistral-common's templates, for Mistral's own releases
+TemplateChat    a fine-tune's own chat template, over any vocabulary
+
+version   releases                 a chat with a system prompt becomes
+v1        7B v0.1, v0.2            <s>[INST] system\\n\\nuser [/INST]answer</s>   markers are plain text
+v3        7B v0.3                  <s>[INST] system\\n\\nuser[/INST] answer</s>   markers are control tokens
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from mistral_common.protocol.instruct.normalize import get_normalizer
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.tool_calls import Tool
+from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from ..errors import TokenizerError
+from .messages import MISTRAL_COMMON_ERRORS, TEMPLATES, label, plain_messages, read_messages, reason
+from .vocabularies.contract import SPACE, Spans, Vocabulary
+from .vocabularies.sentencepiece import open_pieces
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]] | None
+Encoded = tuple[
+    list[int], int | None
+]  # ids, and how many at the end are a continued answer (None: no whole number)
+
+
+class Rendered(Protocol):
+    """A rendered conversation. In the character ranges `plain`, spelled control tokens are text of messages."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def plain(self) -> Spans: ...
+
+
+class Template(Protocol):
+    """A fine-tune's chat template."""
+
+    def render(
+        self, messages: Messages, tools: Tools = None, *, add_generation_prompt: bool = True,
+        continue_final: bool = False,
+    ) -> Rendered:  # fmt: skip
+        """Render a conversation. TokenizerError, field "messages" or "tools", if the template refuses it.
+
+        With `continue_final`, the text ends where the content of the last message ends.
+        """
+
+    def turn_end(self) -> str | None:
+        """Return the control token that the template writes after an answer; None if it writes none."""
+
+
+class ChatFormat(Protocol):
+    """What encodes conversations for a tokenizer. `version` is None for a template that is not Mistral's."""
+
+    version: str | None
+
+    def encode(self, messages: Messages, tools: Tools, labels: Sequence[str] | None) -> Encoded:
+        """Encode a conversation up to the assistant's next message: see Tokenizer.encode_chat_with_prefix."""
+
+    def turn_end(self) -> str | None:
+        """Return the spelling of the token that ends a turn; None if there is none but EOS."""
+
+
+class MistralChat:
+    """The chat template of a Mistral release: `path` is its SentencePiece file, `controls` its control tokens."""
+
+    def __init__(self, path: pathlib.Path, version: str, controls: frozenset[str]) -> None:
+        if version not in TEMPLATES:
+            raise TokenizerError(
+                f"no chat template {version!r}; known are {', '.join(TEMPLATES)}", field="version"
+            )
+        if version != "v1" and not controls.issuperset(("[INST]", "[/INST]")):
+            raise TokenizerError(
+                f"has no control tokens [INST] and [/INST]: it cannot be {version}", field="version", place=path
+            )
+        self.version: str | None = version
+        self._named = version
+        self._pieces = open_pieces(path, version)
+        if self._pieces.bos_id < 0 or self._pieces.eos_id < 0:
+            raise TokenizerError("defines no beginning or end of sequence (<s>, </s>)", place=path)
+        self._chat = self._template(ValidationMode.test)
+
+    def _template(self, mode: ValidationMode) -> MistralTokenizer:
+        version = TokenizerVersion(self._named)
+        return MistralTokenizer(
+            TEMPLATES[self._named](self._pieces), get_validator(version, mode=mode), get_normalizer(version)
+        )
+
+    def turn_end(self) -> None:
+        """Return None: EOS ends a turn."""
+
+    def encode(self, messages: Messages, tools: Tools, labels: Sequence[str] | None) -> Encoded:
+        """Encode a conversation. Consecutive assistant messages count as one, as mistral-common joins them."""
+        if tools and self.version == "v1":
+            raise TokenizerError("this tokenizer (v1) does not support tools; Mistral 7B v0.3 does", field="tools")
+        chat = read_messages(messages, self._named, labels)
+        if not any(m.role == "user" for m in chat):
+            raise TokenizerError("the conversation has no message with role 'user' to answer", field="messages")
+        try:
+            validated_tools = [Tool.from_openai(dict(t)) for t in tools or ()] or None
+            if validated_tools:
+                self._chat._chat_completion_request_validator._validate_tools(validated_tools)
+        except MISTRAL_COMMON_ERRORS as e:
+            raise TokenizerError(f"tools: {reason(e)}", field="tools") from e
+        try:
+            return self._apply(self._chat, chat, validated_tools)
+        except MISTRAL_COMMON_ERRORS as e:
+            name = label(labels, self._invalid_index(chat))
+            raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
+
+    @staticmethod
+    def _apply(template: MistralTokenizer, chat: list[Any], tools: list[Tool] | None) -> tuple[list[int], int]:
+        request: ChatCompletionRequest = ChatCompletionRequest(messages=chat, tools=tools)
+        encoded = template.encode_chat_completion(request)
+        return encoded.tokens, len(encoded.prefix_ids or ())
+
+    def _invalid_index(self, chat: list[Any]) -> int:
+        """Return the index of the first message that makes a conversation invalid."""
+        lenient = self._template(ValidationMode.agnostic)  # accepts any last role
+        for i in range(len(chat)):
+            try:
+                self._apply(lenient, chat[: i + 1], None)
+            except MISTRAL_COMMON_ERRORS:
+                return i
+        return len(chat) - 1
+
+
+class TemplateChat:
+    """A fine-tune's own template: what it renders is encoded with its control tokens, as transformers does.
+
+    BOS is where the template writes it.
+    """
+
+    version: str | None = None
+
+    def __init__(self, vocabulary: Vocabulary, template: Template) -> None:
+        self._vocabulary, self._template = vocabulary, template
+
+    def turn_end(self) -> str | None:
+        """Return the control token that the template writes after an answer."""
+        return self._template.turn_end()
+
+    def encode(self, messages: Messages, tools: Tools, labels: Sequence[str] | None) -> Encoded:
+        """Encode a conversation; the last message is continued if it has "prefix": True."""
+        chat = plain_messages(messages, labels)
+        continued = bool(chat[-1].pop("prefix", False))
+        rendered = self._template.render(
+            chat, tools or None, add_generation_prompt=not continued, continue_final=continued
+        )
+        ids = self._vocabulary.encode_rendered(rendered.text, rendered.plain)
+        return ids, self._tokens_of(chat[-1]["content"], ids) if continued else 0
+
+    def _tokens_of(self, answer: str, ids: list[int]) -> int | None:
+        """Return how many tokens at the end of `ids` are `answer`; None if its beginning is within a token.
+
+        The space that a first word is encoded with is not part of it.
+        """
+        wanted, text = answer.encode(), b""
+        for n, token in enumerate(reversed(ids)):
+            if text == wanted or (self._vocabulary.drops_first_space and text == b" " + wanted):
+                return n
+            surface = self._vocabulary.surface(token)
+            if surface is None or len(text) > len(wanted):
+                return None
+            text = (surface.replace(SPACE, " ").encode() if isinstance(surface, str) else surface) + text
+        return None

@@ -1,0 +1,228 @@
+"""Which chat template a model has: from the files of its folder, by name, or Mistral's own.
+
+    chat_template.jinja                      if any of these is there, they count alone
+    additional_chat_templates/NAME.jinja     (also in a folder chat_templates)
+    tokenizer_config.json                    "chat_template": a text, or a list of {name, template}
+    chat_template.json                       "chat_template": the same
+
+Of several, "tool_use" renders conversations with tools and "default" all others, as in transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from ..errors import TokenizerError
+from .chat_template import ChatTemplate
+from .template_library import MISTRAL, TEMPLATES
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MARKERS = re.compile(r"\s*(<s>|</s>|\[/?INST\])\s*")
+MAX_BYTES = 64 << 20  # of a file that is read
+
+
+@dataclass(frozen=True)
+class Source:
+    """The text of a template, and where it comes from."""
+
+    text: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen template. `mistral` is the version of mistral-common's templates, in place of a text."""
+
+    default: Source | None = None
+    tool_use: Source | None = None
+    mistral: str | None = None
+
+    def load(self, special: Mapping[str, str], controls: Collection[str]) -> ChatTemplate:
+        """Compile the template for a vocabulary. Raises TokenizerError for one that is invalid."""
+        assert self.default is not None, "mistral-common's templates are not loaded here"
+        tool_use = None
+        if self.tool_use is not None:
+            tool_use = ChatTemplate(
+                self.tool_use.text, name=self.tool_use.name, special=special, controls=controls
+            )
+        return ChatTemplate(
+            self.default.text, name=self.default.name, special=special, controls=controls, tool_use=tool_use
+        )
+
+
+def find_template(folder: str | os.PathLike[str] | None, name: str | None = None) -> Choice | None:
+    """Return the template of a folder, or the one that `name` says; None if the folder brings none.
+
+    `name` is one of the folder's named templates, a name of template_library, or a file. Raises TokenizerError for
+    files that cannot be read, for several templates without a default, and for an unknown name.
+    """
+    found = _sources(pathlib.Path(folder)) if folder is not None else {}
+    if name is None:
+        if not found:
+            return None
+        if "default" not in found:
+            raise TokenizerError(
+                f"brings the chat templates {', '.join(sorted(found))}, and none is the default",
+                field="chat_template",
+                place=folder,
+                hint="name one with --chat-template",
+            )
+        return Choice(found["default"], found.get("tool_use"))
+    if name in found:
+        return Choice(found[name])
+    if name in MISTRAL:
+        return Choice(mistral=MISTRAL[name])
+    if name in TEMPLATES:
+        return Choice(Source(TEMPLATES[name], name))
+    path = pathlib.Path(name)
+    if path.is_file():
+        return Choice(Source(_read(path), str(path)))
+    names = sorted((*found, *TEMPLATES, *MISTRAL))
+    raise TokenizerError(
+        f"there is no chat template {name!r}: neither a file nor one of {', '.join(names)}", field="chat_template"
+    )
+
+
+def no_template(place: str | os.PathLike[str]) -> TokenizerError:
+    """Return the error for a conversation with a model that brings no chat template."""
+    return TokenizerError(
+        "this model brings no chat template, so that it is not known how it was trained to converse",
+        field="messages",
+        place=place,
+        hint=f"name one with --chat-template: a Jinja file, or one of {', '.join((*TEMPLATES, *MISTRAL))}",
+    )
+
+
+def special_tokens(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Return how a folder's files spell bos_token, eos_token..., as transformers gives them to templates."""
+    folder = pathlib.Path(folder)
+    config = _json(folder / "tokenizer_config.json")
+    values = config if "added_tokens_decoder" in config else config | _json(folder / "special_tokens_map.json")
+    return {name: text for name in SPECIAL if (text := _spelling(values.get(name)))}
+
+
+def _spelling(token: Any) -> str:
+    """Return the spelling of a token, which is a text or an object with its content."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else ""
+
+
+def _sources(folder: pathlib.Path) -> dict[str, Source]:
+    """Return a folder's templates by name."""
+    files = {"default": folder / "chat_template.jinja"}
+    for name in ("chat_templates", "additional_chat_templates"):
+        files |= {f.stem: f for f in sorted((folder / name).glob("*.jinja"))}
+    found = {name: Source(_read(f), str(f)) for name, f in files.items() if f.is_file()}
+    for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        if not found:
+            found = {name: Source(text, str(file)) for name, text in _entries(file)}
+    return found
+
+
+def _entries(file: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """Yield the named templates of a JSON file."""
+    value = _json(file).get("chat_template")
+    if isinstance(value, Mapping):
+        value = [{"name": name, "template": text} for name, text in value.items()]
+    if value is None:
+        return
+    if isinstance(value, str):
+        value = [{"name": "default", "template": value}]
+    for entry in value if isinstance(value, list) else [value]:
+        name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise TokenizerError(
+                "chat_template must be a text or a list of {name, template}", field="chat_template", place=file
+            )
+        yield name, text
+
+
+def _json(file: pathlib.Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(_read(file))
+    except (ValueError, RecursionError) as e:
+        raise TokenizerError(f"is not JSON: {e}", place=file, hint="fetch it again") from e
+    if not isinstance(value, dict):
+        raise TokenizerError("is not a JSON object", place=file, hint="fetch it again")
+    return value
+
+
+def _read(file: pathlib.Path) -> str:
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise TokenizerError(f"is larger than {MAX_BYTES >> 20} MB", place=file)
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise TokenizerError(f"cannot be read as text ({e})", place=file) from e
+
+
+# Mistral's own releases: their templates mean what mistral-common encodes, whose ids are exact.
+
+PROBES = (("user",), ("user", "assistant", "user"), ("system", "user"), ("system", "user", "assistant", "user"))
+KINDS = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+
+
+def mistral_version(
+    pieces: Sequence[str], template: ChatTemplate | None, folder: str | os.PathLike[str]
+) -> str | None:
+    """Return the version of mistral-common's template that a model has, None if it is another's.
+
+    `pieces` are all pieces of the vocabulary, in order: they must be those of one of Mistral's own. `template` is
+    the folder's own; it must write what mistral-common encodes, but for blanks at the markers. Without one, the
+    folder must be in Mistral's layout.
+    """
+    version = _vocabulary_version(tuple(pieces))
+    if version is None:
+        return None
+    if template is None:
+        return version if (pathlib.Path(folder) / "params.json").is_file() else None
+    return version if all(_writes(template, version, roles) for roles in PROBES) else None
+
+
+def _writes(template: ChatTemplate, version: str, roles: Sequence[str]) -> bool:
+    """Return whether a template writes a conversation as mistral-common does, or refuses a system message."""
+    messages = [{"role": role, "content": f"Probe{i}"} for i, role in enumerate(roles)]
+    try:
+        text = template.render(messages).text
+    except TokenizerError:
+        return roles[0] == "system"  # as those of early releases
+    return MARKERS.sub(r"\1", text) == _encoded(version, tuple(roles))
+
+
+@functools.lru_cache
+def _encoded(version: str, roles: tuple[str, ...]) -> str:
+    """Return the text that mistral-common encodes for a conversation of `_writes`, without blanks at markers."""
+    messages = [KINDS[role](content=f"Probe{i}") for i, role in enumerate(roles)]
+    tokenizer = _mistral_tokenizer(version)
+    ids = tokenizer.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+    text = tokenizer.decode(ids, special_token_policy=SpecialTokenPolicy.KEEP)
+    return MARKERS.sub(r"\1", text.replace("\u2581", " ").replace("<0x0A>", "\n"))
+
+
+def _mistral_tokenizer(version: str) -> MistralTokenizer:
+    tokenizer: MistralTokenizer = getattr(MistralTokenizer, version)()
+    return tokenizer
+
+
+@functools.lru_cache
+def _vocabulary_version(pieces: tuple[str, ...]) -> str | None:
+    """Return the version of the vocabulary of Mistral 7B that has these pieces."""
+    for version in MISTRAL.values():
+        if pieces == tuple(_mistral_tokenizer(version).instruct_tokenizer.tokenizer.vocab()):
+            return version
+    return None

@@ -1,0 +1,76 @@
+"""The choice of a vocabulary for a folder of tokenizer files.
+
+tokenizer.model alone, or both of a release of Mistral    SentencePiece, by mistral-common
+tokenizer.json                                            the `tokenizers` package, as transformers prefers it
+tokenizer.model with added tokens                         SentencePiece between the added tokens
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from functools import cache
+
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from ...checkpoint.hub import sentencepiece_file
+from ...errors import TokenizerError
+from .contract import Vocabulary
+from .fast import FastVocabulary
+from .files import TokenizerFiles, read_json
+from .sentencepiece import SentencePieceVocabulary
+
+FAST = "tokenizer.json"
+
+
+def open_folder(folder: pathlib.Path) -> Vocabulary:
+    """Open the vocabulary of a folder. TokenizerError if it has none, or a damaged one."""
+    files, pieces, fast = TokenizerFiles(folder), sentencepiece_file(folder), folder / FAST
+    if pieces is None and not fast.is_file():
+        raise TokenizerError(
+            "contains no tokenizer.json, tokenizer.model or tokenizer.model.v3"
+            + (" (tekken.json is of later models)" if (folder / "tekken.json").is_file() else ""),
+            place=folder,
+            hint="fetch the tokenizer files from the model's repository on the hub, or choose another with "
+            "--tokenizer",
+        )
+    if pieces is None or (fast.is_file() and not is_mistrals_own(pieces, fast, files)):
+        return FastVocabulary(fast, files, files.stop_ids)
+    return SentencePieceVocabulary(
+        pieces, files.added, files.stop_ids, legacy=files.config.get("legacy") is not False,
+        adds_bos=files.config.get("add_bos_token") is not False,
+    )  # fmt: skip
+
+
+def is_mistrals_own(pieces: pathlib.Path, fast: pathlib.Path, files: TokenizerFiles) -> bool:
+    """Return whether a folder with both files is a release of Mistral, whose ids are those of mistral-common.
+
+    The SentencePiece file is one of Mistral's, tokenizer.json has the same tokens and no others, and the chat
+    template, if there is one, writes [INST].
+    """
+    if hashlib.sha256(pieces.read_bytes()).hexdigest() not in mistrals_files():
+        return False
+    known = SentencePieceVocabulary(pieces)
+    content = read_json(fast)
+    try:
+        tokens = {**content["model"]["vocab"], **{t["content"]: t["id"] for t in content["added_tokens"]}}
+    except (KeyError, TypeError):
+        return False  # opening it tells what is wrong
+    same = tokens == {name: i for i, name in enumerate(known.names)}
+    return same and all(t.id < known.size for t in files.added) and "[INST]" in _templates(files)
+
+
+@cache
+def mistrals_files() -> frozenset[str]:
+    """Return the SHA-256 of each SentencePiece file of Mistral's, which mistral-common brings."""
+    files = MistralTokenizer._data_path().glob("*.model.v*")
+    return frozenset(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+
+
+def _templates(files: TokenizerFiles) -> str:
+    """Return the text of a folder's chat templates; "[INST]" if it has none."""
+    jinja = files.folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8", errors="replace")
+    return json.dumps(files.config.get("chat_template") or "[INST]")

@@ -268,14 +268,12 @@ class Mistral7B(nn.Module):
     def forward(
         self, tokens: Tensor, cache: Cache | None = None, sequence_ids: Tensor | None = None
     ) -> tuple[Tensor, Cache]:
-        """Logits of every token, and the cache that continues from them.
+        """Logits (..., V) of every token, in float32, and the cache that continues from them.
 
         tokens        (B, T), a rectangle of sequences of equal length, or (T,), a packed batch
         cache         what came before; none begins at position 0. A GrowingCache (the default) is not
                       changed and stays valid; a RollingCache is written in place.
         sequence_ids  (T,), for packed tokens: which sequence each belongs to. With Stateless also (B, T).
-
-        Returns logits (..., V) in float32, and the cache.
         """
         if cache is None:
             cache = GrowingCache(self.args.n_layers, self.args.sliding_window)

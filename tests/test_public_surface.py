@@ -44,7 +44,9 @@ def test_generate_is_a_function_before_and_after_its_module_is_imported() -> Non
 
 
 @pytest.mark.slow
-def test_a_type_checker_knows_what_the_model_returns(tmp_path: pathlib.Path) -> None:
+def test_a_type_checker_knows_what_the_model_returns(
+    tmp_path: pathlib.Path, request: pytest.FixtureRequest
+) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "user.py").write_text(
         "import torch\n"
@@ -59,9 +61,9 @@ def test_a_type_checker_knows_what_the_model_returns(tmp_path: pathlib.Path) -> 
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "mistral_7b").symlink_to(ROOT / "mistral_7b")  # beside nothing else of the checkout
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-incremental", "user.py"],
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "user.py"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
-        env={"MYPYPATH": str(tmp_path / "site"), "PATH": ""},
+        env={"MYPYPATH": str(tmp_path / "site"), "MYPY_CACHE_DIR": str(request.config.cache.mkdir("mypy"))},
     )  # fmt: skip
     revealed = [line.split('"')[1].rsplit(".", 1)[-1] for line in done.stdout.splitlines() if "Revealed" in line]
     assert revealed == ["Tensor", "Cache", "RequestOutput]", "RequestOutput]"], done.stdout

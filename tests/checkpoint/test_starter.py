@@ -214,6 +214,7 @@ def test_info_shows_license_and_card(copied: list[pathlib.Path], capsys: pytest.
     assert "apache-2.0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_real_weights_give_the_logits_of_transformers(starter: pathlib.Path) -> None:
     """Every matrix dequantized to float32: the kernels for Q8_0 blocks would quantize the activations too."""
     transformers = pytest.importorskip("transformers")

@@ -100,6 +100,32 @@ def tokenizer_pairs(size: int) -> dict[str, Typed]:
     }
 
 
+def added_token_pairs(size: int) -> dict[str, Typed]:
+    """A tokenizer of a fine-tune: an added token, a template, and what this package keeps."""
+    types = [2, 3, 3, *[1] * (size - 5), 4, 3][-size:]
+    return tokenizer_pairs(size) | {
+        "tokenizer.ggml.token_type": (ARRAY, (I32, types if size > 4 else [2, 3, 3][:size])),
+        "tokenizer.ggml.eot_token_id": (U32, size - 1),
+        "tokenizer.chat_template": (TEXT, "{{ messages }}"),
+        "huggingface.generation_config": (TEXT, '{"eos_token_id": [2]}'),
+        "tokenizer.huggingface.json": (TEXT, '{"model": {"vocab": {"a": 0}}}'),
+    }
+
+
+def byte_level_pairs(size: int) -> dict[str, Typed]:
+    return {
+        "tokenizer.ggml.model": (TEXT, "gpt2"),
+        "tokenizer.ggml.pre": (TEXT, "smollm"),
+        "tokenizer.ggml.tokens": (ARRAY, (TEXT, ["<e>", "a", "b", "ab", *"cdefg"][:size])),
+        "tokenizer.ggml.token_type": (ARRAY, (I32, [3] + [1] * (size - 1))),
+        "tokenizer.ggml.merges": (ARRAY, (TEXT, ["a b"] if size > 3 else [])),
+        "tokenizer.ggml.eos_token_id": (U32, 0),
+    }
+
+
+TOKENIZERS = (tokenizer_pairs, added_token_pairs, byte_level_pairs)
+
+
 def tensors_of(args: ModelArgs, draw: random.Random, kinds: list[str]) -> list[Tensor]:
     out, offset = [], 0
     for name, shape in expected(args):
@@ -114,8 +140,11 @@ def tensors_of(args: ModelArgs, draw: random.Random, kinds: list[str]) -> list[T
 def seeds() -> list[bytes]:
     """Good files, with every type of tensor between them."""
     draw, out = random.Random(0), []
-    for kinds in (["Q8_0", "Q4_0", "F16"], ["Q4_1", "Q5_0", "Q5_1"], ["BF16", "F32"]):
-        out.append(built(pairs_of(BLOCKS), tensors_of(BLOCKS, draw, kinds)))
+    for kinds, more in (
+        (["Q8_0", "Q4_0", "F16"], {}), (["Q4_1", "Q5_0", "Q5_1"], added_token_pairs(9)),
+        (["BF16", "F32"], byte_level_pairs(9)),
+    ):  # fmt: skip
+        out.append(built(pairs_of(BLOCKS) | more, tensors_of(BLOCKS, draw, kinds)))
     for kind in ("Q4_K", "Q5_K", "Q6_K"):
         pairs = pairs_of(K_BLOCKS) | tokenizer_pairs(3)
         out.append(built(pairs, tensors_of(K_BLOCKS, draw, [kind]), version=2))
@@ -175,7 +204,7 @@ def _one(code: int, draw: random.Random) -> Any:
 def grown(draw: random.Random) -> bytes:
     """A file that is well-formed, whatever it says: pairs and tensors are replaced, dropped, added."""
     args = draw.choice((BLOCKS, K_BLOCKS))
-    pairs = pairs_of(args) | (tokenizer_pairs(args.vocab_size) if draw.random() < 0.5 else {})
+    pairs = pairs_of(args) | (draw.choice(TOKENIZERS)(args.vocab_size) if draw.random() < 0.5 else {})
     names = [
         *pairs, "llama.expert_count", "llama.rope.scaling.type", "llama.rope.scaling.factor", "split.count",
         "llama.attention.sliding_window", "general.alignment", "tokenizer.ggml.eos_token_id", "llama.x", "",

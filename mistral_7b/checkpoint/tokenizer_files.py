@@ -42,7 +42,7 @@ class TokenizerFiles:
             return cls({}, IDS)
         inside = [*source.iterdir(), *(source / "additional_chat_templates").glob("*.jinja")]
         files = {
-            name: entry.read_bytes()
+            name: _content(entry)
             for entry in sorted(inside)
             if (name := entry.relative_to(source).as_posix()) == GENERATION or hub.TOKENIZER_FILES.fullmatch(name)
             if entry.is_file()
@@ -71,6 +71,13 @@ class TokenizerFiles:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
+
+
+def _content(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise TokenizerError(f"cannot be read ({e.strerror})", place=path) from e
 
 
 def _extracted(source: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:

@@ -79,6 +79,8 @@ class ModelOptions:
     """CPU threads, at most 4 per CPU; None: PyTorch's default."""
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model with one; None: that of the model."""
+    chat_template: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME")] = None
+    """How conversations become text: a Jinja file, or a name like chatml or mistral-v3; None: the model's own."""
     stop_tokens: Annotated[Repeated, tyro.conf.arg(name="stop-token", metavar="TEXT|ID")] = ()
     """A token that ends generation, by spelling or id, besides those that the model's files name."""
 
@@ -102,7 +104,7 @@ class ModelOptions:
             torch.seed()  # random by default; --seed makes a run reproducible
             threads.use(self.threads)
             model = self._load(source)
-            tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
+            tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source, self.chat_template)
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(
                 f"{tokenizer.vocab_size} tokens, but the vocabulary of the model {source} has "

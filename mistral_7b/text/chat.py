@@ -10,6 +10,7 @@ v3        7B v0.3                  <s>[INST] system\\n\\nuser[/INST] answer</s> 
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -21,16 +22,18 @@ from mistral_common.protocol.instruct.validator import ValidationMode, get_valid
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from ..checkpoint.gguf.chat_templates import template_version
 from ..errors import TokenizerError
 from .messages import MISTRAL_COMMON_ERRORS, TEMPLATES, label, plain_messages, read_messages, reason
+from .template_choice import find_template, mistral_version
 from .vocabularies.contract import SPACE, Spans, Vocabulary
-from .vocabularies.sentencepiece import open_pieces
+from .vocabularies.files import TokenizerFiles
+from .vocabularies.sentencepiece import SentencePieceVocabulary, open_pieces
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
-Encoded = tuple[
-    list[int], int | None
-]  # ids, and how many at the end are a continued answer (None: no whole number)
+# ids, and how many at the end are a continued answer (None: no whole number)
+Encoded = tuple[list[int], int | None]
 
 
 class Rendered(Protocol):
@@ -44,7 +47,10 @@ class Rendered(Protocol):
 
 
 class Template(Protocol):
-    """A fine-tune's chat template."""
+    """A fine-tune's chat template. `name` says where it comes from."""
+
+    @property
+    def name(self) -> str: ...
 
     def render(
         self, messages: Messages, tools: Tools = None, *, add_generation_prompt: bool = True,
@@ -60,8 +66,13 @@ class Template(Protocol):
 
 
 class ChatFormat(Protocol):
-    """What encodes conversations for a tokenizer. `version` is None for a template that is not Mistral's."""
+    """What encodes conversations for a tokenizer.
 
+    name     where the template comes from, for people
+    version  of Mistral's template; None for another one
+    """
+
+    name: str
     version: str | None
 
     def encode(self, messages: Messages, tools: Tools, labels: Sequence[str] | None) -> Encoded:
@@ -84,6 +95,7 @@ class MistralChat:
                 f"has no control tokens [INST] and [/INST]: it cannot be {version}", field="version", place=path
             )
         self.version: str | None = version
+        self.name = f"mistral-{version}, by mistral-common"
         self._named = version
         self._pieces = open_pieces(path, version)
         if self._pieces.bos_id < 0 or self._pieces.eos_id < 0:
@@ -145,6 +157,7 @@ class TemplateChat:
 
     def __init__(self, vocabulary: Vocabulary, template: Template) -> None:
         self._vocabulary, self._template = vocabulary, template
+        self.name = template.name
 
     def turn_end(self) -> str | None:
         """Return the control token that the template writes after an answer."""
@@ -174,3 +187,47 @@ class TemplateChat:
                 return None
             text = (surface.replace(SPACE, " ").encode() if isinstance(surface, str) else surface) + text
         return None
+
+
+def chat_format(
+    folder: pathlib.Path, vocabulary: Vocabulary, name: str | os.PathLike[str] | None = None
+) -> ChatFormat | None:
+    """Return the chat format of a folder, or the one that `name` says; None if the folder brings none.
+
+    mistral-common encodes the chats of Mistral's own releases. A folder without a template has
+    its format if its vocabulary has [INST] as a control token, or if its files are those of Mistral's layout.
+    """
+    own = isinstance(vocabulary, SentencePieceVocabulary) and not vocabulary.added
+    choice = find_template(folder, None if name is None else os.fspath(name))
+    if choice is None:
+        layout = (folder / "params.json").is_file() or not (folder / "tokenizer_config.json").is_file()
+        if isinstance(vocabulary, SentencePieceVocabulary) and own:
+            return mistral_chat(vocabulary) if layout or "[INST]" in vocabulary.markup_names() else None
+        return None
+    if choice.mistral is not None:
+        if not isinstance(vocabulary, SentencePieceVocabulary):
+            raise TokenizerError(
+                f"mistral-{choice.mistral} needs a SentencePiece vocabulary (tokenizer.model)",
+                field="chat_template",
+                place=vocabulary.path,
+            )
+        return mistral_chat(vocabulary, choice.mistral)
+    template = choice.load(_special(folder, vocabulary), vocabulary.markup_names())
+    if name is None and own:
+        assert isinstance(vocabulary, SentencePieceVocabulary)
+        if (version := mistral_version(vocabulary.names, template, folder)) is not None:
+            return mistral_chat(vocabulary, version)
+    return TemplateChat(vocabulary, template)
+
+
+def mistral_chat(vocabulary: SentencePieceVocabulary, version: str | None = None) -> MistralChat:
+    """Return Mistral's template of this version, or of the one that the vocabulary tells."""
+    controls, path = vocabulary.markup_names(), vocabulary.path
+    return MistralChat(path, version or template_version(controls, path.name), controls)
+
+
+def _special(folder: pathlib.Path, vocabulary: Vocabulary) -> dict[str, str]:
+    """Return the spellings of bos_token, eos_token..., as transformers gives them to templates."""
+    ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "unk_token": vocabulary.unk_id}
+    known = {name: vocabulary.names[i] for name, i in ids.items() if i is not None}
+    return known | TokenizerFiles(folder).named

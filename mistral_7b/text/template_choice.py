@@ -28,7 +28,6 @@ from ..errors import TokenizerError
 from .chat_template import ChatTemplate
 from .template_library import MISTRAL, TEMPLATES
 
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MARKERS = re.compile(r"\s*(<s>|</s>|\[/?INST\])\s*")
 MAX_BYTES = 64 << 20  # of a file that is read
 
@@ -103,20 +102,6 @@ def no_template(place: str | os.PathLike[str]) -> TokenizerError:
         place=place,
         hint=f"name one with --chat-template: a Jinja file, or one of {', '.join((*TEMPLATES, *MISTRAL))}",
     )
-
-
-def special_tokens(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Return how a folder's files spell bos_token, eos_token..., as transformers gives them to templates."""
-    folder = pathlib.Path(folder)
-    config = _json(folder / "tokenizer_config.json")
-    values = config if "added_tokens_decoder" in config else config | _json(folder / "special_tokens_map.json")
-    return {name: text for name in SPECIAL if (text := _spelling(values.get(name)))}
-
-
-def _spelling(token: Any) -> str:
-    """Return the spelling of a token, which is a text or an object with its content."""
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else ""
 
 
 def _sources(folder: pathlib.Path) -> dict[str, Source]:

@@ -15,13 +15,13 @@ from typing import Any
 
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from ..checkpoint.gguf.chat_templates import template_version
 from ..checkpoint.gguf.file import is_gguf
 from ..checkpoint.gguf.tokenizer import extract
 from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from ..errors import TokenizerError
-from .chat import ChatFormat, MistralChat, Template, TemplateChat
+from .chat import ChatFormat, Template, TemplateChat, chat_format, mistral_chat
 from .streaming import StreamDecoder
+from .template_choice import no_template
 from .vocabularies.contract import SPACE, Spans, Vocabulary
 from .vocabularies.files import TokenizerFiles
 from .vocabularies.folder import FAST, open_folder
@@ -45,25 +45,32 @@ class Tokenizer:
         return f"Tokenizer({str(self.path)!r}, {self.version!r}, {self.vocab_size} tokens)"
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str] = "demo") -> Tokenizer:
-        """Load the tokenizer of a model: a folder, a file in it, a GGUF file, a hub id, or "demo"."""
+    def from_pretrained(
+        cls, source: str | os.PathLike[str] = "demo", chat_template: str | os.PathLike[str] | None = None
+    ) -> Tokenizer:
+        """Load the tokenizer of a model: a folder, a file in it, a GGUF file, a hub id, or a bundled name.
+
+        `chat_template` None is the model's own. Else it is a Jinja file, one of the model's named templates, or a
+        name of template_library: "chatml", "zephyr", "mistral-v3"...
+        """
         path = resolve(source)
         if path.is_file() and is_gguf(path):
-            return cls._of_folder(extract(path))
+            return cls._of_folder(extract(path), chat_template)
         if path.is_file() and SENTENCEPIECE.fullmatch(path.name):
-            return cls.from_file(path)
+            vocabulary = SentencePieceVocabulary(path)
+            return cls(vocabulary, chat_format(path.parent, vocabulary, chat_template))
         folder = path if path.is_dir() else path.parent
         if sentencepiece_file(folder) is None and not (folder / FAST).is_file():
             inside = [f for f in folder.glob("*.gguf") if is_gguf(f)]
             if len(inside) == 1:
-                return cls.from_pretrained(inside[0])
-        return cls._of_folder(folder)
+                return cls.from_pretrained(inside[0], chat_template)
+        return cls._of_folder(folder, chat_template)
 
     @classmethod
-    def _of_folder(cls, folder: pathlib.Path) -> Tokenizer:
+    def _of_folder(cls, folder: pathlib.Path, chat_template: str | os.PathLike[str] | None) -> Tokenizer:
         vocabulary = open_folder(folder)
         ends = TokenizerFiles(folder).stop_ids
-        return cls(vocabulary, chat_format(folder, vocabulary), ends)
+        return cls(vocabulary, chat_format(folder, vocabulary, chat_template), ends)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], version: str | None = None) -> Tokenizer:
@@ -259,24 +266,5 @@ class Tokenizer:
         The number is None if that message begins within a token.
         """
         if self.chat is None:
-            raise TokenizerError(
-                "this model brings no chat template, so it cannot answer conversations",
-                field="messages",
-                place=self.path.parent,
-                hint="complete a text instead, or use a model with a chat template",
-            )
+            raise no_template(self.path.parent)
         return self.chat.encode(messages, tools, labels)
-
-
-def chat_format(folder: pathlib.Path, vocabulary: Vocabulary) -> ChatFormat | None:
-    """Return the chat format of a folder: Mistral's own for its vocabularies; None if there is none."""
-    if isinstance(vocabulary, SentencePieceVocabulary) and not vocabulary.added:
-        return mistral_chat(vocabulary)
-    return None
-
-
-def mistral_chat(vocabulary: SentencePieceVocabulary, version: str | None = None) -> MistralChat:
-    """Return Mistral's template of this version, or of the one that the vocabulary tells."""
-    controls = frozenset(vocabulary.names[i] for i in vocabulary.markup)
-    path = vocabulary.path
-    return MistralChat(path, version or template_version(controls, path.name), controls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import pytest
 import tokenizer_folders as folders
 from refusals import refused
-from tiny import tiny_args, tiny_model
+from tiny import tiny_args, tiny_model, tokens_of
 from tokenizers import Tokenizer as Fast
 from transformers import AutoTokenizer
 
 from mistral_7b import Tokenizer as Ours
 from mistral_7b import TokenizerError
-from mistral_7b.checkpoint import convert
+from mistral_7b.checkpoint import convert, quantize
 from mistral_7b.checkpoint.gguf import file as gguf_file
 from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 from mistral_7b.checkpoint.gguf import tokenizer_metadata
@@ -333,3 +334,26 @@ def test_an_unknown_kind_of_tokenizer_in_a_gguf_file_is_warned_about(tmp_path: p
     assert not list((tmp_path / "out").glob("tokenizer*"))
     with refused(TokenizerError, field="tokenizer.ggml.model", place=tmp_path / "y.gguf"):
         gguf_tokenizer.extract(tmp_path / "y.gguf")
+
+
+def test_a_quantized_folder_keeps_the_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    quantize(folder, tmp_path / "out", "int8", tokens_of((1, 20)), "random tokens")
+    assert contents(tmp_path / "out") == contents(folder)
+    assert ids_of(tmp_path / "out") == ids_of(folder)
+
+
+STARTER = pathlib.Path(os.environ.get("MISTRAL_7B_STARTER", "no such file"))
+
+
+@pytest.mark.skipif(not STARTER.is_file(), reason="MISTRAL_7B_STARTER names no SmolLM2-135M-Instruct GGUF file")
+def test_the_starters_tokenizer() -> None:
+    out = gguf_tokenizer.extract(STARTER)
+    built = Fast.from_file(str(out / "tokenizer.json"))
+    text = "<|im_start|>user\nWhat is 12 + 34?<|im_end|>\n"
+    assert built.encode(text).tokens == [
+        "<|im_start|>", "user", "\u010a", "What", "\u0120is", "\u0120", "1", "2", "\u0120+", "\u0120", "3", "4",
+        "?", "<|im_end|>", "\u010a",
+    ]  # fmt: skip
+    assert built.decode(built.encode(text).ids, skip_special_tokens=False) == text
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert "<|im_start|>assistant" in chat_templates(out)["default"]

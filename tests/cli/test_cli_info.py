@@ -62,6 +62,16 @@ def test_weights_are_not_needed(run, windowed: str, tmp_path: pathlib.Path) -> N
     assert json.loads(run("info", str(tmp_path), "--json").out)["args"]["sliding_window"] == 8
 
 
+def test_a_scaled_rotary_embedding_is_shown(run, windowed: str, tmp_path: pathlib.Path) -> None:
+    config = json.loads((pathlib.Path(windowed) / "config.json").read_text())
+    del config["rope_parameters"]
+    scaling = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+    assert "yarn, factor 8, from 8,192 tokens" in run("info", str(tmp_path)).out
+    facts = json.loads(run("info", str(tmp_path), "--json").out)
+    assert (facts["args"]["rope_scaling"]["factor"], facts["args"]["max_seq_len"]) == (8.0, 65536)
+
+
 @pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -69,7 +79,7 @@ def test_weights_are_not_needed(run, windowed: str, tmp_path: pathlib.Path) -> N
         (["{folder}", "--context", "0"], "--context must be at least 1"),
         (["{folder}", "--context", "many"], "--context"),
         (["/nowhere"], "/nowhere"),
-        (["{empty}"], "contains neither config.json nor params.json"),
+        (["{empty}"], "an empty folder"),
     ],
 )
 def test_what_is_refused(run, windowed: str, tmp_path: pathlib.Path, words: list[str], message: str) -> None:

@@ -31,6 +31,23 @@ HEADS = {
     "v7": "{#- Mistral's template v7. -#}\n",
 }
 
+# Version v1 for transformers, which inserts no space after a special token; its vocabulary does not tell it.
+V1_FOR_TRANSFORMERS = r"""{{- bos_token -}}
+{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set ns.system = message['content'] ~ '\n\n' -%}
+{%- elif message['role'] == 'user' -%}
+{{- '[INST] ' ~ ns.system ~ message['content'] ~ ' [/INST]' -}}
+{%- set ns.system = '' -%}
+{%- elif message['role'] == 'assistant' -%}
+{{- ' ' ~ message['content'] ~ eos_token -}}
+{%- else -%}
+{{- raise_exception('Mistral 7B v0.1 and v0.2 know no role ' ~ message['role']) -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
 # text(content): the text of a message. plain(text): the text, checked to contain no control token.
 TEXTS = r"""
 {%- macro join(first, second) -%}

@@ -69,7 +69,7 @@ def named(path: pathlib.Path, name: Any) -> PreTokenizer:
     """Return the pre-tokenizer of a GGUF file; TokenizerError for an unknown name."""
     if name is None:
         return DEFAULT
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise TokenizerError(
             f"the pre-tokenizer is {name!r}; known are {', '.join(PRE_TOKENIZERS)}",
             field=PRE,

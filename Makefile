@@ -4,15 +4,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT ?=
+QUESTION := What are three tips for staying healthy?
+# The starter model, downloaded once; where that is not possible, the bundled one.
+MODEL = $$($(BIN)/mistral-7b pull starter >/dev/null && echo starter || \
+	{ echo "Using the bundled model, a base model of Python code, in its place." >&2; echo demo; })
 
 .DEFAULT_GOAL := help
-.PHONY: help run check check-types check-core test lint gpu-check demo
+.PHONY: help run chat serve check check-types check-core test lint gpu-check demo
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
 
-run: $(STAMP)  ## generate text with the bundled model; PROMPT="..." to choose how it begins
-	@$(BIN)/mistral-7b generate demo $(if $(PROMPT),--prompt="$$PROMPT") </dev/null
+run: $(STAMP)  ## ask the starter model a question (first downloads it: 93 MB); PROMPT="..." to ask another
+	@model=$(MODEL); if [ $$model = demo ]; then \
+	  $(BIN)/mistral-7b generate demo $(if $(PROMPT),--prompt="$$PROMPT") </dev/null; \
+	else \
+	  prompt="$${PROMPT:-$(QUESTION)}"; printf '> %s\n' "$$prompt"; \
+	  printf '"""\n%s\n"""\n' "$$prompt" | $(BIN)/mistral-7b chat starter --temperature 0 --max-tokens 512 --verbose; \
+	fi
+
+chat: $(STAMP)  ## chat with the starter model on the terminal
+	@model=$(MODEL); $(BIN)/mistral-7b chat $$model
+
+serve: $(STAMP)  ## serve the starter model over HTTP, with a chat page
+	@model=$(MODEL); $(BIN)/mistral-7b serve $$model
 
 test: $(STAMP)  ## run the whole test suite, two files at a time
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -146,6 +146,9 @@ Trained from scratch by `make demo` on {date}, on {cpus} cores ({machine}), in {
 | **held-out bits per byte** | **{bits:.3f}** ({library:.3f} on library modules, {tests:.3f} on their tests) |
 | `xz -9e` on the same files | {xz_alone:.3f} alone, {xz_seen:.3f} with the training files as context |
 
+By default a repetition penalty of 1.1 applies (`generation_config.json`), because the model tends to repeat lines.
+The samples below were drawn without it.
+
 [manifest.json](manifest.json) lists every file with its SHA-256 and its split.
 
 ![Loss curve](curve.png)
@@ -159,8 +162,7 @@ PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self):\n",
 
 def write_card(files: list[File], out: Path, log: list[dict[str, Any]], args: TrainArgs) -> None:
     """The model card, each figure of it measured or counted here."""
-    from mistral_7b import Mistral7B, SamplingParams
-    from mistral_7b.generate import generate
+    from mistral_7b import Mistral7B, SamplingParams, generate
 
     model = Mistral7B.from_pretrained(out / "model")
     params = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=120, seed=0)
@@ -222,6 +224,9 @@ def main(out: Path = Path("runs/demo"), steps: int = 1800, install: bool = False
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     for name in ("manifest.json", "curve.png"):
         shutil.copy(out / name, out / "model" / name)
+    settings = out / "model" / "generation_config.json"
+    own = json.loads(settings.read_text()) | {"repetition_penalty": 1.1}
+    settings.write_text(json.dumps(own, indent=2) + "\n")
     write_card(files, out, log, args)
     if install:
         place = Path(mistral_7b.__file__).parent / "demo"

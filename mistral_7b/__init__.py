@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     from .engine.config import GrammarLimits as GrammarLimits
     from .engine.llm import LLM as LLM
     from .errors import Mistral7BError as Mistral7BError
+    from .generate import generate as generate
+    from .generate import stream as stream
     from .model import Mistral7B as Mistral7B
     from .model import ModelArgs as ModelArgs
     from .sampling.params import SamplingParams as SamplingParams
@@ -30,6 +34,8 @@ _HOMES = {
     "EngineConfig": "engine.config",
     "GrammarLimits": "engine.config",
     "StructuredOutputs": "sampling.params",
+    "generate": "generate",
+    "stream": "generate",
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
@@ -51,3 +57,21 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(types.ModuleType):
+    """The package, whose name `generate` is the function, also after the submodule generate.py was imported.
+
+    The import system binds a submodule to its name in the package; this property takes precedence over it.
+    """
+
+    @property
+    def generate(self) -> Any:
+        return importlib.import_module(".generate", __name__).generate
+
+    @generate.setter
+    def generate(self, module: types.ModuleType) -> None:
+        """Called by the import of the submodule, which remains in sys.modules."""
+
+
+sys.modules[__name__].__class__ = _Package

@@ -26,6 +26,7 @@ from .engine.speculation import Speculation
 from .errors import GenerationError
 from .lora.adapters import Source
 from .model import Mistral7B
+from .sampling.defaults import model_defaults
 from .sampling.params import SamplingParams
 from .text.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ def generate(
 ) -> list[RequestOutput]:
     """Complete one or several prompts, texts or token ids of any lengths; return outputs in their order.
 
-    params      for all prompts, or one for each; None is SamplingParams(), with 16 tokens
+    params      for all prompts, or one for each; None is SamplingParams(), with 16 tokens and the model's defaults
     tokenizer   needed for text prompts and text output; None loads the one in the model's folder
     batch_size  completions decoded together; memory grows with it, outputs do not change
     speculate   settings of speculative decoding, which saves steps; outputs do not change
@@ -108,6 +109,7 @@ def _open(
     if batch_size < 1:
         raise GenerationError(f"batch_size must be at least 1, not {batch_size}", field="batch_size")
     several = as_prompts(prompts)
+    params = params or SamplingParams(**model_defaults(model.source))
     tokenizer_error = ""
     if tokenizer is None:
         tokenizer, tokenizer_error = load_tokenizer(model)

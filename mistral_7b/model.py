@@ -16,7 +16,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -198,6 +198,8 @@ class Mistral7B(nn.Module):
     allocated. Fresh weights are random; `from_pretrained` opens released or saved ones.
     """
 
+    __call__: Callable[..., tuple[Tensor, Cache]]  # of `forward`, for type checkers
+
     def __init__(
         self,
         args: ModelArgs | None = None,
@@ -208,8 +210,7 @@ class Mistral7B(nn.Module):
         super().__init__()
         self.args = args = args or ModelArgs()
         self.source: pathlib.Path | None = None  # the folder or file it was opened from, tokenizer and all
-        # Built on meta, so that 7 billion numbers are drawn once and not twice.
-        factory: dict[str, Any] = {"dtype": dtype, "device": "meta"}
+        factory: dict[str, Any] = {"dtype": dtype, "device": "meta"}  # meta: so numbers are drawn only once
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, **factory)
         self.layers = Layers(TransformerBlock(args, **factory) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps, **factory)
@@ -236,7 +237,7 @@ class Mistral7B(nn.Module):
 
         def draw(named: tuple[str, nn.Parameter], seed: int) -> None:
             name, p = named
-            std = 0.02 / math.sqrt(2 * self.args.n_layers) if name.endswith(RESIDUAL) else 0.02
+            std = 0.02 / math.sqrt(2 * self.args.n_layers) if name.endswith(("wo.weight", "w2.weight")) else 0.02
             bound = std * math.sqrt(3)
             with torch.inference_mode(p.is_inference()):  # a mode does not reach the caller's threads
                 nn.init.uniform_(p, -bound, bound, generator=torch.Generator(p.device).manual_seed(seed))
@@ -246,6 +247,10 @@ class Mistral7B(nn.Module):
         for p in self.parameters():
             if p.dim() == 1:
                 nn.init.ones_(p)
+
+    def __repr__(self) -> str:
+        a, p = self.args, self.norm.weight
+        return f"Mistral7B(dim={a.dim}, n_layers={a.n_layers}, {p.dtype}, {p.device}, source={self.source})"
 
     def hidden(self, tokens: Tensor, cache: Cache, sequence_ids: Tensor | None = None) -> Tensor:
         """Final normalised states of tokens (...): (..., D). Writes into `cache`."""
@@ -263,14 +268,12 @@ class Mistral7B(nn.Module):
     def forward(
         self, tokens: Tensor, cache: Cache | None = None, sequence_ids: Tensor | None = None
     ) -> tuple[Tensor, Cache]:
-        """Logits of every token, and the cache that continues from them.
+        """Logits (..., V) of every token, in float32, and the cache that continues from them.
 
         tokens        (B, T), a rectangle of sequences of equal length, or (T,), a packed batch
         cache         what came before; none begins at position 0. A GrowingCache (the default) is not
                       changed and stays valid; a RollingCache is written in place.
         sequence_ids  (T,), for packed tokens: which sequence each belongs to. With Stateless also (B, T).
-
-        Returns logits (..., V) in float32, and the cache.
         """
         if cache is None:
             cache = GrowingCache(self.args.n_layers, self.args.sliding_window)
@@ -302,7 +305,7 @@ class Mistral7B(nn.Module):
         cls,
         source: str | os.PathLike[str] = "demo",
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         device: torch.device | str = "cpu",
         quantization: str | None = None,
         mmap: bool = True,
@@ -329,6 +332,3 @@ class Mistral7B(nn.Module):
         from .checkpoint import save
 
         save(self, path, format, max_shard_size, type=type, distance=distance, calibration=calibration)
-
-
-RESIDUAL = ("wo.weight", "w2.weight")  # the projections that write to the residual stream

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,18 @@ def _reworded(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def starter() -> pathlib.Path:
+    """The folder of the starter model in the cache. Tests download it only with MISTRAL_7B_TEST_DOWNLOADS=1."""
+    from mistral_7b.checkpoint import starter
+
+    if os.environ.get("MISTRAL_7B_TEST_DOWNLOADS") == "1":
+        return starter.pull()
+    if (folder := starter.cached()) is None:
+        pytest.skip("the starter model is not in the cache (`mistral-7b pull starter`)")
+    return folder
 
 
 @pytest.fixture(scope="session")

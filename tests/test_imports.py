@@ -43,7 +43,7 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 WITHOUT_TORCH = (
     "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",
     "text.tool_calls", "text.chat_template", "text.template_choice", "text.template_sandbox",
-    "checkpoint", "checkpoint.hub", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer",
+    "checkpoint", "checkpoint.hub", "checkpoint.starter", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer",
     "checkpoint.gguf.tokenizer_metadata", "checkpoint.tokenizer_files", "lora",
     "training", "training.args", "kernels.cpu.compiler", "kernels.threads",
     "engine.grammar.client", "engine.grammar.forkserver",

@@ -32,7 +32,7 @@ NEEDS_NETWORK, TALKS, SERVES = "mistral-7b pull", "mistral-7b chat", "mistral-7b
 
 
 def test_the_first_snippet_prints_what_readme_shows() -> None:
-    snippet = next(b["body"] for b in BLOCKS if b["language"] == "python" and b["mark"] is None)
+    snippet = next(b["body"] for b in BLOCKS if b["language"] == "python" and "generate(model" in b["body"])
     shown = next(b["body"] for b in BLOCKS if b["mark"] == "output")
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -40,8 +40,17 @@ def test_the_first_snippet_prints_what_readme_shows() -> None:
     assert out.getvalue().rstrip("\n") == shown.rstrip("\n")
 
 
+def test_the_starter_model_answers_as_readme_shows(starter: Path) -> None:
+    snippet = next(b["body"] for b in BLOCKS if b["language"] == "python" and 'LLM("starter")' in b["body"])
+    shown = next(b["body"] for b in BLOCKS if b["mark"] == "starter output")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert out.getvalue() == shown
+
+
 def test_the_engines_snippet_continues_both_prompts() -> None:
-    snippet = next(b["body"] for b in BLOCKS if b["language"] == "python" and "LLM(" in b["body"])
+    snippet = next(b["body"] for b in BLOCKS if b["language"] == "python" and 'LLM("demo"' in b["body"])
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(snippet, "README.md", "exec"), {})

@@ -11,6 +11,15 @@ from ..kernels.attend import quantize_kv
 Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scales (..., S, G, 1)
 
 
+class Described:
+    """The repr of a cache: layers, window, and tokens so far (a list where sequences may differ)."""
+
+    def __repr__(self) -> str:
+        state = vars(self)
+        length = state["length"].tolist() if isinstance(state["length"], Tensor) else state["length"]
+        return f"{type(self).__name__}({len(state['layers'])} layers, window={state['window']}, length={length})"
+
+
 def check_kv_dtype(kv_dtype: torch.dtype | None) -> bool:
     """Whether keys and values are stored in int8. CacheError for any other type than int8 or None."""
     if kv_dtype not in (None, torch.int8):

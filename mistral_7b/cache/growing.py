@@ -13,7 +13,7 @@ from ..errors import CacheError
 from ..kernels.attend import Place, Remembered, attend
 from ..kernels.backend import ATTENTION, Backend, uses
 from .contract import KeysAndValues, check_window
-from .entries import Entries, check_kv_dtype, compressed, expanded, four
+from .entries import Described, Entries, check_kv_dtype, compressed, expanded, four
 from .sequences import run_positions, still_visible
 
 
@@ -25,7 +25,7 @@ class GrowingStep(NamedTuple):
     place: Place | None  # the stored keys, for the kernels; None for packed tokens
 
 
-class GrowingCache:
+class GrowingCache(Described):
     """Concatenates keys and values; with a window it keeps the last W of them.
 
     Immutable: `model(tokens, cache)` does not change its argument, so one prefix can be continued twice. It holds

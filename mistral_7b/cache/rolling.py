@@ -25,7 +25,7 @@ from ..kernels.attend import Place, Remembered, attend
 from ..kernels.backend import ATTENTION, Backend, uses
 from ..kernels.cpu import huge_pages
 from .contract import KernelCache, KeysAndValues, check_window
-from .entries import Entries, check_kv_dtype, compressed, expanded, four
+from .entries import Described, Entries, check_kv_dtype, compressed, expanded, four
 
 EMPTY = 2**62  # position of an empty slot: later than any query, so never visible
 
@@ -75,7 +75,7 @@ class Prefill(NamedTuple):
         return out
 
 
-class RollingCache(KernelCache):
+class RollingCache(Described, KernelCache):
     """A ring of slots for each of B sequences, written in place: constant memory for any number of tokens.
 
     Position p is in slot p mod slots. With a window there are W + `slack` slots, which are overwritten without

@@ -16,6 +16,7 @@ tokenizer_files  the tokenizer's files beside weights, carried from one layout t
 quantized    read a quantized folder
 quantizing   write a quantized folder, one layer at a time, and measure its distance from the original
 hub          a name -> a local path, downloading what is needed (imports no torch)
+starter      the model "starter", downloaded with pip (imports no torch)
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ..errors import CheckpointError, HubError, WriteError, first_line
 from ..files import ADVICE, write_error_in
+from . import starter
 
 DEMO = pathlib.Path(__file__).parent.parent / "demo"
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -91,13 +92,16 @@ def sentencepiece_file(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
-    """Return the local path of a model: "demo" (the bundled model), a path, or a hub id.
+    """Return the local path of a model: "demo" (the bundled model), "starter", a path, or a hub id.
 
     A hub id is "owner/name", or "owner/name/FILE.gguf" for one file of a repository. It is downloaded unless
-    it is in the cache. Raises HubError if the download fails, CheckpointError if the name is neither.
+    it is in the cache, and so is the starter model (starter.py). A folder of the name of a known model is reached
+    as ./demo or ./starter. Raises HubError if the download fails, CheckpointError if the name is none of these.
     """
     if source == "demo":
         return DEMO
+    if source == "starter":
+        return starter.resolve()
     path = pathlib.Path(source).expanduser()
     if source != "" and path.exists():
         return path

@@ -27,7 +27,7 @@ from .gguf import blocks as gguf_blocks
 from .gguf import reading as gguf
 from .gguf.file import is_gguf
 from .names import DERIVED, EMBEDDING, OUTPUT, expected, interleaved, layout_of, rename, rotated_heads
-from .stored import StoredTensor, read_file
+from .stored import StoredTensor, dtype_of, read_file
 
 CONFIGS = {"huggingface": "config.json", "mistral": "params.json"}
 
@@ -82,7 +82,7 @@ class Checkpoint:
 def load(
     source: str | os.PathLike[str] = "demo",
     *,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     device: torch.device | str = "cpu",
     quantization: str | Scheme | None = None,
     mmap: bool = True,
@@ -102,7 +102,7 @@ def load(
     invalid files, HubError for a failed download, QuantizationError for an unsupported scheme; a partial model
     is never returned.
     """
-    path = hub.resolve(source)
+    dtype, path = dtype_of(dtype), hub.resolve(source)
     if (record := quantized.read_record(path)) is not None:
         quantized.check_scheme(path, record, quantization)
         record.scheme.check_device(device)

@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, ConfigError, first_line
 from .others import check_weight_file
 
 DTYPES = {
@@ -33,6 +33,18 @@ DTYPES = {
 READABLE = DTYPES | {"I32": torch.int32, "I64": torch.int64}  # in checkpoints quantized elsewhere (packed.py)
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOATS = {dtype for dtype in CODES if dtype.is_floating_point}  # dtypes of unquantized weights
+NAMED_DTYPES = {
+    "auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "half": torch.float16,
+    "float32": torch.float32, "float": torch.float32, "float64": torch.float64,
+}  # fmt: skip
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a dtype for weights, given as such or by a name of vLLM's. ConfigError for any other."""
+    found = NAMED_DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype must be one of {', '.join(NAMED_DTYPES)}, not {dtype!r}", field="dtype")
+    return found
 
 
 class MappedFile:

@@ -27,7 +27,7 @@ COMMANDS = {
     "convert": "convert a checkpoint to another format",
     "quantize": "quantize a checkpoint to int8 or int4",
     "merge": "merge a LoRA adapter into its base model",
-    "pull": "download a model from the Hugging Face hub",
+    "pull": "download a model: one of the Hugging Face hub, or the starter model",
     "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",
     "bench": "measure speed and memory, compared with hardware limits and other engines",
@@ -96,7 +96,8 @@ def _help() -> str:
         "Mistral 7B in PyTorch: readable, exact and fast at once.\n\n"
         f"commands:\n{commands}\n\n"
         "`mistral-7b COMMAND --help` lists the flags of a command. MODEL is a folder, a file, a hub id\n"
-        '(owner/name), or "demo" (the default): the bundled small model of Python code.'
+        '(owner/name), "starter" (a small chat model, downloaded once), or "demo" (the default): the bundled\n'
+        "small model of Python code."
     )
 
 

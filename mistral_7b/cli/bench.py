@@ -33,7 +33,7 @@ class Bench:
     """Measure speed and memory, compared with this machine's ceilings and other engines."""
 
     model: ModelName = ""
-    """A folder, a file, a hub id or "demo" (the default); not with --shape."""
+    """A folder, a file, a hub id, "starter" or "demo" (the default); not with --shape."""
     shape: Literal["7b", "tiny"] | None = None
     """Use random weights of this shape, created in memory: speed does not depend on their values."""
     layers: int | None = None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ..errors import GenerationError
 from ..sampling.params import SamplingParams
 from .conversation import Conversation, Message
-from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
+from .generate import Generation
+from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text, sampling_of
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ..model import Mistral7B
     from ..text.tokenizer import Tokenizer
     from .render import Render
-    from .repl import Answer
 
 ADAPTER = "adapter"  # the name of --adapter in the engine
 DEMO = (
@@ -32,7 +32,7 @@ class Chat(TextOptions):
     """Chat with an instruction-tuned model; /help at the prompt lists the commands."""
 
     model: ModelName = "demo"
-    """A folder, a hub id or "demo"."""
+    """A folder, a hub id, "starter" or "demo"."""
     system: str = ""
     """System prompt."""
     system_file: str = ""
@@ -41,10 +41,12 @@ class Chat(TextOptions):
     """Continue a conversation saved with /save."""
     plain: bool = False
     """Show the raw text of answers; by default a terminal shows them as rendered Markdown."""
+    verbose: bool = False
+    """Print the number of tokens of each answer, and tokens per second, to stderr."""
     sampling: SamplingParams = dataclasses.field(
         default_factory=lambda: SamplingParams(temperature=0.7, max_tokens=2048)
     )
-    """Sampling parameters."""
+    """Sampling parameters. Without a flag, the model's own default (generation_config.json) precedes these."""
 
 
 def run(argv: list[str]) -> int:
@@ -57,6 +59,8 @@ def run(argv: list[str]) -> int:
         conversation.system = read_text(args.system_file).strip()
     conversation.system = args.system or conversation.system
     model, tokenizer, adapter = args.open_adapted(args.model, args.adapter)
+    sampling = sampling_of(args, "chat", argv, model)
+    params = dataclasses.replace(sampling, structured_outputs=params.structured_outputs)
 
     from .repl import Repl, history, notice
 
@@ -70,7 +74,8 @@ def run(argv: list[str]) -> int:
         from .render import as_markdown, as_python
 
         render = as_python if demo else as_markdown
-    repl = Repl(answers(engine_of(model, tokenizer, args, adapter), params), conversation, render)
+    answers = Answers(engine_of(model, tokenizer, args, adapter), params)
+    repl = Repl(answers, conversation, render, answers.statistics if args.verbose else None)
     if sys.stdin.isatty():
         with history():
             repl.loop()
@@ -97,33 +102,40 @@ def engine_of(model: Mistral7B, tokenizer: Tokenizer, args: Chat, adapter: Adapt
     return LLM(model, config, tokenizer=tokenizer, adapters=adapters)
 
 
-def answers(llm: LLM, params: SamplingParams) -> Answer:
-    """Return a function that streams the model's answer, limited to the rest of the context.
+class Answers:
+    """Streams answers, each limited to the rest of the context, and keeps the statistics of the last."""
 
-    GenerationError if the conversation does not fit, or if the answer reaches its token limit.
-    """
-    tokenizer, context = llm.tokenizer, llm.engine.model.args.max_seq_len
-    assert tokenizer is not None  # the command opens it with the model
-    adapter = next(iter(llm.engine.adapters.names), None)
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        self.llm, self.params, self.context = llm, params, llm.engine.model.args.max_seq_len
+        self.adapter = next(iter(llm.engine.adapters.names), None)
+        self.latest = Generation(1, 0, live=False)
 
-    def answer(messages: list[Message]) -> Iterator[str]:
-        ids = tokenizer.encode_chat(messages)
-        remaining = context - len(ids)
+    def __call__(self, messages: list[Message]) -> Iterator[str]:
+        """Yield an answer in pieces.
+
+        GenerationError if the conversation does not fit, or if the answer reaches its token limit.
+        """
+        ids = self.llm.get_tokenizer().encode_chat(messages)
+        remaining = self.context - len(ids)
         if remaining < 1:
             raise GenerationError(
-                f"the conversation with this message has {len(ids)} tokens, more than the context of {context}: "
-                "the message is not added",
+                f"the conversation with this message has {len(ids)} tokens, more than the context of "
+                f"{self.context}: the message is not added",
                 hint="/save FILE, then /reset",
             )
-        limit = min(params.max_tokens or remaining, remaining)
+        limit = min(self.params.max_tokens or remaining, remaining)
         finish = None
-        limited = dataclasses.replace(params, max_tokens=limit)
-        for piece in llm.stream(ids, limited, adapter=adapter):
+        self.latest = Generation(1, len(ids), live=False)
+        limited = dataclasses.replace(self.params, max_tokens=limit)
+        for piece in self.llm.stream(ids, limited, adapter=self.adapter):
             finish = piece.finish_reason
+            self.latest.count(len(piece.token_ids))
             yield piece.text
         if finish == "length":
             full = limit == remaining
             hint = "the context is full: /save FILE, then /reset" if full else "--max-tokens sets this limit"
             raise GenerationError(f"(the answer was cut off after {limit} tokens; {hint})")
 
-    return answer
+    def statistics(self) -> str:
+        """The tokens and times of the last answer, in words."""
+        return self.latest.summary()

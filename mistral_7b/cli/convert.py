@@ -19,7 +19,7 @@ class Convert:
     """Convert a checkpoint to another format, bit for bit. The output is complete or absent."""
 
     source: Source
-    """A folder, a file, a hub id or "demo"."""
+    """A folder, a file, a hub id, "starter" or "demo"."""
     out: Folder
     """The output folder; for GGUF, the output file."""
     to: Literal["huggingface", "mistral", "gguf"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ..sampling.params import SamplingParams
-from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text
+from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text, sampling_of
 
 if TYPE_CHECKING:
     from ..engine.speculation import Speculation, Tally
@@ -28,7 +28,7 @@ class Generate(TextOptions):
     """Continue a text. The prompt comes from a flag, a file or a pipe; the bundled model has a default one."""
 
     model: ModelName = "demo"
-    """A folder, a file, a hub id or "demo"."""
+    """A folder, a file, a hub id, "starter" or "demo"."""
     prompt: str = ""
     """Text to continue. A prompt that begins with a dash is written --prompt="-x"."""
     prompt_file: str = ""
@@ -45,7 +45,7 @@ class Generate(TextOptions):
     sampling: SamplingParams = dataclasses.field(
         default_factory=lambda: SamplingParams(temperature=0.7, max_tokens=256)
     )
-    """Sampling parameters."""
+    """Sampling parameters. Without a flag, the model's own default (generation_config.json) precedes these."""
 
 
 def run(argv: list[str]) -> int:
@@ -60,6 +60,8 @@ def run(argv: list[str]) -> int:
     echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
     prompt = prompt or DEMO_PROMPT
     model, tokenizer, adapter = args.open_adapted(args.model, args.adapter)
+    sampling = sampling_of(args, "generate", argv, model)
+    params = dataclasses.replace(sampling, structured_outputs=params.structured_outputs)
     speculate = speculation(args)
     from ..sampling.sampler import draw_seed
 

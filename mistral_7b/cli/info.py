@@ -23,7 +23,7 @@ class Info:
     """Show a checkpoint's release, shape, sizes and memory requirements; loads no weights."""
 
     model: ModelName = "demo"
-    """A folder, a file, a hub id or "demo"."""
+    """A folder, a file, a hub id, "starter" or "demo"."""
     context: int | None = None
     """Context length for the size of the KV cache; None: the model's maximum."""
     dtype: DType = "bfloat16"
@@ -42,6 +42,7 @@ def run(argv: list[str]) -> int:
     model_args, form = read_args(path)
     facts = describe(model_args, args.context or model_args.max_seq_len, args.dtype)
     facts = {"model": args.model, "path": str(path), "format": form, "disk_bytes": disk_bytes(path), **facts}
+    facts |= card(path)
     if (record := read_record(path)) is not None:
         facts |= {"weights_bytes": record.nbytes, "quantization": record.config()}
     if args.json:
@@ -104,6 +105,20 @@ def disk_bytes(path: pathlib.Path) -> int:
     return sum(f.stat().st_size for f in files)
 
 
+def card(path: pathlib.Path) -> dict[str, str]:
+    """Return the path of the model card beside the weights and the license that its front matter names, if any."""
+    file = (path if path.is_dir() else path.parent) / "README.md"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    front = text.split("\n---", 1)[0] if text.startswith("---\n") else ""
+    licenses = [
+        line.removeprefix("license:").strip() for line in front.splitlines() if line.startswith("license:")
+    ]
+    return {"card": str(file), **({"license": licenses[0]} if licenses else {})}
+
+
 def table(facts: dict[str, Any]) -> Table:
     """Return the facts as a table."""
     from rich.table import Table
@@ -117,6 +132,7 @@ def table(facts: dict[str, Any]) -> Table:
         "path": facts["path"],
         "format": facts["format"],
         "on disk": readable(facts["disk_bytes"]),
+        **{name: facts[name] for name in ("license", "card") if name in facts},
         "parameters": f"{facts['parameters']:,}",
         "window": f"{window:,} tokens a layer" if window else "none: full causal attention",
         **{name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in a.items()

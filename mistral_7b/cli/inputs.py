@@ -7,12 +7,13 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 import tyro
 
 from ..errors import ConfigError, Mistral7BError, TokenizerError, first_line
 from ..kernels import threads
+from ..sampling.defaults import model_defaults
 from ..sampling.params import SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
@@ -32,10 +33,32 @@ class UsageError(Mistral7BError):
     """An invalid command line."""
 
 
-def read_flags(kind: type[T], command: str, argv: list[str]) -> T:
-    """Parse the flags of a command into `kind`; SystemExit after --help (0) and bad flags (2)."""
+def read_flags(kind: type[T], command: str, argv: list[str], default: T | None = None) -> T:
+    """Parse the flags of a command into `kind`; SystemExit after --help (0) and bad flags (2).
+
+    Flags that are not given have the values of `default`, or of `kind`.
+    """
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)  # a group whose default is None stays None
-    return tyro.cli(kind, prog=f"mistral-7b {command}", args=argv, config=config)
+    return tyro.cli(kind, prog=f"mistral-7b {command}", args=argv, config=config, default=default)  # type: ignore[return-value]
+
+
+class Samples(Protocol):
+    """The options of a command that samples."""
+
+    @property
+    def sampling(self) -> SamplingParams: ...
+
+
+def sampling_of(args: Samples, command: str, argv: list[str], model: Mistral7B) -> SamplingParams:
+    """The sampling parameters of the flags, with the model's own defaults for those that were not given.
+
+    The flags are read again, because the model is known only from them.
+    """
+    if not (defaults := model_defaults(model.source)):
+        return args.sampling
+    usual: Any = type(args)()
+    sampling = dataclasses.replace(usual.sampling, **defaults)
+    return read_flags(type(args), command, argv, dataclasses.replace(usual, sampling=sampling)).sampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Quantize:
     """
 
     source: Source
-    """A folder, a file, a hub id or "demo"."""
+    """A folder, a file, a hub id, "starter" or "demo"."""
     out: Folder
     """The output folder."""
     scheme: Literal["int8", "int4"] = "int4"

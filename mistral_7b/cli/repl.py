@@ -33,12 +33,22 @@ A message that begins with / is sent if a space precedes it.'''
 
 
 class Repl:
-    """One chat session. `render` formats answers for a terminal; None: plain text on stdout."""
+    """One chat session. `render` formats answers for a terminal; None: plain text on stdout.
 
-    def __init__(self, answer: Answer, conversation: Conversation, render: Render | None = None) -> None:
+    `statistics` describes the last answer in a line, which is printed after it.
+    """
+
+    def __init__(
+        self,
+        answer: Answer,
+        conversation: Conversation,
+        render: Render | None = None,
+        statistics: Callable[[], str] | None = None,
+    ) -> None:
         self.answer = answer
         self.conversation = conversation
         self.render = render
+        self.statistics = statistics
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/system": self._system,
@@ -88,6 +98,8 @@ class Repl:
             answer = "".join(pieces).strip()
             if answer:
                 self.conversation.add_turn(question, answer)
+            if answer and self.statistics is not None:
+                notice(self.statistics())
         if stopped:
             detail = "" if answer else " before the first token; the message is not added"
             notice(f"(stopped{detail})")

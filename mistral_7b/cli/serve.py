@@ -63,7 +63,7 @@ class Serve(ModelOptions):
     """Serve a model over HTTP; by default the bundled model."""
 
     model: ModelName = "demo"
-    """A folder, a file, a hub id or "demo"."""
+    """A folder, a file, a hub id, "starter" or "demo"."""
     name: str = ""
     """Model name for clients; None: the last part of its path."""
     adapters: Annotated[Repeated, tyro.conf.arg(name="adapter", metavar="NAME=PATH")] = ()

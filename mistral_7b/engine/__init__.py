@@ -26,6 +26,7 @@ completion     one completion: text, stop strings, log-probabilities, finish rea
 grammar/       structured outputs, enforced in worker processes
 prompts        prompts tokenized and checked, with their token limits
 inputs         prompts, conversations and options to checked requests
+keywords       arguments of LLM by name, and vLLM's names for them
 llm            LLM: offline inference over many prompts
 mailbox        hands pieces from the engine's thread to coroutines
 async_llm      AsyncLLM: online inference, with the engine's loop in a thread

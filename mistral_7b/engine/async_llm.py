@@ -35,6 +35,7 @@ from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
 from .containment import request_error
 from .inputs import Messages, RequestOptions, ToolChoice, Tools
+from .keywords import read_fields
 from .llm import EmbeddingOutput, open_engine
 from .mailbox import Mailbox, wake
 from .prompts import Prompt
@@ -64,14 +65,15 @@ class AsyncLLM:
         model: str | os.PathLike[str] | Mistral7B = "demo",
         config: EngineConfig | None = None,
         *,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         adapters: Mapping[str, str | os.PathLike[str]] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         quantization: str | None = None,
+        **unknown: Any,
     ) -> None:
         self.inputs = open_engine(
-            model, config, tokenizer, adapters, dtype=dtype, device=device, quantization=quantization
+            model, config, tokenizer, adapters, dtype=dtype, device=device, quantization=quantization, **unknown
         )
         self.engine = self.inputs.engine
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -88,6 +90,10 @@ class AsyncLLM:
     def tokenizer(self) -> Tokenizer | None:
         return self.inputs.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of requests that give none: SamplingParams() with the model's own defaults."""
+        return self.inputs.default_params
+
     @property
     def broken(self) -> EngineError | None:
         """The error that new requests raise after the engine was closed or has failed; None while it runs."""
@@ -96,34 +102,33 @@ class AsyncLLM:
     # ------------------------------------------------------------------ requests
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+        self, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
     ) -> AsyncIterator[TextPiece]:
-        """Complete a prompt; yield its text in pieces. `options` are those of RequestOptions."""
-        request = await asyncio.to_thread(
-            self.inputs.text, prompt, params or SamplingParams(), RequestOptions(**options)
-        )
+        """Complete a prompt; yield its text in pieces. `fields` as in LLM.generate."""
+        sampling, options = read_fields("AsyncLLM.stream", params, fields, self.inputs.default_params)
+        request = await asyncio.to_thread(self.inputs.text, prompt, sampling, RequestOptions(**options))
         async with aclosing(self.follow(request)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+        self, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
     ) -> AsyncIterator[RequestOutput]:
         """Complete a prompt; yield the whole output so far after each new piece. The last one is `finished`."""
-        request = await asyncio.to_thread(
-            self.inputs.text, prompt, params or SamplingParams(), RequestOptions(**options)
-        )
+        sampling, options = read_fields("AsyncLLM.generate", params, fields, self.inputs.default_params)
+        request = await asyncio.to_thread(self.inputs.text, prompt, sampling, RequestOptions(**options))
         async with aclosing(self._outputs(request)) as outputs:
             async for output in outputs:
                 yield output
 
     async def chat(
         self, messages: Messages, params: SamplingParams | None = None,
-        tools: Tools = None, tool_choice: ToolChoice = "auto", **options: Any,
+        tools: Tools = None, tool_choice: ToolChoice = "auto", **fields: Any,
     ) -> AsyncIterator[RequestOutput]:  # fmt: skip
         """Answer a conversation; yield outputs as `generate` does."""
         read = partial(self.inputs.chat, tools=tools, tool_choice=tool_choice)
-        request = await asyncio.to_thread(read, messages, params or SamplingParams(), RequestOptions(**options))
+        sampling, options = read_fields("AsyncLLM.chat", params, fields, self.inputs.default_params)
+        request = await asyncio.to_thread(read, messages, sampling, RequestOptions(**options))
         async with aclosing(self._outputs(request)) as outputs:
             async for output in outputs:
                 yield output

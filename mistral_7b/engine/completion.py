@@ -22,7 +22,7 @@ NO_TOKEN = -1
 RANDOM_BLOCK = 64  # random numbers computed at once, which takes little longer than one
 
 
-@dataclass
+@dataclass(repr=False)
 class CompletionOutput:
     """A finished completion, with vLLM's names.
 
@@ -43,6 +43,13 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        calls = f", tool_calls={self.tool_calls}" if self.tool_calls else ""
+        return (
+            f"CompletionOutput(index={self.index}, text={self.text!r}, {len(self.token_ids)} tokens, "
+            f"finish_reason={self.finish_reason!r}{calls})"
+        )
 
 
 def cumulative(token_ids: Sequence[int], logprobs: Sequence[dict[int, Logprob]]) -> float:
@@ -70,7 +77,7 @@ class RequestMetrics:
         return None if self.started is None else self.started - self.arrived
 
 
-@dataclass
+@dataclass(repr=False)
 class RequestOutput:
     """A prompt with its completions, with vLLM's names.
 
@@ -90,6 +97,13 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     error: Mistral7BError | None = None
+
+    def __repr__(self) -> str:
+        error = "" if self.error is None else f", error={self.error!r}"
+        return (
+            f"RequestOutput(prompt={self.prompt!r}, {len(self.prompt_token_ids)} prompt tokens, "
+            f"outputs={self.outputs}{error})"
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EngineError
+from ..errors import EngineError, GenerationError
 from ..kernels.backend import LINEAR, Backend, uses
 from ..lora.adapters import Source
 from ..model import Mistral7B
@@ -23,9 +23,12 @@ from .completion import RequestOutput, TextPiece
 from .config import EngineConfig
 from .engine import Engine
 from .inputs import InputProcessor, Messages, RequestOptions, ToolChoice, Tools
+from .keywords import CALL_NAMES, LLM_NAMES, OPTIONS, read_fields, unknown_argument
 from .memory import pool_for
 from .prompts import Prompt, as_prompts, load_tokenizer, params_for
 from .request import Request, Sink
+
+LOAD_OPTIONS = ("dtype", "device", "quantization")  # arguments of from_pretrained
 
 
 class RequestsFailedError(EngineError):
@@ -48,7 +51,7 @@ class EmbeddingOutput:
 def open_engine(
     model: str | os.PathLike[str] | Mistral7B,
     config: EngineConfig | None,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | str | os.PathLike[str] | None,
     adapters: Mapping[str, Source] | None,
     lengths: Sequence[int] | None = None,
     **load_options: Any,
@@ -56,8 +59,12 @@ def open_engine(
     """Load the model unless it is one already, and return the input processor of a new engine.
 
     `lengths` of all sequences that the engine will get, if known, bound its memory. `load_options` are those of
-    from_pretrained.
+    from_pretrained. EngineError for any other, which names the right one if it is vLLM's.
     """
+    for name in load_options:
+        if name not in LOAD_OPTIONS:
+            known = (*LOAD_OPTIONS, "config", "tokenizer", "adapters")
+            raise unknown_argument(name, "LLM", known, LLM_NAMES)
     config = config or EngineConfig()
     if not isinstance(model, Mistral7B):
         model = Mistral7B.from_pretrained(model, **{k: v for k, v in load_options.items() if v is not None})
@@ -72,6 +79,8 @@ def open_engine(
     tokenizer_error = ""
     if tokenizer is None:
         tokenizer, tokenizer_error = load_tokenizer(model)
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_pretrained(tokenizer)
     engine = Engine(model, pool_for(model, config, lengths), config)
     for name, path in (adapters or {}).items():
         engine.adapters.load(name, path)
@@ -98,9 +107,10 @@ class LLM:
         for output in llm.generate(["def add(", "class "], SamplingParams(max_tokens=32)):
             print(output.outputs[0].text)
 
-    model         a folder, file, hub id or "demo", or a loaded Mistral7B
+    model         a folder, file, hub id, "starter" or "demo", or a loaded Mistral7B
     config        EngineConfig: memory, batch size, queue
-    tokenizer     None loads the one in the model's folder; prompts of token ids need none
+    tokenizer     a Tokenizer, or a file, folder or hub id with one; None loads the one in the model's folder.
+                  Prompts of token ids need none.
     adapters      LoRA adapters by name, or their folders or files
     dtype, device, quantization    as in Mistral7B.from_pretrained, if the model is not loaded yet
 
@@ -112,20 +122,34 @@ class LLM:
         model: str | os.PathLike[str] | Mistral7B = "demo",
         config: EngineConfig | None = None,
         *,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         adapters: Mapping[str, Source] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         quantization: str | None = None,
+        **unknown: Any,
     ) -> None:
         self.inputs = open_engine(
-            model, config, tokenizer, adapters, dtype=dtype, device=device, quantization=quantization
+            model, config, tokenizer, adapters, dtype=dtype, device=device, quantization=quantization, **unknown
         )
         self.engine = self.inputs.engine
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.engine.model!r}, {self.engine.config!r})"
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self.inputs.tokenizer
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer. GenerationError, with the reason, if there is none."""
+        if self.inputs.tokenizer is None:
+            raise GenerationError(f"no tokenizer: {self.inputs.tokenizer_error}", field="tokenizer")
+        return self.inputs.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of requests that give none: SamplingParams() with the model's own defaults."""
+        return self.inputs.default_params
 
     def generate(
         self,
@@ -135,23 +159,23 @@ class LLM:
         asked: RequestOptions | Sequence[RequestOptions] | None = None,
         progress: bool = False,
         on_output: Sink | None = None,
-        **option_fields: Any,
+        **fields: Any,
     ) -> list[RequestOutput]:
         """Complete one or several prompts, texts or token ids; outputs are in the order of the prompts.
 
-        params           for all prompts, or one for each; None is SamplingParams(), with 16 tokens
-        asked            RequestOptions for all prompts, or one for each
-        **option_fields  fields of RequestOptions by name, instead of `asked`
-        progress         show a progress bar
-        on_output        called with a request and its new TextPieces after each step
+        params     for all prompts, or one for each; None takes get_default_sampling_params(), with 16 tokens
+        asked      RequestOptions for all prompts, or one for each
+        **fields   fields of SamplingParams by name, instead of `params`, such as max_tokens=3; and fields of
+                   RequestOptions, instead of `asked`
+        progress   show a progress bar
+        on_output  called with a request and its new TextPieces after each step
 
         An invalid prompt raises its error before any is computed. RequestsFailedError, with all outputs, if
         requests fail later.
         """
         several = as_prompts(prompts)
-        every = zip(
-            several, params_for(several, params), _options(asked, option_fields, len(several)), strict=True
-        )
+        each, option_fields = read_fields("LLM.generate", params, fields, self.inputs.default_params)
+        every = zip(several, params_for(several, each), _options(asked, option_fields, len(several)), strict=True)
         requests = [
             self.inputs.text(prompt, sampling, options, on_output, f"prompt {i}")
             for i, (prompt, sampling, options) in enumerate(every)
@@ -168,15 +192,14 @@ class LLM:
         asked: RequestOptions | Sequence[RequestOptions] | None = None,
         progress: bool = False,
         on_output: Sink | None = None,
-        **option_fields: Any,
+        **fields: Any,
     ) -> list[RequestOutput]:
         """Answer one or several conversations, as `generate`. Messages, tools and tool_choice are OpenAI's."""
         several: list[Any] = list(conversations)
         if several and isinstance(several[0], Mapping):
             several = [several]
-        every = zip(
-            several, params_for(several, params), _options(asked, option_fields, len(several)), strict=True
-        )
+        each, option_fields = read_fields("LLM.chat", params, fields, self.inputs.default_params)
+        every = zip(several, params_for(several, each), _options(asked, option_fields, len(several)), strict=True)
         requests = [
             self.inputs.chat(messages, sampling, options, on_output, tools, tool_choice, f"conversation {i}")
             for i, (messages, sampling, options) in enumerate(every)
@@ -193,6 +216,9 @@ class LLM:
         **option_fields: Any,
     ) -> list[EmbeddingOutput]:
         """Embed prompts: the mean or the last of each one's final hidden states, of length 1 if `normalize`."""
+        for name in option_fields:
+            if name not in OPTIONS:
+                raise unknown_argument(name, "LLM.embed", OPTIONS, CALL_NAMES)
         several = as_prompts(prompts)
         every = zip(several, _options(None, option_fields, len(several)), strict=True)
         requests = [
@@ -202,12 +228,10 @@ class LLM:
         self._outputs(requests, progress)
         return [EmbeddingOutput(r.embedding(normalize), r.ids) for r in requests]
 
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **option_fields: Any
-    ) -> Iterator[TextPiece]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **fields: Any) -> Iterator[TextPiece]:
         """Complete one prompt and yield its text in pieces; else as `generate`. The call checks the prompt."""
-        options = RequestOptions(**option_fields)
-        return follow(self.engine, self.inputs.text(prompt, params or SamplingParams(), options))
+        sampling, option_fields = read_fields("LLM.stream", params, fields, self.inputs.default_params)
+        return follow(self.engine, self.inputs.text(prompt, sampling, RequestOptions(**option_fields)))
 
     def _outputs(self, requests: list[Request], progress: bool) -> list[RequestOutput]:
         """Compute requests and return their outputs. RequestsFailedError if some failed."""
@@ -283,10 +307,7 @@ def _bar(total: int, shown: bool) -> Iterator[Any]:
     if not shown:
         yield lambda n: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from tqdm.auto import tqdm  # a widget in a notebook, else a line on stderr
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("requests", total=total)
-        yield lambda n: bar.advance(task, n)
+    with tqdm(total=total, desc="requests") as bar:
+        yield bar.update

@@ -41,10 +41,10 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def params_for(
-    prompts: Sequence[object], params: SamplingParams | Sequence[SamplingParams] | None
+    prompts: Sequence[object], params: SamplingParams | Sequence[SamplingParams]
 ) -> list[SamplingParams]:
     """The parameters of each prompt. GenerationError if a list of them has another length."""
-    each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+    each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
     if len(each) != len(prompts):
         raise GenerationError(
             f"{len(prompts)} prompts with {len(each)} SamplingParams",

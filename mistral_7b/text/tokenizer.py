@@ -41,6 +41,9 @@ class Tokenizer:
         known = {vocabulary.eos_id, turn_end, *ends} - {None}
         self.stop_ids: frozenset[int] = frozenset(known)  # type: ignore[arg-type]
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({str(self.path)!r}, {self.version!r}, {self.vocab_size} tokens)"
+
     @classmethod
     def from_pretrained(
         cls, source: str | os.PathLike[str] = "demo", chat_template: str | os.PathLike[str] | None = None

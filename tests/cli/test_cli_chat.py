@@ -36,6 +36,18 @@ def test_answers_are_those_of_the_chat_template(run, windowed: str) -> None:
     assert "cut off after 20 tokens; --max-tokens sets this limit" in err
 
 
+def test_statistics_of_an_answer(run, windowed: str) -> None:
+    flags = ("--temperature", "0", "--max-tokens", "3", "--logit-bias", "2", "-100")
+    code, out, err = run("chat", windowed, *flags, "--verbose", stdin="hello\nagain\n")
+    assert code == 0
+    assert [line.split(" in ")[0].split(", ")[1] for line in err.splitlines() if "tokens/s" in line] == [
+        "3 generated",
+        "3 generated",
+    ]
+    assert "tokens/s" not in out
+    assert "tokens/s" not in run("chat", windowed, *flags, stdin="hello\n").err
+
+
 def test_int8_keys_and_values(run, windowed: str, monkeypatch) -> None:
     made: list[object] = []
     plain = PagePool.__init__

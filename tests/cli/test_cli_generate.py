@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import sys
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_dtype_and_threads(run, windowed: str, monkeypatch) -> None:
         seen.update(dtype=model.output.weight.dtype, device=model.output.weight.device.type)
         return iter(())
 
-    monkeypatch.setattr("mistral_7b.generate.stream", spy)
+    monkeypatch.setattr(sys.modules["mistral_7b.generate"], "stream", spy)  # by name it is the function
     flags = ("--dtype", "float32", "--threads", "3", "--device", "cpu")
     assert run("generate", windowed, "--prompt", PROMPT, *flags).code == 0
     assert seen == {"dtype": torch.float32, "device": "cpu", "threads": 3}

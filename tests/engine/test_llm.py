@@ -254,8 +254,9 @@ def test_arguments_that_contradict_each_other():
         llm_of().generate([1], GREEDY, asked=RequestOptions(), priority=1)
     with refused(EngineError, field="deterministic"):
         llm_of(EngineConfig(deterministic=True))
-    with pytest.raises(TypeError, match="colour"):
+    with refused(EngineError, field="colour") as caught:
         llm_of().generate([1], GREEDY, colour="red")
+    assert isinstance(caught.value, TypeError)
     with refused(GenerationError, field="pooling"):
         llm_of().embed([1], pooling="max")
     with pytest.raises(SamplingError):

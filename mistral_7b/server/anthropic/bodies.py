@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -212,13 +213,17 @@ class MessagesRequest(Conversing):
     diagnostics: Any = None
     container: Any = None  # of code that Anthropic's servers run
 
-    def params(self) -> SamplingParams:
-        """The engine's sampling parameters. SamplingError names a field that is out of range."""
+    def params(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """The engine's sampling parameters, with the model's `defaults` for fields that the request leaves out.
+
+        SamplingError names a field that is out of range.
+        """
         given = {
             "max_tokens": self.max_tokens, "stop": self.stop_sequences, "temperature": self.temperature,
             "top_p": self.top_p, "top_k": self.top_k, "seed": self.seed, "structured_outputs": self._spec(),
         }  # fmt: skip
-        return sampling_params({name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        return sampling_params({**(defaults or {}), **given})
 
     def _spec(self) -> StructuredOutputs | None:
         """The constraint on the text, or None."""

@@ -69,7 +69,7 @@ def _request(
     state: State, body: wire.MessagesRequest, adapter: str | None, gone: threading.Event | None
 ) -> Request:
     """Build the engine request. Errors name a message by its index in the client's request."""
-    talk, params = wire.conversation(body), body.params()
+    talk, params = wire.conversation(body), body.params(state.llm.inputs.model_defaults)
 
     def make(params: SamplingParams) -> Request:
         return state.llm.inputs.chat(

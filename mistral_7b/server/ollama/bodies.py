@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, field_validator
@@ -58,8 +58,11 @@ class _Ask(_Named):
     options: Options = Field(default_factory=Options)
     logprobs: Annotated[bool | None, only(False)] = None
 
-    def params(self) -> SamplingParams:
-        """The engine's sampling parameters. HttpError or SamplingError for a format that cannot be used."""
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The engine's sampling parameters: those of the request, else the model's `defaults`, else Ollama's.
+
+        HttpError or SamplingError for a format that cannot be used.
+        """
         options = self.options
         given: dict[str, Any] = {
             "temperature": options.temperature, "top_p": options.top_p, "min_p": options.min_p,
@@ -67,8 +70,8 @@ class _Ask(_Named):
             "repetition_penalty": options.repeat_penalty, "presence_penalty": options.presence_penalty,
             "frequency_penalty": options.frequency_penalty, "stop": options.stop or None,
         }  # fmt: skip
-        given = {**DEFAULTS, **{name: value for name, value in given.items() if value is not None}}
-        limit = options.num_predict if options.num_predict is not None and options.num_predict > 0 else None
+        given = {**DEFAULTS, **defaults, **{name: value for name, value in given.items() if value is not None}}
+        limit = defaults.get("max_tokens") if options.num_predict is None else max(0, options.num_predict) or None
         return sampling_params({**given, "max_tokens": limit, "structured_outputs": self._structured()})
 
     def _structured(self) -> StructuredOutputs | None:

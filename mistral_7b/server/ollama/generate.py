@@ -59,7 +59,7 @@ def _read_chat(state: State, body: ChatBody, adapter: str | None, gone: threadin
     def make(params: SamplingParams) -> Request:
         return state.llm.inputs.chat(messages, params, options, tools=tools)
 
-    return with_capped_max_tokens(make, body.params())
+    return with_capped_max_tokens(make, body.params(state.llm.inputs.model_defaults))
 
 
 def _read_text(state: State, body: GenerateBody, adapter: str | None, gone: threading.Event | None) -> Request:
@@ -73,7 +73,8 @@ def _read_text(state: State, body: GenerateBody, adapter: str | None, gone: thre
         messages = [*system, {"role": "user", "content": body.prompt}]
         ids = tokenizer.encode_chat(messages, labels=["system", "prompt"][-len(messages) :])
         prompt = [*body.context, *ids[1:]] if body.context else ids
-    return with_capped_max_tokens(lambda params: state.llm.inputs.text(prompt, params, options), body.params())
+    params = body.params(state.llm.inputs.model_defaults)
+    return with_capped_max_tokens(lambda params: state.llm.inputs.text(prompt, params, options), params)
 
 
 async def _respond(state: State, http_request: HttpRequest, reply: Reply, stream: bool) -> Response:

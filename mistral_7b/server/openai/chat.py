@@ -17,11 +17,11 @@ from fastapi import Request as HttpRequest
 from ...engine.completion import TextPiece
 from ...engine.inputs import RequestOptions
 from ...engine.request import Request
-from ...sampling.params import StructuredOutputs
+from ...sampling.params import SamplingParams, StructuredOutputs
 from ..http.errors import HttpError
 from ..http.json_bodies import JsonRoute, json_answer
 from ..http.sse import DONE, Frames, event_stream, frame
-from ..state import State, answer, disconnect_event, prepare
+from ..state import State, answer, disconnect_event, prepare, with_capped_max_tokens
 from .answers import (
     CallDelta,
     ChatChoice,
@@ -34,7 +34,7 @@ from .answers import (
     documented,
 )
 from .logprobs import ChatLogprobs
-from .protocol import ChatRequest, Sampling, plain, plain_tools
+from .protocol import NO_LIMIT, ChatRequest, Sampling, plain, plain_tools
 
 MISTRALS_CLIENTS = ("mistral-client", "mistralai")  # in the User-Agent: their API streams whole calls
 # The system prompt that Mistral's guardrails guide gives for safe_prompt.
@@ -103,15 +103,21 @@ def read_chat(
     choice: Any = body.tool_choice or "auto"
     if not isinstance(choice, str):
         choice = dict(plain(choice))
-    params = body.params(max_tokens=body.limit, logprobs=_top(body), structured_outputs=_structured(body))
+    defaults, limit = state.llm.inputs.model_defaults, body.given_limit
+    most = defaults.get("max_tokens") if limit is None else None if limit == NO_LIMIT else limit
+    params = body.params(defaults, max_tokens=most, logprobs=_top(body), structured_outputs=_structured(body))
     options = RequestOptions(
         priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, disconnected=gone
     )
-    with body.named():
+
+    def make(params: SamplingParams) -> Request:
         return state.llm.inputs.chat(
             messages, params, options, tools=tools, tool_choice=choice,
             parallel=body.parallel_tool_calls is not False, labels=labels,
         )  # fmt: skip
+
+    with body.named():
+        return make(params) if limit is not None else with_capped_max_tokens(make, params)
 
 
 def _top(body: ChatRequest) -> int | None:

@@ -86,11 +86,13 @@ def check_prompts(state: State, prompts: Sequence[Any], param: str) -> None:
 
 
 def _read(state: State, body: CompletionRequest, prompt: Any, options: RequestOptions) -> Request:
-    limit: int | None = DEFAULT_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
+    defaults = state.llm.inputs.model_defaults
+    usual = defaults.get("max_tokens", DEFAULT_TOKENS)
+    limit: int | None = usual if body.max_tokens is None else max(1, body.max_tokens)
     if body.max_tokens == NO_LIMIT:
         limit = None
     echoed = body.logprobs if body.echo else None
-    params = body.params(max_tokens=limit, logprobs=body.logprobs, prompt_logprobs=echoed)
+    params = body.params(defaults, max_tokens=limit, logprobs=body.logprobs, prompt_logprobs=echoed)
     with body.named():
         return state.llm.inputs.text(prompt, params, options)
 

@@ -87,8 +87,11 @@ class Sampling(Constraint, Defaults):
     # Mistral's
     random_seed: Int | None = None
 
-    def params(self, **others: Any) -> SamplingParams:
-        """The engine's sampling parameters. SamplingError names a field that is out of range."""
+    def params(self, defaults: Mapping[str, Any], **others: Any) -> SamplingParams:
+        """The engine's sampling parameters, with the model's `defaults` for fields that the request leaves out.
+
+        SamplingError names a field that is out of range.
+        """
         names = (
             "n", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logit_bias",
             "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
@@ -96,7 +99,7 @@ class Sampling(Constraint, Defaults):
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.seed is None and self.random_seed is not None:
             given["seed"] = self.random_seed
-        return sampling_params({**given, "structured_outputs": self.constraint(), **others})
+        return sampling_params({**defaults, **given, "structured_outputs": self.constraint(), **others})
 
     @property
     def with_usage(self) -> bool:
@@ -255,10 +258,9 @@ class ChatRequest(Sampling, Ending):
         )
 
     @property
-    def limit(self) -> int | None:
-        """Token limit of the response; None: the rest of the context."""
-        given = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return None if given == NO_LIMIT else given
+    def given_limit(self) -> int | None:
+        """Token limit of the response, or NO_LIMIT; None if the request has none."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
 
 class CompletionRequest(Sampling):

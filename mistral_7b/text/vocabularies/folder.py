@@ -45,7 +45,7 @@ def open_folder(folder: pathlib.Path) -> Vocabulary:
 def is_mistrals_own(pieces: pathlib.Path, fast: pathlib.Path, files: TokenizerFiles) -> bool:
     """Return whether a folder with both files is a release of Mistral, whose ids are those of mistral-common.
 
-    The SentencePiece file has the pieces of one of Mistral's, tokenizer.json has the same tokens and no others, and
+    The SentencePiece file has the pieces of one of Mistral's, tokenizer.json the same tokens and no others, and
     the chat template, if there is one, writes [INST].
     """
     known = SentencePieceVocabulary(pieces)
@@ -62,7 +62,7 @@ def is_mistrals_own(pieces: pathlib.Path, fast: pathlib.Path, files: TokenizerFi
 
 @cache
 def release_of(pieces: tuple[str, ...]) -> str | None:
-    """Return the version of Mistral's vocabulary that has these pieces, of those of Mistral 7B; None: no other has."""
+    """Return the version of the vocabulary of Mistral 7B that has these pieces; None for another's."""
     for version in ("v1", "v2", "v3"):
         tokenizer = getattr(MistralTokenizer, version)().instruct_tokenizer.tokenizer
         if pieces == tuple(tokenizer.vocab()):

@@ -89,9 +89,10 @@ class Deleted(TypedDict):
     deleted: bool
 
 
-def begun(body: ResponsesRequest, model: str) -> ResponseAnswer:
+def begun(body: ResponsesRequest, model: str, defaults: Mapping[str, Any] | None = None) -> ResponseAnswer:
     """The Response object of a request, in progress and without output."""
     choice: Any = "auto"
+    defaults = defaults or {}
     if body.tool_choice is not None:
         choice = body.tool_choice.model_dump(exclude_unset=True)
         choice = choice["type"] if choice["type"] in MODES else choice
@@ -108,8 +109,9 @@ def begun(body: ResponsesRequest, model: str) -> ResponseAnswer:
         "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()], "tool_choice": choice,
         "parallel_tool_calls": body.parallel_tool_calls is not False, "text": text,
         "max_output_tokens": body.max_output_tokens, "max_tool_calls": body.max_tool_calls,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
-        "top_p": 1.0 if body.top_p is None else body.top_p, "top_logprobs": body.top_logprobs or 0,
+        "temperature": defaults.get("temperature", 1.0) if body.temperature is None else body.temperature,
+        "top_p": defaults.get("top_p", 1.0) if body.top_p is None else body.top_p,
+        "top_logprobs": body.top_logprobs or 0,
         "truncation": body.truncation or "disabled",
         "reasoning": {"effort": None, "summary": None, **(body.reasoning or {})}, "service_tier": "default",
         "metadata": body.metadata or {}, "user": body.user, "prompt_cache_key": body.prompt_cache_key,

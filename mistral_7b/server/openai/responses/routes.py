@@ -124,7 +124,8 @@ class _Job:
         if not self.talk.messages:
             raise HttpError(400, "input is missing", field="input", code="missing_field")
         self.chat: ChatRequest = chat_request(body, self.talk, self.tools)
-        self.answer = Answer(begun(body, body.model or state.model_name), self.tools.origins)
+        response = begun(body, body.model or state.model_name, state.llm.inputs.model_defaults)
+        self.answer = Answer(response, self.tools.origins)
 
     def _history(self, name: str | None) -> tuple[Encoded, ...]:
         """The items of the response `name` and of its context. HttpError if there are too many with the input."""

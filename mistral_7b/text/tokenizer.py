@@ -30,6 +30,7 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 
 from ..checkpoint.gguf.chat_templates import template_version
 from ..checkpoint.gguf.file import is_gguf
+from ..checkpoint.gguf.splits import first_part
 from ..checkpoint.gguf.tokenizer import extract
 from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from ..errors import TokenizerError
@@ -318,7 +319,7 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
     """Return the tokenizer file of a folder, or one extracted from its only GGUF file."""
     if file := sentencepiece_file(folder):
         return file
-    inside = [f for f in folder.glob("*.gguf") if is_gguf(f)]
+    inside = [f for f in folder.glob("*.gguf") if is_gguf(f) and first_part(f) == f]
     if len(inside) == 1:
         return extract(inside[0])
     others = [n for n in ("tokenizer.json", "tekken.json") if (folder / n).is_file()]

@@ -116,7 +116,7 @@ def nearest(kind: Kind, x: torch.Tensor) -> torch.Tensor:
     return (step * ((g + minimum) / step).round().clamp(0, 15) - minimum).view(x.shape)
 
 
-@pytest.mark.parametrize(("kind", "most"), [(SEARCHED[0], 0.9), (SEARCHED[1], 0.96)], ids=["Q4_K", "Q6_K"])
+@pytest.mark.parametrize(("kind", "most"), [(SEARCHED[0], 0.93), (SEARCHED[1], 0.97)], ids=["Q4_K", "Q6_K"])
 @pytest.mark.parametrize("tail", [False, True], ids=["normal", "long tails"])
 def test_the_search_reduces_the_error(kind: Kind, most: float, tail: bool) -> None:
     torch.manual_seed(0)

@@ -30,10 +30,14 @@ llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-pytho
 # Maximum |difference| of logits over their standard deviation, and maximum KL of a token in nats.
 # Measured on an AMX Xeon: f32 and f16 1.2e-5, bf16 0.017, q8_0 0.052, q4_0 0.064; LLAMA_CPP_TYPES 0.16 to 0.31.
 EXACT = (2e-4, 1e-5)
-TOLERANCES = {"f32": EXACT, "f16": EXACT, "bf16": (0.05, 2e-4), "q8_0": (0.15, 2e-3), "q4_0": (0.15, 2e-3)}
+TOLERANCES = {
+    "f32": EXACT, "f16": EXACT, "bf16": (0.05, 2e-4), "q8_0": (0.15, 2e-3), "q4_0": (0.15, 2e-3),
+    "q6_k": (0.15, 2e-3), "q4_k_m": (0.15, 2e-3),
+}  # fmt: skip
 ROUNDED = (0.6, 1e-2)  # random weights with sharp attention make more of the same rounding
 LLAMA_CPP_TYPES = {  # llama.cpp's number for a whole file
-    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18,
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17,
+    "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
 }  # fmt: skip
 WIDE = tiny_args(  # rows of 256 and 512, as the K types need
     dim=256, n_layers=2, head_dim=64, hidden_dim=512, n_heads=4, n_kv_heads=2, vocab_size=4096,

@@ -45,7 +45,7 @@ def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) ->
             out = out + groups.float() * (minimum[:, b] * sxb)
         else:
             out = out - (groups @ t[:, b].double().T).float() * (minimum[:, b] * sxb)
-    return out[..., :n].to(x.dtype)
+    return out[..., :n].to(x.dtype).contiguous()
 
 
 def _block(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:

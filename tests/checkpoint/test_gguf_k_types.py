@@ -124,7 +124,7 @@ class Rounded(nn.Module):
 
 
 def test_only_activations_are_rounded(tmp_path: pathlib.Path) -> None:
-    """In two layers: random attention amplifies differences in the last bits, where they change a rounding."""
+    """Of some tokens: a difference in the last bits can change a rounding, and random attention amplifies it."""
     args = dataclasses.replace(WIDE, n_layers=2)
     path, tokens = written(tmp_path, args, "q4_k_m"), tokens_of((1, 40))
     model, checkpoint = Mistral7B.from_pretrained(path, dtype=torch.float32), open_checkpoint(path)
@@ -137,10 +137,11 @@ def test_only_activations_are_rounded(tmp_path: pathlib.Path) -> None:
         ours, exact = model(tokens)[0][0], plain(tokens)[0][0]
         replace_linears(plain, lambda linear, name: Rounded(linear))  # type: ignore[arg-type]
         rounded = plain(tokens)[0][0]
-    by_rounding = (ours - exact).norm()
-    print(f"difference {by_rounding / exact.norm():.1e}, of it other than rounding {(ours - rounded).norm():.1e}")
-    assert (ours - rounded).norm() < 0.1 * by_rounding
-    assert 1e-3 * exact.norm() < by_rounding < 0.1 * exact.norm()
+    by_rounding = (ours - exact).norm(dim=-1)  # of each token
+    others = (ours - rounded).norm(dim=-1) / by_rounding
+    print(f"difference {(by_rounding / exact.norm(dim=-1)).median():.1e}, of it other than rounding {others}")
+    assert (others < 0.01).sum() >= 8
+    assert 1e-3 < (by_rounding / exact.norm(dim=-1)).median() < 0.1
 
 
 def test_converting_keeps_blocks_and_dequantizes_for_other_formats(

@@ -10,6 +10,7 @@ where nothing is rounded, they are tight.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
@@ -24,6 +25,7 @@ from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.checkpoint import convert
 from mistral_7b.checkpoint.gguf.file import read
 from mistral_7b.checkpoint.hub import DEMO
+from mistral_7b.checkpoint.reading import open_checkpoint
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python to compare with llama.cpp")
 
@@ -103,6 +105,29 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("wide") / "f32.gguf"
     model.save_pretrained(path, format="gguf")
     return path
+
+
+@pytest.mark.parametrize(("type", "name"), [("q4_k_m", "Q4_K_M"), ("q6_k", "Q6_K")])
+def test_our_k_types_are_those_of_llama_cpp(tmp_path: pathlib.Path, type: str, name: str) -> None:
+    """The same mixture of types, closer to the original, and llama.cpp has our logits."""
+    model = tiny_model(dataclasses.replace(WIDE, n_layers=11))
+    model.source = DEMO
+    plain, ours, theirs = (tmp_path / f"{n}.gguf" for n in ("plain", "ours", "theirs"))
+    model.save_pretrained(plain, format="gguf")
+    convert(plain, ours, to="gguf", type=type)
+    quantized(plain, theirs, LLAMA_CPP_TYPES[name])
+    kinds = [{n: entry.kind.name for n, entry in read(path).entries.items()} for path in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+    assert read(ours).metadata["general.file_type"] == read(theirs).metadata["general.file_type"]
+    errors = []
+    for path in (ours, theirs):
+        checkpoint = open_checkpoint(path)
+        pairs = [(checkpoint.read(n, torch.float32), w) for n, w in model.state_dict().items() if w.dim() == 2]
+        errors.append(sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5)
+    print(f"{name}: error {errors[0]:.4f}, of llama.cpp {errors[1]:.4f}")
+    assert errors[0] < errors[1]
+    tokens = prompt()[:16]  # 11 random layers with sharp attention: not the whole prompt
+    compared(ours, their_logits(ours, tokens), tokens, *ROUNDED)
 
 
 @pytest.mark.parametrize("name", LLAMA_CPP_TYPES)

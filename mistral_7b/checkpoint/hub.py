@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..errors import CheckpointError, HubError, WriteError, first_line
 from ..files import ADVICE, write_error_in
 from . import starter
+from .gguf.splits import first_part, part_names
 
 DEMO = pathlib.Path(__file__).parent.parent / "demo"
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -59,9 +60,22 @@ def weight_groups(names: Iterable[str]) -> list[WeightGroup]:
             shards = [n for n in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{suffix}", n)]
             groups.append(WeightGroup(index, [index, *shards]))
     if not groups:  # a non-standard name is unambiguous if it is the only one
-        alone = [n for n in names if n.endswith((".safetensors", ".pth", ".bin", ".gguf"))]
-        groups = [WeightGroup(alone[0], alone)] if len(alone) == 1 else []
+        alone = _models(n for n in names if n.endswith((".safetensors", ".pth", ".bin", ".gguf")))
+        groups = alone if len(alone) == 1 else []
     return groups
+
+
+def gguf_models(names: Iterable[str]) -> list[str]:
+    """Return the GGUF models among these file names: files, and of split ones the first part."""
+    return [group.entry_file for group in _models(sorted(n for n in names if n.endswith(".gguf")))]
+
+
+def _models(names: Iterable[str]) -> list[WeightGroup]:
+    """Group sorted file names by model: the parts of a split GGUF file are one."""
+    models: dict[str, list[str]] = {}
+    for name in names:
+        models.setdefault((part_names(name) or [name])[0], []).append(name)
+    return [WeightGroup(files[0], files) for files in models.values()]
 
 
 def needed_files(names: Iterable[str]) -> list[str]:
@@ -96,7 +110,8 @@ def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
 
     A hub id is "owner/name", or "owner/name/FILE.gguf" for one file of a repository. It is downloaded unless
     it is in the cache, and so is the starter model (starter.py). A folder of the name of a known model is reached
-    as ./demo or ./starter. Raises HubError if the download fails, CheckpointError if the name is none of these.
+    as ./demo or ./starter. For any part of a split GGUF file, the path is that of the first. Raises HubError if the
+    download fails, CheckpointError if the name is none of these.
     """
     if source == "demo":
         return DEMO
@@ -104,7 +119,7 @@ def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
         return starter.resolve()
     path = pathlib.Path(source).expanduser()
     if source != "" and path.exists():
-        return path
+        return first_part(path)
     if isinstance(source, str) and (named := FILE_ID.fullmatch(source)):
         return pull(named["repo"], file=named["file"])
     if not isinstance(source, str) or not REPO_ID.fullmatch(source):
@@ -129,7 +144,7 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
         names = [file.rfilename for file in listing]
         wanted = _wanted(repo_id, names, file)
         folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
-        return pathlib.Path(folder, file or "")
+        return first_part(pathlib.Path(folder, file)) if file else pathlib.Path(folder)
     except HubError:
         raise
     except errors.GatedRepoError as e:
@@ -166,14 +181,14 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
 
 
 def _wanted(repo_id: str, names: list[str], file: str | None) -> list[str]:
-    """Return the files to download: `file` if given, else `needed_files` of the one model."""
+    """Return the files to download: `file` if given, with all parts, else `needed_files` of the one model."""
     if file is not None:
         if file not in names:
             raise HubError(f"{repo_id} has no file {file}; it has {', '.join(names[:20])}", field="file")
-        return [file]
+        return [part for part in part_names(file) or [file] if part in names]
     if wanted := needed_files(names):
         return wanted
-    if found := [name for name in names if name.endswith(".gguf")]:
+    if found := gguf_models(names):
         raise HubError(f"{repo_id} has {len(found)} GGUF files", hint=f"name one, such as {repo_id}/{found[0]}")
     raise HubError(f"{repo_id} has no weights in a supported format; it has {', '.join(names[:20])}")
 
@@ -187,7 +202,7 @@ def _cached(repo_id: str, revision: str, file: str | None) -> pathlib.Path | Non
         if isinstance(found, str):
             folder = pathlib.Path(found).parent
             if file:
-                return pathlib.Path(found)
+                return first_part(pathlib.Path(found))
             if any(is_complete(folder, group) for group in weight_groups(os.listdir(folder))):
                 return folder
     return None

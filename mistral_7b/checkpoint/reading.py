@@ -19,13 +19,14 @@ from ..kernels.backend import weight_layout
 from ..model import Mistral7B, ModelArgs
 from ..quantization.fused import fuse
 from ..quantization.gpu import to_gpu
-from ..quantization.linear import BlockLinear, Int8Embedding
+from ..quantization.linear import Int8Embedding
 from ..quantization.schemes import Scheme
 from ..surgery import replace_linears
 from . import config, hub, huggingface, mistral, others, packed, packing, quantized
-from .gguf import blocks as gguf_blocks
 from .gguf import reading as gguf
 from .gguf.file import is_gguf
+from .gguf.modules import keep_blocks
+from .gguf.splits import first_part
 from .names import DERIVED, EMBEDDING, OUTPUT, expected, interleaved, layout_of, rename, rotated_heads
 from .stored import StoredTensor, dtype_of, read_file
 
@@ -55,24 +56,6 @@ class Checkpoint:
         if tensor is not view:
             stored.release()
         return tensor
-
-    def blocks(self, name: str) -> tuple[str, Tensor, Tensor] | None:
-        """Return the GGUF blocks of a (N, K) matrix in "Q8_0" or "Q4_0"; None for other types.
-
-        The value is (kind, d, q): scales d (N, K/32) float16 and codes q (N, K) uint8, both copies. The weight is
-        d (q - z) with zero point z 128 (Q8_0) or 8 (Q4_0).
-        """
-        stored = self.tensors[name]
-        if not isinstance(stored, gguf.StoredBlocks) or not self.keeps_blocks(name):
-            return None
-        d, q = gguf_blocks.codes(stored.kind, stored.raw())
-        stored.release()
-        return stored.kind.name, d, q
-
-    def keeps_blocks(self, name: str) -> bool:
-        """Return whether `blocks` is not None for this tensor."""
-        stored = self.tensors[name]
-        return isinstance(stored, gguf.StoredBlocks) and stored.kernel_ready
 
     def nbytes(self) -> int:
         """Return the size of all weights, in bytes."""
@@ -111,7 +94,7 @@ def load(
     if quantization is not None:
         return _quantize(checkpoint, Scheme.of(quantization), dtype, device)
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
-    kept = _keep_blocks(model, checkpoint) if weight_layout(device) == "tiles" else set()
+    kept = keep_blocks(model, checkpoint.tensors, dtype) if weight_layout(device) == "tiles" else set()
     weights = {name: checkpoint.read(name, dtype, device) for name in checkpoint.tensors if name not in kept}
     if checkpoint.args.tie_embeddings and OUTPUT not in kept:
         weights[OUTPUT] = weights[EMBEDDING]
@@ -122,24 +105,6 @@ def load(
         model.tie()
     model.source = checkpoint.folder
     return model
-
-
-def _keep_blocks(model: Mistral7B, checkpoint: Checkpoint) -> set[str]:
-    """Replace Linears by BlockLinears on GGUF's blocks, without repacking; return their names."""
-
-    def held(name: str) -> str:
-        return f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else EMBEDDING  # a tied output
-
-    def build(linear: nn.Module, name: str) -> nn.Module:
-        blocks = checkpoint.blocks(held(name))
-        assert blocks is not None  # guaranteed by `kept`
-        kind, d, q = blocks
-        return BlockLinear(d, q, 8 if kind == "Q8_0" else 4)
-
-    def kept(name: str, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and checkpoint.keeps_blocks(held(name))
-
-    return {f"{name}.weight" for name in replace_linears(model, build, kept)}
 
 
 def _open_quantized(
@@ -226,10 +191,19 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _gguf_of(path: pathlib.Path) -> pathlib.Path | None:
-    """Return `path` if it is a GGUF file, or a folder's GGUF file if it has no other weights."""
-    if path.is_dir() and (groups := hub.weight_groups(entry.name for entry in path.iterdir())):
-        path = path / groups[0].entry_file
-    return path if path.is_file() and is_gguf(path) else None
+    """Return `path` if it is a GGUF file, or a folder's GGUF file if it has no other weights.
+
+    Of a split file, the first part is returned. Raises CheckpointError if a folder has several GGUF models.
+    """
+    if path.is_dir():
+        names = [entry.name for entry in path.iterdir()]
+        if groups := hub.weight_groups(names):
+            path = path / groups[0].entry_file
+        elif models := hub.gguf_models(names):
+            raise CheckpointError(
+                f"contains {len(models)} GGUF models", place=path, hint=f"name one: {', '.join(models[:20])}"
+            )
+    return first_part(path) if path.is_file() and is_gguf(path) else None
 
 
 def _open_gguf(path: pathlib.Path) -> Checkpoint:

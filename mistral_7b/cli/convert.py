@@ -25,8 +25,9 @@ class Convert:
     to: Literal["huggingface", "mistral", "gguf"]
     """huggingface: config.json and model*.safetensors; mistral: params.json and consolidated.safetensors;
     gguf: one file for llama.cpp, including the tokenizer."""
-    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
-    """GGUF: type of the matrices; None: unchanged. q8_0 and q4_0 quantize in blocks of 32 values."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q6_k", "q4_k_m"] | None = None
+    """GGUF: type of the matrices; None: unchanged. q8_0 and q4_0 quantize in blocks of 32 values, q6_k and q4_k_m
+    (q4_k, with q6_k where it matters most, as llama.cpp does) in blocks of 256."""
     max_shard_size: str = "5GB"
     """Maximum file size in Hugging Face's format; Mistral's is one file."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import EngineError, GenerationError
 from ..kernels.backend import LINEAR, Backend, uses
@@ -89,7 +90,8 @@ def open_engine(
 
 def _make_deterministic(model: Mistral7B) -> None:
     """Make rows independent of the other rows of a step. Weights quantized to integers on a CPU are so already."""
-    if isinstance(model.output, Compressed):
+    floats = any(isinstance(module, nn.Linear) for module in model.modules())
+    if isinstance(model.output, Compressed) and not floats:
         return
     if not uses(Backend.ONEDNN, LINEAR, model.norm.weight):
         raise EngineError(

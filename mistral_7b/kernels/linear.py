@@ -6,11 +6,7 @@
 Activations are quantized to int8 per row, and the sum over k is an integer sum, which is exact in any order. So
 the twin and all kernels are bit-identical, and the result of a row does not depend on the other rows.
 
-GGUF's block formats Q8_0 and Q4_0 have a float scale d per 32 inputs, for weights and for activations:
-
-    block   w[n, k] = d[n, b] * (q[n, k] - 128), or q[n, k] - 8 with 4 bits
-
-The integer sums of the blocks are added as float32 in block order, so these are bit-identical too.
+GGUF's block formats are in block_linear.py.
 
 ... any leading dimensions · N outputs · K inputs · G groups
 """
@@ -26,7 +22,6 @@ from .cpu import calls, compiler
 from .cpu.arguments import Weights
 
 OPS = torch.library.Library("mistral_7b", "DEF")
-BLOCK = 32  # inputs of a GGUF block
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +49,7 @@ def linear_twin(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (sums * sx * scale).to(x.dtype)
 
 
-def _uses_cpu_kernels(x: Tensor) -> bool:
+def uses_cpu_kernels(x: Tensor) -> bool:
     """Whether the CPU kernels compute this product. Warns once if they could not be compiled."""
     if uses(Backend.CPU, QUANTIZED_LINEAR, x):
         return True
@@ -76,19 +71,14 @@ def int4_weights(codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_siz
     )  # fmt: skip
 
 
-def block_weights(codes: Tensor, d: Tensor, n: int, bits: int) -> Weights:
-    """The kernels' descriptor of a weight in GGUF blocks; it holds pointers to the tensors."""
-    return Weights(N=n, Kp=d.shape[1] * BLOCK, group=BLOCK, codes=codes.data_ptr(), d=d.data_ptr(), bits=bits)
-
-
 def _int8(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
-    if _uses_cpu_kernels(x):
+    if uses_cpu_kernels(x):
         return calls.linear(int8_weights(codes, scale, n), x)
     return linear_twin(x, int_weight(codes, None)[:n, : x.shape[-1]], scale[:n])
 
 
 def _int4(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
-    if _uses_cpu_kernels(x):
+    if uses_cpu_kernels(x):
         return calls.linear(int4_weights(codes, groups, scale, n, group_size), x)
     return linear_twin(x, int_weight(codes, groups, group_size)[:n, : x.shape[-1]], scale[:n])
 
@@ -111,33 +101,3 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
 def int4_linear(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
     """x (..., K) times int4 codes (N/16, K/8, 16, 4), groups (N/16, G, 16), scale (N,): (..., n), in x's type."""
     return torch.ops.mistral_7b.int4_linear(x, codes, groups, scale, n, group_size)
-
-
-def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
-    """`block_linear` in plain PyTorch, one block at a time."""
-    q = layout.untile_int4(codes).double() - 8 if bits == 4 else layout.untile_int8(codes).double() - 128
-    scale = d.transpose(1, 2).flatten(0, 1).float()  # (N, K/32)
-    xq, sx = quantize_rows(x.unflatten(-1, (-1, BLOCK)))  # (..., K/32, 32), (..., K/32, 1)
-    sums = torch.einsum("...bk,nbk->...bn", xq.double(), q.unflatten(1, (-1, BLOCK))).float()
-    out = torch.zeros(*x.shape[:-1], len(q))
-    for b in range(scale.shape[1]):
-        out = out + sums[..., b, :] * (scale[:, b] * sx[..., b, :])
-    return out[..., :n].to(x.dtype)
-
-
-def _block(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
-    if _uses_cpu_kernels(x):
-        return calls.linear(block_weights(codes, d, n, bits), x)
-    return block_linear_twin(x, codes, d, n, bits)
-
-
-OPS.define("block_linear(Tensor x, Tensor codes, Tensor d, int n, int bits) -> Tensor")
-OPS.impl("block_linear", _block, "CPU")
-torch.library.register_fake(
-    "mistral_7b::block_linear", lambda x, codes, d, n, bits: x.new_empty((*x.shape[:-1], n))
-)
-
-
-def block_linear(x: Tensor, codes: Tensor, d: Tensor, n: int, bits: int) -> Tensor:
-    """x (..., K) times tiled block codes of 4 or 8 `bits`, d float16 (N/16, K/32, 16): (..., n), in x's type."""
-    return torch.ops.mistral_7b.block_linear(x, codes, d, n, bits)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import layout
+from ..kernels import block_formats, layout
 from ..kernels.backend import PACKED_LINEAR, Backend, uses
+from ..kernels.block_linear import block_linear, block_weights
 from ..kernels.cpu import huge_pages
 from ..kernels.cpu.arguments import Weights
 from ..kernels.linear import (
-    block_linear,
-    block_weights,
     int4_linear,
     int4_weights,
     int8_linear,
@@ -144,38 +143,32 @@ class Int4Linear(Compressed):
 
 
 class BlockLinear(Compressed):
-    """y = x W^T with GGUF's Q8_0 or Q4_0: codes of 8 or 4 bits, and a float16 scale per 32 inputs."""
+    """y = x W^T in one of GGUF's block formats, with activations quantized to int8 per block."""
 
-    def __init__(self, d: Tensor, q: Tensor, bits: int) -> None:
-        """From d float16 (N, K/32) and q uint8 (N, K) with zero point 128 or 8."""
+    def __init__(self, kind: str, codes: Tensor, d: Tensor, out_features: int) -> None:
+        """From the tiles of block_formats.py."""
         super().__init__()
-        self.out_features, self.in_features = q.shape
-        self.bits = bits
-        rows = layout.padded(self.out_features, layout.TILE)
-        q = layout.pad(q, rows, self.in_features, 128 if bits == 8 else 8)
-        self.register_buffer("codes", huge_pages.copied(layout.tile_int8(q) if bits == 8 else layout.tile_int4(q)))
-        d = nn.functional.pad(d, (0, 0, 0, rows - self.out_features))
-        self.register_buffer("d", d.unflatten(0, (-1, layout.TILE)).transpose(1, 2).contiguous())
+        f = block_formats.FORMATS[kind]
+        self.kind, self.bits = kind, f.low + f.high
+        self.in_features, self.out_features = codes.shape[1] * f.block, out_features
+        self.register_buffer("codes", codes)
+        self.register_buffer("d", d)
 
     codes: Tensor
     d: Tensor
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        return block_linear(x, self.codes, self.d, self.out_features, self.bits)
+        return block_linear(x, self.codes, self.d, self.out_features, self.kind)
 
     def dequantized(self) -> Tensor:
         """The dequantized weight, float32 (N, K)."""
-        untiled = layout.untile_int8(self.codes) if self.bits == 8 else layout.untile_int4(self.codes)
-        q = untiled.float() - (128 if self.bits == 8 else 8)
-        d = self.d.transpose(1, 2).flatten(0, 1).float()
-        weight = (q.unflatten(1, (-1, 32)) * d[..., None]).flatten(1)
-        return weight[: self.out_features]
+        return block_formats.dequantize(self.kind, self.codes, self.d)[: self.out_features]
 
     def described(self) -> Weights:
-        return block_weights(self.codes, self.d, self.out_features, self.bits)
+        return block_weights(self.kind, self.codes, self.d, self.out_features)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {'Q8_0' if self.bits == 8 else 'Q4_0'}"
+        return f"{self.in_features}, {self.out_features}, {self.kind}"
 
 
 class Int8Embedding(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from ..checkpoint.gguf.file import is_gguf
+from ..checkpoint.gguf.splits import first_part
 from ..checkpoint.gguf.tokenizer import extract
 from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from ..errors import TokenizerError
@@ -61,7 +62,7 @@ class Tokenizer:
             return cls(vocabulary, chat_format(path.parent, vocabulary, chat_template))
         folder = path if path.is_dir() else path.parent
         if sentencepiece_file(folder) is None and not (folder / FAST).is_file():
-            inside = [f for f in folder.glob("*.gguf") if is_gguf(f)]
+            inside = [f for f in folder.glob("*.gguf") if is_gguf(f) and first_part(f) == f]
             if len(inside) == 1:
                 return cls.from_pretrained(inside[0], chat_template)
         return cls._of_folder(folder, chat_template)

@@ -171,11 +171,21 @@ class Trainer:
 
 
 def open_model(args: TrainArgs, tokenizer: Tokenizer) -> Mistral7B:
-    """Return the model to train: loaded from `init`, or initialized with the shape in `args`."""
+    """Return the model to train: loaded from `init`, or initialized with the shape in `args`.
+
+    Raises TrainingError if it is quantized.
+    """
     torch.manual_seed(args.seed)
     dtype = getattr(torch, args.dtype)
     if args.init is not None:
-        return Mistral7B.from_pretrained(args.init, dtype=dtype, device=args.device)
+        model = Mistral7B.from_pretrained(args.init, dtype=dtype, device=args.device)
+        if not all(parameter.requires_grad for parameter in model.parameters()):
+            raise TrainingError(
+                f"{args.init} is quantized, and quantized weights cannot be trained",
+                field="init",
+                hint=f"train the original, or dequantize it: mistral-7b convert {args.init} OUT --to huggingface",
+            )
+        return model
     shared = {f.name for f in dataclasses.fields(ModelArgs)} & {f.name for f in dataclasses.fields(TrainArgs)}
     shape = {name: getattr(args, name) for name in shared}
     # Sampled in float32 and rounded: samples in bfloat16 are too coarse near zero.

@@ -23,8 +23,9 @@ from tiny import TINY, close, tiny_args, tiny_model, tokens_of, truth
 
 from mistral_7b import CheckpointError, Mistral7B, ModelArgs, TokenizerError
 from mistral_7b.checkpoint import convert, read_args
-from mistral_7b.checkpoint.gguf import blocks as gguf_blocks
+from mistral_7b.checkpoint.gguf import quantizing
 from mistral_7b.checkpoint.gguf.file import KINDS
+from mistral_7b.checkpoint.gguf.modules import BlockEmbedding
 from mistral_7b.checkpoint.names import expected, rename
 from mistral_7b.checkpoint.reading import open_checkpoint
 from mistral_7b.quantization.linear import BlockLinear
@@ -51,7 +52,9 @@ def opened(path: pathlib.Path, dtype: torch.dtype = torch.float32) -> Mistral7B:
 def weights_of(model: Mistral7B) -> dict[str, torch.Tensor]:
     """All weights by Mistral's names; blocks are dequantized."""
     out = {name: value for name, value in model.state_dict().items() if name.endswith("weight")}
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, BlockLinear)}
+    blocks: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BlockLinear)}
+    if isinstance(model.tok_embeddings, BlockEmbedding):
+        blocks["tok_embeddings"] = model.tok_embeddings
     return out | {f"{name}.weight": m.dequantized().to(model.norm.weight.dtype) for name, m in blocks.items()}
 
 
@@ -171,21 +174,18 @@ def test_we_read_files_of_the_gguf_package(tmp_path: pathlib.Path, kind: str, ar
     assert same_bits(ours, theirs)
 
 
-def test_blocks_are_returned_without_repacking(tmp_path: pathlib.Path) -> None:
-    kinds = {"w1": "Q8_0", "w2": "Q4_0", "w3": "Q5_0"}
-    model = their_file(tmp_path / "x.gguf", NARROW, kinds=lambda name: kinds.get(name.split(".")[-2], "F32"))
-    checkpoint = open_checkpoint(tmp_path / "x.gguf")
-    for name, kind in kinds.items():
-        name = f"layers.1.feed_forward.{name}.weight"
-        blocks = checkpoint.blocks(name)
-        assert (blocks is None) == (kind == "Q5_0")
-        if blocks:
-            assert blocks[0] == kind
-            d, q = blocks[1].float(), blocks[2].float() - gguf_blocks.ZERO_POINTS[kind]
-            assert torch.equal(d.repeat_interleave(32, 1) * q, weights_of(model)[name])
-    assert checkpoint.blocks("norm.weight") is None
-    convert("demo", tmp_path / "hf", to="huggingface")
-    assert open_checkpoint(tmp_path / "hf").blocks("norm.weight") is None
+def test_mixed_blocks_are_kept_and_others_dequantized(tmp_path: pathlib.Path) -> None:
+    kinds = {"w1": "Q8_0", "w2": "Q4_1", "w3": "Q5_0", "wq": "F16", "tok_embeddings": "Q5_1", "output": "Q4_0"}
+    theirs = their_file(tmp_path / "x.gguf", NARROW, kinds=lambda name: kinds.get(name.split(".")[-2], "F32"))
+    ours = opened(tmp_path / "x.gguf")
+    found = {name: m.kind for name, m in ours.named_modules() if isinstance(m, BlockLinear)}
+    wanted = {f"layers.{i}.feed_forward.{w}": kinds[w] for i in range(2) for w in ("w1", "w2", "w3")}
+    assert found == {**wanted, "output": "Q4_0"}
+    assert isinstance(ours.tok_embeddings, BlockEmbedding)
+    assert same_bits(ours, theirs)
+    tokens = tokens_of((3, 5))
+    assert torch.equal(ours.tok_embeddings(tokens), theirs.tok_embeddings(tokens))
+    assert opened(tmp_path / "x.gguf", torch.bfloat16).tok_embeddings(tokens).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
@@ -204,7 +204,7 @@ def test_converting_to_gguf_keeps_blocks_bit_identical(tmp_path: pathlib.Path, k
         (t.name, t.tensor_type, t.data.tobytes()) for t in two
     ]
     again = weights_of(opened(tmp_path / "x.gguf"))["output.weight"]
-    requantized = gguf_blocks.quantize(KINDS[kind], again)
+    requantized = quantizing.quantize(KINDS[kind], again)
     assert requantized.numpy().tobytes() != one[-1].data.tobytes()  # or this would prove nothing
 
 
@@ -289,8 +289,8 @@ def test_other_features_that_change_the_model_are_refused(tmp_path: pathlib.Path
 
 def test_an_unsupported_tensor_type_is_named(tmp_path: pathlib.Path) -> None:
     def exotic(writer: gguf.GGUFWriter) -> None:
-        kind = gguf.GGMLQuantizationType.IQ4_NL
-        writer.add_tensor("output2.weight", np.zeros((2, 18), dtype=np.uint8), raw_dtype=kind)
+        kind = gguf.GGMLQuantizationType.IQ2_XXS
+        writer.add_tensor("output2.weight", np.zeros((2, 66), dtype=np.uint8), raw_dtype=kind)
 
     their_file(tmp_path / "x.gguf", TINY, exotic)
     with refused(CheckpointError, field="output2.weight", place=tmp_path / "x.gguf"):

@@ -11,10 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_7b.checkpoint.gguf import blocks as gguf_blocks
+from mistral_7b.checkpoint.gguf import quantizing
 from mistral_7b.checkpoint.gguf.file import KINDS, Kind
+from mistral_7b.kernels import block_formats
+from mistral_7b.kernels.block_formats import FORMATS
 
 BLOCKED = [kind for kind in KINDS.values() if kind.block > 1]
-WRITTEN = [KINDS["Q8_0"], KINDS["Q4_0"]]
+WRITTEN = [KINDS[name] for name in quantizing.WRITTEN]
+AS_THE_PACKAGE = [KINDS["Q8_0"], KINDS["Q4_0"], KINDS["Q5_0"]]
+SEARCHED = [KINDS["Q4_K"], KINDS["Q6_K"]]
 
 
 def bits(values: np.ndarray) -> np.ndarray:
@@ -49,15 +54,18 @@ def test_chunked_rounded_dequantization_is_the_same(kind: Kind, monkeypatch: pyt
         assert torch.equal(chunked.nan_to_num(), whole.to(dtype).nan_to_num())
 
 
-@pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
-def test_codes_and_scales_give_the_dequantized_values(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [KINDS[name] for name in FORMATS], ids=lambda kind: kind.name)
+def test_tiles_hold_the_same_weight_in_the_same_bits(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of one tile, the last of them partial."""
+    monkeypatch.setattr(gguf_blocks, "VALUES_AT_ONCE", 1)
     raw = torch.from_numpy(random_rows(kind, 2))
-    d, q = gguf_blocks.codes(kind, raw)
-    assert (d.dtype, q.dtype) == (torch.float16, torch.uint8)
-    assert (tuple(d.shape), tuple(q.shape)) == ((37, 3), (37, 96))
-    zero = gguf_blocks.ZERO_POINTS[kind.name]
-    values = d.float().repeat_interleave(32, 1) * (q.float() - zero)
-    assert torch.equal(values.nan_to_num(), gguf_blocks.dequantize(kind, raw).nan_to_num())
+    codes, d = gguf_blocks.tiles(kind, raw)
+    assert (tuple(codes.shape[:2]), tuple(d.shape[:2])) == ((3, 3), (3, 3))  # of 37 rows, 3 blocks
+    widened = 8 if kind.name == "IQ4_XS" else 6  # 6-bit scales are stored as bytes
+    assert codes.nbytes + d.nbytes == 48 * 3 * (kind.size + widened - 6)
+    values = block_formats.dequantize(kind.name, codes, d)
+    assert torch.equal(values[:37].nan_to_num(), gguf_blocks.dequantize(kind, raw).nan_to_num())
+    assert not values[37:].any()
 
 
 def awkward(seed: int) -> np.ndarray:
@@ -73,20 +81,63 @@ def awkward(seed: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", AS_THE_PACKAGE, ids=lambda kind: kind.name)
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=20, deadline=None)
 def test_quantized_bytes_equal_those_of_the_gguf_package(kind: Kind, seed: int) -> None:
     x = awkward(seed)
     for source in (torch.from_numpy(x), torch.from_numpy(x).bfloat16()):
         wanted = quantize(source.float().numpy(), GGMLQuantizationType[kind.name])
-        assert np.array_equal(gguf_blocks.quantize(kind, source).numpy(), wanted)
+        assert np.array_equal(quantizing.quantize(kind, source).numpy(), wanted)
 
 
 @pytest.mark.parametrize("kind", WRITTEN, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
 def test_values_beyond_the_scales_are_refused(kind: Kind, bad: float) -> None:
-    x = torch.ones(2, 64)
+    x = torch.ones(2, 256)
     x[1, 40] = bad
     with pytest.raises(ValueError, match="not finite, or larger"):
-        gguf_blocks.quantize(kind, x)
+        quantizing.quantize(kind, x)
+
+
+def nearest(kind: Kind, x: torch.Tensor) -> torch.Tensor:
+    """The plain quantization: the range of each group from its minimum and maximum, scales rounded to nearest."""
+    if kind.name == "Q6_K":
+        g = x.view(-1, 16, 16)
+        scale = g.gather(-1, g.abs().argmax(-1, keepdim=True)) / -32
+        d = (scale.gather(1, scale.abs().argmax(1, keepdim=True)) / -128).half().float()
+        step = d * (scale / d).round()
+        return (step * (g / step).round().clamp(-32, 31)).view(x.shape)
+    g = x.view(-1, 8, 32)
+    low = g.amin(-1, keepdim=True).clamp(max=0)
+    scale = (g.amax(-1, keepdim=True) - low) / 15
+    d, m = (v.amax(1, keepdim=True).div(63).half().float() for v in (scale, -low))
+    step, minimum = d * (scale / d).round(), m * (-low / m).round()
+    return (step * ((g + minimum) / step).round().clamp(0, 15) - minimum).view(x.shape)
+
+
+@pytest.mark.parametrize(("kind", "most"), [(SEARCHED[0], 0.93), (SEARCHED[1], 0.97)], ids=["Q4_K", "Q6_K"])
+@pytest.mark.parametrize("tail", [False, True], ids=["normal", "long tails"])
+def test_the_search_reduces_the_error(kind: Kind, most: float, tail: bool) -> None:
+    torch.manual_seed(0)
+    x = 0.02 * (torch.distributions.StudentT(4.0).sample((64, 1024)) if tail else torch.randn(64, 1024))
+    error = (gguf_blocks.dequantize(kind, quantizing.quantize(kind, x)) - x).norm() / x.norm()
+    plain = (nearest(kind, x) - x).norm() / x.norm()
+    print(f"{kind.name}: relative error {error:.5f}, without a search {plain:.5f}")
+    assert error < most * plain
+
+
+@pytest.mark.parametrize("kind", SEARCHED, ids=lambda kind: kind.name)
+def test_values_on_the_grid_are_quantized_exactly(kind: Kind) -> None:
+    """Also constant rows, zeros, one nonzero value, positive values only, and magnitudes near the smallest."""
+    x = torch.zeros(8, 256)
+    x[1] = 0.25
+    x[2] = -0.25
+    x[3, 7] = 3.0
+    x[4, ::5] = -1.5
+    x[5] = torch.arange(256) % 16 / 16
+    x[6] = x[5] - 0.5
+    x[7] = 1e-30  # less than any scale
+    values = gguf_blocks.dequantize(kind, quantizing.quantize(kind, x))
+    assert (values - x).abs().max() < 2e-3
+    assert not values[[0, 7]].any()

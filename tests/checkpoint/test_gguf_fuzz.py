@@ -15,6 +15,7 @@ from refusals import refused
 
 from mistral_7b import CheckpointError
 from mistral_7b.checkpoint.gguf.file import KINDS
+from mistral_7b.checkpoint.gguf.reading import StoredBlocks
 from mistral_7b.checkpoint.reading import open_checkpoint
 
 SEEDS = seeds()
@@ -38,15 +39,15 @@ def test_the_fuzzing_seeds_open(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_quantized_vector_is_read_dequantized(tmp_path: pathlib.Path) -> None:
-    """Found by fuzzing: blocks() returned shape (1, K)."""
+    """Found by fuzzing: a norm was kept as a matrix of shape (1, K)."""
     tensors = tensors_of(BLOCKS, random.Random(0), ["Q8_0"])
     name, sizes, _, offset, _ = tensors[-2]
     tensors[-2] = (name, sizes, KINDS["Q8_0"].code, offset, bytes(KINDS["Q8_0"].size))
     assert endured(tmp_path / "x.gguf", built(pairs_of(BLOCKS), tensors))
     checkpoint = open_checkpoint(tmp_path / "x.gguf")
     assert tuple(checkpoint.read("norm.weight").shape) == (32,)
-    assert checkpoint.blocks("norm.weight") is None
-    assert checkpoint.blocks("output.weight") is not None
+    stored = [checkpoint.tensors[name] for name in ("norm.weight", "output.weight")]
+    assert [isinstance(t, StoredBlocks) and t.kernel_ready for t in stored] == [False, True]
 
 
 def test_rows_of_partial_blocks_are_refused(tmp_path: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ where nothing is rounded, they are tight.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
@@ -26,16 +27,21 @@ from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.checkpoint import convert
 from mistral_7b.checkpoint.gguf.file import read
 from mistral_7b.checkpoint.hub import DEMO
+from mistral_7b.checkpoint.reading import open_checkpoint
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python to compare with llama.cpp")
 
 # Maximum |difference| of logits over their standard deviation, and maximum KL of a token in nats.
 # Measured on an AMX Xeon: f32 and f16 1.2e-5, bf16 0.017, q8_0 0.052, q4_0 0.064; LLAMA_CPP_TYPES 0.16 to 0.31.
 EXACT = (2e-4, 1e-5)
-TOLERANCES = {"f32": EXACT, "f16": EXACT, "bf16": (0.05, 2e-4), "q8_0": (0.15, 2e-3), "q4_0": (0.15, 2e-3)}
+TOLERANCES = {
+    "f32": EXACT, "f16": EXACT, "bf16": (0.05, 2e-4), "q8_0": (0.15, 2e-3), "q4_0": (0.15, 2e-3),
+    "q6_k": (0.15, 2e-3), "q4_k_m": (0.15, 2e-3),
+}  # fmt: skip
 ROUNDED = (0.6, 1e-2)  # random weights with sharp attention make more of the same rounding
 LLAMA_CPP_TYPES = {  # llama.cpp's number for a whole file
-    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18,
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17,
+    "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
 }  # fmt: skip
 WIDE = tiny_args(  # rows of 256 and 512, as the K types need
     dim=256, n_layers=2, head_dim=64, hidden_dim=512, n_heads=4, n_kv_heads=2, vocab_size=4096,
@@ -101,6 +107,29 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("wide") / "f32.gguf"
     model.save_pretrained(path, format="gguf")
     return path
+
+
+@pytest.mark.parametrize(("type", "name"), [("q4_k_m", "Q4_K_M"), ("q6_k", "Q6_K")])
+def test_our_k_types_are_those_of_llama_cpp(tmp_path: pathlib.Path, type: str, name: str) -> None:
+    """The same mixture of types, closer to the original, and llama.cpp has our logits."""
+    model = tiny_model(dataclasses.replace(WIDE, n_layers=11))
+    model.source = DEMO
+    plain, ours, theirs = (tmp_path / f"{n}.gguf" for n in ("plain", "ours", "theirs"))
+    model.save_pretrained(plain, format="gguf")
+    convert(plain, ours, to="gguf", type=type)
+    quantized(plain, theirs, LLAMA_CPP_TYPES[name])
+    kinds = [{n: entry.kind.name for n, entry in read(path).entries.items()} for path in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+    assert read(ours).metadata["general.file_type"] == read(theirs).metadata["general.file_type"]
+    errors = []
+    for path in (ours, theirs):
+        checkpoint = open_checkpoint(path)
+        pairs = [(checkpoint.read(n, torch.float32), w) for n, w in model.state_dict().items() if w.dim() == 2]
+        errors.append(sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5)
+    print(f"{name}: error {errors[0]:.4f}, of llama.cpp {errors[1]:.4f}")
+    assert errors[0] < errors[1]
+    tokens = prompt()[:16]  # 11 random layers with sharp attention: not the whole prompt
+    compared(ours, their_logits(ours, tokens), tokens, *ROUNDED)
 
 
 @pytest.mark.parametrize("name", LLAMA_CPP_TYPES)

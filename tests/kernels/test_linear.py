@@ -14,14 +14,12 @@ from torch import Tensor
 from mistral_7b.kernels import backend, layout
 from mistral_7b.kernels.cpu import compiler
 from mistral_7b.kernels.linear import (
-    block_linear_twin,
     int4_linear,
     int8_linear,
     int_weight,
     linear_twin,
     quantize_rows,
 )
-from mistral_7b.quantization.linear import BlockLinear
 
 ROWS = (1, 2, 3, 4, 5, 16, 17, 64, 300)
 # N no multiple of 16, K no multiple of 64 or of a group; one tile, and more than one AMX block of each.
@@ -62,40 +60,17 @@ def test_int4_and_its_int8_weight_match_the_twin(n: int, k: int, group: int, dty
 
 
 @pytest.mark.parametrize("code", [0, 1, 128, 255])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_largest_products_do_not_saturate(bits: int, code: int) -> None:
+def test_the_largest_products_do_not_saturate(code: int) -> None:
     """vpmaddubsw adds two products in 16 bits with saturation: the largest codes and activations."""
     n, k = 17, 128
+    tiles = layout.tile_int8(torch.full((layout.padded(n, 16), k), code, dtype=torch.uint8))
+    whole = torch.full((n, k), code - 128, dtype=torch.int8)
     for m in ROWS[:7]:
         x = torch.ones(m, k)
         x[1::2] = -1  # activations 127 and -127
         x[:, 5::7] *= -1
-        codes = torch.full((n, k), min(code, 2**bits - 1), dtype=torch.uint8)
-        linear = BlockLinear(torch.ones(n, k // 32).half(), codes, bits)
-        assert torch.equal(linear(x), block_linear_twin(x, linear.codes, linear.d, n, linear.bits))
-        whole = codes.short() - 128
-        tiles = layout.tile_int8(torch.nn.functional.pad(codes, (0, 0, 0, -n % 16)))
-        wanted = linear_twin(x, whole.to(torch.int8), torch.ones(n))
+        wanted = linear_twin(x, whole, torch.ones(n))
         assert torch.equal(int8_linear(x, tiles, torch.ones(layout.padded(n, 16)), n), wanted)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("n", "k"), [(1, 32), (33, 96), (67, 1120)])
-def test_blocks_match_the_twin(n: int, k: int, bits: int, dtype: torch.dtype) -> None:
-    draw = torch.Generator().manual_seed(n)
-    q = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, generator=draw)
-    d = torch.randn(n, k // 32, generator=draw).half()
-    d[0, 0] = 2e-7  # subnormal in float16
-    linear = BlockLinear(d, q, bits)
-    for m in ROWS:
-        x = activations(m, k, dtype)
-        wanted = block_linear_twin(x, linear.codes, linear.d, n, linear.bits)
-        assert torch.equal(linear(x), wanted)
-    weight = (q.float() - (8 if bits == 4 else 128)).unflatten(1, (-1, 32)) * d.float()[..., None]
-    assert torch.equal(linear.dequantized(), weight.flatten(1))
-    exact = x.double() @ weight.flatten(1).double().T
-    assert (linear(x) - exact).norm() < 0.01 * exact.norm()
 
 
 def test_the_twin_is_close_to_the_float_product() -> None:
@@ -191,7 +166,7 @@ def test_instruction_sets_are_bit_identical(instructions: str) -> None:
     if instructions in ("avx2", "avx512") and instructions not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {instructions}")
     here = Path(__file__).parent
-    names = ("linear", "elementwise", "attend", "attend_packed", "low_rank")
+    names = ("linear", "block_linear", "elementwise", "attend", "attend_packed", "low_rank")
     files = [str(here / f"test_{name}.py") for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],

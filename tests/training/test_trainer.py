@@ -245,6 +245,15 @@ def test_no_data_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore:there is no tokenizer.model")
+def test_quantized_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    shape = {"dim": 32, "n_layers": 1, "head_dim": 8, "hidden_dim": 64, "n_heads": 4, "n_kv_heads": 2}
+    model = Mistral7B(ModelArgs(vocab_size=32768, sliding_window=None, rope_theta=1e6, **shape))
+    model.save_pretrained(tmp_path / "x.gguf", format="gguf", type="q8_0")
+    with refused(TrainingError, field="init"):
+        train(run_args(folder, tmp_path / "run", init=str(tmp_path / "x.gguf")))
+
+
 def test_a_model_of_no_run_here_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").touch()

@@ -40,13 +40,15 @@ class Kind(NamedTuple):
 _KINDS = (
     Kind(0, "F32", 1, 4), Kind(1, "F16", 1, 2), Kind(30, "BF16", 1, 2),
     Kind(2, "Q4_0", 32, 18), Kind(3, "Q4_1", 32, 20), Kind(6, "Q5_0", 32, 22), Kind(7, "Q5_1", 32, 24),
-    Kind(8, "Q8_0", 32, 34), Kind(12, "Q4_K", 256, 144), Kind(13, "Q5_K", 256, 176), Kind(14, "Q6_K", 256, 210),
+    Kind(8, "Q8_0", 32, 34), Kind(10, "Q2_K", 256, 84), Kind(11, "Q3_K", 256, 110), Kind(12, "Q4_K", 256, 144),
+    Kind(13, "Q5_K", 256, 176), Kind(14, "Q6_K", 256, 210), Kind(20, "IQ4_NL", 32, 18),
+    Kind(23, "IQ4_XS", 256, 136),
 )  # fmt: skip
 KINDS = {kind.name: kind for kind in _KINDS}
 _BY_CODE = {kind.code: kind for kind in _KINDS}
 _OTHERS = {  # known by name only, for error messages
-    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
-    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...kernels.block_formats import FORMATS
 from ...model import ModelArgs
 from .. import rope
 from ..config import V0_1_THETA, V0_1_WINDOW, check_supported, theta_and_window, to_args
@@ -24,6 +25,7 @@ from ..names import EMBEDDING, OUTPUT, rename
 from ..stored import MappedFile, StoredTensor
 from . import blocks as gguf_blocks
 from . import file as gguf_file
+from . import splits
 from .file import Kind
 
 ARCHITECTURES = ("llama", "mistral")  # "mistral": the name used by a few converters
@@ -65,8 +67,8 @@ class StoredBlocks(StoredTensor):
 
     @property
     def kernel_ready(self) -> bool:
-        """Whether this is a matrix whose blocks the kernels use without repacking."""
-        return len(self.shape) == 2 and self.kind.name in gguf_blocks.ZERO_POINTS
+        """Whether this is a matrix in a block format of the kernels."""
+        return len(self.shape) == 2 and self.kind.name in FORMATS
 
     @property
     def nbytes(self) -> int:
@@ -93,12 +95,12 @@ class StoredBlocks(StoredTensor):
 
 
 def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, StoredTensor]]:
-    """Return a file's configuration, and its tensors by GGUF's names.
+    """Return the configuration of a file, or of the split file it is a part of, and its tensors by GGUF's names.
 
     Raises CheckpointError if it is not a Mistral 7B.
     """
-    contents = gguf_file.read(path)
-    tensors = stored_tensors(contents)
+    parts = splits.read(path)
+    tensors = {name: tensor for part in parts for name, tensor in stored_tensors(part).items()}
     if frequencies := tensors.pop(FREQUENCIES, None):
         if frequencies.nbytes > 1 << 16 or not bool((frequencies.view() == 1).all()):
             raise CheckpointError(
@@ -107,6 +109,8 @@ def read(path: pathlib.Path) -> tuple[ModelArgs, dict[str, StoredTensor]]:
                 place=path,
             )
         frequencies.release()
+    entries = {name: entry for part in parts for name, entry in part.entries.items()}
+    contents = dataclasses.replace(parts[0], entries=entries)
     return _args(contents, tied=rename(OUTPUT, "mistral", "gguf") not in tensors), tensors
 
 
@@ -128,13 +132,6 @@ def _args(contents: gguf_file.Contents, tied: bool) -> ModelArgs:
             f"'general.architecture' is {architecture!r}; only 'llama' can be opened",
             field="general.architecture",
             place=path,
-        )
-    if metadata.get("split.count", 1) != 1:
-        raise CheckpointError(
-            f"is one of {metadata['split.count']} parts of a split file",
-            field="split.count",
-            place=path,
-            hint="join them with llama-gguf-split",
         )
     prefix = f"{architecture}."
     data = {key.removeprefix(prefix): v for key, v in metadata.items() if key.startswith(prefix)}

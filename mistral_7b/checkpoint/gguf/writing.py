@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from ...files import atomic_write, check_room
 from ...model import ModelArgs
 from ..names import EMBEDDING, OUTPUT, rename
 from . import blocks as gguf_blocks
+from . import quantizing, tokenizer_metadata
 from . import reading as gguf
-from . import tokenizer_metadata
 from .file import ALIGNMENT, ARRAY, BOOL, FLOAT32, INT32, KINDS, MAGIC, STRING, UINT32, Kind, is_gguf
 from .file import read as read_gguf
 from .vocabulary import MODEL
@@ -25,8 +26,16 @@ from .vocabulary import MODEL
 if TYPE_CHECKING:
     from ..writing import Outgoing
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's codes of `general.file_type`
-TYPES = tuple(name.lower() for name in FILE_TYPES)
+FILE_TYPES = {  # llama.cpp's codes of `general.file_type`, by the type of most matrices
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
+    "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+}  # fmt: skip
+MATRICES = {  # the type of most matrices, by the name of a mixture
+    "f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q6_k": "Q6_K", "q4_k_m": "Q4_K",
+}  # fmt: skip
+TYPES = tuple(MATRICES)
+NARROW = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama.cpp's choice for rows that are no multiple of 256
+PROMOTED = re.compile(r"layers\.(\d+)\.(?:attention\.wv|feed_forward\.w2)\.weight")
 VERSION, QUANTIZATION_VERSION = 3, 2
 _KIND_OF = {dtype: KINDS[name] for name, dtype in gguf_blocks.FLOATS.items()}
 
@@ -41,9 +50,10 @@ def write(
 ) -> None:
     """Write the file `path`, which must not exist, atomically (written, then renamed).
 
-    `type` is the type of the matrices; None keeps the type of each, and Q8_0 and Q4_0 blocks bit by bit. Vectors
+    `type` is the type of the matrices; None keeps the type of each, and blocks bit by bit. Vectors
     are float32, as llama.cpp requires. With "q4_0" the output matrix is Q8_0, because it is the most sensitive to
-    quantization. Raises CheckpointError, naming the tensor, if a type cannot hold its values.
+    quantization. "q4_k_m" mixes Q4_K and Q6_K as llama.cpp does. Raises CheckpointError, naming the tensor, if a
+    type cannot hold its values.
     """
     if type is not None and type not in TYPES:
         raise CheckpointError(f"unknown type {type!r}; must be one of {', '.join(map(repr, TYPES))}", field="type")
@@ -55,7 +65,7 @@ def write(
     check_room(path, sum(_nbytes(t, kind) for t, kind in plan))
     try:
         with atomic_write(path, folders=True) as partial, partial.open("wb") as f:
-            f.write(_header(_metadata(args, plan, source), plan))
+            f.write(_header(_metadata(args, plan, source, type), plan))
             for tensor, kind in plan:
                 f.write(bytes(-f.tell() % ALIGNMENT))
                 _write_tensor(f, tensor, kind)
@@ -70,7 +80,7 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
     if len(tensor.shape) == 1:
         return KINDS["F32"]
     if type is None:
-        if isinstance(tensor.stored, gguf.StoredBlocks) and tensor.stored.kernel_ready:
+        if isinstance(tensor.stored, gguf.StoredBlocks):
             return tensor.stored.kind
         if tensor.dtype not in _KIND_OF:
             raise CheckpointError(
@@ -79,8 +89,20 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
                 hint="choose a type",
             )
         return _KIND_OF[tensor.dtype]
-    output = EMBEDDING if args.tie_embeddings else OUTPUT
-    return KINDS["Q8_0" if type == "q4_0" and tensor.name == output else type.upper()]
+    name = MATRICES[type]
+    if tensor.name == (EMBEDDING if args.tie_embeddings else OUTPUT):
+        name = {"q4_0": "Q8_0", "q4_k_m": "Q6_K"}.get(type, name)
+    elif type == "q4_k_m" and _is_promoted(tensor.name, args.n_layers):
+        name = "Q6_K"
+    return KINDS[NARROW.get(name, name) if tensor.shape[-1] % KINDS[name].block else name]
+
+
+def _is_promoted(name: str, layers: int) -> bool:
+    """Whether llama.cpp's Q4_K_M stores a matrix in Q6_K: v and down of the outer eighths and each third layer."""
+    if (found := PROMOTED.fullmatch(name)) is None:
+        return False
+    layer, eighth = int(found[1]), layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _check(tensor: Outgoing, kind: Kind) -> None:
@@ -97,7 +119,9 @@ def _nbytes(tensor: Outgoing, kind: Kind) -> int:
     return torch.Size(tensor.shape).numel() // kind.block * kind.size
 
 
-def _metadata(args: ModelArgs, plan: list[tuple[Outgoing, Kind]], source: pathlib.Path | None) -> dict[str, Any]:
+def _metadata(
+    args: ModelArgs, plan: list[tuple[Outgoing, Kind]], source: pathlib.Path | None, type: str | None
+) -> dict[str, Any]:
     kinds = [
         kind.name for tensor, kind in plan if len(tensor.shape) > 1 and tensor.name not in (EMBEDDING, OUTPUT)
     ]
@@ -105,7 +129,7 @@ def _metadata(args: ModelArgs, plan: list[tuple[Outgoing, Kind]], source: pathli
     head: dict[str, Any] = {
         "general.architecture": "llama",
         "general.name": name or "Mistral 7B",
-        "general.file_type": FILE_TYPES[max(set(kinds), key=kinds.count)],
+        "general.file_type": FILE_TYPES[MATRICES[type] if type else max(set(kinds), key=kinds.count)],
     }
     if any(kind.block > 1 for _, kind in plan):
         head["general.quantization_version"] = QUANTIZATION_VERSION
@@ -187,7 +211,7 @@ def _encode(name: str, values: Tensor, kind: Kind) -> Tensor:
     """Return rows of values in the representation of `kind`."""
     try:
         if kind.block > 1:
-            return gguf_blocks.quantize(kind, values)
+            return quantizing.quantize(kind, values)
     except ValueError as e:
         raise CheckpointError(
             f"tensor {name!r} contains {e}: it cannot be stored as {kind.name}", field=name

@@ -10,17 +10,32 @@
 #include <immintrin.h>
 #endif
 
+#include "vectors.h"
+
 namespace {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
 using Line = __m512i;
 using Sums = __m512i;  // 16 int32
+using U32 = uint16_t __attribute__((vector_size(64)));  // 32 words of 16 bits: there are no shifts of bytes
 constexpr int64_t ROWS_BY_TWO = 1 << 30;  // max rows for which the sums of two tiles fit in registers
 constexpr int32_t SUBTRACT = 128;  // dot8 uses codes q = w8 + 128: subtract this times the sum of x
 Line load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 Line low(Line v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 Line high(Line v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+Line masked(Line v, uint8_t mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
+// code | the bits of `mask` of plane, shifted left (right if negative)
+Line merge(Line code, Line plane, int shift, uint8_t mask) {
+    const U32 v = reinterpret_cast<U32>(plane);
+    return _mm512_or_si512(code, masked(reinterpret_cast<Line>(shift < 0 ? v >> -shift : v << shift), mask));
+}
+Line lookup(Line codes, const uint8_t* table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), codes);
+}
+I16 words(Line v) { return reinterpret_cast<I16>(v); }
+I16 lanes(Sums s) { return reinterpret_cast<I16>(s); }
+Sums start(int32_t v) { return _mm512_set1_epi32(v); }
 Sums zero() { return _mm512_setzero_si512(); }
 Sums dot8(Sums s, Line v, const int8_t* x) {
     int32_t quad;
@@ -73,6 +88,32 @@ inline Line low(const Line& l) {
 inline Line high(const Line& l) {
     return low({_mm256_srli_epi16(l.half[0], 4), _mm256_srli_epi16(l.half[1], 4)});
 }
+inline Line masked(const Line& l, uint8_t mask) {
+    const __m256i m = _mm256_set1_epi8(char(mask));
+    return {_mm256_and_si256(l.half[0], m), _mm256_and_si256(l.half[1], m)};
+}
+inline Line merge(const Line& code, const Line& plane, int shift, uint8_t mask) {
+    Line out = plane;
+    for (auto& half : out.half) half = shift < 0 ? _mm256_srli_epi16(half, -shift) : _mm256_slli_epi16(half, shift);
+    out = masked(out, mask);
+    for (int h = 0; h < 2; h++) out.half[h] = _mm256_or_si256(out.half[h], code.half[h]);
+    return out;
+}
+inline Line lookup(const Line& codes, const uint8_t* table) {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(both, codes.half[0]), _mm256_shuffle_epi8(both, codes.half[1])};
+}
+inline I16 words(const Line& l) {
+    I16 v;
+    std::memcpy(&v, &l, 64);
+    return v;
+}
+inline I16 lanes(const Sums& s) {
+    I16 v;
+    std::memcpy(&v, &s, 64);
+    return v;
+}
+inline Sums start(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
 inline Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline __m256i quad_of(const int8_t* x) {
     int32_t quad;
@@ -92,7 +133,7 @@ inline Sums dot8(Sums s, const Line& l, const int8_t* x) {
     }
     return s;
 }
-inline Sums dot4(Sums s, const Line& l, const int8_t* x) {  // codes below 16
+inline Sums dot4(Sums s, const Line& l, const int8_t* x) {  // codes below 128
     const __m256i xs = quad_of(x);
     for (int h = 0; h < 2; h++) s.half[h] = add_quads(s.half[h], _mm256_maddubs_epi16(l.half[h], xs));
     return s;
@@ -155,6 +196,33 @@ inline Line low(Line l) {
 inline Line high(Line l) {
     for (auto& b : l.b) b >>= 4;
     return l;
+}
+inline Line masked(Line l, uint8_t mask) {
+    for (auto& b : l.b) b &= mask;
+    return l;
+}
+inline Line merge(Line code, const Line& plane, int shift, uint8_t mask) {
+    for (int i = 0; i < 64; i++) code.b[i] |= (shift < 0 ? plane.b[i] >> -shift : plane.b[i] << shift) & mask;
+    return code;
+}
+inline Line lookup(Line codes, const uint8_t* table) {
+    for (auto& b : codes.b) b = table[b];
+    return codes;
+}
+inline I16 words(const Line& l) {
+    I16 v;
+    std::memcpy(&v, l.b, 64);
+    return v;
+}
+inline I16 lanes(const Sums& s) {
+    I16 v;
+    std::memcpy(&v, s.v, 64);
+    return v;
+}
+inline Sums start(int32_t v) {
+    Sums s;
+    for (auto& n : s.v) n = v;
+    return s;
 }
 inline Sums zero() { return Sums{}; }
 inline Sums dot8(Sums s, const Line& l, const int8_t* x) {

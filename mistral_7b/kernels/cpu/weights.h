@@ -15,8 +15,7 @@
 //   y[m, n] = float(sum_k xq[m, k] w8[n, k]) * sx[m] * scale[n]
 //
 // Integer sums are exact, so the result of a row does not depend on the other rows, on the number of threads or on
-// the instruction set. GGUF blocks have a float scale per 32 inputs, for activations too; the sums of blocks are
-// always added in order.
+// the instruction set. gguf_blocks.h has the same for GGUF's block formats.
 
 #pragma once
 
@@ -30,15 +29,27 @@
 namespace {
 
 constexpr int64_t TILE_N = 16, LINE = 64;  // outputs in a tile, bytes in a line
-constexpr int64_t BLOCK = 32;              // inputs in a GGUF block
+constexpr int64_t PARTS = 16;              // bytes of `parts` per block
 
-// Rows quantized to int8, with a scale per `block` inputs and the sum of codes per `group` inputs.
+// Rows quantized to int8, with a scale per `block` inputs and the sum of codes per `group` inputs. M is padded to 16
+// rows with zeros.
 struct Rows {
     int64_t M, K, Kp, block, group;
-    int8_t* q;      // (M, Kp), padded with zeros; M itself is padded to 16 rows for AMX
+    int8_t* q;      // (M, Kp)
     float* scale;   // (M, Kp / block)
     int32_t* sum;   // (M, Kp / group)
+    int8_t* parts;  // (M, Kp / 256, PARTS), or null
 };
+
+// Writes the sums of 8 groups of 32 codes as 128 high + low, 0 <= low < 128, two bytes that the dot products of lines
+// accept: the high parts of 4 groups, their low parts, and the same for the other 4. sum: those of groups of 16.
+inline void split_sums(const int32_t* sum, int8_t* parts) {
+    for (int g = 0; g < 8; g++) {
+        const int32_t both = sum[2 * g] + sum[2 * g + 1];
+        parts[g / 4 * 8 + g % 4] = int8_t(both >> 7);
+        parts[g / 4 * 8 + 4 + g % 4] = int8_t(both & 127);
+    }
+}
 
 template <class T>
 void quantize_row(const Rows& r, int64_t row, const typename T::Store* x) {
@@ -68,6 +79,8 @@ void quantize_row(const Rows& r, int64_t row, const typename T::Store* x) {
         for (int64_t k = g * r.group; k < (g + 1) * r.group; k++) s += q[k];
         r.sum[row * (r.Kp / r.group) + g] = s;
     }
+    if (r.parts)
+        for (int64_t b = 0; b < r.Kp / 256; b++) split_sums(r.sum + row * (r.Kp / 16) + b * 16, r.parts + (row * (r.Kp / 256) + b) * PARTS);
 }
 
 // Quantizes M rows, in scratch memory that the next call reuses: a scale per `block` inputs, a sum per `group`.
@@ -76,14 +89,19 @@ Rows quantize(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, in
     static thread_local Scratch<int8_t> codes_scratch;
     static thread_local Scratch<float> scale_scratch;
     static thread_local Scratch<int32_t> sum_scratch;
-    const int64_t padded = (M + 15) / 16 * 16;
-    const Rows r{M, K, Kp, block, group, codes_scratch.get(padded * Kp), scale_scratch.get(M * (Kp / block)), sum_scratch.get(M * (Kp / group))};
+    static thread_local Scratch<int8_t> parts_scratch;
+    const int64_t padded = (M + 15) / 16 * 16, blocks = Kp / block, groups = Kp / group;
+    int8_t* parts = block == 256 && group == 16 ? parts_scratch.get(padded * blocks * PARTS) : nullptr;
+    const Rows r{M, K, Kp, block, group, codes_scratch.get(padded * Kp), scale_scratch.get(padded * blocks), sum_scratch.get(padded * groups), parts};
     const auto* rows = static_cast<const typename T::Store*>(x);
     parallel(M < 4 ? 1 : threads, [&](int t, int n) {
         const Span range = partition(M, t, n);
         for (int64_t m = range.begin; m < range.end; m++) quantize_row<T>(r, m, rows + m * K);
     });
     std::memset(r.q + M * Kp, 0, (padded - M) * Kp);
+    std::fill_n(r.scale + M * blocks, (padded - M) * blocks, 0.0f);
+    std::fill_n(r.sum + M * groups, (padded - M) * groups, 0);
+    if (parts) std::memset(parts + M * blocks * PARTS, 0, (padded - M) * blocks * PARTS);
     return r;
 }
 
@@ -92,8 +110,8 @@ struct Weights {
     const uint8_t* codes;
     const uint8_t* groups;    // int4 only
     const float* scale;       // (N,)
-    const uint16_t* d;        // GGUF blocks only: float16 [N/16][K/32][16]
-    int bits;
+    const uint16_t* d;        // block formats only: float16 scales
+    int bits, kind;           // kind: GGUF's number of a block format (gguf_blocks.h), or 0
     const struct LowRank* adapters;  // LoRA factors of each adapter (low_rank.h), or null
     struct Mixture* mixture;         // the adapter of each row
 };

@@ -6,6 +6,7 @@ import hashlib
 
 from fastapi import APIRouter
 
+from ..openai.model_info import precision
 from ..state import State
 from .answers import Details, ListedModel, ModelList, RunningList, ShownModel, Version, moment
 from .bodies import LATEST, ShowBody
@@ -33,7 +34,7 @@ def router(state: State) -> APIRouter:
         return {
             "parent_model": "" if name == state.model_name else state.model_name, "format": "safetensors",
             "family": "llama", "families": ["llama"], "parameter_size": _short(count),
-            "quantization_level": str(engine.model.tok_embeddings.weight.dtype).removeprefix("torch."),
+            "quantization_level": precision(engine.model),
         }  # fmt: skip
 
     def listed(name: str) -> ListedModel:

@@ -17,7 +17,7 @@ def precision(model: Mistral7B) -> str:
     """The weights' quantization, such as "int8", or their type if they are not quantized, such as "bfloat16"."""
     for module in model.modules():
         if isinstance(module, BlockLinear):
-            return "Q8_0" if module.bits == 8 else "Q4_0"
+            return module.kind
         if type(module) in NAMES:
             return NAMES[type(module)]
     return str(model.norm.weight.dtype).removeprefix("torch.")

@@ -1,0 +1,66 @@
+"""y = x W^T with W in GGUF's block formats: the kernel of cpu/gguf_blocks.h as an operator, and its PyTorch twin.
+
+Activations are quantized to int8 with a scale per block of 32 or 256 inputs. The products with a block are summed
+as integers, which is exact in any order, and the sums of blocks are added as float32 in block order. So the twin
+and all kernels are bit-identical, and the result of a row does not depend on the other rows.
+
+... any leading dimensions · N outputs · K inputs · B blocks of K · T tiles of 16 outputs
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .block_formats import FORMATS, float_scales, integer_weight
+from .cpu import calls
+from .cpu.arguments import Weights
+from .linear import OPS, quantize_rows, uses_cpu_kernels
+
+
+def block_weights(kind: str, codes: Tensor, d: Tensor, n: int) -> Weights:
+    """The kernels' descriptor of a weight in tiles (block_formats.py); it holds pointers to the tensors."""
+    f = FORMATS[kind]
+    return Weights(
+        N=n, Kp=codes.shape[1] * f.block, group=f.block, codes=codes.data_ptr(), d=d.data_ptr(),
+        bits=f.low + f.high, kind=f.code,
+    )  # fmt: skip
+
+
+def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:
+    """`block_linear` in plain PyTorch, one block at a time."""
+    f = FORMATS[kind]
+    weight, t = integer_weight(kind, codes)  # (N, B, block), (N, B, G)
+    scale, minimum = float_scales(d)  # (N, B)
+    q, sx = quantize_rows(x.unflatten(-1, (-1, f.block)))  # (..., B, block), (..., B, 1)
+    out = torch.zeros(*x.shape[:-1], len(weight))
+    for b in range(weight.shape[1]):
+        xb, sxb = q[..., b, :].double(), sx[..., b, :]
+        sums = (xb @ weight[:, b].double().T).float()  # exact: integers far below 2^53
+        out = out + sums * (scale[:, b] * sxb)
+        if minimum is None:
+            continue
+        groups = xb.unflatten(-1, (-1, f.group)).sum(-1)  # (..., G)
+        if t is None:
+            out = out + groups.float() * (minimum[:, b] * sxb)
+        else:
+            out = out - (groups @ t[:, b].double().T).float() * (minimum[:, b] * sxb)
+    return out[..., :n].to(x.dtype).contiguous()
+
+
+def _block(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:
+    if uses_cpu_kernels(x):
+        return calls.linear(block_weights(kind, codes, d, n), x)
+    return block_linear_twin(x, codes, d, n, kind)
+
+
+OPS.define("block_linear(Tensor x, Tensor codes, Tensor d, int n, str kind) -> Tensor")
+OPS.impl("block_linear", _block, "CPU")
+torch.library.register_fake(
+    "mistral_7b::block_linear", lambda x, codes, d, n, kind: x.new_empty((*x.shape[:-1], n))
+)
+
+
+def block_linear(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:
+    """x (..., K) times tiles of a block format, codes (T, B, lines, 64), d (T, B, 1 or 2, 16): (..., n)."""
+    return torch.ops.mistral_7b.block_linear(x, codes, d, n, kind)

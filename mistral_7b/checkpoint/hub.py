@@ -110,8 +110,8 @@ def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
 
     A hub id is "owner/name", or "owner/name/FILE.gguf" for one file of a repository. It is downloaded unless
     it is in the cache, and so is the starter model (starter.py). A folder of the name of a known model is reached
-    as ./demo or ./starter. For any part of a split GGUF file, the path is that of the first. Raises HubError if the
-    download fails, CheckpointError if the name is none of these.
+    as ./demo or ./starter. For any part of a split GGUF file, the path is that of the first. Raises HubError if
+    the download fails, CheckpointError if the name is none of these.
     """
     if source == "demo":
         return DEMO

@@ -72,8 +72,8 @@ def save(
     empty folder. `max_shard_size` is in bytes or like "5GB"; Mistral's layout is always one file. GGUF is one
     file; `type` is the type of its matrices: "f32", "f16", "bf16", "q8_0", "q4_0", "q6_k", "q4_k_m", or None for
     the model's own. The tokenizer's files, with chat templates and ends, are those of the model's source. Raises
-    CheckpointError if a weight has no data or does not belong to a plain Mistral 7B (merge adapters and save before
-    quantizing).
+    CheckpointError if a weight has no data or does not belong to a plain Mistral 7B: merge adapters, and save before
+    quantizing.
 
     A model of int8 or int4 modules is saved as "quantized", with its measured `distance` from the original and
     its `calibration` (see quantized.Record). Raises QuantizationError without a distance.

@@ -27,7 +27,7 @@ def quantize(kind: Kind, values: Tensor) -> Tensor:
     """
     blocks = values.to(torch.float32).reshape(-1, kind.block)
     parts = WRITTEN[kind.name](blocks)
-    if not blocks.isfinite().all() or any(p.dtype == torch.float16 and not p.isfinite().all() for p in parts):
+    if not all(part.isfinite().all() for part in (blocks, *parts)):
         raise ValueError("values that are not finite, or larger than float16 scales can hold")
     return torch.cat([p.view(torch.uint8) for p in parts], -1).view(values.shape[0], -1)
 

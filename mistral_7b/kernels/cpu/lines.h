@@ -18,7 +18,7 @@ namespace {
 
 using Line = __m512i;
 using Sums = __m512i;  // 16 int32
-using U32 = uint16_t __attribute__((vector_size(64)));  // 32 words of 16 bits: there are no shifts of bytes
+using Words = uint16_t __attribute__((vector_size(64)));  // 32 words of 16 bits: there are no shifts of bytes
 constexpr int64_t ROWS_BY_TWO = 1 << 30;  // max rows for which the sums of two tiles fit in registers
 constexpr int32_t SUBTRACT = 128;  // dot8 uses codes q = w8 + 128: subtract this times the sum of x
 Line load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -27,7 +27,7 @@ Line high(Line v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1
 Line masked(Line v, uint8_t mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
 // code | the bits of `mask` of plane, shifted left (right if negative)
 Line merge(Line code, Line plane, int shift, uint8_t mask) {
-    const U32 v = reinterpret_cast<U32>(plane);
+    const Words v = reinterpret_cast<Words>(plane);
     return _mm512_or_si512(code, masked(reinterpret_cast<Line>(shift < 0 ? v >> -shift : v << shift), mask));
 }
 Line lookup(Line codes, const uint8_t* table) {

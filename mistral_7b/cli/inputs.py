@@ -52,7 +52,7 @@ class ModelOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps...; auto: the first accelerator, else cpu."""
     threads: int | None = None
-    """CPU threads, at most 4 per CPU; None: PyTorch's default."""
+    """CPU threads, at most 4 per CPU; None: PyTorch's default, within the CPU quota."""
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model with one; None: that of the model."""
 

@@ -54,7 +54,7 @@ class Quantize:
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model with one; None: that of the model."""
     threads: int | None = None
-    """CPU threads, at most 4 per CPU; None: PyTorch's default."""
+    """CPU threads, at most 4 per CPU; None: PyTorch's default, within the CPU quota."""
 
 
 def run(argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 
     python experiments/busy_cores.py [--models demo mid] [--kinds bfloat16 int8] [--rounds 5] [--json FILE]
 
-ours          as installed: `import mistral_7b`, then torch
+ours          as installed: threads spin, or sleep beside busy programs (engine/threads.py)
 torch first   torch is imported before mistral_7b, so that its OpenMP library has read its environment already
 one thread    as ours, with --threads 1
 passive       a fixed number of threads and OMP_WAIT_POLICY=PASSIVE: they never spin

@@ -95,16 +95,23 @@ def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
     A hub id is "owner/name", or "owner/name/FILE.gguf" for one file of a repository. It is downloaded unless
     it is in the cache. Raises HubError if the download fails, CheckpointError if the name is neither.
     """
+    if (path := find(source)) is not None:
+        return path
+    if named := FILE_ID.fullmatch(str(source)):
+        return pull(named["repo"], file=named["file"])
+    return pull(str(source))
+
+
+def find(source: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Return the path of a model on this machine; None for a hub id. CheckpointError if the name is neither."""
     if source == "demo":
         return DEMO
     path = pathlib.Path(source).expanduser()
     if source != "" and path.exists():
         return path
-    if isinstance(source, str) and (named := FILE_ID.fullmatch(source)):
-        return pull(named["repo"], file=named["file"])
-    if not isinstance(source, str) or not REPO_ID.fullmatch(source):
+    if not isinstance(source, str) or not (REPO_ID.fullmatch(source) or FILE_ID.fullmatch(source)):
         raise CheckpointError("no such file or folder (a model on the hub is named owner/name)", place=source)
-    return pull(source)
+    return None
 
 
 def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathlib.Path:

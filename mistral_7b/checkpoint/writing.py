@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
 import shutil
 import struct
 from collections import Counter
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import check_room, raise_write_error, size_in_bytes
+from ..files import check_room, partial_name, raise_write_error, remove_left_over, size_in_bytes
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import scheme_of
 from . import hub, huggingface, mistral
@@ -192,8 +191,9 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
     On an error it is removed. Raises CheckpointError if `out` exists and is not empty, WriteError if the disk is
     full or writing fails.
     """
+    remove_left_over(out.absolute())
     _check_target(out, needed)
-    partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
+    partial = partial_name(out.absolute())
     try:
         partial.mkdir(parents=True)
         yield partial

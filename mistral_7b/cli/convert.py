@@ -33,6 +33,9 @@ class Convert:
 
 def run(argv: list[str]) -> int:
     args = read_flags(Convert, "convert", argv)
+    from ..checkpoint import hub
+
+    hub.find(args.source)  # before PyTorch is imported
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -7,13 +7,15 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from ..errors import ConfigError, Mistral7BError, TokenizerError, first_line
+from ..errors import AdapterError, ConfigError, TokenizerError, first_line
 from ..kernels import threads
 from ..sampling.params import SamplingParams, StructuredOutputs
+from .flags import UsageError as UsageError
+from .flags import read_flags as read_flags
 
 if TYPE_CHECKING:
     import torch
@@ -21,19 +23,8 @@ if TYPE_CHECKING:
     from ..model import Mistral7B
     from ..text.tokenizer import Tokenizer
 
-T = TypeVar("T")
 ModelName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")]
 DType = Literal["bfloat16", "float16", "float32"]
-
-
-class UsageError(Mistral7BError):
-    """An invalid command line."""
-
-
-def read_flags(kind: type[T], command: str, argv: list[str]) -> T:
-    """Parse the flags of a command into `kind`; SystemExit after --help (0) and bad flags (2)."""
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)  # a group whose default is None stays None
-    return tyro.cli(kind, prog=f"mistral-7b {command}", args=argv, config=config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +58,19 @@ class ModelOptions:
         return torch.int8 if self.kv == "int8" else None
 
     def open(self, source: str) -> tuple[Mistral7B, Tokenizer]:
-        """Load the model `source` and its tokenizer."""
+        """Load the model `source` and its tokenizer, and compile the kernels if needed."""
+        self.check_paths(source)
         with busy(f"opening {source}"):
             import torch
 
+            from ..kernels.cpu import compiler
             from ..text.tokenizer import Tokenizer
 
             torch.seed()  # random by default; --seed makes a run reproducible
             threads.use(self.threads)
             model = self._load(source)
+            if model.norm.weight.device.type == "cpu":
+                compiler.library()  # here, where it takes none of the time of the tokens
             tokenizer = Tokenizer.from_pretrained(self.tokenizer or model.source or source)
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(
@@ -84,6 +79,13 @@ class ModelOptions:
                 place=tokenizer.path,
             )
         return model, tokenizer
+
+    def check_paths(self, source: str) -> None:
+        """CheckpointError for a model or tokenizer that is nowhere, before PyTorch is imported."""
+        from ..checkpoint import hub
+
+        for name in filter(None, (source, self.tokenizer)):
+            hub.find(name)
 
     def open_model(self, source: str) -> Mistral7B:
         """Load another model with the same type and device."""
@@ -117,6 +119,11 @@ class TextOptions(ModelOptions):
     """The text must be one of these."""
     grammar: str = ""
     """File with a context-free grammar that the text must match, in the syntax of Lark or of llama.cpp's GBNF."""
+
+    def check_paths(self, source: str) -> None:
+        super().check_paths(source)
+        if self.adapter and not pathlib.Path(self.adapter).expanduser().exists():
+            raise AdapterError("no such file or folder", field="--adapter", place=self.adapter)
 
     def constrained(self, params: SamplingParams) -> SamplingParams:
         """Return the parameters with the constraint of the flags. SamplingError for several or an invalid one."""

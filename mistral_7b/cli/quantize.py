@@ -70,6 +70,10 @@ def run(argv: list[str]) -> int:
         if value < least:
             raise UsageError(f"--{flag} must be at least {least}, not {value}", field=f"--{flag}")
     threads.check(args.threads, "--threads")
+    from ..checkpoint import hub
+
+    for source in filter(None, (args.source, args.tokenizer)):
+        hub.find(source)  # before PyTorch is imported
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
     calibration_texts = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
     from rich.console import Console
@@ -82,7 +86,7 @@ def run(argv: list[str]) -> int:
         def advance(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
-        from ..checkpoint import hub, quantize, read_args
+        from ..checkpoint import quantize, read_args
         from ..quantization import Scheme
         from ..text.tokenizer import Tokenizer
 

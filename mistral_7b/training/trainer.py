@@ -160,8 +160,13 @@ class Trainer:
                     self.save(state_path)
         except WriteError:
             raise
-        except BaseException:
+        except BaseException as error:
             self._save_new(state_path)
+            if isinstance(error, KeyboardInterrupt):
+                saved = (
+                    f"update {self.saved} of {args.steps} is saved in {state_path}; the same command resumes there"
+                )
+                print(f"\nstopped: {saved if self.saved else 'no update was done'}", file=sys.stderr)
             raise
         self._save_new(state_path)
 

@@ -1,13 +1,15 @@
-"""The number of threads of a step follows the cores to be had, and a control group's quota counts as cores."""
+"""Threads spin on idle cores and sleep beside busy programs, and a control group's quota counts as cores."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from mistral_7b import LLM, SamplingParams, machine
+from mistral_7b import machine
 from mistral_7b.engine import threads
 from mistral_7b.engine.threads import SharedCores, Usage
 from mistral_7b.kernels import threads as kernel_threads
@@ -17,22 +19,22 @@ class Machine:
     """A machine whose other programs take a share of this process's time, and preempt it for that."""
 
     def __init__(self, cpus: int) -> None:
-        self.cpus, self.others, self.asked, self.used = cpus, 0, cpus, 1
-        self.usage = Usage(0.0, 0.0, 0)
+        self.cpus, self.others, self.asked = cpus, 0, cpus
+        self.usage = Usage(1.0, 0.0, 0)
 
     @property
     def runnable(self) -> int:
-        return self.others + self.used  # which spin a while after a step
+        return self.asked + self.others
 
-    def step(self, cores: SharedCores) -> int:
-        """Run a step of 0.1 s; return its number of threads."""
+    def step(self, cores: SharedCores) -> bool:
+        """Run a step of 0.1 s; return whether its threads slept."""
         with cores:
-            used = self.used = self.asked
-            lacking = used + self.others > self.cpus
+            slept = cores.sleeping
+            lacking = self.asked + self.others > self.cpus
             wall, cpu, preemptions = self.usage
-            took = 0.1 * used * (0.4 if lacking else 0.95)
+            took = 0.1 * self.asked * (0.4 if lacking else 0.95)
             self.usage = Usage(wall + 0.1, cpu + took, preemptions + round(300 * took if lacking else took))
-        return used
+        return slept
 
 
 @pytest.fixture
@@ -48,73 +50,118 @@ def four(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(machine, "cores", lambda: computer.cpus)
     monkeypatch.setattr(machine, "runnable", lambda: computer.runnable)
     monkeypatch.setattr(threads, "usage", lambda: computer.usage)
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: computer.usage.wall)
+    monkeypatch.setattr(threads, "Sleeping", NoThreads)
+    for name in threads.POLICIES:
+        monkeypatch.delenv(name, raising=False)
     return computer
 
 
-def test_idle_cores_are_all_used_and_the_number_is_restored(four: Machine) -> None:
-    cores = SharedCores()
-    assert [four.step(cores) for _ in range(20)] == [4] * 20
-    assert four.asked == 4
+class NoThreads:
+    """Stands for the threads that make others sleep."""
+
+    def __init__(self, cpus: int) -> None:
+        assert cpus == 4
+
+    def end(self) -> None:
+        pass
 
 
-def test_busy_cores_are_left_to_others_and_taken_back(four: Machine) -> None:
+def test_threads_spin_on_idle_cores(four: Machine) -> None:
     cores = SharedCores()
-    four.others = 2
-    assert [four.step(cores) for _ in range(3)] == [4, 2, 2]
-    assert {four.step(cores) for _ in range(50)} == {2}, "four fit only while fewer others want a CPU"
+    four.others = -3  # only this thread runs before the first step
+    assert not four.step(cores)
     four.others = 0
-    assert [four.step(cores) for _ in range(2)] == [2, 4]
-    four.others = 4
-    assert [four.step(cores) for _ in range(4)] == [4, 2, 1, 1]
-    assert four.asked == 4
+    assert not any(four.step(cores) for _ in range(50))
+
+
+def test_threads_sleep_beside_busy_programs_and_spin_again_afterwards(four: Machine) -> None:
+    cores = SharedCores()
+    four.others = -3
+    four.step(cores)
+    four.others = 2
+    assert [four.step(cores) for _ in range(3)] == [False, True, True]
+    assert all(four.step(cores) for _ in range(300)), "spinning is not tried while the others are there"
+    four.others = 0
+    assert [four.step(cores) for _ in range(30)].index(False) < 25
 
 
 def test_a_machine_that_is_busy_at_the_start_costs_no_slow_step(four: Machine) -> None:
     four.others = 3
-    assert four.step(SharedCores()) == 1
+    assert four.step(SharedCores())
 
 
 def test_failures_make_attempts_rare(four: Machine) -> None:
-    """The others are not seen as waiting whenever an attempt is decided on."""
-    cores = SharedCores()
-    used = []
-    for n in range(600):  # a minute
-        four.others = 0 if n and used[-1] < 4 else 2
-        used.append(four.step(cores))
-    assert used.count(4) < 12
+    """Where other programs are in the way only of threads that spin."""
+    cores, spun = SharedCores(), list[bool]()
+    for _ in range(1200):  # two minutes
+        four.others = 0 if cores.sleeping else 2
+        spun.append(not four.step(cores))
+    assert 4 <= sum(spun) <= 12
+    assert sum(spun[600:]) <= 2
 
 
 def test_own_threads_beside_the_engine_are_no_contention(four: Machine) -> None:
     """Those of a server preempt the kernels' threads often, but their time is time of this process."""
     cores = SharedCores()
+    four.others = -3
     for _ in range(5):
         with cores:
             wall, cpu, preemptions = four.usage
             four.usage = Usage(wall + 0.1, cpu + 0.39, preemptions + 1000)
-        assert cores.threads == 4
+        assert not cores.sleeping
 
 
-def test_more_threads_than_cpus_and_one_thread_are_kept(four: Machine) -> None:
+@pytest.mark.parametrize("name", threads.POLICIES)
+def test_a_policy_of_the_user_holds(four: Machine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
     cores = SharedCores()
     four.others = 4
-    for asked in (8, 1):
+    assert not any(four.step(cores) for _ in range(5))
+
+
+def test_a_quota_bounds_the_threads_of_a_step_alone(four: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    cores = SharedCores()
+    for asked, used in ((4, 2), (1, 1), (8, 8)):  # more than the machine's CPUs is meant
         four.asked = asked
-        assert [four.step(cores) for _ in range(3)] == [asked] * 3
+        with cores:
+            assert four.asked == used
+        assert four.asked == asked
 
 
-def test_the_engine_computes_the_same_on_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = SamplingParams(temperature=0, max_tokens=8)
-    found = []
-    for free in (1, 2):
-        monkeypatch.setattr(SharedCores, "_free", lambda self, own, free=free: free)
-        monkeypatch.setattr(machine, "cores", lambda: 2)
-        seen = []
-        monkeypatch.setattr(torch, "set_num_threads", seen.append)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        llm = LLM("demo", quantization="int8")
-        found.append(llm.generate("import os", params)[0].outputs[0].token_ids)
-        assert set(seen) == ({1, 2} if free == 1 else set())
-    assert found[0] == found[1]
+SPINNING = """
+import sys, time, torch
+from mistral_7b.engine.threads import Sleeping
+
+torch.set_num_threads(2)
+x, out = torch.ones(1 << 17), []
+def spun():
+    x.add_(1)
+    began = time.process_time()
+    time.sleep(0.05)
+    return time.process_time() - began
+for wanted in (False, True, False):
+    if wanted:
+        sleeping = Sleeping(len(__import__("os").sched_getaffinity(0)))
+        torch.set_num_threads(2)
+    time.sleep(0.05)
+    print(sorted(spun() for _ in range(5))[2])
+    if wanted:
+        sleeping.end()
+"""
+
+
+@pytest.mark.skipif(machine.cores() != 2, reason="the waiting of two threads on two CPUs is measured")
+def test_threads_of_gnu_openmp_sleep_while_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in threads.POLICIES:
+        monkeypatch.delenv(name, raising=False)
+    done = subprocess.run([sys.executable, "-c", SPINNING], capture_output=True, text=True, check=True)
+    spinning, sleeping, again = map(float, done.stdout.split())
+    if spinning < 1e-3:
+        pytest.skip("this OpenMP does not spin")
+    assert sleeping < 0.2 * spinning
+    assert again > 2 * sleeping
 
 
 FILES = {

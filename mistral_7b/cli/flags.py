@@ -37,16 +37,20 @@ def read_flags(kind: type[T], command: str, argv: list[str]) -> T:
 
 
 def sentence(box: str) -> str:
-    """Return what tyro says in a box of several lines as one sentence."""
-    lines = [re.sub(r"^│ ?|\s*│$", "", line) for line in box.splitlines()]
-    title = re.sub(r"[╭╮─]", "", lines[0]).strip() if lines else ""
-    rule = next((i for i, line in enumerate(lines) if i and re.match(r"[─╰]", line)), len(lines))
+    """Return what tyro says in a box of several lines, drawn in Unicode or with spaces, as one sentence."""
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()  # without colors
+    title = re.sub(r"[╭╮─]", "", drawn[0]).strip() if drawn else ""
+    body = drawn[2:] if drawn[1:] and re.match(r" -{3}", drawn[1]) else drawn[1:]
+    lines = ["", *(re.sub(r"^(│ |  )|\s*│$", "", line).rstrip() for line in body)]
+    rule = next((i for i, line in enumerate(lines) if re.match(r"╰?[─-]{3}", line)), len(lines))
     text = " ".join(line.strip() for line in lines[1:rule]).strip()
     if title == "Required options":
         names = [found[1] for line in lines[1:rule] if (found := re.match(r" {4}(\S+)", line))]
-        return f"{_listed(names, 'and')} {'is' if len(names) == 1 else 'are'} missing"
+        wrong = re.search(r"Unrecognized options:\s*(--?[A-Za-z][\w-]*)", " ".join(lines[rule:]))
+        what = f"{_listed(names, 'and')} {'is' if len(names) == 1 else 'are'} missing"
+        return f"there is no flag {wrong[1]}, and {what}" if wrong else what
     if found := re.match(r"Unrecognized options: (.*)", text):
-        words = re.findall(r"(?<!\S)--?[A-Za-z]\S*", found[1])
+        words: list[str] = re.findall(r"(?<!\S)--?[A-Za-z]\S*", found[1])
         if not words:
             return f"there is one argument too many: {found[1]}"
         near = re.search(r"Perhaps you meant:.*?(--[\w-]+)", " ".join(lines[rule:]))
@@ -58,8 +62,8 @@ def sentence(box: str) -> str:
     if found := re.match(r"Missing value for argument '(.*?)'", text):
         return f"{found[1]} needs a value"
     text = text.removeprefix("Error parsing ")
-    for pattern, plain in NUMBERS.items():
-        text = re.sub(pattern, plain, text)
+    for pattern, meaning in NUMBERS.items():
+        text = re.sub(pattern, meaning, text)
     return text or title
 
 

@@ -88,21 +88,13 @@ def _runs(pid: int) -> bool:
 
 def check_room(path: pathlib.Path, needed: int) -> None:
     """Raise WriteError unless `needed` bytes are free on the disk of `path`."""
-    if (free := free_bytes(path)) is not None and free < needed:
+    place = next(p for p in path.absolute().parents if p.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
         raise WriteError(
             f"{megabytes(needed)} are needed and {megabytes(free)} are free",
             place=path,
             hint=ADVICE[errno.ENOSPC],
         )
-
-
-def free_bytes(path: pathlib.Path) -> int | None:
-    """Return the free bytes on the disk of `path`, which need not exist; None if unknown."""
-    try:
-        place = next(p for p in path.absolute().parents if p.exists())
-        return shutil.disk_usage(place).free
-    except (OSError, StopIteration):
-        return None
 
 
 def megabytes(n: int) -> str:
@@ -120,13 +112,8 @@ def raise_write_error(error: Exception, path: pathlib.Path, beside: pathlib.Path
         places = (path.absolute(), beside.absolute())
         if not any(place.is_relative_to(named) or named.is_relative_to(place) for place in places):
             return  # an error about another file, which it names
-    why = str(refusal.strerror or refusal)
-    if refusal.errno == errno.ENOSPC and (free := free_bytes(path)) is not None:
-        with contextlib.suppress(OSError):  # its size is not needed any more, and will be free
-            free += beside.stat().st_size if beside.is_file() else 0
-        why += f": {megabytes(free)} are free"
     raise WriteError(
-        f"cannot be written ({why}); nothing half-written was left there",
+        f"cannot be written ({refusal.strerror or refusal}); nothing half-written was left there",
         place=path,
         hint=ADVICE.get(refusal.errno or 0),
     ) from error

@@ -60,8 +60,9 @@ def sentence(box: str) -> str:
         choices = sorted(choice for choice in re.findall(r"'([^']*)'", found[3]) if choice != "None")
         return f"{found[2]} must be {_listed(choices, 'or')}, not {found[1]!r}"
     if found := re.match(r"Missing value for argument '(.*?)'", text):
-        return f"{found[1]} needs a value"
+        return f"{found[1]} needs a value" if found[1].startswith("-") else "an argument is missing"
     text = text.removeprefix("Error parsing ")
+    text = re.sub(r"no type matching .*- <class '\w+'>: ", "", text)  # the alternatives before the last
     for pattern, meaning in NUMBERS.items():
         text = re.sub(pattern, meaning, text)
     return text or title

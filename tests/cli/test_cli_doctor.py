@@ -73,7 +73,7 @@ def test_facts_come_before_measures(run, capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("mistral_7b.bench.run.find_ceilings", find_ceilings)
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
-    for text in ("CPU", "memory", "optional", "PyTorch", "GPU", "kernels: running"):
+    for text in ("CPU", "memory", "extra: serve", "PyTorch", "GPU", "kernels: running"):
         assert f"\n{text} " in f"\n{seen[0]}"
         assert f"\n{text} " not in f"\n{out}"
     assert "read bandwidth" in out

@@ -34,7 +34,8 @@ SAMPLED = ("--max-tokens", "8", "--temperature", "0")
         ("generate --max-tokens", "--max-tokens needs a value; "),
         ("convert", "IN, OUT and --to are missing; "),
         ("quantize demo", "OUT is missing; "),
-        ("quantize demo --schem int4", "there is no flag --schem, and OUT is missing; "),
+        ("quantize --schem=int4", "an argument is missing; "),
+        ("convert a b --too x", "there is no flag --too, and --to is missing; "),
     ],
 )
 def test_a_flag_error_is_one_sentence(run, monkeypatch, words: str, message: str) -> None:

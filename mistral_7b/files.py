@@ -22,6 +22,7 @@ ADVICE = {  # errno of a failed write -> hint
     errno.EPERM: "name a place that you may write to",
 }
 
+PARTIAL = re.compile(r"\.partial-(\d+)-[0-9a-f]{8}")  # after a dot and the name; with the process that writes it
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -39,10 +40,11 @@ def atomic_write(path: str | os.PathLike[str], folders: bool = False) -> Iterato
     wraps that error in its own.
     """
     target = pathlib.Path(path).expanduser()
-    beside = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    beside = partial_name(target)
     try:
         if folders:
             beside.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_over(target)
         yield beside
         os.replace(beside, target)
     except Exception as error:
@@ -53,15 +55,51 @@ def atomic_write(path: str | os.PathLike[str], folders: bool = False) -> Iterato
             beside.unlink(missing_ok=True)
 
 
+def partial_name(target: pathlib.Path) -> pathlib.Path:
+    """A new temporary name beside `target`, which `remove_left_over` recognizes."""
+    return target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove_left_over(target: pathlib.Path) -> None:
+    """Remove the temporary files and folders of `target` that killed processes have left; errors are ignored."""
+    with contextlib.suppress(OSError):
+        for path in target.absolute().parent.iterdir():
+            found = PARTIAL.fullmatch(path.name.removeprefix(f".{target.name}"))
+            if not found or _runs(int(found[1])):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process with this number exists; assumed where it cannot be told."""
+    if os.name != "posix":
+        return True  # there os.kill ends the process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 def check_room(path: pathlib.Path, needed: int) -> None:
     """Raise WriteError unless `needed` bytes are free on the disk of `path`."""
     place = next(p for p in path.absolute().parents if p.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise WriteError(
-            f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free",
+            f"{megabytes(needed)} are needed and {megabytes(free)} are free",
             place=path,
             hint=ADVICE[errno.ENOSPC],
         )
+
+
+def megabytes(n: int) -> str:
+    """Format a number of bytes: 14,483.5 MB is 14.4835e9."""
+    return f"{n / 1e6:,.1f} MB"
 
 
 def raise_write_error(error: Exception, path: pathlib.Path, beside: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -70,8 +71,41 @@ def instruction_sets() -> dict[str, bool]:
 
 
 def cores() -> int:
-    """Return the number of CPUs available to this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPUs available to this process, by its affinity and its control groups' quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return allowed if quota is None else max(1, min(allowed, math.ceil(quota)))
+
+
+def cpu_quota(root: str | pathlib.Path = "/") -> float | None:
+    """Return how many CPUs' time the control groups of this process grant it (versions 1 and 2); None: no limit.
+
+    The quota of every group from this process's own up to the mounted root applies. A container may see its own
+    group as the root. `root` is the folder that holds proc and sys.
+    """
+    root = pathlib.Path(root)
+    granted = []
+    for line in read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        groups = root / "sys/fs/cgroup"
+        mounts = [groups / controllers, groups / "cpu"] if controllers else [groups, groups / "unified"]
+        inner = pathlib.PurePosixPath(path.lstrip("/"))
+        for folder in (mount / group for mount in mounts for group in (inner, *inner.parents)):
+            if controllers:
+                quota, period = (read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+            else:
+                quota, period = (*read(folder / "cpu.max").split(), "", "")[:2]
+            if quota.isdigit() and period.isdigit() and int(period):  # -1 or "max": no limit
+                granted.append(int(quota) / int(period))
+    return min(granted, default=None)
+
+
+def runnable() -> int:
+    """Return how many threads of the machine run or wait for a CPU just now, with this one; 1 if unknown."""
+    found = re.search(r" (\d+)/\d+ ", read("/proc/loadavg"))
+    return max(1, int(found[1])) if found else 1
 
 
 def last_level_cache() -> int:

@@ -93,7 +93,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
     All engines use the number of threads of the ceilings. Jobs that cannot run are reported through `tell` and
     skipped. Raises BenchmarkError if no job could run.
     """
-    compile_kernels(tell)
+    compiler.library()  # so that no measurement includes compiling it
     tell("measuring this machine's ceilings")
     ceilings = measure_ceilings(plan.threads, plan.quick)
     plan = dataclasses.replace(plan, threads=ceilings.threads)
@@ -123,13 +123,6 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda text: None) -> list[Rec
         record(job, runs, ceilings, cpu=cpu, date=date, commit=commit, model=plan.model)
         for job, runs in found.values()
     ]
-
-
-def compile_kernels(tell: Callable[[str], None]) -> None:
-    """Compile the CPU kernels if not cached, so that no measurement includes it."""
-    if compiler.must_compile():
-        tell("compiling the CPU kernels, once: up to a minute")
-    compiler.library()
 
 
 def measure_ceilings(threads: int | None = None, quick: bool = False) -> Ceilings:

@@ -113,18 +113,27 @@ def resolve(source: str | os.PathLike[str] = "demo") -> pathlib.Path:
     as ./demo or ./starter. For any part of a split GGUF file, the path is that of the first. Raises HubError if
     the download fails, CheckpointError if the name is none of these.
     """
+    if source == "starter":
+        return starter.resolve()
+    if (path := find(source)) is not None:
+        return path
+    if named := FILE_ID.fullmatch(str(source)):
+        return pull(named["repo"], file=named["file"])
+    return pull(str(source))
+
+
+def find(source: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Return the path of a model on this machine; None for one to download. CheckpointError for neither."""
     if source == "demo":
         return DEMO
     if source == "starter":
-        return starter.resolve()
+        return starter.cached()
     path = pathlib.Path(source).expanduser()
     if source != "" and path.exists():
         return first_part(path)
-    if isinstance(source, str) and (named := FILE_ID.fullmatch(source)):
-        return pull(named["repo"], file=named["file"])
-    if not isinstance(source, str) or not REPO_ID.fullmatch(source):
+    if not isinstance(source, str) or not (REPO_ID.fullmatch(source) or FILE_ID.fullmatch(source)):
         raise CheckpointError("no such file or folder (a model on the hub is named owner/name)", place=source)
-    return pull(source)
+    return None
 
 
 def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathlib.Path:

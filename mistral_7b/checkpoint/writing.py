@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
 import shutil
 import struct
 from collections import Counter
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import check_room, raise_write_error, size_in_bytes
+from ..files import check_room, partial_name, raise_write_error, remove_left_over, size_in_bytes
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import scheme_of
 from . import hub, huggingface, mistral
@@ -72,7 +71,7 @@ def save(
     empty folder. `max_shard_size` is in bytes or like "5GB"; Mistral's layout is always one file. GGUF is one
     file; `type` is the type of its matrices: "f32", "f16", "bf16", "q8_0", "q4_0", "q6_k", "q4_k_m", or None for
     the model's own. The tokenizer's files, with chat templates and ends, are those of the model's source. Raises
-    CheckpointError if a weight has no data or does not belong to a plain Mistral 7B: merge adapters, and save before
+    CheckpointError if a weight has no data or does not belong to a plain Mistral 7B: merge adapters, save before
     quantizing.
 
     A model of int8 or int4 modules is saved as "quantized", with its measured `distance` from the original and
@@ -200,8 +199,9 @@ def new_folder(out: pathlib.Path, needed: int) -> Iterator[pathlib.Path]:
     On an error it is removed. Raises CheckpointError if `out` exists and is not empty, WriteError if the disk is
     full or writing fails.
     """
+    remove_left_over(out.absolute())
     check_target(out, needed)
-    partial = out.absolute().parent / f".{out.absolute().name}.partial-{secrets.token_hex(4)}"
+    partial = partial_name(out.absolute())
     try:
         partial.mkdir(parents=True)
         yield partial

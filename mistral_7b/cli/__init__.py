@@ -15,6 +15,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 
 from .. import __version__
 from ..errors import HubError, Mistral7BError, WriteError
@@ -23,6 +24,7 @@ from ..files import ADVICE, write_error_in
 COMMANDS = {
     "generate": "continue a text",
     "chat": "chat with an instruction-tuned model",
+    "run": "answer one message, or chat",
     "info": "show a checkpoint's release, shape and memory requirements",
     "convert": "convert a checkpoint to another format",
     "quantize": "quantize a checkpoint to int8 or int4",
@@ -34,14 +36,22 @@ COMMANDS = {
     "doctor": "check this machine: hardware, kernels, missing software",
 }
 
+ELSEWHERE = {  # commands of other programs -> what to do here
+    "list": "a model is a folder or a file; `hf cache ls` lists those downloaded from the hub",
+    "rm": "delete a model's folder; `hf cache rm` removes one downloaded from the hub",
+    "show": "use `mistral-7b info MODEL`",
+    "create": "use `mistral-7b convert` or `mistral-7b quantize`",
+}
+
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `mistral-7b` with these arguments (default: sys.argv) and return its exit code."""
     debug = os.environ.get("MISTRAL_7B_DEBUG", "") not in ("", "0")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot encode
+    _open_streams()
+    show = warnings.showwarning
+    warnings.showwarning = _show_warning
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # raises BrokenPipeError here, not at exit
@@ -64,13 +74,39 @@ def main(argv: list[str] | None = None) -> int:
         except OSError:  # stdout itself fails: its buffer is lost
             _forget_stdout()
         return code
+    finally:
+        warnings.showwarning = show
+
+
+def _open_streams() -> None:
+    """Replace closed standard streams by the null device, and fix the encodings of the others.
+
+    The lowest free descriptors are used: else a file opened later would get them, and what is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot encode
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: object, **rest: object) -> None:
+    """Print a warning as one line, without the place in the source."""
+    with contextlib.suppress(OSError):
+        print(f"mistral-7b: {str(message).strip().splitlines()[0]}", file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:
     command = argv[0] if argv else ""
     if command in COMMANDS:
         return importlib.import_module(f".{command}", __name__).run(argv[1:])
-    if command in ("-h", "--help"):
+    if command == "help" and argv[1:2] and argv[1] in COMMANDS:
+        return _dispatch([argv[1], "--help"])
+    if command == "help" and argv[1:2]:
+        return _dispatch(argv[1:2])
+    if command in ("-h", "--help", "help"):
         print(_help())
         return 0
     if command == "--version":
@@ -80,9 +116,11 @@ def _dispatch(argv: list[str]) -> int:
         print(_help(), file=sys.stderr)
         return 2
     close = difflib.get_close_matches(command, COMMANDS, n=1)
+    what = "flag" if command.startswith("-") else "command"
+    hint = ELSEWHERE.get(command) or (f"did you mean {close[0]!r}?" if close else "")
     print(
-        f"mistral-7b: there is no command {command!r}"
-        + (f"; did you mean {close[0]!r}?" if close else "")
+        f"mistral-7b: there is no {what} {command!r}"
+        + (f"; {hint}" if hint else "")
         + f"\nThe commands are: {', '.join(COMMANDS)}.",
         file=sys.stderr,
     )
@@ -95,7 +133,7 @@ def _help() -> str:
         "usage: mistral-7b [-h] [--version] COMMAND ...\n\n"
         "Mistral 7B in PyTorch: readable, exact and fast at once.\n\n"
         f"commands:\n{commands}\n\n"
-        "`mistral-7b COMMAND --help` lists the flags of a command. MODEL is a folder, a file, a hub id\n"
+        "`mistral-7b help COMMAND` lists the flags of a command. MODEL is a folder, a file, a hub id\n"
         '(owner/name), "starter" (a small chat model, downloaded once), or "demo" (the default): the bundled\n'
         "small model of Python code."
     )
@@ -117,7 +155,8 @@ def _report(error: Exception) -> int:
     else:
         text = f"{type(error).__name__}: {error}"
         hint = "\n(this should not happen: MISTRAL_7B_DEBUG=1 shows the traceback, please report it)"
-    print(f"mistral-7b: {text}{hint}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr is closed, or its disk is full: the code remains
+        print(f"mistral-7b: {text}{hint}", file=sys.stderr)
     return 2 if bad_input else 1
 
 

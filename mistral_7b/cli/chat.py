@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from ..errors import GenerationError
 from ..sampling.params import SamplingParams
@@ -29,10 +31,12 @@ DEMO = (
 
 @dataclasses.dataclass(frozen=True)
 class Chat(TextOptions):
-    """Chat with an instruction-tuned model; /help at the prompt lists the commands."""
+    """Chat with an instruction-tuned model, or answer one message; /help at the prompt lists the commands."""
 
     model: ModelName = "demo"
     """A folder, a hub id, "starter" or "demo"."""
+    message: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MESSAGE]")] = ""
+    """Answer this message and exit."""
     system: str = ""
     """System prompt."""
     system_file: str = ""
@@ -49,8 +53,8 @@ class Chat(TextOptions):
     """Sampling parameters. Without a flag, the model's own default (generation_config.json) precedes these."""
 
 
-def run(argv: list[str]) -> int:
-    args = read_flags(Chat, "chat", argv)
+def run(argv: list[str], command: str = "chat") -> int:
+    args = read_flags(Chat, command, argv)
     if args.sampling.n != 1:
         raise UsageError("--n must be 1: a chat has one answer per message", field="--n")
     params = args.constrained(args.sampling)
@@ -67,7 +71,7 @@ def run(argv: list[str]) -> int:
     demo = is_demo(model)
     if demo:
         notice(DEMO)
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and not args.message:
         notice("/help lists the commands, Ctrl-D exits.")
     render: Render | None = None
     if sys.stdout.isatty() and not args.plain:
@@ -76,7 +80,9 @@ def run(argv: list[str]) -> int:
         render = as_python if demo else as_markdown
     answers = Answers(engine_of(model, tokenizer, args, adapter), params)
     repl = Repl(answers, conversation, render, answers.statistics if args.verbose else None)
-    if sys.stdin.isatty():
+    if args.message:
+        repl.ask(args.message)
+    elif sys.stdin.isatty():
         with history():
             repl.loop()
     else:

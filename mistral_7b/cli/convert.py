@@ -34,6 +34,9 @@ class Convert:
 
 def run(argv: list[str]) -> int:
     args = read_flags(Convert, "convert", argv)
+    from ..checkpoint import hub
+
+    hub.find(args.source)  # before PyTorch is imported
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -42,7 +45,7 @@ def run(argv: list[str]) -> int:
 
     threads.use()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("opening", total=None)
 
         def advance(done: int, total: int, name: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,18 @@ from .inputs import busy, read_flags
 if TYPE_CHECKING:
     from rich.console import Console
 
-PACKAGES = {  # package -> its use
-    "matplotlib": "plots", "gguf": "writing GGUF for the benchmark's peers",
-    "llama-cpp-python": "the benchmark's peer", "transformers": "the benchmark's peer",
-}  # fmt: skip
+EXTRAS = {  # extra -> what it is for, and its packages
+    "serve": ("`serve` and structured outputs", ("llguidance", "fastapi", "uvicorn", "prometheus-client")),
+    "otel": ("traces of `serve`", ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")),
+    "plot": ("`train`'s and `bench`'s plots", ("matplotlib",)),
+    "peers": ("the engines of `bench --peers`", ("llama-cpp-python", "gguf", "transformers")),
+    "gpu-tests": ("tests of the GPU kernels without a GPU", ("triton",)),
+    "page-tests": ("tests of the chat page", ("playwright",)),
+    "clients": (
+        "tests of clients of `serve`",
+        ("langchain-openai", "langchain-mistralai", "langchain-anthropic", "langchain-ollama", "ollama"),
+    ),
+}
 MEASURED = {  # the ceilings in the order of measurement
     "read_bandwidth": "memory bandwidth", "fp32": "float32 products", "bf16": "bf16 products",
     "int8": "int8 products",
@@ -89,6 +96,7 @@ def machine_facts() -> dict[str, Any]:
     from .. import machine
 
     total, free = machine.memory()
+    packages = dict.fromkeys(name for _, names in EXTRAS.values() for name in names)
     return {
         "cpu": machine.cpu_name(),
         "architecture": platform.machine(),
@@ -99,7 +107,7 @@ def machine_facts() -> dict[str, Any]:
         "memory_bytes": total,
         "memory_free_bytes": free,
         "python": platform.python_version(),
-        "packages": {name: machine.version(name) for name in ("torch", "triton", *PACKAGES)},
+        "packages": {name: machine.version(name) for name in ("torch", "triton", *packages)},
     }
 
 
@@ -122,10 +130,8 @@ def torch_facts() -> dict[str, Any]:
 
 def kernel_facts() -> dict[str, Any]:
     """Return the backend of each operation and the reason (kernels/backend.py); compile the kernels if needed."""
-    from ..bench.run import compile_kernels
     from ..kernels import backend
 
-    compile_kernels(lambda text: print(f"{text} ...", file=sys.stderr, flush=True))
     return backend.describe()
 
 
@@ -205,15 +211,22 @@ def machine_rows(facts: dict[str, Any]) -> dict[str, str]:
     sets = facts["instruction_sets"]
     present = ", ".join(name for name, on in sets.items() if on) or "(none known)"
     absent = ", ".join(name for name, on in sets.items() if not on) or "(none)"
-    packages = {name: v for name, v in facts["packages"].items() if name != "torch"}
     return {
         "CPU": f"{facts['cpu']} ({facts['architecture']}), {facts['cores']} CPUs available",
         "system": f"{facts['system']}, Python {facts['python']}",
         "instruction sets": present,
         "not available": absent,
         "memory": f"{facts['memory_bytes'] / 1e9:.1f} GB, {facts['memory_free_bytes'] / 1e9:.1f} GB free",
-        "optional": ", ".join(f"{name} {v or 'absent'}" for name, v in packages.items()),
+        **{f"extra: {extra}": extra_row(extra, facts["packages"]) for extra in EXTRAS},
     }
+
+
+def extra_row(extra: str, versions: dict[str, str | None]) -> str:
+    """Return what an extra is for, with its packages' versions or what it lacks and how to install it."""
+    purpose, packages = EXTRAS[extra]
+    if missing := [name for name in packages if versions[name] is None]:
+        return f"{purpose}: lacks {', '.join(missing)} (pip install 'mistral-7b[{extra}]')"
+    return f"{purpose}: {', '.join(f'{name} {versions[name]}' for name in packages)}"
 
 
 def ceiling_rows(found: dict[str, Any], kernels: str) -> dict[str, str]:

@@ -25,10 +25,13 @@ DEMO_PROMPT = "class TestParser(unittest.TestCase):\n"  # frequent in the bundle
 
 @dataclasses.dataclass(frozen=True)
 class Generate(TextOptions):
-    """Continue a text. The prompt comes from a flag, a file or a pipe; the bundled model has a default one."""
+    """Continue a text. The prompt is the second argument, or comes from a flag, a file or a pipe; the bundled
+    model has a default one."""
 
     model: ModelName = "demo"
     """A folder, a file, a hub id, "starter" or "demo"."""
+    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[PROMPT]")] = ""
+    """Text to continue."""
     prompt: str = ""
     """Text to continue. A prompt that begins with a dash is written --prompt="-x"."""
     prompt_file: str = ""
@@ -56,6 +59,7 @@ def run(argv: list[str]) -> int:
         raise UsageError(
             "--logprobs and --prompt-logprobs are part of the JSON output", field="--logprobs", hint="add --json"
         )
+    args.check_paths(args.model)
     prompt = read_prompt(args)
     echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
     prompt = prompt or DEMO_PROMPT
@@ -105,11 +109,15 @@ def read_prompt(args: Generate) -> str:
 
     Raises UsageError for two prompts, none, or one that is not UTF-8.
     """
-    if args.prompt and args.prompt_file:
+    if (args.text or args.prompt) and args.prompt_file:
         raise UsageError("--prompt and --prompt-file exclude each other", field="--prompt")
-    prompt = args.prompt
+    if args.text and args.prompt:
+        raise UsageError("there are two prompts: the second argument and --prompt", field="--prompt")
+    prompt = args.text or args.prompt
     if args.prompt_file:
         prompt = read_text(args.prompt_file)
+        if not prompt:
+            raise UsageError("is empty: there is nothing to continue", place=args.prompt_file)
     elif not prompt and not sys.stdin.isatty():
         prompt = read_text("-")
     try:
@@ -117,7 +125,7 @@ def read_prompt(args: Generate) -> str:
     except UnicodeEncodeError as error:
         raise UsageError("the prompt is not UTF-8 text", field="--prompt") from error
     if not prompt and args.model != "demo":
-        raise UsageError("no prompt", hint="use --prompt TEXT or --prompt-file FILE, or pipe a text")
+        raise UsageError("no prompt", hint="name it after the model, use --prompt-file FILE, or pipe a text")
     return prompt
 
 

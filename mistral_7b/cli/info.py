@@ -36,6 +36,9 @@ def run(argv: list[str]) -> int:
     args = read_flags(Info, "info", argv)
     if args.context is not None and args.context < 1:
         raise UsageError(f"--context must be at least 1, not {args.context}", field="--context")
+    from ..checkpoint import hub
+
+    hub.find(args.model)  # before PyTorch is imported
     from ..checkpoint import read_args, read_record
 
     path = configuration(args.model)

@@ -7,14 +7,16 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import tyro
 
-from ..errors import ConfigError, Mistral7BError, TokenizerError, first_line
+from ..errors import AdapterError, ConfigError, TokenizerError, first_line
 from ..kernels import threads
 from ..sampling.defaults import model_defaults
 from ..sampling.params import SamplingParams, StructuredOutputs
+from .flags import UsageError as UsageError
+from .flags import read_flags as read_flags
 
 if TYPE_CHECKING:
     import torch
@@ -23,23 +25,9 @@ if TYPE_CHECKING:
     from ..model import Mistral7B
     from ..text.tokenizer import Tokenizer
 
-T = TypeVar("T")
 ModelName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")]
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 DType = Literal["bfloat16", "float16", "float32"]
-
-
-class UsageError(Mistral7BError):
-    """An invalid command line."""
-
-
-def read_flags(kind: type[T], command: str, argv: list[str], default: T | None = None) -> T:
-    """Parse the flags of a command into `kind`; SystemExit after --help (0) and bad flags (2).
-
-    Flags that are not given have the values of `default`, or of `kind`.
-    """
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)  # a group whose default is None stays None
-    return tyro.cli(kind, prog=f"mistral-7b {command}", args=argv, config=config, default=default)  # type: ignore[return-value]
 
 
 class Samples(Protocol):
@@ -77,7 +65,7 @@ class ModelOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps...; auto: the first accelerator, else cpu."""
     threads: int | None = None
-    """CPU threads, at most 4 per CPU; None: PyTorch's default."""
+    """CPU threads, at most 4 per CPU; None: PyTorch's default, within the CPU quota."""
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model with one; None: that of the model."""
     chat_template: Annotated[str | None, tyro.conf.arg(metavar="FILE|NAME")] = None
@@ -104,15 +92,19 @@ class ModelOptions:
 
         What the adapter has beyond plain LoRA is applied to the model; the rest is returned, for the engine.
         """
+        self.check_paths(source)
         with busy(f"opening {source}"):
             import torch
 
+            from ..kernels.cpu import compiler
             from ..lora import apply, read_adapter
             from ..text.tokenizer import Tokenizer
 
             torch.seed()  # random by default; --seed makes a run reproducible
             threads.use(self.threads)
             model, rest, words = self._load(source), None, None
+            if model.norm.weight.device.type == "cpu":
+                compiler.library()  # here, where it takes none of the time of the tokens
             if adapter:
                 found = read_adapter(adapter, model.args)
                 words = found.tokenizer
@@ -138,6 +130,13 @@ class ModelOptions:
             if isinstance(token, int) and token >= size:
                 raise UsageError(f"--stop-token {token}: the vocabulary has {size} tokens", field="--stop-token")
         return stops
+
+    def check_paths(self, source: str) -> None:
+        """CheckpointError for a model or tokenizer that is nowhere, before PyTorch is imported."""
+        from ..checkpoint import hub
+
+        for name in filter(None, (source, self.tokenizer)):
+            hub.find(name)
 
     def open_model(self, source: str) -> Mistral7B:
         """Load another model with the same type and device."""
@@ -171,6 +170,11 @@ class TextOptions(ModelOptions):
     """The text must be one of these."""
     grammar: str = ""
     """File with a context-free grammar that the text must match, in the syntax of Lark or of llama.cpp's GBNF."""
+
+    def check_paths(self, source: str) -> None:
+        super().check_paths(source)
+        if self.adapter and not pathlib.Path(self.adapter).expanduser().exists():
+            raise AdapterError("no such file or folder", field="--adapter", place=self.adapter)
 
     def constrained(self, params: SamplingParams) -> SamplingParams:
         """Return the parameters with the constraint of the flags. SamplingError for several or an invalid one."""

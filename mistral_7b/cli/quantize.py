@@ -54,7 +54,7 @@ class Quantize:
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model with one; None: that of the model."""
     threads: int | None = None
-    """CPU threads, at most 4 per CPU; None: PyTorch's default."""
+    """CPU threads, at most 4 per CPU; None: PyTorch's default, within the CPU quota."""
 
 
 def run(argv: list[str]) -> int:
@@ -70,19 +70,23 @@ def run(argv: list[str]) -> int:
         if value < least:
             raise UsageError(f"--{flag} must be at least {least}, not {value}", field=f"--{flag}")
     threads.check(args.threads, "--threads")
+    from ..checkpoint import hub
+
+    for source in filter(None, (args.source, args.tokenizer)):
+        hub.find(source)  # before PyTorch is imported
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
     calibration_texts = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("opening", total=None)
 
         def advance(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
 
-        from ..checkpoint import hub, quantize, read_args
+        from ..checkpoint import quantize, read_args
         from ..quantization import Scheme
         from ..text.tokenizer import Tokenizer
 

@@ -62,6 +62,8 @@ class Repl:
         while True:
             try:
                 message = read_message()
+            except UnicodeDecodeError as error:
+                raise UsageError("standard input is not UTF-8 text") from error
             except EOFError:
                 if sys.stdin.isatty():
                     notice("")
@@ -74,7 +76,7 @@ class Repl:
             if not message.strip():
                 continue
             try:
-                self._command(message) if message.startswith("/") else self._ask(message.strip())
+                self._command(message) if message.startswith("/") else self.ask(message.strip())
             except KeyboardInterrupt:  # between the last piece and the next prompt
                 notice("(stopped)")
             except BrokenPipeError:
@@ -82,7 +84,7 @@ class Repl:
             except (Mistral7BError, OSError) as error:
                 notice(f"{error}")
 
-    def _ask(self, question: str) -> None:
+    def ask(self, question: str) -> None:
         """Answer one message. A message without an answer is not added to the conversation."""
         pieces: list[str] = []
         stopped = False

@@ -83,6 +83,7 @@ def run(argv: list[str]) -> int:
     config, engine, traced = _config(args), _engine(args), traces_wanted(os.environ)
     adapters = dict(_adapter(text) for text in args.adapters)
     missing = [name for name in ("fastapi", "uvicorn", "llguidance") if importlib.util.find_spec(name) is None]
+    args.check_paths(args.model)
     if missing:
         raise UsageError(f"serve needs {', '.join(missing)}", hint="pip install 'mistral-7b[serve]'")
 

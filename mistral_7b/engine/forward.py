@@ -19,6 +19,7 @@ deterministic engine (docs/gpu.md): there padding changes no result. A graph is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
 import numpy as np
@@ -35,6 +36,7 @@ from .batch import PaddingRow, Paged, PagedBatch, Parts
 from .config import EngineConfig
 from .in_flight import Plan, Rows
 from .pages import PagePool
+from .threads import SharedCores
 
 COLUMNS, GROWTH = 64, 4  # width of a graph's narrowest block table, and factor to the next width
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # (step) -> a function that replays it
@@ -45,8 +47,12 @@ class Forward:
 
     overlaps = False  # whether the device computes while the host plans and launches the next step
 
-    def __init__(self, adapters: Adapters, pool: PagePool, pad_rows: bool = False) -> None:
+    def __init__(
+        self, adapters: Adapters, pool: PagePool, pad_rows: bool = False,
+        cores: AbstractContextManager[None] | None = None,
+    ) -> None:  # fmt: skip
         self.adapters, self.pool, self.pad_rows = adapters, pool, pad_rows
+        self.cores = cores or nullcontext()
         self.window = adapters.model.args.sliding_window
         self.padding = PaddingRow(np.array([pool.scratch]))
 
@@ -59,14 +65,15 @@ class Forward:
         runs = [(s.request.adapter, n) for s, n in plan]
         if more := self._padding_rows(rows):
             tokens = pad(tokens, (0, more))
-        with self.adapters.over([*runs, (None, more)]) as model:
+        with self.cores, self.adapters.over([*runs, (None, more)]) as model:
             return model.hidden(tokens, PagedBatch(self.pool, self.window, self._with_padding(plan, more)))[:rows]
 
     def logits(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Logits (R, V) of these rows of hidden (N, D), in the order of `rows`."""
         padded = [*rows, *[(0, None)] * self._padding_rows(len(rows))]
         runs = groupby(padded, lambda row: row[1])
-        with self.adapters.over([(adapter, len(list(run))) for adapter, run in runs]) as model:
+        lengths = [(adapter, len(list(run))) for adapter, run in runs]
+        with self.cores, self.adapters.over(lengths) as model:
             all_rows = len(padded) == len(hidden)
             selected = hidden if all_rows else hidden[to_device([i for i, _ in padded], hidden.device)]
             return model.logits(selected)[: len(rows)]
@@ -143,7 +150,10 @@ def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> For
     device = pool.layers[0][0].device
     if not uses(Backend.CUDA_GRAPH, STEP, torch.empty(0, dtype=pool.dtype, device=device)):  # pages may be int8
         linears = [m for m in adapters.model.modules() if type(m) is torch.nn.Linear]
-        return Forward(adapters, pool, any(uses(Backend.ONEDNN, LINEAR, m.weight) for m in linears))
+        # Sums of PyTorch's products may depend on the number of threads.
+        fixed = device.type != "cpu" or config.deterministic
+        pad_rows = any(uses(Backend.ONEDNN, LINEAR, m.weight) for m in linears)
+        return Forward(adapters, pool, pad_rows, None if fixed else SharedCores())
     recorder = Recorder(device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:

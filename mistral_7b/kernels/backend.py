@@ -187,12 +187,15 @@ def table(device: torch.device, dtype: torch.dtype = BF16) -> list[Choice]:
     ]
 
 
-@torch.compiler.assume_constant_result
 def _uses_while_tracing(
     backend: str, name: str, device: torch.device, dtype: torch.dtype, types_match: bool, gradient: bool
 ) -> bool:
     choice = _cached_choice(name, device, dtype, types_match, gradient, True, compiler.library())
     return choice.backend is Backend[backend]
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: two seconds at each start.
+_uses_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

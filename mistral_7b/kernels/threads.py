@@ -32,11 +32,13 @@ def check(threads: int | None, name: str = "threads") -> None:
 
 
 def use(threads: int | None = None, name: str = "threads") -> None:
-    """Set the number of threads of PyTorch and the kernels; None: PyTorch's default.
+    """Set the number of threads of PyTorch and the kernels; None: PyTorch's default, within the CPU quota.
 
     Raises ConfigError if the number is out of bounds, also if the environment sets PyTorch's default so.
     """
     import torch
+
+    from .. import machine
 
     check(threads, name)
     if threads is not None:
@@ -48,3 +50,5 @@ def use(threads: int | None = None, name: str = "threads") -> None:
             field="OMP_NUM_THREADS",
             hint="unset OMP_NUM_THREADS, or set it to the number of CPUs",
         )
+    elif found > (cores := machine.cores()) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)

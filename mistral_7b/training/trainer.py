@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,7 +18,7 @@ import torch
 
 from ..cache import Stateless
 from ..errors import TrainingError, WriteError
-from ..files import atomic_write
+from ..files import atomic_write, check_room
 from ..kernels import threads
 from ..model import Mistral7B, ModelArgs
 from ..text.tokenizer import Tokenizer
@@ -112,6 +113,11 @@ class Trainer:
             "args": json.dumps(dataclasses.asdict(self.args)),
         }
 
+    def state_bytes(self) -> int:
+        """The bytes of the tensors in `state`."""
+        kept = [value for o in self.optimizers for held in o.state.values() for value in held.values()]
+        return sum(t.nbytes for t in [*self.masters, *kept] if isinstance(t, torch.Tensor))
+
     def load_state(self, state: dict[str, Any]) -> None:
         for mine, theirs in zip(self.masters, state["masters"], strict=True):
             mine.copy_(theirs)
@@ -127,6 +133,7 @@ class Trainer:
         WriteError names the update of that state.
         """
         try:
+            check_room(path, self.state_bytes())
             with (
                 atomic_write(path) as temporary,
                 temporary.open("wb") as file,
@@ -160,8 +167,13 @@ class Trainer:
                     self.save(state_path)
         except WriteError:
             raise
-        except BaseException:
+        except BaseException as error:
             self._save_new(state_path)
+            if isinstance(error, KeyboardInterrupt):
+                saved = (
+                    f"update {self.saved} of {args.steps} is saved in {state_path}; the same command resumes there"
+                )
+                print(f"\nstopped: {saved if self.saved else 'no update was done'}", file=sys.stderr)
             raise
         self._save_new(state_path)
 
@@ -224,7 +236,12 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
         trainer.load_state(state)
     out.mkdir(parents=True, exist_ok=True)
     measure = (lambda: bits_per_byte(trainer.model, held_out)) if held_out else None
-    trainer.run(state_path, show or ProgressLine(args), measure)
+    try:
+        trainer.run(state_path, show or ProgressLine(args), measure)
+    except WriteError:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if it is empty
+        raise
     last: Record = dict(trainer.log[-1])
     if measure and "held_out_bits_per_byte" not in last:
         last["held_out_bits_per_byte"] = trainer.log[-1]["held_out_bits_per_byte"] = measure()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import sys
 import time
+import tomllib
 
 import pytest
 import torch
 
+import mistral_7b
 from mistral_7b import machine
 from mistral_7b.cli import doctor
 from mistral_7b.errors import BenchmarkError
@@ -70,7 +73,7 @@ def test_facts_come_before_measures(run, capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("mistral_7b.bench.run.find_ceilings", find_ceilings)
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
-    for text in ("CPU", "memory", "optional", "PyTorch", "GPU", "kernels: running"):
+    for text in ("CPU", "memory", "extra: serve", "PyTorch", "GPU", "kernels: running"):
         assert f"\n{text} " in f"\n{seen[0]}"
         assert f"\n{text} " not in f"\n{out}"
     assert "read bandwidth" in out
@@ -100,13 +103,28 @@ def test_a_probe_that_never_ends_does_not_hang_it(run, tmp_path: pathlib.Path, m
         )
 
 
-def test_kernels_that_have_to_be_compiled_are_said_to_be(run, monkeypatch) -> None:
-    from mistral_7b.kernels.cpu import compiler
-
-    monkeypatch.setattr(compiler, "must_compile", lambda: True)
+def test_measurements_can_be_skipped(run) -> None:
     code, out, err = run("doctor", "--no-measure", "--json")
-    assert (code, err) == (0, "compiling the CPU kernels, once: up to a minute ...\n")
+    assert (code, err) == (0, "")
     assert json.loads(out)["ceilings"] == {"skipped": "--no-measure"}
+
+
+def test_every_extra_is_listed_with_what_it_lacks(run, monkeypatch) -> None:
+    project = tomllib.loads((pathlib.Path(mistral_7b.__file__).parents[1] / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    listed = {name: set(packages) for name, (_, packages) in doctor.EXTRAS.items()}
+    names = {
+        extra: {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements}
+        for extra, requirements in extras.items()
+    }
+    assert listed == {extra: packages for extra, packages in names.items() if extra != "dev"}
+    version = machine.version
+    monkeypatch.setattr(machine, "version", lambda name: None if name in ("uvicorn", "fastapi") else version(name))
+    code, out, _ = run("doctor", "--no-measure")
+    assert code == 0
+    row = next(line for line in " ".join(out.split()).split("extra: ") if line.startswith("serve"))
+    assert "lacks fastapi, uvicorn" in row
+    assert "pip install 'mistral-7b[serve]'" in row
 
 
 def test_nothing_is_missing_on_a_good_machine() -> None:

@@ -40,20 +40,19 @@ def test_the_fingerprint_depends_on_every_source(tmp_path: Path, monkeypatch: py
     assert compiler._fingerprint("true", ["-O3"]) not in seen
 
 
-def test_must_compile_is_true_until_the_library_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_is_said_and_a_cached_library_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiler, "compiler", lambda: "true")
-    assert compiler.must_compile()
-    path = compiler._library_path("true", compiler.requested())
-    path.parent.mkdir(parents=True)
-    path.touch()
-    assert not compiler.must_compile()
-    path.unlink()
-    with monkeypatch.context() as changed:
-        changed.setenv(compiler.VARIABLE, "off")
-        assert not compiler.must_compile()
-    monkeypatch.setattr(compiler, "compiler", lambda: None)
-    assert not compiler.must_compile()
+    cxx = tmp_path / "cxx"
+    cxx.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do shift; done\n[ "$1" = --version ] || touch "$1"\n')
+    cxx.chmod(0o755)
+    monkeypatch.setattr(compiler, "compiler", lambda: str(cxx))
+    for said in ("mistral-7b: compiling the CPU kernels, once: up to a minute\n", ""):
+        path, why = compiler._build("native")
+        assert path is not None
+        assert (path.exists(), why) == (True, "")
+        assert capsys.readouterr() == ("", said)
 
 
 def test_unknown_instruction_sets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

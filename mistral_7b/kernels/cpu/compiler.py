@@ -96,12 +96,6 @@ def instructions() -> str:
     return lib.m7b_instructions().decode() if lib else ""
 
 
-def must_compile() -> bool:
-    """Whether `library` would have to compile, which takes from ten seconds to a minute."""
-    name, cxx = requested(), compiler()
-    return name != "off" and cxx is not None and not _library_path(cxx, name).exists()
-
-
 _FAILURES: list[str] = []  # why building or loading failed
 
 
@@ -167,6 +161,7 @@ def _build(name: str) -> tuple[pathlib.Path | None, str]:
         return path, ""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     message = ""
+    print("mistral-7b: compiling the CPU kernels, once: up to a minute", file=sys.stderr, flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for openmp in (["-fopenmp"], []):  # without OpenMP, the kernels run on one thread

@@ -20,7 +20,7 @@ run: $(STAMP)  ## ask the starter model a question (first downloads it: 93 MB); 
 	  $(BIN)/mistral-7b generate demo $(if $(PROMPT),--prompt="$$PROMPT") </dev/null; \
 	else \
 	  prompt="$${PROMPT:-$(QUESTION)}"; printf '> %s\n' "$$prompt"; \
-	  printf '"""\n%s\n"""\n' "$$prompt" | $(BIN)/mistral-7b chat starter --temperature 0 --max-tokens 512 --verbose; \
+	  $(BIN)/mistral-7b run starter --temperature 0 --max-tokens 512 --verbose -- "$$prompt"; \
 	fi
 
 chat: $(STAMP)  ## chat with the starter model on the terminal

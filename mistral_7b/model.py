@@ -210,11 +210,11 @@ class Mistral7B(nn.Module):
         super().__init__()
         self.args = args = args or ModelArgs()
         self.source: pathlib.Path | None = None  # the folder or file it was opened from, tokenizer and all
-        factory: dict[str, Any] = {"dtype": dtype, "device": "meta"}  # meta: so numbers are drawn only once
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, **factory)
-        self.layers = Layers(TransformerBlock(args, **factory) for _ in range(args.n_layers))
-        self.norm = RMSNorm(args.dim, args.norm_eps, **factory)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False, **factory)
+        meta: dict[str, Any] = {"dtype": dtype, "device": "meta"}  # numbers are drawn once, below, not by layers
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim, **meta), False)
+        self.layers = Layers(TransformerBlock(args, **meta) for _ in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps, **meta)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False, **meta)
         self.tie()
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":

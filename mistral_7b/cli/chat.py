@@ -63,7 +63,7 @@ def run(argv: list[str], command: str = "chat") -> int:
         conversation.system = read_text(args.system_file).strip()
     conversation.system = args.system or conversation.system
     model, tokenizer, adapter = args.open_adapted(args.model, args.adapter)
-    sampling = sampling_of(args, "chat", argv, model)
+    sampling = sampling_of(args, command, argv, model)
     params = dataclasses.replace(sampling, structured_outputs=params.structured_outputs)
 
     from .repl import Repl, history, notice

@@ -12,6 +12,7 @@ allocated, so that a damaged or malicious file raises CheckpointError. Source: g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import mmap
 import pathlib
@@ -161,7 +162,21 @@ def is_gguf(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path) -> Contents:
-    """Parse metadata and tensor table. CheckpointError if anything is invalid or out of bounds."""
+    """Parse metadata and tensor table. CheckpointError if anything is invalid or out of bounds.
+
+    The contents of the last two files are kept: opening a model reads its file for the weights, the tokenizer and
+    the ends, and a large vocabulary takes a quarter of a second.
+    """
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"cannot be read ({e})", place=path) from e
+    return _read(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: pathlib.Path, identity: tuple[int, ...]) -> Contents:
+    """Parse a file. `identity` differs if the file was replaced or changed."""
     try:
         with path.open("rb") as f:
             if f.read(4) != MAGIC:

@@ -317,6 +317,7 @@ async def answer(state: State, http_request: HttpRequest, request: Request) -> A
             disconnected.remove_done_callback(abort)
         timer.cancel()
         state.running.discard(running)
+        running.why = None  # the traceback of what was raised has this frame: a cycle
         metrics.ended(request, reason, time.perf_counter() - began)
         if reason != "refused":
             account.spend(len(request.ids) + tokens)

@@ -40,7 +40,10 @@ class Workers:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(current_account.get().name, deque()).append((function, future))
         self._start()
-        return await future
+        try:
+            return await future
+        finally:
+            del future  # an error's traceback has this frame, and the future the error: a cycle
 
     def _start(self) -> None:
         loop = asyncio.get_running_loop()

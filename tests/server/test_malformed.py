@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ from pathlib import Path
 
 import h11
 import pytest
-from serving import Serving, serving
+from serving import HELLO, Serving, serving
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 
+from serving_clients import post
 from serving_malformed import BODIES, KINDS, bombard
 
 from mistral_7b.server.config import ServerConfig
-from mistral_7b.server.http.errors import HttpError
+from mistral_7b.server.http.errors import ClientGoneError, HttpError
 from mistral_7b.server.http.guard import _Exchange
 from mistral_7b.server.serve import COLLECT_IDLE
 
@@ -75,14 +77,32 @@ def test_a_body_that_is_too_large_is_free_without_the_collector(patient: Serving
     assert not left, gc.get_referrers(left[0])
 
 
-def test_connections_that_sent_garbage_keep_no_frames_without_the_collector(patient: Serving) -> None:
+def test_connections_that_sent_garbage_are_free_without_the_collector(patient: Serving) -> None:
     gc.collect()
     gc.disable()
     try:
         for _ in range(20):
             assert patient.raw(b"\x00 bad \x01\r\n\r\n", 2).startswith(b"HTTP/1.1 400 ")
         time.sleep(0.1)
-        left = [o for o in gc.get_objects() if isinstance(o, h11.RemoteProtocolError)]
+        left = [o for o in gc.get_objects() if isinstance(o, (h11.RemoteProtocolError, h11.Connection))]
+    finally:
+        gc.enable()
+    assert not left
+
+
+def test_streams_that_clients_left_are_free_without_the_collector(patient: Serving) -> None:
+    body = {"messages": HELLO, "max_tokens": 400, "stream": True, "ignore_eos": True}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            client = socket.create_connection(("127.0.0.1", patient.port))
+            client.sendall(post("/v1/chat/completions", body))
+            client.recv(200)
+            client.close()
+        patient.idle()
+        time.sleep(0.1)
+        left = [o for o in gc.get_objects() if isinstance(o, (ClientGoneError, _Exchange))]
     finally:
         gc.enable()
     assert not left

@@ -71,6 +71,7 @@ class Connection(H11Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        vars(self.transport).pop("_read_ready_cb", None)  # a cycle of asyncio's own
 
     def data_received(self, data: bytes) -> None:
         for at in range(0, len(data), PIECE):

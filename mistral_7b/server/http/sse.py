@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from pydantic_core import to_json
@@ -79,8 +80,10 @@ class EventStream(Response):
             why = refusal(e)
             if why.status >= 500 and why is not e:
                 logger.exception("a stream ended with an error")
-            if why.status != CLIENT_GONE:
-                yield error_frame(why, path) if self.failed is None else self.failed(why)
+            last = b"" if why.status == CLIENT_GONE else (self.failed or partial(error_frame, path=path))(why)
+            del why  # its traceback has this frame: a cycle
+            if last:
+                yield last
 
 
 class LineStream(EventStream):

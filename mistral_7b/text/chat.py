@@ -27,7 +27,7 @@ from ..errors import TokenizerError
 from .messages import MISTRAL_COMMON_ERRORS, TEMPLATES, label, plain_messages, read_messages, reason
 from .template_choice import find_template, mistral_version
 from .vocabularies.contract import SPACE, Spans, Vocabulary
-from .vocabularies.files import TokenizerFiles
+from .vocabularies.files import TokenizerSettings
 from .vocabularies.sentencepiece import SentencePieceVocabulary, open_pieces
 
 Messages = Sequence[Mapping[str, Any]]
@@ -230,4 +230,4 @@ def _special(folder: pathlib.Path, vocabulary: Vocabulary) -> dict[str, str]:
     """Return the spellings of bos_token, eos_token..., as transformers gives them to templates."""
     ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "unk_token": vocabulary.unk_id}
     known = {name: vocabulary.names[i] for name, i in ids.items() if i is not None}
-    return known | TokenizerFiles(folder).named
+    return known | TokenizerSettings(folder).named

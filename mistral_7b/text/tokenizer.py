@@ -24,7 +24,7 @@ from .chat import ChatFormat, Template, TemplateChat, chat_format, mistral_chat
 from .streaming import StreamDecoder
 from .template_choice import no_template
 from .vocabularies.contract import SPACE, Spans, Vocabulary
-from .vocabularies.files import TokenizerFiles
+from .vocabularies.files import TokenizerSettings
 from .vocabularies.folder import FAST, open_folder
 from .vocabularies.sentencepiece import SentencePieceVocabulary
 
@@ -70,7 +70,7 @@ class Tokenizer:
     @classmethod
     def _of_folder(cls, folder: pathlib.Path, chat_template: str | os.PathLike[str] | None) -> Tokenizer:
         vocabulary = open_folder(folder)
-        ends = TokenizerFiles(folder).stop_ids
+        ends = TokenizerSettings(folder).stop_ids
         return cls(vocabulary, chat_format(folder, vocabulary, chat_template), ends)
 
     @classmethod

@@ -64,6 +64,15 @@ class Template(Protocol):
     def turn_end(self) -> str | None:
         """Return the control token that the template writes after an answer; None if it writes none."""
 
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def supports_tools(self) -> bool: ...
+
+    @property
+    def supports_system(self) -> bool: ...
+
 
 class ChatFormat(Protocol):
     """What encodes conversations for a tokenizer.
@@ -80,6 +89,18 @@ class ChatFormat(Protocol):
 
     def turn_end(self) -> str | None:
         """Return the spelling of the token that ends a turn; None if there is none but EOS."""
+
+    @property
+    def source(self) -> str | None:
+        """The Jinja text of the template; None for mistral-common's, which have none."""
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+
+    @property
+    def supports_system(self) -> bool:
+        """Whether the template has a place for a system message."""
 
 
 class MistralChat:
@@ -101,6 +122,8 @@ class MistralChat:
         if self._pieces.bos_id < 0 or self._pieces.eos_id < 0:
             raise TokenizerError("defines no beginning or end of sequence (<s>, </s>)", place=path)
         self._chat = self._template(ValidationMode.test)
+        self.source: str | None = None
+        self.supports_tools, self.supports_system = version != "v1", True
 
     def _template(self, mode: ValidationMode) -> MistralTokenizer:
         version = TokenizerVersion(self._named)
@@ -158,6 +181,18 @@ class TemplateChat:
     def __init__(self, vocabulary: Vocabulary, template: Template) -> None:
         self._vocabulary, self._template = vocabulary, template
         self.name = template.name
+
+    @property
+    def source(self) -> str:
+        return self._template.source
+
+    @property
+    def supports_tools(self) -> bool:
+        return self._template.supports_tools
+
+    @property
+    def supports_system(self) -> bool:
+        return self._template.supports_system
 
     def turn_end(self) -> str | None:
         """Return the control token that the template writes after an answer."""

@@ -234,6 +234,7 @@ export class Page {
   #modelChanged() {
     this.welcome.draw();
     this.view.draw();
+    this.panel.usual(this.picker.defaults);
   }
 
   /** @param {Record<string, string>} settings */

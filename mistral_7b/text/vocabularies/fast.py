@@ -59,6 +59,9 @@ class FastVocabulary(Vocabulary):
         self.markup = frozenset(textless | {i for i, t in added.items() if t.is_markup})
         kinds = list(_steps(self._content.get("decoder"), "decoders"))
         self._byte_level = any(step.get("type") == "ByteLevel" for step in kinds)
+        self.kind = "byte-level BPE" if self._byte_level else "BPE with byte fallback"
+        base = self._content["model"]["vocab"]
+        self.added_size = sum(token.content not in base for token in added.values())
         self.drops_first_space = any(map(_drops_space, kinds))
         self.surfaces = [
             None if i in textless or not name else self._surface(name, i in added)

@@ -35,6 +35,8 @@ class SentencePieceVocabulary(Vocabulary):
     that is missing or not a SentencePiece model.
     """
 
+    kind = "SentencePiece"
+
     def __init__(
         self, path: pathlib.Path, added: Iterable[AddedToken] = (), ends: frozenset[int] = frozenset(),
         legacy: bool = True, adds_bos: bool = True,
@@ -50,6 +52,7 @@ class SentencePieceVocabulary(Vocabulary):
         if self.unk_id is not None:
             self.surfaces[self.unk_id] = UNKNOWN
         self.added = [t for t in added if not self._has(t)]
+        self.added_size = len(self.added)
         for token in self.added:
             missing = token.id + 1 - len(self.names)
             self.names += [""] * missing

@@ -62,10 +62,18 @@ ANSWERS = {
 }  # fmt: skip
 MODELS = [
     {"id": "mistral-7b", "object": "model", "created": 1, "owned_by": "mistral-7b", "max_model_len": 4096,
-     "precision": "int8", "chat_template": True},
+     "precision": "int8", "chat_template": True, "sampling_defaults": {"temperature": 0.6, "max_tokens": 9},
+     "tokenizer": {
+         "kind": "SentencePiece", "file": "tokenizer.model", "vocab_size": 32002, "added_tokens": 2,
+         "ends": [{"id": 32000, "token": "<|im_end|>"}],
+         "chat": {"name": "chat_template.jinja", "tools": False, "system": True},
+     }},
     {"id": "poems", "object": "model", "created": 1, "owned_by": "mistral-7b", "parent": "mistral-7b"},
     {"id": "base", "object": "model", "created": 1, "owned_by": "mistral-7b", "max_model_len": 4096,
      "precision": "bfloat16", "chat_template": False},
+    {"id": "silent", "object": "model", "created": 1, "owned_by": "mistral-7b", "chat_template": False,
+     "tokenizer": {"kind": "byte-level BPE", "file": "tokenizer.json", "vocab_size": 700, "added_tokens": 0,
+                   "ends": [], "chat": None}},
 ]  # fmt: skip
 
 

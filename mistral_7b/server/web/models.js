@@ -42,7 +42,7 @@ export class Picker {
     return model?.chat_template === false && !model.parent;
   }
 
-  /** Whether the chosen model has no chat template, so that the server answers no conversation. */
+  /** Whether the server has no chat template for the chosen model: it completes texts only. */
   get lacksTemplate() {
     const model = this.models.find((m) => m.id === this.chosen);
     return model?.tokenizer !== undefined && !model.tokenizer?.chat;

@@ -21,7 +21,7 @@ export const BASE_NOTICE =
   "This is a base model: it continues a text, and was not trained to answer questions. Write the beginning of a " +
   "text or of code. Answers are shown as plain text; change this under Settings, Display.";
 
-const NO_TEMPLATE = " It brings no chat template: start the server with --chat-template to choose one.";
+const NO_TEMPLATE = " For conversations, start the server with --chat-template.";
 
 export class Welcome {
   /** @param {Picker} picker @param {(text: string) => void} use puts a prompt into the message box */

@@ -133,6 +133,20 @@ class Script:
             return JSONResponse({"error": error}, 400)
         return StreamingResponse(self.chunks(body, said), media_type="text/event-stream")
 
+    async def complete(self, request: Request) -> Response:
+        body = await request.json()
+        self.asked.append(body)
+
+        async def chunks() -> AsyncIterator[str]:
+            for text, finish in ((" and so", None), (" on", "stop")):
+                choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+                yield f"data: {json.dumps({'model': body['model'], 'choices': [choice], 'usage': None})}\n\n"
+            usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+            yield f"data: {json.dumps({'model': body['model'], 'choices': [], 'usage': usage})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
     async def chunks(self, body: dict[str, Any], said: str) -> AsyncIterator[str]:
         last = body["messages"][-1]
         prefix = last["content"] if last["role"] == "assistant" else ""
@@ -190,6 +204,7 @@ def build() -> FastAPI:
     script, app = Script(), FastAPI()
     app.include_router(router(None))  # type: ignore[arg-type]
     app.add_api_route("/v1/chat/completions", script.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", script.complete, methods=["POST"])
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

@@ -30,12 +30,18 @@ def test_fields_show_the_models_own_defaults(page: Any) -> None:
     assert page.get_attribute("#set-temperature", "placeholder") == "1"
 
 
-def test_a_model_without_a_chat_template_says_what_to_do(page: Any) -> None:
+def test_a_model_without_a_chat_template_completes_texts(page: Any) -> None:
     page.wait_for_selector(".starter")
     page.select_option("#model", "base")
     assert "--chat-template" not in page.wait_for_selector("#base").inner_text()
     page.select_option("#model", "silent")
-    assert "--chat-template" in page.wait_for_selector("#base").inner_text()
+    page.wait_for_selector("#base >> text=--chat-template")
+    ask(page, "It goes")
+    assert "".join(answer(page).locator(".block.plain").all_text_contents()) == " and so on"
+    body = asked(page)[-1]
+    assert (body["prompt"], body["max_tokens"], "messages" in body) == ("It goes", 1024, False)
+    ask(page, ", then")
+    assert asked(page)[-1]["prompt"] == "It goes and so on, then"
 
 
 def test_a_base_model_has_a_notice_and_plain_answers(page: Any) -> None:

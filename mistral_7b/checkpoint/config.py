@@ -105,6 +105,11 @@ def check_supported(path: pathlib.Path, data: dict[str, Any], supported: dict[st
             )
 
 
+def is_positive(value: Any) -> bool:
+    """Return whether a value is a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

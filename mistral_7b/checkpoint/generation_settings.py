@@ -15,8 +15,8 @@ from ..errors import CheckpointError
 from .gguf import file as gguf_file
 from .gguf.tokenizer import KEPT
 from .json_files import object_in, read_json
+from .tokenizer_files import GENERATION
 
-FILE = "generation_config.json"
 SAMPLING = {  # general.sampling.NAME of a GGUF file -> its name in generation_config.json
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
@@ -39,7 +39,7 @@ def generation_settings(source: str | os.PathLike[str] | None) -> GenerationSett
     if source is None:
         return GenerationSettings({}, None)
     path = pathlib.Path(source)
-    file = (path if path.is_dir() else path.parent) / FILE
+    file = (path if path.is_dir() else path.parent) / GENERATION
     try:
         if path.is_file() and gguf_file.is_gguf(path) and (fields := _of_gguf(path)):
             return GenerationSettings(fields, path)
@@ -57,4 +57,4 @@ def _of_gguf(path: pathlib.Path) -> dict[str, Any]:
         for key, name in SAMPLING.items()
         if (value := metadata.get(f"general.sampling.{key}")) is not None
     }
-    return object_in(metadata.get(KEPT[FILE])) | own
+    return object_in(metadata.get(KEPT[GENERATION])) | own

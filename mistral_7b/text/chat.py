@@ -24,54 +24,16 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from ..checkpoint.gguf.chat_templates import template_version
 from ..errors import TokenizerError
+from .chat_template import ChatTemplate, Messages
 from .messages import MISTRAL_COMMON_ERRORS, TEMPLATES, label, plain_messages, read_messages, reason
 from .template_choice import find_template, mistral_version
-from .vocabularies.contract import SPACE, Spans, Vocabulary
+from .vocabularies.contract import SPACE, Vocabulary
 from .vocabularies.files import TokenizerSettings
 from .vocabularies.sentencepiece import SentencePieceVocabulary, open_pieces
 
-Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 # ids, and how many at the end are a continued answer (None: no whole number)
 Encoded = tuple[list[int], int | None]
-
-
-class Rendered(Protocol):
-    """A rendered conversation. In the character ranges `plain`, spelled control tokens are text of messages."""
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def plain(self) -> Spans: ...
-
-
-class Template(Protocol):
-    """A fine-tune's chat template. `name` says where it comes from."""
-
-    @property
-    def name(self) -> str: ...
-
-    def render(
-        self, messages: Messages, tools: Tools = None, *, add_generation_prompt: bool = True,
-        continue_final: bool = False,
-    ) -> Rendered:  # fmt: skip
-        """Render a conversation. TokenizerError, field "messages" or "tools", if the template refuses it.
-
-        With `continue_final`, the text ends where the content of the last message ends.
-        """
-
-    def turn_end(self) -> str | None:
-        """Return the control token that the template writes after an answer; None if it writes none."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def supports_tools(self) -> bool: ...
-
-    @property
-    def supports_system(self) -> bool: ...
 
 
 class ChatFormat(Protocol):
@@ -178,7 +140,7 @@ class TemplateChat:
 
     version: str | None = None
 
-    def __init__(self, vocabulary: Vocabulary, template: Template) -> None:
+    def __init__(self, vocabulary: Vocabulary, template: ChatTemplate) -> None:
         self._vocabulary, self._template = vocabulary, template
         self.name = template.name
 

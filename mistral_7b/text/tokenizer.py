@@ -20,7 +20,8 @@ from ..checkpoint.gguf.splits import first_part
 from ..checkpoint.gguf.tokenizer import extract
 from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from ..errors import TokenizerError
-from .chat import ChatFormat, Template, TemplateChat, chat_format, mistral_chat
+from .chat import ChatFormat, TemplateChat, chat_format, mistral_chat
+from .chat_template import ChatTemplate
 from .streaming import StreamDecoder
 from .template_choice import no_template
 from .vocabularies.contract import SPACE, Spans, Vocabulary
@@ -92,7 +93,7 @@ class Tokenizer:
         return cls(vocabulary, mistral_chat(vocabulary, version))
 
     @classmethod
-    def from_template(cls, vocabulary: Vocabulary, template: Template, ends: Iterable[int] = ()) -> Tokenizer:
+    def from_template(cls, vocabulary: Vocabulary, template: ChatTemplate, ends: Iterable[int] = ()) -> Tokenizer:
         """Join a vocabulary with a chat template of its own."""
         return cls(vocabulary, TemplateChat(vocabulary, template), ends)
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from ...checkpoint.gguf import file as gguf_file
 from ...checkpoint.gguf.file import is_gguf
+from ...checkpoint.gguf.vocabulary import ENDS
 from ...checkpoint.json_files import read_object
 from ...errors import CheckpointError, TokenizerError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-GGUF_ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message
 MORE = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -134,7 +134,7 @@ def stop_ids_of(source: pathlib.Path) -> frozenset[int]:
         metadata = gguf_file.read(source).metadata
     except CheckpointError as e:
         raise TokenizerError.of(e) from e
-    return frozenset().union(*(_ids(metadata.get(f"tokenizer.ggml.{name}_token_id")) for name in GGUF_ENDS))
+    return frozenset().union(*(_ids(metadata.get(f"tokenizer.ggml.{name}_token_id")) for name in ENDS))
 
 
 def damaged(path: pathlib.Path, told: str) -> TokenizerError:

@@ -20,13 +20,12 @@ from .engine.config import EngineConfig
 from .engine.engine import Engine
 from .engine.inputs import RequestOptions
 from .engine.llm import follow, open_engine, run
-from .engine.prompts import Prompt, as_prompts, ends_of, load_tokenizer, params_for, tokenize_prompt
+from .engine.prompts import Prompt, as_prompts, defaults_of, ends_of, load_tokenizer, params_for, tokenize_prompt
 from .engine.request import Request
 from .engine.speculation import Speculation
 from .errors import GenerationError
 from .lora.adapters import Source
 from .model import Mistral7B
-from .sampling.defaults import model_defaults
 from .sampling.params import SamplingParams
 from .text.tokenizer import Tokenizer
 
@@ -109,7 +108,7 @@ def _open(
     if batch_size < 1:
         raise GenerationError(f"batch_size must be at least 1, not {batch_size}", field="batch_size")
     several = as_prompts(prompts)
-    params = params or SamplingParams(**model_defaults(model.source))
+    params = params or SamplingParams(**defaults_of(model))
     tokenizer_error = ""
     if tokenizer is None:
         tokenizer, tokenizer_error = load_tokenizer(model)

@@ -45,7 +45,7 @@ WITHOUT_TORCH = (
     "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",
     "text.tool_calls", "text.chat_template", "text.template_choice", "text.template_sandbox",
     "checkpoint", "checkpoint.hub", "checkpoint.starter", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer",
-    "checkpoint.gguf.tokenizer_metadata", "checkpoint.tokenizer_files", "lora",
+    "checkpoint.gguf.tokenizer_metadata", "checkpoint.tokenizer_files", "checkpoint.chat_templates", "lora",
     "training", "training.args", "kernels.cpu.compiler", "kernels.threads",
     "engine.grammar.client", "engine.grammar.forkserver",
     "server.config", "server.openai.protocol", "server.openai.answers", "server.anthropic.wire",

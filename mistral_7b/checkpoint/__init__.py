@@ -12,6 +12,9 @@ stored       tensors in memory-mapped files, loaded lazily
 gguf/        GGUF: container, tensors, tokenizer, chat templates
 reading      a folder or file -> a validated Checkpoint -> a model
 writing      a model or Checkpoint -> a folder or file, one tensor at a time
+json_files   the small files beside weights, as text and JSON (imports no torch)
+chat_templates       the chat templates of a folder
+generation_settings  a model's own sampling settings, from a folder or a GGUF file
 tokenizer_files  the tokenizer's files beside weights, carried from one layout to another
 quantized    read a quantized folder
 quantizing   write a quantized folder, one layer at a time, and measure its distance from the original

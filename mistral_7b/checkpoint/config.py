@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..model import ModelArgs
-from .others import check_pointer
+from . import json_files
 
 V0_1_THETA, V0_1_WINDOW, LATER_THETA = 1e4, 4096, 1e6
 INSTEAD = (
@@ -33,15 +33,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
             out[name] = value
         return out
 
-    check_pointer(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"not JSON ({e})", place=path, hint="fetch the file again") from e
-    except OSError as e:
-        raise CheckpointError(f"cannot be read ({e.strerror})", place=path) from e
-    if not isinstance(data, dict):
-        raise CheckpointError(f"contains a {type(data).__name__} instead of a JSON object", place=path)
+    data = json_files.read_json(path, pairs_hook=unique)
     for field, value in _numbers(data, ""):
         if not math.isfinite(value):
             raise CheckpointError(f"field {field!r} is {value}, not a finite number", field=field, place=path)
@@ -111,6 +103,11 @@ def check_supported(path: pathlib.Path, data: dict[str, Any], supported: dict[st
             raise CheckpointError(
                 f"{field!r} is {_short(value)}, which Mistral 7B does not support", field=field, place=path
             )
+
+
+def is_positive(value: Any) -> bool:
+    """Return whether a value is a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _short(value: Any) -> str:

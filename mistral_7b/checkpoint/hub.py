@@ -26,6 +26,11 @@ TOKENIZER_FILES = re.compile(
     r"tokenizer\.model(\.v\w+)?|tokenizer\.json|tekken\.json|tokenizer_config\.json|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.(jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
 )
+TOKENIZER_NAMES = (  # the usual ones of these
+    "tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v2", "tokenizer.model.v3", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
 SENTENCEPIECE = re.compile(r"tokenizer\.model(\.v(?P<version>\d+)(m\d+)?)?")
 STEMS = (  # (stem, suffix) of weight files, in order of preference
     ("model", "safetensors"),

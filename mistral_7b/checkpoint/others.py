@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Sequence
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, Mistral7BError
 from . import hub
 
 CONFIGS = ("config.json", "params.json")
@@ -65,15 +65,15 @@ def _check_folder(folder: pathlib.Path) -> None:
         check_pointer(folder / name)
 
 
-def check_pointer(path: pathlib.Path) -> None:
-    """Raise CheckpointError if a file is a pointer of Git LFS, which a clone without LFS leaves in its place."""
+def check_pointer(path: pathlib.Path, error: type[Mistral7BError] = CheckpointError) -> None:
+    """Raise `error` if a file is a pointer of Git LFS, which a clone without LFS leaves in its place."""
     try:
         with path.open("rb") as f:
             pointer = f.read(len(LFS)) == LFS
     except OSError:
         return  # opening it says why
     if pointer:
-        raise CheckpointError(
+        raise error(
             "a Git LFS pointer, not the file itself",
             place=path,
             hint="run `git lfs pull` in its folder, or download the model with `mistral-7b pull OWNER/NAME`",

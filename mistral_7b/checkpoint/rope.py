@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError
 from ..model import ModelArgs
 from ..rope import RopeScaling, default_gain, mscale
-from .config import INSTEAD, check_supported, consistent_value
+from .config import INSTEAD, check_supported, consistent_value, is_positive
 
 PLACES = ("rope_parameters", "rope_scaling")
 LENGTH = "original_max_position_embeddings"
@@ -91,13 +91,13 @@ def _scaling(path: pathlib.Path, place: str, rope: Mapping[str, Any], longest: A
         length = longest if rope.get(LENGTH) is None else rope[LENGTH]
         options |= {name: rope[name] for name in OPTIONS if rope.get(name) is not None}
         options["original_max_seq_len"] = length
-        if options["factor"] is None and _positive(longest) and _positive(length):
+        if options["factor"] is None and is_positive(longest) and is_positive(length):
             options["factor"] = longest / length
     try:
         scaling = RopeScaling(**options)
         one, two = rope.get("mscale"), rope.get("mscale_all_dim")
         if scaling.attention_factor is None and one and two:
-            if not (_positive(one) and _positive(two)):
+            if not (is_positive(one) and is_positive(two)):
                 raise ConfigError(f"mscale {one!r} and mscale_all_dim {two!r} must be numbers", field="mscale")
             options["attention_factor"] = mscale(scaling.factor, one) / mscale(scaling.factor, two)
         return RopeScaling(**options)
@@ -113,7 +113,7 @@ def longest_context(longest: Any, scaling: RopeScaling | None) -> Any:
     if scaling is None or scaling.original_max_seq_len is None:
         return longest
     stretched = math.floor(scaling.original_max_seq_len * scaling.factor)
-    return max(longest, stretched) if _positive(longest) else stretched if longest is None else longest
+    return max(longest, stretched) if is_positive(longest) else stretched if longest is None else longest
 
 
 def config(args: ModelArgs) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def read_gguf(path: pathlib.Path, data: Mapping[str, Any]) -> RopeScaling | None
     kind, factor = data.get(TYPE, "linear"), data.get(FACTOR, data.get(OLD_FACTOR, 1)) or 1
     check_supported(path, {TYPE: kind}, {TYPE: ("none", "linear", "yarn")})
     gain = data.get(GAIN, 1)
-    if gain != 1 and (kind != "yarn" or not _positive(gain)):
+    if gain != 1 and (kind != "yarn" or not is_positive(gain)):
         raise CheckpointError(f"{GAIN!r} is {gain!r} with type {kind!r}", field=GAIN, place=path)
     if kind == "none" or (factor == 1 and gain == 1):
         return None
@@ -188,7 +188,3 @@ def gguf(args: ModelArgs) -> dict[str, Any]:
     if scaling.beta_slow != RopeScaling.beta_slow:
         out[SLOW] = float(scaling.beta_slow)
     return out
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

@@ -19,6 +19,7 @@ from .gguf import tokenizer as gguf_tokenizer
 from .gguf.file import is_gguf
 from .gguf.file import read as read_gguf
 from .gguf.vocabulary import KINDS, MODEL
+from .json_files import object_in, read_object
 
 GENERATION = "generation_config.json"
 IDS = {"bos_token_id": 1, "eos_token_id": 2}  # Mistral's, where a source does not say otherwise
@@ -62,7 +63,7 @@ class TokenizerFiles:
         elif files.get(GENERATION, usual) == usual and dict(self.ids) == IDS:
             files.pop(GENERATION, None)
         else:
-            generation = _object(files.get(GENERATION, b"{}")) or {"_from_model_config": True}
+            generation = object_in(files.get(GENERATION, b"{}")) or {"_from_model_config": True}
             ends = [i for d in (generation, self.ids) for i in _list(d.get("eos_token_id"))]
             if set(ends) - set(_list(generation.get("eos_token_id"))):
                 generation["eos_token_id"] = ends[0] if len(set(ends)) == 1 else list(dict.fromkeys(ends))
@@ -96,58 +97,8 @@ def _extracted(source: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, b
 
 def _ids(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ids for config.json: what the source's says, else its generation_config.json, else Mistral's."""
-    generation = _object(files.get(GENERATION, b"{}"))
+    generation = object_in(files.get(GENERATION, b"{}"))
     return {name: config.get(name, generation.get(name, default)) for name, default in IDS.items()}
-
-
-def chat_templates(folder: pathlib.Path) -> dict[str, str]:
-    """Return the chat templates in a folder by name, "default" first, from the places where transformers looks.
-
-    `chat_template.jinja` (and `additional_chat_templates/NAME.jinja`) precede tokenizer_config.json, which holds a
-    text or a list of {name, template}; chat_template.json is that of a processor.
-    """
-    out: dict[str, str] = {}
-    if (file := folder / "chat_template.jinja").is_file():
-        out["default"] = _read_text(file)
-    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        out[file.stem] = _read_text(file)
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        given = None if out else read_object(folder / name).get("chat_template")
-        if isinstance(given, str):
-            out["default"] = given
-        for entry in given if isinstance(given, list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("template"), str):
-                out[str(entry.get("name"))] = entry["template"]
-    return {name: out[name] for name in sorted(out, key=lambda name: name != "default")}
-
-
-def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """Return a JSON object; empty if there is no such file. TokenizerError if it holds anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise TokenizerError(f"not JSON ({e})", place=path, hint="fetch the file again") from e
-    if not isinstance(data, dict):
-        raise TokenizerError(f"contains a {type(data).__name__} instead of a JSON object", place=path)
-    return data
-
-
-def _read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise TokenizerError(f"cannot be read ({e})", place=path, hint="fetch the file again") from e
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    """Return the JSON object in a file's content; empty if it is none (the file is copied all the same)."""
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

@@ -25,7 +25,7 @@ COMMANDS = {
     "generate": "continue a text",
     "chat": "chat with an instruction-tuned model",
     "run": "answer one message, or chat",
-    "info": "show a checkpoint's release, shape and memory requirements",
+    "info": "show a checkpoint's release, shape, tokenizer and memory requirements",
     "convert": "convert a checkpoint to another format",
     "quantize": "quantize a checkpoint to int8 or int4",
     "merge": "merge a LoRA adapter into its base model",

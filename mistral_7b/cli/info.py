@@ -20,7 +20,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Show a checkpoint's release, shape, sizes and memory requirements; loads no weights."""
+    """Show a checkpoint's release, shape, tokenizer, sizes and memory requirements; loads no weights."""
 
     model: ModelName = "demo"
     """A folder, a file, a hub id, "starter" or "demo"."""
@@ -48,6 +48,7 @@ def run(argv: list[str]) -> int:
     facts |= card(path)
     if (record := read_record(path)) is not None:
         facts |= {"weights_bytes": record.nbytes, "quantization": record.config()}
+    facts["tokenizer"] = tokenizer_of(path)
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -58,15 +59,47 @@ def run(argv: list[str]) -> int:
 
 
 def configuration(source: str) -> pathlib.Path:
-    """Return the path of a model; for one on the hub, download only its configuration."""
+    """Return the path of a model; for one on the hub, download only its configuration and tokenizer."""
     from ..checkpoint import hub
 
     if source != "demo" and not pathlib.Path(source).expanduser().exists() and hub.REPO_ID.fullmatch(source):
         import huggingface_hub
 
         with contextlib.suppress(Exception):  # `resolve` fails in the same way, with a clear error
-            return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=list(hub.CONFIG_FILES)))
+            wanted = [*hub.CONFIG_FILES, *hub.TOKENIZER_NAMES]
+            return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=wanted))
     return hub.resolve(source)
+
+
+def tokenizer_of(path: pathlib.Path) -> dict[str, Any]:
+    """Return the facts of a model's tokenizer; {"error": ...} if it has none that can be opened."""
+    from ..errors import Mistral7BError
+    from ..text.facts import tokenizer_facts
+    from ..text.tokenizer import Tokenizer
+    from ..text.vocabularies.files import stop_ids_of
+
+    try:
+        return dict(tokenizer_facts(Tokenizer.from_pretrained(path), stop_ids_of(path)))
+    except Mistral7BError as error:
+        return {"error": str(error)}
+
+
+def tokenizer_rows(facts: dict[str, Any]) -> dict[str, str]:
+    """Return table rows on a tokenizer and its chat template."""
+    from ..text.facts import NO_TEMPLATE
+
+    if "error" in facts:
+        return {"tokenizer": facts["error"]}
+    added = f", {facts['added_tokens']} of them added" if facts["added_tokens"] else ""
+    chat, words = facts["chat"], NO_TEMPLATE
+    if chat is not None:
+        tools, system = ("" if chat[name] else "no " for name in ("tools", "system"))
+        words = f"{chat['name']}; {tools}tools, {system}system messages"
+    return {
+        "tokenizer": f"{facts['kind']} ({facts['file']}), {facts['vocab_size']:,} tokens{added}",
+        "chat template": words,
+        "generation ends at": ", ".join(f"{end['token']} ({end['id']})" for end in facts["ends"]) or "no token",
+    }
 
 
 def release(args: ModelArgs) -> str:
@@ -142,6 +175,7 @@ def table(facts: dict[str, Any]) -> Table:
            if name not in ("sliding_window", "tie_embeddings", "rope_scaling")},
         "tie_embeddings": "yes" if a["tie_embeddings"] else "no",
         **({"rope_scaling": scaling_text(a["rope_scaling"])} if a["rope_scaling"] else {}),
+        **tokenizer_rows(facts["tokenizer"]),
         **(quantization_rows(quantization) if quantization else {}),
         f"weights in {stored}": readable(facts["weights_bytes"]),
         f"cache at {facts['context']:,} tokens": f"{readable(facts['cache_bytes'])}"

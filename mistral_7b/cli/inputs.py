@@ -13,7 +13,6 @@ import tyro
 
 from ..errors import AdapterError, ConfigError, TokenizerError, first_line
 from ..kernels import threads
-from ..sampling.defaults import model_defaults
 from ..sampling.params import SamplingParams, StructuredOutputs
 from .flags import UsageError as UsageError
 from .flags import read_flags as read_flags
@@ -42,7 +41,9 @@ def sampling_of(args: Samples, command: str, argv: list[str], model: Mistral7B) 
 
     The flags are read again, because the model is known only from them.
     """
-    if not (defaults := model_defaults(model.source)):
+    from ..engine.prompts import defaults_of
+
+    if not (defaults := defaults_of(model)):
         return args.sampling
     usual: Any = type(args)()
     sampling = dataclasses.replace(usual.sampling, **defaults)

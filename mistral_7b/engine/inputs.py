@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from ..errors import EngineError, GenerationError, GrammarError
-from ..sampling.defaults import model_defaults
 from ..sampling.params import SamplingParams
 from ..text.messages import tool_call_id
 from ..text.tokenizer import Tokenizer
@@ -21,7 +20,7 @@ from .engine import Engine
 from .grammar.client import MAX_IDLE, MAX_PROCESSES, Grammars
 from .grammar.spec import OPTIONAL_CHOICES, GrammarSpec
 from .pages import first_key
-from .prompts import Prompt, TokenizedPrompt, ends_of, tokenize_prompt
+from .prompts import Prompt, TokenizedPrompt, defaults_of, ends_of, tokenize_prompt
 from .request import Request, Sink
 from .speculation import Speculation
 
@@ -65,7 +64,7 @@ class InputProcessor:
         pool, scheduler = engine.pool, engine.scheduler
         fits = scheduler.most_pages(engine.model.args.max_seq_len) <= pool.n_pages
         self.kv_capacity = None if fits else pool.n_pages * pool.page  # tokens, if less than a context
-        self.model_defaults = model_defaults(engine.model.source)  # fields of SamplingParams
+        self.model_defaults = defaults_of(engine.model)  # fields of SamplingParams
         self.default_params = SamplingParams(**self.model_defaults)
         if engine.config.speculation is not None:
             engine.config.speculation.check(engine.model.args.vocab_size)

@@ -7,11 +7,14 @@ import functools
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint.generation_settings import generation_settings
 from ..errors import GenerationError, Mistral7BError, PromptTooLongError, SamplingError, TokenizerError
 from ..model import Mistral7B, ModelArgs
+from ..sampling.defaults import sampling_defaults
 from ..sampling.params import SamplingParams
 from ..sampling.sampler import draw_seed
 from ..text.tokenizer import Tokenizer
@@ -145,6 +148,11 @@ def ends_of(model: Mistral7B, tokenizer: Tokenizer | None) -> frozenset[int]:
         with contextlib.suppress(Mistral7BError):  # files that cannot be read name none
             named |= _stop_ids_at(model.source)
     return frozenset(i for i in named or (EOS,) if i < model.args.vocab_size)
+
+
+def defaults_of(model: Mistral7B) -> dict[str, Any]:
+    """The fields of SamplingParams that the model's own files set."""
+    return sampling_defaults(*generation_settings(model.source))
 
 
 def load_tokenizer(model: Mistral7B) -> tuple[Tokenizer | None, str]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import hub, mistral
-from ..checkpoint.config import read_json
+from ..checkpoint.config import is_positive, read_json
 from ..checkpoint.gguf.file import is_gguf
 from ..checkpoint.names import EMBEDDING, OUTPUT, expected, half_split, interleaved, rename, rotated_heads
 from ..checkpoint.stored import StoredTensor, read_file
@@ -114,7 +114,7 @@ def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
     beside = file.with_name("params.json")
     lora = read_json(beside).get("lora") if beside.is_file() else None
     scale = lora.get("scaling", MISTRAL_SCALE) if isinstance(lora, dict) else MISTRAL_SCALE
-    if not peft.is_number(scale):
+    if not is_positive(scale):
         raise CheckpointError(f"'lora.scaling' is {scale!r}, not a number", field="lora.scaling", place=beside)
     return _assembled(file, stored, args, "mistral", lambda weight, r: float(scale))
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from ..checkpoint.config import is_positive
 from ..checkpoint.gguf import file as gguf_file
 from ..checkpoint.gguf import reading
 from ..checkpoint.stored import StoredTensor
 from ..errors import CheckpointError
-from .peft import is_number
 
 TYPE, KIND, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
 
@@ -48,6 +48,6 @@ def read(path: pathlib.Path) -> tuple[dict[str, StoredTensor], float]:
                 hint="a model is named as the MODEL, not as its adapter" if key == TYPE else None,
             )
     alpha: Any = metadata.get(ALPHA)
-    if not is_number(alpha) and alpha != 0:
+    if not is_positive(alpha) and alpha != 0:
         raise CheckpointError(f"{ALPHA!r} is {alpha!r}, not a number", field=ALPHA, place=path)
     return reading.stored_tensors(contents), float(alpha)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..checkpoint.config import read_json
+from ..checkpoint.config import is_positive, read_json
 from ..errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -94,9 +94,9 @@ def read_config(path: pathlib.Path) -> PeftConfig:
 def _pattern(path: pathlib.Path, data: dict[str, Any], field: str, default: str) -> Callable[[str], float]:
     """Return a map from Linear names to numbers: the first matching pattern or `default`."""
     table = data.get(field) or {}
-    if not is_number(data.get(default)):
+    if not is_positive(data.get(default)):
         raise CheckpointError(f"{default!r} is {data.get(default)!r}, not a number", field=default, place=path)
-    if not isinstance(table, dict) or not all(map(is_number, table.values())):
+    if not isinstance(table, dict) or not all(map(is_positive, table.values())):
         raise CheckpointError(f"{field!r} must be a table from names to numbers", field=field, place=path)
     compiled = []
     for pattern, number in table.items():
@@ -115,8 +115,3 @@ def _pattern(path: pathlib.Path, data: dict[str, Any], field: str, default: str)
                 f"{field!r} has {pattern!r}, which is no pattern ({e})", field=field, place=path
             ) from e
     return lambda name: next((number for p, number in compiled if p.match(name)), data[default])
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a number above 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

@@ -7,5 +7,6 @@ template_choice    find the template in a model's files, by name, or Mistral's o
 template_library   templates by name
 template_marks     tell text that spells a control token from the template's control tokens
 template_sandbox   compile and render within limits; template_filters and template_budget hold the limits
+facts              what a tokenizer is, in words and numbers
 tool_calls         parse tool calls out of generated text, whole or as a stream
 """

@@ -24,45 +24,16 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from ..checkpoint.gguf.chat_templates import template_version
 from ..errors import TokenizerError
+from .chat_template import ChatTemplate, Messages
 from .messages import MISTRAL_COMMON_ERRORS, TEMPLATES, label, plain_messages, read_messages, reason
 from .template_choice import find_template, mistral_version
-from .vocabularies.contract import SPACE, Spans, Vocabulary
-from .vocabularies.files import TokenizerFiles
+from .vocabularies.contract import SPACE, Vocabulary
+from .vocabularies.files import TokenizerSettings
 from .vocabularies.sentencepiece import SentencePieceVocabulary, open_pieces
 
-Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
 # ids, and how many at the end are a continued answer (None: no whole number)
 Encoded = tuple[list[int], int | None]
-
-
-class Rendered(Protocol):
-    """A rendered conversation. In the character ranges `plain`, spelled control tokens are text of messages."""
-
-    @property
-    def text(self) -> str: ...
-
-    @property
-    def plain(self) -> Spans: ...
-
-
-class Template(Protocol):
-    """A fine-tune's chat template. `name` says where it comes from."""
-
-    @property
-    def name(self) -> str: ...
-
-    def render(
-        self, messages: Messages, tools: Tools = None, *, add_generation_prompt: bool = True,
-        continue_final: bool = False,
-    ) -> Rendered:  # fmt: skip
-        """Render a conversation. TokenizerError, field "messages" or "tools", if the template refuses it.
-
-        With `continue_final`, the text ends where the content of the last message ends.
-        """
-
-    def turn_end(self) -> str | None:
-        """Return the control token that the template writes after an answer; None if it writes none."""
 
 
 class ChatFormat(Protocol):
@@ -80,6 +51,18 @@ class ChatFormat(Protocol):
 
     def turn_end(self) -> str | None:
         """Return the spelling of the token that ends a turn; None if there is none but EOS."""
+
+    @property
+    def source(self) -> str | None:
+        """The Jinja text of the template; None for mistral-common's, which have none."""
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+
+    @property
+    def supports_system(self) -> bool:
+        """Whether the template has a place for a system message."""
 
 
 class MistralChat:
@@ -101,6 +84,8 @@ class MistralChat:
         if self._pieces.bos_id < 0 or self._pieces.eos_id < 0:
             raise TokenizerError("defines no beginning or end of sequence (<s>, </s>)", place=path)
         self._chat = self._template(ValidationMode.test)
+        self.source: str | None = None
+        self.supports_tools, self.supports_system = version != "v1", True
 
     def _template(self, mode: ValidationMode) -> MistralTokenizer:
         version = TokenizerVersion(self._named)
@@ -155,9 +140,21 @@ class TemplateChat:
 
     version: str | None = None
 
-    def __init__(self, vocabulary: Vocabulary, template: Template) -> None:
+    def __init__(self, vocabulary: Vocabulary, template: ChatTemplate) -> None:
         self._vocabulary, self._template = vocabulary, template
         self.name = template.name
+
+    @property
+    def source(self) -> str:
+        return self._template.source
+
+    @property
+    def supports_tools(self) -> bool:
+        return self._template.supports_tools
+
+    @property
+    def supports_system(self) -> bool:
+        return self._template.supports_system
 
     def turn_end(self) -> str | None:
         """Return the control token that the template writes after an answer."""
@@ -230,4 +227,4 @@ def _special(folder: pathlib.Path, vocabulary: Vocabulary) -> dict[str, str]:
     """Return the spellings of bos_token, eos_token..., as transformers gives them to templates."""
     ids = {"bos_token": vocabulary.bos_id, "eos_token": vocabulary.eos_id, "unk_token": vocabulary.unk_id}
     known = {name: vocabulary.names[i] for name, i in ids.items() if i is not None}
-    return known | TokenizerFiles(folder).named
+    return known | TokenizerSettings(folder).named

@@ -1,44 +1,30 @@
 """Which chat template a model has: from the files of its folder, by name, or Mistral's own.
 
-    chat_template.jinja                      if any of these is there, they count alone
-    additional_chat_templates/NAME.jinja     (also in a folder chat_templates)
-    tokenizer_config.json                    "chat_template": a text, or a list of {name, template}
-    chat_template.json                       "chat_template": the same
-
 Of several, "tool_use" renders conversations with tools and "default" all others, as in transformers.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from ..checkpoint.chat_templates import Source, chat_templates
+from ..checkpoint.json_files import read_text
 from ..errors import TokenizerError
 from .chat_template import ChatTemplate
 from .template_library import MISTRAL, TEMPLATES
 from .vocabularies.folder import release_of
 
 MARKERS = re.compile(r"\s*(<s>|</s>|\[/?INST\])\s*")
-MAX_BYTES = 64 << 20  # of a file that is read
-
-
-@dataclass(frozen=True)
-class Source:
-    """The text of a template, and where it comes from."""
-
-    text: str
-    name: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,7 @@ def find_template(folder: str | os.PathLike[str] | None, name: str | None = None
     `name` is one of the folder's named templates, a name of template_library, or a file. Raises TokenizerError for
     files that cannot be read, for several templates without a default, and for an unknown name.
     """
-    found = _sources(pathlib.Path(folder)) if folder is not None else {}
+    found = chat_templates(pathlib.Path(folder)) if folder is not None else {}
     if name is None:
         if not found:
             return None
@@ -88,7 +74,7 @@ def find_template(folder: str | os.PathLike[str] | None, name: str | None = None
         return Choice(Source(TEMPLATES[name], name))
     path = pathlib.Path(name)
     if path.is_file():
-        return Choice(Source(_read(path), str(path)))
+        return Choice(Source(read_text(path, TokenizerError), str(path)))
     names = sorted((*found, *TEMPLATES, *MISTRAL))
     raise TokenizerError(
         f"there is no chat template {name!r}: neither a file nor one of {', '.join(names)}", field="chat_template"
@@ -103,58 +89,6 @@ def no_template(place: str | os.PathLike[str]) -> TokenizerError:
         place=place,
         hint=f"name one with --chat-template: a Jinja file, or one of {', '.join((*TEMPLATES, *MISTRAL))}",
     )
-
-
-def _sources(folder: pathlib.Path) -> dict[str, Source]:
-    """Return a folder's templates by name."""
-    files = {"default": folder / "chat_template.jinja"}
-    for name in ("chat_templates", "additional_chat_templates"):
-        files |= {f.stem: f for f in sorted((folder / name).glob("*.jinja"))}
-    found = {name: Source(_read(f), str(f)) for name, f in files.items() if f.is_file()}
-    for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        if not found:
-            found = {name: Source(text, str(file)) for name, text in _entries(file)}
-    return found
-
-
-def _entries(file: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Yield the named templates of a JSON file."""
-    value = _json(file).get("chat_template")
-    if isinstance(value, Mapping):
-        value = [{"name": name, "template": text} for name, text in value.items()]
-    if value is None:
-        return
-    if isinstance(value, str):
-        value = [{"name": "default", "template": value}]
-    for entry in value if isinstance(value, list) else [value]:
-        name, text = (entry.get("name"), entry.get("template")) if isinstance(entry, Mapping) else (None, None)
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise TokenizerError(
-                "chat_template must be a text or a list of {name, template}", field="chat_template", place=file
-            )
-        yield name, text
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(_read(file))
-    except (ValueError, RecursionError) as e:
-        raise TokenizerError(f"is not JSON: {e}", place=file, hint="fetch it again") from e
-    if not isinstance(value, dict):
-        raise TokenizerError("is not a JSON object", place=file, hint="fetch it again")
-    return value
-
-
-def _read(file: pathlib.Path) -> str:
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise TokenizerError(f"is larger than {MAX_BYTES >> 20} MB", place=file)
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise TokenizerError(f"cannot be read as text ({e})", place=file) from e
 
 
 # Mistral's own releases: their templates mean what mistral-common encodes, whose ids are exact.

@@ -20,11 +20,12 @@ from ..checkpoint.gguf.splits import first_part
 from ..checkpoint.gguf.tokenizer import extract
 from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
 from ..errors import TokenizerError
-from .chat import ChatFormat, Template, TemplateChat, chat_format, mistral_chat
+from .chat import ChatFormat, TemplateChat, chat_format, mistral_chat
+from .chat_template import ChatTemplate
 from .streaming import StreamDecoder
 from .template_choice import no_template
 from .vocabularies.contract import SPACE, Spans, Vocabulary
-from .vocabularies.files import TokenizerFiles
+from .vocabularies.files import TokenizerSettings
 from .vocabularies.folder import FAST, open_folder
 from .vocabularies.sentencepiece import SentencePieceVocabulary
 
@@ -34,10 +35,14 @@ class Tokenizer:
 
     chat   encodes conversations; None: the model brings no chat template
     ends   ids that end generation besides the vocabulary's EOS
+    gguf   the GGUF file that it was extracted from, if it was
     """
 
-    def __init__(self, vocabulary: Vocabulary, chat: ChatFormat | None = None, ends: Iterable[int] = ()) -> None:
-        self.vocabulary, self.chat = vocabulary, chat
+    def __init__(
+        self, vocabulary: Vocabulary, chat: ChatFormat | None = None, ends: Iterable[int] = (),
+        gguf: pathlib.Path | None = None,
+    ) -> None:  # fmt: skip
+        self.vocabulary, self.chat, self.gguf = vocabulary, chat, gguf
         turn_end = vocabulary.find((chat and chat.turn_end()) or "")
         known = {vocabulary.eos_id, turn_end, *ends} - {None}
         self.stop_ids: frozenset[int] = frozenset(known)  # type: ignore[arg-type]
@@ -56,7 +61,7 @@ class Tokenizer:
         """
         path = resolve(source)
         if path.is_file() and is_gguf(path):
-            return cls._of_folder(extract(path), chat_template)
+            return cls._of_folder(extract(path), chat_template, path)
         if path.is_file() and SENTENCEPIECE.fullmatch(path.name):
             vocabulary = SentencePieceVocabulary(path)
             return cls(vocabulary, chat_format(path.parent, vocabulary, chat_template))
@@ -68,10 +73,14 @@ class Tokenizer:
         return cls._of_folder(folder, chat_template)
 
     @classmethod
-    def _of_folder(cls, folder: pathlib.Path, chat_template: str | os.PathLike[str] | None) -> Tokenizer:
+    def _of_folder(
+        cls, folder: pathlib.Path, chat_template: str | os.PathLike[str] | None, gguf: pathlib.Path | None = None
+    ) -> Tokenizer:
         vocabulary = open_folder(folder)
-        ends = TokenizerFiles(folder).stop_ids
-        return cls(vocabulary, chat_format(folder, vocabulary, chat_template), ends)
+        settings = TokenizerSettings(folder)
+        eos = vocabulary.find(settings.named.get("eos_token", ""))
+        ends = settings.stop_ids if eos is None else settings.stop_ids | {eos}
+        return cls(vocabulary, chat_format(folder, vocabulary, chat_template), ends, gguf)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], version: str | None = None) -> Tokenizer:
@@ -84,7 +93,7 @@ class Tokenizer:
         return cls(vocabulary, mistral_chat(vocabulary, version))
 
     @classmethod
-    def from_template(cls, vocabulary: Vocabulary, template: Template, ends: Iterable[int] = ()) -> Tokenizer:
+    def from_template(cls, vocabulary: Vocabulary, template: ChatTemplate, ends: Iterable[int] = ()) -> Tokenizer:
         """Join a vocabulary with a chat template of its own."""
         return cls(vocabulary, TemplateChat(vocabulary, template), ends)
 
@@ -109,7 +118,7 @@ class Tokenizer:
         Raises TokenizerError for a text that is not one token.
         """
         ids = [token if isinstance(token, int) else self._find(token) for token in tokens]
-        return Tokenizer(self.vocabulary, self.chat, self.stop_ids.union(ids))
+        return Tokenizer(self.vocabulary, self.chat, self.stop_ids.union(ids), self.gguf)
 
     def _find(self, name: str) -> int:
         found = self.vocabulary.find(name)

@@ -434,7 +434,7 @@ def test_the_command_line_converts_to_gguf(tmp_path: pathlib.Path) -> None:
         return done.stdout
 
     path = str(tmp_path / "demo.gguf")
-    run("convert", "demo", path, "--to", "gguf", "--type", "q8_0")
+    run("convert", "demo", path, "--to", "gguf", "--type", "bf16")
     facts = json.loads(run("info", path, "--json"))
     assert (facts["format"], facts["args"]["sliding_window"]) == ("gguf", 256)
     said = [

@@ -18,11 +18,12 @@ from transformers import AutoTokenizer
 from mistral_7b import Tokenizer as Ours
 from mistral_7b import TokenizerError
 from mistral_7b.checkpoint import convert, quantize
+from mistral_7b.checkpoint.chat_templates import chat_templates
 from mistral_7b.checkpoint.gguf import file as gguf_file
 from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 from mistral_7b.checkpoint.gguf import tokenizer_metadata
 from mistral_7b.checkpoint.gguf.chat_templates import V1_FOR_TRANSFORMERS
-from mistral_7b.checkpoint.tokenizer_files import TokenizerFiles, chat_templates
+from mistral_7b.checkpoint.tokenizer_files import TokenizerFiles
 
 TEXTS = folders.fuzzed(300)
 SIZES = {"sentencepiece": 4128, "fast": 4100}  # with and without padding of the embedding; others 768
@@ -50,6 +51,10 @@ def contents(path: pathlib.Path) -> dict[str, Any]:
     """Return the tokenizer files of a folder or GGUF file: JSON parsed, others as bytes."""
     files = TokenizerFiles.of(path).files
     return {name: json.loads(raw) if name.endswith(".json") else raw for name, raw in files.items()}
+
+
+def templates(path: pathlib.Path) -> dict[str, str]:
+    return {name: template.text for name, template in chat_templates(path).items()}
 
 
 def ids_of(path: pathlib.Path) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def test_every_round_trip_keeps_files_and_ids(folder: pathlib.Path, tmp_path: pa
         assert after["generation_config.json"] == generation
         assert ids_of(tmp_path / place)["bos_token_id"] == ids_of(folder)["bos_token_id"]
     assert ids_of(tmp_path / "c") == ids_of(folder)
-    assert chat_templates(tmp_path / "e") == chat_templates(folder)
+    assert templates(tmp_path / "e") == templates(folder)
     if "tokenizer.json" in before:
         assert contents(tmp_path / "e")["tokenizer.json"] == before["tokenizer.json"]
 
@@ -133,7 +138,7 @@ def test_other_converters_files_give_the_same_ids(folder: pathlib.Path, tmp_path
     assert config["eos_token"] == "<|im_end|>"
     ends = {"sentencepiece": [4096, 2], "fast": [4096, 2]}.get(folder.name, 2)
     assert generation["eos_token_id"] == ends
-    assert auto_templates(config) == chat_templates(folder)
+    assert auto_templates(config) == templates(folder)
     special = {t["content"]: t["special"] for t in config["added_tokens_decoder"].values()}
     assert [special[t] for t in ("<|im_start|>", "<|im_end|>", "<tool_call>")] == [True, True, False]
 
@@ -313,11 +318,11 @@ def test_mistrals_own_vocabulary_gets_its_template_unless_the_folder_has_one(
 
 def test_templates_are_found_where_transformers_looks(tmp_path: pathlib.Path) -> None:
     folders.sentencepiece(tmp_path)
-    assert chat_templates(tmp_path) == {"default": folders.CHATML, "tool_use": folders.TOOLS}
+    assert templates(tmp_path) == {"default": folders.CHATML, "tool_use": folders.TOOLS}
     (tmp_path / "chat_template.jinja").write_text("a")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("b")
-    assert chat_templates(tmp_path) == {"default": "a", "rag": "b"}
+    assert templates(tmp_path) == {"default": "a", "rag": "b"}
     folders.write(tmp_path, "tokenizer_config.json", [])
     with refused(TokenizerError, place=tmp_path / "tokenizer_config.json"):
         tokenizer_metadata.of_folder(tmp_path, 4100)
@@ -358,4 +363,4 @@ def test_the_starters_tokenizer() -> None:
     ]  # fmt: skip
     assert built.decode(built.encode(text).ids, skip_special_tokens=False) == text
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
-    assert "<|im_start|>assistant" in chat_templates(out)["default"]
+    assert "<|im_start|>assistant" in templates(out)["default"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import pytest
 from command import SHAPE
+from tokenizer_files import sentencepiece_folder
 
 from mistral_7b.cli.info import describe, readable, release
 from mistral_7b.model import Mistral7B, ModelArgs
@@ -70,6 +72,32 @@ def test_a_scaled_rotary_embedding_is_shown(run, windowed: str, tmp_path: pathli
     assert "yarn, factor 8, from 8,192 tokens" in run("info", str(tmp_path)).out
     facts = json.loads(run("info", str(tmp_path), "--json").out)
     assert (facts["args"]["rope_scaling"]["factor"], facts["args"]["max_seq_len"]) == (8.0, 65536)
+
+
+def test_the_tokenizer_and_its_template_are_shown(run, windowed: str, tmp_path: pathlib.Path) -> None:
+    told = json.loads(run("info", "demo", "--json").out)["tokenizer"]
+    assert told["chat"]["name"] == "mistral-v3, by mistral-common"
+    assert told["ends"] == [{"id": 2, "token": "</s>"}]
+    assert "SentencePiece (tokenizer.model.v3), 4,096 tokens" in run("info", "demo").out
+    folder = sentencepiece_folder(tmp_path)
+    shutil.copy(pathlib.Path(windowed) / "config.json", folder)
+    out = " ".join(run("info", str(folder)).out.replace("│", " ").split())
+    assert "4,098 tokens, 2 of them added" in out
+    assert "no chat template: choose one with --chat-template" in out
+    assert "<|im_end|> (4096)" in out
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": {"type": "Unigram", "vocab": []}}'])
+def test_a_tokenizer_that_cannot_be_opened_is_told_of(
+    run, windowed: str, tmp_path: pathlib.Path, content: str | None
+) -> None:
+    (tmp_path / "config.json").write_text((pathlib.Path(windowed) / "config.json").read_text())
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    code, out, _ = run("info", str(tmp_path), "--json")
+    assert (code, list(json.loads(out)["tokenizer"])) == (0, ["error"])
+    code, out, _ = run("info", str(tmp_path))
+    assert (code, "tokenizer" in out) == (0, True)
 
 
 @pytest.mark.wording

@@ -9,14 +9,20 @@ import warnings
 from typing import Any
 
 import pytest
+from gguf_inputs import BLOCKS, F32, I32, TEXT, built, pairs_of
 
 from mistral_7b import LLM, Mistral7B, SamplingParams, generate
+from mistral_7b.checkpoint.generation_settings import generation_settings
 from mistral_7b.checkpoint.hub import DEMO
 from mistral_7b.cli import main
 from mistral_7b.engine.config import EngineConfig
-from mistral_7b.sampling.defaults import model_defaults
+from mistral_7b.sampling.defaults import sampling_defaults
 
 PROMPT = "import os\n"
+
+
+def model_defaults(source: pathlib.Path | None) -> dict[str, Any]:
+    return sampling_defaults(*generation_settings(source))
 
 
 def write(folder: pathlib.Path, settings: Any) -> pathlib.Path:
@@ -71,6 +77,25 @@ def test_a_file_that_is_no_text(tmp_path: pathlib.Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model_defaults(tmp_path / "no" / "such") == {}
+
+
+def test_a_gguf_file_brings_its_own(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.gguf"
+    kept = {"huggingface.generation_config": (TEXT, json.dumps({"temperature": 0.9, "top_p": 0.8}))}
+    keys = {"temp": (F32, 0.6), "top_k": (I32, 20), "min_p": (F32, 0.05), "penalty_repeat": (F32, 1.1)}
+    own = {f"general.sampling.{name}": value for name, value in keys.items()}
+    wanted = {"temperature": 0.6, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
+    path.write_bytes(built(pairs_of(BLOCKS) | own, []))
+    assert model_defaults(path) == wanted
+    path.write_bytes(built(pairs_of(BLOCKS) | kept | own, []))
+    assert model_defaults(path) == {**wanted, "top_p": 0.8}  # the keys, which people change, precede what was kept
+    write(tmp_path, {"top_k": 3})
+    assert model_defaults(path) == {**wanted, "top_p": 0.8}
+    path.write_bytes(built(pairs_of(BLOCKS), []))
+    assert model_defaults(path) == {"top_k": 3}  # beside a file that has none
+    path.write_bytes(built(pairs_of(BLOCKS) | {"general.sampling.temp": (F32, -1.0)}, []))
+    with pytest.warns(UserWarning, match=r"x\.gguf: 'temperature' is ignored"):
+        assert model_defaults(path) == {}
 
 
 def test_the_library_takes_them_where_no_parameters_are_given(model: pathlib.Path) -> None:

@@ -96,13 +96,14 @@ def serving(
     config: ServerConfig | None = None,
     engine: EngineConfig = ENGINE,
     trained: Mistral7B | None = None,
+    tokenizer: Tokenizer | None = None,
     **model: Any,
 ) -> Iterator[Serving]:
     """Run a server for the block, with the model `trained` or a tiny one of random weights."""
     args = tiny_args(**{"vocab_size": 32768, "sliding_window": 64, "max_seq_len": 1024, **model})
     config = config or ServerConfig(port=0)
     sock = bind(config)
-    llm = AsyncLLM(trained or tiny_model(args), engine, tokenizer=Tokenizer.v3())
+    llm = AsyncLLM(trained or tiny_model(args), engine, tokenizer=tokenizer or Tokenizer.v3())
     server = Server(build(llm, config, "tiny"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

@@ -27,7 +27,7 @@ STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 USAGE = {"usage.prompt_tokens_details"}  # Mistral's client has no field for cached tokens
 OTHERS = {  # fields of vLLM, Mistral and Anthropic, and this server's own
     "root", "parent", "max_model_len", "type", "capabilities", "max_context_length", "display_name", "created_at",
-    "precision", "chat_template",
+    "precision", "chat_template", "tokenizer", "sampling_defaults",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from mistral_7b.errors import TokenizerError
 from mistral_7b.text.chat_template import ChatTemplate
 from mistral_7b.text.template_choice import find_template, mistral_version, no_template
 from mistral_7b.text.template_library import MISTRAL, TEMPLATES
-from mistral_7b.text.vocabularies.files import TokenizerFiles
+from mistral_7b.text.vocabularies.files import TokenizerSettings
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 ADDED = {"__type": "AddedToken", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -148,7 +148,7 @@ def test_the_template_for_tools_is_loaded_beside_the_default(tmp_path):
 def test_special_tokens_are_those_of_transformers(files, tmp_path):
     vocabulary(tmp_path)
     write(tmp_path, files)
-    assert TokenizerFiles(tmp_path).named == AutoTokenizer.from_pretrained(tmp_path).special_tokens_map
+    assert TokenizerSettings(tmp_path).named == AutoTokenizer.from_pretrained(tmp_path).special_tokens_map
 
 
 # Mistral's own

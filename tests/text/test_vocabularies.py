@@ -290,7 +290,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> N
 def test_a_pointer_is_told_as_one(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model"):
         (tmp_path / name).write_bytes(POINTER)
-        with pytest.raises(TokenizerError, match="git-lfs pointer"):
+        with pytest.raises(TokenizerError, match="Git LFS pointer"):
             Tokenizer.from_pretrained(tmp_path)
         (tmp_path / name).unlink()
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ...errors import CheckpointError, TokenizerError, WriteError
 from ...files import atomic_write
+from ..json_files import object_in
 from . import file as gguf_file
 from . import pre_tokenizers, sentencepiece_model, tokenizer_json
 from .chat_templates import HEADS, V1_FOR_TRANSFORMERS
@@ -131,11 +132,7 @@ def config_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(metadata: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return a kept JSON object; empty if there is none, or if it is damaged."""
-    try:
-        data = json.loads(metadata.get(key) or "{}")
-    except (ValueError, TypeError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    return object_in(metadata.get(key))
 
 
 def _given_json(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> bytes | None:

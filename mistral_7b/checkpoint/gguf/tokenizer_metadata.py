@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from ...errors import TokenizerError
 from .. import hub
-from ..tokenizer_files import chat_templates, read_object
+from ..chat_templates import chat_templates
+from ..json_files import read_object
 from . import pre_tokenizers, sentencepiece_model
 from .chat_templates import chat_template, template_version
 from .tokenizer import KEPT, KEPT_IDS, SPECIALS
@@ -72,8 +73,8 @@ def of_folder(folder: pathlib.Path, vocab_size: int) -> dict[str, Any] | None:
     templates = chat_templates(folder)
     if templates or (config and "[INST]" not in keys[TOKENS]):  # a base model's, in Hugging Face's layout
         keys.pop(TEMPLATE, None)
-    for name, text in templates.items():
-        keys[TEMPLATE if name == "default" else f"{TEMPLATE}.{name}"] = text
+    for name, template in templates.items():
+        keys[TEMPLATE if name == "default" else f"{TEMPLATE}.{name}"] = template.text
     if others := [name for name in templates if name != "default"]:
         keys["tokenizer.chat_templates"] = others
     return keys | _special_keys(folder, config, data, keys) | _kept_keys(folder, config, data)

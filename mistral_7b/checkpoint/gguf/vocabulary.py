@@ -28,7 +28,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same c
 SPACE = "\u2581"  # SentencePiece's symbol for a space
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 KINDS = ("llama", "gpt2")  # SentencePiece, byte-level BPE
-ENDS = ("eos", "eot", "eom")  # keys of the tokens that end a generation
+ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message: keys of the tokens that end a generation
 CONTROL_LIKE = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>", re.DOTALL)
 
 

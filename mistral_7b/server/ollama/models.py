@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 from fastapi import APIRouter
 
-from ..openai.model_info import precision
+from ..openai.model_info import calls_tools, precision
 from ..state import State
 from .answers import Details, ListedModel, ModelList, RunningList, ShownModel, Version, moment
 from .bodies import LATEST, ShowBody
 from .routes import OllamaRoute, documented
 
 OLLAMA = "0.12.6"  # the version whose API these routes follow; clients require a minimum
+PARAMETERS = {"repetition_penalty": "repeat_penalty", "max_tokens": "num_predict"}  # Ollama's names
 NEVER = "9999-12-31T23:59:59Z"  # a served model is never unloaded
 
 
@@ -27,8 +29,18 @@ def router(state: State) -> APIRouter:
     ends = args.vocab_size * (1 if args.tie_embeddings else 2) + 1
     count = args.dim * (args.n_layers * per_layer + ends)
     capabilities = ["completion", "embedding"]
-    if tokenizer is not None and tokenizer.tool_calls_id is not None:
+    if calls_tools(tokenizer):
         capabilities.append("tools")
+
+    chat = None if tokenizer is None else tokenizer.chat
+    template = "" if chat is None else chat.source or f"{{# {chat.name} #}}"
+
+    def parameters() -> str:
+        """What applies where a request says nothing, a line for each."""
+        pieces = [] if tokenizer is None else [tokenizer.piece(i) for i in sorted(state.llm.inputs.ends)]
+        usual = [(PARAMETERS.get(name, name), value) for name, value in state.llm.inputs.model_defaults.items()]
+        lines = [("stop", json.dumps(piece, ensure_ascii=False)) for piece in pieces] + usual
+        return "\n".join(f"{name:<30} {value}" for name, value in lines)
 
     def details(name: str) -> Details:
         return {
@@ -56,11 +68,12 @@ def router(state: State) -> APIRouter:
 
     @routes.post("/api/show", responses=documented(ShownModel))
     async def show(body: ShowBody) -> ShownModel:
-        """One model. The template is mistral-common's, which has no text form."""
+        """One model. Its template is in Jinja; mistral-common's has no text form, and is named."""
         name = body.model.removesuffix(LATEST)
         state.adapter(name)
         return {
-            "modelfile": f"FROM {name}\n", "parameters": "", "template": "{{ .Prompt }}", "details": details(name),
+            "modelfile": f"FROM {name}\n", "parameters": parameters(), "template": template,
+            "details": details(name),
             "model_info": {
                 "general.architecture": "llama", "general.basename": state.model_name,
                 "general.parameter_count": count, "llama.context_length": args.max_seq_len,

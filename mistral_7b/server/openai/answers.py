@@ -6,6 +6,8 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic requires it before Python 3.12
 
+from ...text.facts import TokenizerFacts
+
 
 class ErrorDetail(TypedDict):
     message: str
@@ -187,7 +189,7 @@ class Capabilities(TypedDict):
 class Model(TypedDict):
     """A model in the lists of OpenAI, vLLM, Mistral and Anthropic, whose fields follow in this order.
 
-    The last two are this server's own; see model_info.
+    The last four are this server's own: see model_info.py, and text/facts.py for the tokenizer.
     """
 
     id: str
@@ -204,6 +206,8 @@ class Model(TypedDict):
     created_at: str
     precision: str
     chat_template: bool | None
+    tokenizer: TokenizerFacts | None
+    sampling_defaults: dict[str, float]
 
 
 class ModelList(TypedDict):

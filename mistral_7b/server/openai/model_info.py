@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from ...checkpoint.chat_templates import chat_templates
+from ...checkpoint.gguf import file as gguf_file
+from ...checkpoint.gguf.vocabulary import TEMPLATE
 from ...checkpoint.hub import DEMO
+from ...errors import CheckpointError, TokenizerError
 from ...model import Mistral7B
 from ...quantization.gpu import Fp8Linear, GpuInt4Linear, GpuInt8Linear
 from ...quantization.linear import BlockLinear, Int4Linear, Int8Linear
+from ...text.tokenizer import Tokenizer
 
 NAMES = {Int8Linear: "int8", GpuInt8Linear: "int8", Int4Linear: "int4", GpuInt4Linear: "int4", Fp8Linear: "fp8"}
 
@@ -23,20 +27,31 @@ def precision(model: Mistral7B) -> str:
     return str(model.norm.weight.dtype).removeprefix("torch.")
 
 
-def has_chat_template(source: Path | None) -> bool | None:
-    """Whether the model's files define a chat template; False marks a base model, None means unknown.
+def has_chat_template(source: Path | None, tokenizer: Tokenizer | None) -> bool | None:
+    """Whether the model has a chat template of its own; False marks a base model, None means unknown.
 
-    Only files in the layout of Hugging Face tell the two apart.
+    Mistral's templates are told by the vocabulary, which base models share: for them the files decide.
     """
+    if tokenizer is None or tokenizer.chat is None:
+        return False
+    if tokenizer.chat.version is None:
+        return True
     if source is None:
         return None
     if source.resolve() == DEMO.resolve():
         return False
-    folder = source if source.is_dir() else source.parent
-    if (folder / "chat_template.jinja").is_file():
-        return True
     try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if source.is_file() and gguf_file.is_gguf(source):
+            return TEMPLATE in gguf_file.read(source).metadata
+        folder = source if source.is_dir() else source.parent
+        if chat_templates(folder):
+            return True
+        return False if (folder / "tokenizer_config.json").is_file() else None
+    except (CheckpointError, TokenizerError):
         return None
-    return bool(config.get("chat_template")) if isinstance(config, dict) else None
+
+
+def calls_tools(tokenizer: Tokenizer | None) -> bool:
+    """Whether tools can be offered to the model, and its calls be told from text."""
+    chat = None if tokenizer is None or tokenizer.tool_calls_id is None else tokenizer.chat
+    return chat is not None and chat.supports_tools

@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
+from ...text.facts import tokenizer_facts
 from ..http.errors import HttpError
 from ..state import State
 from . import chat, completions, embeddings, rerank
 from .answers import Capabilities, Model, ModelList, documented
-from .model_info import has_chat_template, precision
+from .model_info import calls_tools, has_chat_template, precision
 from .responses import routes as responses
 
 
@@ -21,9 +22,11 @@ def router(state: State) -> APIRouter:
         routes.include_router(part.router(state))
 
     context, tokenizer = state.llm.engine.model.args.max_seq_len, state.llm.tokenizer
-    calls = tokenizer is not None and tokenizer.tool_calls_id is not None
-    weights, template = precision(state.llm.engine.model), has_chat_template(state.llm.engine.model.source)
-    able: Capabilities = {"completion_chat": True, "function_calling": calls}
+    weights = precision(state.llm.engine.model)
+    template = has_chat_template(state.llm.engine.model.source, tokenizer)
+    facts = None if tokenizer is None else tokenizer_facts(tokenizer, state.llm.inputs.ends)
+    chats = tokenizer is not None and tokenizer.chat is not None
+    able: Capabilities = {"completion_chat": chats, "function_calling": calls_tools(tokenizer)}
 
     def model(name: str) -> Model:
         base = state.model_name
@@ -32,7 +35,8 @@ def router(state: State) -> APIRouter:
             "parent": None if name == base else base, "max_model_len": context,
             "type": "base", "capabilities": able, "max_context_length": context,
             "display_name": name, "created_at": datetime.fromtimestamp(int(state.started), UTC).isoformat(),
-            "precision": weights, "chat_template": template,
+            "precision": weights, "chat_template": template, "tokenizer": facts,
+            "sampling_defaults": state.llm.inputs.model_defaults,
         }  # fmt: skip
 
     @routes.get("/v1/models", responses=documented(answer=ModelList), tags=["OpenAI"])

@@ -110,7 +110,9 @@ export async function count(body) {
 }
 
 /** @typedef {{id: string, parent?: string | null, max_model_len?: number, precision?: string,
- *   chat_template?: boolean | null}} Model */
+ *   chat_template?: boolean | null, tokenizer?: Tokenizer | null, sampling_defaults?: Record<string, number>}} Model
+ * @typedef {{kind: string, file: string, vocab_size: number, added_tokens: number,
+ *   ends: {id: number, token: string}[], chat: {name: string, tools: boolean, system: boolean} | null}} Tokenizer */
 
 /** The model and its adapters.
  * @returns {Promise<Model[]>} */

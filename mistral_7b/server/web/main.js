@@ -34,6 +34,7 @@ export class Page {
       changed: (tree, ended) => this.changed(tree, ended),
       trouble: (problem, again) => this.trouble.meet(problem, again),
       model: () => this.picker.chosen,
+      plain: () => this.picker.lacksTemplate,
       answered: () => this.trouble.banner.over("full", "lost", "found", "key"),
       stored: (error) => this.#stored(error),
     });
@@ -234,6 +235,7 @@ export class Page {
   #modelChanged() {
     this.welcome.draw();
     this.view.draw();
+    this.panel.usual(this.picker.defaults);
   }
 
   /** @param {Record<string, string>} settings */

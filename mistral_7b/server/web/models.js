@@ -42,7 +42,18 @@ export class Picker {
     return model?.chat_template === false && !model.parent;
   }
 
-  /** What is known about the chosen model: names, values, and the values in words.
+  /** Whether the server has no chat template for the chosen model: it completes texts only. */
+  get lacksTemplate() {
+    const model = this.models.find((m) => m.id === this.chosen);
+    return model?.tokenizer !== undefined && !model.tokenizer?.chat;
+  }
+
+  /** The chosen model's own sampling defaults, by field. */
+  get defaults() {
+    return this.models.find((m) => m.id === this.chosen)?.sampling_defaults ?? {};
+  }
+
+  /** What is known about the chosen model: names, values, and the main ones in words.
    * @returns {[string, string, string][]} */
   facts() {
     const model = this.models.find((m) => m.id === this.chosen);
@@ -58,6 +69,7 @@ export class Picker {
         ["Kind", kind, kind],
         ["Context", tokens, `context of ${tokens}`],
         ["Weights", base.precision, `${base.precision} weights`],
+        ...words(base.tokenizer).map(([name, value]) => [name, value, ""]),
       ].filter(([, value]) => value)
     );
   }
@@ -100,4 +112,20 @@ export class Picker {
       ? `${number(used)} of ${number(context)} tokens`
       : `${number(used)} tokens`;
   }
+}
+
+/** A tokenizer in words: names and values.
+ * @param {import("./api.js").Tokenizer | null | undefined} tokenizer @returns {[string, string][]} */
+function words(tokenizer) {
+  if (!tokenizer) return [];
+  const { chat } = tokenizer;
+  const can = (/** @type {boolean} */ able, /** @type {string} */ what) => (able ? what : `no ${what}`);
+  return [
+    ["Tokenizer", `${tokenizer.kind} (${tokenizer.file}), ${tokenizer.vocab_size.toLocaleString("en")} tokens`],
+    [
+      "Chat template",
+      chat ? `${chat.name}; ${can(chat.tools, "tools")}, ${can(chat.system, "system messages")}` : "none",
+    ],
+    ["Ends", tokenizer.ends.map((end) => `${end.token} (${end.id})`).join(", ")],
+  ];
 }

@@ -52,6 +52,15 @@ export class Panel {
     this.#follow();
   }
 
+  /** Show a model's own defaults as placeholders. The token limit is this page's.
+   * @param {Record<string, number>} defaults */
+  usual(defaults) {
+    for (const { name, usual } of NUMBERS) {
+      const value = name === "max_tokens" ? usual : String(defaults[name] ?? usual);
+      /** @type {HTMLInputElement} */ (this.root.querySelector(`#set-${name}`)).placeholder = value;
+    }
+  }
+
   /** Show settings changed in another tab, unless the panel has the focus.
    * @param {Settings} settings */
   follow(settings) {

@@ -137,18 +137,19 @@ export function faults(settings) {
   return names.map((name) => fault(name, settings[name] ?? "")).filter(Boolean);
 }
 
-/** The request body that answers the last message of a path, or continues it if it is the assistant's.
- * @param {Message[]} path @param {Settings} settings @param {string} model
+/** The request body that answers the last message of a path, or continues it if it is the assistant's. For a model
+ * without a chat template, it completes the text of the path: `prompt` in place of `messages`.
+ * @param {Message[]} path @param {Settings} settings @param {string} model @param {boolean} plain
  * @returns {Record<string, any>} */
-export function requestOf(path, settings, model) {
+export function requestOf(path, settings, model, plain) {
   /** @type {Record<string, any>} */
   const body = {
     model,
-    messages: messagesOf(path, settings),
+    ...(plain
+      ? { prompt: (settings.system ?? "") + path.map((message) => message.content).join("") }
+      : { messages: messagesOf(path, settings), logprobs: true, top_logprobs: 5 }),
     stream: true,
     stream_options: { include_usage: true },
-    logprobs: true,
-    top_logprobs: 5,
     max_tokens: TOKEN_LIMIT,
   };
   for (const { name } of NUMBERS) {
@@ -163,7 +164,7 @@ export function requestOf(path, settings, model) {
       json_schema: { name: "answer", schema: JSON.parse(settings.schema) },
     };
   }
-  if (settings.tools?.trim()) {
+  if (settings.tools?.trim() && !plain) {
     body.tools = JSON.parse(settings.tools).map((/** @type {any} */ t) => ({
       type: "function",
       function: functionOf(t),

@@ -31,15 +31,15 @@ export async function* events(body) {
   }
 }
 
-/** Send a request and stream the answer into the message, whose state tells how it ended. `changed` is called after
+/** Send a request, for a chat or a completion, and stream the answer into the message, whose state tells how it ended. `changed` is called after
  * each event. Throws a Problem or an AbortError; the message keeps what was received.
- * @param {Message} message @param {object} body
+ * @param {Message} message @param {Record<string, any>} body
  * @param {{signal: AbortSignal, changed: () => void}} how */
 export async function answer(message, body, { signal, changed }) {
   const began = performance.now();
   const clock = { began, first: 0, last: 0, tokens: 0 };
   let ended = false;
-  const response = await call("/v1/chat/completions", { body, signal });
+  const response = await call("prompt" in body ? "/v1/completions" : "/v1/chat/completions", { body, signal });
   try {
     for await (const data of events(/** @type {ReadableStream<Uint8Array>} */ (response.body))) {
       if (data === "[DONE]") {
@@ -69,7 +69,7 @@ function take(message, chunk, clock) {
   if (chunk.usage) message.usage = chunk.usage;
   const choice = chunk.choices?.[0];
   if (!choice) return;
-  const { content, tool_calls: calls } = choice.delta ?? {};
+  const { content, tool_calls: calls } = choice.delta ?? { content: choice.text };
   const tokens = choice.logprobs?.content ?? [];
   if (content) message.content += content;
   if (content && !tokens.length && !message.tokens?.length) {

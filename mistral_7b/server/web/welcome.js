@@ -21,6 +21,8 @@ export const BASE_NOTICE =
   "This is a base model: it continues a text, and was not trained to answer questions. Write the beginning of a " +
   "text or of code. Answers are shown as plain text; change this under Settings, Display.";
 
+const NO_TEMPLATE = " For conversations, start the server with --chat-template.";
+
 export class Welcome {
   /** @param {Picker} picker @param {(text: string) => void} use puts a prompt into the message box */
   constructor(picker, use) {
@@ -33,13 +35,13 @@ export class Welcome {
   draw() {
     const { picker } = this;
     const facts = picker.facts();
-    const { isBase } = picker;
-    const drawn = JSON.stringify([facts, isBase]);
+    const { isBase, lacksTemplate } = picker;
+    const drawn = JSON.stringify([facts, isBase, lacksTemplate]);
     if (drawn === this.drawn) return;
     this.drawn = drawn;
-    the("facts").textContent = facts.map(([, , words]) => words).join(" · ");
+    the("facts").textContent = facts.map(([, , words]) => words).filter(Boolean).join(" · ");
     the("base").hidden = !isBase;
-    the("base").textContent = isBase ? BASE_NOTICE : "";
+    the("base").textContent = isBase ? BASE_NOTICE + (lacksTemplate ? NO_TEMPLATE : "") : "";
     the("starters").replaceChildren(
       ...(isBase ? BEGINNINGS : QUESTIONS).map(([name, text]) =>
         make(

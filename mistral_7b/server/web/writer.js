@@ -21,8 +21,8 @@ export async function keepTree(store, tree, changed = []) {
 export class Writer {
   /** @param {import("./storage.js").Store | import("./storage.js").MemoryStore} store
    * @param {{changed: (tree: Tree, ended: boolean) => void, trouble: (problem: Problem, again: () => void) => void,
-   *   model: () => string, answered: () => void, stored: (error: unknown) => void}} actions
-   * `answered` is called after an answer without problems, `stored` after each attempt to store messages */
+   *   model: () => string, plain: () => boolean, answered: () => void, stored: (error: unknown) => void}} actions
+   * `plain` tells whether the model has no chat template; `answered` is called after an answer without problems, `stored` after each attempt to store messages */
   constructor(store, actions) {
     this.store = store;
     this.actions = actions;
@@ -76,7 +76,8 @@ export class Writer {
     let problem = null;
     await this.#keep(tree, message);
     try {
-      const body = requestOf(tree.upTo(message.id), conversation.settings, this.actions.model());
+      const path = tree.upTo(message.id);
+      const body = requestOf(path, conversation.settings, this.actions.model(), this.actions.plain());
       await this.#answer(message, body, !conversation.settings.max_tokens?.trim(), {
         signal: controller.signal,
         changed: () => {
@@ -128,10 +129,14 @@ export class Writer {
    * @param {Tree} tree @param {Message} message */
   async #count(tree, message) {
     const path = tree.upTo(message.id);
-    const { model, messages, tools } = requestOf(path, tree.conversation.settings, this.actions.model());
+    const { settings } = tree.conversation;
+    const { model, prompt, messages, tools } = requestOf(path, settings, this.actions.model(), this.actions.plain());
     const said = message.tokens?.length ?? 0;
     try {
-      const all = await count({ model, messages, tools, continue_final_message: Boolean(message.content) });
+      const continued = Boolean(message.content);
+      const all = await count(
+        messages ? { model, messages, tools, continue_final_message: continued } : { model, prompt },
+      );
       message.usage = { prompt_tokens: Math.max(0, all - said), completion_tokens: said };
       await this.store.save(null, [message]);
       this.actions.changed(tree, true);

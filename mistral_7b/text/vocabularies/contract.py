@@ -19,6 +19,8 @@ class Vocabulary(ABC):
     """The tokens of a model: `names` and `surfaces` by id.
 
     path               the file that it was read from
+    kind               what it is, in words
+    added_size         number of tokens that were added to the base vocabulary
     names              the tokens as the file spells them; "" for an id without a token
     surfaces           what a token adds to a text: a piece (with SPACE for spaces), bytes of UTF-8, or None
     markup             ids of control tokens: plain text never becomes one, a rendered chat template does
@@ -28,6 +30,8 @@ class Vocabulary(ABC):
     """
 
     path: pathlib.Path
+    kind: str
+    added_size: int
     names: list[str]
     surfaces: list[Surface]
     markup: frozenset[int]

@@ -18,9 +18,10 @@ import secrets
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ...checkpoint.json_files import read_object
 from ...errors import TokenizerError
 from .contract import NOTHING, SPACE, Spans, Surface, Vocabulary, matches, not_utf8, touches
-from .files import NAMED, AddedToken, TokenizerFiles, damaged, read_json
+from .files import NAMED, AddedToken, TokenizerSettings, damaged
 
 if TYPE_CHECKING:
     import tokenizers
@@ -36,7 +37,7 @@ class FastVocabulary(Vocabulary):
     that is missing, damaged, or not BPE.
     """
 
-    def __init__(self, path: pathlib.Path, files: TokenizerFiles, ends: frozenset[int] = frozenset()) -> None:
+    def __init__(self, path: pathlib.Path, files: TokenizerSettings, ends: frozenset[int] = frozenset()) -> None:
         self.path = path
         self._content = _read(path)
         self._content["added_tokens"] = _added(path, self._content, files)
@@ -58,6 +59,9 @@ class FastVocabulary(Vocabulary):
         self.markup = frozenset(textless | {i for i, t in added.items() if t.is_markup})
         kinds = list(_steps(self._content.get("decoder"), "decoders"))
         self._byte_level = any(step.get("type") == "ByteLevel" for step in kinds)
+        self.kind = "byte-level BPE" if self._byte_level else "BPE with byte fallback"
+        base = self._content["model"]["vocab"]
+        self.added_size = sum(token.content not in base for token in added.values())
         self.drops_first_space = any(map(_drops_space, kinds))
         self.surfaces = [
             None if i in textless or not name else self._surface(name, i in added)
@@ -134,10 +138,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     """Read the file. TokenizerError if it is missing, damaged, or not BPE."""
     if not path.is_file():
         raise TokenizerError("no such tokenizer file", place=path)
-    content = read_json(path)
+    content = read_object(path)
     model = content.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), (dict, list)):
-        raise damaged(path, b"", "is not a tokenizer.json: it has no model with a vocabulary")
+        raise damaged(path, "is not a tokenizer.json: it has no model with a vocabulary")
     kind = model.get("type") or ("BPE" if "merges" in model else "unknown")
     if kind != "BPE" or not isinstance(model["vocab"], dict) or not isinstance(model.get("merges"), list):
         raise TokenizerError(
@@ -156,7 +160,7 @@ def _build(path: pathlib.Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as e:  # the package raises Exception itself
-        raise damaged(path, b"", f"is damaged: {e}") from e
+        raise damaged(path, f"is damaged: {e}") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -169,7 +173,7 @@ def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
         raise not_utf8(text) from e
 
 
-def _added(path: pathlib.Path, content: dict[str, Any], files: TokenizerFiles) -> list[dict[str, Any]]:
+def _added(path: pathlib.Path, content: dict[str, Any], files: TokenizerSettings) -> list[dict[str, Any]]:
     """Return the file's added tokens, changed and completed by the other files, as transformers does.
 
     An entry of added_tokens_decoder replaces one of the same spelling; a named token of the vocabulary is a
@@ -178,7 +182,7 @@ def _added(path: pathlib.Path, content: dict[str, Any], files: TokenizerFiles) -
     try:
         listed = [AddedToken.of(int(t["id"]), t) for t in content.get("added_tokens") or ()]
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise damaged(path, b"", f"its added tokens cannot be read ({e!r})") from e
+        raise damaged(path, f"its added tokens cannot be read ({e!r})") from e
     tokens = {token.content: token for token in listed}
     for token in files.added:
         if token.content not in tokens or "added_tokens_decoder" in files.config:

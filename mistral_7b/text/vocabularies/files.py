@@ -8,7 +8,6 @@ config.json, generation_config.json   eos_token_id: a number or a list
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Any
 
 from ...checkpoint.gguf import file as gguf_file
 from ...checkpoint.gguf.file import is_gguf
+from ...checkpoint.gguf.vocabulary import ENDS
+from ...checkpoint.json_files import read_object
 from ...errors import CheckpointError, TokenizerError
 
-LFS_POINTER = b"version https://git-lfs.github.com/"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-GGUF_ENDS = ("eos", "eot", "eom")  # of a text, a turn, a message
 MORE = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -63,7 +62,7 @@ class AddedToken:
         return self.special or (self.content.startswith("<|") and self.content.endswith("|>"))
 
 
-class TokenizerFiles:
+class TokenizerSettings:
     """The JSON files of one folder, read on first use. TokenizerError names a damaged file."""
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -71,12 +70,14 @@ class TokenizerFiles:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return read_json(self.folder / "tokenizer_config.json")
+        return read_object(self.folder / "tokenizer_config.json")
 
     @cached_property
     def named(self) -> dict[str, str]:
         """The named tokens: {"eos_token": "</s>", ...}."""
-        first = {} if "added_tokens_decoder" in self.config else read_json(self.folder / "special_tokens_map.json")
+        first = (
+            {} if "added_tokens_decoder" in self.config else read_object(self.folder / "special_tokens_map.json")
+        )
         both = self.config | first
         texts = {name: _content(both.get(name)) for name in NAMED}
         return {name: text for name, text in texts.items() if text}
@@ -85,7 +86,7 @@ class TokenizerFiles:
     def special(self) -> frozenset[str]:
         """The spellings of all tokens that these files call special by name."""
         names = set(self.named.values())
-        for file in (self.config, read_json(self.folder / "special_tokens_map.json")):
+        for file in (self.config, read_object(self.folder / "special_tokens_map.json")):
             for key in MORE:
                 tokens = file.get(key) or ()
                 names.update(map(_content, tokens.values() if isinstance(tokens, dict) else tokens))
@@ -103,7 +104,7 @@ class TokenizerFiles:
                 place = self.folder / "added_tokens.json"
                 tokens = [
                     AddedToken(int(i), text, text in self.special, normalized=text not in self.special)
-                    for text, i in read_json(place).items()
+                    for text, i in read_object(place).items()
                 ]
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise TokenizerError(f"its added tokens cannot be read ({e!r})", place=place) from e
@@ -115,49 +116,30 @@ class TokenizerFiles:
     def stop_ids(self) -> frozenset[int]:
         """The ids that end generation according to config.json and generation_config.json."""
         return frozenset().union(*(
-            _ids(read_json(self.folder / name).get("eos_token_id"))
+            _ids(read_object(self.folder / name).get("eos_token_id"))
             for name in ("config.json", "generation_config.json")
         ))  # fmt: skip
 
     def config_id(self, name: str) -> int | None:
         """Return the first id that config.json gives for "bos_token_id" or "eos_token_id"."""
-        ids = _ids(read_json(self.folder / "config.json").get(name))
+        ids = _ids(read_object(self.folder / "config.json").get(name))
         return min(ids, default=None)
 
 
 def stop_ids_of(source: pathlib.Path) -> frozenset[int]:
     """Return the ids that end generation by a model's files: its folder, a file in it, or a GGUF file."""
     if not (source.is_file() and is_gguf(source)):
-        return TokenizerFiles(source if source.is_dir() else source.parent).stop_ids
+        return TokenizerSettings(source if source.is_dir() else source.parent).stop_ids
     try:
         metadata = gguf_file.read(source).metadata
     except CheckpointError as e:
         raise TokenizerError.of(e) from e
-    return frozenset().union(*(_ids(metadata.get(f"tokenizer.ggml.{name}_token_id")) for name in GGUF_ENDS))
+    return frozenset().union(*(_ids(metadata.get(f"tokenizer.ggml.{name}_token_id")) for name in ENDS))
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object; {} if there is no such file. TokenizerError if it is damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return {}
-    except OSError as e:
-        raise TokenizerError(f"cannot be read ({e.strerror})", place=path) from e
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as e:
-        raise damaged(path, data, f"is not valid JSON ({e})") from e
-    if not isinstance(content, dict):
-        raise TokenizerError(f"holds a JSON {type(content).__name__}, not an object", place=path)
-    return content
-
-
-def damaged(path: pathlib.Path, data: bytes, told: str) -> TokenizerError:
-    """Return the error for a file that cannot be read; a git-lfs pointer is named as one."""
-    if data.startswith(LFS_POINTER):
-        told = "is a git-lfs pointer, not the file itself"
-    return TokenizerError(told, place=path, hint="fetch it again from the model's repository (git lfs pull)")
+def damaged(path: pathlib.Path, told: str) -> TokenizerError:
+    """Return the error for a file that cannot be used."""
+    return TokenizerError(told, place=path, hint="fetch it again from the model's repository")
 
 
 def _content(token: Any) -> str:

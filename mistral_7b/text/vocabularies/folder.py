@@ -7,17 +7,18 @@ tokenizer.model with added tokens                         SentencePiece between 
 
 from __future__ import annotations
 
-import json
 import pathlib
 from functools import cache
 
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from ...checkpoint.chat_templates import chat_templates
 from ...checkpoint.hub import sentencepiece_file
+from ...checkpoint.json_files import read_object
 from ...errors import TokenizerError
 from .contract import Vocabulary
 from .fast import FastVocabulary
-from .files import TokenizerFiles, read_json
+from .files import TokenizerSettings
 from .sentencepiece import SentencePieceVocabulary
 
 FAST = "tokenizer.json"
@@ -25,7 +26,7 @@ FAST = "tokenizer.json"
 
 def open_folder(folder: pathlib.Path) -> Vocabulary:
     """Open the vocabulary of a folder. TokenizerError if it has none, or a damaged one."""
-    files, pieces, fast = TokenizerFiles(folder), sentencepiece_file(folder), folder / FAST
+    files, pieces, fast = TokenizerSettings(folder), sentencepiece_file(folder), folder / FAST
     if pieces is None and not fast.is_file():
         raise TokenizerError(
             "contains no tokenizer.json, tokenizer.model or tokenizer.model.v3"
@@ -42,7 +43,7 @@ def open_folder(folder: pathlib.Path) -> Vocabulary:
     )  # fmt: skip
 
 
-def is_mistrals_own(pieces: pathlib.Path, fast: pathlib.Path, files: TokenizerFiles) -> bool:
+def is_mistrals_own(pieces: pathlib.Path, fast: pathlib.Path, files: TokenizerSettings) -> bool:
     """Return whether a folder with both files is a release of Mistral, whose ids are those of mistral-common.
 
     The SentencePiece file has the pieces of one of Mistral's, tokenizer.json the same tokens and no others, and
@@ -51,13 +52,15 @@ def is_mistrals_own(pieces: pathlib.Path, fast: pathlib.Path, files: TokenizerFi
     known = SentencePieceVocabulary(pieces)
     if release_of(tuple(known.names)) is None:
         return False
-    content = read_json(fast)
+    content = read_object(fast)
     try:
         tokens = {**content["model"]["vocab"], **{t["content"]: t["id"] for t in content["added_tokens"]}}
     except (KeyError, TypeError):
         return False  # opening it tells what is wrong
     same = tokens == {name: i for i, name in enumerate(known.names)}
-    return same and all(t.id < known.size for t in files.added) and "[INST]" in _templates(files)
+    templates = chat_templates(files.folder).values()
+    writes = not templates or any("[INST]" in template.text for template in templates)
+    return same and all(t.id < known.size for t in files.added) and writes
 
 
 @cache
@@ -68,11 +71,3 @@ def release_of(pieces: tuple[str, ...]) -> str | None:
         if pieces == tuple(tokenizer.vocab()):
             return version
     return None
-
-
-def _templates(files: TokenizerFiles) -> str:
-    """Return the text of a folder's chat templates; "[INST]" if it has none."""
-    jinja = files.folder / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8", errors="replace")
-    return json.dumps(files.config.get("chat_template") or "[INST]")

@@ -19,9 +19,10 @@ import sentencepiece
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
+from ...checkpoint.others import check_pointer
 from ...errors import TokenizerError
 from .contract import NOTHING, Spans, Surface, Vocabulary, matches, not_utf8, touches
-from .files import LFS_POINTER, AddedToken
+from .files import AddedToken, damaged
 
 UNKNOWN = " \u2047 "  # what SentencePiece decodes the unknown token to
 NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: normalizer_spec (field 3) with add_dummy_prefix (3) = false
@@ -33,6 +34,8 @@ class SentencePieceVocabulary(Vocabulary):
     `ends` are ids that end a turn: added tokens among them are control tokens. Raises TokenizerError for a file
     that is missing or not a SentencePiece model.
     """
+
+    kind = "SentencePiece"
 
     def __init__(
         self, path: pathlib.Path, added: Iterable[AddedToken] = (), ends: frozenset[int] = frozenset(),
@@ -49,6 +52,7 @@ class SentencePieceVocabulary(Vocabulary):
         if self.unk_id is not None:
             self.surfaces[self.unk_id] = UNKNOWN
         self.added = [t for t in added if not self._has(t)]
+        self.added_size = len(self.added)
         for token in self.added:
             missing = token.id + 1 - len(self.names)
             self.names += [""] * missing
@@ -143,10 +147,5 @@ def open_pieces(path: pathlib.Path, version: str = "v1") -> SentencePieceTokeniz
     try:  # without a version, mistral-common would guess one from the file name
         return SentencePieceTokenizer(path, tokenizer_version=TokenizerVersion(version))
     except RuntimeError as e:
-        with path.open("rb") as file:
-            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-        raise TokenizerError(
-            "is a git-lfs pointer, not the file itself" if pointer else f"is not a SentencePiece model ({e})",
-            place=path,
-            hint="fetch it again from the model's repository (git lfs pull)",
-        ) from e
+        check_pointer(path, TokenizerError)
+        raise damaged(path, f"is not a SentencePiece model ({e})") from e

@@ -62,10 +62,18 @@ ANSWERS = {
 }  # fmt: skip
 MODELS = [
     {"id": "mistral-7b", "object": "model", "created": 1, "owned_by": "mistral-7b", "max_model_len": 4096,
-     "precision": "int8", "chat_template": True},
+     "precision": "int8", "chat_template": True, "sampling_defaults": {"temperature": 0.6, "max_tokens": 9},
+     "tokenizer": {
+         "kind": "SentencePiece", "file": "tokenizer.model", "vocab_size": 32002, "added_tokens": 2,
+         "ends": [{"id": 32000, "token": "<|im_end|>"}],
+         "chat": {"name": "chat_template.jinja", "tools": False, "system": True},
+     }},
     {"id": "poems", "object": "model", "created": 1, "owned_by": "mistral-7b", "parent": "mistral-7b"},
     {"id": "base", "object": "model", "created": 1, "owned_by": "mistral-7b", "max_model_len": 4096,
      "precision": "bfloat16", "chat_template": False},
+    {"id": "silent", "object": "model", "created": 1, "owned_by": "mistral-7b", "chat_template": False,
+     "tokenizer": {"kind": "byte-level BPE", "file": "tokenizer.json", "vocab_size": 700, "added_tokens": 0,
+                   "ends": [], "chat": None}},
 ]  # fmt: skip
 
 
@@ -125,6 +133,20 @@ class Script:
             return JSONResponse({"error": error}, 400)
         return StreamingResponse(self.chunks(body, said), media_type="text/event-stream")
 
+    async def complete(self, request: Request) -> Response:
+        body = await request.json()
+        self.asked.append(body)
+
+        async def chunks() -> AsyncIterator[str]:
+            for text, finish in ((" and so", None), (" on", "stop")):
+                choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+                yield f"data: {json.dumps({'model': body['model'], 'choices': [choice], 'usage': None})}\n\n"
+            usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+            yield f"data: {json.dumps({'model': body['model'], 'choices': [], 'usage': usage})}\n\n"
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(chunks(), media_type="text/event-stream")
+
     async def chunks(self, body: dict[str, Any], said: str) -> AsyncIterator[str]:
         last = body["messages"][-1]
         prefix = last["content"] if last["role"] == "assistant" else ""
@@ -182,6 +204,7 @@ def build() -> FastAPI:
     script, app = Script(), FastAPI()
     app.include_router(router(None))  # type: ignore[arg-type]
     app.add_api_route("/v1/chat/completions", script.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", script.complete, methods=["POST"])
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

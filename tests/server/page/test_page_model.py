@@ -16,7 +16,32 @@ def test_the_model_is_described(page: Any) -> None:
     rows = page.locator("#about div").all_inner_texts()
     assert [row.split("\n") for row in rows] == [
         ["Name", "poems"], ["Adapter of", "mistral-7b"], ["Context", "4,096 tokens"], ["Weights", "int8"],
+        ["Tokenizer", "SentencePiece (tokenizer.model), 32,002 tokens"],
+        ["Chat template", "chat_template.jinja; no tools, system messages"], ["Ends", "<|im_end|> (32000)"],
     ]  # fmt: skip
+
+
+def test_fields_show_the_models_own_defaults(page: Any) -> None:
+    page.wait_for_selector("#facts >> text=chat model")
+    page.click("#settings")
+    shown = [page.get_attribute(f"#set-{name}", "placeholder") for name in ("temperature", "top_p", "max_tokens")]
+    assert shown == ["0.6", "1", "1024"]
+    page.select_option("#model", "base")
+    assert page.get_attribute("#set-temperature", "placeholder") == "1"
+
+
+def test_a_model_without_a_chat_template_completes_texts(page: Any) -> None:
+    page.wait_for_selector(".starter")
+    page.select_option("#model", "base")
+    assert "--chat-template" not in page.wait_for_selector("#base").inner_text()
+    page.select_option("#model", "silent")
+    page.wait_for_selector("#base >> text=--chat-template")
+    ask(page, "It goes")
+    assert "".join(answer(page).locator(".block.plain").all_text_contents()) == " and so on"
+    body = asked(page)[-1]
+    assert (body["prompt"], body["max_tokens"], "messages" in body) == ("It goes", 1024, False)
+    ask(page, ", then")
+    assert asked(page)[-1]["prompt"] == "It goes and so on, then"
 
 
 def test_a_base_model_has_a_notice_and_plain_answers(page: Any) -> None:

@@ -28,6 +28,7 @@ from .vocabulary import (
     BYTE_PIECE,
     CONTROL,
     ENDS,
+    HF_ALONE,
     HF_JSON,
     MERGES,
     MODEL,
@@ -304,9 +305,9 @@ def _adds(end: str, config: Mapping[str, Any], data: Mapping[str, Any]) -> bool 
     return value if isinstance(value, bool) else None
 
 
-def _kept_keys(folder: pathlib.Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of what GGUF has no keys for; chat templates have keys of their own."""
-    out = {}
+def _kept_keys(folder: pathlib.Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what GGUF has no keys for, as texts; chat templates have keys of their own."""
+    out: dict[str, Any] = {}
     for name, key in KEPT.items():
         kept = read_object(folder / name)
         kept.pop("chat_template", None)
@@ -316,5 +317,7 @@ def _kept_keys(folder: pathlib.Path, config: Mapping[str, Any], data: Mapping[st
     if ids and not (ids.get("bos_token_id") == 1 and ids.get("eos_token_id") == 2):
         out[KEPT_IDS] = json.dumps(ids)
     if data:
+        if hub.sentencepiece_file(folder) is None:
+            out[HF_ALONE] = True
         out[HF_JSON] = (folder / "tokenizer.json").read_text(encoding="utf-8")
     return out

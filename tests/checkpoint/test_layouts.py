@@ -167,6 +167,13 @@ def test_to_gguf_and_back(it: Opened, tmp_path: pathlib.Path) -> None:
         assert made.encode_chat(CHAT) == it.tokenizer.encode_chat(CHAT)
 
 
+@pytest.mark.parametrize("it", list(LAYOUTS)[:1], indirect=True)
+@pytest.mark.parametrize("to", ["huggingface", "mistral", "gguf"])
+def test_a_base_model_is_none_to_converse_with_in_any_layout(it: Opened, to: str, tmp_path: pathlib.Path) -> None:
+    convert(it.path, tmp_path / f"out.{to}", to=to)
+    assert Tokenizer.from_pretrained(tmp_path / f"out.{to}").chat is None
+
+
 @pytest.mark.wording
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
 def test_refused(

@@ -203,8 +203,8 @@ def _same_pieces(data: Mapping[str, Any], model: pathlib.Path) -> bool:
     if not isinstance(vocab, dict):
         return False
     pieces = sentencepiece_model.read(model)[0].tokens
-    listed = {token.get("content"): token.get("id") for token in data.get("added_tokens") or []}
-    return all((vocab | listed).get(piece) == i for i, piece in enumerate(pieces))
+    ids = vocab | {token.get("content"): token.get("id") for token in data.get("added_tokens") or []}
+    return all(ids.get(piece) == i for i, piece in enumerate(pieces))
 
 
 def _ranks(merges: Iterable[tuple[str, ...]]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 import mistral_7b
 
 V1 = MistralTokenizer._data_path() / "tokenizer.model.v1"
+V3 = MistralTokenizer._data_path() / "mistral_instruct_tokenizer_240323.model.v3"
 DEMO = Path(mistral_7b.__file__).parent / "demo" / "tokenizer.model.v3"  # small, so that its files open fast
 CHATML = ("<|im_end|>", "<|im_start|>")
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}

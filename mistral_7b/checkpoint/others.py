@@ -14,8 +14,11 @@ from . import hub
 
 CONFIGS = ("config.json", "params.json")
 WEIGHT = re.compile(r".*\.(safetensors|pth|bin|gguf)")
+STATE = re.compile(
+    r"training_args\.bin|rng_state(_\d+)?\.pth|(optimizer|scheduler|scaler|sampler)\.bin"
+)  # of a training
 ADAPTER = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|lora\.safetensors")
-SHARD = re.compile(r"(?P<stem>model|consolidated|pytorch_model)-\d+-of-\d+\.(?P<suffix>safetensors|bin)")
+SHARD = re.compile(r"(?P<stem>model|consolidated|pytorch_model)-\d+-of-(?!0*1\.)\d+\.(?P<suffix>safetensors|bin)")
 ARCHIVE = re.compile(r".*\.(zip|tar|tgz|tar\.\w+|7z)")
 FORMATS = (  # name of a file or folder -> the format of its weights
     (re.compile(r".*\.onnx(_data)?|onnx"), "ONNX"),
@@ -50,6 +53,8 @@ def check(source: str | os.PathLike[str]) -> pathlib.Path:
         raise CheckpointError("a configuration, not weights", place=path, hint=f"name its folder, {path.parent}")
     elif path.suffix != ".json":  # an index of shards
         check_weight_file(path)
+        if SHARD.fullmatch(path.name):
+            raise CheckpointError("one shard of a model", place=path, hint=f"name its folder, {path.parent}")
     return path
 
 
@@ -116,7 +121,7 @@ def _check_zip(path: pathlib.Path) -> None:
 
 def _known(folder: pathlib.Path, names: Sequence[str]) -> CheckpointError | None:
     """Return the error for a folder whose files are known not to be a checkpoint."""
-    weights = [n for n in names if WEIGHT.fullmatch(n) and n != "training_args.bin"]
+    weights = _weights(names)
     if any(map(ADAPTER.fullmatch, names)) and all(map(ADAPTER.fullmatch, weights)):
         return _adapter_error(folder)
     if "state.pt" in names and "model" in names:
@@ -144,6 +149,11 @@ def _known(folder: pathlib.Path, names: Sequence[str]) -> CheckpointError | None
     return None
 
 
+def _weights(names: Sequence[str]) -> list[str]:
+    """Return the names that weights may have; a training's states, which it writes beside them, are none."""
+    return [name for name in names if WEIGHT.fullmatch(name) and not STATE.fullmatch(name)]
+
+
 def _adapter_error(path: pathlib.Path) -> CheckpointError:
     """Return the error for an adapter given as a model; it names the base model, if the adapter does."""
     base = base_model(path if path.is_dir() else path.parent)
@@ -159,7 +169,7 @@ def folder_error(folder: pathlib.Path) -> CheckpointError:
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return CheckpointError("an empty folder", place=folder, hint="download the model into it again")
-    configured, weights = any(c in names for c in CONFIGS), any(map(WEIGHT.fullmatch, names))
+    configured, weights = any(c in names for c in CONFIGS), bool(_weights(names))
     if not configured and (inner := _models_below(folder)):
         meant = " or ".join(map(str, inner[:3]))
         return CheckpointError("contains no model itself", place=folder, hint=f"did you mean {meant}?")
@@ -197,7 +207,7 @@ def _models_below(folder: pathlib.Path) -> list[pathlib.Path]:
                 names = [entry.name for entry in sub.iterdir()]
             except OSError:
                 continue
-            weights = [n for n in names if WEIGHT.fullmatch(n)]
+            weights = _weights(names)
             gguf = [n for n in weights if n.endswith(".gguf")]
             if gguf or (weights and any(c in names for c in CONFIGS)):
                 found.append(sub / gguf[0] if len(gguf) == 1 and len(weights) == 1 else sub)

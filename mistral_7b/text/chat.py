@@ -192,14 +192,15 @@ def chat_format(
     """Return the chat format of a folder, or the one that `name` says; None if the folder brings none.
 
     mistral-common encodes the chats of Mistral's own releases. A folder without a template has
-    its format if its vocabulary has [INST] as a control token, or if its files are those of Mistral's layout.
+    its format if its vocabulary has [INST] as a control token, or if it has no tokenizer_config.json, where the
+    template would be, as in Mistral's layout.
     """
     own = isinstance(vocabulary, SentencePieceVocabulary) and not vocabulary.added
     choice = find_template(folder, None if name is None else os.fspath(name))
     if choice is None:
-        layout = (folder / "params.json").is_file() or not (folder / "tokenizer_config.json").is_file()
+        bare = not (folder / "tokenizer_config.json").is_file()
         if isinstance(vocabulary, SentencePieceVocabulary) and own:
-            return mistral_chat(vocabulary) if layout or "[INST]" in vocabulary.markup_names() else None
+            return mistral_chat(vocabulary) if bare or "[INST]" in vocabulary.markup_names() else None
         return None
     if choice.mistral is not None:
         if not isinstance(vocabulary, SentencePieceVocabulary):

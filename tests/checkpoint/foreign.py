@@ -5,6 +5,7 @@ Each function packs codes (N, K), zero points (N, G) and scales (N, G). Nothing 
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tiny import tiny_args, tiny_model
+
+from mistral_7b import ModelArgs
 
 ARGS = tiny_args(dim=64, head_dim=16, n_heads=6, n_kv_heads=2, hidden_dim=96)  # multiples of 8 codes and 32 inputs
 Array = NDArray[Any]
@@ -95,12 +98,13 @@ def write(
     quantize: Callable[[Array], Codes],
     packed: Callable[[Codes], dict[str, Array]],
     more: Callable[[str, dict[str, Array]], None] = lambda name, parts: None,
+    args: ModelArgs = ARGS,
 ) -> None:
     """Write `folder`/quantized, and `folder`/plain with the dequantized weights in float16.
 
     `more(module, parts)` changes the parts of a module before they are written.
     """
-    tiny_model(ARGS, torch.float16).save_pretrained(folder / "plain")
+    tiny_model(args, torch.float16).save_pretrained(folder / "plain")
     state = load_file(folder / "plain" / "model.safetensors")
     out: dict[str, torch.Tensor] = {}
     for name, value in list(state.items()):
@@ -118,3 +122,44 @@ def write(
     save_file(out, folder / "quantized" / "model.safetensors")
     plain = json.loads((folder / "plain" / "config.json").read_text())
     (folder / "quantized" / "config.json").write_text(json.dumps({**plain, "quantization_config": config}))
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+COMPRESSED = {
+    "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": CHANNEL, "input_activations": None}},
+}  # fmt: skip
+SHUFFLED = np.random.default_rng(0).permutation(96)
+
+
+def acting(weight: Array) -> Codes:
+    """Inputs put into groups in another order, as with desc_act."""
+    order = np.array([k for k in SHUFFLED if k < weight.shape[1]])
+    return rounded(weight, 4, 32, order=order)
+
+
+Case = tuple[dict[str, Any], Callable[[Array], Codes], Callable[[Codes], dict[str, Array]]]
+of = functools.partial
+CASES: dict[str, Case] = {
+    "GPTQ": (GPTQ, of(rounded, bits=4, size=32, symmetric=True), of(gptq, bits=4)),
+    "GPTQ, asymmetric": ({**GPTQ, "sym": False}, of(rounded, bits=4, size=32), of(gptq, bits=4)),
+    "GPTQ, desc_act": ({**GPTQ, "desc_act": True}, acting, of(gptq, bits=4)),
+    "GPTQ, one group": ({**GPTQ, "group_size": -1}, of(rounded, bits=4, size=-1), of(gptq, bits=4)),
+    "GPTQ, 8 bits": ({**GPTQ, "bits": 8}, of(rounded, bits=8, size=32), of(gptq, bits=8)),
+    "GPTQ, 2 bits": ({**GPTQ, "bits": 2}, of(rounded, bits=2, size=32), of(gptq, bits=2)),
+    "GPTQ v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, of(rounded, bits=4, size=32), of(gptq, bits=4, v2=True)),
+    "AWQ": (AWQ, of(rounded, bits=4, size=32), awq),
+    "AWQ, one group": ({**AWQ, "group_size": -1, "version": "GEMM"}, of(rounded, bits=4, size=-1), awq),
+    "int8, an output": (COMPRESSED, of(rounded, bits=8, size=-1, symmetric=True), int_quantized),
+    "int8, groups": (COMPRESSED, of(rounded, bits=8, size=32, symmetric=True), int_quantized),
+    "packed int4": (
+        {**COMPRESSED, "format": "pack-quantized"}, of(rounded, bits=4, size=32, symmetric=True),
+        of(pack_quantized, bits=4),
+    ),
+    "packed int8": (
+        {**COMPRESSED, "format": "pack-quantized"}, of(rounded, bits=8, size=-1, symmetric=True),
+        of(pack_quantized, bits=8),
+    ),
+}  # fmt: skip

@@ -73,6 +73,14 @@ CASES: dict[str, tuple[Make, str, str, str]] = {
     "adapter": (
         lambda m, d: files(d, **ADAPTER, training_args__bin=b"x"), "", "", f"{BASE}, and this with --adapter",
     ),
+    "adapter among a training's states": (
+        lambda m, d: files(d, **ADAPTER, training_args__bin=b"x", optimizer__pt=b"x", rng_state__pth=b"x"),
+        "", "", f"{BASE}, and this with --adapter",
+    ),
+    "a training's states": (
+        lambda m, d: files(d, optimizer__bin=b"x", rng_state_0__pth=b"x"), "", "", "name a model's folder",
+    ),
+    "one shard": (lambda m, d: shutil.copytree(m / "many", d), SHARD, SHARD, "name its folder"),
     "file of an adapter": (
         lambda m, d: files(d, **ADAPTER), "adapter_model.safetensors", "adapter_model.safetensors", "--adapter",
     ),
@@ -152,6 +160,13 @@ def test_a_model_folder_with_an_adapters_configuration_opens(models: pathlib.Pat
     shutil.copytree(models / "one", tmp_path / "it")
     files(tmp_path / "it", adapter_config__json="{}")
     assert Mistral7B.from_pretrained(tmp_path / "it").args == tiny_model().args
+
+
+def test_the_only_shard_needs_no_index(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(models / "one", tmp_path / "it")
+    only = (tmp_path / "it" / "model.safetensors").rename(tmp_path / "it" / "model-00001-of-00001.safetensors")
+    for path in (tmp_path / "it", only):
+        assert Mistral7B.from_pretrained(path).args == tiny_model().args
 
 
 def test_pickled_shards_open(models: pathlib.Path) -> None:

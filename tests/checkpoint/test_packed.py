@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from foreign import ARGS, Array, Codes, awq, gptq, int_quantized, pack_quantized, rounded, write
+from foreign import ARGS, AWQ, CASES, COMPRESSED, GPTQ, Array, Codes, of, rounded, write
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import close, tokens_of
@@ -20,46 +19,6 @@ from tiny import close, tokens_of
 from mistral_7b import CheckpointError, Mistral7B
 from mistral_7b.checkpoint import convert, read_args
 from mistral_7b.checkpoint import packed as packed_module
-
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-CHANNEL = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-COMPRESSED = {
-    "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": CHANNEL, "input_activations": None}},
-}  # fmt: skip
-SHUFFLED = np.random.default_rng(0).permutation(96)
-
-
-def acting(weight: Array) -> Codes:
-    """Inputs put into groups in another order, as with desc_act."""
-    order = np.array([k for k in SHUFFLED if k < weight.shape[1]])
-    return rounded(weight, 4, 32, order=order)
-
-
-Case = tuple[dict[str, Any], Callable[[Array], Codes], Callable[[Codes], dict[str, Array]]]
-of = functools.partial
-CASES: dict[str, Case] = {
-    "GPTQ": (GPTQ, of(rounded, bits=4, size=32, symmetric=True), of(gptq, bits=4)),
-    "GPTQ, asymmetric": ({**GPTQ, "sym": False}, of(rounded, bits=4, size=32), of(gptq, bits=4)),
-    "GPTQ, desc_act": ({**GPTQ, "desc_act": True}, acting, of(gptq, bits=4)),
-    "GPTQ, one group": ({**GPTQ, "group_size": -1}, of(rounded, bits=4, size=-1), of(gptq, bits=4)),
-    "GPTQ, 8 bits": ({**GPTQ, "bits": 8}, of(rounded, bits=8, size=32), of(gptq, bits=8)),
-    "GPTQ, 2 bits": ({**GPTQ, "bits": 2}, of(rounded, bits=2, size=32), of(gptq, bits=2)),
-    "GPTQ v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, of(rounded, bits=4, size=32), of(gptq, bits=4, v2=True)),
-    "AWQ": (AWQ, of(rounded, bits=4, size=32), awq),
-    "AWQ, one group": ({**AWQ, "group_size": -1, "version": "GEMM"}, of(rounded, bits=4, size=-1), awq),
-    "int8, an output": (COMPRESSED, of(rounded, bits=8, size=-1, symmetric=True), int_quantized),
-    "int8, groups": (COMPRESSED, of(rounded, bits=8, size=32, symmetric=True), int_quantized),
-    "packed int4": (
-        {**COMPRESSED, "format": "pack-quantized"}, of(rounded, bits=4, size=32, symmetric=True),
-        of(pack_quantized, bits=4),
-    ),
-    "packed int8": (
-        {**COMPRESSED, "format": "pack-quantized"}, of(rounded, bits=8, size=-1, symmetric=True),
-        of(pack_quantized, bits=8),
-    ),
-}  # fmt: skip
 
 
 def opened(path: pathlib.Path) -> Mistral7B:

@@ -91,6 +91,7 @@ def test_every_round_trip_keeps_files_and_ids(folder: pathlib.Path, tmp_path: pa
     assert templates(tmp_path / "e") == templates(folder)
     if "tokenizer.json" in before:
         assert contents(tmp_path / "e")["tokenizer.json"] == before["tokenizer.json"]
+        assert not list((tmp_path / "e").glob("tokenizer.model*"))  # as before: none takes precedence
 
 
 def auto(folder: pathlib.Path) -> Any:

@@ -316,3 +316,13 @@ def test_bad_added_tokens_are_refused(tmp_path: Path, decoder: Any) -> None:
     folder = sentencepiece_folder(tmp_path, added_tokens_decoder=decoder)
     with refused(TokenizerError, place=folder / "tokenizer_config.json"):
         Tokenizer.from_pretrained(folder)
+
+
+def test_named_ends_precede_those_of_a_sentencepiece_file(tmp_path: Path) -> None:
+    """As OpenHermes has them: </s> is no longer the end, and <|im_end|> is written after an answer."""
+    ours = Tokenizer.from_pretrained(sentencepiece_folder(tmp_path / "a", V1))
+    assert (ours.bos_id, ours.eos_id, ours.stop_ids) == (1, 32000, frozenset({32000}))
+    assert ours.encode("a", eos=True)[-1] == 32000
+    for name in ("nowhere", "the"):  # no token, and one that text becomes
+        folder = sentencepiece_folder(tmp_path / name, V1, bos_token=name, eos_token=name)
+        assert (Tokenizer.from_pretrained(folder).bos_id, Tokenizer.from_pretrained(folder).eos_id) == (1, 2)

@@ -1,6 +1,7 @@
 """The tokenizer of a GGUF file as a folder of Hugging Face style files. Imports no torch.
 
-    llama   tokenizer.model, and tokenizer.json if there are added tokens or a chat template of the file's own
+    llama   tokenizer.model, and tokenizer.json if there are added tokens or a chat template of the file's own;
+            a tokenizer.json that the file was made of alone is the only one
     gpt2    tokenizer.json
     both    tokenizer_config.json, generation_config.json (its ends), and what a converter kept (`KEPT`)
 
@@ -23,7 +24,7 @@ from ..json_files import object_in
 from . import file as gguf_file
 from . import pre_tokenizers, sentencepiece_model, tokenizer_json
 from .chat_templates import HEADS, V1_FOR_TRANSFORMERS
-from .vocabulary import ENDS, HF_JSON, MODEL, PRE, SPACE, TEMPLATE, TOKENS, UNUSED, Vocabulary
+from .vocabulary import ENDS, HF_ALONE, HF_JSON, MODEL, PRE, SPACE, TEMPLATE, TOKENS, UNUSED, Vocabulary
 
 # Files that GGUF has no keys for, and the keys (JSON text) under which this package keeps them.
 KEPT = {
@@ -76,13 +77,15 @@ def files(path: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     if metadata[MODEL] == "llama":
         add_bos, add_eos = adds["bos"] is not False, adds["eos"] is True
         base = used.first(used.base_size())
-        out[file_name(metadata)] = sentencepiece_model.serialize(base, metadata)
+        given = _given_json(metadata, used)
+        if given is None or metadata.get(HF_ALONE) is not True:
+            out[file_name(metadata)] = sentencepiece_model.serialize(base, metadata)
         added = {token: i for i, token in enumerate(used.tokens) if i >= len(base.tokens)}
-        if added:
+        if added and file_name(metadata) in out:
             out["added_tokens.json"] = _text(added)
         prefix = metadata.get("tokenizer.ggml.add_space_prefix") is not False
         settings: dict[str, Any] = {"legacy": True, "add_prefix_space": prefix}  # as llama.cpp, after every token
-        if given := _given_json(metadata, used):
+        if given is not None:
             out["tokenizer.json"] = given
         elif (added or templates) and not kept["tokenizer_config.json"]:  # a converted folder had none
             out["tokenizer.json"] = tokenizer_json.sentencepiece_json(used, prefix, add_bos, add_eos)

@@ -29,6 +29,7 @@ from .vocabulary import (
     BYTE_PIECE,
     CONTROL,
     ENDS,
+    HF_ALONE,
     HF_JSON,
     MERGES,
     MODEL,
@@ -203,8 +204,8 @@ def _same_pieces(data: Mapping[str, Any], model: pathlib.Path) -> bool:
     if not isinstance(vocab, dict):
         return False
     pieces = sentencepiece_model.read(model)[0].tokens
-    listed = {token.get("content"): token.get("id") for token in data.get("added_tokens") or []}
-    return all((vocab | listed).get(piece) == i for i, piece in enumerate(pieces))
+    ids = vocab | {token.get("content"): token.get("id") for token in data.get("added_tokens") or []}
+    return all(ids.get(piece) == i for i, piece in enumerate(pieces))
 
 
 def _ranks(merges: Iterable[tuple[str, ...]]) -> dict[str, int]:
@@ -305,9 +306,9 @@ def _adds(end: str, config: Mapping[str, Any], data: Mapping[str, Any]) -> bool 
     return value if isinstance(value, bool) else None
 
 
-def _kept_keys(folder: pathlib.Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts of what GGUF has no keys for; chat templates have keys of their own."""
-    out = {}
+def _kept_keys(folder: pathlib.Path, config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what GGUF has no keys for, as texts; chat templates have keys of their own."""
+    out: dict[str, Any] = {}
     for name, key in KEPT.items():
         kept = read_object(folder / name)
         kept.pop("chat_template", None)
@@ -317,5 +318,7 @@ def _kept_keys(folder: pathlib.Path, config: Mapping[str, Any], data: Mapping[st
     if ids and not (ids.get("bos_token_id") == 1 and ids.get("eos_token_id") == 2):
         out[KEPT_IDS] = json.dumps(ids)
     if data:
+        if hub.sentencepiece_file(folder) is None:
+            out[HF_ALONE] = True
         out[HF_JSON] = (folder / "tokenizer.json").read_text(encoding="utf-8")
     return out

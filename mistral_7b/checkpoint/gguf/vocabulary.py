@@ -24,6 +24,7 @@ from ...errors import TokenizerError
 MODEL, PRE, TEMPLATE = "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"
 TOKENS, SCORES, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
 MERGES, HF_JSON = "tokenizer.ggml.merges", "tokenizer.huggingface.json"
+HF_ALONE = "huggingface.tokenizer_json_alone"  # true: no tokenizer.model lay beside that tokenizer.json
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # the same codes as in SentencePiece
 SPACE = "\u2581"  # SentencePiece's symbol for a space
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")

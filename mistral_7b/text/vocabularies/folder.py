@@ -39,7 +39,7 @@ def open_folder(folder: pathlib.Path) -> Vocabulary:
         return FastVocabulary(fast, files, files.stop_ids)
     return SentencePieceVocabulary(
         pieces, files.added, files.stop_ids, legacy=files.config.get("legacy") is not False,
-        adds_bos=files.config.get("add_bos_token") is not False,
+        adds_bos=files.config.get("add_bos_token") is not False, named=files.named,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 import sentencepiece
@@ -31,15 +31,16 @@ NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: normalizer_spec (field 3
 class SentencePieceVocabulary(Vocabulary):
     """The pieces of a SentencePiece file and added tokens, which extend or rename them.
 
-    `ends` are ids that end a turn: added tokens among them are control tokens. Raises TokenizerError for a file
-    that is missing or not a SentencePiece model.
+    `ends` are ids that end a turn: added tokens among them are control tokens. `named` may name control tokens as
+    "bos_token" and "eos_token" in place of the file's. Raises TokenizerError for a file that is missing or not a
+    SentencePiece model.
     """
 
     kind = "SentencePiece"
 
     def __init__(
         self, path: pathlib.Path, added: Iterable[AddedToken] = (), ends: frozenset[int] = frozenset(),
-        legacy: bool = True, adds_bos: bool = True,
+        legacy: bool = True, adds_bos: bool = True, named: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.path, self.legacy, self.adds_bos, self.drops_first_space = path, legacy, adds_bos, True
         self.pieces = open_pieces(path)
@@ -62,6 +63,9 @@ class SentencePieceVocabulary(Vocabulary):
         textless = {t.id for t in self.added if t.is_markup or t.id in ends}
         own = controls if self.unk_id is None else controls | {self.unk_id}
         self.markup = own | textless
+        controls_by_name = {self.names[i]: i for i in self.markup}
+        self.bos_id = controls_by_name.get((named or {}).get("bos_token", ""), self.bos_id)
+        self.eos_id = controls_by_name.get((named or {}).get("eos_token", ""), self.eos_id)
         self._all = [*self.added, *(AddedToken(i, self.names[i]) for i in own - {t.id for t in self.added})]
 
     def _surface(self, token: int, piece: str) -> Surface:

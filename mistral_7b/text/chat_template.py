@@ -65,7 +65,10 @@ class ChatTemplate:
             raise TokenizerError(
                 f"the chat template is invalid{line}: {e}", field="chat_template", place=name
             ) from e
-        self._marks = Marks(source, literals, names, self._controls)
+        try:
+            self._marks = Marks(source, literals, names, self._controls)
+        except TokenizerError as e:
+            raise TokenizerError.of(e, place=name) from e
 
     def __repr__(self) -> str:
         return f"ChatTemplate({self.name!r})"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,6 +23,7 @@ SECONDS = 1.0  # CPU time of the thread
 PROBE_SECONDS = 0.1  # the same, for a conversation of our own that tries a template
 VALUE = 2_000_000  # size of one value, beyond what the conversation itself is
 ITEMS = 200_000  # items of what a filter iterates over
+KEYS = 2000  # of a dictionary, besides texts: numbers can be chosen so that all their hashes are equal
 BYTES = 256 << 20  # all values made, alive or not
 DEPTH = 50  # nested calls of macros, recursive loops and blocks
 BITS = 8192  # of a whole number
@@ -184,7 +185,7 @@ def add(left: Any, right: Any) -> None:
 def formatted(text: str, values: Any) -> None:
     """Check a text with fields, `%5d` or `{:5}`, and what fills them."""
     widths = [int(n) for n in re.findall(r"\d{1,9}", text)]
-    if re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", text) or max(widths, default=0) > WIDTH:
+    if re.search(r"%[^a-zA-Z%]*\*|\{[^{}:]*:[^{}]*\{", text) or max(widths, default=0) > WIDTH:
         raise LimitError("it formats a value with a computed or very large width")
     fields = text.count("%") + text.count("{")
     current().allow(len(text) + fields * (10 * current().size(values) + max(widths, default=0)))
@@ -194,6 +195,12 @@ def modulo(left: Any, right: Any) -> None:
     """Check `%`, which formats when its left side is a text."""
     if isinstance(left, str):
         formatted(left, right if isinstance(right, (tuple, dict)) else (right,))
+
+
+def check_keys(keys: Iterable[Any]) -> None:
+    """Check what becomes the keys of a dictionary or set."""
+    if sum(not isinstance(key, str) for key in keys) > KEYS:
+        raise LimitError(f"it makes a dictionary with more than {KEYS:,} keys that are no texts")
 
 
 BINARY: dict[str, Callable[[Any, Any], None]] = {"*": multiply, "**": power, "+": add, "%": modulo}

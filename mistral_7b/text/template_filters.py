@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jinja2 import Environment
+
 from . import template_budget as budget
 from .template_budget import ITEMS, LimitError, current
 
@@ -56,11 +58,28 @@ def items(value: Any, *args: Any, **kwargs: Any) -> Any:
     """Check what is iterated over; a generator becomes a list."""
     if not hasattr(value, "__len__") and hasattr(value, "__next__"):
         value = list(itertools.islice(value, ITEMS + 1))
+        current().size(value)
     count = len(value) if hasattr(value, "__len__") else 0
     if count > ITEMS:
         raise LimitError(f"it iterates over more than {ITEMS:,} items at once")
     current().spend(64 * count)
     return value
+
+
+def _unique(value: Any, case_sensitive: Any = False, attribute: Any = None) -> Any:
+    values = items(value)
+    if attribute is None:
+        values = values if hasattr(values, "__len__") else list(values)
+        budget.check_keys(values)
+    elif len(values) > budget.KEYS:
+        raise LimitError(f"it compares attributes of more than {budget.KEYS:,} items")
+    return values
+
+
+def _grouped(value: Any, attribute: Any, default: Any = None, case_sensitive: Any = False) -> Any:
+    values = items(value)
+    current().allow(current().size(default) * len(values))
+    return values
 
 
 def _batched(value: Any, linecount: Any, fill_with: Any = None) -> Any:
@@ -131,12 +150,26 @@ FILTERS: Mapping[str, Check] = {
         _any,
     ),
     **dict.fromkeys(
-        ["dictsort", "groupby", "items", "list", "map", "max", "min", "reject", "rejectattr", "select",
-         "selectattr", "sort", "unique"], items
+        ["dictsort", "items", "list", "map", "max", "min", "reject", "rejectattr", "select",
+         "selectattr", "sort"], items
     ),
+    "unique": _unique, "groupby": _grouped,
     "batch": _batched, "slice": _sliced, "sum": _added, "join": _joined, "indent": _indented, "round": _rounded,
     "center": _centered, "replace": _replaced, "trim": _trimmed, "format": _formatted, "title": _titled,
 }  # fmt: skip
+
+
+class _Counting:
+    """An environment that counts the attributes which a filter reads, and of which it may keep a changed copy."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._environment, name)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return current().measured(self._environment.getitem(obj, argument))
 
 
 def _filter(function: Callable[..., Any], check: Check) -> Callable[..., Any]:
@@ -146,7 +179,8 @@ def _filter(function: Callable[..., Any], check: Check) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         value = check(*args[first:], **kwargs)
-        return current().measured(function(*args[:first], value, *args[first + 1 :], **kwargs))
+        environment = [_Counting(arg) if isinstance(arg, Environment) else arg for arg in args[:first]]
+        return current().measured(function(*environment, value, *args[first + 1 :], **kwargs))
 
     return run
 

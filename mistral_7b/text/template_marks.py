@@ -27,6 +27,8 @@ from ..errors import TokenizerError
 
 NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of them marks, one ends a message
 CASES = re.compile("lower|upper|title|capitalize|swapcase|casefold")
+LONGEST = 100  # characters of a control token, and of a string of the template that is searched in messages
+MOST = 500  # such strings
 ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function", "ipython"))
 
 
@@ -41,7 +43,8 @@ class Read(NamedTuple):
 class Marks:
     """Marks for one template and one vocabulary.
 
-    `literals` are the strings in the template's expressions, `names` the attributes that it reads.
+    `literals` are the strings in the template's expressions, `names` the attributes that it reads. Raises
+    TokenizerError for control tokens of absurd length.
     """
 
     def __init__(
@@ -50,10 +53,16 @@ class Marks:
         self._source = source
         self._known = {s for s in (*literals, *names) if s.isidentifier()}
         self._controls = sorted({c for c in controls if c.strip()}, key=lambda c: (-len(c), c))
+        if self._controls and len(self._controls[0]) > LONGEST:
+            raise TokenizerError(
+                f"has a control token of {len(self._controls[0]):,} characters, and at most {LONGEST} are read",
+                field="added_tokens",
+            )
         spelled = _alternatives(self._controls)
         self._spelled = re.compile(spelled, re.IGNORECASE if CASES.search(source) else 0)
         self._exact = re.compile(f"(?=({spelled}))")
-        removable = sorted((s for s in literals if s and not any(s in c for c in self._controls)), key=len)
+        short = (s for s in literals if 0 < len(s) <= LONGEST and not any(s in c for c in self._controls))
+        removable = sorted(short, key=lambda s: (len(s), s))[:MOST]
         self._removed = re.compile(f"({'|'.join(map(re.escape, reversed(removable))) or '(?!)'})")
         self._longest = max(map(len, self._controls), default=0)
         self._heads = {c[:i] for c in self._controls for i in range(1, len(c))}

@@ -27,7 +27,7 @@ from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace, pass_context
+from jinja2.utils import Cycler, Namespace, pass_context
 
 from . import template_budget as budget
 from .template_budget import LimitError, current
@@ -124,7 +124,7 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # as in Jinja, so that an attribute may be named self
         self, args = args[0], args[1:]
-        given = dict(*args, **kwargs)
+        given = _DICT(*args, **kwargs)
         for name in given:
             _check_name(name)
         Namespace.__init__(self, given)
@@ -146,10 +146,27 @@ class _Dict:
     """dict() and dict.fromkeys()."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        if args and not isinstance(args[0], Mapping):
+            pairs = [tuple(pair) for pair in items(args[0])]
+            budget.check_keys(pair[0] for pair in pairs if pair)
+            args = (pairs, *args[1:])
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
-        return dict.fromkeys(items(keys), value)
+        keys = list(items(keys))
+        budget.check_keys(keys)
+        return dict.fromkeys(keys, value)
+
+
+_DICT = _Dict()
+
+
+class _Cycler(Cycler):
+    """Jinja's cycler. Its items are counted: tuples could nest so deep that hashing one overflows the stack."""
+
+    def __init__(self, *items: Any) -> None:
+        current().measured(items)
+        super().__init__(*items)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -169,12 +186,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.tests = offered_tests(self.tests)  # type: ignore[assignment]  # Jinja's type leaves built-ins out
         del self.globals["lipsum"]
         self.globals |= {
-            "raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace,
+            "raise_exception": _raise, "strftime_now": _now, "dict": _DICT, "namespace": _Namespace,
+            "cycler": _Cycler,
         }  # fmt: skip
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget.BINARY[operator](left, right)
         return current().measured(super().call_binop(context, operator, left, right))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            current().size(argument)  # the time to hash it
+        return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         # The odd names leave all others to the arguments of macros, as in Jinja.

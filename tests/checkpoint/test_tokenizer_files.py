@@ -249,6 +249,12 @@ def edited(folder: pathlib.Path, **parts: Any) -> None:
         ("fast", {"pre_tokenizer": {"type": "Whitespace"}}, "normalizer"),
         ("fast", {"model": {"byte_fallback": False}}, "model.byte_fallback"),
         ("fast", {"added_tokens": [{"id": "x"}]}, None),
+        ("smollm", {"model": {"vocab": {"a": 1.5}}}, "model"),
+        ("smollm", {"model": {"vocab": {"a": 10**12}}}, "model.vocab"),
+        ("smollm", {"model": {"merges": [["a", 3]]}}, None),
+        ("fast", {"model": {"merges": [["a", 3]]}}, None),
+        ("fast", {"post_processor": {"processors": [3]}}, None),
+        ("fast", {"post_processor": {"type": "TemplateProcessing", "single": 3}}, None),
     ],
 )
 def test_a_tokenizer_that_gguf_cannot_hold_is_refused(

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from serving import HELLO, TOOL, Serving
 
-from mistral_7b.errors import GenerationError, Mistral7BError, PromptTooLongError
+from mistral_7b.errors import GenerationError, Mistral7BError, PromptTooLongError, TokenizerError
+from mistral_7b.server.http.errors import refusal
 
 REWORDED = "tout autre chose: temperature, messages[7]: tools"
 CHAT, TEXT, ANTHROPIC = "/v1/chat/completions", "/v1/completions", "/v1/messages"
@@ -140,3 +141,9 @@ def test_what_the_engine_refuses_keeps_its_code(
         answered, out = server.post(path, chat(model="tiny"))
         assert answered == status
         assert out["error"] == {"message": REWORDED, "type": BAD, "param": "messages", "code": code}
+
+
+def test_paths_of_the_model_are_not_sent() -> None:
+    answer = refusal(TokenizerError("refused", field="tools", place="/secret/tokenizer_config.json"))
+    assert (answer.status, answer.field) == (400, "tools")
+    assert "secret" not in str(answer.body(CHAT))

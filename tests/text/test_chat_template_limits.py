@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import re
 import time
 import tracemalloc
@@ -76,7 +77,26 @@ TOO_MUCH = [
     "{% block a %}{{ self.a() }}{% endblock %}",
     "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
     "{% for i in range(10**9) %}{% endfor %}",
+    # Numbers of equal hashes: each key is compared with all before it.
+    *(
+        "{% set n = 2305843009213693951 %}{% set r = range(0, 99999*n, n) %}" + use
+        for use in (
+            "{{ dict.fromkeys(r)|length }}", "{{ r|unique|list|length }}", "{{ dict(r|batch(2))|length }}",
+            "{{ namespace(r|batch(2)) }}", "{{ r|batch(1)|unique(attribute=0)|list|length }}",
+        )
+    ),
+    # One long text, which a filter reads, changes and keeps for every item.
+    LONG + "{{ range(300)|map(attribute='x', default=s)|sort|length }}",
+    LONG + "{{ range(300)|groupby('x', default=s)|length }}",
+    LONG + "{% set ns = namespace(x=s) %}{{ ([ns]*300)|sort(attribute='x')|length }}",
+    LONG + "{% set ns = namespace(x=s) %}{{ ([ns]*300)|max(attribute='x') }}",
 ]  # fmt: skip
+
+# Tuples that nest. When they are ten times as deep, hashing them overflows the stack and ends the process.
+DEEP = (
+    "{% set ns = namespace(x=0) %}{% for i in range(500) %}{% set ns.x = " + "cycler(" * 20 + "ns.x"
+    + ").items" * 20 + " %}{% endfor %}{{ {ns.x: 1}|length }}"
+)  # fmt: skip
 
 FORBIDDEN = [
     "{{ ''.__class__.__mro__ }}", "{{ ''['__class__'].x }}", "{{ (''|attr('__class__')).x }}",
@@ -124,6 +144,27 @@ def test_a_template_that_makes_much_is_stopped_before_it_does(source):
         tracemalloc.stop()
     assert time.thread_time() - start < 1.8
     assert peak < 300 << 20
+
+
+def test_deep_tuples_cannot_be_made(monkeypatch):
+    monkeypatch.setattr(template_budget, "SECONDS", 0.2)
+    with refused(TokenizerError, field="messages", place="hostile"):
+        render(DEEP)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ('{' ~ ':'*60000) % () }}",
+        "{% set t = (1,)*900000 %}{% set d = {} %}" + "{% set x = d[t] %}" * 1200,
+    ],
+    ids=shown,
+)
+def test_long_operations_are_counted(source):
+    start = time.thread_time()
+    with contextlib.suppress(TokenizerError):
+        render(source)
+    assert time.thread_time() - start < 1.5
 
 
 @pytest.mark.parametrize("source", FORBIDDEN, ids=shown)
@@ -180,3 +221,16 @@ def test_long_conversations_are_rendered(source):
     chat = [{"role": ("user", "assistant")[i % 2], "content": f"text {i} " * 20} for i in range(2000)]
     assert len(render(source, chat)) > 2000 * 150
     assert len(render(source, [{"role": "user", "content": "long " * 600_000}])) > 3_000_000
+
+
+def test_long_strings_in_a_template_are_not_searched_in_messages():
+    literals = "{{ '" + "a" * 20000 + "b' ~ '" + "a" * 20000 + "c' }}" + "{{ messages[0].content }}"
+    start = time.thread_time()
+    assert render(literals, [{"role": "user", "content": "a" * 100_000}]).endswith("a" * 100_000)
+    assert time.thread_time() - start < 1
+
+
+@pytest.mark.parametrize("controls", [["a" * 300_000], ["<" + "a" * i for i in range(1, 1500)]])
+def test_control_tokens_of_absurd_lengths_are_refused(controls):
+    with refused(TokenizerError, field="added_tokens", place="hostile"):
+        ChatTemplate("{{ messages[0].content }}", name="hostile", special={}, controls=controls)

@@ -310,7 +310,8 @@ def test_other_and_inconsistent_models_are_refused(tmp_path: Path, model: dict[s
 
 
 @pytest.mark.parametrize(
-    "decoder", [{"x": {}}, {"1": 3}, {"-1": {"content": "a"}}, {"40000": {"content": ""}}, [1]]
+    "decoder",
+    [{"x": {}}, {"1": 3}, {"-1": {"content": "a"}}, {"40000": {"content": ""}}, [1], {"1" * 20: {"content": "a"}}],
 )
 def test_bad_added_tokens_are_refused(tmp_path: Path, decoder: Any) -> None:
     folder = sentencepiece_folder(tmp_path, added_tokens_decoder=decoder)
@@ -326,3 +327,30 @@ def test_named_ends_precede_those_of_a_sentencepiece_file(tmp_path: Path) -> Non
     for name in ("nowhere", "the"):  # no token, and one that text becomes
         folder = sentencepiece_folder(tmp_path / name, V1, bos_token=name, eos_token=name)
         assert (Tokenizer.from_pretrained(folder).bos_id, Tokenizer.from_pretrained(folder).eos_id) == (1, 2)
+
+
+SEQUENCE = {"Sequence": {"id": "A", "type_id": 0}}
+FRAME = {"type": "TemplateProcessing", "single": [SEQUENCE], "pair": [SEQUENCE], "special_tokens": {}}
+LOST = {"SpecialToken": {"id": "<lost>", "type_id": 0}}
+
+
+def test_a_post_processor_of_lost_tokens_is_refused(tmp_path: Path) -> None:
+    folder = byte_level_folder(tmp_path)
+    file = folder / "tokenizer.json"
+    frame = FRAME | {"single": [LOST, SEQUENCE]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": frame}))
+    with refused(TokenizerError, place=file):  # where the tokenizers package panics
+        Tokenizer.from_pretrained(folder)
+
+
+def test_an_id_that_would_need_a_list_of_many_gigabytes_is_refused(tmp_path: Path) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 4_000_000_000}, "merges": []}
+    write(tmp_path, tokenizer={"version": "1.0", "added_tokens": [], "model": model}, config=MISTRAL)
+    with refused(TokenizerError, place=tmp_path / "tokenizer.json"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_special_tokens_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    folder = write(byte_level_folder(tmp_path), special_tokens_map={"additional_special_tokens": 3})
+    with refused(TokenizerError, field="additional_special_tokens", place=folder):
+        Tokenizer.from_pretrained(folder)

@@ -11,6 +11,7 @@ What GGUF has no keys for is kept as text (tokenizer.KEPT), so that converting b
 from __future__ import annotations
 
 import json
+import operator
 import pathlib
 import warnings
 from collections.abc import Iterable, Mapping
@@ -62,6 +63,15 @@ def of_folder(folder: pathlib.Path, vocab_size: int) -> dict[str, Any] | None:
 
     Raises TokenizerError for files that are damaged, or that GGUF has no form for.
     """
+    try:
+        return _of_folder(folder, vocab_size)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as e:  # JSON of other types than usual
+        raise TokenizerError(
+            f"its tokenizer files are damaged ({e!r:.200})", place=folder, hint="fetch them again"
+        ) from e
+
+
+def _of_folder(folder: pathlib.Path, vocab_size: int) -> dict[str, Any] | None:
     model, whole = hub.sentencepiece_file(folder), folder / "tokenizer.json"
     data = read_object(whole)
     config = read_object(folder / "tokenizer_config.json")
@@ -111,7 +121,7 @@ def _of_json(
     """Return the tokenizer keys of a tokenizer.json."""
     try:
         model = data["model"]
-        tokens = {i: token for token, i in model["vocab"].items()}
+        tokens = {operator.index(i): token for token, i in model["vocab"].items()}
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
         if model.get("type", "BPE") != "BPE" or not all(len(pair) == 2 for pair in merges):
             raise ValueError(f"a {model.get('type')} model")
@@ -119,6 +129,12 @@ def _of_json(
         raise TokenizerError(
             f"holds no BPE vocabulary with merges ({e}): GGUF has no form for it here", field="model", place=path
         ) from e
+    if not -1 < min(tokens, default=0) <= max(tokens, default=0) < vocab_size:
+        raise TokenizerError(
+            f"has the id {max(tokens)}, but the model has {vocab_size} tokens: it belongs to another model",
+            field="model.vocab",
+            place=path,
+        )
     rows = [tokens.get(i, f"[PAD{i}]") for i in range(max(tokens, default=-1) + 1)]
     used = [NORMAL if i in tokens else UNUSED for i in range(len(rows))]
     if _mentions(data.get("pre_tokenizer"), "ByteLevel"):

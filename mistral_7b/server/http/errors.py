@@ -132,7 +132,7 @@ def refusal(error: Exception) -> HttpError:
     if isinstance(error, AdapterError):
         return HttpError.of(error, status=404, field="model", code="model_not_found")
     if isinstance(error, (SamplingError, TokenizerError, GenerationError)):  # GrammarError is a SamplingError
-        return HttpError.of(error, status=400)
+        return HttpError.of(error, status=400, place=None)  # the model's files are no client's business
     if isinstance(error, EngineError):
         return HttpError(500, "the engine failed on this request; see the server's log")
     return HttpError(500, "internal server error; see the server's log")

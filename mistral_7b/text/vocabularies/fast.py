@@ -15,13 +15,15 @@ import json
 import pathlib
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.json_files import read_object
 from ...errors import TokenizerError
 from .contract import NOTHING, SPACE, Spans, Surface, Vocabulary, matches, not_utf8, touches
-from .files import NAMED, AddedToken, TokenizerSettings, damaged
+from .files import MAX_ID, NAMED, AddedToken, TokenizerSettings, damaged
 
 if TYPE_CHECKING:
     import tokenizers
@@ -47,7 +49,9 @@ class FastVocabulary(Vocabulary):
             for i, t in full.get_added_tokens_decoder().items()
         }
         vocabulary = full.get_vocab(with_added_tokens=True)
-        self.names = [""] * (max(vocabulary.values(), default=-1) + 1)
+        if (last := max(vocabulary.values(), default=-1)) > MAX_ID:
+            raise damaged(path, f"has a token with the id {last}")
+        self.names = [""] * (last + 1)
         for name, i in vocabulary.items():
             self.names[i] = name
         for i, token in added.items():
@@ -67,7 +71,8 @@ class FastVocabulary(Vocabulary):
             None if i in textless or not name else self._surface(name, i in added)
             for i, name in enumerate(self.names)
         ]
-        framed = full.encode("", add_special_tokens=True).ids
+        with _understood(path):
+            framed = full.encode("", add_special_tokens=True).ids
         self.adds_bos = self.bos_id is not None and (
             framed[:1] == [self.bos_id]
             if self._content.get("post_processor")
@@ -157,13 +162,22 @@ def _build(path: pathlib.Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
     """Build the tokenizer of a file's content. TokenizerError if it is inconsistent."""
     import tokenizers
 
-    try:
+    with _understood(path):
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as e:  # the package raises Exception itself
-        raise damaged(path, f"is damaged: {e}") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+@contextmanager
+def _understood(path: pathlib.Path) -> Iterator[None]:
+    """Raise TokenizerError for what the package says of a file: Exception itself, or a panic, which is none."""
+    try:
+        yield
+    except BaseException as e:
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise damaged(path, f"is damaged: {e}") from e
+        raise
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:

@@ -21,6 +21,7 @@ from ...checkpoint.json_files import read_object
 from ...errors import CheckpointError, TokenizerError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_ID = (1 << 24) - 1  # of a token: far more than any model has, and few enough for a list of all
 MORE = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -89,6 +90,8 @@ class TokenizerSettings:
         for file in (self.config, read_object(self.folder / "special_tokens_map.json")):
             for key in MORE:
                 tokens = file.get(key) or ()
+                if not isinstance(tokens, (list, tuple, dict)):
+                    raise TokenizerError(f"{key} must be a list of tokens", field=key, place=self.folder)
                 names.update(map(_content, tokens.values() if isinstance(tokens, dict) else tokens))
         return frozenset(names - {""})
 
@@ -108,7 +111,7 @@ class TokenizerSettings:
                 ]
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise TokenizerError(f"its added tokens cannot be read ({e!r})", place=place) from e
-        if wrong := [t for t in tokens if t.id < 0 or not t.content]:
+        if wrong := [t for t in tokens if not 0 <= t.id <= MAX_ID or not t.content]:
             raise TokenizerError(f"added token {wrong[0].content!r} has the id {wrong[0].id}", place=place)
         return sorted(tokens, key=lambda token: token.id)
 

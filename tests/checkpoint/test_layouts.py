@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -70,6 +71,7 @@ def it(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory,
     return Opened(layout, places, path, model, rest, Tokenizer.from_pretrained(tokens))
 
 
+@functools.lru_cache(maxsize=1)  # for the tests of one layout
 def auto(folder: pathlib.Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 

@@ -128,7 +128,7 @@ def _check_kind(path: pathlib.Path, data: dict[str, Any]) -> bool:
             place=path,
             hint=INSTEAD,
         )
-    if kind is not None and kind not in wanted:
+    if kind is not None and str(kind) not in wanted:
         raise CheckpointError(
             f"'model_type' is {kind!r}; only 'mistral' and 'llama' can be opened",
             field="model_type",

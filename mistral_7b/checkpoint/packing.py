@@ -111,7 +111,7 @@ def _method(config: Any) -> Any:
 
 
 def _gptq(path: pathlib.Path, config: dict[str, Any]) -> Packing:
-    kinds = {config.get(name) or "gptq" for name in ("checkpoint_format", "format")} - {"gptq"} or {"gptq"}
+    kinds = {str(config.get(name) or "gptq") for name in ("checkpoint_format", "format")} - {"gptq"} or {"gptq"}
     kind = next(iter(kinds))
     if config.get("is_marlin_format"):
         kind = "marlin"

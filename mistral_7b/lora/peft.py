@@ -64,7 +64,7 @@ def read_config(path: pathlib.Path) -> PeftConfig:
             f"'peft_type' is {kind!r}; only 'LORA' can be opened",
             field="peft_type",
             place=path,
-            hint="it cannot be merged into a model: use it in PEFT itself" if kind in UNMERGEABLE else MERGE,
+            hint="it cannot be merged into a model: use it in PEFT itself" if str(kind) in UNMERGEABLE else MERGE,
         )
     for field, value in data.items():
         if field in READ or field in IRRELEVANT or value in NOTHING or value in PLAIN.get(field, ()):

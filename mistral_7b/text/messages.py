@@ -74,6 +74,10 @@ def _plain(message: Mapping[str, Any], last: bool) -> dict[str, Any]:
         copy["content"] = "\n".join(chunk.text for chunk in content)
     if copy["role"] == "developer":
         copy["role"] = "system"
+    if content is None and copy["role"] in ("system", "user"):
+        raise TokenizerError(f"a message with role {copy['role']!r} needs content", field="content")
+    if content is None and copy["role"] == "assistant" and not copy.get("tool_calls"):
+        copy["content"] = ""  # an empty answer
     if not copy.get("prefix"):
         copy.pop("prefix", None)
     elif not last:

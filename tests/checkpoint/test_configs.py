@@ -110,6 +110,7 @@ REFUSED = {
     "Llama's architecture alone": ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
     "a classifier": ({"architectures": ["MistralForSequenceClassification"]}, "architectures"),
     "another model": ({"model_type": "mixtral"}, "model_type"),
+    "a list of models": ({"model_type": ["mistral"]}, "model_type"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
     "RoPE as text": ({"rope_parameters": "default"}, "rope_parameters"),
     "RoPE a layer": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),

@@ -104,6 +104,7 @@ def test_zero_points_of_int8_are_subtracted(tmp_path: pathlib.Path) -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "marlin": {**GPTQ, "checkpoint_format": "marlin"},
+    "a list": {**GPTQ, "checkpoint_format": ["gptq"]},
     "3 bits": {**GPTQ, "bits": 3},
     "bits of single layers": {**GPTQ, "dynamic": {"-:.*down.*": {}}},
     "group size": {**GPTQ, "group_size": "128"},

@@ -167,6 +167,7 @@ def test_a_pickle_opens_as_tensors_alone(saved: dict[str, Any], tmp_path: pathli
         ("lora_bias", 3), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
         ("use_qalora", True), ("trainable_token_indices", [3]), ("target_parameters", ["w"]),
         ("alora_invocation_tokens", [1]), ("something_of_tomorrow", "yes"), ("peft_type", "IA3"),
+        ("peft_type", ["LORA"]),
         ("r", None), ("r", "8"), ("lora_alpha", -1), ("lora_alpha", True), ("rank_pattern", ["q_proj"]),
         ("rank_pattern", {"q_proj": "many"}), ("alpha_pattern", {"((a)+)+": 1}), ("alpha_pattern", {"(": 1}),
         ("rank_pattern", {"a*b*c*d*e*": 1}),

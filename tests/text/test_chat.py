@@ -155,3 +155,13 @@ def test_more_tokens_may_end_a_text(chat: Tokenizer) -> None:
     assert isinstance(ends.chat, TemplateChat)
     with refused(TokenizerError, field="stop_token"):
         chat.stopping_at(["no such token"])
+
+
+def test_a_message_without_content_is_named_and_an_empty_answer_is_a_text(tmp_path: Path) -> None:
+    chat = Tokenizer.from_template(open_folder(byte_level_folder(tmp_path)), ChatML())
+    for message in ({"role": "user", "content": None}, {"role": "system"}):
+        with refused(TokenizerError, field="messages[1].content"):
+            chat.encode_chat([{"role": "user", "content": "Hi"}, message])
+    empty = [{"role": "assistant", "content": text} for text in ("", None)]
+    first, second = (chat.encode_chat([HELLO[1], answer, HELLO[1]]) for answer in empty)
+    assert first == second

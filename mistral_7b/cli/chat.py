@@ -29,6 +29,10 @@ DEMO = (
 )
 
 
+class CutOffError(GenerationError):
+    """An answer reached its token limit."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Chat(TextOptions):
     """Chat with an instruction-tuned model, or answer one message; /help at the prompt lists the commands."""
@@ -81,7 +85,10 @@ def run(argv: list[str], command: str = "chat") -> int:
     answers = Answers(engine_of(model, tokenizer, args, adapter), params)
     repl = Repl(answers, conversation, render, answers.statistics if args.verbose else None)
     if args.message:
-        repl.ask(args.message)
+        try:
+            repl.ask(args.message)
+        except CutOffError as e:
+            notice(str(e))
     elif sys.stdin.isatty():
         with history():
             repl.loop()
@@ -140,7 +147,7 @@ class Answers:
         if finish == "length":
             full = limit == remaining
             hint = "the context is full: /save FILE, then /reset" if full else "--max-tokens sets this limit"
-            raise GenerationError(f"(the answer was cut off after {limit} tokens; {hint})")
+            raise CutOffError(f"(the answer was cut off after {limit} tokens; {hint})")
 
     def statistics(self) -> str:
         """The tokens and times of the last answer, in words."""

@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import torch
 from commits import commit_of
@@ -79,8 +79,6 @@ def memory(path: Path) -> None:
 
 def duel(path: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Return seconds of a token, and of a prompt, of both engines."""
-    import llama_cpp
-
     llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), ctypes.c_void_p(0))
     torch.set_num_threads(threads)
     theirs = llama_cpp.Llama(
@@ -135,7 +133,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "commit": commit_of(Path(__file__).resolve().parents[1]),
         "cpu": machine.cpu_name(), "cores": machine.cores(), "load": os.getloadavg()[0],
-        "torch": torch.__version__, "llama_cpp_python": version("llama-cpp-python"),
+        "torch": torch.__version__, "llama_cpp_python": llama_cpp.__version__,
         "file_gb": options.file.stat().st_size / 1e9,
         **json.loads(subprocess.run(command, check=True, capture_output=True).stdout),
         **duel(options.file, machine.cores(), options.rounds),

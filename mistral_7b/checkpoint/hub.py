@@ -141,6 +141,14 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path | None:
     return None
 
 
+def no_adapter(path: str | os.PathLike[str]) -> CheckpointError:
+    """Return the error for an adapter that is nowhere on this machine."""
+    hint = "name the folder or file of an adapter on this machine"
+    if REPO_ID.fullmatch(os.fspath(path)):
+        hint = f"an adapter on the hub is downloaded first: `hf download {path} --local-dir FOLDER`, then FOLDER"
+    return CheckpointError("no such file or folder", place=path, hint=hint)
+
+
 def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathlib.Path:
     """Download a model; return its folder in the cache, or the path of `file` if given.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import tyro
 
-from ..errors import AdapterError, ConfigError, TokenizerError, first_line
+from ..errors import ConfigError, TokenizerError, first_line
 from ..kernels import threads
 from ..sampling.params import SamplingParams, StructuredOutputs
 from .flags import UsageError as UsageError
@@ -175,7 +175,9 @@ class TextOptions(ModelOptions):
     def check_paths(self, source: str) -> None:
         super().check_paths(source)
         if self.adapter and not pathlib.Path(self.adapter).expanduser().exists():
-            raise AdapterError("no such file or folder", field="--adapter", place=self.adapter)
+            from ..checkpoint import hub
+
+            raise hub.no_adapter(self.adapter)
 
     def constrained(self, params: SamplingParams) -> SamplingParams:
         """Return the parameters with the constraint of the flags. SamplingError for several or an invalid one."""

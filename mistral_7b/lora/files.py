@@ -123,12 +123,7 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        hint = "name the folder or file of an adapter on this machine"
-        if hub.REPO_ID.fullmatch(str(path)):
-            hint = (
-                f"an adapter on the hub is downloaded first: `hf download {path} --local-dir FOLDER`, then FOLDER"
-            )
-        raise CheckpointError("no such file or folder", place=path, hint=hint)
+        raise hub.no_adapter(path)
     found = [path / name for name in FILES if (path / name).is_file()]
     inside = found or [file for file in sorted(path.glob("*.gguf")) if gguf.is_adapter(file)]
     if not inside:

@@ -14,7 +14,7 @@ from mistral_7b.text.template_library import TEMPLATES
 from mistral_7b.text.tokenizer import Tokenizer
 
 MAKERS = {
-    "SentencePiece": (sentencepiece_folder, "tokenizer.model", 4098, 2, {"</s>": 2, "<|im_end|>": 4096}),
+    "SentencePiece": (sentencepiece_folder, "tokenizer.model", 4098, 2, {"<|im_end|>": 4096}),
     "BPE with byte fallback": (byte_fallback_folder, "tokenizer.json", 4098, 2, {"</s>": 2}),
     "byte-level BPE": (byte_level_folder, "tokenizer.json", 700, 0, {"<|im_end|>": 2}),
 }

@@ -152,6 +152,7 @@ def test_parts_of_a_character_are_one_place(page: Any) -> None:
 def test_markdown_is_drawn_with_its_tints(page: Any) -> None:
     ask(page, "markdown")
     text = answer(page).locator(".text")
+    page.wait_for_selector(".assistant[aria-busy=false]")  # the answer is drawn anew until it is complete
     assert text.locator("td").nth(1).evaluate("cell => getComputedStyle(cell).textAlign") == "right"
     assert text.locator("ol").get_attribute("start") == "3"
     assert text.locator("h4").inner_text() == "Sliding windows"  # two below its rank in the answer

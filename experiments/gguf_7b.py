@@ -37,6 +37,7 @@ SCALES = {
 }  # byte of a block -> float16; weights are near 0.02
 HEAD = {"general.architecture": "llama", "general.file_type": 15, "general.quantization_version": 2}
 BLOCKS = 1 << 14  # random blocks that are repeated: the speed does not depend on them
+QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)  # must outlive the engine, which calls it
 CONTEXT, PROMPT, DECODED = 512, 256, 5
 
 
@@ -79,7 +80,7 @@ def memory(path: Path) -> None:
 
 def duel(path: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Return seconds of a token, and of a prompt, of both engines."""
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(QUIET, ctypes.c_void_p(0))
     torch.set_num_threads(threads)
     theirs = llama_cpp.Llama(
         str(path), n_ctx=CONTEXT, n_batch=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mistral_common.exceptions import MistralCommonException
@@ -48,19 +48,31 @@ def plain_messages(
 
     Everything else stays as it was given. Raises TokenizerError naming the invalid message (see `label`).
     """
+    return _each(messages, labels, lambda i, message, last: _plain(message, last))
+
+
+def _each(
+    messages: Sequence[Mapping[str, Any]],
+    labels: Sequence[str] | None,
+    read: Callable[[int, Mapping[str, Any], bool], Any],
+) -> list[Any]:
+    """Return read(index, message, whether it is the last) of each message. Errors name the message."""
     if isinstance(messages, (str, Mapping)) or not messages:
         raise TokenizerError(
             "messages must be a list of at least one {'role': ..., 'content': ...}", field="messages"
         )
-    chat = []
+    out = []
     for i, message in enumerate(messages):
         try:
-            chat.append(_plain(message, last=i + 1 == len(messages)))
+            out.append(read(i, message, i + 1 == len(messages)))
         except TokenizerError as e:
             name = label(labels, i)
             field = f"{name}.{e.field}" if e.field else name
             raise TokenizerError.of(e, message=f"{name}: {e.message}", field=field) from e
-    return chat
+        except (*MISTRAL_COMMON_ERRORS, KeyError, TypeError) as e:
+            name = label(labels, i)
+            raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
+    return out
 
 
 def _plain(message: Mapping[str, Any], last: bool) -> dict[str, Any]:
@@ -113,24 +125,13 @@ class _Converter:
         self.open_calls: list[ToolCall] = []  # calls of the last assistant message without a result
 
     def convert(self, messages: Sequence[Mapping[str, Any]], labels: Sequence[str] | None) -> list[Any]:
-        if isinstance(messages, (str, Mapping)) or not messages:
-            raise TokenizerError(
-                "messages must be a list of at least one {'role': ..., 'content': ...}", field="messages"
-            )
-        chat = []
-        for i, message in enumerate(messages):
-            try:
-                chat.append(self._message(i, message, i + 1 == len(messages)))
-                if message.get("prefix") and i + 1 < len(messages):
-                    raise TokenizerError('only the last message can have "prefix": true', field="prefix")
-            except TokenizerError as e:
-                name = label(labels, i)
-                field = f"{name}.{e.field}" if e.field else name
-                raise TokenizerError.of(e, message=f"{name}: {e.message}", field=field) from e
-            except (*MISTRAL_COMMON_ERRORS, KeyError, TypeError) as e:
-                name = label(labels, i)
-                raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
-        return chat
+        return _each(messages, labels, self._checked)
+
+    def _checked(self, index: int, message: Mapping[str, Any], last: bool) -> Any:
+        converted = self._message(index, message, last)
+        if message.get("prefix") and not last:
+            raise TokenizerError('only the last message can have "prefix": true', field="prefix")
+        return converted
 
     def _message(self, index: int, message: Mapping[str, Any], last: bool) -> Any:
         if not isinstance(message, Mapping) or "role" not in message:

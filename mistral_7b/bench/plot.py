@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MARKERS = {OURS: ("o", "#1a5fb4"), LLAMA: ("s", "#c64600"), TRANSFORMERS: ("^", "#613583")}
 LINES = ("-", "--", ":")  # line styles of the roofs, highest first
 WORDS = {"decode": "decode", "prefill": "prefill", "batch16": "16 rows"}
-INTEGERS = ("int4", "int8", "Q4_0", "Q8_0")
+INTEGERS = ("int4", "q4_k_m", "q6_k", "int8", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")
 # Candidate offsets of a label from its point, in points; the first free one is used.
 PLACES = [(7, 0), (-7, 0), (7, -9), (-7, 9), (7, 9), (-7, -9)] + [
     (side * 14, up) for step in range(2, 9) for up in (-11 * step, 11 * step) for side in (1, -1)

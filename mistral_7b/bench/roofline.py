@@ -46,7 +46,7 @@ class Ceilings:
         The peak is at least that of more precise types, which could do the same work: on a CPU without bf16
         instructions float32 is faster.
         """
-        integers = scheme in ("int4", "int8", "Q4_0", "Q8_0")
+        integers = scheme not in ("bf16", "none", "BF16")
         return max(self.fp32, self.bf16 or 0, (self.int8 or 0) if integers else 0)
 
     def best(self, other: Ceilings) -> Ceilings:
@@ -168,15 +168,16 @@ def int8_peak(side: int, rows: int, seconds: float = SECONDS) -> float | None:
     """
     import torch
 
-    from ..kernels import layout
+    from ..kernels import block_formats
     from ..kernels.backend import QUANTIZED_LINEAR, Backend, uses
-    from ..kernels.linear import int8_linear
+    from ..kernels.linear import block_linear
 
-    scale, x = torch.ones(side), _random(rows, side).to(torch.bfloat16)
+    x = _random(rows, side).to(torch.bfloat16)
     if not uses(Backend.CPU, QUANTIZED_LINEAR, x):
         return None
-    codes = layout.tile_int8(_random(side, side).mul_(40).add_(128).clamp_(1, 255).to(torch.uint8))
-    return 2 * side * side * _most(lambda m: int8_linear(x[:m], codes, scale, side), rows, seconds)
+    q = _random(side, side).mul_(40).add_(128).clamp_(1, 255).to(torch.uint8)
+    codes, d = block_formats.tile("Q8_0", q, None, torch.ones(side, side // 32, 1, dtype=torch.float16))
+    return 2 * side * side * _most(lambda m: block_linear(x[:m], codes, d, side, "Q8_0"), rows, seconds)
 
 
 def _random(rows: int, columns: int) -> Tensor:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 # Bits per weight including scales, for planning. Records count our bytes from the tensors.
-BITS = {"none": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.25, "Q8_0": 8.5, "Q4_0": 4.5, "BF16": 16.0}
+BITS = {
+    "none": 16.0,
+    "bf16": 16.0,
+    "int8": 8.5,
+    "q6_k": 6.5625,
+    "q4_k_m": 4.85,
+    "int4": 4.5,
+    "Q8_0": 8.5,
+    "Q4_0": 4.5,
+    "BF16": 16.0,
+}
 
 
 def layer_weights(args: dict[str, Any]) -> int:

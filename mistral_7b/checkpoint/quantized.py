@@ -1,6 +1,6 @@
 """Quantized checkpoints: memory-mapped tensors of the modules in quantization/linear.py.
 
-    quantized.safetensors   layers.0.attention.wq.codes, .groups, .scale, ..., tok_embeddings.codes, norm.weight
+    quantized.safetensors   layers.0.attention.wq.codes, .d, ..., tok_embeddings.codes, .scale, norm.weight
     config.json             Hugging Face's fields; `quantization_config` holds the scheme and the measured loss
 
 Names and row order are Mistral's. The tiles have the layout used in memory, on every machine, so that loading is
@@ -22,12 +22,12 @@ import torch
 from ..errors import CheckpointError, QuantizationError
 from ..kernels.cpu import huge_pages
 from ..model import Mistral7B, ModelArgs
-from ..quantization.schemes import Scheme, empty_model
+from ..quantization.schemes import KINDS, Scheme, empty_model
 from . import config
 from .packing import QUANT_METHOD
 from .stored import StoredTensor
 
-FORMAT, WEIGHTS = 1, "quantized.safetensors"
+FORMAT, WEIGHTS = 2, "quantized.safetensors"
 DISTANCE_FIELDS = (
     "kl",
     "top1_agreement",
@@ -68,13 +68,10 @@ class Record:
 
     def config(self) -> dict[str, Any]:
         """Return the content of `quantization_config`."""
-        grouped = self.scheme.name == "int4"
         return {
             "quant_method": QUANT_METHOD,
             "format": FORMAT,
             "scheme": self.scheme.name,
-            "group_size": self.scheme.group_size if grouped else None,
-            "symmetric": self.scheme.symmetric or not grouped,
             "calibration": None if self.calibration is None else dict(self.calibration),
             "distance": dict(self.distance),
             "bytes": self.nbytes,
@@ -90,17 +87,15 @@ def read_record(path: str | os.PathLike[str]) -> Record | None:
     stored_config = config.read_json(path).get("quantization_config")
     if not isinstance(stored_config, dict) or stored_config.get("quant_method") != QUANT_METHOD:
         return None
-    if stored_config.get("format") != FORMAT:
+    found = stored_config.get("format")
+    if found != FORMAT:
         raise CheckpointError(
-            f"quantized in format {stored_config.get('format')!r}, but this release reads format {FORMAT}",
+            f"quantized in format {found!r}, but this release reads format {FORMAT}",
             field="quantization_config.format",
             place=path,
-            hint="install a newer release",
+            hint=_remake(stored_config) if found == 1 else "install a newer release",
         )
-    kinds = {"scheme": str, "symmetric": bool, "distance": dict, "bytes": int}
-    if stored_config.get("scheme") == "int4":
-        kinds["group_size"] = int
-    for field, kind in kinds.items():
+    for field, kind in {"scheme": str, "distance": dict, "bytes": int}.items():
         if not isinstance(stored_config.get(field), kind):
             raise CheckpointError(
                 f"'quantization_config.{field}' is {stored_config.get(field)!r}, not of type {kind.__name__}",
@@ -108,21 +103,22 @@ def read_record(path: str | os.PathLike[str]) -> Record | None:
                 place=path,
             )
     name, calibration = stored_config["scheme"], stored_config.get("calibration")
-    if name not in ("int8", "int4") or not isinstance(calibration, dict | None):
+    if name not in KINDS or not isinstance(calibration, dict | None):
         raise CheckpointError(
             "'quantization_config' has an invalid scheme or calibration",
             field="quantization_config",
             place=path,
         )
     try:
-        scheme = (
-            Scheme(name, stored_config["group_size"], stored_config["symmetric"])
-            if name == "int4"
-            else Scheme(name)
-        )
-        return Record(scheme, stored_config["distance"], stored_config["bytes"], calibration)
+        return Record(Scheme(name), stored_config["distance"], stored_config["bytes"], calibration)
     except QuantizationError as e:
         raise CheckpointError.of(e, place=path) from e
+
+
+def _remake(stored_config: dict[str, Any]) -> str:
+    """The command that remakes a folder of format 1."""
+    scheme = "int8" if stored_config.get("scheme") == "int8" else "int4"
+    return f"quantize the original again: mistral-7b quantize ORIGINAL OUT --scheme {scheme}"
 
 
 def check_scheme(path: pathlib.Path, record: Record, requested: str | Scheme | None) -> None:

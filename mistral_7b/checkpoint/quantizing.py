@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ..cache import Stateless
 from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
-from ..quantization.calibration import calibrate_block, calibrate_output
+from ..quantization.calibration import calibrate_block
 from ..quantization.distance import Comparison
 from ..quantization.fused import fused
 from ..quantization.linear import Int8Embedding
-from ..quantization.schemes import Scheme, empty_model, scheme_of
+from ..quantization.schemes import KINDS, Scheme, empty_model, scheme_of
 from ..surgery import replace_linears
 from . import hub, huggingface
 from .names import EMBEDDING, OUTPUT
@@ -46,14 +46,14 @@ def save_quantized(
     calibration: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model of int8 or int4 modules to a new folder.
+    """Write a quantized model to a new folder.
 
     Raises QuantizationError for other models, or without a measured distance.
     """
     scheme = scheme_of(model)
     if scheme is None:
         raise QuantizationError(
-            "not all modules of the model are int8 or int4",
+            f"not all modules of the model are quantized by one of {', '.join(KINDS)}",
             field="format",
             hint="quantize it, or save it unquantized",
         )
@@ -95,7 +95,7 @@ def quantize(
     scheme = Scheme.of(scheme)
     if not scheme.whole:
         raise QuantizationError(
-            f"only int8 and int4 can be saved; {scheme} is applied during loading, with quantization='{scheme}'",
+            f"only {', '.join(KINDS)} can be saved; {scheme} is applied during loading: quantization='{scheme}'",
             field="scheme",
         )
     checkpoint = open_checkpoint(hub.resolve(source))
@@ -118,7 +118,7 @@ def quantize(
         calibration = None
         if calibration_rows is not None:
             count = sum(map(len, calibration_rows))
-            calibration = {"method": "rescaling, feedback", "tokens": count, "text": calibration_text}
+            calibration = {"method": "feedback", "tokens": count, "text": calibration_text}
         record = Record(scheme, comparison.result(text), size, calibration)
         _write_other_files(folder, checkpoint.args, dtype, record, checkpoint.folder)
     return record
@@ -172,9 +172,9 @@ class _Stream:
         block.load_state_dict({k: self.checkpoint.read(f"{name}.{k}", self.dtype) for k in keys}, assign=True)
         x = block(x, rope, memory)
         if self.calibration is None:
-            replace_linears(block, self._round_linear)
-        else:  # calibration also changes the norms
-            self.calibration = calibrate_block(block, self.calibration, self.checkpoint.args, self.scheme)
+            replace_linears(block, lambda linear, inner: self._round_linear(linear, f"{name}.{inner}"))
+        else:
+            self.calibration = calibrate_block(block, self.calibration, self.checkpoint.args, self.scheme, layer)
         block = fused(block)
         self._write_module(name, block)
         for key in keys:
@@ -183,25 +183,21 @@ class _Stream:
 
     def _round_linear(self, linear: nn.Module, name: str) -> nn.Module:
         assert isinstance(linear, nn.Linear)
-        return self.scheme.linear(linear.weight, name)
+        return self.scheme.linear(linear.weight, name, self.checkpoint.args.n_layers)
 
     def _head(self, x: Tensor, y: Tensor) -> Comparison:
         """Quantize the output layer and compare the logits of both models."""
         held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # tied embeddings
         weights = [self.checkpoint.read(name, self.dtype) for name in ("norm.weight", held)]
-        (norm, linear), (scaled, plain) = self._output_modules(*weights), self._output_modules(*weights)
-        if self.calibration is None:
-            rounded = self._round_linear(plain, "output")
-        else:
-            rounded = calibrate_output(scaled, plain, self.calibration, self.scheme)
-        scaled = fused(scaled)
-        self._write_module("norm", scaled)
+        norm, linear = self._output_modules(*weights)
+        rounded, fused_norm = self._round_linear(linear, "output"), fused(norm)
+        self._write_module("norm", norm)
         self._write_module("output", rounded)
         comparison = Comparison()
         last = x.shape[1] - 1  # the last token of a row has no target
         places = (t[:, :last].flatten(0, 1).split(ROWS) for t in (x, y, self.tokens[:, 1:, None]))
         for a, b, targets in zip(*places, strict=True):
-            comparison.add(linear(norm(a)), rounded(scaled(b)), targets[:, 0])
+            comparison.add(linear(norm(a)), rounded(fused_norm(b)), targets[:, 0])
         self.checkpoint.tensors[held].release()
         return comparison
 

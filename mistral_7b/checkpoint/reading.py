@@ -131,7 +131,7 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
 
     def build(linear: nn.Module, name: str) -> nn.Module:
         held = f"{name}.weight" if f"{name}.weight" in checkpoint.tensors else EMBEDDING  # a tied output
-        out = scheme.linear(checkpoint.read(held), name, device)
+        out = scheme.linear(checkpoint.read(held), name, checkpoint.args.n_layers, device)
         checkpoint.tensors[held].release()
         return out
 

@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 128, "n_heads": 4, "n_kv_heads": 2,
              "vocab_size": 256},
 }  # fmt: skip
-Scheme = Literal["int4", "int8", "bf16", "none"]
+Scheme = Literal["int4", "q4_k_m", "q6_k", "int8", "bf16", "none"]
 What = Literal["decode", "prefill", "batch16", "load"]
 
 

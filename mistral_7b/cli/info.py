@@ -202,9 +202,6 @@ def quantization_rows(quantization: dict[str, Any]) -> dict[str, str]:
     """Return table rows on a checkpoint's quantization, from its `quantization_config`."""
     d, kind = quantization["distance"], quantization["scheme"]
     calibration = quantization["calibration"] or {"none": "rounded to nearest"}
-    if quantization["group_size"]:
-        symmetry = "symmetric" if quantization["symmetric"] else "asymmetric"
-        kind += f", groups of {quantization['group_size']}, {symmetry}"
     return {
         "quantization": kind,
         "calibration": ", ".join(f"{name}: {value}" for name, value in calibration.items()),

@@ -56,7 +56,7 @@ class ModelOptions:
 
     dtype: DType = "bfloat16"
     """Type of weights and computation."""
-    quantization: Literal["int8", "int4", "bf16", "fp8"] | None = None
+    quantization: Literal["int8", "q6_k", "q4_k_m", "int4", "bf16", "fp8"] | None = None
     """Quantize the weights during loading; bf16: unquantized, packed for the CPU's matrix unit;
     fp8: GPUs from Ada on. None: as stored."""
     mmap: bool = True

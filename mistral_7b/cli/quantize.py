@@ -1,4 +1,4 @@
-"""`mistral-7b quantize`: write a checkpoint in int8 or int4 and measure its distance."""
+"""`mistral-7b quantize`: write a quantized checkpoint and measure its distance."""
 
 from __future__ import annotations
 
@@ -36,12 +36,8 @@ class Quantize:
     """A folder, a file, a hub id, "starter" or "demo"."""
     out: Folder
     """The output folder."""
-    scheme: Literal["int8", "int4"] = "int4"
-    """int8: half the size of bfloat16, nearly lossless; int4: a quarter."""
-    group_size: Literal[32, 128] = 128
-    """int4: inputs per group, which share a scale; 32 is more accurate and 5% larger."""
-    symmetric: bool = False
-    """int4: use a fixed zero point in every group. Same size, less accurate."""
+    scheme: Literal["int8", "q6_k", "q4_k_m", "int4"] = "int4"
+    """Bits a weight: int8 8.5, nearly lossless; q6_k 6.6; q4_k_m 4.8; int4 4.5."""
     text: str = ""
     """Text file to measure the distance on; default: this package's source."""
     tokens: int = 4096
@@ -59,10 +55,6 @@ class Quantize:
 
 def run(argv: list[str]) -> int:
     args = read_flags(Quantize, "quantize", argv)
-    if args.scheme == "int8" and (args.group_size != 128 or args.symmetric):
-        raise UsageError(
-            "--group-size and --symmetric belong to int4: int8 has a scale for each output", field="--group-size"
-        )
     for flag, value, least in (
         ("tokens", args.tokens, 2),
         ("calibration-tokens", args.calibration_tokens, 2),
@@ -95,7 +87,7 @@ def run(argv: list[str]) -> int:
         longest = min(ROW, read_args(folder)[0].max_seq_len)
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or folder)
         tokens = rows(tokenizer, text, args.tokens, longest)
-        scheme = Scheme(args.scheme, args.group_size, args.symmetric)
+        scheme = Scheme(args.scheme)
         calibration = None
         if calibration_texts is not None:
             calibration = documents(tokenizer, calibration_texts, args.calibration_tokens, longest)

@@ -1,23 +1,20 @@
-"""y = x W^T with quantized W: the kernels of cpu/ as PyTorch operators, with twins in plain PyTorch.
+"""y = x W^T with W in GGUF's block formats: the kernel of cpu/blocks.h as an operator, and its PyTorch twin.
 
-    int8    w[n, k] = scale[n] * (q[n, k] - 128)
-    int4    w[n, k] = scale[n] * m[n, g] * (q[n, k] - z[n, g])     a compressed int8 weight: |m (q - z)| <= 127
+Activations are quantized to int8 with a scale per block of 32 or 256 inputs. The products with a block are summed
+as integers, which is exact in any order, and the sums of blocks are added as float32 in block order. So the twin
+and all kernels are bit-identical, and the result of a row does not depend on the other rows.
 
-Activations are quantized to int8 per row, and the sum over k is an integer sum, which is exact in any order. So
-the twin and all kernels are bit-identical, and the result of a row does not depend on the other rows.
-
-GGUF's block formats are in block_linear.py.
-
-... any leading dimensions · N outputs · K inputs · G groups
+... any leading dimensions · N outputs · K inputs · B blocks of K · T tiles of 16 outputs · L lines of a tile
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import layout
 from .backend import QUANTIZED_LINEAR, Backend, uses
+from .block_formats import FORMATS, float_scales, integer_weight, padded
 from .cpu import calls, compiler
 from .cpu.arguments import Weights
 
@@ -33,22 +30,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(inverse.isfinite() & absmax.isfinite(), q, 0.0), absmax / 127
 
 
-def int_weight(codes: Tensor, groups: Tensor | None, group_size: int = 0) -> Tensor:
-    """The int8 weights (N, K) of tiles of int8 or int4 codes, including padding."""
-    if groups is None:
-        return (layout.untile_int8(codes).short() - 128).to(torch.int8)
-    q = layout.untile_int4(codes).unflatten(1, (-1, group_size)).short()  # (N, G, group)
-    m, z = (t.short()[..., None] for t in layout.untile_groups(groups))
-    return (m * (q - z)).flatten(1).to(torch.int8)
-
-
-def linear_twin(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The product in plain PyTorch: x (..., K), weight int8 (N, K), scale (N,): (..., N) in x's type."""
-    q, sx = quantize_rows(x)
-    sums = (q.double() @ weight.double().T).float()  # exact: integers far below 2^53
-    return (sums * sx * scale).to(x.dtype)
-
-
 def uses_cpu_kernels(x: Tensor) -> bool:
     """Whether the CPU kernels compute this product. Warns once if they could not be compiled."""
     if uses(Backend.CPU, QUANTIZED_LINEAR, x):
@@ -57,47 +38,48 @@ def uses_cpu_kernels(x: Tensor) -> bool:
     return False
 
 
-def int8_weights(codes: Tensor, scale: Tensor, n: int) -> Weights:
-    """The kernels' descriptor of an int8 weight; it holds pointers to the tensors."""
-    columns = codes.shape[1] * 4
-    return Weights(N=n, Kp=columns, group=columns, codes=codes.data_ptr(), scale=scale.data_ptr(), bits=8)
-
-
-def int4_weights(codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Weights:
-    """The kernels' descriptor of an int4 weight; it holds pointers to the tensors."""
+def block_weights(kind: str, codes: Tensor, d: Tensor, n: int, inputs: int) -> Weights:
+    """The kernels' descriptor of a weight in tiles (block_formats.py); it holds pointers to the tensors."""
     return Weights(
-        N=n, Kp=codes.shape[1] * 8, group=group_size, codes=codes.data_ptr(), groups=groups.data_ptr(),
-        scale=scale.data_ptr(), bits=4,
+        N=n, Kp=padded(inputs), codes=codes.data_ptr(), d=d.data_ptr(), kind=FORMATS[kind].code
     )  # fmt: skip
 
 
-def _int8(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
+def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:
+    """`block_linear` in plain PyTorch, one block at a time."""
+    f, inputs = FORMATS[kind], x.shape[-1]
+    weight, t = integer_weight(kind, codes, inputs)  # (N, B, block), (N, B, G)
+    scale, minimum = float_scales(d)  # (N, B)
+    blocks = F.pad(x, (0, f.blocks(inputs) * f.block - inputs)).unflatten(-1, (-1, f.block))
+    q, sx = quantize_rows(blocks)  # (..., B, block), (..., B, 1)
+    out = torch.zeros(*x.shape[:-1], len(weight))
+    for b in range(weight.shape[1]):
+        xb, sxb = q[..., b, :].double(), sx[..., b, :]
+        sums = (xb @ weight[:, b].double().T).float()  # exact: integers far below 2^53
+        out = out + sums * (scale[:, b] * sxb)
+        if minimum is None:
+            continue
+        groups = xb.unflatten(-1, (-1, f.group)).sum(-1)  # (..., G)
+        if t is None:
+            out = out + groups.float() * (minimum[:, b] * sxb)
+        else:
+            out = out - (groups @ t[:, b].double().T).float() * (minimum[:, b] * sxb)
+    return out[..., :n].to(x.dtype).contiguous()
+
+
+def _block(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:
     if uses_cpu_kernels(x):
-        return calls.linear(int8_weights(codes, scale, n), x)
-    return linear_twin(x, int_weight(codes, None)[:n, : x.shape[-1]], scale[:n])
+        return calls.linear(block_weights(kind, codes, d, n, x.shape[-1]), x)
+    return block_linear_twin(x, codes, d, n, kind)
 
 
-def _int4(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
-    if uses_cpu_kernels(x):
-        return calls.linear(int4_weights(codes, groups, scale, n, group_size), x)
-    return linear_twin(x, int_weight(codes, groups, group_size)[:n, : x.shape[-1]], scale[:n])
-
-
-OPS.define("int8_linear(Tensor x, Tensor codes, Tensor scale, int n) -> Tensor")
-OPS.define("int4_linear(Tensor x, Tensor codes, Tensor groups, Tensor scale, int n, int group_size) -> Tensor")
-OPS.impl("int8_linear", _int8, "CPU")
-OPS.impl("int4_linear", _int4, "CPU")
-torch.library.register_fake("mistral_7b::int8_linear", lambda x, codes, scale, n: x.new_empty((*x.shape[:-1], n)))
+OPS.define("block_linear(Tensor x, Tensor codes, Tensor d, int n, str kind) -> Tensor")
+OPS.impl("block_linear", _block, "CPU")
 torch.library.register_fake(
-    "mistral_7b::int4_linear", lambda x, codes, groups, scale, n, group_size: x.new_empty((*x.shape[:-1], n))
+    "mistral_7b::block_linear", lambda x, codes, d, n, kind: x.new_empty((*x.shape[:-1], n))
 )
 
 
-def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, n: int) -> Tensor:
-    """x (..., K) times int8 codes (N/16, K/4, 16, 4), scale (N,): the first n outputs (..., n), in x's type."""
-    return torch.ops.mistral_7b.int8_linear(x, codes, scale, n)
-
-
-def int4_linear(x: Tensor, codes: Tensor, groups: Tensor, scale: Tensor, n: int, group_size: int) -> Tensor:
-    """x (..., K) times int4 codes (N/16, K/8, 16, 4), groups (N/16, G, 16), scale (N,): (..., n), in x's type."""
-    return torch.ops.mistral_7b.int4_linear(x, codes, groups, scale, n, group_size)
+def block_linear(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:
+    """x (..., K) times tiles of a block format, codes (T, L, 64), d (T, B, 1 or 2, 16): (..., n), in x's type."""
+    return torch.ops.mistral_7b.block_linear(x, codes, d, n, kind)

@@ -1,12 +1,11 @@
-"""Quantization to int8, int4 and fp8, and bfloat16 weights packed for the CPU.
+"""Quantization to GGUF's block formats and fp8, and bfloat16 weights packed for the CPU.
 
-rounding      round-to-nearest quantization of weights
+rounding      rounding of weights to block formats
 linear        the modules that replace Linears
 gpu           those for GPUs
 fused         a quantized model's blocks computed with fused kernels
 schemes       quantization schemes and their application to a model
-calibration   quantization calibrated on activations: rescaling, then rounding with error feedback
-rescaling     scales of channels before rounding (AWQ, SmoothQuant)
+calibration   quantization calibrated on activations, by rounding with error feedback
 feedback      rounding with error feedback (GPTQ)
 distance      the distance of a quantized model from the original
 """

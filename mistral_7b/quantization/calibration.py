@@ -27,11 +27,10 @@ from torch import Tensor, nn
 
 from ..cache import Stateless
 from ..errors import QuantizationError
-from ..model import Mistral7B, ModelArgs, RMSNorm, TransformerBlock, rope_phases
+from ..model import Mistral7B, ModelArgs, TransformerBlock, rope_phases
 from .feedback import Feedback
 from .fused import fuse
-from .linear import Int4Linear, Int8Embedding, Int8Linear
-from .rescaling import multiply, sample, search, set_weight
+from .linear import BlockLinear, Int8Embedding
 from .schemes import Scheme
 
 
@@ -57,10 +56,11 @@ def calibrate(
     inputs = [embedding(t) for t in ids]
     for i, block in enumerate(model.layers):
         assert isinstance(block, TransformerBlock)
-        inputs = calibrate_block(block, inputs, model.args, scheme)
+        inputs = calibrate_block(block, inputs, model.args, scheme, i)
         if progress is not None:
             progress(f"layers.{i}")
-    model.set_submodule("output", calibrate_output(model.norm, model.output, inputs, scheme))
+    assert isinstance(model.output, nn.Linear)
+    model.set_submodule("output", scheme.linear(model.output.weight, "output", model.args.n_layers))
     if progress is not None:
         progress("output")
     fuse(model)
@@ -69,77 +69,28 @@ def calibrate(
 
 @torch.no_grad()
 def calibrate_block(
-    block: TransformerBlock, inputs: list[Tensor], args: ModelArgs, scheme: Scheme
+    block: TransformerBlock, inputs: list[Tensor], args: ModelArgs, scheme: Scheme, layer: int
 ) -> list[Tensor]:
     """Quantize a block's Linears in place; returns the quantized block's outputs, the inputs of the next block.
 
-    `inputs` has a tensor (T, D) per document, from position 0, in the type of the block's weights. The weights of
-    norms change too. Original tensors are not modified, so they may be memory-mapped. Raises QuantizationError as
-    `calibrate` does.
+    `inputs` has a tensor (T, D) per document, from position 0, in the type of the block's weights. Original
+    tensors are not modified, so they may be memory-mapped. Raises QuantizationError as `calibrate` does.
     """
-    rescale_block(block, inputs, args, scheme)
-    return round_block(block, inputs, args, scheme)
-
-
-@torch.no_grad()
-def round_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs, scheme: Scheme) -> list[Tensor]:
-    """The second step of `calibrate_block`: rounding with error feedback."""
     _check_inputs(inputs, scheme)
     a, f = block.attention, block.feed_forward
-    _replace_rounded(a, ("wq", "wk", "wv"), (block.attention_norm(x) for x in inputs), scheme)
+
+    def replace(parent: nn.Module, names: tuple[str, ...], xs: Iterable[Tensor]) -> None:
+        kinds = {name: scheme.kind(f"layers.{layer}.{name}", args.n_layers) for name in names}
+        _replace_rounded(parent, kinds, xs)
+
+    replace(a, ("wq", "wk", "wv"), (block.attention_norm(x) for x in inputs))
     wo_inputs = [_wo_input(block, x, args) for x in inputs]
-    _replace_rounded(a, ("wo",), wo_inputs, scheme)
+    replace(a, ("wo",), wo_inputs)
     after_attention = [x + a.wo(h) for x, h in zip(inputs, wo_inputs, strict=True)]
     del wo_inputs
-    _replace_rounded(f, ("w1", "w3"), (block.ffn_norm(x) for x in after_attention), scheme)
-    _replace_rounded(f, ("w2",), (_w2_input(block, x) for x in after_attention), scheme)
+    replace(f, ("w1", "w3"), (block.ffn_norm(x) for x in after_attention))
+    replace(f, ("w2",), (_w2_input(block, x) for x in after_attention))
     return [x + f(block.ffn_norm(x)) for x in after_attention]
-
-
-@torch.no_grad()
-def calibrate_output(norm: RMSNorm, output: nn.Module, inputs: list[Tensor], scheme: Scheme) -> nn.Module:
-    """The quantized output projection, calibrated on the last block's outputs (T, D) per document.
-
-    The weights of `norm` and `output` may be replaced by rescaled ones. A tied embedding keeps its weight.
-    """
-    assert isinstance(output, nn.Linear)
-    s = search({"output": output}, norm(sample(inputs)), scheme)
-    set_weight(norm, norm.weight / s)
-    set_weight(output, output.weight * s)
-    return scheme.linear(output.weight, "output")
-
-
-@torch.no_grad()
-def rescale_block(block: TransformerBlock, inputs: list[Tensor], args: ModelArgs, scheme: Scheme) -> None:
-    """The first step of `calibrate_block`: rescale norms and weights by powers of two.
-
-    The function of the block does not change.
-    """
-    _check_inputs(inputs, scheme)
-    a, f, width = block.attention, block.feed_forward, args.head_dim
-
-    def tie(size: Tensor) -> Tensor:  # heads that share values must share s: (H K,) to (H K,)
-        grouped = size.view(args.n_kv_heads, -1, width)
-        return grouped.amax(1, keepdim=True).expand_as(grouped).flatten()
-
-    s = search(_linears(a, "wq", "wk", "wv"), block.attention_norm(sample(inputs)), scheme)
-    multiply(_linears(a, "wq", "wk", "wv"), s)
-    set_weight(block.attention_norm, block.attention_norm.weight / s)
-
-    wo_inputs = [_wo_input(block, x, args) for x in inputs]
-    s = search(_linears(a, "wo"), sample(wo_inputs), scheme, tie)
-    after_attention = [x + a.wo(h) for x, h in zip(inputs, wo_inputs, strict=True)]
-    del wo_inputs
-    multiply(_linears(a, "wo"), s)
-    set_weight(a.wv, a.wv.weight / s.view(args.n_kv_heads, -1, width)[:, 0].reshape(-1, 1))
-
-    s = search(_linears(f, "w1", "w3"), block.ffn_norm(sample(after_attention)), scheme)
-    multiply(_linears(f, "w1", "w3"), s)
-    set_weight(block.ffn_norm, block.ffn_norm.weight / s)
-
-    s = search(_linears(f, "w2"), _w2_input(block, sample(after_attention)), scheme)
-    multiply(_linears(f, "w2"), s)
-    set_weight(f.w3, f.w3.weight / s[:, None])
 
 
 def _check_inputs(inputs: list[Tensor], scheme: Scheme) -> None:
@@ -157,21 +108,16 @@ def _check_inputs(inputs: list[Tensor], scheme: Scheme) -> None:
         )
 
 
-def _replace_rounded(parent: nn.Module, names: tuple[str, ...], inputs: Iterable[Tensor], scheme: Scheme) -> None:
-    """Replace Linears that share these inputs, (T, K) per document, by quantized ones."""
-    linears = _linears(parent, *names)
-    feedback = Feedback(linears[names[0]].in_features)
+def _replace_rounded(parent: nn.Module, kinds: dict[str, str], inputs: Iterable[Tensor]) -> None:
+    """Replace Linears that share these inputs, (T, K) per document, by quantized ones of these formats."""
+    linears = _linears(parent, *kinds)
+    feedback = Feedback(next(iter(linears.values())).in_features)
     for x in inputs:
         feedback.add(x)
     feedback.factor()
     for name, linear in linears.items():
-        quantized: nn.Module
-        if scheme.name == "int8":
-            quantized = Int8Linear.from_codes(feedback.round_int8(linear.weight))
-        else:
-            codes = feedback.round_int4(linear.weight, scheme.group_size, scheme.symmetric)
-            quantized = Int4Linear.from_codes(codes, linear.in_features)
-        setattr(parent, name, quantized)
+        blocks = feedback.round_blocks(linear.weight, kinds[name])
+        setattr(parent, name, BlockLinear.of_blocks(kinds[name], blocks, linear.in_features))
 
 
 def _linears(parent: nn.Module, *names: str) -> dict[str, nn.Linear]:

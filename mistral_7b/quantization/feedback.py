@@ -15,13 +15,13 @@ theorem 6), with one triangular factor of H and no inverse: a third of the work 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import QuantizationError
-from ..kernels.layout import padded
+from ..kernels.block_formats import FORMATS
 from ..kernels.linear import quantize_rows
-from .rounding import TINY, Int4Codes, Int8Codes, grid, int8_scale
+from .linear import TINY
+from .rounding import Blocks, grid, round_blocks
 
 BLOCK = 128  # columns whose feedback to earlier columns is one matrix product
 ROWS = 1024  # of a weight, processed at a time in seven float32 buffers
@@ -60,33 +60,20 @@ class Feedback:
         torch.linalg.cholesky(lower, out=lower)
         self.lower = lower.div_(lower.diagonal().clone())  # (K, K)
 
-    def round_int4(self, weight: Tensor, group_size: int, symmetric: bool) -> Int4Codes:
-        """`rounding.round_int4`, on the same grid, with error feedback for these inputs."""
-        parts = []
+    def round_blocks(self, weight: Tensor, kind: str) -> Blocks:
+        """`rounding.round_blocks`, on the same grid, with error feedback for these inputs."""
+        f, inputs, found = FORMATS[kind], weight.shape[1], []
+        low = 1 - f.zero if f.low == 8 else -f.zero
+        high = (1 << f.low + f.high) - 1 - f.zero
         for rows in weight.split(ROWS):
-            w, K = rows.float(), rows.shape[1]
-            m, z, scale = grid(w, group_size, symmetric)
-            step, zero = (
-                t.T[self.order // group_size]  # (K, N)
-                for t in (scale[:, None] * m, z)
-            )
-            q = self._round(w, step, -zero, 15 - zero)  # (N, K)
-            q += z.repeat_interleave(group_size, 1)[:, :K]
-            q = F.pad(q, (0, padded(K, group_size) - K))
-            q[:, K:] = z[:, -1:]  # padding dequantizes to zero
-            parts.append(Int4Codes(q.to(torch.uint8), m.to(torch.uint8), z.to(torch.uint8), scale))
-        return Int4Codes(*(torch.cat(field) for field in zip(*parts, strict=True)))
-
-    def round_int8(self, weight: Tensor) -> Int8Codes:
-        """`rounding.round_int8`, on the same grid, with error feedback for these inputs."""
-        parts = []
-        for rows in weight.split(ROWS):
-            w = rows.float()
-            scale = int8_scale(w)
-            step, limit = scale.clamp_min(TINY).expand(w.shape[1], -1), torch.tensor(127.0)
-            q = self._round(w, step, -limit, limit)
-            parts.append(Int8Codes((q + 128).to(torch.uint8), scale))
-        return Int8Codes(*(torch.cat(field) for field in zip(*parts, strict=True)))
+            blocks = round_blocks(rows, kind)
+            step, offset = (values[:, :inputs] for values in grid(kind, blocks))
+            q = self._round(rows.float() - offset, step.T[self.order], torch.tensor(low), torch.tensor(high))
+            blocks.q[:, :inputs] = (q + f.zero).to(torch.uint8)
+            found.append(blocks)
+        q, d = torch.cat([blocks.q for blocks in found]), torch.cat([blocks.d for blocks in found])
+        scales = [blocks.scales for blocks in found if blocks.scales is not None]
+        return Blocks(q, torch.cat(scales) if scales else None, d)
 
     def _round(self, weight: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Integers (N, K) within low..high; step, low and high are (K, N) in `order`, or broadcast to it."""
@@ -100,7 +87,7 @@ class Feedback:
             for i in range(stop - start - 1, -1, -1):
                 k = start + i
                 torch.addmv(target[i], error[k + 1 : stop].T, block_factor[i, i + 1 :], out=q[k])
-                q[k].div_(step[k]).round_()
+                q[k].div_(step[k]).nan_to_num_(0.0).round_()  # a group of zeros has no step
                 torch.clamp(q[k], low[k], high[k], out=q[k])
                 torch.addcmul(w[k], q[k], step[k], value=-1, out=error[k])
         result = torch.empty_like(weight)

@@ -1,7 +1,7 @@
 """Modules that replace Linears: the same product with quantized or packed weights.
 
 All satisfy the contract of surgery.py: `in_features`, `out_features` and `forward`. Weights are stored in the
-tiles of kernels/layout.py, on disk and in memory, so that a file only needs to be memory-mapped.
+tiles of kernels/block_formats.py, on disk and in memory, so that a file only needs to be memory-mapped.
 """
 
 from __future__ import annotations
@@ -9,19 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels import block_formats, layout
+from ..kernels import block_formats
 from ..kernels.backend import PACKED_LINEAR, Backend, uses
-from ..kernels.block_linear import block_linear, block_weights
 from ..kernels.cpu import huge_pages
 from ..kernels.cpu.arguments import Weights
-from ..kernels.linear import (
-    int4_linear,
-    int4_weights,
-    int8_linear,
-    int8_weights,
-    int_weight,
-)
-from .rounding import Int4Codes, Int8Codes, round_int8
+from ..kernels.linear import block_linear, block_weights
+from .rounding import Blocks
+
+TINY = 1e-30
 
 
 class Compressed(nn.Module):
@@ -44,128 +39,49 @@ class Compressed(nn.Module):
         raise NotImplementedError
 
 
-class Int8Linear(Compressed):
-    """y = x W^T with int8 weights, a float scale per output, and activations quantized to int8 per row."""
-
-    bits = 8
-
-    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        rows, columns = layout.padded(out_features, layout.TILE), layout.padded(in_features, layout.WIDE)
-        shape = (rows // layout.TILE, columns // 4, layout.TILE, 4)
-        self.register_buffer("codes", torch.empty(shape, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.empty(rows, device=device))
-
-    codes: Tensor
-    scale: Tensor
-
-    @classmethod
-    def from_codes(cls, q: Int8Codes) -> Int8Linear:
-        """From the result of `round_int8`."""
-        out, tensors = cls(q.q.shape[1], q.q.shape[0], "meta"), {}
-        rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 4
-        tensors["codes"] = huge_pages.copied(layout.tile_int8(layout.pad(q.q, rows, columns, 128)))
-        tensors["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
-        out.load_state_dict(tensors, assign=True)
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        return int8_linear(x, self.codes, self.scale, self.out_features)
-
-    def integers(self) -> Tensor:
-        """The int8 weights, (N, K)."""
-        return int_weight(self.codes, None)[: self.out_features, : self.in_features]
-
-    def dequantized(self) -> Tensor:
-        """The dequantized weight, float32 (N, K)."""
-        return self.integers() * self.scale[: self.out_features, None]
-
-    def described(self) -> Weights:
-        return int8_weights(self.codes, self.scale, self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, int8"
-
-
-class Int4Linear(Compressed):
-    """y = x W^T with grouped int4 weights, which are compressed int8 weights (rounding.py)."""
-
-    bits = 4
-
-    def __init__(
-        self, in_features: int, out_features: int, group_size: int, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        rows = layout.padded(out_features, layout.TILE)
-        columns = layout.padded(in_features, max(group_size, layout.WIDE))
-        tiles = rows // layout.TILE
-        codes = torch.empty(tiles, columns // 8, layout.TILE, 4, dtype=torch.uint8, device=device)
-        groups = torch.empty(tiles, columns // group_size, layout.TILE, dtype=torch.uint8, device=device)
-        self.register_buffer("codes", codes)
-        self.register_buffer("groups", groups)
-        self.register_buffer("scale", torch.empty(rows, device=device))
-
-    codes: Tensor
-    groups: Tensor
-    scale: Tensor
-
-    @classmethod
-    def from_codes(cls, q: Int4Codes, in_features: int) -> Int4Linear:
-        """From the result of `round_int4`; `in_features` is K without padding."""
-        group_size = q.q.shape[1] // q.m.shape[1]
-        out, tensors = cls(in_features, q.q.shape[0], group_size, "meta"), {}
-        rows, columns = out.codes.shape[0] * layout.TILE, out.codes.shape[1] * 8
-        tensors["codes"] = huge_pages.copied(layout.tile_int4(layout.pad(q.q, rows, columns, 8)))
-        m, z = (layout.pad(t, rows, columns // group_size, value) for t, value in ((q.m, 1), (q.z, 8)))
-        tensors["groups"] = layout.tile_groups(m, z)
-        tensors["scale"] = nn.functional.pad(q.scale, (0, rows - len(q.scale)))
-        out.load_state_dict(tensors, assign=True)
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        return int4_linear(x, self.codes, self.groups, self.scale, self.out_features, self.group_size)
-
-    def integers(self) -> Tensor:
-        """The decompressed int8 weights, (N, K)."""
-        return int_weight(self.codes, self.groups, self.group_size)[: self.out_features, : self.in_features]
-
-    def dequantized(self) -> Tensor:
-        """The dequantized weight, float32 (N, K)."""
-        return self.integers() * self.scale[: self.out_features, None]
-
-    def described(self) -> Weights:
-        return int4_weights(self.codes, self.groups, self.scale, self.out_features, self.group_size)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, int4 in groups of {self.group_size}"
-
-
 class BlockLinear(Compressed):
     """y = x W^T in one of GGUF's block formats, with activations quantized to int8 per block."""
 
-    def __init__(self, kind: str, codes: Tensor, d: Tensor, out_features: int) -> None:
-        """From the tiles of block_formats.py."""
+    def __init__(
+        self, kind: str, in_features: int, out_features: int, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         f = block_formats.FORMATS[kind]
         self.kind, self.bits = kind, f.low + f.high
-        self.in_features, self.out_features = codes.shape[1] * f.block, out_features
+        self.in_features, self.out_features = in_features, out_features
+        tiles = -(-out_features // block_formats.TILE)
+        codes = torch.empty(tiles, f.lines(in_features), 64, dtype=torch.uint8, device=device)
+        d = torch.empty(
+            tiles, f.blocks(in_features), 1 + f.minimum, block_formats.TILE, dtype=torch.float16, device=device
+        )
         self.register_buffer("codes", codes)
         self.register_buffer("d", d)
 
     codes: Tensor
     d: Tensor
 
+    @classmethod
+    def of_tiles(cls, kind: str, codes: Tensor, d: Tensor, in_features: int, out_features: int) -> BlockLinear:
+        """From the tiles of block_formats.py, codes (T, L, 64) and d (T, B, 1 or 2, 16)."""
+        out = cls(kind, in_features, out_features, "meta")
+        out.load_state_dict({"codes": codes, "d": d}, assign=True)
+        return out
+
+    @classmethod
+    def of_blocks(cls, kind: str, blocks: Blocks, in_features: int) -> BlockLinear:
+        """From the result of `round_blocks`."""
+        codes, d = block_formats.tile(kind, *blocks)
+        return cls.of_tiles(kind, huge_pages.copied(codes), d, in_features, len(blocks.q))
+
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return block_linear(x, self.codes, self.d, self.out_features, self.kind)
 
     def dequantized(self) -> Tensor:
         """The dequantized weight, float32 (N, K)."""
-        return block_formats.dequantize(self.kind, self.codes, self.d)[: self.out_features]
+        return block_formats.dequantize(self.kind, self.codes, self.d, self.in_features)[: self.out_features]
 
     def described(self) -> Weights:
-        return block_weights(self.kind, self.codes, self.d, self.out_features)
+        return block_weights(self.kind, self.codes, self.d, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.kind}"
@@ -186,9 +102,12 @@ class Int8Embedding(nn.Module):
     @classmethod
     def from_weight(cls, weight: Tensor) -> Int8Embedding:
         """Quantize an embedding's weight (V, D), whose type becomes the output type."""
-        q = round_int8(weight)
+        scale = weight.abs().amax(1).float() / 127
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for rows, part, s in zip(weight.split(4096), codes.split(4096), scale.split(4096), strict=True):
+            part.copy_((rows.float() / s.clamp_min(TINY)[:, None]).round_())
         out = cls(weight.shape[0], weight.shape[1], weight.dtype, "meta")
-        out.load_state_dict({"codes": q.integers(), "scale": q.scale}, assign=True)
+        out.load_state_dict({"codes": codes, "scale": scale}, assign=True)
         return out
 
     def forward(self, tokens: Tensor) -> Tensor:  # (...) -> (..., D)

@@ -1,13 +1,15 @@
 """Quantization schemes and their application to a model.
 
-    int8    a float scale per output; half the bytes of bfloat16
-    int4    groups of 128 or 32 inputs, with a zero point each (symmetric: all 8); the output projection and the
-            embedding are int8
-    bf16    not quantized: bfloat16 weights packed once for the CPU's matrix unit
-    fp8     e4m3 with a float scale per output, on GPUs that support it; quantized when a model is loaded
+    int8      Q8_0: blocks of 32 inputs with a scale each; 8.5 bits a weight
+    q6_k      Q6_K: 6.6 bits
+    q4_k_m    Q4_K, and Q6_K for half of wv and w2, as llama.cpp mixes them; 4.8 bits
+    int4      Q4_K: groups of 32 inputs with a scale and a minimum each; 4.5 bits
+    bf16      not quantized: bfloat16 weights packed once for the CPU's matrix unit
+    fp8       e4m3 with a float scale per output, on GPUs that support it; quantized when a model is loaded
 
-With int8 and int4, a CPU quantizes activations to int8 per row; a GPU does not, and stores weights row-major
-(gpu.py). With fp8, activations are quantized to e4m3. Norms keep the model's type.
+All integer schemes are GGUF's block formats (kernels/cpu/formats.h). The output projection is Q8_0 and the
+embedding int8. A CPU quantizes activations to int8 in the same blocks; a GPU does not, and stores weights
+row-major (gpu.py). With fp8, activations are quantized to e4m3. Norms keep the model's type.
 """
 
 from __future__ import annotations
@@ -25,20 +27,19 @@ from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
 from .fused import fuse
 from .gpu import Fp8Linear, row_by_row
-from .linear import Int4Linear, Int8Embedding, Int8Linear, PackedLinear
-from .rounding import round_int4, round_int8
+from .linear import BlockLinear, Int8Embedding, PackedLinear
+from .rounding import Blocks, round_blocks
 
-NAMES = ("int8", "int4", "bf16", "fp8")
-GROUPS = (32, 128)
+KINDS = {"int8": "Q8_0", "q6_k": "Q6_K", "q4_k_m": "Q4_K", "int4": "Q4_K"}  # the format of most matrices
+NAMES = (*KINDS, "bf16", "fp8")
+OUTPUT_KIND = "Q8_0"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """A quantization scheme. Raises QuantizationError for unknown names and group sizes."""
+    """A quantization scheme. Raises QuantizationError for unknown names."""
 
     name: str = "int4"
-    group_size: int = 128  # of int4
-    symmetric: bool = False  # of int4
     deterministic: bool = False  # of bf16: batch-invariant, but slower
 
     def __post_init__(self) -> None:
@@ -47,10 +48,6 @@ class Scheme:
                 f"quantization {self.name!r} is not known: it must be one of {', '.join(NAMES)}",
                 field="quantization",
             )
-        if self.group_size not in GROUPS:
-            raise QuantizationError(
-                f"group_size must be {' or '.join(map(str, GROUPS))}, not {self.group_size}", field="group_size"
-            )
 
     @classmethod
     def of(cls, scheme: str | Scheme) -> Scheme:
@@ -58,14 +55,18 @@ class Scheme:
         return scheme if isinstance(scheme, Scheme) else cls(scheme)
 
     def __str__(self) -> str:
-        if self.name != "int4":
-            return self.name
-        return f"int4 in groups of {self.group_size}, {'symmetric' if self.symmetric else 'asymmetric'}"
+        return self.name
 
     @property
     def whole(self) -> bool:
         """Whether weights are quantized to integers, which can be saved."""
-        return self.name in ("int8", "int4")
+        return self.name in KINDS
+
+    def kind(self, name: str, n_layers: int) -> str:
+        """The block format of the Linear `name` (as "layers.0.attention.wq") of a model with `n_layers` layers."""
+        if name == "output":
+            return OUTPUT_KIND
+        return "Q6_K" if self.name == "q4_k_m" and is_promoted(name, n_layers) else KINDS[self.name]
 
     def check_device(self, device: torch.device | str) -> None:
         """Raise QuantizationError if a device does not support this scheme."""
@@ -83,11 +84,18 @@ class Scheme:
                 hint="use int8, whose weights have the same size",
             )
 
-    def linear(self, weight: Tensor, name: str, device: torch.device | str = "cpu") -> nn.Module:
+    def linear(
+        self,
+        weight: Tensor,
+        name: str,
+        n_layers: int,
+        device: torch.device | str = "cpu",
+        blocks: Blocks | None = None,
+    ) -> nn.Module:
         """The replacement of the Linear `name` (as "layers.0.attention.wq") with this weight (N, K).
 
-        The weight is rounded on its own device, then packed for `device` and moved there. Raises QuantizationError
-        if `device` does not support the scheme.
+        The weight is rounded on its own device, then packed for `device` and moved there; `blocks` are those of a
+        weight that is rounded already. Raises QuantizationError if `device` does not support the scheme.
         """
         self.check_device(device)
         tiles = weight_layout(device) == "tiles"
@@ -95,19 +103,18 @@ class Scheme:
             return Fp8Linear.from_weight(weight).to(device)
         if self.name == "bf16":
             return PackedLinear(weight.bfloat16(), self.deterministic) if tiles else _plain(weight, device)
-        linear: Int8Linear | Int4Linear
-        if self.name == "int8" or name == "output":
-            linear = Int8Linear.from_codes(round_int8(weight))
-        else:
-            codes = round_int4(weight, self.group_size, self.symmetric)
-            linear = Int4Linear.from_codes(codes, weight.shape[1])
+        kind = self.kind(name, n_layers)
+        linear = BlockLinear.of_blocks(kind, blocks or round_blocks(weight, kind), weight.shape[1])
         return linear if tiles else row_by_row(linear, device)
 
-    def empty_linear(self, in_features: int, out_features: int, name: str) -> Int8Linear | Int4Linear:
-        """The same module on the meta device, to be filled from a file."""
-        if self.name == "int8" or name == "output":
-            return Int8Linear(in_features, out_features, "meta")
-        return Int4Linear(in_features, out_features, self.group_size, "meta")
+
+def is_promoted(name: str, n_layers: int) -> bool:
+    """Whether llama.cpp's Q4_K_M keeps a matrix in Q6_K: wv and w2 of the outer eighths and each third layer."""
+    parts = name.split(".")
+    if parts[-1] not in ("wv", "w2"):
+        return False
+    layer, eighth = int(parts[1]), n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _plain(weight: Tensor, device: torch.device | str) -> nn.Linear:
@@ -126,7 +133,7 @@ def quantize(model: Mistral7B, scheme: str | Scheme, progress: Callable[[str], N
 
     def build(linear: nn.Module, name: str) -> nn.Module:
         assert isinstance(linear, nn.Linear)
-        out = scheme.linear(linear.weight.detach(), name, linear.weight.device)
+        out = scheme.linear(linear.weight.detach(), name, model.args.n_layers, linear.weight.device)
         if progress is not None:
             progress(name)
         return out
@@ -139,31 +146,29 @@ def quantize(model: Mistral7B, scheme: str | Scheme, progress: Callable[[str], N
 
 
 def empty_model(args: ModelArgs, scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> Mistral7B:
-    """A model of int8 or int4 modules on the meta device, to be filled from a file."""
+    """A model of quantized modules on the meta device, to be filled from a file."""
     model = Mistral7B(args, dtype=dtype, device="meta")
-    replace_linears(model, lambda old, name: scheme.empty_linear(old.in_features, old.out_features, name))  # type: ignore[arg-type]
+
+    def build(linear: nn.Module, name: str) -> nn.Module:
+        assert isinstance(linear, nn.Linear)
+        return BlockLinear(scheme.kind(name, args.n_layers), linear.in_features, linear.out_features, "meta")
+
+    replace_linears(model, build)
     model.set_submodule("tok_embeddings", Int8Embedding(args.vocab_size, args.dim, dtype, "meta"))
     fuse(model)
     return model
 
 
 def scheme_of(model: Mistral7B) -> Scheme | None:
-    """The scheme of a model with exactly the tensors of `empty_model`; None for all other models.
-
-    `symmetric` is determined from the zero points.
-    """
-    kinds = {type(m): m for m in model.modules()}
-    int4 = kinds.get(Int4Linear)
-    if isinstance(int4, Int4Linear):
-        groups = (m.groups for m in model.modules() if isinstance(m, Int4Linear))
-        symmetric = all(g.is_meta or bool((g >> 4 == 8).all()) for g in groups)
-        scheme = Scheme("int4", int4.group_size, symmetric)
-    elif Int8Linear in kinds:
-        scheme = Scheme("int8")
-    else:
-        return None
-    expected = {name: t.shape for name, t in empty_model(model.args, scheme).state_dict().items()}
-    return scheme if {name: t.shape for name, t in model.state_dict().items()} == expected else None
+    """The scheme of a model with exactly the tensors of `empty_model`; None for all other models."""
+    kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, BlockLinear)}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name in KINDS:
+        scheme = Scheme(name)
+        if kinds and all(scheme.kind(linear, model.args.n_layers) == kind for linear, kind in kinds.items()):
+            expected = {key: tensor.shape for key, tensor in empty_model(model.args, scheme).state_dict().items()}
+            return scheme if shapes == expected else None
+    return None
 
 
 def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtype = torch.bfloat16) -> Mistral7B:
@@ -180,26 +185,31 @@ def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtyp
     block = torch.randint(0, 256, (2**22,), dtype=torch.uint8, generator=generator)
     for module in model.modules():
         for name, value in list(module.named_buffers(recurse=False)):
-            setattr(module, name, _random_buffer(name, value, block, scheme.symmetric))
+            setattr(module, name, _random_buffer(name, value, block))
+        if isinstance(module, BlockLinear):
+            _fill_scales(module)
         for name, value in list(module.named_parameters(recurse=False)):  # of norms
             setattr(module, name, nn.Parameter(torch.ones(value.shape, dtype=dtype), requires_grad=False))
     return model
 
 
-def _random_buffer(name: str, like: Tensor, block: Tensor, symmetric: bool) -> Tensor:
-    """Random codes; multipliers 3..6, zero points 7 or 8, and scales that keep activations near 1."""
+def _random_buffer(name: str, like: Tensor, block: Tensor) -> Tensor:
+    """Random codes; scales of the embedding that keep activations near 1."""
     out = huge_pages.empty(like.shape, like.dtype)
     if name == "scale":
         return out.fill_(2e-4)
     flat = out.view(torch.uint8).view(-1)
     for part in flat.split(len(block)):
         part.copy_(block[: len(part)])
-    if name == "groups":
-        if symmetric:
-            flat.bitwise_and_(3).add_(3 | 8 << 4)
-        else:
-            flat.bitwise_and_(1 << 4 | 3).add_(3 | 7 << 4)
     return out
+
+
+def _fill_scales(linear: BlockLinear) -> None:
+    """Scales that give random codes a mean near zero and a standard deviation near 0.015."""
+    if linear.kind == "Q4_K":  # means: s 31.5, t 31.5, q 7.5
+        linear.d[:, :, 0], linear.d[:, :, 1] = 7e-5, 7.5 * 7e-5
+    else:
+        linear.d.fill_({"Q8_0": 2e-4, "Q6_K": 1.1e-5}[linear.kind])
 
 
 def compressed_bytes(model: Mistral7B) -> int:

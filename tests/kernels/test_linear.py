@@ -1,4 +1,4 @@
-"""Products with quantized weights: all instruction sets are bit-identical to the twin, for irregular shapes."""
+"""Products with GGUF's block formats are bit-identical to the twin."""
 
 from __future__ import annotations
 
@@ -11,117 +11,148 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_7b.kernels import backend, layout
-from mistral_7b.kernels.cpu import compiler
-from mistral_7b.kernels.linear import (
-    int4_linear,
-    int8_linear,
-    int_weight,
-    linear_twin,
-    quantize_rows,
-)
+from mistral_7b.kernels import backend, block_formats
+from mistral_7b.kernels.block_formats import FORMATS, SIX_BITS
+from mistral_7b.kernels.cpu import calls, compiler
+from mistral_7b.kernels.linear import block_linear, block_linear_twin, quantize_rows
+from mistral_7b.quantization.linear import BlockLinear
 
-ROWS = (1, 2, 3, 4, 5, 16, 17, 64, 300)
-# N no multiple of 16, K no multiple of 64 or of a group; one tile, and more than one AMX block of each.
-SHAPES = [(1, 1), (5, 7), (16, 64), (33, 100), (48, 320), (67, 130), (130, 1100), (300, 2050)]
-if os.environ.get(compiler.VARIABLE):  # not the best instruction set: its loops, and no AMX blocks
-    SHAPES = [(1, 1), (33, 100), (67, 330)]
+ROWS = (1, 2, 3, 4, 5, 17, 33)
 
 
-def weights(n: int, k: int, group: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Random int4 codes, groups and scale in tiles; z and m cover their ranges."""
-    draw = torch.Generator().manual_seed(seed)
-    rows, columns = layout.padded(n, 16), layout.padded(k, max(group, 64))
-    q = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=draw)
-    z = torch.randint(0, 16, (rows, columns // group), generator=draw)
-    m = 1 + torch.randint(0, 1000, z.shape, generator=draw) % (127 // torch.maximum(z, 15 - z))
-    groups = layout.tile_groups(m.to(torch.uint8), z.to(torch.uint8))
-    return layout.tile_int4(q), groups, torch.rand(rows, generator=draw)
+def weight(kind: str, n: int, k: int, fill: int | None = None) -> BlockLinear:
+    """Random codes and scales; or all bits of codes and integer scales from the byte `fill`, with d = m = 1."""
+    f, draw = FORMATS[kind], torch.Generator().manual_seed(n)
+    shape, blocks = (n, block_formats.padded(k)), f.blocks(k)
+    q = torch.randint(0, 2 ** (f.low + f.high), shape, dtype=torch.uint8, generator=draw)
+    scales = torch.randint(0, 256, (n, blocks, 4 * f.scales), dtype=torch.uint8, generator=draw)
+    d = torch.randn(n, blocks, 1 + f.minimum, generator=draw).mul(0.01).half()
+    d[0, 0] = 2e-7  # subnormal in float16
+    if fill is not None:
+        q, scales, d = q.fill_(fill & (2 ** (f.low + f.high) - 1)), scales.fill_(fill), d.fill_(1)
+    tiles = block_formats.tile(kind, q, scales if f.scales else None, d)
+    return BlockLinear.of_tiles(kind, *tiles, k, n)
 
 
-def activations(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(m, k, generator=torch.Generator().manual_seed(m), dtype=torch.float32).to(dtype)
+def activations(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+
+
+def assert_close_to_dequantized(linear: BlockLinear, x: Tensor) -> None:
+    dequantized = linear.dequantized().double()
+    exact = x.double() @ dequantized.T
+    size = (x.double().square() @ dequantized.square().T).sqrt()  # of a sum of independent terms
+    assert ((linear(x).double() - exact).norm() / size.norm()) < 0.02  # activations are rounded to 1 in 127
+
+
+def twin(x: Tensor, linear: BlockLinear) -> Tensor:
+    return block_linear_twin(x, linear.codes, linear.d, linear.out_features, linear.kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-@pytest.mark.parametrize("group", [32, 128])
-@pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_int4_and_its_int8_weight_match_the_twin(n: int, k: int, group: int, dtype: torch.dtype) -> None:
-    codes, groups, scale = weights(n, k, group)
-    whole = int_weight(codes, groups, group)
-    as_int8 = layout.tile_int8((whole.short() + 128).to(torch.uint8))
-    assert torch.equal(int_weight(as_int8, None), whole)
+@pytest.mark.parametrize(("n", "k"), [(1, 256), (33, 512), (67, 1280)])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_products_match_the_twin(kind: str, n: int, k: int, dtype: torch.dtype) -> None:
+    linear = weight(kind, n, k)
     for m in ROWS:
         x = activations(m, k, dtype)
-        wanted = linear_twin(x, whole[:n, :k], scale[:n])
-        assert wanted.dtype == dtype
-        assert torch.equal(int4_linear(x, codes, groups, scale, n, group), wanted)
-        assert torch.equal(int8_linear(x, as_int8, scale, n), wanted)
+        assert torch.equal(linear(x), twin(x, linear))
+    assert_close_to_dequantized(linear, x)
 
 
-@pytest.mark.parametrize("code", [0, 1, 128, 255])
-def test_the_largest_products_do_not_saturate(code: int) -> None:
-    """vpmaddubsw adds two products in 16 bits with saturation: the largest codes and activations."""
-    n, k = 17, 128
-    tiles = layout.tile_int8(torch.full((layout.padded(n, 16), k), code, dtype=torch.uint8))
-    whole = torch.full((n, k), code - 128, dtype=torch.int8)
-    for m in ROWS[:7]:
-        x = torch.ones(m, k)
+@pytest.mark.parametrize("k", [1, 20, 32, 96, 128, 160, 224, 300, 576, 1000])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_last_block_may_be_short(kind: str, k: int) -> None:
+    linear = weight(kind, 35, k)
+    for m in ROWS:
+        x = activations(m, k)
+        assert torch.equal(linear(x), twin(x, linear))
+    assert_close_to_dequantized(linear, activations(33, k))
+
+
+@pytest.mark.parametrize("fill", [0, 0x7F, 0x80, 0xFF])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_largest_products_do_not_overflow(kind: str, fill: int) -> None:
+    """Of the same sign throughout: vpmaddubsw adds two products in 16 bits, and a block's sum has 32 bits."""
+    linear = weight(kind, 17, 512, fill)
+    for m in ROWS[:5]:
+        x = torch.ones(m, 512)
         x[1::2] = -1  # activations 127 and -127
+        assert torch.equal(linear(x), twin(x, linear))
         x[:, 5::7] *= -1
-        wanted = linear_twin(x, whole, torch.ones(n))
-        assert torch.equal(int8_linear(x, tiles, torch.ones(layout.padded(n, 16)), n), wanted)
+        assert torch.equal(linear(x), twin(x, linear))
 
 
-def test_the_twin_is_close_to_the_float_product() -> None:
-    codes, groups, scale = weights(33, 100, 32)
-    x = activations(5, 100, torch.float32)
-    weight = int_weight(codes, groups, 32)[:33, :100] * scale[:33, None]
-    exact = x.double() @ weight.double().T
-    got = int4_linear(x, codes, groups, scale, 33, 32)
-    assert (got - exact).norm() < 0.01 * exact.norm()  # activations are rounded to 1 in 127
-    assert (got - exact).norm() > 0.001 * exact.norm()
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_do_not_depend_on_the_batch(kind: str) -> None:
+    linear, x = weight(kind, 200, 768), activations(37, 768, torch.bfloat16)
+    alone = torch.cat([linear(row[None]) for row in x])
+    for m in (2, 3, 4, 5, 16, 37):
+        assert torch.equal(torch.cat([linear(rows) for rows in x.split(m)]), alone)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_rows_do_not_depend_on_the_batch(bits: int) -> None:
-    n, k, group = 200, 1100, 128
-    codes, groups, scale = weights(n, k, group)
-    as_int8 = layout.tile_int8((int_weight(codes, groups, group).short() + 128).to(torch.uint8))
-    x = activations(300, k, torch.bfloat16)
-
-    def product(rows: Tensor) -> Tensor:
-        if bits == 4:
-            return int4_linear(rows, codes, groups, scale, n, group)
-        return int8_linear(rows, as_int8, scale, n)
-
-    alone = torch.cat([product(row[None]) for row in x])
-    for m in (1, 2, 3, 16, 17, 64, 300):
-        assert torch.equal(torch.cat([product(rows) for rows in x.split(m)]), alone)
-
-
-def test_zero_infinite_and_nan_rows() -> None:
-    codes, groups, scale = weights(16, 64, 32)
-    x = torch.zeros(4, 64)
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_K", "Q6_K"])
+def test_zero_and_invalid_rows(kind: str) -> None:
+    linear, x = weight(kind, 16, 256), torch.zeros(4, 256)
     x[1, 3], x[2, 3], x[3, 3] = torch.inf, torch.nan, 1e-42
-    y = int4_linear(x, codes, groups, scale, 16, 32)
-    assert torch.equal(y, linear_twin(x, int_weight(codes, groups, 32), scale)) or y[1:3].isnan().all()
+    y = linear(x)
     assert torch.equal(y[0], torch.zeros(16))
     assert not y[1].isfinite().any()  # invalid rows are visible in the result
     assert not y[2].isfinite().any()
     assert y[3].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_tiles_follow_the_layout(kind: str) -> None:
+    """The records of formats.h: weight (19, 41) of the second tile."""
+    f, n, k = FORMATS[kind], 40, 512
+    q = torch.randint(0, 2 ** (f.low + f.high), (n, k), dtype=torch.uint8)
+    scales = torch.randint(0, 256, (n, k // f.block, 4 * f.scales), dtype=torch.uint8)
+    d = torch.rand(n, k // f.block, 1 + f.minimum).half()
+    codes, halves = block_formats.tile(kind, q, scales if f.scales else None, d)
+    assert codes.shape == (3, f.lines(k), 64)
+    assert halves.shape == (3, k // f.block, 1 + f.minimum, 16)
+    row, inside, block = 19 - 16, 41 % f.block, 41 // f.block
+    record = codes[1].view(k // f.block, -1, 16, 4)[block]
+    byte = record[inside // (32 // f.low), row, inside % 4]
+    code = byte if f.low == 8 else (byte >> (inside // 4 % 2 * 4)) & 15
+    if f.high:
+        inputs = 32 // f.high  # in a line
+        byte = record[f.block * f.low // 32 + inside // inputs, row, inside % 4]
+        code = code | ((byte >> (inside % inputs // 4 * f.high)) & (2**f.high - 1)) << 4
+    assert code == q[19, 41]
+    if f.scales:
+        assert record[-f.scales + 1, row, 2] == scales[19, block, 6]
+    assert torch.equal(halves[1, block, :, row], d[19, block])
+    back, bytes_ = block_formats.untile(kind, codes, k)
+    assert torch.equal(back[:n].flatten(1), q)
+    assert bytes_ is None or torch.equal(bytes_[:n], scales)
+    assert (f.scales == SIX_BITS) == (kind in ("Q4_K", "Q5_K"))
+
+
+def test_torch_compile_supports_the_operator() -> None:
+    linear, x = weight("Q4_K", 33, 256), activations(3, 256)
+    compiled = torch.compile(lambda x: linear(x * 2) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), linear(x * 2) + 1)
+    args = (x, linear.codes, linear.d, 33, "Q4_K")
+    torch.library.opcheck(torch.ops.mistral_7b.block_linear.default, args, test_utils="test_schema")
+    torch.library.opcheck(torch.ops.mistral_7b.block_linear.default, args, test_utils="test_faketensor")
+    assert torch.equal(block_linear(x[0], linear.codes, linear.d, 33, "Q4_K"), linear(x)[0])  # one dimension
+
+
+@pytest.mark.parametrize(("kind", "k", "bits"), [("Q8_0", 576, 8.5), ("Q4_K", 576, 4.62), ("Q4_K", 4096, 4.5)])
+def test_tiles_have_the_bits_of_the_format(kind: str, k: int, bits: float) -> None:
+    """The last block of Q4_K with 64 inputs has a third less of scales, not a whole block's."""
+    linear = weight(kind, 32, k)
+    assert 8 * (linear.codes.nbytes + linear.d.nbytes) / (32 * k) == pytest.approx(bits, abs=0.01)
+
+
 def test_leading_dimensions_are_kept() -> None:
-    codes, groups, scale = weights(33, 100, 32)
+    linear = weight("Q4_K", 33, 100)
     for shape in ((100,), (3, 100), (2, 3, 100), (0, 100), (2, 0, 100)):
-        y = int4_linear(torch.ones(shape), codes, groups, scale, 33, 32)
-        assert y.shape == (*shape[:-1], 33)
+        assert linear(torch.ones(shape)).shape == (*shape[:-1], 33)
     transposed = torch.randn(100, 6).T  # not contiguous
-    assert torch.equal(
-        int4_linear(transposed, codes, groups, scale, 33, 32),
-        int4_linear(transposed.contiguous(), codes, groups, scale, 33, 32),
-    )
+    assert torch.equal(linear(transposed), linear(transposed.contiguous()))
 
 
 def test_activations_are_rounded_to_nearest_even() -> None:
@@ -130,31 +161,15 @@ def test_activations_are_rounded_to_nearest_even() -> None:
     assert scale.item() == 1
 
 
-def test_tiles_follow_the_layout() -> None:
-    q = torch.arange(32 * 64, dtype=torch.int32).view(32, 64)
-    tiles = layout.tile_int8(q)  # works for any type
-    assert tiles.shape == (2, 16, 16, 4)
-    assert tiles[1, 5, 3, 2] == q[16 + 3, 4 * 5 + 2]
-    assert torch.equal(layout.untile_int8(tiles), q)
-    q4 = torch.randint(0, 16, (32, 64), dtype=torch.uint8)
-    tiles = layout.tile_int4(q4)
-    assert tiles.shape == (2, 8, 16, 4)
-    assert tiles[1, 5, 3, 2] & 15 == q4[19, 8 * 5 + 2]
-    assert tiles[1, 5, 3, 2] >> 4 == q4[19, 8 * 5 + 4 + 2]
-    assert torch.equal(layout.untile_int4(tiles), q4)
-
-
-def test_torch_compile_supports_the_operators() -> None:
-    codes, groups, scale = weights(33, 100, 32)
-    x = activations(3, 100, torch.float32)
-
-    def layer(x: Tensor) -> Tensor:
-        return int4_linear(x * 2, codes, groups, scale, 33, 32) + 1
-
-    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
-    args = (x, codes, groups, scale, 33, 32)
-    torch.library.opcheck(torch.ops.mistral_7b.int4_linear.default, args, test_utils="test_schema")
-    torch.library.opcheck(torch.ops.mistral_7b.int4_linear.default, args, test_utils="test_faketensor")
+def test_the_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the comparisons with the twin would prove nothing."""
+    if compiler.library() is None:
+        pytest.skip("the kernels are off, or there is no compiler")
+    called = []
+    real = calls.linear
+    monkeypatch.setattr(calls, "linear", lambda *args: called.append(args) or real(*args))
+    weight("Q6_K", 16, 256)(activations(1, 256))
+    assert len(called) == 1
 
 
 @pytest.mark.skipif(compiler.compiler() is None, reason="no C++ compiler on this machine")
@@ -166,7 +181,7 @@ def test_instruction_sets_are_bit_identical(instructions: str) -> None:
     if instructions in ("avx2", "avx512") and instructions not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {instructions}")
     here = Path(__file__).parent
-    names = ("linear", "block_linear", "elementwise", "attend", "attend_packed", "low_rank")
+    names = ("linear", "elementwise", "attend", "attend_packed", "low_rank")
     files = [str(here / f"test_{name}.py") for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],

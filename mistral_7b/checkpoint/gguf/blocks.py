@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import block_formats
-from ...kernels.block_formats import FORMATS
+from ...kernels.block_formats import FORMATS, TILE
 from ...kernels.cpu import huge_pages
-from ...kernels.layout import TILE
 from .file import KINDS, Kind
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,7 +49,7 @@ def tiles(kind: Kind, raw: Tensor) -> tuple[Tensor, Tensor]:
     """Rearrange rows of blocks to the kernels' tiles: codes and d of `block_formats.tile`, in huge pages."""
     f, (rows, width) = FORMATS[kind.name], raw.shape
     blocks, count = width // kind.size, -(-rows // TILE)
-    codes = huge_pages.empty((count, blocks, f.lines, 64), torch.uint8)
+    codes = huge_pages.empty((count, f.lines(blocks * kind.block), 64), torch.uint8)
     d = torch.empty(count, blocks, 1 + f.minimum, TILE, dtype=torch.float16)
     step = max(1, VALUES_AT_ONCE // (TILE * blocks * kind.block))  # tiles
     for begin in range(0, count, step):

@@ -56,7 +56,7 @@ def keep_blocks(model: nn.Module, tensors: Mapping[str, StoredTensor], dtype: to
         assert isinstance(weight, StoredBlocks)  # guaranteed by `kept`
         codes, d = gguf_blocks.tiles(weight.kind, weight.raw())
         weight.release()
-        return BlockLinear(weight.kind.name, codes, d, weight.shape[0])
+        return BlockLinear.of_tiles(weight.kind.name, codes, d, weight.shape[1], weight.shape[0])
 
     def kept(name: str, module: nn.Module) -> bool:
         weight = stored(name) if isinstance(module, nn.Linear) else None

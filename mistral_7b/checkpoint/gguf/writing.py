@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...files import atomic_write, check_room
 from ...model import ModelArgs
+from ...quantization.schemes import is_promoted
 from ..names import EMBEDDING, OUTPUT, rename
 from . import blocks as gguf_blocks
 from . import quantizing, tokenizer_metadata
@@ -35,7 +35,6 @@ MATRICES = {  # the type of most matrices, by the name of a mixture
 }  # fmt: skip
 TYPES = tuple(MATRICES)
 NARROW = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama.cpp's choice for rows that are no multiple of 256
-PROMOTED = re.compile(r"layers\.(\d+)\.(?:attention\.wv|feed_forward\.w2)\.weight")
 VERSION, QUANTIZATION_VERSION = 3, 2
 _KIND_OF = {dtype: KINDS[name] for name, dtype in gguf_blocks.FLOATS.items()}
 
@@ -92,17 +91,9 @@ def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
     name = MATRICES[type]
     if tensor.name == (EMBEDDING if args.tie_embeddings else OUTPUT):
         name = {"q4_0": "Q8_0", "q4_k_m": "Q6_K"}.get(type, name)
-    elif type == "q4_k_m" and _is_promoted(tensor.name, args.n_layers):
+    elif type == "q4_k_m" and is_promoted(tensor.name.removesuffix(".weight"), args.n_layers):
         name = "Q6_K"
     return KINDS[NARROW.get(name, name) if tensor.shape[-1] % KINDS[name].block else name]
-
-
-def _is_promoted(name: str, layers: int) -> bool:
-    """Whether llama.cpp's Q4_K_M stores a matrix in Q6_K: v and down of the outer eighths and each third layer."""
-    if (found := PROMOTED.fullmatch(name)) is None:
-        return False
-    layer, eighth = int(found[1]), layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _check(tensor: Outgoing, kind: Kind) -> None:

@@ -22,8 +22,7 @@ class Weights(ctypes.Structure):
     """A quantized weight (weights.h). `adapters` and `mixture` give the LoRA update of its product; 0: none."""
 
     _fields_ = (
-        *_fields(LONG, "N Kp group"), *_fields(PTR, "codes groups scale d"), *_fields(INT, "bits kind"),
-        *_fields(PTR, "adapters mixture"),
+        *_fields(LONG, "N Kp"), *_fields(PTR, "codes d"), *_fields(INT, "kind"), *_fields(PTR, "adapters mixture"),
     )  # fmt: skip
 
 

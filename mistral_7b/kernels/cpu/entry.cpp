@@ -5,11 +5,11 @@
 //
 //   vectors.h        bfloat16 and float16 conversions, vectors of 16 floats
 //   threads.h        scratch memory and parallel loops
-//   weights.h        the layout of weights and activations, and the definition of their product
+//   formats.h        the formats of weights: GGUF's blocks, in tiles of 16 outputs
+//   weights.h        weights, activations quantized for them, and the definition of their product
 //   lines.h          dot products of a 64-byte line of weights, per instruction set
-//   few_rows.h       products of few rows, without repacking: decode
-//   tiles.h          products of many rows, on AMX
-//   gguf_blocks.h    products with weights in GGUF's block formats
+//   blocks.h         products of rows with weights in blocks
+//   amx.h            the matrix unit
 //   low_rank.h       LoRA updates of products, with an adapter per row
 //   products.h       products of one x with several weights of any format
 //   elementwise.h    RMSNorm, SwiGLU's gate, addition and rotary embedding
@@ -32,13 +32,12 @@ extern "C" {
 
 // Each function takes one structure, defined in its header and mirrored in arguments.py. bf16: bfloat16, else float32.
 
-// x times a weight of int8 or int4 codes, or of a block format, for which K is a multiple of its block.
 void m7b_linear(const LinearCall* c) {
     c->bf16 ? linears<BF16>(c->x, c->M, c->K, {c->weight}, c->threads, {c->out}) : linears<F32>(c->x, c->M, c->K, {c->weight}, c->threads, {c->out});
 }
 
 void m7b_low_rank(const LowRankCall* c) {
-    const Weights w{c->N, c->K, c->K, nullptr, nullptr, nullptr, nullptr, 0, 0, c->adapters, c->mixture};
+    const Weights w{c->N, c->K, nullptr, nullptr, 0, c->adapters, c->mixture};
     c->bf16 ? add_low_rank<BF16>(c->x, c->M, c->K, {&w}, c->threads, {c->y}) : add_low_rank<F32>(c->x, c->M, c->K, {&w}, c->threads, {c->y});
 }
 

@@ -85,7 +85,7 @@ void quantize_heads(const uint16_t* x, int64_t rows, int64_t D, int threads, int
     parallel(rows * D < 1 << 16 ? 1 : threads, [&](int t, int n) {
         const Span range = partition(rows, t, n);
         int32_t sum;
-        for (int64_t i = range.begin; i < range.end; i++) quantize_row<BF16>({1, D, D, D, D, q + i * D, scale + i, &sum, nullptr}, 0, x + i * D);
+        for (int64_t i = range.begin; i < range.end; i++) quantize_row<BF16>({1, D, D, D, D, 1, q + i * D, scale + i, &sum, nullptr}, 0, x + i * D);
     });
 }
 

@@ -19,7 +19,6 @@ namespace {
 using Line = __m512i;
 using Sums = __m512i;  // 16 int32
 using Words = uint16_t __attribute__((vector_size(64)));  // 32 words of 16 bits: there are no shifts of bytes
-constexpr int64_t ROWS_BY_TWO = 1 << 30;  // max rows for which the sums of two tiles fit in registers
 constexpr int32_t SUBTRACT = 128;  // dot8 uses codes q = w8 + 128: subtract this times the sum of x
 Line load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 Line low(Line v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
@@ -42,29 +41,12 @@ Sums dot8(Sums s, Line v, const int8_t* x) {
     std::memcpy(&quad, x, 4);
     return _mm512_dpbusd_epi32(s, v, _mm512_set1_epi32(quad));
 }
-Sums dot4(Sums s, Line v, const int8_t* x) { return dot8(s, v, x); }
-Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
-void store(int32_t* out, Sums s) { _mm512_storeu_si512(out, s); }
-// total + m (s - z sum), with m and z from the tile's group bytes
-Sums add_group(Sums total, Sums s, const uint8_t* group, int32_t sum) {
-    __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group)));
-    __m512i m = _mm512_and_si512(b, _mm512_set1_epi32(15)), z = _mm512_srli_epi32(b, 4);
-    s = _mm512_sub_epi32(s, _mm512_mullo_epi32(z, _mm512_set1_epi32(sum)));
-    return _mm512_add_epi32(total, _mm512_mullo_epi32(m, s));
-}
-// Repacks a line of int4 codes as int8: 128 + m (q - z) = q * m + shift.
-struct Repack {
-    __m512i m, shift;
-    explicit Repack(const uint8_t* group) {
-        const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(group)));
-        const __m512i z = _mm512_srli_epi32(b, 4);
-        m = _mm512_and_si512(b, _mm512_set1_epi32(15));
-        shift = _mm512_and_si512(_mm512_sub_epi32(_mm512_set1_epi32(128), _mm512_mullo_epi32(m, z)), _mm512_set1_epi32(255));
-        shift = _mm512_mullo_epi32(shift, _mm512_set1_epi32(0x01010101));
-        m = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));  // m q <= 225: a 16-bit product of two bytes has no carry
-    }
-    void store(uint8_t* out, Line q) const { _mm512_storeu_si512(out, _mm512_add_epi8(_mm512_mullo_epi16(q, m), shift)); }
-};
+// Sums of products with codes below 128: of at most `most_pairs` lines with codes of `bits` bits.
+using Pairs = Sums;
+constexpr int most_pairs(int) { return 1 << 20; }
+Pairs begin(Sums s) { return s; }
+Pairs dot4(Pairs s, Line v, const int8_t* x) { return dot8(s, v, x); }
+Sums end(Sums, Pairs p) { return p; }
 
 #elif defined(__AVX2__)
 
@@ -75,7 +57,6 @@ struct Line {
 struct Sums {
     __m256i half[2];  // 8 int32 each
 };
-constexpr int64_t ROWS_BY_TWO = 2;
 constexpr int32_t SUBTRACT = 0;  // dot8 uses w8 = q - 128
 inline Line load(const uint8_t* p) {
     const auto* from = reinterpret_cast<const __m256i*>(p);
@@ -133,46 +114,18 @@ inline Sums dot8(Sums s, const Line& l, const int8_t* x) {
     }
     return s;
 }
-inline Sums dot4(Sums s, const Line& l, const int8_t* x) {  // codes below 128
-    const __m256i xs = quad_of(x);
-    for (int h = 0; h < 2; h++) s.half[h] = add_quads(s.half[h], _mm256_maddubs_epi16(l.half[h], xs));
-    return s;
-}
-inline Sums add(const Sums& a, const Sums& b) {
-    return {_mm256_add_epi32(a.half[0], b.half[0]), _mm256_add_epi32(a.half[1], b.half[1])};
-}
-inline void store(int32_t* out, const Sums& s) {
-    for (int h = 0; h < 2; h++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + h, s.half[h]);
-}
-// Group bytes of a tile: multipliers m and zero points z of 8 outputs.
-inline __m256i bytes_of(const uint8_t* group) {
-    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(group)));
-}
-inline Sums add_group(Sums total, const Sums& s, const uint8_t* group, int32_t sum) {
-    for (int h = 0; h < 2; h++) {
-        const __m256i b = bytes_of(group + 8 * h);
-        const __m256i m = _mm256_and_si256(b, _mm256_set1_epi32(15)), z = _mm256_srli_epi32(b, 4);
-        const __m256i centered = _mm256_sub_epi32(s.half[h], _mm256_mullo_epi32(z, _mm256_set1_epi32(sum)));
-        total.half[h] = _mm256_add_epi32(total.half[h], _mm256_mullo_epi32(m, centered));
-    }
-    return total;
-}
-struct Repack {
-    __m256i m[2], shift[2];
-    explicit Repack(const uint8_t* group) {
-        for (int h = 0; h < 2; h++) {
-            const __m256i b = bytes_of(group + 8 * h), z = _mm256_srli_epi32(b, 4);
-            const __m256i multiplier = _mm256_and_si256(b, _mm256_set1_epi32(15));
-            const __m256i from = _mm256_sub_epi32(_mm256_set1_epi32(128), _mm256_mullo_epi32(multiplier, z));
-            shift[h] = _mm256_mullo_epi32(_mm256_and_si256(from, _mm256_set1_epi32(255)), _mm256_set1_epi32(0x01010101));
-            m[h] = _mm256_or_si256(multiplier, _mm256_slli_epi32(multiplier, 16));  // as above
-        }
-    }
-    void store(uint8_t* out, const Line& q) const {
-        for (int h = 0; h < 2; h++)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + h, _mm256_add_epi8(_mm256_mullo_epi16(q.half[h], m[h]), shift[h]));
-    }
+// Two products of a code and x are added in int16, and so are those of more lines, as long as no sum can exceed it:
+// 2 * 15 * 127 * 8 = 30480.
+struct Pairs {
+    __m256i half[2];  // 16 int16 each
 };
+constexpr int most_pairs(int bits) { return 128 >> bits; }
+inline Pairs begin(const Sums&) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Pairs dot4(const Pairs& p, const Line& l, const int8_t* x) {
+    const __m256i xs = quad_of(x);
+    return {_mm256_add_epi16(p.half[0], _mm256_maddubs_epi16(l.half[0], xs)), _mm256_add_epi16(p.half[1], _mm256_maddubs_epi16(l.half[1], xs))};
+}
+inline Sums end(const Sums& s, const Pairs& p) { return {add_quads(s.half[0], p.half[0]), add_quads(s.half[1], p.half[1])}; }
 
 #else
 
@@ -182,7 +135,6 @@ struct Line {
 struct Sums {
     int32_t v[16];
 };
-constexpr int64_t ROWS_BY_TWO = 2;
 constexpr int32_t SUBTRACT = 128;
 inline Line load(const uint8_t* p) {
     Line l;
@@ -230,25 +182,11 @@ inline Sums dot8(Sums s, const Line& l, const int8_t* x) {
         for (int j = 0; j < 4; j++) s.v[n] += int32_t(l.b[4 * n + j]) * x[j];
     return s;
 }
-inline Sums dot4(Sums s, const Line& l, const int8_t* x) { return dot8(s, l, x); }
-inline Sums add(Sums a, Sums b) {
-    for (int n = 0; n < 16; n++) a.v[n] += b.v[n];
-    return a;
-}
-inline void store(int32_t* out, Sums s) { std::memcpy(out, s.v, 64); }
-inline Sums add_group(Sums total, Sums s, const uint8_t* group, int32_t sum) {
-    for (int n = 0; n < 16; n++) total.v[n] += (group[n] & 15) * (s.v[n] - (group[n] >> 4) * sum);
-    return total;
-}
-struct Repack {
-    const uint8_t* group;
-    explicit Repack(const uint8_t* g) : group(g) {}
-    void store(uint8_t* out, const Line& q) const {
-        for (int n = 0; n < 16; n++)
-            for (int j = 0; j < 4; j++)
-                out[4 * n + j] = uint8_t(128 + (group[n] & 15) * (int(q.b[4 * n + j]) - (group[n] >> 4)));
-    }
-};
+using Pairs = Sums;
+constexpr int most_pairs(int) { return 1 << 20; }
+inline Pairs begin(const Sums& s) { return s; }
+inline Pairs dot4(const Pairs& s, const Line& l, const int8_t* x) { return dot8(s, l, x); }
+inline Sums end(const Sums&, const Pairs& p) { return p; }
 
 #endif
 

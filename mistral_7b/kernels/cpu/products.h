@@ -6,10 +6,8 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "few_rows.h"
-#include "gguf_blocks.h"
+#include "blocks.h"
 #include "low_rank.h"
-#include "tiles.h"
 
 namespace {
 
@@ -22,19 +20,11 @@ struct LinearCall {
 };
 
 // A part of a product that one thread computes without interruption, and its cost: the bytes of a tile of weights.
-inline int64_t tile_bytes(const Weights& w) {
-    return w.kind ? w.Kp / format_of(w.kind).block * record_bytes(format_of(w.kind)) : w.Kp * 2 * w.bits;
-}
+inline int64_t tile_bytes(const Weights& w) { return tile_bytes(format_of(w.kind), w.Kp); }
 
 // The same rows by several weights. Their tiles are partitioned together, to synchronize only once.
 template <class T>
 void products(const Rows& r, const Weights* const* weights, int64_t n, int threads, void* const* outs) {
-#if defined(WITH_AMX)
-    if (r.M > FEW && !weights[0]->kind) {
-        for (int64_t i = 0; i < n; i++) amx_linear<T>(r, *weights[i], threads, outs[i]);
-        return;
-    }
-#endif
     int64_t total = 0;
     for (int64_t i = 0; i < n; i++) total += (weights[i]->N + 15) / 16 * tile_bytes(*weights[i]);
     parallel(threads, [&](int t, int of) {
@@ -46,16 +36,15 @@ void products(const Rows& r, const Weights* const* weights, int64_t n, int threa
             // the tiles that begin in the range
             const auto tile_at = [&](int64_t byte) { return std::clamp((byte - first + size - 1) / size, int64_t(0), tiles); };
             const Span part{range.begin < first ? 0 : tile_at(range.begin), range.end < first ? 0 : tile_at(range.end)};
-            if (part.begin < part.end) w.kind ? block_tiles<T>(r, w, part, outs[i]) : product_tiles<T>(r, w, part, outs[i]);
+            if (part.begin < part.end) block_tiles<T>(r, w, part, outs[i]);
             first += tiles * size;
         }
     });
 }
 
-// Whether two weights can share the quantized x: scales of the same inputs, and sums of the same groups.
+// Whether two weights can share the quantized x: scales of the same inputs.
 inline bool share_rows(const Weights& a, const Weights& b) {
-    if (a.Kp != b.Kp || !a.kind != !b.kind) return false;
-    return a.kind ? format_of(a.kind).block == format_of(b.kind).block : a.group == b.group && a.bits == b.bits;
+    return a.Kp == b.Kp && format_of(a.kind).block == format_of(b.kind).block;
 }
 
 // One x (M, K) by several weights, with LoRA updates. Weights that share the quantized x share a parallel loop.
@@ -67,9 +56,8 @@ void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const We
         int64_t n = 1;
         while (w + n != end && share_rows(*w[0], *w[n])) n++;
         const int used_threads = M * w[0]->N * w[0]->Kp < 1 << 18 ? 1 : threads;  // waking other threads would take longer
-        const int64_t block = w[0]->kind ? format_of(w[0]->kind).block : w[0]->Kp;
-        const int64_t group = w[0]->kind ? (block == 256 ? 16 : 32) : w[0]->group;
-        products<T>(quantize<T>(x, M, K, w[0]->Kp, block, group, used_threads), w, n, used_threads, out);
+        const int64_t block = format_of(w[0]->kind).block;
+        products<T>(quantize<T>(x, M, K, w[0]->Kp, block, block == 256 ? 16 : 32, used_threads), w, n, used_threads, out);
         w += n;
         out += n;
     }

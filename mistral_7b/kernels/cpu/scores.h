@@ -8,7 +8,8 @@
 #include <cstring>
 
 #include "keys.h"
-#include "tiles.h"
+#include "amx.h"
+#include "weights.h"
 #include "vectors.h"
 
 namespace {

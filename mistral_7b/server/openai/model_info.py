@@ -10,20 +10,21 @@ from ...checkpoint.gguf.vocabulary import TEMPLATE
 from ...checkpoint.hub import DEMO
 from ...errors import CheckpointError, TokenizerError
 from ...model import Mistral7B
-from ...quantization.gpu import Fp8Linear, GpuInt4Linear, GpuInt8Linear
-from ...quantization.linear import BlockLinear, Int4Linear, Int8Linear
+from ...quantization.gpu import Fp8Linear
+from ...quantization.linear import BlockLinear
+from ...quantization.schemes import scheme_of
 from ...text.tokenizer import Tokenizer
-
-NAMES = {Int8Linear: "int8", GpuInt8Linear: "int8", Int4Linear: "int4", GpuInt4Linear: "int4", Fp8Linear: "fp8"}
 
 
 def precision(model: Mistral7B) -> str:
     """The weights' quantization, such as "int8", or their type if they are not quantized, such as "bfloat16"."""
+    if scheme := scheme_of(model):
+        return str(scheme)
     for module in model.modules():
         if isinstance(module, BlockLinear):
             return module.kind
-        if type(module) in NAMES:
-            return NAMES[type(module)]
+        if isinstance(module, Fp8Linear):
+            return "fp8"
     return str(model.norm.weight.dtype).removeprefix("torch.")
 
 

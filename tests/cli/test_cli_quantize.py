@@ -27,18 +27,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.wording
 def test_quantize_inform_and_generate(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int4")
-    code, stdout, err = run(
-        "quantize", windowed, out, "--scheme", "int4", "--group-size", "32", "--text", text, *FAST
-    )
+    code, stdout, err = run("quantize", windowed, out, "--scheme", "q4_k_m", "--text", text, *FAST)
     assert (code, stdout) == (0, "")
-    for words in (f"written to {out}", "int4 in groups of 32, asymmetric", "40 tokens of", "KL", "perplexity"):
+    for words in (f"written to {out}", "q4_k_m", "40 tokens of", "KL", "perplexity"):
         assert words in " ".join(err.split()), words
     record = read_record(out)
     assert record is not None
     assert record.distance["text"] == text
 
     shown = run("info", out).out
-    for words in ("quantized", "int4, groups of 32, asymmetric", "none: rounded to nearest", "40 tokens", "KL"):
+    for words in ("quantized", "q4_k_m", "none: rounded to nearest", "40 tokens", "KL"):
         assert words in shown, words
     facts = json.loads(run("info", out, "--json").out)
     assert (facts["format"], facts["weights_bytes"]) == ("quantized", record.nbytes)
@@ -49,7 +47,7 @@ def test_quantize_inform_and_generate(run, windowed: str, text: str, tmp_path: p
     assert len(made["outputs"][0]["token_ids"]) == 5
     code, _, err = run("generate", out, *words, "--quantization", "int8")
     assert code == 2
-    assert "already quantized as int4 in groups of 32" in err
+    assert "already quantized as q4_k_m" in err
 
 
 def test_quantize_while_loading_is_the_same_model(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
@@ -75,9 +73,9 @@ def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.
     assert f"calibrated on 40 tokens of {guide}" in " ".join(err.split())
     record = read_record(out)
     assert record is not None
-    assert record.calibration == {"method": "rescaling, feedback", "tokens": 40, "text": str(guide)}
+    assert record.calibration == {"method": "feedback", "tokens": 40, "text": str(guide)}
     monospaced = "".join(run("info", out).out.split())
-    assert "method:rescaling,feedback,tokens:40" in monospaced
+    assert "method:feedback,tokens:40" in monospaced
     assert json.loads(run("info", out, "--json").out)["quantization"]["calibration"] == record.calibration
 
 
@@ -86,9 +84,6 @@ def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.
     ("words", "message"),
     [
         (["{model}", "{tmp}/out", "--scheme", "int3"], "int3"),
-        (["{model}", "{tmp}/out", "--group-size", "64"], "64"),
-        (["{model}", "{tmp}/out", "--scheme", "int8", "--group-size", "32"], "belong to int4"),
-        (["{model}", "{tmp}/out", "--scheme", "int8", "--symmetric"], "belong to int4"),
         (["{model}", "{tmp}/out", "--tokens", "1"], "at least 2"),
         (["{model}", "{tmp}/out", "--threads", "0"], "at least 1"),
         (["{model}", "{tmp}/out", "--text", "{tmp}/none"], "none"),

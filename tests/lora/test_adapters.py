@@ -23,7 +23,7 @@ from mistral_7b.quantization.fused import FusedBlock, FusedLayers
 compiled = pytest.mark.skipif(library() is None, reason="without the kernels rows depend on their neighbours")
 SCHEMES = {
     "int8": Scheme("int8"),
-    "int4": Scheme("int4", 32),
+    "int4": Scheme("int4"),
     "bf16": Scheme("bf16", deterministic=True),
 }
 RANKS = {"narrow": 1, "wide": 16, "odd": 5}
@@ -112,9 +112,9 @@ def test_weights_that_change_under_an_adapter_are_noticed() -> None:
     adapters, tokens = loaded(model), tokens_of((1, LENGTH), ARGS)
     before = logits(adapters, ["wide"], tokens, 5)
     linear = model.layers[0].attention.wq
-    kept, linear.scale = linear.scale, linear.scale * 2
+    kept, linear.d = linear.d, linear.d * 2
     assert not torch.equal(logits(adapters, ["wide"], tokens, 5), before)
-    linear.scale = kept
+    linear.d = kept
     assert torch.equal(logits(adapters, ["wide"], tokens, 5), before)
 
 

@@ -5,28 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from refusals import refused
-from tiny import TINY, tiny_args, tiny_model
+from tiny import tiny_args, tiny_model
 
 from mistral_7b import QuantizationError
 from mistral_7b.quantization import Scheme, quantize
-from mistral_7b.quantization.schemes import empty_model, random_model, scheme_of
+from mistral_7b.quantization.linear import BlockLinear
+from mistral_7b.quantization.schemes import KINDS, empty_model, random_model, scheme_of
 
 
-@pytest.mark.parametrize(
-    ("values", "field"),
-    [(("int3",), "quantization"), (("int4", 64), "group_size"), (("int4", 0), "group_size")],
-)
-def test_invalid_schemes_are_refused(values: tuple, field: str) -> None:
-    with refused(QuantizationError, field=field):
-        Scheme(*values)
+def test_invalid_schemes_are_refused() -> None:
+    with refused(QuantizationError, field="quantization"):
+        Scheme("int3")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(
-    "scheme", [Scheme("int8"), Scheme("int4"), Scheme("int4", 32), Scheme("int4", 128, symmetric=True)], ids=str
-)
+@pytest.mark.parametrize("scheme", [Scheme(name) for name in KINDS], ids=str)
 def test_scheme_of_matches_the_empty_model(scheme: Scheme, tied: bool) -> None:
-    args = tiny_args(tie_embeddings=tied)
+    args = tiny_args(tie_embeddings=tied, n_layers=3)  # the third layer of q4_k_m has matrices of both types
     model = quantize(tiny_model(args, torch.bfloat16), scheme)
     assert scheme_of(model) == scheme
     empty = empty_model(args, scheme)
@@ -46,10 +41,24 @@ def test_models_with_no_or_mixed_schemes() -> None:
 
 
 def test_random_models_have_their_scheme() -> None:
-    for scheme in (Scheme("int8"), Scheme("int4"), Scheme("int4", 32, symmetric=True)):
-        assert scheme_of(random_model(TINY, scheme)) == scheme
+    for name in KINDS:
+        model = random_model(tiny_args(n_layers=3), name)
+        assert scheme_of(model) == Scheme(name)
+        linears = [module for module in model.modules() if isinstance(module, BlockLinear)]
+        for linear in linears:  # near zero on average, so that activations stay near 1
+            weight = linear.dequantized()
+            assert weight.mean().abs() < 0.2 * weight.std()
+            assert 0.005 < weight.std() < 0.05
 
 
-def test_the_string_of_a_scheme() -> None:
-    said = [str(s) for s in (Scheme("int8"), Scheme(), Scheme("int4", 32, symmetric=True))]
-    assert said == ["int8", "int4 in groups of 128, asymmetric", "int4 in groups of 32, symmetric"]
+def test_the_mixture_is_that_of_llama_cpp() -> None:
+    """The outer eighths of the layers and each third one between: 16 of 32 layers for wv and w2."""
+    scheme = Scheme("q4_k_m")
+    kinds = {scheme.kind(f"layers.{i}.feed_forward.w2", 32): i for i in range(32)}
+    assert set(kinds) == {"Q4_K", "Q6_K"}
+    six = [i for i in range(32) if scheme.kind(f"layers.{i}.attention.wv", 32) == "Q6_K"]
+    assert six == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert {scheme.kind(f"layers.{i}.attention.{name}", 32) for i in range(32) for name in ("wq", "wk", "wo")} == {
+        "Q4_K"
+    }
+    assert scheme.kind("output", 32) == "Q8_0"

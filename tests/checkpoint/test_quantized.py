@@ -248,7 +248,7 @@ def _sign(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _narrow(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["output.scale"] = tensors["output.scale"].bfloat16()
+    tensors["output.d"] = tensors["output.d"].bfloat16()
 
 
 def _whole(tensors: dict[str, torch.Tensor]) -> None:

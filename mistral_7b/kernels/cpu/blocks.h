@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "lines.h"
 #include "weights.h"
@@ -13,16 +14,20 @@ namespace {
 // Prefetch distance in bytes: the fastest measured with two threads.
 constexpr int64_t AHEAD = 4096;
 
-// s += the products of R rows, `stride` bytes apart, with a group of a tile.
+// sums += the products of R rows, `stride` bytes apart, with a group of a part of a tile.
 template <int KIND, int R>
-inline void dot_group(Sums (&s)[R], const uint8_t* low_lines, const uint8_t* high_line, const int8_t* x, int64_t stride) {
+inline void dot_group(Sums (&sums)[R], const uint8_t* low_lines, const uint8_t* high_line, const int8_t* x, int64_t stride) {
     constexpr Format f = format_of(KIND);
     constexpr int QUADS = f.group / 4;
+    Sums s[R];  // local, to stay in registers
+    for (int i = 0; i < R; i++) s[i] = sums[i];
     if constexpr (f.low == 8) {
+#pragma GCC unroll 8
         for (int k = 0; k < QUADS; k++) {
             const Line line = load(low_lines + k * LINE);
             for (int i = 0; i < R; i++) s[i] = dot8(s[i], line, x + i * stride + 4 * k);
         }
+        for (int i = 0; i < R; i++) sums[i] = s[i];
         return;
     }
     Line plane{};
@@ -45,9 +50,10 @@ inline void dot_group(Sums (&s)[R], const uint8_t* low_lines, const uint8_t* hig
             }
         }
     }
+    for (int i = 0; i < R; i++) sums[i] = s[i];
 }
 
-// The integer scales of a tile and a block, four groups a line.
+// The integer scales of a part of a tile and a block, four groups a line.
 template <int KIND>
 struct GroupScales {
     static constexpr Format f = format_of(KIND);
@@ -65,73 +71,75 @@ struct GroupScales {
             for (int i = 0; i < f.scales && 4 * i < groups; i++) s[i] = load(lines + i * LINE);
         }
     }
-    I16 of(int g) const {
-        const I16 four = words(s[g / 4]);
+    Ints of(int64_t g) const {
+        const Ints four = words(s[g / 4]);
         return six_bits ? (four >> (8 * (g % 4))) & 255 : (four << (24 - 8 * (g % 4))) >> 24;
     }
     // sum over groups of t times the sum of codes, given in parts (weights.h): t has 6 bits
-    I16 minima(const int8_t* parts) const {
+    Ints minima(const int8_t* parts) const {
         const Sums none = zero();
         const Sums high_parts = end(none, dot4(dot4(begin(none), t[0], parts), t[1], parts + 8));
-        return lanes(high_parts) * 128 + lanes(end(none, dot4(dot4(begin(none), t[0], parts + 4), t[1], parts + 12)));
+        return words(high_parts) * 128 + words(end(none, dot4(dot4(begin(none), t[0], parts + 4), t[1], parts + 12)));
     }
 };
 
-// y += R rows by one tile and one block of `groups` groups, whose record is at `codes`.
+// y (R, 16) += R rows by one tile and one block of `groups` groups, whose record is at `codes`.
 template <int KIND, int R>
-inline void block_record(const Rows& r, int64_t row, int64_t b, int64_t groups, const uint8_t* codes, const uint16_t* d, F16 (&y)[R]) {
+inline void block_record(const Rows& r, int64_t row, int64_t b, int64_t groups, const uint8_t* codes, const uint16_t* d, float* y) {
     constexpr Format f = format_of(KIND);
     constexpr int64_t LOW = f.group * TILE_N * f.low / 8, HIGH = f.group * TILE_N * f.high / 8, GROUPS = f.block / f.group;
-    constexpr int64_t STEP = record_bytes(f, f.block) / GROUPS;
+    constexpr int32_t offset = (f.low == 8 || f.table) ? f.zero - 128 + SUBTRACT : f.zero;
     const int64_t G = r.Kp / r.group, in_group = f.group / r.group;
     const int8_t* x = r.q + row * r.Kp + b * f.block;
     const int32_t* sum = r.sum + row * G + b * (f.block / r.group);
-    const GroupScales<KIND> scales(codes + groups * (LOW + HIGH), groups);
-    I16 total[R] = {};
-    for (int64_t g = 0; g < groups; g++) {
-        for (int64_t i = 0; i < STEP; i += LINE) __builtin_prefetch(codes + g * STEP + i + AHEAD);
-        Sums s[R];
+    for (int64_t i = 0; i < record_bytes(f, f.block); i += LINE) __builtin_prefetch(codes + i + AHEAD);
+    for (int part = 0; part < TILE_N; part += LANES, codes += 4 * LANES, d += LANES) {  // outputs of one register
+        const GroupScales<KIND> scales(codes + groups * (LOW + HIGH), groups);
+        Ints total[R] = {};
+        for (int64_t g = 0; g < (GROUPS == 1 ? 1 : groups); g++) {
+            Sums s[R];
+            for (int i = 0; i < R; i++) {
+                int32_t from = 0;
+                if constexpr (offset != 0)
+                    for (int64_t j = 0; j < in_group; j++) from -= offset * sum[i * G + g * in_group + j];
+                s[i] = start(from);
+            }
+            dot_group<KIND, R>(s, codes + g * LOW, codes + groups * LOW + g * HIGH, x + g * f.group, r.Kp);
+            if constexpr (f.scales != 0) {
+                const Ints scale = scales.of(g);
+                for (int i = 0; i < R; i++) total[i] += words(s[i]) * scale;
+            } else {
+                for (int i = 0; i < R; i++) total[i] = words(s[i]);
+            }
+        }
+        const Floats scale = halves(d);
         for (int i = 0; i < R; i++) {
-            constexpr int32_t offset = (f.low == 8 || f.table) ? f.zero - 128 + SUBTRACT : f.zero;
-            int32_t from = 0;
-            if constexpr (offset != 0)
-                for (int64_t j = 0; j < in_group; j++) from -= offset * sum[i * G + g * in_group + j];
-            s[i] = start(from);
-        }
-        dot_group<KIND, R>(s, codes + g * LOW, codes + groups * LOW + g * HIGH, x + g * f.group, r.Kp);
-        if constexpr (f.scales != 0) {
-            const I16 scale = scales.of(g);
-            for (int i = 0; i < R; i++) total[i] += lanes(s[i]) * scale;
-        } else {
-            for (int i = 0; i < R; i++) total[i] = lanes(s[i]);
-        }
-    }
-    const F16 scale = from_halves(d);
-    for (int i = 0; i < R; i++) {
-        const float sx = r.scale[(row + i) * r.blocks + b];
-        y[i] += __builtin_convertvector(total[i], F16) * (scale * sx);
-        if constexpr (f.minimum) {
-            const F16 m = from_halves(d + TILE_N) * sx;
-            if constexpr (f.scales != 0)
-                y[i] -= __builtin_convertvector(scales.minima(r.parts + ((row + i) * r.blocks + b) * PARTS), F16) * m;
-            else
-                y[i] += float(sum[i * G]) * m;
+            const float sx = r.scale[(row + i) * r.blocks + b];
+            float* out = y + i * TILE_N + part;
+            Floats v = floats(out) + __builtin_convertvector(total[i], Floats) * (scale * sx);
+            if constexpr (f.minimum) {
+                const Floats m = halves(d + TILE_N) * sx;
+                if constexpr (f.scales != 0)
+                    v -= __builtin_convertvector(scales.minima(r.parts + ((row + i) * r.blocks + b) * PARTS), Floats) * m;
+                else
+                    v += float(sum[i * G]) * m;
+            }
+            std::memcpy(out, &v, sizeof v);
         }
     }
 }
 
-// R rows by one tile, over all blocks.
+// R rows by one tile, over all blocks: y (R, 16).
 template <int KIND, int R>
-void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, F16* out) {
+void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, float* y) {
     constexpr Format f = format_of(KIND);
     constexpr int64_t D = (1 + f.minimum) * TILE_N;
     const uint8_t* codes = w.codes + tile * tile_bytes(f, w.Kp);
     const uint16_t* d = w.d + tile * r.blocks * D;
     const int64_t whole = w.Kp / f.block;
-    F16 y[R] = {};
+    std::fill_n(y, R * TILE_N, 0.0f);
     for (int64_t b = 0; b < whole; b++, codes += record_bytes(f, f.block), d += D) block_record<KIND, R>(r, row, b, f.block / f.group, codes, d, y);
     if (whole < r.blocks) block_record<KIND, R>(r, row, whole, (w.Kp - whole * f.block) / f.group, codes, d, y);
-    for (int i = 0; i < R; i++) out[i] = y[i];
 }
 
 constexpr int MANY = 4;  // rows at a time
@@ -139,11 +147,11 @@ constexpr int MANY = 4;  // rows at a time
 template <int KIND, class T>
 void block_rows(const Rows& r, const Weights& w, int64_t tile, void* out) {
     for (int64_t row = 0; row < r.M;) {
-        F16 y[MANY];
+        alignas(64) float y[MANY * TILE_N];
         const int64_t left = r.M - row, rows = left == 1 ? 1 : MANY;  // rows beyond M are padding
         left == 1 ? block_tile<KIND, 1>(r, w, row, tile, y) : block_tile<KIND, MANY>(r, w, row, tile, y);
         for (int64_t i = 0; i < std::min(rows, left); i++)
-            store(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, y[i], w.N - tile * TILE_N);
+            store(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, load(y + i * TILE_N), w.N - tile * TILE_N);
         row += rows;
     }
 }

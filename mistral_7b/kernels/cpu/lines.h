@@ -1,5 +1,6 @@
-// Products of a 64-byte line of weights (16 outputs by 4 inputs, see weights.h) with 4 inputs of a row, in the widest
-// instruction set that the compiler flags enable. Integer sums are exact, so all instruction sets agree.
+// Products of a line of weights (16 outputs by 4 inputs, see formats.h) with 4 inputs of a row, in the widest instruction
+// set that the compiler flags enable. A register holds LANES outputs: a line is one register, or two parts. Integer sums
+// are exact, so all instruction sets agree.
 
 #pragma once
 
@@ -16,6 +17,7 @@ namespace {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
+constexpr int LANES = 16;
 using Line = __m512i;
 using Sums = __m512i;  // 16 int32
 using Words = uint16_t __attribute__((vector_size(64)));  // 32 words of 16 bits: there are no shifts of bytes
@@ -32,8 +34,6 @@ Line merge(Line code, Line plane, int shift, uint8_t mask) {
 Line lookup(Line codes, const uint8_t* table) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), codes);
 }
-I16 words(Line v) { return reinterpret_cast<I16>(v); }
-I16 lanes(Sums s) { return reinterpret_cast<I16>(s); }
 Sums start(int32_t v) { return _mm512_set1_epi32(v); }
 Sums zero() { return _mm512_setzero_si512(); }
 Sums dot8(Sums s, Line v, const int8_t* x) {
@@ -50,52 +50,22 @@ Sums end(Sums, Pairs p) { return p; }
 
 #elif defined(__AVX2__)
 
-// Two halves of 32 bytes: 8 outputs by 4 inputs each.
-struct Line {
-    __m256i half[2];
-};
-struct Sums {
-    __m256i half[2];  // 8 int32 each
-};
+constexpr int LANES = 8;
+using Line = __m256i;
+using Sums = __m256i;  // 8 int32
 constexpr int32_t SUBTRACT = 0;  // dot8 uses w8 = q - 128
-inline Line load(const uint8_t* p) {
-    const auto* from = reinterpret_cast<const __m256i*>(p);
-    return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+inline Line load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Line masked(Line v, uint8_t mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
+inline Line low(Line v) { return masked(v, 15); }
+inline Line high(Line v) { return masked(_mm256_srli_epi16(v, 4), 15); }
+inline Line merge(Line code, Line plane, int shift, uint8_t mask) {
+    return _mm256_or_si256(code, masked(shift < 0 ? _mm256_srli_epi16(plane, -shift) : _mm256_slli_epi16(plane, shift), mask));
 }
-inline Line low(const Line& l) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(l.half[0], mask), _mm256_and_si256(l.half[1], mask)};
+inline Line lookup(Line codes, const uint8_t* table) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), codes);
 }
-inline Line high(const Line& l) {
-    return low({_mm256_srli_epi16(l.half[0], 4), _mm256_srli_epi16(l.half[1], 4)});
-}
-inline Line masked(const Line& l, uint8_t mask) {
-    const __m256i m = _mm256_set1_epi8(char(mask));
-    return {_mm256_and_si256(l.half[0], m), _mm256_and_si256(l.half[1], m)};
-}
-inline Line merge(const Line& code, const Line& plane, int shift, uint8_t mask) {
-    Line out = plane;
-    for (auto& half : out.half) half = shift < 0 ? _mm256_srli_epi16(half, -shift) : _mm256_slli_epi16(half, shift);
-    out = masked(out, mask);
-    for (int h = 0; h < 2; h++) out.half[h] = _mm256_or_si256(out.half[h], code.half[h]);
-    return out;
-}
-inline Line lookup(const Line& codes, const uint8_t* table) {
-    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
-    return {_mm256_shuffle_epi8(both, codes.half[0]), _mm256_shuffle_epi8(both, codes.half[1])};
-}
-inline I16 words(const Line& l) {
-    I16 v;
-    std::memcpy(&v, &l, 64);
-    return v;
-}
-inline I16 lanes(const Sums& s) {
-    I16 v;
-    std::memcpy(&v, &s, 64);
-    return v;
-}
-inline Sums start(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
-inline Sums zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Sums start(int32_t v) { return _mm256_set1_epi32(v); }
+inline Sums zero() { return _mm256_setzero_si256(); }
 inline __m256i quad_of(const int8_t* x) {
     int32_t quad;
     std::memcpy(&quad, x, 4);
@@ -106,29 +76,21 @@ inline __m256i add_quads(__m256i s, __m256i pairs) {  // pairs: int16
 }
 // vpmaddubsw adds two products of an unsigned and a signed byte in int16, with saturation. For |w8| <= 128 times x with
 // the sign of w8, |x| <= 127, the sum is at most 32512: exact. With codes up to 255 instead of |w8|, it could saturate.
-inline Sums dot8(Sums s, const Line& l, const int8_t* x) {
-    const __m256i xs = quad_of(x);
-    for (int h = 0; h < 2; h++) {
-        const __m256i w = _mm256_xor_si256(l.half[h], _mm256_set1_epi8(-128));
-        s.half[h] = add_quads(s.half[h], _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(xs, w)));
-    }
-    return s;
+inline Sums dot8(Sums s, Line v, const int8_t* x) {
+    const __m256i w = _mm256_xor_si256(v, _mm256_set1_epi8(-128));
+    return add_quads(s, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(quad_of(x), w)));
 }
 // Two products of a code and x are added in int16, and so are those of more lines, as long as no sum can exceed it:
 // 2 * 15 * 127 * 8 = 30480.
-struct Pairs {
-    __m256i half[2];  // 16 int16 each
-};
+using Pairs = __m256i;  // 16 int16
 constexpr int most_pairs(int bits) { return 128 >> bits; }
-inline Pairs begin(const Sums&) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Pairs dot4(const Pairs& p, const Line& l, const int8_t* x) {
-    const __m256i xs = quad_of(x);
-    return {_mm256_add_epi16(p.half[0], _mm256_maddubs_epi16(l.half[0], xs)), _mm256_add_epi16(p.half[1], _mm256_maddubs_epi16(l.half[1], xs))};
-}
-inline Sums end(const Sums& s, const Pairs& p) { return {add_quads(s.half[0], p.half[0]), add_quads(s.half[1], p.half[1])}; }
+inline Pairs begin(Sums) { return _mm256_setzero_si256(); }
+inline Pairs dot4(Pairs p, Line v, const int8_t* x) { return _mm256_add_epi16(p, _mm256_maddubs_epi16(v, quad_of(x))); }
+inline Sums end(Sums s, Pairs p) { return add_quads(s, p); }
 
 #else
 
+constexpr int LANES = 16;
 struct Line {
     uint8_t b[64];
 };
@@ -161,16 +123,6 @@ inline Line lookup(Line codes, const uint8_t* table) {
     for (auto& b : codes.b) b = table[b];
     return codes;
 }
-inline I16 words(const Line& l) {
-    I16 v;
-    std::memcpy(&v, l.b, 64);
-    return v;
-}
-inline I16 lanes(const Sums& s) {
-    I16 v;
-    std::memcpy(&v, s.v, 64);
-    return v;
-}
 inline Sums start(int32_t v) {
     Sums s;
     for (auto& n : s.v) n = v;
@@ -189,5 +141,34 @@ inline Pairs dot4(const Pairs& s, const Line& l, const int8_t* x) { return dot8(
 inline Sums end(const Sums&, const Pairs& p) { return p; }
 
 #endif
+
+// Vectors of as many numbers as Sums.
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+using Floats = float __attribute__((vector_size(4 * LANES)));
+
+template <class T>
+inline Ints words(const T& v) {
+    Ints out;
+    static_assert(sizeof v == sizeof out, "");
+    std::memcpy(&out, &v, sizeof out);
+    return out;
+}
+inline Floats floats(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+// The float16 numbers at p.
+inline Floats halves(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    Floats v;
+    for (int i = 0; i < LANES; i++) v[i] = from_half(p[i]);
+    return v;
+#endif
+}
 
 }  // namespace

@@ -86,15 +86,6 @@ inline void store(uint16_t* p, F16 v) {
     H16 h = to_bf16(v);
     std::memcpy(p, &h, 32);
 }
-inline F16 from_halves(const uint16_t* p) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<F16>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#else
-    F16 v;
-    for (int i = 0; i < 16; i++) v[i] = from_half(p[i]);
-    return v;
-#endif
-}
 inline F16 load(const int8_t* p) {
     int8_t __attribute__((vector_size(16))) b;
     std::memcpy(&b, p, 16);

@@ -30,9 +30,11 @@ from .records import Record, record
 from .roofline import PROBES, Ceilings
 
 PACKAGE = pathlib.Path(__file__).parent.parent
-# The peers of each of our schemes, with the closest number of bits per weight.
+# The peers of each of our schemes: of as many bits per weight, or of comparable quality.
 PEERS = {
-    "int4": ((LLAMA, "Q4_0"),),
+    "int4": ((LLAMA, "Q4_0"), (LLAMA, "Q4_K_M")),
+    "q4_k_m": ((LLAMA, "Q4_K_M"),),
+    "q6_k": ((LLAMA, "Q6_K"),),
     "int8": ((LLAMA, "Q8_0"),),
     "bf16": ((LLAMA, "BF16"), (TRANSFORMERS, "bf16")),
     "none": ((TRANSFORMERS, "bf16"),),
@@ -214,7 +216,13 @@ class PeerFiles:
                 )
             temporary = path.with_suffix(".part")
             try:
-                _python(self.python, "llama_file", str(temporary), scheme, json.dumps(args))
+                _python(
+                    self.python,
+                    "llama_file",
+                    str(temporary),
+                    scheme,
+                    json.dumps({**args, "promoted": _promoted(args["n_layers"])}),
+                )
                 temporary.rename(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -310,3 +318,10 @@ def _imports(python: str, *modules: str) -> bool:
         raise BenchmarkError(
             f"--peer-python {python} cannot be run: {error.strerror}", field="--peer-python"
         ) from error
+
+
+def _promoted(n_layers: int) -> list[int]:
+    """The layers whose wv and w2 llama.cpp's Q4_K_M keeps in Q6_K."""
+    from ..quantization.schemes import is_promoted
+
+    return [layer for layer in range(n_layers) if is_promoted(f"layers.{layer}.feed_forward.w2", n_layers)]

@@ -327,11 +327,23 @@ def test_random_blocks_are_weights_of_a_sane_size() -> None:
 
     from mistral_7b.bench.peers.llama_file import random_blocks
 
-    for kind in ("Q4_0", "Q8_0", "BF16"):
+    for kind in ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "BF16"):
         blocks = random_blocks(kind, 32 * 4096)
         weights = gguf.quants.dequantize(blocks.reshape(-1), gguf.GGMLQuantizationType[kind])
         assert weights.size == 32 * 4096
         assert 0.01 < np.std(weights) < 0.03
+
+
+def test_a_file_in_q4_k_m_keeps_the_promoted_matrices_in_six_bits(tmp_path: pathlib.Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from mistral_7b.bench.peers.llama_file import write
+
+    args = {**ARGS, "dim": 256, "hidden_dim": 256, "n_heads": 4, "head_dim": 64, "n_layers": 2, "promoted": [1]}
+    write(str(tmp_path / "x.gguf"), "Q4_K_M", args)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    six = {name for name, kind in kinds.items() if kind == "Q6_K"}
+    assert six == {"blk.1.attn_v.weight", "blk.1.ffn_down.weight", "output.weight"}
+    assert kinds["blk.0.ffn_down.weight"] == kinds["token_embd.weight"] == "Q4_K"
 
 
 def test_a_file_of_random_weights_has_a_word_for_every_token(tmp_path: pathlib.Path) -> None:

@@ -19,37 +19,54 @@ import numpy as np
 from ..work import BITS
 
 WEIGHT = 0.02  # standard deviation of the weights
-BLOCK = 32
+# Inputs of a block, and its fields: float16 scales with their values, and random bytes with their number. With
+# integer scales, the values are those that give weights a standard deviation of about WEIGHT.
+BLOCKS: dict[str, tuple[int, dict[str, float | int]]] = {
+    "Q4_0": (32, {"d": WEIGHT / 4.6, "q": 16}),
+    "Q8_0": (32, {"d": WEIGHT / 73.9, "q": 32}),
+    "Q4_K": (256, {"d": 7e-5, "m": 7.5 * 7e-5, "s": 12, "q": 128}),
+    "Q6_K": (256, {"q": 192, "s": 16, "d": 1.1e-5}),
+}
 
 
 def random_blocks(kind: str, weights: int) -> np.ndarray[Any, Any]:
-    """Return the bytes of `weights` weights (a multiple of 32) of type Q4_0, Q8_0 or BF16."""
+    """Return the bytes of `weights` weights (of whole blocks) of a type in BLOCKS, or of BF16."""
     draw = np.random.default_rng(0)
     if kind == "BF16":
         # bfloat16 is the upper half of float32
         wide = draw.uniform(-WEIGHT, WEIGHT, weights).astype(np.float32)
         return (wide.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    size, spread = {"Q4_0": (BLOCK // 2, 4.6), "Q8_0": (BLOCK, 73.9)}[kind]  # spread: std of the codes
-    blocks = np.empty(weights // BLOCK, dtype=[("d", "<f2"), ("q", "u1", size)])
-    blocks["d"] = WEIGHT / spread
-    blocks["q"] = np.frombuffer(draw.bytes(blocks["q"].size), np.uint8).reshape(-1, size)
+    inputs, fields = BLOCKS[kind]
+    types = [(name, "<f2") if isinstance(of, float) else (name, "u1", of) for name, of in fields.items()]
+    blocks = np.empty(weights // inputs, dtype=types)
+    for name, of in fields.items():
+        if isinstance(of, float):
+            blocks[name] = of
+        else:
+            blocks[name] = np.frombuffer(draw.bytes(blocks[name].size), np.uint8).reshape(-1, of)
     return blocks.view(np.uint8)
 
 
 def write(path: str, kind: str, args: dict[str, Any]) -> None:
-    """Write the file. ValueError if a row is not a whole number of blocks."""
+    """Write the file. ValueError if a row is not a whole number of blocks.
+
+    Q4_K_M is Q4_K, with Q6_K for the output, and for attn_v and ffn_down of the layers in `args["promoted"]`.
+    """
     D, F, V, K = args["dim"], args["hidden_dim"], args["vocab_size"], args["head_dim"]
     q, kv = args["n_heads"] * K, args["n_kv_heads"] * K
-    if any(n % BLOCK for n in (D, F, q)):
-        raise ValueError(f"rows of {D}, {F} and {q} weights must be whole blocks of {BLOCK}")
+    most = {"Q4_K_M": "Q4_K"}.get(kind, kind)
+    block = BLOCKS[most][0] if most in BLOCKS else 1
+    if any(n % block for n in (D, F, q)):
+        raise ValueError(f"rows of {D}, {F} and {q} weights must be whole blocks of {block}")
     writer = gguf.GGUFWriter(path, "llama")
     add_facts(writer, args)
-    pool = random_blocks(kind, max(D * V, D * F))
-    quantized = gguf.GGMLQuantizationType[kind]
+    pools = {of: random_blocks(of, max(D * V, D * F)) for of in {most, "Q6_K" if kind == "Q4_K_M" else most}}
 
-    def matrix(name: str, rows: int, columns: int) -> None:
-        width = round(columns * BITS[kind] / 8)  # bytes per row
-        writer.add_tensor(f"{name}.weight", pool[: rows * width].reshape(rows, width), raw_dtype=quantized)
+    def matrix(name: str, rows: int, columns: int, promoted: bool = False) -> None:
+        of = "Q6_K" if promoted and kind == "Q4_K_M" else most
+        width = round(columns * BITS[of] / 8)  # bytes per row
+        raw = pools[of][: rows * width].reshape(rows, width)
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=gguf.GGMLQuantizationType[of])
 
     def norm(name: str) -> None:
         writer.add_tensor(f"{name}.weight", np.ones(D, np.float32))
@@ -63,10 +80,10 @@ def write(path: str, kind: str, args: dict[str, Any]) -> None:
             ("attn_q", q, D), ("attn_k", kv, D), ("attn_v", kv, D), ("attn_output", D, q),
             ("ffn_gate", F, D), ("ffn_up", F, D), ("ffn_down", D, F),
         ):  # fmt: skip
-            matrix(at + name, rows, columns)
+            matrix(at + name, rows, columns, name in ("attn_v", "ffn_down") and n in args.get("promoted", ()))
     norm("output_norm")
     if not args["tie_embeddings"]:
-        matrix("output", V, D)
+        matrix("output", V, D, promoted=True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include "vectors.h"
@@ -171,6 +173,91 @@ struct Repack {
     void store(uint8_t* out, const Line& q) const {
         for (int h = 0; h < 2; h++)
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + h, _mm256_add_epi8(_mm256_mullo_epi16(q.half[h], m[h]), shift[h]));
+    }
+};
+
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+// Four quarters of 16 bytes: 4 outputs by 4 inputs each. vdotq_s32 multiplies signed bytes by signed bytes, and i8mm's
+// vusdotq_s32 unsigned by signed ones; both add the four products of an output in 32 bits.
+using Line = uint8x16x4_t;
+using Sums = int32x4x4_t;  // 4 int32 each
+constexpr int64_t ROWS_BY_TWO = 2;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int32_t SUBTRACT = 128;
+#else
+constexpr int32_t SUBTRACT = 0;  // dot8 uses w8 = q - 128
+#endif
+inline Line load(const uint8_t* p) { return vld1q_u8_x4(p); }
+inline Line low(Line l) {
+    for (auto& quarter : l.val) quarter = vandq_u8(quarter, vdupq_n_u8(15));
+    return l;
+}
+inline Line high(Line l) {
+    for (auto& quarter : l.val) quarter = vshrq_n_u8(quarter, 4);
+    return l;
+}
+inline Line masked(Line l, uint8_t mask) {
+    for (auto& quarter : l.val) quarter = vandq_u8(quarter, vdupq_n_u8(mask));
+    return l;
+}
+inline Line merge(Line code, Line plane, int shift, uint8_t mask) {
+    for (auto& quarter : plane.val) quarter = vshlq_u8(quarter, vdupq_n_s8(int8_t(shift)));
+    plane = masked(plane, mask);
+    for (int i = 0; i < 4; i++) code.val[i] = vorrq_u8(code.val[i], plane.val[i]);
+    return code;
+}
+inline Line lookup(Line codes, const uint8_t* table) {
+    for (auto& quarter : codes.val) quarter = vqtbl1q_u8(vld1q_u8(table), quarter);
+    return codes;
+}
+inline I16 words(const Line& l) {
+    I16 v;
+    std::memcpy(&v, &l, 64);
+    return v;
+}
+inline I16 lanes(const Sums& s) {
+    I16 v;
+    std::memcpy(&v, &s, 64);
+    return v;
+}
+inline Sums start(int32_t v) { return {{vdupq_n_s32(v), vdupq_n_s32(v), vdupq_n_s32(v), vdupq_n_s32(v)}}; }
+inline Sums zero() { return start(0); }
+inline int8x16_t quad_of(const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(quad));
+}
+inline Sums dot4(Sums s, Line l, const int8_t* x) {  // codes below 128
+    const int8x16_t xs = quad_of(x);
+    for (int i = 0; i < 4; i++) s.val[i] = vdotq_s32(s.val[i], vreinterpretq_s8_u8(l.val[i]), xs);
+    return s;
+}
+inline Sums dot8(Sums s, Line l, const int8_t* x) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    const int8x16_t xs = quad_of(x);
+    for (int i = 0; i < 4; i++) s.val[i] = vusdotq_s32(s.val[i], l.val[i], xs);
+    return s;
+#else
+    for (auto& quarter : l.val) quarter = veorq_u8(quarter, vdupq_n_u8(128));
+    return dot4(s, l, x);
+#endif
+}
+inline Sums add(Sums a, const Sums& b) {
+    for (int i = 0; i < 4; i++) a.val[i] = vaddq_s32(a.val[i], b.val[i]);
+    return a;
+}
+inline void store(int32_t* out, const Sums& s) { std::memcpy(out, &s, 64); }
+inline Sums add_group(Sums total, const Sums& s, const uint8_t* group, int32_t sum) {
+    for (int n = 0; n < 16; n++) total.val[n / 4][n % 4] += (group[n] & 15) * (s.val[n / 4][n % 4] - (group[n] >> 4) * sum);
+    return total;
+}
+struct Repack {
+    const uint8_t* group;
+    explicit Repack(const uint8_t* g) : group(g) {}
+    void store(uint8_t* out, const Line& q) const {
+        for (int i = 0; i < 64; i++)
+            out[i] = uint8_t(128 + (group[i / 4] & 15) * (int(q.val[i / 16][i % 16]) - (group[i / 4] >> 4)));
     }
 };
 

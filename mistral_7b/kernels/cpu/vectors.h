@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -89,6 +91,10 @@ inline void store(uint16_t* p, F16 v) {
 inline F16 from_halves(const uint16_t* p) {
 #if defined(__AVX512F__)
     return reinterpret_cast<F16>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__aarch64__)
+    float v[16];
+    for (int i = 0; i < 16; i += 4) vst1q_f32(v + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + i))));
+    return load(v);
 #else
     F16 v;
     for (int i = 0; i < 16; i++) v[i] = from_half(p[i]);

@@ -63,11 +63,17 @@ def cpu_flags() -> set[str]:
     return set(found[1].split()) if found else set()
 
 
+def architecture() -> str:
+    """Return the CPU's architecture: "x86", "arm64", or the system's name of another one."""
+    name = platform.machine().lower()
+    names = {"aarch64": "arm64", **dict.fromkeys(("x86_64", "amd64", "i686"), "x86")}
+    return names.get(name, name)
+
+
 def instruction_sets() -> dict[str, bool]:
     """Return the instruction sets relevant to this package, and whether this CPU has each."""
-    known = ARM if platform.machine().lower() in ("arm64", "aarch64") else X86
     flags = cpu_flags()
-    return {name: flag in flags for flag, name in known.items()}
+    return {name: flag in flags for flag, name in {"x86": X86, "arm64": ARM}.get(architecture(), {}).items()}
 
 
 def cores() -> int:

@@ -30,6 +30,7 @@ MEASURED = {  # the ceilings in the order of measurement
     "read_bandwidth": "memory bandwidth", "fp32": "float32 products", "bf16": "bf16 products",
     "int8": "int8 products",
 }  # fmt: skip
+DOT_PRODUCTS = ("VNNI", "AMX", "dot product")  # parts of the names of instruction sets with one
 NAME_WIDTH = 27  # characters of the longest row name
 NEEDED = {"bf16": 15.5e9, "int8": 8.5e9, "int4": 5.0e9}  # bytes for Mistral 7B with a context of 4096
 SECONDS = 15.0  # time limit for all measurements
@@ -164,8 +165,10 @@ def advice(facts: dict[str, Any]) -> list[str]:
         out.append(
             "The CPU's instruction sets cannot be read, or the kernels use none of them: int8 will be slow."
         )
-    elif "AVX2" in sets and not any(on for name, on in sets.items() if "VNNI" in name or "AMX" in name):
-        out.append("This CPU has no integer dot product (VNNI or AMX): int8 and int4 speed up prefill less.")
+    elif not any(on for name, on in sets.items() if any(part in name for part in DOT_PRODUCTS)):
+        out.append(
+            "This CPU has no integer dot product (VNNI, AMX, ARM's dotprod): int8 and int4 speed up prefill less."
+        )
     threads = facts["torch"].get("threads")
     if threads and threads < facts["cores"] // 2:
         out.append(

@@ -129,6 +129,7 @@ def test_every_extra_is_listed_with_what_it_lacks(run, monkeypatch) -> None:
 
 def test_nothing_is_missing_on_a_good_machine() -> None:
     assert doctor.advice(GOOD) == []
+    assert doctor.advice({**GOOD, "instruction_sets": {"NEON": True, "dot product": True}}) == []
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,7 @@ def test_nothing_is_missing_on_a_good_machine() -> None:
     [
         ({"kernels": {"missing": "the CPU kernels are not compiled"}}, "kernels are not compiled"),
         ({"instruction_sets": {"AVX2": True, "AMX int8": False}}, "no integer dot product"),
+        ({"instruction_sets": {"NEON": True, "dot product": False}}, "no integer dot product"),
         ({"instruction_sets": {"AVX2": False}}, "instruction sets cannot be read"),
         ({"torch": {"threads": 1, "gpu": None}}, "OMP_NUM_THREADS"),
         ({"memory_free_bytes": 9e9}, "--quantization int8 fits"),

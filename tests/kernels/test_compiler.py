@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from refusals import refused
 
+from mistral_7b import machine
 from mistral_7b.errors import ConfigError
 from mistral_7b.kernels.cpu import compiler
 
@@ -55,10 +56,57 @@ def test_compiling_is_said_and_a_cached_library_is_not(
         assert capsys.readouterr() == ("", said)
 
 
-def test_unknown_instruction_sets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(compiler.VARIABLE, "avx1024")
-    with refused(ConfigError, field="MISTRAL_7B_KERNELS"):
-        compiler.requested()
+@pytest.mark.parametrize(
+    ("architecture", "known", "unknown"),
+    [
+        ("x86_64", ("avx512", "avx2"), ("i8mm", "dotprod", "avx1024")),
+        ("arm64", ("i8mm", "dotprod"), ("avx512", "avx2")),
+        ("riscv64", (), ("avx2", "dotprod")),
+    ],
+)
+def test_instruction_sets_of_other_architectures_are_refused(
+    architecture: str, known: tuple[str, ...], unknown: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.platform, "machine", lambda: architecture)
+    for name in (*known, "native", "scalar", "off"):
+        monkeypatch.setenv(compiler.VARIABLE, name)
+        assert compiler.requested() == name
+    for name in unknown:
+        monkeypatch.setenv(compiler.VARIABLE, name)
+        with refused(ConfigError, field="MISTRAL_7B_KERNELS"):
+            compiler.requested()
+
+
+SYSCTL = "hw.optional.neon: 1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
+
+
+@pytest.mark.parametrize(
+    ("system", "architecture", "features", "tried"),
+    [
+        ("Linux", "x86_64", "flags\t\t: fpu avx2\n", ["native", "avx512"]),
+        ("Linux", "aarch64", "Features\t: fp asimd asimddp i8mm\n", ["i8mm", "dotprod", "scalar"]),
+        ("Linux", "aarch64", "Features\t: fp asimd asimddp\n", ["dotprod", "scalar"]),
+        ("Linux", "aarch64", "Features\t: fp asimd\n", ["scalar"]),
+        ("Linux", "riscv64", "isa\t: rv64imafdc\n", ["scalar"]),
+        ("Darwin", "arm64", SYSCTL, ["dotprod", "scalar"]),
+    ],
+)
+def test_the_best_instruction_set_of_the_cpu_is_tried_first(
+    system: str, architecture: str, features: str, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(compiler.VARIABLE, raising=False)
+    monkeypatch.setattr(machine.platform, "system", lambda: system)
+    monkeypatch.setattr(machine.platform, "machine", lambda: architecture)
+    monkeypatch.setattr(machine, "read", lambda path: features if system == "Linux" else "")
+    monkeypatch.setattr(machine, "_output", lambda *command: features if system == "Darwin" else "")
+    names: list[str] = []
+    monkeypatch.setattr(compiler, "_build", lambda name: (names.append(name), (None, "it is too old"))[1])
+    monkeypatch.setattr(compiler, "_FAILURES", [])
+    assert compiler.library.__wrapped__() is None
+    assert names == tried
+    monkeypatch.setenv(compiler.VARIABLE, "scalar")
+    assert compiler.library.__wrapped__() is None
+    assert names == [*tried, "scalar"]
 
 
 def test_every_source_is_packaged() -> None:

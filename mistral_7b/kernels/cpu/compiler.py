@@ -3,7 +3,8 @@
 The library is stored in `$XDG_CACHE_HOME/mistral-7b/kernels` under a hash of the sources, the flags, the compiler
 and the CPU. Without a compiler, one warning is issued and all operations use their PyTorch twins.
 
-MISTRAL_7B_KERNELS selects the instruction set: native (the default), avx512 (no AMX), avx2, scalar, or off.
+MISTRAL_7B_KERNELS selects the instruction set: native (the default), on x86 avx512 (no AMX) or avx2, on 64-bit ARM
+i8mm or dotprod, scalar, or off.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import warnings
 
+from ... import machine
 from ...errors import ConfigError
 
 SOURCE = pathlib.Path(__file__).with_name("entry.cpp")  # includes all headers of this folder
@@ -32,9 +34,12 @@ INSTRUCTIONS = {
     "native": ("-march=native",),
     "avx512": ("-march=native", "-mno-amx-int8", "-mno-amx-bf16", "-mno-amx-tile"),
     "avx2": ("-march=haswell",),
+    "i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
+    "dotprod": ("-march=armv8.2-a+dotprod",),
     "scalar": (),
-    "off": (),
 }
+OF_ARCHITECTURE = {"x86": ("avx512", "avx2"), "arm64": ("i8mm", "dotprod")}  # the best first
+ARM_FLAGS = {"i8mm": "i8mm", "dotprod": "asimddp"}  # the CPU's names, in Linux
 VARIABLE = "MISTRAL_7B_KERNELS"
 
 FUNCTIONS = (  # each takes a pointer to one structure of arguments.py
@@ -44,12 +49,25 @@ FUNCTIONS = (  # each takes a pointer to one structure of arguments.py
 
 def requested() -> str:
     """The instruction set requested by the environment. ConfigError for an unknown name."""
-    name = os.environ.get(VARIABLE, "native") or "native"
-    if name not in INSTRUCTIONS:
+    name, architecture = os.environ.get(VARIABLE, "native") or "native", machine.architecture()
+    known = ("native", *OF_ARCHITECTURE.get(architecture, ()), "scalar", "off")
+    if name not in known:
         raise ConfigError(
-            f"{VARIABLE}={name} is not known: it must be one of {', '.join(INSTRUCTIONS)}", field=VARIABLE
+            f"{VARIABLE}={name} is not known on {architecture}: it must be one of {', '.join(known)}",
+            field=VARIABLE,
         )
     return name
+
+
+def _candidates(name: str) -> list[str]:
+    """The instruction sets to try for the requested one, the best first."""
+    if name != "native":
+        return [name]
+    if machine.architecture() == "x86":
+        return ["native", "avx512"]  # a system may report AMX but not permit it
+    # A compiler may be too old for an extension of ARM; not all support -march=native on other CPUs.
+    flags = machine.cpu_flags() if machine.architecture() == "arm64" else set()
+    return [*(name for name, flag in ARM_FLAGS.items() if flag in flags), "scalar"]
 
 
 @functools.cache
@@ -81,7 +99,7 @@ def library() -> ctypes.CDLL | None:
     name = requested()
     if name == "off":
         return None
-    for instructions in dict.fromkeys((name, "avx512")):  # for systems that report AMX but do not permit it
+    for instructions in _candidates(name):
         path, why = _build(instructions)
         lib = None if path is None else _load(path)
         if lib is not None and lib.m7b_instructions():
@@ -91,7 +109,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def instructions() -> str:
-    """The instruction set of the compiled kernels: AMX, AVX-512 VNNI, AVX2 or scalar; "" if there are none."""
+    """The instruction set of the compiled kernels, as entry.cpp names it; "" if there are none."""
     lib = library()
     return lib.m7b_instructions().decode() if lib else ""
 

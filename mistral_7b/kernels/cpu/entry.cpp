@@ -85,6 +85,10 @@ const char* m7b_instructions() {
     return "AVX-512 VNNI";
 #elif defined(__AVX2__)
     return "AVX2";
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return "NEON i8mm";
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return "NEON dotprod";
 #else
     return "scalar";
 #endif

@@ -9,6 +9,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include "vectors.h"
@@ -88,6 +90,46 @@ inline Pairs begin(Sums) { return _mm256_setzero_si256(); }
 inline Pairs dot4(Pairs p, Line v, const int8_t* x) { return _mm256_add_epi16(p, _mm256_maddubs_epi16(v, quad_of(x))); }
 inline Sums end(Sums s, Pairs p) { return add_quads(s, p); }
 
+#elif defined(__ARM_FEATURE_DOTPROD)
+
+// vdotq_s32 multiplies signed bytes by signed bytes, and i8mm's vusdotq_s32 unsigned by signed ones; both add the four
+// products of an output in 32 bits.
+constexpr int LANES = 4;
+using Line = uint8x16_t;
+using Sums = int32x4_t;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int32_t SUBTRACT = 128;
+#else
+constexpr int32_t SUBTRACT = 0;  // dot8 uses w8 = q - 128
+#endif
+inline Line load(const uint8_t* p) { return vld1q_u8(p); }
+inline Line masked(Line v, uint8_t mask) { return vandq_u8(v, vdupq_n_u8(mask)); }
+inline Line low(Line v) { return masked(v, 15); }
+inline Line high(Line v) { return vshrq_n_u8(v, 4); }
+inline Line merge(Line code, Line plane, int shift, uint8_t mask) {
+    return vorrq_u8(code, masked(vshlq_u8(plane, vdupq_n_s8(int8_t(shift))), mask));
+}
+inline Line lookup(Line codes, const uint8_t* table) { return vqtbl1q_u8(vld1q_u8(table), codes); }
+inline Sums start(int32_t v) { return vdupq_n_s32(v); }
+inline Sums zero() { return start(0); }
+inline int8x16_t quad_of(const int8_t* x) {
+    int32_t quad;
+    std::memcpy(&quad, x, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(quad));
+}
+using Pairs = Sums;
+constexpr int most_pairs(int) { return 1 << 20; }
+inline Pairs begin(Sums s) { return s; }
+inline Pairs dot4(Pairs s, Line v, const int8_t* x) { return vdotq_s32(s, vreinterpretq_s8_u8(v), quad_of(x)); }
+inline Sums end(Sums, Pairs p) { return p; }
+inline Sums dot8(Sums s, Line v, const int8_t* x) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return vusdotq_s32(s, v, quad_of(x));
+#else
+    return dot4(s, veorq_u8(v, vdupq_n_u8(128)), x);
+#endif
+}
+
 #else
 
 constexpr int LANES = 16;
@@ -162,6 +204,8 @@ inline Floats floats(const float* p) {
 inline Floats halves(const uint16_t* p) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return reinterpret_cast<Floats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
 #elif defined(__F16C__)
     return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else

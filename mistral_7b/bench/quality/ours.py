@@ -6,7 +6,6 @@ R rows · T tokens · V vocabulary
 from __future__ import annotations
 
 import pathlib
-import platform
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,6 @@ from ...checkpoint import read_record
 from ...checkpoint.gguf.reading import StoredBlocks
 from ...checkpoint.names import EMBEDDING, OUTPUT
 from ...checkpoint.reading import Checkpoint, open_checkpoint
-from ...kernels import backend
 from ...model import Mistral7B
 from ...quantization.linear import Compressed
 from ...quantization.schemes import Scheme
@@ -74,9 +72,3 @@ def described(scheme: str | pathlib.Path) -> dict[str, Any]:
     if calibration and isinstance(text := calibration.get("text"), str):
         calibration["text"] = pathlib.Path(text).name  # records name no folders of this machine
     return {"scheme": str(record.scheme), "calibration": calibration, "file": scheme.name}
-
-
-def environment() -> dict[str, Any]:
-    """Return the record's fields `path` and `versions`."""
-    path = f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
-    return {"path": path, "versions": {"torch": torch.__version__, "python": platform.python_version()}}

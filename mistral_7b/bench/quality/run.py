@@ -30,6 +30,7 @@ from ...quantization.distance import Comparison
 from ...quantization.schemes import NAMES, Scheme
 from ...text.tokenizer import Tokenizer
 from ..jobs import LLAMA, OURS
+from ..peers.ours import environment
 from ..run import SPARE, call, need
 from . import ours
 from .records import FLOAT32, PEER_TYPES, Circumstances, QualityRecord
@@ -57,6 +58,9 @@ class QualityPlan:
     peer_python: str = sys.executable
     command: str = ""
 
+    def __post_init__(self) -> None:
+        threads.check(self.threads)
+
 
 def integer_schemes() -> tuple[str, ...]:
     """Return the names of all schemes that quantize weights to integers."""
@@ -81,8 +85,9 @@ def run(plan: QualityPlan, tell: Callable[[str], None] = lambda text: None) -> l
         return QualityRecord(**dataclasses.asdict(here), **found, **distance(original, logits, tokens))
 
     records = []
+    path, versions = environment()
     for scheme in plan.schemes:
-        found = {"engine": OURS, **ours.described(scheme), **ours.environment()}
+        found = {"engine": OURS, **ours.described(scheme), "path": path, "versions": versions}
         tell(found["scheme"] + (f" ({found['file']})" if "file" in found else ""))
         model = ours.quantized_model(plan.source, scheme)
         found["bits_per_weight"] = ours.bits_per_weight(model)

@@ -85,9 +85,9 @@ def run(plan: QualityPlan, tell: Callable[[str], None] = lambda text: None) -> l
         return QualityRecord(**dataclasses.asdict(here), **found, **distance(original, logits, tokens))
 
     records = []
-    path, versions = environment()
+    kernels, versions = environment()
     for scheme in plan.schemes:
-        found = {"engine": OURS, **ours.described(scheme), "path": path, "versions": versions}
+        found = {"engine": OURS, **ours.described(scheme), "path": kernels, "versions": versions}
         tell(found["scheme"] + (f" ({found['file']})" if "file" in found else ""))
         model = ours.quantized_model(plan.source, scheme)
         found["bits_per_weight"] = ours.bits_per_weight(model)

@@ -52,6 +52,7 @@ WITHOUT_TORCH = (
     "server.anthropic.events", "server.openai.responses.events", "server.openai.responses.store",
     "server.ollama.bodies", "server.ollama.answers",
     "bench.run", "bench.report", "bench.plot", "bench.serving.run", "bench.serving.report", "bench.serving.plot",
+    "bench.quality.records", "bench.quality.report", "text.default_text",
 )  # fmt: skip
 
 Import = tuple[str, str, int]  # the room imported, the function it stands in ("" at the top), the line

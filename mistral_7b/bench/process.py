@@ -29,6 +29,11 @@ def main(argv: list[str]) -> int:
 
             print(json.dumps(dataclasses.asdict(ours.serve(traffic.ServingJob.from_json(argv[1])))))
             return 0
+        if argv[0] == "quality":
+            from .quality import llama_cpp
+
+            print(json.dumps(llama_cpp.evaluate(**json.loads(argv[1]))))
+            return 0
         job = Job.from_json(argv[0])
         engine = importlib.import_module(f".{ENGINES[job.engine]}", __package__).Engine(job)
         found = measure(engine, job)

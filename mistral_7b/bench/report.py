@@ -98,9 +98,10 @@ def doubt(records: list[Record]) -> str:
     return f"spread above {QUIET:.0%}: the machine was busy, so do not quote these results: {', '.join(wide)}"
 
 
-def paths(records: list[Record]) -> dict[str, str]:
-    """Return the kernels that ran, for each engine and scheme."""
-    return {f"{r.engine} {r.scheme}": r.path for r in records}
+def notes(records: list[Record]) -> list[str]:
+    """Return the kernels that ran, a line for each engine and scheme."""
+    paths = {f"{r.engine} {r.scheme}": r.path for r in records}
+    return [f"{name} ran on: {path}" for name, path in paths.items()]
 
 
 def table(title: str, *columns: str) -> Table:

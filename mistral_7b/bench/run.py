@@ -196,7 +196,7 @@ class PeerFiles:
         """Return the job with the path of the file it needs."""
         if job.engine != LLAMA:
             return job
-        self._need("llama_cpp", "gguf")
+        need(self.python, "llama_cpp", "gguf")
         return dataclasses.replace(job, source=self.gguf(job.args, job.scheme))
 
     def gguf(self, args: dict[str, Any], scheme: str) -> str:
@@ -204,7 +204,7 @@ class PeerFiles:
         shape = "-".join(str(args[k]) for k in ("n_layers", "dim", "hidden_dim", "vocab_size"))
         path = self.folder / f"random-words-{shape}-{scheme}.gguf"
         if not path.exists():
-            self._need("gguf")
+            need(self.python, "gguf")
             self.tell(f"writing {path.name}, random weights")
             self.folder.mkdir(parents=True, exist_ok=True)
             size, free = work.weight_memory(args, scheme), shutil.disk_usage(self.folder).free
@@ -228,12 +228,15 @@ class PeerFiles:
                 temporary.unlink(missing_ok=True)
         return str(path)
 
-    def _need(self, *modules: str) -> None:
-        if not _imports(self.python, *modules):
-            raise BenchmarkError(
-                f"{self.python} has no {' and '.join(modules)}",
-                hint="pip install llama-cpp-python gguf, or name with --peer-python the Python that has them",
-            )
+
+def need(python: str, *modules: str) -> None:
+    """Raise BenchmarkError if this Python lacks one of the modules."""
+    if not _imports(python, *modules):
+        raise BenchmarkError(
+            f"{python} has no {' and '.join(modules)}",
+            field="--peer-python",
+            hint="pip install llama-cpp-python gguf, or name with --peer-python the Python that has them",
+        )
 
 
 def call(python: str, *argv: str, **variables: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ COMMANDS = {
     "pull": "download a model: one of the Hugging Face hub, or the starter model",
     "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",
-    "bench": "measure speed and memory, compared with hardware limits and other engines",
+    "bench": "measure speed, memory and quality, compared with hardware limits and other engines",
     "doctor": "check this machine: hardware, kernels, missing software",
 }
 

@@ -1,4 +1,4 @@
-"""`mistral-7b bench`: speed and memory, compared with hardware limits and other engines."""
+"""`mistral-7b bench`: speed, memory and quality, compared with hardware limits and other engines."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from ..kernels import threads
+from .bench_quality import QualityOptions
+from .bench_quality import check as check_quality
 from .bench_serving import ServingOptions
 from .bench_serving import check as check_serving
 from .inputs import ModelName, UsageError, read_flags
@@ -24,24 +28,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 128, "n_heads": 4, "n_kv_heads": 2,
              "vocab_size": 256},
 }  # fmt: skip
-Scheme = Literal["int4", "q4_k_m", "q6_k", "int8", "bf16", "none"]
+SCHEMES = ("int4", "q4_k_m", "q6_k", "int8", "bf16", "none")  # of measurements of speed
+Schemes = Annotated[tuple[str, ...], tyro.conf.arg(metavar="SCHEME ...")]
 What = Literal["decode", "prefill", "batch16", "load"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure speed and memory, compared with this machine's ceilings and other engines."""
+    """Measure speed and memory, or with --quality the loss by quantization, compared with other engines."""
 
     model: ModelName = ""
-    """A folder, a file, a hub id, "starter" or "demo" (the default); not with --shape."""
+    """A folder, a file, a hub id, "starter" (the default of --quality) or "demo" (otherwise); not with --shape."""
     shape: Literal["7b", "tiny"] | None = None
     """Use random weights of this shape, created in memory: speed does not depend on their values."""
     layers: int | None = None
     """With --shape: number of layers, to save memory."""
     adapter: str | None = None
     """Measure this package with a LoRA adapter in every row: a folder or file; not with --peers or --serving."""
-    scheme: tuple[Scheme, ...] = ()
-    """Quantization of the weights; none: unquantized, with PyTorch's operators.
+    scheme: Schemes = ()
+    """Quantization of the weights: int4, q4_k_m, q6_k, int8, bf16; none: unquantized, with PyTorch's operators.
     Default: int4, int8 and bf16, or the scheme of a quantized folder."""
     what: tuple[What, ...] = ("decode", "prefill", "batch16", "load")
     """decode: one row, one token per step; prefill: a prompt; batch16: 16 rows decoding together;
@@ -53,7 +58,8 @@ class Bench:
     threads: int | None = None
     """CPU threads of every engine, at most 4 per CPU; None: PyTorch's default."""
     peers: bool = False
-    """Also measure llama.cpp and transformers, on random weights of the same shape."""
+    """Also measure llama.cpp and transformers, on random weights of the same shape; with --quality llama.cpp,
+    on this model's weights."""
     peer_python: str = sys.executable
     """The Python with llama_cpp and gguf. A llama.cpp built for this CPU is much faster than a wheel."""
     keep: str | None = None
@@ -66,11 +72,16 @@ class Bench:
     """Write the records to this file."""
     plot: str | None = None
     """Plot the roofline, or with --serving throughput and latency, to this file (.png, .pdf, .svg)."""
+    fidelity: QualityOptions = dataclasses.field(default_factory=QualityOptions)
     traffic: ServingOptions = dataclasses.field(default_factory=ServingOptions)
 
 
 def run(argv: list[str]) -> int:
     args = read_flags(Bench, "bench", argv)
+    if args.fidelity.quality:
+        from . import bench_quality
+
+        return bench_quality.run(args, argv)
     if args.traffic.serving:
         from . import bench_serving
 
@@ -85,9 +96,9 @@ def run(argv: list[str]) -> int:
 
 def show(
     args: Bench, measure: Callable[[Callable[[str], None]], list[Any]], report: Any,
-    draw: Callable[[str, list[Any]], None],
+    draw: Callable[[str, list[Any]], None] | None,
 ) -> None:  # fmt: skip
-    """Measure, write the records, and print them with the module `report`."""
+    """Measure, write the records, print them with the module `report`, and draw the plot if there is one."""
     from ..bench.records import write_json
 
     def tell(text: str) -> None:
@@ -108,7 +119,7 @@ def show(
         print_tables(records, report)
     if doubt := report.doubt(records):
         tell(doubt)
-    if args.plot:
+    if args.plot and draw is not None:
         draw(args.plot, records)
 
 
@@ -120,12 +131,13 @@ def print_tables(records: list[Any], report: Any) -> None:
     console.print(report.heading(records), highlight=False)
     for table in report.tables(records):
         console.print(table)
-    for name, path in report.paths(records).items():
-        console.print(f"{name} ran on: {path}", highlight=False)
+    for note in report.notes(records):
+        console.print(note, highlight=False, soft_wrap=True)
 
 
 def check(args: Bench) -> None:
     """Raise UsageError, naming the flag, for invalid flags of any measurement."""
+    check_quality(args)
     check_serving(args)
     threads.check(args.threads, "--threads")
     for name in ("context", "prompt", "rounds", "layers"):
@@ -136,6 +148,9 @@ def check(args: Bench) -> None:
         value = getattr(args, name)
         if value and not pathlib.Path(value).expanduser().absolute().parent.is_dir():
             raise UsageError(f"--{name} {value}: there is no folder {os.path.dirname(value)}", field=f"--{name}")
+    unknown = [scheme for scheme in args.scheme if scheme not in SCHEMES]
+    if unknown and not args.fidelity.quality:
+        raise UsageError(f"--scheme must be {', '.join(SCHEMES)}, not {unknown[0]!r}", field="--scheme")
     if args.shape and args.model:
         raise UsageError(f"--shape {args.shape} and the model {args.model} exclude each other", field="--shape")
     if args.adapter and args.peers:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..engine.config import EngineConfig
+from .flags import changed, flag_of
 from .inputs import UsageError
 
 if TYPE_CHECKING:
@@ -55,22 +56,23 @@ def check(args: Bench) -> None:
     """Raise UsageError for conflicting flags and invalid numbers."""
     options, plain = args.traffic, type(args)()
     if not options.serving:
-        if foreign := _changed(options, ServingOptions()):
+        if foreign := changed(options, ServingOptions()):
             raise UsageError(f"{', '.join(foreign)}: only with --serving", field=foreign[0])
         return
-    if foreign := [flag for flag in _changed(args, plain) if flag in ELSEWHERE]:
+    if foreign := [flag for flag in changed(args, plain) if flag in ELSEWHERE]:
         raise UsageError(
             f"{', '.join(foreign)}: not with --serving, which has --prompt-tokens, --llama-server...",
             field=foreign[0],
         )
     for name in ("requests", "prompt_tokens", "output_tokens"):
         if not (values := getattr(options, name)) or min(values) < 1:
-            raise UsageError(f"{_flag(name)} must be at least 1", field=_flag(name))
+            raise UsageError(f"{flag_of(name)} must be at least 1", field=flag_of(name))
     for name in ("prompt_tokens", "output_tokens"):
         values = getattr(options, name)
         if len(values) > 2 or values[0] > values[-1]:
             raise UsageError(
-                f"{_flag(name)} takes a number, or the least and the most, not {_words(values)}", field=_flag(name)
+                f"{flag_of(name)} takes a number, or the least and the most, not {_words(values)}",
+                field=flag_of(name),
             )
     if not options.rate or not min(options.rate) > 0:
         raise UsageError(
@@ -128,15 +130,6 @@ def command(argv: Sequence[str]) -> str:
     """Return the command line, with absolute paths reduced to their last part for privacy."""
     words = (pathlib.Path(word).name if pathlib.Path(word).is_absolute() else word for word in argv)
     return f"mistral-7b bench {shlex.join(words)}"
-
-
-def _changed(args: object, plain: object) -> list[str]:
-    names = [f.name for f in dataclasses.fields(args)]  # type: ignore[arg-type]
-    return [_flag(name) for name in names if getattr(args, name) != getattr(plain, name)]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _words(values: Sequence[float]) -> str:

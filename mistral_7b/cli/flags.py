@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from typing import TypeVar
@@ -39,6 +40,17 @@ def read_flags(kind: type[T], command: str, argv: list[str], default: T | None =
         if not exit.code:
             raise
     raise UsageError(sentence(said.getvalue()), hint=f"`mistral-7b {command} --help` lists all flags")
+
+
+def flag_of(field: str) -> str:
+    """Return the flag of a field: --prompt-tokens of prompt_tokens."""
+    return f"--{field.replace('_', '-')}"
+
+
+def changed(args: object, usual: object) -> list[str]:
+    """Return the flags whose values in the dataclass `args` differ from those in `usual`."""
+    names = [f.name for f in dataclasses.fields(args)]  # type: ignore[arg-type]
+    return [flag_of(name) for name in names if getattr(args, name) != getattr(usual, name)]
 
 
 def sentence(box: str) -> str:

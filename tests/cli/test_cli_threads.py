@@ -10,6 +10,7 @@ from command import start
 from refusals import refused
 
 from mistral_7b.bench import run as bench
+from mistral_7b.bench.quality.run import QualityPlan
 from mistral_7b.bench.serving.run import ServingPlan
 from mistral_7b.cli import main
 from mistral_7b.errors import ConfigError
@@ -17,7 +18,7 @@ from mistral_7b.kernels import threads
 
 COMMANDS = {
     "generate": (), "chat": (), "serve": ("--port", "0"), "bench": ("--shape", "tiny"),
-    "bench --serving": ("--shape", "tiny"), "quantize": ("demo", "{out}"),
+    "bench --serving": ("--shape", "tiny"), "bench --quality": ("demo",), "quantize": ("demo", "{out}"),
 }  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def test_python_doors_refuse_it_too() -> None:
         lambda n: threads.use(n),
         lambda n: bench.Plan("m", {}, None, ("int4",), ("decode",), threads=n),
         lambda n: ServingPlan("m", {}, None, ("int4",), (), 4, 64, threads=n),
+        lambda n: QualityPlan("m", "demo", ("int4",), "", "", 1, threads=n),
     )
     for plan in plans:
         for n in (0, threads.most() + 1, 100_000):

@@ -200,7 +200,6 @@ ALLOWED = {
     "cli/doctor.py": ({"available", "cuda", "capability"}, "reports what PyTorch and the machine have"),
     "bench/peers/hf_transformers.py": ({"capability"}, "records what the peer ran on"),
     "bench/peers/ours.py": ({"capability"}, "records what PyTorch ran on"),
-    "bench/serving/ours.py": ({"capability"}, "the same"),
     "cli/serve.py": ({"available"}, "whether packages of the extra `serve` are installed"),
     "model.py": ({"device"}, "MPS has no float64; meta has no memory"),
     "sampling/sampler.py": ({"device"}, "MPS has no float64; rows are sampled in groups on a CPU"),

@@ -23,7 +23,7 @@ CHUNK = 512  # tokens per call, llama.cpp's default
 
 
 @c.llama_log_callback
-def _silent(level: int, text: bytes, data: Any) -> None:
+def silent(level: int, text: bytes, data: Any) -> None:
     """Discard llama.cpp's log, so that stderr holds errors only."""
 
 
@@ -31,7 +31,7 @@ class Engine:
     def __init__(self, job: Job) -> None:
         if job.source is None:
             raise BenchmarkError("llama.cpp needs a GGUF file")
-        c.llama_log_set(_silent, ctypes.c_void_p(0))
+        c.llama_log_set(silent, ctypes.c_void_p(0))
         c.llama_backend_init()
         self.job = job
         self.threads = job.threads or os.cpu_count() or 1

@@ -39,8 +39,7 @@ class Engine:
         self.weight_bytes = compressed_bytes(model) + factors
         self.kv_token_bytes = kv_token_bytes(self.model)
         self.threads = torch.get_num_threads()
-        self.path = f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
-        self.versions = {"torch": torch.__version__, "python": platform.python_version()}
+        self.path, self.versions = environment()
 
     @torch.inference_mode()
     def begin(self) -> None:
@@ -91,6 +90,12 @@ def build(job: Job) -> Mistral7B:
         # Quantized weights are copied to huge pages, but stay mapped when the load time is measured.
         return Mistral7B.from_pretrained(job.source, quantization=scheme, mmap=job.what == "load")
     return random_model(ModelArgs(**job.args), scheme)
+
+
+def environment() -> tuple[str, dict[str, str]]:
+    """Return the instruction sets and kernels that run, and versions."""
+    path = f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}"
+    return path, {"torch": torch.__version__, "python": platform.python_version()}
 
 
 def kv_token_bytes(model: Mistral7B) -> int:

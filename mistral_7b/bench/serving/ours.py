@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 from collections.abc import AsyncIterator
 
 import torch
 
 from ...engine.async_llm import AsyncLLM
 from ...engine.config import EngineConfig
-from ...kernels import backend, threads
+from ...kernels import threads
 from ...machine import peak_memory
 from ...model import Mistral7B, ModelArgs
 from ...quantization import random_model
 from ...sampling.params import SamplingParams
 from ...text.tokenizer import Tokenizer
+from ..peers.ours import environment
 from .client import Served, Trace, drive, warm_up
 from .traffic import Arrival, ServingJob
 
@@ -39,9 +39,7 @@ def serve(job: ServingJob) -> Served:
     config = EngineConfig(max_sequences=job.max_sequences, max_batch_tokens=job.max_batch_tokens)
     traces, alone, cached = asyncio.run(_serve(model, config, job.traffic.draw(model.args.vocab_size)))
     return Served(
-        traces, alone, torch.get_num_threads(), peak_memory(),
-        f"kernels: {backend.running()}; PyTorch: {torch.backends.cpu.get_cpu_capability()}",
-        {"torch": torch.__version__, "python": platform.python_version()}, cached,
+        traces, alone, torch.get_num_threads(), peak_memory(), *environment(), cached,
     )  # fmt: skip
 
 

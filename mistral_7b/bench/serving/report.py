@@ -112,6 +112,7 @@ def _digits(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
-def paths(records: Sequence[ServingRecord]) -> dict[str, str]:
-    """Return the kernels that ran, for each engine and scheme."""
-    return {f"{r.engine} {r.scheme}": r.path for r in records}
+def notes(records: Sequence[ServingRecord]) -> list[str]:
+    """Return the kernels that ran, a line for each engine and scheme."""
+    paths = {f"{r.engine} {r.scheme}": r.path for r in records}
+    return [f"{name} ran on: {path}" for name, path in paths.items()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def main(
         head = {
             "date": datetime.date.today().isoformat(), "commit": machine.commit(), "torch": torch.__version__,
             "threads": torch.get_num_threads(), "cpu": machine.cpu_name(), "vocabulary": vocabulary,
-            "command": "python experiments/sampling.py", "logits": LOGITS,
+            "command": "python " + " ".join(sys.argv), "logits": LOGITS,
         }  # fmt: skip
         json_file.write_text(json.dumps(head | {"records": records}, indent=1) + "\n")
 

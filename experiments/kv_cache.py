@@ -1,17 +1,22 @@
-"""Measure the loss of an int8 KV cache: the bundled model's distance from itself with a bfloat16 cache.
+"""Measure the loss of an int8 KV cache: a model's distance from itself with a KV cache of another type.
 
-    python experiments/kv_cache.py --json-file experiments/results/2026-11-24-kv-int8.json
+    python experiments/kv_cache.py --json-file FILE                  the bundled model in bfloat16, held-out files
+    python experiments/kv_cache.py --text news.txt --json-file FILE  the starter model in float32, rows of a text
 
-The beginnings of held-out files are prefilled into a rolling cache of each type in chunks, so that most keys
-are read from the cache. The texts are longer than the window, so that the ring buffer wraps around.
+Each row is prefilled into a rolling cache of each type in chunks, so that most keys are read from the cache. The
+bundled model's files are longer than its window, so that the ring buffer wraps around. The starter's weights are
+dequantized: the products of quantized weights round their input, so that any difference grows to more than that of
+the cache.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +26,57 @@ from calibration import documents
 from commits import commit_of
 from torch import Tensor
 
-from mistral_7b import Mistral7B
-from mistral_7b.cache import RollingCache
+from mistral_7b import Mistral7B, Tokenizer
+from mistral_7b.cache import Cache, RollingCache
+from mistral_7b.checkpoint import hub
+from mistral_7b.checkpoint.names import EMBEDDING, OUTPUT
+from mistral_7b.checkpoint.reading import open_checkpoint
 from mistral_7b.evaluation import Distance
 from mistral_7b.quantization.distance import Comparison
 
 
-def logits(model: Mistral7B, tokens: Tensor, chunk: int, kv_dtype: torch.dtype | None) -> Tensor:
-    """Return the logits (T, V) of tokens (T,), prefilled into a rolling cache in chunks."""
-    ring = model.rolling_cache(max_seq_len=len(tokens), kv_dtype=kv_dtype)
-    return torch.cat([model(part[None], ring)[0][0] for part in tokens.split(chunk)])
+class RoundedCache:
+    """A rolling cache of float32 that stores bfloat16 numbers, for a model of float32."""
+
+    def __init__(self, ring: RollingCache) -> None:
+        self.ring = ring
+        self.layers = [RoundedMemory(memory.attend) for memory in ring.layers]
+
+    def writable(self) -> RoundedCache:
+        return self
+
+    def extend(self, tokens: Tensor, sequence_ids: Tensor | None = None) -> Tensor:
+        return self.ring.extend(tokens, sequence_ids)
+
+
+class RoundedMemory:
+    """One layer of a RoundedCache."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        self._attend = attend
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k.bfloat16().to(k.dtype), v.bfloat16().to(v.dtype))
+
+
+def starter_in_float32() -> Mistral7B:
+    """The starter model with dequantized weights."""
+    checkpoint = open_checkpoint(hub.resolve("starter"))
+    weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.tensors}
+    model = Mistral7B(checkpoint.args, dtype=torch.float32)
+    model.load_state_dict({OUTPUT: weights[EMBEDDING], **weights})
+    return model
+
+
+def rows_of(text: str, n: int, tokens: int) -> list[list[int]]:
+    """The first n rows of a text in the starter's tokens; the last token of each also begins the next."""
+    ids = Tokenizer.from_pretrained("starter").encode(text)
+    return [ids[at : at + tokens] for at in range(0, n * (tokens - 1), tokens - 1)]
+
+
+def logits(model: Mistral7B, tokens: Tensor, chunk: int, cache: Cache) -> Tensor:
+    """Return the logits (T, V) of tokens (T,), prefilled into a cache in chunks."""
+    return torch.cat([model(part[None], cache)[0][0] for part in tokens.split(chunk)])
 
 
 def token_bytes(ring: RollingCache) -> int:
@@ -38,33 +84,57 @@ def token_bytes(ring: RollingCache) -> int:
     return sum(t.nbytes for memory in ring.layers for t in memory.entries) // ring.slots
 
 
-def main(json_file: Path | None = None, files: int = 20, tokens: int = 513, chunk: int = 128) -> None:
-    """Measure and print the distance.
+def main(
+    json_file: Path | None = None, text: Path | None = None, rows: int | None = None, tokens: int = 513,
+    chunk: int = 128,
+) -> None:  # fmt: skip
+    """Measure and print the distances.
 
     Args:
         json_file: Write the record to this file.
-        files: Number of held-out files, evenly spread over their list.
-        tokens: Tokens per file; the last one is only predicted.
+        text: Measure the starter model in float32 on this text, instead of the bundled one in bfloat16.
+        rows: Rows of the text, by default 4; or held-out files, evenly spread over their list, by default 20.
+        tokens: Tokens per row or file; the last one is only predicted.
         chunk: Tokens per forward.
     """
-    model = Mistral7B.from_pretrained("demo", dtype=torch.bfloat16).requires_grad_(False)
-    texts = documents("held_out", tokens)
-    files = min(files, len(texts))
-    texts = [texts[i * len(texts) // files] for i in range(files)]
-    comparison = Comparison()
-    for ids in map(torch.tensor, texts):
-        plain, int8 = (logits(model, ids[:-1], chunk, kv_dtype) for kv_dtype in (None, torch.int8))
-        comparison.add(plain, int8, ids[1:])
-    sizes = [token_bytes(model.rolling_cache(kv_dtype=kv_dtype)) for kv_dtype in (None, torch.int8)]
+    if text is None:
+        model = Mistral7B.from_pretrained("demo", dtype=torch.bfloat16)
+        files = documents("held_out", tokens)
+        count = min(rows or 20, len(files))
+        ids = [files[i * len(files) // count] for i in range(count)]
+        source = {"model": "demo", "dtype": "bfloat16", "files": count}
+    else:
+        model, words = starter_in_float32(), text.read_text(encoding="utf-8")
+        ids = rows_of(words, rows or 4, tokens)
+        sha256 = hashlib.sha256(words.encode()).hexdigest()
+        source = {"model": "starter", "dtype": "float32", "rows": len(ids), "text_sha256": sha256}
+    model.requires_grad_(False)
+    own = str(model.norm.weight.dtype).removeprefix("torch.")
+    comparisons = {f"int8 from {own}": Comparison()}
+    if text is not None:
+        comparisons |= {"int8 from bfloat16": Comparison(), "bfloat16 from float32": Comparison()}
+    for row in map(torch.tensor, ids):
+
+        def run(kv_dtype: torch.dtype | None, rounded: bool = False, row: Tensor = row) -> Tensor:
+            ring = model.rolling_cache(max_seq_len=len(row), kv_dtype=kv_dtype)
+            return logits(model, row[:-1], chunk, RoundedCache(ring) if rounded else ring)
+
+        found = {own: run(None), "int8": run(torch.int8)}
+        if text is not None:
+            found["bfloat16"] = run(None, rounded=True)
+        for name, comparison in comparisons.items():
+            other, base = name.split(" from ")
+            comparison.add(found[base], found[other], row[1:])
+    sizes = [token_bytes(model.rolling_cache(1, 1, kv_dtype=kv_dtype)) for kv_dtype in (None, torch.int8)]
     cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "commit": commit_of(),
         "command": "python " + " ".join(sys.argv), "cpu": cpu.split(":")[1].strip(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "files": files, "window": model.args.sliding_window, "chunk": chunk,
-        "bytes_a_token": dict(zip(("bfloat16", "int8"), sizes, strict=True)),
-        "distance": Distance.of(comparison).to_dict(),
+        **source, "window": model.args.sliding_window, "chunk": chunk,
+        "bytes_a_token": dict(zip((own, "int8"), sizes, strict=True)),
+        "distances": {name: Distance.of(c).to_dict() for name, c in comparisons.items()},
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     if json_file is not None:

@@ -204,8 +204,11 @@ class SequenceState:
         self.pages[self.stop] = page
         self.stop += 1
 
-    def free_pages_before(self, pool: PagePool, first: int) -> None:
-        """Free the pages with numbers below `first`."""
+    def keep_pages(self, pool: PagePool, first: int, stop: int) -> None:
+        """Free the pages with numbers below `first`, and from `stop` on; the last of these is freed first."""
+        if stop < self.stop:
+            pool.release(self.pages[stop : self.stop][::-1].tolist())
+            self.stop = stop
         if first > self.first:
             first = min(first, self.stop)
             pool.release(self.pages[self.first : first].tolist())

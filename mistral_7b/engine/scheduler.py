@@ -296,16 +296,16 @@ class Scheduler:
     def advance(self, sequence: SequenceState, n: int) -> None:
         """Count n more tokens of a sequence as computed: by this step, or by one that is in flight.
 
-        Full pages whose tokens are known enter the prefix cache; pages that left the window are freed.
+        Full pages of known tokens enter the prefix cache; pages before the window or of rejected drafts are freed.
         """
         sequence.computed += n
         if self.config.prefix_caching:
             full = min(sequence.computed, len(sequence.tokens)) // self.page
-            # With a window of 1 some pages are already freed.
-            for i in range(max(sequence.cached_pages, sequence.first), full):
+            for i in range(max(sequence.cached_pages, sequence.first), full):  # a window of 1 frees some before
                 self.pool.register(int(sequence.pages[i]), sequence.key_of(i, self.page))
                 sequence.cached_pages = i + 1
-        sequence.free_pages_before(self.pool, self.first_visible(sequence.computed))
+        stop = sequence.stop if sequence.draft else -(-sequence.computed // self.page)
+        sequence.keep_pages(self.pool, self.first_visible(sequence.computed), stop)
 
     def close(self) -> None:
         """Hook for DiskScheduler; nothing to close here."""

@@ -48,8 +48,8 @@ def integer_weights(logits: Tensor, best: Tensor, modes: SamplingModes) -> Tenso
     exponents = (logits / t).double().sub_((best[:, None] / t).double())
     weights = exponents.exp_().mul_(_max_weight(logits.shape[-1])).long()
     if modes.any_filtered:
-        cutoff = torch.zeros_like(weights[:, :1])
-        cutoff[modes.filtered] = _cutoff(weights[modes.filtered], modes.min_p, modes.top_k, modes.top_p)
+        cutoff, of = torch.zeros_like(weights[:, :1]), _cutoff_on_cpu if weights.is_cpu else _cutoff
+        cutoff[modes.filtered] = of(weights[modes.filtered], modes.min_p, modes.top_k, modes.top_p)
         weights *= torch.ge(weights, cutoff, out=exponents.view(torch.long))  # faster than where() on a CPU
     return weights
 
@@ -59,43 +59,42 @@ def _max_weight(V: int) -> float:
     return 2.0 ** (62 - (V - 1).bit_length())
 
 
-def _cutoff(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, candidates: int = CANDIDATES) -> Tensor:
+def _cutoff(weights: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The smallest weight (N, 1) that is kept of weights (N, V); equal weights are kept too.
 
     min_p   keeps weights of at least min_p times the highest
     top_k   keeps the k highest
     top_p   keeps, of those, the fewest highest that sum to p
-
-    A CPU sorts the `candidates` highest at first, and all V for the rows that need more.
     """
-    V = weights.shape[-1]
-    best = _highest(weights, min(candidates, V))  # (N, M)
-    least = best.gather(-1, (top_k - 1).clamp(0, best.shape[-1] - 1)) * (top_k > 0)
-    least = least.maximum((min_p * _max_weight(V)).long())
+    best = weights.sort(-1, descending=True).values
+    least = best.gather(-1, (top_k - 1).clamp(min=0)) * (top_k > 0)
+    least = least.maximum((min_p * _max_weight(weights.shape[-1])).long())
     kept = best * (best >= least)
     sums = kept.cumsum(-1)
-    total = torch.where(least > 0, sums[:, -1:], weights.sum(-1, keepdim=True))
-    inside = sums - kept < top_p * total  # where the sum of the higher weights falls short
-    last = kept.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
-    cut = least.maximum(last)
-    if best.shape[-1] < V:
-        more = ((best[:, -1:] >= least) & (inside[:, -1:] | (least > 0)))[:, 0]  # more weights may be kept
-        if bool(more.any()):
-            cut[more] = _cutoff(weights[more], min_p[more], top_k[more], top_p[more], V)
-    return cut
+    inside = sums - kept < top_p * sums[:, -1:]  # where the sum of the higher weights falls short
+    return least.maximum(kept.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0)))
 
 
-def _highest(weights: Tensor, count: int) -> Tensor:
-    """The `count` highest weights of each row (N, V) in descending order; on a GPU all V, which sorts fast."""
-    if weights.device.type != "cpu":
-        return weights.sort(-1, descending=True).values
-    best = np.empty((len(weights), count), dtype=np.int64)
-    for row, out in zip(weights.numpy(), best, strict=True):
-        # With many equal weights (zeros) a full sort is fast and partitioning is slow.
-        if 2 * np.count_nonzero(row[::16]) > len(row) // 16:
-            row = np.partition(row, len(row) - count)[len(row) - count :]
-        out[:] = np.sort(row)[: -count - 1 : -1]
-    return torch.from_numpy(best)
+def _cutoff_on_cpu(weights: Tensor, *params: Tensor) -> Tensor:
+    """The same as `_cutoff`, by numpy, which sorts a row seven times as fast as torch."""
+    rows = zip(weights.numpy(), *(t[:, 0].tolist() for t in params), strict=True)
+    return torch.tensor([_row_cutoff(*row) for row in rows])[:, None]
+
+
+def _row_cutoff(weights: np.ndarray, min_p: float, top_k: int, top_p: float, most: int = CANDIDATES) -> int:
+    """The cutoff of weights (V,): sorts the `most` highest at first, and all of a row that needs more."""
+    V = len(weights)
+    # With many equal weights (zeros) a full sort is fast and partitioning is slow.
+    some = most < V and 2 * np.count_nonzero(weights[::16]) > V // 16
+    best = np.sort(np.partition(weights, V - most)[V - most :] if some else weights)[::-1]
+    least = max(int(best[min(top_k, len(best)) - 1]) if top_k else 0, int(min_p * _max_weight(V)))
+    kept = best[: max(1, np.count_nonzero(best >= least))]
+    sums = kept.cumsum()
+    total = float(sums[-1] if least else weights.sum())
+    last = int(sums[:-1].astype(np.float64).searchsorted(top_p * total))
+    if some and len(kept) == most and (least or last == most - 1):  # more weights may be kept
+        return _row_cutoff(weights, min_p, top_k, top_p, V)
+    return int(kept[last])
 
 
 def choose(weights: Tensor, u: Tensor) -> Tensor:

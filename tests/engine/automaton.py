@@ -195,7 +195,7 @@ def check(engine: Engine) -> None:
     for s in scheduler.running:
         assert (s.running, s.ended, s.waiting) == (True, False, False)
         assert len(s.held) <= scheduler.most_pages(len(s.request.ids) + s.completion.max_tokens)
-        assert s.stop * page >= s.computed
+        assert s.stop == -(-s.computed // page), "pages of rejected drafts are held"
         if W is not None:
             assert s.first == max(0, s.computed - W + 1) // page, "a page out of the window is held"
             assert len(s.held) * page <= W + engine.config.max_batch_tokens + 2 * page

@@ -189,3 +189,26 @@ TestCourse.settings = settings(
     deadline=None, derandomize=True, max_examples=24, stateful_step_count=14,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_pages_of_rejected_drafts_are_freed_in_the_same_step(window: int | None) -> None:
+    """A step of 5 tokens takes 3 pages, of which two are free after it if its drafts are wrong."""
+    model = Automaton(window)
+    engine = engine_of(model, 30, max_sequences=2, max_batch_tokens=16, page_size=2, prefix_caching=False)
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    request = request_of(engine, BASES[0][:6], params, speculation=Oracle(model, wrong=1))
+    engine.add(request)
+    sequence, rejecting = request.sequences[0], 0
+    while not request.finished:
+        rows, counts = model.rows, engine.counts
+        rejected = counts.drafted_tokens - counts.accepted_tokens
+        engine.step()
+        check(engine)
+        if counts.drafted_tokens - counts.accepted_tokens - rejected >= 2 and not request.finished:
+            rejecting += 1
+            assert model.rows - rows > 2
+            assert engine.pool.held == -(-sequence.computed // 2) - sequence.first
+    assert rejecting > 0
+    assert request.completions[0].token_ids == model.greedy(BASES[0][:6], 30)
+    assert engine.pool.available == 30

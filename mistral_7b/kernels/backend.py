@@ -81,7 +81,7 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def weight_layout(device: torch.device | str) -> str | None:
-    """The layout of quantized weights on a device: "tiles" (layout.py) for the C++, "rows" for Triton.
+    """The layout of quantized weights on a device: "tiles" (block_formats.py) for the C++, "rows" for Triton.
 
     None: the device does not support quantized weights.
     """

@@ -46,7 +46,7 @@ TILE_ROWS = 64  # above, dequantizing the weight costs less than reading it once
 # Programs that fill the GPU: two per multiprocessor of an H200 (132). Constant, so that sums have the same order
 # on every GPU.
 PROGRAMS = 264
-MATVEC = {"BLOCK_N": 16, "BLOCK_K": 1024}
+MATVEC = {"BLOCK_N": 16, "BLOCK_K": 1024}  # more rows than of fp8, to reuse x
 MATVEC_FP8 = {"BLOCK_N": 8, "BLOCK_K": 1024}  # each thread has 8 loads of 16 bytes in flight
 MAGIC = 0x4B000000  # the bits of 2^23
 TILE = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128}

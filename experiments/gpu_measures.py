@@ -25,16 +25,18 @@ from mistral_7b.engine.llm import open_engine
 from mistral_7b.generate import generate
 from mistral_7b.kernels import elementwise
 from mistral_7b.kernels.backend import WEIGHT_ONLY, Backend, choose, has_fp8, uses
+from mistral_7b.kernels.block_formats import FORMATS, padded
 from mistral_7b.kernels.gpu import elementwise as gpu
 from mistral_7b.kernels.gpu import weight_only as w
 from mistral_7b.kernels.gpu.decode_attention import decode_attention, decode_attention_twin
 from mistral_7b.quantization.fused import fuse
-from mistral_7b.quantization.gpu import Fp8Linear, GpuInt4Linear, GpuInt8Linear
+from mistral_7b.quantization.gpu import Fp8Linear, GpuBlockLinear
+from mistral_7b.quantization.schemes import Scheme
 from mistral_7b.surgery import replace_linears
 
 Record = dict[str, Any]
-SCHEMES = ("bf16", "int8", "int4", "fp8")
-GROUP = 128
+SCHEMES = ("bf16", "int8", "q6_k", "q4_k_m", "int4", "fp8")
+BLOCK_FORMATS = ("Q8_0", "Q4_K", "Q6_K", "Q4_1")  # in 8 and 4 bits, with and without integer scales and minima
 ROWS = (1, 2, 3, 16, 17, 64, 300)
 
 
@@ -76,24 +78,31 @@ def ceilings(device: torch.device) -> tuple[float, float, list[Record]]:
     )
 
 
-def random_linear(linear: nn.Module, name: str, scheme: str) -> nn.Module:
+def random_linear(linear: nn.Module, name: str, scheme: str, n_layers: int) -> nn.Module:
     """Return a Linear of this shape and scheme with random codes: speed does not depend on the values."""
-    device, (N, K) = linear.weight.device, linear.weight.shape
     if scheme == "fp8":
         return Fp8Linear.from_weight(linear.weight)
-    if scheme == "int8" or name == "output":
-        q = torch.randint(0, 256, (N, K), dtype=torch.uint8, device=device)
-        return GpuInt8Linear(q, torch.full((N,), 3e-4, device=device))
-    packed = torch.randint(0, 256, (N, -(-K // 32) * 16), dtype=torch.uint8, device=device)
-    G = -(-K // GROUP)
-    m, z = (torch.full((N, G), value, dtype=torch.uint8, device=device) for value in (9, 8))
-    return GpuInt4Linear(packed, m, z, torch.full((N,), 5e-4, device=device), GROUP, K)
+    N, K = linear.weight.shape
+    return GpuBlockLinear(random_weight(Scheme(scheme).kind(name, n_layers), N, K, linear.weight.device, 2.0**-14))
+
+
+def random_weight(kind: str, N: int, K: int, device: torch.device, d: float | Tensor) -> w.RowMajor:
+    """Return a weight of random codes, integer scales of 1 or 2, and d as scale and minimum, of all or (N, 1)."""
+    f = FORMATS[kind]
+    width, bits = padded(K), w.stored_bits(f)
+    codes = torch.randint(0, 256, (N, width * bits // 8), dtype=torch.uint8, device=device)
+    if bits == 8:
+        codes &= 2 ** (f.low + f.high) - 1
+    draw = functools.partial(torch.randint, 1, 3, dtype=torch.int8, device=device)
+    scales = draw((1 + f.minimum, N, width // f.group)) if f.scales else None
+    halves = torch.ones(1 + f.minimum, N, f.blocks(K), dtype=torch.float16, device=device) * d
+    return w.RowMajor(kind, K, codes, scales, halves.half())
 
 
 def model_of(scheme: str, args: ModelArgs, device: torch.device) -> Mistral7B:
     model = Mistral7B(args, device=device)
     if scheme != "bf16":
-        replace_linears(model, functools.partial(random_linear, scheme=scheme))
+        replace_linears(model, functools.partial(random_linear, scheme=scheme, n_layers=args.n_layers))
     fuse(model)
     return model
 
@@ -193,19 +202,14 @@ def kernels(device: torch.device, args: ModelArgs) -> list[Record]:
 @torch.inference_mode()
 def linears(device: torch.device, N: int, K: int) -> list[Record]:
     """Compare kernels with twins on integer activations, whose sums are exact, and rows across batch sizes."""
-    scale = 2.0 ** torch.randint(-9, -3, (N,), device=device).float()
-    q = torch.randint(0, 256, (N, K), dtype=torch.uint8, device=device)
+    scale = 2.0 ** torch.randint(-9, -3, (N, 1), device=device).float()
     fp8 = w.to_fp8(torch.randn(N, K, device=device))
-    ways: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
-        "int8": (lambda x, **how: w.int8_linear(x, q, scale, **how), lambda x: w.int8_twin(x, q, scale))
-    }
-    for group in (32, 128):
-        G = -(-K // group)
-        z = torch.randint(0, 16, (N, G), dtype=torch.uint8, device=device)
-        four = (w.pack_int4(q & 15), 127 // torch.maximum(z, 15 - z), z, scale, group)
-        ways[f"int4 g{group}"] = (
-            lambda x, four=four, **how: w.int4_linear(x, *four, **how),
-            lambda x, four=four: w.int4_twin(x, *four),
+    ways: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {}
+    for kind in BLOCK_FORMATS:
+        held = random_weight(kind, N, K, device, scale)
+        ways[kind] = (
+            lambda x, held=held, **how: w.blocks_linear(x, held, **how),
+            lambda x, held=held: w.blocks_twin(x, held),
         )
     if has_fp8(device):
         ways["fp8"] = (lambda x, **how: w.fp8_linear(x, *fp8, **how), lambda x: w.fp8_twin(x, *fp8))

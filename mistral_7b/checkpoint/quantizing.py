@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from ..model import Mistral7B, ModelArgs, RMSNorm, Rope, TransformerBlock, rope_
 from ..quantization.calibration import calibrate_block
 from ..quantization.distance import Comparison
 from ..quantization.fused import fused
+from ..quantization.gpu import GpuBlockLinear
 from ..quantization.linear import Int8Embedding
 from ..quantization.schemes import KINDS, Scheme, empty_model, scheme_of
 from ..surgery import replace_linears
@@ -46,7 +48,7 @@ def save_quantized(
     calibration: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a quantized model to a new folder.
+    """Write a quantized model, of a CPU or a GPU, to a new folder.
 
     Raises QuantizationError for other models, or without a measured distance.
     """
@@ -57,15 +59,19 @@ def save_quantized(
             field="format",
             hint="quantize it, or save it unquantized",
         )
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    if meta := [name for name, value in state.items() if value.is_meta]:
+    if meta := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise CheckpointError(f"{meta[0]!r} is on the meta device and has no data to save", field=meta[0])
-    record = Record(scheme, distance or {}, sum(t.nbytes for t in state.values()), calibration)
+    dtype = model.norm.weight.dtype
+    tensors = empty_model(model.args, scheme, dtype).state_dict()
+    record = Record(scheme, distance or {}, sum(t.nbytes for t in tensors.values()), calibration)
     with new_folder(pathlib.Path(path), record.nbytes) as folder:
-        with _open_tensor_file(folder / WEIGHTS, state, progress) as write_tensor:
-            for name, value in state.items():
-                write_tensor(name, value)
-        _write_other_files(folder, model.args, model.norm.weight.dtype, record, model.source)
+        with _open_tensor_file(folder / WEIGHTS, tensors, progress) as write_tensor:
+            for name, keys in itertools.groupby(tensors, lambda key: key.rpartition(".")[0]):
+                module = model.get_submodule(name)
+                stored = module.tiled() if isinstance(module, GpuBlockLinear) else module
+                for key in keys:
+                    write_tensor(key, getattr(stored, key.rpartition(".")[2]))
+        _write_other_files(folder, model.args, dtype, record, model.source)
 
 
 def quantize(

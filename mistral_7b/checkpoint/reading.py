@@ -94,7 +94,7 @@ def load(
     if quantization is not None:
         return _quantize(checkpoint, Scheme.of(quantization), dtype, device)
     model = Mistral7B(checkpoint.args, dtype=dtype, device="meta")
-    kept = keep_blocks(model, checkpoint.tensors, dtype) if weight_layout(device) == "tiles" else set()
+    kept = keep_blocks(model, checkpoint.tensors, dtype, device) if weight_layout(device) else set()
     weights = {name: checkpoint.read(name, dtype, device) for name in checkpoint.tensors if name not in kept}
     if checkpoint.args.tie_embeddings and OUTPUT not in kept:
         weights[OUTPUT] = weights[EMBEDDING]

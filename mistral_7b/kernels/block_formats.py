@@ -89,6 +89,15 @@ def group_scales(scales: Tensor) -> tuple[Tensor, Tensor | None]:
     return s.short(), t.short()
 
 
+def group_bytes(s: Tensor, t: Tensor | None) -> Tensor:
+    """The inverse of `group_scales`: bytes (..., 4 * lines) uint8 of s (..., G), int8 or uint8, and t or None."""
+    if t is None:
+        return s.contiguous().view(torch.uint8)
+    s, t = s.to(torch.uint8), t.to(torch.uint8)
+    first, second = (v[..., :4] | (v[..., 4:] >> 4 << 6) for v in (s, t))
+    return torch.cat([first, second, (s[..., 4:] & 15) | (t[..., 4:] << 4)], -1)
+
+
 def padded(inputs: int) -> int:
     """The number of inputs, padded to whole units."""
     return -(-inputs // UNIT) * UNIT

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import QuantizationError
-from ..kernels.block_formats import FORMATS, group_scales, padded
+from ..kernels.block_formats import FORMATS, group_bytes, group_scales, padded
 
 RANGES_4, RANGES_6 = 13, 9  # ranges of codes tried: more reduce the error by less than a thousandth
 VALUES_AT_ONCE = 1 << 18  # float32 copies of a chunk (1 MB each) fit in a core's cache
@@ -93,7 +93,7 @@ def _q4_k(x: Tensor) -> Parts:
             torch.where(closer, new, old) for new, old in ((near, best_s), (fitted, best_t), (error, best))
         )
     q = _codes(x, d * best_s, m * best_t, 15).to(torch.uint8).flatten(1)
-    return q, _pack_six_bits(best_s.to(torch.uint8), best_t.to(torch.uint8)), halves
+    return q, group_bytes(best_s.to(torch.uint8), best_t.to(torch.uint8)), halves
 
 
 def _q6_k(x: Tensor) -> Parts:
@@ -172,12 +172,6 @@ def _error(
 
 def _inverse(d: Tensor) -> Tensor:
     return torch.where(d == 0, 0, 1 / d)
-
-
-def _pack_six_bits(s: Tensor, t: Tensor) -> Tensor:
-    """The 12 bytes of s and t (n, 8), see `block_formats.group_scales`."""
-    first, second = (v[:, :4] | (v[:, 4:] >> 4 << 6) for v in (s, t))
-    return torch.cat([first, second, (s[:, 4:] & 15) | (t[:, 4:] << 4)], 1)
 
 
 def grid(kind: str, blocks: Blocks) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@
 
 All integer schemes are GGUF's block formats (kernels/cpu/formats.h). The output projection is Q8_0 and the
 embedding int8. A CPU quantizes activations to int8 in the same blocks; a GPU does not, and stores weights
-row-major (gpu.py). With fp8, activations are quantized to e4m3. Norms keep the model's type.
+row-major (gpu.py), Q4_K in 4.6 bits and Q6_K in 8.6. With fp8, activations are quantized to e4m3. Norms keep the
+model's type.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..kernels.cpu import huge_pages
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
 from .fused import fuse
-from .gpu import Fp8Linear, row_by_row
+from .gpu import Fp8Linear, GpuBlockLinear, row_by_row, to_gpu
 from .linear import BlockLinear, Int8Embedding, PackedLinear
 from .rounding import Blocks, round_blocks
 
@@ -160,15 +161,21 @@ def empty_model(args: ModelArgs, scheme: Scheme, dtype: torch.dtype = torch.bflo
 
 
 def scheme_of(model: Mistral7B) -> Scheme | None:
-    """The scheme of a model with exactly the tensors of `empty_model`; None for all other models."""
-    kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, BlockLinear)}
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    """The scheme of a model with exactly the tensors of `empty_model`, tiled or on a GPU; None for all others."""
+    quantized = (BlockLinear, GpuBlockLinear)
+    kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, quantized)}
     for name in KINDS:
         scheme = Scheme(name)
         if kinds and all(scheme.kind(linear, model.args.n_layers) == kind for linear, kind in kinds.items()):
-            expected = {key: tensor.shape for key, tensor in empty_model(model.args, scheme).state_dict().items()}
-            return scheme if shapes == expected else None
+            expected = empty_model(model.args, scheme)
+            if any(isinstance(module, GpuBlockLinear) for module in model.modules()):
+                to_gpu(expected, "meta")
+            return scheme if _shapes(model) == _shapes(expected) else None
     return None
+
+
+def _shapes(model: Mistral7B) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def random_model(args: ModelArgs, scheme: str | Scheme | None, dtype: torch.dtype = torch.bfloat16) -> Mistral7B:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections import Counter
 
@@ -11,20 +12,26 @@ from refusals import refused
 from tiny import TINY, tiny_model, tokens_of
 from torch import nn
 
-from mistral_7b import Mistral7B, QuantizationError
+from mistral_7b import CheckpointError, Mistral7B, QuantizationError
 from mistral_7b.checkpoint import load, quantize
+from mistral_7b.checkpoint.gguf import modules
 from mistral_7b.quantization import Scheme, random_model, schemes
 from mistral_7b.quantization import quantize as quantize_model
-from mistral_7b.quantization.gpu import Fp8Linear, GpuInt4Linear, GpuInt8Linear, row_by_row, to_gpu
+from mistral_7b.quantization.gpu import Fp8Linear, GpuBlockLinear, row_by_row, to_gpu
 from mistral_7b.quantization.linear import Int8Embedding
+from mistral_7b.server.openai.model_info import precision
 
 TEXT = tokens_of((3, 20))
+INTEGERS: dict[type[nn.Module], int] = {GpuBlockLinear: 15, Int8Embedding: 1}
 MADE: dict[str, dict[type[nn.Module], int]] = {
-    "int8": {GpuInt8Linear: 15, Int8Embedding: 1},
-    "int4": {GpuInt4Linear: 14, GpuInt8Linear: 1, Int8Embedding: 1},
+    **dict.fromkeys(schemes.KINDS, INTEGERS),
     "bf16": {nn.Linear: 15, nn.Embedding: 1},
     "fp8": {Fp8Linear: 15, nn.Embedding: 1},
 }
+WIDE = dataclasses.replace(TINY, dim=256, hidden_dim=256, head_dim=64, n_heads=4, n_kv_heads=1)  # of whole blocks
+DISTANCE = {
+    "kl": 0.1, "top1_agreement": 0.9, "perplexity_original": 5.0, "perplexity": 5.1, "tokens": 10, "text": "a text"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def products(model: Mistral7B) -> dict[type[nn.Module], int]:
     """Count each type of Linear and embedding."""
-    kinds = (nn.Linear, nn.Embedding, GpuInt8Linear, GpuInt4Linear, Fp8Linear, Int8Embedding)
+    kinds = (nn.Linear, nn.Embedding, GpuBlockLinear, Fp8Linear, Int8Embedding)
     return dict(Counter(type(m) for m in model.modules() if isinstance(m, kinds) or hasattr(m, "in_features")))
 
 
@@ -46,17 +53,18 @@ def test_a_model_loaded_on_a_gpu_has_gpu_linears(
 ) -> None:
     monkeypatch.setattr(schemes, "has_fp8", lambda device: device.type == "meta")
     models = [load(plain, quantization=scheme, device="meta")]
-    if scheme in ("int8", "int4"):
+    if scheme in schemes.KINDS:
         quantize(plain, tmp_path / "out", scheme, TEXT, "a text")
         models.append(load(tmp_path / "out", device="meta"))
         assert models[1].source == tmp_path / "out"
     for model in models:
         assert products(model) == MADE[scheme]
+        assert precision(model) == ("bfloat16" if scheme == "bf16" else scheme)
         assert all(t.is_meta for t in model.state_dict().values())
         assert model(TEXT.to("meta"))[0].shape == (3, 20, TINY.vocab_size)
 
 
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4"), Scheme("int4", 32, symmetric=True)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme(name) for name in schemes.KINDS], ids=str)
 def test_gpu_quantization_equals_a_quantized_file(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheme and `to_gpu` give the same modules with the same values."""
     monkeypatch.setattr(schemes, "row_by_row", lambda linear, device: row_by_row(linear, "cpu"))
@@ -64,10 +72,45 @@ def test_gpu_quantization_equals_a_quantized_file(scheme: Scheme, monkeypatch: p
     to_gpu(model, "cpu")
     for name, linear in tiny_model(dtype=torch.bfloat16).named_modules():
         if isinstance(linear, nn.Linear):
-            made, wanted = scheme.linear(linear.weight, name, "meta"), model.get_submodule(name)
+            made, wanted = scheme.linear(linear.weight, name, TINY.n_layers, "meta"), model.get_submodule(name)
             assert type(made) is type(wanted)
             for a, b in zip(made.buffers(), wanted.buffers(), strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scheme", schemes.KINDS)
+def test_a_model_on_a_gpu_is_saved_as_one_on_a_cpu(tmp_path: pathlib.Path, scheme: str) -> None:
+    model = quantize_model(tiny_model(dtype=torch.bfloat16), scheme)
+    model.save_pretrained(tmp_path / "tiles", format="quantized", distance=DISTANCE)
+    to_gpu(model, "cpu")
+    model.save_pretrained(tmp_path / "rows", format="quantized", distance=DISTANCE)
+    for file in (tmp_path / "tiles").iterdir():
+        assert (tmp_path / "rows" / file.name).read_bytes() == file.read_bytes()
+    with refused(CheckpointError, field="format"):
+        model.save_pretrained(tmp_path / "plain")
+    model.layers[0].attention.wq = nn.Linear(TINY.dim, TINY.n_heads * TINY.head_dim, bias=False)
+    with refused(QuantizationError, field="format"):
+        model.save_pretrained(tmp_path / "mixed", format="quantized", distance=DISTANCE)
+
+
+@pytest.mark.parametrize("type", ["q8_0", "q4_k_m"])
+def test_a_gguf_file_keeps_its_blocks_on_a_gpu(
+    tmp_path: pathlib.Path, type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the embedding, which is dequantized."""
+    tiny_model(WIDE, dtype=torch.bfloat16).save_pretrained(tmp_path / "gguf", format="gguf", type=type)
+    here, meta = load(tmp_path / "gguf", dtype=torch.float32), load(tmp_path / "gguf", device="meta")
+    monkeypatch.setattr(modules, "weight_layout", lambda device: "rows")
+    there = load(tmp_path / "gguf", dtype=torch.float32)
+    assert products(there) == products(meta) == {GpuBlockLinear: 15, nn.Embedding: 1}
+    assert precision(there) == precision(here) == ("Q8_0" if type == "q8_0" else "Q4_K")
+    assert all(t.is_meta for t in meta.state_dict().values())
+    for name, module in there.named_modules():
+        if isinstance(module, GpuBlockLinear):
+            assert torch.equal(module.dequantized(), here.get_submodule(name).dequantized())
+    assert torch.equal(there.tok_embeddings.weight, here.tok_embeddings.dequantized())
+    wanted, got = here(TEXT)[0], there(TEXT)[0]
+    assert (got - wanted).norm() / wanted.norm() < 0.1  # on a CPU, activations are rounded to int8
 
 
 def test_fp8_computes_close_to_the_original(plain: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

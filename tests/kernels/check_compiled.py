@@ -12,6 +12,7 @@ import pytest
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from mistral_7b.kernels.block_formats import FORMATS
 from mistral_7b.kernels.gpu import decode_attention as decode
 from mistral_7b.kernels.gpu import (
     paged,
@@ -24,7 +25,7 @@ from mistral_7b.kernels.gpu import weight_only as w
 
 KINDS = ("bf16", "fp16", "fp32")
 # Multiples of 16 in a real model; Triton specializes on them.
-WHOLE = ("N", "K", "M", "G", "pitch", "span", "D", "row_q", "row_k", "row_v")
+WHOLE = ("N", "K", "M", "G", "B", "D", "row_q", "row_k", "row_v")
 
 
 def assembly(kernel: Any, capability: int, pointers: dict[str, str], constants: dict[str, Any]) -> str:
@@ -57,44 +58,50 @@ def stages(
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", KINDS)
-def test_int8_and_int4(kind: str, capability: int) -> None:
+@pytest.mark.parametrize("weight", ["Q8_0", "Q4_1", "Q4_K", "Q6_K"])
+def test_block_formats(weight: str, kind: str, capability: int) -> None:
+    """Q4_K has all arguments; of the others, one has no minimum, one no integer scales, one neither."""
+    f = w.format_of(weight)
+    scales: dict[str, Any] = {} if FORMATS[weight].scales else {"scales": None}
+    held = {"x": kind, "d": "fp16", **({} if scales else {"scales": "i8"})}
     for splits, result in ((1, kind), (4, "fp32")):
-        eight = {"x": kind, "w": "u8", "scale": "fp32", "x_scale": "fp32", "out": result}
-        ptx = assembly(triton_linear.matvec8, capability, eight, {"FP8": False, "SPLITS": splits, **w.MATVEC})
+        constants = {**f, **scales, "SPLITS": splits}
+        ptx = assembly(
+            triton_linear.matvec, capability, {**held, "words": "i32", "out": result}, {**constants, **w.MATVEC}
+        )
         assert "ld.global.v4.b32" in ptx  # 16 bytes per thread
-        ptx = assembly(triton_linear.tile8, capability, eight, {"FP8": False, "SPLITS": splits, **w.TILE})
+        ptx = assembly(
+            triton_linear.tile, capability, {**held, "codes": "u8", "out": result}, {**constants, **w.TILE}
+        )
         # 16 rows use mma.sync, whose order of sums is fixed; wgmma, used from 64 rows, must not occur.
         assert ("mma.sync" in ptx) == (kind != "fp32")
         assert "wgmma" not in ptx
         assert "tf32" not in ptx
-    combine = {"partials": "fp32", "scale": "fp32", "x_scale": "fp32", "out": kind}
-    assembly(triton_linear.combine, capability, combine, {"SPLITS": 4, "SCALED": False, "BLOCK": 256})
-    expand = {"w": "u8", "scale": "fp32", "out": kind}
-    assembly(triton_linear.dequantize8, capability, expand, {"FP8": False, "BLOCK_N": 8, "BLOCK_K": 512})
-    for group in (32, 128):
-        four = {"x": kind, "packed": "i32", "m": "u8", "z": "u8", "scale": "fp32", "out": kind}
-        blocks = {"BLOCK_N": w.MATVEC4["BLOCK_N"], "BLOCK_G": w.MATVEC4["BLOCK_K"] // group}
-        assembly(triton_linear.matvec4, capability, four, {"GROUP": group, "SPLITS": 1, **blocks})
-        four["packed"] = "u8"
-        blocks = {"BLOCK_M": w.TILE["BLOCK_M"], "BLOCK_N": w.TILE["BLOCK_N"]}
-        ptx = assembly(triton_linear.tile4, capability, four, {"GROUP": group, "SPLITS": 1, **blocks})
-        assert ("mma.sync" in ptx) == (kind != "fp32")
-        del four["x"]
-        assembly(triton_linear.dequantize4, capability, four, {"GROUP": group, "BLOCK_N": 4096 // group})
+    del held["x"]
+    pointers = {**held, "codes": "u8", "out": kind}
+    assembly(triton_linear.dequantize, capability, pointers, {**f, **scales, **w.DEQUANTIZE})
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kind", KINDS)
+def test_partial_sums(kind: str, capability: int) -> None:
+    constants = {"SPLITS": 4, "BLOCK": 256}
+    unscaled = {"scale": None, "x_scale": None, **constants}
+    assembly(triton_linear.combine, capability, {"partials": "fp32", "out": kind}, unscaled)
+    scaled = {"partials": "fp32", "scale": "fp32", "x_scale": "fp32", "out": kind}
+    assembly(triton_linear.combine, capability, scaled, constants)
 
 
 @pytest.mark.parametrize("capability", [89, 90])
 def test_fp8(capability: int) -> None:
     pointers = {"x": "fp8e4nv", "w": "fp8e4nv", "scale": "fp32", "x_scale": "fp32", "out": "bf16"}
-    assembly(triton_linear.matvec8, capability, pointers, {"FP8": True, "SPLITS": 1, **w.MATVEC})
-    assert "mma.sync" in assembly(triton_linear.tile8, capability, pointers, {"FP8": True, "SPLITS": 1, **w.TILE})
+    assembly(triton_linear.matvec_fp8, capability, pointers, {"SPLITS": 1, **w.MATVEC_FP8})
+    assert "mma.sync" in assembly(triton_linear.tile_fp8, capability, pointers, {"SPLITS": 1, **w.TILE})
     for kind in KINDS:
         rounded = {"x": kind, "q": "fp8e4nv", "scale": "fp32"}
         assert "e4m3x2" in assembly(triton_linear.quantize_fp8, capability, rounded, {"BLOCK": 4096})
     expand = {"w": "fp8e4nv", "scale": "fp32", "out": "fp32"}
-    assembly(triton_linear.dequantize8, capability, expand, {"FP8": True, "BLOCK_N": 8, "BLOCK_K": 512})
-    combine = {"partials": "fp32", "scale": "fp32", "x_scale": "fp32", "out": "bf16"}
-    assembly(triton_linear.combine, capability, combine, {"SPLITS": 4, "SCALED": True, "BLOCK": 256})
+    assembly(triton_linear.dequantize_fp8, capability, expand, w.DEQUANTIZE)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

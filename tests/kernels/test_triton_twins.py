@@ -7,6 +7,7 @@ import torch
 from tiny import TINY, tiny_model
 
 from mistral_7b.attention import attention, visible
+from mistral_7b.kernels.block_formats import FORMATS, padded
 from mistral_7b.kernels.elementwise import rms_norm_twin, rotate_twin, silu_mul_twin
 from mistral_7b.kernels.gpu import weight_only as w
 from mistral_7b.kernels.gpu.decode_attention import decode_attention_twin
@@ -17,37 +18,31 @@ def draw(*shape: int, low: int, high: int) -> torch.Tensor:
     return torch.randint(low, high, shape).to(torch.uint8)
 
 
-def test_nibbles_are_packed_low_first_in_whole_words() -> None:
-    q = draw(3, 37, low=0, high=16)
-    packed = w.pack_int4(q)
-    assert packed.shape == (3, 32)
-    assert packed.dtype == torch.uint8
-    assert packed[1, 2] == q[1, 4] + 16 * q[1, 5]
-    assert not packed[:, 19:].any()
-    assert torch.equal(w.unpack_int4(packed, 37), q)
-    assert w.pack_int4(draw(3, 4096, low=0, high=16)).shape == (3, 2048)  # exactly 4 bits per weight
+def weight(kind: str, n: int, k: int) -> w.RowMajor:
+    """Random codes and scales."""
+    f = FORMATS[kind]
+    codes = draw(n, padded(k) * w.stored_bits(f) // 8, low=0, high=256)
+    scales = draw(1 + f.minimum, n, padded(k) // f.group, low=0, high=64).to(torch.int8) if f.scales else None
+    return w.RowMajor(kind, k, codes, scales, torch.rand(1 + f.minimum, n, f.blocks(k)).half())
 
 
-def test_int8_and_int4_match_their_definition() -> None:
-    """The formulas of the docstring, weight by weight, in float64 (which has no kernel and no rounding)."""
-    N, K, group = 5, 70, 32
-    x, scale = torch.randn(4, K, dtype=torch.float64), torch.rand(N)
-    q8, q4 = draw(N, K, low=0, high=256), draw(N, K, low=0, high=16)
-    z = draw(N, 3, low=0, high=16)
-    m = 127 // torch.maximum(z, 15 - z)
-    w8, w4 = torch.empty(N, K, dtype=torch.float64), torch.empty(N, K, dtype=torch.float64)
-    for n in range(N):
-        for k in range(K):
-            g = k // group
-            w8[n, k] = float(scale[n]) * (int(q8[n, k]) - 128)
-            w4[n, k] = float(scale[n]) * int(m[n, g]) * (int(q4[n, k]) - int(z[n, g]))
-    torch.testing.assert_close(w.int8_linear(x, q8, scale), x @ w8.T, rtol=1e-12, atol=1e-12)
-    packed = w.pack_int4(q4)
-    torch.testing.assert_close(w.int4_linear(x, packed, m, z, scale, group), x @ w4.T, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(w.expand_int8(q8, scale, torch.float64), w8, rtol=1e-6, atol=1e-6)
-    wide = w.expand_int4(packed, m, z, scale, group, K, torch.float64)
-    torch.testing.assert_close(wide, w4, rtol=1e-6, atol=1e-6)
-    assert w.int4_integers(packed, m, z, group, K).abs().max() <= 127  # an int4 weight is an int8 weight
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q4_K", "Q6_K"])
+def test_block_formats_match_their_definition(kind: str) -> None:
+    """The formula of the docstring, weight by weight, in float64 (which has no kernel and no rounding)."""
+    f, (n, k) = FORMATS[kind], (3, 300)
+    held, x = weight(kind, n, k), torch.randn(4, k, dtype=torch.float64)
+    assert held.shape == (n, k)
+    wanted = torch.empty(n, k, dtype=torch.float64)
+    for row in range(n):
+        for i in range(k):
+            four = f.low + f.high == 4
+            code = int(held.codes[row, i // 2]) >> (i % 2 * 4) & 15 if four else int(held.codes[row, i])
+            s, t = (1, 1) if held.scales is None else held.scales[[0, -1], row, i // f.group].tolist()
+            m = float(held.d[1, row, i // f.block]) if f.minimum else 0
+            wanted[row, i] = float(held.d[0, row, i // f.block]) * s * (code - f.zero) - m * t
+    torch.testing.assert_close(w.expand(held, torch.float64), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(w.blocks_linear(x, held), x @ wanted.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(w.expand(held, torch.bfloat16), w.dequantized(held).bfloat16())
 
 
 def test_fp8_scales_rows_by_their_absmax() -> None:
@@ -68,10 +63,9 @@ def test_fp8_scales_rows_by_their_absmax() -> None:
 
 def test_gradients_of_activations() -> None:
     """QLoRA needs gradients through a quantized weight, which use the twin, also on a GPU."""
-    x = torch.randn(3, 70, requires_grad=True)
-    q, scale = draw(5, 70, low=0, high=256), torch.rand(5)
-    w.int8_linear(x, q, scale).sum().backward()
-    torch.testing.assert_close(x.grad[0], w.expand_int8(q, scale, torch.float32).sum(0), rtol=1e-5, atol=1e-3)
+    x, held = torch.randn(3, 70, requires_grad=True), weight("Q4_K", 5, 70)
+    w.blocks_linear(x, held).sum().backward()
+    torch.testing.assert_close(x.grad[0], w.expand(held, torch.float32).sum(0), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""The modules of a model that keep GGUF's blocks: Linears in the kernels' tiles, the embedding as in the file."""
+"""The modules of a model that keep GGUF's blocks: Linears for the kernels, the embedding as in the file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...kernels.backend import weight_layout
+from ...quantization.gpu import row_by_row
 from ...quantization.linear import BlockLinear
 from ...surgery import replace_linears
 from ..names import EMBEDDING, OUTPUT
@@ -40,13 +42,16 @@ class BlockEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.kind.name}"
 
 
-def keep_blocks(model: nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dtype) -> set[str]:
+def keep_blocks(
+    model: nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device | str
+) -> set[str]:
     """Replace the Linears in formats of the kernels, and then the embedding, by modules that keep the blocks.
 
-    `tensors` are those of the file by Mistral's names, `dtype` is the type of the embedding's rows. Returns the
-    names of the weights that are kept. Without a kept Linear there is none: the model is a plain one then.
+    `tensors` are those of the file by Mistral's names, `dtype` is the type of the embedding's rows. On a GPU the
+    embedding is not kept: its dequantization may copy from the host, which a CUDA graph cannot capture. Returns
+    the names of the weights that are kept. Without a kept Linear there is none: the model is a plain one then.
     """
-    tied = OUTPUT not in tensors
+    tied, tiled = OUTPUT not in tensors, weight_layout(device) == "tiles"
 
     def stored(name: str) -> StoredTensor:
         return tensors[EMBEDDING if tied and name == "output" else f"{name}.weight"]
@@ -56,7 +61,8 @@ def keep_blocks(model: nn.Module, tensors: Mapping[str, StoredTensor], dtype: to
         assert isinstance(weight, StoredBlocks)  # guaranteed by `kept`
         codes, d = gguf_blocks.tiles(weight.kind, weight.raw())
         weight.release()
-        return BlockLinear.of_tiles(weight.kind.name, codes, d, weight.shape[1], weight.shape[0])
+        linear = BlockLinear.of_tiles(weight.kind.name, codes, d, weight.shape[1], weight.shape[0])
+        return linear if tiled else row_by_row(linear, device)
 
     def kept(name: str, module: nn.Module) -> bool:
         weight = stored(name) if isinstance(module, nn.Linear) else None
@@ -65,7 +71,7 @@ def keep_blocks(model: nn.Module, tensors: Mapping[str, StoredTensor], dtype: to
     names = {f"{name}.weight" for name in replace_linears(model, build, kept)}
     embedding = tensors[EMBEDDING]
     # A tied output that is not kept needs the embedding's dequantized weight.
-    if names and isinstance(embedding, StoredBlocks) and not (tied and OUTPUT not in names):
+    if names and tiled and isinstance(embedding, StoredBlocks) and not (tied and OUTPUT not in names):
         model.set_submodule("tok_embeddings", BlockEmbedding(embedding.kind.name, embedding.raw(), dtype))
         names.add(EMBEDDING)
     return names

@@ -10,7 +10,7 @@ from ...checkpoint.gguf.vocabulary import TEMPLATE
 from ...checkpoint.hub import DEMO
 from ...errors import CheckpointError, TokenizerError
 from ...model import Mistral7B
-from ...quantization.gpu import Fp8Linear
+from ...quantization.gpu import Fp8Linear, GpuBlockLinear
 from ...quantization.linear import BlockLinear
 from ...quantization.schemes import scheme_of
 from ...text.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ def precision(model: Mistral7B) -> str:
     if scheme := scheme_of(model):
         return str(scheme)
     for module in model.modules():
-        if isinstance(module, BlockLinear):
+        if isinstance(module, (BlockLinear, GpuBlockLinear)):
             return module.kind
         if isinstance(module, Fp8Linear):
             return "fp8"

@@ -81,11 +81,17 @@ def library() -> ctypes.CDLL | None:
     name = requested()
     if name == "off":
         return None
-    for instructions in dict.fromkeys((name, "avx512")):  # for systems that report AMX but do not permit it
+    for instructions in dict.fromkeys((name, "avx512")):  # for systems on which AMX is not permitted, or is wrong
         path, why = _build(instructions)
         lib = None if path is None else _load(path)
         if lib is not None and lib.m7b_instructions():
-            return lib
+            if lib.m7b_check():
+                return lib
+            warnings.warn(
+                "AMX gives other products on this machine than its vector instructions, so AVX-512 is used, and "
+                f"prefill is slower; please report this CPU; {VARIABLE}=avx512 disables this warning",
+                stacklevel=2,
+            )
         _FAILURES.append(why or f"{path} cannot be loaded; delete it to recompile it")
     return None
 

@@ -192,7 +192,7 @@ template <int KIND>
 void add_chunk(const Rows& r, Span rows, const uint8_t* record, const uint16_t* d, int64_t k, int64_t inputs, const int32_t* sums, float* y, int64_t stride) {
     constexpr Format f = format_of(KIND);
     constexpr int64_t D = (1 + f.minimum) * TILE_N, BLOCKS = CHUNK / f.block;
-    const int64_t blocks = (inputs + f.block - 1) / f.block, first = k / f.block, groups = inputs / f.group;
+    const int64_t blocks = BLOCKS == 1 ? 1 : inputs / f.block, first = k / f.block, groups = inputs / f.group;
     const GroupScales<KIND> scales(record + groups * f.group * TILE_N * (f.low + f.high) / 8, groups);  // if there are any
     F16 scale[BLOCKS], minimum[BLOCKS];
     for (int64_t b = 0; b < blocks; b++) {

@@ -131,7 +131,7 @@ void attend(const Attend& a, const Plan& plan) {
         const Workspace r{D32, half(0), half(1), half(3), half(4), half(2), buffers[0], buffers[1], buffers[5], buffers[6], buffers[7], buffers[8], buffers[9], buffers[10]};
         std::memset(r.line, 0, 2 * block * 2);  // the padding of D stays zero
 #if defined(WITH_AMX)
-        configure_tiles();
+        configure_tiles(64);
 #endif
         for (int64_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < plan.n;) attend_rows(a, r, plan.items[i]);
 #if defined(WITH_AMX)

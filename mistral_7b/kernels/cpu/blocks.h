@@ -14,38 +14,42 @@ namespace {
 // Prefetch distance in bytes: the fastest measured with two threads.
 constexpr int64_t AHEAD = 4096;
 
+// The codes of quads k and k + 1 of a group, or with a table their values + 128: a line of bytes each.
+template <int KIND>
+inline void unpack(const uint8_t* low_lines, const Line& plane, int k, Line& a, Line& b) {
+    constexpr Format f = format_of(KIND);
+    constexpr int mask = ((1 << f.high) - 1) << 4;
+    if constexpr (f.low == 8) {
+        a = load(low_lines + k * LINE), b = load(low_lines + (k + 1) * LINE);
+        return;
+    }
+    const Line both = load(low_lines + k / 2 * LINE);
+    a = low(both), b = high(both);
+    if constexpr (f.table) a = lookup(a, TABLE), b = lookup(b, TABLE);
+    if constexpr (f.high != 0) a = merge(a, plane, 4 - f.high * k, mask), b = merge(b, plane, 4 - f.high * (k + 1), mask);
+}
+
 // sums += the products of R rows, `stride` bytes apart, with a group of a part of a tile.
 template <int KIND, int R>
 inline void dot_group(Sums (&sums)[R], const uint8_t* low_lines, const uint8_t* high_line, const int8_t* x, int64_t stride) {
     constexpr Format f = format_of(KIND);
-    constexpr int QUADS = f.group / 4;
+    constexpr int QUADS = f.group / 4, most = most_pairs(f.low + f.high);
     Sums s[R];  // local, to stay in registers
     for (int i = 0; i < R; i++) s[i] = sums[i];
-    if constexpr (f.low == 8) {
-#pragma GCC unroll 8
-        for (int k = 0; k < QUADS; k++) {
-            const Line line = load(low_lines + k * LINE);
-            for (int i = 0; i < R; i++) s[i] = dot8(s[i], line, x + i * stride + 4 * k);
-        }
-        for (int i = 0; i < R; i++) sums[i] = s[i];
-        return;
-    }
     Line plane{};
     if (f.high) plane = load(high_line);
     Pairs pairs[R];
 #pragma GCC unroll 4
     for (int k = 0; k < QUADS; k += 2) {
-        const Line both = load(low_lines + k / 2 * LINE);
-        Line a = low(both), b = high(both);
-        if constexpr (f.table) {
-            a = lookup(a, TABLE), b = lookup(b, TABLE);
-            for (int i = 0; i < R; i++) s[i] = dot8(dot8(s[i], a, x + i * stride + 4 * k), b, x + i * stride + 4 * k + 4);
-        } else {
-            constexpr int mask = ((1 << f.high) - 1) << 4, most = most_pairs(f.low + f.high);
-            if constexpr (f.high != 0) a = merge(a, plane, 4 - f.high * k, mask), b = merge(b, plane, 4 - f.high * (k + 1), mask);
-            for (int i = 0; i < R; i++) {
+        Line a, b;
+        unpack<KIND>(low_lines, plane, k, a, b);
+        for (int i = 0; i < R; i++) {
+            const int8_t* at = x + i * stride + 4 * k;
+            if constexpr (f.low == 8 || f.table) {
+                s[i] = dot8(dot8(s[i], a, at), b, at + 4);
+            } else {
                 if (k % most == 0) pairs[i] = begin(s[i]);
-                pairs[i] = dot4(dot4(pairs[i], a, x + i * stride + 4 * k), b, x + i * stride + 4 * k + 4);
+                pairs[i] = dot4(dot4(pairs[i], a, at), b, at + 4);
                 if ((k + 2) % most == 0 || k + 2 == QUADS) s[i] = end(s[i], pairs[i]);
             }
         }
@@ -83,6 +87,18 @@ struct GroupScales {
     }
 };
 
+// y += a block's integer sum times the scales of its tile, and the minima.
+template <int KIND>
+inline void add_block(const Rows& r, int64_t row, int64_t b, Ints total, Floats scale, Floats minimum, const GroupScales<KIND>& scales, Floats& y) {
+    constexpr Format f = format_of(KIND);
+    const float sx = r.scale[row * r.blocks + b];
+    y += __builtin_convertvector(total, Floats) * (scale * sx);
+    if constexpr (f.minimum && f.scales != 0)
+        y -= __builtin_convertvector(scales.minima(r.parts + (row * r.blocks + b) * PARTS), Floats) * (minimum * sx);
+    else if constexpr (f.minimum)
+        y += float(r.sum[row * (r.Kp / r.group) + b * (f.block / r.group)]) * (minimum * sx);
+}
+
 // y (R, 16) += R rows by one tile and one block of `groups` groups, whose record is at `codes`.
 template <int KIND, int R>
 inline void block_record(const Rows& r, int64_t row, int64_t b, int64_t groups, const uint8_t* codes, const uint16_t* d, float* y) {
@@ -112,18 +128,11 @@ inline void block_record(const Rows& r, int64_t row, int64_t b, int64_t groups, 
                 for (int i = 0; i < R; i++) total[i] = words(s[i]);
             }
         }
-        const Floats scale = halves(d);
+        const Floats scale = halves(d), minimum = f.minimum ? halves(d + TILE_N) : Floats{};
         for (int i = 0; i < R; i++) {
-            const float sx = r.scale[(row + i) * r.blocks + b];
             float* out = y + i * TILE_N + part;
-            Floats v = floats(out) + __builtin_convertvector(total[i], Floats) * (scale * sx);
-            if constexpr (f.minimum) {
-                const Floats m = halves(d + TILE_N) * sx;
-                if constexpr (f.scales != 0)
-                    v -= __builtin_convertvector(scales.minima(r.parts + ((row + i) * r.blocks + b) * PARTS), Floats) * m;
-                else
-                    v += float(sum[i * G]) * m;
-            }
+            Floats v = floats(out);
+            add_block<KIND>(r, row + i, b, total[i], scale, minimum, scales, v);
             std::memcpy(out, &v, sizeof v);
         }
     }
@@ -153,26 +162,6 @@ void block_rows(const Rows& r, const Weights& w, int64_t tile, void* out) {
         for (int64_t i = 0; i < std::min(rows, left); i++)
             store(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, load(y + i * TILE_N), w.N - tile * TILE_N);
         row += rows;
-    }
-}
-
-// The given tiles of out (M, N), in one thread.
-template <class T>
-void block_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
-    for (int64_t tile = tiles.begin; tile < tiles.end; tile++) {
-        switch (w.kind) {
-            case 2: block_rows<2, T>(r, w, tile, out); break;
-            case 3: block_rows<3, T>(r, w, tile, out); break;
-            case 6: block_rows<6, T>(r, w, tile, out); break;
-            case 7: block_rows<7, T>(r, w, tile, out); break;
-            case 8: block_rows<8, T>(r, w, tile, out); break;
-            case 12: block_rows<12, T>(r, w, tile, out); break;
-            case 13: block_rows<13, T>(r, w, tile, out); break;
-            case 14: block_rows<14, T>(r, w, tile, out); break;
-            case 20: block_rows<20, T>(r, w, tile, out); break;
-            case 23: block_rows<23, T>(r, w, tile, out); break;
-            default: break;
-        }
     }
 }
 

@@ -64,7 +64,7 @@ def _candidates(name: str) -> list[str]:
     if name != "native":
         return [name]
     if machine.architecture() == "x86":
-        return ["native", "avx512"]  # a system may report AMX but not permit it
+        return ["native", "avx512"]  # a system may report AMX but not permit it, or it may be wrong
     # A compiler may be too old for an extension of ARM; not all support -march=native on other CPUs.
     flags = machine.cpu_flags() if machine.architecture() == "arm64" else set()
     return [*(name for name, flag in ARM_FLAGS.items() if flag in flags), "scalar"]
@@ -103,7 +103,13 @@ def library() -> ctypes.CDLL | None:
         path, why = _build(instructions)
         lib = None if path is None else _load(path)
         if lib is not None and lib.m7b_instructions():
-            return lib
+            if lib.m7b_check():
+                return lib
+            warnings.warn(
+                "AMX gives other products on this machine than its vector instructions, so AVX-512 is used, and "
+                f"prefill is slower; please report this CPU; {VARIABLE}=avx512 disables this warning",
+                stacklevel=2,
+            )
         _FAILURES.append(why or f"{path} cannot be loaded; delete it to recompile it")
     return None
 

@@ -10,6 +10,8 @@
 //   lines.h          dot products of a 64-byte line of weights, per instruction set
 //   blocks.h         products of rows with weights in blocks
 //   amx.h            the matrix unit
+//   tiles.h          products of many rows on it
+//   tile_check.h     a check of them when the library is loaded
 //   low_rank.h       LoRA updates of products, with an adapter per row
 //   products.h       products of one x with several weights of any format
 //   elementwise.h    RMSNorm, SwiGLU's gate, addition and rotary embedding
@@ -22,6 +24,7 @@
 #include <memory>
 
 #include "layers.h"
+#include "tile_check.h"
 
 #if defined(WITH_AMX)
 #include <sys/syscall.h>
@@ -93,5 +96,8 @@ const char* m7b_instructions() {
     return "scalar";
 #endif
 }
+
+// Whether the products of the matrix unit, if it is used, are right; after m7b_instructions, which asks for its use.
+int m7b_check() { return check_tiles(); }
 
 }  // extern "C"

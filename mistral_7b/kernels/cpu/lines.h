@@ -22,15 +22,14 @@ namespace {
 constexpr int LANES = 16;
 using Line = __m512i;
 using Sums = __m512i;  // 16 int32
-using Words = uint16_t __attribute__((vector_size(64)));  // 32 words of 16 bits: there are no shifts of bytes
 constexpr int32_t SUBTRACT = 128;  // dot8 uses codes q = w8 + 128: subtract this times the sum of x
 Line load(const uint8_t* p) { return _mm512_loadu_si512(p); }
 Line low(Line v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 Line high(Line v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
 Line masked(Line v, uint8_t mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
-// code | the bits of `mask` of plane, shifted left (right if negative)
+// code | the bits of `mask` of plane, shifted left (right if negative), as words: there are no shifts of bytes
 Line merge(Line code, Line plane, int shift, uint8_t mask) {
-    const Words v = reinterpret_cast<Words>(plane);
+    const W32 v = reinterpret_cast<W32>(plane);
     return _mm512_or_si512(code, masked(reinterpret_cast<Line>(shift < 0 ? v >> -shift : v << shift), mask));
 }
 Line lookup(Line codes, const uint8_t* table) {

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "blocks.h"
 #include "low_rank.h"
+#include "tiles.h"
 
 namespace {
 
@@ -18,6 +18,33 @@ struct LinearCall {
     int64_t M, K;
     int bf16, threads;
 };
+
+// The given tiles of out (M, N), in one thread.
+template <int KIND, class T>
+void kind_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
+#if defined(WITH_TILES)
+    if constexpr (on_tiles(format_of(KIND)))
+        if (r.M > MANY) return tile_rows<KIND, T>(r, w, tiles, out);
+#endif
+    for (int64_t tile = tiles.begin; tile < tiles.end; tile++) block_rows<KIND, T>(r, w, tile, out);
+}
+
+template <class T>
+void product_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
+    switch (w.kind) {
+        case 2: return kind_tiles<2, T>(r, w, tiles, out);
+        case 3: return kind_tiles<3, T>(r, w, tiles, out);
+        case 6: return kind_tiles<6, T>(r, w, tiles, out);
+        case 7: return kind_tiles<7, T>(r, w, tiles, out);
+        case 8: return kind_tiles<8, T>(r, w, tiles, out);
+        case 12: return kind_tiles<12, T>(r, w, tiles, out);
+        case 13: return kind_tiles<13, T>(r, w, tiles, out);
+        case 14: return kind_tiles<14, T>(r, w, tiles, out);
+        case 20: return kind_tiles<20, T>(r, w, tiles, out);
+        case 23: return kind_tiles<23, T>(r, w, tiles, out);
+        default: return;
+    }
+}
 
 // A part of a product that one thread computes without interruption, and its cost: the bytes of a tile of weights.
 inline int64_t tile_bytes(const Weights& w) { return tile_bytes(format_of(w.kind), w.Kp); }
@@ -36,7 +63,7 @@ void products(const Rows& r, const Weights* const* weights, int64_t n, int threa
             // the tiles that begin in the range
             const auto tile_at = [&](int64_t byte) { return std::clamp((byte - first + size - 1) / size, int64_t(0), tiles); };
             const Span part{range.begin < first ? 0 : tile_at(range.begin), range.end < first ? 0 : tile_at(range.end)};
-            if (part.begin < part.end) block_tiles<T>(r, w, part, outs[i]);
+            if (part.begin < part.end) product_tiles<T>(r, w, part, outs[i]);
             first += tiles * size;
         }
     });

@@ -56,11 +56,18 @@ struct BF16 {
 using F16 = float __attribute__((vector_size(64)));
 using I16 = int32_t __attribute__((vector_size(64)));
 using H16 = uint16_t __attribute__((vector_size(32)));
+using B64 = uint8_t __attribute__((vector_size(64)));
+using W32 = uint16_t __attribute__((vector_size(64)));
 
 inline F16 broadcast(float v) { return v - F16{}; }
 inline F16 maximum(F16 a, F16 b) { return a > b ? a : b; }
 inline F16 load(const float* p) {
     F16 v;
+    std::memcpy(&v, p, 64);
+    return v;
+}
+inline I16 load(const int32_t* p) {
+    I16 v;
     std::memcpy(&v, p, 64);
     return v;
 }

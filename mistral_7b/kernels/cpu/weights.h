@@ -20,7 +20,8 @@
 
 namespace {
 
-constexpr int64_t PARTS = 16;  // bytes of `parts` per block
+constexpr int64_t PARTS = 16;    // bytes of `parts` per block
+constexpr int64_t BEYOND = 256;  // bytes after the last row that may be read, and are multiplied by 0 or not used
 
 // Rows quantized to int8, with a scale per `block` inputs (the last may be shorter) and the sum of codes per `group`
 // inputs. M is padded to 16 rows with zeros.
@@ -85,7 +86,7 @@ Rows quantize(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, in
     static thread_local Scratch<int8_t> parts_scratch;
     const int64_t padded = (M + 15) / 16 * 16, blocks = (Kp + block - 1) / block, groups = Kp / group;
     int8_t* parts = block == 256 && group == 16 ? parts_scratch.get(padded * blocks * PARTS) : nullptr;
-    const Rows r{M, K, Kp, block, group, blocks, codes_scratch.get(padded * Kp), scale_scratch.get(padded * blocks), sum_scratch.get(padded * groups), parts};
+    const Rows r{M, K, Kp, block, group, blocks, codes_scratch.get(padded * Kp + BEYOND), scale_scratch.get(padded * blocks), sum_scratch.get(padded * groups), parts};
     const auto* rows = static_cast<const typename T::Store*>(x);
     parallel(M < 4 ? 1 : threads, [&](int t, int n) {
         const Span range = partition(M, t, n);

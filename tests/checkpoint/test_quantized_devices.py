@@ -82,6 +82,7 @@ def test_gpu_quantization_equals_a_quantized_file(scheme: Scheme, monkeypatch: p
 def test_a_model_on_a_gpu_is_saved_as_one_on_a_cpu(tmp_path: pathlib.Path, scheme: str) -> None:
     model = quantize_model(tiny_model(dtype=torch.bfloat16), scheme)
     model.save_pretrained(tmp_path / "tiles", format="quantized", distance=DISTANCE)
+    assert torch.equal(load(tmp_path / "tiles")(TEXT)[0], model(TEXT)[0])
     to_gpu(model, "cpu")
     model.save_pretrained(tmp_path / "rows", format="quantized", distance=DISTANCE)
     for file in (tmp_path / "tiles").iterdir():

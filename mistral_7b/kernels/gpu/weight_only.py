@@ -6,8 +6,9 @@ At small batch sizes the time is that of reading w. M rows · N outputs · K inp
     blocks   w[n, k] = (d s) (q - zero) - (m t)     q in 4 or 8 bits, s and t int8 (N, G), d and m float16 (N, B)
     fp8      w[n, k] = scale[n] * q[n, k], x likewise per row                              q float8_e4m3fn (N, K)
 
-All block formats are stored without loss. Those with 16 codes take two per byte along K, low nibble first, all
-others a byte, which for the values of IQ4_NL and IQ4_XS is the value itself. Bits per weight at K = 4096:
+All block formats are stored without loss; a format without s or t has 1 there, and m is negative in Q4_1 and Q5_1.
+Q4_0, Q4_1 and Q4_K take two codes per byte along K, low nibble first; the others take a byte, which for IQ4_NL and
+IQ4_XS is the value of the table plus 128. Bits per weight at K = 4096:
 
     Q4_0 4.5     Q4_K 4.625    Q5_0 8.5     Q5_K 8.625    IQ4_NL 8.5
     Q4_1 5       Q8_0 8.5      Q5_1 9       Q6_K 8.5625   IQ4_XS 8.3125

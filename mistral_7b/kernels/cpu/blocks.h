@@ -13,40 +13,34 @@ namespace {
 // Prefetch distance in bytes: the fastest measured with two threads.
 constexpr int64_t AHEAD = 4096;
 
-// The codes of quads k and k + 1 of a group, or with a table their values + 128: a line of bytes each.
-template <int KIND>
-inline void unpack(const uint8_t* low_lines, const Line& plane, int k, Line& a, Line& b) {
-    constexpr Format f = format_of(KIND);
-    constexpr int mask = ((1 << f.high) - 1) << 4;
-    if constexpr (f.low == 8) {
-        a = load(low_lines + k * LINE), b = load(low_lines + (k + 1) * LINE);
-        return;
-    }
-    const Line both = load(low_lines + k / 2 * LINE);
-    a = low(both), b = high(both);
-    if constexpr (f.table) a = lookup(a, TABLE), b = lookup(b, TABLE);
-    if constexpr (f.high != 0) a = merge(a, plane, 4 - f.high * k, mask), b = merge(b, plane, 4 - f.high * (k + 1), mask);
-}
-
 // s += the products of R rows, `stride` bytes apart, with a group of a tile.
 template <int KIND, int R>
 inline void dot_group(Sums (&s)[R], const uint8_t* low_lines, const uint8_t* high_line, const int8_t* x, int64_t stride) {
     constexpr Format f = format_of(KIND);
-    constexpr int QUADS = f.group / 4, most = most_pairs(f.low + f.high);
+    constexpr int QUADS = f.group / 4;
+    if constexpr (f.low == 8) {
+        for (int k = 0; k < QUADS; k++) {
+            const Line line = load(low_lines + k * LINE);
+            for (int i = 0; i < R; i++) s[i] = dot8(s[i], line, x + i * stride + 4 * k);
+        }
+        return;
+    }
     Line plane{};
     if (f.high) plane = load(high_line);
     Pairs pairs[R];
 #pragma GCC unroll 4
     for (int k = 0; k < QUADS; k += 2) {
-        Line a, b;
-        unpack<KIND>(low_lines, plane, k, a, b);
-        for (int i = 0; i < R; i++) {
-            const int8_t* at = x + i * stride + 4 * k;
-            if constexpr (f.low == 8 || f.table) {
-                s[i] = dot8(dot8(s[i], a, at), b, at + 4);
-            } else {
+        const Line both = load(low_lines + k / 2 * LINE);
+        Line a = low(both), b = high(both);
+        if constexpr (f.table) {
+            a = lookup(a, TABLE), b = lookup(b, TABLE);
+            for (int i = 0; i < R; i++) s[i] = dot8(dot8(s[i], a, x + i * stride + 4 * k), b, x + i * stride + 4 * k + 4);
+        } else {
+            constexpr int mask = ((1 << f.high) - 1) << 4, most = most_pairs(f.low + f.high);
+            if constexpr (f.high != 0) a = merge(a, plane, 4 - f.high * k, mask), b = merge(b, plane, 4 - f.high * (k + 1), mask);
+            for (int i = 0; i < R; i++) {
                 if (k % most == 0) pairs[i] = begin(s[i]);
-                pairs[i] = dot4(dot4(pairs[i], a, at), b, at + 4);
+                pairs[i] = dot4(dot4(pairs[i], a, x + i * stride + 4 * k), b, x + i * stride + 4 * k + 4);
                 if ((k + 2) % most == 0 || k + 2 == QUADS) s[i] = end(s[i], pairs[i]);
             }
         }

@@ -25,7 +25,7 @@ uint16_t to_bf16(float f) {  // round to nearest even, as in PyTorch
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-float from_half(uint16_t h) {
+inline float from_half(uint16_t h) {
     uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff, bits;
     if (rest >= 0x7c00) {
         bits = 0x7f800000 | (rest & 0x3ff) << 13;
@@ -96,6 +96,12 @@ inline void store(uint16_t* p, F16 v) {
 inline F16 from_halves(const uint16_t* p) {
 #if defined(__AVX512F__)
     return reinterpret_cast<F16>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    const auto* from = reinterpret_cast<const __m128i*>(p);
+    const __m256 halves[2] = {_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from + 1))};
+    F16 v;
+    std::memcpy(&v, halves, 64);
+    return v;
 #else
     F16 v;
     for (int i = 0; i < 16; i++) v[i] = from_half(p[i]);

@@ -22,10 +22,11 @@ from tiny import TINY, tiny_args, tiny_model, tokens_of
 
 from mistral_7b import CheckpointError, Mistral7B, QuantizationError, WriteError
 from mistral_7b.checkpoint import convert, load, quantize, read_args, read_record
+from mistral_7b.checkpoint.unfinished import STATE
 from mistral_7b.quantization import quantize as quantize_model
-from mistral_7b.quantization.schemes import Scheme
+from mistral_7b.quantization.schemes import KINDS, Scheme
 
-SCHEMES = [Scheme("int8"), Scheme("int4"), Scheme("int4", 32, symmetric=True)]
+SCHEMES = [Scheme(name) for name in KINDS]
 WEIGHTS = "quantized.safetensors"
 TEXT = tokens_of((3, 20))
 DISTANCE = {
@@ -126,12 +127,11 @@ def test_the_configuration_records_the_quantization(folders: pathlib.Path) -> No
         names = set(file.keys())
     distance, nbytes = said.pop("distance"), said.pop("bytes")
     assert said == {
-        "quant_method": "mistral_7b", "format": 1, "scheme": "int4", "group_size": 128, "symmetric": False,
-        "calibration": None,
+        "quant_method": "mistral_7b", "format": 2, "scheme": "int4", "calibration": None,
     }  # fmt: skip
     assert distance == read_record(folders / "int4").distance
     assert nbytes == sum(t.nbytes for t in load(folders / "int4").state_dict().values())
-    assert {"layers.0.attention.wq.codes", "layers.1.feed_forward.w2.groups", "output.scale"} <= names
+    assert {"layers.0.attention.wq.codes", "layers.1.feed_forward.w2.d", "output.codes"} <= names
     assert (folders / "int4" / "tokenizer_config.json").is_file()
     assert read_record(folders / "plain") is None
 
@@ -188,7 +188,7 @@ def test_transformers_refuses_the_folder(folders: pathlib.Path) -> None:
 
 
 def test_another_scheme_is_refused(folders: pathlib.Path) -> None:
-    for asked in ("int8", "bf16", Scheme("int4", 32)):
+    for asked in ("int8", "bf16", Scheme("q4_k_m")):
         with refused(QuantizationError, field="quantization"):
             load(folders / "int4", quantization=asked)
     assert load(folders / "int4", quantization=Scheme("int4")).args == TINY
@@ -249,7 +249,7 @@ def _sign(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _narrow(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["output.scale"] = tensors["output.scale"].bfloat16()
+    tensors["output.d"] = tensors["output.d"].bfloat16()
 
 
 def _whole(tensors: dict[str, torch.Tensor]) -> None:
@@ -266,7 +266,7 @@ def _add(tensors: dict[str, torch.Tensor]) -> None:
         (_drop, Q1),
         (_transpose, Q1),
         (_sign, Q1),
-        (_narrow, "output.scale"),
+        (_narrow, "output.d"),
         (_whole, "norm.weight"),
         (_add, "layers.0.attention.wq.weight"),
     ],
@@ -295,15 +295,11 @@ def test_truncated_quantized_weights_are_refused(copy: pathlib.Path, keep: int) 
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("format", 2, "quantization_config.format"),
+        ("format", 3, "quantization_config.format"),
         ("format", None, "quantization_config.format"),
         ("scheme", "int3", "quantization_config"),
         ("scheme", "bf16", "quantization_config"),
-        ("scheme", "int8", "layers.0.attention.wq.groups"),
-        ("group_size", 32, "layers.0.attention.wq.codes"),
-        ("group_size", 64, "group_size"),
-        ("group_size", None, "quantization_config.group_size"),
-        ("symmetric", "yes", "quantization_config.symmetric"),
+        ("scheme", "int8", "layers.0.attention.wq.codes"),
         ("bytes", "many", "quantization_config.bytes"),
         ("calibration", 3, "quantization_config"),
         ("distance", None, "quantization_config.distance"),
@@ -319,6 +315,15 @@ def test_a_damaged_quantization_config_is_refused(
     (copy / "config.json").write_text(json.dumps(config))
     with refused(CheckpointError, field=named):
         load(copy)
+
+
+def test_a_folder_of_the_former_format_names_the_command_that_remakes_it(copy: pathlib.Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] |= {"format": 1, "scheme": "int8"}
+    (copy / "config.json").write_text(json.dumps(config))
+    with refused(CheckpointError, field="quantization_config.format") as error:
+        load(copy)
+    assert "mistral-7b quantize ORIGINAL OUT --scheme int8" in str(error.value)
 
 
 def test_codes_under_a_weights_name_are_refused(folders: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -355,15 +360,15 @@ def test_a_killed_quantization_leaves_nothing_that_opens(folders: pathlib.Path, 
     assert not out.exists()
     (rest,) = tmp_path.iterdir()
     assert rest.name.startswith(".out.partial-")
-    assert [path.name for path in rest.iterdir()] == [WEIGHTS]  # it was killed while writing
-    for path in (rest, rest / WEIGHTS):
+    assert {path.name for path in rest.iterdir()} == {WEIGHTS, STATE}  # it was killed while writing
+    for path in (rest, rest / WEIGHTS, rest / STATE):
         with pytest.raises(CheckpointError):
             load(path)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk on fire"), ValueError])
+@pytest.mark.parametrize("error", [OSError("disk on fire"), ValueError])
 def test_a_failed_quantization_cleans_up(
-    folders: pathlib.Path, tmp_path: pathlib.Path, error: BaseException | type[BaseException]
+    folders: pathlib.Path, tmp_path: pathlib.Path, error: Exception | type[Exception]
 ) -> None:
     def fail(done: int, total: int, name: str) -> None:
         if name.startswith("layers.1"):

@@ -27,18 +27,16 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.wording
 def test_quantize_inform_and_generate(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out = str(tmp_path / "int4")
-    code, stdout, err = run(
-        "quantize", windowed, out, "--scheme", "int4", "--group-size", "32", "--text", text, *FAST
-    )
+    code, stdout, err = run("quantize", windowed, out, "--scheme", "q4_k_m", "--text", text, *FAST)
     assert (code, stdout) == (0, "")
-    for words in (f"written to {out}", "int4 in groups of 32, asymmetric", "40 tokens of", "KL", "perplexity"):
+    for words in (f"written to {out}", "q4_k_m", "40 tokens of", "KL", "perplexity"):
         assert words in " ".join(err.split()), words
     record = read_record(out)
     assert record is not None
     assert record.distance["text"] == text
 
     shown = run("info", out).out
-    for words in ("quantized", "int4, groups of 32, asymmetric", "none: rounded to nearest", "40 tokens", "KL"):
+    for words in ("quantized", "q4_k_m", "none: rounded to nearest", "40 tokens", "KL"):
         assert words in shown, words
     facts = json.loads(run("info", out, "--json").out)
     assert (facts["format"], facts["weights_bytes"]) == ("quantized", record.nbytes)
@@ -49,7 +47,7 @@ def test_quantize_inform_and_generate(run, windowed: str, text: str, tmp_path: p
     assert len(made["outputs"][0]["token_ids"]) == 5
     code, _, err = run("generate", out, *words, "--quantization", "int8")
     assert code == 2
-    assert "already quantized as int4 in groups of 32" in err
+    assert "already quantized as q4_k_m" in err
 
 
 def test_quantize_while_loading_is_the_same_model(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
@@ -69,16 +67,45 @@ def test_quantize_while_loading_is_the_same_model(run, windowed: str, text: str,
 def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out, guide = str(tmp_path / "int4"), tmp_path / "guide.jsonl"
     guide.write_text("".join(json.dumps({"text": f"line {i} of those to read", "id": i}) + "\n" for i in range(9)))
-    words = ("--text", text, *FAST, "--calibrate", str(guide), "--calibration-tokens", "40")
+    words = ("--text", text, *FAST, "--calibrate", "--calibration-text", str(guide), "--calibration-tokens", "40")
     code, _, err = run("quantize", windowed, out, *words)
     assert code == 0
     assert f"calibrated on 40 tokens of {guide}" in " ".join(err.split())
     record = read_record(out)
     assert record is not None
-    assert record.calibration == {"method": "rescaling, feedback", "tokens": 40, "text": str(guide)}
+    assert record.calibration == {"method": "feedback", "tokens": 40, "text": str(guide)}
     monospaced = "".join(run("info", out).out.split())
-    assert "method:rescaling,feedback,tokens:40" in monospaced
+    assert "method:feedback,tokens:40" in monospaced
     assert json.loads(run("info", out, "--json").out)["quantization"]["calibration"] == record.calibration
+
+
+def test_without_a_text_it_is_calibrated_on_the_topics_of_help(
+    run, windowed: str, text: str, tmp_path: pathlib.Path
+) -> None:
+    out = str(tmp_path / "int4")
+    assert run("quantize", windowed, out, "--text", text, *FAST, "--calibrate", "--calibration-tokens", "40").code == 0
+    record = read_record(out)
+    assert record is not None
+    assert record.calibration is not None
+    assert record.calibration["text"].startswith("pydoc_data.topics of Python")
+
+
+@pytest.mark.wording
+def test_an_interrupted_run_says_so_and_the_same_command_continues(
+    run, windowed: str, text: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: object, *more: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("quantize", windowed, str(tmp_path / "int4"), "--text", text, *FAST)
+    with monkeypatch.context() as patch:
+        patch.setattr("mistral_7b.checkpoint.quantizing._Stream._head", interrupted)
+        code, _, err = run(*words)
+    assert code == 130
+    assert err.strip() == "interrupted: the same command continues after the last complete layer"
+    code, _, err = run(*words)
+    assert code == 0
+    assert "of an interrupted run" in err
 
 
 @pytest.mark.wording
@@ -86,15 +113,16 @@ def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.
     ("words", "message"),
     [
         (["{model}", "{tmp}/out", "--scheme", "int3"], "int3"),
-        (["{model}", "{tmp}/out", "--group-size", "64"], "64"),
-        (["{model}", "{tmp}/out", "--scheme", "int8", "--group-size", "32"], "belong to int4"),
-        (["{model}", "{tmp}/out", "--scheme", "int8", "--symmetric"], "belong to int4"),
         (["{model}", "{tmp}/out", "--tokens", "1"], "at least 2"),
         (["{model}", "{tmp}/out", "--threads", "0"], "at least 1"),
         (["{model}", "{tmp}/out", "--text", "{tmp}/none"], "none"),
         (["{model}", "{tmp}/out", "--text", "/dev/null"], "is empty"),
-        (["{model}", "{tmp}/out", "--calibrate", "{tmp}/none"], "none"),
-        (["{model}", "{tmp}/out", "--calibrate", "/dev/null"], "/dev/null: the text to calibrate on is empty"),
+        (["{model}", "{tmp}/out", "--calibrate", "--calibration-text", "{tmp}/none"], "none"),
+        (
+            ["{model}", "{tmp}/out", "--calibrate", "--calibration-text", "/dev/null"],
+            "/dev/null: the text to calibrate on is empty",
+        ),
+        (["{model}", "{tmp}/out", "--calibration-text", "x"], "--calibration-text: only with --calibrate"),
         (["{model}", "{tmp}/out", "--calibration-tokens", "1"], "--calibration-tokens must be at least 2"),
         (["{model}", "{tmp}"], "exists already"),
         (["/nowhere", "{tmp}/out"], "/nowhere"),

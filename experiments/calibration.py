@@ -96,7 +96,9 @@ def main(
             seconds = time.perf_counter() - start
             d = held.distance(made)
             records.append({"scheme": scheme, "method": method, **d.to_dict(), "seconds": round(seconds, 1)})
-            print(f"| {scheme} | {method} | {d.kl:.5f} | {d.top1_agreement:.1%} | {d.ratio - 1:+.2%} |", flush=True)
+            print(
+                f"| {scheme} | {method} | {d.kl:.5f} | {d.top1_agreement:.1%} | {d.ratio - 1:+.2%} |", flush=True
+            )
     if json_file is None:
         return
     cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))

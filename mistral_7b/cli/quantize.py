@@ -168,15 +168,24 @@ def _text_of(line: str) -> str | None:
 
 
 def documents(tokenizer: Tokenizer, texts: list[str], most: int, length: int) -> list[list[int]]:
-    """Return at most `most` tokens as rows of at most `length`, each with a BOS that counts."""
+    """Return at most `most` tokens as rows of at most `length`, each with a BOS that counts.
+
+    Longer texts are sampled: rows are taken at equal distances.
+    """
+    encoded = [tokenizer.encode(text, bos=False) for text in texts]
+    rows = [
+        [tokenizer.start_id, *ids[start : start + length - 1]]
+        for ids in encoded
+        for start in range(0, len(ids), length - 1)
+    ]
+    share = min(1.0, most / max(1, sum(map(len, rows))))
     out: list[list[int]] = []
-    for text in texts:
-        ids = tokenizer.encode(text, bos=False)
-        for start in range(0, len(ids), length - 1):
-            row = [tokenizer.start_id, *ids[start : start + length - 1]][:most]
-            most -= len(row)
-            if len(row) > 1:
-                out.append(row)
+    passed = taken = 0
+    for row in rows:
+        if taken <= passed * share and len(part := row[: most - taken]) > 1:
+            out.append(part)
+            taken += len(part)
+        passed += len(row)
     return out
 
 

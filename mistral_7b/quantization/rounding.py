@@ -2,13 +2,15 @@
 
 The search minimizes the squared error of a group of values: it tries several ranges of codes, and solves for
 the best scale (and minimum) of each by least squares. The scales of a block's groups are then rounded to
-integers, with the neighbours of each integer tried, and the codes are chosen again for the rounded scales. The
-C++ in kernels/cpu/rounding.h makes this search 12 times as fast; its results are bit-identical.
+integers, with the neighbours of each integer tried, and the codes are chosen again for the rounded scales.
+`importance` weights the error of each input. The C++ in kernels/cpu/rounding.h makes this search 12 times as fast;
+its results are bit-identical.
 
 Values of a group lie along dimension 0, so that sums over a group are vector operations.
 
 N outputs · K inputs · B blocks of K · n blocks in all · g groups in all · x values (values of a group, g) ·
-q codes · d, m float16 scale and minimum of a block · s, t integer scale and minimum of a group
+w importance like x, or None · q codes · d, m float16 scale and minimum of a block · s, t integer scale and
+minimum of a group
 """
 
 from __future__ import annotations
@@ -40,16 +42,17 @@ class Blocks(NamedTuple):
     d: Tensor  # float16 scale (N, B, 1), with a minimum (N, B, 2)
 
 
-def round_blocks(weight: Tensor, kind: str) -> Blocks:
+def round_blocks(weight: Tensor, kind: str, importance: Tensor | None = None) -> Blocks:
     """Round a weight (N, K) of any float type to a block format. The last block of a row may be short.
 
-    Raises QuantizationError for values that are not finite or exceed the range of float16 scales.
+    `importance` float32 (K,), positive, weights the squared error of each input in the search for scales of Q4_K
+    and Q6_K. Raises QuantizationError for values that are not finite or exceed the range of float16 scales.
     """
     inputs, weight = weight.shape[1], weight.detach()
     if kind in ("Q4_K", "Q6_K") and uses(Backend.CPU, ROUND, weight):
-        q, scales, d = calls.round_blocks(weight, kind == "Q6_K")
+        q, scales, d = calls.round_blocks(weight, kind == "Q6_K", importance)
     else:
-        q, scales, d = round_blocks_twin(weight, kind)
+        q, scales, d = round_blocks_twin(weight, kind, importance)
     if not d.isfinite().all():
         raise QuantizationError(
             "values that are not finite, or larger than float16 scales can hold", field="weight"
@@ -57,7 +60,7 @@ def round_blocks(weight: Tensor, kind: str) -> Blocks:
     return Blocks(q[:, : padded(inputs)].contiguous(), scales, d)
 
 
-def round_blocks_twin(weight: Tensor, kind: str) -> Parts:
+def round_blocks_twin(weight: Tensor, kind: str, importance: Tensor | None = None) -> Parts:
     """`round_blocks` in plain PyTorch, some rows at a time; d is not finite for blocks with values that are not.
 
     K is padded to whole blocks.
@@ -66,10 +69,12 @@ def round_blocks_twin(weight: Tensor, kind: str) -> Parts:
     blocks = f.blocks(inputs)
     pad = blocks * f.block - inputs
     at_once = VALUES_AT_ONCE if weight.device.type == "cpu" else VALUES_AT_ONCE_GPU
-    found = []
-    for rows in weight.split(max(1, at_once // (blocks * f.block))):
+    chunks, found, w = weight.split(max(1, at_once // (blocks * f.block))), [], None
+    if importance is not None:
+        w = _grouped(F.pad(importance, (0, pad)).expand(len(chunks[0]), -1), f.group)
+    for rows in chunks:
         x = _grouped(F.pad(rows, (0, pad)) if pad else rows, f.group)
-        q, scales, d = ROUNDED[kind](_Groups(x))
+        q, scales, d = ROUNDED[kind](_Groups(x, None if w is None else w[:, : x.shape[1]]))
         n = (len(rows), blocks, -1)
         d = torch.where(x.isfinite().all(0).view(n).all(-1, keepdim=True), d.view(n), torch.nan)
         found.append((q.to(torch.uint8).T.reshape(len(rows), -1), None if scales is None else scales.view(n), d))
@@ -84,15 +89,16 @@ def _grouped(rows: Tensor, size: int) -> Tensor:
 
 
 class _Groups:
-    """Groups x (values of a group, g), and sums (g,) of their values and codes q.
+    """Groups x (values of a group, g) with their importance w, and sums (g,) of values and codes q.
 
     Results share two buffers: allocating one would take longer than ten operations on it.
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.size = x, len(x)
+    def __init__(self, x: Tensor, w: Tensor | None) -> None:
+        self.x, self.w, self.wx = x, w, x if w is None else x * w
         self._codes, self._product = torch.empty_like(x), torch.empty_like(x)
-        self.sum_x, self.sum_xx = _sum(x), self._dot(x, x)
+        self.sum_w = torch.full_like(x[0], len(x)) if w is None else _sum(w)
+        self.sum_x, self.sum_xx = _sum(self.wx), self._dot(self.wx, x)
 
     def codes(self, scale: Tensor, offset: Tensor | None, low: int, high: int) -> Tensor:
         """The codes nearest to (x + offset) / scale, within low..high, as float32; valid until the next call."""
@@ -105,13 +111,17 @@ class _Groups:
         return q.round_().clamp_(low, high)
 
     def sums(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The sums of q, q^2 and xq."""
-        return _sum(q), self._dot(q, q), self._dot(self.x, q)
+        """The sums of wq, wq^2 and wxq."""
+        sum_xq = self._dot(self.wx, q)
+        if self.w is None:
+            return _sum(q), self._dot(q, q), sum_xq
+        wq = torch.mul(self.w, q, out=self._product)
+        return _sum(wq), _sum(wq.mul_(q)), sum_xq
 
     def error(self, scale: Tensor, offset: Tensor, sum_q: Tensor, sum_qq: Tensor, sum_xq: Tensor) -> Tensor:
-        """The sum of (scale * q + offset - x)^2."""
+        """The sum of w (scale * q + offset - x)^2."""
         square = scale * (scale * sum_qq + 2 * (offset * sum_q - sum_xq))
-        return square + offset * (self.size * offset - 2 * self.sum_x) + self.sum_xx
+        return square + offset * (self.sum_w * offset - 2 * self.sum_x) + self.sum_xx
 
     def _dot(self, a: Tensor, b: Tensor) -> Tensor:
         return _sum(torch.mul(a, b, out=self._product))
@@ -151,7 +161,7 @@ def _q4_k(groups: _Groups) -> Parts:
     for near in (s, s - 1, s + 1):
         near = near.clamp(0, 63)
         sums = groups.sums(groups.codes(d * near, m * t, 0, 15))
-        fitted = ((d * near * sums[0] - groups.sum_x) * _inverse(groups.size * m)).round().clamp(0, 63)
+        fitted = ((d * near * sums[0] - groups.sum_x) * _inverse(groups.sum_w * m)).round().clamp(0, 63)
         error = groups.error(d * near, -m * fitted, *sums)
         closer = error < best
         best_s, best_t, best = (
@@ -187,8 +197,8 @@ def _search_range(groups: _Groups, largest: int) -> tuple[Tensor, Tensor]:
     for i in range(RANGES_4):
         q = groups.codes((high - low) / (largest - 1 + 2.4 * i / (RANGES_4 - 1)), -low, 0, largest)
         sum_q, sum_qq, sum_xq = groups.sums(q)
-        inverse = _inverse(groups.size * sum_qq - sum_q * sum_q)
-        scale = (groups.size * sum_xq - groups.sum_x * sum_q) * inverse
+        inverse = _inverse(groups.sum_w * sum_qq - sum_q * sum_q)
+        scale = (groups.sum_w * sum_xq - groups.sum_x * sum_q) * inverse
         offset = (sum_qq * groups.sum_x - sum_q * sum_xq) * inverse
         scale = torch.where(offset > 0, sum_xq * _inverse(sum_qq), scale)
         offset = offset.clamp(max=0)

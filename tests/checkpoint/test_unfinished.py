@@ -87,9 +87,7 @@ def test_a_killed_run_continues(tmp_path: pathlib.Path, plain: pathlib.Path) -> 
     run = subprocess.run([sys.executable, "-c", KILLED, plain, tmp_path / "out", str(TEXT.tolist())], check=False)
     assert run.returncode == -9
     resumed: list[tuple[int, int]] = []
-    record = quantize(
-        plain, tmp_path / "out", "int4", TEXT, "a text", resumed=lambda *now: resumed.append(now)
-    )
+    record = quantize(plain, tmp_path / "out", "int4", TEXT, "a text", resumed=lambda *now: resumed.append(now))
     assert resumed == [(1, 2)]
     assert record == wanted
     assert (tmp_path / "out" / FILES[0]).read_bytes() == (tmp_path / "whole" / FILES[0]).read_bytes()
@@ -116,7 +114,9 @@ def test_another_job_starts_anew(tmp_path: pathlib.Path, plain: pathlib.Path, ch
     assert not partials(tmp_path)
 
 
-def test_an_interruption_before_the_first_layer_leaves_nothing(tmp_path: pathlib.Path, plain: pathlib.Path) -> None:
+def test_an_interruption_before_the_first_layer_leaves_nothing(
+    tmp_path: pathlib.Path, plain: pathlib.Path
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize(plain, tmp_path / "out", "int4", TEXT, "a text", interrupting("layers.0"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

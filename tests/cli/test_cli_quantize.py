@@ -83,7 +83,10 @@ def test_without_a_text_it_is_calibrated_on_the_topics_of_help(
     run, windowed: str, text: str, tmp_path: pathlib.Path
 ) -> None:
     out = str(tmp_path / "int4")
-    assert run("quantize", windowed, out, "--text", text, *FAST, "--calibrate", "--calibration-tokens", "40").code == 0
+    assert (
+        run("quantize", windowed, out, "--text", text, *FAST, "--calibrate", "--calibration-tokens", "40").code
+        == 0
+    )
     record = read_record(out)
     assert record is not None
     assert record.calibration is not None
@@ -168,3 +171,6 @@ def test_texts_become_rows_that_each_begin_anew_and_do_not_mix() -> None:
     made = documents(tokenizer, ["one two three four five six", "and another"], 100, 5)
     assert made == [[1, *ids[0][:4]], [1, *ids[0][4:]], [1, *ids[1]]]
     assert documents(tokenizer, ["one two three four five six"], 6, 5) == made[:1]  # a row of <s> alone is dropped
+    text = " ".join(str(n) for n in range(1000))
+    whole, sample = (documents(tokenizer, [text], most, 50) for most in (10**6, 200))
+    assert [whole.index(row) for row in sample] == [len(whole) * i // 4 + (i > 0) for i in range(4)]

@@ -95,11 +95,9 @@ def test_feedback_is_equivalent_to_gptq(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_feedback_beats_rounding_to_nearest_on_the_same_grid(kind: str) -> None:
+def test_feedback_beats_rounding_to_nearest(kind: str) -> None:
     x, weight = correlated(2000, 320), torch.randn(1030, 320)  # more rows than are processed at a time
     nearest, found = round_blocks(weight, kind), feedback_of(x, kind).round_blocks(weight, kind)
-    assert found.d.equal(nearest.d)
-    assert found.scales is None if nearest.scales is None else found.scales.equal(nearest.scales)
     assert output_error(x, weight, kind, found) < 0.5 * output_error(x, weight, kind, nearest)
 
 
@@ -107,7 +105,8 @@ def test_feedback_beats_rounding_to_nearest_on_the_same_grid(kind: str) -> None:
 def test_without_correlation_feedback_is_rounding_to_nearest(kind: str) -> None:
     weight = torch.randn(33, 160)
     found, nearest = feedback_of(torch.eye(160), kind).round_blocks(weight, kind), round_blocks(weight, kind)
-    assert weight_of(kind, found, 160).allclose(weight_of(kind, nearest, 160), atol=1e-5)
+    # Q8_0's nearest codes are those of the scale before it is rounded to float16, as in llama.cpp.
+    assert (found.q == nearest.q).float().mean() > (0.98 if kind == "Q8_0" else 0.999)
 
 
 @pytest.mark.parametrize("columns", [70, 128, 300])
@@ -130,7 +129,9 @@ def test_chunks_of_inputs_are_independent(monkeypatch: pytest.MonkeyPatch) -> No
     x, weight = correlated(500, 512), torch.randn(20, 512)
     monkeypatch.setattr(feedback, "CHUNK", 256)
     found = feedback_of(x, "Q4_K").round_blocks(weight, "Q4_K")
-    halves = [feedback_of(x[:, s], "Q4_K").round_blocks(weight[:, s], "Q4_K") for s in (slice(256), slice(256, 512))]
+    halves = [
+        feedback_of(x[:, s], "Q4_K").round_blocks(weight[:, s], "Q4_K") for s in (slice(256), slice(256, 512))
+    ]
     assert found.q.equal(torch.cat([half.q for half in halves], 1))
 
 

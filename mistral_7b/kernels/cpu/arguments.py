@@ -123,9 +123,9 @@ class LayersCall(ctypes.Structure):
 
 
 class RoundCall(ctypes.Structure):
-    """Codes q, integer scales and d of x (N, K) rounded to Q4_K, or to Q6_K (rounding.h)."""
+    """Codes q, integer scales and d of x (N, K) rounded to Q4_K, or to Q6_K (rounding.h). `importance` 0: none."""
 
-    _fields_ = (*_fields(PTR, "x q scales d"), *_fields(LONG, "N K"), *_fields(INT, "q6 bf16 threads"))
+    _fields_ = (*_fields(PTR, "x importance q scales d"), *_fields(LONG, "N K"), *_fields(INT, "q6 bf16 threads"))
 
 
 class FeedbackCall(ctypes.Structure):

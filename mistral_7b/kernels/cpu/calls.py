@@ -155,18 +155,20 @@ def layers(
     return x
 
 
-def round_blocks(x: Tensor, q6: bool) -> tuple[Tensor, Tensor, Tensor]:
+def round_blocks(x: Tensor, q6: bool, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Round x (N, K) to Q4_K or Q6_K: q (N, B * 256) and scales (N, B, bytes) uint8, d float16 (N, B, 1 or 2).
 
-    d is not finite for blocks with values that are not.
+    `importance` float32 (K,) weights the error of each input. d is not finite for blocks with values that are not.
     """
     x, (N, K) = x.contiguous(), x.shape
+    importance = None if importance is None else importance.contiguous()
     blocks = -(-K // 256)
     q = torch.empty(N, blocks * 256, dtype=torch.uint8)
     scales = torch.empty(N, blocks, 16 if q6 else 12, dtype=torch.uint8)
     d = torch.empty(N, blocks, 1 if q6 else 2, dtype=torch.float16)
     call = arguments.RoundCall(
-        x=x.data_ptr(), q=q.data_ptr(), scales=scales.data_ptr(), d=d.data_ptr(), N=N, K=K, q6=q6, **_common(x)
+        x=x.data_ptr(), importance=_pointer(importance), q=q.data_ptr(), scales=scales.data_ptr(),
+        d=d.data_ptr(), N=N, K=K, q6=q6, **_common(x),
     )  # fmt: skip
     _library().m7b_round(byref(call))
     return q, scales, d

@@ -11,10 +11,11 @@
 #include "vectors.h"
 
 struct RoundCall {
-    const void* x;    // (N, K)
-    uint8_t* q;       // (N, B, 256)
-    uint8_t* scales;  // (N, B, 12 or 16)
-    uint16_t* d;      // float16 (N, B, 2 or 1)
+    const void* x;           // (N, K)
+    const float* importance; // (K,), or null
+    uint8_t* q;              // (N, B, 256)
+    uint8_t* scales;         // (N, B, 12 or 16)
+    uint16_t* d;             // float16 (N, B, 2 or 1)
     int64_t N, K;
     int q6, bf16, threads;
 };
@@ -61,8 +62,9 @@ uint16_t to_half(float f) {  // round to nearest even
 // Sixteen groups of S values, a group in each lane.
 template <int S>
 struct Groups {
-    F16 x[S], q[S];
-    F16 sum_x, sum_xx;
+    F16 x[S], w[S], wx[S], q[S];
+    F16 sum_w, sum_x, sum_xx;
+    bool weighted;
 
     struct Sums {
         F16 q, qq, xq;
@@ -79,23 +81,35 @@ struct Groups {
         return (part[0] + part[2]) + (part[1] + part[3]);
     }
     void prepare() {
-        sum_x = sum([&](int i) { return x[i]; });
-        sum_xx = sum([&](int i) { return x[i] * x[i]; });
+        if (!weighted) {
+            for (int i = 0; i < S; i++) wx[i] = x[i];
+            sum_w = broadcast(S);
+        } else {
+            for (int i = 0; i < S; i++) wx[i] = x[i] * w[i];
+            sum_w = sum([&](int i) { return w[i]; });
+        }
+        sum_x = sum([&](int i) { return wx[i]; });
+        sum_xx = sum([&](int i) { return wx[i] * x[i]; });
     }
     void codes(F16 scale, F16 offset, float low, float high) {
         const F16 factor = inverse(scale);
         for (int i = 0; i < S; i++) q[i] = nearest(clamp((x[i] + offset) * factor, low, high));
     }
     Sums sums() const {
-        return {
-            sum([&](int i) { return q[i]; }),
-            sum([&](int i) { return q[i] * q[i]; }),
-            sum([&](int i) { return x[i] * q[i]; }),
-        };
+        Sums s;
+        s.xq = sum([&](int i) { return wx[i] * q[i]; });
+        if (!weighted) {
+            s.q = sum([&](int i) { return q[i]; });
+            s.qq = sum([&](int i) { return q[i] * q[i]; });
+        } else {
+            s.q = sum([&](int i) { return w[i] * q[i]; });
+            s.qq = sum([&](int i) { return w[i] * q[i] * q[i]; });
+        }
+        return s;
     }
     F16 error(F16 scale, F16 offset, const Sums& s) const {
         const F16 square = scale * (scale * s.qq + 2 * (offset * s.q - s.xq));
-        return square + offset * (float(S) * offset - 2 * sum_x) + sum_xx;
+        return square + offset * (sum_w * offset - 2 * sum_x) + sum_xx;
     }
 };
 
@@ -125,8 +139,8 @@ inline void round_q4_k(Groups<32>& g, uint8_t* scales, uint16_t* d_bits) {
     for (int i = 0; i < 13; i++) {
         g.codes((high - low) / float(14 + 2.4 * i / 12), -low, 0, 15);
         const auto s = g.sums();
-        const F16 factor = inverse(32 * s.qq - s.q * s.q);
-        F16 new_scale = (32 * s.xq - g.sum_x * s.q) * factor;
+        const F16 factor = inverse(g.sum_w * s.qq - s.q * s.q);
+        F16 new_scale = (g.sum_w * s.xq - g.sum_x * s.q) * factor;
         F16 new_offset = (s.qq * g.sum_x - s.q * s.xq) * factor;
         new_scale = new_offset > 0 ? s.xq * inverse(s.qq) : new_scale;
         new_offset = minimum(new_offset, F16{});
@@ -145,7 +159,7 @@ inline void round_q4_k(Groups<32>& g, uint8_t* scales, uint16_t* d_bits) {
         const F16 s = clamp(first + change, 0, 63);
         g.codes(d * s, m * t, 0, 15);
         const auto sums = g.sums();
-        const F16 fitted = nearest(clamp((d * s * sums.q - g.sum_x) * inverse(32 * m), 0, 63));
+        const F16 fitted = nearest(clamp((d * s * sums.q - g.sum_x) * inverse(g.sum_w * m), 0, 63));
         const F16 error = g.error(d * s, -m * fitted, sums);
         const auto closer = error < best;
         best_s = closer ? s : best_s;
@@ -209,6 +223,7 @@ void round_searched(const RoundCall& c) {
     parallel(c.threads, [&](int thread, int threads) {
         const Span span = partition((total + count - 1) / count, thread, threads);
         Groups<S> g;
+        g.weighted = c.importance != nullptr;
         for (int64_t first = span.begin * count; first < std::min(span.end * count, total); first += count) {
             bool finite[count];
             for (int b = 0; b < count; b++) {
@@ -221,6 +236,7 @@ void round_searched(const RoundCall& c) {
                         const float v = inside ? T::load(static_cast<const typename T::Store*>(c.x), row * c.K + k) : 0;
                         finite[b] &= v - v == 0;
                         g.x[i][b * each + lane] = v;
+                        if (g.weighted) g.w[i][b * each + lane] = inside ? c.importance[k] : 0;
                     }
             }
             g.prepare();

@@ -28,8 +28,8 @@ LAYERS = 32
 def measure(source: Path, out: Path, scheme: str, calibration_tokens: int, tokens: int) -> None:
     """Quantize and print the times of the layer and of the rest, and the peak of memory."""
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 32768, (max(1, tokens // 512), min(512, tokens)), generator=draw)
-    guide = torch.randint(0, 32768, (calibration_tokens // 512, 512), generator=draw)
+    ids = torch.randint(0, 32000, (max(1, tokens // 512), min(512, tokens)), generator=draw)
+    guide = torch.randint(0, 32000, (calibration_tokens // 512, 512), generator=draw)
     times = {"": (time.perf_counter(), time.process_time())}
 
     def progress(done: int, total: int, name: str) -> None:

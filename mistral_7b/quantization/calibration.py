@@ -1,19 +1,15 @@
 """Quantization calibrated on activations, one block at a time.
 
-Each block is rescaled (rescaling.py), then rounded with error feedback (feedback.py). Its Linears are rounded in
-the order of the forward pass, so that each is fitted to the outputs of the rounded ones before it. Both steps
-quantize activations to int8 as at inference. Results: experiments/results/2026-11-24-calibration.md.
+The Linears of a block are rounded with error feedback (feedback.py) in the order of the forward pass, so that each
+is fitted to the outputs of the rounded ones before it. Activations are quantized as at inference.
 
-Peak memory at 7B in bfloat16, for C = 16384 calibration tokens in documents of 2048:
+Memory at 7B, for C = 4096 calibration tokens in documents of 512:
 
-    0.44 GB   one block's weights
+    0.87 GB   one block's weights in float32
     0.12      the same quantized
-    1.64      H of w2's inputs and its factor: 2 x 14336 x 14336 x 4 bytes
-    0.41      1024 rows of w2 in float32, seven times
-    0.40      the block's inputs, wo's inputs or the block's outputs, the residual stream between: 3 x C x 4096 x 2
-    0.18      one document inside feed_forward: 3 x 2048 x 14336 x 2
-
-In total 3.2 GB; a block of this size with C = 4096 peaked at 2.3 GiB, including the interpreter and PyTorch.
+    0.21      H of w2's inputs, 4 chunks: 4 x 3584 x 3584 x 4 bytes; in place of each its factor
+    0.35      1024 rows of w2 in float32, six times
+    0.19      the residual stream and w2's inputs: C x (2 x 4096 + 14336) x 2
 
 T tokens of one document · D width
 """

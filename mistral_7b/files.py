@@ -60,21 +60,36 @@ def partial_name(target: pathlib.Path) -> pathlib.Path:
     return target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def remove_left_over(target: pathlib.Path) -> None:
-    """Remove the temporary files and folders of `target` that killed processes have left; errors are ignored."""
+def abandoned_name(target: pathlib.Path) -> pathlib.Path:
+    """A temporary name beside `target` that no process uses, for what the next one is to continue."""
+    return target.with_name(f".{target.name}.partial-0-{secrets.token_hex(4)}")
+
+
+def abandoned(target: pathlib.Path) -> list[pathlib.Path]:
+    """The temporary files and folders of `target` whose processes have ended; errors are ignored."""
+    out = []
     with contextlib.suppress(OSError):
         for path in target.absolute().parent.iterdir():
             found = PARTIAL.fullmatch(path.name.removeprefix(f".{target.name}"))
-            if not found or _runs(int(found[1])):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
+            if found and not _runs(int(found[1])):
+                out.append(path)
+    return out
+
+
+def remove_left_over(target: pathlib.Path) -> None:
+    """Remove the temporary files and folders of `target` that killed processes have left; errors are ignored."""
+    for path in abandoned(target):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process with this number exists; assumed where it cannot be told."""
+    """Whether a process with this number exists; assumed where it cannot be told. 0 is none's."""
+    if pid == 0:
+        return False
     if os.name != "posix":
         return True  # there os.kill ends the process
     try:

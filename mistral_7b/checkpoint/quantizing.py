@@ -2,7 +2,9 @@
 
 A checkpoint is processed one layer at a time. The original and the quantized block run on the same text, each
 on the output of its own predecessor, so that the distance is that of the whole models while only one layer of
-each is in memory. The calibration text, if any, passes through in the same loop.
+each is in memory. The calibration text, if any, passes through in the same loop. After each layer the state is
+saved, so that an interrupted run continues (unfinished.py). The original is computed in float32, in which all
+CPUs are fast.
 
 R rows · T tokens · D width · V vocabulary
 """
@@ -10,8 +12,11 @@ R rows · T tokens · D width · V vocabulary
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import hashlib
 import itertools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..cache import Stateless
 from ..errors import CheckpointError, QuantizationError
 from ..model import Mistral7B, ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
@@ -35,6 +41,7 @@ from .names import EMBEDDING, OUTPUT
 from .quantized import WEIGHTS, Record
 from .reading import Checkpoint, open_checkpoint
 from .tokenizer_files import TokenizerFiles
+from .unfinished import Unfinished, resumable_folder
 from .writing import ALIGNMENT, Progress, header_of, new_folder, write_json
 
 WriteTensor = Callable[[str, Tensor], None]
@@ -84,6 +91,7 @@ def quantize(
     *,
     calibration_tokens: Iterable[Sequence[int] | Tensor] | None = None,
     calibration_text: str = "",
+    resumed: Callable[[int, int], None] | None = None,
 ) -> Record:
     """Quantize the checkpoint `source` (folder, file or hub id) into the folder `out`.
 
@@ -93,6 +101,8 @@ def quantize(
     calibration_tokens  rows of ids, BOS first, for calibration; bit-identical to `quantization.calibrate`;
                         None rounds to nearest
     calibration_text    name of that text, for the record
+    resumed             called with the number of complete layers and of all, if an interrupted run of the same
+                        arguments is continued; the result is bit-identical to that of an uninterrupted one
 
     `out` must not exist or be an empty folder; it is created completely or not at all. Raises CheckpointError and
     QuantizationError as `load` does, and QuantizationError for empty calibration data or an id beyond the
@@ -118,16 +128,41 @@ def quantize(
     dtype = torch.bfloat16 if held.itemsize == 2 else torch.float32
     tensors = empty_model(checkpoint.args, scheme, dtype).state_dict()
     size = sum(t.nbytes for t in tensors.values())
-    with new_folder(pathlib.Path(out), size) as folder:
-        with _open_tensor_file(folder / WEIGHTS, tensors, progress) as write_tensor, torch.inference_mode():
-            comparison = _Stream(checkpoint, scheme, dtype, tokens, write_tensor, calibration_rows).run()
-        calibration = None
-        if calibration_rows is not None:
-            count = sum(map(len, calibration_rows))
-            calibration = {"method": "feedback", "tokens": count, "text": calibration_text}
+    calibration = None
+    if calibration_rows is not None:
+        count = sum(map(len, calibration_rows))
+        calibration = {"method": "feedback", "tokens": count, "text": calibration_text}
+    rows = [tokens, *(calibration_rows or ())]
+    job = {"scheme": scheme.name, "text": text, "calibration": calibration, **_fingerprint(checkpoint, rows)}
+    with resumable_folder(pathlib.Path(out), size, job) as unfinished:
+        if unfinished.done and resumed is not None:
+            resumed(unfinished.done, checkpoint.args.n_layers)
+        written = [name for name in tensors if unfinished.done and _layer(name) < unfinished.done]
+        file = _open_tensor_file(unfinished.folder / WEIGHTS, tensors, progress, written)
+        with file as write_tensor, torch.inference_mode():
+            stream = _Stream(checkpoint, scheme, dtype, tokens, write_tensor, unfinished, calibration_rows)
+            comparison = stream.run()
         record = Record(scheme, comparison.result(text), size, calibration)
-        _write_other_files(folder, checkpoint.args, dtype, record, checkpoint.folder)
+        _write_other_files(unfinished.folder, checkpoint.args, dtype, record, checkpoint.folder)
     return record
+
+
+def _layer(name: str) -> float:
+    """The layer of a tensor of the quantized model; those before and after all layers -1 and infinity."""
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else -1 if parts[0] == "tok_embeddings" else math.inf
+
+
+def _fingerprint(checkpoint: Checkpoint, rows: list[Tensor]) -> dict[str, Any]:
+    """What else the result depends on: the source's files by size and time, the texts, this package's version."""
+    files = {stored.path for stored in checkpoint.tensors.values()}
+    stats = {str(path.absolute()): path.stat() for path in sorted(files)}
+    digest = hashlib.sha256(repr([ids.tolist() for ids in rows]).encode()).hexdigest()
+    return {
+        "source": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
+        "tokens": digest,
+        "version": __version__,
+    }
 
 
 def _check_ids(checkpoint: Checkpoint, *rows: Tensor) -> None:
@@ -151,32 +186,49 @@ class _Stream:
     dtype: torch.dtype
     tokens: Tensor  # (R, T)
     write_tensor: WriteTensor
+    unfinished: Unfinished
     calibration_rows: list[Tensor] | None = None  # calibration rows (T,)
 
     def run(self) -> Comparison:
         args = self.checkpoint.args
         memory = Stateless(args.sliding_window)
         rope = rope_phases(memory.extend(self.tokens), args, self.dtype)
+        x, y = self._resume() if self.unfinished.done else self._embed()
+        for layer in range(self.unfinished.done, args.n_layers):
+            x, y = self._block(layer, x, y, rope, memory)
+            rows = {f"calibration.{i}": row for i, row in enumerate(self.calibration or ())}
+            self.unfinished.save(layer + 1, {"x": x, "y": y, **rows})
+        return self._head(x, y)
+
+    def _embed(self) -> tuple[Tensor, Tensor]:
+        """Quantize the embedding; return the original's and the quantized model's first inputs, (R, T, D)."""
         weight = self.checkpoint.read(EMBEDDING, self.dtype)
         embedding = Int8Embedding.from_weight(weight)
         self._write_module("tok_embeddings", embedding)
-        x, y = weight[self.tokens], embedding(self.tokens)  # (R, T, D), original and quantized
         # Inputs of the next block for each calibration row: (T, D)
         self.calibration = (
             None if self.calibration_rows is None else [embedding(ids) for ids in self.calibration_rows]
         )
+        x, y = weight[self.tokens].float(), embedding(self.tokens)
         self.checkpoint.tensors[EMBEDDING].release()
-        for layer in range(args.n_layers):
-            x, y = self._block(layer, x, y, rope, memory)
-        return self._head(x, y)
+        return x, y
+
+    def _resume(self) -> tuple[Tensor, Tensor]:
+        """The inputs of the first layer that an interrupted run has not completed, as `_embed` returns them."""
+        state = self.unfinished.load()
+        rows = None if self.calibration_rows is None else range(len(self.calibration_rows))
+        self.calibration = None if rows is None else [state[f"calibration.{i}"] for i in rows]
+        return state["x"], state["y"]
 
     def _block(self, layer: int, x: Tensor, y: Tensor, rope: Rope, memory: Stateless) -> tuple[Tensor, Tensor]:
         """Quantize a layer; return its original output for x and its quantized output for y."""
         name = f"layers.{layer}"
-        block = TransformerBlock(self.checkpoint.args, dtype=self.dtype, device="meta")
+        block = TransformerBlock(self.checkpoint.args, dtype=torch.float32, device="meta")
         keys = list(block.state_dict())
-        block.load_state_dict({k: self.checkpoint.read(f"{name}.{k}", self.dtype) for k in keys}, assign=True)
+        block.load_state_dict({k: self.checkpoint.read(f"{name}.{k}", torch.float32) for k in keys}, assign=True)
         x = block(x, rope, memory)
+        block.attention_norm.to(self.dtype)
+        block.ffn_norm.to(self.dtype)
         if self.calibration is None:
             replace_linears(block, lambda linear, inner: self._round_linear(linear, f"{name}.{inner}"))
         else:
@@ -194,10 +246,10 @@ class _Stream:
     def _head(self, x: Tensor, y: Tensor) -> Comparison:
         """Quantize the output layer and compare the logits of both models."""
         held = OUTPUT if OUTPUT in self.checkpoint.tensors else EMBEDDING  # tied embeddings
-        weights = [self.checkpoint.read(name, self.dtype) for name in ("norm.weight", held)]
+        weights = [self.checkpoint.read(name, torch.float32) for name in ("norm.weight", held)]
         norm, linear = self._output_modules(*weights)
-        rounded, fused_norm = self._round_linear(linear, "output"), fused(norm)
-        self._write_module("norm", norm)
+        rounded, fused_norm = self._round_linear(linear, "output"), fused(copy.deepcopy(norm).to(self.dtype))
+        self._write_module("norm", fused_norm)
         self._write_module("output", rounded)
         comparison = Comparison()
         last = x.shape[1] - 1  # the last token of a row has no target
@@ -211,8 +263,8 @@ class _Stream:
         """Return the final norm and the output layer with these weights."""
         args = self.checkpoint.args
         modules = (
-            RMSNorm(args.dim, args.norm_eps, dtype=self.dtype, device="meta"),
-            nn.Linear(args.dim, args.vocab_size, bias=False, dtype=self.dtype, device="meta"),
+            RMSNorm(args.dim, args.norm_eps, dtype=torch.float32, device="meta"),
+            nn.Linear(args.dim, args.vocab_size, bias=False, dtype=torch.float32, device="meta"),
         )
         for module, weight in zip(modules, (norm, output), strict=True):
             module.load_state_dict({"weight": weight}, assign=True)
@@ -225,9 +277,11 @@ class _Stream:
 
 @contextlib.contextmanager
 def _open_tensor_file(
-    path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Progress | None
+    path: pathlib.Path, tensors: Mapping[str, Tensor], progress: Progress | None, written: Iterable[str] = ()
 ) -> Iterator[WriteTensor]:
     """Yield a function that writes tensors, in any order, at their offsets in a safetensors file.
+
+    `written` names those that the file already holds, if an interrupted run is continued.
 
     `tensors` gives types and shapes and may be on the meta device. Tensors whose size is a multiple of 64 bytes
     come first, so that all of them (in models of usual sizes: all tensors) are aligned to 64 bytes.
@@ -239,8 +293,9 @@ def _open_tensor_file(
         offsets[name] = total
         total += tensors[name].nbytes
     total -= len(header)
-    remaining, done = dict(tensors), 0
-    with path.open("wb") as f:
+    remaining = dict(tensors)
+    done = sum(remaining.pop(name).nbytes for name in written)
+    with path.open("rb+" if done else "wb") as f:
         f.write(header)
 
         def write_tensor(name: str, value: Tensor) -> None:
@@ -249,6 +304,7 @@ def _open_tensor_file(
             assert (value.shape, value.dtype) == (like.shape, like.dtype), name
             f.seek(offsets[name])
             f.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            f.flush()
             done += value.nbytes
             if progress is not None:
                 progress(done, total, name)

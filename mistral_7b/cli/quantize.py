@@ -29,7 +29,8 @@ ROW = 512  # tokens per row of the text
 class Quantize:
     """Quantize a checkpoint's weights, and measure on a text the distance from the original.
 
-    The folder can be used wherever a MODEL is named. It is created completely or not at all.
+    The folder can be used wherever a MODEL is named. It is created completely or not at all. The same
+    command continues after an interruption.
     """
 
     source: Source
@@ -42,10 +43,12 @@ class Quantize:
     """Text file to measure the distance on; default: this package's source."""
     tokens: int = 4096
     """Maximum number of tokens of that text."""
-    calibrate: str = ""
-    """Calibration text that resembles the model's inputs: a text file, or JSONL with "text".
-    Reduces the quantization error; takes about a minute of one core per block of 7B."""
-    calibration_tokens: int = 8192
+    calibrate: bool = False
+    """Round with error feedback on a text, which about halves the loss of int4."""
+    calibration_text: str = ""
+    """That text, which should resemble the model's inputs: a text file, or JSONL with "text";
+    default: the topics of Python's help."""
+    calibration_tokens: int = 4096
     """Maximum number of calibration tokens."""
     tokenizer: str | None = None
     """A tokenizer file, or a folder or model with one; None: that of the model."""
@@ -61,13 +64,15 @@ def run(argv: list[str]) -> int:
     ):
         if value < least:
             raise UsageError(f"--{flag} must be at least {least}, not {value}", field=f"--{flag}")
+    if args.calibration_text and not args.calibrate:
+        raise UsageError("--calibration-text: only with --calibrate", field="--calibration-text")
     threads.check(args.threads, "--threads")
     from ..checkpoint import hub
 
     for source in filter(None, (args.source, args.tokenizer)):
         hub.find(source)  # before PyTorch is imported
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
-    calibration_texts = texts(args.calibrate, read_text(args.calibrate)) if args.calibrate else None
+    calibration_name, calibration_texts = calibration(args) if args.calibrate else ("", None)
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -77,6 +82,9 @@ def run(argv: list[str]) -> int:
 
         def advance(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name)
+
+        def resumed(done: int, layers: int) -> None:
+            bar.console.print(f"continuing after {done} of {layers} layers of an interrupted run")
 
         from ..checkpoint import quantize, read_args
         from ..quantization import Scheme
@@ -88,13 +96,18 @@ def run(argv: list[str]) -> int:
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or folder)
         tokens = rows(tokenizer, text, args.tokens, longest)
         scheme = Scheme(args.scheme)
-        calibration = None
+        guide = None
         if calibration_texts is not None:
-            calibration = documents(tokenizer, calibration_texts, args.calibration_tokens, longest)
-        record = quantize(
-            folder, args.out, scheme, tokens, name, advance,
-            calibration_tokens=calibration, calibration_text=args.calibrate,
-        )  # fmt: skip
+            guide = documents(tokenizer, calibration_texts, args.calibration_tokens, longest)
+        try:
+            record = quantize(
+                folder, args.out, scheme, tokens, name, advance,
+                calibration_tokens=guide, calibration_text=calibration_name, resumed=resumed,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            bar.stop()
+            print("interrupted: the same command continues after the last complete layer", file=sys.stderr)
+            raise
     print(f"{args.source} is written to {args.out}: {summary(record)}", file=sys.stderr)
     return 0
 
@@ -103,6 +116,16 @@ def own_source() -> tuple[str, str]:
     """Return name and content of the default text: the modules at the root of this package."""
     root = pathlib.Path(__file__).parent.parent
     return "the source of mistral_7b", "".join(f.read_text(encoding="utf-8") for f in sorted(root.glob("*.py")))
+
+
+def calibration(args: Quantize) -> tuple[str, list[str]]:
+    """Return name and content of the texts to calibrate on."""
+    if args.calibration_text:
+        return args.calibration_text, texts(args.calibration_text, read_text(args.calibration_text))
+    from ..text.default_text import default_text
+
+    name, text = default_text()
+    return name, [text]
 
 
 def rows(tokenizer: Tokenizer, text: str, most: int, length: int) -> Tensor:
@@ -145,15 +168,24 @@ def _text_of(line: str) -> str | None:
 
 
 def documents(tokenizer: Tokenizer, texts: list[str], most: int, length: int) -> list[list[int]]:
-    """Return at most `most` tokens as rows of at most `length`, each with a BOS that counts."""
+    """Return at most `most` tokens as rows of at most `length`, each with a BOS that counts.
+
+    Longer texts are sampled: rows are taken at equal distances.
+    """
+    encoded = [tokenizer.encode(text, bos=False) for text in texts]
+    rows = [
+        [tokenizer.start_id, *ids[start : start + length - 1]]
+        for ids in encoded
+        for start in range(0, len(ids), length - 1)
+    ]
+    share = min(1.0, most / max(1, sum(map(len, rows))))
     out: list[list[int]] = []
-    for text in texts:
-        ids = tokenizer.encode(text, bos=False)
-        for start in range(0, len(ids), length - 1):
-            row = [tokenizer.start_id, *ids[start : start + length - 1]][:most]
-            most -= len(row)
-            if len(row) > 1:
-                out.append(row)
+    passed = taken = 0
+    for row in rows:
+        if taken <= passed * share and len(part := row[: most - taken]) > 1:
+            out.append(part)
+            taken += len(part)
+        passed += len(row)
     return out
 
 

@@ -141,13 +141,14 @@ FP8_LINEAR = Operation("fp8, many rows", rule=_fp8_products)
 LINEAR = Operation("plain products", rule=_linear)
 PACKED_LINEAR = Operation("packed products", rule=_packed_linear)
 STEP = Operation("a step of decoding", rule=_step)
+ROUND = Operation("rounding of weights", cpu=FLOATS, operator=False)
 READ = Operation("reading memory", cpu=(F32,), operator=False)  # to measure its bandwidth
 
 OPERATIONS = {
     operation.name: operation
     for operation in (
         QUANTIZED_LINEAR, LOW_RANK, RMS_NORM, SILU_MUL, ROTATE, ATTENTION, PAGED_ATTENTION, DECODE_ATTENTION,
-        BLOCK, LAYERS, WEIGHT_ONLY, ROUND_FP8, FP8_LINEAR, LINEAR, PACKED_LINEAR, STEP, READ,
+        BLOCK, LAYERS, WEIGHT_ONLY, ROUND_FP8, FP8_LINEAR, LINEAR, PACKED_LINEAR, STEP, ROUND, READ,
     )
 }  # fmt: skip
 

@@ -1,32 +1,30 @@
 """Quantization calibrated on activations, one block at a time.
 
-Each block is rescaled (rescaling.py), then rounded with error feedback (feedback.py). Its Linears are rounded in
-the order of the forward pass, so that each is fitted to the outputs of the rounded ones before it. Both steps
-quantize activations to int8 as at inference. Results: experiments/results/2026-11-24-calibration.md.
+The Linears of a block are rounded with error feedback (feedback.py) in the order of the forward pass, so that each
+is fitted to the outputs of the rounded ones before it. Activations are quantized as at inference.
 
-Peak memory at 7B in bfloat16, for C = 16384 calibration tokens in documents of 2048:
+Memory at 7B, for C = 4096 calibration tokens in documents of 512:
 
-    0.44 GB   one block's weights
+    0.87 GB   one block's weights in float32
     0.12      the same quantized
-    1.64      H of w2's inputs and its factor: 2 x 14336 x 14336 x 4 bytes
-    0.41      1024 rows of w2 in float32, seven times
-    0.40      the block's inputs, wo's inputs or the block's outputs, the residual stream between: 3 x C x 4096 x 2
-    0.18      one document inside feed_forward: 3 x 2048 x 14336 x 2
-
-In total 3.2 GB; a block of this size with C = 4096 peaked at 2.3 GiB, including the interpreter and PyTorch.
+    0.21      H of w2's inputs, 4 chunks: 4 x 3584 x 3584 x 4 bytes; in place of each its factor
+    0.35      1024 rows of w2 in float32, six times
+    0.19      the residual stream and w2's inputs: C x (2 x 4096 + 14336) x 2
 
 T tokens of one document · D width
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import Stateless
 from ..errors import QuantizationError
+from ..kernels.block_formats import FORMATS
 from ..model import Mistral7B, ModelArgs, TransformerBlock, rope_phases
 from .feedback import Feedback
 from .fused import fuse
@@ -73,8 +71,8 @@ def calibrate_block(
 ) -> list[Tensor]:
     """Quantize a block's Linears in place; returns the quantized block's outputs, the inputs of the next block.
 
-    `inputs` has a tensor (T, D) per document, from position 0, in the type of the block's weights. Original
-    tensors are not modified, so they may be memory-mapped. Raises QuantizationError as `calibrate` does.
+    `inputs` has a tensor (T, D) per document, from position 0, in the type of the block's norms. Original tensors
+    are not modified, so they may be memory-mapped. Raises QuantizationError as `calibrate` does.
     """
     _check_inputs(inputs, scheme)
     a, f = block.attention, block.feed_forward
@@ -83,14 +81,31 @@ def calibrate_block(
         kinds = {name: scheme.kind(f"layers.{layer}.{name}", args.n_layers) for name in names}
         _replace_rounded(parent, kinds, xs)
 
+    def attended(x: Tensor) -> Tensor:
+        memory = Stateless(args.sliding_window)
+        return a(block.attention_norm(x), rope_phases(memory.extend(x[:, 0]), args, x.dtype), memory)
+
     replace(a, ("wq", "wk", "wv"), (block.attention_norm(x) for x in inputs))
-    wo_inputs = [_wo_input(block, x, args) for x in inputs]
-    replace(a, ("wo",), wo_inputs)
-    after_attention = [x + a.wo(h) for x, h in zip(inputs, wo_inputs, strict=True)]
-    del wo_inputs
-    replace(f, ("w1", "w3"), (block.ffn_norm(x) for x in after_attention))
-    replace(f, ("w2",), (_w2_input(block, x) for x in after_attention))
-    return [x + f(block.ffn_norm(x)) for x in after_attention]
+    with _passed(a, "wo"):
+        hidden = [attended(x) for x in inputs]
+    replace(a, ("wo",), hidden)
+    inputs = [x + a.wo(h) for x, h in zip(inputs, hidden, strict=True)]
+    replace(f, ("w1", "w3"), (block.ffn_norm(x) for x in inputs))
+    with _passed(f, "w2"):
+        hidden = [f(block.ffn_norm(x)) for x in inputs]
+    replace(f, ("w2",), hidden)
+    return [x + f.w2(h) for x, h in zip(inputs, hidden, strict=True)]
+
+
+@contextlib.contextmanager
+def _passed(parent: nn.Module, name: str) -> Iterator[None]:
+    """Let a Linear return its input."""
+    linear = parent.get_submodule(name)
+    setattr(parent, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(parent, name, linear)
 
 
 def _check_inputs(inputs: list[Tensor], scheme: Scheme) -> None:
@@ -111,7 +126,8 @@ def _check_inputs(inputs: list[Tensor], scheme: Scheme) -> None:
 def _replace_rounded(parent: nn.Module, kinds: dict[str, str], inputs: Iterable[Tensor]) -> None:
     """Replace Linears that share these inputs, (T, K) per document, by quantized ones of these formats."""
     linears = _linears(parent, *kinds)
-    feedback = Feedback(next(iter(linears.values())).in_features)
+    block = FORMATS[next(iter(kinds.values()))].block  # the same for all
+    feedback = Feedback(next(iter(linears.values())).in_features, block)
     for x in inputs:
         feedback.add(x)
     feedback.factor()
@@ -130,26 +146,3 @@ def _linears(parent: nn.Module, *names: str) -> dict[str, nn.Linear]:
                 hint="calibrate an unquantized model without adapters",
             )
     return linears  # type: ignore[return-value]
-
-
-def _wo_input(block: TransformerBlock, x: Tensor, args: ModelArgs) -> Tensor:
-    """The input of wo, (T, H K), for the block's input x (T, D)."""
-    memory = Stateless(args.sliding_window)
-    rope = rope_phases(memory.extend(x[:, 0]), args, x.dtype)
-    return _captured_input(block.attention.wo, lambda: block.attention(block.attention_norm(x), rope, memory))
-
-
-def _w2_input(block: TransformerBlock, x: Tensor) -> Tensor:
-    """The input of w2, (T, F), for the residual stream after attention x (T, D)."""
-    return _captured_input(block.feed_forward.w2, lambda: block.feed_forward(block.ffn_norm(x)))
-
-
-def _captured_input(linear: nn.Module, run: Callable[[], object]) -> Tensor:
-    """The input of `linear` during `run()`."""
-    captured: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
-    try:
-        run()
-    finally:
-        hook.remove()
-    return captured[0]

@@ -1,6 +1,6 @@
 """Rounding with error feedback (GPTQ, Frantar et al. 2023, arXiv:2210.17323).
 
-N outputs · K inputs · G groups of K · X (T, K) inputs · w a weight (N, K), q its rounding, E = w - q
+N outputs · K inputs · C columns of a block · X (T, K) inputs · w a weight (N, K), q its rounding, E = w - q
 
 The squared output error of a Linear is |X E^T|^2 = tr(E H E^T), H = X^T X. With H = (L + I) D (L + I)^T, L
 strictly lower triangular, it is the sum over columns k of D_k |E_k + sum_{j > k} E_j L_jk|^2. So if columns are
@@ -9,87 +9,113 @@ rounded from the last to the first, and each compensates the errors of those aft
     q_k = round(w_k + sum_{j > k} E_j L_jk)
 
 each term is only the rounding error of its column. This is equivalent to GPTQ (Chee et al. 2023, arXiv:2307.13304,
-theorem 6), with one triangular factor of H and no inverse: a third of the work and half the memory.
+theorem 6), with one triangular factor of H and no inverse: a third of the work and half the memory. The grid is
+searched beforehand, with D as the importance of each input.
+
+More than CHUNK inputs are divided into chunks, each with an H of its own: errors are compensated within a chunk.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import QuantizationError
+from ..kernels.backend import ROUND, Backend, uses
 from ..kernels.block_formats import FORMATS
+from ..kernels.cpu import calls
 from ..kernels.linear import quantize_rows
 from .linear import TINY
 from .rounding import Blocks, grid, round_blocks
 
 BLOCK = 128  # columns whose feedback to earlier columns is one matrix product
-ROWS = 1024  # of a weight, processed at a time in seven float32 buffers
-DAMPING = 0.01  # of H's mean diagonal, added to it
+CHUNK = 4096  # inputs: 67 MB of H; the time of a chunk is proportional to the square, or the third power
+ROWS = 1024  # of a weight, processed at a time in five float32 buffers
+DAMPING = 0.1  # of H's mean diagonal, added to it: less fits the calibration text too closely
 
 
 class Feedback:
-    """H of one Linear's inputs, accumulated and then factored: float32 (K, K), 822 MB at K = 14336.
+    """H of one Linear's inputs, in chunks, accumulated and then factored.
 
-    Inputs are quantized to int8 per row, as in the quantized product.
+    Inputs are quantized to int8 in blocks of `block`, as in the quantized product.
     """
 
-    def __init__(self, in_features: int) -> None:
-        self.hessian: Tensor | None = torch.zeros(in_features, in_features)
+    def __init__(self, in_features: int, block: int) -> None:
+        parts = -(-in_features // CHUNK)
+        self.block = block
+        self.spans = [(in_features * i // parts, in_features * (i + 1) // parts) for i in range(parts)]
+        self.hessians = [torch.zeros(end - begin, end - begin) for begin, end in self.spans]
 
     def add(self, x: Tensor) -> None:
-        """Accumulate inputs (..., K)."""
-        assert self.hessian is not None, "add() was called after factor()"
-        q, scale = quantize_rows(x)
-        x = (q * scale).flatten(0, -2)
-        self.hessian.addmm_(x.T, x)
+        """Accumulate inputs (T, K)."""
+        inputs = x.shape[1]
+        q, scale = quantize_rows(F.pad(x, (0, -inputs % self.block)).unflatten(1, (-1, self.block)))
+        x = q.mul_(scale).flatten(1)
+        for (begin, end), hessian in zip(self.spans, self.hessians, strict=True):
+            part = x[:, begin:end]
+            for i in range(0, end - begin, 1024):  # the lower triangle is enough
+                rows = slice(i, i + 1024)
+                hessian[rows, : i + 1024].addmm_(part[:, rows].T, part[:, : i + 1024])
 
     def factor(self) -> None:
-        """Replace H by the order of columns and its factor L + I. QuantizationError if inputs are not finite.
+        """Replace each H by the order of columns and its factor L + I. QuantizationError if inputs are not finite.
 
         Columns are sorted by the energy of their inputs: those with the largest are rounded first, and the others
-        compensate. Needs a second (K, K) temporarily.
+        compensate.
         """
-        assert self.hessian is not None
-        self.order = self.hessian.diagonal().argsort()  # (K,)
-        lower, self.hessian = self.hessian[self.order[:, None], self.order], None
-        diagonal = lower.diagonal()
-        diagonal += (DAMPING * diagonal.mean()).clamp_min(TINY)
-        if not diagonal.isfinite().all():
-            raise QuantizationError("activations are not finite", hint="check the model's weights")
-        torch.linalg.cholesky(lower, out=lower)
-        self.lower = lower.div_(lower.diagonal().clone())  # (K, K)
+        self.orders, self.factors, pivots = [], [], []
+        while self.hessians:
+            hessian = self.hessians.pop(0)
+            hessian = hessian.tril().add_(hessian.tril(-1).T)
+            order = hessian.diagonal().argsort()
+            lower = hessian[order[:, None], order]
+            del hessian
+            diagonal = lower.diagonal()
+            diagonal += (DAMPING * diagonal.mean()).clamp_min(TINY)
+            if not diagonal.isfinite().all():
+                raise QuantizationError("activations are not finite", hint="check the model's weights")
+            torch.linalg.cholesky(lower, out=lower)
+            pivot = lower.diagonal().clone()
+            self.orders.append(order)
+            self.factors.append(lower.div_(pivot))
+            pivots.append(torch.empty_like(pivot).index_copy_(0, order, pivot.square()))
+        self.importance = torch.cat(pivots)  # (K,)
 
     def round_blocks(self, weight: Tensor, kind: str) -> Blocks:
-        """`rounding.round_blocks`, on the same grid, with error feedback for these inputs."""
-        f, inputs, found = FORMATS[kind], weight.shape[1], []
-        low = 1 - f.zero if f.low == 8 else -f.zero
-        high = (1 << f.low + f.high) - 1 - f.zero
-        for rows in weight.split(ROWS):
-            blocks = round_blocks(rows, kind)
-            step, offset = (values[:, :inputs] for values in grid(kind, blocks))
-            q = self._round(rows.float() - offset, step.T[self.order], torch.tensor(low), torch.tensor(high))
-            blocks.q[:, :inputs] = (q + f.zero).to(torch.uint8)
-            found.append(blocks)
-        q, d = torch.cat([blocks.q for blocks in found]), torch.cat([blocks.d for blocks in found])
-        scales = [blocks.scales for blocks in found if blocks.scales is not None]
-        return Blocks(q, torch.cat(scales) if scales else None, d)
+        """`rounding.round_blocks`, with importance and error feedback for these inputs."""
+        f, inputs = FORMATS[kind], weight.shape[1]
+        low, high = (1 if f.low == 8 else 0) - f.zero, (1 << f.low + f.high) - 1 - f.zero
+        blocks = round_blocks(weight, kind, self.importance)
+        for n in range(0, len(weight), ROWS):
+            rows = slice(n, n + ROWS)
+            part = Blocks(blocks.q[rows], None if blocks.scales is None else blocks.scales[rows], blocks.d[rows])
+            step, offset = (values[:, :inputs] for values in grid(kind, part))
+            w = weight[rows].float() - offset
+            for (begin, end), order, factor in zip(self.spans, self.orders, self.factors, strict=True):
+                q = _round(w[:, begin:end][:, order], step[:, begin:end][:, order], factor, low, high)
+                part.q[:, begin:end][:, order] = (q + f.zero).to(torch.uint8)
+        return blocks
 
-    def _round(self, weight: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Integers (N, K) within low..high; step, low and high are (K, N) in `order`, or broadcast to it."""
-        w = weight.T[self.order]  # (K, N): columns of the weight are contiguous
-        q, error = torch.empty_like(w), torch.empty_like(w)
-        low, high = low.expand_as(w), high.expand_as(w)
-        for stop in range(len(w), 0, -BLOCK):
-            start = max(0, stop - BLOCK)
-            block_factor = self.lower[start:stop, start:stop].T.contiguous()  # (k, j)
-            target = torch.addmm(w[start:stop], self.lower[stop:, start:stop].T, error[stop:])
-            for i in range(stop - start - 1, -1, -1):
-                k = start + i
-                torch.addmv(target[i], error[k + 1 : stop].T, block_factor[i, i + 1 :], out=q[k])
-                q[k].div_(step[k]).nan_to_num_(0.0).round_()  # a group of zeros has no step
-                torch.clamp(q[k], low[k], high[k], out=q[k])
-                torch.addcmul(w[k], q[k], step[k], value=-1, out=error[k])
-        result = torch.empty_like(weight)
-        result[:, self.order] = q.T
-        return result
+
+def _round(w: Tensor, step: Tensor, factor: Tensor, low: int, high: int) -> Tensor:
+    """Integers (N, K) within low..high, as float32, of w (N, K), which becomes their errors."""
+    q = torch.empty_like(w)
+    for stop in range(w.shape[1], 0, -BLOCK):
+        columns = slice(max(0, stop - BLOCK), stop)
+        target = torch.addmm(w[:, columns], w[:, stop:], factor[stop:, columns])
+        parts = [t.contiguous() for t in (w[:, columns], factor[columns, columns], step[:, columns])]
+        codes = torch.empty_like(target)
+        round_columns = calls.feedback if uses(Backend.CPU, ROUND, target) else feedback_twin
+        round_columns(target, *parts, codes, low, high)
+        w[:, columns], q[:, columns] = parts[0], codes
+    return q
+
+
+def feedback_twin(target: Tensor, w: Tensor, factor: Tensor, step: Tensor, q: Tensor, low: int, high: int) -> None:
+    """`calls.feedback` in plain PyTorch."""
+    for i in range(w.shape[1] - 1, -1, -1):
+        value = torch.where(step[:, i] == 0, 0.0, target[:, i] / step[:, i])  # a group of zeros has no step
+        q[:, i] = value.round_().clamp_(low, high)
+        w[:, i] -= q[:, i] * step[:, i]
+        target[:, :i] += w[:, i : i + 1] * factor[i, :i]

@@ -20,21 +20,18 @@ GUIDE = [tokens_of((n,), seed=n).tolist() for n in (30, 30, 7)]
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])
-@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("int4", 32)], ids=str)
+@pytest.mark.parametrize("scheme", [Scheme("int8"), Scheme("q4_k_m")], ids=str)
 def test_calibrated_writing_equals_calibration_in_memory(
     tmp_path: pathlib.Path, scheme: Scheme, layout: str, tied: bool
 ) -> None:
     plain = tiny_model(tiny_args(tie_embeddings=tied), torch.bfloat16)
-    if not tied:  # an outlier, so that the last norm is also rescaled
-        plain.norm.weight[3] *= 64
-        plain.output.weight[:, 3] /= 64
     plain.save_pretrained(tmp_path / "plain", format=layout)
     before = {f.name: f.read_bytes() for f in (tmp_path / "plain").iterdir()}
     record = quantize(
         tmp_path / "plain", tmp_path / "out", scheme, TEXT, "a text",
         calibration_tokens=[*GUIDE, []], calibration_text="a guide",
     )  # fmt: skip
-    assert record.calibration == {"method": "rescaling, feedback", "tokens": 67, "text": "a guide"}
+    assert record.calibration == {"method": "feedback", "tokens": 67, "text": "a guide"}
     assert read_record(tmp_path / "out") == record
     assert {f.name: f.read_bytes() for f in (tmp_path / "plain").iterdir()} == before
     wanted = calibrate(load(tmp_path / "plain"), GUIDE, scheme)
@@ -46,7 +43,6 @@ def test_calibrated_writing_equals_calibration_in_memory(
         logits = [m(TEXT)[0][:, :-1].double().log_softmax(-1) for m in (load(tmp_path / "plain"), made)]
     kl = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
     assert record.distance["kl"] == pytest.approx(kl, rel=0.1)  # bfloat16 logits
-    assert tied or not torch.equal(made.norm.weight, plain.norm.weight)
     nearest = quantize(tmp_path / "plain", tmp_path / "nearest", scheme, TEXT, "a text")
     assert nearest.calibration is None
     assert any(not torch.equal(v, state[n]) for n, v in load(tmp_path / "nearest").state_dict().items())

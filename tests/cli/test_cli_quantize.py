@@ -67,7 +67,7 @@ def test_quantize_while_loading_is_the_same_model(run, windowed: str, text: str,
 def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.Path) -> None:
     out, guide = str(tmp_path / "int4"), tmp_path / "guide.jsonl"
     guide.write_text("".join(json.dumps({"text": f"line {i} of those to read", "id": i}) + "\n" for i in range(9)))
-    words = ("--text", text, *FAST, "--calibrate", str(guide), "--calibration-tokens", "40")
+    words = ("--text", text, *FAST, "--calibrate", "--calibration-text", str(guide), "--calibration-tokens", "40")
     code, _, err = run("quantize", windowed, out, *words)
     assert code == 0
     assert f"calibrated on 40 tokens of {guide}" in " ".join(err.split())
@@ -79,6 +79,38 @@ def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.
     assert json.loads(run("info", out, "--json").out)["quantization"]["calibration"] == record.calibration
 
 
+def test_without_a_text_it_is_calibrated_on_the_topics_of_help(
+    run, windowed: str, text: str, tmp_path: pathlib.Path
+) -> None:
+    out = str(tmp_path / "int4")
+    assert (
+        run("quantize", windowed, out, "--text", text, *FAST, "--calibrate", "--calibration-tokens", "40").code
+        == 0
+    )
+    record = read_record(out)
+    assert record is not None
+    assert record.calibration is not None
+    assert record.calibration["text"].startswith("pydoc_data.topics of Python")
+
+
+@pytest.mark.wording
+def test_an_interrupted_run_says_so_and_the_same_command_continues(
+    run, windowed: str, text: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: object, *more: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("quantize", windowed, str(tmp_path / "int4"), "--text", text, *FAST)
+    with monkeypatch.context() as patch:
+        patch.setattr("mistral_7b.checkpoint.quantizing._Stream._head", interrupted)
+        code, _, err = run(*words)
+    assert code == 130
+    assert err.strip() == "interrupted: the same command continues after the last complete layer"
+    code, _, err = run(*words)
+    assert code == 0
+    assert "of an interrupted run" in err
+
+
 @pytest.mark.wording
 @pytest.mark.parametrize(
     ("words", "message"),
@@ -88,8 +120,12 @@ def test_calibrated_it_says_so(run, windowed: str, text: str, tmp_path: pathlib.
         (["{model}", "{tmp}/out", "--threads", "0"], "at least 1"),
         (["{model}", "{tmp}/out", "--text", "{tmp}/none"], "none"),
         (["{model}", "{tmp}/out", "--text", "/dev/null"], "is empty"),
-        (["{model}", "{tmp}/out", "--calibrate", "{tmp}/none"], "none"),
-        (["{model}", "{tmp}/out", "--calibrate", "/dev/null"], "/dev/null: the text to calibrate on is empty"),
+        (["{model}", "{tmp}/out", "--calibrate", "--calibration-text", "{tmp}/none"], "none"),
+        (
+            ["{model}", "{tmp}/out", "--calibrate", "--calibration-text", "/dev/null"],
+            "/dev/null: the text to calibrate on is empty",
+        ),
+        (["{model}", "{tmp}/out", "--calibration-text", "x"], "--calibration-text: only with --calibrate"),
         (["{model}", "{tmp}/out", "--calibration-tokens", "1"], "--calibration-tokens must be at least 2"),
         (["{model}", "{tmp}"], "exists already"),
         (["/nowhere", "{tmp}/out"], "/nowhere"),
@@ -135,3 +171,6 @@ def test_texts_become_rows_that_each_begin_anew_and_do_not_mix() -> None:
     made = documents(tokenizer, ["one two three four five six", "and another"], 100, 5)
     assert made == [[1, *ids[0][:4]], [1, *ids[0][4:]], [1, *ids[1]]]
     assert documents(tokenizer, ["one two three four five six"], 6, 5) == made[:1]  # a row of <s> alone is dropped
+    text = " ".join(str(n) for n in range(1000))
+    whole, sample = (documents(tokenizer, [text], most, 50) for most in (10**6, 200))
+    assert [whole.index(row) for row in sample] == [0, 20, 40, 60]

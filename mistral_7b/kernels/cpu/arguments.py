@@ -120,3 +120,18 @@ class LayersCall(ctypes.Structure):
     _fields_ = (
         ("attend", Attend), *_fields(PTR, "blocks entries x cos sin"), *_fields(LONG, "layers angles"),
     )  # fmt: skip
+
+
+class RoundCall(ctypes.Structure):
+    """Codes q, integer scales and d of x (N, K) rounded to Q4_K, or to Q6_K (rounding.h). `importance` 0: none."""
+
+    _fields_ = (*_fields(PTR, "x importance q scales d"), *_fields(LONG, "N K"), *_fields(INT, "q6 bf16 threads"))
+
+
+class FeedbackCall(ctypes.Structure):
+    """q of C columns of w (N, C), rounded with error feedback (rounding.h); w becomes their errors."""
+
+    _fields_ = (
+        *_fields(PTR, "target w factor step q"), *_fields(LONG, "N C"), *_fields(FLOAT, "low high"),
+        *_fields(INT, "threads"),
+    )  # fmt: skip

@@ -155,6 +155,34 @@ def layers(
     return x
 
 
+def round_blocks(x: Tensor, q6: bool, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Round x (N, K) to Q4_K or Q6_K: q (N, B * 256) and scales (N, B, bytes) uint8, d float16 (N, B, 1 or 2).
+
+    `importance` float32 (K,) weights the error of each input. d is not finite for blocks with values that are not.
+    """
+    x, (N, K) = x.contiguous(), x.shape
+    importance = None if importance is None else importance.contiguous()
+    blocks = -(-K // 256)
+    q = torch.empty(N, blocks * 256, dtype=torch.uint8)
+    scales = torch.empty(N, blocks, 16 if q6 else 12, dtype=torch.uint8)
+    d = torch.empty(N, blocks, 1 if q6 else 2, dtype=torch.float16)
+    call = arguments.RoundCall(
+        x=x.data_ptr(), importance=_pointer(importance), q=q.data_ptr(), scales=scales.data_ptr(),
+        d=d.data_ptr(), N=N, K=K, q6=q6, **_common(x),
+    )  # fmt: skip
+    _library().m7b_round(byref(call))
+    return q, scales, d
+
+
+def feedback(target: Tensor, w: Tensor, factor: Tensor, step: Tensor, q: Tensor, low: int, high: int) -> None:
+    """Round the columns of w (N, C) to q, with error feedback; all contiguous float32. w becomes the errors."""
+    call = arguments.FeedbackCall(
+        target=target.data_ptr(), w=w.data_ptr(), factor=factor.data_ptr(), step=step.data_ptr(),
+        q=q.data_ptr(), N=w.shape[0], C=w.shape[1], low=low, high=high, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    _library().m7b_feedback(byref(call))
+
+
 def read(words: Tensor) -> int:
     """The sum of a tensor's 64-bit words, without a remainder below 128 bytes: one timed read of its memory."""
     return _library().m7b_read(words.data_ptr(), words.nbytes, torch.get_num_threads())

@@ -44,6 +44,7 @@ VARIABLE = "MISTRAL_7B_KERNELS"
 
 FUNCTIONS = (  # each takes a pointer to one structure of arguments.py
     "linear", "low_rank", "rms_norm", "silu_mul", "rotate", "attend", "project", "finish_block", "layers",
+    "round", "feedback",
 )  # fmt: skip
 
 

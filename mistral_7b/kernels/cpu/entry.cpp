@@ -19,11 +19,13 @@
 //   scores.h         attention of one head's rows over one block of keys
 //   attention.h      attention over all blocks, rows and threads
 //   layers.h         a transformer block without its attention, and all blocks of a model
+//   rounding.h       rounding of weights to block formats, with error feedback
 
 #include <cstdint>
 #include <memory>
 
 #include "layers.h"
+#include "rounding.h"
 #include "tile_check.h"
 
 #if defined(WITH_AMX)
@@ -57,6 +59,15 @@ void m7b_finish_block(const FinishBlockCall* c) { c->bf16 ? finish_block<BF16>(*
 void m7b_attend(const Attend* a) { attend(*a, make_plan(*a)); }
 
 void m7b_layers(const LayersCall* c) { run_layers(*c); }
+
+void m7b_round(const RoundCall* c) {
+    if (c->q6)
+        c->bf16 ? round_searched<BF16, 16>(*c) : round_searched<F32, 16>(*c);
+    else
+        c->bf16 ? round_searched<BF16, 32>(*c) : round_searched<F32, 32>(*c);
+}
+
+void m7b_feedback(const FeedbackCall* c) { feedback(*c); }
 
 // For measuring memory bandwidth: the sum of a buffer's 64-bit words, without a remainder below 128 bytes.
 // Each thread reads two streams, 64 bytes of each at a time, and prefetches 1024 bytes ahead.

@@ -26,11 +26,11 @@ from ..kernels.backend import ROUND, Backend, uses
 from ..kernels.block_formats import FORMATS
 from ..kernels.cpu import calls
 from ..kernels.linear import quantize_rows
-from .linear import TINY
 from .rounding import Blocks, grid, round_blocks
 
 BLOCK = 128  # columns whose feedback to earlier columns is one matrix product
 CHUNK = 4096  # inputs: 67 MB of H; the time of a chunk is proportional to the square, or the third power
+TINY = 1e-30
 ROWS = 1024  # of a weight, processed at a time in five float32 buffers
 DAMPING = 0.1  # of H's mean diagonal, added to it: less fits the calibration text too closely
 

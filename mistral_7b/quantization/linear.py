@@ -14,9 +14,7 @@ from ..kernels.backend import PACKED_LINEAR, Backend, uses
 from ..kernels.cpu import huge_pages
 from ..kernels.cpu.arguments import Weights
 from ..kernels.linear import block_linear, block_weights
-from .rounding import Blocks
-
-TINY = 1e-30
+from .rounding import Blocks, round_blocks
 
 
 class Compressed(nn.Module):
@@ -88,13 +86,15 @@ class BlockLinear(Compressed):
 
 
 class Int8Embedding(nn.Module):
-    """An embedding with int8 rows and a scale per row; rows are dequantized after the lookup."""
+    """An embedding with int8 rows and a scale per 32 values; rows are dequantized after the lookup."""
 
     def __init__(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.dtype = rows, dim, dtype
         self.register_buffer("codes", torch.empty(rows, dim, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.empty(rows, device=device))
+        self.register_buffer(
+            "scale", torch.empty(rows, -(-dim // block_formats.UNIT), dtype=torch.float16, device=device)
+        )
 
     codes: Tensor
     scale: Tensor
@@ -102,20 +102,21 @@ class Int8Embedding(nn.Module):
     @classmethod
     def from_weight(cls, weight: Tensor) -> Int8Embedding:
         """Quantize an embedding's weight (V, D), whose type becomes the output type."""
-        scale = weight.abs().amax(1).float() / 127
-        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        for rows, part, s in zip(weight.split(4096), codes.split(4096), scale.split(4096), strict=True):
-            part.copy_((rows.float() / s.clamp_min(TINY)[:, None]).round_())
         out = cls(weight.shape[0], weight.shape[1], weight.dtype, "meta")
-        out.load_state_dict({"codes": codes, "scale": scale}, assign=True)
+        blocks = round_blocks(weight, "Q8_0")
+        codes = (blocks.q[:, : weight.shape[1]] ^ 128).view(torch.int8).contiguous()
+        out.load_state_dict({"codes": codes, "scale": blocks.d[..., 0].contiguous()}, assign=True)
         return out
 
     def forward(self, tokens: Tensor) -> Tensor:  # (...) -> (..., D)
-        return (self.codes[tokens] * self.scale[tokens][..., None]).to(self.dtype)
+        return self._dequantized(self.codes[tokens], self.scale[tokens]).to(self.dtype)
 
     def dequantized(self) -> Tensor:
         """The dequantized weight, float32 (V, D)."""
-        return self.codes * self.scale[:, None]
+        return self._dequantized(self.codes, self.scale)
+
+    def _dequantized(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return codes * scale.float().repeat_interleave(block_formats.UNIT, -1)[..., : self.embedding_dim]
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, int8"

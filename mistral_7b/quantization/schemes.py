@@ -7,8 +7,8 @@
     bf16      not quantized: bfloat16 weights packed once for the CPU's matrix unit
     fp8       e4m3 with a float scale per output, on GPUs that support it; quantized when a model is loaded
 
-All integer schemes are GGUF's block formats (kernels/cpu/formats.h). The output projection is Q8_0 and the
-embedding int8. A CPU quantizes activations to int8 in the same blocks; a GPU does not, and stores weights
+All integer schemes are GGUF's block formats (kernels/cpu/formats.h). The output projection and the
+embedding are Q8_0. A CPU quantizes activations to int8 in the same blocks; a GPU does not, and stores weights
 row-major (gpu.py), Q4_K in 4.6 bits and Q6_K in 8.6. With fp8, activations are quantized to e4m3. Norms keep the
 model's type.
 """

@@ -62,7 +62,7 @@ def test_a_copy_has_its_own_descriptor() -> None:
     other = copy.deepcopy(model)
     assert all(block._description is None for block in other.layers)
     assert torch.equal(other(tokens, other.rolling_cache())[0], wanted)
-    scale = other.layers[0].attention.wq.scale
+    scale = other.layers[0].attention.wq.d
     scale.mul_(2)
     assert not torch.equal(other(tokens, other.rolling_cache())[0], wanted)
     assert torch.equal(model(tokens, model.rolling_cache())[0], wanted)

@@ -50,9 +50,10 @@ def round_blocks(weight: Tensor, kind: str, importance: Tensor | None = None) ->
     """
     inputs, weight = weight.shape[1], weight.detach()
     if kind in ("Q4_K", "Q6_K") and uses(Backend.CPU, ROUND, weight):
-        q, scales, d = calls.round_blocks(weight, kind == "Q6_K", importance)
+        parts: Parts = calls.round_blocks(weight, kind == "Q6_K", importance)
     else:
-        q, scales, d = round_blocks_twin(weight, kind, importance)
+        parts = round_blocks_twin(weight, kind, importance)
+    q, scales, d = parts
     if not d.isfinite().all():
         raise QuantizationError(
             "values that are not finite, or larger than float16 scales can hold", field="weight"

@@ -104,11 +104,13 @@ def _round(w: Tensor, step: Tensor, factor: Tensor, low: int, high: int) -> Tens
     for stop in range(w.shape[1], 0, -BLOCK):
         columns = slice(max(0, stop - BLOCK), stop)
         target = torch.addmm(w[:, columns], w[:, stop:], factor[stop:, columns])
-        parts = [t.contiguous() for t in (w[:, columns], factor[columns, columns], step[:, columns])]
+        left, factors, steps = (
+            t.contiguous() for t in (w[:, columns], factor[columns, columns], step[:, columns])
+        )
         codes = torch.empty_like(target)
         round_columns = calls.feedback if uses(Backend.CPU, ROUND, target) else feedback_twin
-        round_columns(target, *parts, codes, low, high)
-        w[:, columns], q[:, columns] = parts[0], codes
+        round_columns(target, left, factors, steps, codes, low, high)
+        w[:, columns], q[:, columns] = left, codes
     return q
 
 

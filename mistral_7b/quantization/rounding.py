@@ -28,8 +28,7 @@ from ..kernels.block_formats import FORMATS, group_bytes, group_scales, padded
 from ..kernels.cpu import calls
 
 RANGES_4, RANGES_6 = 13, 9  # ranges of codes tried: more reduce the error by less than a thousandth
-VALUES_AT_ONCE = 1 << 18  # float32 copies of a chunk (1 MB each) fit in the cache
-VALUES_AT_ONCE_GPU = 1 << 24
+VALUES_AT_ONCE = 1 << 20  # of the twin: float32 copies of a chunk (4 MB each) fit in the CPU's cache
 
 Parts = tuple[Tensor, Tensor | None, Tensor]
 
@@ -50,9 +49,10 @@ def round_blocks(weight: Tensor, kind: str, importance: Tensor | None = None) ->
     """
     inputs, weight = weight.shape[1], weight.detach()
     if kind in ("Q4_K", "Q6_K") and uses(Backend.CPU, ROUND, weight):
-        q, scales, d = calls.round_blocks(weight, kind == "Q6_K", importance)
+        parts: Parts = calls.round_blocks(weight, kind == "Q6_K", importance)
     else:
-        q, scales, d = round_blocks_twin(weight, kind, importance)
+        parts = round_blocks_twin(weight, kind, importance)
+    q, scales, d = parts
     if not d.isfinite().all():
         raise QuantizationError(
             "values that are not finite, or larger than float16 scales can hold", field="weight"
@@ -68,8 +68,7 @@ def round_blocks_twin(weight: Tensor, kind: str, importance: Tensor | None = Non
     f, inputs = FORMATS[kind], weight.shape[1]
     blocks = f.blocks(inputs)
     pad = blocks * f.block - inputs
-    at_once = VALUES_AT_ONCE if weight.device.type == "cpu" else VALUES_AT_ONCE_GPU
-    chunks, found, w = weight.split(max(1, at_once // (blocks * f.block))), [], None
+    chunks, found, w = weight.split(max(1, VALUES_AT_ONCE // (blocks * f.block))), [], None
     if importance is not None:
         w = _grouped(F.pad(importance, (0, pad)).expand(len(chunks[0]), -1), f.group)
     for rows in chunks:

@@ -102,5 +102,8 @@ def resumable_folder(out: pathlib.Path, needed: int, job: Mapping[str, Any]) -> 
 
 def _flush(path: pathlib.Path) -> None:
     """Wait until a file is on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

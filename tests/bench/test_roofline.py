@@ -15,8 +15,9 @@ from mistral_7b.bench import plot, roofline
 from mistral_7b.bench.jobs import LLAMA, OURS, TRANSFORMERS
 from mistral_7b.bench.records import Record
 from mistral_7b.errors import BenchmarkError
+from mistral_7b.kernels import block_formats
 from mistral_7b.kernels.cpu import compiler
-from mistral_7b.kernels.linear import linear_twin
+from mistral_7b.kernels.linear import block_linear_twin
 
 
 def test_bandwidth_is_bytes_over_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +146,10 @@ def test_int8_peak_is_of_our_own_kernel_and_no_other(monkeypatch: pytest.MonkeyP
     torch.manual_seed(0)
     assert roofline.int8_peak(64, 3) == 2 * 64 * 64
     torch.manual_seed(0)
-    w = (torch.randn(64) * 40 + 128).clamp(1, 255).to(torch.uint8).short() - 128
     x = torch.randn(64).to(torch.bfloat16)
-    wanted = linear_twin(x.repeat(3, 1), w.to(torch.int8).repeat(64, 1), torch.ones(64))
+    w = (torch.randn(64) * 40 + 128).clamp(1, 255).to(torch.uint8)
+    codes, d = block_formats.tile("Q8_0", w.repeat(64, 1), None, torch.ones(64, 2, 1, dtype=torch.float16))
+    wanted = block_linear_twin(x.repeat(3, 1), codes, d, 64, "Q8_0")
     assert torch.equal(made[0], wanted)
     assert wanted.abs().max() > 100
 

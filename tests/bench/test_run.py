@@ -44,7 +44,8 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 def test_engines_take_turns_within_each_kind_of_work() -> None:
     order = [(j.what, j.engine, j.scheme) for j in PLAN.jobs()]
     turn = [
-        (OURS, "int4"), (LLAMA, "Q4_0"), (OURS, "bf16"), (LLAMA, "BF16"), (TRANSFORMERS, "bf16"), (OURS, "none"),
+        (OURS, "int4"), (LLAMA, "Q4_0"), (LLAMA, "Q4_K_M"), (OURS, "bf16"), (LLAMA, "BF16"),
+        (TRANSFORMERS, "bf16"), (OURS, "none"),
     ]  # fmt: skip
     assert order == [(what, *who) for what in ("decode", "prefill") for who in turn]
     assert [j.engine for j in dataclasses.replace(PLAN, peers=False).jobs()] == [OURS] * 6
@@ -80,7 +81,8 @@ def test_a_peer_that_fails_is_told_once_and_left_out(measure: list[Job], monkeyp
     records = run.run(PLAN, told.append)
     assert {r.engine for r in records} == {OURS, TRANSFORMERS}
     assert [t for t in told if "skipped" in t] == [
-        "skipped: llama.cpp Q4_0: no llama here", "skipped: llama.cpp BF16: no llama here",
+        "skipped: llama.cpp Q4_0: no llama here", "skipped: llama.cpp Q4_K_M: no llama here",
+        "skipped: llama.cpp BF16: no llama here",
     ]  # fmt: skip
 
 
@@ -99,7 +101,7 @@ def test_what_does_not_fit_does_not_spoil_the_rest(measure: list[Job], monkeypat
 
     monkeypatch.setattr(run, "check_memory", check)
     told: list[str] = []
-    assert {r.scheme for r in run.run(PLAN, told.append)} == {"int4", "Q4_0", "bf16", "BF16"}
+    assert {r.scheme for r in run.run(PLAN, told.append)} == {"int4", "Q4_0", "Q4_K_M", "bf16", "BF16"}
     assert [t for t in told if "skipped" in t] == ["skipped: mistral_7b none: too large"]
 
 

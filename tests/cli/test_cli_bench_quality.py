@@ -19,14 +19,14 @@ TEXT = "The quick brown fox jumps over the lazy dog. " * 30
 def test_schemes_and_a_calibrated_folder_end_to_end(run, windowed: str, tmp_path: pathlib.Path) -> None:
     text, folder, path = tmp_path / "text.txt", tmp_path / "calibrated", tmp_path / "r.json"
     text.write_text(TEXT)
-    calibration = ("--calibrate", str(text), "--calibration-tokens", "40")
+    calibration = ("--calibrate", "--calibration-text", str(text), "--calibration-tokens", "40")
     assert run("quantize", windowed, str(folder), "--scheme", "int8", *calibration, "--tokens", "20").code == 0
     flags = ("--scheme", "int8", str(folder), "--text", str(text), "--rows", "5", "--threads", "1")
     code, out, err = run("bench", windowed, "--quality", *flags, "--json", str(path))
     assert code == 0, err
     records = json.loads(path.read_text())
     assert [(r["scheme"], r["file"]) for r in records] == [("int8", None), ("int8", "calibrated")]
-    calibrated = {"method": "rescaling, feedback", "tokens": 40, "text": "text.txt"}
+    calibrated = {"method": "feedback", "tokens": 40, "text": "text.txt"}
     assert [r["calibration"] for r in records] == [None, calibrated]
     for r in records:
         assert (r["model"], r["what"], r["text"]) == ("windowed", "quality", "text.txt")
@@ -40,7 +40,7 @@ def test_schemes_and_a_calibrated_folder_end_to_end(run, windowed: str, tmp_path
         assert f"{r['kl']:.5f}" in out
     assert records[0]["kl"] != records[1]["kl"]
     assert "| mistral_7b | int8, calibrated (calibrated) |" in out
-    assert "rescaling, feedback on 40 tokens of text.txt" in out
+    assert "feedback on 40 tokens of text.txt" in out
 
 
 def test_flags_become_a_plan(windowed: str) -> None:

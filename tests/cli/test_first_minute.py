@@ -30,7 +30,10 @@ SAMPLED = ("--max-tokens", "8", "--temperature", "0")
         ("generate --temperature abc", "--temperature: 'abc' is not a number; "),
         ("generate --max-tokens 1.5", "--max-tokens: '1.5' is not a whole number; "),
         ("generate --dtype fp4", "--dtype must be bfloat16, float16 or float32, not 'fp4'; "),
-        ("generate --quantization fp4", "--quantization must be bf16, fp8, int4, int8 or none, not 'fp4'; "),
+        (
+            "generate --quantization fp4",
+            "--quantization must be bf16, fp8, int4, int8, none, q4_k_m or q6_k, not 'fp4'; ",
+        ),
         ("generate --max-tokens", "--max-tokens needs a value; "),
         ("convert", "IN, OUT and --to are missing; "),
         ("quantize demo", "OUT is missing; "),

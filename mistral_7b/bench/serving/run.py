@@ -54,7 +54,7 @@ class ServingPlan:
         for traffic in self.points:
             for scheme in self.schemes:
                 yield self.job(OURS, scheme, traffic)
-                for engine, kind in PEERS[scheme] if self.server else ():
+                for engine, kind in PEERS[scheme][:1] if self.server else ():
                     if engine == LLAMA:
                         yield self.job(engine, kind, traffic)
 

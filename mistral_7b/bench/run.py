@@ -218,7 +218,7 @@ class PeerFiles:
             try:
                 _python(
                     self.python,
-                    "llama_file",
+                    "peers.llama_file",
                     str(temporary),
                     scheme,
                     json.dumps({**args, "promoted": _promoted(args["n_layers"])}),

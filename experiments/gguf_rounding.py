@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from mistral_7b import Mistral7B
-from mistral_7b.checkpoint.names import EMBEDDING, OUTPUT
+from mistral_7b.bench.quality.ours import float_model
 from mistral_7b.checkpoint.reading import open_checkpoint
 
 
@@ -30,14 +30,6 @@ def tokens_of(path: pathlib.Path, text: str) -> list[int]:
     tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return tokenizer.encode(text).ids
-
-
-def dequantized(path: pathlib.Path) -> Mistral7B:
-    checkpoint = open_checkpoint(path)
-    model = Mistral7B(checkpoint.args, dtype=torch.float32)
-    weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.tensors}
-    model.load_state_dict({OUTPUT: weights[EMBEDDING], **weights})
-    return model
 
 
 def llama_cpp_logits(path: pathlib.Path, tokens: list[int]) -> Tensor:
@@ -65,7 +57,7 @@ def main() -> None:
     tokens = tokens_of(options.file, options.text.read_text(encoding="utf-8"))[: options.tokens]
     batch = torch.tensor(tokens)[None]
     with torch.no_grad():
-        exact = dequantized(options.file)(batch)[0][0].log_softmax(-1)
+        exact = float_model(open_checkpoint(options.file))(batch)[0][0].log_softmax(-1)
         rows = {"this package": Mistral7B.from_pretrained(options.file, dtype=torch.float32)(batch)[0][0]}
     if importlib.util.find_spec("llama_cpp"):
         rows["llama.cpp"] = llama_cpp_logits(options.file, tokens)

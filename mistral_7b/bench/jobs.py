@@ -7,7 +7,6 @@ import json
 from typing import Any, Literal
 
 What = Literal["decode", "prefill", "batch16", "load"]
-Scheme = Literal["int4", "q4_k_m", "q6_k", "int8", "bf16", "none"]
 
 OURS, LLAMA, TRANSFORMERS = "mistral_7b", "llama.cpp", "transformers"
 BATCH, BATCH_PROMPT = 16, 32  # rows of a batch, and tokens in the prompt of each

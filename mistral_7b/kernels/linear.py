@@ -40,9 +40,7 @@ def uses_cpu_kernels(x: Tensor) -> bool:
 
 def block_weights(kind: str, codes: Tensor, d: Tensor, n: int, inputs: int) -> Weights:
     """The kernels' descriptor of a weight in tiles (block_formats.py); it holds pointers to the tensors."""
-    return Weights(
-        N=n, Kp=padded(inputs), codes=codes.data_ptr(), d=d.data_ptr(), kind=FORMATS[kind].code
-    )  # fmt: skip
+    return Weights(N=n, Kp=padded(inputs), codes=codes.data_ptr(), d=d.data_ptr(), kind=FORMATS[kind].code)
 
 
 def block_linear_twin(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:

@@ -60,10 +60,6 @@ class CompressedLoraLinear(LoraLinear, Compressed):
 
     base: Compressed
 
-    def __init__(self, base: Compressed, adapters: LowRanks) -> None:
-        super().__init__(base, adapters)
-        self.bits = base.bits
-
     def described(self) -> Weights:
         out = self.base.described()
         out.adapters = ctypes.addressof(self.adapters.table)

@@ -22,7 +22,6 @@ class Compressed(nn.Module):
 
     in_features: int
     out_features: int
-    bits: int  # of a code
 
     def described(self) -> Weights:
         """The kernels' descriptor of the weight; it holds pointers to the tensors."""
@@ -45,7 +44,7 @@ class BlockLinear(Compressed):
     ) -> None:
         super().__init__()
         f = block_formats.FORMATS[kind]
-        self.kind, self.bits = kind, f.low + f.high
+        self.kind = kind
         self.in_features, self.out_features = in_features, out_features
         tiles = -(-out_features // block_formats.TILE)
         codes = torch.empty(tiles, f.lines(in_features), 64, dtype=torch.uint8, device=device)

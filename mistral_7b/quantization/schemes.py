@@ -29,7 +29,7 @@ from ..surgery import replace_linears
 from .fused import fuse
 from .gpu import Fp8Linear, GpuBlockLinear, row_by_row, to_gpu
 from .linear import BlockLinear, Int8Embedding, PackedLinear
-from .rounding import Blocks, round_blocks
+from .rounding import round_blocks
 
 KINDS = {"int8": "Q8_0", "q6_k": "Q6_K", "q4_k_m": "Q4_K", "int4": "Q4_K"}  # the format of most matrices
 NAMES = (*KINDS, "bf16", "fp8")
@@ -91,12 +91,11 @@ class Scheme:
         name: str,
         n_layers: int,
         device: torch.device | str = "cpu",
-        blocks: Blocks | None = None,
     ) -> nn.Module:
         """The replacement of the Linear `name` (as "layers.0.attention.wq") with this weight (N, K).
 
-        The weight is rounded on its own device, then packed for `device` and moved there; `blocks` are those of a
-        weight that is rounded already. Raises QuantizationError if `device` does not support the scheme.
+        The weight is rounded on its own device, then packed for `device` and moved there. Raises
+        QuantizationError if `device` does not support the scheme.
         """
         self.check_device(device)
         tiles = weight_layout(device) == "tiles"
@@ -105,7 +104,7 @@ class Scheme:
         if self.name == "bf16":
             return PackedLinear(weight.bfloat16(), self.deterministic) if tiles else _plain(weight, device)
         kind = self.kind(name, n_layers)
-        linear = BlockLinear.of_blocks(kind, blocks or round_blocks(weight, kind), weight.shape[1])
+        linear = BlockLinear.of_blocks(kind, round_blocks(weight, kind), weight.shape[1])
         return linear if tiles else row_by_row(linear, device)
 
 

@@ -27,9 +27,9 @@ from commits import commit_of
 from torch import Tensor
 
 from mistral_7b import Mistral7B, Tokenizer
+from mistral_7b.bench.quality.ours import float_model
 from mistral_7b.cache import Cache, RollingCache
 from mistral_7b.checkpoint import hub
-from mistral_7b.checkpoint.names import EMBEDDING, OUTPUT
 from mistral_7b.checkpoint.reading import open_checkpoint
 from mistral_7b.evaluation import Distance
 from mistral_7b.quantization.distance import Comparison
@@ -61,11 +61,7 @@ class RoundedMemory:
 
 def starter_in_float32() -> Mistral7B:
     """The starter model with dequantized weights."""
-    checkpoint = open_checkpoint(hub.resolve("starter"))
-    weights = {name: checkpoint.read(name, torch.float32) for name in checkpoint.tensors}
-    model = Mistral7B(checkpoint.args, dtype=torch.float32)
-    model.load_state_dict({OUTPUT: weights[EMBEDDING], **weights})
-    return model
+    return float_model(open_checkpoint(hub.resolve("starter")))
 
 
 def rows_of(text: str, n: int, tokens: int) -> list[list[int]]:

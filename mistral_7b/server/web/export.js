@@ -42,16 +42,19 @@ const FORMATS = [
 export function offerExport(title, read) {
   const dialog = the("export-dialog");
   const note = the("export-note");
+  const tell = (/** @type {string} */ text) => {
+    note.textContent = text;
+    note.scrollIntoView({ block: "nearest" }); // the dialog may be higher than the screen
+  };
   const write = async (/** @type {typeof FORMATS[number]} */ format) => {
     try {
       const trees = await read();
       const text = format.write(trees);
-      note.textContent = text ? "" : (format.none ?? "");
-      if (!text) return;
+      if (!text) return tell(format.none ?? "");
       save(trees, text, format.suffix);
       dialog.close();
     } catch (error) {
-      note.textContent = /** @type {Error} */ (error).message;
+      tell(/** @type {Error} */ (error).message);
     }
   };
   const buttons = FORMATS.map((format) =>

@@ -200,6 +200,7 @@ export class Page {
         given: text.length,
         state: "done",
         model: message.model,
+        calls: message.calls,
         corrects: id,
       });
       return this.change(() => {});

@@ -2,7 +2,7 @@
 
 import { Alternatives } from "./alternatives.js";
 import { drawMessage } from "./attach.js";
-import { copy, icon, iconButton, make } from "./dom.js";
+import { copy, iconButton, make } from "./dom.js";
 import { Rendered } from "./markdown.js";
 import { place, tint } from "./tint.js";
 import { drawCalls } from "./tools.js";

@@ -135,6 +135,23 @@ def test_a_correction_is_preferred_to_what_it_corrects(page: Any) -> None:
     assert imported == expected
 
 
+def test_a_corrected_text_keeps_its_tool_calls(page: Any) -> None:
+    call = {"id": "abcdefghi", "name": "weather", "arguments": "{}"}
+    asked = {"id": "a", "parent": None, "role": "user", "content": "weather?", "created": 1}
+    told = {"id": "b", "parent": "a", "role": "assistant", "content": "I look.", "calls": [call], "state": "done"}
+    conversation = {"title": "t", "chosen": {}, "created": 1, "settings": {}, "messages": [asked, told]}
+    file = {"format": "mistral-7b conversations", "version": 1, "conversations": [conversation]}
+    page.set_input_files(
+        "#file", {"name": "x.json", "mimeType": "application/json", "buffer": json.dumps(file).encode()}
+    )
+    page.wait_for_selector(".card")
+    correct(page, "I ask.")
+    [row] = rows(export(page, "Preferences"))
+    assert [row[side][0]["content"] for side in ("chosen", "rejected")] == ["I ask.", "I look."]
+    calls = [{"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    assert row["chosen"][0]["tool_calls"] == row["rejected"][0]["tool_calls"] == calls
+
+
 # Each case: versions of one answer as [text, fields, continued], and the expected pairs of chosen and rejected.
 CASES: dict[str, tuple[list[list[Any]], list[tuple[str, str]]]] = {
     "continued": ([["a", {}, False], ["b", {}, True]], [("b", "a")]),
@@ -173,12 +190,14 @@ def test_which_version_is_preferred(page: Any) -> None:
 
 def test_nothing_to_export_is_told(page: Any) -> None:
     ask(page, "first")
-    page.set_viewport_size({"width": 320, "height": 640})
+    page.set_viewport_size({"width": 320, "height": 480})
     page.click("#menu")
     page.click("#export")
     for kind, reason in (("Ratings", "has a thumb up"), ("Preferences", "with several versions")):
         page.click(f"#formats >> text={kind}")
         page.wait_for_selector(f"#export-note >> text={reason}")
+        shown = page.locator("#export-note").bounding_box()
+        assert shown["y"] + shown["height"] <= 480
     page.keyboard.press("Escape")
     page.wait_for_selector("#export-dialog", state="hidden")
     assert page.evaluate("document.activeElement.id") == "export"

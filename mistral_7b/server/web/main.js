@@ -5,6 +5,7 @@ import { Composer } from "./composer.js";
 import { controls } from "./controls.js";
 import { ConversationView } from "./conversation.js";
 import { say, the } from "./dom.js";
+import { offerExport } from "./export.js";
 import { Picker } from "./models.js";
 import { Panel } from "./panel.js";
 import { faults, texts } from "./settings.js";
@@ -12,7 +13,7 @@ import { Sidebar } from "./sidebar.js";
 import { isFull, keep, kept, onKeep, Store } from "./storage.js";
 import { Tabs } from "./tabs.js";
 import { branch } from "./tint.js";
-import { exportAll, exportMarkdown, readExport } from "./transfer.js";
+import { exportAll, readExport } from "./transfer.js";
 import { newId, Tree } from "./tree.js";
 import { Trouble } from "./trouble.js";
 import { Welcome } from "./welcome.js";
@@ -38,10 +39,11 @@ export class Page {
       answered: () => this.trouble.banner.over("full", "lost", "found", "key"),
       stored: (error) => this.#stored(error),
     });
-    onKeep((full) => this.trouble.kept(full, () => this.export(null)));
+    onKeep((full) => this.trouble.kept(full, () => this.exportAll()));
     const actions = {
       move: (id, by) => this.change((tree) => tree.move(id, by)),
       edit: (id, text) => this.edit(id, text),
+      rate: (id, good) => this.rate(id, good),
       again: (id) => this.withTree((tree) => this.writer.ask(tree, tree.get(id).parent)),
       resume: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
       retry: (id) => this.withTree((tree) => this.writer.write(tree, tree.get(id))),
@@ -56,8 +58,7 @@ export class Page {
     this.sidebar = new Sidebar({
       open: (id, message) => this.open(id, message),
       begin: () => this.begin(),
-      save: (id) => this.export(id),
-      saveText: async (id) => exportMarkdown(await this.#treeOf(id)),
+      save: (id) => offerExport(this.conversations.find((c) => c.id === id)?.title, () => this.#trees(id)),
       load: (file) => this.import(file),
       search: (query) => store.search(query, this.conversations),
       rename: (id, title) => this.rename(id, title),
@@ -199,9 +200,22 @@ export class Page {
         given: text.length,
         state: "done",
         model: message.model,
+        calls: message.calls,
+        corrects: id,
       });
       return this.change(() => {});
     });
+  }
+
+  /** Rate an answer, also while another one is streaming.
+   * @param {string} id @param {boolean | undefined} good */
+  rate(id, good) {
+    const { tree } = this;
+    if (!tree) return;
+    const message = tree.get(id);
+    message.good = good;
+    this.view.draw();
+    this.#keep(() => keepTree(this.store, tree, [message]));
   }
 
   /** Change the tree, and store it.
@@ -227,7 +241,7 @@ export class Page {
   #stored(error) {
     this.trouble.stored(
       error,
-      () => this.export(null),
+      () => this.exportAll(),
       () => this.sidebar.open(true),
     );
   }
@@ -282,10 +296,15 @@ export class Page {
     this.trouble.banner.show(kind, text, [["Dismiss", () => this.trouble.banner.hide()]]);
   }
 
-  /** @param {string | null} id */
-  export(id) {
+  async exportAll() {
+    exportAll(await this.#trees(null));
+  }
+
+  /** The trees of one conversation, or of all.
+   * @param {string | null} id */
+  #trees(id) {
     const chosen = this.conversations.filter((c) => id === null || c.id === id);
-    return exportAll(chosen, async (of) => [...(await this.#treeOf(of)).messages.values()]);
+    return Promise.all(chosen.map((c) => this.#treeOf(c.id)));
   }
 
   /** A conversation's tree: the one in use, which may have messages that could not be stored, or the stored one.

@@ -2,7 +2,7 @@
 
 import { Alternatives } from "./alternatives.js";
 import { drawMessage } from "./attach.js";
-import { copy, icon, iconButton, make } from "./dom.js";
+import { copy, iconButton, make } from "./dom.js";
 import { Rendered } from "./markdown.js";
 import { place, tint } from "./tint.js";
 import { drawCalls } from "./tools.js";
@@ -14,6 +14,7 @@ import { drawCalls } from "./tools.js";
  * @typedef {Object} Actions
  * @property {(id: string, by: number) => void} move      show another version
  * @property {(id: string, text: string) => boolean} edit   returns whether the edit was accepted
+ * @property {(id: string, good: boolean | undefined) => void} rate   undefined: no rating
  * @property {(id: string) => void} again        generate another version
  * @property {(id: string) => void} resume         continue this answer
  * @property {(id: string) => void} retry        repeat a failed request
@@ -78,6 +79,7 @@ export class MessageView {
       how,
       message.state,
       message.problem,
+      message.good,
       message.calls,
       !message.content,
       !message.tokens?.length,
@@ -165,11 +167,20 @@ export class MessageView {
     this.stats = make("span", { class: "stats" });
     const answer = message.role === "assistant";
     const copying = iconButton("copy", "Copy", () => copy(copying, message.content));
+    const rating = (/** @type {boolean} */ good) => {
+      const pressed = message.good === good;
+      const rate = () => actions.rate(message.id, pressed ? undefined : good);
+      return iconButton(good ? "good" : "bad", good ? "Good answer" : "Bad answer", rate, {
+        "aria-pressed": String(pressed),
+      });
+    };
+    const ratings = answer && (message.content || message.calls?.length) ? [rating(true), rating(false)] : [];
     const parts = this.busy
       ? []
       : [
           this.#versions("Versions", message.id, siblings, at, idle),
           message.content && copying,
+          ...ratings,
           idle && message.content && iconButton("edit", "Edit", () => this.edit()),
           idle && answer && iconButton("again", "Regenerate", () => actions.again(message.id)),
           idle &&

@@ -137,17 +137,28 @@ export function faults(settings) {
   return names.map((name) => fault(name, settings[name] ?? "")).filter(Boolean);
 }
 
+/** The tools of a request; undefined if there are none.
+ * @param {Settings} settings @returns {Record<string, any>[] | undefined} */
+export function toolsOf(settings) {
+  if (!settings.tools?.trim()) return undefined;
+  return JSON.parse(settings.tools).map((/** @type {any} */ t) => ({ type: "function", function: functionOf(t) }));
+}
+
 /** The request body that answers the last message of a path, or continues it if it is the assistant's. For a model
  * without a chat template, it completes the text of the path: `prompt` in place of `messages`.
  * @param {Message[]} path @param {Settings} settings @param {string} model @param {boolean} plain
  * @returns {Record<string, any>} */
 export function requestOf(path, settings, model, plain) {
+  const messages = messagesOf(path, settings);
+  const begun = path.at(-1);
+  if (begun?.role === "assistant" && begun.content && !begun.calls?.length)
+    Object.assign(messages.at(-1) ?? {}, { prefix: true });
   /** @type {Record<string, any>} */
   const body = {
     model,
     ...(plain
       ? { prompt: (settings.system ?? "") + path.map((message) => message.content).join("") }
-      : { messages: messagesOf(path, settings), logprobs: true, top_logprobs: 5 }),
+      : { messages, logprobs: true, top_logprobs: 5 }),
     stream: true,
     stream_options: { include_usage: true },
     max_tokens: TOKEN_LIMIT,
@@ -164,38 +175,27 @@ export function requestOf(path, settings, model, plain) {
       json_schema: { name: "answer", schema: JSON.parse(settings.schema) },
     };
   }
-  if (settings.tools?.trim() && !plain) {
-    body.tools = JSON.parse(settings.tools).map((/** @type {any} */ t) => ({
-      type: "function",
-      function: functionOf(t),
-    }));
+  const tools = plain ? undefined : toolsOf(settings);
+  if (tools) {
+    body.tools = tools;
     if (settings.tool_choice) body.tool_choice = settings.tool_choice;
   }
   return body;
 }
 
-/** @param {Message[]} path @param {Settings} settings */
-function messagesOf(path, settings) {
-  /** @type {Record<string, any>[]} */
-  const messages = [];
-  if (settings.system?.trim()) messages.push({ role: "system", content: settings.system });
-  for (const message of path) {
-    if (message.role === "tool") {
-      for (const { id, content } of message.results ?? [])
-        messages.push({ role: "tool", tool_call_id: id, content });
-    } else if (message.role === "user") {
-      messages.push({ role: "user", content: message.content });
-    } else if (message.calls?.length) {
-      const calls = message.calls.map((c) => ({
-        id: c.id,
-        type: "function",
-        function: { name: c.name, arguments: c.arguments },
-      }));
-      messages.push({ role: "assistant", content: message.content || null, tool_calls: calls });
-    } else if (message.content) {
-      const last = message === path.at(-1);
-      messages.push({ role: "assistant", content: message.content, ...(last ? { prefix: true } : {}) });
-    }
-  }
-  return messages;
+/** A path in the format of the API, after the system prompt.
+ * @param {Message[]} path @param {Settings} settings @returns {Record<string, any>[]} */
+export function messagesOf(path, settings) {
+  const system = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
+  return [...system, ...path.flatMap(sent)];
+}
+
+/** A message in the format of the API: one for each result of a tool call, none for an empty answer.
+ * @param {Message} message @returns {Record<string, any>[]} */
+export function sent({ role, content, calls, results }) {
+  if (role === "tool") return (results ?? []).map((r) => ({ role, tool_call_id: r.id, content: r.content }));
+  if (role === "user") return [{ role, content }];
+  if (!calls?.length) return content ? [{ role, content }] : [];
+  const made = calls.map(({ id, ...call }) => ({ id, type: "function", function: call }));
+  return [{ role, content: content || null, tool_calls: made }];
 }

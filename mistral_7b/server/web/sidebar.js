@@ -11,7 +11,6 @@ import { confirmed, iconButton, make, the } from "./dom.js";
  * @property {(id: string, title: string) => void} rename
  * @property {(id: string) => void} remove
  * @property {(id: string | null) => void} save   export one conversation, or all
- * @property {(id: string) => void} saveText   export one conversation as Markdown
  * @property {(file: File) => void} load
  * @property {(query: string) => Promise<Map<string, Find>>} search
  */
@@ -129,7 +128,6 @@ export class Sidebar {
         { class: "actions" },
         iconButton("edit", `Rename ${title}`, () => this.#rename(item, conversation)),
         iconButton("save", `Export ${title}`, () => this.actions.save(id)),
-        iconButton("text", `Export ${title} as Markdown`, () => this.actions.saveText(id)),
         iconButton("bin", `Delete ${title}`, async () => {
           if (
             await confirmed("Delete conversation?", `“${title}” and all its versions will be deleted.`, "Delete")

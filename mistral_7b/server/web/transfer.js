@@ -1,4 +1,4 @@
-/** Export of conversations as JSON or Markdown files, and import of JSON. */
+/** Conversations as files: JSON, which can be imported again, and Markdown. */
 
 import { make } from "./dom.js";
 import { texts } from "./settings.js";
@@ -10,24 +10,28 @@ import { newId } from "./tree.js";
 const FORMAT = "mistral-7b conversations";
 
 /** Download conversations as a JSON file.
- * @param {Conversation[]} conversations @param {(id: string) => Promise<Message[]>} messagesOf */
-export async function exportAll(conversations, messagesOf) {
-  const all = [];
-  for (const conversation of conversations) {
-    all.push({ ...conversation, messages: await messagesOf(conversation.id) });
-  }
-  const text = JSON.stringify({ format: FORMAT, version: 1, conversations: all }, null, 1);
-  download(text, "application/json", all.length === 1 ? all[0].title : "conversations", "json");
+ * @param {Tree[]} trees */
+export function exportAll(trees) {
+  save(trees, jsonOf(trees), "json");
 }
 
-/** Download the visible versions of a conversation as a Markdown file.
- * @param {Tree} tree */
-export function exportMarkdown(tree) {
-  const { title } = tree.conversation;
-  download(markdownOf(tree), "text/markdown", title, "md");
+/** Download a text about conversations, named after the only one.
+ * @param {Tree[]} trees @param {string} text @param {string} suffix */
+export function save(trees, text, suffix) {
+  const url = URL.createObjectURL(new Blob([text], { type: "application/octet-stream" }));
+  const title = trees.length === 1 ? trees[0].conversation.title : "conversations";
+  const name = title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
+  make("a", { href: url, download: `${name || "conversation"}.${suffix}` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-/** @param {Tree} tree @returns {string} */
+/** @param {Tree[]} trees @returns {string} */
+export function jsonOf(trees) {
+  const conversations = trees.map((tree) => ({ ...tree.conversation, messages: [...tree.messages.values()] }));
+  return JSON.stringify({ format: FORMAT, version: 1, conversations }, null, 1);
+}
+
+/** The visible versions of a conversation. @param {Tree} tree @returns {string} */
 export function markdownOf(tree) {
   const { title, settings } = tree.conversation;
   const parts = [`# ${title}`];
@@ -48,14 +52,6 @@ export function fenced(text, language = "") {
   const longest = Math.max(2, ...(text.match(/`+/g) ?? []).map((run) => run.length));
   const fence = "`".repeat(longest + 1);
   return `${fence}${language}\n${text.replace(/\n$/, "")}\n${fence}`;
-}
-
-/** @param {string} text @param {string} type @param {string} title @param {string} suffix */
-function download(text, type, title, suffix) {
-  const url = URL.createObjectURL(new Blob([text], { type }));
-  const name = title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40);
-  make("a", { href: url, download: `${name || "conversation"}.${suffix}` }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
 /** Parse and check an exported file. Conversations get new ids, so that an import overwrites nothing. Throws an Error.
@@ -129,6 +125,8 @@ function readMessage(m, ids, conversation) {
           : "cut",
     problem: m.problem === undefined ? undefined : text(m.problem, "problem"),
     model: m.model === undefined ? undefined : text(m.model, "model"),
+    good: typeof m.good === "boolean" ? m.good : undefined,
+    corrects: ids.get(m.corrects),
     usage:
       m.usage !== record(m.usage)
         ? undefined

@@ -25,6 +25,8 @@
  * @property {"streaming" | "done" | "length" | "stopped" | "cut" | "full" | "failed"} [state]
  * @property {string} [problem]     error message of a cut or failed answer
  * @property {string} [model]
+ * @property {boolean} [good]       rating of an answer: thumb up or down
+ * @property {string} [corrects]    id of the answer that this one is an edited version of
  * @property {{prompt_tokens: number, completion_tokens: number}} [usage]
  * @property {number} [first]       time to first token in milliseconds
  * @property {number} [rate]        tokens per second after the first

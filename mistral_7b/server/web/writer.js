@@ -68,6 +68,7 @@ export class Writer {
     message.state = "streaming";
     if (!message.content) Object.assign(message, { given: 0, tokens: [], calls: [] }); // drop an incomplete tool call
     delete message.problem;
+    delete message.good; // it rated what was there before
     conversation.updated = Date.now();
     this.actions.changed(tree, false);
     const reader = new Reader();

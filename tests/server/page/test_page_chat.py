@@ -218,6 +218,7 @@ def test_conversations_are_kept_found_carried_away_and_back(page: Any, tmp_path:
     page.wait_for_function("() => document.querySelectorAll('#conversations [data-id]').length === 2")
     with page.expect_download() as download:
         page.click("#export")
+        page.click("#formats >> text=Conversations")
     file = tmp_path / "all.json"
     download.value.save_as(file)
     for left in (1, 0):

@@ -98,7 +98,8 @@ def test_a_conversation_is_exported_as_markdown(page: Any, tmp_path: Path) -> No
     page.click("#new")
     page.hover("#conversations [data-id]")
     with page.expect_download() as download:
-        page.click("[aria-label='Export markdown, please as Markdown']")
+        page.click("[aria-label='Export markdown, please']")
+        page.click("#formats >> text=Markdown")
     assert download.value.suggested_filename == "markdown-please.md"
     download.value.save_as(tmp_path / "x.md")
     text = (tmp_path / "x.md").read_text(encoding="utf-8")

@@ -32,6 +32,13 @@ def test_nothing_is_wider_than_a_narrow_screen(browser: Any, scripted: Scripted,
     assert page.evaluate(WIDE) == []
     ask(page, "length")
     assert page.evaluate(WIDE) == []
+    page.click("#menu")
+    page.click("#export")
+    page.click("#formats >> text=Ratings")
+    page.wait_for_selector("#export-note:visible")
+    assert page.evaluate(WIDE) == []
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
     page.click("#settings")
     assert page.evaluate(WIDE) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -75,3 +82,8 @@ def test_forced_colors_keep_what_colors_say(page: Any) -> None:
     pressed = page.locator("#tint").evaluate("e => getComputedStyle(e).borderTopWidth")
     page.click("#tint")
     assert page.locator("#tint").evaluate("e => getComputedStyle(e).borderTopWidth") != pressed
+    page.click("[aria-label='Good answer']")
+    page.focus("#ask")
+    outline = "e => getComputedStyle(e).outlineStyle"
+    assert page.locator("[aria-label='Good answer']").evaluate(outline) == "solid"
+    assert page.locator("[aria-label='Bad answer']").evaluate(outline) == "none"

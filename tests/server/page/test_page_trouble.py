@@ -151,6 +151,7 @@ def test_axe_finds_nothing_serious(browser: Any, scripted: Scripted, scheme: str
     assert serious(page) == []
     ask(page, "markdown")
     page.wait_for_selector(".hljs-keyword")
+    page.click(".assistant:last-child [aria-label='Good answer']")
     page.locator(".tok.t2").first.focus()
     page.locator(".tok.t2").first.hover()
     page.wait_for_selector("#alternatives:not([hidden])")
@@ -169,6 +170,10 @@ def test_axe_finds_nothing_serious(browser: Any, scripted: Scripted, scheme: str
     if width < 760:
         page.click("#menu")
         page.wait_for_selector("#sidebar")
+    assert serious(page) == []
+    page.click("#export")
+    page.click("#formats >> text=Preferences")
+    page.wait_for_selector("#export-note:visible")
     assert serious(page) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.context.close()

@@ -13,6 +13,7 @@ namespace {
 
 // Prefetch distance in bytes: the fastest measured with two threads.
 constexpr int64_t AHEAD = 4096;
+constexpr int PARTS_OF_TILE = TILE_N / LANES;  // registers of outputs
 
 // The codes of quads k and k + 1 of a group, or with a table their values + 128: a line of bytes each.
 template <int KIND>
@@ -29,9 +30,16 @@ inline void unpack(const uint8_t* low_lines, const Line& plane, int k, Line& a, 
     if constexpr (f.high != 0) a = merge(a, plane, 4 - f.high * k, mask), b = merge(b, plane, 4 - f.high * (k + 1), mask);
 }
 
-// sums += the products of R rows, `stride` bytes apart, with a group of a part of a tile.
+// R rows in the layout of Rows, one alone or interleaved: element i of row r is at (r / T) * (T * n) + i * T + r % T.
+template <int R>
+inline int64_t place(int64_t row, int64_t n, int64_t i) {
+    constexpr int64_t T = R == 1 ? 1 : TOGETHER;
+    return row / T * (T * n) + i * T + row % T;
+}
+
+// sums += the products of R rows with a group of a part of a tile. x: the first row's codes of the group.
 template <int KIND, int R>
-inline void dot_group(Sums (&sums)[R], const uint8_t* low_lines, const uint8_t* high_line, const int8_t* x, int64_t stride) {
+inline void dot_group(Sums (&sums)[R], const uint8_t* low_lines, const uint8_t* high_line, const int8_t* x, int64_t Kp) {
     constexpr Format f = format_of(KIND);
     constexpr int QUADS = f.group / 4, most = most_pairs(f.low + f.high);
     Sums s[R];  // local, to stay in registers
@@ -44,12 +52,12 @@ inline void dot_group(Sums (&sums)[R], const uint8_t* low_lines, const uint8_t* 
         Line a, b;
         unpack<KIND>(low_lines, plane, k, a, b);
         for (int i = 0; i < R; i++) {
-            const int8_t* at = x + i * stride + 4 * k;
+            const int8_t *at = x + 4 * place<R>(i, Kp / 4, k), *next = x + 4 * place<R>(i, Kp / 4, k + 1);
             if constexpr (f.low == 8 || f.table) {
-                s[i] = dot8(dot8(s[i], a, at), b, at + 4);
+                s[i] = dot8(dot8(s[i], a, at), b, next);
             } else {
                 if (k % most == 0) pairs[i] = begin(s[i]);
-                pairs[i] = dot4(dot4(pairs[i], a, at), b, at + 4);
+                pairs[i] = dot4(dot4(pairs[i], a, at), b, next);
                 if ((k + 2) % most == 0 || k + 2 == QUADS) s[i] = end(s[i], pairs[i]);
             }
         }
@@ -87,29 +95,30 @@ struct GroupScales {
     }
 };
 
-// y += a block's integer sum times the scales of its tile, and the minima.
-template <int KIND>
+// y += a block's integer sum times the scales of its tile, and the minima. R: rows of a call, for their layout.
+template <int KIND, int R>
 inline void add_block(const Rows& r, int64_t row, int64_t b, Ints total, Floats scale, Floats minimum, const GroupScales<KIND>& scales, Floats& y) {
     constexpr Format f = format_of(KIND);
-    const float sx = r.scale[row * r.blocks + b];
+    const float sx = r.scale[place<R>(row, r.blocks, b)];
     y += __builtin_convertvector(total, Floats) * (scale * sx);
     if constexpr (f.minimum && f.scales != 0)
-        y -= __builtin_convertvector(scales.minima(r.parts + (row * r.blocks + b) * PARTS), Floats) * (minimum * sx);
+        y -= __builtin_convertvector(scales.minima(r.parts + place<R>(row, r.blocks, b) * PARTS), Floats) * (minimum * sx);
     else if constexpr (f.minimum)
-        y += float(r.sum[row * (r.Kp / r.group) + b * (f.block / r.group)]) * (minimum * sx);
+        y += float(r.sum[place<R>(row, r.Kp / r.group, b * (f.block / r.group))]) * (minimum * sx);
 }
 
-// y (R, 16) += R rows by one tile and one block of `groups` groups, whose record is at `codes`.
+// y += R rows by one tile and one block of `groups` groups, whose record is at `codes`.
 template <int KIND, int R>
-inline void block_record(const Rows& r, int64_t row, int64_t b, int64_t groups, const uint8_t* codes, const uint16_t* d, float* y) {
+__attribute__((always_inline)) inline void inlined_record(const Rows& r, int64_t b, int64_t groups, const uint8_t* codes, const uint16_t* d, Floats (&y)[PARTS_OF_TILE][R]) {
     constexpr Format f = format_of(KIND);
     constexpr int64_t LOW = f.group * TILE_N * f.low / 8, HIGH = f.group * TILE_N * f.high / 8, GROUPS = f.block / f.group;
     constexpr int32_t offset = (f.low == 8 || f.table) ? f.zero - 128 + SUBTRACT : f.zero;
     const int64_t G = r.Kp / r.group, in_group = f.group / r.group;
-    const int8_t* x = r.q + row * r.Kp + b * f.block;
-    const int32_t* sum = r.sum + row * G + b * (f.block / r.group);
+    constexpr int64_t T = R == 1 ? 1 : TOGETHER;
+    const int8_t* x = r.q + b * f.block * T;
+    const int32_t* sum = r.sum + b * (f.block / r.group) * T;
     for (int64_t i = 0; i < record_bytes(f, f.block); i += LINE) __builtin_prefetch(codes + i + AHEAD);
-    for (int part = 0; part < TILE_N; part += LANES, codes += 4 * LANES, d += LANES) {  // outputs of one register
+    for (int part = 0; part < PARTS_OF_TILE; part++, codes += 4 * LANES, d += LANES) {
         const GroupScales<KIND> scales(codes + groups * (LOW + HIGH), groups);
         Ints total[R] = {};
         for (int64_t g = 0; g < (GROUPS == 1 ? 1 : groups); g++) {
@@ -117,10 +126,10 @@ inline void block_record(const Rows& r, int64_t row, int64_t b, int64_t groups, 
             for (int i = 0; i < R; i++) {
                 int32_t from = 0;
                 if constexpr (offset != 0)
-                    for (int64_t j = 0; j < in_group; j++) from -= offset * sum[i * G + g * in_group + j];
+                    for (int64_t j = 0; j < in_group; j++) from -= offset * sum[place<R>(i, G, g * in_group + j)];
                 s[i] = start(from);
             }
-            dot_group<KIND, R>(s, codes + g * LOW, codes + groups * LOW + g * HIGH, x + g * f.group, r.Kp);
+            dot_group<KIND, R>(s, codes + g * LOW, codes + groups * LOW + g * HIGH, x + g * f.group * T, r.Kp);
             if constexpr (f.scales != 0) {
                 const Ints scale = scales.of(g);
                 for (int i = 0; i < R; i++) total[i] += words(s[i]) * scale;
@@ -129,36 +138,54 @@ inline void block_record(const Rows& r, int64_t row, int64_t b, int64_t groups, 
             }
         }
         const Floats scale = halves(d), minimum = f.minimum ? halves(d + TILE_N) : Floats{};
-        for (int i = 0; i < R; i++) {
-            float* out = y + i * TILE_N + part;
-            Floats v = floats(out);
-            add_block<KIND>(r, row + i, b, total[i], scale, minimum, scales, v);
-            std::memcpy(out, &v, sizeof v);
-        }
+        for (int i = 0; i < R; i++) add_block<KIND, R>(r, i, b, total[i], scale, minimum, scales, y[part][i]);
     }
 }
 
-// R rows by one tile, over all blocks: y (R, 16).
 template <int KIND, int R>
-void block_tile(const Rows& r, const Weights& w, int64_t row, int64_t tile, float* y) {
+__attribute__((noinline)) void called_record(const Rows& r, int64_t b, int64_t groups, const uint8_t* codes, const uint16_t* d, Floats (&y)[PARTS_OF_TILE][R]) {
+    inlined_record<KIND, R>(r, b, groups, codes, d, y);
+}
+
+// With short blocks, y stays in registers from block to block if there are 32; with 16, other values would be spilled.
+template <int KIND, int R>
+inline void block_record(const Rows& r, int64_t b, int64_t groups, const uint8_t* codes, const uint16_t* d, Floats (&y)[PARTS_OF_TILE][R]) {
+    constexpr Format f = format_of(KIND);
+    if constexpr (LANES == 16 && f.block == f.group)
+        inlined_record<KIND, R>(r, b, groups, codes, d, y);
+    else
+        called_record<KIND, R>(r, b, groups, codes, d, y);
+}
+
+// The first R rows by one tile, over all blocks: out (R, 16).
+template <int KIND, int R>
+void block_tile(const Rows& r, const Weights& w, int64_t tile, float* out) {
     constexpr Format f = format_of(KIND);
     constexpr int64_t D = (1 + f.minimum) * TILE_N;
     const uint8_t* codes = w.codes + tile * tile_bytes(f, w.Kp);
     const uint16_t* d = w.d + tile * r.blocks * D;
     const int64_t whole = w.Kp / f.block;
-    std::fill_n(y, R * TILE_N, 0.0f);
-    for (int64_t b = 0; b < whole; b++, codes += record_bytes(f, f.block), d += D) block_record<KIND, R>(r, row, b, f.block / f.group, codes, d, y);
-    if (whole < r.blocks) block_record<KIND, R>(r, row, whole, (w.Kp - whole * f.block) / f.group, codes, d, y);
+    Floats y[PARTS_OF_TILE][R] = {};
+    for (int64_t b = 0; b < whole; b++, codes += record_bytes(f, f.block), d += D) block_record<KIND, R>(r, b, f.block / f.group, codes, d, y);
+    if (f.block > f.group && whole < r.blocks) block_record<KIND, R>(r, whole, (w.Kp - whole * f.block) / f.group, codes, d, y);
+    for (int i = 0; i < R; i++)
+        for (int part = 0; part < PARTS_OF_TILE; part++) std::memcpy(out + i * TILE_N + part * LANES, &y[part][i], sizeof(Floats));
 }
 
-constexpr int MANY = 4;  // rows at a time
+constexpr int MANY = TOGETHER;                // rows at a time
+constexpr int MOST = LANES == 16 ? 8 : MANY;  // and with 32 registers
 
 template <int KIND, class T>
 void block_rows(const Rows& r, const Weights& w, int64_t tile, void* out) {
     for (int64_t row = 0; row < r.M;) {
-        alignas(64) float y[MANY * TILE_N];
-        const int64_t left = r.M - row, rows = left == 1 ? 1 : MANY;  // rows beyond M are padding
-        left == 1 ? block_tile<KIND, 1>(r, w, row, tile, y) : block_tile<KIND, MANY>(r, w, row, tile, y);
+        alignas(64) float y[MOST * TILE_N];
+        const int64_t left = r.M - row, rows = r.M == 1 ? 1 : left <= MANY ? MANY : MOST;  // rows beyond M are padding
+        if (rows == 1)
+            block_tile<KIND, 1>(r.from(row), w, tile, y);
+        else if (rows == MANY)
+            block_tile<KIND, MANY>(r.from(row), w, tile, y);
+        else
+            block_tile<KIND, MOST>(r.from(row), w, tile, y);
         for (int64_t i = 0; i < std::min(rows, left); i++)
             store(static_cast<typename T::Store*>(out) + (row + i) * w.N + tile * TILE_N, load(y + i * TILE_N), w.N - tile * TILE_N);
         row += rows;

@@ -19,12 +19,21 @@ struct LinearCall {
     int bf16, threads;
 };
 
+// Whether the matrix unit multiplies this many rows.
+inline bool on_tiles(int64_t M, const Format& f) {
+#if defined(WITH_TILES)
+    return M > MANY && on_tiles(f);
+#else
+    return false;
+#endif
+}
+
 // The given tiles of out (M, N), in one thread.
 template <int KIND, class T>
 void kind_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
 #if defined(WITH_TILES)
     if constexpr (on_tiles(format_of(KIND)))
-        if (r.M > MANY) return tile_rows<KIND, T>(r, w, tiles, out);
+        if (on_tiles(r.M, format_of(KIND))) return tile_rows<KIND, T>(r, w, tiles, out);
 #endif
     for (int64_t tile = tiles.begin; tile < tiles.end; tile++) block_rows<KIND, T>(r, w, tile, out);
 }
@@ -69,9 +78,10 @@ void products(const Rows& r, const Weights* const* weights, int64_t n, int threa
     });
 }
 
-// Whether two weights can share the quantized x: scales of the same inputs.
-inline bool share_rows(const Weights& a, const Weights& b) {
-    return a.Kp == b.Kp && format_of(a.kind).block == format_of(b.kind).block;
+// Whether two weights can share the quantized x: scales of the same inputs, rows in the same layout.
+inline bool share_rows(int64_t M, const Weights& a, const Weights& b) {
+    const Format f = format_of(a.kind), g = format_of(b.kind);
+    return a.Kp == b.Kp && f.block == g.block && on_tiles(M, f) == on_tiles(M, g);
 }
 
 // One x (M, K) by several weights, with LoRA updates. Weights that share the quantized x share a parallel loop.
@@ -81,10 +91,11 @@ void linears(const void* x, int64_t M, int64_t K, std::initializer_list<const We
     void* const* out = outs.begin();
     for (const auto* end = weights.end(); w != end;) {
         int64_t n = 1;
-        while (w + n != end && share_rows(*w[0], *w[n])) n++;
+        while (w + n != end && share_rows(M, *w[0], *w[n])) n++;
         const int used_threads = M * w[0]->N * w[0]->Kp < 1 << 18 ? 1 : threads;  // waking other threads would take longer
-        const int64_t block = format_of(w[0]->kind).block;
-        products<T>(quantize<T>(x, M, K, w[0]->Kp, block, block == 256 ? 16 : 32, used_threads), w, n, used_threads, out);
+        const Format f = format_of(w[0]->kind);
+        const bool interleaved = M > 1 && !on_tiles(M, f);
+        products<T>(quantize<T>(x, M, K, w[0]->Kp, f.block, f.block == 256 ? 16 : 32, interleaved, used_threads), w, n, used_threads, out);
         w += n;
         out += n;
     }

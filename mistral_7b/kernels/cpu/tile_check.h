@@ -25,8 +25,10 @@ bool check_kind() {
     for (auto& v : d) v = uint16_t(random() & 0xbbff);  // of magnitude below 1
     for (auto& v : x) v = float(random()) - 32768.0f;
     const Weights w{N, K, codes.data(), d.data(), KIND, nullptr, nullptr};
-    const Rows r = quantize<F32>(x.data(), M, K, K, f.block, f.block == 256 ? 16 : 32, 1);
+    const int64_t group = f.block == 256 ? 16 : 32;
+    Rows r = quantize<F32>(x.data(), M, K, K, f.block, group, true, 1);
     for (int64_t tile = 0; tile < N / TILE_N; tile++) block_rows<KIND, F32>(r, w, tile, expected.data());
+    r = quantize<F32>(x.data(), M, K, K, f.block, group, false, 1);
     tile_rows<KIND, F32>(r, w, {0, N / TILE_N}, y.data());
     return std::memcmp(expected.data(), y.data(), M * N * sizeof(float)) == 0;
 #else

@@ -206,7 +206,7 @@ void add_chunk(const Rows& r, Span rows, const uint8_t* record, const uint16_t* 
         for (int64_t b = 0; b < blocks; b++) {
             I16 total{};
             for (int64_t p = 0; p < planes(f); p++) total = total * 8 + load(sums + (b + p) * 16 * TILE_N);
-            add_block<KIND>(r, m, first + b, total, scale[b], minimum[b], scales, sum);
+            add_block<KIND, 1>(r, m, first + b, total, scale[b], minimum[b], scales, sum);
         }
         store(y, sum);
     }

@@ -24,14 +24,21 @@ constexpr int64_t PARTS = 16;    // bytes of `parts` per block
 constexpr int64_t BEYOND = 256;  // bytes after the last row that may be read, and are multiplied by 0 or not used
 
 // Rows quantized to int8, with a scale per `block` inputs (the last may be shorter) and the sum of codes per `group`
-// inputs. M is padded to 16 rows with zeros.
+// inputs. M is padded to 16 rows with zeros. T rows (1 or 4) are interleaved: with rows a multiple of 4096 bytes apart,
+// equal columns of several would evict each other from the cache.
 struct Rows {
     int64_t M, K, Kp, block, group, blocks;
-    int8_t* q;      // (M, Kp)
-    float* scale;   // (M, blocks)
-    int32_t* sum;   // (M, Kp / group)
-    int8_t* parts;  // (M, blocks, PARTS), or null
+    int8_t* q;      // (M / T, Kp / 4, T, 4)
+    float* scale;   // (M / T, blocks, T)
+    int32_t* sum;   // (M / T, Kp / group, T)
+    int8_t* parts;  // (M / T, blocks, T, PARTS), or null
+    // The rows from `row` on, a multiple of T.
+    Rows from(int64_t row) const {
+        return {M - row, K, Kp, block, group, blocks, q + row * Kp, scale + row * blocks, sum + row * (Kp / group), parts ? parts + row * blocks * PARTS : nullptr};
+    }
 };
+
+constexpr int64_t TOGETHER = 4;  // T of interleaved rows
 
 // Writes the sums of up to 8 groups of 32 codes as 128 high + low, 0 <= low < 128, two bytes that the dot products of
 // lines accept: the high parts of 4 groups, their low parts, and the same for the other 4. sum: those of groups of 16.
@@ -77,9 +84,23 @@ void quantize_row(const Rows& r, int64_t row, const typename T::Store* x) {
             split_sums(r.sum + row * (r.Kp / 16) + b * 16, std::min(r.Kp - b * 256, int64_t(256)) / 32, r.parts + (row * r.blocks + b) * PARTS);
 }
 
+// Transposes (TOGETHER, n) elements of E in place.
+template <class E>
+void interleave(E* p, int64_t n) {
+    static thread_local Scratch<E> scratch;
+    E* copy = scratch.get(TOGETHER * n);
+    std::memcpy(copy, p, TOGETHER * n * sizeof(E));
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t t = 0; t < TOGETHER; t++) p[i * TOGETHER + t] = copy[t * n + i];
+}
+
+struct Parts {
+    int8_t bytes[PARTS];
+};
+
 // Quantizes M rows, in scratch memory that the next call reuses: a scale per `block` inputs, a sum per `group`.
 template <class T>
-Rows quantize(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, int64_t group, int threads) {
+Rows quantize(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, int64_t group, bool interleaved, int threads) {
     static thread_local Scratch<int8_t> codes_scratch;
     static thread_local Scratch<float> scale_scratch;
     static thread_local Scratch<int32_t> sum_scratch;
@@ -88,14 +109,21 @@ Rows quantize(const void* x, int64_t M, int64_t K, int64_t Kp, int64_t block, in
     int8_t* parts = block == 256 && group == 16 ? parts_scratch.get(padded * blocks * PARTS) : nullptr;
     const Rows r{M, K, Kp, block, group, blocks, codes_scratch.get(padded * Kp + BEYOND), scale_scratch.get(padded * blocks), sum_scratch.get(padded * groups), parts};
     const auto* rows = static_cast<const typename T::Store*>(x);
-    parallel(M < 4 ? 1 : threads, [&](int t, int n) {
-        const Span range = partition(M, t, n);
-        for (int64_t m = range.begin; m < range.end; m++) quantize_row<T>(r, m, rows + m * K);
-    });
     std::memset(r.q + M * Kp, 0, (padded - M) * Kp);
     std::fill_n(r.scale + M * blocks, (padded - M) * blocks, 0.0f);
     std::fill_n(r.sum + M * groups, (padded - M) * groups, 0);
     if (parts) std::memset(parts + M * blocks * PARTS, 0, (padded - M) * blocks * PARTS);
+    parallel(M < 4 ? 1 : threads, [&](int t, int n) {
+        const Span range = partition((M + TOGETHER - 1) / TOGETHER, t, n);
+        for (int64_t m = range.begin * TOGETHER; m < range.end * TOGETHER; m += TOGETHER) {
+            for (int64_t i = m; i < std::min(m + TOGETHER, M); i++) quantize_row<T>(r, i, rows + i * K);
+            if (!interleaved) continue;
+            interleave(reinterpret_cast<int32_t*>(r.q + m * Kp), Kp / 4);
+            interleave(r.scale + m * blocks, blocks);
+            interleave(r.sum + m * groups, groups);
+            if (parts) interleave(reinterpret_cast<Parts*>(parts + m * blocks * PARTS), blocks);
+        }
+    });
     return r;
 }
 

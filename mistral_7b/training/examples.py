@@ -64,7 +64,7 @@ class Source:
     bad: list[BadLine] = field(default_factory=list)
 
     def __str__(self) -> str:
-        said = f"{self.path}: {self.rows:,} rows of the form {self.form}"
+        said = f"{self.path}: {self.rows:,} {'row' if self.rows == 1 else 'rows'} of the form {self.form}"
         if self.items != self.rows:
             said += f" in {self.items:,} documents"
         said += f", {self.tokens:,} tokens"

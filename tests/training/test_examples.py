@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -309,3 +311,14 @@ def test_a_chat_for_a_model_without_a_template_is_refused_once(tmp_path: Path) -
 
 def test_a_reward_may_have_keys_of_every_name() -> None:
     form_of({"prompt": "a", "chosen": 1, "rejected": 2, "tool": 3}, "grpo").check_keys({"prompt": "a", "tool": 3})
+
+
+def test_the_snippet_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    snippet = page.split("```python\n")[1].split("```")[0]
+    shown = page.split("<!-- output -->\n```\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "docs/data.md", "exec"), {})
+    assert out.getvalue() == shown

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-PARTS = 1024  # of rendered texts, whose ids are remembered
+PARTS, PART = 256, 4096  # parts of rendered texts whose ids are remembered, and the longest one, in characters
 SECRET = secrets.token_hex(16)  # unknown to users, and in no file
 
 
@@ -122,12 +122,15 @@ class FastVocabulary(Vocabulary):
             done = end
         return _encode(self._guarded, "".join(parts) + text[done:])
 
-    @cached_property
-    def _encode_part(self) -> Callable[[str], list[int]]:
+    def _encode_part(self, text: str) -> list[int]:
         """Encode the part of a rendered text from one control token to the next.
 
-        The last parts are remembered, as each turn of a conversation renders those before it again.
+        The last short parts are remembered, as each turn of a conversation renders those before it again.
         """
+        return self._known_part(text) if len(text) <= PART else _encode(self._full, text)
+
+    @cached_property
+    def _known_part(self) -> Callable[[str], list[int]]:
         return lru_cache(PARTS)(lambda text: _encode(self._full, text))
 
     @cached_property

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
@@ -129,8 +129,9 @@ class ChatTemplate:
         """Render a conversation with marks in what spells a control token, and read them."""
         marks = self._marks
         mark, end = marks.free(conversation.strings())
-        spelled = conversation.mapped(lambda s: marks.spellings(s, mark))
-        bordered = conversation.mapped(lambda s: marks.spellings(marks.borders(s, mark), mark))
+        marked = cache(lambda s: marks.spellings(s, mark))  # most borders need no mark: the same text twice
+        spelled = conversation.mapped(marked)
+        bordered = conversation.mapped(lambda s: marked(marks.borders(s, mark)))
         ordinary, meeting = bordered == conversation, bordered != spelled
         if continue_final:
             spelled, bordered = spelled.ending(end), bordered.ending(end)

@@ -278,3 +278,14 @@ class Tokenizer:
         if self.chat is None:
             raise no_template(self.path.parent)
         return self.chat.encode(messages, tools, labels)
+
+    def encode_history(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Encode a conversation as the beginning of a longer one: no message of the assistant is begun after it.
+
+        Behind an answer stand the token that ends it, and what the template writes after that.
+        """
+        if self.chat is None:
+            raise no_template(self.path.parent)
+        return self.chat.encode_history(messages, tools)

@@ -12,6 +12,7 @@ from refusals import refused
 from template_shapes import CHATML, HERMES_TOOLS, MISTRAL_2023, MISTRAL_V3, SAIGA, SHAPES, ZEPHYR
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from waiting import soon
 
 from mistral_7b.errors import TokenizerError
 from mistral_7b.text.chat_template import ChatTemplate
@@ -203,13 +204,9 @@ def test_a_conversation_with_every_noncharacter_is_refused_or_rendered():
 
 
 def test_hundreds_of_control_tokens_do_not_slow_a_long_text_down():
-    import time
-
     controls = [f"[control_{i}]" for i in range(800)]
     chat = [{"role": "user", "content": "[x] [control_1 ][control_2]" * 4000}]
-    start = time.thread_time()
-    assert len(ours(CHATML, chat, controls=controls).plain) == 4000
-    assert time.thread_time() - start < 3
+    assert len(soon(3, lambda: ours(CHATML, chat, controls=controls)).plain) == 4000
 
 
 # Continuing an answer

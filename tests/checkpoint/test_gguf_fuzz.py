@@ -8,6 +8,7 @@ import time
 import tracemalloc
 
 import pytest
+from example_counts import MANY
 from gguf_inputs import BLOCKS, built, grown, mutated, pairs_of, seeds, survives, tensors_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from mistral_7b.checkpoint.gguf.reading import StoredBlocks
 from mistral_7b.checkpoint.reading import open_checkpoint
 
 SEEDS = seeds()
-QUICK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(MANY, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def endured(path: pathlib.Path, raw: bytes) -> bool:

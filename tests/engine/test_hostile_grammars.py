@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import MANY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import refused
@@ -290,7 +291,7 @@ SPECS = st.one_of(
 ENDS = Counter[str]()
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(MANY, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(spec=SPECS, seed=st.integers(0, 3))
 def test_random_hostile_grammars_do_not_change_other_outputs(
     llm: LLM, wanted: list[list[int]], spec: dict[str, Any], seed: int

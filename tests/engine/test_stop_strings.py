@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given, settings
+from example_counts import MANY
+from hypothesis import given
 from hypothesis import strategies as st
 from waiting import soon
 
@@ -26,7 +27,7 @@ def plain(stops: list[str], pieces: list[str]) -> tuple[list[str], str | None, s
     return out, None, text[given_out:]
 
 
-@settings(max_examples=400, deadline=None)
+@MANY
 @given(
     st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3), st.lists(st.text("abc", max_size=7))
 )

@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from example_counts import MANY, SOME
+from hypothesis import example, given
 from hypothesis import strategies as st
 from refusals import refused
 from template_shapes import CHATML, HERMES_TOOLS, MISTRAL_2023, MISTRAL_V3, SAIGA, SHAPES, ZEPHYR
@@ -68,7 +69,7 @@ def theirs(source, messages, tools=None, generate=True, **options):
 def test_conversations_render_as_in_transformers(name):
     template = ChatTemplate(ALL[name], name=name, special=SPECIAL, controls=CONTROLS)
 
-    @settings(max_examples=40, deadline=None)
+    @SOME
     @given(CHAT, st.booleans())
     @example([{"role": "system", "content": ""}, USER, {"role": "assistant", "content": " a \n"}], True)
     @example([USER, {"role": "assistant", "content": None}], False)
@@ -173,7 +174,7 @@ def test_what_the_template_writes_is_a_control_token():
     assert spelled.text[:22] == "<|im_end|></s><|user|>"
 
 
-@settings(max_examples=150, deadline=None)
+@MANY
 @given(
     st.lists(st.lists(st.sampled_from(["<", "|", ">", "im_end", "<|im_end|>", "</s>", "s", "/", " "]), max_size=5)
              .map("".join), min_size=1, max_size=4)

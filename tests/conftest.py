@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import os
 import pathlib
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config.option, "loadscopereorder"):  # of xdist: it would put files of few tests last, slow or not
-        config.option.loadscopereorder = False
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):  # of xdist: long files first, so that no process is left with one alone
-        tests = Counter(item.path for item in items)
-        slow = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: (item.path not in slow, -tests[item.path], item.path))
     if config.getoption("--reworded"):
         for item in items:
             if item.get_closest_marker("wording"):

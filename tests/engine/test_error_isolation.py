@@ -32,7 +32,7 @@ from mistral_7b.text.tokenizer import Tokenizer
 
 CONFIG = EngineConfig(max_sequences=8, max_batch_tokens=32, page_size=4)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-PROMPT, TOKENS = "abab abab", 4
+PROMPT, TOKENS = "abab abab", 3
 # Everything that a request can bring with it.
 ASKED: dict[str, dict[str, Any]] = {
     "text": {"stop": ["zzz", "qq"], "repetition_penalty": 1.2, "presence_penalty": 0.5, "min_tokens": 2, "n": 2},
@@ -89,7 +89,7 @@ def own_objects(request: Request) -> Iterator[Any]:
 
 @contextmanager
 def faults(request: Request, at: int, places: list[Place]) -> Iterator[None]:
-    """Raise at call number `at` of a method of the request's own objects; `places` gets all calls up to it."""
+    """Raise at call number `at` of a method of the request's own objects; `places` gets all calls."""
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         if event != "call" or frame.f_code.co_varnames[:1] != ("self",):
@@ -99,11 +99,10 @@ def faults(request: Request, at: int, places: list[Place]) -> Iterator[None]:
             return
         places.append((type(frame.f_locals["self"]), code.co_name))
         if len(places) == at + 1:
-            sys.setprofile(None)
             raise InjectedError(places[-1])
 
     own = {id(thing): thing for thing in own_objects(request)}
-    sys.setprofile(profile if len(places) <= at else None)  # a profiler slows all down
+    sys.setprofile(profile)
     try:
         yield
     finally:

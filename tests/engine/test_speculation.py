@@ -71,9 +71,13 @@ def facts(requests: Sequence[RequestOutput]) -> list[tuple[object, ...]]:
 def same(
     model: Mistral7B, prompts: Any, params: Any, speculate: Speculation, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Generated with and without, all is equal; log-probabilities to float tolerance."""
+    """Generated with and without, all is equal."""
     plain = generate(model, prompts, params, tokenizer)
-    quick = generate(model, prompts, params, tokenizer, speculate=speculate)
+    equal(generate(model, prompts, params, tokenizer, speculate=speculate), plain)
+
+
+def equal(quick: Sequence[RequestOutput], plain: Sequence[RequestOutput]) -> None:
+    """All is equal; log-probabilities to float tolerance."""
     assert facts(quick) == facts(plain)
     for a, b in zip(quick, plain, strict=True):
         for x, y in zip(a.outputs, b.outputs, strict=True):
@@ -107,10 +111,11 @@ def test_tokens_are_those_without_speculation(model: Mistral7B, small: Mistral7B
     """Alone and in a ragged batch, far beyond the window."""
     params = SamplingParams(**{"max_tokens": 60, "ignore_eos": True, **KINDS[name]})
     prompts = [repeating(5, 4), repeating(11, 1, 1), repeating(2, 2, 2), [3]]
+    beside, alone = generate(model, prompts, params), generate(model, prompts[0], params)
     for max_draft in (1, 6):
         speculate = Speculation(small if kind == "draft" else None, max_draft, 3, 1, row_cost=FREE)
-        same(model, prompts, params, speculate)
-        same(model, prompts[0], params, speculate)
+        equal(generate(model, prompts, params, speculate=speculate), beside)
+        equal(generate(model, prompts[0], params, speculate=speculate), alone)
         assert speculate.tally.accepted > 0  # or nothing was tested
         assert speculate.tally.drafted > speculate.tally.accepted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mistral_7b.bench.roofline import Ceilings
 
 torch.set_num_threads(1)
+gc.set_threshold(5_000, 10, 50)  # tests make few cycles, and each module ends with a full collection
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +48,16 @@ def _reworded(request: pytest.FixtureRequest) -> Iterator[None]:
 
         patch.setattr(Mistral7BError, "__init__", init)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """The collector leaves alone what was there before a module: imports, and what former modules left.
+
+    A full collection over them takes a second, which would fall into any test, timed ones too.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from example_counts import SOME
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import close, tiny_model, tokens_of, truth
@@ -19,7 +20,7 @@ from mistral_7b.errors import CacheError
 from mistral_7b.model import ModelArgs
 
 # Examples are drawn the same every run: a failure found once is found again.
-checked = settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
+checked = settings(SOME, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @st.composite

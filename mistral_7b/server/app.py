@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import iter_route_contexts
+from fastapi.routing import APIRoute, iter_route_contexts
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
@@ -65,8 +65,11 @@ def _answer_head(app: FastAPI) -> None:
         if route.path is None or route.endpoint is None:
             continue
         if "GET" in (route.methods or ()) and "HEAD" not in (route.methods or ()):
-            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False,
-                              response_model=None)  # fmt: skip
+            # Not by add_api_route, which would give it the application's documented answers.
+            head = APIRoute(
+                route.path, route.endpoint, methods=["HEAD"], include_in_schema=False, response_model=None
+            )
+            app.router.routes.append(head)
 
 
 def _install_openapi(app: FastAPI) -> None:

@@ -92,17 +92,20 @@ class Server(uvicorn.Server):
         """Serve until a signal or `stop`.
 
         Objects that exist now live until exit. They are frozen, because a full collection over them would block
-        the event loop for 0.2 seconds.
+        the event loop for 0.2 seconds. A process that has frozen its objects itself keeps them so.
         """
         _raise_file_limit(self.state.config.max_connections + OTHER_FILES)
-        gc.freeze()
+        ours = not gc.get_freeze_count()
+        if ours:
+            gc.freeze()
         previous = gc.get_threshold()
         gc.set_threshold(*COLLECT)
         try:
             super().run(sockets)
         finally:
             gc.set_threshold(*previous)
-            gc.unfreeze()
+            if ours:
+                gc.unfreeze()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and start to measure the event loop's lag."""

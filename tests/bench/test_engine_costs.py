@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tiny import tiny_args, tiny_model
+from waiting import less
 
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import LLM
@@ -66,8 +67,13 @@ def test_the_model_is_not_counted_as_overhead(script: ModuleType, monkeypatch: p
         return hidden(*args)
 
     monkeypatch.setattr(model, "hidden", slow)
-    told: list[dict[str, float]] = []
     llm = LLM(model, EngineConfig(max_sequences=4, max_batch_tokens=24, page_size=4))
     words = script.Words(model.args.vocab_size)
-    script.overhead(llm, words, lambda what, **figures: told.append(figures), "greedy", (0,))
-    assert all(f["step"] > 0.05 > f["outside"] for f in told)
+
+    def overhead() -> float:
+        told: list[dict[str, float]] = []
+        script.overhead(llm, words, lambda what, **figures: told.append(figures), "greedy", (0,))
+        assert all(f["step"] > 0.05 for f in told)
+        return max(f["outside"] for f in told)
+
+    less(0.05, overhead)

@@ -18,6 +18,7 @@ from bench_samples import ARGS
 from fake_llama_server import install
 from refusals import refused
 from serving_samples import job_of
+from waiting import less
 
 from mistral_7b.bench.jobs import LLAMA, OURS
 from mistral_7b.bench.serving import llama_server, ours
@@ -73,15 +74,18 @@ def test_nobody_waits_for_a_busy_engine_to_be_sent() -> None:
         target = Sluggish()
         return target, await drive(target, [Arrival(at, [1], 3) for at in (0.0, 0.02, 0.12, 0.13)])
 
-    target, traces = asyncio.run(run())
-    # Requests that arrive while the process is blocked are sent right after; latency counts from arrival.
-    assert [t.arrived for t in traces] == [0.0, 0.02, 0.12, 0.13]
-    assert target.called[3] - target.called[0] < 0.35  # all arrived before the second was answered
-    for turn, trace in enumerate(traces):
-        assert len(trace.tokens) == 3
-        assert trace.tokens[0] >= 0.1 + 0.15 * turn
-        assert trace.tokens[2] - trace.tokens[0] >= 0.05
-        assert trace.error is None
+    def sent_within() -> float:
+        target, traces = asyncio.run(run())
+        # Requests that arrive while the process is blocked are sent right after; latency counts from arrival.
+        assert [t.arrived for t in traces] == [0.0, 0.02, 0.12, 0.13]
+        for turn, trace in enumerate(traces):
+            assert len(trace.tokens) == 3
+            assert trace.tokens[0] >= 0.1 + 0.15 * turn
+            assert trace.tokens[2] - trace.tokens[0] >= 0.05
+            assert trace.error is None
+        return target.called[3] - target.called[0]
+
+    less(0.35, sent_within)  # all arrived before the second was answered
 
 
 @pytest.mark.wording

@@ -7,8 +7,6 @@ import json
 import pathlib
 import shutil
 import struct
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +26,7 @@ from mistral_7b.checkpoint.gguf.file import KINDS
 from mistral_7b.checkpoint.gguf.modules import BlockEmbedding
 from mistral_7b.checkpoint.names import expected, rename
 from mistral_7b.checkpoint.reading import open_checkpoint
+from mistral_7b.cli import main
 from mistral_7b.quantization.linear import BlockLinear
 
 # All sizes differ, and rows are multiples of 32, so that all block types but K types fit.
@@ -426,12 +425,10 @@ def test_other_formats_store_the_dequantized_values(tmp_path: pathlib.Path) -> N
     assert same_bits(opened(tmp_path / "hf"), opened(tmp_path / "x.gguf"))
 
 
-def test_the_command_line_converts_to_gguf(tmp_path: pathlib.Path) -> None:
+def test_the_command_line_converts_to_gguf(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*argv: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "mistral_7b", *argv], capture_output=True, text=True, check=True
-        )
-        return done.stdout
+        assert main(list(argv)) == 0
+        return capsys.readouterr().out
 
     path = str(tmp_path / "demo.gguf")
     run("convert", "demo", path, "--to", "gguf", "--type", "bf16")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from example_counts import FEW
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_7b.checkpoint.gguf import blocks as gguf_blocks
@@ -33,7 +34,7 @@ def random_rows(kind: Kind, seed: int, rows: int = 37, blocks: int = 3) -> np.nd
 
 @pytest.mark.parametrize("kind", BLOCKED, ids=lambda kind: kind.name)
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
+@FEW
 def test_any_bytes_dequantize_as_in_the_gguf_package(kind: Kind, seed: int) -> None:
     """Random bytes include scales of every kind: negative, subnormal, infinite, NaN."""
     raw = random_rows(kind, seed)
@@ -84,7 +85,7 @@ def awkward(seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", AS_THE_PACKAGE, ids=lambda kind: kind.name)
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
+@FEW
 def test_quantized_bytes_equal_those_of_the_gguf_package(kind: Kind, seed: int) -> None:
     x = awkward(seed)
     for source in (torch.from_numpy(x), torch.from_numpy(x).bfloat16()):

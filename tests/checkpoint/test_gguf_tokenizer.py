@@ -9,7 +9,8 @@ from typing import Any
 
 import gguf
 import pytest
-from hypothesis import given, settings
+from example_counts import MANY
+from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 from sentencepiece import SentencePieceProcessor
@@ -27,11 +28,7 @@ TEXTS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -68,7 +65,7 @@ def test_ids_equal_the_original(pair: tuple[Tokenizer, Tokenizer, Any], text: st
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
-@settings(max_examples=200, deadline=None)
+@MANY
 def test_ids_of_any_text_equal_the_original(pair: tuple[Tokenizer, Tokenizer, Any], text: str) -> None:
     original, back, _ = pair
     assert back.encode(text) == original.encode(text)

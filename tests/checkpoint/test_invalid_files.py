@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import MANY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import refused
@@ -243,9 +244,8 @@ def test_a_truncated_compressed_or_old_pickle_is_refused(copies: pathlib.Path) -
 
 
 FUZZ = settings(
-    max_examples=120, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+    MANY, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 def opens_or_says_why(folder: pathlib.Path) -> None:

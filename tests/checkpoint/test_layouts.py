@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -52,10 +51,8 @@ class Opened(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield tmp_path_factory.mktemp("words")
+def words(tmp_path_factory: pytest.TempPathFactory, own_cache: pathlib.Path) -> pathlib.Path:
+    return tmp_path_factory.mktemp("words")
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

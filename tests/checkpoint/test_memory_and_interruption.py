@@ -115,6 +115,7 @@ BOUNDS = {  # (what, source, target) -> peak, as a share of the weights' size
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory from Linux's /proc")
 def test_peak_memory_stays_near_one_model(sources: pathlib.Path) -> None:
     program = [sys.executable, "-c", MEASURE, sources, json.dumps(list(BOUNDS))]

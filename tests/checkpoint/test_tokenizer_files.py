@@ -29,11 +29,7 @@ TEXTS = folders.fuzzed(300)
 SIZES = {"sentencepiece": 4128, "fast": 4100}  # with and without padding of the embedding; others 768
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module", params=folders.KINDS)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import torch
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -31,6 +32,15 @@ def write_model(folder: pathlib.Path, **changes: object) -> pathlib.Path:
     data = MistralTokenizer._data_path()
     shutil.copyfile(data / "mistral_instruct_tokenizer_240323.model.v3", folder / "tokenizer.model.v3")
     return folder
+
+
+def interrupt(number: int) -> None:
+    """Send this thread a signal, which is handled before the call returns.
+
+    A signal to the process may be handled later, by whatever runs then. Where that is a callback of the garbage
+    collector, such as hypothesis has, the exception is lost and the test waits for ever.
+    """
+    signal.pthread_kill(threading.get_ident(), number)
 
 
 def start(*argv: str, before: str = "", **options: object) -> subprocess.Popen[bytes]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -24,6 +25,14 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model without a window and with a context of 64 tokens."""
     folder = tmp_path_factory.mktemp("models") / "short"
     return str(write_model(folder, sliding_window=None, rope_theta=1e6, max_seq_len=64))
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also in a suite in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Result(NamedTuple):

@@ -21,6 +21,7 @@ run.measure_ceilings = lambda *asked: Ceilings(1e9, 1e9)
 """
 
 
+@pytest.mark.slow
 def test_shape_with_a_peer_end_to_end(run, ceilings_asked: list, tmp_path: pathlib.Path) -> None:
     flags = ["--shape", "tiny", "--scheme", "none", "--what", "decode", "batch16", "--context", "20", "--quick"]
     files = ["--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]

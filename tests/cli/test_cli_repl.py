@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pyte
 import pytest
+from command import interrupt
 from rich.console import Console
 
 from mistral_7b.cli.conversation import Conversation
@@ -236,7 +237,7 @@ def test_ctrl_c_waits_for_what_must_not_be_cut() -> None:
 
     def drawing() -> None:
         with uninterrupted():
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt(signal.SIGINT)
             steps.append("whole")
         steps.append("never")
 

@@ -10,7 +10,7 @@ import sys
 import warnings
 
 import pytest
-from command import start
+from command import interrupt, start
 from full_disk import below
 
 from mistral_7b import files
@@ -179,6 +179,7 @@ def test_leftovers_of_killed_runs_are_removed_and_those_of_running_ones_kept(tmp
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_training_says_where_it_resumes(
     tmp_path: pathlib.Path, monkeypatch, capsys: pytest.CaptureFixture[str], number: int
@@ -192,7 +193,7 @@ def test_stopped_training_says_where_it_resumes(
 
     def stop(self: object, record: dict[str, float]) -> None:
         if record["step"] == 3:
-            os.kill(os.getpid(), number)
+            interrupt(number)
 
     monkeypatch.setattr("mistral_7b.training.trainer.ProgressLine.__call__", stop)
     before = signal.getsignal(signal.SIGTERM)

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from example_counts import SOME
+from hypothesis import given
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from refusals import refused
@@ -47,7 +48,7 @@ def test_the_tokens_are_those_of_the_text_as_given(version: str, text: str) -> N
 
 @versions
 @given(text=TEXTS, more=TEXTS)
-@settings(max_examples=60, deadline=None)
+@SOME
 def test_beginning_and_answer_join_to_one_text(version: str, text: str, more: str) -> None:
     """Whatever the answer begins with: a piece with a space in it, without, or bytes."""
     t = OURS[version]

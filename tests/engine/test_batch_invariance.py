@@ -223,7 +223,7 @@ def test_a_request_gets_what_it_gets_alone(kind: str) -> None:
 @kinds
 def test_whatever_runs_beside_it_a_request_gets_what_it_gets_alone(kind: str) -> None:
     seen = dict.fromkeys(["preemptions", "cached_tokens", "accepted_tokens"], 0)
-    for seed in range(30):
+    for seed in range(16):
         engine = Schedule(kind, seed).play(6).check().engine
         assert engine.pool.held == 0
         for name in seen:

@@ -32,7 +32,7 @@ from mistral_7b.text.tokenizer import Tokenizer
 
 CONFIG = EngineConfig(max_sequences=8, max_batch_tokens=32, page_size=4)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-PROMPT, TOKENS = "abab abab", 4
+PROMPT, TOKENS = "abab abab", 3
 # Everything that a request can bring with it.
 ASKED: dict[str, dict[str, Any]] = {
     "text": {"stop": ["zzz", "qq"], "repetition_penalty": 1.2, "presence_penalty": 0.5, "min_tokens": 2, "n": 2},

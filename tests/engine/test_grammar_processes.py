@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,27 +16,12 @@ ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/engine")))}
 
 FILES = """
-import os, resource, signal, sys
+import json, os, resource, signal, sys
 from test_compile_queue import *
 from mistral_7b.engine.inputs import RequestOptions
 tokenizer = Tokenizer.from_pretrained()
 args = tiny_args(vocab_size=tokenizer.vocab_size, sliding_window=64, max_seq_len=256)
-llm = LLM(tiny_model(args), EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=4), tokenizer=tokenizer)
-free, bad = (
-    llm.inputs.text("a", SamplingParams(max_tokens=20, ignore_eos=True, structured_outputs=spec), RequestOptions())
-    for spec in (None, StructuredOutputs(regex="[a-z ]{60}"))
-)
-for request in (free, bad):
-    llm.engine.add(request)
-for _ in range(3):
-    llm.engine.step()
-process = bad.sequences[0].grammar._process
-os.kill(process._pid, signal.SIGKILL)
-process.exit_signal()
-if sys.argv[2] == "server":
-    llm.inputs.grammars._server._process.kill()
 _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, most))
 
 def leave(files):
     taken = []
@@ -47,34 +33,56 @@ def leave(files):
     for fd in taken[len(taken) - files:]:
         os.close(fd)
 
-leave(int(sys.argv[1]))
-while not llm.engine.idle:
-    llm.engine.step()
-print(type(bad.error).__name__, bad.error)
-print(free.error, len(free.completions[0].token_ids))
-leave(int(sys.argv[1]))
-try:
-    llm.inputs.text("a", SamplingParams(structured_outputs=StructuredOutputs(regex="b")), RequestOptions())
-except Exception as e:
-    print(type(e).__name__, e)
-resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
-print(llm.generate("a", SamplingParams(structured_outputs=StructuredOutputs(regex="bc")))[0].outputs[0].text)
+def run_out(left, killed):
+    config = EngineConfig(max_sequences=4, max_batch_tokens=64, page_size=4)
+    llm = LLM(tiny_model(args), config, tokenizer=tokenizer)
+    params = [SamplingParams(max_tokens=20, ignore_eos=True, structured_outputs=spec)
+              for spec in (None, StructuredOutputs(regex="[a-z ]{60}"))]
+    free, bad = (llm.inputs.text("a", p, RequestOptions()) for p in params)
+    for request in (free, bad):
+        llm.engine.add(request)
+    for _ in range(3):
+        llm.engine.step()
+    process = bad.sequences[0].grammar._process
+    os.kill(process._pid, signal.SIGKILL)
+    process.exit_signal()
+    if killed == "server":
+        llm.inputs.grammars._server._process.kill()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 10, most))
+    leave(left)
+    while not llm.engine.idle:
+        llm.engine.step()
+    print(type(bad.error).__name__, bad.error)
+    print(free.error, len(free.completions[0].token_ids))
+    leave(left)
+    try:
+        llm.inputs.text("a", SamplingParams(structured_outputs=StructuredOutputs(regex="b")), RequestOptions())
+    except Exception as e:
+        print(type(e).__name__, e)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
+    print(llm.generate("a", SamplingParams(structured_outputs=StructuredOutputs(regex="bc")))[0].outputs[0].text)
+
+for left, killed in json.loads(sys.argv[1]):
+    run_out(left, killed)
 """
 
 
-@pytest.mark.parametrize(("left", "killed"), [(0, "worker"), (1, "worker"), (0, "server"), (1, "server")])
-def test_running_out_of_files_ends_only_its_request(left: int, killed: str) -> None:
-    """A process ends during a step, and no other can be started."""
+def test_running_out_of_files_ends_only_its_request() -> None:
+    """A process ends during a step, and no other can be started: with or without a file left, of either kind."""
+    cases = [(0, "worker"), (1, "worker"), (0, "server"), (1, "server")]
     done = subprocess.run(
-        [sys.executable, "-c", FILES, str(left), killed], capture_output=True, text=True, timeout=120, env=ENV
+        [sys.executable, "-c", FILES, json.dumps(cases)], capture_output=True, text=True, timeout=120, env=ENV
     )
     assert done.returncode == 0, done.stderr
-    bad, free, asked, again = done.stdout.splitlines()
-    for error in (bad, asked):
-        assert error.startswith("ProcessError no process could be started")
-        assert "Too many open files" in error
-    assert free == "None 20"
-    assert again == "bc"
+    said = done.stdout.splitlines()
+    assert len(said) == 4 * len(cases)
+    for i, case in enumerate(cases):
+        bad, free, asked, again = said[4 * i : 4 * i + 4]
+        for error in (bad, asked):
+            assert error.startswith("ProcessError no process could be started"), case
+            assert "Too many open files" in error, case
+        assert free == "None 20", case
+        assert again == "bc", case
 
 
 KILLED = """

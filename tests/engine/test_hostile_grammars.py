@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import MANY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import refused
 from tiny import tiny_args, tiny_model
+from waiting import less
 
 from mistral_7b.engine.config import EngineConfig, GrammarLimits
 from mistral_7b.engine.grammar import client
@@ -153,21 +155,26 @@ def test_an_ambiguous_grammar_ends_at_its_cpu_limit(llm: LLM, wanted: list[list[
     params = SamplingParams(
         max_tokens=900, min_tokens=800, n=8, logit_bias={a: 100}, structured_outputs=ambiguous
     )  # fmt: skip
-    bad = llm.inputs.text("a", params, RequestOptions())
-    free = llm.inputs.text("def f(", SamplingParams(max_tokens=600, ignore_eos=True, seed=1), RequestOptions())
-    longest = 0.0
-    for request in (bad, free):
-        llm.engine.add(request)
-    while not llm.engine.idle:
-        began, before = time.monotonic(), len(free.completions[0].token_ids)
-        llm.engine.step()
-        if not bad.finished and not free.finished:
-            assert len(free.completions[0].token_ids) == before + 1, "a step passed it over"
-            longest = max(longest, time.monotonic() - began)
-    assert isinstance(bad.error, GrammarError)
-    assert bad.error.field == "structured_outputs"
-    assert free.error is None
-    assert longest < 0.5  # on a busy machine; the moment is 10 ms
+
+    def longest_step() -> float:
+        bad = llm.inputs.text("a", params, RequestOptions())
+        beside_it = SamplingParams(max_tokens=600, ignore_eos=True, seed=1)
+        free = llm.inputs.text("def f(", beside_it, RequestOptions())
+        longest = 0.0
+        for request in (bad, free):
+            llm.engine.add(request)
+        while not llm.engine.idle:
+            began, before = time.monotonic(), len(free.completions[0].token_ids)
+            llm.engine.step()
+            if not bad.finished and not free.finished:
+                assert len(free.completions[0].token_ids) == before + 1, "a step passed it over"
+                longest = max(longest, time.monotonic() - began)
+        assert isinstance(bad.error, GrammarError)
+        assert bad.error.field == "structured_outputs"
+        assert free.error is None
+        return longest
+
+    less(0.5, longest_step)  # on a busy machine; the moment is 10 ms
     run(llm, others := beside(llm))
     assert [r.completions[0].token_ids for r in others] == wanted
 
@@ -284,7 +291,7 @@ SPECS = st.one_of(
 ENDS = Counter[str]()
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(MANY, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(spec=SPECS, seed=st.integers(0, 3))
 def test_random_hostile_grammars_do_not_change_other_outputs(
     llm: LLM, wanted: list[list[int]], spec: dict[str, Any], seed: int

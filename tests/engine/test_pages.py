@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from example_counts import SOME
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -124,9 +125,8 @@ class Pages(RuleBasedStateMachine):
 
 TestPages = Pages.TestCase
 TestPages.settings = settings(
-    deadline=None, derandomize=True, max_examples=60, stateful_step_count=30,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+    SOME, derandomize=True, stateful_step_count=30, suppress_health_check=list(HealthCheck)
+)
 
 
 def test_a_key_stands_for_everything_before_it() -> None:

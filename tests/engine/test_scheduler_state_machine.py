@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from automaton import Automaton, Oracle, V, check, engine_of, request_of, run
+from example_counts import FEW
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -186,9 +187,8 @@ def test_only_requests_of_one_salt_share_pages() -> None:
 
 TestCourse = Course.TestCase
 TestCourse.settings = settings(
-    deadline=None, derandomize=True, max_examples=24, stateful_step_count=14,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+    FEW, derandomize=True, stateful_step_count=14, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.mark.parametrize("window", [None, 5])

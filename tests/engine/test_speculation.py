@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import MANY, SOME
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import refused
@@ -70,9 +71,13 @@ def facts(requests: Sequence[RequestOutput]) -> list[tuple[object, ...]]:
 def same(
     model: Mistral7B, prompts: Any, params: Any, speculate: Speculation, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Generated with and without, all is equal; log-probabilities to float tolerance."""
+    """Generated with and without, all is equal."""
     plain = generate(model, prompts, params, tokenizer)
-    quick = generate(model, prompts, params, tokenizer, speculate=speculate)
+    equal(generate(model, prompts, params, tokenizer, speculate=speculate), plain)
+
+
+def equal(quick: Sequence[RequestOutput], plain: Sequence[RequestOutput]) -> None:
+    """All is equal; log-probabilities to float tolerance."""
     assert facts(quick) == facts(plain)
     for a, b in zip(quick, plain, strict=True):
         for x, y in zip(a.outputs, b.outputs, strict=True):
@@ -86,7 +91,7 @@ def same(
 # --- exactness ---
 
 GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-MANY = {
+KINDS = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 0.9, "seed": 3},
     "narrowed": {"temperature": 1.2, "seed": 4, "top_k": 9, "top_p": 0.9, "min_p": 0.02},
@@ -101,15 +106,16 @@ MANY = {
 
 
 @pytest.mark.parametrize("kind", ["lookup", "draft"])
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", KINDS)
 def test_tokens_are_those_without_speculation(model: Mistral7B, small: Mistral7B, name: str, kind: str) -> None:
     """Alone and in a ragged batch, far beyond the window."""
-    params = SamplingParams(**{"max_tokens": 60, "ignore_eos": True, **MANY[name]})
+    params = SamplingParams(**{"max_tokens": 60, "ignore_eos": True, **KINDS[name]})
     prompts = [repeating(5, 4), repeating(11, 1, 1), repeating(2, 2, 2), [3]]
+    beside, alone = generate(model, prompts, params), generate(model, prompts[0], params)
     for max_draft in (1, 6):
         speculate = Speculation(small if kind == "draft" else None, max_draft, 3, 1, row_cost=FREE)
-        same(model, prompts, params, speculate)
-        same(model, prompts[0], params, speculate)
+        equal(generate(model, prompts, params, speculate=speculate), beside)
+        equal(generate(model, prompts[0], params, speculate=speculate), alone)
         assert speculate.tally.accepted > 0  # or nothing was tested
         assert speculate.tally.drafted > speculate.tally.accepted
 
@@ -118,10 +124,10 @@ def test_tokens_are_those_without_speculation(model: Mistral7B, small: Mistral7B
 @pytest.mark.parametrize("window", [1, 8, None])
 def test_rows_that_differ_in_all_share_a_batch(small: Mistral7B, window: int | None, kind: str) -> None:
     model = tiny_model(tiny_args(sliding_window=window, max_seq_len=300), torch.float64)
-    prompts = [repeating(1 + i, 3, i) for i in range(len(MANY))]
+    prompts = [repeating(1 + i, 3, i) for i in range(len(KINDS))]
     params = [
         SamplingParams(**{"max_tokens": 10 + 7 * i, "ignore_eos": True, **changes})
-        for i, changes in enumerate(MANY.values())
+        for i, changes in enumerate(KINDS.values())
     ]
     speculate = Speculation(small if kind == "draft" else None, 5, 3, 1, row_cost=FREE)
     same(model, prompts, params, speculate)
@@ -153,7 +159,7 @@ class Oracle:
         return [(t + 1) % V if self.lies(self.at + i) else t for i, t in enumerate(truth)]
 
 
-@settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(SOME, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_pattern_of_accepted_and_rejected_drafts_is_exact(data: st.DataObject) -> None:
     """Accepted and rejected drafts in any order cover every rollback, in rows that accept different counts."""
@@ -293,7 +299,7 @@ def slowly(tokens: list[int], n: int, ngram: int, least: int) -> list[int]:
     return []
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(MANY, derandomize=True)
 @given(
     st.lists(st.integers(0, 2), max_size=30), st.integers(1, 5), st.integers(1, 5), st.integers(1, 9), st.data()
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ SKIPPED = "4096 or torch_compile or instruction_set"  # slow, and the same code 
 def test_the_kernels_for_arm_are_bit_identical(instructions: str, files: list[Path]) -> None:
     done = subprocess.run(
         [sys.executable, HERE / "emulated.py", instructions, "-x", "-k", f"not ({SKIPPED})", *files],
-        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     calls, _, running = done.stdout.splitlines()[-1].partition(" calls on ")

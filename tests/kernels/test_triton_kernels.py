@@ -25,6 +25,7 @@ CHECKS = ("check_linear.py", "check_fused.py", "check_paged.py")
 
 def run(check: str, interpret: bool) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / check)]

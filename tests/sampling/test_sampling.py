@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from example_counts import MANY, SOME
+from hypothesis import given
 from hypothesis import strategies as st
 from refusals import refused
 
@@ -94,7 +95,7 @@ TOKENS = st.lists(st.integers(0, V - 1), max_size=12)
 
 
 @given(p=PARAMS, seed=st.integers(0, 10**6), banned=TOKENS, prompt=TOKENS, output=TOKENS)
-@settings(max_examples=300, deadline=None)
+@MANY
 def test_each_step_agrees_with_the_numpy_twin(p, seed, banned, prompt, output):
     logits = random_logits(seed=seed)[0].double()
     want = twin(logits.numpy(), p, banned, prompt, output)
@@ -209,7 +210,7 @@ ROWS = st.builds(
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=9), vocab=st.sampled_from([V, 3 * CANDIDATES + 1]), data=st.data())
-@settings(max_examples=120, deadline=None)
+@MANY
 def test_a_row_is_sampled_the_same_to_the_bit_whatever_stands_beside_it(rows, vocab, data):
     """Any mixture of rows: all together, in another order, and each alone."""
     if vocab > V:
@@ -231,7 +232,7 @@ def test_a_row_is_sampled_the_same_to_the_bit_whatever_stands_beside_it(rows, vo
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=9), seed=st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@SOME
 def test_where_everything_is_sorted_the_tokens_are_the_same(rows, seed):
     """As on a GPU, which is not asked whether few candidates were enough."""
     logits = random_logits(len(rows), 3 * CANDIDATES + 1, seed=seed)

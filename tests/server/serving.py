@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import functools
 import http.client
 import json
 import socket
@@ -36,6 +38,10 @@ TOOL = {
     },
 }  # fmt: skip
 HELLO = [{"role": "user", "content": "How will the weather be?"}]
+
+
+_v3 = functools.cache(Tokenizer.v3)
+_tiny = functools.cache(tiny_model)
 
 
 @dataclass
@@ -103,7 +109,7 @@ def serving(
     args = tiny_args(**{"vocab_size": 32768, "sliding_window": 64, "max_seq_len": 1024, **model})
     config = config or ServerConfig(port=0)
     sock = bind(config)
-    llm = AsyncLLM(trained or tiny_model(args), engine, tokenizer=tokenizer or Tokenizer.v3())
+    llm = AsyncLLM(trained or copy.deepcopy(_tiny(args)), engine, tokenizer=tokenizer or _v3())
     server = Server(build(llm, config, "tiny"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

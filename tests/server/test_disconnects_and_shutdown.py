@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import socket
@@ -200,3 +201,22 @@ def test_an_engine_that_breaks_inside_another_server():
                     assert (await client.get(path)).status_code == 503
 
         asyncio.run(scene())
+
+
+def test_a_server_freezes_the_heap_while_it_runs():
+    """A full collection over it would block the event loop."""
+    gc.unfreeze()  # as in a process of its own; in this suite, conftest.py has frozen it
+    try:
+        with serving():
+            assert gc.get_freeze_count() > 10_000
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
+
+
+def test_a_server_leaves_frozen_what_the_process_has_frozen():
+    gc.freeze()
+    before = gc.get_freeze_count()
+    with serving():
+        pass
+    assert gc.get_freeze_count() > 0.9 * before  # some are freed meanwhile

@@ -11,6 +11,7 @@ import time
 
 import pytest
 from serving import HELLO, Serving, serving
+from waiting import soon, until
 
 from mistral_7b.errors import ConfigError
 from mistral_7b.server.config import ServerConfig
@@ -140,14 +141,14 @@ def test_limits_have_their_own_status(closed: Serving):
 
 def test_a_body_or_a_head_that_does_not_come(closed: Serving):
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer one\r\nContent-Length: 50\r\n"
-    begun = time.monotonic()
-    said = closed.raw(f"{head}\r\n{{".encode())
-    assert b" 408 " in said
-    assert error_of(said.partition(b"\r\n\r\n")[2])["code"] == "body_timeout"
-    said = closed.raw(head.encode())
-    assert b" 408 " in said
-    assert error_of(said.partition(b"\r\n\r\n")[2])["code"] == "head_timeout"
-    assert time.monotonic() - begun < 3
+
+    def refused_twice() -> None:
+        for sent, code in ((f"{head}\r\n{{", "body_timeout"), (head, "head_timeout")):
+            said = closed.raw(sent.encode())
+            assert b" 408 " in said
+            assert error_of(said.partition(b"\r\n\r\n")[2])["code"] == code
+
+    soon(3, refused_twice, clock=time.monotonic)
     closed.idle()
 
 
@@ -183,10 +184,7 @@ def test_connections_that_were_refused_are_forgotten_when_they_close(closed: Ser
     for _ in range(20):
         assert b" 400 " in closed.raw(b"nothing\r\n\r\n")
     closed.idle()
-    end = time.monotonic() + 5
-    while transports() > before + 2 and time.monotonic() < end:
-        time.sleep(0.02)
-    assert transports() <= before + 2
+    assert until(lambda: transports() <= before + 2)
 
 
 def test_too_many_at_once(closed: Serving):
@@ -198,9 +196,7 @@ def test_too_many_at_once(closed: Serving):
     ):
         for sock in (a, b):
             sock.sendall(head.encode())
-        end = time.monotonic() + 3
-        while closed.state.active < 2 and time.monotonic() < end:
-            time.sleep(0.002)
+        assert until(lambda: closed.state.active == 2)
         status, headers, data = closed.ask("POST", CHAT, ASK, bearer("one"))
         assert (status, error_of(data)["code"]) == (429, "too_many_requests")
         assert int(headers["retry-after"]) > 0
@@ -275,13 +271,11 @@ def test_what_is_no_http(server: Serving):
 
 
 def test_the_log_has_ids_and_numbers_and_no_prompt(server: Serving, caplog):
-    access = logging.getLogger("mistral_7b.access")
     with caplog.at_level(logging.INFO, "mistral_7b.access"):
         secret = [{"role": "user", "content": "Xyzzy is the secret"}]
         server.ask("POST", CHAT, {**ASK, "messages": secret}, {"x-request-id": "seen-1"})
         server.idle()
-        time.sleep(0.02)
-    assert access.isEnabledFor(logging.INFO) or caplog.records
+        assert until(lambda: any(r.fields["id"] == "seen-1" for r in caplog.records))
     (record,) = [r for r in caplog.records if r.fields["id"] == "seen-1"]
     assert record.fields["status"] == 200
     assert record.fields["completion_tokens"] == 2

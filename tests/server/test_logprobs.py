@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from example_counts import MANY
+from hypothesis import given
 from hypothesis import strategies as st
 from serving import HELLO, Serving
 from tokenizer_files import byte_level_folder, write
@@ -114,7 +115,7 @@ ODD = [[BYTE[b"\xe9"]], [BYTE[b"\xbf"]], [0], [V3.eos_id], [3], [5], [V3.encode(
     st.lists(st.integers(1, 6), min_size=1),
     st.booleans(), st.booleans(), st.booleans(),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@MANY
 def test_tokens_told_so_far_are_the_text_so_far(
     runs: list[list[int]], stops: list[str], sizes: list[int], calls: bool, chat: bool, cut: bool
 ) -> None:
@@ -162,7 +163,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     st.lists(st.sampled_from(["End", " it", "t", "本", "\ufffd", "🙂"]), max_size=2),
     st.lists(st.integers(1, 6), min_size=1),
 )
-@settings(max_examples=300, deadline=None)
+@MANY
 def test_tokens_of_several_bytes_are_the_text_so_far(
     byte_level: Tokenizer, runs: list[str | int], stops: list[str], sizes: list[int]
 ) -> None:

@@ -6,12 +6,14 @@ import json
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from example_counts import MANY, SOME
+from hypothesis import example, given
 from hypothesis import strategies as st
 from refusals import refused
 from template_shapes import CHATML, HERMES_TOOLS, MISTRAL_2023, MISTRAL_V3, SAIGA, SHAPES, ZEPHYR
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from waiting import soon
 
 from mistral_7b.errors import TokenizerError
 from mistral_7b.text.chat_template import ChatTemplate
@@ -67,7 +69,7 @@ def theirs(source, messages, tools=None, generate=True, **options):
 def test_conversations_render_as_in_transformers(name):
     template = ChatTemplate(ALL[name], name=name, special=SPECIAL, controls=CONTROLS)
 
-    @settings(max_examples=40, deadline=None)
+    @SOME
     @given(CHAT, st.booleans())
     @example([{"role": "system", "content": ""}, USER, {"role": "assistant", "content": " a \n"}], True)
     @example([USER, {"role": "assistant", "content": None}], False)
@@ -172,7 +174,7 @@ def test_what_the_template_writes_is_a_control_token():
     assert spelled.text[:22] == "<|im_end|></s><|user|>"
 
 
-@settings(max_examples=150, deadline=None)
+@MANY
 @given(
     st.lists(st.lists(st.sampled_from(["<", "|", ">", "im_end", "<|im_end|>", "</s>", "s", "/", " "]), max_size=5)
              .map("".join), min_size=1, max_size=4)
@@ -203,13 +205,9 @@ def test_a_conversation_with_every_noncharacter_is_refused_or_rendered():
 
 
 def test_hundreds_of_control_tokens_do_not_slow_a_long_text_down():
-    import time
-
     controls = [f"[control_{i}]" for i in range(800)]
     chat = [{"role": "user", "content": "[x] [control_1 ][control_2]" * 4000}]
-    start = time.thread_time()
-    assert len(ours(CHATML, chat, controls=controls).plain) == 4000
-    assert time.thread_time() - start < 3
+    assert len(soon(3, lambda: ours(CHATML, chat, controls=controls)).plain) == 4000
 
 
 # Continuing an answer

@@ -5,12 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import re
-import time
 import tracemalloc
 
 import pytest
 from refusals import refused
 from template_shapes import CHATML, MISTRAL_V3
+from waiting import soon
 
 from mistral_7b.errors import TokenizerError
 from mistral_7b.text import template_budget
@@ -24,6 +24,11 @@ LONG = "{% set s = 'a'*1900000 %}{% set t = 'b' ~ 'a'*900000 %}"
 def render(source, messages=(USER,), **options):
     template = ChatTemplate(source, name="hostile", special={"eos_token": "</s>"}, controls=())
     return template.render(messages, **options).text
+
+
+def stopped(source, field="messages"):
+    with refused(TokenizerError, field=field, place="hostile"):
+        render(source)
 
 
 TIME = [
@@ -115,45 +120,37 @@ def shown(source):
 @pytest.mark.parametrize("source", TIME, ids=shown)
 def test_a_template_that_takes_long_is_stopped(source, monkeypatch):
     monkeypatch.setattr(template_budget, "SECONDS", 0.2)
-    with refused(TokenizerError, field="messages", place="hostile"):
-        render(source)  # compiled from here on: a source has a limit of its own
-    start = time.thread_time()
-    with refused(TokenizerError, field="messages", place="hostile"):
-        render(source)
-    assert time.thread_time() - start < 1
+    stopped(source)  # compiled from here on: a source has a limit of its own
+    soon(1, lambda: stopped(source))
 
 
 def test_trying_what_a_hostile_template_can_adds_little():
-    start = time.thread_time()
-    template = ChatTemplate(TIME[0], name="hostile", special={}, controls=())
-    assert not (template.supports_tools)
-    assert not (template.supports_system)
-    assert not (template.turn_end())
-    with refused(TokenizerError, field="messages", place="hostile"):
-        template.render([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [{"name": "x"}])
-    assert time.thread_time() - start < 1.8
+    def tried():
+        template = ChatTemplate(TIME[0], name="hostile", special={}, controls=())
+        assert not (template.supports_tools)
+        assert not (template.supports_system)
+        assert not (template.turn_end())
+        with refused(TokenizerError, field="messages", place="hostile"):
+            template.render([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], [{"name": "x"}])
+
+    soon(1.8, tried)
 
 
 @pytest.mark.parametrize("source", TOO_MUCH, ids=shown)
 def test_a_template_that_makes_much_is_stopped_before_it_does(source):
     tracemalloc.start()  # which takes more time than the template
     try:
-        with refused(TokenizerError, field="messages", place="hostile"):
-            render(source)
+        stopped(source)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    start = time.thread_time()
-    with refused(TokenizerError, field="messages", place="hostile"):
-        render(source)
-    assert time.thread_time() - start < 1.8
+    soon(1.8, lambda: stopped(source))
     assert peak < 300 << 20
 
 
 def test_deep_tuples_cannot_be_made(monkeypatch):
     monkeypatch.setattr(template_budget, "SECONDS", 0.2)
-    with refused(TokenizerError, field="messages", place="hostile"):
-        render(DEEP)
+    stopped(DEEP)
 
 
 @pytest.mark.parametrize(
@@ -165,18 +162,17 @@ def test_deep_tuples_cannot_be_made(monkeypatch):
     ids=shown,
 )
 def test_long_operations_are_counted(source):
-    with contextlib.suppress(TokenizerError):
-        render(source)  # compiled from here on: a source has a limit of its own
-    start = time.thread_time()
-    with contextlib.suppress(TokenizerError):
-        render(source)
-    assert time.thread_time() - start < 1.5
+    def ended():
+        with contextlib.suppress(TokenizerError):
+            render(source)
+
+    ended()  # compiled from here on: a source has a limit of its own
+    soon(1.5, ended)
 
 
 @pytest.mark.parametrize("source", FORBIDDEN, ids=shown)
 def test_what_python_keeps_inside_is_out_of_reach(source):
-    with refused(TokenizerError, field="messages", place="hostile"):
-        render(source)
+    stopped(source)
 
 
 @pytest.mark.parametrize(
@@ -192,10 +188,7 @@ def test_what_python_keeps_inside_is_out_of_reach(source):
     ids=shown,
 )  # fmt: skip
 def test_a_template_that_cannot_be_compiled_is_refused_soon(source):
-    start = time.thread_time()
-    with refused(TokenizerError, field="chat_template", place="hostile"):
-        render(source)
-    assert time.thread_time() - start < 1.8
+    soon(1.8, lambda: stopped(source, field="chat_template"))
 
 
 @pytest.mark.wording
@@ -231,9 +224,8 @@ def test_long_conversations_are_rendered(source):
 
 def test_long_strings_in_a_template_are_not_searched_in_messages():
     literals = "{{ '" + "a" * 20000 + "b' ~ '" + "a" * 20000 + "c' }}" + "{{ messages[0].content }}"
-    start = time.thread_time()
-    assert render(literals, [{"role": "user", "content": "a" * 100_000}]).endswith("a" * 100_000)
-    assert time.thread_time() - start < 1
+    text = soon(1, lambda: render(literals, [{"role": "user", "content": "a" * 100_000}]))
+    assert text.endswith("a" * 100_000)
 
 
 @pytest.mark.parametrize("controls", [["a" * 300_000], ["<" + "a" * i for i in range(1, 1500)]])

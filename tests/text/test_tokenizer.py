@@ -5,7 +5,8 @@ import random
 import shutil
 
 import pytest
-from hypothesis import given, settings
+from example_counts import MANY
+from hypothesis import given
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct import messages as mc
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -261,7 +262,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2
     text=TEXTS
     | st.sampled_from([" ", "  a", "\n b", "\r\n\t", "😀👩‍👩‍👧", "日本", "\x00", "\ufffd", "a\u0301", "⁇"])
 )
-@settings(max_examples=150, deadline=None)
+@MANY
 def test_text_round_trips(version, text):
     t = OURS[version]
     ids = t.encode(text)
@@ -281,7 +282,7 @@ def ids_of(version):
 
 @tokenizers
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@MANY
 def test_trap_19_streamed_text_equals_decoded_text(version, data):
     t = OURS[version]
     ids = data.draw(ids_of(version))

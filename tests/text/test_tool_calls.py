@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from example_counts import MANY, SOME
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_7b.engine.completion import Completion
@@ -69,7 +70,7 @@ def joined(deltas: Sequence[ToolCallDelta]) -> list[ToolCall]:
 
 
 @given(calls, st.lists(st.integers(0, 400), max_size=12), st.booleans(), st.sampled_from([None, 1]))
-@settings(max_examples=80, deadline=None)
+@SOME
 def test_random_calls_parse_under_any_split(
     wanted: list[tuple[str, dict]], cuts: list[int], ascii_only: bool, indent: int | None
 ) -> None:
@@ -94,7 +95,7 @@ def test_random_calls_parse_under_any_split(
     st.lists(st.integers(0, 80), max_size=6),
     st.booleans(),
 )  # fmt: skip
-@settings(max_examples=300, deadline=None)
+@MANY
 def test_random_text_is_never_lost_under_any_split(tail: str, head: str, cuts: list[int], cut: bool) -> None:
     text = head + tail
     whole, parts = read(split(text, ()), cut), read(split(text, cuts), cut)
@@ -175,7 +176,7 @@ def test_null_and_string_encoded_arguments_are_normalized(written: str, argument
 
 @given(st.dictionaries(st.text(max_size=4), values, max_size=3), st.lists(st.integers(0, 200), max_size=9),
        st.booleans(), st.booleans())  # fmt: skip
-@settings(max_examples=80, deadline=None)
+@SOME
 def test_random_string_encoded_objects_parse_under_any_split(
     wanted: dict, cuts: list[int], inner: bool, outer: bool
 ) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from example_counts import SOME
+from hypothesis import example, given
 from hypothesis import strategies as st
 from refusals import refused
 from tokenizer_files import (
@@ -73,7 +74,7 @@ def theirs(tokenizer: Any, text: str, **options: bool) -> list[int]:
 
 @given(TEXTS)
 @example("a  <|im_end|>  b  <|im_start|>  user users <tool_call> c")
-@settings(max_examples=60, deadline=None)
+@SOME
 def test_ids_are_those_of_transformers(both: tuple[Tokenizer, Any], text: str) -> None:
     ours, auto = both
     assert ours.encode_rendered(text) == theirs(auto, text, add_special_tokens=False)
@@ -83,7 +84,7 @@ def test_ids_are_those_of_transformers(both: tuple[Tokenizer, Any], text: str) -
 
 
 @given(TEXTS)
-@settings(max_examples=60, deadline=None)
+@SOME
 def test_trap_18_text_never_becomes_a_control_token(both: tuple[Tokenizer, Any], text: str) -> None:
     ours, _ = both
     ids = ours.encode(text, bos=False)
@@ -94,7 +95,7 @@ def test_trap_18_text_never_becomes_a_control_token(both: tuple[Tokenizer, Any],
 
 
 @given(TEXTS, st.data())
-@settings(max_examples=60, deadline=None)
+@SOME
 def test_trap_19_streamed_text_is_the_text_of_transformers(
     both: tuple[Tokenizer, Any], text: str, data: st.DataObject
 ) -> None:
@@ -115,7 +116,7 @@ def test_trap_19_streamed_text_is_the_text_of_transformers(
 
 
 @given(st.lists(st.tuples(st.sampled_from([*CHATML, "\n", "a b", " "]), TEXTS), min_size=1, max_size=5))
-@settings(max_examples=60, deadline=None)
+@SOME
 def test_trap_18_control_tokens_in_messages_stay_text(
     both: tuple[Tokenizer, Any], turns: list[tuple[str, str]]
 ) -> None:
@@ -170,7 +171,7 @@ def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @given(TEXTS)
-@settings(max_examples=60, deadline=None)
+@SOME
 def test_a_sentencepiece_file_with_added_tokens(beside: tuple[Tokenizer, Any], text: str) -> None:
     ours, auto = beside
     assert isinstance(ours.vocabulary, SentencePieceVocabulary)

@@ -6,6 +6,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
+from pydantic import BaseModel
 from typing_extensions import TypedDict  # pydantic requires it before Python 3.12
 
 from ..anthropic.events import read_input
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ...engine.request import Request
 
 
-class ErrorAnswer(TypedDict):
+class ErrorAnswer(BaseModel):  # a class, as openai/answers.py says
     error: str
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired
 
+from pydantic import BaseModel
 from typing_extensions import TypedDict  # pydantic requires it before Python 3.12
 
 from ...text.facts import TokenizerFacts
 
 
-class ErrorDetail(TypedDict):
+# Errors are classes: each route documents some ten, and pydantic makes the schema of a TypedDict anew every time.
+class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorAnswer(TypedDict):
+class ErrorAnswer(BaseModel):
     error: ErrorDetail
 
 

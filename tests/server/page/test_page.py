@@ -13,6 +13,7 @@ pytest.importorskip("fastapi")
 
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from waiting import soon
 
 from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.server.page import TYPES, WEB, files, router
@@ -62,12 +63,7 @@ def test_no_other_path_is_opened(client: TestClient, name: str) -> None:
 
 def test_the_whole_page_is_light_and_soon_there(client: TestClient) -> None:
     assert sum(len(file.plain) for file in files().values()) <= 600_000
-    times = []
-    for _ in range(20):
-        began = time.perf_counter()
-        client.get("/")
-        times.append(time.perf_counter() - began)
-    assert sorted(times)[10] <= 0.05
+    soon(0.05, lambda: client.get("/"), clock=time.perf_counter)
 
 
 def test_nothing_is_inline_or_from_elsewhere() -> None:

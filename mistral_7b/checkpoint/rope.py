@@ -140,10 +140,13 @@ def theta(args: ModelArgs) -> float:
 TYPE, FACTOR, OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
 GGUF_LENGTH, GAIN = "rope.scaling.original_context_length", "rope.scaling.attn_factor"
 FAST, SLOW = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
-GGUF_KEYS = {TYPE, FACTOR, OLD_FACTOR, GGUF_LENGTH, GAIN, FAST, SLOW, "rope.scaling.finetuned"}
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # `mscale_all_dim`
+GGUF_KEYS = {
+    TYPE, FACTOR, OLD_FACTOR, GGUF_LENGTH, GAIN, FAST, SLOW, LOG_MULTIPLIER,
+    "rope.scaling.finetuned",  # changes nothing
+}  # fmt: skip
 GGUF_VALUES: dict[str, tuple[Any, ...]] = {  # key -> the values that do not change the scaling
     "rope.scaling.alpha": (0, 1),
-    "rope.scaling.yarn_log_multiplier": (0,),
     "rope.scaling.yarn_ext_factor": (1, -1),
     "rope.scaling.yarn_attn_factor": (1, -1),
 }
@@ -154,9 +157,12 @@ def read_gguf(path: pathlib.Path, data: Mapping[str, Any]) -> RopeScaling | None
     check_supported(path, dict(data), GGUF_VALUES)
     kind, factor = data.get(TYPE, "linear"), data.get(FACTOR, data.get(OLD_FACTOR, 1)) or 1
     check_supported(path, {TYPE: kind}, {TYPE: ("none", "linear", "yarn")})
-    gain = data.get(GAIN, 1)
-    if gain != 1 and (kind != "yarn" or not is_positive(gain)):
-        raise CheckpointError(f"{GAIN!r} is {gain!r} with type {kind!r}", field=GAIN, place=path)
+    gain, multiplier = data.get(GAIN, 1), data.get(LOG_MULTIPLIER, 0)
+    for key, value, neutral in ((GAIN, gain, 1), (LOG_MULTIPLIER, multiplier, 0)):
+        if value != neutral and (kind != "yarn" or not is_positive(value)):
+            raise CheckpointError(f"{key!r} is {value!r} with type {kind!r}", field=key, place=path)
+    if multiplier and is_positive(factor):
+        gain /= mscale(factor, multiplier)
     if kind == "none" or (factor == 1 and gain == 1):
         return None
     try:

@@ -192,13 +192,17 @@ def test_gguf_has_llama_cpps_keys(tmp_path: pathlib.Path) -> None:
     scaling = RopeScaling("yarn", 4.0, LENGTH, attention_factor=2.0, beta_fast=16.0)
     tiny_model(args_of(scaling)).save_pretrained(tmp_path / "it.gguf", format="gguf")
     fields = gguf.GGUFReader(tmp_path / "it.gguf").fields
-    rope = gguf.Keys.Rope
-    keys = (rope.SCALING_TYPE, rope.SCALING_FACTOR, rope.SCALING_ORIG_CTX_LEN, rope.SCALING_YARN_BETA_FAST)
+    keys_of = gguf.Keys.Rope
+    keys = (
+        keys_of.SCALING_TYPE, keys_of.SCALING_FACTOR, keys_of.SCALING_ORIG_CTX_LEN, keys_of.SCALING_YARN_BETA_FAST
+    )  # fmt: skip
     found = [fields[key.format(arch="llama")].contents() for key in keys]
     assert found == ["yarn", 4.0, LENGTH, 16.0]
     # llama.cpp multiplies this by the 0.1 ln(4) + 1 of the paper.
-    gain = fields[rope.SCALING_ATTN_FACTOR.format(arch="llama")].contents()
+    gain = fields[keys_of.SCALING_ATTN_FACTOR.format(arch="llama")].contents()
     assert gain * (0.1 * math.log(4) + 1) == pytest.approx(2.0, rel=1e-6)
+    theirs = {key.partition(".")[2] for name, key in vars(keys_of).items() if name.startswith("SCALING_")}
+    assert theirs <= rope.GGUF_KEYS | rope.GGUF_VALUES.keys()
 
 
 def test_gguf_keys_are_read_with_llama_cpps_defaults() -> None:
@@ -216,7 +220,13 @@ def test_gguf_keys_are_read_with_llama_cpps_defaults() -> None:
     found = scaling(scaling__type="yarn", scaling__factor=4.0, scaling__attn_factor=2.0)
     assert found is not None
     assert found.gain == 2 * (0.1 * math.log(4) + 1)
-    for keys in ({"scaling__attn_factor": 2.0}, {"scaling__type": "yarn", "scaling__yarn_ext_factor": 0.5}):
+    found = scaling(scaling__type="yarn", scaling__factor=4.0, scaling__yarn_log_multiplier=0.5)
+    assert found is not None  # as transformers with "mscale": 1, "mscale_all_dim": 0.5
+    assert found.gain == pytest.approx((0.1 * math.log(4) + 1) / (0.1 * 0.5 * math.log(4) + 1))
+    for keys in (
+        {"scaling__attn_factor": 2.0}, {"scaling__type": "yarn", "scaling__yarn_ext_factor": 0.5},
+        {"scaling__yarn_log_multiplier": 0.5},
+    ):  # fmt: skip
         with refused(CheckpointError, place="x.gguf"):
             scaling(**keys)
 

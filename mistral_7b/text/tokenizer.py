@@ -24,6 +24,7 @@ from .chat import ChatFormat, TemplateChat, chat_format, mistral_chat
 from .chat_template import ChatTemplate
 from .streaming import StreamDecoder
 from .template_choice import no_template
+from .tool_calls import CLOSING, OPENING, ToolSyntax
 from .vocabularies.contract import SPACE, Spans, Vocabulary
 from .vocabularies.files import TokenizerSettings
 from .vocabularies.folder import FAST, open_folder
@@ -213,10 +214,13 @@ class Tokenizer:
         return not after or self.is_control(after[-1])
 
     @cached_property
-    def tool_calls_id(self) -> int | None:
-        """The id of [TOOL_CALLS], which starts tool calls; None if the vocabulary lacks it."""
-        found = self.vocabulary.find("[TOOL_CALLS]")
-        return found if found in self.vocabulary.markup else None
+    def tool_syntax(self) -> ToolSyntax:
+        """How the model writes tool calls: as its chat template says, else after [TOOL_CALLS] if there is one."""
+        tagged = self.chat is not None and self.chat.tags_tool_calls
+        names = (OPENING, CLOSING) if tagged else ("[TOOL_CALLS]", "")
+        found = [self.vocabulary.find(name) for name in names]
+        begin, end = (i if i in self.vocabulary.markup else None for i in found)
+        return ToolSyntax(begin, end, tagged)
 
     def is_control(self, token: int) -> bool:
         """Return whether an id has no text: control tokens, and ids beyond the vocabulary."""

@@ -17,8 +17,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from ..checkpoint.gguf.file import is_gguf
 from ..checkpoint.gguf.splits import first_part
-from ..checkpoint.gguf.tokenizer import extract
-from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
+from ..checkpoint.gguf.tokenizer import extract, has_tokenizer
+from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file, weight_groups
 from ..errors import TokenizerError
 from .chat import ChatFormat, TemplateChat, chat_format, mistral_chat
 from .chat_template import ChatTemplate
@@ -59,18 +59,16 @@ class Tokenizer:
 
         `chat_template` None is the model's own. Else it is a Jinja file, one of the model's named templates, or a
         name of template_library: "chatml", "zephyr", "mistral-v3"...
+
+        A GGUF file has its own tokenizer, also where other files lie beside it; those count if it has none.
         """
-        path = resolve(source)
-        if path.is_file() and is_gguf(path):
+        path = _gguf_model(resolve(source))
+        folder = path if path.is_dir() else path.parent
+        if path.is_file() and is_gguf(path) and (not _has_files(folder) or has_tokenizer(path)):
             return cls._of_folder(extract(path), chat_template, path)
         if path.is_file() and SENTENCEPIECE.fullmatch(path.name):
             vocabulary = SentencePieceVocabulary(path)
             return cls(vocabulary, chat_format(path.parent, vocabulary, chat_template))
-        folder = path if path.is_dir() else path.parent
-        if sentencepiece_file(folder) is None and not (folder / FAST).is_file():
-            inside = [f for f in folder.glob("*.gguf") if is_gguf(f) and first_part(f) == f]
-            if len(inside) == 1:
-                return cls.from_pretrained(inside[0], chat_template)
         return cls._of_folder(folder, chat_template)
 
     @classmethod
@@ -282,3 +280,19 @@ class Tokenizer:
         if self.chat is None:
             raise no_template(self.path.parent)
         return self.chat.encode(messages, tools, labels)
+
+
+def _gguf_model(path: pathlib.Path) -> pathlib.Path:
+    """Return the GGUF file whose model a folder opens as, or whose tokenizer is its only one; else the path."""
+    if not path.is_dir():
+        return path
+    groups = weight_groups(entry.name for entry in path.iterdir())
+    if groups and groups[0].entry_file.endswith(".gguf"):
+        return path / groups[0].entry_file
+    inside = [f for f in path.glob("*.gguf") if is_gguf(f) and first_part(f) == f]
+    return inside[0] if len(inside) == 1 and not _has_files(path) else path
+
+
+def _has_files(folder: pathlib.Path) -> bool:
+    """Return whether a folder has a vocabulary in files of its own."""
+    return sentencepiece_file(folder) is not None or (folder / FAST).is_file()

@@ -17,7 +17,7 @@ from template_shapes import CHATML
 from tiny import tiny_args, tiny_model
 from tokenizer_files import byte_level_folder, sentencepiece_folder
 
-from mistral_7b import Tokenizer, TokenizerError
+from mistral_7b import Mistral7B, Tokenizer, TokenizerError
 from mistral_7b.checkpoint.gguf import chat_templates, tokenizer_metadata
 from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 from mistral_7b.checkpoint.gguf.vocabulary import HF_JSON, MERGES, MODEL, TOKENS, TYPES, Vocabulary
@@ -209,3 +209,23 @@ def test_pieces_that_merges_make_stay_text() -> None:
     assert types(pieces, **{MERGES: ["< |", "| >", "<| |>"]}) == [1, 1, 1, 1, 1, 1, 3]
     assert types(["a", "<end>"], **{MERGES: [], "tokenizer.ggml.eos_token_id": 1}) == [1, 3]
     assert types(["a", "<end>"], **{MERGES: [], "tokenizer.ggml.eos_token_id": 0}) == [1, 1]
+
+
+def test_a_gguf_file_keeps_its_own_tokenizer_beside_other_files(tmp_path: pathlib.Path) -> None:
+    """By its path and by its folder's. Without a tokenizer of its own, the files beside it count."""
+    hermes = tmp_path / "hermes"
+    sentencepiece_folder(hermes, chat_template=CHATML)
+    size = Tokenizer.from_pretrained(hermes).vocab_size
+    for name, source in (("own", hermes), ("bare", None)):
+        model = tiny_model(tiny_args(vocab_size=size))
+        model.source = source
+        (tmp_path / name).mkdir()
+        model.save_pretrained(tmp_path / name / "x.gguf", format="gguf")
+        sentencepiece_folder(tmp_path / name, added=("<|im_end|>", "<other>"))  # and config.json
+    for path in (tmp_path / "own", tmp_path / "own" / "x.gguf"):
+        found = Tokenizer.from_pretrained(path)
+        assert (found.gguf, found.chat is None) == (tmp_path / "own" / "x.gguf", False)
+        assert found.vocabulary.find("<|im_start|>") == size - 1
+        assert Mistral7B.from_pretrained(path).source == found.gguf
+    for path in (tmp_path / "bare", tmp_path / "bare" / "x.gguf"):
+        assert Tokenizer.from_pretrained(path).vocabulary.find("<other>") == size - 1

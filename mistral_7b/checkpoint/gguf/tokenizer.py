@@ -56,6 +56,14 @@ def extract(path: pathlib.Path) -> pathlib.Path:
         return _write_changed(pathlib.Path(tempfile.mkdtemp(prefix="mistral-7b-")), contents)
 
 
+def has_tokenizer(path: pathlib.Path) -> bool:
+    """Return whether a GGUF file brings a tokenizer, of whatever kind."""
+    try:
+        return gguf_file.read(path).metadata.get(MODEL) not in (None, "none", "no_vocab")
+    except CheckpointError as e:
+        raise TokenizerError.of(e) from e
+
+
 def _write_changed(folder: pathlib.Path, contents: Mapping[str, bytes]) -> pathlib.Path:
     """Write those files that the folder does not hold already, each atomically."""
     for name, content in contents.items():

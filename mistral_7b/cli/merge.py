@@ -30,7 +30,7 @@ class Merge:
     base: Base
     """The adapter's base model, unquantized: a folder, a file, a hub id or "demo"."""
     adapter: AdapterName
-    """The adapter: a folder or file of PEFT, mistral-finetune or llama.cpp."""
+    """The adapter: a folder or file of PEFT, mistral-finetune or llama.cpp, or a hub id."""
     out: Out
     """The output folder; for GGUF, the output file."""
     to: Literal["huggingface", "mistral", "gguf"] = "huggingface"

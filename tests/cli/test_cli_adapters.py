@@ -151,7 +151,7 @@ def test_an_adapter_brings_its_vocabulary_and_its_tokenizer(
         ("{model}", "this folder is a model"),
         ("{tmp}", "holds no adapter"),
         ("/nowhere", "/nowhere: no such file or folder"),
-        ("owner/name", "hf download owner/name --local-dir FOLDER"),
+        ("./owner/name", "an adapter on the hub is named owner/name"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "chat", "bench", "merge"])

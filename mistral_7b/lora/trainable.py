@@ -146,7 +146,8 @@ def _check_start(model: Mistral7B, start: Adapter) -> None:
 def trained_adapter(model: Mistral7B) -> Adapter:
     """Return the adapter that `adapt` made of the model's Linears, as it is trained by now.
 
-    Its float32 factors share memory with the parameters: save or copy it before the next optimizer step.
+    Its float32 factors share memory with the parameters: save or copy it before the next optimizer step. Its base
+    and its tokenizer are those that the model was opened from.
     AdapterError if the model has none.
     """
     targets = {
@@ -156,4 +157,4 @@ def trained_adapter(model: Mistral7B) -> Adapter:
     }
     if not targets:
         raise AdapterError("the model has no trained adapter", field="model", hint="`adapt` makes one")
-    return Adapter(targets, base_model=str(model.source or ""))
+    return Adapter(targets, base_model=str(model.source or ""), tokenizer=model.source)

@@ -36,7 +36,7 @@ from .batch import PaddingRow, Paged, PagedBatch, Parts
 from .config import EngineConfig
 from .in_flight import Plan, Rows
 from .pages import PagePool
-from .threads import SharedCores
+from .threads import SharedCores, is_light
 
 COLUMNS, GROWTH = 64, 4  # width of a graph's narrowest block table, and factor to the next width
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # (step) -> a function that replays it
@@ -153,7 +153,7 @@ def forward_for(adapters: Adapters, pool: PagePool, config: EngineConfig) -> For
         # Sums of PyTorch's products may depend on the number of threads.
         fixed = device.type != "cpu" or config.deterministic
         pad_rows = any(uses(Backend.ONEDNN, LINEAR, m.weight) for m in linears)
-        return Forward(adapters, pool, pad_rows, None if fixed else SharedCores())
+        return Forward(adapters, pool, pad_rows, None if fixed else SharedCores(is_light(adapters.model)))
     recorder = Recorder(device)
 
     def record(step: Callable[[], None]) -> Callable[[], None]:

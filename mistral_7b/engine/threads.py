@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import machine
+from ..model import Mistral7B
 
 try:
     import resource
@@ -25,6 +26,7 @@ PREEMPTED = 50  # preemptions per CPU second: alone there are below 5, beside a 
 SHARE = 0.8  # of the time asked for; this process's own other threads preempt too, but count as its time
 PATIENCE, LONGEST = 1.0, 64.0  # seconds until spinning is tried again: doubled by each failure
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # the user's own choice
+LIGHT = 5 << 20  # bytes of a layer, read in four loops: waking a thread takes 40 us, in which it reads 0.6 MB
 GRAIN = 1 << 15  # elements for which PyTorch uses another thread
 
 
@@ -37,6 +39,17 @@ def release_openmp_threads() -> None:
     """
     with suppress(OSError, AttributeError):  # another OpenMP, or none: nothing to release
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(SOFT)
+
+
+def is_light(model: Mistral7B) -> bool:
+    """Whether waking another thread for each parallel loop of a step takes longer than that thread saves.
+
+    Only if all products are those of the project's kernels: sums of PyTorch's may depend on the number of threads.
+    """
+    if any(type(m) is torch.nn.Linear for m in model.modules()):
+        return False
+    weights = sum(t.nbytes for t in (*model.layers.parameters(), *model.layers.buffers()))
+    return weights < LIGHT * len(model.layers)
 
 
 class Usage(NamedTuple):
@@ -64,9 +77,13 @@ class SharedCores:
     not torch was imported before this package, unlike OMP_WAIT_POLICY, which is read once; where that is set, it
     holds. There are no more threads than this process's CPUs and quota, unless more than the machine has were
     asked for on purpose.
+
+    With `light`, loops are so short that waking threads takes longer than what they save: one thread computes
+    while the others would sleep.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, light: bool = False) -> None:
+        self.light = light
         self.cpus, self.cores = os.cpu_count() or 1, machine.cores()
         self.fixed = any(name in os.environ for name in POLICIES)
         self._sleeping: Sleeping | None = None
@@ -84,12 +101,13 @@ class SharedCores:
         if self._used > 1 and not self.fixed and self._next_try == 0.0:  # the first step
             self._next_try = time.perf_counter()
             self._sleep(self._crowded(1))
-        if self._used != self._asked:
-            torch.set_num_threads(self._used)
+        self._running = 1 if self.light and self.sleeping else self._used
+        if self._running != self._asked:
+            torch.set_num_threads(self._running)
         self._began = usage()
 
     def __exit__(self, *error: object) -> None:
-        if self._used != self._asked:
+        if self._running != self._asked:
             torch.set_num_threads(self._asked)
         if self._used == 1 or self.fixed:
             return
@@ -103,12 +121,12 @@ class SharedCores:
 
     def _decide(self, now: float) -> None:
         """Let the threads sleep or spin, by the usage since the last decision."""
-        if self._preemptions > PREEMPTED * self._cpu and self._cpu < SHARE * self._wall * self._used:
+        if self._preemptions > PREEMPTED * self._cpu and self._cpu < SHARE * self._wall * self._running:
             if not self.sleeping:
                 self._patience = min(2 * self._patience, LONGEST)
             self._sleep(True)
             self._next_try = now + self._patience
-        elif self.sleeping and now >= self._next_try and not self._crowded(self._used):
+        elif self.sleeping and now >= self._next_try and not self._crowded(self._running):
             self._sleep(False)
             self._next_try = now + self._patience
         elif not self.sleeping and now >= self._next_try + LONGEST:

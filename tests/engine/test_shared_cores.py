@@ -10,27 +10,28 @@ import pytest
 import torch
 from waiting import less
 
-from mistral_7b import machine
+from mistral_7b import ModelArgs, machine
 from mistral_7b.engine import threads
-from mistral_7b.engine.threads import SharedCores, Usage
+from mistral_7b.engine.threads import SharedCores, Usage, is_light
 from mistral_7b.kernels import threads as kernel_threads
+from mistral_7b.quantization.schemes import random_model
 
 
 class Machine:
     """A machine whose other programs take a share of this process's time, and preempt it for that."""
 
     def __init__(self, cpus: int) -> None:
-        self.cpus, self.others, self.asked = cpus, 0, cpus
+        self.cpus, self.others, self.asked, self.computing = cpus, 0, cpus, cpus
         self.usage = Usage(1.0, 0.0, 0)
 
     @property
     def runnable(self) -> int:
-        return self.asked + self.others
+        return self.computing + self.others
 
     def step(self, cores: SharedCores) -> bool:
         """Run a step of 0.1 s; return whether its threads slept."""
         with cores:
-            slept = cores.sleeping
+            slept, self.computing = cores.sleeping, self.asked
             lacking = self.asked + self.others > self.cpus
             wall, cpu, preemptions = self.usage
             took = 0.1 * self.asked * (0.4 if lacking else 0.95)
@@ -90,6 +91,28 @@ def test_threads_sleep_beside_busy_programs_and_spin_again_afterwards(four: Mach
 def test_a_machine_that_is_busy_at_the_start_costs_no_slow_step(four: Machine) -> None:
     four.others = 3
     assert four.step(SharedCores())
+
+
+def test_a_light_model_has_one_thread_beside_busy_programs(four: Machine) -> None:
+    cores = SharedCores(light=True)
+    four.others, counts = -3, list[int]()
+    for others, steps in ((-3, 1), (0, 3), (2, 20), (0, 30)):
+        four.others = others
+        for _ in range(steps):
+            four.step(cores)
+            with cores:
+                counts.append(four.asked)
+            assert four.asked == 4
+    assert counts[:4] == [4] * 4
+    assert counts[10:24] == [1] * 14
+    assert counts[-1] == 4
+
+
+def test_small_quantized_models_are_light() -> None:
+    small = ModelArgs(dim=64, n_layers=2, head_dim=16, hidden_dim=128, n_heads=4, n_kv_heads=2, vocab_size=64)
+    assert is_light(random_model(small, "int8", torch.bfloat16))
+    assert not is_light(random_model(small, None, torch.bfloat16))  # its sums may depend on the threads
+    assert not is_light(random_model(ModelArgs(n_layers=1, vocab_size=64), "int4", torch.bfloat16))
 
 
 def test_failures_make_attempts_rare(four: Machine) -> None:

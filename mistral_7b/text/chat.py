@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from mistral_common.protocol.instruct.normalize import get_normalizer
@@ -48,6 +49,9 @@ class ChatFormat(Protocol):
 
     def encode(self, messages: Messages, tools: Tools, labels: Sequence[str] | None) -> Encoded:
         """Encode a conversation up to the assistant's next message: see Tokenizer.encode_chat_with_prefix."""
+
+    def encode_answered(self, messages: Messages, tools: Tools) -> list[int]:
+        """Encode a conversation that ends with the assistant's answer: see Tokenizer.encode_answered."""
 
     def turn_end(self) -> str | None:
         """Return the spelling of the token that ends a turn; None if there is none but EOS."""
@@ -98,6 +102,20 @@ class MistralChat:
 
     def encode(self, messages: Messages, tools: Tools, labels: Sequence[str] | None) -> Encoded:
         """Encode a conversation. Consecutive assistant messages count as one, as mistral-common joins them."""
+        return self._encode(self._chat, messages, tools, labels)
+
+    def encode_answered(self, messages: Messages, tools: Tools) -> list[int]:
+        """Encode a conversation whose last message is an answer, which EOS ends."""
+        return self._encode(self._any_end, messages, tools, None)[0]
+
+    @cached_property
+    def _any_end(self) -> MistralTokenizer:
+        """The same template, which accepts any last role."""
+        return self._template(ValidationMode.agnostic)
+
+    def _encode(
+        self, template: MistralTokenizer, messages: Messages, tools: Tools, labels: Sequence[str] | None
+    ) -> tuple[list[int], int]:
         if tools and self.version == "v1":
             raise TokenizerError("this tokenizer (v1) does not support tools; Mistral 7B v0.3 does", field="tools")
         chat = read_messages(messages, self._named, labels)
@@ -110,7 +128,7 @@ class MistralChat:
         except MISTRAL_COMMON_ERRORS as e:
             raise TokenizerError(f"tools: {reason(e)}", field="tools") from e
         try:
-            return self._apply(self._chat, chat, validated_tools)
+            return self._apply(template, chat, validated_tools)
         except MISTRAL_COMMON_ERRORS as e:
             name = label(labels, self._invalid_index(chat))
             raise TokenizerError(f"{name}: {reason(e)}", field=name) from e
@@ -123,10 +141,9 @@ class MistralChat:
 
     def _invalid_index(self, chat: list[Any]) -> int:
         """Return the index of the first message that makes a conversation invalid."""
-        lenient = self._template(ValidationMode.agnostic)  # accepts any last role
         for i in range(len(chat)):
             try:
-                self._apply(lenient, chat[: i + 1], None)
+                self._apply(self._any_end, chat[: i + 1], None)
             except MISTRAL_COMMON_ERRORS:
                 return i
         return len(chat) - 1
@@ -169,6 +186,11 @@ class TemplateChat:
         )
         ids = self._vocabulary.encode_rendered(rendered.text, rendered.plain)
         return ids, self._tokens_of(chat[-1]["content"], ids) if continued else 0
+
+    def encode_answered(self, messages: Messages, tools: Tools) -> list[int]:
+        """Encode a conversation as it is rendered without a generation prompt."""
+        rendered = self._template.render(plain_messages(messages), tools or None, add_generation_prompt=False)
+        return self._vocabulary.encode_rendered(rendered.text, rendered.plain)
 
     def _tokens_of(self, answer: str, ids: list[int]) -> int | None:
         """Return how many tokens at the end of `ids` are `answer`; None if its beginning is within a token.

@@ -278,3 +278,14 @@ class Tokenizer:
         if self.chat is None:
             raise no_template(self.path.parent)
         return self.chat.encode(messages, tools, labels)
+
+    def encode_answered(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Encode a conversation that ends with the assistant's answer, as the template writes it in a history.
+
+        What follows the answer is included: the token that ends it, and what the template puts after that.
+        """
+        if self.chat is None:
+            raise no_template(self.path.parent)
+        return self.chat.encode_answered(messages, tools)

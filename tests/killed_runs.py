@@ -2,8 +2,8 @@
 
     python tests/killed_runs.py --kills 50
 
-A run that is killed is forked from this process, which computes in one thread, so that no other is lost. Prints one
-JSON object, and ends with status 1 if the bits differ.
+A run that is killed is forked from this process, which computes in one thread, so that no other is lost. Prints
+one JSON object, and ends with status 1 if the bits differ.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from mistral_7b.training.finetune_args import FinetuneArgs
 from mistral_7b.training.finetuning import STATE, Examples, Run
 
 ARGS = FinetuneArgs(
-    seq_len=32, rows=4, accumulate=2, warmup=2, lr=1e-2, rank=4, dropout=0.1, dtype="float32", save_every=1, keep=2,
-    samples=0, eval_every=2, patience=99, held_out="four of them",
+    seq_len=32, rows=4, accumulate=2, warmup=2, lr=1e-2, rank=4, dropout=0.1, dtype="float32", save_every=1,
+    keep=2, samples=0, eval_every=2, patience=99, held_out="four of them",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class Child:
 
 
 def main(kills: int = 50, steps: int = 60, seed: int = 0) -> int:
-    """Kill one run `kills` times, between and while it saves states, and compare it with one that is left alone."""
+    """Kill one run `kills` times, between states and while it saves them, and compare it with one left alone."""
     torch.set_num_threads(1)
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:

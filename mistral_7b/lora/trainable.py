@@ -84,8 +84,8 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         a, b = self.a.to(x.dtype), (self.b * self.scale).to(x.dtype)  # as an adapter is served
-        low = F.linear(F.dropout(x, self.dropout, self.training), a)  # (..., r)
-        return self.base(x) + F.linear(low, b)
+        update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b)
+        return update + self.base(x)  # last: recomputation for the backward pass can leave it out
 
     def extra_repr(self) -> str:
         return f"rank={len(self.a)}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -95,7 +95,8 @@ def adapt(model: Mistral7B, args: LoraArgs, seed: int, start: Adapter | None = N
     """Make Linears of `model` trainable, in place, and freeze everything else; returns the factors.
 
     A new A is uniform within 1 / sqrt(K), as PEFT draws it. `seed` alone determines it: it is drawn by a generator
-    of its own, in the order of the model and on the CPU. B is zero, so that training begins at the base model. With `start`, its Linears, ranks and scales are continued, and `args` gives the dropout only.
+    of its own, in the order of the model and on the CPU. B is zero, so that training begins at the base model.
+    With `start`, its Linears, ranks and scales are continued, and `args` gives the dropout only.
 
     Raises AdapterError if `model` is adapted already, or `start` does not fit it or is more than plain LoRA.
     """
@@ -146,7 +147,8 @@ def _check_start(model: Mistral7B, start: Adapter) -> None:
 def trained_adapter(model: Mistral7B) -> Adapter:
     """Return the adapter that `adapt` made of the model's Linears, as it is trained by now.
 
-    Its float32 factors share memory with the parameters: save or copy it before the next optimizer step.
+    Its float32 factors share memory with the parameters: save or copy it before the next optimizer step. Its base
+    and its tokenizer are those that the model was opened from.
     AdapterError if the model has none.
     """
     targets = {
@@ -156,4 +158,4 @@ def trained_adapter(model: Mistral7B) -> Adapter:
     }
     if not targets:
         raise AdapterError("the model has no trained adapter", field="model", hint="`adapt` makes one")
-    return Adapter(targets, base_model=str(model.source or ""))
+    return Adapter(targets, base_model=str(model.source or ""), tokenizer=model.source)

@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
 
 def _preview(args: FinetuneArgs, count: int) -> int:
     from ..text.tokenizer import Tokenizer
-    from ..training.finetuning import read_examples
+    from ..training.held_out import read_examples
     from ..training.preview import preview
 
     tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)

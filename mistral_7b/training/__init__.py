@@ -4,7 +4,7 @@ args, finetune_args   the arguments of both commands (import no torch)
 loop                  the loop of all methods; weights, states: what it holds, saves; progress, metrics: its output
 trainer               pretraining; data, curve, vocabulary: its text files, its picture, a tokenizer for it
 finetuning            fine-tuning; trained: an adapter or all weights; measures, report: what came of it
-examples              files of data -> items; forms, encoding, messages
+examples              files of data -> items; forms, encoding, messages; held_out: those only evaluated; preview
 supervised, packing   whole documents in packed rows; loss: cross-entropy in chunks
 estimate, recomputing memory and time beforehand; activations that are computed again
 """

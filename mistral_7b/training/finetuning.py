@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import math
 import os
@@ -15,16 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from .. import machine
 from ..errors import TrainingError
 from ..kernels import threads
 from ..model import FeedForward, Mistral7B
 from ..text.tokenizer import Tokenizer
 from .estimate import blocks_to_recompute
-from .examples import Source, read_data
 from .finetune_args import FinetuneArgs
+from .held_out import Examples, read_examples
 from .loop import Loop, Method, Record
 from .measures import Forgetting, Measures, answers, prompt_of
 from .metrics import MetricsFile, tensorboard
@@ -133,40 +130,6 @@ def open_base(args: FinetuneArgs, tokenizer: Tokenizer) -> Mistral7B:
             place=tokenizer.path,
         )
     return model
-
-
-class Examples(NamedTuple):
-    """Items to train on, how often each is taken in an epoch, those held out, and what each source held."""
-
-    items: Sequence[Any]
-    copies: Sequence[float] = ()
-    held_out: Sequence[Any] = ()
-    report: Sequence[Source] = ()
-
-
-def read_examples(args: FinetuneArgs, tokenizer: Tokenizer) -> Examples:
-    """Read the files of data, and hold out a file or a share of the items. TrainingError as `read_data`."""
-    if not args.data:
-        raise TrainingError("no training data", field="data", hint="name files of examples with --data")
-    read = functools.partial(
-        read_data, tokenizer=tokenizer, method=args.method, seq_len=args.seq_len, skip_bad=args.skip_bad
-    )
-    data = read(args.data)
-    copies = [data.weights[source] for source in data.source_of]
-    if args.held_out is None:
-        return Examples(data.items, copies, (), data.report)
-    if (share := args.held_out_share) is None:
-        return Examples(data.items, copies, read([args.held_out]).items, data.report)
-    order = np.random.default_rng(args.seed).permutation(len(data.items))
-    count = max(1, round(share * len(order)))
-    if count >= len(order):
-        raise TrainingError(
-            f"nothing remains to train on: {count} of {len(order)} rows are held out", field="held_out"
-        )
-    held, kept = sorted(order[:count]), sorted(order[count:])
-    return Examples(
-        [data.items[i] for i in kept], [copies[i] for i in kept], [data.items[i] for i in held], data.report
-    )
 
 
 class Run:

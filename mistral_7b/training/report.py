@@ -129,6 +129,10 @@ def _panel(title: str, log: Sequence[dict[str, Any]], names: Sequence[str]) -> s
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{legend}{svg}</figure>"
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _pairs(path: str) -> list[list[str]]:
     return [point.split(",") for point in path.split()]
 
@@ -140,7 +144,7 @@ def _grid(low: float, high: float, last: int) -> str:
         y = TOP + i / 4 * (HEIGHT - TOP - BOTTOM)
         value = high - i / 4 * (high - low)
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        lines.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
     lines.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">1</text>')
     lines.append(f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">update {last}</text>')
     return "".join(lines)

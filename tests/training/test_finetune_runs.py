@@ -93,7 +93,7 @@ def test_the_report_is_whole_in_itself(base: Path, chats: Path, tmp_path: Path) 
 
 
 def test_the_held_out_share_is_of_the_seed_and_not_trained_on(base: Path, chats: Path, tmp_path: Path) -> None:
-    from mistral_7b.training.finetuning import read_examples
+    from mistral_7b.training.held_out import read_examples
 
     one, same, other = (
         read_examples(args_of(tmp_path, data=(str(chats),), seed=seed), tokenizer()) for seed in (0, 0, 1)

@@ -76,11 +76,11 @@ def _estimate(args: FinetuneArgs) -> int:
     threads.use(args.threads)
     path = hub.resolve(args.model)
     shape, _ = read_args(path)
-    print(estimate(args, shape, _weights(args, path, shape)).table())
+    print(estimate(args, shape, weight_bytes(args, path, shape)).table())
     return 0
 
 
-def _weights(args: FinetuneArgs, path: pathlib.Path, shape: ModelArgs) -> int:
+def weight_bytes(args: FinetuneArgs, path: pathlib.Path, shape: ModelArgs) -> int:
     """Return the bytes that a model's weights will take in memory."""
     import torch
 

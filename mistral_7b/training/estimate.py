@@ -28,6 +28,7 @@ from .measures import NEUTRAL
 from .weights import adamw
 
 LOGIT_COPIES = 3.5  # of a chunk in float32: bfloat16 logits, float32 logits, their softmax, its gradient
+RUNTIME = 50 * 10**6  # code that oneDNN makes for its products, and small blocks that the C library keeps
 GRADIENTS = "gradients of what is trained"
 GRADIENT_COPIES = 3  # of the widest activation of a block, in its backward pass
 
@@ -132,7 +133,7 @@ def _parts(args: FinetuneArgs, shape: ModelArgs, weights: int) -> tuple[dict[str
     logits = int(LOGIT_COPIES * 4 * LOGITS) + 4 * tokens * shape.dim
     gradients = GRADIENT_COPIES * tokens * max(shape.hidden_dim, shape.dim) * width
     fixed = {
-        "program": machine.resident_memory(),
+        "program": machine.resident_memory() + RUNTIME,
         "weights": weights,
         "masters of what is trained, and AdamW": 12 * numbers,
         "log-probabilities of the neutral text": 4 * NEUTRAL * shape.vocab_size,

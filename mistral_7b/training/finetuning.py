@@ -140,7 +140,7 @@ class Run:
         self.out = Path(args.out)
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self.trained = open_trained(args, model, tokenizer)
-        recompute(model, blocks_to_recompute(args, model.args, weights=0))  # they are in memory
+        recompute(model, blocks_to_recompute(args, model.args, unread_bytes(model)))
         self.method = build_method(Setting(args, model, tokenizer, examples.items, examples.copies))
         self.args = dataclasses.replace(args, steps=args.steps or self.method.updates(args.epochs))
         self.args = dataclasses.replace(self.args, warmup=min(self.args.warmup, self.args.total_steps))
@@ -195,6 +195,12 @@ class Run:
         """Whether the last `patience` evaluations were not below the best before them."""
         losses, patience = evaluations(log), self.args.patience
         return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def unread_bytes(model: Mistral7B) -> int:
+    """Return about how many bytes of a model's weights are in no memory yet: mapped files are read when used."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return max(0, sum(t.nbytes for t in tensors if t.device.type == "cpu") - machine.resident_memory())
 
 
 def evaluations(log: Sequence[Record]) -> list[float]:

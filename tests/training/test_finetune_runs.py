@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,40 @@ def test_a_killed_run_resumes_and_ends_in_the_same_bits() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert max(json.loads(done.stdout)["resumed_at"]) > 0
+
+
+def test_metrics_of_a_resumed_run_have_each_update_once(tmp_path: Path) -> None:
+    from mistral_7b.training.metrics import MetricsFile
+
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, [])
+    for step in (1, 2, 3):
+        first({"step": step})
+    MetricsFile(path, [{"step": 1}])({"step": 2})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path: Path, monkeypatch: Any) -> None:
+    from mistral_7b import machine
+    from mistral_7b.training.metrics import tensorboard
+
+    written: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, *given: Any) -> None:
+            written.append(given)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(machine, "version", lambda package: None)
+    assert tensorboard(tmp_path, 3) is None
+    monkeypatch.setattr(machine, "version", lambda package: "2")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    board = tensorboard(tmp_path, 3)
+    assert board is not None
+    board({"step": 4, "loss": 1.5, "lr": 0.1})
+    assert written == [(str(tmp_path), 4), ("loss", 1.5, 4), ("lr", 0.1, 4)]

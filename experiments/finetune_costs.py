@@ -118,7 +118,8 @@ def main(json_file: Path | None = None, seq_len: int = 512, steps: int = 3, chil
             print(case, json.dumps(results[case]), file=sys.stderr)
     record = {
         "date": datetime.date.today().isoformat(), "commit": commit_of(),
-        "command": "python " + " ".join(sys.argv), "cpu": machine.cpu_name(), "cores": machine.cores(), "shape": SHAPE, "results": results,
+        "command": "python " + " ".join(sys.argv), "cpu": machine.cpu_name(), "cores": machine.cores(),
+        "shape": SHAPE, "results": results,
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     if json_file is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -188,3 +190,24 @@ def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path: Path, mon
     assert board is not None
     board({"step": 4, "loss": 1.5, "lr": 0.1})
     assert written == [(str(tmp_path), 4), ("loss", 1.5, 4), ("lr", 0.1, 4)]
+
+
+def test_the_snippets_of_the_docs_run(
+    base: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the tiny model, and for one update."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "finetuning.md").read_text() + (root / "docs" / "cli.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("mistral-7b finetune ")]
+    assert len(commands) == 6
+    monkeypatch.chdir(tmp_path)
+    write_chats(tmp_path / "chats.jsonl")
+    (tmp_path / "manual.txt").write_text("It is 7.\n" * 20)
+    for i, command in enumerate(commands):
+        words = shlex.split(command.replace("starter", str(base)).replace("runs/mine", f"runs/{i}"))[1:]
+        assert main([*words, "--steps=1", "--warmup=1", "--seq-len=64", "--dtype=float32", "--max-tokens=2"]) == 0
+    assert "peak" in capsys.readouterr().out
+    snippet = re.search(r"```python\n(.*?)```", text, re.S)
+    assert snippet is not None
+    exec(snippet[1].replace('"starter"', repr(str(base))).replace("epochs=3", "steps=1, warmup=1, seq_len=64"), {})
+    assert (tmp_path / "runs" / "mine" / "adapter").is_dir()

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import machine
 from ..lora.trainable import LoraArgs, adapt
 from ..model import Mistral7B, ModelArgs, rope_phases
+from ..quantization.fused import fuse
 from .finetune_args import FinetuneArgs
 from .loss import LOGITS
 from .measures import NEUTRAL
@@ -76,6 +77,7 @@ def _one_block(args: FinetuneArgs, shape: ModelArgs) -> Mistral7B:
     """A model of one block as it is trained, without numbers."""
     model = Mistral7B(dataclasses.replace(shape, n_layers=1), dtype=getattr(torch, args.dtype), device="meta")
     if args.method != "full":
+        fuse(model)
         adapt(model, LoraArgs(args.rank, args.alpha, args.dropout, args.targets, args.rslora), 0)
     return model
 

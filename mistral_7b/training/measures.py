@@ -47,19 +47,20 @@ class Forgetting:
         _, text = default_text()
         ids = [tokenizer.start_id, *tokenizer.encode(text[: 8 * NEUTRAL], bos=False)][:NEUTRAL]
         self.model, self.tokens = model, torch.tensor(ids, device=model.norm.weight.device)
-        self.before = torch.cat(list(self._log_probabilities()))  # (T, V)
+        with evaluating(model):
+            self.before = torch.cat(list(self._log_probabilities()))  # (T, V)
 
     def _log_probabilities(self) -> Iterator[Tensor]:
         """Yield the log-probabilities (PIECE, V), a piece of the text at a time."""
-        with evaluating(self.model):
-            hidden = self.model.hidden(self.tokens, Stateless(self.model.args.sliding_window))
-            for rows in hidden.split(PIECE):
-                yield self.model.logits(rows).log_softmax(-1)
+        hidden = self.model.hidden(self.tokens, Stateless(self.model.args.sliding_window))
+        for rows in hidden.split(PIECE):
+            yield self.model.logits(rows).log_softmax(-1)
 
     def kl(self) -> float:
         """Return KL(before || now) in nats per token."""
-        pieces = zip(self._log_probabilities(), self.before.split(PIECE), strict=True)
-        total = sum(float(F.kl_div(now, before, reduction="sum", log_target=True)) for now, before in pieces)
+        with evaluating(self.model):
+            pieces = zip(self._log_probabilities(), self.before.split(PIECE), strict=True)
+            total = sum(float(F.kl_div(now, before, reduction="sum", log_target=True)) for now, before in pieces)
         return max(0.0, total / len(self.before))  # rounding can make it slightly negative
 
 

@@ -19,6 +19,7 @@ from mistral_7b.lora.files import read_adapter
 from mistral_7b.training.finetune_args import FinetuneArgs
 from mistral_7b.training.finetuning import Examples, Run
 from mistral_7b.training.loop import Loop
+from mistral_7b.training.measures import Forgetting
 from mistral_7b.training.supervised import pack
 
 ARGS = FinetuneArgs(
@@ -192,3 +193,16 @@ def test_masters_gather_what_bfloat16_would_lose() -> None:
             total += old.numel()
     assert moved > 0.99 * total
     assert rounded < 0.1 * total
+
+
+def test_what_was_forgotten_is_the_kl_from_the_model_before() -> None:
+    model = base_model()
+    forgetting = Forgetting(model, tokenizer())
+    assert forgetting.kl() == 0
+    before = model(forgetting.tokens, Stateless(8))[0].double().log_softmax(-1)
+    with torch.no_grad():
+        model.output.weight *= 1.1
+    now = model(forgetting.tokens, Stateless(8))[0].double().log_softmax(-1)
+    wanted = (before.exp() * (before - now)).sum(-1).mean()
+    assert forgetting.kl() == pytest.approx(float(wanted), rel=1e-4)
+    assert len(forgetting.tokens) == 256

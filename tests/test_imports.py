@@ -35,7 +35,6 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 PEERS = (
     {"surgery", "training"},
-    {"quantization", "training"},
     {"checkpoint", "training"},
 )  # told apart above, and yet strangers
 # Deferred imports upwards: where a user's object is the natural door to a room above it.
@@ -46,7 +45,8 @@ WITHOUT_TORCH = (
     "text.tool_calls", "text.chat_template", "text.template_choice", "text.template_sandbox",
     "checkpoint", "checkpoint.hub", "checkpoint.starter", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer",
     "checkpoint.gguf.tokenizer_metadata", "checkpoint.tokenizer_files", "checkpoint.chat_templates", "lora",
-    "training", "training.args", "training.examples", "training.preview",
+    "training", "training.args", "training.finetune_args", "training.examples", "training.preview",
+    "training.held_out", "cli.finetune",
     "kernels.cpu.compiler", "kernels.threads", "engine.grammar.client", "engine.grammar.forkserver",
     "server.config", "server.openai.protocol", "server.openai.answers", "server.anthropic.wire",
     "server.anthropic.events", "server.openai.responses.events", "server.openai.responses.store",

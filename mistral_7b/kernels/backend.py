@@ -7,7 +7,7 @@
 The first rule that applies selects the backend:
 
     the operation has its own rule              that rule
-    an input requires a gradient                PyTorch: the kernels have no backward pass
+    an input requires a gradient                PyTorch, unless the operation is an operator with a backward pass
     torch.compile is tracing                    PyTorch, unless the operation is a registered operator
     on a CPU, and the C++ supports the types    the C++, if it is compiled
     on a GPU, and Triton supports the types     Triton, if it is installed

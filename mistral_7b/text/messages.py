@@ -17,6 +17,7 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.instruct import (
     InstructTokenizerV1,
     InstructTokenizerV2,
@@ -243,7 +244,16 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class _V1(InstructTokenizerV1):
+class _Undecoded:
+    """A template that does not decode its tokens, as mistral-common does with every conversation it encodes."""
+
+    def decode(
+        self, tokens: list[int], special_token_policy: SpecialTokenPolicy = SpecialTokenPolicy.IGNORE
+    ) -> str:
+        return ""
+
+
+class _V1(_Undecoded, InstructTokenizerV1):
     """The v1 template, except that an answer may be empty: the end of the sequence alone, as a model writes it."""
 
     def encode_assistant_message(self, message: AssistantMessage, is_before_last_user_message: bool) -> list[int]:
@@ -252,7 +262,7 @@ class _V1(InstructTokenizerV1):
         return super().encode_assistant_message(message, is_before_last_user_message)
 
 
-class _V2(InstructTokenizerV2):
+class _V2(_Undecoded, InstructTokenizerV2):
     """The v2 template, except that an answer may be empty, and that a continued one keeps its trailing spaces.
 
     mistral-common strips trailing spaces from every answer, as in training. A continued answer must match the text

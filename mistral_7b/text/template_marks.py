@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 from ..errors import TokenizerError
@@ -71,7 +72,7 @@ class Marks:
     def free(self, strings: Iterable[str]) -> tuple[str, str]:
         """Return two noncharacters that occur neither in strings nor in the template, nor as JSON escapes them."""
         text = "\0".join((self._source, *strings)).lower()
-        free = [c for c in NONCHARACTERS if c not in text and _escaped(c) not in text]
+        free = list(islice((c for c in NONCHARACTERS if c not in text and _escaped(c) not in text), 2))
         if len(free) < 2:
             raise TokenizerError(
                 "the conversation uses every noncharacter from U+FDD0 to U+FDEF", field="messages"

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from ..errors import TrainingError
+from ..kernels import threads
 from .args import RunArgs
 
 MethodName = Literal["lora", "qlora", "full", "dpo", "kto", "grpo"]
@@ -32,6 +33,9 @@ class FinetuneArgs(RunArgs):
     grpo (rewards) train an adapter."""
     quantization: Literal["int8", "q6_k", "q4_k_m", "int4", "bf16", "fp8"] | None = None
     """Quantize the base while it is loaded; None: int4 for qlora, else not."""
+
+    chat_template: str | None = None
+    """How conversations become text: a Jinja file, or a name like chatml or mistral-v3; None: the model's own."""
 
     rank: int = 16
     """Rank of the adapter's update of each Linear."""
@@ -71,6 +75,8 @@ class FinetuneArgs(RunArgs):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the base's weights and of activations; adapters and master weights are float32."""
     device: str = "cpu"
+    threads: int | None = None
+    """CPU threads, at most 4 per CPU; None: PyTorch's default, within the CPU quota."""
     compile: bool = False
     """torch.compile the feed-forward of each block: it pays on a GPU."""
     recompute: int | None = None
@@ -109,7 +115,7 @@ class FinetuneArgs(RunArgs):
 
     FREE = (
         "steps", "epochs", "out", "held_out", "save_every", "eval_every", "log_every", "keep",
-        "compile", "device", "accumulate", "recompute", "samples", "patience",
+        "compile", "device", "threads", "accumulate", "recompute", "samples", "patience",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -121,6 +127,7 @@ class FinetuneArgs(RunArgs):
         self._check_warmup()
         if not 0 <= self.dropout < 1:
             raise TrainingError(f"FinetuneArgs.dropout must be in 0..1, not {self.dropout}", field="dropout")
+        threads.check(self.threads)
         self._check_methods()
 
     def _check_methods(self) -> None:
@@ -137,6 +144,17 @@ class FinetuneArgs(RunArgs):
             raise TrainingError(
                 "stopping early needs evaluations", field="patience", hint="set held_out and eval_every"
             )
+
+    @property
+    def held_out_share(self) -> float | None:
+        """The share of the data that is held out; None if a file or nothing is."""
+        try:
+            share = float(self.held_out or "")
+        except ValueError:
+            return None
+        if not 0 < share < 1:
+            raise TrainingError(f"a share of the data must be above 0 and below 1, not {share}", field="held_out")
+        return share
 
     @property
     def peak(self) -> float:

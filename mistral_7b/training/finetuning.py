@@ -7,21 +7,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from ..errors import TrainingError
 from ..kernels import threads
 from ..model import Mistral7B
 from ..text.tokenizer import Tokenizer
+from .estimate import blocks_to_recompute
+from .examples import Source, read_data
 from .finetune_args import FinetuneArgs
 from .loop import Loop, Method, Record
+from .measures import Forgetting, Measures, answers, prompt_of
+from .metrics import MetricsFile, tensorboard
 from .progress import ProgressLine
+from .recomputing import recompute
+from .report import Sample, write_report
 from .trained import Trained, TrainedAdapter, TrainedModel
 from .weights import adamw
 
+STATE, METRICS, REPORT = "state.pt", "metrics.jsonl", "report.html"
 
 class FinetuneMethod(Method, Protocol):
     """A method whose data has epochs, and which can be evaluated."""
@@ -68,29 +80,162 @@ def open_trained(args: FinetuneArgs, model: Mistral7B, tokenizer: Tokenizer) -> 
     return made
 
 
-def finetune_items(
-    args: FinetuneArgs,
-    model: Mistral7B,
-    tokenizer: Tokenizer,
-    items: Sequence[Any],
+def finetune(
+    model: str | os.PathLike[str] | None = None,
+    data: str | Sequence[str] | None = None,
+    args: FinetuneArgs | None = None,
     show: Callable[[Record], None] | None = None,
 ) -> Record:
-    """Fine-tune a loaded model on items of the method's kind; return the last record of the log."""
-    threads.use()
-    trained = open_trained(args, model, tokenizer)
-    method = build_method(Setting(args, model, tokenizer, items))
-    args = dataclasses.replace(args, steps=args.steps or method.updates(args.epochs))
-    loop = Loop(args, method, trained.weights)
+    """Fine-tune a model as configured, or resume the run in `args.out`; return the last record of its log.
+
+    model   the base model, in place of `args.model`: a folder, a file, a hub id, "starter" or "demo"
+    data    files of examples, in place of `args.data`
+    show    called with each record of the log; None shows a line of progress on stderr
+
+    `args.out` then holds `adapter/` or `model/`, `state.pt` to resume from, `metrics.jsonl` and `report.html`.
+    Raises TrainingError for arguments or data that cannot be used, or a state of another run.
+    """
+    args = args or FinetuneArgs()
+    if model is not None:
+        args = dataclasses.replace(args, model=os.fspath(model))
+    if data is not None:
+        args = dataclasses.replace(args, data=(data,) if isinstance(data, str) else tuple(data))
+    threads.use(args.threads)
+    check_out(args)
+    tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)
+    examples = read_examples(args, tokenizer)
+    return Run(args, open_base(args, tokenizer), tokenizer, examples).train(show)
+
+
+def check_out(args: FinetuneArgs) -> None:
+    """Raise TrainingError if the output folder holds a model or adapter of no run there."""
     out = Path(args.out)
-    state_path = out / "state.pt"
-    if (out / trained.folder).exists() and not state_path.exists():
+    made = out / ("model" if args.method == "full" else "adapter")
+    if made.exists() and not (out / METRICS).exists():
         raise TrainingError(
-            f"{out / trained.folder} exists already, and belongs to no run in {out}",
-            field="out",
-            hint="name another --out",
+            f"{made} exists already, and belongs to no run in {out}", field="out", hint="name another --out"
         )
-    loop.resume(state_path, args.device)
-    out.mkdir(parents=True, exist_ok=True)
-    loop.run(state_path, show or ProgressLine(args))
-    trained.save(out)
-    return dict(loop.log[-1])
+
+
+def open_base(args: FinetuneArgs, tokenizer: Tokenizer) -> Mistral7B:
+    """Load the base model; TrainingError if it has not all tokens of the tokenizer."""
+    model = Mistral7B.from_pretrained(
+        args.model, dtype=args.dtype, device=args.device, quantization=args.base_quantization
+    )
+    if tokenizer.vocab_size > model.args.vocab_size:
+        raise TrainingError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and the vocabulary of the model {args.model} "
+            f"{model.args.vocab_size}: it belongs to another model",
+            field="model",
+            place=tokenizer.path,
+        )
+    return model
+
+
+class Examples(NamedTuple):
+    """Items to train on, how often each is taken in an epoch, those held out, and what each source held."""
+
+    items: Sequence[Any]
+    copies: Sequence[float] = ()
+    held_out: Sequence[Any] = ()
+    report: Sequence[Source] = ()
+
+
+def read_examples(args: FinetuneArgs, tokenizer: Tokenizer) -> Examples:
+    """Read the files of data, and hold out a file or a share of the items. TrainingError as `read_data`."""
+    if not args.data:
+        raise TrainingError("no training data", field="data", hint="name files of examples with --data")
+    read = functools.partial(
+        read_data, tokenizer=tokenizer, method=args.method, seq_len=args.seq_len, skip_bad=args.skip_bad
+    )
+    data = read(args.data)
+    copies = [data.weights[source] for source in data.source_of]
+    if args.held_out is None:
+        return Examples(data.items, copies, (), data.report)
+    if (share := args.held_out_share) is None:
+        return Examples(data.items, copies, read([args.held_out]).items, data.report)
+    order = np.random.default_rng(args.seed).permutation(len(data.items))
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
+        raise TrainingError(
+            f"nothing remains to train on: {count} of {len(order)} rows are held out", field="held_out"
+        )
+    held, kept = sorted(order[:count]), sorted(order[count:])
+    return Examples(
+        [data.items[i] for i in kept], [copies[i] for i in kept], [data.items[i] for i in held], data.report
+    )
+
+
+class Run:
+    """One run: the loop with the evaluations, files and samples around it."""
+
+    def __init__(self, args: FinetuneArgs, model: Mistral7B, tokenizer: Tokenizer, examples: Examples) -> None:
+        """Take a loaded model, which is trained in place."""
+        self.out = Path(args.out)
+        self.model, self.tokenizer, self.examples = model, tokenizer, examples
+        self.trained = open_trained(args, model, tokenizer)
+        recompute(model, blocks_to_recompute(args, model))
+        self.method = build_method(Setting(args, model, tokenizer, examples.items, examples.copies))
+        self.args = dataclasses.replace(args, steps=args.steps or self.method.updates(args.epochs))
+        self.args = dataclasses.replace(self.args, warmup=min(self.args.warmup, self.args.total_steps))
+        self.loop = Loop(self.args, self.method, self.trained.weights)
+        if args.compile:
+            compile_blocks(model)
+
+    def train(self, show: Callable[[Record], None] | None = None) -> Record:
+        """Train to the end, or from the saved state to the end; return the last record of the log."""
+        args, loop = self.args, self.loop
+        prompts = [prompt_of(item) for item in (self.examples.held_out or self.examples.items)[: args.samples]]
+        measures = Measures(
+            self.method.evaluate, self.examples.held_out, Forgetting(self.model, self.tokenizer)
+        )
+        before = self._answers(prompts)
+        loop.resume(self.out / STATE, args.device)
+        self.out.mkdir(parents=True, exist_ok=True)
+        sinks = [show or ProgressLine(args), MetricsFile(self.out / METRICS, loop.log)]
+        if (board := tensorboard(self.out / "tensorboard", loop.step)) is not None:
+            sinks.append(board)
+
+        def shown(record: Record) -> None:
+            for sink in sinks:
+                sink(record)
+
+        loop.run(self.out / STATE, shown, lambda: self._measured(measures), self._stops)
+        if "kl_from_base" not in loop.log[-1]:
+            loop.log[-1] |= self._measured(measures)
+            loop.save(self.out / STATE)
+            MetricsFile(self.out / METRICS, loop.log)
+        if not args.patience:
+            self.trained.save(self.out)
+        samples = [
+            Sample(self.tokenizer.decode(prompt), old, new)
+            for prompt, old, new in zip(prompts, before, self._answers(prompts), strict=True)
+        ]
+        write_report(self.out / REPORT, args, loop.log, [str(s) for s in self.examples.report], samples)
+        return dict(loop.log[-1])
+
+    def _answers(self, prompts: Sequence[list[int]]) -> list[str]:
+        return answers(self.model, prompts, self.tokenizer, self.args.max_tokens)
+
+    def _measured(self, measures: Measures) -> Record:
+        """Evaluate; with `patience`, write what is trained if it is the best so far."""
+        found = measures()
+        if self.args.patience and found["eval_loss"] < min(evaluations(self.loop.log), default=math.inf):
+            self.trained.save(self.out)
+        return found
+
+    def _stops(self, log: Sequence[Record]) -> bool:
+        """Whether the last `patience` evaluations were not below the best before them."""
+        losses, patience = evaluations(log), self.args.patience
+        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def evaluations(log: Sequence[Record]) -> list[float]:
+    """Return the held-out losses in a log."""
+    return [record["eval_loss"] for record in log if "eval_loss" in record]
+
+
+def compile_blocks(model: Mistral7B) -> None:
+    """Compile the feed-forward of each block, for packed batches of any length."""
+    for layer in model.layers:
+        layer.feed_forward.compile(dynamic=True)

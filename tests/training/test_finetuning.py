@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from finetune_data import examples
+from finetune_data import VOCABULARY, base_model, examples, tokenizer
 from refusals import refused
-from tiny import TINY, tiny_model
 
-from mistral_7b import Mistral7B, Tokenizer, TrainingError
+from mistral_7b import TrainingError
 from mistral_7b.cache import Stateless
 from mistral_7b.lora.files import read_adapter
 from mistral_7b.training.finetune_args import FinetuneArgs
-from mistral_7b.training.finetuning import Setting, build_method, finetune_items, open_trained
+from mistral_7b.training.finetuning import Examples, Run
 from mistral_7b.training.loop import Loop
 from mistral_7b.training.supervised import pack
 
@@ -40,23 +39,16 @@ def args_of(out: Path | str = "unused", **changes: Any) -> FinetuneArgs:
     return dataclasses.replace(ARGS, **{"out": str(out), **changes})
 
 
-def model_of(method: str = "lora") -> Mistral7B:
-    return tiny_model().requires_grad_(method == "full")
-
-
 def loop_of(**changes: Any) -> Loop:
     args = args_of(**changes)
-    model = model_of(args.method)
-    trained = open_trained(args, model, Tokenizer.from_pretrained("demo"))
-    return Loop(
-        args, build_method(Setting(args, model, Tokenizer.from_pretrained("demo"), examples())), trained.weights
-    )
+    return Run(args, base_model(args.method == "full"), tokenizer(), Examples(examples())).loop
 
 
-def run(out: Path, show: Any = lambda record: None, **changes: Any) -> dict[str, Any]:
-    tokenizer = Tokenizer.from_pretrained("demo")
-    args = args_of(out, **changes)
-    return finetune_items(args, model_of(args.method), tokenizer, examples(), show=show)
+def run(out: Path, show: Any = lambda record: None, held_out: int = 0, **changes: Any) -> dict[str, Any]:
+    """Train the tiny model on `examples`, of which the last `held_out` are evaluated."""
+    args, items = args_of(out, **{"samples": 0, **changes}), examples()
+    given = Examples(items[: len(items) - held_out], (), items[len(items) - held_out :])
+    return Run(args, base_model(args.method == "full"), tokenizer(), given).train(show)
 
 
 def hash_of(out: Path) -> str:
@@ -106,7 +98,7 @@ def test_trap_27_editing_one_document_leaves_the_next_bit_equal() -> None:
     loop = loop_of(rows=1, accumulate=1)
     model, (batch,) = loop.method.model, loop.method.micro_batches(0)
     edited = batch.tokens.clone()
-    edited[2] = (edited[2] + 1) % TINY.vocab_size
+    edited[2] = (edited[2] + 1) % VOCABULARY
     before, after = (model.hidden(t, Stateless(8), batch.sequence_ids) for t in (batch.tokens, edited))
     others = batch.sequence_ids > 0
     assert others.any()
@@ -124,7 +116,7 @@ def test_trap_30_one_seed_gives_one_adapter(tmp_path: Path) -> None:
     for name, changes in (("a", {}), ("b", {}), ("c", {"seed": 1})):
         run(tmp_path / name, dropout=0.2, steps=3, **changes)
     assert hash_of(tmp_path / "a") == hash_of(tmp_path / "b") != hash_of(tmp_path / "c")
-    assert len(read_adapter(tmp_path / "a" / "adapter", TINY).targets) == 14
+    assert len(read_adapter(tmp_path / "a" / "adapter", base_model().args).targets) == 14
 
 
 @pytest.mark.parametrize("stop_at", [1, 4])

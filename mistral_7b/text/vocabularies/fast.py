@@ -15,9 +15,9 @@ import json
 import pathlib
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint.json_files import read_object
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+PARTS = 1024  # of rendered texts, whose ids are remembered
 SECRET = secrets.token_hex(16)  # unknown to users, and in no file
 
 
@@ -111,13 +112,38 @@ class FastVocabulary(Vocabulary):
     def encode_rendered(self, text: str, plain: Spans = ()) -> list[int]:
         """Encode a rendered chat template; control tokens that touch `plain` stay text."""
         if not plain:
-            return _encode(self._full, text)
+            starts = [m.start() for m in self._spellings.finditer(text)] if self._can_be_cut else []
+            bounds = zip([0, *starts], [*starts, len(text)], strict=True)
+            return [i for start, end in bounds for i in self._encode_part(text[start:end])]
         parts: list[str] = []
         done = 0
         for start, end in matches(self._spellings, text, lambda match: not touches(*match.span(), plain)):
             parts += [text[done:start], self._secrets[text[start:end]]]
             done = end
         return _encode(self._guarded, "".join(parts) + text[done:])
+
+    @cached_property
+    def _encode_part(self) -> Callable[[str], list[int]]:
+        """Encode the part of a rendered text from one control token to the next.
+
+        The last parts are remembered, as each turn of a conversation renders those before it again.
+        """
+        return lru_cache(PARTS)(lambda text: _encode(self._full, text))
+
+    @cached_property
+    def _can_be_cut(self) -> bool:
+        """Whether the parts of a text that begin with a control token can be encoded by themselves.
+
+        They cannot if a control token depends on the text before it, or can begin within another added token.
+        """
+        added = [AddedToken.of(int(t["id"]), t) for t in self._content["added_tokens"]]
+        controls = [t for t in added if t.id in self.markup]
+        if len(controls) < len(self.markup) or any(t.lstrip or t.single_word or t.normalized for t in controls):
+            return False
+        heads = {t.content[:n] for t in controls for n in range(1, len(t.content) + 1)}
+        wholes = tuple(t.content for t in controls)
+        tails = (t.content[n:] for t in added for n in range(1, len(t.content)))
+        return not any(tail in heads or tail.startswith(wholes) for tail in tails)
 
     @cached_property
     def _secrets(self) -> dict[str, str]:

@@ -1,0 +1,3 @@
+"""stub"""
+def blocks_to_recompute(args, model):
+    return args.recompute or 0

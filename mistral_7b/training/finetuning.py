@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..engine.llm import make_deterministic
 from ..errors import TrainingError
 from ..kernels import threads
 from ..model import Mistral7B
@@ -74,7 +75,12 @@ def build_method(setting: Setting) -> FinetuneMethod:
 
 
 def open_trained(args: FinetuneArgs, model: Mistral7B, tokenizer: Tokenizer) -> Trained:
-    """Make the model ready for training: all of it, or an adapter of it."""
+    """Make the model ready for training: all of it, or an adapter of it.
+
+    GRPO samples from it, and its base then has the products that the engine samples with.
+    """
+    if args.method == "grpo":
+        make_deterministic(model)
     made = TrainedModel(model, tokenizer, args) if args.method == "full" else TrainedAdapter(model, args)
     made.weights.optimize(adamw(made.weights.masters, args.peak, args.betas, args.weight_decay))
     return made
@@ -174,8 +180,8 @@ class Run:
         self.out = Path(args.out)
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self.trained = open_trained(args, model, tokenizer)
-        recompute(model, blocks_to_recompute(args, model))
         self.method = build_method(Setting(args, model, tokenizer, examples.items, examples.copies))
+        recompute(model, blocks_to_recompute(args, model))  # not of the base that a method has taken
         self.args = dataclasses.replace(args, steps=args.steps or self.method.updates(args.epochs))
         self.args = dataclasses.replace(self.args, warmup=min(self.args.warmup, self.args.total_steps))
         self.loop = Loop(self.args, self.method, self.trained.weights)

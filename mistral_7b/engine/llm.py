@@ -17,7 +17,7 @@ from ..kernels.backend import LINEAR, Backend, uses
 from ..lora.adapters import Source
 from ..model import Mistral7B
 from ..quantization import Scheme, quantize
-from ..quantization.linear import Compressed
+from ..quantization.linear import Compressed, PackedLinear
 from ..sampling.params import SamplingParams
 from ..text.tokenizer import Tokenizer
 from .completion import RequestOutput, TextPiece
@@ -103,6 +103,9 @@ def make_deterministic(model: Mistral7B) -> None:
             field="deterministic",
         )
     quantize(model, Scheme("bf16", deterministic=True))
+    for module in model.modules():
+        if isinstance(module, PackedLinear):  # also those that were packed before
+            module.deterministic = True
 
 
 class LLM:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..cache import Memory, Stateless
 from ..engine.engine import Engine
+from ..engine.llm import make_deterministic
 from ..errors import TrainingError
 from ..kernels.attend import Place, Remembered, attend
 from ..kernels.backend import PAGED_ATTENTION, Backend, uses
@@ -71,8 +72,11 @@ class PackedDocuments(Memory):
         return attend(q, k, v, None, None, pages, self.window)
 
 
-def check_exact(model: Mistral7B) -> None:
-    """TrainingError if the engine's kernels do not give equal bits for this model."""
+def prepare(model: Mistral7B) -> None:
+    """Give a model, before it is adapted, the products that the engine samples with, in place.
+
+    TrainingError if the engine's kernels do not give equal bits for this model.
+    """
     weight = model.norm.weight
     if not uses(Backend.CPU, PAGED_ATTENTION, weight.new_empty(0)):
         raise TrainingError(
@@ -81,6 +85,7 @@ def check_exact(model: Mistral7B) -> None:
             field="method",
             hint='take dtype "bfloat16" and device "cpu"; `mistral-7b doctor` says whether the kernels compile',
         )
+    make_deterministic(model)
 
 
 def serve(model: Mistral7B, engine: Engine) -> None:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..engine.llm import make_deterministic
 from ..errors import TrainingError
 from ..kernels import threads
 from ..model import Mistral7B
 from ..text.tokenizer import Tokenizer
 from .estimate import blocks_to_recompute
+from .exact import prepare
 from .examples import Source, read_data
 from .finetune_args import FinetuneArgs
 from .loop import Loop, Method, Record
@@ -80,7 +80,7 @@ def open_trained(args: FinetuneArgs, model: Mistral7B, tokenizer: Tokenizer) -> 
     GRPO samples from it, and its base then has the products that the engine samples with.
     """
     if args.method == "grpo":
-        make_deterministic(model)
+        prepare(model)
     made = TrainedModel(model, tokenizer, args) if args.method == "full" else TrainedAdapter(model, args)
     made.weights.optimize(adamw(made.weights.masters, args.peak, args.betas, args.weight_decay))
     return made

@@ -42,7 +42,7 @@ from ..model import Mistral7B
 from ..sampling.params import SamplingParams
 from ..text.tokenizer import Tokenizer
 from .encoding import Encoded, Prompt
-from .exact import ADAPTER, ExactPolicy, check_exact, cost, serve
+from .exact import ADAPTER, ExactPolicy, cost, serve
 from .log_probs import backward, consecutive, log_probs
 from .packing import PackedRows
 from .rewards import Reward, load_reward
@@ -89,15 +89,17 @@ class RolloutBatch(NamedTuple):
 class Sampler:
     """The engine that samples completions of prompts from a model in training, and rates them."""
 
-    def __init__(self, model: Mistral7B, tokenizer: Tokenizer | None, reward: Reward, args: FinetuneArgs) -> None:
-        """`model` is adapted. TrainingError if the engine's bits are not the trainer's."""
-        check_exact(model)
+    def __init__(
+        self, model: Mistral7B, tokenizer: Tokenizer | None, reward: Reward, args: FinetuneArgs, longest: int
+    ) -> None:
+        """`model` was prepared (exact.py) and adapted. `longest` prompt: bounds the engine's memory."""
         self.model, self.reward, self.args = model, reward, args
         rows = args.rows * args.group
         config = EngineConfig(
             max_sequences=rows, max_batch_tokens=max(PREFILL, rows + EngineConfig.page_size), deterministic=True
         )
-        self.inputs = open_engine(without_adapter(model), config, tokenizer, None, [args.seq_len] * rows)
+        lengths = [longest + args.max_tokens] * rows
+        self.inputs = open_engine(without_adapter(model), config, tokenizer, None, lengths)
 
     @property
     def engine(self) -> Engine:
@@ -159,16 +161,8 @@ class GRPO:
         self, sampler: Sampler, items: Sequence[Prompt], copies: Sequence[float] = (), folder: Path | None = None,
         reference: str | None = None,
     ) -> None:  # fmt: skip
-        """`reference` is an adapter of the engine. TrainingError for a prompt that leaves a completion no room."""
+        """`reference` is an adapter of the engine; None: its base."""
         self.sampler, self.items, self.args, self.folder = sampler, items, sampler.args, folder
-        longest = max(len(item.ids) for item in items)
-        if longest + self.args.max_tokens > self.args.seq_len:
-            raise TrainingError(
-                f"a prompt of {longest} tokens and {self.args.max_tokens} of a completion exceed seq_len "
-                f"{self.args.seq_len}",
-                field="seq_len",
-                hint="raise seq_len, or lower max_tokens",
-            )
         self.order = PackedRows([1] * len(items), self.args.rows, self.args.seed, copies)  # a row: the prompts
         self.policy = ExactPolicy(sampler.model, sampler.engine)
         self.reference = ExactPolicy(sampler.engine.model, sampler.engine, reference)
@@ -267,9 +261,19 @@ def check_equal(trained: Tensor, sampled: Tensor) -> None:
 
 
 def method_of(setting: Setting) -> GRPO:
-    """GRPO on `Prompt` items, by the arguments; its completions are kept in the run's folder."""
+    """GRPO on `Prompt` items, by the arguments; its completions are kept in the run's folder.
+
+    TrainingError for a prompt that leaves a completion no room, or a reward function that cannot be opened.
+    """
     args = setting.args
-    sampler = Sampler(setting.model, setting.tokenizer, load_reward(str(args.reward)), args)
+    longest = max(len(item.ids) for item in setting.items)
+    if longest + args.max_tokens > args.seq_len:
+        raise TrainingError(
+            f"a prompt of {longest} tokens and {args.max_tokens} of a completion exceed seq_len {args.seq_len}",
+            field="seq_len",
+            hint="raise seq_len, or lower max_tokens",
+        )
+    sampler = Sampler(setting.model, setting.tokenizer, load_reward(str(args.reward)), args, longest)
     reference = None if args.start is None else "reference"
     if reference is not None:
         sampler.engine.adapters.load(reference, str(args.start))

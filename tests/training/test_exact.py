@@ -16,13 +16,13 @@ from torch import nn
 
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.inputs import InputProcessor, RequestOptions
-from mistral_7b.engine.llm import make_deterministic, open_engine, run
+from mistral_7b.engine.llm import open_engine, run
 from mistral_7b.errors import TrainingError
 from mistral_7b.lora.trainable import LoraArgs, adapt, without_adapter
 from mistral_7b.model import Mistral7B
 from mistral_7b.quantization import quantize
 from mistral_7b.sampling.params import SamplingParams
-from mistral_7b.training.exact import ADAPTER, ExactPolicy, check_exact, serve
+from mistral_7b.training.exact import ADAPTER, ExactPolicy, prepare, serve
 from mistral_7b.training.log_probs import ModelPolicy, backward, log_probs
 from mistral_7b.training.supervised import Packed, pack
 
@@ -30,10 +30,10 @@ from mistral_7b.training.supervised import Packed, pack
 def adapted(scheme: str | None, dtype: torch.dtype = torch.bfloat16) -> tuple[Mistral7B, list[nn.Parameter]]:
     """A model with an adapter that changes it."""
     model = tiny_model(tiny_args(), dtype)
-    if scheme == "bf16":
-        make_deterministic(model)
-    elif scheme is not None:
-        quantize(model, scheme)
+    if scheme is not None:
+        if scheme != "plain":
+            quantize(model, scheme)
+        prepare(model)
     factors = adapt(model, LoraArgs(rank=5), 0)
     noise = torch.Generator().manual_seed(3)
     for p in factors:
@@ -61,7 +61,7 @@ def sampled(inputs: InputProcessor) -> tuple[Packed, torch.Tensor]:
     return pack([encoded(ids, c.token_ids) for ids, c in completions]), torch.tensor(values)
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["plain", "bf16", "int8", "int4"])
 def test_trap_29_every_log_probability_of_the_trainer_is_the_samplers(scheme: str) -> None:
     model, factors = adapted(scheme)
     inputs = served(model)
@@ -103,4 +103,4 @@ def test_the_gradient_is_that_of_the_trained_model() -> None:
 
 def test_models_without_equal_bits_are_refused() -> None:
     with refused(TrainingError, field="method"):
-        check_exact(tiny_model())
+        prepare(tiny_model())

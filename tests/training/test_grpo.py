@@ -18,8 +18,8 @@ from mistral_7b.errors import TrainingError
 from mistral_7b.training.encoding import Prompt
 from mistral_7b.training.exact import serve
 from mistral_7b.training.finetune_args import FinetuneArgs
-from mistral_7b.training.finetuning import Examples, Run, open_trained
-from mistral_7b.training.grpo import GRPO, Rollout, Sampler, advantages_of
+from mistral_7b.training.finetuning import Examples, Run, Setting, open_trained
+from mistral_7b.training.grpo import GRPO, Rollout, Sampler, advantages_of, method_of
 from mistral_7b.training.rewards import Reward
 
 ARGS = FinetuneArgs(
@@ -62,7 +62,7 @@ def method(folder: Path | None = None, **changes: Any) -> tuple[GRPO, Any]:
     model = tiny_model(tiny_args(), torch.bfloat16)
     tokenizer = Numbers()
     weights = open_trained(args, model, tokenizer).weights
-    return GRPO(Sampler(model, tokenizer, Reward(low_tokens), args), ITEMS, folder=folder), weights
+    return GRPO(Sampler(model, tokenizer, Reward(low_tokens), args, 2), ITEMS, folder=folder), weights
 
 
 def update(grpo: GRPO, weights: Any, step: int) -> dict[str, float]:
@@ -167,8 +167,9 @@ def test_equal_rewards_have_exactly_no_advantage() -> None:
 
 
 def test_a_prompt_that_leaves_no_room_is_refused() -> None:
+    model: Any = None
     with refused(TrainingError, field="seq_len"):
-        method(seq_len=9)
+        method_of(Setting(dataclasses.replace(ARGS, seq_len=9), model, Numbers(), ITEMS))
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -89,15 +89,21 @@ def _of_twin(twin: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, 
     return backward
 
 
+def _keep_angles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
 def _rotate_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, cos, sin = ctx.saved_tensors
+    cos, sin = ctx.saved_tensors
     return rotate(grad, cos, -sin), None, None
 
 
-for name, backward in (
-    ("rms_norm", _of_twin(rms_norm_twin)), ("silu_mul", _of_twin(silu_mul_twin)), ("rotate", _rotate_back),
-):  # fmt: skip
-    torch.library.register_autograd(f"mistral_7b::{name}", backward, setup_context=_keep, lib=OPS)
+for name, backward, keep in (
+    ("rms_norm", _of_twin(rms_norm_twin), _keep),
+    ("silu_mul", _of_twin(silu_mul_twin), _keep),
+    ("rotate", _rotate_back, _keep_angles),
+):
+    torch.library.register_autograd(f"mistral_7b::{name}", backward, setup_context=keep, lib=OPS)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import QUANTIZED_LINEAR, Backend, uses
+from .backend import DEQUANTIZE, PACKED_LINEAR, QUANTIZED_LINEAR, Backend, uses
 from .block_formats import FORMATS, TILE, dequantize, float_scales, integer_weight, padded
 from .cpu import calls, compiler
 from .cpu.arguments import Weights
 
 OPS = torch.library.Library("mistral_7b", "DEF")
-PIECE = 64  # tiles of a weight that are dequantized at a time for a gradient
+PIECE = 1024  # inputs, or outputs, of a weight that are dequantized at a time for a gradient
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +79,25 @@ def block_linear_gradient_twin(grad: Tensor, codes: Tensor, d: Tensor, inputs: i
     wide = torch.promote_types(grad.dtype, torch.float32)
     rows = F.pad(grad.flatten(0, -2), (0, len(codes) * TILE - grad.shape[-1])).to(wide)  # (M, N padded)
     out = rows.new_zeros(len(rows), inputs)
-    for part, c, s in zip(rows.split(PIECE * TILE, 1), codes.split(PIECE), d.split(PIECE), strict=True):
+    tiles = PIECE // TILE
+    for part, c, s in zip(rows.split(PIECE, 1), codes.split(tiles), d.split(tiles), strict=True):
         out.addmm_(part, dequantize(kind, c, s, inputs).to(wide))
     return out.to(grad.dtype).view(*grad.shape[:-1], inputs)
+
+
+def _block_gradient(grad: Tensor, codes: Tensor, d: Tensor, inputs: int, kind: str) -> Tensor:
+    """`block_linear_gradient`: bfloat16 weights where the CPU multiplies them fast, else float32 ones."""
+    dtype = torch.bfloat16 if uses(Backend.ONEDNN, PACKED_LINEAR, grad) else torch.float32
+    if grad.dtype == torch.float64 or not uses(Backend.CPU, DEQUANTIZE, grad.new_empty(0, dtype=dtype)):
+        return block_linear_gradient_twin(grad, codes, d, inputs, kind)
+    rows, out = grad.flatten(0, -2).to(dtype), grad.new_empty((*grad.shape[:-1], inputs))
+    n, weight = grad.shape[-1], block_weights(kind, codes, d, grad.shape[-1], inputs)
+    memory = grad.new_empty(n * min(PIECE, inputs), dtype=dtype)
+    for first, part in zip(range(0, inputs, PIECE), out.split(PIECE, -1), strict=True):
+        piece = memory[: n * part.shape[-1]].view(n, -1)
+        calls.dequantize(weight, piece, first)
+        part.copy_((rows @ piece).view(part.shape))
+    return out
 
 
 OPS.define("block_linear(Tensor x, Tensor codes, Tensor d, int n, str kind) -> Tensor")
@@ -90,7 +106,7 @@ torch.library.register_fake(
     "mistral_7b::block_linear", lambda x, codes, d, n, kind: x.new_empty((*x.shape[:-1], n))
 )
 OPS.define("block_linear_gradient(Tensor grad, Tensor codes, Tensor d, int inputs, str kind) -> Tensor")
-OPS.impl("block_linear_gradient", block_linear_gradient_twin, "CPU")
+OPS.impl("block_linear_gradient", _block_gradient, "CPU")
 torch.library.register_fake(
     "mistral_7b::block_linear_gradient",
     lambda grad, codes, d, inputs, kind: grad.new_empty((*grad.shape[:-1], inputs)),
@@ -98,13 +114,12 @@ torch.library.register_fake(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, d, _, ctx.kind = inputs
+    x, *ctx.weight, _, ctx.kind = inputs  # not saved tensors: recomputation may end before their product
     ctx.inputs = x.shape[-1]
-    ctx.save_for_backward(codes, d)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    codes, d = ctx.saved_tensors
+    codes, d = ctx.weight
     return block_linear_gradient(grad, codes, d, ctx.inputs, ctx.kind), None, None, None, None
 
 

@@ -83,8 +83,8 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         a, b = self.a.to(x.dtype), (self.b * self.scale).to(x.dtype)  # as an adapter is served
-        low = F.linear(F.dropout(x, self.dropout, self.training), a)  # (..., r)
-        return self.base(x) + F.linear(low, b)
+        update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b)
+        return update + self.base(x)  # last: recomputation for the backward pass can leave it out
 
     def extra_repr(self) -> str:
         return f"rank={len(self.a)}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -94,7 +94,8 @@ def adapt(model: Mistral7B, args: LoraArgs, seed: int, start: Adapter | None = N
     """Make Linears of `model` trainable, in place, and freeze everything else; returns the factors.
 
     A new A is uniform within 1 / sqrt(K), as PEFT draws it. `seed` alone determines it: it is drawn by a generator
-    of its own, in the order of the model and on the CPU. B is zero, so that training begins at the base model. With `start`, its Linears, ranks and scales are continued, and `args` gives the dropout only.
+    of its own, in the order of the model and on the CPU. B is zero, so that training begins at the base model.
+    With `start`, its Linears, ranks and scales are continued, and `args` gives the dropout only.
 
     Raises AdapterError if `model` is adapted already, or `start` does not fit it or is more than plain LoRA.
     """

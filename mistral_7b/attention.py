@@ -72,11 +72,6 @@ class Band(NamedTuple):
     mask: Tensor | None  # (..., queries, keys); None: all visible, or lower-triangular if causal
     causal: bool = False
 
-    def shifted(self, by: int) -> Band:
-        """The same band of a document that begins at `by` in a packed batch."""
-        rows, keys = (slice(s.start + by, s.stop + by) for s in (self.queries, self.keys))
-        return self._replace(queries=rows, keys=keys)
-
 
 def bands(
     p_q: Tensor,

@@ -59,7 +59,8 @@ class Stateless:
         for length in torch.unique_consecutive(sequence_ids, return_counts=True)[1].tolist():
             place = positions[start : start + length]
             for band in bands(place, place, self.window, consecutive=True):
-                yield band.shifted(start)
+                queries, keys = (slice(s.start + start, s.stop + start) for s in (band.queries, band.keys))
+                yield band._replace(queries=queries, keys=keys)
             start += length
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

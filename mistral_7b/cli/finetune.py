@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
+from ..kernels import threads
 from ..training.finetune_args import FinetuneArgs
 from .inputs import read_flags
 from .stopping import terminated_as_interrupted
+
+if TYPE_CHECKING:
+    from ..model import ModelArgs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +70,31 @@ def _preview(args: FinetuneArgs, count: int) -> int:
 
 
 def _estimate(args: FinetuneArgs) -> int:
-    from ..checkpoint import hub, read_args, read_record
+    from ..checkpoint import hub, read_args
     from ..training.estimate import estimate
 
+    threads.use(args.threads)
     path = hub.resolve(args.model)
-    record = read_record(path)
-    found = estimate(args, read_args(path)[0], None if record is None else record.scheme.name)
-    print(found.table())
+    shape, _ = read_args(path)
+    print(estimate(args, shape, _weights(args, path, shape)).table())
     return 0
+
+
+def _weights(args: FinetuneArgs, path: pathlib.Path, shape: ModelArgs) -> int:
+    """Return the bytes that a model's weights will take in memory."""
+    import torch
+
+    from ..checkpoint import read_record
+    from ..checkpoint.reading import open_checkpoint
+    from ..model import Mistral7B
+    from ..quantization.schemes import Scheme, empty_model
+
+    if (record := read_record(path)) is not None:
+        return record.nbytes
+    scheme, dtype = args.base_quantization, getattr(torch, args.dtype)
+    if scheme is None and (checkpoint := open_checkpoint(path)).format == "gguf":
+        return checkpoint.nbytes()
+    if scheme is not None and Scheme(scheme).whole:
+        return sum(t.nbytes for t in empty_model(shape, Scheme(scheme), dtype).state_dict().values())
+    weights = Mistral7B(shape, dtype=dtype, device="meta").parameters()
+    return sum(p.nbytes for p in weights) // (2 if scheme == "fp8" else 1)

@@ -50,8 +50,8 @@ class ChatFormat(Protocol):
     def encode(self, messages: Messages, tools: Tools, labels: Sequence[str] | None) -> Encoded:
         """Encode a conversation up to the assistant's next message: see Tokenizer.encode_chat_with_prefix."""
 
-    def encode_answered(self, messages: Messages, tools: Tools) -> list[int]:
-        """Encode a conversation that ends with the assistant's answer: see Tokenizer.encode_answered."""
+    def encode_history(self, messages: Messages, tools: Tools) -> list[int]:
+        """Encode a conversation as it stands, which may end with an answer: see Tokenizer.encode_history."""
 
     def turn_end(self) -> str | None:
         """Return the spelling of the token that ends a turn; None if there is none but EOS."""
@@ -104,8 +104,8 @@ class MistralChat:
         """Encode a conversation. Consecutive assistant messages count as one, as mistral-common joins them."""
         return self._encode(self._chat, messages, tools, labels)
 
-    def encode_answered(self, messages: Messages, tools: Tools) -> list[int]:
-        """Encode a conversation whose last message is an answer, which EOS ends."""
+    def encode_history(self, messages: Messages, tools: Tools) -> list[int]:
+        """Encode a conversation; EOS ends an answer."""
         return self._encode(self._any_end, messages, tools, None)[0]
 
     @cached_property
@@ -187,8 +187,8 @@ class TemplateChat:
         ids = self._vocabulary.encode_rendered(rendered.text, rendered.plain)
         return ids, self._tokens_of(chat[-1]["content"], ids) if continued else 0
 
-    def encode_answered(self, messages: Messages, tools: Tools) -> list[int]:
-        """Encode a conversation as it is rendered without a generation prompt."""
+    def encode_history(self, messages: Messages, tools: Tools) -> list[int]:
+        """Encode a conversation that is rendered without a generation prompt."""
         rendered = self._template.render(plain_messages(messages), tools or None, add_generation_prompt=False)
         return self._vocabulary.encode_rendered(rendered.text, rendered.plain)
 

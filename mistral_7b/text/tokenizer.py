@@ -279,13 +279,13 @@ class Tokenizer:
             raise no_template(self.path.parent)
         return self.chat.encode(messages, tools, labels)
 
-    def encode_answered(
+    def encode_history(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Encode a conversation that ends with the assistant's answer, as the template writes it in a history.
+        """Encode a conversation as the beginning of a longer one: no message of the assistant is begun after it.
 
-        What follows the answer is included: the token that ends it, and what the template puts after that.
+        Behind an answer stand the token that ends it, and what the template writes after that.
         """
         if self.chat is None:
             raise no_template(self.path.parent)
-        return self.chat.encode_answered(messages, tools)
+        return self.chat.encode_history(messages, tools)

@@ -1,7 +1,7 @@
 """Training: on plain text from scratch, and fine-tuning on examples, preferences and rewards.
 
 args, finetune_args   the arguments of both commands (import no torch)
-loop                  the loop of all methods; weights, states: what it holds and saves; progress, metrics: what it says
+loop                  the loop of all methods; weights, states: what it holds, saves; progress, metrics: its output
 trainer               pretraining; data, curve, vocabulary: its text files, its picture, a tokenizer for it
 finetuning            fine-tuning; trained: an adapter or all weights; measures, report: what came of it
 examples              files of data -> items; forms, encoding, messages

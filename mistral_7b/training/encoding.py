@@ -1,7 +1,7 @@
 """Samples -> token ids, and which of them are trained: exactly the tokens that inference feeds and generates.
 
 The prompt of an answer is what `Tokenizer.encode_chat` makes of the messages before it; the answer is what follows
-that prompt in `Tokenizer.encode_answered`, up to and with the token that ends it:
+that prompt in `Tokenizer.encode_history`, up to and with the token that ends it:
 
     prompt   <s>[INST] Hi[/INST]                 not trained
     answer                       Hello</s>       trained
@@ -136,7 +136,8 @@ class Encoder:
     def _completion(self, sample: Completion) -> list[Encoded]:
         prompt = self.tokenizer.encode(sample.prompt)
         whole = self.tokenizer.encode(sample.prompt + sample.completion, eos=True)
-        ids = self._continued(prompt, whole, "completion")
+        if (ids := self._continued(prompt, whole)) is None:
+            raise TrainingError("completion begins within a token of the prompt", field="completion")
         return [_document(ids, [(len(prompt), len(ids))])]
 
     def _chat(self, chat: Chat) -> list[Encoded]:
@@ -144,9 +145,7 @@ class Encoder:
         documents: list[tuple[list[int], list[tuple[int, int]]]] = []
         for i in reversed(chat.answers):
             prompt = self.tokenizer.encode_chat(chat.messages[:i], chat.tools)
-            whole = self._continued(
-                prompt, self.tokenizer.encode_answered(chat.messages[: i + 1], chat.tools), f"messages[{i}]"
-            )
+            whole = self._answered(chat, i, prompt)
             ids = prompt + self._answer(chat.messages[i], whole, len(prompt), f"messages[{i}]")
             if not documents or documents[-1][0][: len(ids)] != ids:
                 documents.append((ids, []))
@@ -171,8 +170,30 @@ class Encoder:
                 )
         return answer
 
-    def _continued(self, prompt: list[int], whole: list[int], name: str) -> list[int]:
-        """Return `whole` as it continues `prompt`. TrainingError if it does not.
+    def _answered(self, chat: Chat, i: int, prompt: list[int]) -> list[int]:
+        """Return a conversation up to message `i`, an answer, as it continues its prompt.
+
+        Some templates write the end of that prompt differently once an answer follows. The answer is then what
+        stands behind the last beginning of an assistant's message. TrainingError if there is none.
+        """
+        whole = self.tokenizer.encode_history(chat.messages[: i + 1], chat.tools)
+        if (continued := self._continued(prompt, whole)) is not None:
+            return continued
+        before = self.tokenizer.encode_history(chat.messages[:i], chat.tools)
+        begun = prompt[len(before) :] if prompt[: len(before)] == before else []
+        n = len(begun)
+        if not self.tokenizer.vocabulary.markup.isdisjoint(begun):  # else a message could contain it
+            for start in range(len(whole) - n, -1, -1):
+                if whole[start : start + n] == begun:
+                    return [*prompt, *whole[start + n :]]
+        raise TrainingError(
+            f"messages[{i}]: in a history the chat template writes another beginning of this answer than the one "
+            "it gives a model to continue, or that beginning and the answer's first blanks are one token",
+            field=f"messages[{i}]",
+        )
+
+    def _continued(self, prompt: list[int], whole: list[int]) -> list[int] | None:
+        """Return `whole` as it continues `prompt`; None if it does not.
 
         A tokenizer may merge the end of a prompt with the beginning of an answer. Inference, which is given the
         prompt, generates the rest of such a token; so the rest is encoded by itself.
@@ -184,13 +205,7 @@ class Encoder:
             spelled += self._spelled([whole[n]])
             n += 1
         rest = self._encoded_rest(spelled[len(before) :]) if spelled.startswith(before) else None
-        if rest is None:
-            raise TrainingError(
-                f"{name}: this answer does not continue its own prompt, which the chat template ends differently "
-                "in a history, or whose end and blanks at the answer's beginning are one token",
-                field=name,
-            )
-        return [*prompt, *rest, *whole[n:]]
+        return None if rest is None else [*prompt, *rest, *whole[n:]]
 
     def _encoded_rest(self, text: bytes) -> list[int] | None:
         """Return tokens that spell `text` within a text, without a space before it; None if there are none."""

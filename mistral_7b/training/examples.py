@@ -28,6 +28,7 @@ from .encoding import Encoded, Encoder, Item, Pair, Prompt, Thumb
 from .forms import Chat, Form, Judged, Preference, Sample, form_of
 
 SHOWN = 20  # bad lines that an error lists
+HEAD = 4096  # bytes in which a file's first character is looked for
 
 
 class BadLine(NamedTuple):
@@ -63,7 +64,7 @@ class Source:
     bad: list[BadLine] = field(default_factory=list)
 
     def __str__(self) -> str:
-        said = f"{self.path}: {self.rows:,} rows of the form {self.form}"
+        said = f"{self.path}: {self.rows:,} {'row' if self.rows == 1 else 'rows'} of the form {self.form}"
         if self.items != self.rows:
             said += f" in {self.items:,} documents"
         said += f", {self.tokens:,} tokens"
@@ -209,17 +210,17 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             if path.suffix == ".txt":
                 yield str(path), _parsed(file.read(), lambda text: {"text": text})
                 return
-            first = next((line for line in file if line.strip()), b"")
+            begun = file.read(HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
             file.seek(0)
-            if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            if begun.startswith(b"["):
                 listed = _parsed(file.read(), _json)
                 if isinstance(listed, TrainingError):
                     yield str(path), listed
                 else:
                     yield from ((f"{path}: item {n}", row) for n, row in enumerate(listed, 1))
                 return
-            for n, line in enumerate(file, 1):
-                if line.strip():
+            for n, line in enumerate(map(bytes.strip, file), 1):
+                if line:
                     yield f"{path}:{n}", _parsed(line, _json)
     except OSError as e:
         raise TrainingError(f"cannot be read: {e.strerror}", field="data", place=path) from e
@@ -233,6 +234,9 @@ def _parsed(raw: bytes, parse: Callable[[str], Any]) -> Any:
         return TrainingError(f"is not UTF-8 ({e.reason} at byte {e.start})")
     except RecursionError:
         return TrainingError("is nested too deeply")
+    except json.JSONDecodeError as e:
+        line = f"line {e.lineno}, " if e.lineno > 1 else ""
+        return TrainingError(f"is not JSON: {e.msg} ({line}column {e.colno})")
     except ValueError as e:
         return TrainingError(f"is not JSON: {e}")
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from .. import machine
 from ..errors import TrainingError
 from ..kernels import threads
-from ..model import Mistral7B
+from ..model import FeedForward, Mistral7B
 from ..text.tokenizer import Tokenizer
 from .estimate import blocks_to_recompute
 from .exact import prepare
@@ -35,6 +36,7 @@ from .trained import Trained, TrainedAdapter, TrainedModel
 from .weights import adamw
 
 STATE, METRICS, REPORT = "state.pt", "metrics.jsonl", "report.html"
+
 
 class FinetuneMethod(Method, Protocol):
     """A method whose data has epochs, and which can be evaluated."""
@@ -107,6 +109,7 @@ def finetune(
     if data is not None:
         args = dataclasses.replace(args, data=(data,) if isinstance(data, str) else tuple(data))
     threads.use(args.threads)
+    machine.return_large_blocks()
     check_out(args)
     tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)
     examples = read_examples(args, tokenizer)
@@ -181,7 +184,8 @@ class Run:
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self.trained = open_trained(args, model, tokenizer)
         self.method = build_method(Setting(args, model, tokenizer, examples.items, examples.copies))
-        recompute(model, blocks_to_recompute(args, model))  # not of the base that a method has taken
+        # The weights are in memory. Where a method has taken the base, that is not recomputed.
+        recompute(model, blocks_to_recompute(args, model.args, weights=0))
         self.args = dataclasses.replace(args, steps=args.steps or self.method.updates(args.epochs))
         self.args = dataclasses.replace(self.args, warmup=min(self.args.warmup, self.args.total_steps))
         self.loop = Loop(self.args, self.method, self.trained.weights)
@@ -192,13 +196,14 @@ class Run:
         """Train to the end, or from the saved state to the end; return the last record of the log."""
         args, loop = self.args, self.loop
         prompts = [prompt_of(item) for item in (self.examples.held_out or self.examples.items)[: args.samples]]
-        measures = Measures(
-            self.method.evaluate, self.examples.held_out, Forgetting(self.model, self.tokenizer)
-        )
+        measures = Measures(self.method.evaluate, self.examples.held_out, Forgetting(self.model, self.tokenizer))
         before = self._answers(prompts)
         loop.resume(self.out / STATE, args.device)
         self.out.mkdir(parents=True, exist_ok=True)
-        sinks = [show or ProgressLine(args), MetricsFile(self.out / METRICS, loop.log)]
+        sinks: list[Callable[[Record], None]] = [
+            show or ProgressLine(args),
+            MetricsFile(self.out / METRICS, loop.log),
+        ]
         if (board := tensorboard(self.out / "tensorboard", loop.step)) is not None:
             sinks.append(board)
 
@@ -243,5 +248,6 @@ def evaluations(log: Sequence[Record]) -> list[float]:
 
 def compile_blocks(model: Mistral7B) -> None:
     """Compile the feed-forward of each block, for packed batches of any length."""
-    for layer in model.layers:
-        layer.feed_forward.compile(dynamic=True)
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.compile(dynamic=True)

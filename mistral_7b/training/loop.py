@@ -3,8 +3,8 @@
     update n:  for batch in method.micro_batches(n): method.backward(batch)      gradients add up
                clip, AdamW, next update
 
-What an update does depends on the weights and (seed, n) alone: n is the one counter of the run, by which the method
-finds its data and dropout is seeded.
+What an update does depends on the weights and (seed, n) alone: n is the one counter of the run, by which the
+method finds its data and dropout is seeded.
 """
 
 from __future__ import annotations

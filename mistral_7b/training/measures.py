@@ -1,6 +1,6 @@
 """What is measured while a model is fine-tuned: held-out rows, what it forgot, and its answers to samples.
 
-    forgotten = 1/T sum_t KL(p_t || q_t)      p: the model before training, q: now; on T tokens of neutral text
+forgotten = 1/T sum_t KL(p_t || q_t)      p: the model before training, q: now; on T tokens of neutral text
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class Measures:
     """An evaluation: of held-out items by the method, and of what the model forgot."""
 
     def __init__(
-        self, evaluate: Callable[[Sequence[Any]], dict[str, float]], held_out: Sequence[Any], forgetting: Forgetting
+        self,
+        evaluate: Callable[[Sequence[Any]], dict[str, float]],
+        held_out: Sequence[Any],
+        forgetting: Forgetting,
     ) -> None:
         self.evaluate, self.held_out, self.forgetting = evaluate, held_out, forgetting
 

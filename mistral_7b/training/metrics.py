@@ -44,8 +44,8 @@ class TensorBoard:
     def __call__(self, record: dict[str, Any]) -> None:
         for name, value in record.items():
             if name != "step":
-                self.writer.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
-        self.writer.flush()  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()
 
 
 def tensorboard(folder: Path, step: int) -> TensorBoard | None:

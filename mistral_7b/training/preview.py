@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+ESCAPED = {
+    c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"
+}  # would steer a terminal
 TRAINED, OTHER, CONTROL = "bold green", "bright_black", "underline"
 
 
@@ -66,7 +69,10 @@ def styled(document: Encoded, tokenizer: Tokenizer, color: bool) -> Text:
 
 
 def runs(document: Encoded, tokenizer: Tokenizer) -> Iterator[Run]:
-    """Yield the runs of a document. Bytes of a character that spans two runs are shown as U+FFFD."""
+    """Yield the runs of a document.
+
+    Bytes of a character that spans two runs become U+FFFD; codes that would steer a terminal are spelled out.
+    """
 
     def kind(token: tuple[int, bool]) -> tuple[bool, bool, int]:
         control = tokenizer.is_control(token[0])
@@ -78,7 +84,8 @@ def runs(document: Encoded, tokenizer: Tokenizer) -> Iterator[Run]:
         if control:
             yield from (Run(tokenizer.piece(i), trained, True) for i in ids)
         else:
-            yield Run(b"".join(map(tokenizer.piece_bytes, ids)).decode(errors="replace"), trained, False)
+            text = b"".join(map(tokenizer.piece_bytes, ids)).decode(errors="replace")
+            yield Run(text.translate(ESCAPED), trained, False)
 
 
 def _parts(item: Item) -> list[tuple[str, Encoded]]:

@@ -1,7 +1,7 @@
 """Blocks whose activations are computed again in the backward pass, to save memory.
 
-    kept          a block's input, and everything its backward pass reads
-    recomputed    a block's input; the block runs once more in the backward pass, with the same bits
+kept          a block's input, and everything its backward pass reads
+recomputed    a block's input; the block runs once more in the backward pass, with the same bits
 """
 
 from __future__ import annotations

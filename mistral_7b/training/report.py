@@ -34,7 +34,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 figure { margin: 0; padding: .75rem; border: 1px solid var(--line); border-radius: 8px; }
 figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
 svg text { font-size: 11px; fill: currentColor; } .grid { stroke: var(--line); stroke-width: .5; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; }
+table { border-collapse: collapse; }
+td, th { text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; }
 .facts td:last-child { font-variant-numeric: tabular-nums; }
 .samples { table-layout: fixed; width: 100%; } .samples td { border-top: 1px solid var(--line); padding: .5rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: 13px/1.45 ui-monospace, monospace; }
@@ -113,7 +114,7 @@ def _panel(title: str, log: Sequence[dict[str, Any]], names: Sequence[str]) -> s
         return f"{across:.1f},{TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
 
     drawn = [_grid(low, high, last)]
-    for color, (name, points) in zip(COLORS, curves.items(), strict=False):
+    for color, points in zip(COLORS, curves.values(), strict=False):
         path = " ".join(place(*point) for point in points)
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
         if len(points) < 60:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cache import Stateless
 from ..model import Mistral7B
 from .data import IGNORE
-from .loss import CHUNK, loss_backward
+from .loss import chunk_rows, loss_backward
 from .packing import PackedRows, best_fit
 
 if TYPE_CHECKING:
@@ -98,10 +98,11 @@ def evaluated(model: Mistral7B, documents: Sequence[Document], seq_len: int) -> 
     """Return the loss of the trained tokens of held-out documents, and the share that is the most likely token."""
     rows = best_fit([len(d.ids) - 1 for d in documents], seq_len)
     loss = right = count = 0.0
+    size = chunk_rows(model)
     for row in rows:
         batch = pack([documents[i] for i in row]).to(model.norm.weight.device)
         hidden, targets = trained_states(model, batch)
-        for states, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
             logits = model.logits(states)
             loss += float(F.cross_entropy(logits, wanted, reduction="sum"))
             right += int((logits.argmax(-1) == wanted).sum())

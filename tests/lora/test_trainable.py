@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import pathlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from peft_models import theirs as peft_base
 from refusals import refused
 from test_adapters import adapter_of
 from tiny import TINY, close, tiny_args, tiny_model, tokens_of
@@ -109,6 +112,23 @@ def test_packed_documents_have_the_gradients_of_rows(scheme: str | None) -> None
         model.zero_grad(set_to_none=True)
     for rows, packed in zip(*gradients, strict=True):
         torch.testing.assert_close(packed, rows, atol=1e-5 if scheme is None else 3e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_opens_a_trained_adapter_with_the_same_logits(rslora: bool, tmp_path: pathlib.Path) -> None:
+    tiny_model(ARGS).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"of": "base"}')
+    model = Mistral7B.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    parameters = adapt(model, LoraArgs(rank=4, rslora=rslora), seed=3)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-2)
+    for _ in range(2):
+        loss_of(model).backward()
+        optimizer.step()
+    save_adapter(trained_adapter(model), tmp_path / "adapter", ARGS)
+    assert (tmp_path / "adapter" / "tokenizer_config.json").read_text() == '{"of": "base"}'
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    theirs = PeftModel.from_pretrained(peft_base(pathlib.Path(named)), tmp_path / "adapter").eval()
+    close(theirs(TOKENS).logits, logits_of(model))
 
 
 def test_only_the_chosen_linears_are_trained() -> None:

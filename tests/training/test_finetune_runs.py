@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,10 @@ def test_a_run_from_files_to_what_can_be_used(base: Path, chats: Path, tmp_path:
     if method == "full":
         assert Mistral7B.from_pretrained(tmp_path / "run" / "model").args.vocab_size == tokenizer().vocab_size
     else:
-        assert main(["generate", str(base), "What", "--adapter", str(tmp_path / "run" / "adapter"), "--max-tokens=2"]) == 0
+        assert (
+            main(["generate", str(base), "What", "--adapter", str(tmp_path / "run" / "adapter"), "--max-tokens=2"])
+            == 0
+        )
 
 
 def test_early_stopping_keeps_the_best(base: Path, chats: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -135,3 +140,13 @@ def test_the_command_previews_examples(base: Path, chats: Path, capsys: pytest.C
     said = capsys.readouterr()
     assert said.out.count("It is") == 2
     assert "20 rows" in said.err
+
+
+def test_a_killed_run_resumes_and_ends_in_the_same_bits() -> None:
+    """The whole test kills 50 times: tests/killed_runs.py."""
+    script = Path(__file__).parents[1] / "killed_runs.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "4", "--steps", "6"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(json.loads(done.stdout)["resumed_at"]) > 0

@@ -41,14 +41,18 @@ def args_of(out: Path | str = "unused", **changes: Any) -> FinetuneArgs:
 
 def loop_of(**changes: Any) -> Loop:
     args = args_of(**changes)
-    return Run(args, base_model(args.method == "full"), tokenizer(), Examples(examples())).loop
+    return Run(
+        args, base_model(args.method == "full").to(getattr(torch, args.dtype)), tokenizer(), Examples(examples())
+    ).loop
 
 
 def run(out: Path, show: Any = lambda record: None, held_out: int = 0, **changes: Any) -> dict[str, Any]:
     """Train the tiny model on `examples`, of which the last `held_out` are evaluated."""
     args, items = args_of(out, **{"samples": 0, **changes}), examples()
     given = Examples(items[: len(items) - held_out], (), items[len(items) - held_out :])
-    return Run(args, base_model(args.method == "full"), tokenizer(), given).train(show)
+    return Run(args, base_model(args.method == "full").to(getattr(torch, args.dtype)), tokenizer(), given).train(
+        show
+    )
 
 
 def hash_of(out: Path) -> str:
@@ -163,3 +167,26 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_arguments_that_cannot_be_are_refused_by_name(changes: dict[str, Any], field: str) -> None:
     with refused(TrainingError, field=field):
         args_of(**changes)
+
+
+def test_recomputed_blocks_give_the_same_bits(tmp_path: Path) -> None:
+    for name, blocks in (("kept", 0), ("one", 1), ("all", 9)):
+        run(tmp_path / name, dropout=0.2, steps=2, recompute=blocks)
+    assert hash_of(tmp_path / "kept") == hash_of(tmp_path / "one") == hash_of(tmp_path / "all")
+
+
+def test_masters_gather_what_bfloat16_would_lose() -> None:
+    loop = loop_of(method="full", dtype="bfloat16", lr=1e-6, warmup=0)
+    before = [w.detach().float() for w in loop.weights.weights]
+    for _ in range(2):
+        loop.update()
+    moved = rounded = total = 0
+    for name, old, master, weight in zip(
+        loop.weights.names, before, loop.weights.masters, loop.weights.weights, strict=True
+    ):
+        if name.startswith("layers."):
+            moved += int((master != old).sum())
+            rounded += int((weight.float() != old).sum())
+            total += old.numel()
+    assert moved > 0.99 * total
+    assert rounded < 0.1 * total

@@ -38,7 +38,7 @@ def tiny_trainer(**changes: object) -> Trainer:
 
 
 def test_chunked_loss_and_gradients_are_those_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", 7)  # does not divide the number of tokens
+    monkeypatch.setattr(loss_module, "LOGITS", 7 * 50)  # rows of 7, which does not divide the number of tokens
     model = tiny_trainer().model.double()
     tokens = torch.randint(0, 50, (2, 24))
     targets = torch.randint(0, 50, (2, 24)).masked_fill(torch.rand(2, 24) < 0.3, IGNORE)

@@ -62,7 +62,12 @@ def write_base(folder: Path) -> Path:
 def write_chats(path: Path, count: int = 20) -> Path:
     """Write chats of one question and one answer."""
     rows = [
-        {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i}?"},
+                {"role": "assistant", "content": f"It is {i}."},
+            ]
+        }
         for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

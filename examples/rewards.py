@@ -8,7 +8,10 @@ from typing import Any
 
 
 def name_and_age(prompt: Any, completions: list[str], row: Mapping[str, Any]) -> list[float]:
-    """A quarter each for JSON and nothing else, for its two keys, for the right name and for the right age."""
+    """0.1 for JSON with these two keys and nothing else, and 0.45 each for the right name and the right age.
+
+    The form alone earns little: with more, a policy that answers every prompt alike would be where learning ends.
+    """
     return [_score(text, row["name"], row["age"]) for text in completions]
 
 
@@ -17,7 +20,6 @@ def _score(text: str, name: str, age: int) -> float:
         found = json.loads(text)
     except ValueError:
         return 0.0
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or found.keys() != {"name", "age"}:
         return 0.0
-    keys = found.keys() == {"name", "age"}
-    return 0.25 * (1 + keys + (found.get("name") == name) + (found.get("age") == age))
+    return 0.1 + 0.45 * (found["name"] == name) + 0.45 * (found["age"] == age)

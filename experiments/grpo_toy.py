@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--model", default="starter")
     parser.add_argument("--quantization", default="int8")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

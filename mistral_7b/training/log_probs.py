@@ -16,12 +16,14 @@ from torch import Tensor
 from ..cache import Stateless
 from ..model import Mistral7B
 from .data import IGNORE
-from .loss import CHUNK
+from .loss import chunk_rows
 from .supervised import Packed
 
 
 class Policy(Protocol):
     """What gives the next token's logits: a model, or one whose values are the engine's (exact.py)."""
+
+    model: Mistral7B
 
     @property
     def device(self) -> torch.device: ...
@@ -79,7 +81,8 @@ def backward(policy: Policy, batch: Packed, objective: Callable[[Tensor], Tensor
     (weights,) = torch.autograd.grad(loss, values)
     if weights.any():
         rows.requires_grad_()
-        for chunk, target, weight in zip(*(t.split(CHUNK) for t in (rows, targets, weights)), strict=True):
+        size = chunk_rows(policy.model)
+        for chunk, target, weight in zip(*(t.split(size) for t in (rows, targets, weights)), strict=True):
             (_chosen(policy.logits(chunk), target) * weight).sum().backward()
         states.backward(rows.grad)
     return loss.detach()
@@ -88,7 +91,8 @@ def backward(policy: Policy, batch: Packed, objective: Callable[[Tensor], Tensor
 @torch.no_grad()
 def _projected(policy: Policy, states: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities (R,) of targets (R,) after states (R, D), a chunk of rows at a time."""
-    parts = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+    size = chunk_rows(policy.model)
+    parts = zip(states.split(size), targets.split(size), strict=True)
     return torch.cat([_chosen(policy.logits(rows), target) for rows, target in parts])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.errors import TrainingError
 from mistral_7b.lora.files import read_adapter
-from mistral_7b.training import log_probs as module
+from mistral_7b.training import loss
 from mistral_7b.training.finetune_args import FinetuneArgs
 from mistral_7b.training.finetuning import Examples, Run, Setting, build_method, open_trained
 from mistral_7b.training.log_probs import ModelPolicy, consecutive, log_probs
@@ -58,7 +58,7 @@ def test_parts_of_an_update_add_up_to_the_whole(name: str, monkeypatch: pytest.M
     assert len({len(batch.packed.tokens) for batch in made.micro_batches(0)}) > 1, "a mean of means would differ"
     split = gradients(made, model)
     made.accumulate = 1
-    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(loss, "LOGITS", 3 * tiny_args().vocab_size)
     whole = gradients(made, model)
     assert split[0] == pytest.approx(whole[0])
     torch.testing.assert_close(split[1], whole[1])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from refusals import refused
 
+from mistral_7b.cli.finetune import Finetune
+from mistral_7b.cli.inputs import read_flags
 from mistral_7b.errors import TrainingError
 from mistral_7b.training.rewards import Reward, load_reward
+
+ROOT = Path(__file__).parents[2]
 
 ROW = {"prompt": "1 + 1 =", "answer": "2"}
 
@@ -60,3 +66,36 @@ def test_a_function_that_cannot_be_found_is_refused(
         Path(spec.partition(":")[0]).write_text(text)
     with refused(TrainingError, field="reward"):
         load_reward(spec)
+
+
+def test_the_function_of_the_documentation_runs() -> None:
+    text = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    assert Reward(namespace["reward"])(ROW, [" 2\n", "3"]) == [1.0, 0.0]
+
+
+def test_the_commands_of_the_documentation_read_their_flags() -> None:
+    text = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^mistral-7b finetune (.*)$", text, re.MULTILINE)
+    methods = [read_flags(Finetune, "finetune", shlex.split(command)).training.method for command in commands]
+    assert methods == ["dpo", "kto", "grpo"]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ('{"name": "Ann", "age": 31}', 1.0),
+        ('{"age": 31, "name": "Zoe"}', 0.55),
+        ('{"name": "Ann", "age": "31"}', 0.55),
+        ('{"name": "Zoe", "age": 7}', 0.1),
+        ('{"name": "Ann", "age": 31, "city": "Rome"}', 0.0),
+        ('{"name": "Ann", "age": 31} Well done', 0.0),
+        ("[31]", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_the_example_rewards_answers_more_than_their_form(completion: str, reward: float) -> None:
+    score = load_reward(f"{ROOT / 'examples' / 'rewards.py'}:name_and_age")
+    assert score({"prompt": "", "name": "Ann", "age": 31}, [completion]) == [pytest.approx(reward)]

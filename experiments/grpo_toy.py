@@ -1,6 +1,6 @@
 """GRPO teaches the starter to answer in JSON: name and age of a sentence, checked by a Python function.
 
-    python experiments/grpo_toy.py [--steps 24] [--out FOLDER] [--json FILE]
+    python experiments/grpo_toy.py [--steps 24] [--out FOLDER] [--json FILE] [--plot FILE]
 
 The rows of data are written first; names and ages of the held-out rows do not occur in training. The record has
 the mean reward of each update, that of held-out prompts before and after, and what sampling, rewards and updates
@@ -77,6 +77,20 @@ def run(args: FinetuneArgs) -> dict[str, Any]:
     }
 
 
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Draw the mean reward of each update, and of the held-out prompts before and after."""
+    from matplotlib.figure import Figure
+
+    rewards, (before, after) = record["rewards"], record["held_out_reward"]
+    axes = (figure := Figure(figsize=(7, 3.5), layout="constrained")).add_subplot()
+    axes.plot(range(1, len(rewards) + 1), rewards, color="#1f4e8c", label="prompts of the update")
+    axes.plot([0, len(rewards)], [before, after], "o", color="#d9541e", label="held-out prompts")
+    axes.set(xlabel="update", ylabel="mean reward", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="starter")
@@ -85,6 +99,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         out = given.out or Path(scratch) / "run"
@@ -109,6 +124,8 @@ def main() -> None:
     print(json.dumps({name: value for name, value in record.items() if name != "arguments"}, indent=1))
     if given.json is not None:
         given.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if given.plot is not None:
+        plot(record, given.plot)
 
 
 if __name__ == "__main__":

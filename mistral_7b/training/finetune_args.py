@@ -104,6 +104,10 @@ class FinetuneArgs(RunArgs):
     """Loss of dpo."""
     length_normalized: bool = False
     """dpo: use log-probabilities per token."""
+    good_weight: float = 1.0
+    """kto: factor of the losses of good answers, for data with many more of one kind."""
+    bad_weight: float = 1.0
+    """kto: factor of the losses of bad answers."""
     reward: str | None = None
     """grpo: a Python function that rates completions, as FILE.py:FUNCTION."""
     group: int = 8
@@ -127,7 +131,7 @@ class FinetuneArgs(RunArgs):
         self._check_at_least(1, *whole, "max_tokens", "sample_every")
         self._check_at_least(2, "group")
         self._check_at_least(0, "eval_every", "patience", "samples", "recompute")
-        self._check_positive("lr", "clip", "alpha", "beta", "ratio_clip")
+        self._check_positive("lr", "clip", "alpha", "beta", "ratio_clip", "good_weight", "bad_weight")
         self._check_rows(self.rows, self.accumulate)
         self._check_warmup()
         if not 0 <= self.dropout < 1:

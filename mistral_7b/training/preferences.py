@@ -271,4 +271,4 @@ def method_of(setting: Setting) -> DPO | KTO:
             f"all {len(items)} answers have the same thumb: KTO learns from good and bad ones", field="data"
         )
     packed = PackedRows(thumb_lengths(items), args.seq_len, args.seed, setting.copies)
-    return KTO(*policies, items, packed, args.rows, args.accumulate, beta)
+    return KTO(*policies, items, packed, args.rows, args.accumulate, beta, args.good_weight, args.bad_weight)

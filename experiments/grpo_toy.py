@@ -24,7 +24,8 @@ from commits import commit_of
 from mistral_7b import machine
 from mistral_7b.text.tokenizer import Tokenizer
 from mistral_7b.training.finetune_args import FinetuneArgs
-from mistral_7b.training.finetuning import Run, open_base, read_examples
+from mistral_7b.training.finetuning import Run, open_base
+from mistral_7b.training.held_out import read_examples
 
 ROOT = Path(__file__).parent.parent
 PROMPT = 'Answer as JSON, such as {{"name": "Zoe", "age": 7}}: {}'

@@ -567,3 +567,13 @@ def test_interleaved_sequences_are_refused_where_they_would_be_cut_apart(model: 
         model(tokens.expand(2, 6), Stateless(W), torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 2, 2]]))
     ids = torch.tensor([5, 5, 1, 1, 3, 3])
     close(model(tokens, Stateless(W), ids)[0], truth(model, tokens, ids))
+
+
+def test_documents_of_a_packed_batch_are_attended_one_by_one() -> None:
+    """Without a mask, whose size would be the square of the batch's."""
+    ids = torch.tensor([3] * 5 + [1] + [7] * 20)
+    for window in (None, 30):
+        cache = Stateless(window)
+        assert cache.extend(torch.zeros(26, dtype=torch.long), ids).tolist() == [*range(5), 0, *range(20)]
+        assert [(b.queries.start, b.queries.stop) for b in cache.step] == [(0, 5), (5, 6), (6, 26)]
+        assert all(b.keys == b.queries and b.mask is None for b in cache.step)

@@ -35,7 +35,6 @@ LAYERS = (
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 PEERS = (
     {"surgery", "training"},
-    {"quantization", "training"},
     {"checkpoint", "training"},
 )  # told apart above, and yet strangers
 # Deferred imports upwards: where a user's object is the natural door to a room above it.

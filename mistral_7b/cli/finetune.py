@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
 
 def _preview(args: FinetuneArgs, count: int) -> int:
     from ..text.tokenizer import Tokenizer
-    from ..training.finetuning import read_examples
+    from ..training.held_out import read_examples
     from ..training.preview import preview
 
     tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)
@@ -76,11 +76,11 @@ def _estimate(args: FinetuneArgs) -> int:
     threads.use(args.threads)
     path = hub.resolve(args.model)
     shape, _ = read_args(path)
-    print(estimate(args, shape, _weights(args, path, shape)).table())
+    print(estimate(args, shape, weight_bytes(args, path, shape)).table())
     return 0
 
 
-def _weights(args: FinetuneArgs, path: pathlib.Path, shape: ModelArgs) -> int:
+def weight_bytes(args: FinetuneArgs, path: pathlib.Path, shape: ModelArgs) -> int:
     """Return the bytes that a model's weights will take in memory."""
     import torch
 

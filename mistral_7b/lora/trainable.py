@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..model import Mistral7B
-from ..quantization.fused import fuse
 from ..surgery import replace_linears
 from .adapters import check_factors, shell
 from .files import Adapter, Factors
@@ -118,7 +117,7 @@ def adapt(model: Mistral7B, args: LoraArgs, seed: int, start: Adapter | None = N
 
     if start is not None:
         _check_start(model, start)
-    fuse(model)  # in one pass between the Linears, a block is faster and keeps less for its backward pass
+    model.requires_grad_(False)
     chosen = args.targets if start is None else ()
 
     def where(name: str, module: nn.Module) -> bool:

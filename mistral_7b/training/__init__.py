@@ -4,7 +4,7 @@ args, finetune_args   the arguments of both commands (import no torch)
 loop                  the loop of all methods; weights, states: what it holds, saves; progress, metrics: its output
 trainer               pretraining; data, curve, vocabulary: its text files, its picture, a tokenizer for it
 finetuning            fine-tuning; trained: an adapter or all weights; measures, report: what came of it
-examples              files of data -> items; forms, encoding, messages
+examples              files of data -> items; forms, encoding, messages; held_out: those only evaluated; preview
 supervised, packing   whole documents in packed rows; loss: cross-entropy in chunks
 preferences           DPO and KTO, from log_probs: log-probabilities of tokens and gradients through them
 grpo                  GRPO; rewards: Python functions; exact: a trainer with the bits of the engine that samples

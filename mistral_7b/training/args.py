@@ -22,6 +22,7 @@ class RunArgs:
     save_every: int
     eval_every: int
     log_every: int
+    device: str
     keep: int = 1  # saved states
     FREE: Collection[str] = ()  # fields that may change when a run is resumed
 

@@ -22,12 +22,14 @@ from torch import Tensor
 from .. import machine
 from ..lora.trainable import LoraArgs, adapt
 from ..model import Mistral7B, ModelArgs, rope_phases
+from ..quantization.fused import fuse
 from .finetune_args import FinetuneArgs
 from .loss import LOGITS
 from .measures import NEUTRAL
 from .weights import adamw
 
 LOGIT_COPIES = 3.5  # of a chunk in float32: bfloat16 logits, float32 logits, their softmax, its gradient
+RUNTIME = 50 * 10**6  # code that oneDNN makes for its products, and small blocks that the C library keeps
 GRADIENTS = "gradients of what is trained"
 GRADIENT_COPIES = 3  # of the widest activation of a block, in its backward pass
 
@@ -75,6 +77,7 @@ def _one_block(args: FinetuneArgs, shape: ModelArgs) -> Mistral7B:
     """A model of one block as it is trained, without numbers."""
     model = Mistral7B(dataclasses.replace(shape, n_layers=1), dtype=getattr(torch, args.dtype), device="meta")
     if args.method != "full":
+        fuse(model)
         adapt(model, LoraArgs(args.rank, args.alpha, args.dropout, args.targets, args.rslora), 0)
     return model
 
@@ -132,7 +135,7 @@ def _parts(args: FinetuneArgs, shape: ModelArgs, weights: int) -> tuple[dict[str
     logits = int(LOGIT_COPIES * 4 * LOGITS) + 4 * tokens * shape.dim
     gradients = GRADIENT_COPIES * tokens * max(shape.hidden_dim, shape.dim) * width
     fixed = {
-        "program": machine.resident_memory(),
+        "program": machine.resident_memory() + RUNTIME,
         "weights": weights,
         "masters of what is trained, and AdamW": 12 * numbers,
         "log-probabilities of the neutral text": 4 * NEUTRAL * shape.vocab_size,

@@ -137,10 +137,16 @@ class FinetuneArgs(RunArgs):
         if not 0 <= self.dropout < 1:
             raise TrainingError(f"FinetuneArgs.dropout must be in 0..1, not {self.dropout}", field="dropout")
         threads.check(self.threads)
+        _ = self.held_out_share  # raises if it is none
         self._check_methods()
 
     def _check_methods(self) -> None:
         """Options that the method does not have are refused, not ignored."""
+        if not self.targets or (unknown := set(self.targets) - {*LINEARS, "output"}):
+            named = ", ".join(sorted(unknown)) if self.targets else "none"
+            raise TrainingError(
+                f"FinetuneArgs.targets must be some of {', '.join(LINEARS)}, output; not {named}", field="targets"
+            )
         if self.method == "full" and (self.quantization or self.start):
             raise TrainingError(
                 "all weights of a quantized or adapted model cannot be trained",

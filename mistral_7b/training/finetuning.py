@@ -7,15 +7,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-
-import numpy as np
 
 from .. import machine
 from ..errors import TrainingError
@@ -24,8 +21,8 @@ from ..model import FeedForward, Mistral7B
 from ..text.tokenizer import Tokenizer
 from .estimate import blocks_to_recompute
 from .exact import prepare
-from .examples import Source, read_data
 from .finetune_args import FinetuneArgs
+from .held_out import Examples, read_examples
 from .loop import Loop, Method, Record
 from .measures import Forgetting, Measures, answers, prompt_of
 from .metrics import MetricsFile, tensorboard
@@ -141,40 +138,6 @@ def open_base(args: FinetuneArgs, tokenizer: Tokenizer) -> Mistral7B:
     return model
 
 
-class Examples(NamedTuple):
-    """Items to train on, how often each is taken in an epoch, those held out, and what each source held."""
-
-    items: Sequence[Any]
-    copies: Sequence[float] = ()
-    held_out: Sequence[Any] = ()
-    report: Sequence[Source] = ()
-
-
-def read_examples(args: FinetuneArgs, tokenizer: Tokenizer) -> Examples:
-    """Read the files of data, and hold out a file or a share of the items. TrainingError as `read_data`."""
-    if not args.data:
-        raise TrainingError("no training data", field="data", hint="name files of examples with --data")
-    read = functools.partial(
-        read_data, tokenizer=tokenizer, method=args.method, seq_len=args.seq_len, skip_bad=args.skip_bad
-    )
-    data = read(args.data)
-    copies = [data.weights[source] for source in data.source_of]
-    if args.held_out is None:
-        return Examples(data.items, copies, (), data.report)
-    if (share := args.held_out_share) is None:
-        return Examples(data.items, copies, read([args.held_out]).items, data.report)
-    order = np.random.default_rng(args.seed).permutation(len(data.items))
-    count = max(1, round(share * len(order)))
-    if count >= len(order):
-        raise TrainingError(
-            f"nothing remains to train on: {count} of {len(order)} rows are held out", field="held_out"
-        )
-    held, kept = sorted(order[:count]), sorted(order[count:])
-    return Examples(
-        [data.items[i] for i in kept], [copies[i] for i in kept], [data.items[i] for i in held], data.report
-    )
-
-
 class Run:
     """One run: the loop with the evaluations, files and samples around it."""
 
@@ -184,8 +147,8 @@ class Run:
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self.trained = open_trained(args, model, tokenizer)
         self.method = build_method(Setting(args, model, tokenizer, examples.items, examples.copies))
-        # The weights are in memory. Where a method has taken the base, that is not recomputed.
-        recompute(model, blocks_to_recompute(args, model.args, weights=0))
+        # After the method, which may have taken the base: that runs without gradients.
+        recompute(model, blocks_to_recompute(args, model.args, unread_bytes(model)))
         self.args = dataclasses.replace(args, steps=args.steps or self.method.updates(args.epochs))
         self.args = dataclasses.replace(self.args, warmup=min(self.args.warmup, self.args.total_steps))
         self.loop = Loop(self.args, self.method, self.trained.weights)
@@ -239,6 +202,12 @@ class Run:
         """Whether the last `patience` evaluations were not below the best before them."""
         losses, patience = evaluations(log), self.args.patience
         return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+def unread_bytes(model: Mistral7B) -> int:
+    """Return about how many bytes of a model's weights are in no memory yet: mapped files are read when used."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return max(0, sum(t.nbytes for t in tensors if t.device.type == "cpu") - machine.resident_memory())
 
 
 def evaluations(log: Sequence[Record]) -> list[float]:

@@ -24,6 +24,7 @@ from ..text.default_text import default_text
 from ..text.tokenizer import Tokenizer
 
 NEUTRAL = 256  # tokens of text: their log-probabilities are 33 MB with a vocabulary of 32000
+PIECE = 32  # tokens whose logits are computed at once
 OPENING = 16  # tokens of a plain text that are given as a prompt
 
 
@@ -46,17 +47,20 @@ class Forgetting:
         _, text = default_text()
         ids = [tokenizer.start_id, *tokenizer.encode(text[: 8 * NEUTRAL], bos=False)][:NEUTRAL]
         self.model, self.tokens = model, torch.tensor(ids, device=model.norm.weight.device)
-        self.before = self._log_probabilities()
+        self.before = torch.cat(list(self._log_probabilities()))  # (T, V)
 
-    def _log_probabilities(self) -> Tensor:
+    def _log_probabilities(self) -> Iterator[Tensor]:
+        """Yield the log-probabilities (PIECE, V), a piece of the text at a time."""
         with evaluating(self.model):
             hidden = self.model.hidden(self.tokens, Stateless(self.model.args.sliding_window))
-            return self.model.logits(hidden).log_softmax(-1)  # (T, V)
+            for rows in hidden.split(PIECE):
+                yield self.model.logits(rows).log_softmax(-1)
 
     def kl(self) -> float:
         """Return KL(before || now) in nats per token."""
-        now = self._log_probabilities()
-        return float(F.kl_div(now, self.before, reduction="batchmean", log_target=True).clamp(min=0))
+        pieces = zip(self._log_probabilities(), self.before.split(PIECE), strict=True)
+        total = sum(float(F.kl_div(now, before, reduction="sum", log_target=True)) for now, before in pieces)
+        return max(0.0, total / len(self.before))  # rounding can make it slightly negative
 
 
 class Measures:

@@ -36,7 +36,7 @@ class ProgressLine:
         left = datetime.timedelta(seconds=round((steps - step) * self.seconds))
         line = (
             f"update {step}/{steps}  loss {self.mean:.3f}  {self.speed:,.0f} tokens/s  "
-            f"{machine.peak_memory() / 1e9:.1f} GB  {left} left"
+            f"{peak_memory(self.args.device) / 1e9:.1f} GB  {left} left"
         )
         measured = [text.format(record[name]) for name, text in SHOWN.items() if name in record]
         line = "  ".join([line, *measured])
@@ -44,6 +44,15 @@ class ProgressLine:
             print(f"\r\x1b[K{line}", end="\n" if step == steps else "", file=self.file, flush=True)
         elif step == steps or step % self.args.log_every == 0 or measured:
             print(line, file=self.file, flush=True)
+
+
+def peak_memory(device: str) -> int:
+    """Return the peak memory of this process in bytes: that of tensors on a GPU, else resident memory."""
+    if not device.startswith("cuda"):
+        return machine.peak_memory()
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _smooth(mean: float | None, value: float, share: float = 0.95) -> float:

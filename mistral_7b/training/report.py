@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from .. import machine
 from ..files import atomic_write
 from .finetune_args import FinetuneArgs
+from .progress import peak_memory
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 56, 28, 12
 PANELS = (  # title, and the columns of the log that it shows
@@ -62,7 +63,7 @@ def write_report(
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         f"<meta name=viewport content='width=device-width'><title>{title}</title><style>{STYLE}</style>",
-        f"<h1>Fine-tuning: {title}</h1>{_facts(log)}<h2>Curves</h2><div class=panels>{panels}</div>",
+        f"<h1>Fine-tuning: {title}</h1>{_facts(log, args.device)}<h2>Curves</h2><div class=panels>{panels}</div>",
         f"<h2>Data</h2><ul>{''.join(f'<li>{html.escape(line)}' for line in data)}</ul>",
         _samples(samples),
         f"<h2>Arguments</h2><details><summary>All {len(changed)}</summary><pre>{flags}</pre></details></html>\n",
@@ -71,7 +72,7 @@ def write_report(
         temporary.write_text("".join(parts), encoding="utf-8")
 
 
-def _facts(log: Sequence[dict[str, Any]]) -> str:
+def _facts(log: Sequence[dict[str, Any]], device: str) -> str:
     """A table of the results and what they took."""
     last, seconds = log[-1], sum(record.get("seconds", 0.0) for record in log)
     tokens = sum(record["tokens_per_s"] * record.get("seconds", 0.0) for record in log)
@@ -83,7 +84,7 @@ def _facts(log: Sequence[dict[str, Any]]) -> str:
         rows["KL from the base on neutral text"] = f"{last['kl_from_base']:.4f} nats per token"
     rows |= {
         "Tokens": f"{tokens:,.0f} in {seconds:,.0f} s of updates ({tokens / max(seconds, 1e-9):,.0f} per second)",
-        "Peak memory": f"{machine.peak_memory() / 1e9:.2f} GB of this process",
+        "Peak memory": f"{peak_memory(device) / 1e9:.2f} GB",
         "Machine": machine.cpu_name(),
     }
     cells = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(v)}" for k, v in rows.items())
@@ -129,6 +130,10 @@ def _panel(title: str, log: Sequence[dict[str, Any]], names: Sequence[str]) -> s
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{legend}{svg}</figure>"
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _pairs(path: str) -> list[list[str]]:
     return [point.split(",") for point in path.split()]
 
@@ -140,7 +145,7 @@ def _grid(low: float, high: float, last: int) -> str:
         y = TOP + i / 4 * (HEIGHT - TOP - BOTTOM)
         value = high - i / 4 * (high - low)
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        lines.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        lines.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
     lines.append(f'<text x="{LEFT}" y="{HEIGHT - 8}">1</text>')
     lines.append(f'<text x="{WIDTH - 10}" y="{HEIGHT - 8}" text-anchor="end">update {last}</text>')
     return "".join(lines)

@@ -12,6 +12,7 @@ from ..errors import TrainingError
 from ..lora.files import read_adapter, save_adapter
 from ..lora.trainable import LoraArgs, adapt, trained_adapter
 from ..model import Mistral7B
+from ..quantization.fused import fuse
 from ..text.tokenizer import Tokenizer
 from .finetune_args import FinetuneArgs
 from .weights import Weights
@@ -35,6 +36,7 @@ class TrainedAdapter:
 
     def __init__(self, model: Mistral7B, args: FinetuneArgs) -> None:
         self.model, self.args = model, args
+        fuse(model)  # in one pass between the Linears, a block is faster and keeps less for its backward pass
         lora = LoraArgs(args.rank, args.alpha, args.dropout, args.targets, args.rslora)
         adapt(model, lora, args.seed, None if args.start is None else read_adapter(args.start, model.args))
         self.weights = Weights({name: p for name, p in model.named_parameters() if p.requires_grad})

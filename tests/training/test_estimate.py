@@ -12,6 +12,7 @@ from tiny import TINY
 
 from mistral_7b.cache import Stateless
 from mistral_7b.lora.trainable import LoraArgs, adapt
+from mistral_7b.quantization.fused import fuse
 from mistral_7b.training.estimate import block_activations, estimate, fewest, trained_numbers
 from mistral_7b.training.finetune_args import FinetuneArgs
 
@@ -26,6 +27,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(method: Any) -> None:
         model = base_model(trained=True)
         model.layers = type(model.layers)(model.layers[:layers])
         if method == "lora":
+            fuse(model)
             adapt(model, LoraArgs(rank=2), 0)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         kept: dict[int, torch.Tensor] = {}

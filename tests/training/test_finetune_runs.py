@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import types
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -93,7 +96,7 @@ def test_the_report_is_whole_in_itself(base: Path, chats: Path, tmp_path: Path) 
 
 
 def test_the_held_out_share_is_of_the_seed_and_not_trained_on(base: Path, chats: Path, tmp_path: Path) -> None:
-    from mistral_7b.training.finetuning import read_examples
+    from mistral_7b.training.held_out import read_examples
 
     one, same, other = (
         read_examples(args_of(tmp_path, data=(str(chats),), seed=seed), tokenizer()) for seed in (0, 0, 1)
@@ -150,3 +153,61 @@ def test_a_killed_run_resumes_and_ends_in_the_same_bits() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert max(json.loads(done.stdout)["resumed_at"]) > 0
+
+
+def test_metrics_of_a_resumed_run_have_each_update_once(tmp_path: Path) -> None:
+    from mistral_7b.training.metrics import MetricsFile
+
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, [])
+    for step in (1, 2, 3):
+        first({"step": step})
+    MetricsFile(path, [{"step": 1}])({"step": 2})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(tmp_path: Path, monkeypatch: Any) -> None:
+    from mistral_7b import machine
+    from mistral_7b.training.metrics import tensorboard
+
+    written: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, *given: Any) -> None:
+            written.append(given)
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(machine, "version", lambda package: None)
+    assert tensorboard(tmp_path, 3) is None
+    monkeypatch.setattr(machine, "version", lambda package: "2")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    board = tensorboard(tmp_path, 3)
+    assert board is not None
+    board({"step": 4, "loss": 1.5, "lr": 0.1})
+    assert written == [(str(tmp_path), 4), ("loss", 1.5, 4), ("lr", 0.1, 4)]
+
+
+def test_the_snippets_of_the_docs_run(
+    base: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the tiny model, and for one update."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "finetuning.md").read_text() + (root / "docs" / "cli.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("mistral-7b finetune ")]
+    assert len(commands) == 6
+    monkeypatch.chdir(tmp_path)
+    write_chats(tmp_path / "chats.jsonl")
+    (tmp_path / "manual.txt").write_text("It is 7.\n" * 20)
+    for i, command in enumerate(commands):
+        words = shlex.split(command.replace("starter", str(base)).replace("runs/mine", f"runs/{i}"))[1:]
+        assert main([*words, "--steps=1", "--warmup=1", "--seq-len=64", "--dtype=float32", "--max-tokens=2"]) == 0
+    assert "peak" in capsys.readouterr().out
+    snippet = re.search(r"```python\n(.*?)```", text, re.S)
+    assert snippet is not None
+    exec(snippet[1].replace('"starter"', repr(str(base))).replace("epochs=3", "steps=1, warmup=1, seq_len=64"), {})
+    assert (tmp_path / "runs" / "mine" / "adapter").is_dir()

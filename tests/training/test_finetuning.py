@@ -162,6 +162,8 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         ({"method": "full", "quantization": "int8"}, "quantization"),
         ({"method": "grpo"}, "reward"),
         ({"patience": 2}, "patience"),
+        ({"targets": ("wq", "q_proj")}, "targets"),
+        ({"held_out": "1.5"}, "held_out"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_by_name(changes: dict[str, Any], field: str) -> None:

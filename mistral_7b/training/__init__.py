@@ -6,6 +6,8 @@ trainer               pretraining; data, curve, vocabulary: its text files, its 
 finetuning            fine-tuning; trained: an adapter or all weights; measures, report: what came of it
 examples              files of data -> items; forms, encoding, messages; held_out: those only evaluated; preview
 supervised, packing   whole documents in packed rows; loss: cross-entropy in chunks
+preferences           DPO and KTO, from log_probs: log-probabilities of tokens and gradients through them
+grpo                  GRPO; rewards: Python functions; exact: a trainer with the bits of the engine that samples
 estimate, recomputing memory and time beforehand; activations that are computed again
 """
 

@@ -63,6 +63,7 @@ WORKS: dict[str, Callable[[Path, Path], object]] = {
     "merge": lambda source, out: merge(source, adapter(), out, tokens_of((1, 9)), max_shard_size="20KB"),
     "adapter": lambda source, out: save_adapter(adapter(), out, TINY),
     "adapter of mistral-finetune": lambda source, out: save_adapter(adapter(), out, TINY, format="mistral"),
+    "adapter in gguf": lambda source, out: save_adapter(adapter(), out / "made.gguf", TINY, format="gguf"),
     "conversation": lambda source, out: conversation(out),
     "records": lambda source, out: write_json(out, []),
     "picture": lambda source, out: picture(out.with_suffix(".png")),

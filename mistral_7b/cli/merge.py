@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -28,11 +28,14 @@ class Merge:
     """
 
     base: Base
-    """The adapter's base model, unquantized: a folder, a file, a hub id or "demo"."""
+    """The adapter's base model: a folder, also one of `quantize`, a file, a hub id or "demo"."""
     adapter: AdapterName
     """The adapter: a folder or file of PEFT, mistral-finetune or llama.cpp."""
     out: Out
     """The output folder; for GGUF, the output file."""
+    into: Literal["int8", "q6_k", "q4_k_m", "int4"] | None = None
+    """Merge into the base as quantized by this scheme, for an adapter that was trained on it (QLoRA); None: the
+    base as it is. The result is stored unquantized."""
     to: Literal["huggingface", "mistral", "gguf"] = "huggingface"
     """Format of the output, as of `convert`."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
@@ -76,7 +79,7 @@ def run(argv: list[str]) -> int:
         tokenizer = Tokenizer.from_pretrained(args.tokenizer or adapter.tokenizer or base)
         tokens = rows(tokenizer, text, args.tokens, min(ROW, model_args.max_seq_len))
         record = merge(
-            args.base, adapter, args.out, tokens, name, args.to,
+            args.base, adapter, args.out, tokens, name, args.to, into=args.into,
             type=args.type, max_shard_size=args.max_shard_size, progress=advance,
         )  # fmt: skip
     print(f"{args.base} with {args.adapter} is written to {args.out}: {summary(record)}", file=sys.stderr)
@@ -84,13 +87,25 @@ def run(argv: list[str]) -> int:
 
 
 def summary(record: Record) -> str:
-    """Return one line on a merge and its distance from the adapter at run time."""
-    d = record.distance
+    """Return one line on a merge and its distance from the adapter at run time, over this base and the other."""
     quantized = (
         f"; {record.dequantized} quantized weights of the base were dequantized" if record.dequantized else ""
     )
-    return (
+    base = f"the base in {record.into}" if record.into else "this base"
+    first = (
         f"{record.changed} of {record.weights} adapted weights changed, rounded to {record.dtype}{quantized}. "
-        f"On {d['tokens']:,} tokens of {d['text']}, adapter at run time -> merged: KL {d['kl']:.2e}, top-1 "
-        f"agreement {d['top1_agreement']:.1%}, perplexity {d['perplexity_original']:.3f} -> {d['perplexity']:.3f}"
+        f"On {record.distance['tokens']:,} tokens of {record.distance['text']}, adapter at run time -> merged: "
+        f"{_distance(record.distance)}, over {base}"
+    )
+    if record.unquantized_distance:
+        return f"{first}; {_distance(record.unquantized_distance)}, over the unquantized base"
+    other = "the unquantized one" if record.into else "a quantized one (QLoRA)"
+    hint = "merge into that" if record.into else "name the scheme with --into"
+    return f"{first}. If the adapter was trained on the other base, {other}, {hint}"
+
+
+def _distance(d: dict[str, Any]) -> str:
+    return (
+        f"KL {d['kl']:.2e}, top-1 agreement {d['top1_agreement']:.1%}, perplexity "
+        f"{d['perplexity_original']:.3f} -> {d['perplexity']:.3f}"
     )

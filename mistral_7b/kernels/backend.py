@@ -7,7 +7,7 @@
 The first rule that applies selects the backend:
 
     the operation has its own rule              that rule
-    an input requires a gradient                PyTorch: the kernels have no backward pass
+    an input requires a gradient                PyTorch, unless the operation is an operator with a backward pass
     torch.compile is tracing                    PyTorch, unless the operation is a registered operator
     on a CPU, and the C++ supports the types    the C++, if it is compiled
     on a GPU, and Triton supports the types     Triton, if it is installed
@@ -126,6 +126,7 @@ def _step(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
 
 
 QUANTIZED_LINEAR = Operation("int8, int4 products", cpu=(*KINDS, F64))  # the others are converted to one of FLOATS
+DEQUANTIZE = Operation("dequantized weights", cpu=FLOATS, operator=False)  # for gradients
 LOW_RANK = Operation("LoRA products", cpu=FLOATS, operator=False)
 RMS_NORM = Operation("RMSNorm", cpu=FLOATS, triton=KINDS)
 SILU_MUL = Operation("SwiGLU's gate", cpu=FLOATS, triton=KINDS)
@@ -147,8 +148,9 @@ READ = Operation("reading memory", cpu=(F32,), operator=False)  # to measure its
 OPERATIONS = {
     operation.name: operation
     for operation in (
-        QUANTIZED_LINEAR, LOW_RANK, RMS_NORM, SILU_MUL, ROTATE, ATTENTION, PAGED_ATTENTION, DECODE_ATTENTION,
-        BLOCK, LAYERS, WEIGHT_ONLY, ROUND_FP8, FP8_LINEAR, LINEAR, PACKED_LINEAR, STEP, ROUND, READ,
+        QUANTIZED_LINEAR, DEQUANTIZE, LOW_RANK, RMS_NORM, SILU_MUL, ROTATE, ATTENTION, PAGED_ATTENTION,
+        DECODE_ATTENTION, BLOCK, LAYERS, WEIGHT_ONLY, ROUND_FP8, FP8_LINEAR, LINEAR, PACKED_LINEAR, STEP, ROUND,
+        READ,
     )
 }  # fmt: skip
 

@@ -6,6 +6,9 @@ twins' except for the order of one sum (RMSNorm) and the last bit of one exponen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,6 +68,42 @@ for name, kernel in (("rms_norm", _rms_norm), ("silu_mul", _silu_mul), ("rotate"
     for device in ("CPU", "CUDA"):
         OPS.impl(name, kernel, device)
     torch.library.register_fake(f"mistral_7b::{name}", lambda x, *rest: torch.empty_like(x))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
+    ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
+
+
+def _of_twin(twin: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward pass of an operator: that of its twin, computed again from the saved inputs."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=False)]
+        with torch.enable_grad():
+            out = twin(*tensors, *ctx.others)
+        found = iter(torch.autograd.grad(out, [t for t in tensors if t.requires_grad], grad))
+        return tuple(next(found) if n else None for n in needed)
+
+    return backward
+
+
+def _keep_angles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _rotate_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return rotate(grad, cos, -sin), None, None
+
+
+for name, backward, keep in (
+    ("rms_norm", _of_twin(rms_norm_twin), _keep),
+    ("silu_mul", _of_twin(silu_mul_twin), _keep),
+    ("rotate", _rotate_back, _keep_angles),
+):
+    torch.library.register_autograd(f"mistral_7b::{name}", backward, setup_context=keep, lib=OPS)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

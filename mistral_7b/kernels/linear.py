@@ -9,16 +9,19 @@ and all kernels are bit-identical, and the result of a row does not depend on th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import QUANTIZED_LINEAR, Backend, uses
-from .block_formats import FORMATS, float_scales, integer_weight, padded
+from .backend import DEQUANTIZE, PACKED_LINEAR, QUANTIZED_LINEAR, Backend, uses
+from .block_formats import FORMATS, TILE, dequantize, float_scales, integer_weight, padded
 from .cpu import calls, compiler
 from .cpu.arguments import Weights
 
 OPS = torch.library.Library("mistral_7b", "DEF")
+PIECE = 1024  # inputs, or outputs, of a weight that are dequantized at a time for a gradient
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,13 +74,66 @@ def _block(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:
     return block_linear_twin(x, codes, d, n, kind)
 
 
+def block_linear_gradient_twin(grad: Tensor, codes: Tensor, d: Tensor, inputs: int, kind: str) -> Tensor:
+    """`block_linear_gradient` in plain PyTorch, some tiles at a time; sums in float32 or wider."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    rows = F.pad(grad.flatten(0, -2), (0, len(codes) * TILE - grad.shape[-1])).to(wide)  # (M, N padded)
+    out = rows.new_zeros(len(rows), inputs)
+    tiles = PIECE // TILE
+    for part, c, s in zip(rows.split(PIECE, 1), codes.split(tiles), d.split(tiles), strict=True):
+        out.addmm_(part, dequantize(kind, c, s, inputs).to(wide))
+    return out.to(grad.dtype).view(*grad.shape[:-1], inputs)
+
+
+def _block_gradient(grad: Tensor, codes: Tensor, d: Tensor, inputs: int, kind: str) -> Tensor:
+    """`block_linear_gradient`: bfloat16 weights where the CPU multiplies them fast, else float32 ones."""
+    dtype = torch.bfloat16 if uses(Backend.ONEDNN, PACKED_LINEAR, grad) else torch.float32
+    if not uses(Backend.CPU, DEQUANTIZE, grad.new_empty(0, dtype=dtype)):
+        return block_linear_gradient_twin(grad, codes, d, inputs, kind)
+    rows, out = grad.flatten(0, -2).to(dtype), grad.new_empty((*grad.shape[:-1], inputs))
+    n, weight = grad.shape[-1], block_weights(kind, codes, d, grad.shape[-1], inputs)
+    memory = grad.new_empty(n * min(PIECE, inputs), dtype=dtype)
+    for first, part in zip(range(0, inputs, PIECE), out.split(PIECE, -1), strict=True):
+        piece = memory[: n * part.shape[-1]].view(n, -1)
+        calls.dequantize(weight, piece, first)
+        part.copy_((rows @ piece).view(part.shape))
+    return out
+
+
 OPS.define("block_linear(Tensor x, Tensor codes, Tensor d, int n, str kind) -> Tensor")
 OPS.impl("block_linear", _block, "CPU")
 torch.library.register_fake(
     "mistral_7b::block_linear", lambda x, codes, d, n, kind: x.new_empty((*x.shape[:-1], n))
 )
+OPS.define("block_linear_gradient(Tensor grad, Tensor codes, Tensor d, int inputs, str kind) -> Tensor")
+OPS.impl("block_linear_gradient", _block_gradient, "CPU")
+torch.library.register_fake(
+    "mistral_7b::block_linear_gradient",
+    lambda grad, codes, d, inputs, kind: grad.new_empty((*grad.shape[:-1], inputs)),
+)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.weight, _, ctx.kind = inputs  # not saved tensors: recomputation may end before their product
+    ctx.inputs = x.shape[-1]
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, d = ctx.weight
+    return block_linear_gradient(grad, codes, d, ctx.inputs, ctx.kind), None, None, None, None
+
+
+torch.library.register_autograd("mistral_7b::block_linear", _gradient, setup_context=_keep, lib=OPS)
 
 
 def block_linear(x: Tensor, codes: Tensor, d: Tensor, n: int, kind: str) -> Tensor:
     """x (..., K) times tiles of a block format, codes (T, L, 64), d (T, B, 1 or 2, 16): (..., n), in x's type."""
     return torch.ops.mistral_7b.block_linear(x, codes, d, n, kind)
+
+
+def block_linear_gradient(grad: Tensor, codes: Tensor, d: Tensor, inputs: int, kind: str) -> Tensor:
+    """The gradient (..., K) of `block_linear` with respect to x, from that of its result (..., n): grad @ W.
+
+    W is the dequantized weight; the rounding of activations counts as the identity (straight-through).
+    """
+    return torch.ops.mistral_7b.block_linear_gradient(grad, codes, d, inputs, kind)

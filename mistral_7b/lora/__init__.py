@@ -5,6 +5,8 @@ peft       PEFT's adapter_config.json: scales, and what is refused
 gguf       llama.cpp's adapters
 adapters   many adapters of one model in memory, a different one for each row of a forward
 applied    one adapter of any kind over a whole model
+trainable  an adapter that is trained, around any Linears
+bases      the weights that an adapter is merged into
 merging    an adapter merged into a checkpoint, with its measured distance
 """
 

@@ -142,7 +142,7 @@ class Adapters:
             )
         linears, norm, own = dict(self.model.named_modules()), self.model.norm.weight, {}
         for target, (a, b, scale) in adapter.targets.items():
-            _check(name, target, a, b, linears.get(target))
+            check_factors(name, target, a, b, linears.get(target))
             own[target] = LowRank(a, b.double() * scale, norm.dtype, norm.device)
         self._rebuild({**self._held, name: own})
         self._loadings[name] = next(self._count)
@@ -202,7 +202,7 @@ class Adapters:
         self._held, self._adapted = held, adapted
 
 
-def _check(name: str, target: str, a: Tensor, b: Tensor, linear: nn.Module | None) -> None:
+def check_factors(name: str, target: str, a: Tensor, b: Tensor, linear: nn.Module | None) -> None:
     """AdapterError if the model has no such Linear, or one of another shape."""
     if linear is None or not hasattr(linear, "in_features"):
         raise AdapterError(

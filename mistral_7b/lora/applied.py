@@ -124,8 +124,7 @@ def _weight(base: nn.Module, name: str) -> Tensor:
     """The weight (N, K) of a Linear, quantized ones as they are computed with."""
     if callable(dequantized := getattr(base, "dequantized", None)):
         return dequantized()
-    packed = getattr(base, "packed", None)
-    weight = base.weight if packed is None else packed.to_dense() if packed.is_mkldnn else packed
+    weight = dense() if callable(dense := getattr(base, "dense", None)) else base.weight
     if not isinstance(weight, Tensor):
         raise AdapterError(f"the weight of {name!r}, which DoRA's norm needs, cannot be read", field=name)
     return weight.detach()

@@ -23,7 +23,7 @@ import pathlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +33,12 @@ from ..checkpoint.config import is_positive, read_json
 from ..checkpoint.gguf.file import is_gguf
 from ..checkpoint.names import EMBEDDING, OUTPUT, expected, half_split, interleaved, rename, rotated_heads
 from ..checkpoint.stored import StoredTensor, read_file
-from ..checkpoint.writing import header_of, new_folder, write_json
+from ..checkpoint.tokenizer_files import TokenizerFiles
+from ..checkpoint.writing import check_target, header_of, new_folder, write_json
 from ..errors import CheckpointError
 from ..model import ModelArgs
 from . import gguf, peft
-from .peft import CONFIG
+from .peft import CONFIG, configuration
 
 FILES = ("adapter_model.safetensors", "lora.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -77,7 +78,7 @@ class Adapter:
         default_factory=dict
     )  # (N,), by Linear; scaled as its factors
     weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # in place of the model's, by name
-    tokenizer: pathlib.Path | None = None  # the adapter's folder, if a tokenizer lies in it
+    tokenizer: pathlib.Path | None = None  # the folder or GGUF file of its tokenizer; None: the base's
 
     @property
     def rank(self) -> int:
@@ -254,35 +255,72 @@ def _place(one: StoredTensor, layout: str) -> tuple[str, str]:
 def save_adapter(
     adapter: Adapter, path: str | os.PathLike[str], args: ModelArgs, format: str = "peft", base_model: str = ""
 ) -> None:
-    """Write an adapter to a new folder for PEFT ("peft") or mistral-finetune ("mistral").
+    """Write an adapter to a new folder for PEFT ("peft") or mistral-finetune ("mistral"), or a new "gguf" file.
 
-    Values keep their type and bits, except that mistral-finetune's scale is always 2: B is rescaled to match.
-    `base_model` is the base model's name, which PEFT records. Raises CheckpointError if `path` exists and is not
-    empty, or for an adapter with more than the factors of Linears; WriteError if it cannot be written.
+    Values keep their type and bits, except where a format has one scale, or one alpha, for all Linears: there the
+    B of others is rescaled. mistral-finetune's scale is 2, and llama.cpp's is its alpha over the rank. With PEFT's
+    files go those of the adapter's tokenizer, and the name of its base, `base_model` if it is given.
+
+    Raises CheckpointError if `path` exists and is not an empty folder, or for an adapter with more than the
+    factors of Linears; WriteError if it cannot be written.
     """
-    if format not in ("peft", "mistral"):
-        raise CheckpointError(f"an adapter's format {format!r} is not known: 'peft' or 'mistral'", field="format")
+    path = pathlib.Path(path)
+    if format not in ("peft", "mistral", "gguf"):
+        raise CheckpointError(
+            f"an adapter's format {format!r} is not known: 'peft', 'mistral' or 'gguf'", field="format"
+        )
     if adapter.magnitudes or adapter.biases or adapter.weights or "tok_embeddings" in adapter.targets:
         raise CheckpointError(
             "only the factors of Linears can be written, and this adapter has more", field="adapter", place=path
         )
-    tensors: dict[str, Tensor] = {}
-    for linear, (a, b, scale) in adapter.targets.items():
-        name = linear
-        if format == "peft":
-            heads = rotated_heads(f"{linear}.", args)
-            b = b if heads is None else half_split(b, heads)
-            name = PREFIX + _theirs(linear)
-        elif scale != MISTRAL_SCALE:
-            b = (b * (scale / MISTRAL_SCALE)).to(b.dtype)
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
-    with new_folder(pathlib.Path(path), sum(t.nbytes for t in tensors.values())) as folder:
-        _write(folder / (FILES[0] if format == "peft" else FILES[1]), tensors)
-        if format == "peft":
-            write_json(folder / CONFIG, _config(adapter, base_model or adapter.base_model))
+    if format == "gguf":
+        check_target(path, 0, file=True)
+        gguf.write(path, *_of_gguf(adapter), name=path.stem)
+        return
+    peft = format == "peft"
+    tensors = _of_peft(adapter, args) if peft else _of_mistral(adapter)
+    with new_folder(path, sum(t.nbytes for t in tensors.values())) as folder:
+        _write(folder / FILES[0 if peft else 1], tensors)
+        if peft:
+            ranks = {_theirs(linear): len(f.a) for linear, f in adapter.targets.items()}
+            alphas = {_theirs(linear): f.scale * len(f.a) for linear, f in adapter.targets.items()}
+            write_json(folder / CONFIG, configuration(ranks, alphas, base_model or adapter.base_model))
+            TokenizerFiles.of(adapter.tokenizer).copy_to(folder)
         else:
             lora = {"enable": True, "rank": adapter.rank, "dropout": 0.0, "scaling": MISTRAL_SCALE}
             write_json(folder / "params.json", {**mistral.params(args), "lora": lora})
+
+
+def _of_peft(adapter: Adapter, args: ModelArgs) -> dict[str, Tensor]:
+    tensors = {}
+    for linear, (a, b, _) in adapter.targets.items():
+        heads = rotated_heads(f"{linear}.", args)
+        name = f"{PREFIX}{_theirs(linear)}.lora_{{}}.weight"
+        tensors[name.format("A")], tensors[name.format("B")] = a, b if heads is None else half_split(b, heads)
+    return tensors
+
+
+def _of_mistral(adapter: Adapter) -> dict[str, Tensor]:
+    tensors = {}
+    for linear, f in adapter.targets.items():
+        tensors[f"{linear}.lora_A.weight"] = f.a
+        tensors[f"{linear}.lora_B.weight"] = _rescaled(f, MISTRAL_SCALE)
+    return tensors
+
+
+def _of_gguf(adapter: Adapter) -> tuple[dict[str, Tensor], float]:
+    """The tensors by GGUF's names, and the alpha of most Linears, to which the others are rescaled."""
+    tensors = {}
+    alpha = Counter(f.scale * len(f.a) for f in adapter.targets.values()).most_common(1)[0][0]
+    for linear, f in adapter.targets.items():
+        name = rename(f"{linear}.weight", "mistral", "gguf")
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = f.a, _rescaled(f, alpha / len(f.a))
+    return tensors, alpha
+
+
+def _rescaled(f: Factors, scale: float) -> Tensor:
+    """The b of the same update with another scale."""
+    return f.b if f.scale == scale else (f.b * (f.scale / scale)).to(f.b.dtype)
 
 
 def _write(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
@@ -296,26 +334,3 @@ def _write(file: pathlib.Path, tensors: dict[str, Tensor]) -> None:
 def _theirs(linear: str) -> str:
     """Return Hugging Face's name of a Linear."""
     return str(rename(f"{linear}.weight", "mistral", "huggingface")).removesuffix(".weight")
-
-
-def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
-    """Return adapter_config.json: the most common rank and alpha, and patterns for the others."""
-    ranks = {_theirs(linear): f.a.shape[0] for linear, f in adapter.targets.items()}
-    alphas = {_theirs(linear): f.scale * f.a.shape[0] for linear, f in adapter.targets.items()}
-    r, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model or None,
-        "r": r,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "rank_pattern": {re.escape(name): n for name, n in ranks.items() if n != r},
-        "alpha_pattern": {re.escape(name): n for name, n in alphas.items() if n != alpha},
-        "target_modules": list(ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "use_rslora": False,
-        "inference_mode": True,
-    }

@@ -8,15 +8,27 @@ Rows of q and k are in Mistral's order, as in every GGUF file.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from ..checkpoint.config import is_positive
 from ..checkpoint.gguf import file as gguf_file
-from ..checkpoint.gguf import reading
+from ..checkpoint.gguf import reading, writing
 from ..checkpoint.stored import StoredTensor
 from ..errors import CheckpointError
 
 TYPE, KIND, ALPHA = "general.type", "adapter.type", "adapter.lora.alpha"
+
+
+def write(path: pathlib.Path, tensors: Mapping[str, Tensor], alpha: float, name: str) -> None:
+    """Write factors by GGUF's names (`blk.0.attn_q.weight.lora_a`) to the file `path`, as llama.cpp does."""
+    metadata = {
+        "general.architecture": reading.ARCHITECTURES[0], TYPE: "adapter", KIND: "lora", "general.name": name,
+        ALPHA: float(alpha),
+    }  # fmt: skip
+    writing.write_floats(path, metadata, tensors)
 
 
 def is_adapter(path: pathlib.Path) -> bool:

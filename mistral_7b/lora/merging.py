@@ -7,6 +7,9 @@ finds a merge that would change nothing. The second writes the merged weights wi
     merged      W + scale * B A in float32, times m / |row| with DoRA, rounded once to the type of W
     distance    KL(adapter at run time || merged), in nats per token, and top-1 agreement
 
+W is the base's weight, or what it is after quantization (bases.py). In the latter case a third model is compared:
+the adapter over the unquantized base.
+
 R rows · T tokens · D width · V vocabulary
 """
 
@@ -19,14 +22,11 @@ import pathlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache import Stateless
 from ..checkpoint import hub, writing
-from ..checkpoint.gguf.reading import StoredBlocks
 from ..checkpoint.names import EMBEDDING, OUTPUT
-from ..checkpoint.reading import Checkpoint, open_checkpoint
 from ..checkpoint.tokenizer_files import TokenizerFiles
 from ..checkpoint.writing import Outgoing, Progress, write_json
 from ..errors import AdapterError, CheckpointError
@@ -35,10 +35,12 @@ from ..model import ModelArgs, RMSNorm, Rope, TransformerBlock, rope_phases
 from ..quantization.distance import Comparison
 from ..surgery import replace_linears
 from .applied import AdaptedEmbedding, linear, updated
+from .bases import Base, open_base
 from .files import Adapter, read_adapter
 
 RECORD = "merge.json"  # beside the merged weights: what was merged, and its distance
 ROWS = 256  # logits per chunk
+MERGED = 1  # the place of the merged model among those that are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Merge:
     """What was merged, and how far the merged model is from the adapter at run time."""
 
     base: str  # without the folders that it lies in, as is the adapter's
+    into: str | None  # the scheme of the base's weights; None: unquantized
     adapter: str
     dtype: str  # of most merged weights
     weights: int  # that the adapter has a part in
     changed: int  # of these, after rounding
     dequantized: int  # tensors of the base that were quantized and are stored unquantized
-    distance: dict[str, Any]  # as Comparison.result
+    distance: dict[str, Any]  # as Comparison.result, of the adapter over this base
+    unquantized_distance: dict[str, Any] | None = None  # of the adapter over the base before quantization
 
 
 def merge(
@@ -62,6 +66,7 @@ def merge(
     text: str = "",
     to: str = "huggingface",
     *,
+    into: str | None = None,
     type: str | None = None,
     max_shard_size: int | str = "5GB",
     progress: Progress | None = None,
@@ -70,35 +75,37 @@ def merge(
 
     tokens    (R, T) ids on which the distance is measured; rows are independent
     text      name of that text, for the record
+    into      scheme by which the base is quantized before the adapter is added; None: as it is
     to, type  format "huggingface", "mistral" or "gguf", and GGUF's type of the matrices
 
     Tokenizer files are the adapter's if it has any, else the base's. The distance is returned, and stored in
     merge.json in a folder. Raises AdapterError if the merge would change nothing or has no form in a checkpoint (a
-    bias), CheckpointError for what cannot be opened, such as a folder of `quantize`, or written.
+    bias), CheckpointError for what cannot be opened or written.
     """
-    checkpoint = open_checkpoint(hub.resolve(base))
+    opened = open_base(base, into)
     if not isinstance(adapter, Adapter):
-        adapter = read_adapter(adapter, checkpoint.args)
-    merging = _Merging(checkpoint, adapter)
+        adapter = read_adapter(adapter, opened.args)
+    merging = _Merging(opened, adapter)
     merging.check(tokens)
     outgoing = merging.outgoing()
     writing.check_format(to, type)
     writing.check_target(pathlib.Path(out), 0, file=to == "gguf")  # before minutes of work
-    if to == "gguf" and type is None and merging.dequantized:
+    if to == "gguf" and type is None and opened.dequantized:
         raise CheckpointError(
             "the base is quantized, and the merged weights are not",
             field="type",
-            place=checkpoint.folder,
+            place=opened.folder,
             hint="choose a type, such as 'q8_0' or 'bf16'",
         )
     with torch.inference_mode():
-        distance = merging.measure(tokens).result(text)
+        distance, *others = (comparison.result(text) for comparison in merging.measure(tokens))
         merging.check_changed()
     largest = max((t for t in outgoing if t.name in merging.touched), key=lambda t: t.nbytes)
     dtype = str(largest.dtype).removeprefix("torch.")
     record = Merge(
-        _shared_name(base), "/".join(pathlib.Path(adapter.source).parts[-2:]), dtype, len(merging.touched),
-        len(merging.changed), merging.dequantized, distance,
+        _shared_name(base), opened.scheme.name if opened.scheme else None,
+        "/".join(pathlib.Path(adapter.source).parts[-2:]), dtype, len(merging.touched), len(merging.changed),
+        opened.dequantized, distance, *others,
     )  # fmt: skip
     words = adapter.tokenizer
 
@@ -110,7 +117,7 @@ def merge(
             TokenizerFiles.of(words).copy_to(folder)
         write_json(folder / RECORD, dataclasses.asdict(record))
 
-    source = words if words is not None and to == "gguf" else checkpoint.folder
+    source = words if words is not None and to == "gguf" else opened.folder
     with torch.inference_mode():
         writing.write(
             pathlib.Path(out), merging.args, to, outgoing, max_shard_size, source, progress, type, beside
@@ -125,15 +132,14 @@ def _shared_name(source: str | os.PathLike[str]) -> str:
 
 
 class _Merging:
-    """A checkpoint and an adapter: the merged weights, and both models layer by layer."""
+    """A base and an adapter: the merged weights, and the models that are compared, layer by layer."""
 
-    def __init__(self, checkpoint: Checkpoint, adapter: Adapter) -> None:
-        self.checkpoint, self.adapter = checkpoint, adapter
-        self.args: ModelArgs = adapter.args(checkpoint.args)
-        self.plain = {t.name: t for t in writing.outgoing_of(checkpoint)}  # the base's own
+    def __init__(self, base: Base, adapter: Adapter) -> None:
+        self.adapter, self.scheme, self.original = adapter, base.scheme, base.original
+        self.args: ModelArgs = adapter.args(base.args)
+        self.plain = base.weights  # the base's own
         self.touched = {*adapter.weights, *(f"{target}.weight" for target in adapter.targets)}
         self.changed: set[str] = set()
-        self.dequantized = sum(isinstance(t.stored, StoredBlocks) for t in self.plain.values())
         bfloat16 = self.plain[EMBEDDING].dtype == torch.bfloat16
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # of the models that are compared
         self.like, self.mixture = torch.empty(0, dtype=self.dtype), Mixture()
@@ -168,7 +174,7 @@ class _Merging:
         """All tensors of the merged model, each computed when it is written."""
         return [
             dataclasses.replace(t, shape=self._shape(t), fetch=functools.partial(self.merged, name), stored=None)
-            if name in self.touched or self._shape(t) != t.shape
+            if name in self.touched or self._shape(t) != t.shape or self.scheme is not None
             else t
             for name, t in self.plain.items()
         ]
@@ -178,34 +184,41 @@ class _Merging:
         return (rows, *t.shape[1:])
 
     def base(self, name: str) -> Tensor:
-        """A weight before LoRA: the base's or the adapter's own, in the type of the base's."""
+        """A weight before LoRA: the base's or the adapter's own, in the type of the base's or wider."""
         own = self.adapter.weights.get(name)
         return self.plain[name].fetch() if own is None else own.to(self.plain[name].dtype)
 
     def merged(self, name: str, before: Tensor | None = None) -> Tensor:
         """A merged weight in the type of the base's, from `before` LoRA. AdapterError if it is not finite."""
         weight, target = self.base(name) if before is None else before, name.removesuffix(".weight")
+        dtype = self.plain[name].dtype
         if (factors := self.adapter.targets.get(target)) is None:
-            return weight
+            return weight.to(dtype)
         wide = updated(weight, factors)
         if (magnitude := self.adapter.magnitudes.get(target)) is not None:
             wide = wide * (magnitude.to(wide) / wide.norm(dim=1))[:, None]
-        out = wide.to(weight.dtype)
+        out = wide.to(dtype)
         if not out.isfinite().all():
             raise AdapterError(
-                f"the merged {name!r} is not finite in {weight.dtype}", field=name, place=self.adapter.source
+                f"the merged {name!r} is not finite in {dtype}", field=name, place=self.adapter.source
             )
         return out
 
-    def _both(self, name: str) -> tuple[Tensor, Tensor]:
-        """A weight before LoRA and merged, in the type of the comparison; notes whether the merge changes it."""
+    def _variants(self, name: str) -> list[Tensor]:
+        """A weight of all models that are compared, in their type; notes whether the merge changes it.
+
+        Before LoRA, merged, and, if the base was quantized just now, before LoRA and quantization.
+        """
         before = self.base(name)
         after = self.merged(name, before)
         if name in self.touched:
             plain = self.plain[name].fetch() if name in self.adapter.weights else before
-            if plain.shape != after.shape or not torch.equal(plain, after):
+            if plain.shape != after.shape or not torch.equal(plain.to(after.dtype), after):
                 self.changed.add(name)
-        return before.to(self.dtype), after.to(self.dtype)
+        variants = [before, after]
+        if self.original is not None:
+            variants.append(before if name in self.adapter.weights else self.original[name]())
+        return [weight.to(self.dtype) for weight in variants]
 
     def check_changed(self) -> None:
         """Raise AdapterError if the measurement found no weight that the merge changes."""
@@ -217,52 +230,62 @@ class _Merging:
                 hint="use it with --adapter, or merge into a float32 copy of the base",
             )
 
-    def measure(self, tokens: Tensor) -> Comparison:
-        """Compare the base model with the adapter at run time with the merged model, layer by layer."""
+    def measure(self, tokens: Tensor) -> list[Comparison]:
+        """Compare the base with the adapter at run time with the merged model, layer by layer.
+
+        A second comparison is that with the unquantized base, if it was quantized just now.
+        """
         args, memory = self.args, Stateless(self.args.sliding_window)
         rope = rope_phases(memory.extend(tokens), args, self.dtype)
-        before, after = self._both(EMBEDDING)
-        embedding: nn.Module = nn.Embedding.from_pretrained(before)
-        if (factors := self.adapter.targets.get("tok_embeddings")) is not None:
-            embedding = AdaptedEmbedding(embedding, factors, self.like)
-        x, y = embedding(tokens), F.embedding(tokens, after)  # (R, T, D)
-        del before, after, embedding
+        states = []
+        for i, weight in enumerate(self._variants(EMBEDDING)):
+            embedding: nn.Module = nn.Embedding.from_pretrained(weight)
+            factors = self.adapter.targets.get("tok_embeddings")
+            if i != MERGED and factors is not None:
+                embedding = AdaptedEmbedding(embedding, factors, self.like)
+            states.append(embedding(tokens))  # (R, T, D)
+            del embedding, weight
         self.plain[EMBEDDING].release()
         for layer in range(args.n_layers):
-            x, y = self._layer(f"layers.{layer}", x, y, rope, memory)
-        return self._compare(x, y, tokens)
+            states = self._layer(f"layers.{layer}", states, rope, memory)
+        return self._compare(states, tokens)
 
-    def _layer(self, path: str, x: Tensor, y: Tensor, rope: Rope, memory: Stateless) -> tuple[Tensor, Tensor]:
-        """Return the outputs of a layer: with the adapter at run time for x, merged for y."""
-        blocks = [TransformerBlock(self.args, dtype=self.dtype, device="meta") for _ in range(2)]
-        pairs = {key: self._both(f"{path}.{key}") for key in blocks[0].state_dict()}
+    def _layer(self, path: str, states: list[Tensor], rope: Rope, memory: Stateless) -> list[Tensor]:
+        """Return the output of a layer of each model for its own input."""
+        blocks = [TransformerBlock(self.args, dtype=self.dtype, device="meta") for _ in states]
+        weights = {key: self._variants(f"{path}.{key}") for key in blocks[0].state_dict()}
         for i, block in enumerate(blocks):
-            block.load_state_dict({key: pair[i] for key, pair in pairs.items()}, assign=True)
-        replace_linears(blocks[0], lambda base, name: self._adapted(base, f"{path}.{name}"))
-        x, y = blocks[0](x, rope, memory), blocks[1](y, rope, memory)
-        for key in pairs:
+            block.load_state_dict({key: variants[i] for key, variants in weights.items()}, assign=True)
+            if i != MERGED:
+                replace_linears(block, lambda base, name: self._adapted(base, f"{path}.{name}"))
+        states = [block(x, rope, memory) for block, x in zip(blocks, states, strict=True)]
+        for key in weights:
             self.plain[f"{path}.{key}"].release()
-        return x, y
+        return states
 
     def _adapted(self, base: nn.Module, name: str) -> nn.Module:
         """A Linear with the adapter as it is applied at run time."""
         return linear(base, name, self.adapter, self.like, self.mixture) if name in self.adapter.targets else base
 
-    def _compare(self, x: Tensor, y: Tensor, tokens: Tensor) -> Comparison:
-        """Compare the logits of both models from their last hidden states (R, T, D)."""
+    def _compare(self, states: list[Tensor], tokens: Tensor) -> list[Comparison]:
+        """Compare the logits of the models with those of the merged one, from last hidden states (R, T, D)."""
         args = self.args
         heads = []
-        for norm, output in zip(self._both("norm.weight"), self._both(OUTPUT), strict=True):
+        for i, (norm, output) in enumerate(
+            zip(self._variants("norm.weight"), self._variants(OUTPUT), strict=True)
+        ):
             scaled = RMSNorm(args.dim, args.norm_eps, device="meta")
             scaled.load_state_dict({"weight": norm}, assign=True)
             projection = nn.Linear(args.dim, args.vocab_size, bias=False, device="meta")
             projection.load_state_dict({"weight": output}, assign=True)
-            heads.append((scaled, projection))
-        (norm_x, output_x), (norm_y, output_y) = heads
-        adapted_x = self._adapted(output_x, "output")
-        comparison, last = Comparison(), tokens.shape[1] - 1  # the last token of a row has no target
-        places = (t[:, :last].flatten(0, 1).split(ROWS) for t in (x, y, tokens[:, 1:, None]))
-        for a, b, targets in zip(*places, strict=True):
-            comparison.add(adapted_x(norm_x(a)), output_y(norm_y(b)), targets[:, 0])
+            heads.append(nn.Sequential(scaled, projection if i == MERGED else self._adapted(projection, "output")))
+        merged, adapted = heads.pop(MERGED), heads
+        comparisons, last = [Comparison() for _ in adapted], tokens.shape[1] - 1  # the last of a row has no target
+        rows = [t[:, :last].flatten(0, 1).split(ROWS) for t in states]
+        targets = tokens[:, 1:].flatten().split(ROWS)
+        for y, wanted, *inputs in zip(rows.pop(MERGED), targets, *rows, strict=True):
+            logits = merged(y)
+            for comparison, head, x in zip(comparisons, adapted, inputs, strict=True):
+                comparison.add(head(x), logits, wanted)
         self.plain[OUTPUT].release()
-        return comparison
+        return comparisons

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..checkpoint.config import is_positive, read_json
@@ -89,6 +90,27 @@ def read_config(path: pathlib.Path) -> PeftConfig:
         _pattern(path, data, "rank_pattern", "r"), _pattern(path, data, "alpha_pattern", "lora_alpha"),
         flags["use_rslora"], flags["use_dora"], str(data.get("base_model_name_or_path") or ""),
     )  # fmt: skip
+
+
+def configuration(ranks: Mapping[str, int], alphas: Mapping[str, float], base_model: str) -> dict[str, Any]:
+    """An adapter_config.json for Linears by Hugging Face's names: the most common rank and alpha, and patterns."""
+    r, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model or None,
+        "r": r,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "rank_pattern": {re.escape(name): n for name, n in ranks.items() if n != r},
+        "alpha_pattern": {re.escape(name): n for name, n in alphas.items() if n != alpha},
+        "target_modules": list(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
 
 
 def _pattern(path: pathlib.Path, data: dict[str, Any], field: str, default: str) -> Callable[[str], float]:

@@ -147,7 +147,10 @@ FUSED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 
 
 def fuse(model: Mistral7B) -> None:
-    """Replace a model's blocks and final norm by fused ones, which have no backward pass: for inference only."""
+    """Replace a model's blocks and final norm by fused ones, and freeze them.
+
+    Where a gradient is required, they compute module by module, with operators that have a backward pass.
+    """
     model.layers, model.norm = fused(model.layers), fused(model.norm)
     model.requires_grad_(False)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..kernels.frozen import frozen_product
 from ..kernels.gpu import weight_only
 from ..kernels.gpu.weight_only import RowMajor
 from ..surgery import replace_linears
@@ -49,7 +50,12 @@ class GpuBlockLinear(nn.Module):
         return BlockLinear.of_tiles(self.kind, codes, d, self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        return weight_only.blocks_linear(x, self.weight)
+        weight = self.weight
+        return frozen_product(
+            x,
+            lambda x: weight_only.blocks_linear(x, weight),
+            lambda grad: grad @ weight_only.expand(weight, grad.dtype),
+        )
 
     def dequantized(self) -> Tensor:
         """The dequantized weight, float32 (N, K)."""
@@ -78,7 +84,12 @@ class Fp8Linear(nn.Module):
         return cls(*weight_only.to_fp8(weight.detach()))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        return weight_only.fp8_linear(x, self.q, self.scale)
+        q, scale = self.q, self.scale
+        return frozen_product(
+            x,
+            lambda x: weight_only.fp8_linear(x, q, scale),
+            lambda grad: grad @ weight_only.expand_fp8(q, scale, grad.dtype),
+        )
 
     def dequantized(self) -> Tensor:
         """The dequantized weight, float32 (N, K)."""

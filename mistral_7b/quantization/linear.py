@@ -13,6 +13,7 @@ from ..kernels import block_formats
 from ..kernels.backend import PACKED_LINEAR, Backend, uses
 from ..kernels.cpu import huge_pages
 from ..kernels.cpu.arguments import Weights
+from ..kernels.frozen import frozen_product
 from ..kernels.linear import block_linear, block_weights
 from .rounding import Blocks, round_blocks
 
@@ -140,6 +141,13 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.ROWS) if self.packs else weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        return frozen_product(x, self._rows, lambda grad: grad @ self.dense())
+
+    def dense(self) -> Tensor:
+        """The weight (N, K), copied if it is packed."""
+        return self.packed.to_dense() if self.packs else self.packed
+
+    def _rows(self, x: Tensor) -> Tensor:
         if not self.deterministic:
             return self._product(x)
         flat = x.flatten(0, -2) if x.dim() > 1 else x[None]

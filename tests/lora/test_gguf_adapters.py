@@ -16,7 +16,7 @@ from mistral_7b.checkpoint.names import rename
 from mistral_7b.errors import CheckpointError
 from mistral_7b.lora import read_adapter
 from mistral_7b.lora.adapters import Adapters
-from mistral_7b.lora.files import Adapter
+from mistral_7b.lora.files import Adapter, save_adapter
 
 gguf = pytest.importorskip("gguf", reason="pip install gguf to write GGUF files independently")
 KEYS = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 6.0}
@@ -99,3 +99,21 @@ def test_factors_of_the_embedding_are_refused(adapter: Adapter, tmp_path: pathli
     with refused(CheckpointError, field=name, place=path) as caught:
         read_adapter(path, TINY)
     assert caught.value.hint
+
+
+def test_what_is_written_opens_here_and_in_the_gguf_package(adapter: Adapter, tmp_path: pathlib.Path) -> None:
+    """An alpha for all: Linears of another one have their B rescaled."""
+    first = next(iter(adapter.targets))
+    mixed = Adapter({**adapter.targets, first: adapter.targets[first]._replace(scale=0.25)})
+    save_adapter(mixed, tmp_path / "mixed.gguf", TINY, "gguf")
+    close(logits(tmp_path / "mixed.gguf"), logits(mixed))
+    reader = gguf.GGUFReader(tmp_path / "mixed.gguf")
+    fields = {key: reader.fields[key].contents() for key in (*KEYS, "general.architecture")}
+    assert fields == {**KEYS, "general.architecture": "llama"}
+    stored = {t.name: torch.tensor(t.data) for t in reader.tensors}
+    wanted = {f"{name}_{half}" for name in ("blk.1.attn_k.weight.lora", "output.weight.lora") for half in "ab"}
+    assert wanted <= stored.keys()
+    assert torch.equal(stored["blk.1.attn_k.weight.lora_b"], adapter.targets["layers.1.attention.wk"].b)
+    assert not list(tmp_path.glob("*.partial*"))
+    with refused(CheckpointError, place=tmp_path / "mixed.gguf"):
+        save_adapter(mixed, tmp_path / "mixed.gguf", TINY, "gguf")

@@ -14,7 +14,7 @@ from tiny import TINY, tiny_args, tiny_model, tokens_of
 from torch import Tensor
 
 from mistral_7b.checkpoint import convert, quantize
-from mistral_7b.errors import AdapterError, CheckpointError
+from mistral_7b.errors import AdapterError, CheckpointError, QuantizationError
 from mistral_7b.lora import merge, merging
 from mistral_7b.lora.adapters import Adapters
 from mistral_7b.lora.files import Adapter, save_adapter
@@ -126,9 +126,10 @@ def test_what_cannot_be_merged_is_said_before_any_work(
 
     monkeypatch.setattr(merging._Merging, "measure", never)
     quantize(base, tmp_path / "int4", "int4", TOKENS, "drawn")
-    with refused(CheckpointError, field="quantization_config") as caught:
-        merge(tmp_path / "int4", adapter, tmp_path / "out", TOKENS)
-    assert caught.value.hint
+    with refused(QuantizationError, field="quantization", place=tmp_path / "int4"):
+        merge(tmp_path / "int4", adapter, tmp_path / "out", TOKENS, into="int8")
+    with refused(CheckpointError, field="type"):
+        merge(base, adapter, tmp_path / "out.gguf", TOKENS, into="int4", to="gguf")
     with refused(CheckpointError, place=tmp_path):
         merge(base, adapter, tmp_path, TOKENS)
     for tokens in (tokens_of((1, 1)), torch.full((1, 4), TINY.vocab_size)):
@@ -141,6 +142,34 @@ def test_what_cannot_be_merged_is_said_before_any_work(
     with refused(CheckpointError):
         merge(base, tmp_path / "other", tmp_path / "out", TOKENS)
     assert not (tmp_path / "out").exists()
+
+
+def test_trap_22_an_adapter_is_merged_into_the_quantized_weights_it_was_trained_on(
+    base: pathlib.Path, adapter: Adapter, tmp_path: pathlib.Path
+) -> None:
+    """Of a folder of `quantize`, or quantized on the way: the same model, near the adapter over int4 alone."""
+    quantize(base, tmp_path / "int4", "int4", TOKENS, "drawn")
+    of_folder = merge(tmp_path / "int4", adapter, tmp_path / "folder", TOKENS)
+    on_the_way = merge(base, adapter, tmp_path / "way", TOKENS, into="int4")
+    assert of_folder.into == on_the_way.into == "int4"
+    assert of_folder.dequantized == on_the_way.dequantized == 16
+    assert of_folder.distance == on_the_way.distance
+    unquantized = on_the_way.unquantized_distance
+    assert of_folder.unquantized_distance is None
+    assert unquantized is not None
+    assert on_the_way.distance["kl"] < 1e-3
+    assert unquantized["kl"] > 10 * on_the_way.distance["kl"]
+    first, second = (Mistral7B.from_pretrained(tmp_path / name).state_dict() for name in ("folder", "way"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    served = Mistral7B.from_pretrained(tmp_path / "int4")
+    for name, weight in first.items():
+        if name.endswith("norm.weight"):
+            continue
+        target = name.removesuffix(".weight")
+        exact = served.get_submodule(target).dequantized().double()  # type: ignore[operator]
+        if f := adapter.targets.get(target):
+            exact = exact + f.scale * f.b.double() @ f.a.double()
+        assert ((weight.double() - exact).abs() <= exact.abs() * 2**-8).all()
 
 
 @pytest.mark.filterwarnings("ignore:there is no tokenizer.model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
@@ -61,10 +61,10 @@ def write(
     plan = [(t, _kind(t, type, args)) for t in outgoing]
     for tensor, kind in plan:
         _check(tensor, kind)
-    check_room(path, sum(_nbytes(t, kind) for t, kind in plan))
+    check_room(path, sum(_nbytes(t.shape, kind) for t, kind in plan))
     try:
         with atomic_write(path, folders=True) as partial, partial.open("wb") as f:
-            f.write(_header(_metadata(args, plan, source, type), plan))
+            f.write(_header(_metadata(args, plan, source, type), [(_name(t), kind, t.shape) for t, kind in plan]))
             for tensor, kind in plan:
                 f.write(bytes(-f.tell() % ALIGNMENT))
                 _write_tensor(f, tensor, kind)
@@ -72,6 +72,23 @@ def write(
             f.write(bytes(-f.tell() % ALIGNMENT))
     except (struct.error, OverflowError) as e:  # a configuration or tokenizer value out of range
         raise CheckpointError(f"not written: a value is out of the range of its GGUF key ({e})", place=path) from e
+
+
+def write_floats(path: pathlib.Path, metadata: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of float tensors by GGUF's names, which must not exist, atomically."""
+    plan = [(name, _KIND_OF[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    check_room(path, sum(t.nbytes for t in tensors.values()))
+    with atomic_write(path, folders=True) as partial, partial.open("wb") as f:
+        f.write(_header(metadata, plan))
+        for tensor in tensors.values():
+            f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            f.write(bytes(-f.tell() % ALIGNMENT))
+
+
+def _name(tensor: Outgoing) -> str:
+    name = rename(tensor.name, "mistral", "gguf")
+    assert name is not None, f"{tensor.name} is not in the table"
+    return name
 
 
 def _kind(tensor: Outgoing, type: str | None, args: ModelArgs) -> Kind:
@@ -106,8 +123,8 @@ def _check(tensor: Outgoing, kind: Kind) -> None:
         )
 
 
-def _nbytes(tensor: Outgoing, kind: Kind) -> int:
-    return torch.Size(tensor.shape).numel() // kind.block * kind.size
+def _nbytes(shape: tuple[int, ...], kind: Kind) -> int:
+    return torch.Size(shape).numel() // kind.block * kind.size
 
 
 def _metadata(
@@ -142,20 +159,16 @@ def _from_source(source: pathlib.Path | None, vocab_size: int) -> dict[str, Any]
     return keys
 
 
-def _header(metadata: dict[str, Any], plan: list[tuple[Outgoing, Kind]]) -> bytes:
+def _header(metadata: dict[str, Any], plan: list[tuple[str, Kind, tuple[int, ...]]]) -> bytes:
+    """The header of tensors with these names, types and shapes, padded to the alignment."""
     out = [MAGIC, struct.pack("<IQQ", VERSION, len(plan), len(metadata))]
     for key, value in metadata.items():
         out += [_text(key), *_value(value)]
     offset = 0
-    for tensor, kind in plan:
-        name = rename(tensor.name, "mistral", "gguf")
-        assert name is not None, f"{tensor.name} is not in the table"
-        out += [_text(name), struct.pack("<I", len(tensor.shape))]
-        out += [
-            struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)),
-            struct.pack("<IQ", kind.code, offset),
-        ]
-        size = _nbytes(tensor, kind)
+    for name, kind, shape in plan:
+        out += [_text(name), struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))]
+        out.append(struct.pack("<IQ", kind.code, offset))
+        size = _nbytes(shape, kind)
         offset += size + -size % ALIGNMENT
     raw = b"".join(out)
     return raw + bytes(-len(raw) % ALIGNMENT)

@@ -62,6 +62,12 @@ class LinearCall(ctypes.Structure):
     _fields_ = (*_fields(PTR, "weight x out"), *_fields(LONG, "M K"), *_fields(INT, "bf16 threads"))
 
 
+class DequantizeCall(ctypes.Structure):
+    """out (N, width) = the inputs first .. first + width of a weight's rows (dequantize.h)."""
+
+    _fields_ = (*_fields(PTR, "weight out"), *_fields(LONG, "first width"), *_fields(INT, "bf16 threads"))
+
+
 class LowRankCall(ctypes.Structure):
     """y (M, N) += the LoRA update of x (M, K)."""
 

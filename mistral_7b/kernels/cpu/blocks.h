@@ -87,6 +87,8 @@ struct GroupScales {
         const Ints four = words(s[g / 4]);
         return six_bits ? (four >> (8 * (g % 4))) & 255 : (four << (24 - 8 * (g % 4))) >> 24;
     }
+    // t of group g, of the formats that have it
+    Ints minimum_of(int64_t g) const { return (words(t[g / 4]) >> (8 * (g % 4))) & 255; }
     // sum over groups of t times the sum of codes, given in parts (weights.h): t has 6 bits
     Ints minima(const int8_t* parts) const {
         const Sums none = zero();

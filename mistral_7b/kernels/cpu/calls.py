@@ -38,6 +38,17 @@ def linear(weight: Weights, x: Tensor) -> Tensor:
     return out
 
 
+def dequantize(weight: Weights, out: Tensor, first: int) -> None:
+    """Write the inputs first .. first + width of a quantized weight's rows to out (N, width), contiguous.
+
+    `first` is a multiple of 256. Values are rounded to out's type, float32 or bfloat16.
+    """
+    call = arguments.DequantizeCall(
+        weight=addressof(weight), out=out.data_ptr(), first=first, width=out.shape[1], **_common(out)
+    )
+    _library().m7b_dequantize(byref(call))
+
+
 def low_rank(adapters: ctypes.Array[Any], mixture: arguments.Mixture, x: Tensor, y: Tensor) -> None:
     """Add the LoRA update of x (M, K) to y (M, N), contiguous, in place."""
     x = x.contiguous()

@@ -12,6 +12,7 @@
 //   amx.h            the matrix unit
 //   tiles.h          products of many rows on it
 //   tile_check.h     a check of them when the library is loaded
+//   dequantize.h     weights in rows of floats
 //   low_rank.h       LoRA updates of products, with an adapter per row
 //   products.h       products of one x with several weights of any format
 //   elementwise.h    RMSNorm, SwiGLU's gate, addition and rotary embedding
@@ -24,6 +25,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "dequantize.h"
 #include "layers.h"
 #include "rounding.h"
 #include "tile_check.h"
@@ -40,6 +42,8 @@ extern "C" {
 void m7b_linear(const LinearCall* c) {
     c->bf16 ? linears<BF16>(c->x, c->M, c->K, {c->weight}, c->threads, {c->out}) : linears<F32>(c->x, c->M, c->K, {c->weight}, c->threads, {c->out});
 }
+
+void m7b_dequantize(const DequantizeCall* c) { c->bf16 ? dequantize<BF16>(*c) : dequantize<F32>(*c); }
 
 void m7b_low_rank(const LowRankCall* c) {
     const Weights w{c->N, c->K, nullptr, nullptr, 0, c->adapters, c->mixture};

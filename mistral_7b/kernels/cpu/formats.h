@@ -26,6 +26,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 namespace {
 
@@ -54,6 +55,24 @@ constexpr Format format_of(int kind) {
         case 20: return {32, 32, 4, 0, 0, 128, false, true};        // IQ4_NL
         case 23: return {256, 32, 4, 0, 2, 128, false, true};       // IQ4_XS
         default: return {};
+    }
+}
+
+// Calls f with a format's number as a type: f(std::integral_constant<int, kind>()).
+template <class F>
+void with_kind(int kind, F f) {
+    switch (kind) {
+        case 2: return f(std::integral_constant<int, 2>());
+        case 3: return f(std::integral_constant<int, 3>());
+        case 6: return f(std::integral_constant<int, 6>());
+        case 7: return f(std::integral_constant<int, 7>());
+        case 8: return f(std::integral_constant<int, 8>());
+        case 12: return f(std::integral_constant<int, 12>());
+        case 13: return f(std::integral_constant<int, 13>());
+        case 14: return f(std::integral_constant<int, 14>());
+        case 20: return f(std::integral_constant<int, 20>());
+        case 23: return f(std::integral_constant<int, 23>());
+        default: return;
     }
 }
 

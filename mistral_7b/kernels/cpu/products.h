@@ -40,19 +40,7 @@ void kind_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
 
 template <class T>
 void product_tiles(const Rows& r, const Weights& w, Span tiles, void* out) {
-    switch (w.kind) {
-        case 2: return kind_tiles<2, T>(r, w, tiles, out);
-        case 3: return kind_tiles<3, T>(r, w, tiles, out);
-        case 6: return kind_tiles<6, T>(r, w, tiles, out);
-        case 7: return kind_tiles<7, T>(r, w, tiles, out);
-        case 8: return kind_tiles<8, T>(r, w, tiles, out);
-        case 12: return kind_tiles<12, T>(r, w, tiles, out);
-        case 13: return kind_tiles<13, T>(r, w, tiles, out);
-        case 14: return kind_tiles<14, T>(r, w, tiles, out);
-        case 20: return kind_tiles<20, T>(r, w, tiles, out);
-        case 23: return kind_tiles<23, T>(r, w, tiles, out);
-        default: return;
-    }
+    with_kind(w.kind, [&](auto kind) { kind_tiles<decltype(kind)::value, T>(r, w, tiles, out); });
 }
 
 // A part of a product that one thread computes without interruption, and its cost: the bytes of a tile of weights.

@@ -56,6 +56,7 @@ struct BF16 {
 using F16 = float __attribute__((vector_size(64)));
 using I16 = int32_t __attribute__((vector_size(64)));
 using H16 = uint16_t __attribute__((vector_size(32)));
+using B16 = uint8_t __attribute__((vector_size(16)));
 using B64 = uint8_t __attribute__((vector_size(64)));
 using W32 = uint16_t __attribute__((vector_size(64)));
 

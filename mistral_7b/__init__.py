@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .sampling.params import SamplingParams as SamplingParams
     from .sampling.params import StructuredOutputs as StructuredOutputs
     from .text.tokenizer import Tokenizer as Tokenizer
+    from .training.finetune_args import FinetuneArgs as FinetuneArgs
+    from .training.finetuning import finetune as finetune
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,8 @@ _HOMES = {
     "StructuredOutputs": "sampling.params",
     "generate": "generate",
     "stream": "generate",
+    "finetune": "training.finetuning",
+    "FinetuneArgs": "training.finetune_args",
     **dict.fromkeys(
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import math
@@ -140,6 +141,24 @@ def peak_memory(pid: int | None = None) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak << 10
+
+
+def resident_memory() -> int:
+    """Return the resident memory of this process in bytes, with mapped files; 0 if unknown (other than Linux)."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB", read("/proc/self/status"), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
+def return_large_blocks(least: int = 1 << 20) -> bool:
+    """Return freed memory of `least` bytes and more to the system at once, where the C library is glibc.
+
+    By itself it keeps blocks of up to 32 MB for later, and fragments them: training then takes up to twice the
+    memory of its tensors. Returns whether it was set.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(-3, least))  # M_MMAP_THRESHOLD, which is then constant
+    except (AttributeError, OSError, TypeError):
+        return False
 
 
 def version(package: str) -> str | None:

@@ -32,6 +32,7 @@ COMMANDS = {
     "pull": "download a model: one of the Hugging Face hub, or the starter model",
     "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",
+    "finetune": "fine-tune a model on examples, preferences or rewards",
     "bench": "measure speed, memory and quality, compared with hardware limits and other engines",
     "doctor": "check this machine: hardware, kernels, missing software",
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXTRAS = {  # extra -> what it is for, and its packages
     "serve": ("`serve` and structured outputs", ("llguidance", "fastapi", "uvicorn", "prometheus-client")),
     "otel": ("traces of `serve`", ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")),
+    "train": ("TensorBoard's files of `finetune`", ("tensorboard",)),
     "plot": ("`train`'s and `bench`'s plots", ("matplotlib",)),
     "peers": ("the engines of `bench --peers`", ("llama-cpp-python", "gguf", "transformers")),
     "gpu-tests": ("tests of the GPU kernels without a GPU", ("triton",)),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import signal
 from typing import Any
 
 from ..training.args import TrainArgs
 from .inputs import UsageError, read_flags, read_text
+from .stopping import terminated_as_interrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,27 +27,18 @@ def run(argv: list[str]) -> int:
     args = read_flags(Train, "train", [*_config_flags(argv), *argv])
     from .. import training
 
-    stopped: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: _stop(stopped, number))
-    try:
-        last = training.train(args.training)
-    except KeyboardInterrupt:
-        if not stopped:
-            raise
-        return 128 + stopped[0]
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with terminated_as_interrupted() as stopped:
+        try:
+            last = training.train(args.training)
+        except KeyboardInterrupt:
+            if not stopped:
+                raise
+            return 128 + stopped[0]
     measured = last.get("held_out_bits_per_byte")
     if measured is not None:
         print(f"held out: {measured:.4f} bits per byte")
     print(f"the model is in {args.training.out}/model; log.jsonl and curve.png are beside it")
     return 0
-
-
-def _stop(stopped: list[int], number: int) -> None:
-    """End the training as Ctrl-C does: the state is saved."""
-    stopped.append(number)
-    raise KeyboardInterrupt
 
 
 def _config_flags(argv: list[str]) -> list[str]:

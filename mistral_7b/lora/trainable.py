@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..model import Mistral7B
+from ..quantization.fused import fuse
 from ..surgery import replace_linears
 from .adapters import check_factors
 from .files import Adapter, Factors
@@ -117,7 +118,7 @@ def adapt(model: Mistral7B, args: LoraArgs, seed: int, start: Adapter | None = N
 
     if start is not None:
         _check_start(model, start)
-    model.requires_grad_(False)
+    fuse(model)  # in one pass between the Linears, a block is faster and keeps less for its backward pass
     chosen = args.targets if start is None else ()
 
     def where(name: str, module: nn.Module) -> bool:

@@ -1,16 +1,91 @@
-"""The arguments of a training run. Imports no torch: the command line reads this file."""
+"""The arguments of a pretraining run, and what those of every run share. Imports no torch, for `--help`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 from ..errors import TrainingError
 
 
+class RunArgs:
+    """What the loop reads of a run's arguments; TrainArgs and FinetuneArgs declare the fields."""
+
+    steps: int | None
+    warmup: int
+    final_lr: float
+    clip: float
+    seed: int
+    save_every: int
+    eval_every: int
+    log_every: int
+    keep: int = 1  # saved states
+    FREE: Collection[str] = ()  # fields that may change when a run is resumed
+
+    @property
+    def total_steps(self) -> int:
+        """The number of updates, once it is known."""
+        assert self.steps is not None
+        return self.steps
+
+    def learning_rate(self, step: int) -> float:
+        """Return the fraction of the peak rate at update `step` (from 0).
+
+        Linear warmup, then cosine decay to `final_lr`.
+        """
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.total_steps - self.warmup)
+        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON would give them back: tuples as lists."""
+        given = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+    def check_same_run(self, saved: Mapping[str, Any], path: Path) -> None:
+        """Raise TrainingError if the state in `path` is of a run with other arguments `saved`."""
+        for name, value in self.as_json().items():
+            if name not in self.FREE and saved.get(name) != value:
+                raise TrainingError(
+                    f"is of a run with {name}={saved.get(name)!r}, not {value!r}",
+                    field=name,
+                    place=path,
+                    hint="give the same arguments to resume, or another --out to start again",
+                )
+
+    def _check_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise TrainingError(f"{self._of(name)} must be at least {least}, not {value}", field=name)
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise TrainingError(f"{self._of(name)} must be a finite number above 0, not {value}", field=name)
+
+    def _check_warmup(self) -> None:
+        if self.warmup < 0 or (self.steps is not None and self.warmup > self.steps):
+            most = "" if self.steps is None else f"..steps ({self.steps})"
+            raise TrainingError(f"{self._of('warmup')} must be in 0{most}, not {self.warmup}", field="warmup")
+
+    def _check_rows(self, rows: int, accumulate: int) -> None:
+        if rows % accumulate:
+            raise TrainingError(
+                f"{self._of('rows')} ({rows}) must be a multiple of accumulate ({accumulate})", field="rows"
+            )
+
+    def _of(self, name: str) -> str:
+        return f"{type(self).__name__}.{name}"
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainArgs:
+class TrainArgs(RunArgs):
     """Train on plain text files, from initial weights or a saved model.
 
     Raises TrainingError, naming the field, for invalid values.
@@ -75,30 +150,13 @@ class TrainArgs:
     """Updates between evaluations on `held_out`; 0: only at the end."""
     log_every: int = 10
 
+    FREE = (  # with other `steps`, the schedule is that of the new number
+        "steps", "out", "data", "held_out", "save_every", "eval_every", "log_every", "compile", "device",
+        "accumulate",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "rows", "accumulate", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"TrainArgs.{name} must be at least 1, not {getattr(self, name)}", field=name)
-        for name in ("lr", "muon_lr", "clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise TrainingError(f"TrainArgs.{name} must be a finite number above 0, not {value}", field=name)
-        if self.rows % self.accumulate:
-            raise TrainingError(
-                f"TrainArgs.rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})", field="rows"
-            )
-        if not 0 <= self.warmup <= self.steps:
-            raise TrainingError(
-                f"TrainArgs.warmup must be in 0..steps ({self.steps}), not {self.warmup}",
-                field="warmup",
-            )
-
-    def learning_rate(self, step: int) -> float:
-        """Return the fraction of the peak rate at update `step` (from 0).
-
-        Linear warmup, then cosine decay to `final_lr`.
-        """
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        self._check_at_least(1, "steps", "seq_len", "rows", "accumulate", "save_every", "log_every")
+        self._check_positive("lr", "muon_lr", "clip")
+        self._check_rows(self.rows, self.accumulate)
+        self._check_warmup()

@@ -13,7 +13,12 @@ from ..cache import Stateless
 from ..model import Mistral7B
 from .data import IGNORE
 
-CHUNK = 2048  # tokens per vocabulary projection: bounds the memory of float32 logits
+LOGITS = 2**23  # numbers of a chunk of logits: 32 MiB in float32, and some four times that in its backward pass
+
+
+def chunk_rows(model: Mistral7B) -> int:
+    """Return how many tokens are projected onto the vocabulary at once."""
+    return max(1, LOGITS // model.args.vocab_size)
 
 
 def loss_backward(model: Mistral7B, hidden: Tensor, targets: Tensor, n_targets: int) -> Tensor:
@@ -26,7 +31,8 @@ def loss_backward(model: Mistral7B, hidden: Tensor, targets: Tensor, n_targets: 
     flat = hidden.detach().flatten(0, -2).requires_grad_()
     flat_targets = targets.flatten()
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, target in zip(flat.split(CHUNK), flat_targets.split(CHUNK), strict=True):
+    size = chunk_rows(model)
+    for rows, target in zip(flat.split(size), flat_targets.split(size), strict=True):
         loss = F.cross_entropy(model.logits(rows), target, ignore_index=IGNORE, reduction="sum") / n_targets
         loss.backward()
         total += loss.detach()
@@ -40,8 +46,8 @@ def document_nll(model: Mistral7B, tokens: list[int]) -> float:
     device = model.norm.weight.device
     ids = torch.tensor([tokens], device=device)
     hidden = model.hidden(ids[:, :-1], Stateless(model.args.sliding_window))[0]
-    total = 0.0
-    for rows, target in zip(hidden.split(CHUNK), ids[0, 1:].split(CHUNK), strict=True):
+    total, size = 0.0, chunk_rows(model)
+    for rows, target in zip(hidden.split(size), ids[0, 1:].split(size), strict=True):
         total += F.cross_entropy(model.logits(rows), target, reduction="sum").item()
     return total
 

@@ -6,31 +6,43 @@ import datetime
 import sys
 from typing import Any, TextIO
 
-from .args import TrainArgs
+from .. import machine
+from .args import RunArgs
+
+SHOWN = {  # what an evaluation measured -> how it is shown
+    "held_out_bits_per_byte": "held out {:.4f} bits/byte",
+    "eval_loss": "held out {:.4f}",
+    "eval_accuracy": "accuracy {:.1%}",
+    "kl_from_base": "KL from the base {:.4f}",
+}
 
 
 class ProgressLine:
     """Shows log records: one updated line on a terminal, else every `log_every`-th record."""
 
-    def __init__(self, args: TrainArgs, file: TextIO | None = None) -> None:
+    def __init__(self, args: RunArgs, file: TextIO | None = None) -> None:
         self.args, self.file = args, file or sys.stderr
         self.mean: float | None = None
         self.speed: float | None = None
+        self.seconds: float | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
-        smooth = 0.95
-        self.mean = record["loss"] if self.mean is None else smooth * self.mean + (1 - smooth) * record["loss"]
-        speed = record["tokens_per_s"]
-        self.speed = speed if self.speed is None else smooth * self.speed + (1 - smooth) * speed
-        step, steps = record["step"], self.args.steps
-        left = (steps - step) * self.args.rows * self.args.seq_len / max(self.speed, 1e-9)
+        self.mean = _smooth(self.mean, record["loss"])
+        self.speed = _smooth(self.speed, record["tokens_per_s"])
+        self.seconds = _smooth(self.seconds, record["seconds"])
+        step, steps = record["step"], self.args.total_steps
+        left = datetime.timedelta(seconds=round((steps - step) * self.seconds))
         line = (
             f"update {step}/{steps}  loss {self.mean:.3f}  {self.speed:,.0f} tokens/s  "
-            f"{datetime.timedelta(seconds=round(left))} left"
+            f"{machine.peak_memory() / 1e9:.1f} GB  {left} left"
         )
-        if "held_out_bits_per_byte" in record:
-            line += f"  held out {record['held_out_bits_per_byte']:.4f} bits/byte"
+        measured = [text.format(record[name]) for name, text in SHOWN.items() if name in record]
+        line = "  ".join([line, *measured])
         if self.file.isatty():
             print(f"\r\x1b[K{line}", end="\n" if step == steps else "", file=self.file, flush=True)
-        elif step == steps or step % self.args.log_every == 0 or "held_out_bits_per_byte" in record:
+        elif step == steps or step % self.args.log_every == 0 or measured:
             print(line, file=self.file, flush=True)
+
+
+def _smooth(mean: float | None, value: float, share: float = 0.95) -> float:
+    return value if mean is None else share * mean + (1 - share) * value

@@ -38,7 +38,7 @@ def tiny_trainer(**changes: object) -> Trainer:
 
 
 def test_chunked_loss_and_gradients_are_those_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", 7)  # does not divide the number of tokens
+    monkeypatch.setattr(loss_module, "LOGITS", 7 * 50)  # rows of 7, which does not divide the number of tokens
     model = tiny_trainer().model.double()
     tokens = torch.randint(0, 50, (2, 24))
     targets = torch.randint(0, 50, (2, 24)).masked_fill(torch.rand(2, 24) < 0.3, IGNORE)
@@ -56,11 +56,11 @@ def test_trap_20_one_part_of_eight_rows_is_eight_parts_of_one() -> None:
     gradients = []
     for accumulate in (1, 8):
         trainer = tiny_trainer(accumulate=accumulate)
-        targets = trainer.data.rows(0, 8).targets
+        targets = trainer.method.data.rows(0, 8).targets
         counts = {int((row != IGNORE).sum()) for row in targets}
         assert len(counts) > 1
         record = trainer.update()
-        gradients.append((record["norm"], record["loss"], [m.clone() for m in trainer.masters]))
+        gradients.append((record["norm"], record["loss"], [m.clone() for m in trainer.weights.masters]))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
     assert gradients[0][1] == pytest.approx(gradients[1][1], rel=1e-6)
 
@@ -89,13 +89,15 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, optimizer: str) -> None:
     second.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     for _ in range(3):
         second.update()
-    for a, b in zip(whole.masters + whole.weights, second.masters + second.weights, strict=True):
+    for a, b in zip(
+        whole.weights.masters + whole.weights.weights, second.weights.masters + second.weights.weights, strict=True
+    ):
         assert a.equal(b)
 
 
 def test_training_learns_what_repeats() -> None:
     trainer = tiny_trainer(steps=60)
-    trainer.data = PackedDocuments([list(range(3, 40)) * 3] * 4, TINY.seq_len, 0)
+    trainer.method.data = PackedDocuments([list(range(3, 40)) * 3] * 4, TINY.seq_len, 0)
     losses = [trainer.update()["loss"] for _ in range(60)]
     assert losses[0] > 3.5
     assert losses[-1] < 0.5
@@ -113,9 +115,9 @@ def test_warm_up_then_cosine() -> None:
 def test_gradients_are_clipped_to_the_norm() -> None:
     trainer = tiny_trainer(clip=1e-3)
     seen: list[float] = []
-    adamw = trainer.optimizers[0]
+    adamw = trainer.weights.optimizers[0]
     adamw.register_step_pre_hook(
-        lambda *_: seen.append(math.sqrt(sum(float(m.grad.square().sum()) for m in trainer.masters)))
+        lambda *_: seen.append(math.sqrt(sum(float(m.grad.square().sum()) for m in trainer.weights.masters)))
     )
     record = trainer.update()
     assert record["norm"] > 1e-3
@@ -123,13 +125,13 @@ def test_gradients_are_clipped_to_the_norm() -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_masters() -> None:
-    trainer = tiny_trainer()
+    trainer = tiny_trainer(dtype="bfloat16")
     with torch.no_grad():
-        trainer.weights[0].fill_(float("nan"))
-    before = [m.clone() for m in trainer.masters]
+        trainer.weights.weights[0].fill_(float("nan"))
+    before = [m.clone() for m in trainer.weights.masters]
     with refused(TrainingError, field="lr"):
         trainer.update()
-    assert all(a.equal(b) for a, b in zip(before, trainer.masters, strict=True))
+    assert all(a.equal(b) for a, b in zip(before, trainer.weights.masters, strict=True))
 
 
 def test_bits_per_byte_is_nats_over_bytes_by_hand() -> None:

@@ -1,0 +1,48 @@
+"""The examples of a run: those to train on, and those that are only evaluated. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import TrainingError
+from ..text.tokenizer import Tokenizer
+from .examples import Source, read_data
+from .finetune_args import FinetuneArgs
+
+
+class Examples(NamedTuple):
+    """Items to train on, how often each is taken in an epoch, those held out, and what each source held."""
+
+    items: Sequence[Any]
+    copies: Sequence[float] = ()
+    held_out: Sequence[Any] = ()
+    report: Sequence[Source] = ()
+
+
+def read_examples(args: FinetuneArgs, tokenizer: Tokenizer) -> Examples:
+    """Read the files of data, and hold out a file or a share of the items. TrainingError as `read_data`."""
+    if not args.data:
+        raise TrainingError("no training data", field="data", hint="name files of examples with --data")
+    read = functools.partial(
+        read_data, tokenizer=tokenizer, method=args.method, seq_len=args.seq_len, skip_bad=args.skip_bad
+    )
+    data = read(args.data)
+    copies = [data.weights[source] for source in data.source_of]
+    if args.held_out is None:
+        return Examples(data.items, copies, (), data.report)
+    if (share := args.held_out_share) is None:
+        return Examples(data.items, copies, read([args.held_out]).items, data.report)
+    order = np.random.default_rng(args.seed).permutation(len(data.items))
+    count = max(1, round(share * len(order)))
+    if count >= len(order):
+        raise TrainingError(
+            f"nothing remains to train on: {count} of {len(order)} rows are held out", field="held_out"
+        )
+    held, kept = sorted(order[:count]), sorted(order[count:])
+    return Examples(
+        [data.items[i] for i in kept], [copies[i] for i in kept], [data.items[i] for i in held], data.report
+    )

@@ -1,0 +1,153 @@
+"""The training loop of every method, with saved states from which a run resumes bit-identically.
+
+    update n:  for batch in method.micro_batches(n): method.backward(batch)      gradients add up
+               clip, AdamW, next update
+
+What an update does depends on the weights and (seed, n) alone: n is the one counter of the run, by which the
+method finds its data and dropout is seeded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..errors import TrainingError, WriteError
+from .args import RunArgs
+from .states import save_state
+from .weights import Weights
+
+Record = dict[str, Any]  # one entry of the log
+
+
+class Method(Protocol):
+    """What is learned: the data of each update, and the gradients of a loss on it."""
+
+    def micro_batches(self, step: int) -> Sequence[Any]:
+        """Return the parts of update `step` (from 0). They depend on the seed, the step and the weights alone."""
+        ...
+
+    def backward(self, batch: Any) -> dict[str, float]:
+        """Add a part's gradients, normalised over the whole update; return its shares of what is logged.
+
+        The shares are summed over the parts. "loss" must be among them, and "tokens", the number processed.
+        """
+        ...
+
+
+class Loop:
+    """Weights in training, with the progress of the run."""
+
+    def __init__(self, args: RunArgs, method: Method, weights: Weights) -> None:
+        self.args, self.method, self.weights = args, method, weights
+        self.step, self.saved, self.seconds = 0, 0, 0.0
+        self.log: list[Record] = []
+
+    def update(self) -> Record:
+        """Run one optimizer step; return what the method logs, the gradient norm and the learning rate."""
+        torch.manual_seed(int(np.random.SeedSequence((self.args.seed, self.step)).generate_state(1)[0]))  # dropout
+        sums: Counter[str] = Counter()
+        for batch in self.method.micro_batches(self.step):
+            sums.update(self.method.backward(batch))
+        norm = float(self.weights.collect(self.args.clip))
+        if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
+            raise TrainingError(
+                f"update {self.step}: loss {sums['loss']}, gradient norm {norm}; the last saved state is valid",
+                field="lr",
+                hint="lower the learning rate and resume from it",
+            )
+        share = self.args.learning_rate(self.step)
+        self.weights.update(share)
+        self.step += 1
+        return {"step": self.step, **sums, "norm": norm, "lr": self.weights.peaks[0] * share}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            **self.weights.state(),
+            "log": json.dumps(self.log),
+            "args": json.dumps(self.args.as_json()),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.weights.load_state(state)
+        self.step, self.seconds, self.log = state["step"], state["seconds"], json.loads(state["log"])
+        self.saved = self.step
+
+    def resume(self, path: Path, device: torch.device | str) -> bool:
+        """Load the state in `path`, if there is one; TrainingError if it is of a run with other arguments."""
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location=device, weights_only=True)
+        self.args.check_same_run(json.loads(state["args"]), path)
+        self.load_state(state)
+        return True
+
+    def save(self, path: Path) -> None:
+        """Save the state atomically: a killed run or a full disk keeps the previous state.
+
+        WriteError names the update of that state.
+        """
+        try:
+            save_state(self.state(), path, self.weights.nbytes(), self.args.keep)
+        except WriteError as error:
+            last = f"the same command resumes at update {self.saved}" if self.saved else "there is no saved state"
+            raise WriteError.of(
+                error, message=f"{error.message}. Update {self.step} is not saved; {last}"
+            ) from error
+        self.saved = self.step
+
+    def run(
+        self,
+        state_path: Path,
+        show: Callable[[Record], None],
+        measure: Callable[[], Record] | None = None,
+        stops: Callable[[Sequence[Record]], bool] = lambda log: False,
+    ) -> None:
+        """Train to the last update, saving states; after Ctrl-C save, then re-raise.
+
+        measure   evaluates the model every `eval_every` updates; its results join the log
+        stops     whether the log says that training is over before the last update
+        Raises WriteError if a state cannot be saved; the save is not retried.
+        """
+        args = self.args
+        try:
+            while self.step < args.total_steps and not stops(self.log):
+                self._advance(measure, show)
+                if self.step % args.save_every == 0:
+                    self.save(state_path)
+        except WriteError:
+            raise
+        except BaseException as error:
+            self._save_new(state_path)
+            if isinstance(error, KeyboardInterrupt):
+                saved = f"update {self.saved} of {args.total_steps} is saved in {state_path}"
+                saved += "; the same command resumes there"
+                print(f"\nstopped: {saved if self.saved else 'no update was done'}", file=sys.stderr)
+            raise
+        self._save_new(state_path)
+
+    def _advance(self, measure: Callable[[], Record] | None, show: Callable[[Record], None]) -> None:
+        began = time.perf_counter()
+        record = self.update()
+        took = time.perf_counter() - began
+        self.seconds += took
+        record |= {"tokens_per_s": round(record.pop("tokens") / took), "seconds": round(took, 4)}
+        if measure and self.args.eval_every and self.step % self.args.eval_every == 0:
+            record |= measure()
+        self.log.append(record)
+        show(record)
+
+    def _save_new(self, path: Path) -> None:
+        if self.saved < self.step:
+            self.save(path)

@@ -17,7 +17,7 @@ from ..kernels.backend import LINEAR, Backend, uses
 from ..lora.adapters import Source
 from ..model import Mistral7B
 from ..quantization import Scheme, quantize
-from ..quantization.linear import Compressed
+from ..quantization.linear import Compressed, PackedLinear
 from ..sampling.params import SamplingParams
 from ..text.tokenizer import Tokenizer
 from .completion import RequestOutput, TextPiece
@@ -76,7 +76,7 @@ def open_engine(
             field="model",
         )
     if config.deterministic:
-        _make_deterministic(model)
+        make_deterministic(model)
     tokenizer_error = ""
     if tokenizer is None:
         tokenizer, tokenizer_error = load_tokenizer(model)
@@ -88,8 +88,11 @@ def open_engine(
     return InputProcessor(engine, tokenizer, tokenizer_error)
 
 
-def _make_deterministic(model: Mistral7B) -> None:
-    """Make rows independent of the other rows of a step. Weights quantized to integers on a CPU are so already."""
+def make_deterministic(model: Mistral7B) -> None:
+    """Make rows independent of the other rows of a step, in place. Integer weights on a CPU are so already.
+
+    EngineError for a device or type for which there are no such products.
+    """
     floats = any(isinstance(module, nn.Linear) for module in model.modules())
     if isinstance(model.output, Compressed) and not floats:
         return
@@ -100,6 +103,9 @@ def _make_deterministic(model: Mistral7B) -> None:
             field="deterministic",
         )
     quantize(model, Scheme("bf16", deterministic=True))
+    for module in model.modules():
+        if isinstance(module, PackedLinear):  # also those that were packed before
+            module.deterministic = True
 
 
 class LLM:

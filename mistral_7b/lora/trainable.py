@@ -23,7 +23,7 @@ from ..errors import AdapterError
 from ..model import Mistral7B
 from ..quantization.fused import fuse
 from ..surgery import replace_linears
-from .adapters import check_factors
+from .adapters import check_factors, shell
 from .files import Adapter, Factors
 
 LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # of each block
@@ -159,3 +159,16 @@ def trained_adapter(model: Mistral7B) -> Adapter:
     if not targets:
         raise AdapterError("the model has no trained adapter", field="model", hint="`adapt` makes one")
     return Adapter(targets, base_model=str(model.source or ""), tokenizer=model.source)
+
+
+def without_adapter(model: Mistral7B) -> Mistral7B:
+    """Return the base that `adapt` adapted, as a tree of modules of its own that shares its weights."""
+
+    def base(linear: nn.Module, name: str) -> nn.Module:
+        assert isinstance(linear, TrainableLinear)
+        return linear.base
+
+    out = shell(model)
+    replace_linears(out, base, lambda _, module: isinstance(module, TrainableLinear))
+    assert isinstance(out, Mistral7B)
+    return out

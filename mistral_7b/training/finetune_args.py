@@ -59,7 +59,7 @@ class FinetuneArgs(RunArgs):
     seq_len: int = 1024
     """Tokens per row at most; whole documents are packed into rows without attention across them."""
     rows: int = 8
-    """Rows per update."""
+    """Rows per update; grpo: prompts per update."""
     accumulate: int = 8
     """Parts into which an update is split to save memory; the gradients are the same."""
     warmup: int = 10
@@ -110,8 +110,12 @@ class FinetuneArgs(RunArgs):
     """grpo: completions sampled for each prompt."""
     max_tokens: int = 256
     """grpo: tokens of a completion at most; also of the samples of the report."""
-    temperature: float = 1.0
-    """grpo: temperature at which completions are sampled."""
+    sample_every: int = 1
+    """grpo: updates on the same completions; beyond the first, ratios are clipped."""
+    ratio_clip: float = 0.2
+    """grpo: a token whose ratio has moved by this much in its favoured direction has no gradient."""
+    scale_rewards: bool = False
+    """grpo: divide advantages by the deviation of their group."""
 
     FREE = (
         "steps", "epochs", "out", "held_out", "save_every", "eval_every", "log_every", "keep",
@@ -120,9 +124,10 @@ class FinetuneArgs(RunArgs):
 
     def __post_init__(self) -> None:
         whole = ("rank", "epochs", "steps", "seq_len", "rows", "accumulate", "save_every", "keep", "log_every")
-        self._check_at_least(1, *whole, "group", "max_tokens")
+        self._check_at_least(1, *whole, "max_tokens", "sample_every")
+        self._check_at_least(2, "group")
         self._check_at_least(0, "eval_every", "patience", "samples", "recompute")
-        self._check_positive("lr", "clip", "alpha", "temperature", "beta")
+        self._check_positive("lr", "clip", "alpha", "beta", "ratio_clip")
         self._check_rows(self.rows, self.accumulate)
         self._check_warmup()
         if not 0 <= self.dropout < 1:
@@ -140,6 +145,8 @@ class FinetuneArgs(RunArgs):
             )
         if self.method == "grpo" and not self.reward:
             raise TrainingError("grpo needs a reward", field="reward", hint="name a function as FILE.py:FUNCTION")
+        if self.method == "grpo" and self.dropout:
+            raise TrainingError("grpo trains the policy that samples, which has no dropout", field="dropout")
         if self.patience and not (self.eval_every and self.held_out):
             raise TrainingError(
                 "stopping early needs evaluations", field="patience", hint="set held_out and eval_every"

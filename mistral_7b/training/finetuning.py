@@ -20,6 +20,7 @@ from ..kernels import threads
 from ..model import FeedForward, Mistral7B
 from ..text.tokenizer import Tokenizer
 from .estimate import blocks_to_recompute
+from .exact import prepare
 from .finetune_args import FinetuneArgs
 from .held_out import Examples, read_examples
 from .loop import Loop, Method, Record
@@ -73,7 +74,12 @@ def build_method(setting: Setting) -> FinetuneMethod:
 
 
 def open_trained(args: FinetuneArgs, model: Mistral7B, tokenizer: Tokenizer) -> Trained:
-    """Make the model ready for training: all of it, or an adapter of it."""
+    """Make the model ready for training: all of it, or an adapter of it.
+
+    GRPO samples from it, and its base then has the products that the engine samples with.
+    """
+    if args.method == "grpo":
+        prepare(model)
     made = TrainedModel(model, tokenizer, args) if args.method == "full" else TrainedAdapter(model, args)
     made.weights.optimize(adamw(made.weights.masters, args.peak, args.betas, args.weight_decay))
     return made
@@ -140,8 +146,9 @@ class Run:
         self.out = Path(args.out)
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self.trained = open_trained(args, model, tokenizer)
-        recompute(model, blocks_to_recompute(args, model.args, weights=0))  # they are in memory
         self.method = build_method(Setting(args, model, tokenizer, examples.items, examples.copies))
+        # The weights are in memory. Where a method has taken the base, that is not recomputed.
+        recompute(model, blocks_to_recompute(args, model.args, weights=0))
         self.args = dataclasses.replace(args, steps=args.steps or self.method.updates(args.epochs))
         self.args = dataclasses.replace(self.args, warmup=min(self.args.warmup, self.args.total_steps))
         self.loop = Loop(self.args, self.method, self.trained.weights)

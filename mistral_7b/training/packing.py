@@ -81,3 +81,9 @@ class PackedRows:
         epoch = bisect.bisect_right(self.first, number) - 1
         self._begin(epoch)
         return self._rows[number - self.first[epoch]]
+
+    def parts(self, step: int, rows: int, accumulate: int) -> list[list[int]]:
+        """Return the documents of update `step`, of `rows` rows, in `accumulate` parts of equally many rows."""
+        first, size = step * rows, rows // accumulate
+        starts = range(first, first + rows, size)
+        return [[i for row in range(start, start + size) for i in self.row(row)] for start in starts]

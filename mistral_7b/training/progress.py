@@ -13,6 +13,8 @@ SHOWN = {  # what an evaluation measured -> how it is shown
     "held_out_bits_per_byte": "held out {:.4f} bits/byte",
     "eval_loss": "held out {:.4f}",
     "eval_accuracy": "accuracy {:.1%}",
+    "reward": "reward {:.3f}",
+    "eval_reward": "held out reward {:.3f}",
     "kl_from_base": "KL from the base {:.4f}",
 }
 

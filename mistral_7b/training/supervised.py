@@ -75,12 +75,9 @@ class Supervised:
         self.n_targets = 0  # of the whole update
 
     def micro_batches(self, step: int) -> Sequence[Packed]:
-        first, size = step * self.rows, self.rows // self.parts
         device = self.model.norm.weight.device
-        parts = []
-        for start in range(first, first + self.rows, size):
-            numbers = [i for row in range(start, start + size) for i in self.packed.row(row)]
-            parts.append(pack([self.documents[i] for i in numbers]))
+        numbers = self.packed.parts(step, self.rows, self.parts)
+        parts = [pack([self.documents[i] for i in part]) for part in numbers]
         self.n_targets = sum(int((part.targets != IGNORE).sum()) for part in parts)
         return [part.to(device) for part in parts]
 

@@ -155,12 +155,12 @@ def test_converting_keeps_blocks_and_dequantizes_for_other_formats(
 
 
 def test_a_deterministic_engine_accepts_blocks(mixed: pathlib.Path) -> None:
-    from mistral_7b.engine.llm import _make_deterministic
+    from mistral_7b.engine.llm import make_deterministic
 
     model = Mistral7B.from_pretrained(mixed)
-    _make_deterministic(model)
+    make_deterministic(model)
     assert isinstance(model.output, BlockLinear)
     mixed_types = Mistral7B.from_pretrained(mixed)
     mixed_types.layers[0].attention.wq = nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
-    _make_deterministic(mixed_types)
+    make_deterministic(mixed_types)
     assert not any(isinstance(m, nn.Linear) for m in mixed_types.modules())

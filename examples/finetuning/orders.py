@@ -42,24 +42,39 @@ TRAIN = Words(
         "Hi, {buyer} here. I would like {count} {item}, delivered to {city} next {day}.",
         "Order for {day}: {item}, {count} of them, for {buyer}, {city}.",
     ),
-    firsts=tuple("Anna Boris Clara David Elena Felix Grace Hugo Irene Jonas Karin Louis Mira Noah Olga Paul".split()),
-    lasts=tuple("Adler Brown Costa Dubois Evans Fischer Garcia Hansen Ivanov Jensen Keller Lopez Moore".split()),
+    firsts=(
+        "Anna", "Boris", "Clara", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karin",
+        "Louis", "Mira", "Noah", "Olga", "Paul",
+    ),
+    lasts=(
+        "Adler", "Brown", "Costa", "Dubois", "Evans", "Fischer", "Garcia", "Hansen", "Ivanov", "Jensen",
+        "Keller", "Lopez", "Moore",
+    ),
     items=(
         "bags of rice", "red chairs", "wool blankets", "bottles of milk", "steel pipes", "desk lamps", "apples",
         "boxes of nails", "paper cups", "tins of paint", "garden tables", "pairs of boots", "candles", "keyboards",
         "jars of honey", "pillows", "cotton shirts", "bicycle tyres", "packs of tea", "notebooks",
     ),
-    cities=tuple("Porto Vienna Madrid Oslo Paris Berlin Dublin Athens Milan Warsaw Geneva Bergen Toulouse Graz".split()),
+    cities=(
+        "Porto", "Vienna", "Madrid", "Oslo", "Paris", "Berlin", "Dublin", "Athens", "Milan", "Warsaw",
+        "Geneva", "Bergen", "Toulouse", "Graz",
+    ),
     counts=tuple(n for n in range(2, 100) if n % 4),
 )  # fmt: skip
 HELD_OUT = TRAIN._replace(
-    firsts=tuple("Quentin Rosa Stefan Tanja Ursula Victor Wanda Yusuf".split()),
-    lasts=tuple("Novak Olsen Petrov Rossi Schmidt Tanaka Vogel Walker".split()),
-    items=(
-        "green umbrellas", "loaves of bread", "glass vases", "sacks of flour", "wooden spoons", "kettles", "mirrors",
-        "rolls of tape", "winter coats", "baskets of pears",
+    firsts=(
+        "Quentin", "Rosa", "Stefan", "Tanja", "Ursula", "Victor", "Wanda", "Yusuf",
     ),
-    cities=tuple("Lisbon Prague Zurich Helsinki Naples Bristol Leipzig Antwerp".split()),
+    lasts=(
+        "Novak", "Olsen", "Petrov", "Rossi", "Schmidt", "Tanaka", "Vogel", "Walker",
+    ),
+    items=(
+        "green umbrellas", "loaves of bread", "glass vases", "sacks of flour", "wooden spoons", "kettles",
+        "mirrors", "rolls of tape", "winter coats", "baskets of pears",
+    ),
+    cities=(
+        "Lisbon", "Prague", "Zurich", "Helsinki", "Naples", "Bristol", "Leipzig", "Antwerp",
+    ),
     counts=tuple(range(4, 100, 4)),
 )  # fmt: skip
 UNSEEN = HELD_OUT._replace(

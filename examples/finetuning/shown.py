@@ -60,7 +60,7 @@ def write_record(path: Path | None, made: dict[str, Any]) -> None:
 def draw(
     path: Path, log: Sequence[dict[str, Any]], left: dict[str, str], right: dict[str, str], title: str
 ) -> None:
-    """Draw columns of a log over its updates, {column: label}: `left` against one axis, `right` the other."""
+    """Draw columns of a log over its updates, `left` against one axis and `right` against the other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -74,7 +74,7 @@ def draw(
             if len(points) < len(log):
                 lines[-1].set_marker("o")
         side.set_ylabel(", ".join(columns.values()), color=color)
-        side.set_ylim(bottom=0)
+        side.set_ylim(bottom=min(0, *(value for drawn in side.get_lines() for value in drawn.get_ydata())))
     axes.set_xlabel("update")
     axes.grid(alpha=0.3)
     axes.legend(lines, [str(drawn.get_label()) for drawn in lines], loc="center right", frameon=False)

@@ -27,7 +27,9 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> str:
 def answers(llm: LLM, prompts: Sequence[Messages], max_tokens: int, adapter: str | None = None) -> list[Any]:
     """Return the greedy answers to conversations: each has `text`, `token_ids` and `finish_reason`."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
-    return [output.outputs[0] for output in llm.chat(prompts, params, adapter=adapter)]
+    return [
+        output.outputs[0] for output in llm.chat(prompts, params, adapter=adapter, progress=sys.stderr.isatty())
+    ]
 
 
 def record(args: FinetuneArgs, seconds: float, found: dict[str, Any]) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def prompts(asked: list[str]) -> list[Messages]:
 def main(
     out: Path = Path("runs/shorten"),
     model: str = "starter",
-    steps: int = 24,
+    steps: int = 12,
     lr: float = 2e-4,
-    things: int = 20,
+    things: int = 12,
     held_things: int = 15,
     json: Path | None = None,
     curve: Path | None = None,
@@ -59,7 +59,7 @@ def main(
     other = [row for question, made in zip(held, before, strict=True) if (row := pair(question, made.text))]
     args = FinetuneArgs(
         model=model, method="dpo", data=(write_rows(out / "pairs.jsonl", pairs),), out=str(out / "run"),
-        held_out=write_rows(out / "held_out.jsonl", other[:LOOKED_AT]), eval_every=max(1, steps // 6),
+        held_out=write_rows(out / "held_out.jsonl", other[:LOOKED_AT]), eval_every=max(1, steps // 4),
         steps=steps, lr=lr, seq_len=512, rows=1, accumulate=1, warmup=min(4, steps), max_tokens=LONGEST,
     )  # fmt: skip
     began = time.perf_counter()

@@ -4,7 +4,8 @@
     {"item":"bags of rice","count":3,"city":"Porto","day":"fri","buyer":"Anna Keller"}
 
 Held-out rows share no name, item, city or count with those to train on, and half of them have a form of sentence
-that is not trained on either.
+that is not trained on either. Most names to train on are invented: from a few dozen real ones, a small model learns
+the names by heart in place of copying what the sentence says.
 """
 
 from __future__ import annotations
@@ -31,6 +32,20 @@ class Words(NamedTuple):
     counts: tuple[int, ...]
 
 
+def invented(count: int, seed: int) -> tuple[str, ...]:
+    """Return names of two or three random syllables, such as Brovin."""
+    rng, names = random.Random(seed), set[str]()
+    onsets, codas = "b br d f fl g gr h k l m n p pr qu r s st t tr v w z".split(), ",,n,r,l,s,ck,th,nd".split(",")
+    while len(names) < count:
+        syllables = [
+            rng.choice(onsets) + rng.choice("aeiou") + rng.choice(codas) for _ in range(rng.randint(2, 3))
+        ]
+        names.add("".join(syllables).capitalize())
+    return tuple(sorted(names))
+
+
+KINDS = ("bags of", "crates of", "small", "yellow", "heavy", "second-hand", "Spanish", "round")
+THINGS = ("ropes", "tiles", "lemons", "radios", "carpets", "hammers", "shovels", "ribbons", "onions", "bells")
 TRAIN = Words(
     sentences=(
         "{buyer} wants {count} {item} in {city} by {day}.",
@@ -44,20 +59,21 @@ TRAIN = Words(
     ),
     firsts=(
         "Anna", "Boris", "Clara", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karin",
-        "Louis", "Mira", "Noah", "Olga", "Paul",
+        "Louis", "Mira", "Noah", "Olga", "Paul", *invented(80, 1),
     ),
     lasts=(
         "Adler", "Brown", "Costa", "Dubois", "Evans", "Fischer", "Garcia", "Hansen", "Ivanov", "Jensen",
-        "Keller", "Lopez", "Moore",
+        "Keller", "Lopez", "Moore", *invented(80, 2),
     ),
     items=(
         "bags of rice", "red chairs", "wool blankets", "bottles of milk", "steel pipes", "desk lamps", "apples",
         "boxes of nails", "paper cups", "tins of paint", "garden tables", "pairs of boots", "candles", "keyboards",
         "jars of honey", "pillows", "cotton shirts", "bicycle tyres", "packs of tea", "notebooks",
+        *(f"{kind} {thing}" for kind in KINDS for thing in THINGS),
     ),
     cities=(
         "Porto", "Vienna", "Madrid", "Oslo", "Paris", "Berlin", "Dublin", "Athens", "Milan", "Warsaw",
-        "Geneva", "Bergen", "Toulouse", "Graz",
+        "Geneva", "Bergen", "Toulouse", "Graz", *invented(80, 3),
     ),
     counts=tuple(n for n in range(2, 100) if n % 4),
 )  # fmt: skip

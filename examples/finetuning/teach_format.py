@@ -29,18 +29,23 @@ def conversations(rows: list[dict[str, Any]], examples: list[dict[str, Any]]) ->
 
 
 def measured(llm: LLM, rows: list[dict[str, Any]], examples: list[dict[str, Any]], adapter: str | None) -> Any:
-    """Return the scores of a model's answers to rows, and its first answer."""
+    """Return the scores of a model's answers to rows, the first answer, and up to three wrong ones."""
     texts = [made.text for made in answers(llm, conversations(rows, examples), LONGEST, adapter)]
-    return {**scores(texts, rows), "first_answer": texts[0]}
+    wrong = [
+        [text, right]
+        for row, text in zip(rows, texts, strict=True)
+        if text != (right := row["messages"][-1]["content"])
+    ]
+    return {**scores(texts, rows), "first": texts[0], "wrong": wrong[:3]}
 
 
 def main(
     out: Path = Path("runs/teach_format"),
     model: str = "starter",
     steps: int = 60,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     train_rows: int = 400,
-    held_rows: int = 50,
+    held_rows: int = 40,
     json: Path | None = None,
     curve: Path | None = None,
 ) -> None:

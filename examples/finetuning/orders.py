@@ -4,8 +4,8 @@
     {"item":"bags of rice","count":3,"city":"Porto","day":"fri","buyer":"Anna Keller"}
 
 Held-out rows share no name, item, city or count with those to train on, and half of them have a form of sentence
-that is not trained on either. Most names to train on are invented: from a few dozen real ones, a small model learns
-the names by heart in place of copying what the sentence says.
+that is not trained on either. Most names to train on are invented: a few dozen real ones, a small model learns by
+heart, in place of copying what the sentence says.
 """
 
 from __future__ import annotations
@@ -32,13 +32,19 @@ class Words(NamedTuple):
     counts: tuple[int, ...]
 
 
+ONSETS = (
+    *("b", "br", "d", "f", "fl", "g", "gr", "h", "k", "l", "m", "n"),
+    *("p", "pr", "qu", "r", "s", "st", "t", "tr", "v", "w", "z"),
+)
+
+
 def invented(count: int, seed: int) -> tuple[str, ...]:
     """Return names of two or three random syllables, such as Brovin."""
     rng, names = random.Random(seed), set[str]()
-    onsets, codas = "b br d f fl g gr h k l m n p pr qu r s st t tr v w z".split(), ",,n,r,l,s,ck,th,nd".split(",")
+    codas = ("", "", "n", "r", "l", "s", "ck", "th", "nd")
     while len(names) < count:
         syllables = [
-            rng.choice(onsets) + rng.choice("aeiou") + rng.choice(codas) for _ in range(rng.randint(2, 3))
+            rng.choice(ONSETS) + rng.choice("aeiou") + rng.choice(codas) for _ in range(rng.randint(2, 3))
         ]
         names.add("".join(syllables).capitalize())
     return tuple(sorted(names))
@@ -78,19 +84,13 @@ TRAIN = Words(
     counts=tuple(n for n in range(2, 100) if n % 4),
 )  # fmt: skip
 HELD_OUT = TRAIN._replace(
-    firsts=(
-        "Quentin", "Rosa", "Stefan", "Tanja", "Ursula", "Victor", "Wanda", "Yusuf",
-    ),
-    lasts=(
-        "Novak", "Olsen", "Petrov", "Rossi", "Schmidt", "Tanaka", "Vogel", "Walker",
-    ),
+    firsts=("Quentin", "Rosa", "Stefan", "Tanja", "Ursula", "Victor", "Wanda", "Yusuf"),
+    lasts=("Novak", "Olsen", "Petrov", "Rossi", "Schmidt", "Tanaka", "Vogel", "Walker"),
     items=(
         "green umbrellas", "loaves of bread", "glass vases", "sacks of flour", "wooden spoons", "kettles",
         "mirrors", "rolls of tape", "winter coats", "baskets of pears",
     ),
-    cities=(
-        "Lisbon", "Prague", "Zurich", "Helsinki", "Naples", "Bristol", "Leipzig", "Antwerp",
-    ),
+    cities=("Lisbon", "Prague", "Zurich", "Helsinki", "Naples", "Bristol", "Leipzig", "Antwerp"),
     counts=tuple(range(4, 100, 4)),
 )  # fmt: skip
 UNSEEN = HELD_OUT._replace(

@@ -114,6 +114,9 @@ def test_answers_are_shortened_and_measured(
     assert asked == [None, None, "short"]
     assert made["pairs"] == 8
     assert 0 <= made["kl_from_base"] < made["kl_bound"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Rewards of the answers of a pair" in report
+    assert ">rejected<" in report
     monkeypatch.setattr(shorten, "KL_BOUND", -1.0)
     with pytest.raises(SystemExit):
         shorten.main(tmp_path, str(base), 2, 1e-6, 2, 2)

@@ -78,7 +78,9 @@ class RunArgs:
     def _check_rows(self, rows: int, accumulate: int) -> None:
         if rows % accumulate:
             raise TrainingError(
-                f"{self._of('rows')} ({rows}) must be a multiple of accumulate ({accumulate})", field="rows"
+                f"{self._of('rows')} ({rows}) must be a multiple of accumulate ({accumulate})",
+                field="rows",
+                hint=f"with {rows} rows, set accumulate to 1 or {rows}",
             )
 
     def _of(self, name: str) -> str:

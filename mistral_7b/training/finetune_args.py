@@ -63,7 +63,7 @@ class FinetuneArgs(RunArgs):
     accumulate: int = 8
     """Parts into which an update is split to save memory; the gradients are the same."""
     warmup: int = 10
-    """Updates of linear warmup before cosine decay."""
+    """Updates of linear warmup before cosine decay; all, if a run has fewer."""
     final_lr: float = 0.1
     """Final learning rate, as a fraction of the peak."""
     weight_decay: float = 0.0
@@ -130,10 +130,9 @@ class FinetuneArgs(RunArgs):
         whole = ("rank", "epochs", "steps", "seq_len", "rows", "accumulate", "save_every", "keep", "log_every")
         self._check_at_least(1, *whole, "max_tokens", "sample_every")
         self._check_at_least(2, "group")
-        self._check_at_least(0, "eval_every", "patience", "samples", "recompute")
+        self._check_at_least(0, "eval_every", "patience", "samples", "recompute", "warmup")
         self._check_positive("lr", "clip", "alpha", "beta", "ratio_clip", "good_weight", "bad_weight")
         self._check_rows(self.rows, self.accumulate)
-        self._check_warmup()
         if not 0 <= self.dropout < 1:
             raise TrainingError(f"FinetuneArgs.dropout must be in 0..1, not {self.dropout}", field="dropout")
         threads.check(self.threads)

@@ -24,14 +24,15 @@ class ProgressLine:
 
     def __init__(self, args: RunArgs, file: TextIO | None = None) -> None:
         self.args, self.file = args, file or sys.stderr
-        self.mean: float | None = None
-        self.speed: float | None = None
-        self.seconds: float | None = None
+        self.mean = self.speed = self.seconds = 0.0
+        self.shown = 0
 
     def __call__(self, record: dict[str, Any]) -> None:
-        self.mean = _smooth(self.mean, record["loss"])
-        self.speed = _smooth(self.speed, record["tokens_per_s"])
-        self.seconds = _smooth(self.seconds, record["seconds"])
+        self.shown += 1
+        share = max(1 / self.shown, 0.05)  # the plain mean at first: the first loss must not stay in sight
+        self.mean += share * (record["loss"] - self.mean)
+        self.speed += share * (record["tokens_per_s"] - self.speed)
+        self.seconds += share * (record["seconds"] - self.seconds)
         step, steps = record["step"], self.args.total_steps
         left = datetime.timedelta(seconds=round((steps - step) * self.seconds))
         line = (
@@ -53,7 +54,3 @@ def peak_memory(device: str) -> int:
     import torch
 
     return torch.cuda.max_memory_allocated(device)
-
-
-def _smooth(mean: float | None, value: float, share: float = 0.95) -> float:
-    return value if mean is None else share * mean + (1 - share) * value

@@ -16,16 +16,19 @@ from .progress import peak_memory
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 220, 56, 28, 12
 PANELS = (  # title, and the columns of the log that it shows
-    ("Loss (nats per trained token)", ("loss", "eval_loss")),
-    ("Accuracy of trained tokens, held out", ("eval_accuracy",)),
+    ("Loss (supervised: nats per trained token)", ("loss", "eval_loss")),
+    ("Accuracy, held out: trained tokens, or pairs in the right order", ("eval_accuracy",)),
     ("KL from the base on neutral text (nats per token)", ("kl_from_base",)),
     ("Reward", ("reward", "eval_reward")),
-    ("Margin of the chosen answer", ("margin", "eval_margin")),
+    ("Rewards of the answers of a pair", ("reward_chosen", "reward_rejected")),
     ("Learning rate", ("lr",)),
     ("Gradient norm", ("norm",)),
     ("Tokens per second", ("tokens_per_s",)),
 )
-NAMES = {"loss": "training", "eval_loss": "held out", "reward": "training", "eval_reward": "held out"}
+NAMES = {
+    "loss": "training", "eval_loss": "held out", "reward": "training", "eval_reward": "held out",
+    "reward_chosen": "chosen", "reward_rejected": "rejected",
+}  # fmt: skip
 COLORS = ("#1f4e8c", "#d9541e")
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }

@@ -158,7 +158,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         ({"steps": 0}, "steps"),
         ({"lr": float("inf")}, "lr"),
         ({"accumulate": 3}, "rows"),
-        ({"warmup": 7}, "warmup"),
+        ({"warmup": -1}, "warmup"),
         ({"dropout": 1.0}, "dropout"),
         ({"method": "full", "quantization": "int8"}, "quantization"),
         ({"method": "grpo"}, "reward"),
@@ -170,6 +170,13 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_arguments_that_cannot_be_are_refused_by_name(changes: dict[str, Any], field: str) -> None:
     with refused(TrainingError, field=field):
         args_of(**changes)
+
+
+def test_little_data_is_warmed_up_for_as_long_as_it_lasts(tmp_path: Path) -> None:
+    rates: list[float] = []
+    run(tmp_path / "run", lambda record: rates.append(record["lr"]), steps=None, warmup=50)
+    assert 1 < len(rates) < 50
+    assert rates == pytest.approx([ARGS.peak * (i + 1) / len(rates) for i in range(len(rates))])
 
 
 def test_recomputed_blocks_give_the_same_bits(tmp_path: Path) -> None:

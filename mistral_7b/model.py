@@ -120,7 +120,7 @@ def rope_phases(positions: Tensor, args: ModelArgs, dtype: torch.dtype) -> Rope:
     pair = torch.arange(0, args.head_dim, 2, dtype=exact, device=positions.device)
     frequency, gain = args.rope_theta ** (-pair / args.head_dim), 1.0
     if args.rope_scaling is not None:
-        frequency, gain = args.rope_scaling.apply(frequency, args.rope_theta)
+        frequency, gain = args.rope_scaling.apply(frequency, args.rope_theta, args.max_seq_len)
     angle = positions.to(exact)[..., None, None] * frequency
     dtype = torch.promote_types(dtype, torch.float32)
     return (angle.cos() * gain).to(dtype), (angle.sin() * gain).to(dtype)

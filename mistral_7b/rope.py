@@ -4,8 +4,11 @@
     yarn     frequencies that turn often within the original context L are kept, those that do not complete a
              turn are divided by s, and a ramp over the pairs i joins the two; cos and sin are multiplied by
              0.1 ln(s) + 1 (arXiv:2309.00071)
+    dynamic  theta is multiplied by (s T / L - s + 1)^(K / (K - 2)), where a model for L tokens is used up to T
 
-Both depend on positions alone, so every cache and chunking gives the logits of the uncached forward.
+All depend on positions alone, so every cache and chunking gives the logits of the uncached forward. Elsewhere the
+T of `dynamic` is the length of the sequence so far. Here it is the model's context, because cached keys cannot be
+rotated again when the sequence grows.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-KINDS = ("linear", "yarn")
+KINDS = ("linear", "yarn", "dynamic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class RopeScaling:
 
     type: str  # one of KINDS
     factor: float  # s, at least 1
-    original_max_seq_len: int | None = None  # L; yarn only
+    original_max_seq_len: int | None = None  # L; not of linear
     attention_factor: float | None = None  # of cos and sin, yarn only; None: 0.1 ln(s) + 1
     beta_fast: float = 32.0  # turns within L from which a frequency is kept
     beta_slow: float = 1.0  # turns within L up to which it is divided by s
@@ -42,13 +45,13 @@ class RopeScaling:
 
         require(self.type in KINDS, "type", " or ".join(map(repr, KINDS)))
         require(_number(self.factor) and self.factor >= 1, "factor", "a finite number of at least 1")
-        if self.type == "linear":
-            for field in dataclasses.fields(self)[2:]:
-                require(getattr(self, field.name) == field.default, field.name, "left out of linear scaling")
-            return
+        unused = {"linear": dataclasses.fields(self)[2:], "dynamic": dataclasses.fields(self)[3:], "yarn": ()}
+        for field in unused[self.type]:
+            default = getattr(self, field.name) == field.default
+            require(default, field.name, f"left out of {self.type} scaling")
         length, gain = self.original_max_seq_len, self.attention_factor
         whole = isinstance(length, int) and not isinstance(length, bool) and length >= 1
-        require(whole, "original_max_seq_len", "a whole number of at least 1")
+        require(whole or self.type == "linear", "original_max_seq_len", "a whole number of at least 1")
         require(
             gain is None or (_number(gain) and gain > 0), "attention_factor", "a finite number above 0, or None"
         )
@@ -62,8 +65,24 @@ class RopeScaling:
         """The factor of cos and sin; attention scores are multiplied by its square."""
         return default_gain(self) if self.attention_factor is None else self.attention_factor
 
-    def apply(self, frequency: Tensor, theta: float) -> tuple[Tensor, float]:
-        """Return the scaled frequencies of theta^(-2i/K), (K/2,), and the gain."""
+    def theta(self, theta: float, head_dim: int, max_seq_len: int) -> float:
+        """Return the theta of a model with this scaling: another one for dynamic only."""
+        if self.type != "dynamic" or self.original_max_seq_len is None:
+            return theta
+        if head_dim <= 2:
+            raise ConfigError(
+                f"ModelArgs.head_dim must exceed 2 for dynamic scaling, not {head_dim}", field="head_dim"
+            )
+        stretch = max(max_seq_len / self.original_max_seq_len, 1.0)
+        return float(theta * (self.factor * stretch - self.factor + 1) ** (head_dim / (head_dim - 2)))
+
+    def apply(self, frequency: Tensor, theta: float, max_seq_len: int) -> tuple[Tensor, float]:
+        """Return the scaled frequencies of theta^(-2i/K), (K/2,), and the gain, for a context of `max_seq_len`."""
+        if self.type == "dynamic":
+            pairs = len(frequency)
+            stretch = self.theta(theta, 2 * pairs, max_seq_len) / theta
+            pair = torch.arange(pairs, dtype=frequency.dtype, device=frequency.device)
+            return frequency * stretch ** (-pair / pairs), 1.0
         if self.original_max_seq_len is None:
             return frequency / self.factor, 1.0
         if theta <= 1:
@@ -84,8 +103,8 @@ class RopeScaling:
 
 
 def default_gain(scaling: RopeScaling) -> float:
-    """The gain of a scaling that does not state one: that of the paper for yarn, 1 for linear."""
-    return 1.0 if scaling.type == "linear" else mscale(scaling.factor)
+    """The gain of a scaling that does not state one: that of the paper for yarn, else 1."""
+    return mscale(scaling.factor) if scaling.type == "yarn" else 1.0
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:

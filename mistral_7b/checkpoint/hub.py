@@ -40,6 +40,8 @@ STEMS = (  # (stem, suffix) of weight files, in order of preference
 )
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # of early AutoGPTQ and AutoAWQ
 CONFIG_FILES = ("config.json", "params.json", "generation_config.json", *QUANTIZATION_FILES)
+ADAPTER_FILES = ("adapter_model.safetensors", "lora.safetensors", "adapter_model.bin")  # in order of preference
+ADAPTER_CONFIGS = ("adapter_config.json", "params.json")
 
 
 class WeightGroup(NamedTuple):
@@ -89,6 +91,17 @@ def needed_files(names: Iterable[str]) -> list[str]:
     groups = weight_groups(names)
     small = [n for n in names if n in CONFIG_FILES or TOKENIZER_FILES.fullmatch(n)]
     return sorted([*small, *groups[0].files]) if groups else []
+
+
+def adapter_files(names: Iterable[str]) -> list[str]:
+    """Select the files of a LoRA adapter: one copy of its factors, its configuration, its tokenizer."""
+    names = list(names)
+    groups = [[name] for name in ADAPTER_FILES if name in names]
+    if not groups and not weight_groups(n for n in names if not n.endswith(".gguf")):
+        alone = [n for n in names if n.endswith(".gguf")]
+        groups = [alone] if len(alone) == 1 else []
+    small = [n for n in names if n in ADAPTER_CONFIGS or TOKENIZER_FILES.fullmatch(n)]
+    return sorted([*small, *groups[0]]) if groups else []
 
 
 def is_complete(folder: pathlib.Path, group: WeightGroup) -> bool:
@@ -141,30 +154,48 @@ def find(source: str | os.PathLike[str]) -> pathlib.Path | None:
     return None
 
 
-def no_adapter(path: str | os.PathLike[str]) -> CheckpointError:
-    """Return the error for an adapter that is nowhere on this machine."""
-    hint = "name the folder or file of an adapter on this machine"
-    if REPO_ID.fullmatch(os.fspath(path)):
-        hint = f"an adapter on the hub is downloaded first: `hf download {path} --local-dir FOLDER`, then FOLDER"
-    return CheckpointError("no such file or folder", place=path, hint=hint)
+def resolve_adapter(source: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the local path of a LoRA adapter: a path, or a hub id as in `resolve`, which is downloaded.
+
+    Raises HubError if the download fails, CheckpointError if the name is neither.
+    """
+    if (path := find_adapter(source)) is not None:
+        return path
+    if named := FILE_ID.fullmatch(str(source)):
+        return pull(named["repo"], file=named["file"])
+    return pull(str(source), adapter=True)
 
 
-def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathlib.Path:
-    """Download a model; return its folder in the cache, or the path of `file` if given.
+def find_adapter(source: str | os.PathLike[str]) -> pathlib.Path | None:
+    """Return the path of an adapter on this machine; None for one to download. CheckpointError for neither."""
+    path = pathlib.Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, str) and (REPO_ID.fullmatch(source) or FILE_ID.fullmatch(source)):
+        return None
+    raise CheckpointError(
+        "no such file or folder (an adapter on the hub is named owner/name)",
+        place=source,
+        hint="name the folder or file of an adapter",
+    )
 
-    Downloads only the files in `needed_files` and resumes partial downloads. Progress bars go to stderr unless
-    HF_HUB_DISABLE_PROGRESS_BARS is set. Without a connection, a complete cached copy is returned. Raises
-    HubError, with a hint, if the model is gated, missing or unreachable.
+
+def pull(repo_id: str, revision: str = "main", file: str | None = None, adapter: bool = False) -> pathlib.Path:
+    """Download a model, or a LoRA `adapter`; return its folder in the cache, or the path of `file` if given.
+
+    Downloads only the files in `needed_files` or `adapter_files`, and resumes partial downloads. Progress bars go
+    to stderr unless HF_HUB_DISABLE_PROGRESS_BARS is set. Without a connection, a complete cached copy is returned.
+    Raises HubError, with a hint, if the repository is gated, missing or unreachable.
     """
     if not REPO_ID.fullmatch(repo_id):
-        raise HubError(f"{repo_id!r} is not the name of a model on the hub: use owner/name", field="repo_id")
+        raise HubError(f"{repo_id!r} is not a name on the hub: use owner/name", field="repo_id")
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     try:
         listing = huggingface_hub.HfApi().model_info(repo_id, revision=revision).siblings or []
         names = [file.rfilename for file in listing]
-        wanted = _wanted(repo_id, names, file)
+        wanted = _wanted(repo_id, names, file, adapter)
         folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
         return first_part(pathlib.Path(folder, file)) if file else pathlib.Path(folder)
     except HubError:
@@ -189,12 +220,12 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
                 f"{repo_id} could not be written to {constants.HF_HUB_CACHE} ({refusal.strerror})",
                 hint=f"{ADVICE[refusal.errno]} with HF_HOME; completed files are kept",
             ) from e
-        if found := _cached(repo_id, revision, file):
+        if found := _cached(repo_id, revision, file, adapter):
             return found
         if isinstance(e, errors.OfflineModeIsEnabled):
             raise HubError(
                 f"{repo_id} is not completely in the cache at {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set",
-                hint=f"unset it and run `mistral-7b pull {repo_id}`",
+                hint=f"unset it and run `mistral-7b pull {repo_id}{' --adapter' if adapter else ''}`",
             ) from e
         raise HubError(
             f"{repo_id} could not be downloaded from {constants.ENDPOINT}: {first_line(e)}",
@@ -202,29 +233,39 @@ def pull(repo_id: str, revision: str = "main", file: str | None = None) -> pathl
         ) from e
 
 
-def _wanted(repo_id: str, names: list[str], file: str | None) -> list[str]:
-    """Return the files to download: `file` if given, with all parts, else `needed_files` of the one model."""
+def _wanted(repo_id: str, names: list[str], file: str | None, adapter: bool) -> list[str]:
+    """Return the files to download: `file` if given, with all parts, else those of the one model or adapter."""
     if file is not None:
         if file not in names:
             raise HubError(f"{repo_id} has no file {file}; it has {', '.join(names[:20])}", field="file")
         return [part for part in part_names(file) or [file] if part in names]
-    if wanted := needed_files(names):
+    model, lora = needed_files(names), adapter_files(names)
+    if wanted := lora if adapter else model:
         return wanted
+    if adapter and model:
+        raise HubError(f"{repo_id} is a model, not a LoRA adapter", hint="name it as the model")
+    if lora and not adapter:
+        raise HubError(
+            f"{repo_id} is a LoRA adapter, not a model", hint="name its base model, and this with --adapter"
+        )
     if found := gguf_models(names):
         raise HubError(f"{repo_id} has {len(found)} GGUF files", hint=f"name one, such as {repo_id}/{found[0]}")
-    raise HubError(f"{repo_id} has no weights in a supported format; it has {', '.join(names[:20])}")
+    what = "adapter" if adapter else "weights"
+    raise HubError(f"{repo_id} has no {what} in a supported format; it has {', '.join(names[:20])}")
 
 
-def _cached(repo_id: str, revision: str, file: str | None) -> pathlib.Path | None:
-    """Return the cached folder of a model, or `file` in it; None if it is incomplete."""
+def _cached(repo_id: str, revision: str, file: str | None, adapter: bool) -> pathlib.Path | None:
+    """Return the cached folder of a model or an adapter, or `file` in it; None if it is incomplete."""
     import huggingface_hub
 
-    for name in (file,) if file else ("config.json", "params.json"):
+    for name in (file,) if file else ADAPTER_FILES if adapter else ("config.json", "params.json"):
         found = huggingface_hub.try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(found, str):
             folder = pathlib.Path(found).parent
             if file:
                 return first_part(pathlib.Path(found))
+            if adapter and adapter_files(os.listdir(folder)):
+                return folder
             if any(is_complete(folder, group) for group in weight_groups(os.listdir(folder))):
                 return folder
     return None

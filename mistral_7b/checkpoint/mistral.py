@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..model import ModelArgs
+from . import rope
 from .config import INSTEAD, check_supported, check_tekken, consistent_value, theta_and_window, to_args
 
 FIELDS = {
@@ -72,14 +73,14 @@ def params(args: ModelArgs) -> dict[str, Any]:
 
     CheckpointError for a scaled rotary embedding, which mistral-inference would ignore.
     """
-    if args.rope_scaling is not None:
+    if args.rope_scaling is not None and args.rope_scaling.type != "dynamic":
         raise CheckpointError(
             f"params.json has no field for the {args.rope_scaling.type!r} scaling of the rotary embedding",
             field="rope_scaling",
             hint="use the format 'huggingface' or 'gguf'",
         )
     out: dict[str, Any] = {name: getattr(args, name) for name in FIELDS}
-    out["rope_theta"] = args.rope_theta
+    out["rope_theta"] = rope.theta(args)
     if args.sliding_window is not None:
         out["sliding_window"] = args.sliding_window
     if args.max_seq_len != ModelArgs.max_seq_len:

@@ -4,7 +4,8 @@
     GGUF          llama.rope.scaling.type, .factor, .original_context_length, .attn_factor, .yarn_beta_fast, ...
     params.json   has no field for it
 
-llama.cpp multiplies `attn_factor` by 0.1 ln(factor) + 1; `attention_factor` of transformers replaces that.
+Of `dynamic` scaling, GGUF and params.json get the theta. llama.cpp multiplies `attn_factor` by 0.1 ln(factor) + 1;
+`attention_factor` of transformers replaces that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,13 +29,10 @@ KNOWN = {"type", "rope_type", "rope_theta", "factor", "partial_rotary_factor"}
 KNOWN_OF = {
     "default": KNOWN,
     "linear": KNOWN,
+    "dynamic": KNOWN | {LENGTH},
     "yarn": KNOWN | {LENGTH, *OPTIONS, "mscale", "mscale_all_dim", "finetuned"},
 }
 OTHERS = {"llama3": ", as in Llama 3.1 and later", "longrope": ", as in Phi-3", "su": ", as in Phi-3"}
-DYNAMIC_HINT = (
-    "remove the field from the file to use the model within its original context, or take a fine-tune of type "
-    "'linear' or 'yarn'"
-)
 
 
 def read_config(path: pathlib.Path, data: Mapping[str, Any]) -> tuple[Any, RopeScaling | None]:
@@ -56,7 +55,14 @@ def read_config(path: pathlib.Path, data: Mapping[str, Any]) -> tuple[Any, RopeS
             place=path,
             hint="correct or remove one",
         )
-    return consistent_value(path, thetas), next(iter(found.values()), None)
+    scaling = next(iter(found.values()), None)
+    if scaling is not None and scaling.type == "dynamic":
+        warnings.warn(
+            f"{path}: the rotary embedding is of type 'dynamic', whose angles change in transformers as a "
+            "sequence grows. Those for 'max_position_embeddings' tokens are used at every length.",
+            stacklevel=3,
+        )
+    return consistent_value(path, thetas), scaling
 
 
 def _scaling(path: pathlib.Path, place: str, rope: Mapping[str, Any], longest: Any) -> RopeScaling | None:
@@ -64,18 +70,10 @@ def _scaling(path: pathlib.Path, place: str, rope: Mapping[str, Any], longest: A
     names = {f"{place}.{name}": rope.get(name) for name in ("rope_type", "type")}
     kind = consistent_value(path, names) or "default"
     check_supported(path, dict(rope), {"partial_rotary_factor": (1,)})
-    if kind == "dynamic":
-        raise CheckpointError(
-            f"{place!r} is of type 'dynamic', whose angles change as the sequence grows, so that cached keys "
-            "would not fit later queries",
-            field=place,
-            place=path,
-            hint=DYNAMIC_HINT,
-        )
     if not isinstance(kind, str) or kind not in KNOWN_OF:
         of = OTHERS.get(kind, "") if isinstance(kind, str) else ""
         raise CheckpointError(
-            f"{place!r} is of type {kind!r}{of}; 'default', 'linear' and 'yarn' can be opened",
+            f"{place!r} is of type {kind!r}{of}; {', '.join(map(repr, KNOWN_OF))} can be opened",
             field=place,
             place=path,
             hint=INSTEAD,
@@ -87,8 +85,10 @@ def _scaling(path: pathlib.Path, place: str, rope: Mapping[str, Any], longest: A
     if kind == "default":
         return None
     options: dict[str, Any] = {"type": kind, "factor": rope.get("factor")}
+    length = longest if rope.get(LENGTH) is None else rope[LENGTH]
+    if kind == "dynamic":
+        options["original_max_seq_len"] = ModelArgs.max_seq_len if length is None else length
     if kind == "yarn":
-        length = longest if rope.get(LENGTH) is None else rope[LENGTH]
         options |= {name: rope[name] for name in OPTIONS if rope.get(name) is not None}
         options["original_max_seq_len"] = length
         if options["factor"] is None and is_positive(longest) and is_positive(length):
@@ -110,7 +110,7 @@ def longest_context(longest: Any, scaling: RopeScaling | None) -> Any:
 
     Fine-tunes state the one or the other: Yarn-Mistral-7b-128k says 32768, and a factor of 16 on 8192.
     """
-    if scaling is None or scaling.original_max_seq_len is None:
+    if scaling is None or scaling.type != "yarn" or scaling.original_max_seq_len is None:
         return longest
     stretched = math.floor(scaling.original_max_seq_len * scaling.factor)
     return max(longest, stretched) if is_positive(longest) else stretched if longest is None else longest
@@ -123,20 +123,30 @@ def config(args: ModelArgs) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_type": "default"}
     else:
         rope = {"rope_type": scaling.type, "factor": scaling.factor}
-        if scaling.type == "yarn":
+        if scaling.original_max_seq_len not in (None, args.max_seq_len) or scaling.type == "yarn":
             rope[LENGTH] = scaling.original_max_seq_len
+        if scaling.type == "yarn":
             rope |= {n: getattr(scaling, n) for n in OPTIONS if getattr(scaling, n) != getattr(RopeScaling, n)}
     out = {"rope_theta": args.rope_theta, "rope_parameters": {"rope_theta": args.rope_theta, **rope}}
     return out if scaling is None else {**out, "rope_scaling": rope}
 
 
+def theta(args: ModelArgs) -> float:
+    """Return the theta of a file without a field for dynamic scaling, which scales theta alone."""
+    scaling = args.rope_scaling
+    return args.rope_theta if scaling is None else scaling.theta(args.rope_theta, args.head_dim, args.max_seq_len)
+
+
 TYPE, FACTOR, OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
 GGUF_LENGTH, GAIN = "rope.scaling.original_context_length", "rope.scaling.attn_factor"
 FAST, SLOW = "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"
-GGUF_KEYS = {TYPE, FACTOR, OLD_FACTOR, GGUF_LENGTH, GAIN, FAST, SLOW, "rope.scaling.finetuned"}
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # `mscale_all_dim`
+GGUF_KEYS = {
+    TYPE, FACTOR, OLD_FACTOR, GGUF_LENGTH, GAIN, FAST, SLOW, LOG_MULTIPLIER,
+    "rope.scaling.finetuned",  # changes nothing
+}  # fmt: skip
 GGUF_VALUES: dict[str, tuple[Any, ...]] = {  # key -> the values that do not change the scaling
     "rope.scaling.alpha": (0, 1),
-    "rope.scaling.yarn_log_multiplier": (0,),
     "rope.scaling.yarn_ext_factor": (1, -1),
     "rope.scaling.yarn_attn_factor": (1, -1),
 }
@@ -147,9 +157,12 @@ def read_gguf(path: pathlib.Path, data: Mapping[str, Any]) -> RopeScaling | None
     check_supported(path, dict(data), GGUF_VALUES)
     kind, factor = data.get(TYPE, "linear"), data.get(FACTOR, data.get(OLD_FACTOR, 1)) or 1
     check_supported(path, {TYPE: kind}, {TYPE: ("none", "linear", "yarn")})
-    gain = data.get(GAIN, 1)
-    if gain != 1 and (kind != "yarn" or not is_positive(gain)):
-        raise CheckpointError(f"{GAIN!r} is {gain!r} with type {kind!r}", field=GAIN, place=path)
+    gain, multiplier = data.get(GAIN, 1), data.get(LOG_MULTIPLIER, 0)
+    for key, value, neutral in ((GAIN, gain, 1), (LOG_MULTIPLIER, multiplier, 0)):
+        if value != neutral and (kind != "yarn" or not is_positive(value)):
+            raise CheckpointError(f"{key!r} is {value!r} with type {kind!r}", field=key, place=path)
+    if multiplier and is_positive(factor):
+        gain /= mscale(factor, multiplier)
     if kind == "none" or (factor == 1 and gain == 1):
         return None
     try:
@@ -167,9 +180,9 @@ def read_gguf(path: pathlib.Path, data: Mapping[str, Any]) -> RopeScaling | None
 
 
 def gguf(args: ModelArgs) -> dict[str, Any]:
-    """Return the keys of a GGUF file. CheckpointError if it has none for this scaling."""
+    """Return the keys of a GGUF file but theta. CheckpointError if it has none for this scaling."""
     scaling = args.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.type == "dynamic":
         return {}
     out: dict[str, Any] = {TYPE: scaling.type, FACTOR: float(scaling.factor)}
     if scaling.type == "linear":

@@ -53,10 +53,15 @@ class TokenizerFiles:
     def write(self, folder: pathlib.Path, format: str) -> None:
         """Write the files to a new checkpoint.
 
-        Every layout of Hugging Face has a generation_config.json. Mistral's has no other place for ids that
-        differ from Mistral's own, so that it then has one too, with all ends.
+        transformers knows the SentencePiece file as tokenizer.model, without the version that mistral-common
+        needs; as in Mistral's repositories of v0.3 there are then both. Every layout of Hugging Face has a
+        generation_config.json. Mistral's has no other place for ids that differ from Mistral's own, so that it
+        then has one too, with all ends.
         """
         files = dict(self.files)
+        if format == "huggingface" and not files.keys() & {"tokenizer.model", "tokenizer.json"}:
+            pieces = [content for name, content in files.items() if hub.SENTENCEPIECE.fullmatch(name)]
+            files |= {"tokenizer.model": pieces[-1]} if pieces else {}
         usual = _json({"_from_model_config": True, **IDS})
         if format != "mistral":
             files.setdefault(GENERATION, _json({"_from_model_config": True, **self.ids}))

@@ -44,7 +44,8 @@ class Bench:
     layers: int | None = None
     """With --shape: number of layers, to save memory."""
     adapter: str | None = None
-    """Measure this package with a LoRA adapter in every row: a folder or file; not with --peers or --serving."""
+    """Measure this package with a LoRA adapter (a folder, a file or a hub id) in every row; not with --peers or
+    --serving."""
     scheme: Schemes = ()
     """Quantization of the weights: int4, q4_k_m, q6_k, int8, bf16; none: unquantized, with PyTorch's operators.
     Default: int4, int8 and bf16, or the scheme of a quantized folder."""

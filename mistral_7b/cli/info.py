@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +116,12 @@ def release(args: ModelArgs) -> str:
 
 def describe(args: ModelArgs, context: int, dtype: str) -> dict[str, Any]:
     """Return the sizes in bytes of the weights and of one sequence's cache at `context` tokens."""
-    from ..model import Mistral7B
+    from ..checkpoint.names import OUTPUT, expected  # a model on the device "meta" would take a second of imports
 
     size = BYTES[dtype]
-    parameters = sum(p.numel() for p in Mistral7B(args, device="meta").parameters())
+    parameters = sum(
+        math.prod(shape) for name, shape in expected(args) if not (args.tie_embeddings and name == OUTPUT)
+    )
     per_token = 2 * args.n_layers * args.n_kv_heads * args.head_dim * size  # a key and a value
     ring = context if args.sliding_window is None else min(context, args.sliding_window)
     return {

@@ -97,17 +97,19 @@ class ModelOptions:
         with busy(f"opening {source}"):
             import torch
 
+            from ..checkpoint import hub
             from ..kernels.cpu import compiler
             from ..lora import apply, read_adapter
             from ..text.tokenizer import Tokenizer
 
             torch.seed()  # random by default; --seed makes a run reproducible
             threads.use(self.threads)
+            path = hub.resolve_adapter(adapter) if adapter else None
             model, rest, words = self._load(source), None, None
             if model.norm.weight.device.type == "cpu":
                 compiler.library()  # here, where it takes none of the time of the tokens
-            if adapter:
-                found = read_adapter(adapter, model.args)
+            if path:
+                found = read_adapter(path, model.args)
                 words = found.tokenizer
                 model, rest = apply(model, found)
             tokenizer = Tokenizer.from_pretrained(
@@ -161,7 +163,7 @@ class TextOptions(ModelOptions):
     """How the model runs, and constraints on its text."""
 
     adapter: str | None = None
-    """A LoRA adapter of the model: a folder or file of PEFT, mistral-finetune or llama.cpp."""
+    """A LoRA adapter of the model: a folder or file of PEFT, mistral-finetune or llama.cpp, or a hub id."""
     schema: str = ""
     """File with a JSON schema that the text must match. Only one of --schema, --regex, --choice and --grammar
     may be used."""
@@ -174,10 +176,10 @@ class TextOptions(ModelOptions):
 
     def check_paths(self, source: str) -> None:
         super().check_paths(source)
-        if self.adapter and not pathlib.Path(self.adapter).expanduser().exists():
+        if self.adapter:
             from ..checkpoint import hub
 
-            raise hub.no_adapter(self.adapter)
+            hub.find_adapter(self.adapter)
 
     def constrained(self, params: SamplingParams) -> SamplingParams:
         """Return the parameters with the constraint of the flags. SamplingError for several or an invalid one."""

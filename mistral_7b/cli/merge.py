@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ class Merge:
     base: Base
     """The adapter's base model: a folder, also one of `quantize`, a file, a hub id or "demo"."""
     adapter: AdapterName
-    """The adapter: a folder or file of PEFT, mistral-finetune or llama.cpp."""
+    """The adapter: a folder or file of PEFT, mistral-finetune or llama.cpp, or a hub id."""
     out: Out
     """The output folder; for GGUF, the output file."""
     into: Literal["int8", "q6_k", "q4_k_m", "int4"] | None = None
@@ -40,6 +41,8 @@ class Merge:
     """Format of the output, as of `convert`."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
     """GGUF: type of the matrices; None: that of the base."""
+    ollama: bool = False
+    """GGUF: also write a Modelfile beside the output, for `ollama create NAME -f Modelfile`."""
     max_shard_size: str = "5GB"
     """Maximum file size in Hugging Face's format; Mistral's is one file."""
     text: str = ""
@@ -56,6 +59,10 @@ def run(argv: list[str]) -> int:
     args = read_flags(Merge, "merge", argv)
     if args.tokens < 2:
         raise UsageError(f"--tokens must be at least 2, not {args.tokens}", field="--tokens")
+    if args.ollama and args.to != "gguf":
+        raise UsageError("--ollama needs --to gguf", field="--ollama")
+    if args.ollama and (existing := pathlib.Path(args.out).with_name("Modelfile")).exists():
+        raise UsageError(f"{existing} exists already", field="--ollama")
     threads.check(args.threads, "--threads")
     name, text = (args.text, read_text(args.text)) if args.text else own_source()
     from rich.console import Console
@@ -82,8 +89,20 @@ def run(argv: list[str]) -> int:
             args.base, adapter, args.out, tokens, name, args.to, into=args.into,
             type=args.type, max_shard_size=args.max_shard_size, progress=advance,
         )  # fmt: skip
+    if args.ollama:
+        _write_modelfile(pathlib.Path(args.out))
     print(f"{args.base} with {args.adapter} is written to {args.out}: {summary(record)}", file=sys.stderr)
     return 0
+
+
+def _write_modelfile(gguf: pathlib.Path) -> None:
+    """Write the Modelfile of a file that was just written, with the template and the ends of its tokenizer."""
+    from ..files import atomic_write
+    from ..text.modelfile import modelfile
+    from ..text.tokenizer import Tokenizer
+
+    with atomic_write(gguf.with_name("Modelfile")) as temporary:
+        temporary.write_text(modelfile(gguf.name, Tokenizer.from_pretrained(gguf)), encoding="utf-8")
 
 
 def summary(record: Record) -> str:

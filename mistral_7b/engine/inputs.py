@@ -136,7 +136,7 @@ class InputProcessor:
                 f"{name}: structured_outputs and tool_choice={tool_choice!r} exclude each other",
                 field="structured_outputs",
             )
-        grammar = GrammarSpec.of(structured, tools or (), tool_choice, parallel)
+        grammar = GrammarSpec.of(structured, tools or (), tool_choice, parallel, self.tokenizer.tool_syntax)
         offered = None if tool_choice == "none" else tools
         ids, prefix = self.tokenizer.encode_chat_with_prefix(messages, offered, labels)
         if structured is None:
@@ -149,7 +149,7 @@ class InputProcessor:
         prompt = self._tokenize(ids, params, name, "messages")
         request = self.request(prompt, options, sink, name, prefix, grammar, "messages")
         for c in request.completions if offered else ():
-            c.calls = ToolCallStream(self.tokenizer.tool_calls_id, partial(_call_id, c.seed, c.index))
+            c.calls = ToolCallStream(self.tokenizer.tool_syntax, partial(_call_id, c.seed, c.index))
         return request
 
     def embedding(

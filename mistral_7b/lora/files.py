@@ -40,7 +40,6 @@ from ..model import ModelArgs
 from . import gguf, peft
 from .peft import CONFIG, configuration
 
-FILES = ("adapter_model.safetensors", "lora.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 MISTRAL_SCALE = 2.0
 
@@ -99,13 +98,13 @@ class Adapter:
 
 
 def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
-    """Read an adapter from a folder, or from a weight file with its configuration beside it.
+    """Read an adapter from a folder, from a weight file with its configuration beside it, or from the hub by id.
 
     `args` is the configuration of the base model. Raises CheckpointError, naming the field or tensor, if the
     adapter is another variant of LoRA, does not fit the model, or is damaged. A pickle (.bin) is opened with
     `weights_only=True`.
     """
-    file = _find(pathlib.Path(path).expanduser())
+    file = _find(hub.resolve_adapter(path))
     if is_gguf(file):
         stored, alpha = gguf.read(file)
         return _assembled(file, stored, args, "gguf", lambda weight, r: alpha / r if alpha else 1.0)
@@ -123,17 +122,15 @@ def read_adapter(path: str | os.PathLike[str], args: ModelArgs) -> Adapter:
 def _find(path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         return path
-    if not path.is_dir():
-        raise hub.no_adapter(path)
-    found = [path / name for name in FILES if (path / name).is_file()]
+    found = [path / name for name in hub.ADAPTER_FILES if (path / name).is_file()]
     inside = found or [file for file in sorted(path.glob("*.gguf")) if gguf.is_adapter(file)]
     if not inside:
         model = any((path / name).is_file() for name in hub.CONFIG_FILES) and hub.weight_groups(os.listdir(path))
         raise CheckpointError(
-            f"holds no adapter ({', '.join(FILES)})",
+            f"holds no adapter ({', '.join(hub.ADAPTER_FILES)})",
             place=path,
             hint="this folder is a model: name it as the MODEL, and an adapter of it as the adapter" if model
-            else f"a folder of PEFT has {CONFIG} and {FILES[0]}",
+            else f"a folder of PEFT has {CONFIG} and {hub.ADAPTER_FILES[0]}",
         )  # fmt: skip
     return inside[0]
 
@@ -280,7 +277,7 @@ def save_adapter(
     peft = format == "peft"
     tensors = _of_peft(adapter, args) if peft else _of_mistral(adapter)
     with new_folder(path, sum(t.nbytes for t in tensors.values())) as folder:
-        _write(folder / FILES[0 if peft else 1], tensors)
+        _write(folder / hub.ADAPTER_FILES[0 if peft else 1], tensors)
         if peft:
             ranks = {_theirs(linear): len(f.a) for linear, f in adapter.targets.items()}
             alphas = {_theirs(linear): f.scale * len(f.a) for linear, f in adapter.targets.items()}

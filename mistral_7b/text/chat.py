@@ -25,9 +25,11 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from ..checkpoint.gguf.chat_templates import template_version
 from ..errors import TokenizerError
-from .chat_template import ChatTemplate, Messages
+from .chat_template import ChatTemplate
+from .conversation import Messages
 from .messages import MISTRAL_COMMON_ERRORS, TEMPLATES, label, plain_messages, read_messages, reason
 from .template_choice import find_template, mistral_version
+from .tool_calls import OPENING
 from .vocabularies.contract import SPACE, Vocabulary
 from .vocabularies.files import TokenizerSettings
 from .vocabularies.sentencepiece import SentencePieceVocabulary, open_pieces
@@ -68,6 +70,10 @@ class ChatFormat(Protocol):
     def supports_system(self) -> bool:
         """Whether the template has a place for a system message."""
 
+    @property
+    def tags_tool_calls(self) -> bool:
+        """Whether the model writes each tool call between tags, <tool_call> and </tool_call>."""
+
 
 class MistralChat:
     """The chat template of a Mistral release: `path` is its SentencePiece file, `controls` its control tokens."""
@@ -90,6 +96,7 @@ class MistralChat:
         self._chat = self._template(ValidationMode.test)
         self.source: str | None = None
         self.supports_tools, self.supports_system = version != "v1", True
+        self.tags_tool_calls = False
 
     def _template(self, mode: ValidationMode) -> MistralTokenizer:
         version = TokenizerVersion(self._named)
@@ -172,6 +179,10 @@ class TemplateChat:
     @property
     def supports_system(self) -> bool:
         return self._template.supports_system
+
+    @property
+    def tags_tool_calls(self) -> bool:
+        return OPENING in (self._template.tool_use or self._template).source
 
     def turn_end(self) -> str | None:
         """Return the control token that the template writes after an answer."""

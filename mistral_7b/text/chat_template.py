@@ -8,23 +8,20 @@ Rendering is sandboxed and limited (template_sandbox.py), and text of a conversa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
-from .template_marks import Marks, mapped, mapped_messages, strings_of
+from .conversation import Conversation, Messages, copied, plain
+from .template_marks import Marks
 
 if TYPE_CHECKING:
     import jinja2
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, the usual one first
 RESERVED = frozenset(("messages", "tools", "add_generation_prompt"))
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -96,36 +93,38 @@ class ChatTemplate:
             )  # fmt: skip
         if reserved := RESERVED & extra.keys():
             raise TokenizerError(f"{min(reserved)} is no option of a template", field="chat_template_kwargs")
-        conversation = _Conversation(
-            _messages(messages),
-            _plain(list(tools), "tools") if tools is not None else None,
-            _plain(dict(extra), "chat_template_kwargs"),
+        conversation = Conversation(
+            copied(messages),
+            plain(list(tools), "tools") if tools is not None else None,
+            plain(dict(extra), "chat_template_kwargs"),
             add_generation_prompt and not continue_final,
         )
         if any(isinstance(m.get("content"), list) for m in conversation.messages) and not self.supports_parts:
             conversation = conversation.joined()
-        rendered = self._with_arguments(conversation, continue_final)
+        rendered = self._rendered(conversation, continue_final)
         if tools and not self.supports_tools:
             raise TokenizerError(
                 "this model's chat template has no place for tools", field="tools", place=self.name
             )
         return rendered
 
-    def _with_arguments(self, conversation: _Conversation, continue_final: bool) -> Rendered:
-        """Render with the arguments of tool calls as objects, and as given if the template takes only texts."""
-        parsed = conversation.parsed()
-        try:
-            return self._marked(parsed, continue_final)
-        except TokenizerError:
-            if parsed == conversation:
-                raise
-            try:
-                return self._marked(conversation, continue_final)
-            except TokenizerError:
-                pass  # what the usual form met says more
-            raise
+    def _rendered(self, conversation: Conversation, continue_final: bool) -> Rendered:
+        """Render the first of these forms that the template takes, with what it met in the first for an error.
 
-    def _marked(self, conversation: _Conversation, continue_final: bool) -> Rendered:
+        Arguments of tool calls as objects, then as given; each also with what OpenAI's API allows to leave out.
+        """
+        usual = conversation.parsed()
+        forms, error = [usual, conversation, usual.completed(), conversation.completed()], None
+        for i, form in enumerate(forms):
+            if form not in forms[:i]:
+                try:
+                    return self._marked(form, continue_final)
+                except TokenizerError as e:
+                    error = error or e
+        assert error is not None
+        raise error
+
+    def _marked(self, conversation: Conversation, continue_final: bool) -> Rendered:
         """Render a conversation with marks in what spells a control token, and read them."""
         marks = self._marks
         mark, end = marks.free(conversation.strings())
@@ -145,7 +144,7 @@ class ChatTemplate:
                 read = other
         return Rendered(read.text, read.plain)
 
-    def _run(self, conversation: _Conversation, mark: str, end: str, probe: bool = False) -> str:
+    def _run(self, conversation: Conversation, mark: str, end: str, probe: bool = False) -> str:
         """Render marked data; the text up to `end`, if that was put into the last message."""
         from .template_sandbox import rendered
 
@@ -182,7 +181,7 @@ class ChatTemplate:
 
     def _probe(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any) -> str:
         """Return the text of a conversation of our own, "" if the template refuses it."""
-        conversation = _Conversation(_messages(messages), _plain(tools, "tools"), {}, **options)
+        conversation = Conversation(copied(messages), plain(tools, "tools"), {}, **options)
         try:
             return self._run(conversation, "\ufdd0", "\ufdd1", probe=True)
         except TokenizerError:
@@ -218,122 +217,3 @@ class ChatTemplate:
         _, found, after = self._probe(turn, add_generation_prompt=False).rpartition("ProbeA")
         ends = [c for c in self._controls if c and after.lstrip().startswith(c)]
         return max(ends, key=len) if found and ends else None
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """What a template is given: plain JSON data."""
-
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-    extra: dict[str, Any]
-    add_generation_prompt: bool = True
-    ended: bool = False  # the last message's content ends with a noncharacter
-
-    def values(self) -> dict[str, Any]:
-        return {
-            **self.extra,
-            "messages": self.messages,
-            "tools": self.tools,
-            "add_generation_prompt": self.add_generation_prompt,
-        }
-
-    def strings(self) -> list[str]:
-        return list(strings_of([self.messages, self.tools, self.extra]))
-
-    def mapped(self, change: Any) -> _Conversation:
-        """Return the conversation with every string changed except known roles and the names of `extra`."""
-        extra = {name: mapped(value, change) for name, value in self.extra.items()}
-        messages, tools = mapped_messages(self.messages, change), mapped(self.tools, change)
-        return replace(self, messages=messages, tools=tools, extra=extra)
-
-    def joined(self) -> _Conversation:
-        """Return the conversation with lists of text parts as one text each."""
-        messages = [
-            {**m, "content": "\n".join(p["text"] for p in m["content"])} if _is_text(m.get("content")) else m
-            for m in self.messages
-        ]
-        return replace(self, messages=messages)
-
-    def parsed(self) -> _Conversation:
-        """Return the conversation with arguments of tool calls that are the text of a JSON object as objects."""
-        messages = [
-            {**m, "tool_calls": [_parsed(c) for c in m["tool_calls"]]}
-            if isinstance(m.get("tool_calls"), list)
-            else m
-            for m in self.messages
-        ]
-        return replace(self, messages=messages)
-
-    def ending(self, end: str) -> _Conversation:
-        """Return the conversation with `end` after the content of the last message."""
-        *before, last = self.messages
-        content = last.get("content")
-        if isinstance(content, str):
-            content = content + end
-        elif _is_text(content) and content:
-            content = [*content[:-1], {**content[-1], "text": content[-1]["text"] + end}]
-        else:
-            raise TokenizerError("the last message has no text to continue", field=f"messages[{len(before)}]")
-        return replace(self, messages=[*before, {**last, "content": content}], ended=True)
-
-
-def _parsed(call: Any) -> Any:
-    """Return a tool call whose arguments are an object, if they were the text of one."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
-        return call
-    try:
-        arguments = _plain(json.loads(text), "arguments")
-    except (ValueError, RecursionError, TokenizerError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
-
-
-def _is_text(content: Any) -> bool:
-    """Return whether content is a list of text parts."""
-    return isinstance(content, list) and all(
-        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
-    )
-
-
-def _messages(messages: Messages) -> list[dict[str, Any]]:
-    """Return a copy of messages without null fields, and with reasoning under each of its names."""
-    if isinstance(messages, (str, Mapping)) or not messages:
-        raise TokenizerError(
-            "messages must be a list of at least one {'role': ..., 'content': ...}", field="messages"
-        )
-    chat = []
-    for i, given in enumerate(messages):
-        if not isinstance(given, Mapping):
-            raise TokenizerError(f"must be a dictionary with a role, not {given!r:.80}", field=f"messages[{i}]")
-        copy = {k: v for k, v in _plain(given, f"messages[{i}]").items() if v is not None}
-        reasoning = next((copy[key] for key in REASONING if key in copy), None)
-        if reasoning is not None:
-            copy = {"thinking": reasoning, **copy, "reasoning_content": reasoning}
-        chat.append(copy)
-    return chat
-
-
-def _plain(value: Any, field: str, depth: int = 0) -> Any:
-    """Return a copy made of Python's own types for JSON."""
-    if isinstance(value, str):
-        try:
-            value.encode()  # rejects lone surrogates with a clear message
-        except UnicodeEncodeError as e:
-            raise TokenizerError(f"{field}: {e}", field=field) from e
-        return str(value)
-    if value is None or type(value) in (int, float, bool):
-        return value
-    if depth > 100:
-        raise TokenizerError(f"{field} is nested too deeply", field=field)
-    if isinstance(value, Mapping):
-        if any(isinstance(key, (Mapping, list, tuple)) for key in value):
-            raise TokenizerError(f"{field} has a key that is no JSON", field=field)
-        return {_plain(k, field, depth + 1): _plain(v, field, depth + 1) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, field, depth + 1) for v in value]
-    for kind in (int, float):  # enumerations and the like
-        if isinstance(value, kind):
-            return kind(value)
-    raise TokenizerError(f"{field} holds {type(value).__name__}, which is no JSON", field=field)

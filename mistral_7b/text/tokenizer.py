@@ -17,13 +17,14 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from ..checkpoint.gguf.file import is_gguf
 from ..checkpoint.gguf.splits import first_part
-from ..checkpoint.gguf.tokenizer import extract
-from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file
+from ..checkpoint.gguf.tokenizer import extract, has_tokenizer
+from ..checkpoint.hub import SENTENCEPIECE, resolve, sentencepiece_file, weight_groups
 from ..errors import TokenizerError
 from .chat import ChatFormat, TemplateChat, chat_format, mistral_chat
 from .chat_template import ChatTemplate
 from .streaming import StreamDecoder
 from .template_choice import no_template
+from .tool_calls import CLOSING, OPENING, ToolSyntax
 from .vocabularies.contract import SPACE, Spans, Vocabulary
 from .vocabularies.files import TokenizerSettings
 from .vocabularies.folder import FAST, open_folder
@@ -58,18 +59,16 @@ class Tokenizer:
 
         `chat_template` None is the model's own. Else it is a Jinja file, one of the model's named templates, or a
         name of template_library: "chatml", "zephyr", "mistral-v3"...
+
+        A GGUF file has its own tokenizer, also where other files lie beside it; those count if it has none.
         """
-        path = resolve(source)
-        if path.is_file() and is_gguf(path):
+        path = _gguf_model(resolve(source))
+        folder = path if path.is_dir() else path.parent
+        if path.is_file() and is_gguf(path) and (not _has_files(folder) or has_tokenizer(path)):
             return cls._of_folder(extract(path), chat_template, path)
         if path.is_file() and SENTENCEPIECE.fullmatch(path.name):
             vocabulary = SentencePieceVocabulary(path)
             return cls(vocabulary, chat_format(path.parent, vocabulary, chat_template))
-        folder = path if path.is_dir() else path.parent
-        if sentencepiece_file(folder) is None and not (folder / FAST).is_file():
-            inside = [f for f in folder.glob("*.gguf") if is_gguf(f) and first_part(f) == f]
-            if len(inside) == 1:
-                return cls.from_pretrained(inside[0], chat_template)
         return cls._of_folder(folder, chat_template)
 
     @classmethod
@@ -213,10 +212,13 @@ class Tokenizer:
         return not after or self.is_control(after[-1])
 
     @cached_property
-    def tool_calls_id(self) -> int | None:
-        """The id of [TOOL_CALLS], which starts tool calls; None if the vocabulary lacks it."""
-        found = self.vocabulary.find("[TOOL_CALLS]")
-        return found if found in self.vocabulary.markup else None
+    def tool_syntax(self) -> ToolSyntax:
+        """How the model writes tool calls: as its chat template says, else after [TOOL_CALLS] if there is one."""
+        tagged = self.chat is not None and self.chat.tags_tool_calls
+        names = (OPENING, CLOSING) if tagged else ("[TOOL_CALLS]", "")
+        found = [self.vocabulary.find(name) for name in names]
+        begin, end = (i if i in self.vocabulary.markup else None for i in found)
+        return ToolSyntax(begin, end, tagged)
 
     def is_control(self, token: int) -> bool:
         """Return whether an id has no text: control tokens, and ids beyond the vocabulary."""
@@ -289,3 +291,19 @@ class Tokenizer:
         if self.chat is None:
             raise no_template(self.path.parent)
         return self.chat.encode_history(messages, tools)
+
+
+def _gguf_model(path: pathlib.Path) -> pathlib.Path:
+    """Return the GGUF file whose model a folder opens as, or whose tokenizer is its only one; else the path."""
+    if not path.is_dir():
+        return path
+    groups = weight_groups(entry.name for entry in path.iterdir())
+    if groups and groups[0].entry_file.endswith(".gguf"):
+        return path / groups[0].entry_file
+    inside = [f for f in path.glob("*.gguf") if is_gguf(f) and first_part(f) == f]
+    return inside[0] if len(inside) == 1 and not _has_files(path) else path
+
+
+def _has_files(folder: pathlib.Path) -> bool:
+    """Return whether a folder has a vocabulary in files of its own."""
+    return sentencepiece_file(folder) is not None or (folder / FAST).is_file()

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import TrainingError
-from ..text.chat_template import REASONING
+from ..text.conversation import REASONING
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")

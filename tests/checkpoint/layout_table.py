@@ -106,6 +106,9 @@ LAYOUTS: dict[str, Layout] = {
         hf, release="v0.2 base", vocab=32002, name="chatml", chat_template=CHATML_KEYS["chat_template"],
         generation={"bos_token_id": 1, "eos_token_id": [2, 32000]})),
     "Yarn-Mistral-7b-64k": Layout(HF, COMMON_V1, "", (2,), WEIGHTS, yarn),
+    "rope scaling of type dynamic": Layout(HF, COMMON_V1, "", (2,), ITSELF, of(
+        hf, release="v0.1 base", vocab=32000, name="v1", files=(V1,),
+        fields={"rope_scaling": {"type": "dynamic", "factor": 2.0}})),
     "a Llama without differences, tied (SmolLM2)": Layout(HF, AUTO, AUTO, (2,), ITSELF, smollm),
     # quantized
     "int8 of `quantize`": Layout("quantized", AUTO, AUTO, (32000, 2), ROUNDED, of(quantized, scheme="int8")),
@@ -223,8 +226,6 @@ REFUSED: dict[str, Refused] = {
     "an empty folder": Refused(
         "an empty folder; download the model into it again", lambda p: p.it.mkdir() or p.it),
     "a GGUF file of an unknown type": Refused("MXFP4", unknown_type),
-    "rope scaling of type dynamic": Refused("dynamic", lambda p: edited(
-        plain(p), rope_scaling={"type": "dynamic", "factor": 2.0})),
     "weights without config.json": Refused("contains no config.json or params.json", lambda p: without(
         plain(p), "config.json")),
     "a tokenizer that is larger than the model": Refused("32002 tokens, but", lambda p: hf(

@@ -17,6 +17,7 @@ from tiny import tiny_args, tiny_model
 
 from mistral_7b import CheckpointError, HubError, Mistral7B
 from mistral_7b.checkpoint import hub as names
+from mistral_7b.lora.files import Adapter, Factors, read_adapter, save_adapter
 
 REPO, GATED = "someone/Tiny-7B", "someone/gated"
 PULL = """
@@ -24,7 +25,8 @@ import sys
 from mistral_7b.checkpoint import hub
 from mistral_7b.errors import HubError
 try:
-    print(hub.pull(*sys.argv[1:]))
+    adapter = sys.argv[-1] == "--adapter"
+    print(hub.pull(*(word for word in sys.argv[1:] if word != "--adapter"), adapter=adapter))
 except HubError as error:
     print("HubError:", error)
 assert "torch" not in sys.modules
@@ -172,6 +174,33 @@ def test_missing_models_and_files_raise(tmp_path: pathlib.Path, hub: Hub) -> Non
     assert said == "HubError: someone/gguf has 2 GGUF files; name one, such as someone/gguf/x.f16.gguf"
     said = pull(tmp_path, hub.url, "someone/gguf", "main", "y.gguf")
     assert "someone/gguf has no file y.gguf; it has x.f16.gguf, x.q8_0.gguf" in said
+
+
+def test_an_adapter_is_downloaded_without_a_model(
+    tmp_path: pathlib.Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, lora = tiny_args(), tmp_path / "lora"
+    factors = Factors(torch.ones(4, args.dim), torch.ones(args.n_heads * args.head_dim, 4), 2.0)
+    save_adapter(Adapter({"layers.0.attention.wq": factors}), lora, args)
+    for name in ("adapter_model.bin", "optimizer.pt", "README.md", "model.safetensors", "tokenizer.model"):
+        (lora / name).write_bytes(b"x")
+    hub.repos["someone/lora"] = lora
+    said = pull(tmp_path / "home", hub.url, "someone/lora", "--adapter", HF_HUB_OFFLINE="1")
+    assert said.startswith("HubError: someone/lora is not completely in the cache")
+    assert "`mistral-7b pull someone/lora --adapter`" in said
+    folder = pathlib.Path(pull(tmp_path / "home", hub.url, "someone/lora", "--adapter"))
+    assert hub.downloads() == ["adapter_config.json", "adapter_model.safetensors", "tokenizer.model"]
+    assert pull(tmp_path / "home", hub.url, "someone/lora", "--adapter", HF_HUB_OFFLINE="1") == str(folder)
+    assert "someone/own is a model, not a LoRA adapter" in pull(tmp_path, hub.url, "someone/own", "--adapter")
+    (lora / "model.safetensors").unlink()
+    assert "someone/lora is a LoRA adapter, not a model" in pull(tmp_path, hub.url, "someone/lora")
+    asked = []
+    monkeypatch.setattr(names, "pull", lambda repo, adapter: asked.append((repo, adapter)) or folder)
+    assert read_adapter("someone/lora", args).targets.keys() == {"layers.0.attention.wq"}
+    assert asked == [("someone/lora", True)]
+    for wrong in ("./someone/lora", "lora", pathlib.Path("someone/lora")):
+        with refused(CheckpointError, place=wrong):
+            read_adapter(wrong, args)
 
 
 def test_one_gguf_file_is_downloaded_by_name(

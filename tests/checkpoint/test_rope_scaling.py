@@ -128,9 +128,11 @@ def test_the_phases_of_yarn_mistral_are_those_of_the_paper(position: int) -> Non
         assert abs(sin[0, 0, i].item() - gain * math.sin(angle)) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["linear", "yarn"])
-def test_every_cache_gives_the_logits_of_the_uncached_forward(name: str) -> None:
-    model = tiny_model(args_of(SCALINGS[name][1]), torch.float64)
+@pytest.mark.parametrize(
+    "scaling", [SCALINGS["linear"][1], SCALINGS["yarn"][1], RopeScaling("dynamic", 2.0, LENGTH)]
+)
+def test_every_cache_gives_the_logits_of_the_uncached_forward(scaling: RopeScaling) -> None:
+    model = tiny_model(args_of(scaling), torch.float64)
     window, tokens = model.args.sliding_window, tokens_of((2, 2 * LENGTH + 9))
     wanted = model(tokens, Stateless(window))[0]
     for cache in (None, model.rolling_cache(batch=2), model.rolling_cache(batch=2, static=True)):
@@ -190,13 +192,17 @@ def test_gguf_has_llama_cpps_keys(tmp_path: pathlib.Path) -> None:
     scaling = RopeScaling("yarn", 4.0, LENGTH, attention_factor=2.0, beta_fast=16.0)
     tiny_model(args_of(scaling)).save_pretrained(tmp_path / "it.gguf", format="gguf")
     fields = gguf.GGUFReader(tmp_path / "it.gguf").fields
-    rope = gguf.Keys.Rope
-    keys = (rope.SCALING_TYPE, rope.SCALING_FACTOR, rope.SCALING_ORIG_CTX_LEN, rope.SCALING_YARN_BETA_FAST)
+    keys_of = gguf.Keys.Rope
+    keys = (
+        keys_of.SCALING_TYPE, keys_of.SCALING_FACTOR, keys_of.SCALING_ORIG_CTX_LEN, keys_of.SCALING_YARN_BETA_FAST
+    )  # fmt: skip
     found = [fields[key.format(arch="llama")].contents() for key in keys]
     assert found == ["yarn", 4.0, LENGTH, 16.0]
     # llama.cpp multiplies this by the 0.1 ln(4) + 1 of the paper.
-    gain = fields[rope.SCALING_ATTN_FACTOR.format(arch="llama")].contents()
+    gain = fields[keys_of.SCALING_ATTN_FACTOR.format(arch="llama")].contents()
     assert gain * (0.1 * math.log(4) + 1) == pytest.approx(2.0, rel=1e-6)
+    theirs = {key.partition(".")[2] for name, key in vars(keys_of).items() if name.startswith("SCALING_")}
+    assert theirs <= rope.GGUF_KEYS | rope.GGUF_VALUES.keys()
 
 
 def test_gguf_keys_are_read_with_llama_cpps_defaults() -> None:
@@ -214,7 +220,13 @@ def test_gguf_keys_are_read_with_llama_cpps_defaults() -> None:
     found = scaling(scaling__type="yarn", scaling__factor=4.0, scaling__attn_factor=2.0)
     assert found is not None
     assert found.gain == 2 * (0.1 * math.log(4) + 1)
-    for keys in ({"scaling__attn_factor": 2.0}, {"scaling__type": "yarn", "scaling__yarn_ext_factor": 0.5}):
+    found = scaling(scaling__type="yarn", scaling__factor=4.0, scaling__yarn_log_multiplier=0.5)
+    assert found is not None  # as transformers with "mscale": 1, "mscale_all_dim": 0.5
+    assert found.gain == pytest.approx((0.1 * math.log(4) + 1) / (0.1 * 0.5 * math.log(4) + 1))
+    for keys in (
+        {"scaling__attn_factor": 2.0}, {"scaling__type": "yarn", "scaling__yarn_ext_factor": 0.5},
+        {"scaling__yarn_log_multiplier": 0.5},
+    ):  # fmt: skip
         with refused(CheckpointError, place="x.gguf"):
             scaling(**keys)
 
@@ -225,6 +237,63 @@ def test_formats_without_a_field_for_it_refuse_it(tmp_path: pathlib.Path) -> Non
         with refused(CheckpointError, field="rope_scaling"):
             model.save_pretrained(tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
+
+
+# Dynamic scaling: transformers rotates a sequence of T tokens by angles for T, here all by those of the context.
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+FIXED = "whose angles change in transformers as a sequence grows"
+
+
+def dynamic_args(context: int) -> ModelArgs:
+    return dataclasses.replace(args_of(RopeScaling("dynamic", 2.0, LENGTH)), max_seq_len=context)
+
+
+@pytest.mark.parametrize("context", [LENGTH, 2 * LENGTH + 9])
+def test_dynamic_scaling_is_that_of_transformers_for_a_sequence_of_the_context(
+    tmp_path: pathlib.Path, context: int
+) -> None:
+    """Up to the original context for every prompt; beyond it for one as long as the context, in one forward."""
+    model = tiny_model(dynamic_args(context))
+    model.save_pretrained(tmp_path / "ours")
+    data = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps({**data, "max_position_embeddings": LENGTH}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager"
+    )
+    assert theirs.config.rope_parameters["rope_type"] == "dynamic"
+    for n in (context, *((5, 20) if context == LENGTH else ())):
+        tokens = tokens_of((1, n), model.args)
+        close(model(tokens)[0], theirs(tokens).logits.detach())
+    plain = tiny_model(dataclasses.replace(model.args, rope_scaling=None))
+    differs = float((plain(tokens_of((1, context)))[0] - model(tokens_of((1, context)))[0]).detach().abs().max())
+    assert (differs > 1e-2) == (context > LENGTH)
+
+
+@pytest.mark.parametrize(("longest", "context"), [(None, 32768), (LENGTH, LENGTH), (4 * LENGTH, 4 * LENGTH)])
+def test_the_context_of_dynamic_scaling_is_the_one_that_is_stated(
+    tmp_path: pathlib.Path, longest: int | None, context: int
+) -> None:
+    data = {**HF_V1, "rope_scaling": {**DYNAMIC, "original_max_position_embeddings": LENGTH}}
+    data = {k: v for k, v in {**data, "max_position_embeddings": longest}.items() if v is not None}
+    with pytest.warns(UserWarning, match=FIXED):
+        args = read(tmp_path, data)
+    assert (args.max_seq_len, args.rope_scaling) == (context, RopeScaling("dynamic", 2.0, LENGTH))
+    with pytest.warns(UserWarning, match=FIXED):
+        own = read(tmp_path, {**HF_V1, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    assert own.rope_scaling == RopeScaling("dynamic", 2.0, 32768)
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{FIXED}")
+@pytest.mark.parametrize("to", ["huggingface", "mistral", "gguf"])
+def test_conversions_of_dynamic_scaling_keep_the_logits(tmp_path: pathlib.Path, to: str) -> None:
+    """GGUF and params.json have no field for it, and get its theta."""
+    model = tiny_model(dynamic_args(2 * LENGTH + 9))
+    model.save_pretrained(tmp_path / "a", format=to)
+    args = read_args(tmp_path / "a")[0]
+    assert args.rope_scaling == (model.args.rope_scaling if to == "huggingface" else None)
+    tokens = tokens_of((1, 2 * LENGTH + 9), model.args)
+    copy = Mistral7B.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    close(copy(tokens)[0], model(tokens)[0])
 
 
 def read(tmp_path: pathlib.Path, data: dict[str, Any]) -> ModelArgs:
@@ -262,7 +331,8 @@ def test_configs_round_trip(scaling: RopeScaling | None) -> None:
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
 REFUSED = {
-    "dynamic": {"type": "dynamic", "factor": 2.0},
+    "dynamic without a factor": {"type": "dynamic"},
+    "dynamic with a gain": {"type": "dynamic", "factor": 2.0, "attention_factor": 1.0},
     "Llama 3.1": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "Phi-3": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]},
     "unknown type": {"rope_type": ["yarn"]},
@@ -291,12 +361,15 @@ def test_two_scalings_that_differ_are_refused(tmp_path: pathlib.Path) -> None:
 
 def test_a_scaling_that_cannot_be_is_refused() -> None:
     for field, made in {
-        "type": lambda: RopeScaling("dynamic", 2.0),
+        "type": lambda: RopeScaling("longrope", 2.0),
         "original_max_seq_len": lambda: RopeScaling("yarn", 2.0),
         "attention_factor": lambda: RopeScaling("linear", 2.0, attention_factor=1.0),
+        "beta_fast": lambda: RopeScaling("dynamic", 2.0, 8, beta_fast=3.0),
     }.items():
         with refused(ConfigError, field=field):
             made()
+    with refused(ConfigError, field="head_dim"):
+        RopeScaling("dynamic", 2.0, 8).theta(1e4, 2, 16)
     args = ModelArgs(rope_theta=1.0, rope_scaling=RopeScaling("yarn", 2.0, 8))
     with refused(ConfigError, field="rope_theta"):
         rope_phases(torch.arange(3), args, torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -22,7 +23,7 @@ from mistral_7b.checkpoint.chat_templates import chat_templates
 from mistral_7b.checkpoint.gguf import file as gguf_file
 from mistral_7b.checkpoint.gguf import tokenizer as gguf_tokenizer
 from mistral_7b.checkpoint.gguf import tokenizer_metadata
-from mistral_7b.checkpoint.gguf.chat_templates import V1_FOR_TRANSFORMERS
+from mistral_7b.checkpoint.gguf.transformers_templates import TEMPLATES as FOR_TRANSFORMERS
 from mistral_7b.checkpoint.tokenizer_files import TokenizerFiles
 
 TEXTS = folders.fuzzed(300)
@@ -311,7 +312,7 @@ def test_mistrals_own_vocabulary_gets_its_template_unless_the_folder_has_one(
     assert f"({version})" in keys["tokenizer.chat_template"]
     files = gguf_tokenizer.files(tmp_path, keys)
     written = json.loads(files["tokenizer_config.json"]).get("chat_template")
-    assert written == (V1_FOR_TRANSFORMERS if version == "v1" else None)  # v3 is told by its vocabulary
+    assert written == FOR_TRANSFORMERS[version]
     assert "tokenizer.json" not in files
     (tmp_path / "chat_template.jinja").write_text("its own")
     keys = tokenizer_metadata.of_folder(tmp_path, 32768)
@@ -367,3 +368,33 @@ def test_the_starters_tokenizer() -> None:
     assert built.decode(built.encode(text).ids, skip_special_tokens=False) == text
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
     assert "<|im_start|>assistant" in templates(out)["default"]
+
+
+def test_v3_in_mistrals_layout_becomes_a_folder_for_transformers(tmp_path: pathlib.Path) -> None:
+    """By way of a GGUF file: the same chats, tools and tool calls here, and their text in transformers."""
+    tiny_model(tiny_args(vocab_size=32768)).save_pretrained(tmp_path / "a", format="mistral")
+    shutil.copyfile(Ours.v3().path, tmp_path / "a" / "tokenizer.model.v3")
+    convert(tmp_path / "a", tmp_path / "b.gguf", to="gguf")
+    convert(tmp_path / "b.gguf", tmp_path / "c", to="huggingface")
+    assert {"tokenizer.model", "tokenizer.model.v3"} <= {file.name for file in (tmp_path / "c").iterdir()}
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": parameters}}]
+    call = {"id": "abcDEF123", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    chat = [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcDEF123", "content": "sunny"}, {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "v"},
+    ]  # fmt: skip
+    sent = json.loads(json.dumps(chat).replace('{"a": 1}', '"{\\"a\\": 1}"'))
+    ours = Ours.v3()
+    wanted = ours.encode_chat(sent, tools)
+    for path in (tmp_path / "a", tmp_path / "b.gguf", tmp_path / "c"):
+        found = Ours.from_pretrained(path)
+        assert (found.version, found.encode_chat(sent, tools)) == ("v3", wanted)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "c")
+    text = theirs.apply_chat_template(chat, tools, tokenize=False)
+    markers = re.compile(r"\s*(</?s>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])\s*")
+    encoded = "".join(ours.piece(i) for i in wanted)
+    assert markers.sub(r"\1", text) == markers.sub(r"\1", encoded).replace("<0x0A>", "\n")
+    assert chat_templates(tmp_path / "c").keys() == {"default"}

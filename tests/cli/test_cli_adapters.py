@@ -69,6 +69,23 @@ def test_merged_it_generates_what_it_does_at_run_time(
         assert ids(run("generate", str(tmp_path / name), *words)) == adapted
 
 
+def test_a_merge_into_quantized_weights_for_ollama(
+    run, windowed: str, adapter: str, tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "made.gguf"
+    words = ("merge", windowed, adapter, str(out), "--into", "int8", "--tokens", "60", "--ollama", "--to", "gguf")
+    code, _, err = run(*words, "--type", "bf16")
+    assert code == 0, err
+    made = (tmp_path / "Modelfile").read_text()
+    assert made.startswith("FROM ./made.gguf\nTEMPLATE ")
+    assert made.endswith('PARAMETER stop "</s>"\n')
+    out.unlink()
+    assert run(*words, "--type", "bf16").code == 2  # there is a Modelfile
+    assert run("merge", windowed, adapter, str(tmp_path / "out"), "--ollama").code == 2
+    assert not out.exists()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.wording
 def test_the_summary_of_a_merge(run, windowed: str, adapter: str, tmp_path: pathlib.Path) -> None:
     text = tmp_path / "text"
@@ -151,7 +168,7 @@ def test_an_adapter_brings_its_vocabulary_and_its_tokenizer(
         ("{model}", "this folder is a model"),
         ("{tmp}", "holds no adapter"),
         ("/nowhere", "/nowhere: no such file or folder"),
-        ("owner/name", "hf download owner/name --local-dir FOLDER"),
+        ("./owner/name", "an adapter on the hub is named owner/name"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "chat", "bench", "merge"])

@@ -108,7 +108,7 @@ def test_a_tool_that_must_be_called_is(spoken, choice):
     params = SamplingParams(max_tokens=300, seed=4, n=2)
     (output,) = spoken.chat(MESSAGES, params, tools=[WEATHER], tool_choice=choice)
     for c in output.outputs:
-        assert c.token_ids[0] == spoken.tokenizer.tool_calls_id == 5
+        assert c.token_ids[0] == spoken.tokenizer.tool_syntax.begin == 5
         assert c.text == ""
         assert c.tool_calls
         for call in c.tool_calls:

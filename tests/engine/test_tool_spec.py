@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import jsonschema
 import pytest
 from refusals import refused
+from template_shapes import HERMES_TOOLS
+from tokenizer_files import CHATML, sentencepiece_folder
 
 from mistral_7b.engine.grammar.client import Grammars
 from mistral_7b.engine.grammar.lark import tool_spec, with_tools
+from mistral_7b.engine.grammar.spec import GrammarSpec
 from mistral_7b.errors import GrammarError
 from mistral_7b.sampling.params import StructuredOutputs
 from mistral_7b.text.tokenizer import Tokenizer
-from mistral_7b.text.tool_calls import ToolCallStream
-from tests.engine.drawing import SPECS, allowed, draw, opened
+from mistral_7b.text.tool_calls import CLOSING, OPENING, ToolCallStream
+from tests.engine.drawing import SPARE, SPECS, allowed, draw, opened
 
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {
@@ -48,7 +52,7 @@ def test_tool_calls_are_forced_as_asked_for(
         for _ in range(12):
             tokens, _ = draw(grammars.start(spec, after), tokenizer, after, chance, ending=1)
             assert tokens[0] == 5
-            stream, decoder = ToolCallStream(5, str), tokenizer.stream(after)
+            stream, decoder = ToolCallStream(tokenizer.tool_syntax, str), tokenizer.stream(after)
             content = [stream.push(t, decoder.push(t))[0] for t in tokens]
             assert ("".join(content), stream.close()) == ("", ("", []))
             for call in stream.calls:
@@ -81,6 +85,31 @@ def test_a_text_or_calls_where_the_model_is_free(v3: tuple[Tokenizer, Grammars],
                 assert obeys(text)
     mine = StructuredOutputs(grammar='start: "x"')
     assert with_tools(mine, TOOLS, True, False) is mine
+
+
+@pytest.mark.parametrize("control", [False, True])  # whether the tags are control tokens
+@pytest.mark.parametrize("parallel", [False, True])
+def test_tagged_calls_are_forced_as_asked_for(tmp_path: Path, control: bool, parallel: bool) -> None:
+    added = (*CHATML, OPENING, CLOSING) if control else CHATML
+    tokenizer = Tokenizer.from_pretrained(sentencepiece_folder(tmp_path, added=added, chat_template=HERMES_TOOLS))
+    grammars = Grammars(tokenizer, tokenizer.vocab_size + SPARE, ends=frozenset((tokenizer.eos_id or 0,)))
+    syntax, counts, chance = tokenizer.tool_syntax, set(), random.Random(3)
+    asked = tokenizer.encode_chat([{"role": "user", "content": "a"}], TOOLS)
+    for choice, structured in (("required", None), ("auto", SPECS["json"][0])):
+        spec = GrammarSpec.of(structured, TOOLS, choice, parallel, syntax)
+        assert spec is not None
+        for after in (asked, [tokenizer.bos_id or 0], asked):
+            tokens, text = draw(grammars.start(spec, after), tokenizer, after, chance, ending=0.3)
+            if choice == "auto" and OPENING not in text and syntax.begin not in tokens:
+                assert SPECS["json"][1](text)
+                continue
+            stream, decoder = ToolCallStream(syntax, str), tokenizer.stream(after)
+            content = [stream.push(t, decoder.push(t))[0] for t in tokens]
+            assert ("".join(content), stream.close()) == ("", ("", []))
+            assert {c.name for c in stream.calls} <= {t["function"]["name"] for t in TOOLS}
+            assert all(isinstance(json.loads(c.arguments), dict) for c in stream.calls)
+            counts.add(len(stream.calls))
+    assert (max(counts) > 1) == parallel
 
 
 def test_what_tool_choice_cannot_be() -> None:

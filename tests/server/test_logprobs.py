@@ -14,14 +14,15 @@ from example_counts import MANY
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import HELLO, Serving
-from tokenizer_files import byte_level_folder, write
+from template_shapes import HERMES_TOOLS
+from tokenizer_files import byte_level_folder, sentencepiece_folder, write
 
 from mistral_7b.engine.completion import Completion, TextPiece
 from mistral_7b.sampling.logprobs import Logprob
 from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.server.openai.logprobs import ChatLogprobs, Part, TokenSpans, joined, text_logprobs
 from mistral_7b.text.tokenizer import Tokenizer
-from mistral_7b.text.tool_calls import ToolCallStream
+from mistral_7b.text.tool_calls import CLOSING, OPENING, ToolCallStream
 from mistral_7b.text.vocabularies.fast import BYTES as BYTE_OF
 
 TEXTS = [
@@ -109,6 +110,36 @@ CALLING = [[5, *run] for run in SPELT[-6:]]
 ODD = [[BYTE[b"\xe9"]], [BYTE[b"\xbf"]], [0], [V3.eos_id], [3], [5], [V3.encode(" ", bos=False)[0]]]
 
 
+def told_in_pieces(
+    tokenizer: Tokenizer, c: Completion, tokens: Sequence[int], sizes: Sequence[int], calls: bool = False
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Push tokens, so many a piece: the entries told so far spell the text so far.
+
+    Returns the numbers of the tokens that were told, and their entries.
+    """
+    pieces = []
+    for number, token in enumerate(tokens):
+        if not c.finished:
+            entry = {token: Logprob(-float(number), 1)}
+            text = c.push(token, entry)
+            taken = c.take_deltas()
+            pieces.append(TextPiece(text, 0, (token,), c.finish_reason, c.stop_reason, (entry,), taken))
+    logprobs, size = ChatLogprobs(tokenizer, c.prompt, 0, calls), itertools.cycle(sizes)
+    given, spelt, entries = "", b"", []
+    left = iter(pieces)
+    while some := list(itertools.islice(left, next(size))):
+        text, found = logprobs.of(TextPiece.joined(some))
+        given += text
+        entries += found["content"]
+        spelt += b"".join(bytes(entry["bytes"]) for entry in found["content"])
+        assert spelt.decode() == given
+        assert c.text.startswith(given)
+    assert given == c.text
+    numbers = [-int(entry["logprob"]) for entry in entries]
+    assert numbers == sorted(set(numbers))
+    return numbers, entries
+
+
 @given(
     st.lists(st.sampled_from([*SPELT, *CALLING, *ODD]), max_size=8),
     st.lists(st.sampled_from(["End", " it", "t", "o i", "龘", "\ufffd", "a", '"a"', "]", "b\n"]), max_size=2),
@@ -122,34 +153,42 @@ def test_tokens_told_so_far_are_the_text_so_far(
     """For any tokens, stop conditions, and numbers of tokens per piece."""
     tokens = [token for run in runs for token in run]
     prompt = [1, 3, 4] if chat else V3.encode("Say")
-    stream = ToolCallStream(V3.tool_calls_id, str) if calls else None
+    stream = ToolCallStream(V3.tool_syntax, str) if calls else None
     params = SamplingParams(stop=stops, ignore_eos=True, logprobs=0, stop_token_ids=None if cut else BYTES[:70:69])
     c = Completion(prompt, params, max(1, len(tokens)), 0, tokenizer=V3, calls=stream)
-    pieces = []
-    for number, token in enumerate(tokens):
-        if not c.finished:
-            entry = {token: Logprob(-float(number), 1)}
-            text = c.push(token, entry)
-            taken = c.take_deltas()
-            pieces.append(TextPiece(text, 0, (token,), c.finish_reason, c.stop_reason, (entry,), taken))
-    logprobs, size = ChatLogprobs(V3, prompt, 0, calls), itertools.cycle(sizes)
-    given, spelt, entries = "", b"", []
-    left = iter(pieces)
-    while some := list(itertools.islice(left, next(size))):
-        text, found = logprobs.of(TextPiece.joined(some))
-        given += text
-        entries += found["content"]
-        spelt += b"".join(bytes(entry["bytes"]) for entry in found["content"])
-        assert spelt.decode() == given
-        assert c.text.startswith(given)
-    assert given == c.text
-    numbers = [-int(entry["logprob"]) for entry in entries]
-    assert numbers == sorted(set(numbers))
+    numbers, entries = told_in_pieces(V3, c, tokens, sizes, calls)
     if not stops and not calls:
         ended = len(c.token_ids) - (c.stop_reason is not None)
         assert numbers == [i for i in range(ended) if not V3.is_control(tokens[i])]
     for number, entry in zip(numbers, entries, strict=True):
         assert tokens[number] in BYTES or entry["token"] == bytes(entry["bytes"]).decode()
+
+
+@pytest.fixture(scope="module")
+def hermes(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer whose model writes tool calls between tags."""
+    return Tokenizer.from_pretrained(
+        sentencepiece_folder(tmp_path_factory.mktemp("h"), chat_template=HERMES_TOOLS)
+    )
+
+
+@given(
+    st.lists(
+        st.sampled_from([OPENING, CLOSING, f"{OPENING}\n{CALL[1:-1]}\n{CLOSING}", CALL[1:-1], "\n", " <", "é"]),
+        max_size=8,
+    ),
+    st.lists(st.sampled_from(["End", "So", "<", "call>", "\n"]), max_size=1),
+    st.lists(st.integers(1, 6), min_size=1), st.booleans(),
+)  # fmt: skip
+@MANY
+def test_tokens_between_tags_are_no_text(
+    hermes: Tokenizer, texts: list[str], stops: list[str], sizes: list[int], cut: bool
+) -> None:
+    tokens = hermes.encode("".join(texts), bos=False)
+    params = SamplingParams(stop=stops, ignore_eos=True, logprobs=0)
+    stream = ToolCallStream(hermes.tool_syntax, str)
+    c = Completion([1], params, max(1, len(tokens) + (not cut)), 0, tokenizer=hermes, calls=stream)
+    told_in_pieces(hermes, c, [*tokens, 3], sizes, calls=True)
 
 
 @pytest.fixture(scope="module")
@@ -170,24 +209,7 @@ def test_tokens_of_several_bytes_are_the_text_so_far(
     tokens = [i for run in runs for i in (byte_level.encode(run) if isinstance(run, str) else [run])]
     params = SamplingParams(stop=stops, ignore_eos=True, logprobs=0)
     c = Completion([1], params, max(1, len(tokens)), 0, tokenizer=byte_level)
-    pieces = []
-    for number, token in enumerate(tokens):
-        if not c.finished:
-            entry = {token: Logprob(-float(number), 1)}
-            text = c.push(token, entry)
-            pieces.append(TextPiece(text, 0, (token,), c.finish_reason, c.stop_reason, (entry,)))
-    logprobs, size = ChatLogprobs(byte_level, [1], 0, False), itertools.cycle(sizes)
-    given, spelt, entries = "", b"", []
-    left = iter(pieces)
-    while some := list(itertools.islice(left, next(size))):
-        text, found = logprobs.of(TextPiece.joined(some))
-        given += text
-        entries += found["content"]
-        spelt += b"".join(bytes(entry["bytes"]) for entry in found["content"])
-        assert spelt.decode() == given
-    assert given == c.text
-    numbers = [-int(entry["logprob"]) for entry in entries]
-    assert numbers == sorted(set(numbers))
+    numbers, _ = told_in_pieces(byte_level, c, tokens, sizes)
     if not stops:
         assert numbers == [i for i in range(len(tokens)) if not byte_level.is_control(tokens[i])]
 

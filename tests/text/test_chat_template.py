@@ -366,3 +366,17 @@ def test_statements_mean_what_they_mean_in_transformers():
 """  # noqa: E501
     chat = [USER, {"role": "assistant", "content": "Yo"}]
     assert ours(source, chat).text == theirs(source, chat)
+
+
+def test_what_openais_clients_leave_out_is_added_where_the_template_needs_it() -> None:
+    """Names of results, which belong to the call of the same id; descriptions and parameters of tools."""
+    bare = [{"type": "function", "function": {"name": "now"}}]
+    call = {"id": "abcDEF123", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "abcDEF123", "content": "12:00"}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    whole = [{"type": "function", "function": {
+        "name": "now", "description": "", "parameters": {"type": "object", "properties": {}}}}]  # fmt: skip
+    named = [*messages[:2], {**result, "name": "now"}]
+    assert ours(HERMES_TOOLS, messages, bare) == ours(HERMES_TOOLS, named, whole)
+    plain = "{% for m in messages %}{{ m.name is defined }} {% endfor %}{{ tools }}"
+    assert ours(plain, messages, bare).text.startswith("False False False ")  # it needs none

@@ -16,9 +16,10 @@ from mistral_7b.engine.completion import Completion
 from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.text.messages import tool_call_id
 from mistral_7b.text.tokenizer import Tokenizer
-from mistral_7b.text.tool_calls import ToolCall, ToolCallDelta, ToolCallStream
+from mistral_7b.text.tool_calls import ToolCall, ToolCallDelta, ToolCallStream, ToolSyntax
 
 CONTROL, WORD = 5, 900
+MISTRAL = ToolSyntax(CONTROL)
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
 
 names = st.text(min_size=1, max_size=6).filter(lambda s: all(not "\ud800" <= c <= "\udfff" for c in s))
@@ -42,7 +43,7 @@ def ids(index: int) -> str:
 
 def read(pieces: Sequence[tuple[int, str]], cut: bool = False) -> tuple[str, list[ToolCall], list[ToolCallDelta]]:
     """The content, calls and deltas of a stream that ends with EOS, or is truncated (`cut`)."""
-    stream = ToolCallStream(CONTROL, ids)
+    stream = ToolCallStream(MISTRAL, ids)
     content, deltas = "", []
     for token, text in pieces:
         more, came = stream.push(token, text)
@@ -249,7 +250,7 @@ def completed(texts: Sequence[str], *ends: int, **more: Any) -> Completion:
     written = [byte[bytes([b])] for b in "".join(texts).encode()]
     tokens = [*tokenizer.encode("See:", bos=False), CONTROL, *written]
     limit = more.pop("max_tokens", len(tokens) if not ends else 1000)
-    calls = ToolCallStream(tokenizer.tool_calls_id, ids)
+    calls = ToolCallStream(tokenizer.tool_syntax, ids)
     c = Completion(prompt, SamplingParams(**more), limit, 0, tokenizer=tokenizer, calls=calls)
     parts, deltas = [], []
     for token in (*tokens, *ends):
@@ -283,7 +284,7 @@ def test_text_without_calls_is_content_for_any_finish_reason() -> None:
 
 
 def test_calls_are_emitted_incrementally() -> None:
-    stream = ToolCallStream(CONTROL, ids)
+    stream = ToolCallStream(MISTRAL, ids)
     assert stream.push(CONTROL, "") == ("", [])
     assert stream.push(WORD, '[{"name": "wea') == ("", [])
     assert stream.push(WORD, 'ther"') == ("", [])
@@ -297,7 +298,7 @@ def test_calls_are_emitted_incrementally() -> None:
 def test_only_the_control_token_starts_calls() -> None:
     spelt = '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'
     assert read([(WORD, spelt)]) == (spelt, [], [])
-    stream = ToolCallStream(None, ids)  # a vocabulary without it
+    stream = ToolCallStream(ToolSyntax(), ids)  # a vocabulary without it
     assert stream.push(CONTROL, spelt) == (spelt, [])
     tokenizer = Tokenizer.v3()
     assert CONTROL not in tokenizer.encode(spelt)
@@ -328,7 +329,7 @@ def test_calls_encode_to_their_original_tokens(arguments: str) -> None:
     second = {"role": "tool", "tool_call_id": tool_call_id("7.0.1"), "content": "sun"}
     tokens = tokenizer.encode_chat([*answered, result, second], TOOLS)
     said = tokens[tokens.index(CONTROL) : tokens.index(tokenizer.eos_id)]
-    stream, decoder = ToolCallStream(CONTROL, lambda i: tool_call_id(f"7.0.{i}")), tokenizer.stream(tokens[:1])
+    stream, decoder = ToolCallStream(MISTRAL, lambda i: tool_call_id(f"7.0.{i}")), tokenizer.stream(tokens[:1])
     content = "".join(stream.push(token, decoder.push(token))[0] for token in said)
     assert (content, stream.close()) == ("", ("", []))
     assert [c.arguments for c in stream.calls] == [arguments, arguments]

@@ -2,7 +2,7 @@
 
 A conversation rendered by a template and tokenized by llama.cpp has the ids of `Tokenizer.encode_chat`.
 llama.cpp inserts a space before text that follows a special token, so the templates write none.
-(Tokenizers of transformers do not; with them only the rendered text is useful.) A template needs what both
+(Tokenizers of transformers do not: transformers_templates.py has templates for them.) A template needs what both
 engines provide: `raise_exception`, and a `tojson` equal to Python's json.dumps with ensure_ascii=False.
 
 A template calls raise_exception where it cannot match encode_chat:
@@ -30,23 +30,6 @@ HEADS = {
     "v3": "{#- Mistral 7B v0.3 (v3): tools and the system text stand with the last message of the user. -#}\n",
     "v7": "{#- Mistral's template v7. -#}\n",
 }
-
-# Version v1 for transformers, which inserts no space after a special token; its vocabulary does not tell it.
-V1_FOR_TRANSFORMERS = r"""{{- bos_token -}}
-{%- set ns = namespace(system='') -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}
-{%- set ns.system = message['content'] ~ '\n\n' -%}
-{%- elif message['role'] == 'user' -%}
-{{- '[INST] ' ~ ns.system ~ message['content'] ~ ' [/INST]' -}}
-{%- set ns.system = '' -%}
-{%- elif message['role'] == 'assistant' -%}
-{{- ' ' ~ message['content'] ~ eos_token -}}
-{%- else -%}
-{{- raise_exception('Mistral 7B v0.1 and v0.2 know no role ' ~ message['role']) -}}
-{%- endif -%}
-{%- endfor -%}
-"""
 
 # text(content): the text of a message. plain(text): the text, checked to contain no control token.
 TEXTS = r"""

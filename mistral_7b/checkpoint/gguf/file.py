@@ -20,8 +20,6 @@ import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ...errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -53,14 +51,13 @@ _OTHERS = {  # known by name only, for error messages
     29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
-# Type codes of metadata values, and their formats in struct and numpy.
+# Type codes of metadata values, and their formats in struct.
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 NUMBERS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?",
     10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _BYTES = {code: struct.calcsize(form) for code, form in NUMBERS.items()}
-_NUMPY = {code: np.dtype(form if code != BOOL else "u1") for code, form in NUMBERS.items()}
 
 # Limits far above any model's values. They bound memory: Python objects are larger than their bytes in a file.
 MAX_PAIRS, MAX_TENSORS, MAX_ELEMENTS, MAX_NAME_BYTES, MAX_KEY_BYTES = 4096, 1 << 16, 1 << 20, 64, 1 << 16
@@ -118,7 +115,11 @@ class _Cursor:
         value = struct.unpack_from(NUMBERS[code], self.data, self.advance(_BYTES[code]))[0]
         if code == BOOL and self.data[self.at - 1] > 1:
             raise self.fault(f"a boolean is {self.data[self.at - 1]}")
-        return float(str(np.float32(value))) if code == FLOAT32 else value  # 1e-5, not 9.99999974e-06
+        if code != FLOAT32:
+            return value
+        import numpy as np  # here, because most commands look for GGUF files and find none
+
+        return float(str(np.float32(value)))  # 1e-5, not 9.99999974e-06
 
     def count(self, most: int, what: str) -> int:
         number: int = self.number(10)
@@ -149,7 +150,8 @@ class _Cursor:
         if code not in NUMBERS:
             raise self.fault(f"{key!r} is an array of the unsupported type {code}", field=key)
         begin = self.advance(size * _BYTES[code])
-        return np.frombuffer(self.data, _NUMPY[code], size, begin).tolist()
+        form = "B" if code == BOOL else NUMBERS[code][-1]
+        return list(struct.unpack_from(f"<{size}{form}", self.data, begin))
 
 
 def is_gguf(path: pathlib.Path) -> bool:

@@ -189,7 +189,7 @@ def metadata(args: ModelArgs) -> dict[str, Any]:
     """Return the `llama.*` keys of a file."""
     values = {theirs: getattr(args, ours) for ours, theirs in FIELDS.items()}
     values |= dict.fromkeys((HEAD_DIM, *WIDTHS), args.head_dim)
-    values |= {THETA: float(args.rope_theta), WINDOW: args.sliding_window or 0}
+    values |= {THETA: float(rope.theta(args)), WINDOW: args.sliding_window or 0}
     values[FIELDS["norm_eps"]] = float(args.norm_eps)
     values |= rope.gguf(args)
     return {f"llama.{key}": value for key, value in values.items()}

@@ -22,8 +22,8 @@ from ...errors import CheckpointError, TokenizerError, WriteError
 from ...files import atomic_write
 from ..json_files import object_in
 from . import file as gguf_file
-from . import pre_tokenizers, sentencepiece_model, tokenizer_json
-from .chat_templates import HEADS, V1_FOR_TRANSFORMERS
+from . import pre_tokenizers, sentencepiece_model, tokenizer_json, transformers_templates
+from .chat_templates import HEADS
 from .vocabulary import ENDS, HF_ALONE, HF_JSON, MODEL, PRE, SPACE, TEMPLATE, TOKENS, UNUSED, Vocabulary
 
 # Files that GGUF has no keys for, and the keys (JSON text) under which this package keeps them.
@@ -54,6 +54,14 @@ def extract(path: pathlib.Path) -> pathlib.Path:
         return _write_changed(root / "mistral-7b" / "tokenizers" / digest.hexdigest()[:32], contents)
     except (OSError, WriteError):  # the cache is not writable: use a temporary folder
         return _write_changed(pathlib.Path(tempfile.mkdtemp(prefix="mistral-7b-")), contents)
+
+
+def has_tokenizer(path: pathlib.Path) -> bool:
+    """Return whether a GGUF file brings a tokenizer, of whatever kind."""
+    try:
+        return gguf_file.read(path).metadata.get(MODEL) not in (None, "none", "no_vocab")
+    except CheckpointError as e:
+        raise TokenizerError.of(e) from e
 
 
 def _write_changed(folder: pathlib.Path, contents: Mapping[str, bytes]) -> pathlib.Path:
@@ -97,8 +105,9 @@ def files(path: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, bytes]:
         settings = {}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} if "tokenizer.json" in out else settings
     settings |= {"add_bos_token": add_bos, "add_eos_token": add_eos}
-    if str(metadata.get(TEMPLATE)).startswith(HEADS["v1"].strip()):  # templates_of leaves it out
-        templates = {"default": V1_FOR_TRANSFORMERS, **templates}
+    for version, text in transformers_templates.TEMPLATES.items():
+        if str(metadata.get(TEMPLATE)).startswith(HEADS[version].strip()):  # templates_of leaves it out
+            templates = {"default": text, **templates}
     out["tokenizer_config.json"] = _text(_config(used, settings, templates, kept["tokenizer_config.json"]))
     out["generation_config.json"] = _text(_generation(vocabulary, kept["generation_config.json"]))
     if kept["special_tokens_map.json"]:

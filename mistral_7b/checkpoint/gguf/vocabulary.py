@@ -16,7 +16,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...errors import TokenizerError
@@ -67,6 +67,7 @@ class Vocabulary:
         ids = _special_ids(path, metadata, len(tokens), kind == "llama")
         if kind == "llama" and UNKNOWN not in types and types[ids["unknown"]] == CONTROL:
             types = [UNKNOWN if i == ids["unknown"] else k for i, k in enumerate(types)]
+        types = _with_controls(tokens, types, ids, set(metadata.get(MERGES) or ()) if kind == "gpt2" else None)
         out = cls(path, tokens, scores, types, ids)
         out._check(byte_pieces=kind == "llama")
         return out
@@ -125,6 +126,31 @@ class Vocabulary:
     def text_of(self, name: str) -> str | None:
         """Return the spelling of the special token `name`, such as "bos"; None if there is none."""
         return self.tokens[self.ids[name]] if name in self.ids else None
+
+
+def _with_controls(
+    tokens: list[str], types: list[int], ids: Mapping[str, int], merges: Collection[Any] | None
+) -> list[int]:
+    """Return the types, CONTROL for control tokens that a converter wrote as NORMAL.
+
+    They are spelled like one and made by no merge, or begin or end a text and are spelled as a tag. `merges` are
+    the lines of a byte-level vocabulary; None: two pieces whose joined spelling is a third are merged.
+    """
+    ends = {ids[name] for name in ("bos", *ENDS) if name in ids}
+    pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+
+    def is_control(i: int, token: str) -> bool:
+        if i in ends and token.startswith("<") and token.endswith(">"):
+            return True
+        if not looks_special(token):
+            return False
+        cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
+        return not any(a in pieces and b in pieces if merges is None else f"{a} {b}" in merges for a, b in cuts)
+
+    return [
+        CONTROL if kind == NORMAL and is_control(i, token) else kind
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+    ]
 
 
 def looks_special(token: str) -> bool:

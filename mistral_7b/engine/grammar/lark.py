@@ -3,7 +3,8 @@
     json      start: value          value: rules from rules.py
     regex     start: TEXT           TEXT: /.../
     choice    start: TEXT           TEXT: "yes" | "no"
-    tools     start: tool_calls     tool_calls: <TOOL_CALLS>, then a list of objects with name and arguments
+    tools     start: tool_calls     tool_calls: <TOOL_CALLS>, then a list of objects with name and arguments;
+                                    or objects, each between "<tool_call>" and "</tool_call>"
 
 A control token is written as its name in angle brackets: <TOOL_CALLS> is [TOOL_CALLS], and </s> stays </s>.
 """
@@ -16,10 +17,12 @@ from typing import Any
 
 from ...errors import GrammarError
 from ...sampling.params import StructuredOutputs
+from ...text.tool_calls import CLOSING, OPENING, ToolSyntax
 from . import embedded
 from .rules import JSON_DUMPS, rules
 from .vocabulary import import_llguidance
 
+MISTRAL = ToolSyntax()  # the control token is written by its name
 MAX_CHARS = 1 << 20  # characters of a grammar in Lark notation
 # Any tokenization of an allowed text is allowed, not only the tokenizer's own: the model chooses.
 OPTIONS = '%llguidance {"no_forcing": true}\n'
@@ -65,8 +68,9 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
 
 
 def tool_spec(
-    tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any] = "auto", parallel: bool = True
-) -> StructuredOutputs | None:
+    tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any] = "auto", parallel: bool = True,
+    syntax: ToolSyntax = MISTRAL,
+) -> StructuredOutputs | None:  # fmt: skip
     """The grammar that enforces OpenAI's `tool_choice`; None for "auto" and "none", which enforce nothing.
 
     "required" and "any" enforce at least one call (exactly one unless `parallel`). {"type": "function",
@@ -91,12 +95,13 @@ def tool_spec(
         )
     if not functions:
         raise GrammarError(f"tool_choice is {choice!r}, but the request has no tools", field="tool_choice")
-    return StructuredOutputs(grammar="start: tool_calls\n" + _tool_call_rules(functions, parallel))
+    return StructuredOutputs(grammar="start: tool_calls\n" + _tool_call_rules(functions, parallel, syntax))
 
 
 def with_tools(
-    spec: StructuredOutputs, tools: Sequence[Mapping[str, Any]], parallel: bool, leading_space: bool
-) -> StructuredOutputs:
+    spec: StructuredOutputs, tools: Sequence[Mapping[str, Any]], parallel: bool, leading_space: bool,
+    syntax: ToolSyntax = MISTRAL,
+) -> StructuredOutputs:  # fmt: skip
     """The grammar of a completion that either matches `spec` or calls tools.
 
     `leading_space` is as in `lark`. A user's own grammar is returned unchanged: it can name <TOOL_CALLS> itself.
@@ -106,16 +111,29 @@ def with_tools(
     functions = {i: _function(i, tool) for i, tool in enumerate(tools)}
     text = lark(spec, leading_space).removesuffix(OPTIONS).removeprefix("start:")
     return StructuredOutputs(
-        grammar=f"start: content | tool_calls\ncontent:{text}" + _tool_call_rules(functions, parallel)
+        grammar=f"start: content | tool_calls\ncontent:{text}" + _tool_call_rules(functions, parallel, syntax)
     )
 
 
-def _tool_call_rules(functions: Mapping[int, Mapping[str, Any]], parallel: bool) -> str:
-    """The rule `tool_calls`: a list of calls of these functions, which are keyed by their index in the tools."""
-    lines = [
-        "tool_calls: <TOOL_CALLS> GAP? calls",
-        'GAP: " "',
-        'calls: "[" call (", " call)* "]"' if parallel else 'calls: "[" call "]"',
+def _tool_call_rules(functions: Mapping[int, Mapping[str, Any]], parallel: bool, syntax: ToolSyntax) -> str:
+    """The rule `tool_calls`: calls of these functions, which are keyed by their index in the tools."""
+    if syntax.tagged:
+        opening, closing = (
+            json.dumps(tag) if token is None else tag  # a control token is written without quotation marks
+            for tag, token in ((OPENING, syntax.begin), (CLOSING, syntax.end))
+        )
+        lines = [
+            f"tool_calls: GAP? tagged{' (GAP? tagged)*' if parallel else ''}",
+            f"tagged: {opening} GAP? call GAP? {closing}",
+            'GAP: " " | "\\n"',
+        ]
+    else:
+        lines = [
+            "tool_calls: <TOOL_CALLS> GAP? calls",
+            'GAP: " "',
+            'calls: "[" call (", " call)* "]"' if parallel else 'calls: "[" call "]"',
+        ]
+    lines += [
         "call: " + " | ".join(f"call_{i}" for i in functions),
     ]
     for i, function in functions.items():

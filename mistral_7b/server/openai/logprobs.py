@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ...engine.completion import NO_TOKEN, TextPiece
 from ...sampling.logprobs import Logprob
 from ...text.tokenizer import Tokenizer
-from ...text.tool_calls import ToolCallStream
+from ...text.tool_calls import ToolCallStream, ToolSyntax
 from ...text.vocabularies.contract import SPACE
 from .answers import ChoiceLogprobs, TextLogprobs, TokenLogprob, TopLogprob
 
@@ -58,10 +58,12 @@ class TokenSpans:
         self.length = length  # characters of the text emitted so far
         self._tokenizer, self._decoder = tokenizer, tokenizer.stream(after)
         self._first = tokenizer.vocabulary.drops_first_space and tokenizer.is_start(after)
-        self._calls = ToolCallStream(tokenizer.tool_calls_id if calls else None, str)
+        self._calls = ToolCallStream(tokenizer.tool_syntax if calls else ToolSyntax(), str)
+        self._held = 0  # bytes at the end of the decoded text that may belong to a tool call
         self._bytes: list[Part] = []  # tokens of bytes that do not end with a character yet
         self._decoded = ""  # the characters of these tokens so far
-        self._read: list[Part] = []  # decoded tokens that may belong to a tool call
+        self._read: deque[Part] = deque()  # decoded tokens that may belong to a tool call
+        self._kept = b""  # for each byte of theirs that is decided, 1 if it is content and 0 if not
         self._content: deque[Part] = deque()  # content that a stop string may still remove
         self._given: float = 0  # bytes of final text whose tokens are not emitted yet
 
@@ -88,12 +90,14 @@ class TokenSpans:
             part.data, part.characters = own.encode(), len(own)
             self._read.append(part)
             text = before + own
-        self._sort(self._calls.push(token, text)[0])
+        self._sort(text, token)
 
     def end(self) -> None:
         """Flush the decoders after the last token."""
         text, _ = self._complete(self._decoder.flush())
-        self._sort(self._calls.push(NO_TOKEN, text)[0] + self._calls.close()[0])
+        self._sort(text)
+        self._decide(0, self._calls.close()[0])
+        self._move()
 
     def told(self, size: float = math.inf, last: bool = True) -> list[Part]:
         """Return the tokens that are final with `size` more bytes of text. `last`: cut the final token there."""
@@ -156,18 +160,26 @@ class TokenSpans:
                 part.whole = not part.raw
                 break
 
-    def _sort(self, content: str) -> None:
-        """Move tokens from `_read` to `_content`. The content is the end of the text read; the rest is a call."""
-        if self._calls.reading and not content:
-            return
-        call = sum(len(part.data) for part in self._read) - len(content.encode())
-        for part in self._read:
-            taken = min(call, len(part.data))
-            if not call or taken < len(part.data):
-                part.data = part.data[taken:]
+    def _sort(self, text: str, token: int = NO_TOKEN) -> None:
+        """Tell content from tool calls in the decoded text before and of a token."""
+        for some in text if self._calls.syntax.known else (text,):
+            self._decide(len(some.encode()), self._calls.push(NO_TOKEN, some)[0])
+        self._decide(0, self._calls.push(token, "")[0])
+        self._move()
+
+    def _decide(self, added: int, content: str) -> None:
+        """Note which bytes a character of `added` bytes decides: the last are content, the others no text."""
+        held, kept = len(self._calls.held.encode()), len(content.encode())
+        self._kept += bytes(self._held + added - held - kept) + b"\1" * kept
+        self._held = held
+
+    def _move(self) -> None:
+        """Move the tokens whose bytes are all decided from `_read` to `_content`, reduced to the content."""
+        while self._read and len(self._kept) >= (size := len(self._read[0].data)):
+            part, kept, self._kept = self._read.popleft(), self._kept[:size], self._kept[size:]
+            part.data = bytes(byte for byte, keep in zip(part.data, kept, strict=True) if keep)
+            if part.data or not size:
                 self._content.append(part)
-            call -= taken
-        self._read.clear()
 
 
 def joined(parts: Sequence[Part]) -> str:

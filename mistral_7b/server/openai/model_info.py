@@ -54,5 +54,5 @@ def has_chat_template(source: Path | None, tokenizer: Tokenizer | None) -> bool 
 
 def calls_tools(tokenizer: Tokenizer | None) -> bool:
     """Whether tools can be offered to the model, and its calls be told from text."""
-    chat = None if tokenizer is None or tokenizer.tool_calls_id is None else tokenizer.chat
+    chat = None if tokenizer is None or not tokenizer.tool_syntax.known else tokenizer.chat
     return chat is not None and chat.supports_tools

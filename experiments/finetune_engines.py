@@ -155,7 +155,7 @@ class Peft:
             )
         if checkpointing:
             base.enable_input_require_grads()
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.activation_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .kernels.backend import DECODE_ATTENTION, Backend, uses
 from .kernels.gpu.decode_attention import decode_attention
+from .kernels.slices import cut
 
 BLOCK = 1024  # queries attended at once: a mask is at most BLOCK x (BLOCK + W), or BLOCK x S without a window
 
@@ -112,8 +113,7 @@ def bands(
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Band]) -> Tensor:
     """Attention of q (..., T, H, K) over k, v (..., S, G, K), a band at a time: (..., T, H, K)."""
-    parts = [
-        attention(q[..., b.queries, :, :], k[..., b.keys, :, :], v[..., b.keys, :, :], b.mask, b.causal)
-        for b in plan
-    ]
+    keys = [b.keys for b in plan]
+    qkv = zip(cut(q, [b.queries for b in plan]), cut(k, keys), cut(v, keys), strict=True)
+    parts = [attention(*one, b.mask, b.causal) for one, b in zip(qkv, plan, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-3)

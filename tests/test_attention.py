@@ -15,6 +15,7 @@ from mistral_7b.attention import attention, banded_attention, bands, visible
 from mistral_7b.cache import GrowingCache, RollingCache, Stateless
 from mistral_7b.cache.sequences import run_positions
 from mistral_7b.errors import CacheError, ConfigError
+from mistral_7b.kernels.slices import cut
 from mistral_7b.model import ModelArgs
 
 
@@ -180,3 +181,16 @@ def test_a_row_always_sees_itself_so_nothing_is_nan() -> None:
     mask = visible(torch.zeros(9, dtype=torch.long), torch.zeros(9, dtype=torch.long), 1, ids, ids)
     out = attention(q, k, v, mask)
     close(out, v.repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("slices", [[slice(0, 3), slice(3, 7)], [slice(0, 4), slice(1, 6), slice(3, 7)]])
+def test_cut_pieces_and_their_gradients_are_those_of_slices(slices):
+    x = torch.randn(7, 2, 4, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(s.stop - s.start, 2, 4, dtype=torch.float64) for s in slices]
+    gradients = []
+    for pieces in (cut(x, slices), [x[s] for s in slices]):
+        total = sum((piece * w).sum() for piece, w in zip(pieces, weights, strict=True))
+        gradients.append(torch.autograd.grad(total, x)[0])
+    for piece, s in zip(cut(x, slices), slices, strict=True):
+        assert torch.equal(piece, x[s])
+    close(*gradients)

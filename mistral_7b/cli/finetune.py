@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import TrainingError
 from ..kernels import threads
 from ..training.finetune_args import FinetuneArgs
-from .inputs import read_flags
+from .inputs import pick_device, read_flags
 from .stopping import terminated_as_interrupted
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def run(argv: list[str]) -> int:
     hub.find(training.model)  # before PyTorch is imported
     if args.preview:
         return _preview(training, args.preview)
+    pick_device(training.device)
     if args.estimate:
         return _estimate(training)
     from ..training.finetuning import finetune

@@ -97,10 +97,15 @@ def adapt(model: Mistral7B, args: LoraArgs, seed: int, start: Adapter | None = N
     of its own, in the order of the model and on the CPU. B is zero, so that training begins at the base model.
     With `start`, its Linears, ranks and scales are continued, and `args` gives the dropout only.
 
-    Raises AdapterError if `model` is adapted already, or `start` does not fit it or is more than plain LoRA.
+    Raises AdapterError if `model` is adapted already, the rank exceeds its width, or `start` does not fit it or is
+    more than plain LoRA.
     """
     if any(isinstance(module, TrainableLinear) for module in model.modules()):
         raise AdapterError("the model is adapted already", field="model", hint="load it again")
+    if start is None and args.rank > model.args.dim:
+        raise AdapterError(
+            f"LoraArgs.rank {args.rank} exceeds the width {model.args.dim} of the model", field="rank"
+        )
     generator = torch.Generator().manual_seed(seed)
     device = model.norm.weight.device
 

@@ -35,11 +35,12 @@ class RunArgs:
     def learning_rate(self, step: int) -> float:
         """Return the fraction of the peak rate at update `step` (from 0).
 
-        Linear warmup, then cosine decay to `final_lr`.
+        Linear warmup, for all of a run that is shorter, then cosine decay to `final_lr`.
         """
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.total_steps - self.warmup)
+        warmup = min(self.warmup, self.total_steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, self.total_steps - warmup)
         return self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def as_json(self) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class Encoder:
         """Return tokens that spell `text` within a text, without a space before it; None if there are none."""
         if not text:
             return []
-        for lead in ("", "\n"):
+        for lead in ("", "\n", "1"):  # a newline may merge with the first or the second, a digit with none
             try:
                 before = self.tokenizer.vocabulary.encode(lead)
                 ids = self.tokenizer.vocabulary.encode(lead + text.decode())

@@ -119,6 +119,8 @@ def read_data(
 
 def _source(named: str) -> Source:
     """Return the file and the weight of "FILE" or "FILE:weight"; a file whose name has a colon is a file."""
+    if not named:
+        raise TrainingError("a file of data without a name", field="data")
     head, colon, tail = named.rpartition(":")
     if Path(named).exists() or not colon or not Path(head).exists():
         path, weight = named, 1.0
@@ -199,7 +201,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) of a file; the row is a TrainingError where there is none to read."""
     try:
         with path.open("rb") as file:
-            if file.read(4) == b"PAR1":
+            if (head := file.read(4)).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise TrainingError("is UTF-16", field="data", place=path, hint="save it as UTF-8")
+            if head == b"PAR1":
                 raise TrainingError(
                     "is a Parquet file, which is not read: write it as JSON lines, as pandas does with "
                     'to_json(path, orient="records", lines=True)',

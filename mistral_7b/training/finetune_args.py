@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from ..errors import TrainingError
@@ -130,14 +131,28 @@ class FinetuneArgs(RunArgs):
         whole = ("rank", "epochs", "steps", "seq_len", "rows", "accumulate", "save_every", "keep", "log_every")
         self._check_at_least(1, *whole, "max_tokens", "sample_every")
         self._check_at_least(2, "group")
-        self._check_at_least(0, "eval_every", "patience", "samples", "recompute", "warmup")
+        self._check_at_least(0, "eval_every", "patience", "samples", "recompute", "warmup", "seed")
+        self._check_optimizer()
         self._check_positive("lr", "clip", "alpha", "beta", "ratio_clip", "good_weight", "bad_weight")
         self._check_rows(self.rows, self.accumulate)
         if not 0 <= self.dropout < 1:
-            raise TrainingError(f"FinetuneArgs.dropout must be in 0..1, not {self.dropout}", field="dropout")
+            raise TrainingError(
+                f"FinetuneArgs.dropout must be at least 0 and below 1, not {self.dropout}", field="dropout"
+            )
         threads.check(self.threads)
         _ = self.held_out_share  # raises if it is none
         self._check_methods()
+
+    def _check_optimizer(self) -> None:
+        """Raise TrainingError for what AdamW or the schedule of its learning rate cannot take."""
+        problems = {
+            "final_lr": not 0 <= self.final_lr <= 1 and "in 0..1",
+            "weight_decay": not 0 <= self.weight_decay < math.inf and "a finite number of at least 0",
+            "betas": not all(0 <= beta < 1 for beta in self.betas) and "at least 0 and below 1",
+        }
+        for name, wanted in problems.items():
+            if wanted:
+                raise TrainingError(f"{self._of(name)} must be {wanted}, not {getattr(self, name)}", field=name)
 
     def _check_methods(self) -> None:
         """Options that the method does not have are refused, not ignored."""

@@ -114,8 +114,13 @@ def finetune(
 
 
 def check_out(args: FinetuneArgs) -> None:
-    """Raise TrainingError if the output folder holds a model or adapter of no run there."""
+    """Raise TrainingError if the output folder cannot be, or holds a model or adapter of no run there."""
     out = Path(args.out)
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise TrainingError(
+            "is a file, and the output is a folder", field="out", place=existing, hint="name another --out"
+        )
     made = out / ("model" if args.method == "full" else "adapter")
     if made.exists() and not (out / METRICS).exists():
         raise TrainingError(
@@ -150,8 +155,7 @@ class Run:
         # After the method, which may have taken the base: that runs without gradients.
         recompute(model, blocks_to_recompute(args, model.args, unread_bytes(model)))
         self.args = dataclasses.replace(args, steps=args.steps or self.method.updates(args.epochs))
-        self.args = dataclasses.replace(self.args, warmup=min(self.args.warmup, self.args.total_steps))
-        self.loop = Loop(self.args, self.method, self.trained.weights)
+        self.loop = Loop(self.args, self.method, self.trained.weights, examples.fingerprint())
         if args.compile:
             compile_blocks(model)
 
@@ -162,6 +166,7 @@ class Run:
         measures = Measures(self.method.evaluate, self.examples.held_out, Forgetting(self.model, self.tokenizer))
         before = self._answers(prompts)
         loop.resume(self.out / STATE, args.device)
+        loop.evaluate(lambda: self._measured(measures))
         self.out.mkdir(parents=True, exist_ok=True)
         sinks: list[Callable[[Record], None]] = [
             show or ProgressLine(args),

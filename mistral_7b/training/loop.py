@@ -47,10 +47,13 @@ class Method(Protocol):
 class Loop:
     """Weights in training, with the progress of the run."""
 
-    def __init__(self, args: RunArgs, method: Method, weights: Weights) -> None:
-        self.args, self.method, self.weights = args, method, weights
+    def __init__(self, args: RunArgs, method: Method, weights: Weights, data: str = "") -> None:
+        """`data` is a fingerprint of what is trained on, to resume on the same alone."""
+        self.args, self.method, self.weights, self.data = args, method, weights, data
         self.step, self.saved, self.seconds = 0, 0, 0.0
+        self.measured = 0  # the last update after which the model was evaluated
         self.log: list[Record] = []
+        self.torn = False  # while an update changes weights, step and log: interrupted then, they are not saved
 
     def update(self) -> Record:
         """Run one optimizer step; return what the method logs, the gradient norm and the learning rate."""
@@ -66,6 +69,7 @@ class Loop:
                 hint="lower the learning rate and resume from it",
             )
         share = self.args.learning_rate(self.step)
+        self.torn = True
         self.weights.update(share)
         self.step += 1
         return {"step": self.step, **sums, "norm": norm, "lr": self.weights.peaks[0] * share}
@@ -73,23 +77,32 @@ class Loop:
     def state(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "measured": self.measured,
             "seconds": self.seconds,
             **self.weights.state(),
             "log": json.dumps(self.log),
             "args": json.dumps(self.args.as_json()),
+            "data": self.data,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.weights.load_state(state)
         self.step, self.seconds, self.log = state["step"], state["seconds"], json.loads(state["log"])
-        self.saved = self.step
+        self.saved, self.measured = self.step, state.get("measured", self.step)
 
     def resume(self, path: Path, device: torch.device | str) -> bool:
-        """Load the state in `path`, if there is one; TrainingError if it is of a run with other arguments."""
+        """Load the state in `path`, if there is one; TrainingError if it is of another run."""
         if not path.exists():
             return False
         state = torch.load(path, map_location=device, weights_only=True)
         self.args.check_same_run(json.loads(state["args"]), path)
+        if state.get("data", self.data) != self.data:
+            raise TrainingError(
+                "is of a run on other data: the rows of --data have changed, or the share that is held out",
+                field="data",
+                place=path,
+                hint="give the same data to resume, or another --out to start again",
+            )
         self.load_state(state)
         return True
 
@@ -143,11 +156,21 @@ class Loop:
         took = time.perf_counter() - began
         self.seconds += took
         record |= {"tokens_per_s": round(record.pop("tokens") / took), "seconds": round(took, 4)}
-        if measure and self.args.eval_every and self.step % self.args.eval_every == 0:
-            record |= measure()
         self.log.append(record)
+        self.torn = False
+        self.evaluate(measure)
         show(record)
 
+    def evaluate(self, measure: Callable[[], Record] | None) -> None:
+        """Add to the last record what is measured every `eval_every` updates, unless it is there.
+
+        It is not, after `resume`, if the run was interrupted in it.
+        """
+        every = self.args.eval_every
+        if measure and every and self.step % every == 0 and self.measured < self.step:
+            self.log[-1] |= measure()
+            self.measured = self.step
+
     def _save_new(self, path: Path) -> None:
-        if self.saved < self.step:
+        if self.saved < self.step and not self.torn:
             self.save(path)

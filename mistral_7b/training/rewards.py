@@ -35,11 +35,16 @@ class Reward:
     def __call__(self, row: Mapping[str, Any], completions: list[str]) -> list[float]:
         """The rewards of a prompt's completions. TrainingError for an exception, or all but finite numbers."""
         try:
-            found = list(self.score(row["prompt"], list(completions), row))
-            rewards = [float(value) for value in found]
-        except Exception as error:
+            found = self.score(row["prompt"], list(completions), row)
+        except (Exception, SystemExit) as error:
             line = traceback.extract_tb(error.__traceback__)[-1]
             raise self._error(f"raised {type(error).__name__}: {error} ({line.filename}:{line.lineno})") from error
+        try:
+            rewards = [] if isinstance(found, str) else [float(value) for value in found]
+        except (TypeError, ValueError):
+            rewards = []
+        if not rewards:
+            raise self._error(f"returned {found!r:.80}, which is no list of numbers")
         if len(rewards) != len(completions):
             raise self._error(f"returned {len(rewards)} rewards for {len(completions)} completions")
         for value, text in zip(rewards, completions, strict=True):
@@ -70,7 +75,7 @@ def load_reward(spec: str) -> Reward:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TrainingError(
             f"it cannot be imported: {type(error).__name__}: {error}", field="reward", place=path
         ) from error

@@ -59,7 +59,7 @@ class TrainedModel:
             raise TrainingError(
                 f"{args.model} is quantized, and quantized weights cannot be trained",
                 field="method",
-                hint="use the method 'qlora', which trains an adapter of it",
+                hint="use the method 'lora', which trains an adapter of it",
             )
         self.model, self.tokenizer = model, tokenizer
         self.weights = Weights(dict(model.named_parameters()))

@@ -124,6 +124,7 @@ def train(args: TrainArgs, show: Callable[[Record], None] | None = None) -> Reco
     trainer.resume(state_path, args.device)
     out.mkdir(parents=True, exist_ok=True)
     measure = (lambda: {MEASURED: bits_per_byte(trainer.model, held_out)}) if held_out else None
+    trainer.evaluate(measure)
     try:
         trainer.run(state_path, show or ProgressLine(args), measure)
     except WriteError:

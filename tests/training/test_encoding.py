@@ -273,10 +273,25 @@ def test_masks_are_those_of_a_template_with_generation_marks(tmp_path: Path) -> 
     check()
 
 
+def test_a_completion_may_begin_within_a_token_of_punctuation_and_newline() -> None:
+    t = Tokenizer.from_pretrained("demo")
+    prompt = t.encode("def f(x):")
+    (document,) = encoded(t, Completion("def f(x):", "\n    return x"))
+    assert t.encode("def f(x):\n")[: len(prompt)] != prompt, "nothing merges: the test is vacuous"
+    assert document.ids[: len(prompt)].tolist() == prompt
+    assert t.decode(document.ids.tolist()) == "def f(x):\n    return x"
+
+
 @pytest.mark.parametrize("name", ["v3", "chatml"])
 def test_a_completion_continues_its_prompt(name: str, tmp_path: Path) -> None:
     t = opened(name, tmp_path)
-    for prompt, completion in [("Q: a\nA:", " b"), ("Q: a\nA: ", "bc"), ("", "b"), ("a", "b"), ("a\n", "\nb")]:
+    for prompt, completion in [
+        ("Q: a\nA:", " b"),
+        ("Q: a\nA: ", "bc"),
+        ("", "b"),
+        ("a", "b"),
+        ("a\n", "\nb"),
+    ]:
         (document,) = encoded(t, Completion(prompt, completion))
         start = len(t.encode(prompt))
         ids = document.ids.tolist()

@@ -269,6 +269,7 @@ def test_sources_are_weighted_and_counted(tmp_path: Path) -> None:
         "p.jsonl",
         "",
         "bad.txt",
+        "wide.jsonl",
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +278,11 @@ def test_files_that_cannot_be_read(tmp_path: Path, named: str, monkeypatch: pyte
     written(tmp_path / "empty.jsonl", "", " ")
     (tmp_path / "p.jsonl").write_bytes(b"PAR1\0\0PAR1")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
-    with refused(TrainingError, field="data"):
+    (tmp_path / "wide.jsonl").write_text((tmp_path / "a.jsonl").read_text(), encoding="utf-16")
+    with refused(TrainingError, field="data") as caught:
         read_data([named], V3, "lora", 64, skip_bad=True)
+    assert ("UTF-16" in caught.value.message) == (named in ("bad.txt", "wide.jsonl"))
+    assert not caught.value.message.startswith("is a folder")
 
 
 def test_nothing_left_is_refused(tmp_path: Path) -> None:

@@ -107,12 +107,17 @@ def test_the_held_out_share_is_of_the_seed_and_not_trained_on(base: Path, chats:
     assert held == {tuple(item.ids) for item in same.held_out} != {tuple(item.ids) for item in other.held_out}
     with refused(TrainingError, field="held_out"):
         read_examples(args_of(tmp_path, data=(str(chats),), held_out="0.99"), tokenizer())
+    with refused(TrainingError, field="held_out"):
+        read_examples(args_of(tmp_path, data=(str(chats),), held_out=str(chats)), tokenizer())
 
 
 def test_an_adapter_of_no_run_here_is_not_replaced(base: Path, chats: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     with refused(TrainingError, field="out"):
         finetune(base, str(chats), args_of(tmp_path))
+    (tmp_path / "file").touch()
+    with refused(TrainingError, field="out", place=tmp_path / "file"):
+        finetune(base, str(chats), args_of(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from finetune_data import VOCABULARY, base_model, examples, tokenizer
 from refusals import refused
 
-from mistral_7b import TrainingError
+from mistral_7b import AdapterError, TrainingError
 from mistral_7b.cache import Stateless
 from mistral_7b.lora.files import read_adapter
 from mistral_7b.training.finetune_args import FinetuneArgs
 from mistral_7b.training.finetuning import Examples, Run
 from mistral_7b.training.loop import Loop
-from mistral_7b.training.measures import Forgetting
+from mistral_7b.training.measures import Forgetting, Measures
 from mistral_7b.training.supervised import pack
+from mistral_7b.training.weights import Weights
 
 ARGS = FinetuneArgs(
     steps=6,
@@ -152,6 +153,49 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "run", steps=2, rank=2)
 
 
+def test_a_run_on_other_data_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run", steps=2, held_out=4)
+    with refused(TrainingError, field="data", place=tmp_path / "run" / "state.pt"):
+        run(tmp_path / "run", steps=2, held_out=5)
+
+
+def test_a_run_shorter_than_its_warmup_can_be_lengthened(tmp_path: Path) -> None:
+    run(tmp_path / "run", steps=1, warmup=3)
+    assert [args_of(steps=2, warmup=3).learning_rate(step) for step in (0, 1)] == [0.5, 1.0]
+    assert run(tmp_path / "run", steps=4, warmup=3)["step"] == 4
+
+
+@pytest.mark.parametrize("moment", ["update", "evaluation"])
+def test_a_run_interrupted_within_an_update_or_evaluation_ends_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    changes = {"held_out": 4, "eval_every": 1, "steps": 3, "save_every": 1}
+    owner, name = (Weights, "publish") if moment == "update" else (Measures, "__call__")
+    whole, calls = getattr(owner, name), 0
+
+    def interrupted(self: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        return whole(self)
+
+    wanted = run(tmp_path / "whole", **changes)
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", **changes)
+    last = run(tmp_path / "cut", **changes)
+    assert hash_of(tmp_path / "whole") == hash_of(tmp_path / "cut")
+    assert last["eval_loss"] == wanted["eval_loss"]
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert [log.count("eval_loss") for log in logs] == [3, 3]
+
+
+def test_a_rank_beyond_the_width_is_refused(tmp_path: Path) -> None:
+    with refused(AdapterError, field="rank"):
+        run(tmp_path / "run", rank=100_000)
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -159,6 +203,10 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         ({"lr": float("inf")}, "lr"),
         ({"accumulate": 3}, "rows"),
         ({"warmup": -1}, "warmup"),
+        ({"seed": -1}, "seed"),
+        ({"final_lr": float("nan")}, "final_lr"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"betas": (0.9, 1.0)}, "betas"),
         ({"dropout": 1.0}, "dropout"),
         ({"method": "full", "quantization": "int8"}, "quantization"),
         ({"method": "grpo"}, "reward"),

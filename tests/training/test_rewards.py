@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ def test_a_function_of_a_file_gets_prompt_completions_and_row(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "returned",
-    [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")], [1.0, float("inf")], [1.0, "x"], [1.0, None], 1.0, None],
+    [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")], [1.0, float("inf")], [1.0, "x"], [1.0, None], 1.0, None, "12"],
 )
 def test_anything_but_finite_numbers_is_refused(returned: Any) -> None:
-    with refused(TrainingError, field="reward", place="rewards.py"):
+    with refused(TrainingError, field="reward", place="rewards.py") as caught:
         Reward(lambda *given: returned, "rewards.py")(ROW, ["2", "3"])
+    assert "returned" in caught.value.message
 
 
 def test_an_exception_names_its_line() -> None:
@@ -45,6 +47,12 @@ def test_an_exception_names_its_line() -> None:
     assert f"test_rewards.py:{fails.__code__.co_firstlineno + 1}" in caught.value.message
 
 
+def test_a_function_that_ends_the_program_is_an_error() -> None:
+    with refused(TrainingError, field="reward") as caught:
+        Reward(lambda *given: sys.exit(0))(ROW, ["2"])
+    assert "SystemExit" in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
@@ -55,6 +63,7 @@ def test_an_exception_names_its_line() -> None:
         ("rewards.py:reward", "reward = 5"),
         ("rewards.py:reward", "import nothing_of_that_name"),
         ("rewards.py:reward", "def reward(:"),
+        ("rewards.py:reward", "raise SystemExit(0)"),
         ("rewards.txt:reward", "def reward(): ..."),
     ],
 )

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from mistral_7b import Tokenizer
+from mistral_7b.training.examples import read_data
 from tests.server.page.browser import answer, ask, reload
 from tests.server.page.scripted import ANSWERS, SENTENCE
 
@@ -214,9 +214,6 @@ def test_tools_that_cannot_be_read_are_told(page: Any) -> None:
 
 
 def test_training_reads_what_the_page_exports(page: Any, tmp_path: Path) -> None:
-    examples = pytest.importorskip("mistral_7b.training.examples")
-    from mistral_7b import Tokenizer
-
     page.click("#settings")
     page.fill("#set-system", "Be brief.")
     page.fill("#set-tools", '[{"name": "weather", "parameters": {"type": "object"}}]')
@@ -233,4 +230,4 @@ def test_training_reads_what_the_page_exports(page: Any, tmp_path: Path) -> None
     for method, kind, count in (("kto", "Ratings", 2), ("dpo", "Preferences", 1)):
         file = tmp_path / f"{method}.jsonl"
         file.write_text(export(page, kind), encoding="utf-8")
-        assert len(examples.read_data([str(file)], tokenizer, method, 512).items) == count
+        assert len(read_data([str(file)], tokenizer, method, 512).items) == count

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .. import machine
+from ..checkpoint import hub, read_args
 from ..errors import TrainingError
 from ..kernels import threads
 from ..model import FeedForward, Mistral7B
 from ..text.tokenizer import Tokenizer
-from .estimate import blocks_to_recompute
+from .estimate import Estimate, blocks_to_recompute, estimate, weight_bytes
 from .exact import prepare
 from .finetune_args import FinetuneArgs
 from .held_out import Examples, read_examples
@@ -111,6 +112,17 @@ def finetune(
     tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)
     examples = read_examples(args, tokenizer)
     return Run(args, open_base(args, tokenizer), tokenizer, examples).train(show)
+
+
+def estimate_run(args: FinetuneArgs) -> Estimate:
+    """Estimate the memory and time of a run, with all in memory that it has before its weights."""
+    threads.use(args.threads)
+    machine.return_large_blocks()
+    path = hub.resolve(args.model)
+    shape, _ = read_args(path)
+    tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)
+    _data = read_examples(args, tokenizer) if args.data else None  # while the memory of the program is measured
+    return estimate(args, shape, weight_bytes(args, path, shape))
 
 
 def check_out(args: FinetuneArgs) -> None:

@@ -60,9 +60,9 @@ def write_inputs(folder: Path, shape: dict[str, Any]) -> None:
 
 def estimated(args: FinetuneArgs) -> dict[str, Any]:
     """The peak that the command would print."""
-    from mistral_7b.training.finetuning import estimate_run
+    from mistral_7b.cli.finetune import estimated as of_command
 
-    found = estimate_run(args)
+    found = of_command(args)
     return {"peak": found.peak, "parts": found.parts}
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
 from ..training.finetune_args import FinetuneArgs
 from .inputs import read_flags
 from .stopping import terminated_as_interrupted
+
+if TYPE_CHECKING:
+    from ..model import ModelArgs
+    from ..training.estimate import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +40,7 @@ def run(argv: list[str]) -> int:
     if args.preview:
         return _preview(training, args.preview)
     if args.estimate:
-        from ..training.finetuning import estimate_run
-
-        print(estimate_run(training).table())
+        print(estimated(training).table())
         return 0
     from ..training.finetuning import finetune
 
@@ -64,3 +68,33 @@ def _preview(args: FinetuneArgs, count: int) -> int:
         print(source, file=sys.stderr)
     preview(examples.items, tokenizer, count)
     return 0
+
+
+def estimated(args: FinetuneArgs) -> Estimate:
+    """Estimate the run of these arguments; its weights are not loaded."""
+    from ..checkpoint import hub, read_args
+    from ..training.finetuning import estimate_run
+
+    path = hub.resolve(args.model)
+    shape, _ = read_args(path)
+    return estimate_run(args, shape, weight_bytes(args, path, shape))
+
+
+def weight_bytes(args: FinetuneArgs, path: pathlib.Path, shape: ModelArgs) -> int:
+    """Return the bytes that a model's weights will take in memory."""
+    import torch
+
+    from ..checkpoint import read_record
+    from ..checkpoint.reading import open_checkpoint
+    from ..model import Mistral7B
+    from ..quantization.schemes import Scheme, empty_model
+
+    if (record := read_record(path)) is not None:
+        return record.nbytes
+    scheme, dtype = args.base_quantization, getattr(torch, args.dtype)
+    if scheme is None and (checkpoint := open_checkpoint(path)).format == "gguf":
+        return checkpoint.nbytes()
+    if scheme is not None and Scheme(scheme).whole:
+        return sum(t.nbytes for t in empty_model(shape, Scheme(scheme), dtype).state_dict().values())
+    weights = Mistral7B(shape, dtype=dtype, device="meta").parameters()
+    return sum(p.nbytes for p in weights) // (2 if scheme == "fp8" else 1)

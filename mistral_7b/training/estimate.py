@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import machine
-from ..checkpoint import read_record
-from ..checkpoint.reading import open_checkpoint
 from ..lora.trainable import LoraArgs, adapt
 from ..model import Mistral7B, ModelArgs, rope_phases
 from ..quantization.fused import fuse
-from ..quantization.schemes import Scheme, empty_model
 from .finetune_args import FinetuneArgs
 from .loss import LOGITS
 from .measures import NEUTRAL
@@ -115,19 +111,6 @@ def last_gradient(args: FinetuneArgs, shape: ModelArgs) -> int:
     """Return the bytes of the last gradient of `Weights.collect`: it is there twice while it becomes float32."""
     *_, last = (p for p in _one_block(args, shape).parameters() if p.requires_grad)
     return 0 if last.dtype == torch.float32 else last.nbytes
-
-
-def weight_bytes(args: FinetuneArgs, path: Path, shape: ModelArgs) -> int:
-    """Return the bytes that the weights of the model in `path` will take in memory."""
-    if (record := read_record(path)) is not None:
-        return record.nbytes
-    scheme, dtype = args.base_quantization, getattr(torch, args.dtype)
-    if scheme is None and (checkpoint := open_checkpoint(path)).format == "gguf":
-        return checkpoint.nbytes()
-    if scheme is not None and Scheme(scheme).whole:
-        return sum(t.nbytes for t in empty_model(shape, Scheme(scheme), dtype).state_dict().values())
-    weights = Mistral7B(shape, dtype=dtype, device="meta").parameters()
-    return sum(p.nbytes for p in weights) // (2 if scheme == "fp8" else 1)
 
 
 def estimate(args: FinetuneArgs, shape: ModelArgs, weights: int) -> Estimate:

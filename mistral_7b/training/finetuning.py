@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .. import machine
-from ..checkpoint import hub, read_args
 from ..errors import TrainingError
 from ..kernels import threads
-from ..model import FeedForward, Mistral7B
+from ..model import FeedForward, Mistral7B, ModelArgs
 from ..text.tokenizer import Tokenizer
-from .estimate import Estimate, blocks_to_recompute, estimate, weight_bytes
+from .estimate import Estimate, blocks_to_recompute, estimate
 from .exact import prepare
 from .finetune_args import FinetuneArgs
 from .held_out import Examples, read_examples
@@ -114,15 +113,13 @@ def finetune(
     return Run(args, open_base(args, tokenizer), tokenizer, examples).train(show)
 
 
-def estimate_run(args: FinetuneArgs) -> Estimate:
-    """Estimate the memory and time of a run, with all in memory that it has before its weights."""
+def estimate_run(args: FinetuneArgs, shape: ModelArgs, weights: int) -> Estimate:
+    """Estimate a run, as `estimate`, with all in memory that it has before its weights."""
     threads.use(args.threads)
     machine.return_large_blocks()
-    path = hub.resolve(args.model)
-    shape, _ = read_args(path)
     tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)
     _data = read_examples(args, tokenizer) if args.data else None  # while the memory of the program is measured
-    return estimate(args, shape, weight_bytes(args, path, shape))
+    return estimate(args, shape, weights)
 
 
 def check_out(args: FinetuneArgs) -> None:

@@ -161,6 +161,18 @@ def return_large_blocks(least: int = 1 << 20) -> bool:
         return False
 
 
+def return_free_blocks() -> bool:
+    """Return the memory of freed small blocks to the system, where the C library is glibc; return whether it is.
+
+    By itself it returns only those at the end of its heap. What is allocated next may not fit between the others.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return False
+    return True
+
+
 def version(package: str) -> str | None:
     """Return the installed version of a package, without importing it; None if not installed."""
     try:

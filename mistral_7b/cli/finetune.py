@@ -8,13 +8,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..errors import TrainingError
-from ..kernels import threads
 from ..training.finetune_args import FinetuneArgs
 from .inputs import pick_device, read_flags
 from .stopping import terminated_as_interrupted
 
 if TYPE_CHECKING:
     from ..model import ModelArgs
+    from ..training.estimate import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ def run(argv: list[str]) -> int:
         return _preview(training, args.preview)
     pick_device(training.device)
     if args.estimate:
-        return _estimate(training)
+        print(estimated(training).table())
+        return 0
     from ..training.finetuning import finetune
 
     with terminated_as_interrupted() as stopped:
@@ -70,15 +71,14 @@ def _preview(args: FinetuneArgs, count: int) -> int:
     return 0
 
 
-def _estimate(args: FinetuneArgs) -> int:
+def estimated(args: FinetuneArgs) -> Estimate:
+    """Estimate the run of these arguments; its weights are not loaded."""
     from ..checkpoint import hub, read_args
-    from ..training.estimate import estimate
+    from ..training.finetuning import estimate_run
 
-    threads.use(args.threads)
     path = hub.resolve(args.model)
     shape, _ = read_args(path)
-    print(estimate(args, shape, weight_bytes(args, path, shape)).table())
-    return 0
+    return estimate_run(args, shape, weight_bytes(args, path, shape))
 
 
 def weight_bytes(args: FinetuneArgs, path: pathlib.Path, shape: ModelArgs) -> int:

@@ -2,7 +2,7 @@
 
     peak = program + weights + masters + AdamW + neutral text + the larger of
            backward:  gradients + activations + max(logits, gradients in a block)
-           update:    gradients in float32
+           update:    gradients in float32, and the last of them in the type of its weight
 
 What a block keeps for its backward pass is counted, not computed by a formula: a block without numbers (on the
 meta device) runs once, and what autograd saves is added up.
@@ -29,7 +29,7 @@ from .measures import NEUTRAL
 from .weights import adamw
 
 LOGIT_COPIES = 3.5  # of a chunk in float32: bfloat16 logits, float32 logits, their softmax, its gradient
-RUNTIME = 50 * 10**6  # code that oneDNN makes for its products, and small blocks that the C library keeps
+RUNTIME = 45 * 10**6  # on first use: 17 MB of libraries' code is read, and oneDNN keeps 27 MB for its products
 GRADIENTS = "gradients of what is trained"
 GRADIENT_COPIES = 3  # of the widest activation of a block, in its backward pass
 
@@ -107,14 +107,23 @@ def trained_numbers(args: FinetuneArgs, shape: ModelArgs) -> int:
     return in_block * shape.n_layers + outside
 
 
+def last_gradient(args: FinetuneArgs, shape: ModelArgs) -> int:
+    """Return the bytes of the last gradient of `Weights.collect`: it is there twice while it becomes float32."""
+    *_, last = (p for p in _one_block(args, shape).parameters() if p.requires_grad)
+    return 0 if last.dtype == torch.float32 else last.nbytes
+
+
 def estimate(args: FinetuneArgs, shape: ModelArgs, weights: int) -> Estimate:
-    """Estimate a run on a model of this shape, whose weights will take `weights` more bytes in memory."""
+    """Estimate a run on a model of this shape, whose weights will take `weights` more bytes in memory.
+
+    What else the run needs, as its data, should be in memory: it is counted as part of the program.
+    """
     adamw([torch.zeros(1)], args.peak, args.betas, 0.0)  # PyTorch loads more of itself on first use
     fixed, backward = _parts(args, shape, weights)
     recomputed = blocks_to_recompute(args, shape, weights)
     kept, inputs = _per_block(args, shape)
     backward["activations"] = _activations(kept, inputs, shape.n_layers, recomputed)
-    update = {GRADIENTS: 4 * trained_numbers(args, shape)}  # in float32, when no activation is left
+    update = {GRADIENTS: 4 * trained_numbers(args, shape) + last_gradient(args, shape)}  # no activation is left
     larger = max(backward, update, key=lambda phase: sum(phase.values()))
     return Estimate(fixed | larger, _seconds(args, shape, recomputed), recomputed, args.seq_len * args.rows)
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 from .. import machine
 from ..errors import TrainingError
 from ..kernels import threads
-from ..model import FeedForward, Mistral7B
+from ..model import FeedForward, Mistral7B, ModelArgs
 from ..text.tokenizer import Tokenizer
-from .estimate import blocks_to_recompute
+from .estimate import Estimate, blocks_to_recompute, estimate
 from .exact import prepare
 from .finetune_args import FinetuneArgs
 from .held_out import Examples, read_examples
@@ -111,6 +111,15 @@ def finetune(
     tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)
     examples = read_examples(args, tokenizer)
     return Run(args, open_base(args, tokenizer), tokenizer, examples).train(show)
+
+
+def estimate_run(args: FinetuneArgs, shape: ModelArgs, weights: int) -> Estimate:
+    """Estimate a run, as `estimate`, with all in memory that it has before its weights."""
+    threads.use(args.threads)
+    machine.return_large_blocks()
+    tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)
+    _data = read_examples(args, tokenizer) if args.data else None  # while the memory of the program is measured
+    return estimate(args, shape, weights)
 
 
 def check_out(args: FinetuneArgs) -> None:

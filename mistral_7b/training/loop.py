@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from .. import machine
 from ..errors import TrainingError, WriteError
 from .args import RunArgs
 from .states import save_state
@@ -61,6 +62,7 @@ class Loop:
         sums: Counter[str] = Counter()
         for batch in self.method.micro_batches(self.step):
             sums.update(self.method.backward(batch))
+        machine.return_free_blocks()  # of activations; gradients in float32 and the next update do not fit there
         norm = float(self.weights.collect(self.args.clip))
         if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
             raise TrainingError(

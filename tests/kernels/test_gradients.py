@@ -106,3 +106,11 @@ def test_the_gradients_of_elementwise_operators(dtype: torch.dtype) -> None:
         got, wanted = (torch.autograd.grad(f(*inputs), trained, grad) for f in (operator, twin))
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_rotation_keeps_its_angles_alone() -> None:
+    """Its backward pass is the rotation by the opposite angles, which needs no x."""
+    x, angle = torch.randn(2, 7, 4, 16), torch.randn(7, 1, 8)
+    cos, sin = angle.cos(), angle.sin()
+    kept = kept_by(lambda t: elementwise.rotate(t, cos, sin), x)
+    assert sum(t.nbytes for t in kept) == cos.nbytes + sin.nbytes < x.nbytes

@@ -13,7 +13,7 @@ from tiny import TINY
 from mistral_7b.cache import Stateless
 from mistral_7b.lora.trainable import LoraArgs, adapt
 from mistral_7b.quantization.fused import fuse
-from mistral_7b.training.estimate import block_activations, estimate, fewest, trained_numbers
+from mistral_7b.training.estimate import block_activations, estimate, fewest, last_gradient, trained_numbers
 from mistral_7b.training.finetune_args import FinetuneArgs
 
 ARGS = FinetuneArgs(seq_len=48, rows=2, accumulate=2, rank=2, dtype="float32")
@@ -60,6 +60,15 @@ def test_the_fewest_blocks_are_recomputed() -> None:
     assert fewest(kept=100, inputs=10, layers=4, room=1000) == 0
     assert fewest(kept=100, inputs=10, layers=4, room=399) == 2, "of recomputed blocks, one is whole at a time"
     assert fewest(kept=100, inputs=10, layers=4, room=1) == 4
+
+
+def test_the_last_gradient_is_there_in_two_types() -> None:
+    """While `Weights.collect` casts it, in the order of the parameters; a float32 one is not cast."""
+    model = base_model(trained=True)
+    *_, last = model.parameters()
+    args = dataclasses.replace(ARGS, dtype="bfloat16")
+    assert last_gradient(dataclasses.replace(args, method="full"), model.args) == 2 * last.numel()
+    assert last_gradient(args, model.args) == 0, "factors are float32"
 
 
 def test_an_estimate_grows_with_what_is_kept(monkeypatch: Any) -> None:

@@ -62,17 +62,19 @@ def hash_of(out: Path) -> str:
 
 
 def test_the_loss_is_that_of_each_document_alone_over_its_trained_tokens() -> None:
+    """From the items by themselves: nothing of the packed batch is used but which items it has."""
     loop = loop_of()
-    method = loop.method
-    losses, count = 0.0, 0
-    for batch in method.micro_batches(0):
-        for number in batch.sequence_ids.unique():
-            own = batch.sequence_ids == number
-            logits = method.model(batch.tokens[own][None])[0][0].detach()
-            losses += float(F.cross_entropy(logits, batch.targets[own], reduction="sum"))
-            count += int((batch.targets[own] != -100).sum())
-    assert 0 < count < sum(len(b.tokens) for b in method.micro_batches(0)), "prompts are not trained"
-    assert loop.update()["loss"] == pytest.approx(losses / count, rel=1e-5)
+    losses, trained, places = 0.0, 0, 0
+    for part in loop.method.packed.parts(0, ARGS.rows, ARGS.accumulate):
+        assert len(part) > 1, "a document alone in its row cannot see another"
+        for ids, is_trained in (loop.method.documents[i] for i in part):
+            tokens = torch.from_numpy(ids).long()
+            logits = loop.method.model(tokens[None, :-1])[0][0].detach()
+            nll = F.cross_entropy(logits, tokens[1:], reduction="none")
+            losses += float(nll[torch.from_numpy(is_trained[1:])].sum())
+            trained, places = trained + int(is_trained[1:].sum()), places + len(nll)
+    assert 0 < trained < places, "prompts are not trained"
+    assert loop.update()["loss"] == pytest.approx(losses / trained, rel=1e-5)
 
 
 def test_packing_keeps_every_trained_token_with_its_context() -> None:
@@ -123,6 +125,20 @@ def test_trap_30_one_seed_gives_one_adapter(tmp_path: Path) -> None:
         run(tmp_path / name, dropout=0.2, steps=3, **changes)
     assert hash_of(tmp_path / "a") == hash_of(tmp_path / "b") != hash_of(tmp_path / "c")
     assert len(read_adapter(tmp_path / "a" / "adapter", base_model().args).targets) == 14
+
+
+def test_each_update_has_other_dropout() -> None:
+    """With no learning and the same data, the losses of two updates differ by their masks alone."""
+    loop = loop_of(dropout=0.5, lr=1e-30)
+    with torch.no_grad():
+        for p in loop.weights.weights:
+            p.fill_(0.1)  # the adapter has an effect, and dropout with it
+    rows = loop.method.packed.parts(0, ARGS.rows, ARGS.accumulate)
+    loop.method.packed.parts = lambda step, *_: rows
+    first, second = loop.update()["loss"], loop.update()["loss"]
+    assert first != second
+    loop.step = 0
+    assert loop.update()["loss"] == first
 
 
 @pytest.mark.parametrize("stop_at", [1, 4])

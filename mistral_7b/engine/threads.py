@@ -26,7 +26,7 @@ PREEMPTED = 50  # preemptions per CPU second: alone there are below 5, beside a 
 SHARE = 0.8  # of the time asked for; this process's own other threads preempt too, but count as its time
 PATIENCE, LONGEST = 1.0, 64.0  # seconds until spinning is tried again: doubled by each failure
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # the user's own choice
-LIGHT = 5 << 20  # bytes of a layer, read in four loops: waking a thread takes 40 us, in which it reads 0.6 MB
+LIGHT = 5 << 20  # bytes for each layer, read in four loops: waking a thread takes 40 us, in which it reads 0.6 MB
 GRAIN = 1 << 15  # elements for which PyTorch uses another thread
 
 
@@ -48,8 +48,8 @@ def is_light(model: Mistral7B) -> bool:
     """
     if any(type(m) is torch.nn.Linear for m in model.modules()):
         return False
-    weights = sum(t.nbytes for t in (*model.layers.parameters(), *model.layers.buffers()))
-    return weights < LIGHT * len(model.layers)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    return weights < LIGHT * model.args.n_layers
 
 
 class Usage(NamedTuple):

@@ -18,6 +18,7 @@ from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from ..checkpoint.chat_templates import Source, chat_templates
+from ..checkpoint.gguf import transformers_templates
 from ..checkpoint.json_files import read_text
 from ..errors import TokenizerError
 from .chat_template import ChatTemplate
@@ -104,8 +105,10 @@ def mistral_version(
 
     `pieces` are all pieces of the vocabulary, in order: they must be those of one of Mistral's own. `template` is
     the folder's own; it must write what mistral-common encodes, but for blanks at the markers. Without one, the
-    folder must be in Mistral's layout.
+    folder must be in Mistral's layout. With the template that this package writes for v3, any pieces do.
     """
+    if template is not None and template.source == transformers_templates.V3:
+        return "v3"
     version = release_of(tuple(pieces))
     if version is None:
         return None

@@ -115,4 +115,4 @@ def test_names_of_parts() -> None:
     assert hub.needed_files([*NAMES, "README.md", "config.json"]) == ["config.json", *NAMES]
     assert hub.needed_files([*NAMES, "y.gguf"]) == []
     assert hub.gguf_models([*NAMES, "y.gguf", "model.safetensors"]) == [NAMES[0], "y.gguf"]
-    assert hub._wanted("some/repo", [*NAMES, "y.gguf"], NAMES[2]) == NAMES
+    assert hub._wanted("some/repo", [*NAMES, "y.gguf"], NAMES[2], adapter=False) == NAMES

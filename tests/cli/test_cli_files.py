@@ -47,7 +47,8 @@ def test_convert_refuses(run, windowed: str, tmp_path: pathlib.Path, words: list
 def test_pull_prints_the_folder(run, monkeypatch, tmp_path: pathlib.Path) -> None:
     seen: list[str] = []
 
-    def pull(repo_id: str, revision: str) -> pathlib.Path:
+    def pull(repo_id: str, revision: str, adapter: bool) -> pathlib.Path:
+        assert not adapter
         seen.extend([repo_id, revision])
         return tmp_path
 

@@ -181,6 +181,7 @@ def test_a_begun_answer_within_a_token_excludes_a_grammar(tmp_path: Path) -> Non
 
     class Chat:
         version = None
+        tags_tool_calls = False
 
         def encode(self, *_: Any) -> tuple[list[int], None]:
             return [40], None

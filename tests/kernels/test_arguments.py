@@ -58,7 +58,7 @@ def test_structures_have_the_sizes_of_the_compiler(tmp_path: Path) -> None:
     """Detects differences in alignment and inheritance, which names and types do not show."""
     source, program = tmp_path / "sizes.cpp", tmp_path / "sizes"
     lines = "".join(f'    std::printf("{name} %zu\\n", sizeof({name}));\n' for name in STRUCTURES)
-    headers = (compiler.SOURCE.with_name(name) for name in ("layers.h", "rounding.h"))
+    headers = (compiler.SOURCE.with_name(name) for name in ("layers.h", "rounding.h", "dequantize.h"))
     include = "#include <cstdio>\n" + "".join(f'#include "{header}"\n' for header in headers)
     source.write_text(f"{include}int main() {{\n{lines}}}\n")
     cxx = compiler.compiler()

@@ -203,6 +203,10 @@ ALLOWED = {
     "cli/serve.py": ({"available"}, "whether packages of the extra `serve` are installed"),
     "model.py": ({"device"}, "MPS has no float64; meta has no memory"),
     "sampling/sampler.py": ({"device"}, "MPS has no float64; rows are sampled in groups on a CPU"),
+    "training/estimate.py": ({"dtype", "device", "cuda"}, "how much memory training takes, and a device has"),
+    "training/finetuning.py": ({"device"}, "how much memory the weights take on a CPU"),
+    "training/progress.py": ({"cuda"}, "shows the peak memory of a GPU"),
+    "training/weights.py": ({"dtype"}, "float32 weights are their own masters"),
     "sampling/choice.py": ({"device"}, "sorts with numpy on a CPU; pins memory for a copy to a GPU"),
 }
 FLOATING = {"bfloat16", "float16", "float32", "float64"}

@@ -85,23 +85,47 @@ class PairBatch(NamedTuple):
     n: int
 
 
-class DPO:
-    """Training on pairs: an update takes `rows` packed rows of whole pairs, in `accumulate` parts."""
+class Preferences:
+    """What DPO and KTO share: an update takes `rows` packed rows of whole items, in `accumulate` parts."""
+
+    def __init__(
+        self, policy: Policy, reference: Policy, items: Sequence[Any], packed: PackedRows, rows: int,
+        accumulate: int, beta: float,
+    ) -> None:  # fmt: skip
+        self.policy, self.items, self.packed = policy, items, packed
+        self.rows, self.accumulate, self.beta = rows, accumulate, beta
+        self.references = References(reference)
+
+    def updates(self, epochs: int) -> int:
+        return -(-self.packed.rows_of(epochs) // self.rows)
+
+    def micro_batches(self, step: int) -> list[Any]:
+        return self._batches(self.packed.parts(step, self.rows, self.accumulate))
+
+    def backward(self, batch: Any) -> dict[str, float]:
+        log: dict[str, float] = {}
+        loss = backward(self.policy, batch.packed, lambda values: self._mean(batch, values, log))
+        return {"loss": loss.item(), "tokens": len(batch.packed.tokens), **log}
+
+    def _batches(self, parts: Sequence[Sequence[int]]) -> list[Any]:
+        """The batches of an update of these items, which share its normalization."""
+        raise NotImplementedError
+
+    def _mean(self, batch: Any, values: Tensor, log: dict[str, float]) -> Tensor:
+        """A batch's share of the mean loss, of the log-probabilities `values`; writes its shares into the log."""
+        raise NotImplementedError
+
+
+class DPO(Preferences):
+    """Training on pairs."""
 
     def __init__(
         self, policy: Policy, reference: Policy, items: Sequence[Pair], packed: PackedRows, rows: int,
         accumulate: int = 1, beta: float = 0.1, loss: str = "sigmoid",
     ) -> None:  # fmt: skip
         """`loss` is a key of DPO_LOSSES."""
-        self.policy, self.items, self.packed = policy, items, packed
-        self.rows, self.accumulate, self.beta, self.loss = rows, accumulate, beta, loss
-        self.references = References(reference)
-
-    def updates(self, epochs: int) -> int:
-        return -(-self.packed.rows_of(epochs) // self.rows)
-
-    def micro_batches(self, step: int) -> list[PairBatch]:
-        return self._batches(self.packed.parts(step, self.rows, self.accumulate))
+        super().__init__(policy, reference, items, packed, rows, accumulate, beta)
+        self.loss = loss
 
     def _batches(self, parts: Sequence[Sequence[int]]) -> list[PairBatch]:
         n = sum(map(len, parts))
@@ -112,13 +136,7 @@ class DPO:
             out.append(PairBatch(packed.to(self.policy.device), reference, n))
         return out
 
-    def backward(self, batch: PairBatch) -> dict[str, float]:
-        log: dict[str, float] = {}
-        loss = backward(self.policy, batch.packed, lambda values: self._mean(batch, values, log))
-        return {"loss": loss.item(), "tokens": len(batch.packed.tokens), **log}
-
     def _mean(self, batch: PairBatch, values: Tensor, log: dict[str, float]) -> Tensor:
-        """A batch's share of the mean loss, of the log-probabilities `values`; writes its shares into the log."""
         documents = batch.reference.numel()
         ratios = document_sums(values, batch.packed, documents).view(-1, 2) - batch.reference
         lengths = document_sums(torch.ones_like(values), batch.packed, documents).view(-1, 2)
@@ -145,24 +163,16 @@ class ThumbBatch(NamedTuple):
     n: int
 
 
-class KTO:
-    """Training on single answers with a thumb; rows as of DPO."""
+class KTO(Preferences):
+    """Training on single answers with a thumb."""
 
     def __init__(
         self, policy: Policy, reference: Policy, items: Sequence[Thumb], packed: PackedRows, rows: int,
         accumulate: int = 1, beta: float = 0.1, good_weight: float = 1.0, bad_weight: float = 1.0,
     ) -> None:  # fmt: skip
         """`good_weight` and `bad_weight` multiply the losses of good and bad answers."""
-        self.policy, self.items, self.packed = policy, items, packed
-        self.rows, self.accumulate, self.beta = rows, accumulate, beta
+        super().__init__(policy, reference, items, packed, rows, accumulate, beta)
         self.weights = (good_weight, bad_weight)
-        self.references = References(reference)
-
-    def updates(self, epochs: int) -> int:
-        return -(-self.packed.rows_of(epochs) // self.rows)
-
-    def micro_batches(self, step: int) -> list[ThumbBatch]:
-        return self._batches(self.packed.parts(step, self.rows, self.accumulate))
 
     def _batches(self, parts: Sequence[Sequence[int]]) -> list[ThumbBatch]:
         answers = [self.items[i].answer for part in parts for i in part]
@@ -192,13 +202,7 @@ class KTO:
             ratios.append(document_sums(difference, batch, len(mixed[part])))
         return torch.cat(ratios).mean().clamp(min=0)
 
-    def backward(self, batch: ThumbBatch) -> dict[str, float]:
-        log: dict[str, float] = {}
-        loss = backward(self.policy, batch.packed, lambda values: self._mean(batch, values, log))
-        return {"loss": loss.item(), "tokens": len(batch.packed.tokens), **log}
-
     def _mean(self, batch: ThumbBatch, values: Tensor, log: dict[str, float]) -> Tensor:
-        """As DPO's."""
         good = batch.good
         ratios = document_sums(values, batch.packed, len(good)) - batch.reference
         rewards = self.beta * ratios.detach()

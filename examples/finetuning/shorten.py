@@ -60,7 +60,7 @@ def main(
     args = FinetuneArgs(
         model=model, method="dpo", data=(write_rows(out / "pairs.jsonl", pairs),), out=str(out / "run"),
         held_out=write_rows(out / "held_out.jsonl", other[:LOOKED_AT]), eval_every=max(1, steps // 4),
-        steps=steps, lr=lr, seq_len=512, rows=1, accumulate=1, warmup=min(4, steps), max_tokens=LONGEST,
+        steps=steps, lr=lr, seq_len=512, rows=1, accumulate=1, warmup=4, max_tokens=LONGEST,
     )  # fmt: skip
     began = time.perf_counter()
     last = finetune(args=args)

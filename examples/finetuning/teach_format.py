@@ -69,7 +69,7 @@ def main(
     args = FinetuneArgs(
         model=model, data=(write_rows(out / "train.jsonl", train),), out=str(out / "run"),
         held_out=write_rows(out / "held_out.jsonl", known[:LOOKED_AT]), eval_every=max(1, steps // 6),
-        steps=steps, lr=lr, seq_len=512, rows=1, accumulate=1, warmup=min(5, steps), max_tokens=LONGEST,
+        steps=steps, lr=lr, seq_len=512, rows=1, accumulate=1, warmup=5, max_tokens=LONGEST,
     )  # fmt: skip
     began = time.perf_counter()
     finetune(args=args)

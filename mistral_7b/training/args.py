@@ -71,11 +71,6 @@ class RunArgs:
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise TrainingError(f"{self._of(name)} must be a finite number above 0, not {value}", field=name)
 
-    def _check_warmup(self) -> None:
-        if self.warmup < 0 or (self.steps is not None and self.warmup > self.steps):
-            most = "" if self.steps is None else f"..steps ({self.steps})"
-            raise TrainingError(f"{self._of('warmup')} must be in 0{most}, not {self.warmup}", field="warmup")
-
     def _check_rows(self, rows: int, accumulate: int) -> None:
         if rows % accumulate:
             raise TrainingError(
@@ -163,4 +158,7 @@ class TrainArgs(RunArgs):
         self._check_at_least(1, "steps", "seq_len", "rows", "accumulate", "save_every", "log_every")
         self._check_positive("lr", "muon_lr", "clip")
         self._check_rows(self.rows, self.accumulate)
-        self._check_warmup()
+        if not 0 <= self.warmup <= self.steps:
+            raise TrainingError(
+                f"TrainArgs.warmup must be in 0..steps ({self.steps}), not {self.warmup}", field="warmup"
+            )

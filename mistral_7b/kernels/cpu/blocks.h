@@ -119,11 +119,14 @@ __attribute__((always_inline)) inline void inlined_record(const Rows& r, int64_t
     constexpr int64_t T = R == 1 ? 1 : TOGETHER;
     const int8_t* x = r.q + b * f.block * T;
     const int32_t* sum = r.sum + b * (f.block / r.group) * T;
-    for (int64_t i = 0; i < record_bytes(f, f.block); i += LINE) __builtin_prefetch(codes + i + AHEAD);
+    const uint8_t* ahead = codes + AHEAD;  // prefetched group by group: a whole record at once would fill the queue of loads
+    for (int64_t i = 0; i < scale_lines(f, GROUPS); i++, ahead += LINE) __builtin_prefetch(ahead);
     for (int part = 0; part < PARTS_OF_TILE; part++, codes += 4 * LANES, d += LANES) {
         const GroupScales<KIND> scales(codes + groups * (LOW + HIGH), groups);
         Ints total[R] = {};
         for (int64_t g = 0; g < (GROUPS == 1 ? 1 : groups); g++) {
+            if (part == 0)
+                for (int64_t i = 0; i < LOW + HIGH; i += LINE, ahead += LINE) __builtin_prefetch(ahead);
             Sums s[R];
             for (int i = 0; i < R; i++) {
                 int32_t from = 0;

@@ -35,6 +35,11 @@ def reference() -> dict[str, str]:
     }
 
 
+def expanded(markdown: str) -> str:
+    """A page of docs/ with the code and the records that it names."""
+    return with_records(with_code(markdown))
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     def there(entry: Any) -> Any:
         if isinstance(entry, str):
@@ -54,7 +59,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
-    pages |= {f"docs/{f.src_uri}": f.content_string for f in files.documentation_pages()}
+    pages |= {f"docs/{f.src_uri}": expanded(f.content_string) for f in files.documentation_pages()}
     todo = list(pages)
     while todo:  # the linked files link to others
         path = todo.pop()
@@ -78,7 +83,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by:  # its links are right already
         return markdown
     path = f"docs/{page.file.src_uri}"
-    return with_links(with_records(with_code(markdown)), path, page.file.src_uri)
+    return with_links(expanded(markdown), path, page.file.src_uri)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -19,8 +19,8 @@ from source import ROOT, linked, page_of, source_page, with_code, with_links
 import mistral_7b
 
 WEB = "mistral_7b/server/web"
-ASSETS = {"site/temml.js": f"{WEB}/vendor/temml.js", "site/inter.woff2": f"{WEB}/vendor/inter.woff2",
-          "site/icon.svg": f"{WEB}/icon.svg"}  # fmt: skip
+ASSETS = {"site/inter.woff2": f"{WEB}/vendor/inter.woff2", "site/icon.svg": f"{WEB}/icon.svg"}
+EXPORT = "export{Qn as default}"  # the end of Temml's module
 TITLES = {"text": "tokenizer", "training": "fine-tuning"}
 
 
@@ -76,10 +76,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pictures = {page_of(path): path for path, text in pages.items() if not text}
     for uri, path in (ASSETS | pictures).items():
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+    files.append(File.generated(config, "site/temml.js", content=temml()))
     return files
 
 
+def temml() -> str:
+    """The vendored Temml as a plain script: browsers load no modules into a page that was opened as a file."""
+    module = (ROOT / WEB / "vendor/temml.js").read_text(encoding="utf-8")
+    if EXPORT not in module:
+        raise LookupError(f"{WEB}/vendor/temml.js no longer ends with {EXPORT}")
+    return module.replace(EXPORT, "window.temml=Qn")
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    if page.parent is None:  # the only page of its tab, or of none
+        page.meta.setdefault("hide", []).append("navigation")
     if page.file.generated_by:  # its links are right already
         return markdown
     path = f"docs/{page.file.src_uri}"

@@ -78,7 +78,8 @@ def options_of(comment: str) -> dict[str, str]:
 
 
 def title(name: str) -> str:
-    return name[11:-5].replace("-", " ").capitalize()
+    words = name[11:-5].replace("-", " ")
+    return f"{words[0].upper()}{words[1:]}, {name[:10]}"
 
 
 def section(name: str, options: Mapping[str, str]) -> str:

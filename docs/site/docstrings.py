@@ -1,7 +1,7 @@
 """Docstrings as Markdown: the house's columns of arguments become lists.
 
-    params      for all prompts        Attributes:
-    tokenizer   needed for text            page_size: tokens of a KV page
+params      for all prompts        Attributes:
+tokenizer   needed for text            page_size: tokens of a KV page
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Hooks of MkDocs: pages from README, from docstrings and from the files that documents link to.
 
-    on_config         entries of the navigation without a file are left out; the reference is added
-    on_files          README as the home page, the reference, the linked files, the vendored assets
-    on_page_markdown  code by name, tables of records, links into the repository
+on_config         entries of the navigation without a file are left out; the reference is added
+on_files          README as the home page, the reference, the linked files, the vendored assets
+on_page_markdown  code by name, tables of records, links into the repository
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             return entry if entry == "index.md" or (ROOT / "docs" / entry).exists() else None
         if isinstance(entry, list):
             return [kept for one in entry if (kept := there(one)) is not None]
-        (title, inner), = entry.items()
+        ((title, inner),) = entry.items()
         kept = there(inner)
         return None if kept is None else {title: kept}
 

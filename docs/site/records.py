@@ -8,8 +8,8 @@ A paragraph of docs/measurements.md that is a link to a record, with a comment b
 
 `of: records` names the part of the record that has the rows, `rows:` selects some of them, `columns:` the fields
 (`field as title`; `*` is the key of a row).
-`hardware:` and `command:` state what an older record lacks. Without `columns:` a record is shown whole, as are all
-that the page does not name, in the place of <!-- all other records -->.
+`hardware:` and `command:` state what an older record lacks. Without `columns:` a record is shown whole, as are
+all that the page does not name, in the place of <!-- all other records -->.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from typing import Any
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 RECORD = re.compile(r"^\[[^\]]+\]\(\.\./experiments/results/([\w.-]+\.json)\)\n<!--(.*?)-->$", re.M | re.S)
 OTHERS = "<!-- all other records -->"
-ABOUT = ("date", "commit", "commits", "cpu", "cpus", "cores", "hardware", "threads", "command", "versions", "torch",
-         "python", "arguments", "log", "load", "load_after")  # fmt: skip
+ABOUT = (
+    "date", "commit", "commits", "cpu", "cpus", "cores", "hardware", "threads", "command", "versions",
+    "torch", "python", "arguments", "log", "load", "load_after",
+)  # fmt: skip
 NAMES = {
     "*": "", "engine": "engine", "scheme": "weights", "kl": "KL divergence", "top1_agreement": "same top token",
-    "peak_rss_bytes": "peak memory, GB", "tokens_per_s": "tokens per second", "tokens_per_second": "tokens per second",
-    "s": "seconds", "ceiling_fraction": "share of the hardware limit", "bits_per_weight": "bits per weight",
+    "peak_rss_bytes": "peak memory, GB", "tokens_per_s": "tokens per second",
+    "tokens_per_second": "tokens per second", "s": "seconds", "ceiling_fraction": "share of the hardware limit", "bits_per_weight": "bits per weight",
 }  # fmt: skip
 WIDEST = 9  # columns of a table that nobody chose
 
@@ -65,7 +67,9 @@ def with_records(markdown: str) -> str:
     markdown = RECORD.sub(one, markdown)
     if OTHERS in markdown:
         rest = sorted((p.name for p in RESULTS.glob("*.json") if p.name not in shown), reverse=True)
-        markdown = markdown.replace(OTHERS, "\n".join(f"### {title(name)}\n\n{section(name, {})}" for name in rest))
+        markdown = markdown.replace(
+            OTHERS, "\n".join(f"### {title(name)}\n\n{section(name, {})}" for name in rest)
+        )
     return markdown
 
 
@@ -87,10 +91,7 @@ def section(name: str, options: Mapping[str, str]) -> str:
     record = read(name)
     for key in filter(None, options.get("of", "").split(".")):
         record = record[key]
-    if "columns" in options:
-        tables = [chosen(record, options)]
-    else:
-        tables = list(whole(record))
+    tables = [chosen(record, options)] if "columns" in options else list(whole(record))
     about = provenance(name, options)
     line = f"*{about['date']}, {about['hardware'] or 'hardware not recorded'}, "
     line += f"commit {about['commit']}*" if about["commit"] else "commit not recorded*"
@@ -145,14 +146,16 @@ def whole(record: Any) -> Iterator[str]:
 
 
 def wide(rows: list[dict[str, Any]]) -> str:
-    """A table of many columns: without those that say nothing, the ones that are equal in all rows in a line below."""
+    """A table of many columns: empty ones are left out, those that are equal in all rows go below it."""
     keys = list(dict.fromkeys(key for row in rows for key in row if key.split(".")[0] not in ABOUT))
     keys = [key for key in keys if any(showable(row.get(key)) for row in rows)]
     same = [key for key in keys if len(rows) > 1 and len({repr(row.get(key)) for row in rows}) == 1]
     keys = [key for key in keys if key not in same]
     if len(rows) == 1 or len(keys) > WIDEST:  # turned
         keys, names = (keys, ["value"]) if len(rows) == 1 else (keys[1:], [text(row.get(keys[0])) for row in rows])
-        body = [{"*": name_of(key), **{str(i): text(row.get(key), key) for i, row in enumerate(rows)}} for key in keys]
+        body = [
+            {"*": name_of(key), **{str(i): text(row.get(key), key) for i, row in enumerate(rows)}} for key in keys
+        ]
         shown = table(body, ["*", *map(str, range(len(rows)))], {str(i): name for i, name in enumerate(names)})
     else:
         shown = table(rows, keys)

@@ -50,10 +50,7 @@ def with_code(markdown: str) -> str:
     def block(found: re.Match[str]) -> str:
         name, path = found[1], found[2]
         source, line = definition(path, name)
-        return (
-            f"[{path}](../{path}#L{line}), line {line}:\n\n"
-            f'~~~~python linenums="{line}"\n{source}\n~~~~\n'
-        )
+        return f'[{path}](../{path}#L{line}), line {line}:\n\n~~~~python linenums="{line}"\n{source}\n~~~~\n'
 
     return CODE.sub(block, markdown)
 
@@ -70,7 +67,7 @@ def page_of(path: str) -> str:
 
 
 def each_link(markdown: str, path: str, change: Callable[[str, str], str]) -> str:
-    """Call change(file, anchor) for each relative link of the document `path`, outside of code, and put its result there."""
+    """Replace each relative link of the document `path`, outside of code, by change(file, anchor)."""
 
     def replaced(found: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), found[1]))
@@ -95,7 +92,7 @@ def with_links(markdown: str, path: str, page: str) -> str:
 
 
 def linked(markdown: str, path: str) -> set[str]:
-    """The files and folders outside docs/ that the document `path` links to. LookupError for one that is missing."""
+    """What the document `path` links to outside docs/. LookupError for a file that is missing."""
     found: set[str] = set()
 
     def note(target: str, anchor: str) -> str:

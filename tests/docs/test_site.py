@@ -75,7 +75,8 @@ def test_code_is_taken_by_name() -> None:
 
 
 def test_links_lead_to_pages_of_the_site() -> None:
-    text = "[a](docs/cli.md#chat) [b](mistral_7b/model.py#L33) [c](https://x.org/y) [d](deploy/README.md)\n```\n[e](f.md)\n```\n"
+    text = "[a](docs/cli.md#chat) [b](mistral_7b/model.py#L33) [c](https://x.org/y) "
+    text += "[d](deploy/README.md)\n```\n[e](f.md)\n```\n"
     assert with_links(text, "README.md", "index.md") == (
         "[a](cli.md#chat) [b](source/mistral_7b/model.py.md#__codelineno-0-33) [c](https://x.org/y) "
         "[d](source/deploy/README.md)\n```\n[e](f.md)\n```\n"

@@ -34,13 +34,16 @@ def test_all_records_are_on_the_page() -> None:
 
 
 def test_a_table_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = {"date": "2026-01-02", "commit": "abc", "cpu": "Z80", "cores": 2, "command": "x --y",
-              "speed": {"ours": {"tokens_per_s": 12.3456, "peak_rss_bytes": 4_516_372_480}, "peer": {"tokens_per_s": 2000.4}}}  # fmt: skip
+    speed = {"ours": {"tokens_per_s": 12.3456, "peak_rss_bytes": 4_516_372_480}, "peer": {"tokens_per_s": 2000.4}}
+    about = {"date": "2026-01-02", "commit": "abc", "cpu": "Z80", "cores": 2, "command": "x --y"}
+    record = {**about, "speed": speed}
     (tmp_path / "2026-01-02-a.json").write_text(json.dumps(record))
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    page = "[a](../experiments/results/2026-01-02-a.json)\n<!-- of: speed\ncolumns: *, tokens_per_s, peak_rss_bytes -->"
+    page = "[a](../experiments/results/2026-01-02-a.json)\n"
+    page += "<!-- of: speed\ncolumns: *, tokens_per_s, peak_rss_bytes -->"
     assert records.with_records(page) == (
-        "|  | tokens per second | peak memory, GB |\n|---|---|---|\n| ours | 12.35 | 4.52 |\n| peer | 2,000 |  |\n\n"
+        "|  | tokens per second | peak memory, GB |\n|---|---|---|\n| ours | 12.35 | 4.52 |\n"
+        "| peer | 2,000 |  |\n\n"
         "*2026-01-02, 2 cores of Z80, commit abc*, [record](../experiments/results/2026-01-02-a.json): `x --y`\n"
     )
     with pytest.raises(LookupError, match="no row has nothing"):

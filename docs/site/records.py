@@ -31,7 +31,8 @@ ABOUT = (
 NAMES = {
     "*": "", "engine": "engine", "scheme": "weights", "kl": "KL divergence", "top1_agreement": "same top token",
     "peak_rss_bytes": "peak memory, GB", "tokens_per_s": "tokens per second",
-    "tokens_per_second": "tokens per second", "s": "seconds", "ceiling_fraction": "share of the hardware limit", "bits_per_weight": "bits per weight",
+    "tokens_per_second": "tokens per second", "s": "seconds", "ceiling_fraction": "share of the hardware limit",
+    "bits_per_weight": "bits per weight",
 }  # fmt: skip
 WIDEST = 9  # columns of a table that nobody chose
 

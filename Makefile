@@ -10,7 +10,7 @@ MODEL = $$($(BIN)/mistral-7b pull starter >/dev/null && echo starter || \
 	{ echo "Using the bundled model, a base model of Python code, in its place." >&2; echo demo; })
 
 .DEFAULT_GOAL := help
-.PHONY: help run chat serve check check-types check-core test lint gpu-check demo
+.PHONY: help run chat serve check check-types check-core test lint site gpu-check demo
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/'
@@ -51,6 +51,10 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+site: $(STAMP)  ## build the documentation into build/site, offline; any warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open build/site/index.html, or, to search it too: $(BIN)/python -m http.server -d build/site"
 
 gpu-check: $(STAMP)  ## the tests, exactness and speed on the accelerator that is present; a table last
 	$(BIN)/python experiments/gpu_check.py

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```sh\n(.*?)```", re.S)
 COMMANDS = [
     (page, command)
-    for page in ("docs/serving.md", "deploy/README.md")
+    for page in ("docs/serving.md", "docs/tutorial.md", "deploy/README.md")
     for block in BLOCK.findall((ROOT / page).read_text())
     for command in block.replace("\\\n", " ").splitlines()
     if command.startswith("curl")
@@ -35,7 +35,11 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[command[:60] for _, command in COMMANDS])
 def test_curl_is_answered(ready: Serving, page: str, command: str) -> None:
-    command = re.sub(r"(127\.0\.0\.1|localhost):8000", rf"\1:{ready.port}", command).replace("demo", "tiny")
+    command = (
+        re.sub(r"(127\.0\.0\.1|localhost):8000", rf"\1:{ready.port}", command)
+        .replace("demo", "tiny")
+        .replace("starter", "tiny")
+    )
     done = subprocess.run(
         ["bash", "-c", command.replace("curl", "curl --silent --show-error --write-out '\\n%{http_code}'", 1)],
         capture_output=True, text=True, timeout=20, check=False,
@@ -51,6 +55,16 @@ def test_curl_is_answered(ready: Serving, page: str, command: str) -> None:
         assert text.rstrip().endswith("[DONE]" if "chat" in command else '{"type":"message_stop"}')
     else:
         assert (status, type(json.loads(text))) == ("200", dict)
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/serving.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=[s.split("\n")[0] for s in SNIPPETS])
+def test_clients_in_python_are_answered(ready: Serving, snippet: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(snippet.split()[1])
+    exec(compile(snippet.replace(":8000", f":{ready.port}").replace('"demo"', '"tiny"'), "serving.md", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_the_documents_have_commands() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...checkpoint.names import EMBEDDING, OUTPUT
+from ...checkpoint.names import EMBEDDING, OUTPUT, half_split, interleaved, rotated_heads
 from ...model import ModelArgs
 from .hypotheses import hypotheses
 from .sides import Side, Weights
@@ -23,6 +23,7 @@ from .texts import Tokens
 
 EFFECT = 1e-5  # relative: the tolerance of float32 in this package's tests, and a hundred of its rounding errors
 PADDING = 1e-4  # mean probability on tokens that only B has, from which they are a fault
+WQ = "attention.wq.weight"
 SETTINGS = ("rope_theta", "rope_scaling", "sliding_window", "norm_eps")
 
 
@@ -43,17 +44,34 @@ class Suspect:
 
 
 def of_heads(a: Side, b: Side) -> Suspect | None:
-    """Other heads of the same total width: B's files are read again with A's."""
+    """Other heads of the same total width: B's files are read again with A's.
+
+    A converter that had the wrong number may also have permuted the rows of q and k by it.
+    """
     if (a.args.n_heads, a.args.head_dim) == (b.args.n_heads, b.args.head_dim) or b.reread is None:
         return None
     heads = {name: getattr(a.args, name) for name in ("n_heads", "head_dim", "n_kv_heads")}
-    reread = b.reread
+    reread, wrong = b.reread, b.args
+
+    def permuted_again(name: str, inner: Weights) -> Tensor:
+        own, other = rotated_heads(name, a.args), rotated_heads(name, wrong)
+        weight = inner(name)
+        return weight if own is None or other is None else interleaved(half_split(weight, other), own)
+
+    def configured(side: Side) -> Side:
+        return reread(dataclasses.replace(side.args, **heads))
+
+    def permuted(side: Side) -> Side:
+        return configured(side).changed(permuted_again)
+
+    probe = f"layers.0.{WQ}"
+    ways = [(difference(a, way(b), probe, way(b).weight(probe)).error, way) for way in (configured, permuted)]
     return Suspect(
         "head_shape",
         "layers.0.attention",
-        f"{b.args.n_heads} heads of {b.args.head_dim} in B's configuration; {a.args.n_heads} of {a.args.head_dim} in A's",
+        f"{wrong.n_heads} heads of {wrong.head_dim} in B, and {a.args.n_heads} of {a.args.head_dim} in A",
         ("n_heads", "head_dim"),
-        lambda side: reread(dataclasses.replace(side.args, **heads)),
+        min(ways, key=lambda way: way[0])[1],
     )
 
 

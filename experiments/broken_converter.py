@@ -81,10 +81,15 @@ class Model:
         if format == "huggingface":
             shutil.copyfile(self.vocabulary, out / "tokenizer.model")
             (out / "config.json").write_text(json.dumps(self.config))
-            save_file({name: t.contiguous() for name, t in self._for("huggingface").items()}, out / "model.safetensors")
+            save_file(
+                {name: t.contiguous() for name, t in self._for("huggingface").items()}, out / "model.safetensors"
+            )
         else:
             (out / "params.json").write_text(json.dumps(self._params()))
-            save_file({name: t.contiguous() for name, t in self._for("mistral").items()}, out / "consolidated.safetensors")
+            save_file(
+                {name: t.contiguous() for name, t in self._for("mistral").items()},
+                out / "consolidated.safetensors",
+            )
         return out
 
     def _for(self, format: str) -> dict[str, Tensor]:
@@ -150,7 +155,13 @@ class Model:
                 value = padded_list(key, value, c["vocab_size"])
             writer.add_key_value(key, ours.pop(key, value), kind, inner)
         for key, value in ours.items():
-            kind = kinds.STRING if isinstance(value, str) else kinds.BOOL if isinstance(value, bool) else kinds.FLOAT32
+            kind = (
+                kinds.STRING
+                if isinstance(value, str)
+                else kinds.BOOL
+                if isinstance(value, bool)
+                else kinds.FLOAT32
+            )
             writer.add_key_value(key, value, kind)
         for name, tensor in self._for("gguf").items():
             values = tensor.float().numpy()

@@ -110,7 +110,7 @@ def _with(fixes: Mapping[str, Callable[[Weights], Tensor]]) -> Callable[[Side], 
     return lambda side: side.changed(weights)
 
 
-def of_adapter(a: Side, b: Side, found: Iterable[Difference]) -> Suspect | None:
+def of_adapter(a: Side, b: Side, found: list[Difference]) -> Suspect | None:
     """The adapter's update U, if it is in one model and not, or not once, in the other.
 
     c = <W_B - W_A, U> / <U, U> over all adapted tensors: 0 if both have it, -1 if B lacks it, 1 if A does. The
@@ -163,9 +163,9 @@ def of_base(a: Side, b: Side, found: list[Difference], rest: list[Difference]) -
     )
 
 
-def _coefficient(found: Iterable[Difference]) -> tuple[float, float]:
+def _coefficient(found: list[Difference]) -> tuple[float, float]:
     """The part of the update in B - A, and its standard deviation if B - A were independent of it."""
-    products, squares, sizes = (math.fsum(d.update[i] for d in found) for i in range(3))
+    products, squares = (math.fsum(d.update[i] for d in found) for i in (0, 1))
     if not squares:
         return 0.0, math.inf
     spread = math.sqrt(math.fsum(d.update[1] * d.update[2] / d.elements for d in found if d.update[1]))
@@ -227,7 +227,9 @@ def of_tokens(a: Tokens, b: Tokens) -> list[Suspect]:
     """Suspects for other beginnings of texts, and for another chat template."""
     out = []
     ahead = b.rows.shape[1] - a.rows.shape[1]
-    starts = [t.rows[0, : max(0, t.rows.shape[1] - min(a.rows.shape[1], b.rows.shape[1])) or 1].tolist() for t in (a, b)]
+    starts = [
+        t.rows[0, : max(0, t.rows.shape[1] - min(a.rows.shape[1], b.rows.shape[1])) or 1].tolist() for t in (a, b)
+    ]
     if ahead or starts[0] != starts[1]:
         cause = {-1: "bos_missing", 1: "bos_doubled"}.get(ahead, "bos")
         out.append(Suspect(cause, "tokenizer", _BOS[cause], ("text",), tokens="text"))
@@ -239,8 +241,12 @@ def of_tokens(a: Tokens, b: Tokens) -> list[Suspect]:
     elif [a.bos, *other] == own:
         cause = "bos_missing"
     else:
-        at = next((i for i, (x, y) in enumerate(zip(own, other, strict=False)) if x != y), min(len(own), len(other)))
-        text = f"the chat templates are different: a conversation's tokens part at {at} ({len(own)} and {len(other)})"
+        at = next(
+            (i for i, (x, y) in enumerate(zip(own, other, strict=False)) if x != y), min(len(own), len(other))
+        )
+        text = (
+            f"the chat templates are different: a conversation's tokens part at {at} ({len(own)} and {len(other)})"
+        )
         return [*out, Suspect("chat_template", "chat template", text, ("chat",), tokens="chat")]
     if cause not in [suspect.cause for suspect in out]:
         out.append(Suspect(cause, "chat template", f"{_BOS[cause]} (in chats)", ("chat",), tokens="chat"))

@@ -41,10 +41,10 @@ def hypotheses(name: str, a: Side, b: Side) -> Iterator[Hypothesis]:
         yield from _heads(name, kind, a, b)
     for pair in SWAPPED:
         if kind in pair:
-            other = pair[1 - pair.index(kind)]
+            other = name.replace(kind, pair[1 - pair.index(kind)])
             what = "norms_swapped" if "norm" in kind else "tensors_swapped"
             text = f"the file has {pair[0]} and {pair[1]} in each other's place"
-            yield Hypothesis(what, text, lambda w, other=name.replace(kind, other): w(other))  # type: ignore[misc]
+            yield Hypothesis(what, text, lambda w, other=other: w(other))  # type: ignore[misc]
     weight = a.weight(name)
     if weight.dim() == 1:
         yield Hypothesis("norm_offset", "the norm's weights are 1 too large", lambda w: w(name) - 1)
@@ -77,10 +77,14 @@ def _scaled(name: str, a: Side, b: Side) -> Iterator[Hypothesis]:
 def _vocabulary(name: str, a: Side, b: Side) -> Iterator[Hypothesis]:
     for shift in SHIFTS:
         yield Hypothesis(
-            "rows_shifted", f"the rows of the vocabulary are shifted by {shift}", lambda w, s=shift: w(name).roll(-s, 0)
+            "rows_shifted",
+            f"the rows of the vocabulary are shifted by {shift}",
+            lambda w, s=shift: w(name).roll(-s, 0),
         )  # type: ignore[misc]
     if name == OUTPUT and not b.args.tie_embeddings:
-        yield Hypothesis("untied", "the output is not the embedding, to which it is tied in A", lambda w: w(EMBEDDING))
+        yield Hypothesis(
+            "untied", "the output is not the embedding, to which it is tied in A", lambda w: w(EMBEDDING)
+        )
     if name == OUTPUT and b.args.tie_embeddings and not a.args.tie_embeddings:
         text = "the output is tied to the embedding: the file lacks the output's own weight"
         yield Hypothesis("tied", text, lambda w: a.weight(OUTPUT))
@@ -126,5 +130,7 @@ def _heads(name: str, kind: str, a: Side, b: Side) -> Iterator[Hypothesis]:
             yield Hypothesis(
                 "head_order",
                 f"{text} {kind}",
-                lambda w, s=sizes: w(name).unflatten(dim, s).transpose(dim, dim + 1).flatten(dim, dim + len(s) - 1),  # type: ignore[misc]
+                lambda w, s=sizes: (
+                    w(name).unflatten(dim, s).transpose(dim, dim + 1).flatten(dim, dim + len(s) - 1)
+                ),  # type: ignore[misc]
             )

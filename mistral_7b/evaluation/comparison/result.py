@@ -152,9 +152,13 @@ def _verdict(result: Result) -> list[str]:
             state = "proved" if cause.proved else "suspected"
             more = f", and {len(cause.modules) - 1} more" if len(cause.modules) > 1 else ""
             out.append(f"  {cause.cause} ({state}): {cause.text}")
-            out.append(f"    in {cause.module}{more}; undone, the mean KLD falls {cause.before:.3g} -> {cause.after:.3g}")
+            out.append(
+                f"    in {cause.module}{more}; undone, the mean KLD falls {cause.before:.3g} -> {cause.after:.3g}"
+            )
         for d in result.unexplained[:5]:
-            out.append(f"  unexplained: {d.module} differs by {d.error:.2%}, and rounding by at most {d.bound:.2%}")
+            out.append(
+                f"  unexplained: {d.module} differs by {d.error:.2%}, and rounding by at most {d.bound:.2%}"
+            )
         if len(result.unexplained) > 5:
             out.append(f"  unexplained: {len(result.unexplained) - 5} more tensors")
         if not result.causes and not result.unexplained:

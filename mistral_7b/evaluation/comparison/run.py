@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ...errors import EvaluationError
 from ...text.default_text import default_text
-from . import causes
+from . import causes, engine
 from .causes import Suspect
+from .engine import Logits
 from .result import FAULT, NOISE, Cause, Result
 from .sides import Side, check_same_shape, open_side
 from .streaming import Pair, Stream, Trace, run
@@ -58,13 +59,17 @@ def compare(
     text_name: str = "",
     tokens: int = TOKENS,
     row: int = ROW,
+    logits: Logits | None = None,
+    unit: float = 2**-20,
     tell: Tell = lambda text: None,
 ) -> Result:
-    """Measure the distance of model B from model A on a text, decide whether it is noise, and find the cause if not.
+    """Measure the distance of B from A on a text, decide whether it is noise, and find the cause if not.
 
     a, b     MODEL or MODEL+ADAPTER: folders of Hugging Face and Mistral, quantized folders, GGUF files, hub ids
     text     a text, which both sides encode; or token ids (R, T); None: the default text
     tokens   how many of the text's tokens at most, in rows of `row` tokens, which are independent
+    logits   an engine that runs B's files: tokens (R, T) to logits (R, T, V); its arithmetic has errors of the
+             relative size `unit` (engine.py)
     tell     called with the name of each step
 
     Raises EvaluationError for models of different shapes, vocabularies or tokenizers, and for a text without
@@ -84,11 +89,15 @@ def compare(
         for side in (left, right):
             check_ids(side, text)
         read = (Tokens(text), Tokens(text))
-    return _judged(Pairing(left, right, read, tell), text_name)
+    result = _judged(Pairing(left, right, read, tell), text_name)
+    if logits is not None:
+        result = engine.judge(result, left, right, (read[0].rows, read[1].rows), logits, unit, RATIO, tell)
+    tell("")
+    return result
 
 
 def _judged(pairing: Pairing, text_name: str) -> Result:
-    a, b, tell = pairing.a, pairing.b, pairing.tell
+    a, b = pairing.a, pairing.b
     suspects, rest, found, fixed = _examined(pairing)
     probes = causes.differing_settings(a.args, fixed.args)
     first = _first_run(pairing, noisy(a, found), probes)
@@ -106,7 +115,6 @@ def _judged(pairing: Pairing, text_name: str) -> Result:
         sound = False
     else:
         sound = _is_noise(text.kld, noise.kld)
-    tell("")
     worst = max(found, key=lambda d: d.error / d.bound)
     return Result(
         a.name, b.name, (a.format, b.format), text_name, text.result(), NOISE if sound else FAULT, expected, worst,
@@ -145,7 +153,8 @@ def _first_run(pairing: Pairing, noise: Side, probes: dict[str, causes.ModelArgs
     streams = [Stream(a, own.rows), Stream(noise, own.rows), Stream(b, other.rows)]
     pairs = [Pair(0, 2), Pair(0, 1)]
     if _chats_differ(pairing):
-        assert own.chat is not None and other.chat is not None
+        assert own.chat is not None
+        assert other.chat is not None
         streams = [streams[0], Stream(a, own.chat), *streams[1:], Stream(b, other.chat)]
         pairs = [Pair(0, 3), Pair(0, 2), Pair(1, 4, width=1)]
     return run(streams, pairs, probes, lambda done, total, name: tell(f"running both models: {name} of {total}"))
@@ -173,7 +182,7 @@ def _undone(
     begun = any(suspect.tokens == "text" for suspect in suspects)
     streams = [Stream(a, own.rows), Stream(noisy(a, found), own.rows)]
     pairs = [Pair(0, 1)]
-    for suspect, side in zip(suspects, fixed[1:], strict=True):
+    for side in fixed[1:]:
         pairs.append(Pair(0, len(streams)))
         streams.append(Stream(side, own.rows if begun else other.rows))
     if of_chat := [suspect for suspect in suspects if suspect.tokens == "chat"]:

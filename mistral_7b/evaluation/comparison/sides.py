@@ -25,7 +25,7 @@ from torch import Tensor
 from ...checkpoint import hub, quantized
 from ...checkpoint.gguf.file import KINDS
 from ...checkpoint.gguf.reading import StoredBlocks
-from ...checkpoint.names import EMBEDDING, OUTPUT
+from ...checkpoint.names import EMBEDDING
 from ...checkpoint.packed import PackedMatrix
 from ...checkpoint.reading import Checkpoint, open_checkpoint
 from ...errors import EvaluationError
@@ -34,6 +34,7 @@ from ...lora.bases import open_base
 from ...lora.files import Adapter, read_adapter
 from ...model import ModelArgs
 
+_OTHER_MODELS = "compare a model with one that was made from it"
 ENGINES = ("transformers", "llama.cpp")
 Weights = Callable[[str], Tensor]  # of a tensor's name in Mistral's layout: float32
 
@@ -68,7 +69,9 @@ class Side:
     adapter: Adapter | None = None
     reread: Callable[[ModelArgs], Side] | None = None
 
-    def changed(self, weights: Callable[[str, Weights], Tensor] | None = None, args: ModelArgs | None = None) -> Side:
+    def changed(
+        self, weights: Callable[[str, Weights], Tensor] | None = None, args: ModelArgs | None = None
+    ) -> Side:
         """Return this side with other weights, each computed from those of this side, or other ModelArgs."""
         inner = self.weight
         weight = inner if weights is None else lambda name: weights(name, inner)
@@ -100,7 +103,14 @@ def parse(name: str) -> Name:
 
 def open_side(name: str | os.PathLike[str]) -> Side:
     """Open MODEL or MODEL+ADAPTER. Raises CheckpointError, HubError and AdapterError as elsewhere."""
-    _, model, adapter = parse(os.fspath(name))
+    engine, model, adapter = parse(os.fspath(name))
+    if engine is not None:
+        raise EvaluationError(
+            f"{engine} is no model but an engine, which runs B",
+            field="model",
+            place=os.fspath(name),
+            hint="name it as B on the command line, or pass its `logits` to compare()",
+        )
     path = hub.resolve(model)
     record = quantized.read_record(path)
     side = _plain(path, open_checkpoint(path)) if record is None else _quantized(path)
@@ -147,7 +157,7 @@ def _quantized(path: pathlib.Path) -> Side:
 
 
 def _unit_of_bits(bits: float) -> float:
-    """The error of block formats, relative to the weights: 0.0055 of Q8_0 (measured: 0.0045), 0.088 of Q4_K (0.07)."""
+    """The error of block formats, relative to the weights: 0.0055 of Q8_0, 0.088 of Q4_K; rounding has a little less."""
     return 2 ** (1 - bits)
 
 
@@ -198,7 +208,3 @@ def check_same_shape(a: Side, b: Side) -> None:
             field="vocab_size",
             hint="if they are padding, name the models in the other order",
         )
-
-
-_OTHER_MODELS = "compare a model with one that was made from it"
-OUTER = (EMBEDDING, "norm.weight", OUTPUT)

@@ -27,10 +27,11 @@ Progress = Callable[[int, int, str], None]  # blocks done, of all, and what is n
 
 
 class Stream(NamedTuple):
-    """A model and the tokens (R, T) that it runs on."""
+    """A model and the tokens (R, T) that it runs on; with `logits` (R, T, V) of another engine, it is not run."""
 
     side: Side
     tokens: Tensor
+    logits: Tensor | None = None
 
 
 class Pair(NamedTuple):
@@ -64,13 +65,14 @@ def run(
     probes: Mapping[str, ModelArgs] | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> Trace:
-    """Run all streams; `probes` are settings of the first stream's model, by a name of the caller's."""
-    settings = [_settings(stream.side.args, stream.tokens) for stream in streams]
+    """Run all streams, those with logits last; `probes` are other settings of the first stream's model, by name."""
+    computed = [stream for stream in streams if stream.logits is None]
+    settings = [_settings(stream.side.args, stream.tokens) for stream in computed]
     probed = {name: (args, *_settings(args, streams[0].tokens)) for name, args in (probes or {}).items()}
     growth: list[list[Place]] = [[] for _ in pairs]
     effects = {name: Place("", 0.0) for name in probed}
     states: list[Tensor] = []
-    for side, numbers in _by_side(streams):
+    for side, numbers in _by_side(computed):
         table = side.weight(EMBEDDING)
         states += [table[streams[n].tokens] for n in numbers]
         del table
@@ -81,7 +83,7 @@ def run(
         progress(layer, n_layers + 1, f"layers.{layer}")
         middle: list[Tensor] = []
         after: list[Tensor] = []
-        for side, numbers in _by_side(streams):
+        for side, numbers in _by_side(computed):
             block = _block(side, layer)
             for n in numbers:
                 if n == 0:
@@ -96,6 +98,7 @@ def run(
         _measure(growth, pairs, after, f"layers.{layer}.feed_forward")
         states = after
     progress(n_layers, n_layers + 1, "output")
+    states += [stream.logits for stream in streams if stream.logits is not None]
     figures = [_compare(streams[pair.a], streams[pair.b], states[pair.a], states[pair.b], pair) for pair in pairs]
     return Trace(figures, growth, effects)
 
@@ -146,6 +149,8 @@ def _probe(
 
 def _measure(growth: list[list[Place]], pairs: Sequence[Pair], states: Sequence[Tensor], module: str) -> None:
     for places, pair in zip(growth, pairs, strict=True):
+        if pair.b >= len(states):  # logits only
+            continue
         a, b = _aligned(states[pair.a], states[pair.b], pair)
         places.append(Place(module, _relative(a, b)))
 
@@ -164,7 +169,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def _compare(one: Stream, other: Stream, a: Tensor, b: Tensor, pair: Pair) -> Figures:
     """The figures of two streams from their last states; the last token of a row has no target."""
-    heads = [_head(stream.side) for stream in (one, other)]
+    heads = [_head(stream.side) if stream.logits is None else nn.Identity() for stream in (one, other)]
     a, b = _aligned(a, b, pair)
     figures = Figures()
     if pair.width is not None:  # no text, but the choice of the next token
@@ -178,7 +183,7 @@ def _compare(one: Stream, other: Stream, a: Tensor, b: Tensor, pair: Pair) -> Fi
     return figures
 
 
-def _head(side: Side) -> nn.Sequential:
+def _head(side: Side) -> nn.Module:
     args = side.args
     norm = RMSNorm(args.dim, args.norm_eps, dtype=torch.float32, device="meta")
     output = nn.Linear(args.dim, args.vocab_size, bias=False, dtype=torch.float32, device="meta")

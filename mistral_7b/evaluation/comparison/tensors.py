@@ -4,8 +4,8 @@
     bound   2 sqrt(u_A^2 + u_B^2), where u is the relative rounding error of the stored type: 2^-9 of bfloat16,
             2^(1 - b) of a block format of b bits per weight
 
-Rounding to nearest gives half the bound or less. A tensor beyond it holds other values: permuted, swapped, scaled or
-another model's. Errors that hide within the bound of a coarse format are found by their effect (verdict.py).
+Rounding to nearest gives half the bound or less. A tensor beyond it holds other values: permuted, swapped, scaled
+or another model's. Errors that hide within the bound of a coarse format are found by their effect (run.py).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def shared(side: Side, name: str, weight: Tensor, other: Side) -> Tensor:
 
 
 def noisy(side: Side, found: list[Difference]) -> Side:
-    """The model with random errors in place of the other's: of each tensor's size, and independent of the weights."""
+    """The model with random errors, independent of the weights, in place of the other's: of each tensor's size."""
     size = {d.name: d.error for d in found}
     seeds = {d.name: i for i, d in enumerate(found)}
     tied = side.args.tie_embeddings

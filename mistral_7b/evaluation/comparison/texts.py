@@ -45,7 +45,9 @@ def tokens_of(a: Side, b: Side, text: str, most: int, row: int) -> tuple[Tokens,
         )
     ids = one.encode(text, bos=False)
     if ids != (theirs := other.encode(text, bos=False)):
-        at = next((i for i, (x, y) in enumerate(zip(ids, theirs, strict=False)) if x != y), min(len(ids), len(theirs)))
+        at = next(
+            (i for i, (x, y) in enumerate(zip(ids, theirs, strict=False)) if x != y), min(len(ids), len(theirs))
+        )
         raise EvaluationError(
             f"the tokenizers of A and B are different: they part at token {at} of the text",
             field="tokenizer",

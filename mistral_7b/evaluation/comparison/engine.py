@@ -2,8 +2,8 @@
 
 B's files are compared with A as usual. Then the engine's logits are compared with those of the same files here:
 what is between these is arithmetic, or a fault of the engine. The noise of its arithmetic is taken as that of
-random errors in the weights, of the relative size `unit`. If the distance is more, settings that an engine may have
-ignored are tried here: the one with which the logits agree is the cause.
+random errors in the weights, of the relative size `unit`. If the distance is more, settings that an engine may
+have ignored are tried here: the one with which the logits agree is the cause.
 
 R rows · T tokens · V vocabulary
 """

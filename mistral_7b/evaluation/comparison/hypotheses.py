@@ -76,11 +76,8 @@ def _scaled(name: str, a: Side, b: Side) -> Iterator[Hypothesis]:
 
 def _vocabulary(name: str, a: Side, b: Side) -> Iterator[Hypothesis]:
     for shift in SHIFTS:
-        yield Hypothesis(
-            "rows_shifted",
-            f"the rows of the vocabulary are shifted by {shift}",
-            lambda w, s=shift: w(name).roll(-s, 0),
-        )  # type: ignore[misc]
+        text = f"the rows of the vocabulary are shifted by {shift}"
+        yield Hypothesis("rows_shifted", text, lambda w, by=-shift: w(name).roll(by, 0))  # type: ignore[misc]
     if name == OUTPUT and not b.args.tie_embeddings:
         yield Hypothesis(
             "untied", "the output is not the embedding, to which it is tied in A", lambda w: w(EMBEDDING)

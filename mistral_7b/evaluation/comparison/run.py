@@ -109,7 +109,8 @@ def _judged(pairing: Pairing, text_name: str) -> Result:
         notes.append(f"B has {b.args.vocab_size - a.args.vocab_size} tokens more, of probability {text.extra:.1g}")
     suspects = [*causes.of_tokens(*pairing.tokens), *suspects, *more]
     chat = first.figures[2].kld if len(first.figures) > 2 else 0.0
-    expected, proved = noise.kld, ()
+    expected = noise.kld
+    proved: list[Cause] = []
     if suspects or rest:
         proved, expected, found = _undone(pairing, suspects, rest, text.kld, chat)
         sound = False

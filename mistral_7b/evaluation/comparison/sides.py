@@ -157,7 +157,7 @@ def _quantized(path: pathlib.Path) -> Side:
 
 
 def _unit_of_bits(bits: float) -> float:
-    """The error of block formats, relative to the weights: 0.0055 of Q8_0, 0.088 of Q4_K; rounding has a little less."""
+    """The error of block formats, relative to the weights: 0.0055 of Q8_0, 0.088 of Q4_K; rounding has less."""
     return 2 ** (1 - bits)
 
 

@@ -65,7 +65,7 @@ def run(
     probes: Mapping[str, ModelArgs] | None = None,
     progress: Progress = lambda done, total, name: None,
 ) -> Trace:
-    """Run all streams, those with logits last; `probes` are other settings of the first stream's model, by name."""
+    """Run all streams, those with logits last; `probes` are other settings of the first stream, by name."""
     computed = [stream for stream in streams if stream.logits is None]
     settings = [_settings(stream.side.args, stream.tokens) for stream in computed]
     probed = {name: (args, *_settings(args, streams[0].tokens)) for name, args in (probes or {}).items()}

@@ -82,6 +82,9 @@ def test_commands_run(
         factors = Factors(torch.ones(2, args.dim), torch.ones(args.n_heads * args.head_dim, 2), 0.1)
         save_adapter(Adapter({"layers.0.attention.wq": factors}), tmp_path / words[2], args)
         words += ["--tokens", "60"]
+    if words[0] == "compare":
+        assert main(["convert", "demo", words[2], "--to", "gguf"]) == 0
+        words += ["--tokens", "64"]
     if words[0] == "bench":  # one process of it, at a size that any machine holds
         words[words.index("--shape") + 1] = "tiny"
         words += ["--quick", "--what", "prefill"]

@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": "convert a checkpoint to another format",
     "quantize": "quantize a checkpoint to int8 or int4",
     "merge": "merge a LoRA adapter into its base model",
+    "compare": "compare two models: their distance, and its cause if it is a fault",
     "pull": "download a model: one of the Hugging Face hub, or the starter model",
     "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",

@@ -62,6 +62,7 @@ def test_unknown_flag(run, command: str) -> None:
         "convert": ["a", "b", "--to", "mistral"],
         "quantize": ["a", "b"],
         "merge": ["a", "b", "c"],
+        "compare": ["a", "b"],
         "pull": ["a/b"],
     }.get(command, [])
     code, out, err = run(command, *words, "--no-such-flag")

@@ -19,6 +19,7 @@ from mistral_7b.kernels import threads
 COMMANDS = {
     "generate": (), "chat": (), "serve": ("--port", "0"), "bench": ("--shape", "tiny"),
     "bench --serving": ("--shape", "tiny"), "bench --quality": ("demo",), "quantize": ("demo", "{out}"),
+    "compare": ("demo", "demo"),
 }  # fmt: skip
 
 

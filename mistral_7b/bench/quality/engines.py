@@ -1,0 +1,68 @@
+"""The logits of other engines for a model's files, as `mistral-7b compare` needs them.
+
+R rows · T tokens · V vocabulary
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import machine
+from ...checkpoint import convert
+from ...checkpoint.gguf.file import is_gguf
+from ...errors import BenchmarkError, first_line
+from ..jobs import LLAMA
+from ..run import SPARE, call, need
+
+
+def logits(engine: str, path: pathlib.Path, tokens: Tensor, python: str) -> Tensor:
+    """Return the logits (R, T, V) of "transformers" or "llama.cpp" for tokens (R, T), each row on its own.
+
+    llama.cpp runs under the Python `python`; files of other formats are converted to GGUF for it. Raises
+    BenchmarkError if the engine is missing or cannot open the files.
+    """
+    return _llama(path, tokens, python) if engine == LLAMA else _transformers(path, tokens)
+
+
+def _llama(path: pathlib.Path, tokens: Tensor, python: str) -> Tensor:
+    need(python, "llama_cpp")
+    with tempfile.TemporaryDirectory(prefix="mistral-7b-compare-") as place:
+        folder = pathlib.Path(place)
+        source = path
+        if not (path.is_file() and is_gguf(path)):
+            source = folder / "model.gguf"
+            convert(path, source, "gguf")
+        np.save(folder / "tokens.npy", tokens.to(torch.int32).numpy())
+        job = {
+            "kind": None, "source": str(source), "file": "", "tokens": str(folder / "tokens.npy"),
+            "logits": str(folder / "logits"), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        call(python, "quality", json.dumps(job))
+        return torch.from_numpy(np.fromfile(folder / "logits", np.float32)).view(*tokens.shape, -1)
+
+
+@torch.inference_mode()
+def _transformers(path: pathlib.Path, tokens: Tensor) -> Tensor:
+    try:
+        import transformers
+    except ImportError as error:
+        raise BenchmarkError("transformers is not installed", hint="pip install transformers") from error
+    if not path.is_dir():
+        raise BenchmarkError("transformers opens a folder of Hugging Face's format", place=path)
+    size, free = 2 * sum(f.stat().st_size for f in path.glob("*.safetensors")) + SPARE, machine.memory()[1]
+    if free and size > free:
+        raise BenchmarkError(
+            f"transformers needs {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free", place=path
+        )
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BenchmarkError(f"transformers cannot open it: {first_line(error)}", place=path) from error
+    return torch.cat([model(row[None], use_cache=False).logits.float() for row in tokens])

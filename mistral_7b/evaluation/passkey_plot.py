@@ -52,7 +52,7 @@ def _draw(found: PasskeyMap, path: pathlib.Path, kind: str, title: str) -> None:
             "a picture needs matplotlib", field="output", hint="`pip install 'mistral-7b[plot]'` installs it"
         ) from error
     lengths, depths = found.lengths, found.depths
-    figure = Figure(figsize=(2.5 + 0.8 * len(lengths), 2 + 0.45 * len(depths)), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 2.5 + 0.8 * len(lengths)), 2.4 + 0.45 * len(depths)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     values = [[found.cells[i * len(depths) + j].retrieved for i in range(len(lengths))] for j in range(len(depths))]
@@ -73,7 +73,7 @@ def _draw(found: PasskeyMap, path: pathlib.Path, kind: str, title: str) -> None:
     axes.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
     axes.set(xlabel="tokens", ylabel="depth of the pass key", title=title)
     if found.window is not None:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(loc="outside lower center", ncols=1, frameon=False)
     figure.colorbar(image, label=f"retrieved, of {found.trials} trials")
     figure.savefig(path, format=kind, dpi=150)
 

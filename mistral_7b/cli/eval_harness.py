@@ -13,7 +13,7 @@ from .inputs import ModelName, ModelOptions, UsageError, read_flags
 
 @dataclasses.dataclass(frozen=True)
 class Harness(ModelOptions):
-    """Run tasks of lm-eval. Without the network: mini_choice, mini_python, mini_answers, mini_text, or your own."""
+    """Run tasks of lm-eval. Without the network: mini_choice, mini_python, mini_answers, mini_text."""
 
     model: ModelName = "demo"
     """A folder, a file, a hub id, "starter" or "demo"."""
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     )  # fmt: skip
     results = {task: metrics_of(values) for task, values in found["results"].items()}
     if args.json:
-        print(json.dumps({"model": args.model, "results": results, "n-shot": found.get("n-shot", {})}, indent=2))
+        print(json.dumps({"model": args.model, "results": results}, indent=2))
         return 0
     from rich.console import Console
     from rich.table import Table

@@ -43,10 +43,15 @@ def run(argv: list[str]) -> int:
     measure = partial(sliding_perplexity, model, tokenizer, path)
     with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         found = measure(
-            context=args.context, stride=args.stride, state=args.state, progress=lambda read: bar.update(read - bar.n)
+            context=args.context,
+            stride=args.stride,
+            state=args.state,
+            progress=lambda read: bar.update(read - bar.n),
         )
     if args.json:
         print(json.dumps({"model": args.model, "text": args.text, **found.to_dict()}, indent=2))
     else:
-        print(f"perplexity {found.perplexity:.4f}, {found.bits_per_byte:.4f} bits per byte, {found.tokens:,} tokens")
+        print(
+            f"perplexity {found.perplexity:.4f}, {found.bits_per_byte:.4f} bits per byte, {found.tokens:,} tokens"
+        )
     return 0

@@ -17,7 +17,7 @@ MARKS = {"ok": ("✓", "green"), "bad": ("✗", "red"), "note": ("!", "yellow")}
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Check a model's files: configuration, weights, tokenizer, chat template, hashes. Exit code 1 if a check fails."""
+    """Check a model's files: configuration, weights, tokenizer, chat template, hashes."""
 
     model: ModelName = "demo"
     """A folder, a file, a hub id, "starter" or "demo"; of any format, quantized ones too."""

@@ -175,7 +175,9 @@ class InputProcessor:
         )  # fmt: skip
         return self._checked(request, name, "input")
 
-    def scoring(self, ids: Sequence[int], start: int, options: RequestOptions, name: str = "the prompt") -> Request:
+    def scoring(
+        self, ids: Sequence[int], start: int, options: RequestOptions, name: str = "the prompt"
+    ) -> Request:
         """A request for the scores of ids[start:], each given all before it; nothing is sampled.
 
         The last id is not computed, so `ids` may have one token more than a context. GenerationError if `start`

@@ -98,7 +98,7 @@ class Request:
 
     @property
     def needed_rows(self) -> int:
-        """The number of last tokens of the prompt whose hidden states are needed, so that no prefix covers them."""
+        """The number of last tokens of the prompt whose hidden states are needed: no cached prefix covers them."""
         return max(1, len(self.targets))
 
     def pool(self, start: int, hidden: Tensor) -> None:

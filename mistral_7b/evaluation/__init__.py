@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from .sliding import sliding_perplexity as sliding_perplexity
     from .verify import verify_model as verify_model
 
-_MODULES = {"evaluate": "harness", "retrieve": "passkey", "sliding_perplexity": "sliding", "verify_model": "verify"}
+_MODULES = {
+    "evaluate": "harness",
+    "retrieve": "passkey",
+    "sliding_perplexity": "sliding",
+    "verify_model": "verify",
+}
 __all__ = [
     "Distance", "Perplexity", "distance", "evaluate", "perplexity", "retrieve", "sliding_perplexity", "verify_model",
 ]  # fmt: skip

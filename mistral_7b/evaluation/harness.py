@@ -4,8 +4,8 @@ loglikelihood          scores on the engine, with shared prefixes
 loglikelihood_rolling  with a sliding window one pass over the whole text; else lm-eval's windows of the context
 generate_until         completions on the engine
 
-Prompts begin with BOS exactly once, where the model's texts do: also where lm-eval puts it before a window, and where
-a chat template writes it. Text that spells a control token stays text.
+Prompts begin with BOS exactly once, where the model's texts do: also where lm-eval puts it before a window, and
+where a chat template writes it. Text that spells a control token stays text.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lm_eval import simple_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval import simple_evaluate  # type: ignore[import-untyped]
+from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text  # type: ignore[import-untyped]
+from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # type: ignore[import-untyped]
 from tqdm.auto import tqdm
 
 from ..engine.inputs import RequestOptions
@@ -93,7 +93,10 @@ class HarnessModel(TemplateLM):
         return super()._encode_pair(context, continuation)
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
         with self._bar("scores", len(pairs), disable_tqdm) as bar:
@@ -175,7 +178,11 @@ class HarnessModel(TemplateLM):
         sampled = {name: kwargs[name] for name in SAMPLED if kwargs.get(name) is not None}
         temperature = float(sampled.pop("temperature", 0.0 if not kwargs["do_sample"] else 1.0))
         params = SamplingParams(
-            temperature=temperature, max_tokens=kwargs["max_gen_toks"], stop=until or None, seed=self.seed, **sampled
+            temperature=temperature,
+            max_tokens=kwargs["max_gen_toks"],
+            stop=until or None,
+            seed=self.seed,
+            **sampled,
         )
         return params, until
 

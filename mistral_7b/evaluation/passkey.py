@@ -1,7 +1,7 @@
 """Retrieval of a number from a long text, by the length of the text and the depth of the number in it.
 
     filler filler  The pass key is 48213. Remember it.  filler filler filler  What is the pass key? The pass key is
-                   ^ depth: 0 at the beginning of the text, 1 at its end                                           48213
+                   ^ depth: 0 at the beginning of the text, 1 at its end
 
 A trial succeeds if the model would write the number greedily: each of its tokens is the most probable one after those
 before it. With a window W, the number is seen directly if it lies among the last W tokens; through L layers a token can
@@ -79,7 +79,8 @@ def retrieve(
             context, key, distance = _prompt(tokenizer, length, depth, draw)
             if args.sliding_window is None and len(context) + len(key) - 1 > args.max_seq_len:
                 raise EvaluationError(
-                    f"a text of {length} tokens with its answer exceeds the context of {args.max_seq_len}", field="lengths"
+                    f"a text of {length} tokens with its answer exceeds the context of {args.max_seq_len}",
+                    field="lengths",
                 )
             prompts.append((context, key))
             distances.append(distance)

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
+from itertools import pairwise
 
 from ..errors import EvaluationError
 from ..files import atomic_write
@@ -36,7 +37,7 @@ def write(found: PasskeyMap, path: str | os.PathLike[str], title: str) -> None:
 
 
 def borders(found: PasskeyMap) -> Iterator[tuple[str, list[float | None]]]:
-    """Yield the window and its reach as the depth, for each length, below which a number is that near to the end."""
+    """Yield the window and its reach as depths, one for each length, below which a number is that near."""
     for name, tokens in (("W", found.window), ("W x layers", found.reach)):
         if tokens is not None:
             depths = [1 - tokens / length for length in found.lengths]
@@ -55,7 +56,9 @@ def _draw(found: PasskeyMap, path: pathlib.Path, kind: str, title: str) -> None:
     figure = Figure(figsize=(max(5.0, 2.5 + 0.8 * len(lengths)), 2.4 + 0.45 * len(depths)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    values = [[found.cells[i * len(depths) + j].retrieved for i in range(len(lengths))] for j in range(len(depths))]
+    values = [
+        [found.cells[i * len(depths) + j].retrieved for i in range(len(lengths))] for j in range(len(depths))
+    ]
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for j, row in enumerate(values):
         for i, value in enumerate(row):
@@ -80,7 +83,7 @@ def _draw(found: PasskeyMap, path: pathlib.Path, kind: str, title: str) -> None:
 
 def _row(depths: tuple[float, ...], depth: float) -> float:
     """Where a depth lies on an axis of evenly spaced rows."""
-    for i, (low, high) in enumerate(zip(depths, depths[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(depths)):
         if low <= depth <= high and low < high:
             return i + (depth - low) / (high - low)
     return -0.5 if depth < depths[0] else len(depths) - 0.5

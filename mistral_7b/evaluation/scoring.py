@@ -4,8 +4,8 @@
     first      A+x  B+u                       one of each context; its pages enter the prefix cache
     then       A+y  A+z  B+v                  the others compute the end of the context and their own tokens
 
-A score depends on its context and continuation alone, to the last bit: neither on the batch size nor on the order of
-the requests. Where rows of a step do not influence each other (int8, int4 and bfloat16 on a CPU: docs/engine.md),
+A score depends on its context and continuation alone, to the last bit: neither on the batch size nor on the order
+of the requests. Where rows of a step do not influence each other (int8, int4 and bfloat16 on a CPU: docs/engine.md),
 steps hold many requests. On a CPU in other types, each step computes one request, in chunks that begin and end at
 multiples of CHUNK, with or without a cached prefix: equal tokens are computed in equal shapes. On a GPU scores agree
 up to rounding.

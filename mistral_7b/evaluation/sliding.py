@@ -1,10 +1,10 @@
 """Perplexity of a text file of any size, with a sliding context: streamed, and resumable to the last bit.
 
-With a sliding window one pass over a rolling cache is exact: each token is computed once, and sees what it would see
-in any longer pass. Without one, a context of N tokens slides over the text by S tokens:
+With a sliding window one pass over a rolling cache is exact: each token is computed once, and sees what it would
+see in any longer pass. Without one, a context of N tokens slides over the text by S tokens:
 
     <s> x0 x1 x2 x3 x4 x5           predicts x0 ... x6
-    <s>       x3 x4 x5 x6 x7 x8     predicts only x7 x8 x9: with N = 7 and S = 3 each has at least N - S - 1 before it
+    <s>       x3 x4 x5 x6 x7 x8     predicts only x7 x8 x9: N = 7, S = 3; each has at least N - S before it, <s> too
 
 S = 1 gives each token the longest context, for N times the work. Every context begins with BOS.
 
@@ -45,7 +45,7 @@ Progress = Callable[[int], object]  # called with the number of bytes that were 
 class _Run:
     """What a run has done: its figures, and the tokens that are not done with.
 
-    pending    tokens to feed to a rolling cache; or those of the next context, of which `seen` were predicted, and on
+    pending    tokens to feed to a rolling cache; or those of the next context, of which `seen` were predicted
     read       bytes of the file, which `digest` identifies
     ring       tensors of the rolling cache
     """
@@ -192,7 +192,9 @@ def _numbers(longest: int, rolls: bool, context: int | None, stride: int | None)
         raise EvaluationError(f"--context must be between 2 and {longest}, not {context}", field="context")
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
-        raise EvaluationError(f"--stride must be between 1 and the context, {context}, not {stride}", field="stride")
+        raise EvaluationError(
+            f"--stride must be between 1 and the context, {context}, not {stride}", field="stride"
+        )
     return context, stride
 
 
@@ -244,7 +246,7 @@ def _identity(
 ) -> dict[str, object]:
     """What must be equal for a run to continue with equal bits."""
     return {
-        "version": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "version": __version__, "torch": str(torch.__version__), "threads": torch.get_num_threads(),
         "model": repr(model.args), "weights": weights_of(model), "tokenizer": tokenizer.vocab_size,
         "size of the text": path.stat().st_size, "context": context, "stride": stride, "step": CHUNK,
     }  # fmt: skip
@@ -279,9 +281,7 @@ class _State:
         return run
 
 
-def _read_again(
-    file: BinaryIO, run: _Run, digest: hashlib._Hash, state: str | os.PathLike[str] | None
-) -> None:
+def _read_again(file: BinaryIO, run: _Run, digest: hashlib._Hash, state: str | os.PathLike[str] | None) -> None:
     """Read what a run has read, to its end. EvaluationError if the text has changed."""
     left = run.read
     while left and (data := file.read(min(left, LONGEST))):

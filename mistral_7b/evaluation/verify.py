@@ -135,7 +135,9 @@ def _configuration(path: pathlib.Path, report: Report) -> ModelArgs | None:
     for warning in said:
         report.add("theta and window", "bad", str(warning.message), "sliding_window")
     window, theta = args.sliding_window, args.rope_theta
-    seven = ModelArgs(rope_theta=theta, sliding_window=window, vocab_size=args.vocab_size, max_seq_len=args.max_seq_len)
+    seven = ModelArgs(
+        rope_theta=theta, sliding_window=window, vocab_size=args.vocab_size, max_seq_len=args.max_seq_len
+    )
     words = f"theta {theta:g}, {'no window' if window is None else f'window {window}'}"
     if said:
         return args
@@ -168,14 +170,17 @@ def _weights(path: pathlib.Path, report: Report, progress: Progress) -> None:
     """Names, shapes and types of all tensors, then their values."""
     looked: list[_Values] = []
     try:
-        for name, stored, tensor in _tensors(path):
-            progress(name)
-            looked.append(_Values.of(name, stored, tensor))
+        with warnings.catch_warnings(action="ignore"):  # of the configuration, which has been read
+            for name, stored, tensor in _tensors(path):
+                progress(name)
+                looked.append(_Values.of(name, stored, tensor))
     except CheckpointError as error:
         report.failed("tensors", error)
         return
     types = sorted({v.dtype for v in looked})
-    report.add("tensors", "ok", f"{len(looked)} tensors with the shapes of the configuration, in {', '.join(types)}")
+    report.add(
+        "tensors", "ok", f"{len(looked)} tensors with the shapes of the configuration, in {', '.join(types)}"
+    )
     checks: tuple[tuple[str, Mark, str, Callable[[_Values], bool]], ...] = (
         ("finite values", "bad", "NaN or infinity", lambda v: v.broken > 0),
         ("zeros", "bad", "tensor of zeros alone", lambda v: not v.broken and v.largest == 0),
@@ -183,7 +188,9 @@ def _weights(path: pathlib.Path, report: Report, progress: Progress) -> None:
     )
     for check, mark, what, wrong in checks:
         found = [v for v in looked if wrong(v)]
-        names = ", ".join(v.words for v in found[:SEEN]) + (f" and {len(found) - SEEN} more" if found[SEEN:] else "")
+        names = ", ".join(v.words for v in found[:SEEN]) + (
+            f" and {len(found) - SEEN} more" if found[SEEN:] else ""
+        )
         if found:
             report.add(check, mark, f"{what}: {names}", found[0].name)
         else:
@@ -270,7 +277,9 @@ def _template(tokenizer: Tokenizer, report: Report) -> None:
     name = pathlib.PurePath(tokenizer.chat.name).name
     version = release_of(tuple(tokenizer.vocabulary.names))
     if version is None or "[INST]" not in (tokenizer.chat.source or "[INST]"):
-        report.add("chat template", "ok", f"{name}: writes a conversation; there are no recorded ids to compare with")
+        report.add(
+            "chat template", "ok", f"{name}: writes a conversation; there are no recorded ids to compare with"
+        )
     elif ids == GOLDEN[version]:
         report.add("chat template", "ok", f"{name}: the recorded ids of {version}")
     else:

@@ -109,11 +109,8 @@ def test_lm_evals_client_over_http_has_the_same_numbers(monkeypatch: pytest.Monk
     class Words:
         bos_token_id, eos_token_id, eos_token, chat_template = DEMO.bos_id, DEMO.eos_id, "</s>", None
 
-    with serving(Mistral7B.from_pretrained("demo", quantization="int8"), DEMO) as server:
-        remote = client.LocalCompletionsAPI(
-            base_url=f"{server.url}/v1/completions", model=server.state.model_name, tokenizer_backend="huggingface",
-            tokenizer="none", batch_size=4, max_length=2048,
-        ) if False else _client(client, server, monkeypatch, Words())  # fmt: skip
+    with serving(trained=Mistral7B.from_pretrained("demo", quantization="int8"), tokenizer=DEMO) as server:
+        remote = _client(client, server, monkeypatch, Words())
         over_http = run_tasks(remote, ("mini_python",))
     assert answers(over_http)["mini_python"] == answers(results(8))["mini_python"]
 
@@ -122,7 +119,9 @@ def _client(client: Any, server: Any, monkeypatch: pytest.MonkeyPatch, words: An
     import transformers
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: words)
-    monkeypatch.setattr("lm_eval.models.api_models.configure_pad_token", lambda tokenizer: tokenizer, raising=False)
+    monkeypatch.setattr(
+        "lm_eval.models.api_models.configure_pad_token", lambda tokenizer: tokenizer, raising=False
+    )
     monkeypatch.setattr("lm_eval.models.utils.configure_pad_token", lambda tokenizer: tokenizer, raising=False)
     made = client.LocalCompletionsAPI(
         base_url=f"{server.url}/v1/completions", model=server.state.model_name, tokenizer="none",

@@ -21,7 +21,7 @@ DEMO = Tokenizer.from_pretrained("demo")
 def test_the_number_is_where_the_depth_says(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def right_if_near(inputs, pairs, advance):  # noqa: ANN001, ANN202
+    def right_if_near(inputs, pairs, advance):
         seen.extend(pairs)
         return [[Score(-0.5, i % 3 != 2)] for i, _ in enumerate(pairs)]
 
@@ -55,9 +55,7 @@ def test_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["eval", "passkey", "demo", *flags, "-o", str(tmp_path / "map.json"), "--json"]) == 0
     printed, written = json.loads(capsys.readouterr().out), json.loads((tmp_path / "map.json").read_text())
     assert printed == {"model": "demo", **written}
-    found = passkey.PasskeyMap(
-        **{**written, "cells": tuple(passkey.Cell(**cell) for cell in written["cells"])}
-    )
+    found = passkey.PasskeyMap(**{**written, "cells": tuple(passkey.Cell(**cell) for cell in written["cells"])})
     assert dict(passkey_plot.borders(found)) == {
         "W = 256 tokens": [None, 1 - 256 / 300], "W x layers = 1,536 tokens": [None, None]
     }  # fmt: skip

@@ -21,7 +21,11 @@ def pairs_of(vocabulary: int, lengths: tuple[int, ...]) -> list[tuple[list[int],
     draw = random.Random(0)
     contexts = [[1, *(draw.randrange(3, vocabulary) for _ in range(n))] for n in lengths]
     contexts.append([*contexts[0], 5, 6])
-    return [(c, [draw.randrange(3, vocabulary) for _ in range(draw.choice([1, 2, 9]))]) for c in contexts for _ in "abcd"]
+    return [
+        (c, [draw.randrange(3, vocabulary) for _ in range(draw.choice([1, 2, 9]))])
+        for c in contexts
+        for _ in "abcd"
+    ]
 
 
 @pytest.mark.parametrize("window", [8, None])

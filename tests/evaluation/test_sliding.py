@@ -66,7 +66,7 @@ def test_blocks_have_the_ids_of_the_whole_text(
     path.write_bytes((TEXT * 9).encode())
     with path.open("rb") as file:
         blocks = list(sliding._token_blocks(file, DEMO, hashlib.sha256()))
-    assert sum(blocks, []) == DEMO.encode(TEXT * 9, bos=False)
+    assert [i for ids in blocks for i in ids] == DEMO.encode(TEXT * 9, bos=False)
     assert (len(blocks) > 5) == (block < 100)
 
 
@@ -78,7 +78,7 @@ def test_a_text_without_lines_is_cut_between_characters(
     path = tmp_path / "text"
     path.write_bytes("日本語é".encode() * 20)
     with path.open("rb") as file:
-        ids = sum(sliding._token_blocks(file, DEMO, hashlib.sha256()), [])
+        ids = [i for b in sliding._token_blocks(file, DEMO, hashlib.sha256()) for i in b]
     assert DEMO.decode(ids) == "日本語é" * 20
     path.write_bytes(b"abc\xff\xfe")
     with path.open("rb") as file, refused(EvaluationError, field="text"):
@@ -109,8 +109,9 @@ def test_a_killed_run_continues_with_the_same_bits(flags: tuple[str, ...], tmp_p
     process.kill()
     process.communicate()
     assert torch.load(state, weights_only=True)["tokens"] > 0
-    other = start(*command, "--state", str(state), "--dtype", "float32").communicate(timeout=100)
-    assert other[0] == b""
+    if flags:
+        other = start(*command, "--state", str(state), "--dtype", "float32").communicate(timeout=100)
+        assert other[0] == b""  # a state of other weights
     resumed = json.loads(start(*command, "--state", str(state)).communicate(timeout=100)[0])
     assert resumed == whole
     assert not state.exists()

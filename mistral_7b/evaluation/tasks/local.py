@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset  # type: ignore[import-untyped]
 
 
 def rows(file: str, **kwargs: Any) -> dict[str, Dataset]:

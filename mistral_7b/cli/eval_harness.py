@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
 
 
 def metrics_of(values: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of lm-eval's results of a task, without the filter `none`, and its number of documents."""
+    """Return the numbers in lm-eval's results of a task, and its number of documents."""
     out: dict[str, float] = {"documents": int(values["sample_len"])} if "sample_len" in values else {}
     for name, value in values.items():
         metric, _, filter_name = name.partition(",")

@@ -91,7 +91,7 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}", field=name)
         if self.max_batch_tokens < self.max_sequences - 1 + self.page_size:
             raise ConfigError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must hold a page of a prompt and a token of each other "
+                f"max_batch_tokens ({self.max_batch_tokens}) must hold a page of a prompt and a token of other "
                 f"sequence: at least max_sequences - 1 + page_size = {self.max_sequences - 1 + self.page_size}",
                 field="max_batch_tokens",
             )

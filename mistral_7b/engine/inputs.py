@@ -185,7 +185,7 @@ class InputProcessor:
         """
         if not 0 < start < len(ids):
             raise GenerationError(
-                f"{name}: of {len(ids)} tokens, those from index {start} on cannot be scored: one must precede them",
+                f"{name}: of {len(ids)} tokens, those from index {start} on cannot be scored",
                 field="start",
             )
         args, fed = self.engine.model.args, list(ids[:-1])
@@ -198,7 +198,8 @@ class InputProcessor:
             ).counted(args.max_seq_len, len(fed))
         params = SamplingParams(max_tokens=1, temperature=0)
         request = Request(
-            options.request_id or _new_id(), None, fed, params, [Completion(fed, params, 1, seed=0, ends=self.ends)], self._key(options),
+            options.request_id or _new_id(), None, fed, params,
+            [Completion(fed, params, 1, seed=0, ends=self.ends)], self._key(options),
             options.priority, options.adapter, options.client, pooling="score", targets=list(ids[start:]),
             salt=options.cache_salt,
         )  # fmt: skip

@@ -32,7 +32,8 @@ _MODULES = {
     "verify_model": "verify",
 }
 __all__ = [
-    "Distance", "Perplexity", "distance", "evaluate", "perplexity", "retrieve", "sliding_perplexity", "verify_model",
+    "Distance", "Perplexity", "distance", "evaluate", "perplexity", "retrieve", "sliding_perplexity",
+    "verify_model",
 ]  # fmt: skip
 
 

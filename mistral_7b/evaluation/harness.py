@@ -112,7 +112,7 @@ class HarnessModel(TemplateLM):
         return tqdm(total=total, desc=what, file=self._stderr, disable=hidden or None)
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """A pair without the first tokens of a context that is too long; as in lm-eval, no BOS is put before it."""
+        """A pair without the first tokens of a context that is too long; as in lm-eval, it then has no BOS."""
         if not continuation:
             raise EvaluationError("a task asks for the score of an empty text", field="--tasks")
         over = len(context) + len(continuation) - (self.max_length + 1)
@@ -201,8 +201,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run tasks of lm-eval, of TASKS, or of the folder `include`, by name or as the path of a YAML file.
 
-    Returns lm-eval's results: "results" by task, "versions", "n-shot", "samples" and more. EvaluationError for a task
-    that there is none of, or whose data cannot be loaded.
+    Returns lm-eval's results: "results" by task, "versions", "n-shot", "samples" and more. EvaluationError for a
+    task that there is none of, or whose data cannot be loaded.
     """
     return run_tasks(
         HarnessModel(model, tokenizer, batch_size, seed), tasks, include=include, limit=limit, few_shot=few_shot,

@@ -3,9 +3,10 @@
     filler filler  The pass key is 48213. Remember it.  filler filler filler  What is the pass key? The pass key is
                    ^ depth: 0 at the beginning of the text, 1 at its end
 
-A trial succeeds if the model would write the number greedily: each of its tokens is the most probable one after those
-before it. With a window W, the number is seen directly if it lies among the last W tokens; through L layers a token can
-depend on W x L earlier ones, which is the limit in theory. (Mohtashami and Jaggi, 2023, "Landmark Attention".)
+A trial succeeds if the model would write the number greedily: each of its tokens is the most probable one after
+those before it. With a window W, the number is seen directly if it lies among the last W tokens. Through L layers
+a token can depend on W x L earlier ones, which is the limit in theory.
+(Mohtashami and Jaggi, 2023, "Landmark Attention".)
 """
 
 from __future__ import annotations

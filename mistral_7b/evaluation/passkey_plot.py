@@ -102,8 +102,8 @@ def _page(found: PasskeyMap, title: str) -> str:
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style><h1>{html.escape(title)}</h1><p>Retrieved, of {found.trials} trials, by tokens of the "
-        "text and depth of the pass key. Dashed: farther from the end than the window.</p>"
+        f"<style>{style}</style><h1>{html.escape(title)}</h1><p>Retrieved, of {found.trials} trials, by tokens of "
+        "the text and depth of the pass key. Dashed: farther from the end than the window.</p>"
         f"{notes}<table><tr><th></th>{head}</tr>{''.join(rows)}</table></html>\n"
     )
 
@@ -113,5 +113,6 @@ def _td(found: PasskeyMap, cell: Cell) -> str:
     green = round(120 * cell.retrieved)
     return (
         f'<td{" class=far" if far else ""} style="background:hsl({green} 60% 75%)" '
-        f'title="probability {cell.probability:.2g}, {cell.distance} tokens from the end">{cell.retrieved:.0%}</td>'
+        f'title="probability {cell.probability:.2g}, {cell.distance} tokens from the end">'
+        f"{cell.retrieved:.0%}</td>"
     )

@@ -5,10 +5,10 @@
     then       A+y  A+z  B+v                  the others compute the end of the context and their own tokens
 
 A score depends on its context and continuation alone, to the last bit: neither on the batch size nor on the order
-of the requests. Where rows of a step do not influence each other (int8, int4 and bfloat16 on a CPU: docs/engine.md),
+of the requests. Where rows of a step do not influence each other (int8, int4, bfloat16 on a CPU: docs/engine.md),
 steps hold many requests. On a CPU in other types, each step computes one request, in chunks that begin and end at
-multiples of CHUNK, with or without a cached prefix: equal tokens are computed in equal shapes. On a GPU scores agree
-up to rounding.
+multiples of CHUNK, with or without a cached prefix: equal tokens are computed in equal shapes. On a GPU scores
+agree up to rounding.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def score(
 ) -> list[list[Score]]:
     """The scores of each continuation's tokens after its context; both are token ids, neither is empty.
 
-    `advance` is called with the number of pairs that are finished. GenerationError for a pair that does not fit the
-    context; the first error of a request that fails.
+    `advance` is called with the number of pairs that are finished. GenerationError for a pair that does not fit
+    the context; the first error of a request that fails.
     """
     requests = [
         inputs.scoring([*context, *continuation], len(context), RequestOptions(), f"request {i}")

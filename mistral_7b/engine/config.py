@@ -89,10 +89,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
                 raise ConfigError(f"{name} must be a whole number of at least {low}, not {value!r}", field=name)
-        if self.max_batch_tokens < self.max_sequences + self.page_size:
+        if self.max_batch_tokens < self.max_sequences - 1 + self.page_size:
             raise ConfigError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must hold a token of every sequence and a page of a "
-                f"prompt: at least max_sequences + page_size = {self.max_sequences + self.page_size}",
+                f"max_batch_tokens ({self.max_batch_tokens}) must hold a page of a prompt and a token of other "
+                f"sequence: at least max_sequences - 1 + page_size = {self.max_sequences - 1 + self.page_size}",
                 field="max_batch_tokens",
             )
         if self.prefix_cache is not None and not self.prefix_caching:

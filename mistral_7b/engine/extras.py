@@ -1,17 +1,17 @@
-"""Results of a step other than tokens: log-probabilities and pooled hidden states."""
+"""Results of a step other than tokens: log-probabilities, scores of given tokens, and pooled hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from torch import Tensor
 
 from ..sampling.choice import to_device
-from ..sampling.logprobs import Logprob, following_logprobs, logprobs
+from ..sampling.logprobs import Logprob, following_logprobs, logprobs, scores
 from .forward import Forward
 from .in_flight import InFlightStep, Pick
-from .request import SequenceState
+from .request import Request, SequenceState
 
 TopLogprobs = dict[int, Logprob] | None
 
@@ -35,11 +35,28 @@ def _k(pick: Pick) -> int:
 
 
 def use_hidden_of(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
-    """Pool the hidden states (T, D) of a sequence's next tokens, or compute log-probabilities from them."""
-    if s.request.pooling:
+    """Pool the hidden states (T, D) of a sequence's next tokens, or compute log-probabilities or scores."""
+    if s.request.targets:
+        _score(s, hidden, forward)
+    elif s.request.pooling:
         s.request.pool(s.computed, hidden)
     elif s.request.params.prompt_logprobs is not None:
         _prompt_logprobs(s, hidden, forward)
+
+
+def _score(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
+    """Append the scores of the targets that follow the tokens of hidden (T, D), once for each."""
+    request = s.request
+    first = len(request.ids) - len(request.targets)  # position of the first row that is needed
+    begin, end = first + len(request.scores), s.computed + len(hidden)
+    if begin < end:
+        following = to_device(request.targets[begin - first : end - first], hidden.device)
+        request.scores += scores(_projection(request, forward), hidden[begin - s.computed :], following)
+
+
+def _projection(request: Request, forward: Forward) -> Callable[[Tensor], Tensor]:
+    """The function from hidden states (R, D) of a request to logits (R, V)."""
+    return lambda rows: forward.logits(rows, [(i, request.adapter) for i in range(len(rows))])
 
 
 def _prompt_logprobs(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
@@ -50,9 +67,6 @@ def _prompt_logprobs(s: SequenceState, hidden: Tensor, forward: Forward) -> None
     if begin >= end or k is None:
         return
 
-    def project(rows: Tensor) -> Tensor:
-        return forward.logits(rows, [(i, request.adapter) for i in range(len(rows))])
-
     following = to_device(request.ids[begin + 1 : end + 1], hidden.device)
     rows = hidden[begin - s.computed : end - s.computed]
-    done += following_logprobs(project, rows, following, k, s.completion.piece)
+    done += following_logprobs(_projection(request, forward), rows, following, k, s.completion.piece)

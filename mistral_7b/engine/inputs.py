@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..errors import EngineError, GenerationError, GrammarError
+from ..errors import EngineError, GenerationError, GrammarError, PromptTooLongError
 from ..sampling.params import SamplingParams
 from ..text.messages import tool_call_id
 from ..text.tokenizer import Tokenizer
 from ..text.tool_calls import ToolCallStream
+from .completion import Completion
 from .engine import Engine
 from .grammar.client import MAX_IDLE, MAX_PROCESSES, Grammars
 from .grammar.spec import OPTIONAL_CHOICES, GrammarSpec
 from .pages import first_key
-from .prompts import Prompt, TokenizedPrompt, defaults_of, ends_of, tokenize_prompt
+from .prompts import Prompt, TokenizedPrompt, check_ids, defaults_of, ends_of, tokenize_prompt
 from .request import Request, Sink
 from .speculation import Speculation
 
@@ -173,6 +174,36 @@ class InputProcessor:
             salt=options.cache_salt,
         )  # fmt: skip
         return self._checked(request, name, "input")
+
+    def scoring(
+        self, ids: Sequence[int], start: int, options: RequestOptions, name: str = "the prompt"
+    ) -> Request:
+        """A request for the scores of ids[start:], each given all before it; nothing is sampled.
+
+        The last id is not computed, so `ids` may have one token more than a context. GenerationError if `start`
+        leaves nothing before the first scored token, or nothing to score.
+        """
+        if not 0 < start < len(ids):
+            raise GenerationError(
+                f"{name}: of {len(ids)} tokens, those from index {start} on cannot be scored",
+                field="start",
+            )
+        args, fed = self.engine.model.args, list(ids[:-1])
+        check_ids(args, name, ids, "ids")
+        if len(fed) > args.max_seq_len and args.sliding_window is None:
+            raise PromptTooLongError(
+                f"{name} has {len(fed)} tokens before its last one, and the context is {args.max_seq_len}",
+                field="ids",
+                hint="shorten it",
+            ).counted(args.max_seq_len, len(fed))
+        params = SamplingParams(max_tokens=1, temperature=0)
+        request = Request(
+            options.request_id or _new_id(), None, fed, params,
+            [Completion(fed, params, 1, seed=0, ends=self.ends)], self._key(options),
+            options.priority, options.adapter, options.client, pooling="score", targets=list(ids[start:]),
+            salt=options.cache_salt,
+        )  # fmt: skip
+        return self._checked(request, name, "ids")
 
     def _key(self, options: RequestOptions) -> bytes:
         """The root of its prefix-cache keys. AdapterError for an adapter that is not loaded."""

@@ -85,12 +85,7 @@ def tokenize_prompt(
         ids = list(prompt)
     if not ids:
         raise GenerationError(f"{name} is empty; it needs at least one token, such as BOS", field=field)
-    for i, token in enumerate(ids):
-        if not isinstance(token, int) or not 0 <= token < args.vocab_size:
-            raise GenerationError(
-                f"{name}: {token!r} at index {i} is not a token id below {args.vocab_size}",
-                field=field,
-            )
+    check_ids(args, name, ids, field)
     named = [*(params.logit_bias or ()), *(params.stop_token_ids or ())]
     if named and max(named) >= args.vocab_size:
         raise SamplingError(
@@ -101,6 +96,16 @@ def tokenize_prompt(
     seed = draw_seed() if params.seed is None else params.seed
     completions = [Completion(ids, params, max_tokens, seed, k, tokenizer, ends=ends) for k in range(params.n)]
     return TokenizedPrompt(prompt if isinstance(prompt, str) else None, ids, params, completions)
+
+
+def check_ids(args: ModelArgs, name: str, ids: Sequence[int], field: str) -> None:
+    """Raise GenerationError for what is not a token id of the model."""
+    for i, token in enumerate(ids):
+        if not isinstance(token, int) or not 0 <= token < args.vocab_size:
+            raise GenerationError(
+                f"{name}: {token!r} at index {i} is not a token id below {args.vocab_size}",
+                field=field,
+            )
 
 
 def _max_tokens(

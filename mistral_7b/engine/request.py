@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import Mistral7BError
-from ..sampling.logprobs import Logprob
+from ..sampling.logprobs import Logprob, Score
 from ..sampling.params import SamplingParams
 from .completion import Completion, CompletionOutput, RequestMetrics, RequestOutput, TextPiece
 from .grammar.client import GrammarState
@@ -43,7 +43,9 @@ class Request:
         key: root of its prefix-cache keys; only requests with equal roots share pages (pages.first_key)
         salt: cache_salt, as in RequestOptions
         stored: files of the pages of its prompt, if there is a prefix cache on disk
-        pooling: "mean" or "last" for an embedding of the prompt; None for text
+        pooling: "mean" or "last" for an embedding of the prompt, "score" for the scores of `targets`; None for
+            text
+        targets: tokens to score; they follow the last len(targets) tokens of the prompt, one each
         sink: called after each step with the request and its new pieces, and once more when it has ended
         error: the error that ended it; None if it did not fail
     """
@@ -59,6 +61,7 @@ class Request:
     client: str = ""
     speculation: Speculation | None = None
     pooling: str | None = None
+    targets: list[int] = field(default_factory=list)
     sink: Sink | None = None
     salt: str | None = None
     stored: StoredPrefix | None = None
@@ -67,6 +70,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     pooled: Tensor | None = None  # (D,) float64: sum of the hidden states so far, or the last one
     pooled_tokens: int = 0  # number of hidden states in the sum
+    scores: list[Score] = field(default_factory=list)  # of the targets so far
     cached: int | None = None  # prompt tokens found in the prefix cache; None before it starts
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
     error: Mistral7BError | None = None
@@ -91,6 +95,11 @@ class Request:
     def shares_prefixes(self) -> bool:
         """Whether it may reuse a cached prefix; not if a result needs the hidden state of every prompt token."""
         return self.params.prompt_logprobs is None and self.pooling != "mean"
+
+    @property
+    def needed_rows(self) -> int:
+        """The number of last tokens of the prompt whose hidden states are needed: no cached prefix covers them."""
+        return max(1, len(self.targets))
 
     def pool(self, start: int, hidden: Tensor) -> None:
         """Accumulate the final hidden states (T, D) of its tokens from position `start` on.

@@ -276,8 +276,8 @@ class Scheduler:
     def _prefix(self, sequence: SequenceState) -> tuple[int, list[int]]:
         """The length of the cached prefix, and its pages that later tokens can see.
 
-        At least one token is left to compute, because the next one is sampled from its logits. With a window,
-        pages of the last W tokens are enough.
+        At least one token is left to compute, because the next one is sampled from its logits; of a request that
+        scores tokens, all whose logits it needs. With a window, pages of the last W tokens are enough.
         """
         if not (self.config.prefix_caching and sequence.request.shares_prefixes):
             return 0, []
@@ -287,7 +287,7 @@ class Scheduler:
             pages[i] = self.pool.find(sequence.key_of(i, self.page))
             return pages[i] is not None
 
-        best = self.usable_prefix((len(sequence.tokens) - 1) // self.page, cached)
+        best = self.usable_prefix((len(sequence.tokens) - sequence.request.needed_rows) // self.page, cached)
         visible = range(self.first_visible(best * self.page), best)
         return best * self.page, [page for i in visible if (page := pages[i]) is not None]
 

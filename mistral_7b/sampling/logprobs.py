@@ -19,6 +19,23 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
+class Score(NamedTuple):
+    """A given token's log-probability, and whether it is the most probable one (of equals: the lowest id)."""
+
+    logprob: float
+    greedy: bool
+
+
+def scores(project: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> list[Score]:
+    """The scores of ids (T,) after hidden (T, D); `project` gets few rows at a time, as in following_logprobs."""
+    out: list[Score] = []
+    for h, t in zip(hidden.split(LOGPROB_ROWS), ids.split(LOGPROB_ROWS), strict=True):
+        table = project(h).float().log_softmax(-1)  # (R, V)
+        chosen = table.gather(-1, t[:, None])[:, 0].tolist()
+        out += map(Score, chosen, (table.argmax(-1) == t).tolist())
+    return out
+
+
 def logprobs(
     logits: Tensor, tokens: Tensor, k: int | Sequence[int], piece: Callable[[int], str] | None = None
 ) -> list[dict[int, Logprob]]:

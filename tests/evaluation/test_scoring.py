@@ -1,0 +1,76 @@
+"""Scores on the engine: those of the float64 reference, and equal bits in any batch, order and company."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from refusals import refused
+from tiny import tiny_args, tiny_model, truth
+
+from mistral_7b import Mistral7B
+from mistral_7b.engine.inputs import RequestOptions
+from mistral_7b.errors import GenerationError, PromptTooLongError
+from mistral_7b.evaluation.scoring import CHUNK, score, scoring_engine
+from mistral_7b.quantization import quantize
+
+
+def pairs_of(vocabulary: int, lengths: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Contexts about chunks and pages, one of which begins another; four continuations of each."""
+    draw = random.Random(0)
+    contexts = [[1, *(draw.randrange(3, vocabulary) for _ in range(n))] for n in lengths]
+    contexts.append([*contexts[0], 5, 6])
+    return [
+        (c, [draw.randrange(3, vocabulary) for _ in range(draw.choice([1, 2, 9]))])
+        for c in contexts
+        for _ in "abcd"
+    ]
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_scores_are_the_references(window: int | None) -> None:
+    model = tiny_model(tiny_args(sliding_window=window), torch.float64)
+    pairs = pairs_of(67, (CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK))
+    inputs = scoring_engine(model, None)
+    for (context, continuation), found in zip(pairs, score(inputs, pairs), strict=True):
+        table = truth(model, torch.tensor([*context, *continuation])).log_softmax(-1)
+        for i, (token, s) in enumerate(zip(continuation, found, strict=True), len(context) - 1):
+            assert s.logprob == pytest.approx(table[i, token].item(), abs=2e-6)  # log-softmax is float32
+            assert s.greedy == (int(table[i].argmax()) == token)
+    assert inputs.engine.counts.cached_tokens > 0
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_scores_have_equal_bits_at_every_batch_size_and_in_any_order(kind: str) -> None:
+    pairs, found = pairs_of(4000, (3, 31, 32, 33, 65)), []
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    for batch in (1, 8, 64):
+        model = Mistral7B.from_pretrained("demo", dtype=dtype, quantization="int8" if kind == "int8" else None)
+        inputs, order = scoring_engine(model, None, batch), list(range(len(pairs)))
+        random.Random(batch).shuffle(order)
+        scores = dict(zip(order, score(inputs, [pairs[i] for i in order]), strict=True))
+        found.append([scores[i] for i in range(len(pairs))])
+        assert score(inputs, pairs[-1:])[0] == found[-1][-1]  # alone, with all its pages cached
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_prefix_is_computed_once() -> None:
+    model = quantize(tiny_model(tiny_args(sliding_window=None), torch.bfloat16), "int8")
+    inputs, context = scoring_engine(model, None), [1, *range(3, 67)]
+    score(inputs, [(context, [i, 5]) for i in range(3, 11)])
+    counts = inputs.engine.counts
+    assert counts.cached_tokens == 7 * 64
+    assert counts.prompt_tokens == 8 * 66
+
+
+def test_what_cannot_be_scored_is_refused() -> None:
+    inputs = scoring_engine(tiny_model(tiny_args(sliding_window=None, max_seq_len=10)), None)
+    for ids, start in (([1, 2], 0), ([1, 2], 2), ([], 0)):
+        with refused(GenerationError, field="start"):
+            inputs.scoring(ids, start, RequestOptions())
+    with refused(GenerationError, field="ids"):
+        score(inputs, [([1], [67])])
+    with refused(PromptTooLongError, field="ids"):
+        score(inputs, [([1] * 6, [2] * 6)])
+    assert len(score(inputs, [([1] * 6, [2] * 5)])[0]) == 5

@@ -40,7 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:  # lazy: a comparison opens files of every format, lm-eval takes seconds to import
+def __getattr__(name: str) -> Any:  # lazy: lm-eval takes seconds to import
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -44,7 +44,7 @@ _HOMES = {
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
             "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
-            "EvaluationError", "BenchmarkError", "EngineError", "QueueFullError", "GrammarError", "AdapterError",
+            "EvaluationError", "BenchmarkError", "CourseError", "EngineError", "QueueFullError", "GrammarError", "AdapterError",
             "WriteError",
         ),
         "errors",

@@ -1,0 +1,114 @@
+"""Comparisons for the checks: what differs, where, and which mistake gives exactly this result.
+
+A check states the right result and, as guesses, the results of common mistakes. If a wrong result equals that of a
+mistake, the learner is told which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import CourseError
+
+Guesses = Mapping[str, Tensor]  # the mistake, as a sentence -> what it gives
+
+
+def wrong(what: str, mistake: str | None = None) -> NoReturn:
+    """Raise CourseError: what differs, and the likely mistake."""
+    raise CourseError(what, hint=f"likely mistake: {mistake}" if mistake else None)
+
+
+def expect(condition: bool, what: str, mistake: str | None = None) -> None:
+    """`wrong` unless the condition holds."""
+    if not condition:
+        wrong(what, mistake)
+
+
+def equal(got: object, expected: object, what: str, mistakes: Mapping[object, str] | None = None) -> None:
+    """`wrong` unless two plain values are equal; `mistakes` explains wrong values."""
+    if got != expected:
+        known = next((why for value, why in (mistakes or {}).items() if value == got), None)
+        wrong(f"{what} is {got!r}, expected {expected!r}", known)
+
+
+def same(got: object, expected: Tensor, what: str, guesses: Guesses | None = None, tolerance: float = 1e-5) -> None:
+    """`wrong` unless a tensor has this type, shape and these values, up to `tolerance` (relative above 1).
+
+    Names the first element that differs, how many do and by how much.
+    """
+    guesses = guesses or {}
+    if not isinstance(got, Tensor):
+        wrong(f"{what} is {_described(got)}, expected a tensor {tuple(expected.shape)}", _missing_return(got))
+    if got.shape != expected.shape:
+        fitting = next((why for why, value in guesses.items() if _alike(got, value, tolerance)), None)
+        wrong(f"{what} has the shape {tuple(got.shape)}, expected {tuple(expected.shape)}", fitting)
+    if got.dtype != expected.dtype:
+        fitting = next((why for why, g in guesses.items() if g.dtype == got.dtype and _alike(got, g, tolerance)), None)
+        wrong(f"{what} is of type {_type(got)}, expected {_type(expected)}", fitting)
+    off = _difference(got, expected) > tolerance
+    if not off.any():
+        return
+    at = tuple(off.nonzero()[0].tolist())
+    index = f"[{', '.join(map(str, at))}]" if at else ""
+    largest = float(_difference(got, expected).max())
+    mistake = next((why for why, value in guesses.items() if _alike(got, value, tolerance)), None)
+    if mistake is None and not got.isfinite().all():
+        mistake = "a division by zero, or a softmax over a row without a visible key"
+    wrong(
+        f"{what}{index} is {_number(got[at])}, expected {_number(expected[at])} "
+        f"({int(off.sum())} of {off.numel()} values differ, by up to {largest:.2g})",
+        mistake,
+    )
+
+
+def same_mask(got: object, expected: Tensor, what: str, guesses: Guesses | None = None) -> None:
+    """`wrong` unless a mask (T, S) shows each query exactly these keys. Names the first wrong row."""
+    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != torch.bool:
+        same(got, expected, what, guesses)
+    assert isinstance(got, Tensor)
+    if torch.equal(got, expected):
+        return
+    row = int((got != expected).any(-1).nonzero()[0])
+    mistake = next((why for why, value in (guesses or {}).items() if torch.equal(got, value)), None)
+    seen, right = (mask[row].nonzero().flatten().tolist() for mask in (got, expected))
+    wrong(
+        f"{what}: row {row} sees {len(seen)} keys, should see {len(right)}: columns {_listed(seen)}, "
+        f"expected {_listed(right)}",
+        mistake,
+    )
+
+
+def _difference(got: Tensor, expected: Tensor) -> Tensor:
+    """Absolute, and relative where the expected value exceeds 1; infinite for what is not finite."""
+    got, expected = got.double(), expected.double()
+    same_values = got == expected  # infinities too
+    difference = (got - expected).abs() / expected.abs().clamp(min=1)
+    return torch.where(same_values, 0.0, torch.where(difference.isnan(), torch.inf, difference))
+
+
+def _alike(got: Tensor, guess: Tensor, tolerance: float) -> bool:
+    return got.shape == guess.shape and bool((_difference(got, guess) <= tolerance).all())
+
+
+def _described(value: object) -> str:
+    return repr(value) if value is None else f"a {type(value).__name__}"
+
+
+def _missing_return(value: object) -> str | None:
+    return "the function does not return its result" if value is None else None
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _number(value: Tensor) -> str:
+    return f"{value.item():.6g}" if value.is_floating_point() else str(value.item())
+
+
+def _listed(places: Sequence[int]) -> str:
+    return ", ".join(map(str, places)) or "none"

@@ -29,9 +29,10 @@ def expect(condition: bool, what: str, mistake: str | None = None) -> None:
 
 
 def equal(got: object, expected: object, what: str, mistakes: Mapping[object, str] | None = None) -> None:
-    """`wrong` unless two plain values are equal; `mistakes` explains wrong values."""
+    """`wrong` unless two plain values are equal; `mistakes` explains wrong values, lists as tuples."""
     if got != expected:
-        known = next((why for value, why in (mistakes or {}).items() if value == got), None)
+        value = tuple(got) if isinstance(got, list | dict) else got
+        known = next((why for known, why in (mistakes or {}).items() if known == value), None)
         wrong(f"{what} is {got!r}, expected {expected!r}", known)
 
 

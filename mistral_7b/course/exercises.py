@@ -143,7 +143,11 @@ EXERCISES = (
     ),
     Exercise(
         11, "loop", "Prefill in chunks, then decode",
-        [Part("course.loop", "prefill", write=("prefill",)), Part("course.loop", "loop", write=("loop",))],
+        [
+            Part("course.loop", "encode_pieces", write=("encode_pieces",)),
+            Part("course.loop", "prefill", write=("prefill",)),
+            Part("course.loop", "loop", write=("loop",)),
+        ],
     ),
     Exercise(
         12, "int8", "int8 weights and an integer product",

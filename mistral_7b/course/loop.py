@@ -1,4 +1,4 @@
-"""Generation with a model and a cache alone, as examples/loop.py does it, in two functions for exercise 11."""
+"""Generation with a model and a cache alone, as examples/loop.py does it, for exercise 11."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from ..cache import Cache
 from ..model import Mistral7B
 from ..sampling.choice import modes_of, select_tokens, uniforms
 from ..sampling.params import SamplingParams
+from ..text.tokenizer import Tokenizer
+
+
+def encode_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    """Token ids of a prompt that consists of several texts, each encoded on its own: one BOS, then their tokens."""
+    ids = tokenizer.encode("")  # BOS alone
+    for text in texts:
+        ids += tokenizer.encode(text, bos=False)
+    return ids
 
 
 def prefill(model: Mistral7B, prompt: Sequence[int], cache: Cache, chunk: int) -> Tensor:

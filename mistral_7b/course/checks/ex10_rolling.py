@@ -1,0 +1,49 @@
+"""A ring: which position is in which slot, in place, and the outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mistral_7b.course.compare import equal, expect, same
+from mistral_7b.course.setting import SMALL, check_memory, numbers, small_model, tokens
+
+WIDE = torch.float64
+
+
+def check(ex: Any) -> None:
+    _check_slots(ex)
+    for window, chunks in ((8, (3, 1, 1, 4, 1)), (8, (5, 1, 20, 1, 9, 1)), (8, (8, 1, 7, 1, 8)), (1, (1, 3, 1)), (None, (5, 1, 7))):
+
+        def make(window: int | None = window) -> Any:
+            return ex.RollingCache(1, 3, 10, window, max_seq_len=32, dtype=WIDE)
+
+        check_memory(make, window, chunks)
+    model, ids = small_model(), tokens(40)
+    cache = ex.RollingCache(SMALL.n_layers, SMALL.n_kv_heads, SMALL.head_dim, 8, dtype=WIDE)
+    parts = [model(part, cache)[0] for part in ids.split([11, 1, 1, 20, 1, 6], 1)]
+    same(torch.cat(parts, 1), model(ids)[0], "the model's logits with your ring, in steps of 11, 1, 1, 20, 1 and 6", tolerance=1e-9)
+
+
+def _check_slots(ex: Any) -> None:
+    cache = ex.RollingCache(1, 1, 2, 4, dtype=WIDE)
+    memory, address, at = cache.layers[0], cache.layers[0].k.data_ptr(), 0
+    for n in (3, 1, 1, 1, 7, 1):
+        cache.extend(torch.zeros(1, n, dtype=torch.long))
+        p = torch.arange(at, at + n, dtype=WIDE)[None, :, None, None].expand(1, n, 1, 2).contiguous()
+        memory.attend(numbers(1, n, 1, 2, dtype=WIDE), p, p)
+        at += n
+        if at < 4:
+            continue
+        slots = memory.k[0, :, 0, 0].long()
+        right = torch.tensor([max(q for q in range(at) if q % 4 == slot) for slot in range(4)])
+        shifted = torch.arange(at - 4, at)
+        same(slots, right, f"W = 4, after {at} tokens: the position of the key in each slot",
+             {"keys are shifted to stay in order; position p stays in slot p mod W": shifted,
+              "slots are counted from the start of each step; position p is in slot p mod W": torch.arange(at - n, at)[-4:].roll(0) if n >= 4 else shifted},
+             0)  # fmt: skip
+        same(cache.positions[0], right, f"W = 4, after {at} tokens: cache.positions",
+             {"cache.positions is not updated by extend": torch.full((4,), 2**62)}, 0)  # fmt: skip
+        equal(int(cache.length[0]), at, "cache.length")
+    expect(memory.k.data_ptr() == address, "the ring is a new tensor after some steps", "write into self.k in place")

@@ -33,7 +33,7 @@ def fill(module: torch.nn.Module, seed: int = 0) -> Any:
     return module.requires_grad_(False)
 
 
-def small_model(dtype: torch.dtype = torch.float64, **changes: Any) -> Mistral7B:
+def small_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Mistral7B:
     """The package's model of this shape."""
     return fill(Mistral7B(dataclasses.replace(SMALL, **changes), dtype=dtype, device="cpu"))
 
@@ -49,7 +49,7 @@ def check_memory(make: Any, window: int | None, chunks: Sequence[int]) -> None:
     The mistakes of a cache are those of a mask: which keys a query of a chunk sees that it should not, or misses.
     """
     T, H, G, K = sum(chunks), 6, 3, 10
-    q, k, v = (numbers(1, T, heads, K, seed=i, dtype=torch.float64) for i, heads in enumerate((H, G, G)))
+    q, k, v = (numbers(1, T, heads, K, seed=i) for i, heads in enumerate((H, G, G)))
     cache, p, start = make(), torch.arange(T), 0
     for n in chunks:
         stop = start + n
@@ -71,7 +71,7 @@ def check_memory(make: Any, window: int | None, chunks: Sequence[int]) -> None:
                 right & (p[:stop] >= stop - window)
             )
         guesses = {why: attention(q[:, part], k[:, :stop], v[:, :stop], m[None]) for why, m in masks.items()}
-        zeros = torch.zeros(1, max(0, (window or 0) - stop), G, K, dtype=torch.float64)
+        zeros = torch.zeros(1, max(0, (window or 0) - stop), G, K)
         padded = torch.cat([right, torch.ones(n, zeros.shape[1], dtype=torch.bool)], 1)[None]
         guesses["empty slots are attended as if they held keys"] = attention(
             q[:, part], torch.cat([k[:, :stop], zeros], 1), torch.cat([v[:, :stop], zeros], 1), padded
@@ -79,5 +79,5 @@ def check_memory(make: Any, window: int | None, chunks: Sequence[int]) -> None:
         out = cache.layers[0].attend(q[:, part], k[:, part], v[:, part])
         expected = attention(q[:, part], k[:, :stop], v[:, :stop], right[None])
         what = f"W = {window}, {n} tokens after {start} cached ones: attend(q, k, v)"
-        same(out, expected, what, guesses, tolerance=1e-9)
+        same(out, expected, what, guesses, tolerance=1e-4)
         start = stop

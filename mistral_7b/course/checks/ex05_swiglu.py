@@ -12,8 +12,8 @@ from mistral_7b.course.setting import SMALL, fill, numbers
 
 
 def check(ex: Any) -> None:
-    ffn = fill(ex.FeedForward(SMALL, dtype=torch.float64))
-    x = 2 * numbers(2, 5, SMALL.dim, dtype=torch.float64)
+    ffn = fill(ex.FeedForward(SMALL))
+    x = 2 * numbers(2, 5, SMALL.dim)
     gate, up = F.linear(x, ffn.w1.weight), F.linear(x, ffn.w3.weight)
 
     def down(inner: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ def check(ex: Any) -> None:
     old = model(ids[:, :30], ex.GrowingCache(SMALL.n_layers, 8))[1]
     before = [m.k.clone() for m in old.layers]
     first = model(ids[:, 30:], old)[0]
-    same(first, whole[:, 30:], "the model's logits with your cache, 10 tokens after 30", tolerance=1e-9)
+    same(first, whole[:, 30:], "the model's logits with your cache, 10 tokens after 30", tolerance=1e-4)
     expect(all(torch.equal(m.k, b) for m, b in zip(old.layers, before, strict=True)) and old.length == 30,
            "a forward has changed the cache that was passed to it",
            "keys are written in place; make new tensors, for a prefix may be continued twice")  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from mistral_7b.course.compare import equal, expect, same
 from mistral_7b.course.setting import SMALL, check_memory, numbers, small_model, tokens
 
-WIDE = torch.float64
+TYPE = torch.float32
 
 
 def check(ex: Any) -> None:
@@ -17,22 +17,22 @@ def check(ex: Any) -> None:
     for window, chunks in ((8, (3, 1, 1, 4, 1)), (8, (5, 1, 20, 1, 9, 1)), (8, (8, 1, 7, 1, 8)), (1, (1, 3, 1)), (None, (5, 1, 7))):
 
         def make(window: int | None = window) -> Any:
-            return ex.RollingCache(1, 3, 10, window, max_seq_len=32, dtype=WIDE)
+            return ex.RollingCache(1, 3, 10, window, max_seq_len=32, dtype=TYPE)
 
         check_memory(make, window, chunks)
     model, ids = small_model(), tokens(40)
-    cache = ex.RollingCache(SMALL.n_layers, SMALL.n_kv_heads, SMALL.head_dim, 8, dtype=WIDE)
+    cache = ex.RollingCache(SMALL.n_layers, SMALL.n_kv_heads, SMALL.head_dim, 8, dtype=TYPE)
     parts = [model(part, cache)[0] for part in ids.split([11, 1, 1, 20, 1, 6], 1)]
-    same(torch.cat(parts, 1), model(ids)[0], "the model's logits with your ring, in steps of 11, 1, 1, 20, 1 and 6", tolerance=1e-9)
+    same(torch.cat(parts, 1), model(ids)[0], "the model's logits with your ring, in steps of 11, 1, 1, 20, 1 and 6", tolerance=1e-4)
 
 
 def _check_slots(ex: Any) -> None:
-    cache = ex.RollingCache(1, 1, 2, 4, dtype=WIDE)
+    cache = ex.RollingCache(1, 1, 2, 4, dtype=TYPE)
     memory, address, at = cache.layers[0], cache.layers[0].k.data_ptr(), 0
     for n in (3, 1, 1, 1, 7, 1):
         cache.extend(torch.zeros(1, n, dtype=torch.long))
-        p = torch.arange(at, at + n, dtype=WIDE)[None, :, None, None].expand(1, n, 1, 2).contiguous()
-        memory.attend(numbers(1, n, 1, 2, dtype=WIDE), p, p)
+        p = torch.arange(at, at + n, dtype=TYPE)[None, :, None, None].expand(1, n, 1, 2).contiguous()
+        memory.attend(numbers(1, n, 1, 2, dtype=TYPE), p, p)
         at += n
         if at < 4:
             continue

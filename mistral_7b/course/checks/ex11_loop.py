@@ -40,7 +40,7 @@ def check(ex: Any) -> None:
     watched = Watched(model)
     got = ex.prefill(watched, prompt, model.rolling_cache(), 8)
     same(got, model(torch.tensor([prompt]))[0][:, -1], "prefill(model, 30 tokens, cache, chunk=8)",
-         {"these are the logits of the last chunk's first token": model(torch.tensor([prompt]))[0][:, 24]}, 1e-9)  # fmt: skip
+         {"these are the logits of the last chunk's first token": model(torch.tensor([prompt]))[0][:, 24]}, 1e-4)  # fmt: skip
     equal(watched.forwards, [8, 8, 8, 6], "the tokens of each forward, for a prompt of 30 and chunks of 8",
           {(30,): "the prompt is not cut"})  # fmt: skip
     equal(sum(watched.projected), 1, "the number of rows that are projected onto the vocabulary",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CourseError
 
-Guesses = Mapping[str, Tensor]  # the mistake, as a sentence -> what it gives
+Guesses = Mapping[str, Tensor | tuple[Tensor, ...]]  # the mistake, as a sentence -> what it gives
 
 
 def wrong(what: str, mistake: str | None = None) -> NoReturn:
@@ -44,19 +44,17 @@ def same(got: object, expected: Tensor, what: str, guesses: Guesses | None = Non
     guesses = guesses or {}
     if not isinstance(got, Tensor):
         wrong(f"{what} is {_described(got)}, expected a tensor {tuple(expected.shape)}", _missing_return(got))
+    mistake = _explained(got, guesses, tolerance)
     if got.shape != expected.shape:
-        fitting = next((why for why, value in guesses.items() if _alike(got, value, tolerance)), None)
-        wrong(f"{what} has the shape {tuple(got.shape)}, expected {tuple(expected.shape)}", fitting)
+        wrong(f"{what} has the shape {tuple(got.shape)}, expected {tuple(expected.shape)}", mistake)
     if got.dtype != expected.dtype:
-        fitting = next((why for why, g in guesses.items() if g.dtype == got.dtype and _alike(got, g, tolerance)), None)
-        wrong(f"{what} is of type {_type(got)}, expected {_type(expected)}", fitting)
+        wrong(f"{what} is of type {_type(got)}, expected {_type(expected)}", mistake)
     off = _difference(got, expected) > tolerance
     if not off.any():
         return
     at = tuple(off.nonzero()[0].tolist())
     index = f"[{', '.join(map(str, at))}]" if at else ""
     largest = float(_difference(got, expected).max())
-    mistake = next((why for why, value in guesses.items() if _alike(got, value, tolerance)), None)
     if mistake is None and not got.isfinite().all():
         mistake = "a division by zero, or a softmax over a row without a visible key"
     wrong(
@@ -74,7 +72,7 @@ def same_mask(got: object, expected: Tensor, what: str, guesses: Guesses | None 
     if torch.equal(got, expected):
         return
     row = int((got != expected).any(-1).nonzero()[0])
-    mistake = next((why for why, value in (guesses or {}).items() if torch.equal(got, value)), None)
+    mistake = _explained(got, guesses or {}, 0)
     seen, right = (mask[row].nonzero().flatten().tolist() for mask in (got, expected))
     wrong(
         f"{what}: row {row} sees {len(seen)} keys, should see {len(right)}: columns {_listed(seen)}, "
@@ -86,9 +84,18 @@ def same_mask(got: object, expected: Tensor, what: str, guesses: Guesses | None 
 def _difference(got: Tensor, expected: Tensor) -> Tensor:
     """Absolute, and relative where the expected value exceeds 1; infinite for what is not finite."""
     got, expected = got.double(), expected.double()
-    same_values = got == expected  # infinities too
+    same_values = (got == expected) | (got.isnan() & expected.isnan())  # infinities too
     difference = (got - expected).abs() / expected.abs().clamp(min=1)
     return torch.where(same_values, 0.0, torch.where(difference.isnan(), torch.inf, difference))
+
+
+def _explained(got: Tensor, guesses: Guesses, tolerance: float) -> str | None:
+    """The first mistake that gives this result, shape and type included."""
+    for why, values in guesses.items():
+        for value in values if isinstance(values, tuple) else (values,):
+            if value.dtype == got.dtype and _alike(got, value, tolerance):
+                return why
+    return None
 
 
 def _alike(got: Tensor, guess: Tensor, tolerance: float) -> bool:

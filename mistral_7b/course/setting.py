@@ -62,8 +62,8 @@ def check_memory(make: Any, window: int | None, chunks: Sequence[int]) -> None:
         wider = visible(p[part], p[:stop], None if window is None else window + 1)
         masks = {
             "only the step's own keys are seen, not the cached ones": right & (p[:stop] >= start),
-            "every earlier key is seen: there is no window": p[part, None] >= p[:stop],
             "the window counts the query's own key: a query sees W keys with its own, here it sees W + 1": wider,
+            "every earlier key is seen: there is no window": p[part, None] >= p[:stop],
             "a chunk's later keys are seen by its earlier queries": right | (p[:stop] >= start),
         }
         if window is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mistral_7b.course.compare import expect, same
+from mistral_7b.course.compare import same
 from mistral_7b.course.setting import numbers
 from mistral_7b.sampling import choice
 from mistral_7b.sampling.params import SamplingParams
@@ -28,11 +28,11 @@ def check(ex: Any) -> str:
         "the weights are not whole numbers": (logits / 0.7 - best[:, None] / 0.7).exp(),
         "the highest weight is 2^(62 - b), where b = (V - 1).bit_length() is 6 for V = 50": weights(0.7, best, 2.0**62),
     }
-    same(ex.integer_weights(logits, best, modes), right, "integer_weights, temperature 0.7", guesses, 1e-9)
+    same(ex.integer_weights(logits, best, modes), right, "integer_weights, temperature 0.7", guesses)
     _check_cutoff(ex)
     filtered = choice.modes_of([SamplingParams(temperature=0.7, top_k=3)] * 4, 50, logits.device)
     same(ex.integer_weights(logits, best, filtered), choice.integer_weights(logits, best, filtered),
-         "integer_weights with top_k=3", {"weights below the cutoff are set to 0 in the rows modes.filtered": right}, 1e-9)  # fmt: skip
+         "integer_weights with top_k=3", {"weights below the cutoff are set to 0 in the rows modes.filtered": right})  # fmt: skip
     _check_choose(ex)
     many = choice.modes_of([SamplingParams(temperature=0.9, top_p=0.8, seed=1)] * 400, 50, logits.device)
     rows, u = logits[:1].expand(400, 50), torch.from_numpy(choice.uniforms(1, 0, 0, 400))
@@ -43,8 +43,7 @@ def check(ex: Any) -> str:
 
 
 def _check_cutoff(ex: Any) -> None:
-    weights = (torch.tensor([[40, 30, 20, 10, 0]]) * 2**52).long()  # of V = 5: at most 2^59 is the highest
-    one = 2.0**59
+    one = 2.0**59  # the highest weight for V = 5
     weights = (torch.tensor([[1.0, 0.75, 0.5, 0.25, 0.0]]) * one).long()[:, torch.tensor([3, 0, 4, 2, 1])]
     highest = {1: 1.0, 2: 0.75, 3: 0.5, 4: 0.25}
     column = torch.tensor([[0.0]], dtype=torch.float64)
@@ -78,7 +77,3 @@ def _check_choose(ex: Any) -> None:
         guesses = {why: torch.tensor([wrong]) for wrong, why in mistakes.items()}
         got = ex.choose(weights, torch.tensor([u], dtype=torch.float64))
         same(got, torch.tensor([token]), f"weights 0 3 0 2 5: choose(weights, u={u:.2f})", guesses, 0)
-    large = torch.full((1, 8), 2**59)
-    got = ex.choose(large, torch.tensor([1 - 2.0**-53], dtype=torch.float64))
-    expect(int(got) == 7, f"of eight equal weights of 2^59, u = 1 - 2^-53 chooses {int(got)}, expected 7",
-           "u * total, a float64, is rounded: limit it to total - 1")  # fmt: skip

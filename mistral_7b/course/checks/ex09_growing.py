@@ -11,7 +11,7 @@ from mistral_7b.course.setting import SMALL, check_memory, numbers, small_model,
 
 
 def check(ex: Any) -> None:
-    for window, chunks in ((None, (5, 1, 7)), (8, (3, 1, 1, 4)), (8, (5, 1, 20, 1, 9, 1)), (1, (1, 3, 1))):
+    for window, chunks in ((None, (5, 1, 7)), (8, (6, 5, 1)), (8, (12, 1, 1, 4)), (8, (5, 1, 20, 1, 9, 1)), (1, (1, 3, 1))):
         check_memory(lambda window=window: ex.GrowingCache(1, window), window, chunks)
 
     cache = ex.GrowingCache(1, 8).writable()

@@ -14,7 +14,7 @@ TYPE = torch.float32
 
 def check(ex: Any) -> None:
     _check_slots(ex)
-    for window, chunks in ((8, (3, 1, 1, 4, 1)), (8, (5, 1, 20, 1, 9, 1)), (8, (8, 1, 7, 1, 8)), (1, (1, 3, 1)), (None, (5, 1, 7))):
+    for window, chunks in ((8, (6, 5, 1)), (8, (12, 1, 1, 4, 1)), (8, (5, 1, 20, 1, 9, 1)), (8, (8, 1, 7, 1, 8)), (1, (1, 3, 1)), (None, (5, 1, 7))):
 
         def make(window: int | None = window) -> Any:
             return ex.RollingCache(1, 3, 10, window, max_seq_len=32, dtype=TYPE)
@@ -29,19 +29,20 @@ def check(ex: Any) -> None:
 def _check_slots(ex: Any) -> None:
     cache = ex.RollingCache(1, 1, 2, 4, dtype=TYPE)
     memory, address, at = cache.layers[0], cache.layers[0].k.data_ptr(), 0
+    by_step = torch.zeros(4, dtype=torch.long)  # the slots, if they were counted from the start of each step
     for n in (3, 1, 1, 1, 7, 1):
         cache.extend(torch.zeros(1, n, dtype=torch.long))
         p = torch.arange(at, at + n, dtype=TYPE)[None, :, None, None].expand(1, n, 1, 2).contiguous()
         memory.attend(numbers(1, n, 1, 2, dtype=TYPE), p, p)
+        by_step[torch.arange(n)[-4:] % 4] = torch.arange(at, at + n)[-4:]
         at += n
         if at < 4:
             continue
         slots = memory.k[0, :, 0, 0].long()
         right = torch.tensor([max(q for q in range(at) if q % 4 == slot) for slot in range(4)])
-        shifted = torch.arange(at - 4, at)
         same(slots, right, f"W = 4, after {at} tokens: the position of the key in each slot",
-             {"keys are shifted to stay in order; position p stays in slot p mod W": shifted,
-              "slots are counted from the start of each step; position p is in slot p mod W": torch.arange(at - n, at)[-4:].roll(0) if n >= 4 else shifted},
+             {"slots are counted from the start of each step; position p is in slot p mod W": by_step,
+              "keys are shifted to stay in order; position p stays in slot p mod W": torch.arange(at - 4, at)},
              0)  # fmt: skip
         same(cache.positions[0], right, f"W = 4, after {at} tokens: cache.positions",
              {"cache.positions is not updated by extend": torch.full((4,), 2**62)}, 0)  # fmt: skip

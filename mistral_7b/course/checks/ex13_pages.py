@@ -8,6 +8,8 @@ import torch
 
 from mistral_7b.course.compare import equal, expect
 
+IDLE = "a released page with a key is idle: put it in self._idle, where it can be found or reused"
+
 
 def check(ex: Any) -> None:
     _check_keys(ex)
@@ -65,10 +67,10 @@ def _check_prefixes(ex: Any) -> None:
           {2: "the first page of a key keeps it: others hold it already"})  # fmt: skip
     pool.release(pages)
     equal(pool.available, 4, "available pages after all were released",
-          {2: "a released page with a key is idle: put it in self._idle, where it can be found or reused"})  # fmt: skip
+          {2: IDLE})  # fmt: skip
     equal(pool.find(keys[1]), 1, "find(key) of a released page",
           {None: "a released page keeps its key until it is reused"})  # fmt: skip
-    equal(sorted(pool._idle), [0, 1], "the idle pages", {(0, 1, 2): "a page without a key is free, not idle"})
+    equal(sorted(pool._idle), [0, 1], "the idle pages", {(): IDLE, (0, 1, 2): "a page without a key is free, not idle"})
     pool.share(0)
     equal(sorted(pool._idle), [1], "the idle pages after page 0 was shared",
           {(0, 1): "an idle page that is shared is held again: remove it from self._idle"})  # fmt: skip

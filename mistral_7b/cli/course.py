@@ -75,7 +75,9 @@ def _check(folder: pathlib.Path, exercises: Sequence[Exercise]) -> int:
             _say_where(error, folder)
             raise
         results.append(result)
-        print(f"{exercise.number:>2}  {exercise.title:<{WIDTH}}{result.state:<8}{result.seconds:>6.1f} s", flush=True)
+        print(
+            f"{exercise.number:>2}  {exercise.title:<{WIDTH}}{result.state:<8}{result.seconds:>6.1f} s", flush=True
+        )
     passed = [r for r in results if r.state == "passed"]
     if len(results) > 1:
         print(f"\n{len(passed)} of {len(results)} passed")
@@ -96,6 +98,10 @@ def _print_details(folder: pathlib.Path, results: Sequence[Result]) -> None:
 
 def _say_where(error: BaseException, folder: pathlib.Path) -> None:
     """On Ctrl-C, the line of the learner's code that was running: likely an endless loop."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename).parent == folder.resolve()]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename).parent == folder.resolve()
+    ]
     if frames:
-        print(f"\ninterrupted at {pathlib.Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name}")
+        print(
+            f"\ninterrupted at {pathlib.Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name}"
+        )

@@ -36,7 +36,9 @@ def equal(got: object, expected: object, what: str, mistakes: Mapping[object, st
         wrong(f"{what} is {got!r}, expected {expected!r}", known)
 
 
-def same(got: object, expected: Tensor, what: str, guesses: Guesses | None = None, tolerance: float = 1e-5) -> None:
+def same(
+    got: object, expected: Tensor, what: str, guesses: Guesses | None = None, tolerance: float = 1e-5
+) -> None:
     """`wrong` unless a tensor has this type, shape and these values, up to `tolerance` (relative above 1).
 
     Names the first element that differs, how many do and by how much.

@@ -1,9 +1,9 @@
 """The learner's folder: writing it, and running its checks on the learner's files. Imports no torch by itself.
 
-    DIR/README.md                   how to work, and the list of exercises
-    DIR/ex01_rmsnorm.py ...         skeletons, which the learner completes
-    DIR/texts/ex01_rmsnorm.md ...   what is to be done, the equation, a drawing, hints
-    DIR/checks/ex01_rmsnorm.py ...  copies of the package's checks, which --check runs
+DIR/README.md                   how to work, and the list of exercises
+DIR/ex01_rmsnorm.py ...         skeletons, which the learner completes
+DIR/texts/ex01_rmsnorm.md ...   what is to be done, the equation, a drawing, hints
+DIR/checks/ex01_rmsnorm.py ...  copies of the package's checks, which --check runs
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def check(folder: pathlib.Path, exercise: Exercise) -> Result:
         )  # fmt: skip
     for path in (folder / f"{exercise.stem}.py", folder / "checks" / f"{exercise.stem}.py"):
         if not path.exists():
-            raise CourseError("this file is missing", place=path, hint=f"`mistral-7b course {folder}` writes it again")
+            raise CourseError(
+                "this file is missing", place=path, hint=f"`mistral-7b course {folder}` writes it again"
+            )
     importlib.import_module("torch")  # before the time is taken
     began = time.perf_counter()
     state, said = _run(folder.resolve(), exercise)
@@ -104,10 +106,10 @@ def _place(error: BaseException, folder: pathlib.Path) -> str | None:
     """File, line and function of the learner's code that an error came through last; None if through none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{pathlib.Path(error.filename).name}:{error.lineno}"
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename).parent == folder
-    ]
-    return f"{pathlib.Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name}" if frames else None
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename).parent == folder]
+    return (
+        f"{pathlib.Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name}" if frames else None
+    )
 
 
 @contextlib.contextmanager

@@ -14,9 +14,16 @@ from ..model import Mistral7B, ModelArgs
 from .compare import same
 
 SMALL = ModelArgs(
-    dim=40, n_layers=2, head_dim=10, hidden_dim=56, n_heads=6, n_kv_heads=3, vocab_size=67, sliding_window=8,
+    dim=40,
+    n_layers=2,
+    head_dim=10,
+    hidden_dim=56,
+    n_heads=6,
+    n_kv_heads=3,
+    vocab_size=67,
+    sliding_window=8,
     max_seq_len=96,
-)  # fmt: skip
+)
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -28,7 +35,11 @@ def fill(module: torch.nn.Module, seed: int = 0) -> Any:
     """Random weights for a module, in place: sharp attention, and norm weights that all differ."""
     for i, (name, p) in enumerate(sorted(module.named_parameters())):
         noise = numbers(*p.shape, seed=seed + i)
-        scale = 1.0 if "tok_embeddings" in name else (2.0 if "wq" in name or "wk" in name else 1.0) / p.shape[-1] ** 0.5
+        scale = (
+            1.0
+            if "tok_embeddings" in name
+            else (2.0 if "wq" in name or "wk" in name else 1.0) / p.shape[-1] ** 0.5
+        )
         p.data = (1 + 0.3 * noise if p.dim() == 1 else noise * scale).to(p.dtype)
     return module.requires_grad_(False)
 
@@ -55,8 +66,12 @@ def check_memory(make: Any, window: int | None, chunks: Sequence[int]) -> None:
         stop = start + n
         cache = cache.writable()
         positions = cache.extend(torch.zeros(1, n, dtype=torch.long))
-        same(positions.broadcast_to(1, n), p[None, start:stop], f"the positions that extend returns for {n} tokens after {start}",
-             {"each step starts at position 0; it continues after the tokens that are cached": p[None, :n]})  # fmt: skip
+        same(
+            positions.broadcast_to(1, n),
+            p[None, start:stop],
+            f"the positions that extend returns for {n} tokens after {start}",
+            {"each step starts at position 0; it continues after the tokens that are cached": p[None, :n]},
+        )
         part = slice(start, stop)
         right = visible(p[part], p[:stop], window)
         wider = visible(p[part], p[:stop], None if window is None else window + 1)

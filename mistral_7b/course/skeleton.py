@@ -22,7 +22,9 @@ from .exercises import Exercise, Part, home_of
 
 ROOT = pathlib.Path(__file__).parent.parent  # of the package
 TODO = "# Write your code here: texts/{stem}.md says what is to be done.\nraise NotImplementedError\n"
-OUTLINE = '"""Exercise {number}: {title}. See texts/{stem}.md; `mistral-7b course DIR --check {number}` checks it."""'
+OUTLINE = (
+    '"""Exercise {number}: {title}. See texts/{stem}.md; `mistral-7b course DIR --check {number}` checks it."""'
+)
 
 Definition = ast.FunctionDef | ast.ClassDef
 
@@ -64,7 +66,9 @@ def _merged(imports: set[str]) -> str:
 
     def rank(base: str) -> tuple[int, bool, str]:
         root = base.split()[1].split(".")[0]
-        level = 0 if root in sys.stdlib_module_names else 2 if root == "mistral_7b" else 3 if root[:2] == "ex" else 1
+        level = (
+            0 if root in sys.stdlib_module_names else 2 if root == "mistral_7b" else 3 if root[:2] == "ex" else 1
+        )
         return level, base.startswith("from "), base
 
     lines, before = [], 0

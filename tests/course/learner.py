@@ -313,7 +313,11 @@ def written(number: int, bodies: dict[str, str] | None = None) -> str:
         at = text.index(todo.splitlines()[0], start)
         end = text.index("raise NotImplementedError\n", at) + len("raise NotImplementedError\n")
         indent = at - text.rindex("\n", 0, at) - 1
-        text = text[:at] + textwrap.indent(textwrap.dedent(body).strip("\n") + "\n", " " * indent).lstrip(" ") + text[end:]
+        text = (
+            text[:at]
+            + textwrap.indent(textwrap.dedent(body).strip("\n") + "\n", " " * indent).lstrip(" ")
+            + text[end:]
+        )
     return text
 
 

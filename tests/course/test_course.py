@@ -184,16 +184,16 @@ def test_the_command_writes_checks_and_shows(solved: pathlib.Path, tmp_path: pat
     assert (code, out) == (0, solution(EXERCISES[2]))
 
 
-@pytest.mark.parametrize("argv", [("--check", 15), ("--solution", 0), ("--check", 1, "--solution", 1), ("--check", "x")])
+@pytest.mark.parametrize(
+    "argv", [("--check", 15), ("--solution", 0), ("--check", 1, "--solution", 1), ("--check", "x")]
+)
 def test_a_wrong_command_is_one_message(solved: pathlib.Path, argv: tuple[object, ...]) -> None:
     code, out, err = run(solved, *argv)
     assert (code, out) == (2, "")
     assert err.startswith("mistral-7b: ")
 
 
-def test_ctrl_c_says_where_the_learners_code_was(
-    solved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_says_where_the_learners_code_was(solved: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with replaced(solved, EXERCISES[2], "def visible(*of):\n    raise KeyboardInterrupt\n"):
         code, out, _ = run(solved, "--check", 3)
     assert (code, "interrupted at ex03_window.py:2, in visible" in out) == (130, True)

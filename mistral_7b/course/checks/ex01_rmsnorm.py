@@ -52,6 +52,10 @@ def check(ex: Any) -> None:
         "the result is not cast back to x's type": normed * weight,
     }
     got = norm(x)
-    rights = [y.to(torch.bfloat16) * weight for y in (normed, wide / square.sqrt())]  # they round alike almost always
-    right = next((y for y in rights if torch.equal(y, got)), rights[0]) if isinstance(got, torch.Tensor) else rights[0]
+    rights = [
+        y.to(torch.bfloat16) * weight for y in (normed, wide / square.sqrt())
+    ]  # they round alike almost always
+    right = (
+        next((y for y in rights if torch.equal(y, got)), rights[0]) if isinstance(got, torch.Tensor) else rights[0]
+    )
     same(got, right, "in bfloat16, RMSNorm(96)(x)", guesses, tolerance=0)

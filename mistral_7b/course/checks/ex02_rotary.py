@@ -21,7 +21,9 @@ def check(ex: Any) -> None:
     right = angles(100.0 ** (-2 * i / 8))
     wrong_angles = {
         "the exponent is -2i/K for pair i = 0 .. K/2 - 1, here it is -i/K": angles(100.0 ** (-i / 8)),
-        "the exponent is negative: theta^(-2i/K), so that later pairs turn more slowly": angles(100.0 ** (2 * i / 8)),
+        "the exponent is negative: theta^(-2i/K), so that later pairs turn more slowly": angles(
+            100.0 ** (2 * i / 8)
+        ),
         "there is one angle for each of the K/2 pairs": angles(100.0 ** (-torch.arange(8) / 8)),
         "theta is args.rope_theta, not always 10000": angles(10_000.0 ** (-2 * i / 8)),
         "the result needs an axis for the heads: (..., 1, K/2)": right[:, 0],
@@ -47,7 +49,13 @@ def check(ex: Any) -> None:
         guesses["cos is rounded to `dtype`; the result is float32 at least"] = rounded, rounded.float()
         if float((got[0] - exact.cos()).abs().max()) < 0.01:
             guesses["the angles are computed in float32; use float64"] = got[0]
-        same(got[0], exact.cos().float()[None, None], f"with dtype={str(dtype)[6:]}, cos at position 32767", guesses, 1e-6)
+        same(
+            got[0],
+            exact.cos().float()[None, None],
+            f"with dtype={str(dtype)[6:]}, cos at position 32767",
+            guesses,
+            1e-6,
+        )
 
     x = numbers(5, 3, 8)
     cos, sin = right.cos().float(), right.sin().float()
@@ -59,14 +67,20 @@ def check(ex: Any) -> None:
 
     turned = even * cos - odd * sin, even * sin + odd * cos
     guesses = {
-        "halves are rotated, element i with i + K/2 (Hugging Face's layout); Mistral rotates neighbours 2i and 2i + 1": (
-            torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
-        ),
+        "halves are rotated, element i with i + K/2 (Hugging Face's layout); Mistral rotates neighbours "
+        "2i and 2i + 1": (torch.cat([first * cos - second * sin, first * sin + second * cos], -1)),
         "the pairs are rotated, but not put back as neighbours": torch.cat(turned, -1),
-        "the rotation turns the other way: check the two signs": paired(even * cos + odd * sin, odd * cos - even * sin),
+        "the rotation turns the other way: check the two signs": paired(
+            even * cos + odd * sin, odd * cos - even * sin
+        ),
         "both signs are the same": paired(even * cos - odd * sin, even * sin - odd * cos),
     }
     same(ex.rotate(x, (cos, sin)), paired(*turned), "rotate(x, rope)", guesses)
     half = ex.rotate(x.bfloat16(), (cos, sin))
-    same(half, ex.rotate(x.bfloat16().float(), (cos, sin)).bfloat16(), "in bfloat16, rotate(x, rope)",
-         {"the result is not cast back to x's type": ex.rotate(x.bfloat16().float(), (cos, sin))}, 0)  # fmt: skip
+    same(
+        half,
+        ex.rotate(x.bfloat16().float(), (cos, sin)).bfloat16(),
+        "in bfloat16, rotate(x, rope)",
+        {"the result is not cast back to x's type": ex.rotate(x.bfloat16().float(), (cos, sin))},
+        0,
+    )

@@ -28,19 +28,39 @@ def check(ex: Any) -> None:
         "True means visible; here it means hidden": ~right,
     }
     same_mask(ex.visible(p, p, W), right, "visible(0..9, 0..9, window=4)", guesses)
-    same_mask(ex.visible(p, p, None), causal, "visible(0..9, 0..9, window=None)",
-              {"window None means full causal attention, without a window": right})  # fmt: skip
-    same_mask(ex.visible(p[6:], p, W), right[6:], "the last 4 queries of 10 keys",
-              {"rows are counted from 0; the rule is about positions": right[:4]})  # fmt: skip
+    same_mask(
+        ex.visible(p, p, None),
+        causal,
+        "visible(0..9, 0..9, window=None)",
+        {"window None means full causal attention, without a window": right},
+    )
+    same_mask(
+        ex.visible(p[6:], p, W),
+        right[6:],
+        "the last 4 queries of 10 keys",
+        {"rows are counted from 0; the rule is about positions": right[:4]},
+    )
     ring = torch.tensor([8, 9, 2, 3, 4, 5, 6, 7])  # a ring of eight slots after ten tokens
-    same_mask(ex.visible(p[9:], ring, W), ((9 - ring >= 0) & (9 - ring < W))[None], "keys in a ring, in the order 8 9 2 3 4 5 6 7",
-              {"the order of the keys in memory is used; the rule is about positions alone": right[9:, :8]})  # fmt: skip
+    same_mask(
+        ex.visible(p[9:], ring, W),
+        ((9 - ring >= 0) & (9 - ring < W))[None],
+        "keys in a ring, in the order 8 9 2 3 4 5 6 7",
+        {"the order of the keys in memory is used; the rule is about positions alone": right[9:, :8]},
+    )
     ids = torch.tensor([0, 0, 0, 1, 1, 0])
     at = torch.tensor([0, 1, 2, 0, 1, 3])
     e = at[:, None] - at[None, :]
     together = (e >= 0) & (e < W)
-    same_mask(ex.visible(at, at, W, ids, ids), together & (ids[:, None] == ids[None, :]), "two sequences in one batch, ids 0 0 0 1 1 0",
-              {"sequence ids are ignored: a query sees keys of its own sequence only": together})  # fmt: skip
+    same_mask(
+        ex.visible(at, at, W, ids, ids),
+        together & (ids[:, None] == ids[None, :]),
+        "two sequences in one batch, ids 0 0 0 1 1 0",
+        {"sequence ids are ignored: a query sees keys of its own sequence only": together},
+    )
     rows = torch.stack([p, p + 5])
-    same(ex.visible(rows, rows, W), right.expand(2, 10, 10), "visible of positions (2, 10)",
-         {"leading dimensions are kept: (..., T) and (..., S) give (..., T, S)": right})  # fmt: skip
+    same(
+        ex.visible(rows, rows, W),
+        right.expand(2, 10, 10),
+        "visible of positions (2, 10)",
+        {"leading dimensions are kept: (..., T) and (..., S) give (..., T, S)": right},
+    )

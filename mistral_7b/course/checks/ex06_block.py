@@ -25,7 +25,9 @@ def check(ex: Any) -> None:
         cache.extend(torch.zeros(2, 19, dtype=torch.long))
         return cache
 
-    def attended(turn_q: bool = True, turn_k: bool = True, turn_v: bool = False, out: bool = True, order: Any = None) -> Tensor:
+    def attended(
+        turn_q: bool = True, turn_k: bool = True, turn_v: bool = False, out: bool = True, order: Any = None
+    ) -> Tensor:
         q, k, v = (w(x).unflatten(-1, order or (-1, a.head_dim)) for w in (a.wq, a.wk, a.wv))
         if order:
             q, k, v = (t.transpose(-1, -2) for t in (q, k, v))
@@ -39,7 +41,9 @@ def check(ex: Any) -> None:
         "k is rotated and q is not": attended(False, True),
         "v is rotated too; only q and k are": attended(True, True, True),
         "the output is not multiplied by wo": attended(out=False),
-        "a head is K neighbouring features: unflatten to (heads, K), not (K, heads)": attended(order=(a.head_dim, -1)),
+        "a head is K neighbouring features: unflatten to (heads, K), not (K, heads)": attended(
+            order=(a.head_dim, -1)
+        ),
     }
     same(own.attention(x, rope, memory()), attended(), "Attention(x)", guesses, 1e-4)
 

@@ -20,26 +20,50 @@ def check(ex: Any) -> str:
     ids = tokens(21)
     _check_hidden(own, real, ids)
     answer = own(ids)
-    expect(isinstance(answer, tuple) and len(answer) == 2, "model(tokens) returns no pair", "return (logits, cache)")
+    expect(
+        isinstance(answer, tuple) and len(answer) == 2, "model(tokens) returns no pair", "return (logits, cache)"
+    )
     whole = real(ids)[0]
     same(answer[0], whole, "the logits of model(tokens)", tolerance=1e-4)
-    same(own(ids[:, 13:], own(ids[:, :13])[1])[0], whole[:, 13:], "the logits of 8 tokens after 13 in the cache",
-         {"the cache that is passed in is not used: the tokens start at position 0": real(ids[:, 13:])[0],
-          "positions start at 0 in every call; take those that cache.extend returns": _restarted(real, ids)},
-         1e-4)  # fmt: skip
+    same(
+        own(ids[:, 13:], own(ids[:, :13])[1])[0],
+        whole[:, 13:],
+        "the logits of 8 tokens after 13 in the cache",
+        {
+            "the cache that is passed in is not used: the tokens start at position 0": real(ids[:, 13:])[0],
+            "positions start at 0 in every call; take those that cache.extend returns": _restarted(real, ids),
+        },
+        1e-4,
+    )
     cache = own(ids[:, :13])[1]
     equal(getattr(cache, "length", None), 13, "the length of the cache after 13 tokens")
     own(ids[:, 13:], cache)
-    equal(cache.length, 13, "the length of the cache that was passed in, after the call",
-          {21: "the cache passed in is written; extend `cache.writable()`, and return that"})  # fmt: skip
+    equal(
+        cache.length,
+        13,
+        "the length of the cache that was passed in, after the call",
+        {21: "the cache passed in is written; extend `cache.writable()`, and return that"},
+    )
     low = fill(ex.Mistral7B(SMALL, dtype=torch.bfloat16, device="cpu"))
-    equal(low(ids)[0].dtype, torch.float32, "the type of the logits of a bfloat16 model",
-          {torch.bfloat16: "logits() converts its result to float32"})  # fmt: skip
+    equal(
+        low(ids)[0].dtype,
+        torch.float32,
+        "the type of the logits of a bfloat16 model",
+        {torch.bfloat16: "logits() converts its result to float32"},
+    )
     rows = torch.arange(12.0)[:, None] * torch.ones(12, 5)
-    same(ex.interleaved(half_split(rows, 2), 2), rows, "interleaved(weight, heads=2), column by column",
-         {"the rows are permuted the other way: x0 x1 x2 y0 y1 y2 becomes x0 y0 x1 y1 x2 y2": half_split(half_split(rows, 2), 2),
-          "the rows are not permuted": half_split(rows, 2),
-          "rows are permuted within each head, not across all heads": _across(half_split(rows, 2))})  # fmt: skip
+    same(
+        ex.interleaved(half_split(rows, 2), 2),
+        rows,
+        "interleaved(weight, heads=2), column by column",
+        {
+            "the rows are permuted the other way: x0 x1 x2 y0 y1 y2 becomes x0 y0 x1 y1 x2 y2": half_split(
+                half_split(rows, 2), 2
+            ),
+            "the rows are not permuted": half_split(rows, 2),
+            "rows are permuted within each head, not across all heads": _across(half_split(rows, 2)),
+        },
+    )
     return _check_demo(ex)
 
 
@@ -79,7 +103,12 @@ def _check_demo(ex: Any) -> str:
     tokenizer = Tokenizer.from_pretrained("demo")
     own, real = ex.open_demo(), Mistral7B.from_pretrained("demo", dtype=torch.float32)
     ids = tokenizer.encode("def main(")
-    same(own(torch.tensor([ids]))[0], real(torch.tensor([ids]))[0], "the bundled model's logits of 'def main('", tolerance=1e-3)
+    same(
+        own(torch.tensor([ids]))[0],
+        real(torch.tensor([ids]))[0],
+        "the bundled model's logits of 'def main('",
+        tolerance=1e-3,
+    )
     for _ in range(12):
         ids.append(int(own(torch.tensor([ids]))[0][0, -1].argmax()))
     return f"your model writes: {tokenizer.decode(ids)!r}"

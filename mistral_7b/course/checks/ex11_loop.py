@@ -39,14 +39,30 @@ def check(ex: Any) -> None:
     prompt = tokens(30)[0].tolist()
     watched = Watched(model)
     got = ex.prefill(watched, prompt, model.rolling_cache(), 8)
-    same(got, model(torch.tensor([prompt]))[0][:, -1], "prefill(model, 30 tokens, cache, chunk=8)",
-         {"these are the logits of the last chunk's first token": model(torch.tensor([prompt]))[0][:, 24]}, 1e-4)  # fmt: skip
-    equal(watched.forwards, [8, 8, 8, 6], "the tokens of each forward, for a prompt of 30 and chunks of 8",
-          {(30,): "the prompt is not cut"})  # fmt: skip
-    equal(sum(watched.projected), 1, "the number of rows that are projected onto the vocabulary",
-          {6: "all rows of the last chunk are projected; only the last one is needed",
-           30: "all rows are projected: the logits of a long prompt take gigabytes; use `hidden`, then `logits` of the last row",
-           4: "each chunk's last row is projected; only the prompt's is needed"})  # fmt: skip
+    same(
+        got,
+        model(torch.tensor([prompt]))[0][:, -1],
+        "prefill(model, 30 tokens, cache, chunk=8)",
+        {"these are the logits of the last chunk's first token": model(torch.tensor([prompt]))[0][:, 24]},
+        1e-4,
+    )
+    equal(
+        watched.forwards,
+        [8, 8, 8, 6],
+        "the tokens of each forward, for a prompt of 30 and chunks of 8",
+        {(30,): "the prompt is not cut"},
+    )
+    equal(
+        sum(watched.projected),
+        1,
+        "the number of rows that are projected onto the vocabulary",
+        {
+            6: "all rows of the last chunk are projected; only the last one is needed",
+            30: "all rows are projected: the logits of a long prompt take gigabytes; use `hidden`, then "
+            "`logits` of the last row",
+            4: "each chunk's last row is projected; only the prompt's is needed",
+        },
+    )
     for params in (
         SamplingParams(temperature=0, max_tokens=12),
         SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True),
@@ -80,10 +96,21 @@ def _check_loop(ex: Any, model: Mistral7B, prompt: list[int], params: SamplingPa
         (*right, right[-1]): "the last token is yielded twice",
     }
     equal(got, right, f"temperature {params.temperature}, seed {params.seed}: the tokens of loop()", mistakes)
-    equal(watched.forwards, [8, 8, 8, 6] + [1] * (len(right) - 1), "the tokens of each forward",
-          {(8, 8, 8, 6) + (1,) * len(right): "the last token is fed to the model, and nothing follows it"})  # fmt: skip
+    equal(
+        watched.forwards,
+        [8, 8, 8, 6] + [1] * (len(right) - 1),
+        "the tokens of each forward",
+        {(8, 8, 8, 6) + (1,) * len(right): "the last token is fed to the model, and nothing follows it"},
+    )
     stop = right[4]
     first = right.index(stop)
     got = list(ex.loop(watched, prompt, model.rolling_cache(), params, chunk=8, eos=stop))
-    equal(got, right[: first + 1], f"with eos={stop}, the tokens of loop()",
-          {tuple(right[:first]): "EOS itself is yielded, and ends the text", tuple(right): "the loop does not end at EOS"})  # fmt: skip
+    equal(
+        got,
+        right[: first + 1],
+        f"with eos={stop}, the tokens of loop()",
+        {
+            tuple(right[:first]): "EOS itself is yielded, and ends the text",
+            tuple(right): "the loop does not end at EOS",
+        },
+    )

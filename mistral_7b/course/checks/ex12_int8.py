@@ -34,10 +34,18 @@ def check(ex: Any) -> str:
     }
     same(own(x), real(x), "Int8Linear(x)", guesses)
     together, alone = own(x), torch.cat([own(row[None]) for row in x])
-    expect(torch.equal(alone, together), f"a row's result depends on the rows beside it: alone and together differ by {float((alone - together).abs().max()):.1g}",
-           "sum the products of a block as whole numbers (float64 or int32), and add the blocks in order")  # fmt: skip
-    equal(own(x.bfloat16()).dtype, torch.bfloat16, "the type of Int8Linear(x) of a bfloat16 x",
-          {torch.float32: "the result is cast back to x's type"})  # fmt: skip
+    expect(
+        torch.equal(alone, together),
+        f"a row's result depends on the rows beside it: alone and together differ by "
+        f"{float((alone - together).abs().max()):.1g}",
+        "sum the products of a block as whole numbers (float64 or int32), and add the blocks in order",
+    )
+    equal(
+        own(x.bfloat16()).dtype,
+        torch.bfloat16,
+        "the type of Int8Linear(x) of a bfloat16 x",
+        {torch.float32: "the result is cast back to x's type"},
+    )
     return _cost(ex)
 
 
@@ -57,15 +65,25 @@ def _check_rounding(ex: Any) -> None:
         "round to the nearest integer; here it is rounded down": (x / safe * 127).floor(),
         "the largest magnitude becomes 127, not 128": (x / safe * 128).round(),
         "each row has its own scale, here there is one for all": (x / x.abs().max() * 127).round(),
-        "the largest value is taken, not the largest magnitude": (x / x.amax(-1, keepdim=True).clamp(min=1e-30) * 127).round(),
+        "the largest value is taken, not the largest magnitude": (
+            x / x.amax(-1, keepdim=True).clamp(min=1e-30) * 127
+        ).round(),
         "a row of zeros divides by zero": (x / top * 127).round(),
     }
     answer = ex.quantize_rows(x)
     expect(isinstance(answer, tuple) and len(answer) == 2, "quantize_rows returns no pair", "return (q, scale)")
     same(answer[0], q, "the integers of quantize_rows(x)", guesses, 0)
-    same(answer[1], scale, "the scales of quantize_rows(x)",
-         {"this is the inverse: x is about q * scale, so scale = max / 127": 127 / top, "the scale is max / 127": top,
-          "the scales keep their axis: (..., 1)": scale[..., 0]}, 1e-6)  # fmt: skip
+    same(
+        answer[1],
+        scale,
+        "the scales of quantize_rows(x)",
+        {
+            "this is the inverse: x is about q * scale, so scale = max / 127": 127 / top,
+            "the scale is max / 127": top,
+            "the scales keep their axis: (..., 1)": scale[..., 0],
+        },
+        1e-6,
+    )
 
 
 def _cost(ex: Any) -> str:
@@ -75,5 +93,7 @@ def _cost(ex: Any) -> str:
     after = ex.quantize_linears(model)(ids)[0][0].log_softmax(-1)
     kl = float((before.exp() * (before - after)).sum(-1).mean())
     agree = int((before.argmax(-1) == after.argmax(-1)).sum())
-    expect(kl < 0.01, f"the bundled model in int8 is {kl:.3f} nats from the unquantized one; below 0.01 was expected")
+    expect(
+        kl < 0.01, f"the bundled model in int8 is {kl:.3f} nats from the unquantized one; below 0.01 was expected"
+    )
     return f"int8 keeps the most probable token at {agree} of {len(ids[0])} positions, at a KL divergence of {kl:.1e} nats"

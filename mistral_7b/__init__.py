@@ -44,8 +44,8 @@ _HOMES = {
         (
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
             "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
-            "EvaluationError", "BenchmarkError", "CourseError", "EngineError", "QueueFullError", "GrammarError", "AdapterError",
-            "WriteError",
+            "EvaluationError", "BenchmarkError", "EngineError", "QueueFullError", "GrammarError", "AdapterError",
+            "CourseError", "WriteError",
         ),
         "errors",
     ),

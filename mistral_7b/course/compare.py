@@ -7,7 +7,7 @@ mistake, the learner is told which.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def expect(condition: bool, what: str, mistake: str | None = None) -> None:
         wrong(what, mistake)
 
 
-def equal(got: object, expected: object, what: str, mistakes: Mapping[object, str] | None = None) -> None:
+def equal(got: object, expected: object, what: str, mistakes: Mapping[Any, str] | None = None) -> None:
     """`wrong` unless two plain values are equal; `mistakes` explains wrong values, lists as tuples."""
     if got != expected:
         value = tuple(got) if isinstance(got, list | dict) else got

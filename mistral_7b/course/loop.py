@@ -15,7 +15,7 @@ from ..text.tokenizer import Tokenizer
 
 
 def encode_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
-    """Token ids of a prompt that consists of several texts, each encoded on its own: one BOS, then their tokens."""
+    """Token ids of a prompt of several texts, each encoded on its own: one BOS, then their tokens."""
     ids = tokenizer.encode("")  # BOS alone
     for text in texts:
         ids += tokenizer.encode(text, bos=False)

@@ -71,7 +71,8 @@ def _merged(imports: set[str]) -> str:
         )
         return level, base.startswith("from "), base
 
-    lines, before = [], 0
+    lines: list[str] = []
+    before = 0
     for base in sorted(names, key=rank):
         if lines and rank(base)[0] != before:
             lines.append("")

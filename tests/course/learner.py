@@ -120,7 +120,8 @@ BODIES: dict[int, dict[str, str]] = {
             V = weights.shape[-1]
             highest = 2.0 ** (62 - (V - 1).bit_length())
             out = []
-            for row, p, k, top in zip(weights.tolist(), min_p[:, 0].tolist(), top_k[:, 0].tolist(), top_p[:, 0].tolist()):
+            for r, row in enumerate(weights.tolist()):
+                p, k, top = float(min_p[r]), int(top_k[r]), float(top_p[r])
                 best = sorted(row, reverse=True)
                 least = max(best[k - 1] if k else 0, int(p * highest))
                 best = [w for w in best if w >= least]

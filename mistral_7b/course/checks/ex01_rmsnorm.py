@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mistral_7b.course.compare import same
+from mistral_7b.course.compare import Guesses, same
 from mistral_7b.course.setting import numbers
 
 
@@ -40,7 +40,7 @@ def check(ex: Any) -> None:
     wide = x.float()
     square, low = wide.square().mean(-1, keepdim=True) + 1e-5, x.square().mean(-1, keepdim=True) + 1e-5
     normed = wide * torch.rsqrt(square)
-    guesses = {
+    rough: Guesses = {
         "the mean and the root are computed in bfloat16; convert x to float32 first": (
             x * torch.rsqrt(low) * weight,
             x / low.sqrt() * weight,
@@ -58,4 +58,4 @@ def check(ex: Any) -> None:
     right = (
         next((y for y in rights if torch.equal(y, got)), rights[0]) if isinstance(got, torch.Tensor) else rights[0]
     )
-    same(got, right, "in bfloat16, RMSNorm(96)(x)", guesses, tolerance=0)
+    same(got, right, "in bfloat16, RMSNorm(96)(x)", rough, tolerance=0)

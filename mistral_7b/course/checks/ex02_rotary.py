@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mistral_7b.course.compare import expect, same
 from mistral_7b.course.setting import SMALL, numbers
@@ -44,16 +45,18 @@ def check(ex: Any) -> None:
         rough[dtype] = (far[:, None, None].to(dtype) * frequency).float()
     for dtype in (torch.float32, torch.bfloat16):
         got = ex.rope_phases(far, args, dtype)
-        guesses = {f"the angles are computed in {str(d)[6:]}; use float64": a.cos() for d, a in rough.items()}
+        near: dict[str, Tensor | tuple[Tensor, ...]] = {
+            f"the angles are computed in {str(d)[6:]}; use float64": a.cos() for d, a in rough.items()
+        }
         rounded = exact.cos().bfloat16()[None, None]
-        guesses["cos is rounded to `dtype`; the result is float32 at least"] = rounded, rounded.float()
+        near["cos is rounded to `dtype`; the result is float32 at least"] = rounded, rounded.float()
         if float((got[0] - exact.cos()).abs().max()) < 0.01:
-            guesses["the angles are computed in float32; use float64"] = got[0]
+            near["the angles are computed in float32; use float64"] = got[0]
         same(
             got[0],
             exact.cos().float()[None, None],
             f"with dtype={str(dtype)[6:]}, cos at position 32767",
-            guesses,
+            near,
             1e-6,
         )
 

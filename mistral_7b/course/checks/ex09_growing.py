@@ -43,7 +43,7 @@ def check(ex: Any) -> None:
 
     model, ids = small_model(), tokens(40)
     whole = model(ids)[0]
-    old = model(ids[:, :30], ex.GrowingCache(SMALL.n_layers, 8))[1]
+    old: Any = model(ids[:, :30], ex.GrowingCache(SMALL.n_layers, 8))[1]
     before = [m.k.clone() for m in old.layers]
     first = model(ids[:, 30:], old)[0]
     same(first, whole[:, 30:], "the model's logits with your cache, 10 tokens after 30", tolerance=1e-4)

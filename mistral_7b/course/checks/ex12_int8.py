@@ -13,7 +13,14 @@ from mistral_7b.course.int8 import Int8Linear
 from mistral_7b.course.setting import numbers
 from mistral_7b.kernels.linear import quantize_rows
 
-TEXT = "import os\n\n\ndef main(argv=None):\n    for path in argv:\n        with open(path) as file:\n            print(file.read())\n"
+TEXT = """import os
+
+
+def main(argv=None):
+    for path in argv:
+        with open(path) as file:
+            print(file.read())
+"""
 
 
 def check(ex: Any) -> str:
@@ -96,4 +103,4 @@ def _cost(ex: Any) -> str:
     expect(
         kl < 0.01, f"the bundled model in int8 is {kl:.3f} nats from the unquantized one; below 0.01 was expected"
     )
-    return f"int8 keeps the most probable token at {agree} of {len(ids[0])} positions, at a KL divergence of {kl:.1e} nats"
+    return f"int8 keeps the most probable token at {agree} of {len(ids[0])} positions; KL divergence {kl:.1e} nats"

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.cache import GrowingCache
 from mistral_7b.checkpoint.names import half_split
 from mistral_7b.course.compare import equal, expect, same
 from mistral_7b.course.setting import SMALL, fill, small_model, tokens
-from mistral_7b.model import rope_phases
+from mistral_7b.model import Mistral7B, rope_phases
+from mistral_7b.text.tokenizer import Tokenizer
 
 
 def check(ex: Any) -> str:

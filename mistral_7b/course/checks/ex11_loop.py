@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_7b import SamplingParams, Tokenizer, generate
 from mistral_7b.course.compare import equal, same
 from mistral_7b.course.setting import small_model, tokens
+from mistral_7b.generate import generate
 from mistral_7b.model import Mistral7B
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.tokenizer import Tokenizer
 
 
 class Watched:

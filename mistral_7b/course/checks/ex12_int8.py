@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.course.compare import equal, expect, same
 from mistral_7b.course.int8 import Int8Linear
 from mistral_7b.course.setting import numbers
 from mistral_7b.kernels.linear import quantize_rows
+from mistral_7b.model import Mistral7B
+from mistral_7b.text.tokenizer import Tokenizer
 
 TEXT = """import os
 

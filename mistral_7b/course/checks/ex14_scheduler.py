@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from mistral_7b import SamplingParams, Tokenizer
 from mistral_7b.course.compare import equal, expect, wrong
 from mistral_7b.engine.completion import Completion
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.pages import PagePool, first_key
 from mistral_7b.engine.request import Request
+from mistral_7b.sampling.params import SamplingParams
+from mistral_7b.text.tokenizer import Tokenizer
 
 PROMPTS = (
     "import os\n\n\ndef main(",

@@ -95,15 +95,17 @@ def _run(folder: pathlib.Path, exercise: Exercise) -> tuple[State, str]:
         return "failed", str(error)
     except (Exception, SystemExit) as error:
         place = _place(error, folder)
+        called = None if isinstance(error, SyntaxError) else _place(error, folder / "checks")
         if isinstance(error, NotImplementedError) and place and not str(error):  # PyTorch's own has a message
             return "to do", f"not written yet: {place}"
-        said = str(error).strip() or "no message"
-        return "failed", f"{place}: {type(error).__name__}: {said}" if place else f"{type(error).__name__}: {said}"
+        said = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        said = f"{place}: {said}" if place else said
+        return "failed", f"{said} (called by checks/{called})" if called else said
     return "passed", shown or ""
 
 
 def _place(error: BaseException, folder: pathlib.Path) -> str | None:
-    """File, line and function of the learner's code that an error came through last; None if through none."""
+    """File, line and function in `folder` that an error came through last; None if through none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{pathlib.Path(error.filename).name}:{error.lineno}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename).parent == folder]

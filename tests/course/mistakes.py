@@ -40,6 +40,8 @@ MISTAKES = [
         ("is None", "does not return its result"),
     ),
     Mistake(2, "-2 * i / args.head_dim", "-i / args.head_dim", ("the exponent is -2i/K",)),
+    Mistake(2, "angle.cos().to(dtype)", "angle.cos()", ("is of type float64", "or to `dtype` if that is wider")),
+    Mistake(2, "dtype = torch.promote_types(dtype, torch.float32)", "pass", ("the result is float32 at least",)),
     Mistake(
         2,
         "i = torch.arange(args.head_dim // 2, dtype=torch.float64)",

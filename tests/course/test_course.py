@@ -142,6 +142,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path: pathlib.Path) -> None:
     [
         ("def visible(:\n", "ex03_window.py:1: SyntaxError"),
         ("def visible(*of):\n    return 1 / 0\n", "ex03_window.py:2, in visible: ZeroDivisionError"),
+        ("def visible(*of):\n    return 1 / 0\n", "(called by checks/ex03_window.py:"),
         ("import sys\n\nsys.exit()\n", "ex03_window.py:3, in <module>: SystemExit"),
         ("", "AttributeError"),
     ],

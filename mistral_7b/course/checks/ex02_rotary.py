@@ -35,6 +35,7 @@ def check(ex: Any) -> None:
     for name, got, f, other in (("cos", rope[0], torch.cos, torch.sin), ("sin", rope[1], torch.sin, torch.cos)):
         guesses = {why: f(angle).float() for why, angle in wrong_angles.items()}
         guesses[swapped] = other(right).float()
+        guesses["convert cos and sin to float32, or to `dtype` if that is wider"] = f(right)
         same(got, f(right).float(), f"{name} of rope_phases", guesses)
 
     far = torch.tensor([32767])
@@ -45,12 +46,13 @@ def check(ex: Any) -> None:
         rough[dtype] = (far[:, None, None].to(dtype) * frequency).float()
     for dtype in (torch.float32, torch.bfloat16):
         got = ex.rope_phases(far, args, dtype)
-        near: dict[str, Tensor | tuple[Tensor, ...]] = {
-            f"the angles are computed in {str(d)[6:]}; use float64": a.cos() for d, a in rough.items()
-        }
         rounded = exact.cos().bfloat16()[None, None]
-        near["cos is rounded to `dtype`; the result is float32 at least"] = rounded, rounded.float()
-        if float((got[0] - exact.cos()).abs().max()) < 0.01:
+        near: dict[str, Tensor | tuple[Tensor, ...]] = {
+            "cos is rounded to `dtype`; the result is float32 at least": (rounded, rounded.float()),
+            "the angles are computed in bfloat16; use float64": rough[torch.bfloat16].cos(),
+            "the angles are computed in float32; use float64": rough[torch.float32].cos(),
+        }
+        if got[0].dtype == torch.float32 and float((got[0] - exact.cos()).abs().max()) < 0.01:
             near["the angles are computed in float32; use float64"] = got[0]
         same(
             got[0],

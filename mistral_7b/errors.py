@@ -127,6 +127,10 @@ class BenchmarkError(Mistral7BError):
     """A measurement that cannot be made here: no memory for it, no such engine, or a process that failed."""
 
 
+class CourseError(Mistral7BError):
+    """An exercise that there is none of, a folder without the course, or an exercise's wrong result."""
+
+
 class EngineError(Mistral7BError):
     """A request that the engine cannot serve: it can never fit, or its step failed (`__cause__` says why)."""
 

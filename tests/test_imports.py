@@ -28,7 +28,7 @@ LAYERS = (
     ("lora", "text"),
     ("engine",),
     ("generate", "training", "evaluation"),
-    ("server", "bench"),
+    ("server", "bench", "course"),
     ("cli",),
     ("__main__",),
 )
@@ -53,6 +53,7 @@ WITHOUT_TORCH = (
     "server.ollama.bodies", "server.ollama.answers",
     "bench.run", "bench.report", "bench.plot", "bench.serving.run", "bench.serving.report", "bench.serving.plot",
     "bench.quality.records", "bench.quality.report", "text.default_text",
+    "course", "course.exercises", "course.skeleton", "course.folder", "cli.course", "cli.agent_guide",
 )  # fmt: skip
 
 Import = tuple[str, str, int]  # the room imported, the function it stands in ("" at the top), the line

@@ -38,6 +38,8 @@ COMMANDS = {
     "eval": "evaluate a model: perplexity, tasks of lm-eval, long contexts",
     "verify": "check the files of a model: weights, tokenizer, chat template, hashes",
     "doctor": "check this machine: hardware, kernels, missing software",
+    "course": "exercises that rebuild the model, from RMSNorm to a paged, quantized decoder",
+    "agent-guide": "print one page on this package for a coding assistant",
 }
 
 ELSEWHERE = {  # commands of other programs -> what to do here
@@ -105,7 +107,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: objec
 def _dispatch(argv: list[str]) -> int:
     command = argv[0] if argv else ""
     if command in COMMANDS:
-        return importlib.import_module(f".{command}", __name__).run(argv[1:])
+        return importlib.import_module(f".{command.replace('-', '_')}", __name__).run(argv[1:])
     if command == "help" and argv[1:2] and argv[1] in COMMANDS:
         return _dispatch([argv[1], "--help"])
     if command == "help" and argv[1:2]:
@@ -132,7 +134,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:<10}{what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
     return (
         "usage: mistral-7b [-h] [--version] COMMAND ...\n\n"
         "Mistral 7B in PyTorch: readable, exact and fast at once.\n\n"

@@ -33,12 +33,17 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def launched() -> bool:
+    """Whether torchrun started this process, also if it is the only one."""
+    return "RANK" in os.environ
+
+
 def start(timeout: float = TIMEOUT) -> None:
     """Connect the ranks, unless they are connected; a rank that is silent for `timeout` seconds ends the run."""
     import torch
     import torch.distributed as dist
 
-    if size() == 1 and "RANK" not in os.environ or dist.is_initialized():
+    if not launched() or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -47,8 +52,8 @@ def start(timeout: float = TIMEOUT) -> None:
 
 
 def connected() -> bool:
-    """Whether this process is one of several that `start` has connected."""
-    if size() == 1:
+    """Whether `start` has connected this process with the others of the run."""
+    if not launched():
         return False
     import torch.distributed as dist
 
@@ -57,7 +62,7 @@ def connected() -> bool:
 
 def first(value: Callable[[], T]) -> T:
     """Return rank 0's `value()`, on every rank; the others do not call theirs."""
-    if size() == 1:
+    if not launched():
         return value()
     import torch.distributed as dist
 

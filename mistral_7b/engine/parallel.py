@@ -1,7 +1,7 @@
 """An engine over several processes: each has all requests, and takes the same steps on its part of the model.
 
-What one process would decide by time or by its own files is refused, because ranks that decide differently wait for
-each other until the time limit: speculation, grammars, a prefix cache on disk.
+What a process decides by time or by its own files is refused, because ranks that decide differently wait for each
+other until the time limit: speculation, grammars, a prefix cache on disk.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def divide(model: Mistral7B, processes: int, config: EngineConfig, adapters: Map
 
 def check_alone(field: str) -> None:
     """Raise EngineError for what one process alone can do, if this is one of several."""
-    if ranks.connected():
+    if ranks.size() > 1:
         raise EngineError(
             f"{field} cannot be used with a model that is divided among processes",
             field=field,

@@ -34,6 +34,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",
     "finetune": "fine-tune a model on examples, preferences or rewards",
+    "plan": "plan a model over several GPUs: memory, traffic, what to choose",
     "bench": "measure speed, memory and quality, compared with hardware limits and other engines",
     "doctor": "check this machine: hardware, kernels, missing software",
 }

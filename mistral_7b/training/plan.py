@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-
 from ..model import Mistral7B, ModelArgs
 from ..quantization.schemes import Scheme, empty_model
 from .estimate import LOGIT_COPIES, block_activations, trained_numbers

@@ -1,4 +1,4 @@
-"""Ranks for tests: forked from the test's process, connected over loopback, one thread each."""
+"""Ranks for tests: processes forked from the test's process, connected over loopback, one thread each."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def run(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
-    """Run `work` on `size` ranks; return what each returned, or the exception that ended it (None: killed)."""
+def run(size: int, work: Callable[[], Any], folder: Path, timeout: float = 300) -> list[Any]:
+    """Run `work` on `size` ranks; return what each returned, or the exception that ended it (None: killed).
+
+    `timeout` is that of their collectives, in seconds.
+    """
     port, pids = free_port(), []
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
-            _child(rank, size, port, work, folder / f"rank-{rank}")
+            _child(rank, size, port, work, folder / f"rank-{rank}", timeout)
         pids.append(pid)
     for pid in pids:
         os.waitpid(pid, 0)
@@ -37,7 +40,7 @@ def run(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
     return found
 
 
-def _child(rank: int, size: int, port: int, work: Callable[[], Any], out: Path) -> None:
+def _child(rank: int, size: int, port: int, work: Callable[[], Any], out: Path, timeout: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     os.environ.update(
@@ -47,7 +50,7 @@ def _child(rank: int, size: int, port: int, work: Callable[[], Any], out: Path) 
     try:
         from mistral_7b.distributed import ranks
 
-        ranks.start()
+        ranks.start(timeout)
         result = work()
     except BaseException as error:
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Tensor parallel: rank r of K computes heads and outputs of every layer, beside the model, whose code is unchanged.
+"""Tensor parallel: each of K ranks computes some heads and outputs of every layer, beside an unchanged model.
 
     weights               wq wk wv        attention    wo            w1 w3      w2            output
     float       splits    heads           heads        inputs        outputs    inputs        outputs
@@ -7,8 +7,8 @@
                 wire                                   gather H, D              gather F, D   gather V
 
 A product over split inputs adds its parts in another order than one process does. The float path allows that
-(DTensor, by `parallelize_module`). The quantized one splits every weight by outputs, so that one rank computes each
-number as a single process would: logits have equal bits for every K. It moves (H + F + 2 D)/4 D times the bytes.
+(DTensor, by `parallelize_module`). The quantized one splits every weight by outputs, so that one rank computes
+each number as a single process would: logits have equal bits for every K, for (H + F + 2 D)/4 D times the bytes.
 
 D width · H query heads times head width · F feed-forward width · V vocabulary
 """
@@ -60,8 +60,8 @@ def gathered(x: Tensor, sizes: Sequence[int]) -> Tensor:
 def parallelize(model: Mistral7B, field: str = "tensor_parallel") -> Mistral7B:
     """Divide a loaded model among all ranks of the run, in place; returns it, unchanged if there is one rank.
 
-    `model.args` then has the heads of this rank, for which caches are made. ConfigError if the number of ranks does
-    not divide the heads, or the model is quantized other than to block formats on a CPU.
+    `model.args` then has the heads of this rank, for which caches are made. ConfigError if the number of ranks
+    does not divide the heads, or the model is quantized other than to block formats on a CPU.
     """
     if (k := ranks.size()) == 1:
         return model

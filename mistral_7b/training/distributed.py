@@ -1,9 +1,9 @@
 """Training over several processes: in shards, in divided layers, or in replicas.
 
-    update n     = `accumulate` parts, the same for every number of ranks W; rank r computes parts r, r + W, r + 2W...
-    full           FSDP2: a rank keeps 1/W of weights, masters and AdamW; gradients are reduce-scattered
-    full, tensor_parallel = W     every rank computes all parts, on its part of every layer
-    adapters       the base is whole on every rank; gradients of the adapter are all-reduced
+    update n   `accumulate` parts, the same for every number of ranks W; rank r computes parts r, r + W, r + 2W...
+    full       FSDP2: a rank keeps 1/W of weights, masters and AdamW; gradients are reduce-scattered
+    full, tensor_parallel = W    every rank computes all parts, on its part of every layer
+    adapters   the base is whole on every rank; gradients of the adapter are all-reduced
 
 A saved state is a folder of safetensors by torch.distributed.checkpoint, which any number of ranks resumes from:
 
@@ -76,6 +76,7 @@ def divide(model: Mistral7B, tensor_parallel: int) -> None:
     for layer in model.layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    assert isinstance(model, FSDPModule)
     model.set_reshard_after_backward(False, recurse=False)  # of each chunk of the loss; `publish` does
     for method in ("hidden", "logits"):
         register_fsdp_forward_method(model, method)
@@ -97,17 +98,15 @@ class RankWeights(Weights):
 
     def clip(self, most: float) -> Tensor:
         """Sum the gradients of replicas, and clip by the norm over all ranks, each shard counted once."""
-        if self.share.replicas > 1:
-            whole = [m.grad for m, w in zip(self.masters, self.weights, strict=True) if not isinstance(w, DTensor)]
-            if whole:
-                flat = torch.cat([g.flatten() for g in whole])  # type: ignore[union-attr]
-                dist.all_reduce(flat)
-                for grad, total in zip(whole, flat.split([g.numel() for g in whole]), strict=True):  # type: ignore[union-attr]
-                    grad.copy_(total.view_as(grad))  # type: ignore[union-attr, arg-type]
+        grads = [m.grad for m in self.masters if m.grad is not None]
+        if self.share.replicas > 1 and not isinstance(self.weights[0], DTensor):  # an adapter
+            dist.all_reduce(flat := torch.cat([g.flatten() for g in grads]))
+            for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(total.view_as(grad))
         squares = torch.zeros(2, device=self.masters[0].device)
-        for master, weight in zip(self.masters, self.weights, strict=True):
+        for grad, weight in zip(grads, self.weights, strict=True):
             shard = isinstance(weight, DTensor) and any(p.is_shard() for p in weight.placements)
-            squares[int(shard)] += master.grad.square().sum()  # type: ignore[union-attr]
+            squares[int(shard)] += grad.square().sum()
         dist.all_reduce(squares[1])
         norm = squares.sum().sqrt()
         nn.utils.clip_grads_with_norm_(self.masters, most, norm)
@@ -190,9 +189,9 @@ class RankWeights(Weights):
         """Return the model with whole weights, on rank 0 and its CPU; None on the others."""
         whole: dict[str, Tensor] = {}
         for name, weight in zip(self.names, self.weights, strict=True):
-            full = weight.detach().full_tensor() if isinstance(weight, DTensor) else weight.detach()
+            full = weight.full_tensor() if isinstance(weight, DTensor) else weight
             if ranks.rank() == 0:
-                whole[name] = full.cpu()
+                whole[name] = full.detach().cpu()
         if not whole:
             return None
         out = Mistral7B(shape, dtype=self.weights[0].dtype, device="meta")

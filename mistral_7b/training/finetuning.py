@@ -216,7 +216,10 @@ class Run:
 
     def _sinks(self, show: Callable[[Record], None] | None) -> list[Callable[[Record], None]]:
         """Return what is called with each record."""
-        sinks = [show or ProgressLine(self.args), MetricsFile(self.out / METRICS, self.loop.log)]
+        sinks: list[Callable[[Record], None]] = [
+            show or ProgressLine(self.args),
+            MetricsFile(self.out / METRICS, self.loop.log),
+        ]
         if (board := tensorboard(self.out / "tensorboard", self.loop.step)) is not None:
             sinks.append(board)
         return sinks

@@ -51,7 +51,10 @@ class Loop:
     def __init__(
         self, args: RunArgs, method: Method, weights: Weights, data: str = "", share: Share | None = None
     ) -> None:
-        """`data` is a fingerprint of what is trained on, to resume on the same alone; `share` of several processes."""
+        """`data` is a fingerprint of what is trained on, to resume on the same alone.
+
+        `share` says which parts of an update this process computes.
+        """
         self.args, self.method, self.weights, self.data = args, method, weights, data
         self.share = share or Share()
         self.step, self.saved, self.seconds = 0, 0, 0.0
@@ -159,7 +162,8 @@ class Loop:
             if self.share.interrupted or not connected():  # else other ranks may be elsewhere, or nowhere
                 self._save_new(state_path)
             if isinstance(error, KeyboardInterrupt):
-                saved = f"update {self.saved} of {args.total_steps} is saved in {state_path}"
+                place = state_path.parent if connected() else state_path
+                saved = f"update {self.saved} of {args.total_steps} is saved in {place}"
                 saved += "; the same command resumes there"
                 print(f"\nstopped: {saved if self.saved else 'no update was done'}", file=sys.stderr)
             raise

@@ -1,7 +1,7 @@
 """Memory and traffic of a model over several processes, by arithmetic: nothing is loaded or measured.
 
-W processes. In a ring, each one sends of n bytes: (W - 1)/W n in an all-gather or a reduce-scatter, twice that in an
-all-reduce. Weights, activations and gradients are bfloat16; masters and AdamW float32.
+W processes. In a ring, each one sends of n bytes: (W - 1)/W n in an all-gather or a reduce-scatter, twice that in
+an all-reduce. Weights, activations and gradients are bfloat16; masters and AdamW float32.
 """
 
 from __future__ import annotations
@@ -37,12 +37,9 @@ def numbers(shape: ModelArgs) -> tuple[int, int, int]:
 
 
 def serving(shape: ModelArgs, scheme: str | None, processes: int, tokens: int) -> Way:
-    """Serving `tokens` of context on every process, or on all together if the model is divided (`processes` > 1)."""
+    """Serving `tokens` of context on every process, or on all together if the model is divided among several."""
     k, a = processes, shape
-    if scheme is None:
-        model = Mistral7B(shape, device="meta")
-    else:
-        model = empty_model(shape, Scheme(scheme))
+    model = Mistral7B(shape, device="meta") if scheme is None else empty_model(shape, Scheme(scheme))
     size = sum(t.nbytes for t in model.state_dict().values())
     whole = sum(t.nbytes for t in model.tok_embeddings.state_dict().values())  # and norms, which are few
     kv = 2 * a.n_layers * a.n_kv_heads * a.head_dim * WIDTH * tokens

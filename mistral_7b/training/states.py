@@ -39,7 +39,7 @@ def save_state(state: dict[str, Any], path: Path, nbytes: int, keep: int = 1) ->
 def read_state(path: Path, device: torch.device | str) -> dict[str, Any] | None:
     """Return the state in `path`, or None; TrainingError if there is only one of several processes."""
     if path.exists():
-        return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, map_location=device, weights_only=True)
     if shards := sorted(path.parent.glob(f"{SHARDS}-[0-9]*")):
         raise TrainingError(
             "is the state of a run that torchrun started",

@@ -72,7 +72,7 @@ class Weights:
         save_state({**run, **self.state()}, path, self.nbytes(), keep)
 
     def read(self, path: Path, device: torch.device | str) -> dict[str, Any] | None:
-        """Return what `save` has written, for `load_state`, with what it says of the run; None if nothing is there."""
+        """Return what `save` wrote, for `load_state`, with what it says of the run; None if there is nothing."""
         return read_state(path, device)
 
     def whole(self, model: Mistral7B, shape: ModelArgs) -> Mistral7B | None:

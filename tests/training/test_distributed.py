@@ -1,7 +1,8 @@
-"""Training over 1, 2 and 4 processes on loopback, beside one: loss, gradients, norm, states, traffic, lost ranks."""
+"""Training over 1, 2 and 4 processes, beside one: loss, gradients, norm, states, traffic, lost ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -132,10 +133,8 @@ def resumed(out: Path, steps: int, stop: int) -> list[tuple[float, float]]:
         if record["step"] == stop - 1 and ranks.rank() == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         made.train(show)
-    except KeyboardInterrupt:
-        pass
     return [(r["loss"], r["norm"]) for r in made.loop.log]
 
 

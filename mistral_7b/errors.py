@@ -119,6 +119,10 @@ class TrainingError(Mistral7BError):
     """Training data or a training state that cannot be used."""
 
 
+class DistributedError(Mistral7BError):
+    """Another process of the run has ended, or does not answer."""
+
+
 class EvaluationError(Mistral7BError):
     """A text on which nothing can be measured."""
 

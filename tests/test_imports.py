@@ -25,7 +25,7 @@ LAYERS = (
     ("surgery",),
     ("quantization",),
     ("checkpoint",),
-    ("lora", "text"),
+    ("distributed", "lora", "text"),
     ("engine",),
     ("generate", "training", "evaluation"),
     ("server", "bench", "course"),
@@ -43,7 +43,8 @@ DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained"
 WITHOUT_TORCH = (
     "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",
     "text.tool_calls", "text.chat_template", "text.template_choice", "text.template_sandbox",
-    "checkpoint", "checkpoint.hub", "checkpoint.starter", "checkpoint.gguf.file", "checkpoint.gguf.tokenizer",
+    "checkpoint", "checkpoint.hub", "checkpoint.starter", "distributed.ranks", "checkpoint.gguf.file",
+    "checkpoint.gguf.tokenizer",
     "checkpoint.gguf.tokenizer_metadata", "checkpoint.tokenizer_files", "checkpoint.chat_templates", "lora",
     "training", "training.args", "training.finetune_args", "training.examples", "training.preview",
     "training.held_out", "training.rewards", "cli.finetune",

@@ -18,7 +18,8 @@ import sys
 import warnings
 
 from .. import __version__
-from ..errors import HubError, Mistral7BError, WriteError
+from ..distributed import ranks
+from ..errors import ConfigError, DistributedError, HubError, Mistral7BError, WriteError
 from ..files import ADVICE, write_error_in
 
 COMMANDS = {
@@ -34,6 +35,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP with the OpenAI API",
     "train": "train a model on text files",
     "finetune": "fine-tune a model on examples, preferences or rewards",
+    "plan": "plan a model over several GPUs: memory, traffic, what to choose",
     "bench": "measure speed, memory and quality, compared with hardware limits and other engines",
     "eval": "evaluate a model: perplexity, tasks of lm-eval, long contexts",
     "verify": "check the files of a model: weights, tokenizer, chat template, hashes",
@@ -41,6 +43,8 @@ COMMANDS = {
     "course": "exercises that rebuild the model, from RMSNorm to a paged, quantized decoder",
     "agent-guide": "print one page on this package for a coding assistant",
 }
+
+PARALLEL = ("generate", "finetune")  # commands that torchrun may start with several processes
 
 ELSEWHERE = {  # commands of other programs -> what to do here
     "list": "a model is a folder or a file; `hf cache ls` lists those downloaded from the hub",
@@ -56,10 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run `mistral-7b` with these arguments (default: sys.argv) and return its exit code."""
     debug = os.environ.get("MISTRAL_7B_DEBUG", "") not in ("", "0")
     _open_streams()
+    if ranks.rank() > 0:  # rank 0 speaks; an error is reported on the original stderr
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     show = warnings.showwarning
     warnings.showwarning = _show_warning
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with ranks.lost_ranks_named():
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # raises BrokenPipeError here, not at exit
         return code
     except SystemExit as exit:  # from the flag parser, which has printed the reason
@@ -106,6 +113,12 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: objec
 
 def _dispatch(argv: list[str]) -> int:
     command = argv[0] if argv else ""
+    if ranks.size() > 1 and command not in PARALLEL:
+        raise ConfigError(
+            f"`{command}` runs in one process, and torchrun started {ranks.size()}",
+            field="--nproc-per-node",
+            hint=f"start it without torchrun; over several processes run: {', '.join(PARALLEL)}",
+        )
     if command in COMMANDS:
         return importlib.import_module(f".{command.replace('-', '_')}", __name__).run(argv[1:])
     if command == "help" and argv[1:2] and argv[1] in COMMANDS:
@@ -150,7 +163,8 @@ def _report(error: Exception) -> int:
     hint = ""
     bad_input = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
     if isinstance(error, Mistral7BError):
-        bad_input, text = not isinstance(error, (HubError, WriteError)), str(error)
+        bad_input = not isinstance(error, (DistributedError, HubError, WriteError))
+        text = str(error)
     elif (refusal := write_error_in(error)) is not None:
         what = refusal.filename or ("the output" if refusal.errno in ADVICE else "")
         text = f"{what}: {refusal.strerror}" if what else str(refusal)
@@ -161,8 +175,9 @@ def _report(error: Exception) -> int:
     else:
         text = f"{type(error).__name__}: {error}"
         hint = "\n(this should not happen: MISTRAL_7B_DEBUG=1 shows the traceback, please report it)"
-    with contextlib.suppress(OSError):  # stderr is closed, or its disk is full: the code remains
-        print(f"mistral-7b: {text}{hint}", file=sys.stderr)
+    if ranks.reports():
+        with contextlib.suppress(OSError):  # stderr is closed, or its disk is full: the code remains
+            print(f"mistral-7b: {text}{hint}", file=sys.__stderr__ if ranks.rank() else sys.stderr)
     return 2 if bad_input else 1
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ..distributed import ranks
 from ..sampling.params import SamplingParams
 from .inputs import ModelName, TextOptions, UsageError, read_flags, read_text, sampling_of
 
@@ -60,7 +61,7 @@ def run(argv: list[str]) -> int:
             "--logprobs and --prompt-logprobs are part of the JSON output", field="--logprobs", hint="add --json"
         )
     args.check_paths(args.model)
-    prompt = read_prompt(args)
+    prompt = ranks.first(lambda: read_prompt(args))  # a pipe has one reader
     echo = args.echo == "always" or (args.echo == "auto" and (sys.stdout.isatty() or not prompt))
     prompt = prompt or DEMO_PROMPT
     model, tokenizer, adapter = args.open_adapted(args.model, args.adapter)
@@ -69,7 +70,7 @@ def run(argv: list[str]) -> int:
     speculate = speculation(args)
     from ..sampling.sampler import draw_seed
 
-    params = dataclasses.replace(params, seed=draw_seed() if params.seed is None else params.seed)
+    params = dataclasses.replace(params, seed=ranks.first(draw_seed) if params.seed is None else params.seed)
     ids = tokenizer.encode(prompt)
     generation = Generation(
         params.n, len(ids), params.n == 1 and not args.json, speculate.tally if speculate else None

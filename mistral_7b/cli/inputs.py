@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import tyro
 
+from ..distributed import ranks
 from ..errors import ConfigError, TokenizerError, first_line
 from ..kernels import threads
 from ..sampling.params import SamplingParams, StructuredOutputs
@@ -98,6 +99,7 @@ class ModelOptions:
             import torch
 
             from ..checkpoint import hub
+            from ..engine.parallel import check_alone
             from ..kernels.cpu import compiler
             from ..lora import apply, read_adapter
             from ..text.tokenizer import Tokenizer
@@ -109,6 +111,7 @@ class ModelOptions:
             if model.norm.weight.device.type == "cpu":
                 compiler.library()  # here, where it takes none of the time of the tokens
             if path:
+                check_alone("adapters")
                 found = read_adapter(path, model.args)
                 words = found.tokenizer
                 model, rest = apply(model, found)
@@ -153,9 +156,14 @@ class ModelOptions:
 
         device = pick_device(self.device)
         dtype = getattr(torch, self.dtype)
-        return Mistral7B.from_pretrained(
+        model = Mistral7B.from_pretrained(
             source, dtype=dtype, device=device, quantization=self.quantization, mmap=self.mmap
         )
+        if ranks.size() > 1:
+            from ..distributed.tensor_parallel import parallelize
+
+            parallelize(model, "--nproc-per-node")
+        return model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .engine import Engine
 from .grammar.client import MAX_IDLE, MAX_PROCESSES, Grammars
 from .grammar.spec import OPTIONAL_CHOICES, GrammarSpec
 from .pages import first_key
+from .parallel import check_alone
 from .prompts import Prompt, TokenizedPrompt, check_ids, defaults_of, ends_of, tokenize_prompt
 from .request import Request, Sink
 from .speculation import Speculation
@@ -104,6 +105,7 @@ class InputProcessor:
         """
         speculation = options.speculation or self.engine.config.speculation
         if speculation is not None:
+            check_alone("speculation")
             speculation.check(self.engine.model.args.vocab_size)
         request = Request(
             options.request_id or _new_id(), prompt.prompt, prompt.ids, prompt.params, prompt.completions,
@@ -111,6 +113,8 @@ class InputProcessor:
             salt=options.cache_salt,
         )  # fmt: skip
         spec = grammar or GrammarSpec.of(prompt.params.structured_outputs)
+        if spec is not None:
+            check_alone("structured_outputs")
         self._start_grammars(request, name, prefix, spec, options.disconnected)
         return self._checked(request, name, field)
 

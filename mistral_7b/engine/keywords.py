@@ -37,6 +37,7 @@ LLM_NAMES = {  # vLLM's argument of LLM -> ours
     "block_size": "EngineConfig(page_size=...)",
     "enable_prefix_caching": "EngineConfig(prefix_caching=...)",
     "speculative_config": "EngineConfig(speculation=...)",
+    "tensor_parallel_size": "tensor_parallel",
     "enable_lora": "adapters",
     "lora_modules": "adapters",
     "seed": "SamplingParams(seed=...)",

@@ -26,6 +26,7 @@ from .engine import Engine
 from .inputs import InputProcessor, Messages, RequestOptions, ToolChoice, Tools
 from .keywords import CALL_NAMES, LLM_NAMES, OPTIONS, read_fields, unknown_argument
 from .memory import pool_for
+from .parallel import divide
 from .prompts import Prompt, as_prompts, load_tokenizer, params_for
 from .request import Request, Sink
 
@@ -55,6 +56,7 @@ def open_engine(
     tokenizer: Tokenizer | str | os.PathLike[str] | None,
     adapters: Mapping[str, Source] | None,
     lengths: Sequence[int] | None = None,
+    tensor_parallel: int = 1,
     **load_options: Any,
 ) -> InputProcessor:
     """Load the model unless it is one already, and return the input processor of a new engine.
@@ -64,7 +66,7 @@ def open_engine(
     """
     for name in load_options:
         if name not in LOAD_OPTIONS:
-            known = (*LOAD_OPTIONS, "config", "tokenizer", "adapters")
+            known = (*LOAD_OPTIONS, "config", "tokenizer", "adapters", "tensor_parallel")
             raise unknown_argument(name, "LLM", known, LLM_NAMES)
     config = config or EngineConfig()
     if not isinstance(model, Mistral7B):
@@ -75,6 +77,7 @@ def open_engine(
             "dtype, device and quantization apply when a model is loaded, and this one is loaded already",
             field="model",
         )
+    divide(model, tensor_parallel, config, adapters)
     if config.deterministic:
         make_deterministic(model)
     tokenizer_error = ""
@@ -121,6 +124,8 @@ class LLM:
                   Prompts of token ids need none.
     adapters      LoRA adapters by name, or their folders or files
     dtype, device, quantization    as in Mistral7B.from_pretrained, if the model is not loaded yet
+    tensor_parallel   the number of processes that torchrun started, to divide the model among them. Every process
+                  makes the same calls, and gets the same outputs: see docs/scale.md
 
     A prompt's output does not depend on the other prompts that are computed with it: see docs/engine.md.
     """
@@ -135,11 +140,13 @@ class LLM:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         quantization: str | None = None,
+        tensor_parallel: int = 1,
         **unknown: Any,
     ) -> None:
         self.inputs = open_engine(
-            model, config, tokenizer, adapters, dtype=dtype, device=device, quantization=quantization, **unknown
-        )
+            model, config, tokenizer, adapters, tensor_parallel=tensor_parallel,
+            dtype=dtype, device=device, quantization=quantization, **unknown,
+        )  # fmt: skip
         self.engine = self.inputs.engine
 
     def __repr__(self) -> str:

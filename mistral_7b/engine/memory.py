@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..distributed import ranks
 from ..errors import ConfigError
 from ..machine import memory
 from .config import EngineConfig
@@ -44,6 +45,7 @@ def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | No
         free = memory()[1] if cpu else torch.cuda.mem_get_info(p.device)[0] if p.is_cuda else 0
         share = (free or 4 << 30) * (CPU_SHARE if cpu else ACCELERATOR_SHARE)
         n_pages = min(max(int(share) // page_bytes, 0 if lengths is None else needs[0]), most)
+    n_pages = ranks.least(n_pages)  # or ranks would preempt at different steps
     if n_pages < 1:
         raise ConfigError(
             f"{config.kv_cache_bytes or 'the free'} bytes for keys and values hold no page of {page} tokens",

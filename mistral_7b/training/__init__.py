@@ -8,6 +8,7 @@ examples              files of data -> items; forms, encoding, messages; held_ou
 supervised, packing   whole documents in packed rows; loss: cross-entropy in chunks
 preferences           DPO and KTO, from log_probs: log-probabilities of tokens and gradients through them
 grpo                  GRPO; rewards: Python functions; exact: a trainer with the bits of the engine that samples
+distributed, plan     several processes: shards, divided layers, replicas; what they need, by arithmetic
 estimate, recomputing memory and time beforehand; activations that are computed again
 """
 

@@ -80,6 +80,9 @@ class FinetuneArgs(RunArgs):
     """CPU threads, at most 4 per CPU; None: PyTorch's default, within the CPU quota."""
     compile: bool = False
     """torch.compile the feed-forward of each block: it pays on a GPU."""
+    tensor_parallel: int = 1
+    """full: processes of torchrun that compute every layer together; 1: they keep the weights in shards (FSDP).
+    Adapters are trained by replicas of the base."""
     recompute: int | None = None
     """Blocks whose activations are computed again in the backward pass; None: as many as memory requires."""
 
@@ -125,11 +128,12 @@ class FinetuneArgs(RunArgs):
     FREE = (
         "steps", "epochs", "out", "held_out", "save_every", "eval_every", "log_every", "keep",
         "compile", "device", "threads", "accumulate", "recompute", "samples", "patience",
+        "tensor_parallel",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         whole = ("rank", "epochs", "steps", "seq_len", "rows", "accumulate", "save_every", "keep", "log_every")
-        self._check_at_least(1, *whole, "max_tokens", "sample_every")
+        self._check_at_least(1, *whole, "max_tokens", "sample_every", "tensor_parallel")
         self._check_at_least(2, "group")
         self._check_at_least(0, "eval_every", "patience", "samples", "recompute", "warmup", "seed")
         self._check_optimizer()
@@ -166,6 +170,12 @@ class FinetuneArgs(RunArgs):
                 "all weights of a quantized or adapted model cannot be trained",
                 field="quantization" if self.quantization else "start",
                 hint="use the method 'qlora'",
+            )
+        if self.method != "full" and self.tensor_parallel > 1:
+            raise TrainingError(
+                "an adapter is trained by replicas of its base",
+                field="tensor_parallel",
+                hint="leave it out: torchrun's processes then share the parts of every update",
             )
         if self.method == "grpo" and not self.reward:
             raise TrainingError("grpo needs a reward", field="reward", hint="name a function as FILE.py:FUNCTION")

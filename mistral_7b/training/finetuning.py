@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .. import machine
+from ..distributed import ranks
 from ..errors import TrainingError
 from ..kernels import threads
 from ..model import FeedForward, Mistral7B, ModelArgs
@@ -73,14 +74,18 @@ def build_method(setting: Setting) -> FinetuneMethod:
     return module.method_of(setting)
 
 
-def open_trained(args: FinetuneArgs, model: Mistral7B, tokenizer: Tokenizer) -> Trained:
+def open_trained(
+    args: FinetuneArgs, model: Mistral7B, tokenizer: Tokenizer, share: ranks.Share | None = None
+) -> Trained:
     """Make the model ready for training: all of it, or an adapter of it.
 
     GRPO samples from it, and its base then has the products that the engine samples with.
     """
     if args.method == "grpo":
         prepare(model)
-    made = TrainedModel(model, tokenizer, args) if args.method == "full" else TrainedAdapter(model, args)
+    share = share or ranks.Share()
+    full = args.method == "full"
+    made = TrainedModel(model, tokenizer, args, share) if full else TrainedAdapter(model, args, share)
     made.weights.optimize(adamw(made.weights.masters, args.peak, args.betas, args.weight_decay))
     return made
 
@@ -159,48 +164,65 @@ class Run:
         """Take a loaded model, which is trained in place."""
         self.out = Path(args.out)
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
-        self.trained = open_trained(args, model, tokenizer)
+        share = ranks.Share()
+        if ranks.launched() or args.tensor_parallel > 1:
+            from .distributed import share_of
+
+            share = share_of(args)
+        self.trained = open_trained(args, model, tokenizer, share)
         self.method = build_method(Setting(args, model, tokenizer, examples.items, examples.copies))
         # After the method, which may have taken the base: that runs without gradients.
-        recompute(model, blocks_to_recompute(args, model.args, unread_bytes(model)))
+        recompute(model, -ranks.least(-blocks_to_recompute(args, model.args, unread_bytes(model))))
         self.args = dataclasses.replace(args, steps=args.steps or self.method.updates(args.epochs))
-        self.loop = Loop(self.args, self.method, self.trained.weights, examples.fingerprint())
+        self.loop = Loop(self.args, self.method, self.trained.weights, examples.fingerprint(), share)
         if args.compile:
             compile_blocks(model)
 
     def train(self, show: Callable[[Record], None] | None = None) -> Record:
         """Train to the end, or from the saved state to the end; return the last record of the log."""
         args, loop = self.args, self.loop
-        prompts = [prompt_of(item) for item in (self.examples.held_out or self.examples.items)[: args.samples]]
+        # The engine's inference mode and the shards of FSDP exclude each other.
+        count = 0 if self.trained.in_shards else args.samples
+        prompts = [prompt_of(item) for item in (self.examples.held_out or self.examples.items)[:count]]
         measures = Measures(self.method.evaluate, self.examples.held_out, Forgetting(self.model, self.tokenizer))
         before = self._answers(prompts)
         loop.resume(self.out / STATE, args.device)
         loop.evaluate(lambda: self._measured(measures))
         self.out.mkdir(parents=True, exist_ok=True)
-        sinks: list[Callable[[Record], None]] = [
-            show or ProgressLine(args),
-            MetricsFile(self.out / METRICS, loop.log),
-        ]
-        if (board := tensorboard(self.out / "tensorboard", loop.step)) is not None:
-            sinks.append(board)
+        sinks = self._sinks(show) if ranks.rank() == 0 else []
 
         def shown(record: Record) -> None:
             for sink in sinks:
                 sink(record)
 
-        loop.run(self.out / STATE, shown, lambda: self._measured(measures), self._stops)
+        with loop.share.interrupted_between_updates():
+            loop.run(self.out / STATE, shown, lambda: self._measured(measures), self._stops)
         if "kl_from_base" not in loop.log[-1]:
             loop.log[-1] |= self._measured(measures)
             loop.save(self.out / STATE)
-            MetricsFile(self.out / METRICS, loop.log)
+            if ranks.rank() == 0:
+                MetricsFile(self.out / METRICS, loop.log)
         if not args.patience:
             self.trained.save(self.out)
+        after = self._answers(prompts)
+        if ranks.rank():
+            return dict(loop.log[-1])
         samples = [
             Sample(self.tokenizer.decode(prompt), old, new)
-            for prompt, old, new in zip(prompts, before, self._answers(prompts), strict=True)
+            for prompt, old, new in zip(prompts, before, after, strict=True)
         ]
         write_report(self.out / REPORT, args, loop.log, [str(s) for s in self.examples.report], samples)
         return dict(loop.log[-1])
+
+    def _sinks(self, show: Callable[[Record], None] | None) -> list[Callable[[Record], None]]:
+        """Return what is called with each record."""
+        sinks: list[Callable[[Record], None]] = [
+            show or ProgressLine(self.args),
+            MetricsFile(self.out / METRICS, self.loop.log),
+        ]
+        if (board := tensorboard(self.out / "tensorboard", self.loop.step)) is not None:
+            sinks.append(board)
+        return sinks
 
     def _answers(self, prompts: Sequence[list[int]]) -> list[str]:
         return answers(self.model, prompts, self.tokenizer, self.args.max_tokens)

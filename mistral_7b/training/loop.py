@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from .. import machine
+from ..distributed.ranks import Share, connected
 from ..errors import TrainingError, WriteError
 from .args import RunArgs
-from .states import save_state
 from .weights import Weights
 
 Record = dict[str, Any]  # one entry of the log
@@ -48,9 +48,15 @@ class Method(Protocol):
 class Loop:
     """Weights in training, with the progress of the run."""
 
-    def __init__(self, args: RunArgs, method: Method, weights: Weights, data: str = "") -> None:
-        """`data` is a fingerprint of what is trained on, to resume on the same alone."""
+    def __init__(
+        self, args: RunArgs, method: Method, weights: Weights, data: str = "", share: Share | None = None
+    ) -> None:
+        """`data` is a fingerprint of what is trained on, to resume on the same alone.
+
+        `share` says which parts of an update this process computes.
+        """
         self.args, self.method, self.weights, self.data = args, method, weights, data
+        self.share = share or Share()
         self.step, self.saved, self.seconds = 0, 0, 0.0
         self.measured = 0  # the last update after which the model was evaluated
         self.log: list[Record] = []
@@ -58,10 +64,13 @@ class Loop:
 
     def update(self) -> Record:
         """Run one optimizer step; return what the method logs, the gradient norm and the learning rate."""
-        torch.manual_seed(int(np.random.SeedSequence((self.args.seed, self.step)).generate_state(1)[0]))  # dropout
-        sums: Counter[str] = Counter()
-        for batch in self.method.micro_batches(self.step):
-            sums.update(self.method.backward(batch))
+        self._seed()
+        counts: Counter[str] = Counter()
+        parts = self.method.micro_batches(self.step)
+        for part in range(self.share.replica, len(parts), self.share.replicas):
+            self._seed(part)  # of dropout: whichever process computes it
+            counts.update(self.method.backward(parts[part]))
+        sums = self.share.total(counts)
         machine.return_free_blocks()  # of activations; gradients in float32 and the next update do not fit there
         norm = float(self.weights.collect(self.args.clip))
         if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
@@ -76,12 +85,17 @@ class Loop:
         self.step += 1
         return {"step": self.step, **sums, "norm": norm, "lr": self.weights.peaks[0] * share}
 
-    def state(self) -> dict[str, Any]:
+    def _seed(self, *part: int) -> None:
+        """Seed torch for this update, or a part of it."""
+        sequence = np.random.SeedSequence((self.args.seed, self.step, *part))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+    def facts(self) -> dict[str, Any]:
+        """What a saved state says of the run, besides its weights."""
         return {
             "step": self.step,
             "measured": self.measured,
             "seconds": self.seconds,
-            **self.weights.state(),
             "log": json.dumps(self.log),
             "args": json.dumps(self.args.as_json()),
             "data": self.data,
@@ -94,9 +108,8 @@ class Loop:
 
     def resume(self, path: Path, device: torch.device | str) -> bool:
         """Load the state in `path`, if there is one; TrainingError if it is of another run."""
-        if not path.exists():
+        if (state := self.weights.read(path, device)) is None:
             return False
-        state = torch.load(path, map_location=device, weights_only=True)
         self.args.check_same_run(json.loads(state["args"]), path)
         if state.get("data", self.data) != self.data:
             raise TrainingError(
@@ -114,7 +127,7 @@ class Loop:
         WriteError names the update of that state.
         """
         try:
-            save_state(self.state(), path, self.weights.nbytes(), self.args.keep)
+            self.weights.save(self.facts(), path, self.args.keep)
         except WriteError as error:
             last = f"the same command resumes at update {self.saved}" if self.saved else "there is no saved state"
             raise WriteError.of(
@@ -139,14 +152,18 @@ class Loop:
         try:
             while self.step < args.total_steps and not stops(self.log):
                 self._advance(measure, show)
+                if self.share.interrupted:
+                    raise KeyboardInterrupt
                 if self.step % args.save_every == 0:
                     self.save(state_path)
         except WriteError:
             raise
         except BaseException as error:
-            self._save_new(state_path)
+            if self.share.interrupted or not connected():  # else other ranks may be elsewhere, or nowhere
+                self._save_new(state_path)
             if isinstance(error, KeyboardInterrupt):
-                saved = f"update {self.saved} of {args.total_steps} is saved in {state_path}"
+                place = state_path.parent if connected() else state_path
+                saved = f"update {self.saved} of {args.total_steps} is saved in {place}"
                 saved += "; the same command resumes there"
                 print(f"\nstopped: {saved if self.saved else 'no update was done'}", file=sys.stderr)
             raise

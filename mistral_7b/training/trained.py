@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from ..distributed import ranks
+from ..distributed.ranks import Share
 from ..errors import TrainingError
 from ..lora.files import read_adapter, save_adapter
 from ..lora.trainable import LoraArgs, adapt, trained_adapter
@@ -23,6 +25,7 @@ class Trained(Protocol):
 
     folder: str  # the name of what is written, below the run's folder
     weights: Weights
+    in_shards: bool  # of FSDP
 
     def save(self, out: Path) -> None:
         """Write it to its folder below `out`, replacing that of an earlier moment of the run."""
@@ -33,15 +36,18 @@ class TrainedAdapter:
     """A LoRA adapter; the weights below it are frozen."""
 
     folder = "adapter"
+    in_shards = False
 
-    def __init__(self, model: Mistral7B, args: FinetuneArgs) -> None:
+    def __init__(self, model: Mistral7B, args: FinetuneArgs, share: Share) -> None:
         self.model, self.args = model, args
         fuse(model)  # in one pass between the Linears, a block is faster and keeps less for its backward pass
         lora = LoraArgs(args.rank, args.alpha, args.dropout, args.targets, args.rslora)
         adapt(model, lora, args.seed, None if args.start is None else read_adapter(args.start, model.args))
-        self.weights = Weights({name: p for name, p in model.named_parameters() if p.requires_grad})
+        self.weights = weights_of(model, share)
 
     def save(self, out: Path) -> None:
+        if ranks.rank():
+            return
         adapter = trained_adapter(self.model)
         replace(
             out / self.folder,
@@ -54,18 +60,35 @@ class TrainedModel:
 
     folder = "model"
 
-    def __init__(self, model: Mistral7B, tokenizer: Tokenizer, args: FinetuneArgs) -> None:
+    def __init__(self, model: Mistral7B, tokenizer: Tokenizer, args: FinetuneArgs, share: Share) -> None:
         if not all(p.requires_grad for p in model.parameters()):
             raise TrainingError(
                 f"{args.model} is quantized, and quantized weights cannot be trained",
                 field="method",
                 hint="use the method 'lora', which trains an adapter of it",
             )
-        self.model, self.tokenizer = model, tokenizer
-        self.weights = Weights(dict(model.named_parameters()))
+        self.model, self.tokenizer, self.shape = model, tokenizer, model.args
+        self.in_shards = ranks.launched() and args.tensor_parallel == 1
+        if ranks.launched():
+            from .distributed import divide
+
+            divide(model, args.tensor_parallel)
+        self.weights = weights_of(model, share)
 
     def save(self, out: Path) -> None:
-        save_model(self.model, self.tokenizer, out / self.folder)
+        model = self.weights.whole(self.model, self.shape)
+        if model is not None:
+            save_model(model, self.tokenizer, out / self.folder)
+
+
+def weights_of(model: Mistral7B, share: Share) -> Weights:
+    """Return what is trained of a model, which may be divided among processes."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not ranks.launched():
+        return Weights(trained)
+    from .distributed import RankWeights
+
+    return RankWeights(model, trained, share)
 
 
 def save_model(model: Mistral7B, tokenizer: Tokenizer, path: Path) -> None:

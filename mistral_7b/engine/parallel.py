@@ -1,0 +1,52 @@
+"""An engine over several processes: each has all requests, and takes the same steps on its part of the model.
+
+What a process decides by time or by its own files is refused, because ranks that decide differently wait for each
+other until the time limit: speculation, grammars, a prefix cache on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..distributed import ranks
+from ..errors import ConfigError, EngineError
+from ..model import Mistral7B
+from .config import EngineConfig
+
+FIELD = "tensor_parallel"
+
+
+def divide(model: Mistral7B, processes: int, config: EngineConfig, adapters: Mapping[str, Any] | None) -> None:
+    """Divide a model among `processes`, those of this run, in place; with 1 it is not divided.
+
+    ConfigError for another number, EngineError for what cannot be used with it.
+    """
+    if processes > 1:
+        if processes != ranks.size():
+            raise ConfigError(
+                f"{FIELD}={processes} needs as many processes, and this run has {ranks.size()}",
+                field=FIELD,
+                hint=f"start it with torchrun --nproc-per-node {processes}",
+            )
+        from ..distributed.tensor_parallel import parallelize
+
+        parallelize(model)
+    used = {
+        "adapters": adapters,
+        "deterministic": config.deterministic,
+        "prefix_cache": config.prefix_cache,
+    }
+    for field, value in used.items():
+        if value:
+            check_alone(field)
+
+
+def check_alone(field: str) -> None:
+    """Raise EngineError for what one process alone can do, if this is one of several."""
+    if ranks.size() > 1:
+        raise EngineError(
+            f"{field} cannot be used with a model that is divided among processes",
+            field=field,
+            hint="merge an adapter (`mistral-7b merge`); int8 and int4 are deterministic without the option",
+        )

@@ -107,7 +107,8 @@ class InputProcessor:
         request = Request(
             options.request_id or _new_id(), prompt.prompt, prompt.ids, prompt.params, prompt.completions,
             self._key(options), options.priority, options.adapter, options.client, speculation, sink=sink,
-            salt=options.cache_salt, grammar=grammar or GrammarSpec.of(prompt.params.structured_outputs), prefix=prefix,
+            salt=options.cache_salt, prefix=prefix,
+            grammar=grammar or GrammarSpec.of(prompt.params.structured_outputs),
         )  # fmt: skip
         self._start_grammars(request, name, options.disconnected)
         return self._checked(request, name, field)

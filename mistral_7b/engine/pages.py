@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 
 import torch
 
@@ -104,6 +104,10 @@ class PagePool:
     def find(self, key: Key) -> int | None:
         """The page of this key; None if it is not cached."""
         return self._page_of.get(key)
+
+    def keys(self) -> KeysView[Key]:
+        """The keys of all cached pages, in the order in which they were registered."""
+        return self._page_of.keys()
 
     def is_idle(self, page: int) -> bool:
         """Whether no sequence holds the page."""

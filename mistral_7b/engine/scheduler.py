@@ -59,7 +59,7 @@ class Scheduler:
     # ------------------------------------------------------------------ adding and ending requests
 
     def add(self, request: Request) -> None:
-        """Queue a request: its first sequence, or each if it is forked. EngineError if it could never be computed."""
+        """Queue a request, in one sequence unless it is forked. EngineError if it could never be computed."""
         self.check(request)
         for sequence in request.pending if request.forked else request.sequences[:1]:
             self.queues.enter(sequence)

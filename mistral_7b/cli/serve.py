@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import os
 import pathlib
+import secrets
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
@@ -22,8 +23,8 @@ from .inputs import ModelName, ModelOptions, Repeated, UsageError, busy, read_fl
 
 if TYPE_CHECKING:
     from ..engine.async_llm import AsyncLLM
-    from ..server.ray_app.remote import RemoteLLM
     from ..server.operations.tracing import Spans
+    from ..server.ray_app.remote import RemoteLLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _check_scale(args: Serve) -> None:
         raise UsageError(
             "--workers: each process would load the model again, and batch and cache only its own requests",
             field="--workers",
-            hint="one process serves all clients; for several engines use --ray --replicas N, or deploy/nginx.conf",
+            hint="one process serves all clients; several engines: --ray --replicas N, or deploy/nginx.conf",
         )
     if args.tensor_parallel != 1:
         raise UsageError("--tensor-parallel: a replica holds the whole model", field="--tensor-parallel")
@@ -171,6 +172,9 @@ def _remote(
 ) -> tuple[RemoteLLM, Callable[[], None]]:
     """Start the replicas, which share this machine's cores unless --threads says otherwise."""
     from .. import machine
+
+    if "RAY_ADDRESS" not in os.environ:  # Ray listens on all addresses; without a token, anyone could run code
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     from ..server.ray_app import read_replicas, start
 
     cpus = args.threads or max(1, machine.cores() // read_replicas(args.replicas)[1])

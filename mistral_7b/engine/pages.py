@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, KeysView, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 
@@ -105,9 +106,9 @@ class PagePool:
         """The page of this key; None if it is not cached."""
         return self._page_of.get(key)
 
-    def keys(self) -> KeysView[Key]:
-        """The keys of all cached pages, in the order in which they were registered."""
-        return self._page_of.keys()
+    def newest(self, most: int) -> list[Key]:
+        """The keys of the `most` cached pages that were registered last."""
+        return [*islice(reversed(self._page_of), most)]
 
     def is_idle(self, page: int) -> bool:
         """Whether no sequence holds the page."""

@@ -4,8 +4,8 @@
     the next one     prompt, t0 t1 t2 | t3 t4 ...      as after a preemption: recomputed, then continued
 
 Everything that decides a token is a function of the job: the random number of a token is a hash of seed,
-completion and position (sampling/choice.py), and penalties, stop strings, decoder, tool calls and grammar depend on
-the tokens alone, which are pushed again. A deterministic engine (config.py) continues with the same bits.
+completion and position (sampling/choice.py), and penalties, stop strings, decoder, tool calls and grammar depend
+on the tokens alone, which are pushed again. A deterministic engine (config.py) continues with the same bits.
 """
 
 from __future__ import annotations

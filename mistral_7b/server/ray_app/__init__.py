@@ -9,6 +9,8 @@ router     which replica gets a request
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -29,8 +31,10 @@ from ..config import ServerConfig
 from ..keys import read_keys
 from .remote import RemoteLLM
 from .replica import Replica
-from .router import PrefixRouter, told_metrics
+from .router import PrefixRouter
+from .wire import told_metrics
 
+LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that other machines reach
 HEALTH_PERIOD = 2.0  # seconds
 STATS_PERIOD = 1.0
 LOOK_BACK = 10.0  # seconds over which the queue is averaged
@@ -142,17 +146,16 @@ def start(
 ) -> tuple[RemoteLLM, Callable[[], None]]:  # fmt: skip
     """Start the engines, for a server in this process; returns a function that ends them, too.
 
-    In the Ray cluster that RAY_ADDRESS names or that runs on this machine; otherwise in one that is started, on
-    loopback. EngineError if the replicas do not start.
+    In the Ray cluster that RAY_ADDRESS names; otherwise in one that is started, on loopback, and ended with it.
+    EngineError if the replicas do not start.
     """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet: Any = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    try:
-        ray.init(address="auto", **quiet)
-        own = False
-    except ConnectionError:
-        most = read_replicas(replicas)[1]
-        ray.init(num_cpus=most * cpus + 1, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-        own = True
+    if own := "RAY_ADDRESS" not in os.environ:
+        cpu = read_replicas(replicas)[1] * cpus + 1
+        ray.init("local", num_cpus=cpu, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
+    else:
+        ray.init(**quiet)
     application = f"mistral-7b-{ray.get_runtime_context().get_job_id()}"
     serve.start(proxy_location="Disabled")
 

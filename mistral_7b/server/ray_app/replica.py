@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from itertools import islice
 from typing import Any
 
 from ray import serve
@@ -119,7 +118,7 @@ class Replica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Load, cached pages and metrics, for routers and for /metrics."""
-        pages = await self.llm.call(lambda: [*islice(reversed(self.llm.engine.pool.keys()), KNOWN_PAGES)])
+        pages = await self.llm.call(lambda: self.llm.engine.pool.newest(KNOWN_PAGES))
         return {
             "requests": len(self.llm.engine.requests), "pages": b"".join(key[:NAME] for key in pages),
             "metrics": list(engine_metrics(self.llm)),

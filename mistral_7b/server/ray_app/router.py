@@ -4,36 +4,34 @@
     replica A  p0 p1 p2       load 3      <- 3 pages need not be computed
     replica B  p0             load 1
 
-The keys are those of engine/pages.py, and what is usable of a chain is decided as in the engine, window included, so
-that what is counted as held is found there. Replicas tell their keys once a second; what was routed since counts as
-held for a while. A conversation thus stays where it is, without an id of the session.
+The keys are those of engine/pages.py, and what is usable of a chain is decided as in the engine, window included:
+what counts as held is found there. Replicas tell their keys once a second; what was routed since counts as held
+for a while. A conversation thus stays where it is, without an id of the session.
 
-Affinity yields to load: if the replica has IMBALANCE more requests than the one with the fewest, the latter gets the
-request. Among equals, the least loaded.
+A replica with IMBALANCE requests more than the least loaded one comes after all others. Among equals, the least
+loaded comes first.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
-from weakref import WeakSet
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from ...engine.window import usable_prefix
-from .wire import NAME, Route
+from .wire import NAME, ROUTERS, Route
 
 IMBALANCE = 8  # requests
 FRESH = 3.0  # seconds for which the pages of a routed request count as held: until the replica tells them itself
-ROUTERS: WeakSet[PrefixRouter] = WeakSet()  # of this process
 
 
 class PrefixRouter(FIFOMixin, RequestRouter):
     """See the module."""
 
-    def initialize_state(self, imbalance: int = IMBALANCE) -> None:
+    def initialize_state(self, *, imbalance: int = IMBALANCE, **_: Any) -> None:
         """Called by Ray Serve with `request_router_kwargs`."""
         self.imbalance = imbalance
         self._told: dict[ReplicaID, tuple[bytes, frozenset[bytes]]] = {}
@@ -104,11 +102,3 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         super().on_replica_actor_died(replica_id)
         self._told.pop(replica_id, None)
         self._routed.pop(replica_id, None)
-
-
-def told_metrics() -> Iterator[tuple[str, list[Any]]]:
-    """The name and the metrics of each replica that this process routes to."""
-    for router in list(ROUTERS):
-        for replica in list(router.curr_replicas.values()):
-            if metrics := replica.routing_stats.get("metrics"):
-                yield replica.replica_id.unique_id, metrics

@@ -1,7 +1,7 @@
 """What passes between the server and the engines' replicas, all of it pickled by Ray Serve.
 
-    server     generate(server, job, route)   ---->   replica      one call a request: the replica's name, then silence
-    server     listen(server, replica)        <----   replica      one call a replica: News of all its requests
+    server    generate(server, job, route)  ---->  replica     a call for each request: the replica's name, silence
+    server    listen(server, replica)       <----  replica     a call for each replica: News of all its requests
 
 One message with the news of 32 requests costs as much as one of a single request, some 0.6 ms of CPU time.
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -21,6 +22,7 @@ from ...engine.request import Request
 from ...errors import EngineError, Mistral7BError
 
 NAME = 8  # bytes of a page's key by which routes name it
+ROUTERS: WeakSet[Any] = WeakSet()  # of this process; here, because Ray pickles the router's module by value
 
 
 class ReplicaLostError(EngineError):
@@ -53,6 +55,14 @@ class News:
     queue_time: float | None = None
     ended: bool = False
     error: Mistral7BError | None = None
+
+
+def told_metrics() -> Iterator[tuple[str, list[Any]]]:
+    """The name and the metrics of each replica that this process routes to."""
+    for router in list(ROUTERS):
+        for replica in list(router.curr_replicas.values()):
+            if metrics := replica.routing_stats.get("metrics"):
+                yield replica.replica_id.unique_id, metrics
 
 
 class _Pickler(pickle.Pickler):

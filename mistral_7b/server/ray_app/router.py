@@ -22,7 +22,8 @@ from typing import Any
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from ...engine.window import usable_prefix
-from .wire import NAME, ROUTERS, Route
+from . import wire
+from .wire import NAME, Route
 
 IMBALANCE = 8  # requests
 FRESH = 3.0  # seconds for which the pages of a routed request count as held: until the replica tells them itself
@@ -36,7 +37,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         self.imbalance = imbalance
         self._told: dict[ReplicaID, tuple[bytes, frozenset[bytes]]] = {}
         self._routed: dict[ReplicaID, dict[bytes, float]] = {}  # key -> until when it counts as held
-        ROUTERS.add(self)
+        wire.ROUTERS.add(self)  # not a copy: Ray pickles this module by value, with its globals
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

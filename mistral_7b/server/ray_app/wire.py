@@ -22,7 +22,7 @@ from ...engine.request import Request
 from ...errors import EngineError, Mistral7BError
 
 NAME = 8  # bytes of a page's key by which routes name it
-ROUTERS: WeakSet[Any] = WeakSet()  # of this process; here, because Ray pickles the router's module by value
+ROUTERS: WeakSet[Any] = WeakSet()  # of this process
 
 
 class ReplicaLostError(EngineError):

@@ -64,7 +64,7 @@ def build(args: Options) -> serve.Application:
     engines = engines_of(
         partial(_open, args, engine), engine, config, str(args.replicas), args.threads, args.device
     )
-    front = serve.deployment(serve.ingress()(Front), name="server", max_ongoing_requests=UNLIMITED)
+    front: Any = serve.deployment(serve.ingress()(Front), name="server", max_ongoing_requests=UNLIMITED)
     return front.bind(engines, config, args.name, args.adapters)
 
 
@@ -90,14 +90,15 @@ def engines_of(
             look_back_period_s=LOOK_BACK, upscale_delay_s=LOOK_BACK, policy=policy,
         )  # fmt: skip
     number = {"num_replicas": low} if high == low else {"autoscaling_config": scaling}
-    return serve.deployment(
+    deployment: Any = serve.deployment(
         Replica, name="engine", **number, max_ongoing_requests=UNLIMITED, health_check_period_s=HEALTH_PERIOD,
         graceful_shutdown_timeout_s=config.drain_timeout, max_constructor_retry_count=2,
         ray_actor_options={"num_cpus": cpus or 1, "num_gpus": int((device or "").startswith("cuda"))},
         request_router_config=RequestRouterConfig(**{
             "request_router_class": PrefixRouter, "request_routing_stats_period_s": STATS_PERIOD, **router,
         }),
-    ).bind(open_llm)  # fmt: skip
+    )  # fmt: skip
+    return deployment.bind(open_llm)
 
 
 def read_replicas(text: str) -> tuple[int, int]:
@@ -119,7 +120,7 @@ def by_queue(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
 class Front:
     """The server as a deployment: the FastAPI application of `serve`, whose engines are elsewhere."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, engines: DeploymentHandle, config: ServerConfig, name: str, adapters: dict[str, str]
     ) -> None:
         description = await engines.describe.remote()

@@ -129,16 +129,13 @@ class RemoteLLM(AsyncLLM):
                 run.replica = ""
                 run.lost.clear()
                 await asyncio.sleep(attempt * RETRY)
-                logger.warning(
-                    "request %s lost its replica after %d tokens", request.id, sum(map(len, job.tokens))
-                )
+                tokens = sum(len(c.token_ids) for c in request.completions)
+                logger.warning("request %s lost its replica after %d tokens (%r)", request.id, tokens, why)
             _end(run, EngineError(f"{ATTEMPTS} replicas failed with this request"))
         except Mistral7BError as e:
             _end(run, e)
         finally:
             self._runs.pop(request.id, None)
-            if why is not None:
-                logger.warning("the last replica was lost by %r", why)
 
     def _listen(self, replica: str) -> None:
         if replica not in self._lines:

@@ -24,11 +24,11 @@ import pytest
 pytest.importorskip("ray")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-from mistral_7b.engine.pages import first_key, next_key  # noqa: E402
-from mistral_7b.errors import ConfigError  # noqa: E402
-from mistral_7b.server import ray_app  # noqa: E402
-from mistral_7b.server.ray_app.router import FRESH, PrefixRouter  # noqa: E402
-from mistral_7b.server.ray_app.wire import NAME, Route  # noqa: E402
+from mistral_7b.engine.pages import first_key, next_key
+from mistral_7b.errors import ConfigError
+from mistral_7b.server import ray_app
+from mistral_7b.server.ray_app.router import FRESH, PrefixRouter
+from mistral_7b.server.ray_app.wire import NAME, Route
 
 STREAMS = 50
 ENGINE = ("--kv-cache-bytes", "200000000", "--max-sequences", "32")
@@ -69,13 +69,11 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: pathlib.Path) -> N
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()
         try:
-            return void(get(url))
+            get(url)
+            return
         except OSError:
             time.sleep(0.2)
     raise AssertionError(log.read_text())
-
-
-def void(_: object) -> None: ...
 
 
 def stream(url: str, number: int) -> tuple[str, list[float], str | None]:
@@ -105,21 +103,18 @@ def all_streams(url: str) -> list[Any]:
         return list(pool.map(stream, [url] * STREAMS, range(STREAMS)))
 
 
-def children(name: str, address: str) -> list[int]:
-    """The processes of this cluster's replicas."""
+def replicas_of() -> list[int]:
+    """The processes of this cluster's engines."""
     found = []
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             title = (folder / "cmdline").read_bytes().decode(errors="replace")
-            if title.startswith("ray::ServeReplica") and name in title and own(folder, address):
+            ours = os.environ["RAY_TMPDIR"].encode() in (folder / "environ").read_bytes()
+            if title.startswith("ray::ServeReplica") and ":engine" in title and ours:
                 found.append(int(folder.name))
         except OSError:
             continue
     return found
-
-
-def own(folder: pathlib.Path, address: str) -> bool:
-    return os.environ["RAY_TMPDIR"].encode() in (folder / "environ").read_bytes()
 
 
 def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_path: pathlib.Path) -> None:
@@ -133,7 +128,7 @@ def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_
         )  # fmt: skip
     try:
         wait_for(f"{url}/health/ready", process, log)
-        replicas = children(":engine", cluster)
+        replicas = replicas_of()
         assert len(replicas) == 2
         undisturbed = all_streams(url)
         assert {reason for *_, reason in undisturbed} == {"length"}
@@ -151,7 +146,7 @@ def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_
             time.sleep(0.2)
         process.terminate()
         assert process.wait(30) == 0
-        assert children(":engine", cluster) == []
+        assert replicas_of() == []
     finally:
         process.kill()
         process.wait()
@@ -248,6 +243,17 @@ def test_replicas_are_a_number_or_bounds() -> None:
         with pytest.raises(ConfigError) as caught:
             ray_app.read_replicas(text)
         assert caught.value.field == "replicas"
+
+
+def test_arguments_of_build_are_checked() -> None:
+    for given, field in (
+        ({"modle": "demo"}, "modle"),
+        ({"threads": "many"}, "threads"),
+        ({"replicas": "x"}, "replicas"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            ray_app.build(given)
+        assert caught.value.field == field
 
 
 def test_replicas_follow_the_queues() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
@@ -56,8 +56,17 @@ class Options(BaseModel, extra="forbid"):
     server: dict[str, Any] = {}
 
 
-def build(args: Options) -> serve.Application:
-    """The application for `serve run` and `RayService`: HTTP by Ray's proxies, with the routes of `serve`."""
+def build(given: Mapping[str, Any]) -> serve.Application:
+    """The application for `serve run` and `RayService`: HTTP by Ray's proxies, with the routes of `serve`.
+
+    `given`: fields of Options, whose values may be texts. ConfigError for other fields or values.
+    """
+    try:
+        args = Options.model_validate(given)
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{field}: {first['msg']}", field=field, hint="see docs/ray.md") from None
     engine = EngineConfig(**{"max_waiting": 256, **args.engine})
     keys = {f"{kind}_keys": read_keys((), "", f"MISTRAL_7B_{kind.upper()}_KEY") for kind in ("api", "admin")}
     config = ServerConfig(**{"host": "0.0.0.0", **keys, **args.server})

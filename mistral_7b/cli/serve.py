@@ -181,7 +181,8 @@ def _remote(
     args = dataclasses.replace(args, threads=cpus)
     with busy("starting replicas"):
         opened = functools.partial(open_llm, args, engine, adapters)
-        return start(opened, engine, config, args.replicas, cpus, args.device, adapters)
+        words = functools.partial(args.open_tokenizer, source=args.model)
+        return start(opened, engine, config, args.replicas, cpus, args.device, adapters, words)
 
 
 def _config(args: Serve) -> ServerConfig:

@@ -24,8 +24,11 @@ from ray.serve.handle import DeploymentHandle
 
 from ...engine.async_llm import AsyncLLM
 from ...engine.config import EngineConfig
+from ...engine.prompts import load_tokenizer
 from ...errors import ConfigError, EngineError
 from ...kernels import threads
+from ...model import Mistral7B
+from ...text.tokenizer import Tokenizer
 from ..app import build as build_app
 from ..config import ServerConfig
 from ..keys import read_keys
@@ -85,6 +88,10 @@ def _open(args: Options, engine: EngineConfig) -> AsyncLLM:
     )  # fmt: skip
 
 
+def _tokenizer(model: Mistral7B) -> Tokenizer | None:
+    return load_tokenizer(model)[0]
+
+
 def engines_of(
     open_llm: Callable[[], AsyncLLM], engine: EngineConfig, config: ServerConfig, replicas: str, cpus: int | None,
     device: str | None, **router: Any,
@@ -133,10 +140,10 @@ class Front:
         self, engines: DeploymentHandle, config: ServerConfig, name: str, adapters: dict[str, str]
     ) -> None:
         description = await engines.describe.remote()
-        self.app = app_of(RemoteLLM(engines, description, adapters), config, name)
+        self.fastapi = app_of(RemoteLLM(engines, description, _tokenizer, adapters), config, name)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return self.app
+        return self.fastapi
 
 
 def app_of(llm: RemoteLLM, config: ServerConfig, name: str) -> FastAPI:
@@ -152,7 +159,8 @@ def app_of(llm: RemoteLLM, config: ServerConfig, name: str) -> FastAPI:
 
 def start(
     open_llm: Callable[[], AsyncLLM], engine: EngineConfig, config: ServerConfig, replicas: str, cpus: int,
-    device: str, adapters: dict[str, str], **router: Any,
+    device: str, adapters: dict[str, str], open_tokenizer: Callable[[Mistral7B], Tokenizer | None] | None = None,
+    **router: Any,
 ) -> tuple[RemoteLLM, Callable[[], None]]:  # fmt: skip
     """Start the engines, for a server in this process; returns a function that ends them, too.
 
@@ -177,7 +185,7 @@ def start(
         bound = engines_of(open_llm, engine, config, replicas, cpus, device, **router)
         handle = serve.run(bound, name=application, route_prefix=None)
         description = handle.describe.remote().result()
-        return RemoteLLM(handle, description, adapters), end
+        return RemoteLLM(handle, description, open_tokenizer or _tokenizer, adapters), end
     except RuntimeError as e:
         end()
         raise EngineError(f"the replicas did not start: {e}", hint="Ray's logs have the reason") from e

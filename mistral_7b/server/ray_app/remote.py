@@ -25,6 +25,8 @@ from ...engine.mailbox import Mailbox
 from ...engine.request import Request
 from ...engine.resume import job_of
 from ...errors import EngineError, Mistral7BError
+from ...model import Mistral7B
+from ...text.tokenizer import Tokenizer
 from .wire import News, on_meta, route_of
 
 logger = logging.getLogger("mistral_7b.server")
@@ -52,14 +54,20 @@ class _Run:
 
 
 class RemoteLLM(AsyncLLM):
-    """The engines behind a handle of Ray Serve. `description`: that of a replica, `Replica.describe`."""
+    """The engines behind a handle of Ray Serve.
 
-    def __init__(self, handle: Any, description: bytes, adapters: dict[str, str]) -> None:
-        model, pool, config, tokenizer = on_meta(description)
+    `description` is that of a replica (`Replica.describe`); `open_tokenizer` opens the tokenizer of its model.
+    """
+
+    def __init__(
+        self, handle: Any, description: bytes, open_tokenizer: Callable[[Mistral7B], Tokenizer | None],
+        adapters: dict[str, str],
+    ) -> None:  # fmt: skip
+        model, pool, config = on_meta(description)
         self.engine = Engine(model, pool, dataclasses.replace(config, prefix_cache=None))
         for name, path in adapters.items():
             self.engine.adapters.load(name, path)
-        self.inputs = RemoteInputs(self.engine, tokenizer)
+        self.inputs = RemoteInputs(self.engine, open_tokenizer(model))
         self._id = uuid.uuid4().hex
         # Not by reference: messages then go from process to process, and not through Ray's object store.
         self._handle = handle.options(stream=True, _by_reference=False)

@@ -51,9 +51,9 @@ class Replica:
         self.lines: dict[str, Line] = {}
 
     async def describe(self) -> bytes:
-        """What a server needs to read requests: model, pages and tokenizer, without the data of tensors."""
-        inputs, engine = self.llm.inputs, self.llm.engine
-        return without_data((engine.model, engine.pool, engine.config, inputs.tokenizer))
+        """What a server needs to read requests: model and pages, without the data of tensors."""
+        engine = self.llm.engine
+        return without_data((engine.model, engine.pool, engine.config))
 
     async def generate(self, server: str, job: Job, route: Route) -> AsyncGenerator[str, None]:
         """Run a job: yield this replica's name, and return at the job's end. Cancelling it aborts the job."""

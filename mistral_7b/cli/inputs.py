@@ -102,7 +102,6 @@ class ModelOptions:
             from ..engine.parallel import check_alone
             from ..kernels.cpu import compiler
             from ..lora import apply, read_adapter
-            from ..text.tokenizer import Tokenizer
 
             torch.seed()  # random by default; --seed makes a run reproducible
             threads.use(self.threads)
@@ -115,9 +114,16 @@ class ModelOptions:
                 found = read_adapter(path, model.args)
                 words = found.tokenizer
                 model, rest = apply(model, found)
-            tokenizer = Tokenizer.from_pretrained(
-                self.tokenizer or words or model.source or source, self.chat_template
-            )
+            tokenizer = self.open_tokenizer(model, source, words)
+        return model, tokenizer, rest
+
+    def open_tokenizer(self, model: Mistral7B, source: str, words: str | pathlib.Path | None = None) -> Tokenizer:
+        """Open the tokenizer of the model `source`; `words`: that of an adapter."""
+        from ..text.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_pretrained(
+            self.tokenizer or words or model.source or source, self.chat_template
+        )
         if tokenizer.vocab_size > model.args.vocab_size:
             raise TokenizerError(
                 f"{tokenizer.vocab_size} tokens, but the vocabulary of the model {source} has "
@@ -126,7 +132,7 @@ class ModelOptions:
             )
         if self.stop_tokens:
             tokenizer = tokenizer.stopping_at(self._stops(model))
-        return model, tokenizer, rest
+        return tokenizer
 
     def _stops(self, model: Mistral7B) -> list[int | str]:
         """Return --stop-token: digits are an id. UsageError for an id that the model does not have."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
+import secrets
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -19,7 +22,9 @@ from ..server.keys import read_keys
 from .inputs import ModelName, ModelOptions, Repeated, UsageError, busy, read_flags
 
 if TYPE_CHECKING:
+    from ..engine.async_llm import AsyncLLM
     from ..server.operations.tracing import Spans
+    from ..server.ray_app.remote import RemoteLLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +79,21 @@ class Serve(ModelOptions):
     """The same, in addition to --admin-key and MISTRAL_7B_ADMIN_KEY."""
     quiet: bool = False
     """Do not log requests."""
+    ray: bool = False
+    """Run the engines as replicas on Ray; see docs/ray.md."""
+    replicas: Annotated[str, tyro.conf.arg(metavar="N|MIN:MAX")] = "1"
+    """With --ray: number of engines, or bounds between which it follows their queues."""
+    tensor_parallel: int = 1
+    """Not supported with --ray yet: a replica holds the whole model."""
+    workers: int = 1
+    """Not supported: an engine batches requests only within its own process."""
     http: Http = dataclasses.field(default_factory=Http)
     engine: Engine = dataclasses.field(default_factory=Engine)
 
 
 def run(argv: list[str]) -> int:
     args = read_flags(Serve, "serve", argv)
+    _check_scale(args)
     config, engine, traced = _config(args), _engine(args), traces_wanted(os.environ)
     adapters = dict(_adapter(text) for text in args.adapters)
     missing = [name for name in ("fastapi", "uvicorn", "llguidance") if importlib.util.find_spec(name) is None]
@@ -93,31 +107,82 @@ def run(argv: list[str]) -> int:
     if engine.prefix_cache is not None:
         check_folder(engine.prefix_cache)
     sock = bind(config)  # before loading the model, so that a port in use fails at once
-    model, tokenizer = args.open(args.model)
+    if not args.ray:
+        llm, end = open_llm(args, engine, adapters), None
+        llm.inputs.warm_up()
+    else:
+        llm, end = _remote(args, engine, config, adapters)
 
-    from ..engine.async_llm import AsyncLLM
-    from ..server.app import build
     from ..server.operations.json_log import log_to_stderr
     from ..server.serve import Server
 
-    with busy("preparing"):
-        llm = AsyncLLM(model, engine, tokenizer=tokenizer, adapters=adapters)
     log = log_to_stderr(access=not args.quiet)
     name = args.name or pathlib.Path(args.model).name
-    llm.inputs.warm_up()
-    app = build(llm, config, name)
+    if args.ray:
+        from ..server.ray_app import app_of as build
+    else:
+        from ..server.app import build  # type: ignore[assignment]
+    app = build(llm, config, name)  # type: ignore[arg-type]
     spans = app.state.serving.trace = _spans(name) if traced else None
     server = Server(app)
     log.write(f"mistral-7b: serving {args.model} at {url_of(sock)} (Ctrl-C stops it)")
     app.state.serving.log = log
     server.run(sockets=[sock])
     asyncio.run(llm.close())
+    if end is not None:
+        end()
     if spans is not None:
         spans.close()
     if server.broken is not None:
         log.write(f"mistral-7b: {server.broken}; the log has the traceback")
     log.close()
     return 0 if server.broken is None else 1
+
+
+def open_llm(args: Serve, engine: EngineConfig, adapters: dict[str, str]) -> AsyncLLM:
+    """Load the model with an engine, here or in a replica."""
+    from ..engine.async_llm import AsyncLLM
+
+    model, tokenizer = args.open(args.model)
+    with busy("preparing"):
+        return AsyncLLM(model, engine, tokenizer=tokenizer, adapters=adapters)
+
+
+def _check_scale(args: Serve) -> None:
+    """UsageError for more processes than there can be."""
+    if args.workers != 1:
+        raise UsageError(
+            "--workers: each process would load the model again, and batch and cache only its own requests",
+            field="--workers",
+            hint="one process serves all clients; several engines: --ray --replicas N, or deploy/nginx.conf",
+        )
+    if args.tensor_parallel != 1:
+        raise UsageError("--tensor-parallel: a replica holds the whole model", field="--tensor-parallel")
+    if args.replicas != "1" and not args.ray:
+        raise UsageError("--replicas needs --ray", field="--replicas")
+    if args.ray and importlib.util.find_spec("ray") is None:
+        raise UsageError("--ray needs ray", field="--ray", hint="pip install 'mistral-7b[scale]'")
+    if args.ray and args.http.adapter_folder is not None:
+        raise UsageError("--adapter-folder: the replicas' adapters are fixed", field="--adapter-folder",
+                         hint="name them by --adapter")  # fmt: skip
+
+
+def _remote(
+    args: Serve, engine: EngineConfig, config: ServerConfig, adapters: dict[str, str]
+) -> tuple[RemoteLLM, Callable[[], None]]:
+    """Start the replicas, which share this machine's cores unless --threads says otherwise."""
+    from .. import machine
+
+    if "RAY_ADDRESS" not in os.environ:  # Ray listens on all addresses; without a token, anyone could run code
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    from ..server.ray_app import read_replicas, start
+
+    cpus = args.threads or max(1, machine.cores() // read_replicas(args.replicas)[1])
+    args = dataclasses.replace(args, threads=cpus)
+    with busy("starting replicas"):
+        opened = functools.partial(open_llm, args, engine, adapters)
+        words = functools.partial(args.open_tokenizer, source=args.model)
+        return start(opened, engine, config, args.replicas, cpus, args.device, adapters, words)
 
 
 def _config(args: Serve) -> ServerConfig:

@@ -164,7 +164,7 @@ class AsyncLLM:
                 raise request.error
         finally:
             if not request.finished:
-                self._commands.put(lambda: self.engine.abort_request(request))
+                self._abandon(request)
 
     async def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Outputs built from the pieces alone, because the engine's thread changes the completions meanwhile."""
@@ -174,6 +174,10 @@ class AsyncLLM:
                 built[piece.index].add(piece)
                 finished = all(b.reason for b in built)
                 yield replace(request.output([b.output() for b in built]), finished=finished)
+
+    def _abandon(self, request: Request) -> None:
+        """Abort a request that is followed no longer."""
+        self._commands.put(lambda: self.engine.abort_request(request))
 
     def abort(self, request_id: str) -> None:
         """Abort a request within one step; nothing happens if it has ended."""

@@ -110,12 +110,12 @@ class InputProcessor:
         request = Request(
             options.request_id or _new_id(), prompt.prompt, prompt.ids, prompt.params, prompt.completions,
             self._key(options), options.priority, options.adapter, options.client, speculation, sink=sink,
-            salt=options.cache_salt,
+            salt=options.cache_salt, prefix=prefix,
+            grammar=grammar or GrammarSpec.of(prompt.params.structured_outputs),
         )  # fmt: skip
-        spec = grammar or GrammarSpec.of(prompt.params.structured_outputs)
-        if spec is not None:
+        if request.grammar is not None:
             check_alone("structured_outputs")
-        self._start_grammars(request, name, prefix, spec, options.disconnected)
+        self._start_grammars(request, name, options.disconnected)
         return self._checked(request, name, field)
 
     def chat(
@@ -153,9 +153,15 @@ class InputProcessor:
             )
         prompt = self._tokenize(ids, params, name, "messages")
         request = self.request(prompt, options, sink, name, prefix, grammar, "messages")
-        for c in request.completions if offered else ():
-            c.calls = ToolCallStream(self.tokenizer.tool_syntax, partial(_call_id, c.seed, c.index))
+        if offered:
+            self.parse_calls(request)
         return request
+
+    def parse_calls(self, request: Request) -> None:
+        """Separate the tool calls of a new request's completions from their text."""
+        assert self.tokenizer is not None, "tools are offered by a tokenizer"
+        for c in request.completions:
+            c.calls = ToolCallStream(self.tokenizer.tool_syntax, partial(_call_id, c.seed, c.index))
 
     def embedding(
         self,
@@ -236,14 +242,12 @@ class InputProcessor:
         if self.tokenizer is not None:
             threading.Thread(target=start, name="grammars", daemon=True).start()
 
-    def _start_grammars(
-        self, request: Request, name: str, prefix: int, grammar: GrammarSpec | None,
-        disconnected: threading.Event | None,
-    ) -> None:  # fmt: skip
+    def _start_grammars(self, request: Request, name: str, disconnected: threading.Event | None) -> None:
         """Give each completion a grammar state that has accepted the last `prefix` prompt tokens, if constrained.
 
         These tokens count as a text of their own, without the space that SentencePiece adds before its first word.
         """
+        grammar, prefix = request.grammar, request.prefix
         if grammar is None:
             return
         if self.tokenizer is None:

@@ -16,6 +16,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 
@@ -104,6 +105,10 @@ class PagePool:
     def find(self, key: Key) -> int | None:
         """The page of this key; None if it is not cached."""
         return self._page_of.get(key)
+
+    def newest(self, most: int) -> list[Key]:
+        """The keys of the `most` cached pages that were registered last."""
+        return [*islice(reversed(self._page_of), most)]
 
     def is_idle(self, page: int) -> bool:
         """Whether no sequence holds the page."""

@@ -23,6 +23,7 @@ from ..sampling.logprobs import Logprob, Score
 from ..sampling.params import SamplingParams
 from .completion import Completion, CompletionOutput, RequestMetrics, RequestOutput, TextPiece
 from .grammar.client import GrammarState
+from .grammar.spec import GrammarSpec
 from .pages import Key, PagePool, next_key
 from .speculation import Speculation, Speculator
 
@@ -43,6 +44,8 @@ class Request:
         key: root of its prefix-cache keys; only requests with equal roots share pages (pages.first_key)
         salt: cache_salt, as in RequestOptions
         stored: files of the pages of its prompt, if there is a prefix cache on disk
+        grammar: what constrains its text; None: nothing
+        prefix: tokens at the end of the prompt that the grammar applies to as well
         pooling: "mean" or "last" for an embedding of the prompt, "score" for the scores of `targets`; None for
             text
         targets: tokens to score; they follow the last len(targets) tokens of the prompt, one each
@@ -65,6 +68,8 @@ class Request:
     sink: Sink | None = None
     salt: str | None = None
     stored: StoredPrefix | None = None
+    grammar: GrammarSpec | None = None
+    prefix: int = 0
     order: int = 0  # its number in order of arrival
     sequences: list[SequenceState] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])

@@ -59,10 +59,11 @@ class Scheduler:
     # ------------------------------------------------------------------ adding and ending requests
 
     def add(self, request: Request) -> None:
-        """Queue a request. EngineError if it could never be computed."""
+        """Queue a request, in one sequence unless it is forked. EngineError if it could never be computed."""
         self.check(request)
-        self.queues.enter(request.sequences[0])
-        self.queues.push(request.sequences[0])
+        for sequence in request.pending if request.forked else request.sequences[:1]:
+            self.queues.enter(sequence)
+            self.queues.push(sequence)
 
     def check(self, request: Request) -> None:
         """EngineError for a request that would not fit even alone."""

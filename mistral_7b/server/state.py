@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from prometheus_client import Metric
 from starlette.requests import Request as HttpRequest
 from starlette.types import Scope
 
@@ -117,6 +118,8 @@ class State:
     evicted: int = 0  # idle connections that were closed for new ones
     rejected: int = 0  # connections that were refused
     log: Dropping | None = None
+    # The names of the engines in other processes, and their metrics; None: the engine is that of `llm`.
+    replicas: Callable[[], Iterable[tuple[str, list[Metric]]]] | None = None
     accounts: Accounts = field(init=False)
 
     def __post_init__(self) -> None:

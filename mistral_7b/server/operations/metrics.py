@@ -40,7 +40,7 @@ class Metrics:
 
     def __init__(self, state: State) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(state.llm, state.model_name))
+        self.registry.register(_EngineCollector(state))
         self.registry.register(_ServerCollector(state))
         ProcessCollector(registry=self.registry)
         self._arrived = Counter(PREFIX + "requests", "Requests received", registry=self.registry)
@@ -134,57 +134,70 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Exports the engine's counters. The engine keeps running meanwhile, so values may be a step apart."""
+    """Exports the engine's counters, or those of the engines elsewhere with a label `replica`."""
 
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
-        self.llm, self.model_name = llm, model_name
+    def __init__(self, state: State) -> None:
+        self.state = state
 
     def collect(self) -> Iterator[Metric]:
-        engine = self.llm.engine
-        info = {"version": __version__, "model": self.model_name}
+        info = {"version": __version__, "model": self.state.model_name}
         yield InfoMetricFamily(PREFIX + "build", "Version and model", info)
-        for name, help, value in (
-            (
-                "requests_running",
-                "Running requests",
-                len({s.request for s in list(engine.scheduler.running)}),
-            ),
-            ("sequences_running", "Running sequences", len(engine.scheduler.running)),
-            ("requests_waiting", "Requests in the queue, preempted ones included", engine.scheduler.waiting),
-            ("kv_cache_usage_ratio", "Fraction of the KV pages in use", engine.pool.held / engine.pool.n_pages),
-            ("kv_cache_pages_held", "KV pages in use by requests", engine.pool.held),
-            ("kv_cache_pages", "KV pages in total", engine.pool.n_pages),
-            ("adapters_loaded", "Loaded LoRA adapters", len(engine.adapters.names)),
-            ("engine_broken", "1 after an engine failure, else 0", int(self.llm.broken is not None)),
-        ):
-            yield GaugeMetricFamily(PREFIX + name, help, value)
-        counts = engine.counts
-        for name, help, value in (
-            ("steps", "Engine steps", counts.steps),
-            ("prompt_tokens", "Prompt tokens of started requests", counts.prompt_tokens),
-            ("generation_tokens", "Generated tokens", counts.generated_tokens),
-            (
-                "computed_tokens",
-                "Tokens fed to the model, recomputed and rejected included",
-                counts.computed_tokens,
-            ),
-            ("preemptions", "Preemptions of sequences", counts.preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", counts.prompt_tokens),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache", counts.cached_tokens),
-            *(
-                (f"prefix_cache_disk_{name}", help, value)
-                for name, help, value in (
-                    ("queries", "Prompt tokens not in memory, looked up on disk", counts.disk_queries),
-                    ("hits", "Prompt tokens found on disk", counts.disk_hits),
-                    ("read_bytes", "Bytes read from the prefix cache on disk", counts.disk_read_bytes),
-                    ("written_bytes", "Bytes written to the prefix cache on disk", counts.disk_written_bytes),
-                    ("dropped_pages", "Pages not written because the disk was too slow", counts.disk_dropped),
-                )
-            ),
-            ("drafted_tokens", "Draft tokens of speculative decoding", counts.drafted_tokens),
-            ("accepted_tokens", "Accepted draft tokens", counts.accepted_tokens),
-        ):
-            yield CounterMetricFamily(PREFIX + name, help, value)
+        if self.state.replicas is None:
+            yield from engine_metrics(self.state.llm)
+            return
+        families: dict[str, Metric] = {}
+        for replica, metrics in self.state.replicas():
+            for metric in metrics:
+                family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                family.samples += [s._replace(labels={**s.labels, "replica": replica}) for s in metric.samples]
+        yield from families.values()
+
+
+def engine_metrics(llm: AsyncLLM) -> Iterator[Metric]:
+    """An engine's counters. The engine keeps running meanwhile, so values may be a step apart."""
+    engine = llm.engine
+    for name, help, value in (
+        (
+            "requests_running",
+            "Running requests",
+            len({s.request for s in list(engine.scheduler.running)}),
+        ),
+        ("sequences_running", "Running sequences", len(engine.scheduler.running)),
+        ("requests_waiting", "Requests in the queue, preempted ones included", engine.scheduler.waiting),
+        ("kv_cache_usage_ratio", "Fraction of the KV pages in use", engine.pool.held / engine.pool.n_pages),
+        ("kv_cache_pages_held", "KV pages in use by requests", engine.pool.held),
+        ("kv_cache_pages", "KV pages in total", engine.pool.n_pages),
+        ("adapters_loaded", "Loaded LoRA adapters", len(engine.adapters.names)),
+        ("engine_broken", "1 after an engine failure, else 0", int(llm.broken is not None)),
+    ):
+        yield GaugeMetricFamily(PREFIX + name, help, value)
+    counts = engine.counts
+    for name, help, value in (
+        ("steps", "Engine steps", counts.steps),
+        ("prompt_tokens", "Prompt tokens of started requests", counts.prompt_tokens),
+        ("generation_tokens", "Generated tokens", counts.generated_tokens),
+        (
+            "computed_tokens",
+            "Tokens fed to the model, recomputed and rejected included",
+            counts.computed_tokens,
+        ),
+        ("preemptions", "Preemptions of sequences", counts.preemptions),
+        ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", counts.prompt_tokens),
+        ("prefix_cache_hits", "Prompt tokens found in the prefix cache", counts.cached_tokens),
+        *(
+            (f"prefix_cache_disk_{name}", help, value)
+            for name, help, value in (
+                ("queries", "Prompt tokens not in memory, looked up on disk", counts.disk_queries),
+                ("hits", "Prompt tokens found on disk", counts.disk_hits),
+                ("read_bytes", "Bytes read from the prefix cache on disk", counts.disk_read_bytes),
+                ("written_bytes", "Bytes written to the prefix cache on disk", counts.disk_written_bytes),
+                ("dropped_pages", "Pages not written because the disk was too slow", counts.disk_dropped),
+            )
+        ),
+        ("drafted_tokens", "Draft tokens of speculative decoding", counts.drafted_tokens),
+        ("accepted_tokens", "Accepted draft tokens", counts.accepted_tokens),
+    ):
+        yield CounterMetricFamily(PREFIX + name, help, value)
 
 
 class _ServerCollector(Collector):

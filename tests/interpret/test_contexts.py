@@ -236,7 +236,12 @@ def test_steering_adds_the_vector_where_it_is_told(model: Mistral7B) -> None:
     tokens, vector = tokens_of((2, 21)), torch.randn(40, dtype=torch.float64)
     with model.record("residual", layers=[0]) as plain:
         model(tokens)
-    for positions, rows in ((None, slice(None)), (slice(5, 9), slice(5, 9)), (7, [7]), (slice(5, None), slice(5, None))):
+    for positions, rows in (
+        (None, slice(None)),
+        (slice(5, 9), slice(5, 9)),
+        (7, [7]),
+        (slice(5, None), slice(5, None)),
+    ):
         with model.record("residual", layers=[0]) as tape, model.steer(0, vector, scale=-2, positions=positions):
             model(tokens)
         wanted = plain["residual", 0].clone()

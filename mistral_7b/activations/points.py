@@ -26,6 +26,11 @@ class Point(NamedTuple):
     meaning: str
 
     @property
+    def full_hook(self) -> str:
+        """Its name in TransformerLens, with N for the layer."""
+        return f"blocks.N.{self.hook}" if self.layered else self.hook
+
+    @property
     def heads(self) -> bool:
         """Whether the activation has heads, as the dimension after the tokens'."""
         return "H" in self.shape or "G" in self.shape

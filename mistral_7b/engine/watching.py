@@ -27,11 +27,11 @@ from ..activations.points import POINTS, Place, place_of, places_of
 from ..activations.tape import Tape
 from ..activations.watched import Part, Taps, Watched, Watcher
 from ..attention import visible
-from ..cache import Cache, Memory
+from ..cache import Cache, KeysAndValues, Memory
 from ..cache.entries import compressed, expanded
 from ..errors import InterpretError
 from ..model import Mistral7B, ModelArgs
-from .batch import PagedBatch, _PagedMemory
+from .batch import PagedBatch
 
 if TYPE_CHECKING:
     from .in_flight import Plan
@@ -192,11 +192,11 @@ class PagedKeys:
         pass
 
     def read(self, memory: Memory, k: Tensor, v: Tensor, part: int) -> Keys:
-        assert isinstance(memory, _PagedMemory)
-        positions, rows = self.batch.stored(self.which[part])
-        own = torch.arange(len(k), device=k.device) + (self.batch.runs[self.which[part]][0])
-        new = compressed(k, v, self.batch.pool.int8)
-        held = (t.flatten(0, 1)[rows] for t in memory.entries)
+        assert isinstance(memory, KeysAndValues)
+        batch, i = self.batch, self.which[part]
+        start, before, n = batch.runs[i]
+        p, size = torch.arange(start - before, start + n, device=k.device), batch.pool.page
+        rows = batch.table[i, p[:before] // size] * size + p[:before] % size
+        new, held = compressed(k, v, batch.pool.int8), [t.flatten(0, 1)[rows] for t in memory.entries]
         k, v = expanded(tuple(torch.cat(pair) for pair in zip(held, new, strict=True)), k.dtype)
-        p = torch.cat([positions, own])
-        return Keys(k, v, p, visible(own, p, self.batch.window))
+        return Keys(k, v, p, visible(p[before:], p, batch.window))

@@ -201,12 +201,9 @@ class Mistral7B(nn.Module):
     __call__: Callable[..., tuple[Tensor, Cache]]  # of `forward`, for type checkers
 
     def __init__(
-        self,
-        args: ModelArgs | None = None,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
+        self, args: ModelArgs | None = None, *, dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.args = args = args or ModelArgs()
         self.source: pathlib.Path | None = None  # the folder or file it was opened from, tokenizer and all
@@ -286,8 +283,7 @@ class Mistral7B(nn.Module):
     ) -> RollingCache:  # fmt: skip
         """An empty ring for `batch` sequences of up to `max_seq_len` tokens (endless with a window).
 
-        Up to `slack` tokens can be rolled back at any time. With `kv_dtype` torch.int8, keys and
-        values are kept in half the bytes.
+        Up to `slack` tokens can be rolled back. With `kv_dtype` torch.int8, keys and values take half the bytes.
         """
         args, p = self.args, self.norm.weight
         return RollingCache(

@@ -25,9 +25,9 @@ LAYERS = (
     ("surgery",),
     ("quantization",),
     ("checkpoint",),
-    ("distributed", "lora", "text"),
+    ("distributed", "lora", "text", "activations"),
     ("engine",),
-    ("generate", "training", "evaluation"),
+    ("generate", "training", "evaluation", "interpret"),
     ("server", "bench", "course"),
     ("cli",),
     ("__main__",),
@@ -38,7 +38,10 @@ PEERS = (
     {"checkpoint", "training"},
 )  # told apart above, and yet strangers
 # Deferred imports upwards: where a user's object is the natural door to a room above it.
-DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained", "checkpoint")}
+DOORS = {
+    ("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained", "checkpoint"),
+    ("model", "record", "interpret"), ("model", "patch", "interpret"), ("model", "steer", "interpret"),
+}  # fmt: skip
 # Read for --help, or at the HTTP door, before anyone needs torch.
 WITHOUT_TORCH = (
     "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",
@@ -55,6 +58,7 @@ WITHOUT_TORCH = (
     "bench.run", "bench.report", "bench.plot", "bench.serving.run", "bench.serving.report", "bench.serving.plot",
     "bench.quality.records", "bench.quality.report", "text.default_text",
     "course", "course.exercises", "course.skeleton", "course.folder", "cli.course", "cli.agent_guide",
+    "server.openai.watching", "activations.points",
 )  # fmt: skip
 
 Import = tuple[str, str, int]  # the room imported, the function it stands in ("" at the top), the line

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 
+from ..errors import InterpretError
 from ..sampling.params import SamplingParams
 from .completion import TextPiece
 from .grammar.spec import GrammarSpec
@@ -47,13 +48,23 @@ class Job:
 
 
 def job_of(request: Request, id: str) -> Job:
-    """The job, under the name `id`, that continues a request after the tokens of its completions."""
+    """The job, under the name `id`, that continues a request after the tokens of its completions.
+
+    InterpretError for a request that records or steers activations.
+    """
+    salt = request.salt
+    if request.watching is not None or isinstance(salt, tuple):
+        raise InterpretError(
+            "activations of a request that other engines may continue cannot be recorded or steered",
+            field="record",
+            hint="send it to a server without Ray",
+        )
     first = request.completions[0]
     return Job(
         id, request.ids, replace(request.params, seed=first.seed, max_tokens=first.max_tokens),
         [list(c.token_ids) for c in request.completions], [c.finished for c in request.completions],
         first.calls is not None, request.grammar, request.prefix, request.pooling, request.priority,
-        request.adapter, request.salt, request.client, request.speculation,
+        request.adapter, salt, request.client, request.speculation,
     )  # fmt: skip
 
 
@@ -65,7 +76,7 @@ def resume(
     Raises what `InputProcessor.request` does.
     """
     options = RequestOptions(
-        job.id, job.priority, job.adapter, job.salt, job.speculation, job.client, disconnected
+        job.id, job.priority, job.adapter, job.salt, job.speculation, job.client, disconnected=disconnected
     )  # fmt: skip
     if job.pooling is not None:
         return inputs.embedding(job.ids, job.pooling, options), []

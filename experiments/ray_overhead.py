@@ -2,7 +2,7 @@
 
     python experiments/ray_overhead.py --rounds 3 --json FILE
 
-The two servers run one after the other, ROUNDS times each, and never together: Ray's own processes count as its cost.
+The two servers run in turn and never together: Ray's own processes count as its cost.
 
 first token    REQUESTS single requests one after another: median seconds to the first event of a stream
 throughput     STREAMS concurrent streams of several responses each: tokens per second

@@ -2,9 +2,9 @@
 
     python experiments/ray_routing.py --conversations 24 --turns 5 --replicas 2 --json FILE
 
-Conversations run CONCURRENT at a time and in random order of turns; each has its own system prompt, and each turn
-sends all before it. Same seeds for each policy, new replicas. Per policy: the share of prompt tokens found
-in a prefix cache, and the time to the first token of all turns but the first.
+CONCURRENT conversations run at a time, with random pauses; each has its own system prompt, and each turn sends all
+before it. Same seeds for each policy, new replicas for each. Per policy: the share of prompt tokens found in a
+prefix cache, and the time to the first token of all turns but the first.
 """
 
 from __future__ import annotations

@@ -175,6 +175,7 @@ def _remote(
 
     if "RAY_ADDRESS" not in os.environ:  # Ray listens on all addresses; without a token, anyone could run code
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ..server.ray_app import read_replicas, start
 
     cpus = args.threads or max(1, machine.cores() // read_replicas(args.replicas)[1])

@@ -234,3 +234,18 @@ def test_what_cannot_be_served_is_said_in_a_line(run, tmp_path, monkeypatch):
     assert "access is open" in result.err
     monkeypatch.setenv("MISTRAL_7B_API_KEY", "key")
     assert "access is open" not in run("serve", "--host", "0.0.0.0", "--adapter", "nonsense").err
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (("--workers", "2"), "--workers"),
+        (("--replicas", "2"), "--replicas"),
+        (("--ray", "--tensor-parallel", "2"), "--tensor-parallel"),
+        (("--ray", "--adapter-folder", "adapters"), "--adapter-folder"),
+    ],
+)
+def test_more_processes_than_there_can_be_are_refused_with_the_reason(run, flags, field):
+    result = run("serve", "no/such-model", *flags)
+    assert result.code == 2
+    assert result.err.startswith(f"mistral-7b: {field}")

@@ -178,8 +178,9 @@ def start(
     serve.start(proxy_location="Disabled")
 
     def end() -> None:
-        serve.shutdown() if own else serve.delete(application)
-        ray.shutdown()
+        if not own:
+            serve.delete(application)
+        ray.shutdown()  # which ends a cluster of our own
 
     try:
         bound = engines_of(open_llm, engine, config, replicas, cpus, device, **router)

@@ -16,7 +16,6 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 import torch
 
@@ -56,7 +55,7 @@ class PagePool:
         self.holders = [0] * n_pages  # how many sequences hold each page
         self._free = list(range(n_pages - 1, -1, -1))  # a stack
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._page_of: dict[Key, int] = {}
+        self.page_of: dict[Key, int] = {}  # of the prefix cache, in order of registration
         self._key_of: dict[int, Key] = {}
 
     @property
@@ -75,7 +74,7 @@ class PagePool:
             page = self._free.pop()
         else:
             page, _ = self._idle.popitem(last=False)
-            del self._page_of[self._key_of.pop(page)]
+            del self.page_of[self._key_of.pop(page)]
         self.holders[page] = 1
         return page
 
@@ -99,16 +98,12 @@ class PagePool:
 
     def register(self, page: int, key: Key) -> None:
         """Enter a full page into the prefix cache. If the key is known, its first page keeps it."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key], self._key_of[page] = page, key
+        if key not in self.page_of and page not in self._key_of:
+            self.page_of[key], self._key_of[page] = page, key
 
     def find(self, key: Key) -> int | None:
         """The page of this key; None if it is not cached."""
-        return self._page_of.get(key)
-
-    def newest(self, most: int) -> list[Key]:
-        """The keys of the `most` cached pages that were registered last."""
-        return [*islice(reversed(self._page_of), most)]
+        return self.page_of.get(key)
 
     def is_idle(self, page: int) -> bool:
         """Whether no sequence holds the page."""
@@ -125,7 +120,7 @@ class PagePool:
     def forget(self) -> None:
         """Empty the prefix cache: every idle page becomes free."""
         for page in [p for p in self._key_of if p in self._idle]:
-            del self._idle[page], self._page_of[self._key_of.pop(page)]
+            del self._idle[page], self.page_of[self._key_of.pop(page)]
             self._free.append(page)
 
     def check(self, holders: Iterable[Iterable[int]]) -> None:
@@ -141,7 +136,7 @@ class PagePool:
         assert free | idle == {p for p, n in enumerate(counts) if n == 0}, "a page is lost"
         assert idle <= set(self._key_of), "an idle page has no key"
         assert not free & set(self._key_of), "a free page has a key"
-        assert {k: p for p, k in self._key_of.items()} == self._page_of, "keys and pages disagree"
+        assert {k: p for p, k in self._key_of.items()} == self.page_of, "keys and pages disagree"
 
 
 def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, int8: bool) -> Entries:

@@ -66,11 +66,12 @@ def nginx(folder: pathlib.Path, *ports: int) -> Iterator[int]:
         process.wait(10)
 
 
-def post(port: int, key: str, **body: object) -> tuple[int, dict[str, str], dict]:
+def post(port: int, key: str, session: str = "", **body: object) -> tuple[int, dict[str, str], dict]:
     """Request a completion with this key; return status, headers and JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     data = json.dumps({"prompt": "a", "max_tokens": 1, "ignore_eos": True, **body})
     headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    headers |= {"x-session-id": session} if session else {}
     try:
         connection.request("POST", "/v1/completions", data, headers)
         answer = connection.getresponse()
@@ -201,3 +202,14 @@ def test_what_ends_a_server_is_not_sent_to_the_next(
     with upstreams(tmp_path, behave, behave) as (port, both):
         assert post(port, KEYS[0])[0] == status
         assert sum(each.asked for each in both) == 1
+
+
+def test_a_session_stays_on_one_server_and_sessions_spread(tmp_path: pathlib.Path) -> None:
+    with upstreams(tmp_path, says(200, "first"), says(200, "second")) as (port, _):
+        homes = {}
+        for session in KEYS:
+            found = {post(port, "shared", session)[2]["model"] for _ in range(3)}
+            assert len(found) == 1
+            homes[session] = found.pop()
+        assert min(Counter(homes.values())[name] for name in ("first", "second")) >= 5
+        assert len({post(port, "shared")[2]["model"] for _ in range(10)}) == 1

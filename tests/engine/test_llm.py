@@ -159,7 +159,7 @@ def test_with_a_window_a_prefix_needs_only_its_last_tokens():
     first = llm.generate(prompt, GREEDY)[0]
     pool = llm.engine.pool
     for page in list(pool._idle)[:6]:  # the first tokens' pages are those freed longest ago
-        del pool._idle[page], pool._page_of[pool._key_of.pop(page)]
+        del pool._idle[page], pool.page_of[pool._key_of.pop(page)]
         pool._free.append(page)
     again = llm.generate(prompt, GREEDY)[0]
     assert again.num_cached_tokens == 36

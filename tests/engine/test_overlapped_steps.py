@@ -85,7 +85,7 @@ class Keys:
 
     def check(self, pool: PagePool, model: Mistral7B, draw: random.Random, some: int = 3) -> int:
         """Compare some pages with what is computed from their tokens in one go."""
-        known = list(pool._page_of.items())
+        known = list(pool.page_of.items())
         for key, page in draw.sample(known, min(some, len(known))):
             tokens = self.tokens[key]
             for mine, wanted in zip(pool.layers, contents(model, tokens), strict=True):
@@ -388,7 +388,7 @@ def test_a_page_is_found_as_soon_as_its_last_token_was_read_and_not_before() -> 
         tokens, computed = len(s.tokens), s.computed
         known = [i for i in range(2) if tokens >= PAGE * (i + 1) and _found(engine, key, s.tokens, i)]
         seen.append((min(tokens, computed) // PAGE, len(known)))
-        assert len(engine.pool._page_of) == len(known)
+        assert len(engine.pool.page_of) == len(known)
     assert all(full == found for full, found in seen[:-1]), seen
     assert max(found for _, found in seen) == 2
 

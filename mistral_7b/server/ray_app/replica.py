@@ -118,7 +118,7 @@ class Replica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Load, cached pages and metrics, for routers and for /metrics."""
-        pages = await self.llm.call(lambda: self.llm.engine.pool.newest(KNOWN_PAGES))
+        pages = await self.llm.call(lambda: list(self.llm.engine.pool.page_of)[-KNOWN_PAGES:])
         return {
             "requests": len(self.llm.engine.requests), "pages": b"".join(key[:NAME] for key in pages),
             "metrics": list(engine_metrics(self.llm)),

@@ -123,10 +123,6 @@ class EvaluationError(Mistral7BError):
     """A text on which nothing can be measured."""
 
 
-class ExplainError(Mistral7BError):
-    """A picture that cannot be drawn: of this model, of this prompt, or into this file."""
-
-
 class BenchmarkError(Mistral7BError):
     """A measurement that cannot be made here: no memory for it, no such engine, or a process that failed."""
 

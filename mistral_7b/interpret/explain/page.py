@@ -17,16 +17,14 @@ import pathlib
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...errors import ExplainError
+from ...errors import InterpretError
 from ...files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from ...text.tokenizer import Tokenizer
 
 WEB = pathlib.Path(__file__).parent.parent / "web"
 SUFFIXES = (".html", ".png")
@@ -70,7 +68,7 @@ class Picture(ABC):
         return re.sub(r"<!--([a-z-]+)-->", lambda found: filled[found[1]], _web("page.html"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .html or .png file, atomically. ExplainError for another suffix, WriteError from the system."""
+        """Write an .html or .png file, atomically. InterpretError for another suffix, WriteError from the system."""
         target = check_suffix(path)
         figure = self.figure() if target.suffix == ".png" else None
         page = self.html() if figure is None else ""
@@ -81,12 +79,12 @@ class Picture(ABC):
                 figure.savefig(temporary, format="png", dpi=120)
 
     def figure(self) -> Figure:
-        """The picture as a matplotlib figure. ExplainError if matplotlib is missing."""
+        """The picture as a matplotlib figure. InterpretError if matplotlib is missing."""
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ExplainError("a PNG needs matplotlib", hint="pip install 'mistral-7b[plot]'") from error
+            raise InterpretError("a PNG needs matplotlib", hint="pip install 'mistral-7b[plot]'") from error
         figure = Figure(figsize=self.figsize, layout="constrained")
         FigureCanvasAgg(figure)
         self.draw(figure)
@@ -101,16 +99,11 @@ class Picture(ABC):
 
 
 def check_suffix(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path of a picture. ExplainError unless its suffix is one of SUFFIXES."""
+    """The path of a picture. InterpretError unless its suffix is one of SUFFIXES."""
     target = pathlib.Path(path).expanduser()
     if target.suffix not in SUFFIXES:
-        raise ExplainError("a picture is an .html or a .png file", field="output", place=target)
+        raise InterpretError("a picture is an .html or a .png file", field="output", place=target)
     return target
-
-
-def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each id as it is displayed: " the", "[INST]", "<0xE2>"."""
-    return [tokenizer.piece(i) for i in ids]
 
 
 def plotted(text: str, limit: int = 14) -> str:

@@ -45,7 +45,7 @@ _HOMES = {
             "Mistral7BError", "ConfigError", "CacheError", "CheckpointError", "HubError",
             "QuantizationError", "TokenizerError", "SamplingError", "GenerationError", "TrainingError",
             "EvaluationError", "BenchmarkError", "EngineError", "QueueFullError", "GrammarError", "AdapterError",
-            "WriteError",
+            "WriteError", "InterpretError",
         ),
         "errors",
     ),

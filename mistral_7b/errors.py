@@ -123,6 +123,10 @@ class EvaluationError(Mistral7BError):
     """A text on which nothing can be measured."""
 
 
+class InterpretError(Mistral7BError):
+    """An activation that there is none of, or that cannot be recorded or replaced like that."""
+
+
 class BenchmarkError(Mistral7BError):
     """A measurement that cannot be made here: no memory for it, no such engine, or a process that failed."""
 

@@ -18,6 +18,7 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -320,15 +321,29 @@ class Mistral7B(nn.Module):
         return load(source, dtype=dtype, device=device, quantization=quantization, mmap=mmap)
 
     def save_pretrained(
-        self,
-        path: str | os.PathLike[str],
-        format: str = "huggingface",
-        max_shard_size: int | str = "5GB",
-        type: str | None = None,
-        distance: Mapping[str, Any] | None = None,
+        self, path: str | os.PathLike[str], format: str = "huggingface", max_shard_size: int | str = "5GB",
+        type: str | None = None, distance: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write the model as others load it, or "quantized"; see `checkpoint.save`."""
         from .checkpoint import save
 
         save(self, path, format, max_shard_size, type=type, distance=distance, calibration=calibration)
+
+    def record(self, *points: str, **options: Any) -> AbstractContextManager[Mapping[Any, Tensor]]:
+        """Keep activations of the calls within; see `interpret.record`."""
+        from .interpret import record
+
+        return record(self, *points, **options)
+
+    def patch(self, values: Mapping[Any, Any], **options: Any) -> AbstractContextManager[None]:
+        """Replace activations of the calls within; see `interpret.patch`."""
+        from .interpret import patch
+
+        return patch(self, values, **options)
+
+    def steer(self, layer: int, vector: Tensor, **options: Any) -> AbstractContextManager[None]:
+        """Add a vector to the residual stream of the calls within; see `interpret.steer`."""
+        from .interpret import steer
+
+        return steer(self, layer, vector, **options)

@@ -25,9 +25,9 @@ LAYERS = (
     ("surgery",),
     ("quantization",),
     ("checkpoint",),
-    ("lora", "text"),
+    ("lora", "text", "activations"),
     ("engine",),
-    ("generate", "training", "evaluation"),
+    ("generate", "training", "evaluation", "interpret"),
     ("server", "bench"),
     ("cli",),
     ("__main__",),
@@ -38,7 +38,10 @@ PEERS = (
     {"checkpoint", "training"},
 )  # told apart above, and yet strangers
 # Deferred imports upwards: where a user's object is the natural door to a room above it.
-DOORS = {("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained", "checkpoint")}
+DOORS = {
+    ("model", "from_pretrained", "checkpoint"), ("model", "save_pretrained", "checkpoint"),
+    ("model", "record", "interpret"), ("model", "patch", "interpret"), ("model", "steer", "interpret"),
+}  # fmt: skip
 # Read for --help, or at the HTTP door, before anyone needs torch.
 WITHOUT_TORCH = (
     "", "errors", "machine", "cli", "cli.serve", "sampling.params", "text.messages", "text.tokenizer",

@@ -1,0 +1,95 @@
+"""Watchers that change activations: an edit replaces a part of each activation at its places.
+
+    x[..., t, heads] = change(x[..., t, heads])        for the tokens t at `positions`
+
+Positions are absolute, so that an edit means the same tokens in prefill and in decode, with any cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InterpretError
+from .points import POINTS, Place
+
+Value = Tensor | float | Callable[[Tensor], Tensor]
+
+
+class Edit:
+    """Replaces activations by values, numbers or the results of functions.
+
+    `positions` are those of the tokens concerned, None for all; `heads` those concerned, None for all. A value is
+    broadcast to what is selected: (..., P, D) for P positions, (..., P, heads, K) with heads. A function takes
+    the selected rows, (rows, D) or (rows, heads, K); without positions and heads the whole activation.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[Place, Value],
+        positions: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        self.values, self.positions, self.heads = dict(values), positions, heads
+
+    def wants(self, point: str, layer: int | None) -> bool:
+        return (point, layer) in self.values
+
+    def see(self, point: str, layer: int | None, x: Tensor, positions: Tensor) -> Tensor:
+        value = self.values[point, layer]
+        try:
+            return self._edited(point, value, x, positions)
+        except (RuntimeError, IndexError) as e:
+            where = point if layer is None else f"{point}, layer {layer}"
+            raise InterpretError(
+                f"the value for {where} does not fit an activation {tuple(x.shape)}: {e}", field="values"
+            ) from e
+
+    def _edited(self, point: str, value: Value, x: Tensor, positions: Tensor) -> Tensor:
+        if self.positions is None:
+            return self._of_heads(x, lambda part: _replacement(value, part))
+        lead = x.shape[: x.dim() - (2 if POINTS[point].heads else 1)]  # (..., T)
+        if positions.shape[-1] != lead[-1]:
+            raise RuntimeError("positions can be chosen only where a forward's tokens are all computed")
+        chosen = torch.tensor(self.positions, device=x.device)  # (P,)
+        *at, which = (positions[..., None] == chosen).expand(*lead, len(chosen)).nonzero(as_tuple=True)
+
+        def change(part: Tensor) -> Tensor:  # (rows, ...)
+            if callable(value):
+                return _replacement(value, part)
+            of_rows = _replacement(value, part.new_empty(1).expand(*lead[:-1], len(chosen), *part.shape[1:]))
+            return of_rows[(*at[:-1], which)]
+
+        out = x.clone()
+        out[tuple(at)] = self._of_heads(x[tuple(at)], change)
+        return out
+
+    def _of_heads(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """x (..., heads, K) with these heads changed."""
+        if self.heads is None:
+            return change(x)
+        heads, out = list(self.heads), x.clone()
+        out[..., heads, :] = change(x[..., heads, :])
+        return out
+
+
+def _replacement(value: Value, x: Tensor) -> Tensor:
+    """What replaces x: of its shape and type."""
+    if not callable(value):
+        return torch.as_tensor(value, device=x.device, dtype=x.dtype).expand(x.shape)
+    new = value(x)
+    if new.shape != x.shape:
+        raise RuntimeError(f"its function returned {tuple(new.shape)}")
+    return new.to(x.dtype)
+
+
+def steering(layer: int, vector: Tensor, scale: float = 1.0, positions: Sequence[int] | None = None) -> Edit:
+    """An edit that adds scale * vector (D,) to the residual stream after a layer, in float32 at least."""
+
+    def steered(x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(wide) + scale * vector.to(x.device, wide)).to(x.dtype)
+
+    return Edit({("residual", layer): steered}, positions)

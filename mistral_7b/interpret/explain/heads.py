@@ -23,7 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention import visible
+from ...cache import Stateless
+from ...model import Mistral7B
+from ...text.tokenizer import Tokenizer
+from ..contexts import record
 from .page import Picture, deflate, plotted
+from .prompts import Prompt, encode, layers_of, pieces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,6 +98,8 @@ class AttentionMaps(Picture):
 
     def draw(self, figure: Figure) -> None:
         """All heads of the first layer shown."""
+        from matplotlib.colors import PowerNorm
+
         columns = math.ceil(math.sqrt(self.n_heads))
         rows = math.ceil(self.n_heads / columns)
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -104,8 +111,10 @@ class AttentionMaps(Picture):
                 continue
             weights = np.where(np.tri(n, dtype=bool), (self.maps[0][h] / 255.0) ** 2, np.nan)
             image = ax.imshow(
-                weights, cmap="viridis", vmin=0, vmax=1, interpolation="nearest", extent=(0, n * self.tile, n * self.tile, 0)
-            )
+                weights, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest",
+                extent=(0, n * self.tile, n * self.tile, 0),
+            )  # fmt: skip
+            ax.set_facecolor("0.88")
             ax.set_title(f"head {h}, keys {h * self.n_kv_heads // self.n_heads}", fontsize=8)
             if self.window is not None and self.window < T:
                 ax.plot([0, T - self.window], [self.window, T], "--", color="0.35", lw=0.8)
@@ -117,6 +126,23 @@ class AttentionMaps(Picture):
                 ax.tick_params(labelsize=6)
         figure.suptitle(f"Attention weights of layer {self.layers[0]}: query (row) to key (column)", fontsize=11)
         figure.colorbar(image, ax=axes, shrink=0.6, label="weight" if self.tile == 1 else "largest weight in a tile")
+
+
+@torch.inference_mode()
+def attention_maps(
+    model: Mistral7B, tokenizer: Tokenizer, prompt: Prompt, *, layers: Sequence[int] | None = None
+) -> AttentionMaps:
+    """The attention of a prompt in these layers (None: all). Fewer layers leave more room for the weights of each.
+
+    InterpretError for an empty prompt, or a layer that is not there.
+    """
+    ids = encode(model, tokenizer, prompt)
+    chosen = layers_of(model, layers)
+    tokens = torch.tensor(ids, device=model.norm.weight.device)
+    with record(model, "rotated_q", "rotated_k", layers=chosen) as tape:
+        model.hidden(tokens, Stateless(model.args.sliding_window))
+    recorded = [(n, tape["rotated_q", n], tape["rotated_k", n]) for n in chosen]
+    return pack(pieces(tokenizer, ids), recorded, model.args.sliding_window)
 
 
 def pack(

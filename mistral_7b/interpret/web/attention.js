@@ -106,8 +106,18 @@ function view(main, data) {
     text.go(query, false);
     const best = [...found].sort((a, b) => b[1] - a[1]).slice(0, 12);
     const sum = [...found.values()].reduce((a, b) => a + b, 0);
-    rows.replaceChildren(table(`Query ${query} ${quoted(tokens[query])}, layer ${layers[layer]}, head ${head}` + (exact ? "" : `: ${found.size} weights kept, ${percent(sum)} of its attention`), [["key", "name"], ["position"], ["distance"], ["weight"]], best.map(([k, w]) => [shown(tokens[k]), String(k), String(query - k), w.toFixed(3)])));
+    rows.replaceChildren(table(`Query ${query} ${quoted(tokens[query])}, layer ${layers[layer]}, head ${head}` + (exact ? "" : `: ${found.size} weights kept, ${percent(sum)} of its attention`), [["key", "name"], ["position"], ["distance"], ["weight"]], best.map(([k, w]) => [shown(tokens[k]), String(k), String(query - k), w.toFixed(3)]).concat(tilesOf(query, found))));
     mark();
+  }
+  /** Rows of the table for the query's tiles without a weight that is kept: they bound what is in them. */
+  function tilesOf(q, found) {
+    if (exact) return [];
+    const row = Math.floor(q / tile), kept = new Set([...found.keys()].map((k) => Math.floor(k / tile)));
+    const others = Array.from({ length: row + 1 }, (_, t) => [t, tileWeight(head, row, t)]).filter(([t, w]) => w > 0 && !kept.has(t) && visible(q, Math.min(q, (t + 1) * tile - 1)));
+    return others.sort((a, b) => b[1] - a[1]).slice(0, 4).map(([t, w]) => {
+      const last = Math.min(q, (t + 1) * tile - 1);
+      return [`${shown(tokens[t * tile])} … ${shown(tokens[last])}`, `${t * tile} to ${last}`, "", `≤ ${w.toFixed(3)}`];
+    });
   }
   const place = (event) => {
     const box = map.getBoundingClientRect(), unit = box.width / (n * tile);

@@ -16,7 +16,7 @@ function el(name, attributes = {}, ...children) {
 }
 
 /** A token's text with its white space made visible. */
-const shown = (text) => text.replace(/\r/g, "␍").replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +| +$/g, (s) => "·".repeat(s.length)) || "∅";
+const shown = (text) => text.replace(/\r/g, "␍").replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +| +$/g, (s) => "·".repeat(s.length)).replace(/(?! )[\p{C}\p{Z}\ufffd]/gu, (c) => `<U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`) || "∅";
 const quoted = (text) => `“${shown(text)}”`;
 const percent = (p) => (p >= 0.9995 ? "100%" : p >= 0.0995 ? `${(100 * p).toFixed(1)}%` : p >= 0.0001 ? `${(100 * p).toFixed(2)}%` : p > 0 ? "<0.01%" : "0%");
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));

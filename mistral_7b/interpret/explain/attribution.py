@@ -30,22 +30,26 @@ if TYPE_CHECKING:
 
 MOST = 128  # tokens left out by default, from the end
 ROWS = 4096  # tokens of all shortened prompts that are computed at once
-STEP = 0.01  # of the scale, in the central difference
+STEP, COARSE_STEP = 0.01, 0.1  # of the scale, in the central difference; where activations are rounded
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradient x input of every token, and the derivative along the scale by a central difference."""
+    """Gradient x input of every token, and the derivative along the scale by a central difference.
+
+    `rounded`: the model rounds its activations, which the gradient ignores and the difference does not.
+    """
 
     values: Sequence[float]
     difference: float
+    rounded: bool
 
 
 @dataclass(frozen=True)
 class Attributions(Picture):
     """What each token contributes to the log-probability of `target`, in nats.
 
-    `gradients` is None for a model without gradients; `left_out` has the positions that were left out.
+    `gradients` is None for a model without a backward pass; `left_out` has the positions that were left out.
     """
 
     view = "attribution"
@@ -54,7 +58,6 @@ class Attributions(Picture):
     tokens: Sequence[str]
     target: str
     log_probability: float
-    dtype: str
     gradients: Gradients | None
     left_out: dict[int, float]
 
@@ -69,11 +72,16 @@ class Attributions(Picture):
     def data(self) -> dict[str, Any]:
         g, rank = self.gradients, self.agreement
         if g is None:
-            notes = ["This model has no gradients, because its weights are quantized: only leave-one-out is shown."]
+            notes = ["This model's kernels have no backward pass: only leave-one-out is shown."]
         else:
+            rough = (
+                " The model rounds its activations, which the gradient ignores, so the two agree roughly at best."
+                if g.rounded
+                else ""
+            )
             notes = [
                 f"The sum of gradient x input is {sum(g.values):.4g}; the derivative along the scale of all "
-                f"embeddings, which it should equal, is {g.difference:.4g} by a central difference in {self.dtype}."
+                f"embeddings, which it should equal, is {g.difference:.4g} by a central difference.{rough}"
             ]
         if rank is not None:
             notes.append(f"Rank correlation of the two methods over {len(self.left_out)} tokens: {rank:.2f}.")
@@ -115,8 +123,7 @@ def attributions(
     """Attribute the log-probability of `target` (None: the most probable next token) to a prompt's tokens.
 
     `leave_out` are positions to leave out, None being the last MOST. InterpretError for an empty prompt, a target
-    that is not one token, and a position that is not in the prompt. Works in the model's type: float32 is exact to
-    6 digits, bfloat16 to 2.
+    that is not one token, and a position that is not in the prompt.
     """
     ids = encode(model, tokenizer, prompt)
     T = len(ids)
@@ -132,30 +139,37 @@ def attributions(
     if not 0 <= token < model.args.vocab_size:
         raise InterpretError(f"there is no token {token} in the vocabulary", field="target")
     score = float(following[int(token)])
-    gradients = gradient_x_input(model, tokens, int(token)) if has_gradients(model) else None
+    gradients = gradient_x_input(model, tokens, int(token))
     left_out = leave_one_out(model, tokens, int(token), list(chosen), score) if T > 1 else {}
     return Attributions(
-        pieces(tokenizer, ids), tokenizer.piece(int(token)), score, str(model.norm.weight.dtype).removeprefix("torch."),
-        gradients, left_out,
-    )  # fmt: skip
+        pieces(tokenizer, ids), tokenizer.piece(int(token)), score, gradients, left_out
+    )
 
 
-def has_gradients(model: Mistral7B) -> bool:
-    """Whether all projections are plain ones, whose backward pass is exact."""
-    linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ("wq", "w2", "output")]
-    return all(isinstance(m, nn.Linear) for m in linears)
+def gradient_x_input(model: Mistral7B, tokens: Tensor, target: int) -> Gradients | None:
+    """Gradient x input of tokens (T,) for the log-probability of `target` after them.
 
-
-def gradient_x_input(model: Mistral7B, tokens: Tensor, target: int) -> Gradients:
-    """Gradient x input of tokens (T,) for the log-probability of `target` after them."""
+    None if the model's kernels have no backward pass.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         tokens = tokens.clone()
         x = model.tok_embeddings(tokens)[None].detach().clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(_score(model, tokens, x, target), x)
+        score = _score(model, tokens, x, target)
+        if not score.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(score, x)
     values = (gradient.double() * x.detach().double()).sum(-1)[0]
+    rounds = is_rounded(model)
+    step = COARSE_STEP if rounds else STEP
     with torch.inference_mode():
-        up, down = (_score(model, tokens, x.detach() * (1 + s), target).item() for s in (STEP, -STEP))
-    return Gradients(values.tolist(), (up - down) / (2 * STEP))
+        up, down = (_score(model, tokens, x.detach() * (1 + s), target).item() for s in (step, -step))
+    return Gradients(values.tolist(), (up - down) / (2 * step), rounds)
+
+
+def is_rounded(model: Mistral7B) -> bool:
+    """Whether activations are rounded on the way: to a type below float32, or by quantized projections."""
+    plain = all(type(m) is nn.Linear for m in (model.output, model.layers[-1].feed_forward.w2))
+    return not plain or model.norm.weight.dtype.itemsize < 4
 
 
 def _score(model: Mistral7B, tokens: Tensor, embeddings: Tensor, target: int) -> Tensor:

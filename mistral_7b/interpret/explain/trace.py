@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -156,6 +156,15 @@ def cache_trace(
     return CacheTrace(pieces(tokenizer, tokens), len(ids), args.sliding_window, slots, steps, ring)
 
 
+class _Before(NamedTuple):
+    """A sequence before a step."""
+
+    computed: int
+    first: int
+    running: bool
+    cached: int | None
+
+
 class _Run:
     """Steps an engine and reads its caches after each step."""
 
@@ -172,27 +181,31 @@ class _Run:
             if not added and (first.finished or len(first.completions[0].token_ids) >= head_start):
                 self.engine.add(second)
                 added = True
-            before = [(s.computed, s.first, s.running, r.cached) for s, r in zip(self.sequences, self.requests, strict=True)]
+            before = [_Before(s.computed, s.first, s.running, s.request.cached) for s in self.sequences]
+            total = self.engine.counts.computed_tokens
             self.engine.step()
-            out.append(self._step(before))
+            out.append(self._step(before, self.engine.counts.computed_tokens - total))
         return out
 
-    def _step(self, before: list[tuple[int, int, bool, int | None]]) -> Step:
-        fed, events = {}, []
-        for name, s, request, (computed, first, running, cached) in zip(
-            NAMES, self.sequences, self.requests, before, strict=True
-        ):
-            if cached is None and request.cached is not None:
-                computed = request.cached
+    def _step(self, before: list[_Before], total: int) -> Step:
+        """The step that has fed `total` tokens."""
+        fed, events, ended = {}, [], ""
+        for name, s, old in zip(NAMES, self.sequences, before, strict=True):
+            computed = old.computed
+            if old.cached is None and s.request.cached is not None:
+                computed = s.request.cached
                 hit = f"prefix hit, {computed} tokens are not computed" if computed else "no cached prefix"
                 events.append(f"{name} starts: {hit}")
-            if s.ended and running:
-                fed[name] = 1
+            if s.ended and old.running:
+                ended = name  # its state is cleared: it fed what the other one did not
                 events.append(f"{name} ends, and its pages are freed")
             elif s.computed > computed:
                 fed[name] = s.computed - computed
-            if s.first > first and running:
-                events.append(f"{name}: pages {first} to {s.first - 1} left the window and are freed")
+            if s.first > old.first and old.running:
+                gone = f"page {old.first}" if s.first == old.first + 1 else f"pages {old.first} to {s.first - 1}"
+                events.append(f"{name}: its {gone} left the window, and the memory is freed")
+        if ended:
+            fed[ended] = total - sum(fed.values())
         return Step(fed, events, self._pages())
 
     def _pages(self) -> list[PageState]:

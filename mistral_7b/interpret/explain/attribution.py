@@ -1,11 +1,11 @@
 """How much each token of a prompt contributes to the log-probability of a target token, by two methods.
 
-    gradient x input     a_i = x_i . df/dx_i                    x_i: embedding of token i;  f: log p(target | prompt)
+    gradient x input     a_i = x_i . df/dx_i      x_i: embedding of token i;  f: log p(target | prompt)
     leave one out        b_i = f(prompt) - f(prompt without token i)
 
 Sum_i a_i is the derivative of f along the scale of all embeddings, d f(s x) / ds at s = 1, which a central
 difference checks. It is not f itself: gradient x input is local, and norms make f nearly blind to the scale. The
-b_i have no sum: what two tokens say alike, neither misses. Positions after a token that is left out move up by one.
+b_i have no sum: what two tokens say alike, neither misses. Positions after a token that is left out are one less.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Attributions(Picture):
         """Spearman's rank correlation of both methods over the tokens left out; None without both."""
         if self.gradients is None or len(self.left_out) < 2:
             return None
-        pairs = torch.tensor([[self.gradients.values[i], b] for i, b in self.left_out.items()], dtype=torch.float64)
+        pairs = torch.tensor(
+            [[self.gradients.values[i], b] for i, b in self.left_out.items()], dtype=torch.float64
+        )
         return float(torch.corrcoef(pairs.argsort(0).argsort(0).double().T)[0, 1])
 
     def data(self) -> dict[str, Any]:
@@ -86,8 +88,8 @@ class Attributions(Picture):
         if rank is not None:
             notes.append(f"Rank correlation of the two methods over {len(self.left_out)} tokens: {rank:.2f}.")
         return {
-            "about": "What each token contributes to the log-probability of the target token, in nats: positive ones "
-            "make it more likely.",
+            "about": "What each token contributes to the log-probability of the target token, in nats: "
+            "positive ones make it more likely.",
             "tokens": list(self.tokens),
             "target": self.target,
             "log_probability": self.log_probability,
@@ -103,13 +105,17 @@ class Attributions(Picture):
         methods = [("leave one out", self.left_out)]
         if self.gradients is not None:
             methods.insert(0, ("gradient x input", dict(enumerate(self.gradients.values))))
-        for ax, (name, values) in zip(figure.subplots(len(methods), squeeze=False, sharex=True).flat, methods, strict=True):
+        for ax, (name, values) in zip(
+            figure.subplots(len(methods), squeeze=False, sharex=True).flat, methods, strict=True
+        ):
             heights = [values.get(i, 0.0) for i in shown]
             ax.bar(range(len(shown)), heights, color=["#d55e00" if h > 0 else "#0072b2" for h in heights])
             ax.axhline(0, color="0.3", lw=0.8)
             ax.set_ylabel(f"{name}, nats", fontsize=9)
             ax.set_xticks(range(len(shown)), [plotted(self.tokens[i], 12) for i in shown], rotation=90, fontsize=8)
-        figure.suptitle(f"Contributions to log p({plotted(self.target)}) = {self.log_probability:.3f}", fontsize=11)
+        figure.suptitle(
+            f"Contributions to log p({plotted(self.target)}) = {self.log_probability:.3f}", fontsize=11
+        )
 
 
 def attributions(
@@ -141,9 +147,7 @@ def attributions(
     score = float(following[int(token)])
     gradients = gradient_x_input(model, tokens, int(token))
     left_out = leave_one_out(model, tokens, int(token), list(chosen), score) if T > 1 else {}
-    return Attributions(
-        pieces(tokenizer, ids), tokenizer.piece(int(token)), score, gradients, left_out
-    )
+    return Attributions(pieces(tokenizer, ids), tokenizer.piece(int(token)), score, gradients, left_out)
 
 
 def gradient_x_input(model: Mistral7B, tokens: Tensor, target: int) -> Gradients | None:
@@ -168,7 +172,7 @@ def gradient_x_input(model: Mistral7B, tokens: Tensor, target: int) -> Gradients
 
 def is_rounded(model: Mistral7B) -> bool:
     """Whether activations are rounded on the way: to a type below float32, or by quantized projections."""
-    plain = all(type(m) is nn.Linear for m in (model.output, model.layers[-1].feed_forward.w2))
+    plain = all(type(m) is nn.Linear for m in (model.output, model.get_submodule("layers.0.feed_forward.w2")))
     return not plain or model.norm.weight.dtype.itemsize < 4
 
 
@@ -179,7 +183,9 @@ def _score(model: Mistral7B, tokens: Tensor, embeddings: Tensor, target: int) ->
 
 
 @torch.inference_mode()
-def leave_one_out(model: Mistral7B, tokens: Tensor, target: int, positions: Sequence[int], score: float) -> dict[int, float]:
+def leave_one_out(
+    model: Mistral7B, tokens: Tensor, target: int, positions: Sequence[int], score: float
+) -> dict[int, float]:
     """By how much the log-probability of `target` falls from `score` without each of these positions, in nats."""
     T = len(tokens)
     keep = torch.arange(T - 1, device=tokens.device)

@@ -1,13 +1,13 @@
-"""Attention maps: which earlier tokens each head of each layer reads, within a few megabytes for thousands of tokens.
+"""Attention maps: which tokens each head of each layer reads, in a few megabytes for thousands of tokens.
 
 T tokens · H query heads · G key/value heads · K head width · W window · N layers shown
 
-    weights (T, T) of a head  ->  a map of n x n tiles, each the largest weight in it    (n = T if it fits: all weights)
+    weights (T, T) of a head  ->  a map of n x n tiles, each the largest weight in it  (n = T if it fits: all weights)
                               ->  where tiles hold several tokens, also the head's largest weights one by one
 
-Weights come from the recorded queries and keys, by the one visibility rule of attention.py, a block of queries at a
-time: all of them would be N H T^2 numbers. They are kept as codes of 8 bits, c = 255 sqrt(w), so that small weights
-stay apart; a weight read back is off by at most 0.004.
+Weights come from the recorded queries and keys, by the one visibility rule of attention.py, a block of queries at
+a time: all of them would be N H T^2 numbers. They are kept as codes of 8 bits, c = 255 sqrt(w), so that small
+weights stay apart; a weight read back is off by at most 0.004.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class AttentionMaps(Picture):
         kept = (
             "All weights are in this file, in 8 bits each."
             if self.tile == 1
-            else f"A tile of the map covers {self.tile} x {self.tile} tokens and shows the largest weight in it; the "
-            "largest weights of each head are kept one by one."
+            else f"A tile of the map covers {self.tile} x {self.tile} tokens and shows the largest weight in it; "
+            "the largest weights of each head are kept one by one."
         )
         return {
             "about": f"Each of {T} tokens (rows) reads {rule} (columns). {self.n_heads} query heads share "
@@ -125,7 +125,9 @@ class AttentionMaps(Picture):
             else:
                 ax.tick_params(labelsize=6)
         figure.suptitle(f"Attention weights of layer {self.layers[0]}: query (row) to key (column)", fontsize=11)
-        figure.colorbar(image, ax=axes, shrink=0.6, label="weight" if self.tile == 1 else "largest weight in a tile")
+        figure.colorbar(
+            image, ax=axes, shrink=0.6, label="weight" if self.tile == 1 else "largest weight in a tile"
+        )
 
 
 @torch.inference_mode()
@@ -145,9 +147,7 @@ def attention_maps(
     return pack(pieces(tokenizer, ids), recorded, model.args.sliding_window)
 
 
-def pack(
-    tokens: Sequence[str], layers: Sequence[tuple[int, Tensor, Tensor]], window: int | None
-) -> AttentionMaps:
+def pack(tokens: Sequence[str], layers: Sequence[tuple[int, Tensor, Tensor]], window: int | None) -> AttentionMaps:
     """The picture of rotated queries (T, H, K) and keys (T, G, K) of each (layer, queries, keys)."""
     _, q, k = layers[0]
     T, H = q.shape[:2]
@@ -161,7 +161,7 @@ def pack(
         maps.append(codes)
         packed.append(part)
         heads.append([
-            Head(*numbers, *((0.0, 1.0) if tile == 1 else _coverage(entries, count, T)))
+            Head(*numbers[:5], *((0.0, 1.0) if tile == 1 else _coverage(entries, count, T)))
             for numbers, entries, count in zip(statistics, found, kept, strict=True)
         ])  # fmt: skip
     return AttentionMaps(tokens, window, H, k.shape[1], [n for n, _, _ in layers], tile, heads, maps, packed)
@@ -169,7 +169,7 @@ def pack(
 
 def grid(T: int, share: float) -> tuple[int, int]:
     """Tiles per side of a map, and tokens per side of a tile, so that a map takes about `share` bytes."""
-    if T * (T + 1) / 2 * BYTES_PER_TILE <= share:
+    if share >= T * (T + 1) / 2 * BYTES_PER_TILE:
         return T, 1
     widest = max(16, int(math.sqrt(2 * MAP_SHARE * share / BYTES_PER_TILE)))
     tile = max(2, math.ceil(T / widest))
@@ -216,12 +216,12 @@ def _measure(
         joined = torch.cat(part, 1) if part else torch.zeros(3, 0)
         joined = joined[:, joined[2].argsort(descending=True, stable=True)[:wanted]]
         found.append(tuple(joined.cpu().numpy()))
-    return encode(largest.cpu().numpy()), found, (sums / max(1, T - 1)).tolist()  # type: ignore[return-value]
+    return codes_of(largest.cpu().numpy()), found, (sums / max(1, T - 1)).tolist()  # type: ignore[return-value]
 
 
 def _sums(block: Tensor, start: int) -> Tensor:
-    """Sums over the block's queries, but for position 0: weight on the first, own and previous token, mean distance,
-    entropy in bits: (H, 5)."""
+    """Sums over the block's queries, but for position 0, (H, 5): weight on the first, own and previous token, mean
+    distance, entropy in bits."""
     t, s = block.shape[1:]
     p_q, p_k = torch.arange(start, start + t, device=block.device), torch.arange(s, device=block.device)
     distance = (p_q[:, None] - p_k).float()
@@ -233,7 +233,7 @@ def _sums(block: Tensor, start: int) -> Tensor:
     return torch.stack([row[:, 1 if start == 0 else 0 :].double().sum(-1) for row in rows], -1)
 
 
-def encode(weights: np.ndarray) -> np.ndarray:
+def codes_of(weights: np.ndarray) -> np.ndarray:
     """Weights from 0 to 1 as codes of 8 bits; a code c stands for (c / 255)^2."""
     return np.rint(255 * np.sqrt(weights)).astype(np.uint8)
 
@@ -249,8 +249,8 @@ def _fit(codes: np.ndarray, found: list[Entries], T: int, most: float) -> tuple[
 
 
 def _bytes(codes: np.ndarray, entries: Entries, count: int, T: int) -> bytes:
-    """A head: the map's lower triangle by rows; then the entries in order of query and key: how many each query has,
-    then planes of the distance's low and high byte, and of the weights."""
+    """A head: the map's lower triangle by rows; then the entries in order of query and key: how many each query
+    has, then planes of the distance's low and high byte, and of the weights."""
     triangle = codes[np.tril_indices(len(codes))].tobytes()
     rows, keys, values = (column[:count] for column in entries)
     if len(codes) == T:
@@ -258,7 +258,7 @@ def _bytes(codes: np.ndarray, entries: Entries, count: int, T: int) -> bytes:
     order = np.lexsort((keys, rows))
     rows, distance = rows[order].astype(np.int64), (rows - keys)[order].astype(np.int64)
     per_query = np.bincount(rows, minlength=T).astype(np.uint8)  # at most 1 / LEAST
-    planes = (distance & 255, distance >> 8, encode(values[order]))
+    planes = (distance & 255, distance >> 8, codes_of(values[order]))
     return triangle + per_query.tobytes() + b"".join(plane.astype(np.uint8).tobytes() for plane in planes)
 
 

@@ -57,8 +57,8 @@ class LogitLens(Picture):
         T = len(self.tokens)
         which = f"{T} positions" if not self.start else f"the last {T - self.start} of {T} positions"
         return {
-            "about": f"What each layer's residual stream would predict next, at {which}: the final norm and output "
-            "projection applied to it. The last row is the model's own output. Underlined: the model's final choice.",
+            "about": f"What each layer's residual stream would predict next, at {which}: the final norm and "
+            "output projection applied to it. The last row is the model's own output. Underlined: its final choice.",
             "tokens": list(self.tokens),
             "start": self.start,
             "rows": [
@@ -78,13 +78,29 @@ class LogitLens(Picture):
         ax = figure.subplots()
         P = len(self.rows[0].entropy)
         last = range(max(0, P - 12), P)
-        image = ax.imshow([[row.probabilities[i][0] for i in last] for row in self.rows], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        image = ax.imshow(
+            [[row.probabilities[i][0] for i in last] for row in self.rows],
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+            aspect="auto",
+        )
         size = 8 if len(self.rows) < 20 else 6.5
         for y, row in enumerate(self.rows):
             for x, i in enumerate(last):
                 ink = "white" if row.probabilities[i][0] > 0.6 else "black"
-                ax.text(x, y, plotted(self.words[row.ids[i][0]], 10), ha="center", va="center", fontsize=size, color=ink)
-        ax.set_xticks(range(len(last)), [plotted(self.tokens[self.start + i], 10) for i in last], rotation=45, fontsize=8)
+                ax.text(
+                    x,
+                    y,
+                    plotted(self.words[row.ids[i][0]], 10),
+                    ha="center",
+                    va="center",
+                    fontsize=size,
+                    color=ink,
+                )
+        ax.set_xticks(
+            range(len(last)), [plotted(self.tokens[self.start + i], 10) for i in last], rotation=45, fontsize=8
+        )
         ax.set_yticks(range(len(self.rows)), [row.name for row in self.rows], fontsize=size)
         ax.set_title("Logit lens: the most probable next token after each layer", fontsize=11)
         ax.set_xlabel("after the token")

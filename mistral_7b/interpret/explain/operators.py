@@ -2,8 +2,8 @@
 
     roofline of an operator = max(operations / peak, bytes / bandwidth)        (Williams et al., 2009, "Roofline")
 
-Two runs of the same steps. As the model computes: embedding, all layers, final norm, output projection; a quantized
-model computes its layers in one kernel call, which cannot be timed inside. Module by module: the same numbers with
+Two runs of the same steps. As the model computes: embedding, all layers, final norm, output projection; a
+quantized model computes its layers in one kernel call, which cannot be timed inside. Module by module: the same numbers with
 every projection timed on its own (`record` computes in this way). Bytes are those of weights, keys and values;
 activations are omitted. A model that fits the CPU's cache can be faster than its roofline, which is main memory's.
 """
@@ -78,9 +78,9 @@ class StepTimes(Picture):
             else "Its layers run module by module, so both runs differ by the timing alone."
         )
         return {
-            "about": f"A decode step after {self.context} tokens takes {1e3 * self.seconds:.2f} ms (median of {STEPS}, "
-            f"{self.threads} threads); module by module {1e3 * self.split_seconds:.2f} ms. {lumped} The line is the "
-            f"roofline: {self.bandwidth / 1e9:.1f} GB/s read, {self.peak / 1e12:.3f} Top/s.",
+            "about": f"A decode step after {self.context} tokens takes {1e3 * self.seconds:.2f} ms (median of "
+            f"{STEPS}, {self.threads} threads); module by module {1e3 * self.split_seconds:.2f} ms. {lumped} The line is "
+            f"the roofline: {self.bandwidth / 1e9:.1f} GB/s read, {self.peak / 1e12:.3f} Top/s.",
             "whole": [list(vars(o).values()) for o in self.whole],
             "split": [list(vars(o).values()) for o in self.split],
         }
@@ -93,7 +93,16 @@ class StepTimes(Picture):
         for ax, operators, name in pairs:
             y = range(len(operators))
             ax.barh(y, [1e3 * o.seconds for o in operators], color="#0b4a8f", height=0.6, label="measured")
-            ax.scatter([1e3 * o.least for o in operators], y, marker="|", s=180, color="#d55e00", lw=2.5, zorder=3, label="roofline")
+            ax.scatter(
+                [1e3 * o.least for o in operators],
+                y,
+                marker="|",
+                s=180,
+                color="#d55e00",
+                lw=2.5,
+                zorder=3,
+                label="roofline",
+            )
             ax.set_yticks(y, [o.name for o in operators], fontsize=8)
             ax.invert_yaxis()
             ax.set_title(name, fontsize=10)
@@ -105,7 +114,7 @@ class StepTimes(Picture):
 def step_times(
     model: Mistral7B, tokenizer: Tokenizer, prompt: Prompt, *, bandwidth: float, peak: float
 ) -> StepTimes:
-    """Time decode steps after a prompt. `bandwidth` in bytes per second and `peak` in operations per second are the
+    """Time decode steps after a prompt. `bandwidth` (bytes per second) and `peak` (operations per second) are the
     machine's, as `bench.roofline` measures them.
 
     InterpretError for an empty prompt, one that fills the context, and a model that is not on a CPU.
@@ -117,7 +126,12 @@ def step_times(
     if model.args.sliding_window is None and len(ids) + room > model.args.max_seq_len:
         raise InterpretError(f"no room for {room} tokens after the prompt", field="prompt", hint="shorten it")
     tokens = torch.tensor([ids])
-    top = {"tok_embeddings": "embedding", "layers": "all layers", "norm": "final norm", "output": "output projection"}
+    top = {
+        "tok_embeddings": "embedding",
+        "layers": "all layers",
+        "norm": "final norm",
+        "output": "output projection",
+    }
     whole = {path: model.get_submodule(path) for path in top}
     seconds, found = _run(model, tokens, [whole])
     inner = [{path: layer.get_submodule(path) for path in BLOCK} for layer in model.layers]
@@ -131,7 +145,17 @@ def step_times(
         return Operator(name, calls, took, size, operations, max(operations / peak, size / bandwidth))
 
     n = model.args.n_layers
-    order = ["tok_embeddings", *BLOCK[:4], ATTENTION, "attention.wo", *BLOCK[5:8], GATE, "feed_forward.w2", "norm", "output"]
+    order = [
+        "tok_embeddings",
+        *BLOCK[:4],
+        ATTENTION,
+        "attention.wo",
+        *BLOCK[5:8],
+        GATE,
+        "feed_forward.w2",
+        "norm",
+        "output",
+    ]
     split = [operator(top.get(key, key), key, n if key not in top else 1, parts[key]) for key in order]
     rest = max(0.0, split_seconds - sum(o.seconds for o in split))
     return StepTimes(
@@ -141,7 +165,9 @@ def step_times(
     )  # fmt: skip
 
 
-def _run(model: Mistral7B, tokens: Tensor, groups: Sequence[dict[str, nn.Module]]) -> tuple[float, dict[str, float]]:
+def _run(
+    model: Mistral7B, tokens: Tensor, groups: Sequence[dict[str, nn.Module]]
+) -> tuple[float, dict[str, float]]:
     """Median seconds of a decode step after tokens (1, T), and those of each module in it and between modules."""
     cache = model.rolling_cache(max_seq_len=tokens.shape[1] + WARM_UP + STEPS)
     logits = model.logits(model.hidden(tokens, cache)[:, -1:])
@@ -215,7 +241,7 @@ def _size(module: nn.Module) -> tuple[int, int]:
 
 def _is_fused(model: Mistral7B) -> bool:
     """Whether a decode step runs no module of a block by itself."""
-    watched = {"attention.wo": model.layers[0].attention.wo}
+    watched = {"attention.wo": model.get_submodule("layers.0.attention.wo")}
     with _timed([watched]) as spent:
         model.hidden(torch.zeros(1, 1, dtype=torch.long), model.rolling_cache(max_seq_len=1))
     return not spent

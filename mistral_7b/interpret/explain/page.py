@@ -68,7 +68,7 @@ class Picture(ABC):
         return re.sub(r"<!--([a-z-]+)-->", lambda found: filled[found[1]], _web("page.html"))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .html or .png file, atomically. InterpretError for another suffix, WriteError from the system."""
+        """Write an .html or .png file, atomically. InterpretError for another suffix, WriteError."""
         target = check_suffix(path)
         figure = self.figure() if target.suffix == ".png" else None
         page = self.html() if figure is None else ""

@@ -33,7 +33,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Probabilities(Picture):
-    """The tokens of a text with their predictions; the first token has none. `following`: the next token's top-k."""
+    """The tokens of a text with their predictions; the first has none. `following`: the next token's top-k."""
 
     view = "probabilities"
     title = "Token probabilities"
@@ -51,8 +51,8 @@ class Probabilities(Picture):
     def data(self) -> dict[str, Any]:
         first = sum(p.rank == 1 for p in self.predictions)
         return {
-            "about": f"Each of {len(self.predictions)} tokens is tinted by its probability after those before it: the "
-            f"stronger, the less likely. {first} are the model's first choice; the mean is {self.bits:.2f} bits a "
+            "about": f"Each of {len(self.predictions)} tokens is tinted by its probability after those before it: "
+            f"the stronger, the less likely. {first} are the model's first choice; the mean is {self.bits:.2f} bits a "
             f"token, a perplexity of {2**self.bits:.2f}.",
             "tokens": list(self.tokens),
             "predictions": [[p.probability, p.rank, p.alternatives] for p in self.predictions],
@@ -67,7 +67,15 @@ class Probabilities(Picture):
             p = self.predictions[i - 1].probability if i else 1.0
             x, y = i % 8, i // 8
             ax.add_patch(_rectangle(x, y, surprise(p)))
-            ax.text(x + 0.5, y + 0.42, plotted(self.tokens[i]), ha="center", va="center", fontsize=9, family="monospace")
+            ax.text(
+                x + 0.5,
+                y + 0.42,
+                plotted(self.tokens[i]),
+                ha="center",
+                va="center",
+                fontsize=9,
+                family="monospace",
+            )
             ax.text(x + 0.5, y + 0.8, f"{p:.1%}" if i else "", ha="center", va="center", fontsize=7, color="0.25")
         ax.set(xlim=(0, 8), ylim=(-(-shown // 8), 0), xticks=[], yticks=[])
         more = f" (the first {shown} of {len(self.tokens)} tokens)" if shown < len(self.tokens) else ""
@@ -87,7 +95,7 @@ def _rectangle(x: int, y: int, tint: float) -> Any:
 
 @torch.inference_mode()
 def token_probabilities(model: Mistral7B, tokenizer: Tokenizer, prompt: Prompt, *, top: int = 8) -> Probabilities:
-    """The probability of each token of a prompt with its `top` alternatives. InterpretError for an empty prompt."""
+    """The probability of each token of a prompt with `top` alternatives. InterpretError for an empty prompt."""
     ids = encode(model, tokenizer, prompt)
     tokens = torch.tensor(ids, device=model.norm.weight.device)
     hidden = model.hidden(tokens, Stateless(model.args.sliding_window))  # (T, D)

@@ -21,7 +21,9 @@ def encode(model: Mistral7B, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         raise InterpretError(f"there is no token {wrong[0]}: the vocabulary has {args.vocab_size}", field="prompt")
     if args.sliding_window is None and len(ids) > args.max_seq_len:
         raise InterpretError(
-            f"the prompt has {len(ids)} tokens, and the context {args.max_seq_len}", field="prompt", hint="shorten it"
+            f"the prompt has {len(ids)} tokens, and the context {args.max_seq_len}",
+            field="prompt",
+            hint="shorten it",
         )
     return ids
 

@@ -1,7 +1,7 @@
 """A trace of both caches at work: the engine's KV pages, and the slots of a rolling cache, step by step.
 
-Nothing is simulated. Two requests with the same prompt run through an engine, the second when the first has half of
-its tokens; after each step the block tables, reference counts and prefix cache are read. Then the first request's
+Nothing is simulated. Two requests with the same prompt run through an engine, the second when the first has half
+of its tokens; after each step the block tables, reference counts and prefix cache are read. Then the first request's
 tokens are fed to a RollingCache, whose slots are read after each call.
 """
 
@@ -39,7 +39,7 @@ NAMES = "AB"  # the two requests
 class PageState:
     """A page after a step: who holds it, which of their pages it is, how many tokens of it are computed.
 
-    Held by nobody, it is idle if the prefix cache knows its contents, with the number that they have there, else free.
+    Held by nobody, it is idle if the prefix cache knows its contents, with their number there, else free.
     """
 
     holders: str  # of NAMES
@@ -77,8 +77,8 @@ class CacheTrace(Picture):
     def data(self) -> dict[str, Any]:
         seen = "every earlier token" if self.window is None else f"the last {self.window} tokens"
         return {
-            "about": f"Recorded from a run. Requests A and B have the same prompt of {self.prompt} tokens; B arrives when "
-            f"A has half of its tokens. A page holds {PAGE} tokens of all layers, and a token sees {seen}.",
+            "about": f"Recorded from a run. Requests A and B have the same prompt of {self.prompt} tokens; B arrives "
+            f"when A has half of its tokens. A page holds {PAGE} tokens of all layers, and a token sees {seen}.",
             "tokens": list(self.tokens),
             "prompt": self.prompt,
             "window": self.window,
@@ -96,7 +96,7 @@ class CacheTrace(Picture):
         }
 
     def draw(self, figure: Figure) -> None:
-        """Above, pages by step: held by A, by B, shared, idle, free. Below, slots by call: the position in each."""
+        """Above, pages by step: held by A, by B, shared, idle, free. Below, the position in each slot by call."""
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
 
@@ -104,14 +104,19 @@ class CacheTrace(Picture):
         kinds = ["free", "idle", "A", "B", "AB"]
         colors = ["#f4f1ec", "#bdb6ab", "#0072b2", "#e69f00", "#009e73"]
         table = [
-            [kinds.index(s.pages[p].holders or ("free" if s.pages[p].number is None else "idle")) for s in self.steps]
+            [
+                kinds.index(s.pages[p].holders or ("free" if s.pages[p].number is None else "idle"))
+                for s in self.steps
+            ]
             for p in range(len(self.steps[0].pages))
         ]
         grid = {"aspect": "auto", "interpolation": "nearest"}
         top.imshow(table, cmap=ListedColormap(colors), vmin=-0.5, vmax=4.5, **grid)
         names = ["free", "idle, in the prefix cache", "A", "B", "shared by A and B"]
         patches = [Patch(color=c, label=n) for c, n in zip(colors, names, strict=True)]
-        top.legend(handles=patches, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+        top.legend(
+            handles=patches, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False
+        )
         top.set(title=f"Pages of {PAGE} tokens in the engine, after each step", xlabel="step", ylabel="page")
         held = torch.full((len(self.ring), self.slots), float("nan"))
         for n, (_, wrote) in enumerate(self.ring):
@@ -124,9 +129,7 @@ class CacheTrace(Picture):
         bottom.set(title=f"A ring of {self.slots} slots, after each call", xlabel="call", ylabel="slot")
 
 
-def cache_trace(
-    model: Mistral7B, tokenizer: Tokenizer, prompt: Prompt, *, max_tokens: int = 32
-) -> CacheTrace:
+def cache_trace(model: Mistral7B, tokenizer: Tokenizer, prompt: Prompt, *, max_tokens: int = 32) -> CacheTrace:
     """Run a prompt twice through an engine and once through a ring, and record both caches at every step.
 
     Each completion has `max_tokens`, the most probable ones. InterpretError for an empty or too long prompt.
@@ -213,7 +216,7 @@ class _Run:
         numbers: dict[int, int] = {}  # of pages that the prefix cache knows
         holders: dict[int, str] = {}
         used: dict[int, int] = {}
-        for name, s in zip(NAMES, self.sequences, strict=True):
+        for s in self.sequences:
             for i, key in enumerate(s.keys):
                 if (page := pool.find(key)) is not None:
                     numbers[page], used[page] = i, PAGE
@@ -229,7 +232,7 @@ class _Run:
 def ring_trace(
     model: Mistral7B, ids: Sequence[int], prompt: int
 ) -> tuple[int, list[tuple[int, list[tuple[int, int]]]]]:
-    """The number of slots of a RollingCache, and for each call its tokens and the (slot, position) that it wrote."""
+    """The number of slots of a RollingCache, and of each call its tokens and the (slot, position) it wrote."""
     tokens = torch.tensor([list(ids)], device=model.norm.weight.device)
     cache = model.rolling_cache(max_seq_len=len(ids))
     before = cache.positions[0].tolist()
@@ -237,6 +240,11 @@ def ring_trace(
     for call in tokens.split([prompt, *[1] * (len(ids) - prompt)], 1):
         model.hidden(call, cache)
         after = cache.positions[0].tolist()
-        out.append((call.shape[1], [(slot, p) for slot, (p, old) in enumerate(zip(after, before, strict=True)) if p != old]))
+        out.append(
+            (
+                call.shape[1],
+                [(slot, p) for slot, (p, old) in enumerate(zip(after, before, strict=True)) if p != old],
+            )
+        )
         before = after
     return cache.slots, out

@@ -5,6 +5,7 @@
     keys      the keys that a forward's queries see, and the attention weights over them
     edits     watchers that change activations: patching and steering
     recorder  a watcher that keeps activations
+    tape      what was recorded, by point and layer
 
 `interpret` puts them around a model, and the engine around the rows of one request.
 """

@@ -1,4 +1,4 @@
-"""Watchers that change activations: an edit replaces a part of each activation at its places.
+"""Watchers that change activations. An edit replaces a part of each activation at its places:
 
     x[..., t, heads] = change(x[..., t, heads])        for the tokens t at `positions`
 
@@ -85,11 +85,65 @@ def _replacement(value: Value, x: Tensor) -> Tensor:
     return new.to(x.dtype)
 
 
-def steering(layer: int, vector: Tensor, scale: float = 1.0, positions: Sequence[int] | None = None) -> Edit:
-    """An edit that adds scale * vector (D,) to the residual stream after a layer, in float32 at least."""
+class Steer:
+    """Adds scale * vector (D,) to the residual stream after a layer, in float32 at least.
 
-    def steered(x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(wide) + scale * vector.to(x.device, wide)).to(x.dtype)
+    `positions` are those of the tokens concerned: numbers, a slice, which may be without an end, or None for all.
+    InterpretError for a vector that does not fit the width, or has values that are not finite.
+    """
 
-    return Edit({("residual", layer): steered}, positions)
+    def __init__(
+        self,
+        layer: int,
+        vector: Tensor,
+        dim: int,
+        scale: float = 1.0,
+        positions: Sequence[int] | slice | None = None,
+    ) -> None:
+        if vector.shape != (dim,) or not vector.is_floating_point():
+            raise InterpretError(
+                f"a steering vector is ({dim},) floating-point numbers, the model's width, not "
+                f"{tuple(vector.shape)} {vector.dtype}",
+                field="vector",
+            )
+        self.layer, self.positions = layer, positions
+        self.added = vector.to(torch.promote_types(vector.dtype, torch.float32)) * scale
+        if not bool(torch.isfinite(self.added).all()):
+            raise InterpretError("scale * vector has values that are not finite", field="vector")
+
+    def wants(self, point: str, layer: int | None) -> bool:
+        return point == "residual" and layer == self.layer
+
+    def see(self, point: str, layer: int | None, x: Tensor, positions: Tensor) -> Tensor:
+        added = self.added.to(x.device)
+        if self.positions is not None:
+            added = torch.where(_among(positions, self.positions)[..., None], added, 0)
+        return (x.to(torch.promote_types(x.dtype, added.dtype)) + added).to(x.dtype)
+
+
+def _among(positions: Tensor, wanted: Sequence[int] | slice) -> Tensor:
+    """Which positions are wanted, as a mask."""
+    if not isinstance(wanted, slice):
+        return torch.isin(positions, torch.tensor(wanted, device=positions.device))
+    start, step = wanted.start or 0, wanted.step or 1
+    mask = (positions >= start) & ((positions - start) % step == 0)
+    return mask if wanted.stop is None else mask & (positions < wanted.stop)
+
+
+def checked_positions(positions: int | Sequence[int] | slice | None, end: bool = True) -> list[int] | slice | None:
+    """Absolute positions as a list, or as a slice if it may be without an `end`. InterpretError for others."""
+    if isinstance(positions, slice):
+        numbers = [n for n in (positions.start, positions.stop, positions.step) if n is not None]
+        good = all(type(n) is int and n >= 0 for n in numbers) and positions.step != 0
+        if good and not end:
+            return positions
+        found = range(positions.stop)[positions] if good and positions.stop is not None else None
+    else:
+        found = [positions] if isinstance(positions, int) else positions  # type: ignore[assignment]
+        good = found is None or all(type(p) is int and p >= 0 for p in found)
+    if not good or (found is None and positions is not None):
+        raise InterpretError(
+            f"positions are numbers from 0, the first token's, or a slice with an end, not {positions!r}",
+            field="positions",
+        )
+    return None if found is None else list(found)

@@ -58,7 +58,7 @@ class StoredKeys:
             case KernelCache():
                 raise InterpretError(
                     "an engine's batch holds other requests, which would be recorded or changed too",
-                    hint="pass record=... and steer=... to the engine's generate",
+                    hint="use LLM(model).generate(prompts, record=..., steer=...)",
                 )
             case _:
                 self.known = isinstance(cache, Stateless)

@@ -3,7 +3,8 @@
 B sequences · T tokens · D width · H query heads · G key/value heads · K head width · F feed-forward width
 S positions up to the last token's · V vocabulary
 
-A point is named as here, or as in TransformerLens: ("residual", 3) is "blocks.3.hook_resid_post".
+A point is named as here, or as in TransformerLens: ("residual", 3) is also "blocks.3.hook_resid_post" and
+("resid_post", 3).
 """
 
 from __future__ import annotations
@@ -51,14 +52,15 @@ POINTS = {
     "logits": Point("B T V", "logits", False, "the logits, in float32"),
 }
 HOOKS = {(point.hook, point.layered): name for name, point in POINTS.items()}
+SHORT = {point.hook.rsplit("hook_")[-1]: name for name, point in POINTS.items() if "normalized" not in point.hook}
 Place = tuple[str, int | None]  # a point's name and a layer, None for points outside the layers
 
 
 def split_name(name: object) -> tuple[str, int | None]:
     """A point's name, and the layer that a name of TransformerLens contains. InterpretError for an unknown one."""
     if isinstance(name, str):
-        if name in POINTS:
-            return name, None
+        if name in POINTS or name in SHORT:
+            return SHORT.get(name, name), None
         found = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", name, re.ASCII)
         point = HOOKS.get((found[2], True)) if found else HOOKS.get((name, False))
         if point is not None:
@@ -69,6 +71,11 @@ def split_name(name: object) -> tuple[str, int | None]:
         field="name",
         hint=f"use {close[0]!r}" if close else f"there are {', '.join(POINTS)}",
     )
+
+
+def hook_name(point: str, layer: int | None) -> str:
+    """The name of a place in TransformerLens."""
+    return POINTS[point].hook if layer is None else f"blocks.{layer}.{POINTS[point].hook}"
 
 
 def place_of(name: str, layer: int | None, n_layers: int) -> Place:

@@ -312,11 +312,12 @@ def _write_safetensors(
 
 def header_of(tensors: Iterable[tuple[str | None, torch.dtype, tuple[int, ...]]]) -> bytes:
     """Return a safetensors header for tensors of these names, types and shapes, in this order."""
+    codes = {**CODES, torch.int64: "I64"}  # of token ids; weights are never int64
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
         begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[str(name)] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        header[str(name)] = {"dtype": codes[dtype], "shape": shape, "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
     return struct.pack("<Q", len(raw)) + raw

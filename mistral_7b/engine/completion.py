@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+from ..activations.tape import Tape
 from ..errors import Mistral7BError
 from ..sampling.choice import uniforms
 from ..sampling.logprobs import Logprob
@@ -86,6 +87,7 @@ class RequestOutput:
     num_cached_tokens  prompt tokens whose keys and values came from the prefix cache
     metrics            times of arrival, start, first token and end
     error              the error that ended the request, None if it did not fail
+    recorded           the activations that the request recorded, None if it did not ask for any
     """
 
     prompt: str | None
@@ -97,13 +99,11 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     error: Mistral7BError | None = None
+    recorded: Tape | None = None
 
     def __repr__(self) -> str:
-        error = "" if self.error is None else f", error={self.error!r}"
-        return (
-            f"RequestOutput(prompt={self.prompt!r}, {len(self.prompt_token_ids)} prompt tokens, "
-            f"outputs={self.outputs}{error})"
-        )
+        n, error = len(self.prompt_token_ids), "" if self.error is None else f", error={self.error!r}"
+        return f"RequestOutput(prompt={self.prompt!r}, {n} prompt tokens, outputs={self.outputs}{error})"
 
 
 @dataclass(frozen=True)

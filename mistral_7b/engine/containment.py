@@ -98,7 +98,7 @@ def use_hidden(plan: Plan, hidden: Tensor, forward: Forward, fail_request: FailR
             try:
                 use_hidden_of(s, hidden[start : start + n], forward)
             except Exception as e:
-                fail_request(s.request, "its prompt's log-probabilities or embedding", e)
+                fail_request(s.request, "its recording, embedding or prompt's log-probabilities", e)
         start += n
 
 

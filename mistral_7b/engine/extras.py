@@ -35,7 +35,12 @@ def _k(pick: Pick) -> int:
 
 
 def use_hidden_of(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
-    """Pool the hidden states (T, D) of a sequence's next tokens, or compute log-probabilities from them."""
+    """Pool the hidden states (T, D) of a sequence's next tokens, or compute log-probabilities from them.
+
+    Raises the error of the request's own recording or steering in this step.
+    """
+    if s.request.watching is not None:
+        s.request.watching.check()
     if s.request.pooling:
         s.request.pool(s.computed, hidden)
     elif s.request.params.prompt_logprobs is not None:

@@ -6,9 +6,9 @@ Where code is compiled for each number of rows, a step is padded to a bucket siz
 
 oneDNN compiles such code for bfloat16 on a CPU and keeps it: some 200 MB if every number of rows occurs.
 
-On a GPU a graph is replayed for steps in which every sequence feeds one token and none has an adapter: most steps
-after prefill. There is one graph for each bucket size and each width of the block table, which depends on the
-longest sequence:
+On a GPU a graph is replayed for steps in which every sequence feeds one token and none has an adapter, records or
+steers: most steps after prefill. There is one graph for each bucket size and each width of the block table, which
+depends on the longest sequence:
 
     columns   64  256  1024 ...
 
@@ -37,6 +37,7 @@ from .config import EngineConfig
 from .in_flight import Plan, Rows
 from .pages import PagePool
 from .threads import SharedCores, is_light
+from .watching import watched
 
 COLUMNS, GROWTH = 64, 4  # width of a graph's narrowest block table, and factor to the next width
 Record = Callable[[Callable[[], None]], Callable[[], None]]  # (step) -> a function that replays it
@@ -66,7 +67,8 @@ class Forward:
         if more := self._padding_rows(rows):
             tokens = pad(tokens, (0, more))
         with self.cores, self.adapters.over([*runs, (None, more)]) as model:
-            return model.hidden(tokens, PagedBatch(self.pool, self.window, self._with_padding(plan, more)))[:rows]
+            batch = PagedBatch(self.pool, self.window, self._with_padding(plan, more))
+            return watched(model, plan, batch).hidden(tokens, batch)[:rows]
 
     def logits(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Logits (R, V) of these rows of hidden (N, D), in the order of `rows`."""
@@ -100,7 +102,7 @@ class GraphForward(Forward):
         self.steps: dict[tuple[int, int], DecodeStep] = {}
 
     def hidden(self, plan: Plan, tokens: Tensor) -> Tensor:
-        if len(tokens) > len(plan) or any(s.request.adapter is not None for s, _ in plan):
+        if len(tokens) > len(plan) or any(s.request.adapter or s.request.watching for s, _ in plan):
             return super().hidden(plan, tokens)
         size = min(bucket_size(len(plan)), self.max_sequences)
         parts = self._with_padding(plan, size - len(plan))

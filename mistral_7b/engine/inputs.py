@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..errors import EngineError, GenerationError, GrammarError
+from ..errors import EngineError, GenerationError, GrammarError, InterpretError
 from ..sampling.params import SamplingParams
 from ..text.messages import tool_call_id
 from ..text.tokenizer import Tokenizer
@@ -21,8 +21,9 @@ from .grammar.client import MAX_IDLE, MAX_PROCESSES, Grammars
 from .grammar.spec import OPTIONAL_CHOICES, GrammarSpec
 from .pages import first_key
 from .prompts import Prompt, TokenizedPrompt, defaults_of, ends_of, tokenize_prompt
-from .request import Request, Sink
+from .request import Request, Salt, Sink
 from .speculation import Speculation
+from .watching import Name, Steering, Watching, watching_of
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]] | None
@@ -41,6 +42,8 @@ class RequestOptions:
         cache_salt: only requests with equal salts share cached prefixes (one for each tenant)
         speculation: settings of speculative decoding; None takes those of the engine's configuration
         client: name of the client, such as an API key's; clients share the engine equally
+        record: activations to record, by point (activations/points.py) or (point, layer): RequestOutput.recorded
+        steer: vectors to add to its residual stream
         disconnected: set when the client has disconnected; compiling its grammar then raises AbandonedError
     """
 
@@ -50,6 +53,8 @@ class RequestOptions:
     cache_salt: str | None = None
     speculation: Speculation | None = None
     client: str = ""
+    record: Name | Sequence[Name] | None = None
+    steer: Steering | Sequence[Steering] | None = None
     disconnected: threading.Event | None = None
 
 
@@ -104,10 +109,12 @@ class InputProcessor:
         speculation = options.speculation or self.engine.config.speculation
         if speculation is not None:
             speculation.check(self.engine.model.args.vocab_size)
+        watching = watching_of(options.record, options.steer, self.engine.model.args, len(prompt.completions))
+        salt = salt_of(options.cache_salt, watching)
         request = Request(
             options.request_id or _new_id(), prompt.prompt, prompt.ids, prompt.params, prompt.completions,
-            self._key(options), options.priority, options.adapter, options.client, speculation, sink=sink,
-            salt=options.cache_salt,
+            self._key(salt, options.adapter), options.priority, options.adapter, options.client, speculation,
+            watching, sink=sink, salt=salt,
         )  # fmt: skip
         spec = grammar or GrammarSpec.of(prompt.params.structured_outputs)
         self._start_grammars(request, name, prefix, spec, options.disconnected)
@@ -165,18 +172,22 @@ class InputProcessor:
             raise GenerationError(
                 f"pooling must be {' or '.join(map(repr, POOLINGS))}, not {pooling!r}", field="pooling"
             )
+        if options.record:
+            raise InterpretError("an embedding's request does not record", field="record", hint="use generate")
         params = SamplingParams(max_tokens=1, temperature=0)
         tokenized = self._tokenize(prompt, params, name, "input")
+        watching = watching_of(None, options.steer, self.engine.model.args, 1)
+        salt = salt_of(options.cache_salt, watching)
         request = Request(
             options.request_id or _new_id(), tokenized.prompt, tokenized.ids, params, tokenized.completions,
-            self._key(options), options.priority, options.adapter, options.client, pooling=pooling, sink=sink,
-            salt=options.cache_salt,
+            self._key(salt, options.adapter), options.priority, options.adapter, options.client,
+            watching=watching, pooling=pooling, sink=sink, salt=salt,
         )  # fmt: skip
         return self._checked(request, name, "input")
 
-    def _key(self, options: RequestOptions) -> bytes:
-        """The root of its prefix-cache keys. AdapterError for an adapter that is not loaded."""
-        return first_key(options.cache_salt, str(self.engine.adapters.loading(options.adapter)))
+    def _key(self, salt: Salt, adapter: str | None) -> bytes:
+        """The root of a request's prefix-cache keys. AdapterError for an adapter that is not loaded."""
+        return first_key(salt, str(self.engine.adapters.loading(adapter)))
 
     @property
     def grammars(self) -> Grammars:
@@ -228,6 +239,11 @@ class InputProcessor:
         except EngineError as e:
             raise EngineError.of(e, message=f"{name}: {e.message}", field=e.field or field) from None
         return request
+
+
+def salt_of(cache_salt: str | None, watching: Watching | None) -> Salt:
+    """What separates its cached prefixes from others: a steered request shares with equally steered ones only."""
+    return cache_salt if watching is None or watching.key is None else (cache_salt, watching.key)
 
 
 _request_numbers = itertools.count()

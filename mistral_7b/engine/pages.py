@@ -25,7 +25,7 @@ from ..kernels.cpu import huge_pages
 Key = bytes
 
 
-def first_key(*parts: str | None) -> Key:
+def first_key(*parts: str | tuple[str | None, str] | None) -> Key:
     """The key before the first page; it separates what must never be shared (tenants, adapters)."""
     return hashlib.sha256(repr(parts).encode()).digest()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from ..activations.tape import Tape
 from ..errors import Mistral7BError
 from ..sampling.logprobs import Logprob
 from ..sampling.params import SamplingParams
@@ -25,10 +26,12 @@ from .completion import Completion, CompletionOutput, RequestMetrics, RequestOut
 from .grammar.client import GrammarState
 from .pages import Key, PagePool, next_key
 from .speculation import Speculation, Speculator
+from .watching import Watching
 
 if TYPE_CHECKING:
     from .disk_cache import StoredPrefix
 
+Salt = str | tuple[str | None, str] | None
 Sink = Callable[["Request", list[TextPiece]], None]
 
 
@@ -41,8 +44,9 @@ class Request:
         adapter: name of the LoRA adapter to use
         client: name of the client; clients share the engine equally (queues.py)
         key: root of its prefix-cache keys; only requests with equal roots share pages (pages.first_key)
-        salt: cache_salt, as in RequestOptions
+        salt: cache_salt, as in RequestOptions, with the key of its steering if it has one
         stored: files of the pages of its prompt, if there is a prefix cache on disk
+        watching: what records or steers it (watching.py)
         pooling: "mean" or "last" for an embedding of the prompt; None for text
         sink: called after each step with the request and its new pieces, and once more when it has ended
         error: the error that ended it; None if it did not fail
@@ -58,9 +62,10 @@ class Request:
     adapter: str | None = None
     client: str = ""
     speculation: Speculation | None = None
+    watching: Watching | None = None
     pooling: str | None = None
     sink: Sink | None = None
-    salt: str | None = None
+    salt: Salt = None
     stored: StoredPrefix | None = None
     order: int = 0  # its number in order of arrival
     sequences: list[SequenceState] = field(default_factory=list)
@@ -89,8 +94,9 @@ class Request:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether it may reuse a cached prefix; not if a result needs the hidden state of every prompt token."""
-        return self.params.prompt_logprobs is None and self.pooling != "mean"
+        """Whether it may reuse a cached prefix; not if a result needs every prompt token to be computed."""
+        records = self.watching is not None and self.watching.recording is not None
+        return self.params.prompt_logprobs is None and self.pooling != "mean" and not records
 
     def pool(self, start: int, hidden: Tensor) -> None:
         """Accumulate the final hidden states (T, D) of its tokens from position `start` on.
@@ -117,8 +123,14 @@ class Request:
         return RequestOutput(
             self.prompt, self.ids, outputs, self.prompt_logprobs if with_logprobs else None,
             request_id=self.id, finished=self.finished, num_cached_tokens=self.cached or 0, metrics=self.metrics,
-            error=self.error,
+            error=self.error, recorded=self.recorded(),
         )  # fmt: skip
+
+    def recorded(self) -> Tape | None:
+        """What it recorded, once it has ended: of every token but the last, which is not computed."""
+        if self.watching is None or self.watching.recording is None or not self.finished:
+            return None
+        return self.watching.recording.tape(len(self.ids) + len(self.completions[0].token_ids) - 1)
 
 
 class SequenceState:

@@ -14,17 +14,16 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..activations.edits import Edit, Value, steering
+from ..activations.edits import Edit, Steer, Value, checked_positions
 from ..activations.points import POINTS, Place, place_of, places_of
 from ..activations.recorder import Recorder
+from ..activations.tape import Tape
 from ..activations.watched import Part, Taps, Watched, Watcher
 from ..cache import Cache
 from ..errors import InterpretError
 from ..model import Mistral7B
-from .tape import Tape
 
 Key = str | tuple[str, int | None]
 Positions = int | Sequence[int] | slice | None
@@ -70,7 +69,9 @@ def patch(
         places[place_of(name, layer, n_layers)] = value
     if heads is not None:
         heads = _heads((heads,) if isinstance(heads, int) else heads, places, model)
-    with watching(model, Edit(places, _positions(positions), heads)):
+    chosen = checked_positions(positions)
+    assert not isinstance(chosen, slice)
+    with watching(model, Edit(places, chosen, heads)):
         yield
 
 
@@ -80,38 +81,14 @@ def steer(
 ) -> Iterator[None]:
     """Add scale * vector (D,) to the residual stream after `layer`, in the model's calls within.
 
-    `positions` as in `patch`. InterpretError for a layer that is not there, and a vector of another size or with
-    values that are not finite.
+    `positions` as in `patch`, or a slice without an end. InterpretError for a layer that is not there, a vector
+    of another size or with values that are not finite.
     """
     _, number = place_of("residual", layer, model.args.n_layers)
     assert number is not None
-    with watching(model, steering(number, check_vector(vector, model.args.dim), scale, _positions(positions))):
+    places = checked_positions(positions, end=False)
+    with watching(model, Steer(number, vector, model.args.dim, scale, places)):
         yield
-
-
-def check_vector(vector: Tensor, dim: int) -> Tensor:
-    """Return a steering vector. InterpretError if it is not (D,) or not finite."""
-    if vector.shape != (dim,) or not vector.is_floating_point():
-        raise InterpretError(
-            f"a steering vector has the model's width, ({dim},), not {tuple(vector.shape)} {vector.dtype}",
-            field="vector",
-        )
-    if not bool(torch.isfinite(vector).all()):
-        raise InterpretError("the steering vector has values that are not finite", field="vector")
-    return vector
-
-
-def _positions(positions: Positions) -> list[int] | None:
-    if isinstance(positions, slice):
-        if positions.stop is None or min(positions.start or 0, positions.stop) < 0:
-            raise InterpretError(
-                f"positions count from the first token and need an end, not {positions}", field="positions"
-            )
-        return list(range(positions.stop)[positions])
-    found = None if positions is None else [positions] if isinstance(positions, int) else list(positions)
-    if found is not None and any(type(p) is not int or p < 0 for p in found):
-        raise InterpretError(f"positions count from the first token, 0, not {positions!r}", field="positions")
-    return found
 
 
 def _heads(heads: Sequence[int], places: Mapping[Place, Value], model: Mistral7B) -> list[int]:

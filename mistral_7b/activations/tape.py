@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..activations.points import POINTS, Place, place_of, split_name
-from ..activations.recorder import Recorder
 from ..errors import InterpretError
+from .points import POINTS, Place, place_of, split_name
+from .recorder import Recorder
 
 
 class Tape(Recorder, Mapping[Place, Tensor]):

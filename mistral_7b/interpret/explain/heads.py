@@ -2,7 +2,7 @@
 
 T tokens · H query heads · G key/value heads · K head width · W window · N layers shown
 
-    weights (T, T) of a head  ->  a map of n x n tiles, each the largest weight in it  (n = T if it fits: all weights)
+    weights (T, T) of a head  ->  a map of n x n tiles, each the largest weight in it  (all, if n = T fits)
                               ->  where tiles hold several tokens, also the head's largest weights one by one
 
 Weights come from the recorded queries and keys, by the one visibility rule of attention.py, a block of queries at
@@ -161,7 +161,7 @@ def pack(tokens: Sequence[str], layers: Sequence[tuple[int, Tensor, Tensor]], wi
         maps.append(codes)
         packed.append(part)
         heads.append([
-            Head(*numbers[:5], *((0.0, 1.0) if tile == 1 else _coverage(entries, count, T)))
+            Head(*numbers, *_coverage(entries, count, T, tile))  # type: ignore[call-arg]
             for numbers, entries, count in zip(statistics, found, kept, strict=True)
         ])  # fmt: skip
     return AttentionMaps(tokens, window, H, k.shape[1], [n for n, _, _ in layers], tile, heads, maps, packed)
@@ -216,7 +216,7 @@ def _measure(
         joined = torch.cat(part, 1) if part else torch.zeros(3, 0)
         joined = joined[:, joined[2].argsort(descending=True, stable=True)[:wanted]]
         found.append(tuple(joined.cpu().numpy()))
-    return codes_of(largest.cpu().numpy()), found, (sums / max(1, T - 1)).tolist()  # type: ignore[return-value]
+    return codes_of(largest.cpu().numpy()), found, (sums / max(1, T - 1)).tolist()
 
 
 def _sums(block: Tensor, start: int) -> Tensor:
@@ -262,7 +262,9 @@ def _bytes(codes: np.ndarray, entries: Entries, count: int, T: int) -> bytes:
     return triangle + per_query.tobytes() + b"".join(plane.astype(np.uint8).tobytes() for plane in planes)
 
 
-def _coverage(entries: Entries, count: int, T: int) -> tuple[float, float]:
+def _coverage(entries: Entries, count: int, T: int, tile: int) -> tuple[float, float]:
     """The smallest weight that is kept one by one, and the share of all weight."""
+    if tile == 1:
+        return 0.0, 1.0
     values = entries[2][:count]
     return (float(values[-1]) if count else 1.0), float(values.sum()) / T

@@ -58,7 +58,7 @@ class LogitLens(Picture):
         which = f"{T} positions" if not self.start else f"the last {T - self.start} of {T} positions"
         return {
             "about": f"What each layer's residual stream would predict next, at {which}: the final norm and "
-            "output projection applied to it. The last row is the model's own output. Underlined: its final choice.",
+            "output projection applied to it. The last row is the model's output. Underlined: its final choice.",
             "tokens": list(self.tokens),
             "start": self.start,
             "rows": [

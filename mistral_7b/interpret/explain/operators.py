@@ -3,9 +3,9 @@
     roofline of an operator = max(operations / peak, bytes / bandwidth)        (Williams et al., 2009, "Roofline")
 
 Two runs of the same steps. As the model computes: embedding, all layers, final norm, output projection; a
-quantized model computes its layers in one kernel call, which cannot be timed inside. Module by module: the same numbers with
-every projection timed on its own (`record` computes in this way). Bytes are those of weights, keys and values;
-activations are omitted. A model that fits the CPU's cache can be faster than its roofline, which is main memory's.
+quantized model computes its layers in one kernel call, which cannot be timed inside. Module by module: the same
+numbers with every projection timed on its own (`record` computes in this way). Bytes are those of weights,
+keys and values; activations are omitted. A model that fits the CPU's cache can be faster than its roofline, which is main memory's.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class StepTimes(Picture):
         )
         return {
             "about": f"A decode step after {self.context} tokens takes {1e3 * self.seconds:.2f} ms (median of "
-            f"{STEPS}, {self.threads} threads); module by module {1e3 * self.split_seconds:.2f} ms. {lumped} The line is "
-            f"the roofline: {self.bandwidth / 1e9:.1f} GB/s read, {self.peak / 1e12:.3f} Top/s.",
+            f"{STEPS}, {self.threads} threads); module by module {1e3 * self.split_seconds:.2f} ms. {lumped} "
+            f"The line is the roofline: {self.bandwidth / 1e9:.1f} GB/s read, {self.peak / 1e12:.3f} Top/s.",
             "whole": [list(vars(o).values()) for o in self.whole],
             "split": [list(vars(o).values()) for o in self.split],
         }

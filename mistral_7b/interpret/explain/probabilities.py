@@ -52,8 +52,8 @@ class Probabilities(Picture):
         first = sum(p.rank == 1 for p in self.predictions)
         return {
             "about": f"Each of {len(self.predictions)} tokens is tinted by its probability after those before it: "
-            f"the stronger, the less likely. {first} are the model's first choice; the mean is {self.bits:.2f} bits a "
-            f"token, a perplexity of {2**self.bits:.2f}.",
+            f"the stronger, the less likely. {first} are the model's first choice; the mean is "
+            f"{self.bits:.2f} bits a token, a perplexity of {2**self.bits:.2f}.",
             "tokens": list(self.tokens),
             "predictions": [[p.probability, p.rank, p.alternatives] for p in self.predictions],
             "following": self.following,

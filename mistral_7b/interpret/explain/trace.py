@@ -1,8 +1,8 @@
 """A trace of both caches at work: the engine's KV pages, and the slots of a rolling cache, step by step.
 
 Nothing is simulated. Two requests with the same prompt run through an engine, the second when the first has half
-of its tokens; after each step the block tables, reference counts and prefix cache are read. Then the first request's
-tokens are fed to a RollingCache, whose slots are read after each call.
+of its tokens; after each step the block tables, reference counts and prefix cache are read. Then the first
+request's tokens are fed to a RollingCache, whose slots are read after each call.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ class CacheTrace(Picture):
     def data(self) -> dict[str, Any]:
         seen = "every earlier token" if self.window is None else f"the last {self.window} tokens"
         return {
-            "about": f"Recorded from a run. Requests A and B have the same prompt of {self.prompt} tokens; B arrives "
-            f"when A has half of its tokens. A page holds {PAGE} tokens of all layers, and a token sees {seen}.",
+            "about": f"Recorded from a run. Requests A and B have the same prompt of {self.prompt} tokens; B "
+            f"arrives when A has half of its tokens. A page holds {PAGE} tokens of all layers, and a token "
+            f"sees {seen}.",
             "tokens": list(self.tokens),
             "prompt": self.prompt,
             "window": self.window,

@@ -208,3 +208,11 @@ def test_wrong_flags_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: P
     for flags in (["--target", "x"], ["--what", "lens", "--max-tokens", "3"], ["-o", str(tmp_path / "a.gif")]):
         assert main(["explain", "demo", "x", *flags]) == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_snippet_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "explain.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "docs/explain.md", "exec"), {})
+    assert (tmp_path / "lens.html").stat().st_size > 10_000

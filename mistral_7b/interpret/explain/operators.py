@@ -5,7 +5,8 @@
 Two runs of the same steps. As the model computes: embedding, all layers, final norm, output projection; a
 quantized model computes its layers in one kernel call, which cannot be timed inside. Module by module: the same
 numbers with every projection timed on its own (`record` computes in this way). Bytes are those of weights,
-keys and values; activations are omitted. A model that fits the CPU's cache can be faster than its roofline, which is main memory's.
+keys and values; activations are omitted. A model that fits the CPU's cache can be faster than its roofline,
+which is main memory's.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -202,12 +201,9 @@ class Mistral7B(nn.Module):
     __call__: Callable[..., tuple[Tensor, Cache]]  # of `forward`, for type checkers
 
     def __init__(
-        self,
-        args: ModelArgs | None = None,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
+        self, args: ModelArgs | None = None, *, dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.args = args = args or ModelArgs()
         self.source: pathlib.Path | None = None  # the folder or file it was opened from, tokenizer and all
@@ -282,17 +278,12 @@ class Mistral7B(nn.Module):
         return self.logits(self.hidden(tokens, cache, sequence_ids)), cache
 
     def rolling_cache(
-        self,
-        batch: int = 1,
-        max_seq_len: int | None = None,
-        static: bool = False,
-        slack: int = 0,
+        self, batch: int = 1, max_seq_len: int | None = None, static: bool = False, slack: int = 0,
         kv_dtype: torch.dtype | None = None,
-    ) -> RollingCache:
+    ) -> RollingCache:  # fmt: skip
         """An empty ring for `batch` sequences of up to `max_seq_len` tokens (endless with a window).
 
-        Up to `slack` tokens can be rolled back at any time. With `kv_dtype` torch.int8, keys and
-        values are kept in half the bytes.
+        Up to `slack` tokens can be rolled back. With `kv_dtype` torch.int8, keys and values take half the bytes.
         """
         args, p = self.args, self.norm.weight
         return RollingCache(
@@ -303,14 +294,9 @@ class Mistral7B(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | os.PathLike[str] = "demo",
-        *,
-        dtype: torch.dtype | str = torch.bfloat16,
-        device: torch.device | str = "cpu",
-        quantization: str | None = None,
-        mmap: bool = True,
-    ) -> Mistral7B:
+        cls, source: str | os.PathLike[str] = "demo", *, dtype: torch.dtype | str = torch.bfloat16,
+        device: torch.device | str = "cpu", quantization: str | None = None, mmap: bool = True,
+    ) -> Mistral7B:  # fmt: skip
         """Open a folder, file or hub id in any known format; see `checkpoint.load`.
 
         `quantization` ("int8", "int4", "bf16", "fp8") rounds the weights while they are read. `mmap=False` copies
@@ -330,19 +316,19 @@ class Mistral7B(nn.Module):
 
         save(self, path, format, max_shard_size, type=type, distance=distance, calibration=calibration)
 
-    def record(self, *points: str, **options: Any) -> AbstractContextManager[Mapping[Any, Tensor]]:
+    def record(self, *points: str, **options: Any) -> Any:
         """Keep activations of the calls within; see `interpret.record`."""
         from .interpret import record
 
         return record(self, *points, **options)
 
-    def patch(self, values: Mapping[Any, Any], **options: Any) -> AbstractContextManager[None]:
+    def patch(self, values: Mapping[Any, Any], **options: Any) -> Any:
         """Replace activations of the calls within; see `interpret.patch`."""
         from .interpret import patch
 
         return patch(self, values, **options)
 
-    def steer(self, layer: int, vector: Tensor, **options: Any) -> AbstractContextManager[None]:
+    def steer(self, layer: int, vector: Tensor, **options: Any) -> Any:
         """Add a vector to the residual stream of the calls within; see `interpret.steer`."""
         from .interpret import steer
 

@@ -56,6 +56,7 @@ WITHOUT_TORCH = (
     "server.ollama.bodies", "server.ollama.answers",
     "bench.run", "bench.report", "bench.plot", "bench.serving.run", "bench.serving.report", "bench.serving.plot",
     "bench.quality.records", "bench.quality.report", "text.default_text",
+    "server.openai.watching", "activations.points",
 )  # fmt: skip
 
 Import = tuple[str, str, int]  # the room imported, the function it stands in ("" at the top), the line

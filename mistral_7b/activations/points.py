@@ -3,7 +3,7 @@
 B sequences · T tokens · D width · H query heads · G key/value heads · K head width · F feed-forward width
 S positions up to the last token's · V vocabulary
 
-A point is named as here, or as in TransformerLens: ("residual", 3) is also "blocks.3.hook_resid_post" and
+The point of a layer is ("residual", 3) or "residual.3", or as in TransformerLens "blocks.3.hook_resid_post" or
 ("resid_post", 3).
 """
 
@@ -24,6 +24,11 @@ class Point(NamedTuple):
     hook: str  # within "blocks.N.", if it is one of each layer
     layered: bool
     meaning: str
+
+    @property
+    def full_hook(self) -> str:
+        """Its name in TransformerLens, with N for the layer."""
+        return f"blocks.N.{self.hook}" if self.layered else self.hook
 
     @property
     def heads(self) -> bool:
@@ -53,6 +58,7 @@ POINTS = {
 }
 HOOKS = {(point.hook, point.layered): name for name, point in POINTS.items()}
 SHORT = {point.hook.rsplit("hook_")[-1]: name for name, point in POINTS.items() if "normalized" not in point.hook}
+OUTSIDE = POINTS["embedding"]
 Place = tuple[str, int | None]  # a point's name and a layer, None for points outside the layers
 
 
@@ -61,6 +67,8 @@ def split_name(name: object) -> tuple[str, int | None]:
     if isinstance(name, str):
         if name in POINTS or name in SHORT:
             return SHORT.get(name, name), None
+        if (found := re.fullmatch(r"(\w+)\.(\d{1,6})", name, re.ASCII)) and POINTS.get(found[1], OUTSIDE).layered:
+            return found[1], int(found[2])
         found = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", name, re.ASCII)
         point = HOOKS.get((found[2], True)) if found else HOOKS.get((name, False))
         if point is not None:

@@ -29,7 +29,7 @@ class Http(ServerConfig):
     api_keys: Annotated[Repeated, tyro.conf.arg(name="api-key")] = ()
     """API key for requests. Visible in the process list: prefer --api-key-file."""
     admin_keys: Annotated[Repeated, tyro.conf.arg(name="admin-key")] = ()
-    """API key for loading and unloading adapters, which is disabled without one."""
+    """API key for recording, steering, and loading and unloading adapters, which are disabled without one."""
     cors_origins: Annotated[Repeated, tyro.conf.arg(name="cors-origin")] = ()
     """Allowed CORS origin, such as https://example.org; * allows all."""
     allowed_hosts: Annotated[Repeated, tyro.conf.arg(name="allowed-host")] = ()

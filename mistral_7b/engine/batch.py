@@ -101,12 +101,6 @@ class PagedBatch(KernelCache):
             np.concatenate(positions),
         ]
 
-    def stored(self, i: int) -> tuple[Tensor, Tensor]:
-        """The positions (S,) of the keys that sequence i has stored, and their rows of the flattened pages."""
-        start, before, _ = self.runs[i]
-        p, size = np.arange(start - before, start), self.pool.page
-        return to_device(p, self.device), to_device(self._pages[i][p // size] * size + p % size, self.device)
-
     @property
     def place(self) -> Place:
         return self._place

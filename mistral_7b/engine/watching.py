@@ -12,7 +12,9 @@ after a preemption overwrite what was there. An error within a request's watcher
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,15 +23,15 @@ from torch import Tensor
 
 from ..activations.edits import Steer, checked_positions
 from ..activations.keys import Keys
-from ..activations.points import Place, place_of, places_of
+from ..activations.points import POINTS, Place, place_of, places_of
 from ..activations.tape import Tape
 from ..activations.watched import Part, Taps, Watched, Watcher
 from ..attention import visible
-from ..cache import Cache, Memory
+from ..cache import Cache, KeysAndValues, Memory
 from ..cache.entries import compressed, expanded
 from ..errors import InterpretError
 from ..model import Mistral7B, ModelArgs
-from .batch import PagedBatch, _PagedMemory
+from .batch import PagedBatch
 
 if TYPE_CHECKING:
     from .in_flight import Plan
@@ -92,6 +94,18 @@ class PositionRecorder:
         runs.append((start, x.clone()))  # a copy, because x is a view of the whole step's
         return x
 
+    def nbytes(self, length: int, args: ModelArgs, dtype: torch.dtype) -> int:
+        """The size of a tape of `length` positions of a model of these arguments and this type."""
+        numbers = {
+            "B": 1, "T": length, "S": length, "D": args.dim, "H": args.n_heads, "G": args.n_kv_heads,
+            "K": args.head_dim, "F": args.hidden_dim,
+        }  # fmt: skip
+        total = 0
+        for point, _ in self.runs:
+            size = 4 if point == "attention" else dtype.itemsize
+            total += size * math.prod(numbers[letter] for letter in POINTS[point].shape.split())
+        return total
+
     def tape(self, length: int) -> Tape:
         """The activations of the first `length` positions, as far as they were computed, on the CPU."""
         tape = Tape(list(self.runs), self.n_layers)
@@ -113,29 +127,39 @@ def watching_of(
     record: Name | Sequence[Name] | None, steer: Steering | Sequence[Steering] | None, args: ModelArgs, n: int
 ) -> Watching | None:
     """The watchers of a request with n completions; None if it has none. InterpretError for what cannot be."""
-    recording, steers, key = None, [], hashlib.sha256()
-    if record:
-        names = [record] if isinstance(record, (str, tuple)) else record
-        places = dict.fromkeys(place for name in names for place in _places(name, args.n_layers))
-        if ("logits", None) in places:
-            raise InterpretError(
-                "a request does not record logits", field="record", hint="use logprobs and prompt_logprobs"
-            )
-        if n > 1:
-            raise InterpretError(
-                f"a request that records has one completion, not {n}", field="record", hint="send several requests"
-            )
-        recording = PositionRecorder(list(places), args.n_layers)
-    for one in [steer] if isinstance(steer, Steering) else steer or ():
-        vector = torch.as_tensor(one.vector)
-        layer = place_of("residual", one.layer, args.n_layers)[1]
-        positions = checked_positions(one.positions, end=False)
-        assert layer is not None
-        steers.append(Steer(layer, vector, args.dim, one.scale, positions))
+    steers, key = [], hashlib.sha256()
+    with _named("record"):
+        recording = _recording(record, args.n_layers, n) if record else None
+    for i, one in enumerate([steer] if isinstance(steer, Steering) else steer or ()):
+        with _named(f"steer[{i}]"):
+            layer = place_of("residual", one.layer, args.n_layers)[1]
+            assert layer is not None
+            positions = checked_positions(one.positions, end=False)
+            steers.append(Steer(layer, torch.as_tensor(one.vector), args.dim, one.scale, positions))
         key.update(repr((layer, positions)).encode() + steers[-1].added.double().cpu().numpy().tobytes())
     if recording is None and not steers:
         return None
     return Watching(steers, recording, key.hexdigest() if steers else None)
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Errors within name the request's option."""
+    try:
+        yield
+    except InterpretError as e:
+        within = f".{e.field}" if option.startswith("steer") else ""
+        raise InterpretError.of(e, field=option + within) from e
+
+
+def _recording(record: Name | Sequence[Name], n_layers: int, n: int) -> PositionRecorder:
+    names = [record] if isinstance(record, (str, tuple)) else record
+    places = dict.fromkeys(place for name in names for place in _places(name, n_layers))
+    if ("logits", None) in places:
+        raise InterpretError("a request does not record logits", hint="use logprobs and prompt_logprobs")
+    if n > 1:
+        raise InterpretError(f"a request that records has one completion, not {n}", hint="send several requests")
+    return PositionRecorder(list(places), n_layers)
 
 
 def _places(name: Name, n_layers: int) -> list[Place]:
@@ -168,11 +192,11 @@ class PagedKeys:
         pass
 
     def read(self, memory: Memory, k: Tensor, v: Tensor, part: int) -> Keys:
-        assert isinstance(memory, _PagedMemory)
-        positions, rows = self.batch.stored(self.which[part])
-        own = torch.arange(len(k), device=k.device) + (self.batch.runs[self.which[part]][0])
-        new = compressed(k, v, self.batch.pool.int8)
-        held = (t.flatten(0, 1)[rows] for t in memory.entries)
+        assert isinstance(memory, KeysAndValues)
+        batch, i = self.batch, self.which[part]
+        start, before, n = batch.runs[i]
+        p, size = torch.arange(start - before, start + n, device=k.device), batch.pool.page
+        rows = batch.table[i, p[:before] // size] * size + p[:before] % size
+        new, held = compressed(k, v, batch.pool.int8), [t.flatten(0, 1)[rows] for t in memory.entries]
         k, v = expanded(tuple(torch.cat(pair) for pair in zip(held, new, strict=True)), k.dtype)
-        p = torch.cat([positions, own])
-        return Keys(k, v, p, visible(own, p, self.batch.window))
+        return Keys(k, v, p, visible(p[before:], p, batch.window))

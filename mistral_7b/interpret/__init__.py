@@ -12,6 +12,7 @@ The points are listed in activations/points.py.
 """
 
 from ..activations.tape import Tape as Tape
+from ..engine.watching import Steering as Steering
 from .contexts import patch as patch
 from .contexts import record as record
 from .contexts import steer as steer

@@ -23,7 +23,7 @@ class ServerConfig:
         port: TCP port; 0 picks a free one
         api_keys: keys that allow requests, with limits of their own where they are ApiKey objects; empty: no key
             is needed
-        admin_keys: keys that also allow loading and unloading adapters; empty: these routes are disabled
+        admin_keys: keys that also allow recording, steering, and loading and unloading adapters; empty: none may
         adapter_folder: folder whose subfolders can be loaded as adapters; None: loading is disabled
         cors_origins: other origins whose pages may send requests, such as "https://example.org"; "*": any
         allowed_hosts: accepted `Host` names; empty: any, or, on a loopback address, only the loopback names,

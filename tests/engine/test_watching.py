@@ -170,15 +170,15 @@ def test_pages_on_disk_are_not_shared_with_the_steered(tmp_path: Any) -> None:
 def test_wrong_requests_are_refused_before_they_are_queued() -> None:
     llm = llm_of("int8")
     for field, fields in (
-        ("name", {"record": "residul"}),
-        ("layer", {"record": [("residual", 2)]}),
+        ("record", {"record": "residul"}),
+        ("record", {"record": [("residual", 2)]}),
         ("record", {"record": "logits"}),
         ("record", {"record": "residual", "n": 2}),
-        ("layer", {"steer": Steering(2, VECTOR)}),
-        ("vector", {"steer": Steering(0, VECTOR[:39])}),
-        ("vector", {"steer": Steering(0, [float("nan")] * 40)}),
-        ("vector", {"steer": Steering(0, VECTOR, float("inf"))}),
-        ("positions", {"steer": Steering(0, VECTOR, positions=[-1])}),
+        ("steer[0].layer", {"steer": Steering(2, VECTOR)}),
+        ("steer[0].vector", {"steer": Steering(0, VECTOR[:39])}),
+        ("steer[0].vector", {"steer": Steering(0, [float("nan")] * 40)}),
+        ("steer[0].vector", {"steer": Steering(0, VECTOR, float("inf"))}),
+        ("steer[0].positions", {"steer": Steering(0, VECTOR, positions=[-1])}),
     ):
         with refused(InterpretError, field=field):
             llm.generate([PROMPTS[0]], max_tokens=2, **fields)

@@ -13,6 +13,7 @@ from ...errors import (
     AdapterError,
     EngineError,
     GenerationError,
+    InterpretError,
     Mistral7BError,
     ProcessError,
     PromptTooLongError,
@@ -131,7 +132,7 @@ def refusal(error: Exception) -> HttpError:
         return ContextLengthError(error.limit, error.prompt, error.completion, error.field or "prompt")
     if isinstance(error, AdapterError):
         return HttpError.of(error, status=404, field="model", code="model_not_found")
-    if isinstance(error, (SamplingError, TokenizerError, GenerationError)):  # GrammarError is a SamplingError
+    if isinstance(error, (SamplingError, TokenizerError, GenerationError, InterpretError)):  # and GrammarError
         return HttpError.of(error, status=400, place=None)  # the model's files are no client's business
     if isinstance(error, EngineError):
         return HttpError(500, "the engine failed on this request; see the server's log")

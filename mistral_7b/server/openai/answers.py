@@ -87,6 +87,13 @@ class ChatChoice(TypedDict):
     finish_reason: str
 
 
+class Recorded(TypedDict):
+    """Recorded activations: a base64 of a safetensors file. Only for requests with `record`."""
+
+    format: Literal["safetensors"]
+    data: str
+
+
 class ChatCompletion(TypedDict):
     id: str
     object: Literal["chat.completion"]
@@ -94,6 +101,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    recorded: NotRequired[Recorded]
 
 
 class Delta(TypedDict, total=False):
@@ -130,6 +138,7 @@ class TextCompletion(TypedDict):
     model: str
     choices: list[TextChoice]
     usage: NotRequired[Usage | None]
+    recorded: NotRequired[Recorded]
 
 
 class Embedding(TypedDict):

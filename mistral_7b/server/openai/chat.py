@@ -35,6 +35,7 @@ from .answers import (
 )
 from .logprobs import ChatLogprobs
 from .protocol import NO_LIMIT, ChatRequest, Sampling, plain, plain_tools
+from .recorded import check_recording, check_watching, watching_options, with_recorded
 
 MISTRALS_CLIENTS = ("mistral-client", "mistralai")  # in the User-Agent: their API streams whole calls
 # The system prompt that Mistral's guardrails guide gives for safe_prompt.
@@ -56,9 +57,11 @@ def router(state: State) -> APIRouter:
     async def chat_completions(body: ChatRequest, http_request: HttpRequest) -> Response:
         """Complete a conversation."""
         check_n(state, body)
+        check_watching(body, http_request, bool(body.stream))
         adapter = state.adapter(body.model)
         make = partial(read_chat, state, body, adapter, disconnect_event(http_request))
         request = await prepare(state, make, "messages")
+        check_recording(state, request)
         pieces = answer(state, http_request, request)
         agent = http_request.headers.get("user-agent", "")
         mistral = body.of_mistral or any(name in agent for name in MISTRALS_CLIENTS)
@@ -68,7 +71,7 @@ def router(state: State) -> APIRouter:
         async with aclosing(pieces):
             async for piece in pieces:
                 choices.add(piece)
-        return json_answer(choices.whole())
+        return json_answer(await with_recorded(state, choices.whole(), [request]))
 
     return routes
 
@@ -107,8 +110,9 @@ def read_chat(
     most = defaults.get("max_tokens") if limit is None else None if limit == NO_LIMIT else limit
     params = body.params(defaults, max_tokens=most, logprobs=_top(body), structured_outputs=_structured(body))
     options = RequestOptions(
-        priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, disconnected=gone
-    )
+        priority=body.priority or 0, adapter=adapter, cache_salt=body.cache_salt, disconnected=gone,
+        **watching_options(body),
+    )  # fmt: skip
 
     def make(params: SamplingParams) -> Request:
         return state.llm.inputs.chat(

@@ -26,6 +26,7 @@ from .answers import TextChoice, TextCompletion, TextLogprobs, Usage, documented
 from .chat import check_n
 from .logprobs import Part, TokenSpans, joined, text_logprobs
 from .protocol import NO_LIMIT, CompletionRequest, prompts_of
+from .recorded import check_recording, check_watching, watching_options, with_recorded
 
 DEFAULT_TOKENS = 16  # OpenAI's
 AHEAD = 16  # size of the queue that merges the pieces of several prompts
@@ -43,17 +44,20 @@ def router(state: State) -> APIRouter:
     async def completions(body: CompletionRequest, http_request: HttpRequest) -> Response:
         """Complete one or several prompts."""
         _check(state, body)
+        prompts = prompts_of(body.prompt)
+        check_watching(body, http_request, bool(body.stream), len(prompts))
         options = RequestOptions(
             priority=body.priority or 0,
             adapter=state.adapter(body.model),
             cache_salt=body.cache_salt,
             disconnected=disconnect_event(http_request),
+            **watching_options(body),
         )
-        prompts = prompts_of(body.prompt)
         requests = [
             await prepare(state, partial(_read, state, body, prompt, options), "prompt") for prompt in prompts
         ]
         check_size(state, requests)
+        check_recording(state, requests[0])
         texts = Texts(state, body, requests)
         pieces = together([answer(state, http_request, request) for request in requests])
         if body.stream:
@@ -61,7 +65,7 @@ def router(state: State) -> APIRouter:
         async with aclosing(pieces):
             async for index, piece in pieces:
                 texts.add(index, piece)
-        return json_answer(texts.whole())
+        return json_answer(await with_recorded(state, texts.whole(), requests))
 
     return routes
 

@@ -25,6 +25,7 @@ from ...sampling.params import SamplingParams
 from ..http.errors import HttpError
 from .body import Body, First, Int, Part, not_served, only, sampling_params
 from .vllm import Constraint, Defaults
+from .watching import Watching
 
 MOST_MESSAGES = 4096
 MOST_STOPS = 16
@@ -57,7 +58,7 @@ NO_LIMIT = -1  # of max_tokens: as many as the context holds
 Limit = Annotated[Int, Field(ge=NO_LIMIT), AfterValidator(_at_least_one)]
 
 
-class Sampling(Constraint, Defaults):
+class Sampling(Constraint, Defaults, Watching):
     """Fields that chat completions and completions share."""
 
     model: str | None = None

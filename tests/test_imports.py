@@ -50,7 +50,7 @@ WITHOUT_TORCH = (
     "checkpoint.gguf.tokenizer",
     "checkpoint.gguf.tokenizer_metadata", "checkpoint.tokenizer_files", "checkpoint.chat_templates", "lora",
     "training", "training.args", "training.finetune_args", "training.examples", "training.preview",
-    "training.held_out", "training.rewards", "cli.finetune",
+    "training.held_out", "training.rewards", "cli.finetune", "cli.explain",
     "kernels.cpu.compiler", "kernels.threads", "engine.grammar.client", "engine.grammar.forkserver",
     "server.config", "server.openai.protocol", "server.openai.answers", "server.anthropic.wire",
     "server.anthropic.events", "server.openai.responses.events", "server.openai.responses.store",

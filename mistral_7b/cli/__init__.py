@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "continue a text",
     "chat": "chat with an instruction-tuned model",
     "run": "answer one message, or chat",
+    "explain": "draw attention, predictions, caches or times inside a model",
     "info": "show a checkpoint's release, shape, tokenizer and memory requirements",
     "convert": "convert a checkpoint to another format",
     "quantize": "quantize a checkpoint to int8 or int4",

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import tyro
 
@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 
 PROMPT_LOOKUP = "prompt-lookup"
 DEMO_PROMPT = "class TestParser(unittest.TestCase):\n"  # frequent in the bundled model's training data
+
+
+class Prompted(Protocol):
+    """The options of a command with a prompt."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def prompt_file(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +118,7 @@ def speculation(args: Generate) -> Speculation | None:
     return Speculation(model) if args.max_draft is None else Speculation(model, max_draft=args.max_draft)
 
 
-def read_prompt(args: Generate) -> str:
+def read_prompt(args: Prompted) -> str:
     """Return the prompt of the flag, the file or the pipe; "" selects the bundled model's default.
 
     Raises UsageError for two prompts, none, or one that is not UTF-8.

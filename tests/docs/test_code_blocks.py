@@ -26,7 +26,8 @@ BLOCKS = [(page, found) for page in PAGES for found in BLOCK.finditer(page.read_
 OTHERS = {"curl", "pip", "python", "make", "source", "git", "docker", "apt-get", "printf"}
 TEXT = {"", "text", "toml", "json", "mermaid"}
 CLIENTS = {"openai", "anthropic", "ollama", "mistralai"}
-RUN_ELSEWHERE = {"README.md", "serving.md"}  # in test_readme.py and server/test_serving_docs.py
+# in test_readme.py, server/test_serving_docs.py and interpret/
+RUN_ELSEWHERE = {"README.md", "serving.md", "interpret.md"}
 COMING_FROM = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
 THERE = {"path", "folder", "file", "prompt", "prompts", "params", "tokens", "cache", "messages", "schema"}
 

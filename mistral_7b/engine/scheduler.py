@@ -277,8 +277,7 @@ class Scheduler:
     def _prefix(self, sequence: SequenceState) -> tuple[int, list[int]]:
         """The length of the cached prefix, and its pages that later tokens can see.
 
-        At least one token is left to compute, because the next one is sampled from its logits; of a request that
-        scores tokens, all whose logits it needs. With a window, pages of the last W tokens are enough.
+        Tokens whose logits are needed are left to compute, at least one. With a window, the last W tokens suffice.
         """
         if not (self.config.prefix_caching and sequence.request.shares_prefixes):
             return 0, []

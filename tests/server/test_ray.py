@@ -117,6 +117,30 @@ def replicas_of() -> list[int]:
     return found
 
 
+def test_serve_run_builds_the_application(cluster: str, tmp_path: pathlib.Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    url = f"http://127.0.0.1:{port}"
+    env = {**os.environ, "RAY_ADDRESS": cluster}
+    serve = str(pathlib.Path(sys.executable).with_name("serve"))
+    begin = [serve, "start", "--http-host", "127.0.0.1", "--http-port", str(port)]
+    subprocess.run(begin, env=env, check=True, capture_output=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [serve, "run", "mistral_7b.server.ray_app:build", "model=demo", "quantization=int8", "name=small",
+             "replicas=1:2", "threads=1"], stdout=out, stderr=out, env=env,
+        )  # fmt: skip
+    try:
+        wait_for(f"{url}/health/ready", process, log)
+        assert json.loads(get(f"{url}/v1/models"))["data"][0]["id"] == "small"
+        text, logprobs, reason = stream(url, 1)
+        assert reason == "length"
+        assert len(logprobs) == 100
+        assert stream(url, 1) == (text, logprobs, reason)
+    finally:
+        process.send_signal(signal.SIGINT)  # ends Serve in the cluster
+        process.wait(30)
+
+
 def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_path: pathlib.Path) -> None:
     port, log = free_port(), tmp_path / "log"
     url = f"http://127.0.0.1:{port}"
@@ -150,31 +174,6 @@ def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_
     finally:
         process.kill()
         process.wait()
-
-
-def test_serve_run_builds_the_application(cluster: str, tmp_path: pathlib.Path) -> None:
-    port, log = free_port(), tmp_path / "log"
-    url = f"http://127.0.0.1:{port}"
-    env = {**os.environ, "RAY_ADDRESS": cluster}
-    serve = str(pathlib.Path(sys.executable).with_name("serve"))
-    begin = [serve, "start", "--http-host", "127.0.0.1", "--http-port", str(port)]
-    subprocess.run(begin, env=env, check=True, capture_output=True)
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [serve, "run", "mistral_7b.server.ray_app:build", "model=demo", "quantization=int8", "name=small",
-             "replicas=1:2", "threads=1"], stdout=out, stderr=out, env=env,
-        )  # fmt: skip
-    try:
-        wait_for(f"{url}/health/ready", process, log)
-        assert json.loads(get(f"{url}/v1/models"))["data"][0]["id"] == "small"
-        text, logprobs, reason = stream(url, 1)
-        assert reason == "length"
-        assert len(logprobs) == 100
-        assert stream(url, 1) == (text, logprobs, reason)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
-        subprocess.run([serve, "shutdown", "-y"], env=env, check=False, capture_output=True)
 
 
 # ---------------------------------------------------------------------- without a cluster

@@ -77,7 +77,7 @@ def test_a_command_is_kept_without_the_places_of_this_machine() -> None:
         (["--serving", "--output-tokens", "1", "2", "3"], "--output-tokens takes a number, or the least and"),
         (["--serving", "--shared", "1.5"], "--shared is a share from 0 to 1"),
         (["--serving", "--threads", "0"], "--threads must be at least 1"),
-        (["--serving", "--max-sequences", "300"], "max_batch_tokens (256) must hold a token"),
+        (["--serving", "--max-sequences", "300"], "max_batch_tokens (256) must hold a page of a prompt"),
         (["--serving", "--plot", "/nowhere/r.png"], "there is no folder /nowhere"),
         (["{short}", "--serving", "--prompt-tokens", "60", "--output-tokens", "5"], "is 64 tokens, not 65"),
     ],

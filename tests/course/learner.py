@@ -237,7 +237,7 @@ BODIES: dict[int, dict[str, str]] = {
             else:
                 page = next(iter(self._idle))
                 del self._idle[page]
-                del self._page_of[self._key_of.pop(page)]
+                del self.page_of[self._key_of.pop(page)]
             self.holders[page] = 1
             return page
         """,
@@ -256,8 +256,8 @@ BODIES: dict[int, dict[str, str]] = {
                         self._free.append(page)
         """,
         "register": """
-            if key not in self._page_of and page not in self._key_of:
-                self._page_of[key] = page
+            if key not in self.page_of and page not in self._key_of:
+                self.page_of[key] = page
                 self._key_of[page] = key
         """,
     },

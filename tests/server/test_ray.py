@@ -60,12 +60,12 @@ def free_port() -> int:
 
 
 def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return answer.read().decode()
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: pathlib.Path) -> None:
-    end = time.monotonic() + 90
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()
         try:
@@ -86,7 +86,7 @@ def stream(url: str, number: int) -> tuple[str, list[float], str | None]:
         f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     text, logprobs, reason = "", [], None
-    with urllib.request.urlopen(asked, timeout=60) as answer:
+    with urllib.request.urlopen(asked, timeout=180) as answer:
         for line in answer:
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
@@ -138,7 +138,7 @@ def test_serve_run_builds_the_application(cluster: str, tmp_path: pathlib.Path) 
         assert stream(url, 1) == (text, logprobs, reason)
     finally:
         process.send_signal(signal.SIGINT)  # ends Serve in the cluster
-        process.wait(30)
+        process.wait(120)
 
 
 def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_path: pathlib.Path) -> None:
@@ -163,13 +163,13 @@ def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_
             assert again.result() == undisturbed
         lost = log.read_text().count("lost its replica")
         assert lost > 0, "nothing ran on the replica that was killed"
-        end = time.monotonic() + 20
+        end = time.monotonic() + 90
         while len({line.partition('replica="')[2][:8] for line in get(f"{url}/metrics").splitlines()
                    if "mistral_7b_steps_total{" in line}) < 2:  # fmt: skip
             assert time.monotonic() < end, "the second replica did not come back"
             time.sleep(0.2)
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
         assert replicas_of() == []
     finally:
         process.kill()

@@ -98,7 +98,7 @@ def _check_prefixes(ex: Any) -> None:
         pool.find(keys[0]),
         0,
         "find(key) of a page that was registered",
-        {None: "register enters the page in self._page_of and self._key_of"},
+        {None: "register enters the page in self.page_of and self._key_of"},
     )
     pool.register(2, keys[0])
     equal(
@@ -146,6 +146,6 @@ def _check_prefixes(ex: Any) -> None:
         pool.find(keys[1]),
         None,
         "find(key) after its page was reused",
-        {1: "a reused page loses its key: delete it from self._page_of and self._key_of"},
+        {1: "a reused page loses its key: delete it from self.page_of and self._key_of"},
     )
     _accounted(pool, [[2], [3], [1]])

@@ -4,7 +4,7 @@
 
 The starter model, converted to a folder of Hugging Face that both read, and the tasks that need no network.
 Each score (in nats) must agree to 1e-3 and each generated text be equal, else the script fails. A time is that of
-simple_evaluate with the model in memory, the best of the rounds, in which both take turns; the engine's prefix cache
+simple_evaluate with the model in memory, best of the rounds, which take turns; the engine's prefix cache
 is new in each. "ratio" is their time divided by ours.
 """
 

@@ -55,6 +55,22 @@ def atomic_write(path: str | os.PathLike[str], folders: bool = False) -> Iterato
             beside.unlink(missing_ok=True)
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raise WriteError unless a file can be written there; called before the work whose result it will hold."""
+    target = pathlib.Path(path).expanduser()
+    if target.is_dir():
+        raise WriteError("cannot be written: it is a folder", place=path, hint="name a file")
+    beside = partial_name(target)
+    try:
+        beside.touch()
+    except OSError as error:
+        raise_write_error(error, target, beside)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
 def partial_name(target: pathlib.Path) -> pathlib.Path:
     """A new temporary name beside `target`, which `remove_left_over` recognizes."""
     return target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")

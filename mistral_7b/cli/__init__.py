@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # raises BrokenPipeError here, not at exit
         return code
     except SystemExit as exit:  # from the flag parser, which has printed the reason
+        if isinstance(exit.__context__, BrokenPipeError):  # or from rich
+            return BROKEN_PIPE
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except KeyboardInterrupt:
         if sys.stderr.isatty():

@@ -66,6 +66,14 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"--max-kl must be at least 0, not {args.max_kl}", field="--max-kl")
     threads.check(args.threads, "--threads")
     text = read_text(args.text) if args.text else None
+    from ..files import check_place
+
+    for path in filter(None, (args.json, args.plot)):
+        check_place(path)
+    if args.plot is not None:
+        from ..evaluation.comparison.plot import check
+
+        check(args.plot)
     with busy("opening the models") as show:
         result = compared(args, text, show)
     from ..evaluation.comparison.result import FAULT, lines

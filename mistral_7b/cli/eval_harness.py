@@ -46,12 +46,14 @@ def run(argv: list[str]) -> int:
         raise EvaluationError(
             "`eval harness` needs lm-eval", field="lm_eval", hint="`pip install 'mistral-7b[eval]'` installs it"
         )
+    from ..evaluation.harness import evaluate, find_tasks
+
+    manager = find_tasks(args.tasks, args.include)  # before the model is read
     model, tokenizer = args.open(args.model)
-    from ..evaluation import evaluate
 
     found = evaluate(
         model, tokenizer, args.tasks, include=args.include, batch_size=args.batch_size, limit=args.limit,
-        few_shot=args.few_shot, chat=args.chat,
+        few_shot=args.few_shot, chat=args.chat, manager=manager,
     )  # fmt: skip
     results = {task: metrics_of(values) for task, values in found["results"].items()}
     if args.json:

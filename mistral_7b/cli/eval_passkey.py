@@ -39,9 +39,11 @@ def run(argv: list[str]) -> int:
     if args.trials < 1:
         raise UsageError(f"--trials must be at least 1, not {args.trials}", field="--trials")
     from ..evaluation.passkey_plot import check_suffix, write
+    from ..files import check_place
 
     if args.output:
         check_suffix(args.output)
+        check_place(args.output)
     model, tokenizer = args.open(args.model)
     from tqdm.auto import tqdm
 

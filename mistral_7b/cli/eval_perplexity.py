@@ -35,6 +35,10 @@ def run(argv: list[str]) -> int:
     path = pathlib.Path(args.text).expanduser()
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file", field="--text")
+    if args.state and not pathlib.Path(args.state).expanduser().exists():
+        from ..files import check_place
+
+        check_place(args.state)
     model, tokenizer = args.open(args.model)
     from tqdm.auto import tqdm
 

@@ -11,13 +11,17 @@ where a chat template writes it. Text that spells a control token stays text.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
+import jinja2
+import yaml  # type: ignore[import-untyped]
 from lm_eval import simple_evaluate  # type: ignore[import-untyped]
 from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text  # type: ignore[import-untyped]
@@ -198,55 +202,94 @@ def evaluate(
     few_shot: int | None = None,
     chat: bool = False,
     seed: int = 1234,
+    manager: TaskManager | None = None,
 ) -> dict[str, Any]:
     """Run tasks of lm-eval, of TASKS, or of the folder `include`, by name or as the path of a YAML file.
+
+    `manager` is what find_tasks returned for these tasks, if it was called before.
 
     Returns lm-eval's results: "results" by task, "versions", "n-shot", "samples" and more. EvaluationError for a
     task that there is none of, or whose data cannot be loaded.
     """
     return run_tasks(
         HarnessModel(model, tokenizer, batch_size, seed), tasks, include=include, limit=limit, few_shot=few_shot,
-        chat=chat,
+        chat=chat, manager=manager,
     )  # fmt: skip
 
 
-def _task_manager(names: Sequence[str], folders: Sequence[pathlib.Path]) -> TaskManager:
-    """The index of these folders and, for other names, of lm-eval's own tasks, which takes seconds to read."""
-    missing = list(names)
+def _path_or_name(task: str) -> str:
+    return str(pathlib.Path(task).expanduser()) if task.endswith((".yaml", ".yml")) else task
+
+
+def find_tasks(tasks: Sequence[str], include: str | pathlib.Path | None = None) -> TaskManager:
+    """The index of TASKS, of `include` and, for other names, of lm-eval's own tasks, which takes seconds to read.
+
+    EvaluationError if there is no such folder, file or task.
+    """
+    folders = [TASKS, *([pathlib.Path(include).expanduser()] if include is not None else [])]
+    if not folders[-1].is_dir():
+        raise EvaluationError("there is no such folder", field="--include", place=include)
+    names = [_path_or_name(task) for task in tasks]
+    known: list[str] = []
     for defaults in (False, True):
-        manager = TaskManager(include_path=list(folders), include_defaults=defaults)
-        missing = [n for n in names if n not in {*manager.all_tasks} and not pathlib.Path(n).is_file()]
+        with _silence(), _task_errors(names):
+            manager = TaskManager(include_path=list(folders), include_defaults=defaults)
+        known = list(manager.all_tasks)
+        missing = [n for n in names if n not in known and not pathlib.Path(n).is_file()]
         if not missing:
             return manager
+        if missing[0].endswith((".yaml", ".yml")):
+            raise EvaluationError("there is no such file", field="--tasks", place=missing[0])
+    close = difflib.get_close_matches(missing[0], known, n=3)
     raise EvaluationError(
         f"there is no task {missing[0]!r}",
         field="--tasks",
-        hint="name one of lm-eval's (`lm_eval ls tasks`), one in the folder of --include, or a YAML file",
-    )
+        hint=f"did you mean {' or '.join(map(repr, close))}?" if close else
+        "name one of lm-eval's (`lm_eval ls tasks`), one in the folder of --include, or a YAML file",
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what lm-eval prints, and git, which lm-eval asks for the commit of the current folder."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _task_errors(names: Sequence[str]) -> Iterator[None]:
+    """Raise what lm-eval raises for a wrong task as EvaluationError."""
+    try:
+        yield
+    except Mistral7BError:
+        raise
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, AssertionError, yaml.YAMLError,
+        jinja2.TemplateError,
+    ) as error:  # fmt: skip
+        raise EvaluationError(
+            f"lm-eval could not run {', '.join(names)}: {type(error).__name__}: {first_line(error)}",
+            field="--tasks",
+            hint="its data may need the network; tasks with local data are run offline",
+        ) from error
 
 
 def run_tasks(
     model: Any, tasks: Sequence[str], *, include: str | pathlib.Path | None = None, limit: int | None = None,
-    few_shot: int | None = None, chat: bool = False, **more: Any,
+    few_shot: int | None = None, chat: bool = False, manager: TaskManager | None = None, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """`evaluate` for any model of lm-eval, or the name of one with `model_args`."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folders = [TASKS, *([pathlib.Path(include)] if include is not None else [])]
-    names = [str(pathlib.Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        manager = _task_manager(names, folders)
-        try:
-            found = simple_evaluate(
-                model=model, tasks=list(names), task_manager=manager, limit=limit, num_fewshot=few_shot,
-                apply_chat_template=chat, fewshot_as_multiturn=chat, bootstrap_iters=0, **more,
-            )  # fmt: skip
-        except Mistral7BError:
-            raise
-        except (OSError, ConnectionError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise EvaluationError(
-                f"lm-eval could not run {', '.join(names)}: {type(error).__name__}: {first_line(error)}",
-                field="--tasks",
-                hint="its data may need the network; tasks with local data are run offline",
-            ) from error
+    manager = find_tasks(tasks, include) if manager is None else manager
+    names = [_path_or_name(task) for task in tasks]
+    with _silence(), _task_errors(names):
+        found = simple_evaluate(
+            model=model, tasks=list(names), task_manager=manager, limit=limit, num_fewshot=few_shot,
+            apply_chat_template=chat, fewshot_as_multiturn=chat, bootstrap_iters=0, **more,
+        )  # fmt: skip
     assert found is not None  # None only on the other ranks of several processes
     return dict(found)

@@ -214,7 +214,7 @@ def _token_blocks(file: BinaryIO, tokenizer: Tokenizer, digest: hashlib._Hash) -
         file.seek(begin + end)
         data = data[:end]
         digest.update(data)
-        yield _encode(data, begin, tokenizer)
+        yield _encode(data, begin, tokenizer, file.name)
 
 
 def _cut(data: bytes) -> int | None:
@@ -227,12 +227,12 @@ def _cut(data: bytes) -> int | None:
     return found
 
 
-def _encode(data: bytes, begin: int, tokenizer: Tokenizer) -> list[int]:
+def _encode(data: bytes, begin: int, tokenizer: Tokenizer, place: str) -> list[int]:
     """Ids of a block; not the first one continues a text, so that SentencePiece's first space is no part of it."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"not UTF-8 text (byte {begin + error.start})", field="text") from error
+        raise EvaluationError(f"not UTF-8 text (byte {begin + error.start})", field="text", place=place) from error
     ids = tokenizer.encode(text, bos=False)
     first = tokenizer.surface(ids[0]) if begin and ids and tokenizer.vocabulary.drops_first_space else None
     return ids[1:] if first == SPACE else ids

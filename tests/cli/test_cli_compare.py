@@ -55,3 +55,26 @@ def test_an_empty_text_is_refused(tmp_path: pathlib.Path, capsys: pytest.Capture
     (tmp_path / "empty").write_text("")
     assert main(["compare", "demo", "demo", "--text", str(tmp_path / "empty")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [("--json", "none/out.json"), ("--plot", "none/out.png"), ("--json", ".")])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    flags: tuple[str, str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (["compare", "demo", "demo", *SMALL], ["compare", "no-such-model", "demo"]):
+        assert main([*words, *flags]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert flags[1] in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_of_an_unknown_kind_is_refused_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "demo", "demo", *SMALL, "--plot", "out.xyz"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ".svg" in err

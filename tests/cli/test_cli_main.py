@@ -125,6 +125,15 @@ def test_a_reader_that_leaves_is_no_error(windowed: str) -> None:
     assert process.stderr.read() == b""
 
 
+def test_a_reader_that_leaves_before_a_table_is_no_error() -> None:
+    process = start("verify", "demo")  # printed by rich, which has an exit code of its own
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=120) == 141
+    assert process.stderr.read() == b""
+
+
 def test_installed_command_and_module_are_the_same(tmp_path: pathlib.Path) -> None:
     script = pathlib.Path(sys.executable).with_name("mistral-7b")
     if not script.exists():

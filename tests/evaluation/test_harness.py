@@ -131,11 +131,33 @@ def _client(client: Any, server: Any, monkeypatch: pytest.MonkeyPatch, words: An
     return made
 
 
-def test_what_cannot_be_run_is_refused() -> None:
-    with refused(EvaluationError, field="--tasks"):
-        run_tasks(model_of(), ["no_such_task"])
+def test_what_cannot_be_run_is_refused(tmp_path: pathlib.Path) -> None:
+    with refused(EvaluationError, field="--tasks") as caught:
+        run_tasks(model_of(), ["mini_choise"])
+    assert "mini_choice" in str(caught.value)  # the name that was meant
+    with refused(EvaluationError, field="--tasks", place="no_such.yaml"):
+        run_tasks(model_of(), ["no_such.yaml"])
+    with refused(EvaluationError, field="--include", place=tmp_path / "none"):
+        run_tasks(model_of(), ["mini_text"], include=tmp_path / "none")
+    for text in ("task: [x\n", "- a list\n", "task: x\ntest_split: test\n", ""):
+        (tmp_path / "bad.yaml").write_text(text)
+        with refused(EvaluationError, field="--tasks"):
+            run_tasks(model_of(), [str(tmp_path / "bad.yaml")])
     assert main(["eval", "harness", "demo"]) == 2
     assert main(["eval", "harness", "demo", "--tasks", "mini_text", "--limit", "0"]) == 2
+
+
+def test_tasks_are_looked_up_before_the_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "harness", "no-such-model", "--tasks", "no_such.yaml"]) == 2
+    assert "no_such.yaml" in capsys.readouterr().err
+
+
+def test_nothing_is_printed_outside_a_checkout(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_tasks(model_of(), ["mini_answers"], limit=1)
+    assert capfd.readouterr().err == ""
 
 
 def test_without_lm_eval_one_error_says_what_to_install() -> None:

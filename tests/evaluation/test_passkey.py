@@ -48,6 +48,9 @@ def test_what_does_not_fit_is_refused(tmp_path: pathlib.Path) -> None:
     with refused(EvaluationError, field="depths"):
         retrieve(model, DEMO, [200], [1.5])
     assert main(["eval", "passkey", "demo", "-o", "map.txt"]) == 2
+    assert (
+        main(["eval", "passkey", "no-such-model", "-o", "no/such/folder/map.json"]) == 1
+    )  # before the model is read
 
 
 def test_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from tiny import tiny_args, tiny_model, truth
 from waiting import until
 
 from mistral_7b import Mistral7B, Tokenizer
+from mistral_7b.cli import main
 from mistral_7b.errors import EvaluationError
 from mistral_7b.evaluation import sliding, sliding_perplexity
 
@@ -81,8 +82,16 @@ def test_a_text_without_lines_is_cut_between_characters(
         ids = [i for b in sliding._token_blocks(file, DEMO, hashlib.sha256()) for i in b]
     assert DEMO.decode(ids) == "日本語é" * 20
     path.write_bytes(b"abc\xff\xfe")
-    with path.open("rb") as file, refused(EvaluationError, field="text"):
+    with path.open("rb") as file, refused(EvaluationError, field="text", place=path):
         list(sliding._token_blocks(file, DEMO, hashlib.sha256()))
+
+
+def test_a_state_that_cannot_be_written_is_refused_before_the_work(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["eval", "perplexity", "no-such-model", "--text", str(tmp_path / "text.txt")]
+    assert main([*words, "--state", str(tmp_path / "none" / "state")]) == 1
+    assert main([*words, "--state", str(tmp_path / "state")]) == 2  # the model: this place is good
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 @pytest.mark.parametrize("flags", [(), ("--context", "48", "--stride", "8")])

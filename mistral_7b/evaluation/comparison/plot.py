@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 
@@ -10,14 +11,22 @@ from ...files import atomic_write
 from .result import FAULT, Result
 
 SMALLEST = 1e-8  # below float32's precision: drawn as this
+KINDS = ("", ".png", ".pdf", ".svg")  # suffixes; none: PNG
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Raise EvaluationError if matplotlib is missing, or a file's suffix is none of KINDS."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EvaluationError("a plot needs matplotlib", hint="pip install 'mistral-7b[plot]'")
+    if pathlib.Path(path).suffix.lower() not in KINDS:
+        raise EvaluationError(f"{path}: a plot is written as one of {', '.join(KINDS[1:])}", field="--plot")
 
 
 def draw(path: str | os.PathLike[str], result: Result) -> None:
     """Write the plot as PNG, PDF or SVG, by the suffix. EvaluationError without matplotlib or for others."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EvaluationError("a plot needs matplotlib", hint="pip install 'mistral-7b[plot]'") from error
+    check(path)
+    from matplotlib.figure import Figure
+
     target = pathlib.Path(path).expanduser()
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.add_subplot()
@@ -36,7 +45,4 @@ def draw(path: str | os.PathLike[str], result: Result) -> None:
     axes.set_title(f"{names[1]} against {names[0]}\n{result.verdict}{where}{causes}, mean KLD {result.kld:.3g}")
     axes.grid(True, which="major", color="0.9")
     with atomic_write(target) as temporary:
-        try:
-            figure.savefig(temporary, format=target.suffix[1:] or "png", dpi=150)
-        except ValueError as error:
-            raise EvaluationError(f"--plot {target}: {error}", field="--plot") from error
+        figure.savefig(temporary, format=target.suffix[1:] or "png", dpi=150)

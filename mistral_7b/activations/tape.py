@@ -31,7 +31,7 @@ class Tape(Recorder, Mapping[Place, Tensor]):
         self.n_layers = n_layers
 
     def __getitem__(self, key: str | tuple[str, int | None]) -> Tensor:
-        name, layer = key if isinstance(key, tuple) else (key, None)
+        name, layer = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
         point, own = split_name(name)
         if POINTS[point].layered and layer is None and own is None:
             layers = [n for recorded, n in self.kept if recorded == point]
@@ -45,7 +45,7 @@ class Tape(Recorder, Mapping[Place, Tensor]):
         return sum(1 for _ in self)
 
     def __contains__(self, key: object) -> bool:
-        name, layer = key if isinstance(key, tuple) else (key, None)
+        name, layer = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
         try:
             return bool(self.kept.get(place_of(name, layer, self.n_layers)))
         except InterpretError:

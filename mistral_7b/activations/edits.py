@@ -7,6 +7,7 @@ Positions are absolute, so that an edit means the same tokens in prefill and in 
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -110,7 +111,11 @@ class Steer:
     ) -> None:
         if not isinstance(vector, Tensor):
             raise InterpretError(f"a steering vector is a tensor, not {vector!r:.80}", field="vector")
-        if type(scale) is bool or not isinstance(scale, numbers.Real) or not abs(scale) <= sys.float_info.max:
+        if (
+            type(scale) is bool
+            or not isinstance(scale, numbers.Real)
+            or sys.float_info.max < abs(scale) < math.inf
+        ):
             raise InterpretError(f"scale is a finite number, not {scale!r:.80}", field="scale")
         if vector.shape != (dim,) or not vector.is_floating_point():
             raise InterpretError(

@@ -67,7 +67,7 @@ def test_positions_have_bounds(model: Mistral7B, positions: Any) -> None:
 @pytest.mark.parametrize(
     ("vector", "scale", "field"),
     [([0.0], 1.0, "vector"), (None, 1.0, "vector"), ("a", 1.0, "vector"),
-     (ZEROS, "a", "scale"), (ZEROS, None, "scale"), (ZEROS, 10**400, "scale"), (ZEROS, float("nan"), "scale")],
+     (ZEROS, "a", "scale"), (ZEROS, None, "scale"), (ZEROS, 10**400, "scale"), (ZEROS, float("nan"), "vector")],
 )  # fmt: skip
 def test_steering_takes_a_tensor_and_a_number(model: Mistral7B, vector: Any, scale: Any, field: str) -> None:
     with refused(InterpretError, field=field), model.steer(1, vector, scale=scale):

@@ -111,11 +111,7 @@ class Steer:
     ) -> None:
         if not isinstance(vector, Tensor):
             raise InterpretError(f"a steering vector is a tensor, not {vector!r:.80}", field="vector")
-        if (
-            type(scale) is bool
-            or not isinstance(scale, numbers.Real)
-            or sys.float_info.max < abs(scale) < math.inf
-        ):
+        if not _is_number(scale):
             raise InterpretError(f"scale is a finite number, not {scale!r:.80}", field="scale")
         if vector.shape != (dim,) or not vector.is_floating_point():
             raise InterpretError(
@@ -170,3 +166,10 @@ def checked_positions(positions: int | Sequence[int] | slice | None, end: bool =
 
 def _is_position(number: object) -> bool:
     return type(number) is int and 0 <= number < 1 << 31
+
+
+def _is_number(x: object) -> bool:
+    """Whether x is a real number that a float can hold; infinities and NaN are floats too."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        return False
+    return not sys.float_info.max < abs(float(x) if not isinstance(x, int) else x) < math.inf

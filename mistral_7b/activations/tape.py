@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class Tape(Recorder, Mapping[Place, Tensor]):
         return sum(1 for _ in self)
 
     def __contains__(self, key: object) -> bool:
-        name, layer = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        place: Any = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        name, layer = place
         try:
             return bool(self.kept.get(place_of(name, layer, self.n_layers)))
         except InterpretError:

@@ -7,6 +7,9 @@ Positions are absolute, so that an edit means the same tokens in prefill and in 
 
 from __future__ import annotations
 
+import math
+import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 from ..errors import InterpretError
 from .points import POINTS, Place
 
+MOST_POSITIONS = 1 << 24
 Value = Tensor | float | Callable[[Tensor], Tensor]
 
 
@@ -78,8 +82,13 @@ class Edit:
 def _replacement(value: Value, x: Tensor) -> Tensor:
     """What replaces x: of its shape and type."""
     if not callable(value):
-        return torch.as_tensor(value, device=x.device, dtype=x.dtype).expand(x.shape)
+        try:
+            return torch.as_tensor(value, device=x.device, dtype=x.dtype).expand(x.shape)
+        except (TypeError, ValueError, OverflowError) as e:
+            raise RuntimeError(f"{type(value).__name__} is no tensor, number or function ({e})") from e
     new = value(x)
+    if not isinstance(new, Tensor):
+        raise RuntimeError(f"its function returned {type(new).__name__}, not a tensor")
     if new.shape != x.shape:
         raise RuntimeError(f"its function returned {tuple(new.shape)}")
     return new.to(x.dtype)
@@ -100,6 +109,10 @@ class Steer:
         scale: float = 1.0,
         positions: Sequence[int] | slice | None = None,
     ) -> None:
+        if not isinstance(vector, Tensor):
+            raise InterpretError(f"a steering vector is a tensor, not {vector!r:.80}", field="vector")
+        if not _is_number(scale):
+            raise InterpretError(f"scale is a finite number, not {scale!r:.80}", field="scale")
         if vector.shape != (dim,) or not vector.is_floating_point():
             raise InterpretError(
                 f"a steering vector is ({dim},) floating-point numbers, the model's width, not "
@@ -132,18 +145,31 @@ def _among(positions: Tensor, wanted: Sequence[int] | slice) -> Tensor:
 
 def checked_positions(positions: int | Sequence[int] | slice | None, end: bool = True) -> list[int] | slice | None:
     """Absolute positions as a list, or as a slice if it may be without an `end`. InterpretError for others."""
+    if positions is None:
+        return None
     if isinstance(positions, slice):
         numbers = [n for n in (positions.start, positions.stop, positions.step) if n is not None]
-        good = all(type(n) is int and n >= 0 for n in numbers) and positions.step != 0
+        good = all(map(_is_position, numbers)) and positions.step != 0
         if good and not end:
             return positions
         found = range(positions.stop)[positions] if good and positions.stop is not None else None
     else:
         found = [positions] if isinstance(positions, int) else positions  # type: ignore[assignment]
-        good = found is None or all(type(p) is int and p >= 0 for p in found)
-    if not good or (found is None and positions is not None):
+    if not isinstance(found, Sequence) or len(found) > MOST_POSITIONS or not all(map(_is_position, found)):
         raise InterpretError(
-            f"positions are numbers from 0, the first token's, or a slice with an end, not {positions!r}",
+            f"positions are numbers from 0, the first token's, below 2**31, at most {MOST_POSITIONS} of them, or "
+            f"a slice with an end, not {positions!r:.200}",
             field="positions",
         )
-    return None if found is None else list(found)
+    return list(found)
+
+
+def _is_position(number: object) -> bool:
+    return type(number) is int and 0 <= number < 1 << 31
+
+
+def _is_number(x: object) -> bool:
+    """Whether x is a real number that a float can hold; infinities and NaN are floats too."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        return False
+    return not sys.float_info.max < abs(float(x) if not isinstance(x, int) else x) < math.inf

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..errors import InterpretError
@@ -73,9 +73,9 @@ def split_name(name: object) -> tuple[str, int | None]:
         point = HOOKS.get((found[2], True)) if found else HOOKS.get((name, False))
         if point is not None:
             return point, int(found[1]) if found else None
-    close = difflib.get_close_matches(str(name), POINTS, n=1)
+    close = difflib.get_close_matches(str(name)[:200], POINTS, n=1)
     raise InterpretError(
-        f"there is no activation {name!r}",
+        f"there is no activation {name!r:.200}",
         field="name",
         hint=f"use {close[0]!r}" if close else f"there are {', '.join(POINTS)}",
     )
@@ -105,6 +105,8 @@ def place_of(name: str, layer: int | None, n_layers: int) -> Place:
 
 def places_of(names: Sequence[str], layers: Sequence[int] | None, n_layers: int) -> list[Place]:
     """The places of these points, all points if none is named, in these layers (None: all), in order."""
+    if layers is not None and not isinstance(layers, Iterable):
+        raise InterpretError(f"layers are a list of numbers, not {layers!r:.200}", field="layers")
     found: dict[Place, None] = {}
     for name in names or POINTS:
         point, own = split_name(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Tape(Recorder, Mapping[Place, Tensor]):
         self.n_layers = n_layers
 
     def __getitem__(self, key: str | tuple[str, int | None]) -> Tensor:
-        name, layer = key if isinstance(key, tuple) else (key, None)
+        name, layer = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
         point, own = split_name(name)
         if POINTS[point].layered and layer is None and own is None:
             layers = [n for recorded, n in self.kept if recorded == point]
@@ -45,7 +46,8 @@ class Tape(Recorder, Mapping[Place, Tensor]):
         return sum(1 for _ in self)
 
     def __contains__(self, key: object) -> bool:
-        name, layer = key if isinstance(key, tuple) else (key, None)
+        place: Any = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        name, layer = place
         try:
             return bool(self.kept.get(place_of(name, layer, self.n_layers)))
         except InterpretError:

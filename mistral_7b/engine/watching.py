@@ -130,16 +130,27 @@ def watching_of(
     steers, key = [], hashlib.sha256()
     with _named("record"):
         recording = _recording(record, args.n_layers, n) if record else None
+    if steer is not None and not isinstance(steer, (Steering, list, tuple)):
+        raise InterpretError(f"steer takes a Steering, or a list of them, not {steer!r:.80}", field="steer")
     for i, one in enumerate([steer] if isinstance(steer, Steering) else steer or ()):
         with _named(f"steer[{i}]"):
+            if not isinstance(one, Steering):
+                raise InterpretError(f"steer takes Steering(layer, vector), not {one!r:.80}")
             layer = place_of("residual", one.layer, args.n_layers)[1]
             assert layer is not None
             positions = checked_positions(one.positions, end=False)
-            steers.append(Steer(layer, torch.as_tensor(one.vector), args.dim, one.scale, positions))
+            steers.append(Steer(layer, _vector(one.vector), args.dim, one.scale, positions))
         key.update(repr((layer, positions)).encode() + steers[-1].added.double().cpu().numpy().tobytes())
     if recording is None and not steers:
         return None
     return Watching(steers, recording, key.hexdigest() if steers else None)
+
+
+def _vector(vector: object) -> Tensor:
+    try:
+        return torch.as_tensor(vector)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise InterpretError(f"a steering vector is a list of numbers ({e})", field="vector") from e
 
 
 @contextmanager
@@ -148,12 +159,14 @@ def _named(option: str) -> Iterator[None]:
     try:
         yield
     except InterpretError as e:
-        within = f".{e.field}" if option.startswith("steer") else ""
+        within = f".{e.field}" if e.field and option.startswith("steer") else ""
         raise InterpretError.of(e, field=option + within) from e
 
 
 def _recording(record: Name | Sequence[Name], n_layers: int, n: int) -> PositionRecorder:
     names = [record] if isinstance(record, (str, tuple)) else record
+    if not isinstance(names, (list, set, frozenset)):
+        raise InterpretError(f"record takes the name of an activation, or a list of them, not {record!r:.80}")
     places = dict.fromkeys(place for name in names for place in _places(name, n_layers))
     if ("logits", None) in places:
         raise InterpretError("a request does not record logits", hint="use logprobs and prompt_logprobs")
@@ -163,7 +176,9 @@ def _recording(record: Name | Sequence[Name], n_layers: int, n: int) -> Position
 
 
 def _places(name: Name, n_layers: int) -> list[Place]:
-    return places_of([name], None, n_layers) if isinstance(name, str) else [place_of(*name, n_layers)]
+    if isinstance(name, tuple) and len(name) == 2:
+        return [place_of(*name, n_layers)]
+    return places_of([name], None, n_layers)
 
 
 def watched(model: Mistral7B, plan: Plan, batch: PagedBatch) -> Mistral7B:

@@ -63,6 +63,8 @@ def patch(
     A function gets the selected part, (rows, ...) with positions. InterpretError for an unknown place, and in the
     call for a value that does not fit.
     """
+    if not isinstance(values, Mapping):
+        raise InterpretError(f"patch takes a mapping of places to values, not {values!r:.80}", field="values")
     n_layers, places = model.args.n_layers, dict[Place, Value]()
     for key, value in values.items():
         name, layer = key if isinstance(key, tuple) and len(key) == 2 else (key, None)

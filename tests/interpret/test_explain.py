@@ -20,6 +20,7 @@ from mistral_7b.cli import main
 from mistral_7b.errors import InterpretError
 from mistral_7b.interpret import explain
 from mistral_7b.interpret.explain import heads, lens, operators
+from mistral_7b.interpret.explain.page import plotted
 from mistral_7b.text.tokenizer import Tokenizer
 
 HOSTILE = 'def f(): return "</script><script>alert(1)</script><!--data-->" # naïve 日本 🙂 $x$\n'
@@ -218,3 +219,8 @@ def test_the_snippet_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "docs/explain.md", "exec"), {})
     assert (tmp_path / "lens.html").stat().st_size > 10_000
+
+
+def test_spaces_of_tokens_are_seen_in_a_plot() -> None:
+    assert plotted(" in") == "·in"
+    assert plotted("in") == "in"

@@ -102,3 +102,14 @@ def test_the_lens_by_keyboard(browser: Any, folder: Path) -> None:  # noqa: F811
     page.keyboard.press("Home")
     assert page.evaluate("[document.activeElement.dataset.r, document.activeElement.dataset.p]") == ["5", "0"]
     page.context.close()
+
+
+def test_the_lens_shows_the_whole_cell_it_speaks_of(browser: Any, tmp_path: Path) -> None:  # noqa: F811
+    model, tokenizer = Mistral7B.from_pretrained("demo"), Tokenizer.from_pretrained("demo")
+    explain.logit_lens(model, tokenizer, "a " * 30).save(tmp_path / "lens.html")
+    page = opened(browser, tmp_path / "lens.html", viewport={"width": 700, "height": 900})
+    right = "s => document.querySelector(s).getBoundingClientRect().right"
+    assert page.evaluate(right, ".cell[tabindex='0']") <= page.evaluate(right, ".scroll") + 1
+    assert page.locator(".cell[tabindex='0']").get_attribute("data-p") == page.locator(".cell").last.get_attribute(
+        "data-p"
+    )

@@ -102,7 +102,8 @@ class LogitLens(Picture):
             range(len(last)), [plotted(self.tokens[self.start + i], 10) for i in last], rotation=45, fontsize=8
         )
         ax.set_yticks(range(len(self.rows)), [row.name for row in self.rows], fontsize=size)
-        ax.set_title("Logit lens: the most probable next token after each layer", fontsize=11)
+        some = f" (the last {len(last)} of {self.start + P} positions)" if len(last) < self.start + P else ""
+        ax.set_title(f"Logit lens: the most probable next token after each layer{some}", fontsize=11)
         ax.set_xlabel("after the token")
         figure.colorbar(image, ax=ax, shrink=0.6, label="probability of the token shown")
 

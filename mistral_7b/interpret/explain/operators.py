@@ -80,7 +80,8 @@ class StepTimes(Picture):
         )
         return {
             "about": f"A decode step after {self.context} tokens takes {1e3 * self.seconds:.2f} ms (median of "
-            f"{STEPS}, {self.threads} threads); module by module {1e3 * self.split_seconds:.2f} ms. {lumped} "
+            f"{STEPS}, {self.threads} thread{'s'[: self.threads != 1]}); module by module "
+            f"{1e3 * self.split_seconds:.2f} ms. {lumped} "
             f"The line is the roofline: {self.bandwidth / 1e9:.1f} GB/s read, {self.peak / 1e12:.3f} Top/s.",
             "whole": [list(vars(o).values()) for o in self.whole],
             "split": [list(vars(o).values()) for o in self.split],

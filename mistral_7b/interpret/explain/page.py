@@ -109,10 +109,11 @@ def check_suffix(path: str | os.PathLike[str]) -> pathlib.Path:
 def plotted(text: str, limit: int = 14) -> str:
     """A token's text as a label of matplotlib, of at most `limit` characters.
 
-    Line breaks, "$", which begins mathematics, and characters that its own font lacks are escaped.
+    Spaces are shown as dots, as on the page. Line breaks, "$", which begins mathematics, and
+    characters that its own font lacks are escaped.
     """
-    text = text.replace("\n", "\\n").replace("\t", "\\t").replace("$", r"\$")
-    text = "".join(c if c < "\u2e80" and (c.isprintable() or c == " ") else f"U+{ord(c):04X}" for c in text)
+    text = text.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t").replace("$", r"\$")
+    text = "".join(c if c < "\u2e80" and c.isprintable() else f"U+{ord(c):04X}" for c in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

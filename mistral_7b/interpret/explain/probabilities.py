@@ -76,10 +76,14 @@ class Probabilities(Picture):
                 fontsize=9,
                 family="monospace",
             )
-            ax.text(x + 0.5, y + 0.8, f"{p:.1%}" if i else "", ha="center", va="center", fontsize=7, color="0.25")
+            ax.text(x + 0.5, y + 0.8, _percent(p) if i else "", ha="center", va="center", fontsize=7, color="0.25")
         ax.set(xlim=(0, 8), ylim=(-(-shown // 8), 0), xticks=[], yticks=[])
         more = f" (the first {shown} of {len(self.tokens)} tokens)" if shown < len(self.tokens) else ""
         ax.set_title(f"Probability of each token{more}: the stronger, the less likely", fontsize=11)
+
+
+def _percent(p: float) -> str:
+    return f"{p:.1%}" if p >= 0.0005 else "<0.1%"
 
 
 def surprise(p: float) -> float:

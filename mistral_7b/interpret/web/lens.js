@@ -25,6 +25,8 @@ function view(main, data) {
     scroll.replaceChildren(el("table", { class: "lens" }, el("caption", { class: "unseen" }, "The most probable next token, by layer and position"), el("thead", {}, head), el("tbody", {}, ...body)));
     slider.value = from;
     select(row, column, focus);
+    const beyond = scroll.querySelector("[tabindex='0']").getBoundingClientRect().right - scroll.getBoundingClientRect().right;
+    scroll.scrollLeft = column === from ? 0 : scroll.scrollLeft + Math.max(0, beyond + 2);
   }
   function select(r, p, focus) {
     scroll.querySelector("[tabindex='0']").tabIndex = -1;

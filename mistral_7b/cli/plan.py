@@ -42,9 +42,8 @@ def run(argv: list[str]) -> int:
     print(f"{'':<44}{'GB each':>9}  {'fits':<5}{'sent by each':>16}")
     for way in found:
         fits = "yes" if way.memory <= room else "no"
-        print(
-            f"{f'{way.task}: {way.name}':<44}{way.memory / 1e9:9.2f}  {fits:<5}{_bytes(way.sent):>10} a {way.unit}"
-        )
+        per = f"{'an' if way.unit[0] in 'aeiou' else 'a'} {way.unit}"
+        print(f"{f'{way.task}: {way.name}':<44}{way.memory / 1e9:9.2f}  {fits:<5}{_bytes(way.sent):>10} {per}")
     print("\nof what fits, that which sends the least:")
     print("\n".join(f"  {line}" for line in advice(found, room)))
     return 0

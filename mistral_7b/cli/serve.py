@@ -60,7 +60,7 @@ class Engine:
     prefix_cache_size: str = "20GB"
     """Maximum size of that folder; the least recently used files are removed."""
     deterministic: bool = EngineConfig.deterministic
-    """Bit-identical results in any batch; int8 and int4 on a CPU always are."""
+    """Bit-identical results in any batch; int8 and int4 with dtype bfloat16 on a CPU always are."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import EngineError, GenerationError
-from ..kernels.backend import LINEAR, Backend, uses
+from ..kernels.backend import LINEAR, PAGED_ATTENTION, Backend, uses
 from ..lora.adapters import Source
 from ..model import Mistral7B
 from ..quantization import Scheme, quantize
@@ -92,19 +92,24 @@ def open_engine(
 
 
 def make_deterministic(model: Mistral7B) -> None:
-    """Make rows independent of the other rows of a step, in place. Integer weights on a CPU are so already.
+    """Make rows independent of the other rows of a step, in place. With bfloat16, integer weights are so.
 
-    EngineError for a device or type for which there are no such products.
+    EngineError for a device or type for which there are no such products, or on a CPU no such attention.
     """
     floats = any(isinstance(module, nn.Linear) for module in model.modules())
-    if isinstance(model.output, Compressed) and not floats:
-        return
-    if not uses(Backend.ONEDNN, LINEAR, model.norm.weight):
+    integers = isinstance(model.output, Compressed) and not floats
+    weight = model.norm.weight
+    # PyTorch's attention, which other types use, depends on the number of rows.
+    attends = weight.device.type != "cpu" or uses(Backend.CPU, PAGED_ATTENTION, weight.new_empty(0))
+    if not attends or not (integers or uses(Backend.ONEDNN, LINEAR, weight)):
         raise EngineError(
-            "deterministic=True needs a model in bfloat16, int8 or int4 on a CPU, not one in "
-            f"{str(model.norm.weight.dtype).removeprefix('torch.')} on {model.norm.weight.device}",
+            "deterministic=True needs a bfloat16 model (its weights may be int8 or int4) on a CPU with the "
+            f"compiled kernels, not {str(weight.dtype).removeprefix('torch.')} on {weight.device}",
             field="deterministic",
+            hint='take dtype "bfloat16"; `mistral-7b doctor` says whether the kernels compile',
         )
+    if integers:
+        return
     quantize(model, Scheme("bf16", deterministic=True))
     for module in model.modules():
         if isinstance(module, PackedLinear):  # also those that were packed before

@@ -16,6 +16,7 @@ from mistral_7b.checkpoint.gguf.file import read
 from mistral_7b.checkpoint.gguf.modules import BlockEmbedding
 from mistral_7b.checkpoint.names import rename
 from mistral_7b.checkpoint.reading import open_checkpoint
+from mistral_7b.kernels.cpu.compiler import library
 from mistral_7b.kernels.linear import quantize_rows
 from mistral_7b.quantization.linear import BlockLinear
 from mistral_7b.surgery import replace_linears
@@ -154,6 +155,7 @@ def test_converting_keeps_blocks_and_dequantizes_for_other_formats(
     assert torch.equal(plain.layers[0].attention.wv.weight, ours.read("layers.0.attention.wv.weight"))
 
 
+@pytest.mark.skipif(library() is None, reason="without the kernels no engine is deterministic")
 def test_a_deterministic_engine_accepts_blocks(mixed: pathlib.Path) -> None:
     from mistral_7b.engine.llm import make_deterministic
 

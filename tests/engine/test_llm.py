@@ -22,6 +22,7 @@ from mistral_7b.errors import (
     SamplingError,
 )
 from mistral_7b.generate import generate
+from mistral_7b.quantization import Scheme, quantize
 from mistral_7b.sampling.params import SamplingParams
 from mistral_7b.text.tokenizer import Tokenizer
 
@@ -252,8 +253,9 @@ def test_arguments_that_contradict_each_other():
         LLM(tiny_model(), SMALL, device="cpu")
     with refused(EngineError, field="asked"):
         llm_of().generate([1], GREEDY, asked=RequestOptions(), priority=1)
-    with refused(EngineError, field="deterministic"):
-        llm_of(EngineConfig(deterministic=True))
+    for model in (tiny_model(), quantize(tiny_model(), Scheme("int8"))):
+        with refused(EngineError, field="deterministic"):
+            LLM(model, EngineConfig(deterministic=True))
     with refused(EngineError, field="colour") as caught:
         llm_of().generate([1], GREEDY, colour="red")
     assert isinstance(caught.value, TypeError)

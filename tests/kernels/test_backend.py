@@ -198,6 +198,8 @@ ALLOWED = {
     "cli/eval_harness.py": ({"available"}, "whether lm-eval is installed"),
     "course/checks/ex02_rotary.py": ({"dtype"}, "recognizes a learner's mistake"),
     "distributed/ranks.py": ({"available", "cuda"}, "the library of the ranks' sums, and each rank's device"),
+    "evaluation/comparison/plot.py": ({"available"}, "whether matplotlib is installed"),
+    "engine/llm.py": ({"device"}, "refuses what is deterministic on other devices alone"),
     "distributed/tensor_parallel.py": ({"device"}, "the mesh of the ranks' devices"),
     "evaluation/scoring.py": ({"device"}, "only CPUs have equal bits at every batch size"),
     "interpret/explain/operators.py": ({"device"}, "times the operators of CPUs alone"),

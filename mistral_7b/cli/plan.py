@@ -34,6 +34,8 @@ def run(argv: list[str]) -> int:
     for name in ("gpus", "memory", "seq_len", "context", "rank"):
         if not getattr(args, name) >= 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1", field=f"--{name.replace('_', '-')}")
+    if args.memory == float("inf"):
+        raise UsageError("--memory must be a number of GB", field="--memory")
     from ..model import ModelArgs
     from ..training.plan import advice, ways
 
@@ -42,9 +44,8 @@ def run(argv: list[str]) -> int:
     print(f"{'':<44}{'GB each':>9}  {'fits':<5}{'sent by each':>16}")
     for way in found:
         fits = "yes" if way.memory <= room else "no"
-        print(
-            f"{f'{way.task}: {way.name}':<44}{way.memory / 1e9:9.2f}  {fits:<5}{_bytes(way.sent):>10} a {way.unit}"
-        )
+        per = f"an {way.unit}" if way.unit[0] in "aeiou" else f"a {way.unit}"
+        print(f"{f'{way.task}: {way.name}':<44}{way.memory / 1e9:9.2f}  {fits:<5}{_bytes(way.sent):>10} {per}")
     print("\nof what fits, that which sends the least:")
     print("\n".join(f"  {line}" for line in advice(found, room)))
     return 0

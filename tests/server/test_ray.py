@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -103,18 +104,20 @@ def all_streams(url: str) -> list[Any]:
         return list(pool.map(stream, [url] * STREAMS, range(STREAMS)))
 
 
+def processes_of(temporary: str) -> dict[int, str]:
+    """The processes whose RAY_TMPDIR is `temporary`, and their titles."""
+    found = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if temporary.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+    return found
+
+
 def replicas_of() -> list[int]:
     """The processes of this cluster's engines."""
-    found = []
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes().decode(errors="replace")
-            ours = os.environ["RAY_TMPDIR"].encode() in (folder / "environ").read_bytes()
-            if title.startswith("ray::ServeReplica") and ":engine" in title and ours:
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+    every = processes_of(os.environ["RAY_TMPDIR"])
+    return [pid for pid, title in every.items() if title.startswith("ray::ServeReplica") and ":engine" in title]
 
 
 def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_path: pathlib.Path) -> None:
@@ -175,6 +178,58 @@ def test_serve_run_builds_the_application(cluster: str, tmp_path: pathlib.Path) 
         process.send_signal(signal.SIGINT)
         process.wait(30)
         subprocess.run([serve, "shutdown", "-y"], env=env, check=False, capture_output=True)
+
+
+def private(*flags: str) -> tuple[list[str], dict[str, str], str]:
+    """The command of a server with its own cluster, its environment, and the folder that names its processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "mistral_7b",
+        "serve",
+        "demo",
+        "--quantization",
+        "int8",
+        "--ray",
+        "--threads",
+        "1",
+    ]
+    folder = tempfile.mkdtemp(dir="/tmp")  # short: sockets are in it
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return [*command, "--port", str(free_port()), *flags], env | {"RAY_TMPDIR": folder}, folder
+
+
+def test_a_replica_that_cannot_start_says_why(tmp_path: pathlib.Path) -> None:
+    missing = tmp_path / "missing"
+    command, env, folder = private("--adapter", f"a={missing}")
+    try:
+        ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+        assert ended.returncode == 2
+        assert f"the replicas did not start: {missing}: no such file or folder" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert processes_of(folder) == {}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_start_that_is_interrupted_leaves_no_process(tmp_path: pathlib.Path) -> None:
+    command, env, folder = private("--replicas", "30")
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+    try:
+        end = time.monotonic() + 60
+        while not any("ray::" in title for title in processes_of(folder).values()):
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        process.terminate()
+        process.wait(30)
+        assert "Traceback" not in log.read_text()
+        assert processes_of(folder) == {}
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------- without a cluster

@@ -182,7 +182,7 @@ def start(
             _end_cluster()
             return
         if application:
-            serve.delete(application)
+            _leave(application)
         ray.shutdown()
 
     try:
@@ -215,6 +215,14 @@ def _why(application: str) -> str:
     except (KeyError, RuntimeError):
         return ""
     return OURS.sub("", told.strip().splitlines()[-1]) if "Error: " in told else ""
+
+
+def _leave(application: str) -> None:
+    """Remove an application; and Serve, if that was its last and it has no proxies: later ones would get none."""
+    serve.delete(application)
+    left = serve.status()
+    if not left.applications and not left.proxies:
+        serve.shutdown()
 
 
 def _end_cluster() -> None:

@@ -34,6 +34,8 @@ def run(argv: list[str]) -> int:
     for name in ("gpus", "memory", "seq_len", "context", "rank"):
         if not getattr(args, name) >= 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1", field=f"--{name.replace('_', '-')}")
+    if args.memory == float("inf"):
+        raise UsageError("--memory must be a number of GB", field="--memory")
     from ..model import ModelArgs
     from ..training.plan import advice, ways
 

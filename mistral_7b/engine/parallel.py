@@ -22,6 +22,8 @@ def divide(model: Mistral7B, processes: int, config: EngineConfig, adapters: Map
 
     ConfigError for another number, EngineError for what cannot be used with it.
     """
+    if not (type(processes) is int and processes >= 1):
+        raise ConfigError(f"{FIELD} must be a whole number, at least 1, not {processes!r}", field=FIELD)
     if processes > 1:
         if processes != ranks.size():
             raise ConfigError(

@@ -54,9 +54,10 @@ def job_of(request: Request, id: str) -> Job:
     """
     salt = request.salt
     if request.watching is not None or isinstance(salt, tuple):
+        records = request.watching is not None and request.watching.recording is not None
         raise InterpretError(
             "activations of a request that other engines may continue cannot be recorded or steered",
-            field="record",
+            field="record" if records else "steer",
             hint="send it to a server without Ray",
         )
     first = request.completions[0]

@@ -88,7 +88,7 @@ def ways(shape: ModelArgs, processes: int, seq_len: int, context: int, rank: int
             method=method, seq_len=seq_len, rows=processes, accumulate=processes, rank=rank, recompute=0  # type: ignore[arg-type]
         )  # fmt: skip
 
-    degrees = [k for k in range(1, processes + 1) if processes % k == 0 and shape.n_kv_heads % k == 0]
+    degrees = [k for k in range(1, shape.n_kv_heads + 1) if processes % k == 0 and shape.n_kv_heads % k == 0]
     found = [serving(shape, scheme, k, context) for scheme in (None, "int8", "int4") for k in degrees]
     found += [replicas(args(method), shape, processes) for method in ("lora", "qlora")]
     return [*found, shards(args("full"), shape, processes)]

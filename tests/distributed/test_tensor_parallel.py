@@ -78,6 +78,9 @@ def test_all_ranks_generate_the_same_and_cache_their_own_heads(found: dict[int, 
 def test_what_does_not_divide_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(ConfigError, field="tensor_parallel"):
         LLM(tiny_model(), tensor_parallel=2)  # not under torchrun
+    for number in (0, -1, 1.5, "2"):
+        with refused(ConfigError, field="tensor_parallel"):
+            LLM(tiny_model(), tensor_parallel=number)  # type: ignore[arg-type]
     monkeypatch.setenv("WORLD_SIZE", "3")
     with refused(ConfigError, field="tensor_parallel"):
         parallelize(tiny_model(ARGS))

@@ -17,6 +17,7 @@ from mistral_7b.engine.completion import RequestOutput
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.engine.llm import RequestsFailedError
+from mistral_7b.engine.resume import job_of
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.engine.watching import PositionRecorder, Steering
 from mistral_7b.errors import EngineError, GenerationError, InterpretError
@@ -186,6 +187,16 @@ def test_wrong_requests_are_refused_before_they_are_queued() -> None:
         llm.embed([PROMPTS[0]], record="residual")
     assert llm.embed([PROMPTS[0]], steer=Steering(0, VECTOR))[0] != llm.embed([PROMPTS[0]])[0]
     assert llm.engine.idle
+
+
+def test_a_request_that_is_watched_has_no_job_for_other_engines() -> None:
+    inputs = llm_of("int8").inputs
+    for field, options in (
+        ("record", RequestOptions(record=["residual"])),
+        ("steer", RequestOptions(steer=[Steering(0, VECTOR)])),
+    ):
+        with refused(InterpretError, field=field):
+            job_of(inputs.text(PROMPTS[0], PARAMS, options), "a")
 
 
 def test_a_watcher_that_fails_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:

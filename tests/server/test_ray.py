@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -103,42 +104,20 @@ def all_streams(url: str) -> list[Any]:
         return list(pool.map(stream, [url] * STREAMS, range(STREAMS)))
 
 
-def replicas_of() -> list[int]:
-    """The processes of this cluster's engines."""
-    found = []
+def processes_of(temporary: str) -> dict[int, str]:
+    """The processes whose RAY_TMPDIR is `temporary`, and their titles."""
+    found = {}
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            title = (folder / "cmdline").read_bytes().decode(errors="replace")
-            ours = os.environ["RAY_TMPDIR"].encode() in (folder / "environ").read_bytes()
-            if title.startswith("ray::ServeReplica") and ":engine" in title and ours:
-                found.append(int(folder.name))
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):
+            if temporary.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
     return found
 
 
-def test_serve_run_builds_the_application(cluster: str, tmp_path: pathlib.Path) -> None:
-    port, log = free_port(), tmp_path / "log"
-    url = f"http://127.0.0.1:{port}"
-    env = {**os.environ, "RAY_ADDRESS": cluster}
-    serve = str(pathlib.Path(sys.executable).with_name("serve"))
-    begin = [serve, "start", "--http-host", "127.0.0.1", "--http-port", str(port)]
-    subprocess.run(begin, env=env, check=True, capture_output=True)
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [serve, "run", "mistral_7b.server.ray_app:build", "model=demo", "quantization=int8", "name=small",
-             "replicas=1:2", "threads=1"], stdout=out, stderr=out, env=env,
-        )  # fmt: skip
-    try:
-        wait_for(f"{url}/health/ready", process, log)
-        assert json.loads(get(f"{url}/v1/models"))["data"][0]["id"] == "small"
-        text, logprobs, reason = stream(url, 1)
-        assert reason == "length"
-        assert len(logprobs) == 100
-        assert stream(url, 1) == (text, logprobs, reason)
-    finally:
-        process.send_signal(signal.SIGINT)  # ends Serve in the cluster
-        process.wait(120)
+def replicas_of() -> list[int]:
+    """The processes of this cluster's engines."""
+    every = processes_of(os.environ["RAY_TMPDIR"])
+    return [pid for pid, title in every.items() if title.startswith("ray::ServeReplica") and ":engine" in title]
 
 
 def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_path: pathlib.Path) -> None:
@@ -174,6 +153,83 @@ def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_
     finally:
         process.kill()
         process.wait()
+
+
+def test_serve_run_builds_the_application(cluster: str, tmp_path: pathlib.Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    url = f"http://127.0.0.1:{port}"
+    env = {**os.environ, "RAY_ADDRESS": cluster}
+    serve = str(pathlib.Path(sys.executable).with_name("serve"))
+    begin = [serve, "start", "--http-host", "127.0.0.1", "--http-port", str(port)]
+    subprocess.run(begin, env=env, check=True, capture_output=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [serve, "run", "mistral_7b.server.ray_app:build", "model=demo", "quantization=int8", "name=small",
+             "replicas=1:2", "threads=1"], stdout=out, stderr=out, env=env,
+        )  # fmt: skip
+    try:
+        wait_for(f"{url}/health/ready", process, log)
+        assert json.loads(get(f"{url}/v1/models"))["data"][0]["id"] == "small"
+        text, logprobs, reason = stream(url, 1)
+        assert reason == "length"
+        assert len(logprobs) == 100
+        assert stream(url, 1) == (text, logprobs, reason)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
+        subprocess.run([serve, "shutdown", "-y"], env=env, check=False, capture_output=True)
+
+
+def private(*flags: str) -> tuple[list[str], dict[str, str], str]:
+    """The command of a server with its own cluster, its environment, and the folder that names its processes."""
+    command = [
+        sys.executable,
+        "-m",
+        "mistral_7b",
+        "serve",
+        "demo",
+        "--quantization",
+        "int8",
+        "--ray",
+        "--threads",
+        "1",
+    ]
+    folder = tempfile.mkdtemp(dir="/tmp")  # short: sockets are in it
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return [*command, "--port", str(free_port()), *flags], env | {"RAY_TMPDIR": folder}, folder
+
+
+def test_a_replica_that_cannot_start_says_why(tmp_path: pathlib.Path) -> None:
+    missing = tmp_path / "missing"
+    command, env, folder = private("--adapter", f"a={missing}")
+    try:
+        ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+        assert ended.returncode == 2
+        assert f"the replicas did not start: {missing}: no such file or folder" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert processes_of(folder) == {}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_start_that_is_interrupted_leaves_no_process(tmp_path: pathlib.Path) -> None:
+    command, env, folder = private("--replicas", "30")
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+    try:
+        end = time.monotonic() + 60
+        while not any("ray::" in title for title in processes_of(folder).values()):
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        process.terminate()
+        process.wait(120)
+        assert "Traceback" not in log.read_text()
+        assert processes_of(folder) == {}
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------- without a cluster

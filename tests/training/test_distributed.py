@@ -209,6 +209,7 @@ def test_the_plan_of_the_full_size() -> None:
     """Arithmetic that is known: parameters of Mistral 7B, and the advice when nothing and everything fits."""
     block, output, rest = plan.numbers(ModelArgs())
     assert 32 * block + output + rest == 7_241_732_096
+    assert len(plan.ways(ModelArgs(), 10**12, 2048, 4096, 16)) == 15  # tensor parallel by 1, 2, 4 and 8: at once
     found = plan.ways(ModelArgs(), 8, 2048, 4096, 16)
     assert all("nothing fits" in line for line in plan.advice(found, 10**6))
     assert plan.advice(found, 10**12)[0] == "serve: bf16, replicas"

@@ -9,8 +9,13 @@ router     which replica gets a request
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
+import signal
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,7 +30,7 @@ from ray.serve.handle import DeploymentHandle
 from ...engine.async_llm import AsyncLLM
 from ...engine.config import EngineConfig
 from ...engine.prompts import load_tokenizer
-from ...errors import ConfigError, EngineError
+from ...errors import ConfigError, EngineError, first_line
 from ...kernels import threads
 from ...model import Mistral7B
 from ...text.tokenizer import Tokenizer
@@ -41,6 +46,7 @@ LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that other machin
 HEALTH_PERIOD = 2.0  # seconds
 STATS_PERIOD = 1.0
 LOOK_BACK = 10.0  # seconds over which the queue is averaged
+OURS = re.compile(r"mistral_7b\.errors\.\w+: ")
 UNLIMITED = 1 << 20  # calls to a replica at a time: the engine's own queue is what refuses requests
 
 
@@ -169,27 +175,62 @@ def start(
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet: Any = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if own := "RAY_ADDRESS" not in os.environ:
-        cpu = read_replicas(replicas)[1] * cpus + 1
-        ray.init("local", num_cpus=cpu, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
-    else:
-        ray.init(**quiet)
-    application = f"mistral-7b-{ray.get_runtime_context().get_job_id()}"
-    serve.start(proxy_location="Disabled")
+    own, application = "RAY_ADDRESS" not in os.environ, ""
 
     def end() -> None:
-        if not own:
-            serve.delete(application)
-        ray.shutdown()  # which ends a cluster of our own
+        if own:
+            _end_cluster()
+            return
+        if application:
+            _leave(application)
+        ray.shutdown()
 
     try:
+        if own:
+            cpu = read_replicas(replicas)[1] * cpus + 1
+            ray.init("local", num_cpus=cpu, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
+        else:
+            ray.init(**quiet)
+        if threading.current_thread() is threading.main_thread():  # Ray's own ends us at once
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        application = f"mistral-7b-{ray.get_runtime_context().get_job_id()}"
+        serve.start(proxy_location="Disabled")
         bound = engines_of(open_llm, engine, config, replicas, cpus, device, **router)
         handle = serve.run(bound, name=application, route_prefix=None)
         description = handle.describe.remote().result()
         return RemoteLLM(handle, description, open_tokenizer or _tokenizer, adapters), end
     except RuntimeError as e:
+        why = (application and _why(application)) or first_line(e)
         end()
-        raise EngineError(f"the replicas did not start: {e}", hint="Ray's logs have the reason") from e
+        raise EngineError(f"the replicas did not start: {why}", hint="Ray's logs have more") from e
     except BaseException:
         end()
         raise
+
+
+def _why(application: str) -> str:
+    """What a replica raised that failed: the last line of its traceback; "" if nothing is known."""
+    try:
+        told = serve.status().applications[application].deployments["engine"].message
+    except (KeyError, RuntimeError):
+        return ""
+    return OURS.sub("", told.strip().splitlines()[-1]) if "Error: " in told else ""
+
+
+def _leave(application: str) -> None:
+    """Remove an application; and Serve, if that was its last and it has no proxies: later ones would get none."""
+    serve.delete(application)
+    left = serve.status()
+    if not left.applications and not left.proxies:
+        serve.shutdown()
+
+
+def _end_cluster() -> None:
+    """End the cluster that this process started, with all its processes: some of them outlive Ray's shutdown."""
+    import psutil  # type: ignore[import-untyped]  # Ray has it
+
+    started = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    for process in psutil.wait_procs(started, timeout=2.0)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -186,8 +186,6 @@ class Peft:
 
 
 def main(task: Task) -> None:
-    if task.engine == OURS:
-        machine.use_huge_pages()  # as `finetune` does, before the first tensor
     threads.use()
     checkpointing = task.engine.endswith("-checkpointing")
     engine = Ours(task, open_base(task)) if task.engine == OURS else Peft(task, checkpointing)

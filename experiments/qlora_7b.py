@@ -82,7 +82,6 @@ def main(
         recompute: Blocks that are recomputed in the backward pass; None: as few as the budget allows.
         json_file: Write the record to this file.
     """
-    machine.use_huge_pages()
     threads.use()
     machine.return_large_blocks()  # as `finetune` does
     shape, load, before = dataclasses.replace(ModelArgs(), n_layers=layers), os.getloadavg()[0], matrix_peak()

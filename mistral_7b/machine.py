@@ -161,15 +161,6 @@ def return_large_blocks(least: int = 1 << 20) -> bool:
         return False
 
 
-def use_huge_pages() -> None:
-    """Let PyTorch allocate CPU tensors of 2 MB and more in huge pages, where Linux supports them.
-
-    A new tensor of small pages costs a page fault each 4 KB: with `return_large_blocks`, more than the elementwise
-    operation that writes it. It has an effect only before PyTorch's first allocation, and the environment precedes.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
 def return_free_blocks() -> bool:
     """Return the memory of freed small blocks to the system, where the C library is glibc; return whether it is.
 

@@ -71,8 +71,8 @@ class LoraArgs:
 class _AddUpdate(torch.autograd.Function):
     """y (..., N) += low (..., r) (scale B)^T, in place, rounded once as an adapter that is served.
 
-    `low` is kept apart from the saved tensors, also where a block is recomputed: it is small, and recomputation ends
-    at the last saved tensor, before y.
+    `low` is small, and kept apart from the saved tensors: recomputation of a block ends at the last of these,
+    before y.
     """
 
     @staticmethod

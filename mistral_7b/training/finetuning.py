@@ -110,7 +110,6 @@ def finetune(
         args = dataclasses.replace(args, model=os.fspath(model))
     if data is not None:
         args = dataclasses.replace(args, data=(data,) if isinstance(data, str) else tuple(data))
-    machine.use_huge_pages()
     threads.use(args.threads)
     machine.return_large_blocks()
     check_out(args)
@@ -121,7 +120,6 @@ def finetune(
 
 def estimate_run(args: FinetuneArgs, shape: ModelArgs, weights: int) -> Estimate:
     """Estimate a run, as `estimate`, with all in memory that it has before its weights."""
-    machine.use_huge_pages()
     threads.use(args.threads)
     machine.return_large_blocks()
     tokenizer = Tokenizer.from_pretrained(args.model, args.chat_template)

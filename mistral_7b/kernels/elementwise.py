@@ -97,7 +97,8 @@ def _rms_norm_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # The kernel is for a weight that is not trained.
     if ctx.needs_input_grad[1] or not grad.numel() or not uses(Backend.CPU, RMS_NORM, grad, x, weight):
         return _rms_norm_back_twin(ctx, grad)
-    return calls.rms_norm_back(x, weight, *ctx.others, grad), None, None
+    (eps,) = ctx.others
+    return calls.rms_norm_back(x, weight, eps, grad), None, None
 
 
 def _silu_mul_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

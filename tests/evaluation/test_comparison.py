@@ -24,7 +24,7 @@ from mistral_7b import Mistral7B, ModelArgs
 from mistral_7b.bench.quality import engines
 from mistral_7b.checkpoint import convert, quantize
 from mistral_7b.checkpoint.hub import DEMO
-from mistral_7b.errors import AdapterError, EvaluationError
+from mistral_7b.errors import CheckpointError, EvaluationError
 from mistral_7b.evaluation import compare
 from mistral_7b.evaluation.comparison.engine import Ran
 from mistral_7b.evaluation.comparison.figures import Figures
@@ -291,8 +291,9 @@ def test_a_quantized_folder_is_noise_on_either_side(base: pathlib.Path, tmp_path
 
 def test_an_adapter_of_another_model_is_refused(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     factors = Factors(torch.ones(2, 32), torch.ones(32, 2), 1.0)
-    save_adapter(Adapter({"layers.0.attention.wq": factors}), tmp_path / "narrow", tiny_args(dim=32))
-    with refused(AdapterError):
+    narrow = tiny_args(dim=32, head_dim=16, n_heads=2, n_kv_heads=2, hidden_dim=64)
+    save_adapter(Adapter({"layers.0.attention.wq": factors}), tmp_path / "narrow", narrow)
+    with refused(CheckpointError):
         compare(base, f"{base}+{tmp_path / 'narrow'}", TOKENS)
 
 

@@ -35,8 +35,8 @@ UNITS = {"transformers": 2**-20, "llama.cpp": 2**-8}  # float32; activations rou
 class Ran(NamedTuple):
     """An engine's logits (R, T, V) and hidden states (R, T, D), float32, which may be none.
 
-    states    after the embedding, the attention of layer 0, its feed-forward, the attention of layer 1..., each with
-              the residual
+    states    after the embedding, the attention of layer 0, its feed-forward, the attention of layer 1..., each
+              with the residual
     """
 
     logits: Tensor

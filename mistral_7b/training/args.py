@@ -11,6 +11,9 @@ from typing import Any, Literal
 from ..errors import TrainingError
 
 
+HIGHEST_RATE = 10.0  # learning rate: AdamW and Muon move a weight by about as much in an update
+
+
 class RunArgs:
     """What the loop reads of a run's arguments; TrainArgs and FinetuneArgs declare the fields."""
 
@@ -92,9 +95,6 @@ class RunArgs:
 
     def _of(self, name: str) -> str:
         return f"{type(self).__name__}.{name}"
-
-
-HIGHEST_RATE = 10.0  # learning rate: AdamW and Muon move a weight by about as much in an update
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from ..errors import TrainingError
 
-
 HIGHEST_RATE = 10.0  # learning rate: AdamW and Muon move a weight by about as much in an update
 
 

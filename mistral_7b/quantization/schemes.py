@@ -102,7 +102,8 @@ class Scheme:
         if self.name == "fp8":
             return Fp8Linear.from_weight(weight).to(device)
         if self.name == "bf16":
-            return PackedLinear(weight.bfloat16(), self.deterministic) if tiles else _plain(weight, device)
+            weight = weight if self.deterministic and weight.dtype == torch.float32 else weight.bfloat16()
+            return PackedLinear(weight, self.deterministic) if tiles else _plain(weight, device)
         kind = self.kind(name, n_layers)
         linear = BlockLinear.of_blocks(kind, round_blocks(weight, kind), weight.shape[1])
         return linear if tiles else row_by_row(linear, device)
@@ -230,4 +231,4 @@ def _bytes(model: nn.Module, without: str) -> Iterator[int]:
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         yield sum(t.numel() * t.element_size() for t in tensors)
         if isinstance(module, PackedLinear):
-            yield module.in_features * module.out_features * 2
+            yield module.in_features * module.out_features * module.dtype.itemsize

@@ -78,7 +78,7 @@ def prepare(model: Mistral7B) -> None:
     TrainingError if the engine's kernels do not give equal bits for this model.
     """
     weight = model.norm.weight
-    if not uses(Backend.CPU, PAGED_ATTENTION, weight.new_empty(0)):
+    if weight.dtype != torch.bfloat16 or not uses(Backend.CPU, PAGED_ATTENTION, weight.new_empty(0)):
         raise TrainingError(
             "sampling and training with equal bits needs a bfloat16 model (its weights may be int8 or int4) on a "
             f"CPU with the compiled kernels, not {str(weight.dtype).removeprefix('torch.')} on {weight.device}",

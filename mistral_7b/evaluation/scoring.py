@@ -16,8 +16,8 @@ agree up to rounding.
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 
 from ..engine.config import EngineConfig
 from ..engine.inputs import InputProcessor, RequestOptions
@@ -65,7 +65,8 @@ def score(
         for i, (context, continuation) in enumerate(pairs)
     ]
     order = sorted(range(len(pairs)), key=lambda i: requests[i].ids)
-    for part in rounds([requests[i].ids for i in order], inputs.engine.pool.n_pages * inputs.engine.pool.page // 2):
+    pool = inputs.engine.pool
+    for part in rounds([requests[i].ids for i in order], pool.n_pages * pool.page // 2):
         chosen = [requests[order[i]] for i in part]
         run(inputs.engine, chosen, advance)
         if error := next((r.error for r in chosen if r.error is not None), None):
@@ -80,17 +81,18 @@ def rounds(sequences: Sequence[Ids], most: int) -> Iterator[list[int]]:
     """
     found: list[list[int]] = []
     spans: list[tuple[int, int]] = []  # of the sequence before: first position, and the round that computes it
-    tokens, before = 0, []
+    tokens = 0
+    before: list[int] = []
     for i, ids in enumerate(map(list, sequences)):
         if found and tokens + len(ids) > most:
             yield from found
             found, spans, tokens = [], [(0, -1)], 0
-        same = len(os.path.commonprefix([before, ids]))
-        same = same if same >= SHARED else 0
-        while spans and spans[-1][0] >= same:
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
+        first = shared if shared >= SHARED else 0
+        while spans and spans[-1][0] >= first:
             spans.pop()
         own = spans[-1][1] + 1 if spans else 0
-        spans.append((same, own))
+        spans.append((first, own))
         found += [[] for _ in range(own + 1 - len(found))]
         found[own].append(i)
         tokens, before = tokens + len(ids), ids

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from ..kernels.backend import has_fp8, weight_layout
+from ..kernels.backend import PACKED_LINEAR, Backend, has_fp8, uses, weight_layout
 from ..kernels.cpu import huge_pages
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
@@ -102,7 +102,9 @@ class Scheme:
         if self.name == "fp8":
             return Fp8Linear.from_weight(weight).to(device)
         if self.name == "bf16":
-            weight = weight if self.deterministic and weight.dtype == torch.float32 else weight.bfloat16()
+            # float32 only by the deterministic engine, which keeps the model's type
+            keeps = self.deterministic and uses(Backend.ONEDNN, PACKED_LINEAR, weight)
+            weight = weight if keeps else weight.bfloat16()
             return PackedLinear(weight, self.deterministic) if tiles else _plain(weight, device)
         kind = self.kind(name, n_layers)
         linear = BlockLinear.of_blocks(kind, round_blocks(weight, kind), weight.shape[1])

@@ -75,7 +75,8 @@ def decide(
         (backend.LINEAR, CPU, BF16, Backend.ONEDNN),
         (backend.LINEAR, CPU, F32, Backend.PYTORCH),
         (backend.LINEAR, CUDA, BF16, Backend.PYTORCH),
-        (backend.PACKED_LINEAR, CPU, F32, Backend.PYTORCH),
+        (backend.PACKED_LINEAR, CPU, F32, Backend.ONEDNN),
+        (backend.PACKED_LINEAR, CPU, F64, Backend.PYTORCH),
         (backend.STEP, CUDA, BF16, Backend.CUDA_GRAPH),
         (backend.STEP, CUDA, F64, Backend.PYTORCH),  # attention reads the block table on the host
         (backend.STEP, CPU, BF16, Backend.PYTORCH),

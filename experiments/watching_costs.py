@@ -1,8 +1,9 @@
 """Measure what recording and steering cost in the running batch, and that their seam costs nothing unused. JSON.
 
-    python experiments/watching_costs.py --model starter --rounds 9 --json FILE
+    python experiments/watching_costs.py --model starter --tokens 32 --rounds 30 --json FILE
 
-Sixteen requests decode together, in int8, in three ways that take turns:
+Sixteen requests decode together, in int8, in three ways that take turns, in the opposite order every other round;
+ratios are medians of the pairs of a round, beside their quartiles:
 
 without    the engine with the check of watching.py taken out
 unused     the engine as it is, with no request that records or steers
@@ -40,28 +41,33 @@ def seconds(llm: LLM, tokens: int, asked: list[RequestOptions]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
     llm = LLM(args.model, EngineConfig(prefix_caching=False, kv_cache_bytes=1 << 28), quantization="int8")
     plain = [RequestOptions()] * len(PROMPTS)
     seam, times = room.watched, {"without": [], "unused": [], "recording": []}
-    for _ in range(args.rounds + 1):
-        for way, found in times.items():
+    for i in range(args.rounds + 1):
+        for way, found in list(times.items())[:: 1 - i % 2 * 2]:
             room.watched = (lambda model, plan, batch: model) if way == "without" else seam  # type: ignore[assignment]
             asked = [RequestOptions(record="residual"), *plain[1:]] if way == "recording" else plain
             found.append(seconds(llm, args.tokens, asked))
     rates = {way: len(PROMPTS) * args.tokens / statistics.median(found[1:]) for way, found in times.items()}
-    pairs = [b / a for a, b in zip(times["without"][1:], times["unused"][1:], strict=True)]
+
+    def ratio(a: str, b: str) -> list[float]:
+        pairs = [x / y for x, y in zip(times[a][1:], times[b][1:], strict=True)]
+        lower, median, upper = statistics.quantiles(pairs, n=4)
+        return [round(median, 4), round(lower, 4), round(upper, 4)]
+
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "commit": commit_of(),
         "hardware": f"{cpu_name()}, {cores()} cores",
         "command": f"python experiments/watching_costs.py --model {args.model} --tokens {args.tokens} "
                    f"--rounds {args.rounds}",
         "tokens_per_second": {way: round(rate, 1) for way, rate in rates.items()},
-        "unused_over_without": round(statistics.median(pairs), 4),
-        "recording_over_unused": round(rates["unused"] / rates["recording"], 3),
+        "seconds_unused_over_without": ratio("unused", "without"),
+        "seconds_recording_over_unused": ratio("recording", "unused"),
     }  # fmt: skip
     print(json.dumps(record, indent=1))
     with open(args.json, "w", encoding="utf-8") as f:

@@ -61,8 +61,9 @@ class Bench:
     peers: bool = False
     """Also measure llama.cpp and transformers, on random weights of the same shape; with --quality llama.cpp,
     on this model's weights."""
-    peer_python: str = sys.executable
-    """The Python with llama_cpp and gguf. A llama.cpp built for this CPU is much faster than a wheel."""
+    peer_python: str | None = None
+    """The Python with llama_cpp and gguf; None: this one. A llama.cpp built for this CPU is much faster than a
+    wheel."""
     keep: str | None = None
     """A folder in which to keep the peers' weight files; None: a temporary one."""
     rounds: int = 1
@@ -181,7 +182,7 @@ def plan_of(args: Bench) -> Plan:
     return Plan(
         name, model_args, source, schemes(args, source), whats,
         context=args.context, prompt=args.prompt, threads=args.threads,
-        quick=args.quick, rounds=args.rounds, peers=args.peers, peer_python=args.peer_python,
+        quick=args.quick, rounds=args.rounds, peers=args.peers, peer_python=args.peer_python or sys.executable,
         files=args.keep, adapter=args.adapter,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -82,7 +83,7 @@ def plan_of(args: Bench, argv: Sequence[str]) -> QualityPlan:
 
     return QualityPlan(
         name, source, schemes(args), text, text_name, options.rows, threads=args.threads, peers=args.peers,
-        peer_python=args.peer_python, command=command(argv),
+        peer_python=args.peer_python or sys.executable, command=command(argv),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import pathlib
 import shlex
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -114,8 +115,8 @@ def plan_of(args: Bench, argv: Sequence[str]) -> ServingPlan:
     )
     return ServingPlan(
         name, model_args, source, schemes(args, source), points, options.max_sequences, options.max_batch_tokens,
-        threads=args.threads, rounds=args.rounds, server=options.llama_server, peer_python=args.peer_python,
-        files=args.keep, command=command(argv),
+        threads=args.threads, rounds=args.rounds, server=options.llama_server,
+        peer_python=args.peer_python or sys.executable, files=args.keep, command=command(argv),
     )  # fmt: skip
 
 

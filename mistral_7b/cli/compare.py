@@ -17,6 +17,7 @@ from .inputs import UsageError, busy, read_flags, read_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..evaluation.comparison.engine import Ran
     from ..evaluation.comparison.result import Result
 
 First = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A")]
@@ -51,8 +52,8 @@ class Compare:
     """Plot the error's growth over the layers to this file (PNG, PDF or SVG)."""
     json: str | None = None
     """Write the result to this file, as JSON."""
-    peer_python: str = sys.executable
-    """The Python that has llama_cpp, for llama.cpp:MODEL."""
+    peer_python: str | None = None
+    """The Python that has llama_cpp, for llama.cpp:MODEL; None: this one."""
     threads: int | None = None
     """CPU threads, at most 4 per CPU; None: PyTorch's default."""
 
@@ -109,13 +110,14 @@ def compared(args: Compare, text: str | None, show: Callable[[str], None]) -> Re
     if engine is None:
         return compare(args.a, args.b, text, text_name=name, tokens=args.tokens, row=args.row, tell=show)
 
-    def logits(tokens: Tensor) -> Tensor:
+    def run_b(tokens: Tensor) -> Ran:
         from ..bench.quality import engines
 
-        return engines.logits(str(engine), hub.resolve(model), tokens, args.peer_python)
+        python = args.peer_python or sys.executable
+        return engines.ran(str(engine), hub.resolve(model), tokens, python)
 
     result = compare(
-        args.a, model, text, text_name=name, tokens=args.tokens, row=args.row, logits=logits, unit=UNITS[engine],
+        args.a, model, text, text_name=name, tokens=args.tokens, row=args.row, run_b=run_b, unit=UNITS[engine],
         tell=show,
     )  # fmt: skip
     return dataclasses.replace(result, b=args.b)

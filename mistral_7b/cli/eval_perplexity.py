@@ -34,7 +34,8 @@ def run(argv: list[str]) -> int:
         raise UsageError("--text is missing", field="--text", hint="name a text file")
     path = pathlib.Path(args.text).expanduser()
     if not path.is_file():
-        raise UsageError(f"{path}: there is no such file", field="--text")
+        what = "is no regular file" if path.exists() else "there is no such file"
+        raise UsageError(f"{path}: {what}", field="--text", hint="name a UTF-8 text file")
     if args.state and not pathlib.Path(args.state).expanduser().exists():
         from ..files import check_place
 

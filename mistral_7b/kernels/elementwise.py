@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import RMS_NORM, ROTATE, SILU_MUL, Backend, choose
+from .backend import RMS_NORM, ROTATE, SILU_MUL, Backend, choose, uses
 from .cpu import calls
 from .gpu import elementwise as gpu
 from .linear import OPS
@@ -70,6 +70,17 @@ for name, kernel in (("rms_norm", _rms_norm), ("silu_mul", _silu_mul), ("rotate"
     torch.library.register_fake(f"mistral_7b::{name}", lambda x, *rest: torch.empty_like(x))
 
 
+# Backward passes are operators too, so that torch.compile can call them.
+OPS.define("rms_norm_back(Tensor x, Tensor weight, float eps, Tensor grad) -> Tensor")
+OPS.define("silu_mul_back(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)")
+OPS.impl("rms_norm_back", calls.rms_norm_back, "CPU")
+OPS.impl("silu_mul_back", calls.silu_mul_back, "CPU")
+torch.library.register_fake("mistral_7b::rms_norm_back", lambda x, *rest: torch.empty_like(x))
+torch.library.register_fake(
+    "mistral_7b::silu_mul_back", lambda gate, up, grad: (torch.empty_like(gate), torch.empty_like(up))
+)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*(t for t in inputs if isinstance(t, Tensor)))
     ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
@@ -89,6 +100,25 @@ def _of_twin(twin: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, 
     return backward
 
 
+_rms_norm_back_twin, _silu_mul_back_twin = _of_twin(rms_norm_twin), _of_twin(silu_mul_twin)
+
+
+def _rms_norm_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    # The kernel is for a weight that is not trained.
+    if ctx.needs_input_grad[1] or not grad.numel() or not uses(Backend.CPU, RMS_NORM, grad, x, weight):
+        return _rms_norm_back_twin(ctx, grad)
+    (eps,) = ctx.others
+    return torch.ops.mistral_7b.rms_norm_back(x, weight, eps, grad), None, None
+
+
+def _silu_mul_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gate, up = ctx.saved_tensors
+    if not grad.numel() or not uses(Backend.CPU, SILU_MUL, grad, gate, up):
+        return _silu_mul_back_twin(ctx, grad)
+    return tuple(torch.ops.mistral_7b.silu_mul_back(gate, up, grad))
+
+
 def _keep_angles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
@@ -99,8 +129,8 @@ def _rotate_back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for name, backward, keep in (
-    ("rms_norm", _of_twin(rms_norm_twin), _keep),
-    ("silu_mul", _of_twin(silu_mul_twin), _keep),
+    ("rms_norm", _rms_norm_back, _keep),
+    ("silu_mul", _silu_mul_back, _keep),
     ("rotate", _rotate_back, _keep_angles),
 ):
     torch.library.register_autograd(f"mistral_7b::{name}", backward, setup_context=keep, lib=OPS)

@@ -15,7 +15,8 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Map, back: Map) -> Tensor:
         ctx.back = back
-        return product(x)
+        out = product(x)
+        return torch.ops.aten._unsafe_view(out, out.shape)  # no view to autograd: an update may be added in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

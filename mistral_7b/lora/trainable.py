@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,30 @@ class LoraArgs:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+class _AddUpdate(torch.autograd.Function):
+    """y (..., N) += low (..., r) (scale B)^T, in place, rounded once as an adapter that is served.
+
+    `low` is small, and kept apart from the saved tensors: recomputation of a block ends at the last of these,
+    before y.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.kept = low.detach(), b.detach(), scale
+        factor = (b * scale).to(y.dtype)
+        y.view(-1, len(b)).addmm_(low.reshape(-1, low.shape[-1]), factor.t())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        low, b, scale = ctx.kept
+        rows = grad.reshape(-1, len(b))
+        d_low = (rows @ (b * scale).to(grad.dtype)).view_as(low)
+        d_b = (low.reshape(-1, low.shape[-1]).t() @ rows).t().to(b.dtype) * scale  # transposed: faster in bfloat16
+        return grad, d_low, d_b, None
+
+
 class TrainableLinear(nn.Module):
     """A Linear with a trainable low-rank update: y = base(x) + scale B (A dropout(x))."""
 
@@ -82,9 +107,10 @@ class TrainableLinear(nn.Module):
         self.b = nn.Parameter(factors.b.to(torch.float32, copy=True))  # (N, r)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
-        a, b = self.a.to(x.dtype), (self.b * self.scale).to(x.dtype)  # as an adapter is served
-        update = F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b)
-        return update + self.base(x)  # last: recomputation for the backward pass can leave it out
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.a.to(x.dtype))  # (..., r)
+        # After all that is saved: recomputation for the backward pass can leave out the product of the base.
+        out: Tensor = _AddUpdate.apply(self.base(x), low, self.b, self.scale)
+        return out
 
     def extra_repr(self) -> str:
         return f"rank={len(self.a)}, scale={self.scale:g}, dropout={self.dropout:g}"

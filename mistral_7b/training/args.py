@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from ..errors import TrainingError
 
+HIGHEST_RATE = 10.0  # learning rate: AdamW and Muon move a weight by about as much in an update
+
 
 class RunArgs:
     """What the loop reads of a run's arguments; TrainArgs and FinetuneArgs declare the fields."""
@@ -71,12 +73,23 @@ class RunArgs:
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise TrainingError(f"{self._of(name)} must be a finite number above 0, not {value}", field=name)
 
+    def _check_rates(self, *names: str) -> None:
+        self._check_positive(*names)
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value > HIGHEST_RATE:
+                raise TrainingError(
+                    f"{self._of(name)} must be at most {HIGHEST_RATE:g}, not {value:g}",
+                    field=name,
+                    hint="usual learning rates are from 1e-6 to 1e-2",
+                )
+
     def _check_rows(self, rows: int, accumulate: int) -> None:
         if rows % accumulate:
             raise TrainingError(
                 f"{self._of('rows')} ({rows}) must be a multiple of accumulate ({accumulate})",
                 field="rows",
-                hint=f"with {rows} rows, set accumulate to 1 or {rows}",
+                hint="set accumulate to 1" + (f" or {rows}" if rows > 1 else ""),
             )
 
     def _of(self, name: str) -> str:
@@ -156,7 +169,8 @@ class TrainArgs(RunArgs):
 
     def __post_init__(self) -> None:
         self._check_at_least(1, "steps", "seq_len", "rows", "accumulate", "save_every", "log_every")
-        self._check_positive("lr", "muon_lr", "clip")
+        self._check_positive("clip")
+        self._check_rates("lr", "muon_lr")
         self._check_rows(self.rows, self.accumulate)
         if not 0 <= self.warmup <= self.steps:
             raise TrainingError(

@@ -28,7 +28,7 @@ from .loss import LOGITS
 from .measures import NEUTRAL
 from .weights import adamw
 
-LOGIT_COPIES = 3.5  # of a chunk in float32: bfloat16 logits, float32 logits, their softmax, its gradient
+LOGIT_COPIES = 2.5  # of a chunk in float32: bfloat16 logits, float32 logits, and their softmax
 RUNTIME = 45 * 10**6  # on first use: 17 MB of libraries' code is read, and oneDNN keeps 27 MB for its products
 GRADIENTS = "gradients of what is trained"
 GRADIENT_COPIES = 3  # of the widest activation of a block, in its backward pass

@@ -28,6 +28,7 @@ from .encoding import Encoded, Encoder, Item, Pair, Prompt, Thumb
 from .forms import Chat, Form, Judged, Preference, Sample, form_of
 
 SHOWN = 20  # bad lines that an error lists
+HEAVIEST = 1000  # weight of a file: with more the others are never seen
 HEAD = 4096  # bytes in which a file's first character is looked for
 
 
@@ -130,8 +131,12 @@ def _source(named: str) -> Source:
             weight = float(tail)
         except ValueError:
             weight = math.nan
-        if not (math.isfinite(weight) and weight > 0):
-            raise TrainingError(f"the weight must be a number above 0, not {tail!r}", field="data", place=path)
+        if not 0 < weight <= HEAVIEST:
+            raise TrainingError(
+                f"the weight must be a number above 0 and at most {HEAVIEST}, not {tail!r}",
+                field="data",
+                place=path,
+            )
     if not Path(path).exists():
         raise TrainingError("no such file", field="data", place=path)
     if Path(path).is_dir():

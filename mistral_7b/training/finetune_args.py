@@ -137,7 +137,8 @@ class FinetuneArgs(RunArgs):
         self._check_at_least(2, "group")
         self._check_at_least(0, "eval_every", "patience", "samples", "recompute", "warmup", "seed")
         self._check_optimizer()
-        self._check_positive("lr", "clip", "alpha", "beta", "ratio_clip", "good_weight", "bad_weight")
+        self._check_rates("lr")
+        self._check_positive("clip", "alpha", "beta", "ratio_clip", "good_weight", "bad_weight")
         self._check_rows(self.rows, self.accumulate)
         if not 0 <= self.dropout < 1:
             raise TrainingError(

@@ -16,9 +16,13 @@ from .data import IGNORE
 LOGITS = 2**23  # numbers of a chunk of logits: 32 MiB in float32, and some four times that in its backward pass
 
 
+ROWS = 64  # a multiple of these is up to a tenth faster in bfloat16
+
+
 def chunk_rows(model: Mistral7B) -> int:
     """Return how many tokens are projected onto the vocabulary at once."""
-    return max(1, LOGITS // model.args.vocab_size)
+    rows = LOGITS // model.args.vocab_size
+    return rows // ROWS * ROWS or max(1, rows)
 
 
 def loss_backward(model: Mistral7B, hidden: Tensor, targets: Tensor, n_targets: int) -> Tensor:
@@ -33,11 +37,24 @@ def loss_backward(model: Mistral7B, hidden: Tensor, targets: Tensor, n_targets: 
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     size = chunk_rows(model)
     for rows, target in zip(flat.split(size), flat_targets.split(size), strict=True):
-        loss = F.cross_entropy(model.logits(rows), target, ignore_index=IGNORE, reduction="sum") / n_targets
-        loss.backward()
-        total += loss.detach()
+        logits = model.output(rows)
+        loss, grad = _cross_entropy(logits.detach(), target)
+        logits.backward(grad.div_(n_targets).to(logits.dtype))
+        total += loss / n_targets
     hidden.backward(flat.grad.view_as(hidden))  # type: ignore[union-attr]
     return total
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of logits (N, V), and its gradient softmax(logits) - onehot(targets).
+
+    Both are float32 at least. Autograd would keep and write several more tensors of this size.
+    """
+    wide = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    kept, column = targets != IGNORE, targets.clamp_min(0)[:, None]
+    loss = -(wide.gather(1, column)[:, 0] * kept).sum()
+    grad = wide.exp_().scatter_add_(1, column, torch.full_like(column, -1, dtype=wide.dtype))
+    return loss, grad if bool(kept.all()) else grad.mul_(kept[:, None])
 
 
 @torch.inference_mode()

@@ -6,21 +6,27 @@ The faults of every kind in every format are made in experiments/compare_faults.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
 import struct
+from collections.abc import Callable
 
 import pytest
 import torch
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny import tiny_args, tiny_model, tokens_of
+from torch import Tensor
 
-from mistral_7b.checkpoint import convert
+from mistral_7b import Mistral7B, ModelArgs
+from mistral_7b.bench.quality import engines
+from mistral_7b.checkpoint import convert, quantize
 from mistral_7b.checkpoint.hub import DEMO
-from mistral_7b.errors import EvaluationError
+from mistral_7b.errors import CheckpointError, EvaluationError
 from mistral_7b.evaluation import compare
+from mistral_7b.evaluation.comparison.engine import Ran
 from mistral_7b.evaluation.comparison.figures import Figures
 from mistral_7b.evaluation.comparison.plot import draw
 from mistral_7b.evaluation.comparison.result import lines
@@ -202,15 +208,93 @@ def test_the_bundled_models_tokens_tell_a_missing_bos(tmp_path: pathlib.Path) ->
     assert [(c.cause, c.module, c.proved) for c in result.causes] == [("bos_missing", "tokenizer", True)]
 
 
-def test_an_engine_that_ignores_the_window(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    model = tiny_model(WIDE, torch.bfloat16).float()
-    deaf = type(model)(dataclasses.replace(WIDE, sliding_window=None), dtype=torch.float32)
-    deaf.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        sound = compare(base, base, TOKENS, logits=lambda tokens: model(tokens)[0])
-        result = compare(base, base, TOKENS, logits=lambda tokens: deaf(tokens)[0])
-    assert sound.verdict == "noise"
-    assert [(c.cause, c.module, c.proved) for c in result.causes] == [("window_ignored", "engine", True)]
+def engine_of(
+    base: pathlib.Path, args: ModelArgs, wrong: Callable[[Mistral7B], object]
+) -> Callable[[Tensor], Ran]:
+    """Another engine: the model in float32, changed by `wrong`, with the states of each half of each layer."""
+    model = Mistral7B(args, dtype=torch.float32)
+    model.load_state_dict(tiny_model(WIDE, torch.bfloat16).float().state_dict())
+    wrong(model)
+
+    def run(tokens: Tensor) -> Ran:
+        states: list[Tensor] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+            for block in model.layers
+            for module in (block.get_submodule("attention_norm"), block.get_submodule("ffn_norm"))
+        ]
+        hooks.append(model.norm.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0])))
+        with torch.no_grad():
+            logits = model(tokens)[0]
+        for hook in hooks:
+            hook.remove()
+        return Ran(logits, states)
+
+    return run
+
+
+def test_an_engine_that_ignores_the_window(base: pathlib.Path) -> None:
+    sound = engine_of(base, WIDE, lambda model: None)
+    deaf = engine_of(base, dataclasses.replace(WIDE, sliding_window=None), lambda model: None)
+    for states in (False, True):
+
+        def ran(engine: Callable[[Tensor], Ran], tokens: Tensor, states: bool = states) -> Ran:
+            found = engine(tokens)
+            return found if states else Ran(found.logits)
+
+        assert compare(base, base, TOKENS, run_b=functools.partial(ran, sound)).verdict == "noise"
+        result = compare(base, base, TOKENS, run_b=functools.partial(ran, deaf))
+        module = "layers.0.attention" if states else "engine"
+        assert [(c.cause, c.module, c.proved) for c in result.causes] == [("window_ignored", module, True)]
+        assert result.parts_at == module
+
+
+def test_an_engines_fault_is_placed_by_its_hidden_states_though_the_logits_hide_it(base: pathlib.Path) -> None:
+    def slightly(model: Mistral7B) -> None:
+        with torch.no_grad():
+            model.get_submodule("layers.1.feed_forward.w2").weight *= 1 + 2e-4  # type: ignore[operator]
+
+    engine = engine_of(base, WIDE, slightly)
+    result = compare(base, base, TOKENS, run_b=engine)
+    assert (result.verdict, result.parts_at) == ("fault", "layers.1.feed_forward")
+    assert [(c.cause, c.proved) for c in result.causes] == [("engine", False)]
+    errors = {place.module: place.error for place in result.growth}
+    assert errors["layers.1.attention"] < 1e-6 < errors["layers.1.feed_forward"]
+
+
+def test_the_hidden_states_of_transformers_are_those_of_each_half_layer(base: pathlib.Path) -> None:
+    pytest.importorskip("transformers")
+    result = compare(base, base, TOKENS, run_b=lambda tokens: engines.ran("transformers", base, tokens, ""))
+    assert (result.verdict, result.parts_at) == ("noise", None)
+    assert len(result.growth) == 1 + 2 * WIDE.n_layers
+    assert max(place.error for place in result.growth) < 1e-5
+
+
+def test_a_side_without_a_tokenizer_borrows_the_others_and_says_so(tmp_path: pathlib.Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(DEMO, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    text = "import os\n\ndef main():\n    return os.getcwd()\n"
+    for sides, own in ((("demo", bare), "B"), ((bare, "demo"), "A")):
+        result = compare(*sides, text)
+        assert result.verdict == "noise"
+        assert [note for note in result.notes if note.startswith(f"{own} has no tokenizer")]
+    assert compare("demo", "demo", text).notes == ()
+
+
+def test_a_quantized_folder_is_noise_on_either_side(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    quantize(base, tmp_path / "int8", "int8", TOKENS, "random")
+    result = compare(base, tmp_path / "int8", TOKENS)
+    assert (result.verdict, result.formats[1]) == ("noise", "quantized")
+    assert 0 < result.rounding.error < result.rounding.bound
+    assert compare(tmp_path / "int8", tmp_path / "int8", TOKENS).kld == 0
+
+
+def test_an_adapter_of_another_model_is_refused(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    factors = Factors(torch.ones(2, 32), torch.ones(32, 2), 1.0)
+    narrow = tiny_args(dim=32, head_dim=16, n_heads=2, n_kv_heads=2, hidden_dim=64)
+    save_adapter(Adapter({"layers.0.attention.wq": factors}), tmp_path / "narrow", narrow)
+    with refused(CheckpointError):
+        compare(base, f"{base}+{tmp_path / 'narrow'}", TOKENS)
 
 
 def test_the_figures_are_those_of_the_definitions() -> None:

@@ -95,7 +95,9 @@ def test_a_state_that_cannot_be_written_is_refused_before_the_work(tmp_path: pat
 
 
 @pytest.mark.parametrize("flags", [(), ("--context", "48", "--stride", "8")])
-def test_a_killed_run_continues_with_the_same_bits(flags: tuple[str, ...], tmp_path: pathlib.Path) -> None:
+def test_a_killed_run_continues_with_the_same_bits(
+    flags: tuple[str, ...], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, text, state = tmp_path / "model", tmp_path / "text", tmp_path / "state"
     model = Mistral7B.from_pretrained("demo")
     if flags:
@@ -106,7 +108,8 @@ def test_a_killed_run_continues_with_the_same_bits(flags: tuple[str, ...], tmp_p
         (folder / "tokenizer.model.v3").write_bytes(pathlib.Path(DEMO.path).read_bytes())
     text.write_text(pathlib.Path(sliding.__file__).read_text() * (1 if flags else 2))
     command = ("eval", "perplexity", str(folder), "--text", str(text), "--json", "--threads", "1", *flags)
-    whole = json.loads(start(*command).communicate(timeout=100)[0])
+    assert main([*command]) == 0
+    whole = json.loads(capsys.readouterr().out)
     slowly = (
         "from mistral_7b.evaluation import sliding; import time\n"
         "sliding.SAVE_EVERY, add = 0.0, sliding._add\n"
@@ -119,8 +122,9 @@ def test_a_killed_run_continues_with_the_same_bits(flags: tuple[str, ...], tmp_p
     process.communicate()
     assert torch.load(state, weights_only=True)["tokens"] > 0
     if flags:
-        other = start(*command, "--state", str(state), "--dtype", "float32").communicate(timeout=100)
-        assert other[0] == b""  # a state of other weights
-    resumed = json.loads(start(*command, "--state", str(state)).communicate(timeout=100)[0])
+        assert main([*command, "--state", str(state), "--dtype", "float32"]) != 0
+        assert capsys.readouterr().out == ""  # a state of other weights
+    assert main([*command, "--state", str(state)]) == 0
+    resumed = json.loads(capsys.readouterr().out)
     assert resumed == whole
     assert not state.exists()

@@ -114,3 +114,23 @@ def test_a_rotation_keeps_its_angles_alone() -> None:
     cos, sin = angle.cos(), angle.sin()
     kept = kept_by(lambda t: elementwise.rotate(t, cos, sin), x)
     assert sum(t.nbytes for t in kept) == cos.nbytes + sin.nbytes < x.nbytes
+
+
+@pytest.mark.parametrize("width", [16, 100, 4096])
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_the_gradients_of_a_frozen_norm_and_of_a_gate(width: int, dtype: torch.dtype, step: float) -> None:
+    """Their kernels against float64, also for rows that do not fill vectors, and rows shared among threads."""
+    x, up, w, grad = (torch.randn(n, width).to(dtype) for n in (40, 40, 1, 40))
+    wide = [t.double() for t in (x, up, w[0], grad)]
+    cases = (
+        (elementwise.rms_norm, elementwise.rms_norm_twin, (0,), (2,), (1e-5,)),
+        (elementwise.silu_mul, elementwise.silu_mul_twin, (0, 1), (), ()),
+    )
+    for operator, twin, trained, frozen, rest in cases:
+        got, exact = (
+            torch.autograd.grad(f(*own, *(of[i] for i in frozen), *rest), own, of[3])
+            for f, of in ((operator, (x, up, w[0], grad)), (twin, wide))
+            for own in [[of[i].clone().requires_grad_() for i in trained]]
+        )
+        for a, b in zip(got, exact, strict=True):
+            torch.testing.assert_close(a.double(), b, atol=step, rtol=step)

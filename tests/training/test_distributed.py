@@ -18,6 +18,7 @@ from processes import run
 from refusals import refused
 from tiny import tiny_args, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import until
 
 from mistral_7b import FinetuneArgs, Mistral7B, ModelArgs, TrainingError
 from mistral_7b.distributed import ranks
@@ -155,7 +156,7 @@ def test_a_state_resumes_at_another_number_of_processes(tmp_path: Path) -> None:
         training(ARGS, out).train(lambda record: None)  # outside torchrun
 
 
-def lose(out: Path, number: int) -> Any:
+def lose(out: Path, number: int, ended: Path) -> Any:
     """Rank 1 gets a signal after two updates; the others say what ends them, and after how long."""
     made = training(dataclasses.replace(ARGS, steps=50), out)
     began = 0.0
@@ -170,7 +171,7 @@ def lose(out: Path, number: int) -> Any:
     def stricken() -> Any:
         if ranks.rank() == 1 and made.loop.step == 2:
             os.kill(os.getpid(), number)
-            time.sleep(12)
+            until(ended.exists, 60)  # hangs until rank 0 has given up
         return update()
 
     made.loop.update = stricken  # type: ignore[method-assign]
@@ -184,7 +185,7 @@ def lose(out: Path, number: int) -> Any:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGWINCH], ids=["killed", "hung"])
 def test_a_lost_rank_ends_the_run_and_the_state_is_good(tmp_path: Path, number: int) -> None:
-    lost = run(2, lambda: lose(tmp_path / "run", number), tmp_path, timeout=4.0)
+    lost = run(2, lambda: lose(tmp_path / "run", number, tmp_path / "rank-0"), tmp_path, timeout=4.0)
     message, seconds = lost[0]
     assert "rank 0 of 2" in message or message == "reworded"
     assert seconds < 11, "at once, or after the time limit of 4 s"

@@ -239,6 +239,13 @@ def test_reasons_say_where_and_why(tmp_path: Path) -> None:
     assert "--skip-bad" in lines[-1]
 
 
+@pytest.mark.parametrize("weight", ["1e9", "0", "-1", "inf", "nan", "x"])
+def test_an_absurd_weight_is_refused(tmp_path: Path, weight: str) -> None:
+    path = written(tmp_path / "a.jsonl", CHAT)
+    with refused(TrainingError, field="data"):
+        read_data([f"{path}:{weight}"], V3, "full", 64)
+
+
 def test_sources_are_weighted_and_counted(tmp_path: Path) -> None:
     colon = written(tmp_path / "a:2.jsonl", CHAT, CHAT)
     listed = tmp_path / "b.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,12 @@ def run(out: Path, show: Any = lambda record: None, held_out: int = 0, **changes
 
 def hash_of(out: Path) -> str:
     return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("lr", [1e9, 11.0, 0.0, math.inf])
+def test_an_absurd_learning_rate_is_refused(lr: float) -> None:
+    with refused(TrainingError, field="lr"):
+        FinetuneArgs(lr=lr)
 
 
 def test_the_loss_is_that_of_each_document_alone_over_its_trained_tokens() -> None:

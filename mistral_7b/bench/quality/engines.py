@@ -1,4 +1,4 @@
-"""The logits of other engines for a model's files, as `mistral-7b compare` needs them.
+"""What other engines compute for a model's files, as `mistral-7b compare` needs it.
 
 R rows · T tokens · V vocabulary
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,17 +18,18 @@ from ... import machine
 from ...checkpoint import convert
 from ...checkpoint.gguf.file import is_gguf
 from ...errors import BenchmarkError, first_line
+from ...evaluation.comparison.engine import Ran
 from ..jobs import LLAMA
 from ..run import SPARE, call, need
 
 
-def logits(engine: str, path: pathlib.Path, tokens: Tensor, python: str) -> Tensor:
-    """Return the logits (R, T, V) of "transformers" or "llama.cpp" for tokens (R, T), each row on its own.
+def ran(engine: str, path: pathlib.Path, tokens: Tensor, python: str) -> Ran:
+    """Run "transformers" or "llama.cpp" over tokens (R, T), each row on its own.
 
-    llama.cpp runs under the Python `python`; files of other formats are converted to GGUF for it. Raises
-    BenchmarkError if the engine is missing or cannot open the files.
+    Only transformers gives hidden states. llama.cpp runs under the Python `python`; files of other formats are
+    converted to GGUF for it. Raises BenchmarkError if the engine is missing or cannot open the files.
     """
-    return _llama(path, tokens, python) if engine == LLAMA else _transformers(path, tokens)
+    return Ran(_llama(path, tokens, python)) if engine == LLAMA else _transformers(path, tokens)
 
 
 def _llama(path: pathlib.Path, tokens: Tensor, python: str) -> Tensor:
@@ -48,7 +50,7 @@ def _llama(path: pathlib.Path, tokens: Tensor, python: str) -> Tensor:
 
 
 @torch.inference_mode()
-def _transformers(path: pathlib.Path, tokens: Tensor) -> Tensor:
+def _transformers(path: pathlib.Path, tokens: Tensor) -> Ran:
     try:
         import transformers
     except ImportError as error:
@@ -65,4 +67,14 @@ def _transformers(path: pathlib.Path, tokens: Tensor) -> Tensor:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BenchmarkError(f"transformers cannot open it: {first_line(error)}", place=path) from error
-    return torch.cat([model(row[None], use_cache=False).logits.float() for row in tokens])
+    states: list[list[Tensor]] = [[] for _ in range(1 + 2 * len(model.model.layers))]
+
+    def keep(n: int) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: states[n].append(inputs[0])
+
+    for n, layer in enumerate(model.model.layers):  # the input of each half, and of the last norm
+        layer.register_forward_pre_hook(keep(2 * n))
+        layer.post_attention_layernorm.register_forward_pre_hook(keep(2 * n + 1))
+    model.model.norm.register_forward_pre_hook(keep(len(states) - 1))
+    logits = torch.cat([model(row[None], use_cache=False).logits.float() for row in tokens])
+    return Ran(logits, [torch.cat(rows) for rows in states])

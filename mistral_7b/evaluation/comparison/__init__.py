@@ -7,7 +7,8 @@ tensors      the difference of the weights, and how much of it rounding explains
 hypotheses   what a broken converter does to a tensor, and what undoes it
 causes       suspects from tensors, adapters, settings and tokens
 streaming    several models over the same tokens, one block of one model in memory at a time
-engine       B's files in another engine, which gives logits only
+engine       B's files in another engine, by its logits and hidden states
+modules      the engine's error in each module, on its own input, in float64
 figures      llama.cpp's figures: KLD, Δp, perplexity
 result       what was found, as data and as text
 plot         the error's growth over the layers

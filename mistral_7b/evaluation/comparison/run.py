@@ -28,7 +28,7 @@ from ...errors import EvaluationError
 from ...text.default_text import default_text
 from . import causes, engine
 from .causes import Suspect
-from .engine import Logits
+from .engine import Engine
 from .result import FAULT, NOISE, Cause, Result
 from .sides import Side, check_same_shape, open_side
 from .streaming import Pair, Stream, Trace, run
@@ -59,7 +59,7 @@ def compare(
     text_name: str = "",
     tokens: int = TOKENS,
     row: int = ROW,
-    logits: Logits | None = None,
+    run_b: Engine | None = None,
     unit: float = 2**-20,
     tell: Tell = lambda text: None,
 ) -> Result:
@@ -68,8 +68,8 @@ def compare(
     a, b     MODEL or MODEL+ADAPTER: folders of Hugging Face and Mistral, quantized folders, GGUF files, hub ids
     text     a text, which both sides encode; or token ids (R, T); None: the default text
     tokens   how many of the text's tokens at most, in rows of `row` tokens, which are independent
-    logits   an engine that runs B's files: tokens (R, T) to logits (R, T, V); its arithmetic has errors of the
-             relative size `unit` (engine.py)
+    run_b    an engine that runs B's files: tokens (R, T) to engine.Ran; its arithmetic has errors of the relative
+             size `unit` (engine.py)
     tell     called with the name of each step
 
     Raises EvaluationError for models of different shapes, vocabularies or tokenizers, and for a text without
@@ -90,8 +90,8 @@ def compare(
             check_ids(side, text)
         read = (Tokens(text), Tokens(text))
     result = _judged(Pairing(left, right, read, tell), text_name)
-    if logits is not None:
-        result = engine.judge(result, left, right, (read[0].rows, read[1].rows), logits, unit, RATIO, tell)
+    if run_b is not None:
+        result = engine.judge(result, left, right, (read[0].rows, read[1].rows), run_b, unit, RATIO, tell)
     tell("")
     return result
 
@@ -107,6 +107,9 @@ def _judged(pairing: Pairing, text_name: str) -> Result:
         more.append(padding)
     elif b.args.vocab_size > a.args.vocab_size:
         notes.append(f"B has {b.args.vocab_size - a.args.vocab_size} tokens more, of probability {text.extra:.1g}")
+    for own, other, tokens in (("A", "B", pairing.tokens[0]), ("B", "A", pairing.tokens[1])):
+        if tokens.borrowed:
+            notes.append(f"{own} has no tokenizer: its tokens are those of {other}'s")
     suspects = [*causes.of_tokens(*pairing.tokens), *suspects, *more]
     chat = first.figures[2].kld if len(first.figures) > 2 else 0.0
     expected = noise.kld

@@ -2,7 +2,7 @@
 
     MODEL            a folder (Hugging Face, Mistral, quantized), a GGUF file, a hub id, "demo", "starter"
     MODEL+ADAPTER    with a LoRA adapter as it is applied at run time, unrounded
-    transformers:MODEL, llama.cpp:MODEL    the logits of that engine for the same files (engines.py)
+    transformers:MODEL, llama.cpp:MODEL    that engine, which runs the same files (engine.py)
 
 Both sides are computed in float32 by the same code, so their distance is that of weights, settings and tokens.
 
@@ -109,7 +109,7 @@ def open_side(name: str | os.PathLike[str]) -> Side:
             f"{engine} is no model but an engine, which runs B",
             field="model",
             place=os.fspath(name),
-            hint="name it as B on the command line, or pass its `logits` to compare()",
+            hint="name it as B on the command line, or pass it to compare() as `run_b`",
         )
     path = hub.resolve(model)
     record = quantized.read_record(path)

@@ -27,11 +27,15 @@ Progress = Callable[[int, int, str], None]  # blocks done, of all, and what is n
 
 
 class Stream(NamedTuple):
-    """A model and the tokens (R, T) that it runs on; with `logits` (R, T, V) of another engine, it is not run."""
+    """A model and the tokens (R, T) that it runs on; with `logits` (R, T, V) of another engine, it is not run.
+
+    states    the engine's hidden states (R, T, D), after the embedding and after each half of each layer; or none
+    """
 
     side: Side
     tokens: Tensor
     logits: Tensor | None = None
+    states: Sequence[Tensor] = ()
 
 
 class Pair(NamedTuple):
@@ -67,8 +71,9 @@ def run(
 ) -> Trace:
     """Run all streams, those with logits last; `probes` are other settings of the first stream, by name."""
     computed = [stream for stream in streams if stream.logits is None]
-    settings = [_settings(stream.side.args, stream.tokens) for stream in computed]
-    probed = {name: (args, *_settings(args, streams[0].tokens)) for name, args in (probes or {}).items()}
+    given = [stream.states for stream in streams if stream.logits is not None]
+    settings = [settings_of(stream.side.args, stream.tokens) for stream in computed]
+    probed = {name: (args, *settings_of(args, streams[0].tokens)) for name, args in (probes or {}).items()}
     growth: list[list[Place]] = [[] for _ in pairs]
     effects = {name: Place("", 0.0) for name in probed}
     states: list[Tensor] = []
@@ -77,14 +82,14 @@ def run(
         states += [table[streams[n].tokens] for n in numbers]
         del table
         side.release(EMBEDDING)
-    _measure(growth, pairs, states, "tok_embeddings")
+    _measure(growth, pairs, [*states, *_at(given, 0)], "tok_embeddings")
     n_layers = streams[0].side.args.n_layers
     for layer in range(n_layers):
         progress(layer, n_layers + 1, f"layers.{layer}")
         middle: list[Tensor] = []
         after: list[Tensor] = []
         for side, numbers in _by_side(computed):
-            block = _block(side, layer)
+            block = block_of(side, layer)
             for n in numbers:
                 if n == 0:
                     _probe(effects, probed, block, states[0], settings[0], layer)
@@ -94,8 +99,8 @@ def run(
             for key in block.state_dict():
                 side.release(f"layers.{layer}.{key}")
             del block
-        _measure(growth, pairs, middle, f"layers.{layer}.attention")
-        _measure(growth, pairs, after, f"layers.{layer}.feed_forward")
+        _measure(growth, pairs, [*middle, *_at(given, 2 * layer + 1)], f"layers.{layer}.attention")
+        _measure(growth, pairs, [*after, *_at(given, 2 * layer + 2)], f"layers.{layer}.feed_forward")
         states = after
     progress(n_layers, n_layers + 1, "output")
     states += [stream.logits for stream in streams if stream.logits is not None]
@@ -103,9 +108,10 @@ def run(
     return Trace(figures, growth, effects)
 
 
-def _settings(args: ModelArgs, tokens: Tensor) -> tuple[Rope, Stateless]:
+def settings_of(args: ModelArgs, tokens: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Rope, Stateless]:
+    """The rotary phases and the memory of a forward without a cache."""
     memory = Stateless(args.sliding_window)
-    return rope_phases(memory.extend(tokens), args, torch.float32), memory
+    return rope_phases(memory.extend(tokens), args, dtype), memory
 
 
 def _by_side(streams: Sequence[Stream]) -> list[tuple[Side, list[int]]]:
@@ -119,7 +125,8 @@ def _by_side(streams: Sequence[Stream]) -> list[tuple[Side, list[int]]]:
     return out
 
 
-def _block(side: Side, layer: int) -> TransformerBlock:
+def block_of(side: Side, layer: int) -> TransformerBlock:
+    """A block of a side, in float32."""
     block = TransformerBlock(side.args, dtype=torch.float32, device="meta")
     weights = {key: side.weight(f"layers.{layer}.{key}") for key in block.state_dict()}
     block.load_state_dict(weights, assign=True)
@@ -145,6 +152,11 @@ def _probe(
         block.attention_norm.eps = eps
         if error > effects[name].error:
             effects[name] = Place(f"layers.{layer}.attention", error)
+
+
+def _at(given: Sequence[Sequence[Tensor]], n: int) -> list[Tensor]:
+    """The n-th states of the engines that have any."""
+    return [states[n] for states in given if states]
 
 
 def _measure(growth: list[list[Place]], pairs: Sequence[Pair], states: Sequence[Tensor], module: str) -> None:

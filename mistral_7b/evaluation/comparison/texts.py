@@ -24,11 +24,15 @@ CONVERSATION = (
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """What a side reads: rows (R, T) of the text, and the conversation (1, T), None without a chat template."""
+    """What a side reads: rows (R, T) of the text, and the conversation (1, T), None without a chat template.
+
+    borrowed    whether the side has no tokenizer, and these are of the other side's
+    """
 
     rows: Tensor
     chat: Tensor | None = None
     bos: int | None = None
+    borrowed: bool = False
 
 
 def tokens_of(a: Side, b: Side, text: str, most: int, row: int) -> tuple[Tokens, Tokens]:
@@ -62,8 +66,8 @@ def tokens_of(a: Side, b: Side, text: str, most: int, row: int) -> tuple[Tokens,
     for side in (a, b):
         check_ids(side, body)
     return (
-        Tokens(_begun(body, starts[0]), _chat(one), one.bos_id),
-        Tokens(_begun(body, starts[1]), _chat(other), other.bos_id),
+        Tokens(_begun(body, starts[0]), _chat(one), one.bos_id, first is None),
+        Tokens(_begun(body, starts[1]), _chat(other), other.bos_id, second is None),
     )
 
 

@@ -39,7 +39,7 @@ BLOCK = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "atte
          "ffn_norm", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")  # fmt: skip
 ATTENTION, GATE = "rotary embedding, attention", "gate: silu(w1 x) * w3 x"
 BETWEEN = {"attention.wo": ATTENTION, "feed_forward.w2": GATE}
-REST = "the rest: residual sums, Python"
+OTHER = "other: Python, residual sums, choice of the token"
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,17 @@ def step_times(
         "output",
     ]
     split = [operator(top.get(key, key), key, n if key not in top else 1, parts[key]) for key in order]
-    rest = max(0.0, split_seconds - sum(o.seconds for o in split))
+    whole_step = [operator(name, key, 1, found[key]) for key, name in top.items()]
     return StepTimes(
-        [operator(name, key, 1, found[key]) for key, name in top.items()],
-        [*split, Operator(REST, n, rest, 0, 0, 0.0)],
+        [*whole_step, _other(whole_step, seconds, 1)],
+        [*split, _other(split, split_seconds, n)],
         seconds, split_seconds, len(ids), bandwidth, peak, _is_fused(model), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _other(operators: Sequence[Operator], seconds: float, calls: int) -> Operator:
+    """What a step of so many seconds takes beside these operators, so that all bars sum to the step."""
+    return Operator(OTHER, calls, max(0.0, seconds - sum(o.seconds for o in operators)), 0, 0, 0.0)
 
 
 def _run(

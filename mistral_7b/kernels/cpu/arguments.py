@@ -83,10 +83,25 @@ class RMSNormCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class RMSNormBackCall(ctypes.Structure):
+    """out (M, D) = the gradient of x (M, D) of RMSNorm, from that of its result."""
+
+    _fields_ = (
+        *_fields(PTR, "x weight grad out"), *_fields(LONG, "M D"), *_fields(FLOAT, "eps"),
+        *_fields(INT, "bf16 threads"),
+    )  # fmt: skip
+
+
 class SiluMulCall(ctypes.Structure):
     """out (n,) = silu(gate) * up."""
 
     _fields_ = (*_fields(PTR, "gate up out"), *_fields(LONG, "n"), *_fields(INT, "bf16 threads"))
+
+
+class SiluMulBackCall(ctypes.Structure):
+    """d_gate, d_up (n,) = the gradients of silu(gate) * up, from that of the product."""
+
+    _fields_ = (*_fields(PTR, "gate up grad d_gate d_up"), *_fields(LONG, "n"), *_fields(INT, "bf16 threads"))
 
 
 class RotateCall(ctypes.Structure):

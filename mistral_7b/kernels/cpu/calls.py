@@ -70,6 +70,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def rms_norm_back(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
+    """The gradient of x (..., D) of `rms_norm`, from that of its result."""
+    x, grad, D = x.contiguous(), grad.contiguous(), x.shape[-1]
+    out = torch.empty_like(x)
+    call = arguments.RMSNormBackCall(
+        x=x.data_ptr(), weight=weight.data_ptr(), grad=grad.data_ptr(), out=out.data_ptr(), M=x.numel() // D, D=D,
+        eps=eps, **_common(x),
+    )  # fmt: skip
+    _library().m7b_rms_norm_back(byref(call))
+    return out
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     gate, up = gate.contiguous(), up.contiguous()
@@ -79,6 +91,18 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     )
     _library().m7b_silu_mul(byref(call))
     return out
+
+
+def silu_mul_back(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up of `silu_mul`, from that of its result."""
+    gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    call = arguments.SiluMulBackCall(
+        gate=gate.data_ptr(), up=up.data_ptr(), grad=grad.data_ptr(), d_gate=d_gate.data_ptr(),
+        d_up=d_up.data_ptr(), n=gate.numel(), **_common(gate),
+    )  # fmt: skip
+    _library().m7b_silu_mul_back(byref(call))
+    return d_gate, d_up
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ ARM_FLAGS = {"i8mm": "i8mm", "dotprod": "asimddp"}  # the CPU's names, in Linux
 VARIABLE = "MISTRAL_7B_KERNELS"
 
 FUNCTIONS = (  # each takes a pointer to one structure of arguments.py
-    "linear", "dequantize", "low_rank", "rms_norm", "silu_mul", "rotate", "attend", "project", "finish_block",
-    "layers", "round", "feedback",
+    "linear", "dequantize", "low_rank", "rms_norm", "rms_norm_back", "silu_mul", "silu_mul_back", "rotate",
+    "attend", "project", "finish_block", "layers", "round", "feedback",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-// RMSNorm, SwiGLU's gate, addition and rotary embedding.
+// RMSNorm and SwiGLU's gate, each with its backward pass; addition and rotary embedding.
 
 #pragma once
 
@@ -18,9 +18,24 @@ struct RMSNormCall {
     int bf16, threads;
 };
 
+struct RMSNormBackCall {
+    const void *x, *weight, *grad;  // (M, D), (D,), (M, D)
+    void* out;                      // (M, D)
+    int64_t M, D;
+    float eps;
+    int bf16, threads;
+};
+
 struct SiluMulCall {
     const void *gate, *up;  // (n,)
     void* out;
+    int64_t n;
+    int bf16, threads;
+};
+
+struct SiluMulBackCall {
+    const void *gate, *up, *grad;  // (n,)
+    void *d_gate, *d_up;
     int64_t n;
     int bf16, threads;
 };
@@ -62,6 +77,34 @@ void rms_norm(const RMSNormCall& c) {
     });
 }
 
+// The gradient of x: with r = 1 / sqrt(mean(x^2) + eps) and g = grad * weight, r (g - x r^2 mean(g x)).
+template <class T>
+void rms_norm_back(const RMSNormBackCall& c) {
+    using S = typename T::Store;
+    const int64_t D = c.D;
+    const S *xs = static_cast<const S*>(c.x), *weight = static_cast<const S*>(c.weight), *grads = static_cast<const S*>(c.grad);
+    S* outs = static_cast<S*>(c.out);
+    parallel(c.M * D < 1 << 16 ? 1 : c.threads, [&](int t, int n) {
+        const Span range = partition(c.M, t, n);
+        for (int64_t m = range.begin; m < range.end; m++) {
+            const S *x = xs + m * D, *grad = grads + m * D;
+            F16 squares = {}, products = {};
+            for (int64_t d = 0; d < D; d += 16) {
+                const F16 v = load(x + d, D - d);
+                squares += v * v;
+                products += v * (load(grad + d, D - d) * load(weight + d, D - d));
+            }
+            const float mean = reduce_sum(squares) / float(D);
+            const float r = 1.0f / __builtin_sqrtf(mean + c.eps);
+            const F16 scale = broadcast(r), along = broadcast(reduce_sum(products) / float(D) * r * r);
+            for (int64_t d = 0; d < D; d += 16) {
+                const F16 g = load(grad + d, D - d) * load(weight + d, D - d);
+                store(outs + m * D + d, scale * (g - load(x + d, D - d) * along), D - d);
+            }
+        }
+    });
+}
+
 // silu(gate) * up, each rounded to its type as in PyTorch.
 template <class T>
 void silu_mul(const SiluMulCall& c) {
@@ -76,6 +119,24 @@ void silu_mul(const SiluMulCall& c) {
             S cast[16];
             store(cast, g / (1.0f + exponential(-g)));
             store(y + i, load(cast) * load(up + i, n - i), n - i);
+        }
+    });
+}
+
+// The gradients of gate and up: with s = 1 / (1 + e^-gate), grad up s (1 + gate (1 - s)) and grad gate s.
+template <class T>
+void silu_mul_back(const SiluMulBackCall& c) {
+    using S = typename T::Store;
+    const S *gate = static_cast<const S*>(c.gate), *up = static_cast<const S*>(c.up), *grad = static_cast<const S*>(c.grad);
+    S *d_gate = static_cast<S*>(c.d_gate), *d_up = static_cast<S*>(c.d_up);
+    const int64_t n = c.n, vectors = (n + 15) / 16;
+    parallel(n < 1 << 15 ? 1 : c.threads, [&](int t, int threads) {
+        const Span range = partition(vectors, t, threads);
+        for (int64_t i = range.begin * 16; i < std::min(n, range.end * 16); i += 16) {
+            const F16 g = load(gate + i, n - i), dy = load(grad + i, n - i);
+            const F16 s = 1.0f / (1.0f + exponential(-g));
+            store(d_gate + i, dy * load(up + i, n - i) * (s * (1.0f + g * (1.0f - s))), n - i);
+            store(d_up + i, dy * (g * s), n - i);
         }
     });
 }

@@ -53,7 +53,11 @@ void m7b_low_rank(const LowRankCall* c) {
 
 void m7b_rms_norm(const RMSNormCall* c) { c->bf16 ? rms_norm<BF16>(*c) : rms_norm<F32>(*c); }
 
+void m7b_rms_norm_back(const RMSNormBackCall* c) { c->bf16 ? rms_norm_back<BF16>(*c) : rms_norm_back<F32>(*c); }
+
 void m7b_silu_mul(const SiluMulCall* c) { c->bf16 ? silu_mul<BF16>(*c) : silu_mul<F32>(*c); }
+
+void m7b_silu_mul_back(const SiluMulBackCall* c) { c->bf16 ? silu_mul_back<BF16>(*c) : silu_mul_back<F32>(*c); }
 
 void m7b_rotate(const RotateCall* c) { c->bf16 ? rotate<BF16>(*c) : rotate<F32>(*c); }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import EngineError, Mistral7BError
 from ..sampling.params import SamplingParams
 from ..sampling.sampler import Row, sample_rows
-from .extras import TopLogprobs, top_logprobs, use_hidden_of
+from .extras import TopLogprobs, score, top_logprobs, use_hidden_of
 from .forward import Forward
 from .in_flight import InFlightStep, Pick, Plan, Rows, row_of
 from .request import Request, SequenceState
@@ -91,15 +91,26 @@ def logits_of(
 
 
 def use_hidden(plan: Plan, hidden: Tensor, forward: Forward, fail_request: FailRequest) -> None:
-    """Compute embeddings and the prompts' log-probabilities from the hidden states (N, D) of a plan."""
+    """Compute embeddings, scores and the prompts' log-probabilities from the hidden states (N, D) of a plan."""
     start = 0
+    scored: list[tuple[SequenceState, int, int]] = []
     for s, n in plan:
         if not s.ended:
             try:
                 use_hidden_of(s, hidden[start : start + n], forward)
             except Exception as e:
                 fail_request(s.request, "its recording, embedding or prompt's log-probabilities", e)
+            else:
+                scored += [(s, start, n)] if s.request.targets else []
         start += n
+    try:
+        score(scored, hidden, forward)
+    except Exception:
+        for part in scored:
+            try:
+                score([part], hidden, forward)
+            except Exception as e:
+                fail_request(part[0].request, "its scores", e)
 
 
 def sample(

@@ -8,7 +8,7 @@ from itertools import groupby
 from torch import Tensor
 
 from ..sampling.choice import to_device
-from ..sampling.logprobs import Logprob, following_logprobs, logprobs, scores
+from ..sampling.logprobs import LOGPROB_ROWS, Logprob, Score, following_logprobs, logprobs, scores
 from .forward import Forward
 from .in_flight import InFlightStep, Pick
 from .request import Request, SequenceState
@@ -35,28 +35,39 @@ def _k(pick: Pick) -> int:
 
 
 def use_hidden_of(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
-    """Pool the hidden states (T, D) of a sequence's next tokens, or compute log-probabilities or scores.
+    """Pool the hidden states (T, D) of a sequence's next tokens, or compute their log-probabilities.
 
     Raises the error of the request's own recording or steering in this step.
     """
     if s.request.watching is not None:
         s.request.watching.check()
-    if s.request.targets:
-        _score(s, hidden, forward)
-    elif s.request.pooling:
+    if s.request.pooling and not s.request.targets:
         s.request.pool(s.computed, hidden)
     elif s.request.params.prompt_logprobs is not None:
         _prompt_logprobs(s, hidden, forward)
 
 
-def _score(s: SequenceState, hidden: Tensor, forward: Forward) -> None:
-    """Append the scores of the targets that follow the tokens of hidden (T, D), once for each."""
-    request = s.request
-    first = len(request.ids) - len(request.targets)  # position of the first row that is needed
-    begin, end = first + len(request.scores), s.computed + len(hidden)
-    if begin < end:
-        following = to_device(request.targets[begin - first : end - first], hidden.device)
-        request.scores += scores(_projection(request, forward), hidden[begin - s.computed :], following)
+def score(parts: Sequence[tuple[SequenceState, int, int]], hidden: Tensor, forward: Forward) -> None:
+    """Append the scores of the targets that follow tokens of hidden (N, D), which are projected together.
+
+    A part is a sequence, the row of the first of its tokens, and their number.
+    """
+    rows: list[tuple[int, str | None]] = []
+    following: list[int] = []
+    owners: list[Request] = []
+    for s, start, n in parts:
+        request = s.request
+        first = len(request.ids) - len(request.targets)  # position of the first row that is needed
+        for p in range(first + len(request.scores), s.computed + n):  # once for each
+            rows.append((start + p - s.computed, request.adapter))
+            following.append(request.targets[p - first])
+            owners.append(request)
+    found: list[Score] = []
+    for i in range(0, len(rows), LOGPROB_ROWS):
+        some = slice(i, i + LOGPROB_ROWS)
+        found += scores(forward.logits(hidden, rows[some]), to_device(following[some], hidden.device))
+    for request, one in zip(owners, found, strict=True):
+        request.scores.append(one)
 
 
 def _projection(request: Request, forward: Forward) -> Callable[[Tensor], Tensor]:

@@ -76,7 +76,7 @@ class Forward:
         runs = groupby(padded, lambda row: row[1])
         lengths = [(adapter, len(list(run))) for adapter, run in runs]
         with self.cores, self.adapters.over(lengths) as model:
-            all_rows = len(padded) == len(hidden)
+            all_rows = len(rows) == len(padded) == len(hidden)
             selected = hidden if all_rows else hidden[to_device([i for i, _ in padded], hidden.device)]
             return model.logits(selected)[: len(rows)]
 

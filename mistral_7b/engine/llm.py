@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import EngineError, GenerationError
-from ..kernels.backend import LINEAR, PAGED_ATTENTION, Backend, uses
+from ..kernels.backend import LINEAR, PACKED_LINEAR, PAGED_ATTENTION, Backend, uses
 from ..lora.adapters import Source
 from ..model import Mistral7B
 from ..quantization import Scheme, quantize
@@ -101,10 +101,11 @@ def make_deterministic(model: Mistral7B) -> None:
     weight = model.norm.weight
     # PyTorch's attention, which other types use, depends on the number of rows.
     attends = weight.device.type != "cpu" or uses(Backend.CPU, PAGED_ATTENTION, weight.new_empty(0))
-    if not attends or not (integers or uses(Backend.ONEDNN, LINEAR, weight)):
+    fixed = integers or any(uses(Backend.ONEDNN, operation, weight) for operation in (LINEAR, PACKED_LINEAR))
+    if not (attends and fixed):
         raise EngineError(
-            "deterministic=True needs a bfloat16 model (its weights may be int8 or int4) on a CPU with the "
-            f"compiled kernels, not {str(weight.dtype).removeprefix('torch.')} on {weight.device}",
+            "deterministic=True needs a float32 or bfloat16 model (its weights may be int8 or int4) on a CPU with "
+            f"the compiled kernels, not {str(weight.dtype).removeprefix('torch.')} on {weight.device}",
             field="deterministic",
             hint='take dtype "bfloat16"; `mistral-7b doctor` says whether the kernels compile',
         )

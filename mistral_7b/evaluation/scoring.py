@@ -1,20 +1,23 @@
 """Scores of given tokens on the engine: log p(continuation | context), with shared prefixes.
 
-    requests   A+x  B+u  A+y  B+v  A+z        contexts A, B and their continuations
-    first      A+x  B+u                       one of each context; its pages enter the prefix cache
-    then       A+y  A+z  B+v                  the others compute the end of the context and their own tokens
+    requests, sorted   A+x  A+y  A+z  B+u  B+v    contexts A, B and their continuations
+    first round        A+x            B+u         their pages enter the prefix cache
+    second round            A+y  A+z       B+v    compute the end of the context and their own tokens
+
+A request is computed in the round after the one that computes its longest prefix. Contexts that begin alike, as
+those with examples do, share that prefix in the same way.
 
 A score depends on its context and continuation alone, to the last bit: neither on the batch size nor on the order
-of the requests. Where rows of a step do not influence each other (int8, int4, bfloat16 on a CPU: docs/engine.md),
-steps hold many requests. On a CPU in other types, each step computes one request, in chunks that begin and end at
+of the requests. Where rows of a step do not influence each other (the deterministic engine: docs/engine.md), steps
+hold many requests. Without the compiled kernels, each step computes one request, in chunks that begin and end at
 multiples of CHUNK, with or without a cached prefix: equal tokens are computed in equal shapes. On a GPU scores
 agree up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 
 from ..engine.config import EngineConfig
 from ..engine.inputs import InputProcessor, RequestOptions
@@ -26,6 +29,7 @@ from ..text.tokenizer import Tokenizer
 
 CHUNK = 32  # tokens of a step where its shape changes the last bits: few rows cost as much time as one
 STEP = 512  # tokens of a step elsewhere
+SHARED = 4  # tokens of a prefix that is worth a round of its own
 USUAL = 2048  # tokens of a usual request, of which the KV pages hold a batch
 
 Ids = Sequence[int]
@@ -34,7 +38,8 @@ Ids = Sequence[int]
 def scoring_engine(model: Mistral7B, tokenizer: Tokenizer | None, batch_size: int = 8) -> InputProcessor:
     """An engine whose scores do not depend on the batch, computing up to `batch_size` requests together."""
     most = max(STEP, batch_size + EngineConfig.page_size)
-    exact = EngineConfig(max_sequences=batch_size, max_batch_tokens=most, deterministic=True)
+    # Pages of one token share whole prefixes.
+    exact = EngineConfig(max_sequences=batch_size, max_batch_tokens=most, page_size=1, deterministic=True)
     lengths = [model.args.max_seq_len, *[min(USUAL, model.args.max_seq_len)] * (batch_size - 1)]
     try:
         return open_engine(model, exact, tokenizer, None, lengths)
@@ -59,13 +64,36 @@ def score(
         inputs.scoring([*context, *continuation], len(context), RequestOptions(), f"request {i}")
         for i, (context, continuation) in enumerate(pairs)
     ]
-    order = sorted(range(len(pairs)), key=lambda i: (tuple(pairs[i][0]), tuple(pairs[i][1])))
-    groups = [list(same) for _, same in groupby(order, key=lambda i: tuple(pairs[i][0]))]
-    size = inputs.engine.config.max_sequences
-    for wave in (groups[at : at + size] for at in range(0, len(groups), size)):
-        for part in ([g[0] for g in wave], [i for g in wave for i in g[1:]]):
-            chosen = [requests[i] for i in part]
-            run(inputs.engine, chosen, advance)
-            if error := next((r.error for r in chosen if r.error is not None), None):
-                raise error
+    order = sorted(range(len(pairs)), key=lambda i: requests[i].ids)
+    pool = inputs.engine.pool
+    for part in rounds([requests[i].ids for i in order], pool.n_pages * pool.page // 2):
+        chosen = [requests[order[i]] for i in part]
+        run(inputs.engine, chosen, advance)
+        if error := next((r.error for r in chosen if r.error is not None), None):
+            raise error
     return [request.scores for request in requests]
+
+
+def rounds(sequences: Sequence[Ids], most: int) -> Iterator[list[int]]:
+    """The places of sorted sequences, grouped so that each prefix of SHARED tokens or more is computed once.
+
+    Prefixes are shared among neighbors of up to `most` tokens in all, which the prefix cache must hold.
+    """
+    found: list[list[int]] = []
+    spans: list[tuple[int, int]] = []  # of the sequence before: first position, and the round that computes it
+    tokens = 0
+    before: list[int] = []
+    for i, ids in enumerate(map(list, sequences)):
+        if found and tokens + len(ids) > most:
+            yield from found
+            found, spans, tokens = [], [(0, -1)], 0
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
+        first = shared if shared >= SHARED else 0
+        while spans and spans[-1][0] >= first:
+            spans.pop()
+        own = spans[-1][1] + 1 if spans else 0
+        spans.append((first, own))
+        found += [[] for _ in range(own + 1 - len(found))]
+        found[own].append(i)
+        tokens, before = tokens + len(ids), ids
+    yield from found

@@ -109,9 +109,11 @@ def _linear(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
 
 
 def _packed_linear(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    if device.type != "cpu" or dtype != BF16:
-        return Backend.PYTORCH, "F.linear: weights are packed only for bfloat16 on a CPU"
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type != "cpu" or dtype not in FLOATS:
+        return Backend.PYTORCH, "F.linear: weights are packed only for float32 and bfloat16 on a CPU"
+    if dtype == F32 and not torch.backends.mkldnn.is_available():
+        return Backend.PYTORCH, "F.linear: PyTorch has no oneDNN"
+    if dtype == BF16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return Backend.PYTORCH, "F.linear: oneDNN packs for AVX-512 and AVX-NE-CONVERT, and this CPU has neither"
     return Backend.ONEDNN, "the weight is packed once, not in every call"
 
@@ -132,7 +134,7 @@ RMS_NORM = Operation("RMSNorm", cpu=FLOATS, triton=KINDS)
 SILU_MUL = Operation("SwiGLU's gate", cpu=FLOATS, triton=KINDS)
 ROTATE = Operation("RoPE", cpu=FLOATS, triton=KINDS, others=F32)
 ATTENTION = Operation("attention", cpu=(BF16,))  # over new keys and a ring buffer
-PAGED_ATTENTION = Operation("attention over pages", cpu=(BF16,), triton=KINDS)
+PAGED_ATTENTION = Operation("attention over pages", cpu=FLOATS, triton=KINDS)
 DECODE_ATTENTION = Operation("attention of 1 token", triton=KINDS, operator=False)  # over a ring
 BLOCK = Operation("a block in 2 calls", cpu=FLOATS, operator=False)
 LAYERS = Operation("all blocks in 1 call", cpu=(BF16,), operator=False)

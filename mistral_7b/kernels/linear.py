@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import DEQUANTIZE, PACKED_LINEAR, QUANTIZED_LINEAR, Backend, uses
+from .backend import DEQUANTIZE, LINEAR, PACKED_LINEAR, QUANTIZED_LINEAR, Backend, uses
 from .block_formats import FORMATS, TILE, dequantize, float_scales, integer_weight, padded
 from .cpu import calls, compiler
 from .cpu.arguments import Weights
@@ -87,7 +87,8 @@ def block_linear_gradient_twin(grad: Tensor, codes: Tensor, d: Tensor, inputs: i
 
 def _block_gradient(grad: Tensor, codes: Tensor, d: Tensor, inputs: int, kind: str) -> Tensor:
     """`block_linear_gradient`: bfloat16 weights where the CPU multiplies them fast, else float32 ones."""
-    dtype = torch.bfloat16 if uses(Backend.ONEDNN, PACKED_LINEAR, grad) else torch.float32
+    fast = all(uses(Backend.ONEDNN, operation, grad) for operation in (LINEAR, PACKED_LINEAR))
+    dtype = torch.bfloat16 if fast else torch.float32
     if not uses(Backend.CPU, DEQUANTIZE, grad.new_empty(0, dtype=dtype)):
         return block_linear_gradient_twin(grad, codes, d, inputs, kind)
     rows, out = grad.flatten(0, -2).to(dtype), grad.new_empty((*grad.shape[:-1], inputs))

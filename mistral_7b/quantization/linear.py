@@ -6,6 +6,8 @@ tiles of kernels/block_formats.py, on disk and in memory, so that a file only ne
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -123,14 +125,15 @@ class Int8Embedding(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A bfloat16 Linear whose weight is packed once for oneDNN; `F.linear` packs it in every call.
+    """A bfloat16 or float32 Linear whose weight is packed once for oneDNN; `F.linear` packs it in every call.
 
     oneDNN selects its kernel by the number of rows, so the last bits of a row depend on it. `deterministic`
-    processes 32 rows at a time, padded with zeros, to avoid this. oneDNN packs bfloat16 for AVX-512 and for
-    AVX-NE-CONVERT; on a CPU with neither, the weight is not packed.
+    processes ROWS rows at a time, padded with zeros, to avoid this: few, since a step may have one, but enough for
+    the full speed of the kernel. oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither,
+    the weight is not packed.
     """
 
-    ROWS = 32
+    ROWS: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 32, torch.float32: 16}
 
     def __init__(self, weight: Tensor, deterministic: bool = False) -> None:
         super().__init__()
@@ -138,7 +141,8 @@ class PackedLinear(nn.Module):
         self.deterministic = deterministic
         weight = weight.detach()
         self.packs = uses(Backend.ONEDNN, PACKED_LINEAR, weight)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.ROWS) if self.packs else weight
+        self.dtype, self.rows = weight.dtype, self.ROWS[weight.dtype]
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows) if self.packs else weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return frozen_product(x, self._rows, lambda grad: grad @ self.dense())
@@ -152,8 +156,8 @@ class PackedLinear(nn.Module):
             return self._product(x)
         flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
         parts = []
-        for rows in flat.split(self.ROWS):
-            padded_rows = nn.functional.pad(rows, (0, 0, 0, self.ROWS - len(rows)))
+        for rows in flat.split(self.rows):
+            padded_rows = nn.functional.pad(rows, (0, 0, 0, self.rows - len(rows)))
             parts.append(self._product(padded_rows)[: len(rows)])
         return torch.cat(parts).view(*x.shape[:-1], self.out_features)
 
@@ -163,4 +167,4 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, packed bfloat16"
+        return f"{self.in_features}, {self.out_features}, packed {str(self.dtype).removeprefix('torch.')}"

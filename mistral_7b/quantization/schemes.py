@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from ..kernels.backend import has_fp8, weight_layout
+from ..kernels.backend import PACKED_LINEAR, Backend, has_fp8, uses, weight_layout
 from ..kernels.cpu import huge_pages
 from ..model import Mistral7B, ModelArgs
 from ..surgery import replace_linears
@@ -102,7 +102,10 @@ class Scheme:
         if self.name == "fp8":
             return Fp8Linear.from_weight(weight).to(device)
         if self.name == "bf16":
-            return PackedLinear(weight.bfloat16(), self.deterministic) if tiles else _plain(weight, device)
+            # float32 only by the deterministic engine, which keeps the model's type
+            keeps = self.deterministic and uses(Backend.ONEDNN, PACKED_LINEAR, weight)
+            weight = weight if keeps else weight.bfloat16()
+            return PackedLinear(weight, self.deterministic) if tiles else _plain(weight, device)
         kind = self.kind(name, n_layers)
         linear = BlockLinear.of_blocks(kind, round_blocks(weight, kind), weight.shape[1])
         return linear if tiles else row_by_row(linear, device)
@@ -230,4 +233,4 @@ def _bytes(model: nn.Module, without: str) -> Iterator[int]:
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         yield sum(t.numel() * t.element_size() for t in tensors)
         if isinstance(module, PackedLinear):
-            yield module.in_features * module.out_features * 2
+            yield module.in_features * module.out_features * module.dtype.itemsize

@@ -26,14 +26,11 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def scores(project: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> list[Score]:
-    """The scores of ids (T,) after hidden (T, D); `project` gets few rows at a time, as in following_logprobs."""
-    out: list[Score] = []
-    for h, t in zip(hidden.split(LOGPROB_ROWS), ids.split(LOGPROB_ROWS), strict=True):
-        table = project(h).float().log_softmax(-1)  # (R, V)
-        chosen = table.gather(-1, t[:, None])[:, 0].tolist()
-        out += map(Score, chosen, (table.argmax(-1) == t).tolist())
-    return out
+def scores(logits: Tensor, ids: Tensor) -> list[Score]:
+    """The scores of ids (R,) by raw logits (R, V)."""
+    table = logits.float().log_softmax(-1)
+    chosen = table.gather(-1, ids[:, None])[:, 0].tolist()
+    return list(map(Score, chosen, (table.argmax(-1) == ids).tolist()))
 
 
 def logprobs(

@@ -27,7 +27,7 @@ from ..engine.engine import Engine
 from ..engine.llm import make_deterministic
 from ..errors import TrainingError
 from ..kernels.attend import Place, Remembered, attend
-from ..kernels.backend import PAGED_ATTENTION, Backend, uses
+from ..kernels.backend import ATTENTION, Backend, uses
 from ..lora.trainable import trained_adapter
 from ..model import Mistral7B, rope_phases
 from .log_probs import ModelPolicy
@@ -78,7 +78,7 @@ def prepare(model: Mistral7B) -> None:
     TrainingError if the engine's kernels do not give equal bits for this model.
     """
     weight = model.norm.weight
-    if not uses(Backend.CPU, PAGED_ATTENTION, weight.new_empty(0)):
+    if not uses(Backend.CPU, ATTENTION, weight.new_empty(0)):  # bfloat16 alone
         raise TrainingError(
             "sampling and training with equal bits needs a bfloat16 model (its weights may be int8 or int4) on a "
             f"CPU with the compiled kernels, not {str(weight.dtype).removeprefix('torch.')} on {weight.device}",

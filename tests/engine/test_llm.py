@@ -253,7 +253,7 @@ def test_arguments_that_contradict_each_other():
         LLM(tiny_model(), SMALL, device="cpu")
     with refused(EngineError, field="asked"):
         llm_of().generate([1], GREEDY, asked=RequestOptions(), priority=1)
-    for model in (tiny_model(), quantize(tiny_model(), Scheme("int8"))):
+    for model in (tiny_model(dtype=torch.float64), quantize(tiny_model(dtype=torch.float64), Scheme("int8"))):
         with refused(EngineError, field="deterministic"):
             LLM(model, EngineConfig(deterministic=True))
     with refused(EngineError, field="colour") as caught:

@@ -12,7 +12,7 @@ from tiny import tiny_args, tiny_model, truth
 from mistral_7b import Mistral7B
 from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.errors import GenerationError, PromptTooLongError
-from mistral_7b.evaluation.scoring import CHUNK, score, scoring_engine
+from mistral_7b.evaluation.scoring import CHUNK, rounds, score, scoring_engine
 from mistral_7b.quantization import quantize
 
 
@@ -62,6 +62,13 @@ def test_a_prefix_is_computed_once() -> None:
     counts = inputs.engine.counts
     assert counts.cached_tokens == 7 * 64
     assert counts.prompt_tokens == 8 * 66
+
+
+def test_rounds_compute_each_prefix_before_it_is_shared() -> None:
+    examples, a, b, other = [1, 2, 3, 4, 5], [6, 6, 6, 6], [7, 7, 7, 7], [9, 9, 9, 9]
+    sequences = [[*examples, *middle, last] for middle in (a, b) for last in (8, 9)] + [other, [*other, 1]]
+    assert list(rounds(sequences, 1000)) == [[0, 4], [1, 2, 5], [3]]
+    assert list(rounds(sequences, 20)) == [[0], [1], [2], [3], [4], [5]]  # two of the long ones at a time
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

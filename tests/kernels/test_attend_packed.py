@@ -132,3 +132,28 @@ def test_packed_queries_over_rings() -> None:
         assert torch.equal(out[offsets[b] : offsets[b + 1]], chunk([case], [s], n, 300, None)[0])
         last = range(max(0, s + n - slots), s + n)
         assert torch.equal(laid[0, [b * slots + p % slots for p in last]], case.k[last.start : last.stop])
+
+
+@compiled
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("window", [None, 8, 100])
+@pytest.mark.parametrize(("H", "G", "K"), SHAPES)
+def test_float32_queries_over_pages(H: int, G: int, K: int, window: int | None, page: int, int8: bool) -> None:
+    cases = [sequence(202, H, G, K, int8, seed) for seed in range(len(RAGGED))]
+    packed = in_float32(Packed(cases, RAGGED, window, page))
+    out, entries = packed.run(keep=True)
+    expected, expected_entries = packed.run(twin=True, keep=True)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(entries, expected_entries, strict=True))
+    offsets = packed.place.offsets.tolist()
+    for b, span in enumerate(RAGGED):
+        alone = in_float32(Packed(cases[b : b + 1], [span], window, page)).run()[0]
+        assert torch.equal(out[offsets[b] : offsets[b + 1]], alone), span
+
+
+def in_float32(packed: Packed) -> Packed:
+    packed.q = packed.q.float() / 3  # not a bfloat16 number
+    packed.new = [t.float() if t.is_floating_point() else t for t in packed.new]
+    packed.entries = [t.float() if t.is_floating_point() else t for t in packed.entries]
+    return packed

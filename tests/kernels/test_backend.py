@@ -59,6 +59,7 @@ def decide(
         (backend.ATTENTION, CPU, F32, Backend.PYTORCH),
         (backend.ATTENTION, CUDA, BF16, Backend.PYTORCH),
         (backend.PAGED_ATTENTION, CPU, BF16, Backend.CPU),
+        (backend.PAGED_ATTENTION, CPU, F32, Backend.CPU),
         (backend.PAGED_ATTENTION, CUDA, F32, Backend.TRITON),
         (backend.DECODE_ATTENTION, CPU, BF16, Backend.PYTORCH),
         (backend.DECODE_ATTENTION, CUDA, BF16, Backend.TRITON),
@@ -74,7 +75,8 @@ def decide(
         (backend.LINEAR, CPU, BF16, Backend.ONEDNN),
         (backend.LINEAR, CPU, F32, Backend.PYTORCH),
         (backend.LINEAR, CUDA, BF16, Backend.PYTORCH),
-        (backend.PACKED_LINEAR, CPU, F32, Backend.PYTORCH),
+        (backend.PACKED_LINEAR, CPU, F32, Backend.ONEDNN),
+        (backend.PACKED_LINEAR, CPU, F64, Backend.PYTORCH),
         (backend.STEP, CUDA, BF16, Backend.CUDA_GRAPH),
         (backend.STEP, CUDA, F64, Backend.PYTORCH),  # attention reads the block table on the host
         (backend.STEP, CPU, BF16, Backend.PYTORCH),
@@ -130,7 +132,7 @@ def test_the_reason_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_interpreter_runs_what_the_cpp_does_not_support(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INTERPRETED", True)
     assert decide(backend.WEIGHT_ONLY, CPU)[0] is Backend.TRITON
-    assert decide(backend.PAGED_ATTENTION, CPU, F32)[0] is Backend.TRITON
+    assert decide(backend.PAGED_ATTENTION, CPU, F16)[0] is Backend.TRITON
     assert decide(backend.PAGED_ATTENTION, CPU, BF16)[0] is Backend.CPU
 
 

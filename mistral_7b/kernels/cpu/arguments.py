@@ -113,11 +113,11 @@ class RotateCall(ctypes.Structure):
 
 
 class Attend(Place):
-    """out = attention of bfloat16 q (N, H, D) over new and cached keys and values (keys.h)."""
+    """out = attention of bfloat16 or float32 q (N, H, D) over new and cached keys and values (keys.h)."""
 
     _fields_ = (
         *_fields(LONG, "H G D"), *_fields(PTR, "q k v k_scale v_scale old_k old_v old_k_scale old_v_scale out"),
-        *_fields(INT, "int8 keep threads"),
+        *_fields(INT, "bf16 int8 keep threads"),
     )  # fmt: skip
 
 

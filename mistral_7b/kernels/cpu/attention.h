@@ -1,4 +1,4 @@
-// Softmax(Q K^T / sqrt(D)) V of bfloat16 queries, where a key is visible if 0 <= p_q - p_k < window.
+// Softmax(Q K^T / sqrt(D)) V of bfloat16 or float32 queries, where a key is visible if 0 <= p_q - p_k < window.
 //
 // Keys are processed in blocks of 64 positions, aligned to multiples of 64, and each row keeps its own running maximum
 // and sum. So the result of a row depends only on its keys: not on the chunk size, on where keys are stored, or on the
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "float_attention.h"
 #include "keys.h"
 #include "scores.h"
 
@@ -47,7 +48,7 @@ void attend_rows(const Attend& a, const Workspace& r, const WorkItem& u) {
     std::memset(r.p, 0, padded * KEYS * 2);
     for (int64_t m = 0; m < all_rows; m++) r.max[m] = -3.0e38f;
     for (int64_t g = u.g0; g < u.g1; g++) {
-        for (int64_t m = 0; m < rows; m++) std::memcpy(head_of(g).q + m * r.D32, a.q + query(m, g), a.D * 2);
+        for (int64_t m = 0; m < rows; m++) std::memcpy(head_of(g).q + m * r.D32, static_cast<const uint16_t*>(a.q) + query(m, g), a.D * 2);
         pack_queries(head_of(g), padded);
     }
     for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS, std::swap(current, next)) {
@@ -61,7 +62,7 @@ void attend_rows(const Attend& a, const Workspace& r, const WorkItem& u) {
             scores(head, padded);
             for (int64_t p = start + u.t0, m = 0; p < end; p++) {
                 const int64_t first = std::max(int64_t(0), first_key(a, u.b, p) - block), last = std::min(KEYS, p + 1 - block);
-                for (const int64_t stop = m + R; m < stop; m++) softmax_block(head, m, first, last, scale);
+                for (const int64_t stop = m + R; m < stop; m++) softmax_block(head, head.p, m, first, last, scale);
             }
             add_values(head, padded);
         }
@@ -70,7 +71,7 @@ void attend_rows(const Attend& a, const Workspace& r, const WorkItem& u) {
         for (int64_t m = 0; m < rows; m++) {
             const Workspace head = head_of(g);
             const F16 sum = broadcast(reduce_sum(load(head.sum + 16 * m)));
-            for (int64_t d = 0; d < a.D; d += 16) store(a.out + query(m, g) + d, load(head.o + m * r.D32 + d) / sum, a.D - d);
+            for (int64_t d = 0; d < a.D; d += 16) store(static_cast<uint16_t*>(a.out) + query(m, g) + d, load(head.o + m * r.D32 + d) / sum, a.D - d);
         }
 }
 
@@ -114,7 +115,7 @@ Plan make_plan(const Attend& a) {
 }
 
 void attend(const Attend& a, const Plan& plan) {
-    const int64_t D32 = (a.D + 31) / 32 * 32;
+    const int64_t D32 = a.bf16 ? (a.D + 31) / 32 * 32 : (a.D + 63) / 64 * 64;
     std::atomic<int64_t> next_item{0};
     parallel(a.threads, [&](int, int) {
         static thread_local Scratch<float> workspace_scratch;
@@ -129,6 +130,15 @@ void attend(const Attend& a, const Plan& plan) {
         }
         auto half = [&](int i) { return reinterpret_cast<uint16_t*>(buffers[i]); };
         const Workspace r{D32, half(0), half(1), half(3), half(4), half(2), buffers[0], buffers[1], buffers[5], buffers[6], buffers[7], buffers[8], buffers[9], buffers[10]};
+        if (!a.bf16) {
+            std::memset(r.vf, 0, block * 4);  // the padding of D stays zero
+            std::memset(r.v_scale, 0, KEYS * 4);
+            for (int64_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < plan.n;) {
+                const WorkItem& u = plan.items[i];
+                for (int64_t g = u.g0; g < u.g1; g++) attend_floats(a, r, u.b, u.t0, u.t1, g);
+            }
+            return;
+        }
         std::memset(r.line, 0, 2 * block * 2);  // the padding of D stays zero
 #if defined(WITH_AMX)
         configure_tiles(64);

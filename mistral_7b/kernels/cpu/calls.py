@@ -122,12 +122,13 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, old: Remembered, window: int,
     keep: bool,
 ) -> Tensor:  # fmt: skip
-    """Attention of bfloat16 q (..., H, D), see ../attend.py. `window` 0: no window."""
+    """Attention of bfloat16 or float32 q (..., H, D), see ../attend.py. `window` 0: no window."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     H, D = q.shape[-2:]
     call, tensors = _attend(
-        old.place, q.numel() // (H * D), window, H=H, G=k.shape[-2], D=D, int8=k.dtype == torch.int8, keep=keep,
+        old.place, q.numel() // (H * D), window, H=H, G=k.shape[-2], D=D, bf16=q.dtype == torch.bfloat16,
+        int8=k.dtype == torch.int8, keep=keep,
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), k_scale=_pointer(k_scale), v_scale=_pointer(v_scale),
         old_k=old.k.data_ptr(), old_v=old.v.data_ptr(), old_k_scale=_pointer(old.k_scale),
         old_v_scale=_pointer(old.v_scale), out=out.data_ptr(),

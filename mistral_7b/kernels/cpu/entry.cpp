@@ -18,6 +18,7 @@
 //   elementwise.h    RMSNorm, SwiGLU's gate, addition and rotary embedding
 //   keys.h           where keys and values are stored: new ones, a ring, pages
 //   scores.h         attention of one head's rows over one block of keys
+//   float_attention.h   attention of float32 rows
 //   attention.h      attention over all blocks, rows and threads
 //   layers.h         a transformer block without its attention, and all blocks of a model
 //   rounding.h       rounding of weights to block formats, with error feedback

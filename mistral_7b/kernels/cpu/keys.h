@@ -25,14 +25,16 @@ struct Place {
 
 struct Attend : Place {
     int64_t H, G, D;                // query heads, key heads, width
-    const uint16_t* q;              // (N, H, D)
-    const void *k, *v;              // (N, G, D): new keys and values, bfloat16 or int8
+    const void* q;                  // (N, H, D): bfloat16 or float32
+    const void *k, *v;              // (N, G, D): new keys and values, of the same type or int8
     const float *k_scale, *v_scale;  // (N, G): their scales, int8 only
     void *old_k, *old_v;            // (total slots, G, D): the cache, to which new keys and values are written if `keep`
     float *old_k_scale, *old_v_scale;
-    uint16_t* out;                  // (N, H, D)
-    int int8, keep, threads;
+    void* out;                      // (N, H, D)
+    int bf16, int8, keep, threads;
 };
+
+inline int64_t entry_bytes(const Attend& a) { return a.int8 ? 1 : a.bf16 ? 2 : 4; }
 
 inline int64_t first_query(const Place& a, int64_t b) { return a.offsets ? a.offsets[b] : a.N / a.B * b; }
 
@@ -67,7 +69,7 @@ inline void find_block(const Place& a, int64_t b, int64_t block, int64_t begin, 
 
 // Prefetches the cached keys and values of heads g0..g1, whose rows are too far apart for the hardware prefetchers.
 inline void prefetch_block(const Attend& a, const BlockRows& at, int64_t g0, int64_t g1) {
-    const int64_t size = a.D * (a.int8 ? 1 : 2), bytes = (g1 - g0) * size;
+    const int64_t size = a.D * entry_bytes(a), bytes = (g1 - g0) * size;
     for (int64_t j = at.first; j < at.old; j++)
         for (int64_t i = 0, from = (at.row[j] * a.G + g0) * size; i < bytes; i += 64) {
             __builtin_prefetch(static_cast<const char*>(a.old_k) + from + i, 0, 2);
@@ -116,7 +118,7 @@ inline void load_block(const Attend& a, const BlockRows& at, bool value, int64_t
 
 // Writes the new keys and values to the cache; of a chunk longer than the ring, only its end.
 void write_kv(const Attend& a) {
-    const int64_t row = a.G * a.D * (a.int8 ? 1 : 2);
+    const int64_t row = a.G * a.D * entry_bytes(a);
     parallel(a.N * row < 1 << 17 ? 1 : a.threads, [&](int thread, int n) {
         const Span range = partition(a.N, thread, n);
         for (int64_t b = 0; b < a.B; b++) {

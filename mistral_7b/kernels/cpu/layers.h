@@ -98,7 +98,7 @@ void run_layers(const LayersCall& c) {
     uint16_t *q = qkv_scratch.get(2 * nq + 2 * nk), *k = q + nq, *v = k + nk, *out = v + nk;
     int8_t* codes = codes_scratch.get(a.int8 ? 2 * nk : 1);
     float* scales = scales_scratch.get(a.int8 ? 2 * M * a.G : 1);
-    a.q = q, a.k = k, a.v = v, a.out = out, a.keep = 1;
+    a.q = q, a.k = k, a.v = v, a.out = out, a.bf16 = 1, a.keep = 1;
     const Plan plan = make_plan(a);
     void* const* entry = c.entries;
     for (const Block* block = c.blocks; block != c.blocks + c.layers; block++) {

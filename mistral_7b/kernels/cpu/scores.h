@@ -211,10 +211,12 @@ void add_values(const Workspace& r, int64_t rows) {
 
 #endif
 
-// Softmax over one block of a row's scores, with visible keys first..last; updates the running maximum and sum.
-void softmax_block(const Workspace& r, int64_t m, int64_t first, int64_t last, float scale) {
+// Softmax over one block of a row's scores, with visible keys first..last, to row m of p; updates the running maximum
+// and sum.
+template <class P>
+void softmax_block(const Workspace& r, P* p, int64_t m, int64_t first, int64_t last, float scale) {
     if (first >= last) {
-        std::memset(r.p + m * KEYS, 0, KEYS * 2);
+        std::memset(p + m * KEYS, 0, KEYS * sizeof(P));
         return;
     }
     float* row = r.s + m * KEYS;
@@ -238,7 +240,7 @@ void softmax_block(const Workspace& r, int64_t m, int64_t first, int64_t last, f
     for (int i = 0; i < 4; i++) {
         const F16 e = exponential(s[i] - new_max);
         sum += e;
-        store(r.p + m * KEYS + 16 * i, e * load(r.v_scale + 16 * i));
+        store(p + m * KEYS + 16 * i, e * load(r.v_scale + 16 * i));
     }
     store(r.sum + 16 * m, sum);
 }

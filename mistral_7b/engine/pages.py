@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -57,6 +57,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.page_of: dict[Key, int] = {}  # of the prefix cache, in order of registration
         self._key_of: dict[int, Key] = {}
+        self.copied: Callable[[int, int], None] = lambda source, target: None  # called after each copy
 
     @property
     def available(self) -> int:
@@ -112,10 +113,15 @@ class PagePool:
     def copy(self, source: int) -> int:
         """Allocate a copy of `source`. One page must be `available`."""
         target = self.take()
+        self.copy_contents(source, target)
+        self.copied(source, target)
+        return target
+
+    def copy_contents(self, source: int, target: int) -> None:
+        """Copy the keys and values of a page."""
         for entries in self.layers:
             for t in entries:
                 t[target] = t[source]
-        return target
 
     def forget(self) -> None:
         """Empty the prefix cache: every idle page becomes free."""

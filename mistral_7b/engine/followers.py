@@ -84,7 +84,7 @@ def lead(size: int, opened: Callable[[], InputProcessor]) -> InputProcessor:
         raise
     engine = inputs.engine
     engine.forward = LeadingForward(engine.forward, followers)
-    engine.pool.copied = lambda source, target: followers.send("copy", source, target)
+    engine.pool.copies = []
     return inputs
 
 
@@ -121,7 +121,7 @@ class Followers:
             if not self._started.get():
                 raise DistributedError(f"the model could not be divided: {self.told}")
 
-    def send(self, *call: Any) -> None:
+    def send(self, call: tuple[Any, ...]) -> None:
         """Send a call to all. LostRank if one has ended."""
         try:
             self._write(pickle.dumps(call))
@@ -169,9 +169,9 @@ class LeadingForward(Forward):
 
     def hidden(self, plan: Plan, tokens: Tensor) -> Tensor:
         parts = [(Part(s.pages[: s.stop], s.first, s.stop, s.computed), n) for s, n in plan]
-        self._hidden = self._together(
-            ("hidden", parts, tokens.tolist()), lambda: self.forward.hidden(plan, tokens)
-        )
+        copies, self.pool.copies = self.pool.copies, []
+        call = "hidden", copies, parts, tokens.tolist()
+        self._hidden = self._together(call, lambda: self.forward.hidden(plan, tokens))
         return self._hidden
 
     def logits(self, hidden: Tensor, rows: Rows) -> Tensor:
@@ -179,7 +179,7 @@ class LeadingForward(Forward):
         return self._together(("logits", sent, rows), lambda: self.forward.logits(hidden, rows))
 
     def _together(self, call: tuple[Any, ...], own: Callable[[], Tensor]) -> Tensor:
-        self.followers.send(*call)
+        self.followers.send(call)
         try:
             return own()
         except Exception as e:  # the others may have passed this collective, or wait in it
@@ -221,10 +221,10 @@ def _follow(engine: Engine, calls: queue.SimpleQueue[Any]) -> NoReturn:
     while True:
         name, *given = calls.get()
         if name == "hidden":
-            parts, tokens = given
+            copies, parts, tokens = given
+            for copy in copies:
+                engine.pool.copy_contents(*copy)
             hidden = engine.forward.hidden(parts, to_device(tokens, engine.device))
-        elif name == "logits":
+        else:
             sent, rows = given
             engine.forward.logits(hidden if sent is None else sent.to(engine.device), rows)
-        else:
-            engine.pool.copy_contents(*given)

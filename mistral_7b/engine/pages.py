@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -57,7 +57,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.page_of: dict[Key, int] = {}  # of the prefix cache, in order of registration
         self._key_of: dict[int, Key] = {}
-        self.copied: Callable[[int, int], None] = lambda source, target: None  # called after each copy
+        self.copies: list[tuple[int, int]] | None = None  # since the last step, where other ranks repeat them
 
     @property
     def available(self) -> int:
@@ -114,7 +114,8 @@ class PagePool:
         """Allocate a copy of `source`. One page must be `available`."""
         target = self.take()
         self.copy_contents(source, target)
-        self.copied(source, target)
+        if self.copies is not None:
+            self.copies.append((source, target))
         return target
 
     def copy_contents(self, source: int, target: int) -> None:

@@ -286,8 +286,8 @@ class AsyncLLM:
         self._wake()
 
     def _lose(self) -> None:
-        assert self._followers is not None
-        raise LostRank(self._followers.told)
+        if self._error is None and self._followers is not None:  # no step has failed by it
+            raise LostRank(self._followers.told)
 
     def _fail_all(self, error: EngineError) -> None:
         """End all requests with an error, and tell their coroutines even if the engine raises."""

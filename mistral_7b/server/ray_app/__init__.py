@@ -33,7 +33,7 @@ from ...engine.followers import lead
 from ...engine.inputs import InputProcessor
 from ...engine.llm import open_engine
 from ...engine.prompts import load_tokenizer
-from ...errors import ConfigError, EngineError, first_line
+from ...errors import ConfigError, EngineError, Mistral7BError, first_line
 from ...kernels import threads
 from ...model import Mistral7B
 from ...text.tokenizer import Tokenizer
@@ -48,7 +48,8 @@ from .wire import told_metrics
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that other machines reach
 HEALTH_PERIOD = 2.0  # seconds
 STATS_PERIOD = 1.0
-LOOK_BACK = 10.0  # seconds over which the queue is averaged
+LOOK_BACK = 12.0  # seconds over which the queue is averaged; must exceed the ten between reports
+UPSCALE_DELAY = 10.0
 OURS = re.compile(r"mistral_7b\.errors\.\w+: ")
 UNLIMITED = 1 << 20  # calls to a replica at a time: the engine's own queue is what refuses requests
 
@@ -118,7 +119,7 @@ def engines_of(
         policy = AutoscalingPolicy(policy_function=by_queue)
         scaling = AutoscalingConfig(
             min_replicas=low, max_replicas=high, target_ongoing_requests=max(1, engine.max_sequences * 3 // 4),
-            look_back_period_s=LOOK_BACK, upscale_delay_s=LOOK_BACK, policy=policy,
+            look_back_period_s=LOOK_BACK, upscale_delay_s=UPSCALE_DELAY, policy=policy,
         )  # fmt: skip
     number = {"num_replicas": low} if high == low else {"autoscaling_config": scaling}
     deployment: Any = serve.deployment(
@@ -210,7 +211,10 @@ def start(
         handle = serve.run(bound, name=application, route_prefix=None)
         description = handle.describe.remote().result()
         return RemoteLLM(handle, description, open_tokenizer or _tokenizer, adapters), end
-    except RuntimeError as e:
+    except Mistral7BError:
+        end()
+        raise
+    except Exception as e:  # Ray raises a bare one if a node does not start in time
         why = (application and _why(application)) or first_line(e)
         end()
         raise EngineError(f"the replicas did not start: {why}", hint="Ray's logs have more") from e

@@ -57,7 +57,8 @@ class AsyncLLM:
             print(piece, end="", flush=True)
         await llm.close()
 
-    The arguments are LLM's, or an InputProcessor with its engine, such as that of followers.lead. QueueFullError refuses a request when `max_waiting` of the configuration are waiting.
+    The arguments are LLM's; `model` may also be an InputProcessor with its engine (followers.lead).
+    QueueFullError refuses a request when `max_waiting` of the configuration are waiting.
     Leaving an `async for` early, or cancelling its task, aborts the request.
     """
 
@@ -86,7 +87,8 @@ class AsyncLLM:
         release_openmp_threads()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
-        self._followers = self.engine.forward.followers if isinstance(self.engine.forward, LeadingForward) else None
+        forward = self.engine.forward
+        self._followers = forward.followers if isinstance(forward, LeadingForward) else None
         if self._followers is not None:
             self._followers.on_loss = lambda: self._commands.put(self._lose)
 

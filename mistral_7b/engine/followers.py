@@ -4,8 +4,8 @@
               hidden, logits   <--- sums, gathered -->
               samples, emits
 
-A follower gets calls of `Forward` through its stdin, and computes them on its part of the model. What is decided by
-time or drawn at random stays on rank 0. The end of stdin ends a follower, so none outlives rank 0; the end of a
+A follower gets calls of `Forward` through its stdin, and computes them on its part of the model. What is decided
+by time or drawn at random stays on rank 0. The end of stdin ends a follower, so none outlives rank 0; the end of a
 follower, or a step that fails on one rank alone, ends the engine (LostRank).
 """
 
@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, NoReturn
@@ -41,7 +41,7 @@ HOST = "127.0.0.1"
 PATIENCE = 5.0  # seconds in which a follower ends by itself
 
 
-class LostRank(BaseException):  # noqa: N818  # not an Exception: those end single requests
+class LostRank(BaseException):  # not an Exception: those end single requests
     """Ranks that no longer take the same steps."""
 
 
@@ -97,8 +97,8 @@ class Followers:
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "")
         os.environ |= {
-            "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": HOST,
-            "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "RANK": "0", "LOCAL_RANK": "0",
+            "MASTER_ADDR": HOST, "MASTER_PORT": str(self._store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
             "GLOO_SOCKET_IFNAME": loopback, ranks.LEADS: "1",
         }  # fmt: skip
         path = os.pathsep.join(filter(None, sys.path))

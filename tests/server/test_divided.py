@@ -54,8 +54,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[str
             port = sock.getsockname()[1]
         log = tmp_path_factory.mktemp("log") / f"{size}"
         command = [
-            sys.executable, "-m", "mistral_7b", "serve", "demo", "--quantization", "int8", "--threads", "1", "--port",
-            str(port), "--kv-cache-bytes", "100000000", "--tensor-parallel", str(size),
+            sys.executable, "-m", "mistral_7b", "serve", "demo", "--quantization", "int8", "--threads", "1",
+            "--port", str(port), "--kv-cache-bytes", "100000000", "--tensor-parallel", str(size),
         ]  # fmt: skip
         with log.open("wb") as out:
             found.append((f"http://127.0.0.1:{port}", subprocess.Popen(command, stdout=out, stderr=out), log))
@@ -63,7 +63,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[str
         end = time.monotonic() + 120
         for url, process, log in found:
             while True:
-                assert process.poll() is None and time.monotonic() < end, log.read_text()
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < end, log.read_text()
                 with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health/ready"):
                     break
                 time.sleep(0.1)
@@ -88,7 +89,8 @@ def test_followers_end_with_the_server() -> None:
     program = (
         "from functools import partial\nfrom mistral_7b.engine.followers import lead\n"
         "from mistral_7b.engine.llm import open_engine\nfrom mistral_7b.engine.config import EngineConfig\n"
-        "lead(2, partial(open_engine, 'demo', EngineConfig(kv_cache_bytes=10**8), None, None, quantization='int8'))\n"
+        "config = EngineConfig(kv_cache_bytes=10**8)\n"
+        "lead(2, partial(open_engine, 'demo', config, None, None, quantization='int8'))\n"
         "print('open', flush=True)\ninput()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

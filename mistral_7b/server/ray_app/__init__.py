@@ -112,7 +112,7 @@ def engines_of(
     open_llm: Callable[[], AsyncLLM], engine: EngineConfig, config: ServerConfig, replicas: str, cpus: int | None,
     processes: int, device: str | None, **router: Any,
 ) -> serve.Application:  # fmt: skip
-    """The engines' deployment: `replicas` as in read_replicas, each of `processes` with `cpus` (1), on CUDA a GPU."""
+    """The engines' deployment: `replicas` as in read_replicas, each of `processes` with `cpus` (1) or a GPU."""
     low, high = read_replicas(replicas)
     scaling: Any = low
     if high > low:
@@ -177,8 +177,8 @@ def app_of(llm: RemoteLLM, config: ServerConfig, name: str) -> FastAPI:
 
 def start(
     open_llm: Callable[[], AsyncLLM], engine: EngineConfig, config: ServerConfig, replicas: str, cpus: int,
-    processes: int, device: str, adapters: dict[str, str], open_tokenizer: Callable[[Mistral7B], Tokenizer | None] | None = None,
-    **router: Any,
+    processes: int, device: str, adapters: dict[str, str],
+    open_tokenizer: Callable[[Mistral7B], Tokenizer | None] | None = None, **router: Any,
 ) -> tuple[RemoteLLM, Callable[[], None]]:  # fmt: skip
     """Start the engines, for a server in this process; returns a function that ends them, too.
 

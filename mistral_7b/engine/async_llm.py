@@ -34,7 +34,7 @@ from ..text.tool_calls import ToolCall
 from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
 from .containment import request_error
-from .followers import LeadingForward, LostRank
+from .followers import LostRank, followers_of
 from .inputs import InputProcessor, Messages, RequestOptions, ToolChoice, Tools
 from .keywords import read_fields
 from .llm import EmbeddingOutput, open_engine
@@ -58,8 +58,8 @@ class AsyncLLM:
         await llm.close()
 
     The arguments are LLM's; `model` may also be an InputProcessor with its engine (followers.lead).
-    QueueFullError refuses a request when `max_waiting` of the configuration are waiting.
-    Leaving an `async for` early, or cancelling its task, aborts the request.
+    QueueFullError refuses a request when `max_waiting` of the configuration are waiting. Leaving an `async for`
+    early, or cancelling its task, aborts the request.
     """
 
     def __init__(
@@ -87,8 +87,7 @@ class AsyncLLM:
         release_openmp_threads()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
-        forward = self.engine.forward
-        self._followers = forward.followers if isinstance(forward, LeadingForward) else None
+        self._followers = followers_of(self.engine.forward)
         if self._followers is not None:
             self._followers.on_loss = lambda: self._commands.put(self._lose)
 
@@ -288,7 +287,7 @@ class AsyncLLM:
         self._wake()
 
     def _lose(self) -> None:
-        if self._error is None and self._followers is not None:  # no step has failed by it
+        if self._error is None and self._followers is not None:
             raise LostRank(self._followers.told)
 
     def _fail_all(self, error: EngineError) -> None:

@@ -186,6 +186,11 @@ class LeadingForward(Forward):
             raise LostRank(self.followers.told or repr(e)) from e
 
 
+def followers_of(forward: Forward) -> Followers | None:
+    """The processes that compute what `forward` does; None if there are none."""
+    return forward.followers if isinstance(forward, LeadingForward) else None
+
+
 # ---------------------------------------------------------------------- in a follower
 
 

@@ -107,7 +107,7 @@ def main() -> None:
     results = {}
     for name, router in POLICIES.items():
         opened = partial(_open, options, engine)
-        llm, end = start(opened, engine, ServerConfig(), str(args.replicas), options.threads or 1, "cpu", {},
+        llm, end = start(opened, engine, ServerConfig(), str(args.replicas), options.threads or 1, 1, "cpu", {},
                          request_router_class=router)  # fmt: skip
         try:
             results[name] = asyncio.run(measure(llm, args.conversations, args.turns))

@@ -168,7 +168,7 @@ class ModelOptions:
         if ranks.size() > 1:
             from ..distributed.tensor_parallel import parallelize
 
-            parallelize(model, "--nproc-per-node")
+            parallelize(model, "--tensor-parallel" if ranks.leads() else "--nproc-per-node")
         return model
 
 

@@ -23,6 +23,7 @@ from .inputs import ModelName, ModelOptions, Repeated, UsageError, busy, read_fl
 
 if TYPE_CHECKING:
     from ..engine.async_llm import AsyncLLM
+    from ..engine.inputs import InputProcessor
     from ..server.operations.tracing import Spans
     from ..server.ray_app.remote import RemoteLLM
 
@@ -84,7 +85,7 @@ class Serve(ModelOptions):
     replicas: Annotated[str, tyro.conf.arg(metavar="N|MIN:MAX")] = "1"
     """With --ray: number of engines, or bounds between which it follows their queues."""
     tensor_parallel: int = 1
-    """Not supported with --ray yet: a replica holds the whole model."""
+    """Number of processes to divide each engine's model among; see docs/scale.md."""
     workers: int = 1
     """Not supported: an engine batches requests only within its own process."""
     http: Http = dataclasses.field(default_factory=Http)
@@ -108,7 +109,7 @@ def run(argv: list[str]) -> int:
         check_folder(engine.prefix_cache)
     sock = bind(config)  # before loading the model, so that a port in use fails at once
     if not args.ray:
-        llm, end = open_llm(args, engine, adapters), None
+        llm, end = open_llm(_sharing_cores(args, 1), engine, adapters), None
         llm.inputs.warm_up()
     else:
         llm, end = _remote(args, engine, config, adapters)
@@ -140,12 +141,30 @@ def run(argv: list[str]) -> int:
 
 
 def open_llm(args: Serve, engine: EngineConfig, adapters: dict[str, str]) -> AsyncLLM:
-    """Load the model with an engine, here or in a replica."""
+    """Load the model with an engine, here or in a replica, and in the processes that follow it."""
     from ..engine.async_llm import AsyncLLM
+    from ..engine.followers import lead
+
+    inputs = lead(args.tensor_parallel, functools.partial(_open_engine, args, engine, adapters))
+    with busy("preparing"):
+        return AsyncLLM(inputs)
+
+
+def _open_engine(args: Serve, engine: EngineConfig, adapters: dict[str, str]) -> InputProcessor:
+    from ..engine.llm import open_engine
 
     model, tokenizer = args.open(args.model)
-    with busy("preparing"):
-        return AsyncLLM(model, engine, tokenizer=tokenizer, adapters=adapters)
+    return open_engine(model, engine, tokenizer, adapters)
+
+
+def _sharing_cores(args: Serve, engines: int) -> Serve:
+    """Return `args` with the threads of each process, if several are to share this machine's cores."""
+    from .. import machine
+
+    processes = engines * args.tensor_parallel
+    if args.threads is not None or (processes == 1 and not args.ray):
+        return args
+    return dataclasses.replace(args, threads=max(1, machine.cores() // processes))
 
 
 def _check_scale(args: Serve) -> None:
@@ -156,8 +175,8 @@ def _check_scale(args: Serve) -> None:
             field="--workers",
             hint="one process serves all clients; several engines: --ray --replicas N, or deploy/nginx.conf",
         )
-    if args.tensor_parallel != 1:
-        raise UsageError("--tensor-parallel: a replica holds the whole model", field="--tensor-parallel")
+    if args.tensor_parallel < 1:
+        raise UsageError("--tensor-parallel must be at least 1", field="--tensor-parallel")
     if args.replicas != "1" and not args.ray:
         raise UsageError("--replicas needs --ray", field="--replicas")
     if args.ray and importlib.util.find_spec("ray") is None:
@@ -170,20 +189,20 @@ def _check_scale(args: Serve) -> None:
 def _remote(
     args: Serve, engine: EngineConfig, config: ServerConfig, adapters: dict[str, str]
 ) -> tuple[RemoteLLM, Callable[[], None]]:
-    """Start the replicas, which share this machine's cores unless --threads says otherwise."""
-    from .. import machine
-
+    """Start the replicas."""
     if "RAY_ADDRESS" not in os.environ:  # Ray listens on all addresses; without a token, anyone could run code
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from ..server.ray_app import read_replicas, start
 
-    cpus = args.threads or max(1, machine.cores() // read_replicas(args.replicas)[1])
-    args = dataclasses.replace(args, threads=cpus)
+    args = _sharing_cores(args, read_replicas(args.replicas)[1])
     with busy("starting replicas"):
         opened = functools.partial(open_llm, args, engine, adapters)
         words = functools.partial(args.open_tokenizer, source=args.model)
-        return start(opened, engine, config, args.replicas, cpus, args.device, adapters, words)
+        return start(
+            opened, engine, config, args.replicas, args.threads or 1, args.tensor_parallel, args.device, adapters,
+            words,
+        )  # fmt: skip
 
 
 def _config(args: Serve) -> ServerConfig:

@@ -20,6 +20,7 @@ from ..errors import ConfigError, DistributedError, first_line
 
 T = TypeVar("T")
 TIMEOUT = 300.0  # seconds that a rank waits for the others in a collective
+LEADS = "MISTRAL_7B_LEADS"  # set where rank 0 decides for all (engine/followers.py)
 REPORTED = "mistral_7b/reported"  # how many ranks have wanted to report an error
 
 
@@ -31,6 +32,16 @@ def size() -> int:
 def rank() -> int:
     """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", 0))
+
+
+def sharing() -> int:
+    """Return the number of processes of this run on this machine, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def leads() -> bool:
+    """Whether rank 0 alone decides what all ranks compute."""
+    return LEADS in os.environ
 
 
 def launched() -> bool:

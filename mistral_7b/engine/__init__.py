@@ -28,6 +28,8 @@ prompts        prompts tokenized and checked, with their token limits
 inputs         prompts, conversations and options to checked requests
 keywords       arguments of LLM by name, and vLLM's names for them
 llm            LLM: offline inference over many prompts
+parallel       an engine over several processes: what it refuses
+followers      the processes that follow each step of a server's engine
 mailbox        hands pieces from the engine's thread to coroutines
 async_llm      AsyncLLM: online inference, with the engine's loop in a thread
 threads        releases OpenMP threads

@@ -34,7 +34,8 @@ from ..text.tool_calls import ToolCall
 from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
 from .containment import request_error
-from .inputs import Messages, RequestOptions, ToolChoice, Tools
+from .followers import LostRank, followers_of
+from .inputs import InputProcessor, Messages, RequestOptions, ToolChoice, Tools
 from .keywords import read_fields
 from .llm import EmbeddingOutput, open_engine
 from .mailbox import Mailbox, wake
@@ -56,13 +57,14 @@ class AsyncLLM:
             print(piece, end="", flush=True)
         await llm.close()
 
-    The arguments are LLM's. QueueFullError refuses a request when `max_waiting` of the configuration are waiting.
-    Leaving an `async for` early, or cancelling its task, aborts the request.
+    The arguments are LLM's; `model` may also be an InputProcessor with its engine (followers.lead).
+    QueueFullError refuses a request when `max_waiting` of the configuration are waiting. Leaving an `async for`
+    early, or cancelling its task, aborts the request.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | Mistral7B = "demo",
+        model: str | os.PathLike[str] | Mistral7B | InputProcessor = "demo",
         config: EngineConfig | None = None,
         *,
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
@@ -72,9 +74,9 @@ class AsyncLLM:
         quantization: str | None = None,
         **unknown: Any,
     ) -> None:
-        self.inputs = open_engine(
+        self.inputs = model if isinstance(model, InputProcessor) else open_engine(
             model, config, tokenizer, adapters, dtype=dtype, device=device, quantization=quantization, **unknown
-        )
+        )  # fmt: skip
         self.engine = self.inputs.engine
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._updated: dict[Mailbox, None] = {}  # mailboxes to wake after the step
@@ -85,6 +87,9 @@ class AsyncLLM:
         release_openmp_threads()
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
+        self._followers = followers_of(self.engine.forward)
+        if self._followers is not None:
+            self._followers.on_loss = lambda: self._commands.put(self._lose)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -214,6 +219,8 @@ class AsyncLLM:
             self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self.engine.scheduler.close)
+        if self._followers is not None:
+            await asyncio.to_thread(self._followers.close)
 
     async def __aenter__(self) -> AsyncLLM:
         return self
@@ -278,6 +285,10 @@ class AsyncLLM:
                 command()
         self._fail_all(self._error)
         self._wake()
+
+    def _lose(self) -> None:
+        if self._error is None and self._followers is not None:
+            raise LostRank(self._followers.told)
 
     def _fail_all(self, error: EngineError) -> None:
         """End all requests with an error, and tell their coroutines even if the engine raises."""

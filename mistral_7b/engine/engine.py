@@ -40,6 +40,7 @@ from .forward import forward_for
 from .in_flight import InFlightStep, Plan, feed, picks_of, waits
 from .masks import PATIENCE, Masks, collect_masks, grammar_over, late_ones, may_sample, request_masks, wait_any
 from .pages import PagePool
+from .parallel import check_alone
 from .queues import queue_full
 from .request import Request, SequenceState
 
@@ -88,6 +89,7 @@ class Engine:
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """Load a LoRA adapter. AdapterError or CheckpointError if it does not fit or its files are wrong."""
+        check_alone("adapters")
         self.adapters.load(name, path)
 
     def unload_adapter(self, name: str) -> None:

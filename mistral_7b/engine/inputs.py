@@ -21,7 +21,7 @@ from .engine import Engine
 from .grammar.client import MAX_IDLE, MAX_PROCESSES, Grammars
 from .grammar.spec import OPTIONAL_CHOICES, GrammarSpec
 from .pages import first_key
-from .parallel import check_alone
+from .parallel import check_same
 from .prompts import Prompt, TokenizedPrompt, check_ids, defaults_of, ends_of, tokenize_prompt
 from .request import Request, Salt, Sink
 from .speculation import Speculation
@@ -110,7 +110,7 @@ class InputProcessor:
         """
         speculation = options.speculation or self.engine.config.speculation
         if speculation is not None:
-            check_alone("speculation")
+            check_same("speculation")
             speculation.check(self.engine.model.args.vocab_size)
         watching = watching_of(options.record, options.steer, self.engine.model.args, len(prompt.completions))
         salt = salt_of(options.cache_salt, watching)
@@ -121,7 +121,7 @@ class InputProcessor:
             grammar=grammar or GrammarSpec.of(prompt.params.structured_outputs),
         )  # fmt: skip
         if request.grammar is not None:
-            check_alone("structured_outputs")
+            check_same("structured_outputs")
         self._start_grammars(request, name, options.disconnected)
         return self._checked(request, name, field)
 

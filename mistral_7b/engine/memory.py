@@ -43,7 +43,7 @@ def pool_for(model: Mistral7B, config: EngineConfig, lengths: Sequence[int] | No
     else:
         cpu = p.device.type == "cpu"
         free = memory()[1] if cpu else torch.cuda.mem_get_info(p.device)[0] if p.is_cuda else 0
-        share = (free or 4 << 30) * (CPU_SHARE if cpu else ACCELERATOR_SHARE)
+        share = (free or 4 << 30) * (CPU_SHARE / ranks.sharing() if cpu else ACCELERATOR_SHARE)
         n_pages = min(max(int(share) // page_bytes, 0 if lengths is None else needs[0]), most)
     n_pages = ranks.least(n_pages)  # or ranks would preempt at different steps
     if n_pages < 1:

@@ -57,6 +57,7 @@ class PagePool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.page_of: dict[Key, int] = {}  # of the prefix cache, in order of registration
         self._key_of: dict[int, Key] = {}
+        self.copies: list[tuple[int, int]] | None = None  # since the last step, where other ranks repeat them
 
     @property
     def available(self) -> int:
@@ -112,10 +113,16 @@ class PagePool:
     def copy(self, source: int) -> int:
         """Allocate a copy of `source`. One page must be `available`."""
         target = self.take()
+        self.copy_contents(source, target)
+        if self.copies is not None:
+            self.copies.append((source, target))
+        return target
+
+    def copy_contents(self, source: int, target: int) -> None:
+        """Copy the keys and values of a page."""
         for entries in self.layers:
             for t in entries:
                 t[target] = t[source]
-        return target
 
     def forget(self) -> None:
         """Empty the prefix cache: every idle page becomes free."""

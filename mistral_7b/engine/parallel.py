@@ -1,7 +1,10 @@
-"""An engine over several processes: each has all requests, and takes the same steps on its part of the model.
+"""An engine over several processes: each takes the same steps, on its part of the model.
 
-What a process decides by time or by its own files is refused, because ranks that decide differently wait for each
-other until the time limit: speculation, grammars, a prefix cache on disk.
+    LLM under torchrun    each process has all requests, and plans and samples for itself
+    a server's engine     rank 0 has the requests, the others follow its steps: followers.py
+
+Under torchrun what a process decides by time is refused, because ranks that decide differently wait for each other
+until the time limit: speculation, grammars. What concerns a whole model or whole pages is refused in both.
 """
 
 from __future__ import annotations
@@ -42,6 +45,12 @@ def divide(model: Mistral7B, processes: int, config: EngineConfig, adapters: Map
     for field, value in used.items():
         if value:
             check_alone(field)
+
+
+def check_same(field: str) -> None:
+    """Raise EngineError for what ranks decide differently, if each of several decides for itself."""
+    if not ranks.leads():
+        check_alone(field)
 
 
 def check_alone(field: str) -> None:

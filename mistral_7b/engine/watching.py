@@ -32,6 +32,7 @@ from ..cache.entries import compressed, expanded
 from ..errors import InterpretError
 from ..model import Mistral7B, ModelArgs
 from .batch import PagedBatch
+from .parallel import check_alone
 
 if TYPE_CHECKING:
     from .in_flight import Plan
@@ -143,6 +144,7 @@ def watching_of(
         key.update(repr((layer, positions)).encode() + steers[-1].added.double().cpu().numpy().tobytes())
     if recording is None and not steers:
         return None
+    check_alone("steer" if steers else "record")
     return Watching(steers, recording, key.hexdigest() if steers else None)
 
 

@@ -246,7 +246,7 @@ def test_what_cannot_be_served_is_said_in_a_line(run, tmp_path, monkeypatch):
     [
         (("--workers", "2"), "--workers"),
         (("--replicas", "2"), "--replicas"),
-        (("--ray", "--tensor-parallel", "2"), "--tensor-parallel"),
+        (("--ray", "--tensor-parallel", "0"), "--tensor-parallel"),
         (("--ray", "--adapter-folder", "adapters"), "--adapter-folder"),
     ],
 )

@@ -29,8 +29,11 @@ from ray.serve.handle import DeploymentHandle
 
 from ...engine.async_llm import AsyncLLM
 from ...engine.config import EngineConfig
+from ...engine.followers import lead
+from ...engine.inputs import InputProcessor
+from ...engine.llm import open_engine
 from ...engine.prompts import load_tokenizer
-from ...errors import ConfigError, EngineError, first_line
+from ...errors import ConfigError, EngineError, Mistral7BError, first_line
 from ...kernels import threads
 from ...model import Mistral7B
 from ...text.tokenizer import Tokenizer
@@ -45,7 +48,8 @@ from .wire import told_metrics
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by an address that other machines reach
 HEALTH_PERIOD = 2.0  # seconds
 STATS_PERIOD = 1.0
-LOOK_BACK = 10.0  # seconds over which the queue is averaged
+LOOK_BACK = 12.0  # seconds over which the queue is averaged; must exceed the ten between reports
+UPSCALE_DELAY = 10.0
 OURS = re.compile(r"mistral_7b\.errors\.\w+: ")
 UNLIMITED = 1 << 20  # calls to a replica at a time: the engine's own queue is what refuses requests
 
@@ -60,6 +64,7 @@ class Options(BaseModel, extra="forbid"):
     device: str | None = None
     threads: int | None = None
     replicas: str | int = 1
+    tensor_parallel: int = 1
     adapters: dict[str, str] = {}
     engine: dict[str, Any] = {}
     server: dict[str, Any] = {}
@@ -80,17 +85,22 @@ def build(given: Mapping[str, Any]) -> serve.Application:
     keys = {f"{kind}_keys": read_keys((), "", f"MISTRAL_7B_{kind.upper()}_KEY") for kind in ("api", "admin")}
     config = ServerConfig(**{"host": "0.0.0.0", **keys, **args.server})
     engines = engines_of(
-        partial(_open, args, engine), engine, config, str(args.replicas), args.threads, args.device
-    )
+        partial(_open, args, engine), engine, config, str(args.replicas), args.threads, args.tensor_parallel,
+        args.device,
+    )  # fmt: skip
     front: Any = serve.deployment(serve.ingress()(Front), name="server", max_ongoing_requests=UNLIMITED)
     return front.bind(engines, config, args.name, args.adapters)
 
 
 def _open(args: Options, engine: EngineConfig) -> AsyncLLM:
+    return AsyncLLM(lead(args.tensor_parallel, partial(_open_engine, args, engine)))
+
+
+def _open_engine(args: Options, engine: EngineConfig) -> InputProcessor:
     threads.use(args.threads)
-    return AsyncLLM(
-        args.model, engine, adapters=args.adapters, dtype=args.dtype, device=args.device,
-        quantization=args.quantization,
+    return open_engine(
+        args.model, engine, None, args.adapters, tensor_parallel=args.tensor_parallel, dtype=args.dtype,
+        device=args.device, quantization=args.quantization,
     )  # fmt: skip
 
 
@@ -100,22 +110,24 @@ def _tokenizer(model: Mistral7B) -> Tokenizer | None:
 
 def engines_of(
     open_llm: Callable[[], AsyncLLM], engine: EngineConfig, config: ServerConfig, replicas: str, cpus: int | None,
-    device: str | None, **router: Any,
+    processes: int, device: str | None, **router: Any,
 ) -> serve.Application:  # fmt: skip
-    """The engines' deployment: `replicas` as in read_replicas, each with `cpus` (1) and, on CUDA, a GPU."""
+    """The engines' deployment: `replicas` as in read_replicas, each of `processes` with `cpus` (1) or a GPU."""
     low, high = read_replicas(replicas)
     scaling: Any = low
     if high > low:
         policy = AutoscalingPolicy(policy_function=by_queue)
         scaling = AutoscalingConfig(
             min_replicas=low, max_replicas=high, target_ongoing_requests=max(1, engine.max_sequences * 3 // 4),
-            look_back_period_s=LOOK_BACK, upscale_delay_s=LOOK_BACK, policy=policy,
+            look_back_period_s=LOOK_BACK, upscale_delay_s=UPSCALE_DELAY, policy=policy,
         )  # fmt: skip
     number = {"num_replicas": low} if high == low else {"autoscaling_config": scaling}
     deployment: Any = serve.deployment(
         Replica, name="engine", **number, max_ongoing_requests=UNLIMITED, health_check_period_s=HEALTH_PERIOD,
         graceful_shutdown_timeout_s=config.drain_timeout, max_constructor_retry_count=2,
-        ray_actor_options={"num_cpus": cpus or 1, "num_gpus": int((device or "").startswith("cuda"))},
+        ray_actor_options={
+            "num_cpus": processes * (cpus or 1), "num_gpus": processes * (device or "").startswith("cuda"),
+        },
         request_router_config=RequestRouterConfig(**{
             "request_router_class": PrefixRouter, "request_routing_stats_period_s": STATS_PERIOD, **router,
         }),
@@ -165,8 +177,8 @@ def app_of(llm: RemoteLLM, config: ServerConfig, name: str) -> FastAPI:
 
 def start(
     open_llm: Callable[[], AsyncLLM], engine: EngineConfig, config: ServerConfig, replicas: str, cpus: int,
-    device: str, adapters: dict[str, str], open_tokenizer: Callable[[Mistral7B], Tokenizer | None] | None = None,
-    **router: Any,
+    processes: int, device: str, adapters: dict[str, str],
+    open_tokenizer: Callable[[Mistral7B], Tokenizer | None] | None = None, **router: Any,
 ) -> tuple[RemoteLLM, Callable[[], None]]:  # fmt: skip
     """Start the engines, for a server in this process; returns a function that ends them, too.
 
@@ -187,7 +199,7 @@ def start(
 
     try:
         if own:
-            cpu = read_replicas(replicas)[1] * cpus + 1
+            cpu = read_replicas(replicas)[1] * processes * cpus + 1
             ray.init("local", num_cpus=cpu, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
         else:
             ray.init(**quiet)
@@ -195,11 +207,14 @@ def start(
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         application = f"mistral-7b-{ray.get_runtime_context().get_job_id()}"
         serve.start(proxy_location="Disabled")
-        bound = engines_of(open_llm, engine, config, replicas, cpus, device, **router)
+        bound = engines_of(open_llm, engine, config, replicas, cpus, processes, device, **router)
         handle = serve.run(bound, name=application, route_prefix=None)
         description = handle.describe.remote().result()
         return RemoteLLM(handle, description, open_tokenizer or _tokenizer, adapters), end
-    except RuntimeError as e:
+    except Mistral7BError:
+        end()
+        raise
+    except Exception as e:  # Ray raises a bare one if a node does not start in time
         why = (application and _why(application)) or first_line(e)
         end()
         raise EngineError(f"the replicas did not start: {why}", hint="Ray's logs have more") from e

@@ -13,6 +13,7 @@ from typing import Any
 from ray import serve
 
 from ...engine.async_llm import AsyncLLM
+from ...engine.followers import LostRank
 from ...engine.request import Request
 from ...engine.resume import Job, resume
 from ...errors import EngineError, Mistral7BError
@@ -65,6 +66,8 @@ class Replica:
             yield self.id
             last = await self._run(job, line, gone)
         except Mistral7BError as e:
+            if isinstance(e.__cause__, LostRank):  # not the request's error: it continues on another replica
+                os._exit(1)
             last = News(job.id, ended=True, error=e)
         except Exception as e:
             logger.exception("request %s failed", job.id)

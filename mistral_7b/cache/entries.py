@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from ..kernels.attend import quantize_kv
+from ..kernels.cpu import huge_pages
 
 Entries = tuple[Tensor, ...]  # k and v (..., S, G, K); in int8 also their scales (..., S, G, 1)
 
@@ -35,6 +36,17 @@ def compressed(k: Tensor, v: Tensor, int8: bool) -> Entries:
         return k, v
     (k, k_scale), (v, v_scale) = quantize_kv(k), quantize_kv(v)
     return k, v, k_scale, v_scale
+
+
+def blank_entries(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, int8: bool) -> Entries:
+    """Memory of one layer; on a CPU the system allocates it as it is filled."""
+    one = compressed(
+        torch.zeros(1, 1, 1, shape[-1], dtype=dtype), torch.zeros(1, 1, 1, shape[-1], dtype=dtype), int8
+    )
+    shapes = [(*shape[:-1], t.shape[-1]) for t in one]
+    if device.type == "cpu":
+        return tuple(huge_pages.empty(s, t.dtype) for s, t in zip(shapes, one, strict=True))
+    return tuple(torch.zeros(s, dtype=t.dtype, device=device) for s, t in zip(shapes, one, strict=True))
 
 
 def expanded(entries: Entries, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

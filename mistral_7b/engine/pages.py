@@ -19,8 +19,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..cache.entries import Entries, compressed
-from ..kernels.cpu import huge_pages
+from ..cache.entries import Entries, blank_entries
 
 Key = bytes
 
@@ -48,7 +47,7 @@ class PagePool:
     ) -> None:  # fmt: skip
         self.n_pages, self.page, self.dtype, self.int8 = n_pages, page, dtype, int8
         self.layers: list[Entries] = [
-            _blank((n_pages + 1, page, n_kv_heads, head_dim), dtype, torch.device(device), int8)
+            blank_entries((n_pages + 1, page, n_kv_heads, head_dim), dtype, torch.device(device), int8)
             for _ in range(n_layers)
         ]
         self.scratch = n_pages
@@ -144,14 +143,3 @@ class PagePool:
         assert idle <= set(self._key_of), "an idle page has no key"
         assert not free & set(self._key_of), "a free page has a key"
         assert {k: p for p, k in self._key_of.items()} == self.page_of, "keys and pages disagree"
-
-
-def _blank(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, int8: bool) -> Entries:
-    """Memory of one layer; on a CPU the system allocates it as it is filled."""
-    one = compressed(
-        torch.zeros(1, 1, 1, shape[-1], dtype=dtype), torch.zeros(1, 1, 1, shape[-1], dtype=dtype), int8
-    )
-    shapes = [(*shape[:-1], t.shape[-1]) for t in one]
-    if device.type == "cpu":
-        return tuple(huge_pages.empty(s, t.dtype) for s, t in zip(shapes, one, strict=True))
-    return tuple(torch.zeros(s, dtype=t.dtype, device=device) for s, t in zip(shapes, one, strict=True))

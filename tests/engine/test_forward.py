@@ -236,6 +236,17 @@ def test_steps_filled_up_give_what_others_do(monkeypatch: pytest.MonkeyPatch) ->
             assert all(abs(one[t].logprob - other[t].logprob) < 1e-10 for t in one)
 
 
+@pytest.mark.parametrize("chosen", [[1, 2, 3], [0, 1, 3], [3], [0, 1, 2, 3]])
+def test_rows_are_chosen_where_they_are_filled_up_to_the_number_of_all(chosen: list[int]) -> None:
+    """Three sampled rows of a step of four are filled up to four: not to be taken for all of them."""
+    llm = llm_of()
+    forward = Forward(llm.engine.adapters, llm.engine.pool, pad_rows=True)
+    hidden = torch.randn(4, llm.engine.model.args.dim, dtype=torch.float64)
+    with torch.inference_mode():
+        logits = forward.logits(hidden, [(i, None) for i in chosen])
+        torch.testing.assert_close(logits, llm.engine.model.logits(hidden[chosen]))
+
+
 def adapter_of(llm: LLM) -> Adapter:
     draw, args = torch.Generator().manual_seed(0), llm.engine.model.args
     factors = Factors(

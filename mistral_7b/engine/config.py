@@ -62,7 +62,8 @@ class EngineConfig:
         prefix_cache: folder in which KV pages of prompts are kept beyond the engine's life; processes may share it
         prefix_cache_bytes: maximum size of all files in this folder
         deterministic: make a request's tokens bit-identical whatever runs beside it. A bfloat16 model with
-            int8 or int4 weights is so on a CPU without this option and without cost; other types are refused.
+            int8 or int4 weights is so on a CPU without this option and without cost; weights in bfloat16 or
+            float32 are so with it. float16 and float64 are refused.
         speculation: settings of speculative decoding for requests without their own
         grammar_limits: CPU time and memory that a request's grammar may use
     """

@@ -95,7 +95,7 @@ def attend(
 
     k and v are bfloat16, or int8 with scales (..., G, 1); the cache has the same type.
     With `keep`, the new keys and values are then written to the cache, in place.
-    On a GPU, packed rows over pages (paged.py) may also be float16 or float32; all other cases use the twin.
+    Packed rows over pages (paged.py) may also be float32, and on a GPU float16; all other cases use the twin.
     """
     return torch.ops.mistral_7b.attend(
         q, k, v, k_scale, v_scale, old.k, old.v, old.k_scale, old.v_scale, *old.place, window or 0, keep

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +96,8 @@ def test_slow_grammars_do_not_delay_ordinary_ones(grammars: Grammars) -> None:
         assert ordinary.state is not None
     assert sum(each.is_alive() for each in hostile) >= 10
     # The ordinary one may have ended without being idle yet, and a process may run for a moment after SIGSTOP: so
-    # what counts is what two looks in a row see.
-    assert max(map(min, pairwise(running))) <= most + 1
+    # what counts is what five looks in a row see.
+    assert max(map(min, zip(*(running[i:] for i in range(5)), strict=False))) <= most + 1
     assert took[0] < 12 * compile_queue.TIME_SLICE + 3  # on a busy machine
     assert max(took[1:]) < 3
     assert "T" in workers(grammars).values()

@@ -188,7 +188,7 @@ ALLOWED = {
         "block sizes depend on the type, in a kernel that backend.py has selected",
     ),
     "kernels/cpu/huge_pages.py": ({"device"}, "huge pages are CPU memory"),
-    "engine/pages.py": ({"device"}, "the same"),
+    "cache/entries.py": ({"device"}, "the same"),
     "engine/fingerprint.py": (
         {"library", "device", "capability", "cuda"},
         "records what keys and values on disk depend on",

@@ -35,9 +35,12 @@ class Explain(ModelOptions):
     prompt_file: str = ""
     """File with the prompt; - is standard input."""
     what: What = "attention"
-    """attention: which tokens each head reads. probabilities: each token's, with alternatives. lens: what each
-    layer would predict. attribution: how much each token contributes to the next one. cache: KV pages and a ring,
-    step by step. time: the operators of a decode step beside their roofline."""
+    """attention: which tokens each head reads.
+    probabilities: each token's, with alternatives.
+    lens: what each layer would predict.
+    attribution: how much each token contributes to the next one.
+    cache: KV pages and a ring, step by step.
+    time: the operators of a decode step beside their roofline."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE.html|FILE.png")] = ""
     """The file to write; None: a page named after the picture. A PNG needs matplotlib."""
     layers: tuple[int, ...] = ()

@@ -14,6 +14,7 @@ from mistral_7b import Mistral7B
 from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.errors import GenerationError, PromptTooLongError
 from mistral_7b.evaluation.scoring import CHUNK, rounds, score, scoring_engine
+from mistral_7b.lora.trainable import LoraArgs, adapt
 from mistral_7b.quantization import quantize
 
 
@@ -66,6 +67,14 @@ def test_a_model_that_was_scored_is_saved_as_it_was(dtype: torch.dtype, tmp_path
         after = Mistral7B.from_pretrained(out, dtype=dtype).state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_an_adapter_is_trained_further_after_it_was_scored() -> None:
+    model = tiny_model(tiny_args())
+    factors = adapt(model, LoraArgs(rank=2), seed=0)
+    score(scoring_engine(model, None), [([1, 5], [6])])
+    model(torch.tensor([[1, 5, 6]]))[0].sum().backward()
+    assert all(p.grad is not None for p in factors)
 
 
 def test_a_prefix_is_computed_once() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import check_room, partial_name, raise_write_error, remove_left_over, size_in_bytes
 from ..model import Mistral7B, ModelArgs
+from ..quantization.linear import PackedLinear
 from ..quantization.schemes import scheme_of
 from . import hub, huggingface, mistral
 from .gguf import reading as gguf
@@ -72,7 +73,7 @@ def save(
     file; `type` is the type of its matrices: "f32", "f16", "bf16", "q8_0", "q4_0", "q6_k", "q4_k_m", or None for
     the model's own. The tokenizer's files, with chat templates and ends, are those of the model's source. Raises
     CheckpointError if a weight has no data or does not belong to a plain Mistral 7B: merge adapters, save before
-    quantizing.
+    quantizing. Weights that are packed (PackedLinear) are unpacked, without loss.
 
     A model of int8 or int4 modules is saved as "quantized", with its measured `distance` from the original and
     its `calibration` (see quantized.Record). Raises QuantizationError without a distance.
@@ -93,6 +94,7 @@ def save(
             hint="save it as 'quantized'",
         )
     state = {name: value.detach() for name, value in model.state_dict().items()}
+    packed = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     plain = dict(expected(model.args))
     for name, value in state.items():
         if name not in plain or tuple(value.shape) != plain[name]:
@@ -104,13 +106,15 @@ def save(
             raise CheckpointError(f"{name!r} is on the meta device and has no data to save", field=name)
         if value.dtype not in CODES:
             raise CheckpointError(f"{name!r} has type {value.dtype}, which cannot be saved", field=name)
-    if missing := [name for name in plain if name not in state]:
+    if missing := [name for name in plain if name not in state and name not in packed]:
         raise CheckpointError(
             f"the model lacks {missing[0]!r}: a quantized or adapted model cannot be saved in this format",
             field=missing[0],
         )
     outgoing = [
-        Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
+        Outgoing(name, packed[name].dtype, shape, packed[name].dense)
+        if name in packed
+        else Outgoing(name, state[name].dtype, shape, functools.partial(state.__getitem__, name))
         for name, shape in plain.items()
     ]
     write(pathlib.Path(path), model.args, format, outgoing, max_shard_size, model.source, progress, type)

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import EngineError, GenerationError
 from ..kernels.backend import LINEAR, PACKED_LINEAR, PAGED_ATTENTION, Backend, uses
 from ..lora.adapters import Source
+from ..lora.trainable import TrainableLinear
 from ..model import Mistral7B
 from ..quantization import Scheme, quantize
 from ..quantization.linear import Compressed, PackedLinear
@@ -111,7 +112,11 @@ def make_deterministic(model: Mistral7B) -> None:
         )
     if integers:
         return
-    quantize(model, Scheme("bf16", deterministic=True))
+    adapted = [module for module in model.modules() if isinstance(module, TrainableLinear)]
+    trained = [p for module in adapted for p in (module.a, module.b) if p.requires_grad]
+    quantize(model, Scheme("bf16", deterministic=True))  # which freezes all
+    for p in trained:
+        p.requires_grad_()
     for module in model.modules():
         if isinstance(module, PackedLinear):  # also those that were packed before
             module.deterministic = True

@@ -36,7 +36,10 @@ Ids = Sequence[int]
 
 
 def scoring_engine(model: Mistral7B, tokenizer: Tokenizer | None, batch_size: int = 8) -> InputProcessor:
-    """An engine whose scores do not depend on the batch, computing up to `batch_size` requests together."""
+    """An engine whose scores do not depend on the batch, computing up to `batch_size` requests together.
+
+    On a CPU, weights in float32 or bfloat16 are packed in place (make_deterministic).
+    """
     most = max(STEP, batch_size + EngineConfig.page_size)
     # Pages of one token share whole prefixes.
     exact = EngineConfig(max_sequences=batch_size, max_batch_tokens=most, page_size=1, deterministic=True)

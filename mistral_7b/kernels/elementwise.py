@@ -37,7 +37,7 @@ def rotate_twin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    backend = choose(RMS_NORM, x, weight).backend
+    x, backend = x.contiguous(), choose(RMS_NORM, x, weight).backend
     if backend is Backend.PYTORCH or not x.numel():
         return rms_norm_twin(x, weight, eps)
     return (calls if backend is Backend.CPU else gpu).rms_norm(x, weight, eps)
@@ -45,6 +45,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     backend = choose(SILU_MUL, gate, up).backend
+    gate, up = gate.contiguous(), up.contiguous()
     if backend is Backend.PYTORCH or not gate.numel():
         return silu_mul_twin(gate, up)
     return (calls if backend is Backend.CPU else gpu).silu_mul(gate, up)
@@ -61,13 +62,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotate_twin(x, cos, sin)
 
 
+def _like(x: Tensor, *rest: object) -> Tensor:
+    """What torch.compile expects of a result: it is contiguous, also where x is not."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 OPS.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 OPS.define("silu_mul(Tensor gate, Tensor up) -> Tensor")
 OPS.define("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 for name, kernel in (("rms_norm", _rms_norm), ("silu_mul", _silu_mul), ("rotate", _rotate)):
     for device in ("CPU", "CUDA"):
         OPS.impl(name, kernel, device)
-    torch.library.register_fake(f"mistral_7b::{name}", lambda x, *rest: torch.empty_like(x))
+    torch.library.register_fake(f"mistral_7b::{name}", _like)
 
 
 # Backward passes are operators too, so that torch.compile can call them.
@@ -75,10 +81,8 @@ OPS.define("rms_norm_back(Tensor x, Tensor weight, float eps, Tensor grad) -> Te
 OPS.define("silu_mul_back(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)")
 OPS.impl("rms_norm_back", calls.rms_norm_back, "CPU")
 OPS.impl("silu_mul_back", calls.silu_mul_back, "CPU")
-torch.library.register_fake("mistral_7b::rms_norm_back", lambda x, *rest: torch.empty_like(x))
-torch.library.register_fake(
-    "mistral_7b::silu_mul_back", lambda gate, up, grad: (torch.empty_like(gate), torch.empty_like(up))
-)
+torch.library.register_fake("mistral_7b::rms_norm_back", _like)
+torch.library.register_fake("mistral_7b::silu_mul_back", lambda gate, up, grad: (_like(gate), _like(up)))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
 
 import pytest
@@ -13,6 +14,7 @@ from mistral_7b import Mistral7B
 from mistral_7b.engine.inputs import RequestOptions
 from mistral_7b.errors import GenerationError, PromptTooLongError
 from mistral_7b.evaluation.scoring import CHUNK, rounds, score, scoring_engine
+from mistral_7b.lora.trainable import LoraArgs, adapt
 from mistral_7b.quantization import quantize
 
 
@@ -53,6 +55,26 @@ def test_scores_have_equal_bits_at_every_batch_size_and_in_any_order(kind: str) 
         found.append([scores[i] for i in range(len(pairs))])
         assert score(inputs, pairs[-1:])[0] == found[-1][-1]  # alone, with all its pages cached
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_was_scored_is_saved_as_it_was(dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    for tie in (False, True):
+        model, out = tiny_model(tiny_args(tie_embeddings=tie), dtype), tmp_path / str(tie)
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        score(scoring_engine(model, None), [([1, 5], [6])])
+        model.save_pretrained(out)
+        after = Mistral7B.from_pretrained(out, dtype=dtype).state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_an_adapter_is_trained_further_after_it_was_scored() -> None:
+    model = tiny_model(tiny_args())
+    factors = adapt(model, LoraArgs(rank=2), seed=0)
+    score(scoring_engine(model, None), [([1, 5], [6])])
+    model(torch.tensor([[1, 5, 6]]))[0].sum().backward()
+    assert all(p.grad is not None for p in factors)
 
 
 def test_a_prefix_is_computed_once() -> None:

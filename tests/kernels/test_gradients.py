@@ -134,3 +134,19 @@ def test_the_gradients_of_a_frozen_norm_and_of_a_gate(width: int, dtype: torch.d
         )
         for a, b in zip(got, exact, strict=True):
             torch.testing.assert_close(a.double(), b, atol=step, rtol=step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_strided_inputs_are_computed_as_contiguous_ones(dtype: torch.dtype) -> None:
+    """Also the norm's weight; and torch.compile is told the strides that results have."""
+    x, w = torch.randn(5, 6, 16).to(dtype).transpose(0, 1), torch.randn(32).to(dtype)[::2]
+    assert torch.equal(
+        elementwise.rms_norm(x, w, 1e-5), elementwise.rms_norm(x.contiguous(), w.contiguous(), 1e-5)
+    )
+    grads = [gradient(lambda t, v=v: elementwise.rms_norm(t, v, 1e-5), x, x) for v in (w, w.contiguous())]
+    assert torch.equal(*grads)
+    for name, inputs in (("rms_norm", (x, w, 1e-5)), ("silu_mul", (x, x))):
+        torch.library.opcheck(getattr(torch.ops.mistral_7b, name), inputs, test_utils="test_faketensor")
+        if dtype != torch.float64:
+            back = getattr(torch.ops.mistral_7b, f"{name}_back")
+            torch.library.opcheck(back, (*inputs, x), test_utils="test_faketensor")

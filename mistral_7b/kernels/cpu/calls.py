@@ -61,7 +61,7 @@ def low_rank(adapters: ctypes.Array[Any], mixture: arguments.Mixture, x: Tensor,
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of x (..., D) with weight (D,)."""
-    x, D = x.contiguous(), x.shape[-1]
+    x, weight, D = x.contiguous(), weight.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     call = arguments.RMSNormCall(
         x=x.data_ptr(), weight=weight.data_ptr(), out=out.data_ptr(), M=x.numel() // D, D=D, eps=eps, **_common(x)
@@ -72,7 +72,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm_back(x: Tensor, weight: Tensor, eps: float, grad: Tensor) -> Tensor:
     """The gradient of x (..., D) of `rms_norm`, from that of its result."""
-    x, grad, D = x.contiguous(), grad.contiguous(), x.shape[-1]
+    x, weight, grad, D = x.contiguous(), weight.contiguous(), grad.contiguous(), x.shape[-1]
     out = torch.empty_like(x)
     call = arguments.RMSNormBackCall(
         x=x.data_ptr(), weight=weight.data_ptr(), grad=grad.data_ptr(), out=out.data_ptr(), M=x.numel() // D, D=D,

@@ -15,7 +15,7 @@ from .launch import launch, power
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x (..., D), as the model's RMSNorm."""
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     D = x.shape[-1]
     _launch("rms_norm", (x.numel() // D,), x, weight, out, D, eps, BLOCK=power(D))

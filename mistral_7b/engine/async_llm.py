@@ -34,7 +34,7 @@ from ..text.tool_calls import ToolCall
 from .completion import CompletionOutput, RequestOutput, TextPiece, cumulative
 from .config import EngineConfig
 from .containment import request_error
-from .followers import PATIENCE, LostRank, followers_of
+from .followers import LostRank, followers_of
 from .inputs import InputProcessor, Messages, RequestOptions, ToolChoice, Tools
 from .keywords import read_fields
 from .llm import EmbeddingOutput, open_engine
@@ -89,9 +89,7 @@ class AsyncLLM:
         self._thread.start()
         self._followers = followers_of(self.engine.forward)
         if self._followers is not None:
-            self._followers.on_loss = lambda: self._commands.put(self._lose)
-            if self._followers.told:  # before that
-                self._followers.on_loss()
+            self._followers.watched(lambda: self._commands.put(self._lose))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -219,9 +217,8 @@ class AsyncLLM:
         with self._lock:
             self._error = self._error or EngineError("the engine is closed")
             self._commands.put(None)
-        if self._followers is not None:  # the step may wait for one that hangs, until that is killed
-            await asyncio.to_thread(self._thread.join, PATIENCE)
-            await asyncio.to_thread(self._followers.close)
+        if self._followers is not None:
+            await asyncio.to_thread(self._followers.close, self._thread)
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self.engine.scheduler.close)
 

@@ -156,8 +156,16 @@ class Followers:
         if not self.closing:
             self.on_loss()
 
-    def close(self) -> None:
-        """End the processes."""
+    def watched(self, on_loss: Callable[[], None]) -> None:
+        """Call `on_loss`, from another thread, when a follower ends, or now if one has ended."""
+        self.on_loss = on_loss
+        if self.told:
+            on_loss()
+
+    def close(self, steps: threading.Thread | None = None) -> None:
+        """End the processes, after the thread of the steps; but that may wait for one that hangs."""
+        if steps is not None:
+            steps.join(PATIENCE)
         self.closing = True
         for process in self.processes:
             with suppress(OSError):

@@ -111,7 +111,7 @@ def test_closing_ends_a_follower_that_hangs() -> None:
         "import asyncio, os, signal\nfrom functools import partial\n"
         "from mistral_7b.engine import followers\nfrom mistral_7b.engine import async_llm\n"
         "from mistral_7b.engine.llm import open_engine\nfrom mistral_7b.engine.config import EngineConfig\n"
-        "async_llm.PATIENCE = followers.PATIENCE = 0.5\nconfig = EngineConfig(kv_cache_bytes=10**8)\n"
+        "followers.PATIENCE = 0.5\nconfig = EngineConfig(kv_cache_bytes=10**8)\n"
         "more = {'quantization': 'int8', 'tensor_parallel': 2}\n"
         "opened = partial(open_engine, 'demo', config, None, None, **more)\n"
         "async def main():\n"

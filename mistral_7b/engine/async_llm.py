@@ -89,7 +89,7 @@ class AsyncLLM:
         self._thread.start()
         self._followers = followers_of(self.engine.forward)
         if self._followers is not None:
-            self._followers.on_loss = lambda: self._commands.put(self._lose)
+            self._followers.watched(lambda: self._commands.put(self._lose))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -217,10 +217,10 @@ class AsyncLLM:
         with self._lock:
             self._error = self._error or EngineError("the engine is closed")
             self._commands.put(None)
+        if self._followers is not None:
+            await asyncio.to_thread(self._followers.close, self._thread)
         await asyncio.to_thread(self._thread.join)
         await asyncio.to_thread(self.engine.scheduler.close)
-        if self._followers is not None:
-            await asyncio.to_thread(self._followers.close)
 
     async def __aenter__(self) -> AsyncLLM:
         return self

@@ -39,6 +39,7 @@ from .inputs import InputProcessor
 
 HOST = "127.0.0.1"
 PATIENCE = 5.0  # seconds in which a follower ends by itself
+NOTICE = 1.0  # seconds until its end, which its connections tell first, is known
 
 
 class LostRank(BaseException):  # not an Exception: those end single requests
@@ -77,8 +78,9 @@ def lead(size: int, opened: Callable[[], InputProcessor]) -> InputProcessor:
         followers.close()
         raise
     except RuntimeError as e:  # of gloo
+        why = followers.reason(e)
         followers.close()
-        raise DistributedError(f"the model could not be divided: {followers.told or e}") from e
+        raise DistributedError(f"the model could not be divided: {why}") from e
     except BaseException:
         followers.close()
         raise
@@ -111,9 +113,11 @@ class Followers:
             for rank in range(1, size)
         ]  # fmt: skip
         self._started: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._lost = threading.Event()
         for process in self.processes:
             threading.Thread(target=self._watch, args=(process,), daemon=True).start()
-        self._write(pickle.dumps(opened))
+        with suppress(OSError):  # one that has ended: wait_started says why
+            self._write(pickle.dumps(opened))
 
     def wait_started(self) -> None:
         """Wait until all have imported what they need. DistributedError if one ends."""
@@ -126,7 +130,12 @@ class Followers:
         try:
             self._write(pickle.dumps(call))
         except OSError as e:
-            raise LostRank(self.told or repr(e)) from e
+            raise LostRank(self.reason(e)) from e
+
+    def reason(self, error: Exception) -> str:
+        """What a follower has told that has ended, also if only just; else the error that rank 0 has."""
+        self._lost.wait(NOTICE)
+        return self.told or repr(error)
 
     def _write(self, data: bytes) -> None:
         for process in self.processes:
@@ -137,16 +146,26 @@ class Followers:
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Read a line when a follower has started, another if it fails; then it ends."""
         assert process.stdout is not None
-        self._started.put(bool(process.stdout.readline()))
+        if process.stdout.readline():
+            self._started.put(True)
         why = process.stdout.readline().decode(errors="replace").strip()
         code = process.wait()
         self.told = self.told or why or f"process {process.pid} of a rank ended with status {code}"
+        self._lost.set()
         self._started.put(False)
         if not self.closing:
             self.on_loss()
 
-    def close(self) -> None:
-        """End the processes."""
+    def watched(self, on_loss: Callable[[], None]) -> None:
+        """Call `on_loss`, from another thread, when a follower ends, or now if one has ended."""
+        self.on_loss = on_loss
+        if self.told:
+            on_loss()
+
+    def close(self, steps: threading.Thread | None = None) -> None:
+        """End the processes, after the thread of the steps; but that may wait for one that hangs."""
+        if steps is not None:
+            steps.join(PATIENCE)
         self.closing = True
         for process in self.processes:
             with suppress(OSError):
@@ -183,7 +202,7 @@ class LeadingForward(Forward):
         try:
             return own()
         except Exception as e:  # the others may have passed this collective, or wait in it
-            raise LostRank(self.followers.told or repr(e)) from e
+            raise LostRank(self.followers.reason(e)) from e
 
 
 def followers_of(forward: Forward) -> Followers | None:

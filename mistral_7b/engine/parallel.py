@@ -13,11 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..distributed import ranks
-from ..errors import ConfigError, EngineError
+from ..errors import ConfigError, EngineError, Mistral7BError
 from ..model import Mistral7B
 from .config import EngineConfig
 
 FIELD = "tensor_parallel"
+HINTS = {
+    "adapters": "merge it into the model (`mistral-7b merge`)",
+    "deterministic": "int8 and int4 on a CPU are deterministic without the option",
+}
 
 
 def divide(model: Mistral7B, processes: int, config: EngineConfig, adapters: Mapping[str, Any] | None) -> None:
@@ -53,11 +57,11 @@ def check_same(field: str) -> None:
         check_alone(field)
 
 
-def check_alone(field: str) -> None:
-    """Raise EngineError for what one process alone can do, if this is one of several."""
+def check_alone(field: str, error: type[Mistral7BError] = EngineError) -> None:
+    """Raise an error for what one process alone can do, if this is one of several."""
     if ranks.size() > 1:
-        raise EngineError(
+        raise error(
             f"{field} cannot be used with a model that is divided among processes",
             field=field,
-            hint="merge an adapter (`mistral-7b merge`); int8 and int4 are deterministic without the option",
+            hint=HINTS.get(field),
         )

@@ -144,7 +144,7 @@ def watching_of(
         key.update(repr((layer, positions)).encode() + steers[-1].added.double().cpu().numpy().tobytes())
     if recording is None and not steers:
         return None
-    check_alone("steer" if steers else "record")
+    check_alone("steer" if steers else "record", InterpretError)
     return Watching(steers, recording, key.hexdigest() if steers else None)
 
 

@@ -16,6 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tiny import tiny_args
+
+from mistral_7b.engine.followers import lead
+from mistral_7b.engine.watching import watching_of
+from mistral_7b.errors import DistributedError, InterpretError
 
 ASKED = (
     {"prompt": "import os\n", "n": 2, "logprobs": 2, "temperature": 1, "frequency_penalty": 0.5},
@@ -83,6 +88,41 @@ def test_answers_have_the_bits_of_one_process_until_a_rank_ends(servers: list[An
     os.kill(follower, signal.SIGKILL)
     assert process.wait(60) == 1
     assert "ended with status -9" in log.read_text()
+
+
+def test_recording_is_refused_as_a_bad_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InterpretError, match="record cannot be used with a model that is divided") as e:
+        watching_of(["residual.0"], None, tiny_args(), 1)
+    assert e.value.hint is None  # that of adapters
+
+
+def test_the_end_of_a_follower_is_told_also_during_the_start() -> None:
+    for _ in range(5):  # a race
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "environ", os.environ.copy())
+            patch.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(DistributedError, match="of a rank ended with status 1"):
+                lead(2, dict)  # type: ignore[arg-type]
+
+
+def test_closing_ends_a_follower_that_hangs() -> None:
+    program = (
+        "import asyncio, os, signal\nfrom functools import partial\n"
+        "from mistral_7b.engine import followers\nfrom mistral_7b.engine import async_llm\n"
+        "from mistral_7b.engine.llm import open_engine\nfrom mistral_7b.engine.config import EngineConfig\n"
+        "followers.PATIENCE = 0.5\nconfig = EngineConfig(kv_cache_bytes=10**8)\n"
+        "more = {'quantization': 'int8', 'tensor_parallel': 2}\n"
+        "opened = partial(open_engine, 'demo', config, None, None, **more)\n"
+        "async def main():\n"
+        "    llm = async_llm.AsyncLLM(followers.lead(2, opened))\n"
+        "    os.kill(llm._followers.processes[0].pid, signal.SIGSTOP)\n"
+        "    task = asyncio.create_task(llm.embed('a'))\n    await asyncio.sleep(0.5)\n"
+        "    await llm.close()\n    print(await asyncio.gather(task, return_exceptions=True))\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], timeout=90, capture_output=True, text=True)
+    assert "rank ended with status -9" in done.stdout, done
 
 
 def test_followers_end_with_the_server() -> None:

@@ -40,19 +40,12 @@ def atomic_write(path: str | os.PathLike[str], folders: bool = False) -> Iterato
     wraps that error in its own.
     """
     target = pathlib.Path(path).expanduser()
-    beside = partial_name(target)
-    try:
+    with _beside(target) as beside:
         if folders:
             beside.parent.mkdir(parents=True, exist_ok=True)
         remove_left_over(target)
         yield beside
         os.replace(beside, target)
-    except Exception as error:
-        raise_write_error(error, target, beside)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
@@ -60,10 +53,17 @@ def check_place(path: str | os.PathLike[str]) -> None:
     target = pathlib.Path(path).expanduser()
     if target.is_dir():
         raise WriteError("cannot be written: it is a folder", place=path, hint="name a file")
+    with _beside(target) as beside:
+        beside.touch()
+
+
+@contextlib.contextmanager
+def _beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a temporary path beside `target`; remove what is left there. The system's errors become WriteError."""
     beside = partial_name(target)
     try:
-        beside.touch()
-    except OSError as error:
+        yield beside
+    except Exception as error:
         raise_write_error(error, target, beside)
         raise
     finally:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, NoReturn
 
@@ -70,20 +70,17 @@ def lead(size: int, opened: Callable[[], InputProcessor]) -> InputProcessor:
     if size == 1:
         return opened()
     followers = Followers(size, opened)
-    try:
-        followers.wait_started()
-        ranks.start()
-        inputs = opened()
-    except Mistral7BError:
-        followers.close()
-        raise
-    except RuntimeError as e:  # of gloo
-        why = followers.reason(e)
-        followers.close()
-        raise DistributedError(f"the model could not be divided: {why}") from e
-    except BaseException:
-        followers.close()
-        raise
+    with ExitStack() as failed:
+        failed.callback(followers.close)
+        try:
+            followers.wait_started()
+            ranks.start()
+            inputs = opened()
+        except Mistral7BError:
+            raise
+        except RuntimeError as e:  # of gloo
+            raise DistributedError(f"the model could not be divided: {followers.reason(e)}") from e
+        failed.pop_all()
     engine = inputs.engine
     engine.forward = LeadingForward(engine.forward, followers)
     engine.pool.copies = []

@@ -7,9 +7,7 @@ Positions are absolute, so that an edit means the same tokens in prefill and in 
 
 from __future__ import annotations
 
-import math
 import numbers
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -170,6 +168,10 @@ def _is_position(number: object) -> bool:
 
 def _is_number(x: object) -> bool:
     """Whether x is a real number that a float can hold; infinities and NaN are floats too."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+    if isinstance(x, bool) or not isinstance(x, numbers.Real):
         return False
-    return not sys.float_info.max < abs(float(x) if not isinstance(x, int) else x) < math.inf
+    try:
+        float(x)
+    except OverflowError:
+        return False
+    return True

@@ -21,10 +21,11 @@ struct DequantizeCall {
 };
 
 // The codes of output n for 16 inputs: four quads, put together in a register.
-inline B16 codes_of(const Line* lines, int64_t n) {
+inline I16 codes_of(const Line* lines, int64_t n) {
     using Quads = uint32_t __attribute__((vector_size(16)));
     const auto* quads = reinterpret_cast<const uint32_t __attribute__((may_alias))*>(lines) + n;
-    return reinterpret_cast<B16>(Quads{quads[0], quads[LANES], quads[2 * LANES], quads[3 * LANES]});
+    const Quads codes{quads[0], quads[LANES], quads[2 * LANES], quads[3 * LANES]};
+    return Memory<I16>::read(reinterpret_cast<const uint8_t*>(&codes));
 }
 
 // The first `width` inputs of a block of `groups` groups, for the first `rows` outputs of its tile.
@@ -45,8 +46,8 @@ void dequantize_block(const uint8_t* codes, const uint16_t* d, int64_t groups, i
             if constexpr (f.scales != 0 && f.minimum) offset = minimum * __builtin_convertvector(scales.minimum_of(g), Floats);
             for (int64_t n = 0; n < std::min<int64_t>(LANES, rows - part); n++)
                 for (int64_t i = 0, k = g * f.group; i < f.group && k < width; i += 16, k += 16) {
-                    const I16 q = __builtin_convertvector(codes_of(lines + i / 4, n), I16) - f.zero;
-                    store(out + (part + n) * stride + k, __builtin_convertvector(q, F16) * step[n] - offset[n], width - k);
+                    const F16 q = to_floats(codes_of(lines + i / 4, n) - f.zero);
+                    store(out + (part + n) * stride + k, q * step[n] - offset[n], width - k);
                 }
         }
     }

@@ -35,13 +35,13 @@ namespace {
 
 constexpr float INFINITE = __builtin_inff();
 
-inline F16 minimum(F16 a, F16 b) { return a < b ? a : b; }
+inline F16 minimum(F16 a, F16 b) { return select(a < b, a, b); }
 inline F16 clamp(F16 v, float low, float high) { return minimum(maximum(v, broadcast(low)), broadcast(high)); }
 inline F16 nearest(F16 v) {  // ties to even, for |v| < 2^22
     const F16 magic = broadcast(12582912.0f);
     return (v + magic) - magic;
 }
-inline F16 inverse(F16 v) { return v == F16{} ? F16{} : broadcast(1) / v; }
+inline F16 inverse(F16 v) { return select(v == F16{}, F16{}, broadcast(1) / v); }
 
 uint16_t to_half(float f) {  // round to nearest even
     uint32_t bits;
@@ -117,7 +117,7 @@ struct Groups {
 inline F16 halved(F16 v, uint16_t* bits) {
     for (int i = 0; i < 16; i++) {
         bits[i] = to_half(v[i]);
-        v[i] = from_half(bits[i]);
+        lanes(v)[i] = from_half(bits[i]);
     }
     return v;
 }
@@ -126,7 +126,7 @@ inline F16 largest_of_eight(F16 v) {
     for (int half = 0; half < 16; half += 8) {
         float most = v[half];
         for (int i = 1; i < 8; i++) most = std::max(most, v[half + i]);
-        for (int i = 0; i < 8; i++) v[half + i] = most;
+        for (int i = 0; i < 8; i++) lanes(v)[half + i] = most;
     }
     return v;
 }
@@ -142,13 +142,13 @@ inline void round_q4_k(Groups<32>& g, uint8_t* scales, uint16_t* d_bits) {
         const F16 factor = inverse(g.sum_w * s.qq - s.q * s.q);
         F16 new_scale = (g.sum_w * s.xq - g.sum_x * s.q) * factor;
         F16 new_offset = (s.qq * g.sum_x - s.q * s.xq) * factor;
-        new_scale = new_offset > 0 ? s.xq * inverse(s.qq) : new_scale;
+        new_scale = select(new_offset > 0, s.xq * inverse(s.qq), new_scale);
         new_offset = minimum(new_offset, F16{});
         const F16 error = g.error(new_scale, new_offset, s);
         const auto closer = (error < best) & (factor > 0) & (new_scale > 0);
-        scale = closer ? new_scale : scale;
-        offset = closer ? new_offset : offset;
-        best = closer ? error : best;
+        scale = select(closer, new_scale, scale);
+        offset = select(closer, new_offset, offset);
+        best = select(closer, error, best);
     }
     uint16_t d_half[16], m_half[16];
     const F16 d = halved(largest_of_eight(scale) / 63, d_half), m = halved(largest_of_eight(-offset) / 63, m_half);
@@ -162,9 +162,9 @@ inline void round_q4_k(Groups<32>& g, uint8_t* scales, uint16_t* d_bits) {
         const F16 fitted = nearest(clamp((d * s * sums.q - g.sum_x) * inverse(g.sum_w * m), 0, 63));
         const F16 error = g.error(d * s, -m * fitted, sums);
         const auto closer = error < best;
-        best_s = closer ? s : best_s;
-        best_t = closer ? fitted : best_t;
-        best = closer ? error : best;
+        best_s = select(closer, s, best_s);
+        best_t = select(closer, fitted, best_t);
+        best = select(closer, error, best);
     }
     g.codes(d * best_s, m * best_t, 0, 15);
     for (int half = 0; half < 2; half++, scales += 12) {
@@ -184,15 +184,15 @@ inline void round_q4_k(Groups<32>& g, uint8_t* scales, uint16_t* d_bits) {
 inline void round_q6_k(Groups<16>& g, uint8_t* scales, uint16_t* d_bits) {
     F16 low = g.x[0], high = g.x[0];
     for (int i = 1; i < 16; i++) low = minimum(low, g.x[i]), high = maximum(high, g.x[i]);
-    const F16 largest = high < -low ? low : high;
+    const F16 largest = select(high < -low, low, high);
     F16 scale = largest / -32, best = broadcast(-1);
     for (int i = 0; i < 9; i++) {
         g.codes(largest / -float(31 + 2.0 * i / 8), F16{}, -32, 31);
         const auto s = g.sums();
         const F16 fitted = s.xq * inverse(s.qq), gain = fitted * s.xq;
         const auto closer = gain > best;
-        scale = closer ? fitted : scale;
-        best = closer ? gain : best;
+        scale = select(closer, fitted, scale);
+        best = select(closer, gain, best);
     }
     float outer = scale[0];
     for (int i = 1; i < 16; i++)
@@ -207,8 +207,8 @@ inline void round_q6_k(Groups<16>& g, uint8_t* scales, uint16_t* d_bits) {
         g.codes(step, F16{}, -32, 31);
         const F16 error = g.error(step, F16{}, g.sums());
         const auto closer = error < best;
-        best_s = closer ? s : best_s;
-        best = closer ? error : best;
+        best_s = select(closer, s, best_s);
+        best = select(closer, error, best);
     }
     g.codes(d * best_s, F16{}, -32, 31);
     for (int i = 0; i < 16; i++) scales[i] = uint8_t(int8_t(best_s[i]));
@@ -235,8 +235,8 @@ void round_searched(const RoundCall& c) {
                         const bool inside = block < total && k < c.K;
                         const float v = inside ? T::load(static_cast<const typename T::Store*>(c.x), row * c.K + k) : 0;
                         finite[b] &= v - v == 0;
-                        g.x[i][b * each + lane] = v;
-                        if (g.weighted) g.w[i][b * each + lane] = inside ? c.importance[k] : 0;
+                        lanes(g.x[i])[b * each + lane] = v;
+                        if (g.weighted) lanes(g.w[i])[b * each + lane] = inside ? c.importance[k] : 0;
                     }
             }
             g.prepare();

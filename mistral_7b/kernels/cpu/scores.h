@@ -220,12 +220,13 @@ void softmax_block(const Workspace& r, P* p, int64_t m, int64_t first, int64_t l
         return;
     }
     float* row = r.s + m * KEYS;
-    const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    constexpr int32_t LANE_NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const I16 lane = load(LANE_NUMBERS);
     F16 s[4], max = broadcast(-3.0e38f);
     for (int i = 0; i < 4; i++) {
         s[i] = load(row + 16 * i) * scale * load(r.k_scale + 16 * i);
         const I16 key = lane + 16 * i;
-        s[i] = (key >= int32_t(first)) & (key < int32_t(last)) ? s[i] : broadcast(-3.0e38f);
+        s[i] = select((key >= int32_t(first)) & (key < int32_t(last)), s[i], broadcast(-3.0e38f));
         max = maximum(max, s[i]);
     }
     const float old_max = r.max[m], new_max = std::max(old_max, reduce_max(max));

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -53,51 +54,146 @@ struct BF16 {
     static void store(uint16_t* p, int64_t i, float v) { p[i] = to_bf16(v); }
 };
 
-using F16 = float __attribute__((vector_size(64)));
-using I16 = int32_t __attribute__((vector_size(64)));
-using H16 = uint16_t __attribute__((vector_size(32)));
-using B16 = uint8_t __attribute__((vector_size(16)));
+// A vector in two halves. Compilers keep vectors that are wider than a register in memory, which is many times slower.
+template <class V>
+struct Two {
+    using Number = std::decay_t<decltype(V()[0])>;
+    static constexpr int HALF = sizeof(V) / sizeof(Number);
+    V low, high;
+
+    Number operator[](int i) const { return i < HALF ? low[i] : high[i - HALF]; }
+    friend Two operator-(Two a) { return {-a.low, -a.high}; }
+    template <class B>
+    Two& operator+=(B b) { return *this = *this + b; }
+    template <class B>
+    Two& operator-=(B b) { return *this = *this - b; }
+};
+template <class V>
+inline Two<V> two(V low, V high) { return {low, high}; }
+
+#define IN_HALVES(op)                                                                                     \
+    template <class V>                                                                                    \
+    inline auto operator op(Two<V> a, Two<V> b) { return two(a.low op b.low, a.high op b.high); }         \
+    template <class V>                                                                                    \
+    inline auto operator op(Two<V> a, typename Two<V>::Number b) { return two(a.low op b, a.high op b); } \
+    template <class V>                                                                                    \
+    inline auto operator op(typename Two<V>::Number a, Two<V> b) { return two(a op b.low, a op b.high); }
+IN_HALVES(+) IN_HALVES(-) IN_HALVES(*) IN_HALVES(/) IN_HALVES(&) IN_HALVES(>>) IN_HALVES(<<)
+IN_HALVES(<) IN_HALVES(>) IN_HALVES(>=) IN_HALVES(==)
+#undef IN_HALVES
+
+// Registers of the widest kind, and vectors of 16 numbers made of them.
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+using FloatRegister = float __attribute__((vector_size(REGISTER)));
+using IntRegister = int32_t __attribute__((vector_size(REGISTER)));
+template <class V>
+using Sixteen = std::conditional_t<sizeof(V) == 64, V, std::conditional_t<sizeof(V) == 32, Two<V>, Two<Two<V>>>>;
+using F16 = Sixteen<FloatRegister>;
+using I16 = Sixteen<IntRegister>;
 using B64 = uint8_t __attribute__((vector_size(64)));
 using W32 = uint16_t __attribute__((vector_size(64)));
 
+// The functions of a register, and below them those of more.
+inline IntRegister bits_of(FloatRegister v) { return reinterpret_cast<IntRegister>(v); }
+inline FloatRegister floats_of_bits(IntRegister v) { return reinterpret_cast<FloatRegister>(v); }
+inline IntRegister to_ints(FloatRegister v) { return __builtin_convertvector(v, IntRegister); }
+inline FloatRegister to_floats(IntRegister v) { return __builtin_convertvector(v, FloatRegister); }
+template <class M, class V>
+inline V select(M mask, V a, V b) { return mask ? a : b; }
+inline float reduce_sum(FloatRegister v) {
+    for (int n = REGISTER / 8; n; n /= 2)
+        for (int i = 0; i < n; i++) v[i] += v[i + n];
+    return v[0];
+}
+inline float reduce_max(FloatRegister v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+    float max = v[0];
+    for (int i = 1; i < REGISTER / 4; i++) max = v[i] > max ? v[i] : max;
+    return max;
+#endif
+}
+// a b + c, rounded once on all CPUs, so that sums do not depend on the instruction set.
+inline FloatRegister fmadd(FloatRegister a, FloatRegister b, FloatRegister c) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<FloatRegister>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+    return reinterpret_cast<FloatRegister>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+    for (int i = 0; i < REGISTER / 4; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+template <class V>
+struct Memory {  // of numbers of another type
+    template <class P>
+    static V read(const P* p) {
+        typedef P Numbers __attribute__((vector_size(sizeof(V) / 4 * sizeof(P))));
+        Numbers v;
+        std::memcpy(&v, p, sizeof v);
+        return __builtin_convertvector(v, V);
+    }
+    template <class P>
+    static void write(P* p, V from) {
+        typedef P Numbers __attribute__((vector_size(sizeof(V) / 4 * sizeof(P))));
+        const Numbers v = __builtin_convertvector(from, Numbers);
+        std::memcpy(p, &v, sizeof v);
+    }
+};
+
+template <class V>
+inline auto bits_of(Two<V> v) { return two(bits_of(v.low), bits_of(v.high)); }
+template <class V>
+inline auto floats_of_bits(Two<V> v) { return two(floats_of_bits(v.low), floats_of_bits(v.high)); }
+template <class V>
+inline auto to_ints(Two<V> v) { return two(to_ints(v.low), to_ints(v.high)); }
+template <class V>
+inline auto to_floats(Two<V> v) { return two(to_floats(v.low), to_floats(v.high)); }
+template <class M, class V>
+inline Two<V> select(Two<M> mask, Two<V> a, Two<V> b) { return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)}; }
+template <class V>
+inline float reduce_sum(Two<V> v) { return reduce_sum(v.low + v.high); }
+template <class V>
+inline float reduce_max(Two<V> v) { return reduce_max(select(v.low > v.high, v.low, v.high)); }
+template <class V>
+inline Two<V> fmadd(Two<V> a, Two<V> b, Two<V> c) { return {fmadd(a.low, b.low, c.low), fmadd(a.high, b.high, c.high)}; }
+template <class V>
+struct Memory<Two<V>> {
+    template <class P>
+    static Two<V> read(const P* p) { return {Memory<V>::read(p), Memory<V>::read(p + Two<V>::HALF)}; }
+    template <class P>
+    static void write(P* p, Two<V> v) { Memory<V>::write(p, v.low), Memory<V>::write(p + Two<V>::HALF, v.high); }
+};
+
+// The numbers of a vector in memory, to change them one by one.
+using Lane = float __attribute__((may_alias));
+inline Lane* lanes(F16& v) { return reinterpret_cast<Lane*>(&v); }
+
 inline F16 broadcast(float v) { return v - F16{}; }
-inline F16 maximum(F16 a, F16 b) { return a > b ? a : b; }
-inline F16 load(const float* p) {
-    F16 v;
-    std::memcpy(&v, p, 64);
-    return v;
-}
-inline I16 load(const int32_t* p) {
-    I16 v;
-    std::memcpy(&v, p, 64);
-    return v;
-}
-inline void store(float* p, F16 v) { std::memcpy(p, &v, 64); }
-inline F16 to_float(H16 h) { return reinterpret_cast<F16>(__builtin_convertvector(h, I16) << 16); }
-inline H16 to_bf16(F16 v) {  // round to nearest even; NaN stays NaN
+inline F16 maximum(F16 a, F16 b) { return select(a > b, a, b); }
+inline F16 load(const float* p) { return Memory<F16>::read(p); }
+inline I16 load(const int32_t* p) { return Memory<I16>::read(p); }
+inline F16 load(const int8_t* p) { return to_floats(Memory<I16>::read(p)); }
+inline F16 load(const uint16_t* p) { return floats_of_bits(Memory<I16>::read(p) << 16); }
+inline void store(float* p, F16 v) { Memory<F16>::write(p, v); }
+inline void store(uint16_t* p, F16 v) {  // round to nearest even; NaN stays NaN
 #if defined(__AVX512BF16__) && defined(__AVX512DQ__)
     // The instruction differs for NaN, whose bits it keeps, and for subnormals, which it flushes to zero.
-    if (!_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(v), 0xa1))
-        return reinterpret_cast<H16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+    if (!_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(v), 0xa1)) {
+        const __m256bh h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+        std::memcpy(p, &h, 32);
+        return;
+    }
 #endif
-    I16 bits = reinterpret_cast<I16>(v);
-    I16 round = bits + 0x7fff + ((bits >> 16) & 1);
-    round = v == v ? round : I16{} + 0x7fc00000;
-    return __builtin_convertvector((round >> 16) & 0xffff, H16);
-}
-inline F16 load(const uint16_t* p) {
-    H16 h;
-    std::memcpy(&h, p, 32);
-    return to_float(h);
-}
-inline void store(uint16_t* p, F16 v) {
-    H16 h = to_bf16(v);
-    std::memcpy(p, &h, 32);
-}
-inline F16 load(const int8_t* p) {
-    int8_t __attribute__((vector_size(16))) b;
-    std::memcpy(&b, p, 16);
-    return __builtin_convertvector(__builtin_convertvector(b, I16), F16);
+    const I16 bits = bits_of(v), round = bits + 0x7fff + ((bits >> 16) & 1);
+    Memory<I16>::write(p, (select(v == v, round, I16{} + 0x7fc00000) >> 16) & 0xffff);
 }
 // The first n of 16 elements, the others zero, for the end of a row.
 template <class P>
@@ -114,35 +210,12 @@ void store(P* p, F16 v, int64_t n) {
     store(buffer, v);
     std::memcpy(p, buffer, n * sizeof(P));
 }
-inline float reduce_sum(F16 v) {
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) v[i] += v[i + n];
-    return v[0];
-}
-// a b + c, rounded once on all CPUs, so that sums do not depend on the instruction set.
-inline F16 fmadd(F16 a, F16 b, F16 c) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<F16>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
-#else
-    for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return c;
-#endif
-}
-inline float reduce_max(F16 v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
-#else
-    float max = v[0];
-    for (int i = 1; i < 16; i++) max = v[i] > max ? v[i] : max;
-    return max;
-#endif
-}
 
 // e^x, within 2 ulp; 0 below -87, exactly 1 at 0.
 inline F16 exponential(F16 x) {
     const F16 magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     x = maximum(x, broadcast(-150.0f));
-    x = x < 88.0f ? x : broadcast(88.0f);
+    x = select(x < 88.0f, x, broadcast(88.0f));
     F16 n = (x * 1.44269504088896341f + magic) - magic;
     F16 f = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     F16 p = broadcast(1.9875691500e-4f);  // Cephes' expf
@@ -152,9 +225,8 @@ inline F16 exponential(F16 x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * (f * f) + f + 1.0f;
-    I16 e = __builtin_convertvector(n, I16);
-    F16 power = reinterpret_cast<F16>((e + 127) << 23);
-    return e < -126 ? F16{} : p * power;
+    const I16 e = to_ints(n);
+    return select(e < -126, F16{}, p * floats_of_bits((e + 127) << 23));
 }
 
 }  // namespace

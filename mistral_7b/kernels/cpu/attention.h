@@ -27,8 +27,10 @@ struct WorkItem {
     int64_t cost;  // estimated, per key head
 };
 
+inline int64_t padded_rows(int64_t rows) { return (rows + ROWS_TOGETHER - 1) / ROWS_TOGETHER * ROWS_TOGETHER; }
+
 void attend_rows(const Attend& a, const Workspace& r, const WorkItem& u) {
-    const int64_t R = a.H / a.G, rows = (u.t1 - u.t0) * R, padded = (rows + 15) / 16 * 16, all_rows = (u.g1 - u.g0) * padded;
+    const int64_t R = a.H / a.G, rows = (u.t1 - u.t0) * R, padded = padded_rows(rows), all_rows = (u.g1 - u.g0) * padded;
     const float scale = 1.0f / __builtin_sqrtf(float(a.D));
     const int64_t start = a.start[u.b], end = start + u.t1, begin = first_key(a, u.b, start + u.t0), query0 = first_query(a, u.b) + u.t0;
     auto head_of = [&](int64_t g) {  // the rows of a head in the workspace
@@ -89,7 +91,7 @@ Plan make_plan(const Attend& a) {
     int64_t parts = 0, cost = 0, n = 0, head = 0, rows = 0;
     for (int64_t b = 0; b < a.B; b++) parts += (first_query(a, b + 1) - first_query(a, b) + queries - 1) / queries;
     WorkItem *items = items_scratch.get(parts * (a.G + 1)), *unsplit = items + parts * a.G, *end = unsplit;
-    auto padded = [&](const WorkItem& u) { return ((u.t1 - u.t0) * R + 15) / 16 * 16; };
+    auto padded = [&](const WorkItem& u) { return padded_rows((u.t1 - u.t0) * R); };
     for (int64_t b = 0; b < a.B; b++)
         for (int64_t t0 = 0, T = first_query(a, b + 1) - first_query(a, b); t0 < T; t0 += queries) {
             WorkItem u{b, t0, std::min(t0 + queries, T), 0, a.G, 0};
@@ -115,7 +117,7 @@ Plan make_plan(const Attend& a) {
 }
 
 void attend(const Attend& a, const Plan& plan) {
-    const int64_t D32 = a.bf16 ? (a.D + 31) / 32 * 32 : (a.D + 63) / 64 * 64;
+    const int64_t to = a.bf16 && ROWS_TOGETHER > 1 ? 32 : 16 * COLUMNS, D32 = (a.D + to - 1) / to * to;
     std::atomic<int64_t> next_item{0};
     parallel(a.threads, [&](int, int) {
         static thread_local Scratch<float> workspace_scratch;

@@ -12,55 +12,24 @@
 
 namespace {
 
-constexpr int64_t FEW = 4;  // rows that share each load of a key or value
-
 // Loads keys (D, 64) and values (64, D32) of one head, with their scales. Those of missing keys are never used.
 inline void load_floats(const Attend& a, const BlockRows& at, int64_t g, const Workspace& r) {
+    float* line = reinterpret_cast<float*>(r.line);
     for (int64_t j = at.first; j < at.last; j++) {
         const bool is_new = j >= at.old;
         const int64_t row = at.row[j] * a.G + g;
         const void *k = is_new ? a.k : a.old_k, *v = is_new ? a.v : a.old_v;
         if (a.int8) {
             const int8_t *keys = static_cast<const int8_t*>(k) + row * a.D, *values = static_cast<const int8_t*>(v) + row * a.D;
-            for (int64_t d = 0; d < a.D; d++) r.kf[d * KEYS + j] = keys[d], r.vf[j * r.D32 + d] = values[d];
+            for (int64_t d = 0; d < a.D; d++) line[j * r.D32 + d] = keys[d], r.vf[j * r.D32 + d] = values[d];
         } else {
-            const float* keys = static_cast<const float*>(k) + row * a.D;
-            for (int64_t d = 0; d < a.D; d++) r.kf[d * KEYS + j] = keys[d];
+            std::memcpy(line + j * r.D32, static_cast<const float*>(k) + row * a.D, a.D * 4);
             std::memcpy(r.vf + j * r.D32, static_cast<const float*>(v) + row * a.D, a.D * 4);
         }
         r.k_scale[j] = a.int8 ? (is_new ? a.k_scale : a.old_k_scale)[row] : 1.0f;
         r.v_scale[j] = a.int8 ? (is_new ? a.v_scale : a.old_v_scale)[row] : 1.0f;
     }
-}
-
-// s (R, 64) = q (R, D) K^T, each sum in the order of d.
-template <int64_t R>
-void float_scores(const float* const* q, const float* k, int64_t D, float* s) {
-    F16 sum[R][4] = {};
-    for (int64_t d = 0; d < D; d++)
-        for (int i = 0; i < 4; i++) {
-            const F16 key = load(k + d * KEYS + 16 * i);
-            for (int64_t m = 0; m < R; m++) sum[m][i] += q[m][d] * key;
-        }
-    for (int64_t m = 0; m < R; m++)
-        for (int i = 0; i < 4; i++) store(s + m * KEYS + 16 * i, sum[m][i]);
-}
-
-// o (R, D32) += p (R, 64) V over the keys first..last, in their order.
-template <int64_t R>
-void float_values(const float* p, const float* v, int64_t D32, int64_t first, int64_t last, float* o) {
-    for (int64_t d = 0; d < D32; d += 64) {
-        F16 sum[R][4];
-        for (int64_t m = 0; m < R; m++)
-            for (int i = 0; i < 4; i++) sum[m][i] = load(o + m * D32 + d + 16 * i);
-        for (int64_t j = first; j < last; j++)
-            for (int i = 0; i < 4; i++) {
-                const F16 value = load(v + j * D32 + d + 16 * i);
-                for (int64_t m = 0; m < R; m++) sum[m][i] += p[m * KEYS + j] * value;
-            }
-        for (int64_t m = 0; m < R; m++)
-            for (int i = 0; i < 4; i++) store(o + m * D32 + d + 16 * i, sum[m][i]);
-    }
+    pack_keys(line, r.D32, r.kf);
 }
 
 // Queries t0..t1 of sequence b for the heads of key head g; r.kf, r.vf, r.s (as p too) and r.o of these rows are floats.
@@ -76,21 +45,16 @@ void attend_floats(const Attend& a, const Workspace& r, int64_t b, int64_t t0, i
     for (int64_t block = begin / KEYS * KEYS; block < end; block += KEYS) {
         find_block(a, b, block, begin, end, at);
         load_floats(a, at, g, r);
-        const float* q[FEW];
-        for (int64_t m = 0, n; m < rows; m += n) {
-            n = rows - m < FEW ? 1 : FEW;
+        some_rows(rows, [&](int64_t m, auto n) {
+            const float* q[n];
             for (int64_t i = 0; i < n; i++) q[i] = static_cast<const float*>(a.q) + query(m + i);
-            n == 1 ? float_scores<1>(q, r.kf, a.D, r.s + m * KEYS) : float_scores<FEW>(q, r.kf, a.D, r.s + m * KEYS);
-        }
+            score_rows<n>(q, r.kf, a.D, r.s + m * KEYS);
+        });
         for (int64_t p = start + t0, m = 0; p < end; p++) {
             const int64_t first = std::max(int64_t(0), first_key(a, b, p) - block), last = std::min(KEYS, p + 1 - block);
             for (const int64_t stop = m + R; m < stop; m++) softmax_block(r, r.s, m, first, last, scale);
         }
-        for (int64_t m = 0, n; m < rows; m += n) {
-            n = rows - m < FEW ? 1 : FEW;
-            const auto add = n == 1 ? float_values<1> : float_values<FEW>;
-            add(r.s + m * KEYS, r.vf, r.D32, at.first, at.last, r.o + m * r.D32);
-        }
+        some_rows(rows, [&](int64_t m, auto n) { value_rows<n>(r.s + m * KEYS, r.vf, r.D32, at.first, at.last, r.o + m * r.D32); });
     }
     for (int64_t m = 0; m < rows; m++) {
         const F16 sum = broadcast(reduce_sum(load(r.sum + 16 * m)));

@@ -21,7 +21,68 @@ struct Workspace {  // of one thread
     float *s, *o, *max, *sum, *k_scale, *v_scale;
 };
 
+// On vectors alone. Rows share each load of a key or value; as many columns are summed together as fit the registers.
+constexpr int64_t FEW = 4, COLUMNS = REGISTER == 64 ? 4 : 1;
+
+// f(first row, number of rows as a constant) for all rows.
+template <class F>
+void some_rows(int64_t rows, F f) {
+    int64_t m = 0;
+    for (; m + FEW <= rows; m += FEW) f(m, std::integral_constant<int64_t, FEW>());
+    for (; m < rows; m++) f(m, std::integral_constant<int64_t, 1>());
+}
+
+// keys (64, D32) to k (D32, 64), a square of registers at a time.
+template <class P>
+void pack_keys(const P* keys, int64_t D32, float* k) {
+    constexpr int N = REGISTER / 4;
+    for (int64_t j = 0; j < KEYS; j += N)
+        for (int64_t d = 0; d < D32; d += N) {
+            FloatRegister square[N];
+            for (int i = 0; i < N; i++) square[i] = load_register(keys + (j + i) * D32 + d);
+            transpose(square);
+            for (int i = 0; i < N; i++) std::memcpy(k + (d + i) * KEYS + j, &square[i], REGISTER);
+        }
+}
+
+inline float number(float v) { return v; }
+inline float number(uint16_t v) { return from_bf16(v); }
+
+// s (R, 64) = q (R, D) K^T, each sum in the order of d; k (D, 64).
+template <int64_t R, class Q>
+void score_rows(const Q* const* q, const float* k, int64_t D, float* s) {
+    for (int64_t j = 0; j < KEYS; j += 16 * COLUMNS) {
+        F16 sum[R][COLUMNS] = {};
+        for (int64_t d = 0; d < D; d++)
+            for (int i = 0; i < COLUMNS; i++) {
+                const F16 key = load(k + d * KEYS + j + 16 * i);
+                for (int64_t m = 0; m < R; m++) sum[m][i] += number(q[m][d]) * key;
+            }
+        for (int64_t m = 0; m < R; m++)
+            for (int i = 0; i < COLUMNS; i++) store(s + m * KEYS + j + 16 * i, sum[m][i]);
+    }
+}
+
+// o (R, D32) += p (R, 64) V over the keys first..last, in their order; v (64, D32).
+template <int64_t R, class P>
+void value_rows(const P* p, const float* v, int64_t D32, int64_t first, int64_t last, float* o) {
+    for (int64_t d = 0; d < D32; d += 16 * COLUMNS) {
+        F16 sum[R][COLUMNS];
+        for (int64_t m = 0; m < R; m++)
+            for (int i = 0; i < COLUMNS; i++) sum[m][i] = load(o + m * D32 + d + 16 * i);
+        for (int64_t j = first; j < last; j++)
+            for (int i = 0; i < COLUMNS; i++) {
+                const F16 value = load(v + j * D32 + d + 16 * i);
+                for (int64_t m = 0; m < R; m++) sum[m][i] += number(p[m * KEYS + j]) * value;
+            }
+        for (int64_t m = 0; m < R; m++)
+            for (int i = 0; i < COLUMNS; i++) store(o + m * D32 + d + 16 * i, sum[m][i]);
+    }
+}
+
 #if defined(WITH_AMX)
+
+constexpr int64_t ROWS_TOGETHER = 16;  // of a tile
 
 // Transposes 16 rows of 16 dwords: out[i][j] = in[j][i].
 inline void transpose(const uint32_t* in, int64_t stride, uint32_t* out, int64_t out_stride) {
@@ -178,35 +239,26 @@ void add_values(const Workspace& r, int64_t rows) {
 
 #else
 
+constexpr int64_t ROWS_TOGETHER = 1;
+
 void pack_queries(const Workspace&, int64_t) {}
 
 void pack_block(const Workspace& r, int64_t) {
+    pack_keys(r.line, r.D32, r.kf);
     const uint16_t* values = r.line + KEYS * r.D32;
-    for (int64_t j = 0; j < KEYS; j++)
-        for (int64_t d = 0; d < r.D32; d++) {
-            r.kf[d * KEYS + j] = from_bf16(r.line[j * r.D32 + d]);
-            r.vf[j * r.D32 + d] = from_bf16(values[j * r.D32 + d]);
-        }
+    for (int64_t i = 0; i < KEYS * r.D32; i += 16) store(r.vf + i, load(values + i));
 }
 
 void scores(const Workspace& r, int64_t rows) {
-    for (int64_t m = 0; m < rows; m++) {
-        F16 s[4] = {};
-        for (int64_t d = 0; d < r.D32; d++) {
-            const float q = from_bf16(r.q[m * r.D32 + d]);
-            for (int i = 0; i < 4; i++) s[i] += q * load(r.kf + d * KEYS + 16 * i);
-        }
-        for (int i = 0; i < 4; i++) store(r.s + m * KEYS + 16 * i, s[i]);
-    }
+    some_rows(rows, [&](int64_t m, auto n) {
+        const uint16_t* q[n];
+        for (int64_t i = 0; i < n; i++) q[i] = r.q + (m + i) * r.D32;
+        score_rows<n>(q, r.kf, r.D32, r.s + m * KEYS);
+    });
 }
 
 void add_values(const Workspace& r, int64_t rows) {
-    for (int64_t m = 0; m < rows; m++)
-        for (int64_t d = 0; d < r.D32; d += 16) {
-            F16 o = load(r.o + m * r.D32 + d);
-            for (int64_t j = 0; j < KEYS; j++) o += from_bf16(r.p[m * KEYS + j]) * load(r.vf + j * r.D32 + d);
-            store(r.o + m * r.D32 + d, o);
-        }
+    some_rows(rows, [&](int64_t m, auto n) { value_rows<n>(r.p + m * KEYS, r.vf, r.D32, 0, KEYS, r.o + m * r.D32); });
 }
 
 #endif

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -171,6 +172,28 @@ struct Memory<Two<V>> {
     template <class P>
     static void write(P* p, Two<V> v) { Memory<V>::write(p, v.low), Memory<V>::write(p + Two<V>::HALF, v.high); }
 };
+
+inline FloatRegister load_register(const float* p) { return Memory<FloatRegister>::read(p); }
+inline FloatRegister load_register(const uint16_t* p) { return floats_of_bits(Memory<IntRegister>::read(p) << 16); }
+
+// Numbers of a and b in turn, of their lower or upper halves.
+template <int FROM, size_t... I>
+inline FloatRegister interleave(FloatRegister a, FloatRegister b, std::index_sequence<I...>) {
+    return __builtin_shufflevector(a, b, (FROM + int(I) / 2 + int(I) % 2 * (REGISTER / 4))...);
+}
+// Transposes a square. Each step rotates the bits of an element's address, which is its row, then its column, by one.
+inline void transpose(FloatRegister (&square)[REGISTER / 4]) {
+    constexpr int N = REGISTER / 4;
+    constexpr auto all = std::make_index_sequence<N>();
+    for (int step = 1; step < N; step *= 2) {
+        FloatRegister next[N];
+        for (int i = 0; i < N / 2; i++) {
+            next[2 * i] = interleave<0>(square[i], square[i + N / 2], all);
+            next[2 * i + 1] = interleave<N / 2>(square[i], square[i + N / 2], all);
+        }
+        for (int i = 0; i < N; i++) square[i] = next[i];
+    }
+}
 
 // The numbers of a vector in memory, to change them one by one.
 using Lane = float __attribute__((may_alias));

@@ -6,7 +6,7 @@ tiles of kernels/block_formats.py, on disk and in memory, so that a file only ne
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -124,16 +124,45 @@ class Int8Embedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, int8"
 
 
+ROWS = {torch.bfloat16: 32, torch.float32: 16}  # of a deterministic product's smallest block
+LARGEST = 512  # rows of its largest one
+PATTERN = 61  # outputs with weights of their own in the check of a product; the others repeat them
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """The weight (N, K) in oneDNN's own layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS[weight.dtype])
+
+
+def _product(x: Tensor, weight: Tensor, packs: bool) -> Tensor:
+    if not packs:
+        return nn.functional.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@functools.cache
+def equal_blocks(dtype: torch.dtype, n: int, inputs: int, packs: bool, size: int, threads: int) -> bool:
+    """Whether blocks of `size` rows have the bits of blocks of ROWS rows, in products with weights (n, inputs).
+
+    Measured with random numbers. The order of a sum, which decides, is a matter of shapes and threads alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(size, inputs, generator=generator).to(dtype)
+    weight = torch.randn(PATTERN, inputs, generator=generator).to(dtype).repeat(-(-n // PATTERN), 1)[:n]
+    weight = _packed(weight) if packs else weight
+    blocks = [_product(rows, weight, packs) for rows in x.split(ROWS[dtype])]
+    return torch.equal(_product(x, weight, packs), torch.cat(blocks))
+
+
 class PackedLinear(nn.Module):
     """A bfloat16 or float32 Linear whose weight is packed once for oneDNN; `F.linear` packs it in every call.
 
-    oneDNN selects its kernel by the number of rows, so the last bits of a row depend on it. `deterministic`
-    processes ROWS rows at a time, padded with zeros, to avoid this: few, since a step may have one, but enough for
-    the full speed of the kernel. oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither,
-    the weight is not packed.
+    oneDNN selects its kernel by the number of rows, so the last bits of a row may depend on it. To avoid this,
+    `deterministic` multiplies blocks of ROWS rows, the last one padded with zeros: few, since a step may have one.
+    Blocks of twice, four times ... as many take up to half of the time; they are used where their bits are equal
+    (`equal_blocks`). oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither, the weight is
+    not packed.
     """
-
-    ROWS: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 32, torch.float32: 16}
 
     def __init__(self, weight: Tensor, deterministic: bool = False) -> None:
         super().__init__()
@@ -141,8 +170,8 @@ class PackedLinear(nn.Module):
         self.deterministic = deterministic
         weight = weight.detach()
         self.packs = uses(Backend.ONEDNN, PACKED_LINEAR, weight)
-        self.dtype, self.rows = weight.dtype, self.ROWS[weight.dtype]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows) if self.packs else weight
+        self.dtype, self.rows = weight.dtype, ROWS[weight.dtype]
+        self.packed = _packed(weight) if self.packs else weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return frozen_product(x, self._rows, lambda grad: grad @ self.dense())
@@ -155,16 +184,29 @@ class PackedLinear(nn.Module):
         if not self.deterministic:
             return self._product(x)
         flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        parts = []
-        for rows in flat.split(self.rows):
-            padded_rows = nn.functional.pad(rows, (0, 0, 0, self.rows - len(rows)))
-            parts.append(self._product(padded_rows)[: len(rows)])
-        return torch.cat(parts).view(*x.shape[:-1], self.out_features)
+        n = len(flat)
+        if n % self.rows:
+            flat = nn.functional.pad(flat, (0, 0, 0, -n % self.rows))
+        parts = [self._product(block) for block in flat.split(self._blocks(len(flat)))]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out[:n].view(*x.shape[:-1], self.out_features)
+
+    def _blocks(self, rows: int) -> list[int]:
+        """Sizes of blocks, the largest first, that add up to a multiple of ROWS."""
+        sizes, size = [], LARGEST
+        while rows:
+            while size > self.rows and (size > rows or not self._equal(size)):
+                size //= 2
+            sizes.append(size)
+            rows -= size
+        return sizes
+
+    def _equal(self, size: int) -> bool:
+        threads = torch.get_num_threads()
+        return equal_blocks(self.dtype, self.out_features, self.in_features, self.packs, size, threads)
 
     def _product(self, x: Tensor) -> Tensor:
-        if not self.packs:
-            return nn.functional.linear(x, self.packed)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return _product(x, self.packed, self.packs)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, packed {str(self.dtype).removeprefix('torch.')}"

@@ -46,6 +46,9 @@ def run(argv: list[str]) -> int:
         raise EvaluationError(
             "`eval harness` needs lm-eval", field="lm_eval", hint="`pip install 'mistral-7b[eval]'` installs it"
         )
+    from ..evaluation.task_names import check_names
+
+    check_names(args.tasks, args.include)  # before lm-eval is imported, which takes seconds
     from ..evaluation.harness import evaluate, find_tasks
 
     manager = find_tasks(args.tasks, args.include)  # before the model is read

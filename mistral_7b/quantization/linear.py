@@ -160,8 +160,8 @@ class PackedLinear(nn.Module):
     oneDNN selects its kernel by the number of rows, so the last bits of a row may depend on it. To avoid this,
     `deterministic` multiplies blocks of ROWS rows, the last one padded with zeros: few, since a step may have one.
     Blocks of twice, four times ... as many take up to half of the time; they are used where their bits are equal
-    (`equal_blocks`). oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither, the weight is
-    not packed.
+    (`equal_blocks`). oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither, the weight
+    is not packed.
     """
 
     def __init__(self, weight: Tensor, deterministic: bool = False) -> None:

@@ -203,7 +203,7 @@ def evaluate(
     seed: int = 1234,
     manager: TaskManager | None = None,
 ) -> dict[str, Any]:
-    """Run tasks of lm-eval, of task_names.TASKS, or of the folder `include`, by name or as the path of a YAML file.
+    """Run tasks of lm-eval, of the package, or of the folder `include`, by name or as the path of a YAML file.
 
     `manager` is what find_tasks returned for these tasks, if it was called before.
 
@@ -217,7 +217,7 @@ def evaluate(
 
 
 def find_tasks(tasks: Sequence[str], include: str | pathlib.Path | None = None) -> TaskManager:
-    """The index of the package's tasks, of `include` and, for other names, of lm-eval's own tasks, which takes seconds to read.
+    """The index of our tasks, of `include` and, for other names, of lm-eval's own, which takes seconds to read.
 
     EvaluationError if there is no such folder, file or task.
     """
@@ -234,7 +234,7 @@ def find_tasks(tasks: Sequence[str], include: str | pathlib.Path | None = None) 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without what lm-eval prints, and the programs with which it asks for the machine and for the folder's commit."""
+    """Without what lm-eval prints, and the programs that tell it the machine and the commit of the folder."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with (
         contextlib.redirect_stdout(io.StringIO()),

@@ -98,7 +98,11 @@ def _request(
         [*context, *continuation], len(context), RequestOptions(), f"request {group[0]}",
         [other[-1] for _, other in others],
     )  # fmt: skip
-    request.sink = lambda *_: advance(len(group))  # a request for scores has no output before its end
+
+    def ended(*_: object) -> None:  # a request for scores has no output before its end
+        advance(len(group))
+
+    request.sink = ended
     return request
 
 

@@ -124,9 +124,9 @@ class Int8Embedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, int8"
 
 
-ROWS = {torch.bfloat16: 32, torch.float32: 16}  # of a deterministic product's smallest block
-LARGEST = 512  # rows of its largest one
-PATTERN = 61  # outputs with weights of their own in the check of a product; the others repeat them
+ROWS = {torch.bfloat16: 32, torch.float32: 16}  # of a block whose order of sums others must have
+BLOCKS = ((2, 4, 8, 16, 32), (64, 128), (256, 512))  # their rows; those of a tuple are checked together
+PATTERN = 61  # outputs with weights of their own in the check; the others repeat them
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -141,27 +141,32 @@ def _product(x: Tensor, weight: Tensor, packs: bool) -> Tensor:
 
 
 @functools.cache
-def equal_blocks(dtype: torch.dtype, n: int, inputs: int, packs: bool, size: int, threads: int) -> bool:
-    """Whether blocks of `size` rows have the bits of blocks of ROWS rows, in products with weights (n, inputs).
+def equal_blocks(
+    dtype: torch.dtype, n: int, inputs: int, packs: bool, sizes: tuple[int, ...], threads: int
+) -> frozenset[int]:
+    """Those of the sizes of blocks with the bits of blocks of ROWS rows, in products with weights (n, inputs).
 
-    Measured with random numbers. The order of a sum, which decides, is a matter of shapes and threads alone.
+    Measured with random numbers: the order of a sum, which decides, is a matter of shapes and threads alone.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(size, inputs, generator=generator).to(dtype)
-    weight = torch.randn(PATTERN, inputs, generator=generator).to(dtype).repeat(-(-n // PATTERN), 1)[:n]
+    draw, rows = torch.Generator().manual_seed(0), ROWS[dtype]
+    x = torch.randn(max(sizes), inputs, generator=draw).to(dtype)
+    weight = torch.randn(PATTERN, inputs, generator=draw).to(dtype).repeat(-(-n // PATTERN), 1)[:n]
     weight = _packed(weight) if packs else weight
-    blocks = [_product(rows, weight, packs) for rows in x.split(ROWS[dtype])]
-    return torch.equal(_product(x, weight, packs), torch.cat(blocks))
+    wanted = torch.cat([_product(block, weight, packs) for block in x.split(rows)])
+
+    def equal(size: int) -> bool:
+        pairs = zip(x.split(size), wanted.split(size), strict=True)
+        return all(torch.equal(_product(block, weight, packs), part) for block, part in pairs)
+
+    return frozenset(size for size in sizes if size == rows or equal(size))
 
 
 class PackedLinear(nn.Module):
     """A bfloat16 or float32 Linear whose weight is packed once for oneDNN; `F.linear` packs it in every call.
 
-    oneDNN selects its kernel by the number of rows, so the last bits of a row may depend on it. To avoid this,
-    `deterministic` multiplies blocks of ROWS rows, the last one padded with zeros: few, since a step may have one.
-    Blocks of twice, four times ... as many take up to half of the time; they are used where their bits are equal
-    (`equal_blocks`). oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither, the weight
-    is not packed.
+    oneDNN selects its kernel by the number of rows, so the last bits of a row may depend on it. `deterministic`
+    avoids this: rows are multiplied in blocks of ROWS, padded with zeros, and of the BLOCKS with equal bits.
+    oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither, the weight is not packed.
     """
 
     def __init__(self, weight: Tensor, deterministic: bool = False) -> None:
@@ -170,7 +175,7 @@ class PackedLinear(nn.Module):
         self.deterministic = deterministic
         weight = weight.detach()
         self.packs = uses(Backend.ONEDNN, PACKED_LINEAR, weight)
-        self.dtype, self.rows = weight.dtype, ROWS[weight.dtype]
+        self.dtype = weight.dtype
         self.packed = _packed(weight) if self.packs else weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
@@ -184,26 +189,26 @@ class PackedLinear(nn.Module):
         if not self.deterministic:
             return self._product(x)
         flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        n = len(flat)
-        if n % self.rows:
-            flat = nn.functional.pad(flat, (0, 0, 0, -n % self.rows))
-        parts = [self._product(block) for block in flat.split(self._blocks(len(flat)))]
+        n, blocks = len(flat), self._blocks(max(1, len(flat)))
+        if sum(blocks) > n:
+            flat = nn.functional.pad(flat, (0, 0, 0, sum(blocks) - n))
+        parts = [self._product(rows) for rows in flat.split(blocks)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return out[:n].view(*x.shape[:-1], self.out_features)
 
     def _blocks(self, rows: int) -> list[int]:
-        """Sizes of blocks, the largest first, that add up to a multiple of ROWS."""
-        sizes, size = [], LARGEST
-        while rows:
-            while size > self.rows and (size > rows or not self._equal(size)):
-                size //= 2
-            sizes.append(size)
-            rows -= size
-        return sizes
+        """Sizes of the blocks of so many rows, of which the last one may be padded."""
+        small = sorted(self._equal(BLOCKS[0]))
+        sizes = []
+        while rows > small[-1]:
+            known = (size for sizes in reversed(BLOCKS) if sizes[0] <= rows for size in self._equal(sizes))
+            sizes.append(max(size for size in known if size <= rows))
+            rows -= sizes[-1]
+        return [*sizes, next(size for size in small if size >= rows)] if rows else sizes
 
-    def _equal(self, size: int) -> bool:
+    def _equal(self, sizes: tuple[int, ...]) -> frozenset[int]:
         threads = torch.get_num_threads()
-        return equal_blocks(self.dtype, self.out_features, self.in_features, self.packs, size, threads)
+        return equal_blocks(self.dtype, self.out_features, self.in_features, self.packs, sizes, threads)
 
     def _product(self, x: Tensor) -> Tensor:
         return _product(x, self.packed, self.packs)

@@ -2,7 +2,7 @@
 
     python experiments/eval_pages.py --json-file FILE
 
-The starter model in float32, bfloat16 and int8; the best of three rounds, in which the sizes take turns, after one
+The starter model, converted to a folder of Hugging Face, in float32, bfloat16 and int8; the best of three rounds, in which the sizes take turns, after one
 that does not count.
 endings: 12 contexts of 113 tokens, with four ends of 30 each. letters: 12 questions of 100 tokens after the same
 440, with four ends of one token. The scores must have equal bits, else the script fails.
@@ -14,6 +14,7 @@ import datetime
 import json
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import tyro
 from commits import commit_of
 
 from mistral_7b import Mistral7B
+from mistral_7b.checkpoint import convert
+from mistral_7b.checkpoint.hub import resolve
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import open_engine
 from mistral_7b.evaluation.scoring import STEP, USUAL, score
@@ -59,8 +62,11 @@ def main(json_file: Path | None = None, rounds: int = 3) -> None:
         rounds: Times that each task is scored.
     """
     seconds: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for kind, options in KINDS.items():
-        model = Mistral7B.from_pretrained("starter", **options)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "starter"
+        convert(resolve("starter"), place, to="huggingface")
+        models = {kind: Mistral7B.from_pretrained(place, **options) for kind, options in KINDS.items()}
+    for kind, model in models.items():
         lengths = [model.args.max_seq_len, *[USUAL] * (BATCH - 1)]
         seconds[kind] = {task: {size: [] for size in SIZES} for task in tasks()}
         for i in range(rounds + 1):

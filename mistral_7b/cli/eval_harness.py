@@ -22,7 +22,7 @@ class Harness(ModelOptions):
     include: str | None = None
     """A folder with YAML files of further tasks."""
     batch_size: int = 8
-    """Requests that are computed together; the scores do not depend on it."""
+    """Requests of 2048 tokens that are computed together, or more short ones; the scores do not depend on it."""
     limit: int | None = None
     """Only the first documents of each task."""
     few_shot: int | None = None

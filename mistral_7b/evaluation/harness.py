@@ -44,7 +44,8 @@ SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of
 class HarnessModel(TemplateLM):
     """A model as lm-eval sees it. Scores are bit-identical at every batch size and in any order of requests.
 
-    `batch_size` is the number of requests that are computed together, `seed` that of tasks that sample.
+    `batch_size` is the number of requests of usual length that are computed together (scoring.py), `seed` that of
+    tasks that sample.
     """
 
     def __init__(self, model: Mistral7B, tokenizer: Tokenizer, batch_size: int = 8, seed: int = 1234) -> None:

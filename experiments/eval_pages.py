@@ -2,8 +2,8 @@
 
     python experiments/eval_pages.py --json-file FILE
 
-The starter model, converted to a folder of Hugging Face, in float32, bfloat16 and int8; the best of three rounds, in
-which the sizes take turns, after one that does not count.
+The starter model, converted to a folder of Hugging Face, in float32, bfloat16 and int8; the best of three rounds,
+in which the sizes take turns, after one that does not count.
 endings: 12 contexts of 113 tokens, with four ends of 30 each. letters: 12 questions of 100 tokens after the same
 440, with four ends of one token. The scores must have equal bits, else the script fails.
 """

@@ -22,7 +22,7 @@ class Harness(ModelOptions):
     include: str | None = None
     """A folder with YAML files of further tasks."""
     batch_size: int = 8
-    """Requests that are computed together; the scores do not depend on it."""
+    """Requests of 2048 tokens that are computed together, or more short ones; the scores do not depend on it."""
     limit: int | None = None
     """Only the first documents of each task."""
     few_shot: int | None = None
@@ -46,6 +46,9 @@ def run(argv: list[str]) -> int:
         raise EvaluationError(
             "`eval harness` needs lm-eval", field="lm_eval", hint="`pip install 'mistral-7b[eval]'` installs it"
         )
+    from ..evaluation.task_names import check_names
+
+    check_names(args.tasks, args.include)  # before lm-eval is imported, which takes seconds
     from ..evaluation.harness import evaluate, find_tasks
 
     manager = find_tasks(args.tasks, args.include)  # before the model is read

@@ -59,9 +59,11 @@ def score(parts: Sequence[tuple[SequenceState, int, int]], hidden: Tensor, forwa
         request = s.request
         first = len(request.ids) - len(request.targets)  # position of the first row that is needed
         for p in range(first + len(request.scores), s.computed + n):  # once for each
-            rows.append((start + p - s.computed, request.adapter))
-            following.append(request.targets[p - first])
-            owners.append(request)
+            others = request.alternatives if p == len(request.ids) - 1 else ()
+            for target in (request.targets[p - first], *others):
+                rows.append((start + p - s.computed, request.adapter))
+                following.append(target)
+                owners.append(request)
     found: list[Score] = []
     for i in range(0, len(rows), LOGPROB_ROWS):
         some = slice(i, i + LOGPROB_ROWS)

@@ -197,10 +197,12 @@ class InputProcessor:
         return self._checked(request, name, "input")
 
     def scoring(
-        self, ids: Sequence[int], start: int, options: RequestOptions, name: str = "the prompt"
-    ) -> Request:
+        self, ids: Sequence[int], start: int, options: RequestOptions, name: str = "the prompt",
+        alternatives: Sequence[int] = (),
+    ) -> Request:  # fmt: skip
         """A request for the scores of ids[start:], each given all before it; nothing is sampled.
 
+        Those of `alternatives`, ids in the place of the last one, come after them.
         The last id is not computed, so `ids` may have one token more than a context. GenerationError if `start`
         leaves nothing before the first scored token, or nothing to score.
         """
@@ -210,7 +212,7 @@ class InputProcessor:
                 field="start",
             )
         args, fed = self.engine.model.args, list(ids[:-1])
-        check_ids(args, name, ids, "ids")
+        check_ids(args, name, [*ids, *alternatives], "ids")
         if len(fed) > args.max_seq_len and args.sliding_window is None:
             raise PromptTooLongError(
                 f"{name} has {len(fed)} tokens before its last one, and the context is {args.max_seq_len}",
@@ -222,7 +224,7 @@ class InputProcessor:
             options.request_id or _new_id(), None, fed, params,
             [Completion(fed, params, 1, seed=0, ends=self.ends)], self._key(options.cache_salt, options.adapter),
             options.priority, options.adapter, options.client, pooling="score", targets=list(ids[start:]),
-            salt=options.cache_salt,
+            alternatives=alternatives, salt=options.cache_salt,
         )  # fmt: skip
         return self._checked(request, name, "ids")
 

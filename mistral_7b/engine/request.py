@@ -53,6 +53,7 @@ class Request:
         pooling: "mean" or "last" for an embedding of the prompt, "score" for the scores of `targets`; None for
             text
         targets: tokens to score; they follow the last len(targets) tokens of the prompt, one each
+        alternatives: tokens that are scored in the place of the last target, after it
         sink: called after each step with the request and its new pieces, and once more when it has ended
         error: the error that ended it; None if it did not fail
     """
@@ -70,6 +71,7 @@ class Request:
     watching: Watching | None = None
     pooling: str | None = None
     targets: list[int] = field(default_factory=list)
+    alternatives: Sequence[int] = ()
     sink: Sink | None = None
     salt: Salt = None
     stored: StoredPrefix | None = None
@@ -80,7 +82,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])
     pooled: Tensor | None = None  # (D,) float64: sum of the hidden states so far, or the last one
     pooled_tokens: int = 0  # number of hidden states in the sum
-    scores: list[Score] = field(default_factory=list)  # of the targets so far
+    scores: list[Score] = field(default_factory=list)  # of the targets so far, then of the alternatives
     cached: int | None = None  # prompt tokens found in the prefix cache; None before it starts
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.perf_counter()))
     error: Mistral7BError | None = None

@@ -11,7 +11,6 @@ where a chat template writes it. Text that spells a control token stays text.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import logging
 import pathlib
@@ -36,8 +35,8 @@ from ..model import Mistral7B
 from ..sampling.params import SamplingParams
 from ..text.tokenizer import Tokenizer
 from .scoring import score, scoring_engine
+from .task_names import check_names, folders_of, no_task, path_or_name
 
-TASKS = pathlib.Path(__file__).with_name("tasks")  # small tasks with their data, which need no network
 GENERATED = 256  # tokens, if a task does not say
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of a task's generation_kwargs
 
@@ -45,7 +44,8 @@ SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of
 class HarnessModel(TemplateLM):
     """A model as lm-eval sees it. Scores are bit-identical at every batch size and in any order of requests.
 
-    `batch_size` is the number of requests that are computed together, `seed` that of tasks that sample.
+    `batch_size` is the number of requests of usual length that are computed together (scoring.py), `seed` that of
+    tasks that sample.
     """
 
     def __init__(self, model: Mistral7B, tokenizer: Tokenizer, batch_size: int = 8, seed: int = 1234) -> None:
@@ -204,7 +204,7 @@ def evaluate(
     seed: int = 1234,
     manager: TaskManager | None = None,
 ) -> dict[str, Any]:
-    """Run tasks of lm-eval, of TASKS, or of the folder `include`, by name or as the path of a YAML file.
+    """Run tasks of lm-eval, of the package, or of the folder `include`, by name or as the path of a YAML file.
 
     `manager` is what find_tasks returned for these tasks, if it was called before.
 
@@ -217,46 +217,31 @@ def evaluate(
     )  # fmt: skip
 
 
-def _path_or_name(task: str) -> str:
-    return str(pathlib.Path(task).expanduser()) if task.endswith((".yaml", ".yml")) else task
-
-
 def find_tasks(tasks: Sequence[str], include: str | pathlib.Path | None = None) -> TaskManager:
-    """The index of TASKS, of `include` and, for other names, of lm-eval's own tasks, which takes seconds to read.
+    """The index of our tasks, of `include` and, for other names, of lm-eval's own, which takes seconds to read.
 
     EvaluationError if there is no such folder, file or task.
     """
-    folders = [TASKS, *([pathlib.Path(include).expanduser()] if include is not None else [])]
-    if not folders[-1].is_dir():
-        raise EvaluationError("there is no such folder", field="--include", place=include)
-    names = [_path_or_name(task) for task in tasks]
-    known: list[str] = []
+    check_names(tasks, include)
+    names = [path_or_name(task) for task in tasks]
     for defaults in (False, True):
         with _silence(), _task_errors(names):
-            manager = TaskManager(include_path=list(folders), include_defaults=defaults)
-        known = list(manager.all_tasks)
-        missing = [n for n in names if n not in known and not pathlib.Path(n).is_file()]
+            manager = TaskManager(include_path=list(folders_of(include)), include_defaults=defaults)
+        missing = [n for n in names if n not in manager.all_tasks and not pathlib.Path(n).is_file()]
         if not missing:
             return manager
-        if missing[0].endswith((".yaml", ".yml")):
-            raise EvaluationError("there is no such file", field="--tasks", place=missing[0])
-    close = difflib.get_close_matches(missing[0], known, n=3)
-    raise EvaluationError(
-        f"there is no task {missing[0]!r}",
-        field="--tasks",
-        hint=f"did you mean {' or '.join(map(repr, close))}?" if close else
-        "name one of lm-eval's (`lm_eval ls tasks`), one in the folder of --include, or a YAML file",
-    )  # fmt: skip
+    raise no_task(missing[0], manager.all_tasks)
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without what lm-eval prints, and git, which lm-eval asks for the commit of the current folder."""
+    """Without what lm-eval prints, and the programs that tell it the machine and the commit of the folder."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None),
+        mock.patch("lm_eval.evaluator.add_env_info"),  # 0.6 s
     ):
         yield
 
@@ -285,7 +270,7 @@ def run_tasks(
 ) -> dict[str, Any]:  # fmt: skip
     """`evaluate` for any model of lm-eval, or the name of one with `model_args`."""
     manager = find_tasks(tasks, include) if manager is None else manager
-    names = [_path_or_name(task) for task in tasks]
+    names = [path_or_name(task) for task in tasks]
     with _silence(), _task_errors(names):
         found = simple_evaluate(
             model=model, tasks=list(names), task_manager=manager, limit=limit, num_fewshot=few_shot,

@@ -6,7 +6,7 @@ tiles of kernels/block_formats.py, on disk and in memory, so that a file only ne
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -124,16 +124,50 @@ class Int8Embedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, int8"
 
 
+ROWS = {torch.bfloat16: 32, torch.float32: 16}  # of a block whose order of sums others must have
+BLOCKS = ((2, 4, 8, 16, 32), (64, 128), (256, 512))  # their rows; those of a tuple are checked together
+PATTERN = 61  # outputs with weights of their own in the check; the others repeat them
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """The weight (N, K) in oneDNN's own layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS[weight.dtype])
+
+
+def _product(x: Tensor, weight: Tensor, packs: bool) -> Tensor:
+    if not packs:
+        return nn.functional.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@functools.cache
+def equal_blocks(
+    dtype: torch.dtype, n: int, inputs: int, packs: bool, sizes: tuple[int, ...], threads: int
+) -> frozenset[int]:
+    """Those of the sizes of blocks with the bits of blocks of ROWS rows, in products with weights (n, inputs).
+
+    Measured with random numbers: the order of a sum, which decides, is a matter of shapes and threads alone.
+    """
+    draw, rows = torch.Generator().manual_seed(0), ROWS[dtype]
+    x = torch.randn(max(sizes), inputs, generator=draw).to(dtype)
+    weight = torch.randn(PATTERN, inputs, generator=draw).to(dtype).repeat(-(-n // PATTERN), 1)[:n]
+    weight = _packed(weight) if packs else weight
+    wanted = torch.cat([_product(block, weight, packs) for block in x.split(rows)])
+
+    def equal(size: int) -> bool:
+        pairs = zip(x.split(size), wanted.split(size), strict=True)
+        return all(torch.equal(_product(block, weight, packs), part) for block, part in pairs)
+
+    return frozenset(size for size in sizes if size == rows or equal(size))
+
+
 class PackedLinear(nn.Module):
     """A bfloat16 or float32 Linear whose weight is packed once for oneDNN; `F.linear` packs it in every call.
 
-    oneDNN selects its kernel by the number of rows, so the last bits of a row depend on it. `deterministic`
-    processes ROWS rows at a time, padded with zeros, to avoid this: few, since a step may have one, but enough for
-    the full speed of the kernel. oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither,
-    the weight is not packed.
+    oneDNN selects its kernel by the number of rows, so the last bits of a row may depend on it. `deterministic`
+    avoids this: rows are multiplied in blocks of ROWS, padded with zeros, and of the BLOCKS with equal bits.
+    oneDNN packs bfloat16 for AVX-512 and for AVX-NE-CONVERT; on a CPU with neither, the weight is not packed.
     """
-
-    ROWS: ClassVar[dict[torch.dtype, int]] = {torch.bfloat16: 32, torch.float32: 16}
 
     def __init__(self, weight: Tensor, deterministic: bool = False) -> None:
         super().__init__()
@@ -141,8 +175,8 @@ class PackedLinear(nn.Module):
         self.deterministic = deterministic
         weight = weight.detach()
         self.packs = uses(Backend.ONEDNN, PACKED_LINEAR, weight)
-        self.dtype, self.rows = weight.dtype, self.ROWS[weight.dtype]
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.rows) if self.packs else weight
+        self.dtype = weight.dtype
+        self.packed = _packed(weight) if self.packs else weight
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return frozen_product(x, self._rows, lambda grad: grad @ self.dense())
@@ -155,16 +189,29 @@ class PackedLinear(nn.Module):
         if not self.deterministic:
             return self._product(x)
         flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        parts = []
-        for rows in flat.split(self.rows):
-            padded_rows = nn.functional.pad(rows, (0, 0, 0, self.rows - len(rows)))
-            parts.append(self._product(padded_rows)[: len(rows)])
-        return torch.cat(parts).view(*x.shape[:-1], self.out_features)
+        n, blocks = len(flat), self._blocks(max(1, len(flat)))
+        if sum(blocks) > n:
+            flat = nn.functional.pad(flat, (0, 0, 0, sum(blocks) - n))
+        parts = [self._product(rows) for rows in flat.split(blocks)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out[:n].view(*x.shape[:-1], self.out_features)
+
+    def _blocks(self, rows: int) -> list[int]:
+        """Sizes of the blocks of so many rows, of which the last one may be padded."""
+        small = sorted(self._equal(BLOCKS[0]))
+        sizes = []
+        while rows > small[-1]:
+            known = (size for sizes in reversed(BLOCKS) if sizes[0] <= rows for size in self._equal(sizes))
+            sizes.append(max(size for size in known if size <= rows))
+            rows -= sizes[-1]
+        return [*sizes, next(size for size in small if size >= rows)] if rows else sizes
+
+    def _equal(self, sizes: tuple[int, ...]) -> frozenset[int]:
+        threads = torch.get_num_threads()
+        return equal_blocks(self.dtype, self.out_features, self.in_features, self.packs, sizes, threads)
 
     def _product(self, x: Tensor) -> Tensor:
-        if not self.packs:
-            return nn.functional.linear(x, self.packed)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return _product(x, self.packed, self.packs)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, packed {str(self.dtype).removeprefix('torch.')}"

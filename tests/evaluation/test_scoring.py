@@ -86,11 +86,30 @@ def test_a_prefix_is_computed_once() -> None:
     assert counts.prompt_tokens == 8 * 66
 
 
+def test_continuations_that_differ_in_the_last_token_take_one_pass() -> None:
+    model = quantize(tiny_model(tiny_args(sliding_window=None), torch.bfloat16), "int8")
+    inputs, context, done = scoring_engine(model, None), [1, *range(3, 40)], []
+    pairs = [(context, [i]) for i in (3, 4, 5, 3)] + [(context, [9, i]) for i in (6, 7)]
+    found = score(inputs, [pairs[i] for i in (4, 0, 1, 5, 2, 3)], done.append)
+    assert inputs.engine.counts.computed_tokens == len(context) + 2  # the last one of the context twice
+    assert sum(done) == len(pairs)
+    alone = [score(scoring_engine(model, None), [pair])[0] for pair in pairs]
+    assert found == [alone[i] for i in (4, 0, 1, 5, 2, 3)]
+    assert len({each[-1].logprob for each in alone}) == len(pairs) - 1
+
+
 def test_rounds_compute_each_prefix_before_it_is_shared() -> None:
     examples, a, b, other = [1, 2, 3, 4, 5], [6, 6, 6, 6], [7, 7, 7, 7], [9, 9, 9, 9]
     sequences = [[*examples, *middle, last] for middle in (a, b) for last in (8, 9)] + [other, [*other, 1]]
     assert list(rounds(sequences, 1000)) == [[0, 4], [1, 2, 5], [3]]
-    assert list(rounds(sequences, 20)) == [[0], [1], [2], [3], [4], [5]]  # two of the long ones at a time
+    assert list(rounds(sequences, 20)) == [
+        [0],
+        [1, 2],
+        [3],
+        [4],
+        [5],
+    ]  # prefixes count once
+    assert list(rounds(sequences, 12)) == [[0], [1], [2], [3], [4], [5]]
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
@@ -98,8 +117,11 @@ def test_what_cannot_be_scored_is_refused() -> None:
     for ids, start in (([1, 2], 0), ([1, 2], 2), ([], 0)):
         with refused(GenerationError, field="start"):
             inputs.scoring(ids, start, RequestOptions())
-    with refused(GenerationError, field="ids"):
-        score(inputs, [([1], [67])])
+    for pairs in ([([1], [67])], [([1], [2]), ([1], [67])]):
+        with refused(GenerationError, field="ids"):
+            score(inputs, pairs)
+    with refused(GenerationError, field="start"):
+        score(inputs, [([1], [2]), ([1], [])])
     with refused(PromptTooLongError, field="ids"):
         score(inputs, [([1] * 6, [2] * 6)])
     assert len(score(inputs, [([1] * 6, [2] * 5)])[0]) == 5

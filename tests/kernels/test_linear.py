@@ -181,6 +181,8 @@ def test_instruction_sets_are_bit_identical(instructions: str) -> None:
         pytest.skip("this is that process")
     if instructions in ("avx2", "avx512") and instructions not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this CPU has no {instructions}")
+    if instructions == "avx512" and backend.running() == "AVX-512 VNNI":
+        pytest.skip("without AMX the native library is this one, and the same tests run with it in this process")
     here = Path(__file__).parent
     names = ("linear", "elementwise", "attend", "attend_packed", "low_rank")
     files = [str(here / f"test_{name}.py") for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -45,10 +46,13 @@ def strange(part: Any, path: str = "") -> Iterator[str]:
             yield from strange(value, path)
 
 
+_validator = functools.cache(TypeAdapter)  # of some types it takes long to build
+
+
 def seen_by(kind: Any, data: Any) -> set[str]:
     """Fields that a client's type does not define, and "field: null" for an unexpected null."""
     try:
-        return set(strange(TypeAdapter(kind).validate_json(json.dumps(data), strict=True)))
+        return set(strange(_validator(kind).validate_json(json.dumps(data), strict=True)))
     except ValidationError as e:
         wrong = [(".".join(p for p in error["loc"] if isinstance(p, str)), error["input"]) for error in e.errors()]
         return {f"{name}: {json.dumps(value)}" for name, value in wrong}

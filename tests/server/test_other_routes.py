@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import numpy as np
 import pytest
 from serving import Serving
+from waiting import until
 
 from mistral_7b import __version__
 
@@ -72,3 +74,13 @@ def test_a_wrong_method_is_told_in_json(server: Serving) -> None:
     status, headers, data = server.ask("GET", "/v1/chat/completions")
     assert (status, json.loads(data)["error"]["code"]) == (405, "method_not_allowed")
     assert "POST" in headers["allow"]
+
+
+def test_no_packet_of_an_answer_waits_for_an_acknowledgement(server: Serving) -> None:
+    """Nagle's algorithm is off: it would delay the body of each answer on a kept connection by 40 ms."""
+    opened: Any = server.server.server_state.connections
+    with socket.create_connection(("127.0.0.1", server.port)):
+        assert until(lambda: opened)
+        for connection in list(opened):
+            accepted = connection.transport.get_extra_info("socket")
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

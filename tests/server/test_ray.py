@@ -120,6 +120,7 @@ def replicas_of() -> list[int]:
     return [pid for pid, title in every.items() if title.startswith("ray::ServeReplica") and ":engine" in title]
 
 
+@pytest.mark.slow
 def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_path: pathlib.Path) -> None:
     port, log = free_port(), tmp_path / "log"
     url = f"http://127.0.0.1:{port}"
@@ -155,6 +156,7 @@ def test_streams_continue_to_the_bit_when_a_replica_is_killed(cluster: str, tmp_
         process.wait()
 
 
+@pytest.mark.slow
 def test_serve_run_builds_the_application(cluster: str, tmp_path: pathlib.Path) -> None:
     port, log = free_port(), tmp_path / "log"
     url = f"http://127.0.0.1:{port}"
@@ -199,6 +201,7 @@ def private(*flags: str) -> tuple[list[str], dict[str, str], str]:
     return [*command, "--port", str(free_port()), *flags], env | {"RAY_TMPDIR": folder}, folder
 
 
+@pytest.mark.slow
 def test_a_replica_that_cannot_start_says_why(tmp_path: pathlib.Path) -> None:
     missing = tmp_path / "missing"
     command, env, folder = private("--adapter", f"a={missing}")
@@ -212,6 +215,7 @@ def test_a_replica_that_cannot_start_says_why(tmp_path: pathlib.Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_start_that_is_interrupted_leaves_no_process(tmp_path: pathlib.Path) -> None:
     command, env, folder = private("--replicas", "30")
     log = tmp_path / "log"

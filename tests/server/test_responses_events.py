@@ -207,7 +207,7 @@ def test_a_failure_is_two_events(status: int, code: str) -> None:
 
 def test_a_response_that_takes_too_long() -> None:
     long = {**ASK, "max_output_tokens": 1_000_000}
-    with serving(ServerConfig(port=0, request_timeout=2.0)) as server:
+    with serving(ServerConfig(port=0, request_timeout=1.0)) as server:
         events = streamed(server, long)
         check(events)
         assert kinds(events)[-2:] == ["error", "response.failed"]

@@ -158,7 +158,7 @@ class _Collector(BaseHTTPRequestHandler):
 def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     _Collector.got = []
     collector = HTTPServer(("127.0.0.1", 0), _Collector)
-    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    threading.Thread(target=collector.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{collector.server_port}")
     try:
         with serving() as server:

@@ -121,6 +121,6 @@ def test_no_cell_of_a_table_is_cut_off(browser: Any, folder: Path, what: str) ->
     for summary in page.locator("summary").all():
         summary.click()
     page.wait_for_function("[...document.querySelectorAll('details')].every(d => d.querySelector('tbody tr'))")
-    cut = "[...document.querySelectorAll('td, th')].filter(c => c.scrollWidth > c.clientWidth + 1).map(c => c.innerText)"
-    assert page.evaluate(cut) == []
+    cut = ".filter(c => c.scrollWidth > c.clientWidth + 1).map(c => c.innerText)"
+    assert page.evaluate(f"[...document.querySelectorAll('td, th')]{cut}") == []
     page.context.close()

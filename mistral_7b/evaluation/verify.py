@@ -179,7 +179,7 @@ def _hashes(path: pathlib.Path, report: Report, progress: Progress) -> None:
 def _adapter(
     own: pathlib.Path, base: pathlib.Path, args: ModelArgs, report: Report
 ) -> tuple[pathlib.Path, ModelArgs]:
-    """Whether an adapter fits its base, and its values are sound. The tokenizer's place and the arguments with it."""
+    """Whether an adapter fits its base, with sound values. Returns the tokenizer's place and the arguments."""
     try:
         adapter = read_adapter(own, args)
     except Mistral7BError as error:
@@ -195,7 +195,7 @@ def _adapter(
         tensors |= more
     looked = [_Values.of(name, "", tensor) for name, tensor in tensors.items()]
     _finding(report, "adapter's values", "bad", "NaN or infinity", [v for v in looked if v.broken])
-    if not any(v.largest for v in looked if not v.name.endswith("(A)")):
+    if not any(v.largest or v.broken for v in looked if not v.name.endswith("(A)")):
         report.add("adapter's effect", "bad", "every B is zero: it changes nothing", "B")
     return adapter.tokenizer or base, adapter.args(args)
 

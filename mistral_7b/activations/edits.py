@@ -96,7 +96,8 @@ class Steer:
     """Adds scale * vector (D,) to the residual stream after a layer, in float32 at least.
 
     `positions` are those of the tokens concerned: numbers, a slice, which may be without an end, or None for all.
-    InterpretError for a vector that does not fit the width, or has values that are not finite.
+    InterpretError for a vector that does not fit the width, or has values that are not finite; in the forward if
+    the residual stream overflows after this layer or a later one.
     """
 
     def __init__(
@@ -123,9 +124,22 @@ class Steer:
             raise InterpretError("scale * vector has values that are not finite", field="vector")
 
     def wants(self, point: str, layer: int | None) -> bool:
-        return point == "residual" and layer == self.layer
+        return point == "residual" and layer is not None and layer >= self.layer
 
     def see(self, point: str, layer: int | None, x: Tensor, positions: Tensor) -> Tensor:
+        x = self._steered(x, positions) if layer == self.layer else x
+        wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        if not bool(wide.square().sum(-1).isfinite().all()):  # the next norm's sum, which infinity makes zeros
+            raise InterpretError(
+                f"the steering vector overflows: after layer {layer} the residual stream exceeds what {x.dtype} "
+                f"or a norm can hold; scale * vector has length {self.added.double().norm():.3g} and is added "
+                f"after layer {self.layer}",
+                field="vector",
+                hint="use a smaller scale",
+            )
+        return x
+
+    def _steered(self, x: Tensor, positions: Tensor) -> Tensor:
         added = self.added.to(x.device)
         if self.positions is not None:
             added = torch.where(_among(positions, self.positions)[..., None], added, 0)

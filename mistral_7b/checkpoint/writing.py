@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -93,7 +94,10 @@ def save(
             field="format",
             hint="save it as 'quantized'",
         )
-    state = {name: value.detach() for name, value in model.state_dict().items()}
+    held = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    state = {name: value.detach() for name, value in held}  # not `state_dict`, which unpacks all at once
     packed = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     plain = dict(expected(model.args))
     for name, value in state.items():

@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
     with busy(f"drawing {args.what}"):
         picture = draw(args, model, tokenizer, prompt)
         picture.save(target)
-    print(f"{target}: {picture.title.lower()}", file=sys.stderr)
+    print(f"{target}: {picture.title}", file=sys.stderr)
     return 0
 
 

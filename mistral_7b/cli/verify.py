@@ -17,10 +17,13 @@ MARKS = {"ok": ("✓", "green"), "bad": ("✗", "red"), "note": ("!", "yellow")}
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Check a model's files: configuration, weights, tokenizer, chat template, hashes."""
+    """Check a model's files: configuration, weights, tokenizer, chat template, hashes; and a LoRA adapter's."""
 
     model: ModelName = "demo"
     """A folder, a file, a hub id, "starter" or "demo"; of any format, quantized ones too."""
+    adapter: str | None = None
+    """A LoRA adapter to check too, and whether it fits the model: a folder or file of PEFT, mistral-finetune or
+    llama.cpp, or a hub id."""
     json: bool = False
     """Print one JSON object."""
 
@@ -33,7 +36,7 @@ def run(argv: list[str]) -> int:
     with busy(f"reading {args.model}") as show:
         from ..evaluation import verify_model
 
-        report = verify_model(args.model, show)
+        report = verify_model(args.model, show, args.adapter)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

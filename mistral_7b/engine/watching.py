@@ -67,8 +67,9 @@ class Watching:
 
     def see(self, point: str, layer: int | None, x: Tensor, positions: Tensor) -> Tensor:
         try:
-            for w in self.watchers:
-                x = w.see(point, layer, x, positions) if w.wants(point, layer) else x
+            for i, w in enumerate(self.watchers):  # the steering ones first, as in the request
+                with _named(f"steer[{i}]"):
+                    x = w.see(point, layer, x, positions) if w.wants(point, layer) else x
         except Exception as e:
             self.error = e
         return x

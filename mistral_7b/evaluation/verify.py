@@ -15,10 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..checkpoint import hub, load, others, read_args, read_record, starter
+from ..checkpoint import hub, others, read_args, read_record, starter
 from ..checkpoint.gguf.reading import StoredBlocks
 from ..checkpoint.reading import CONFIGS, open_checkpoint
 from ..errors import CheckpointError, Mistral7BError, TokenizerError
+from ..lora import read_adapter
+from ..lora.bases import open_base
 from ..model import ModelArgs
 from ..text.tokenizer import Tokenizer
 from ..text.vocabularies.folder import release_of
@@ -102,12 +104,17 @@ class Report:
         return {"ok": self.ok, **asdict(self)}
 
 
-def verify_model(source: str | os.PathLike[str] = "demo", progress: Progress = lambda what: None) -> Report:
-    """Check the files of a model: a folder, a file, a hub id, or a bundled name.
+def verify_model(
+    source: str | os.PathLike[str] = "demo",
+    progress: Progress = lambda what: None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Check the files of a model: a folder, a file, a hub id, or a bundled name; and of a LoRA adapter for it.
 
     Raises HubError or CheckpointError only if there is no checkpoint: what is damaged is a finding.
     """
     path = others.check(hub.resolve(source))
+    own = None if adapter is None else hub.resolve_adapter(adapter)
     folder = path if path.is_dir() else path.parent
     gguf = path.suffix == ".gguf" or any(folder.glob("*.gguf"))
     if not gguf and not any((folder / name).is_file() for name in CONFIGS.values()):
@@ -117,6 +124,9 @@ def verify_model(source: str | os.PathLike[str] = "demo", progress: Progress = l
     _hashes(path, report, progress)
     if args is not None:
         _weights(path, report, progress)
+    if args is not None and own is not None:
+        progress("adapter")
+        path, args = _adapter(own, path, args, report)
     progress("tokenizer")
     _tokenizer(path, args, report)
     return report
@@ -166,6 +176,39 @@ def _hashes(path: pathlib.Path, report: Report, progress: Progress) -> None:
         report.add("hash", "note", "none of the files is one whose hash is known")
 
 
+def _adapter(
+    own: pathlib.Path, base: pathlib.Path, args: ModelArgs, report: Report
+) -> tuple[pathlib.Path, ModelArgs]:
+    """Whether an adapter fits its base, with sound values. Returns the tokenizer's place and the arguments."""
+    try:
+        adapter = read_adapter(own, args)
+    except Mistral7BError as error:
+        report.failed("adapter", error)
+        return base, args
+    of = f", made for {adapter.base_model}" if adapter.base_model else ""
+    words = f"rank {adapter.rank} on {len(adapter.targets)} modules{of}" if adapter.targets else f"no factors{of}"
+    report.add("adapter", "ok", words)
+    tensors = {
+        f"{name} ({part})": t for name, f in adapter.targets.items() for part, t in zip("AB", f[:2], strict=True)
+    }
+    for more in (adapter.magnitudes, adapter.biases, adapter.weights):
+        tensors |= more
+    looked = [_Values.of(name, "", tensor) for name, tensor in tensors.items()]
+    _finding(report, "adapter's values", "bad", "NaN or infinity", [v for v in looked if v.broken])
+    if not any(v.largest or v.broken for v in looked if not v.name.endswith("(A)")):
+        report.add("adapter's effect", "bad", "every B is zero: it changes nothing", "B")
+    return adapter.tokenizer or base, adapter.args(args)
+
+
+def _finding(report: Report, check: str, mark: Mark, what: str, found: list[_Values]) -> None:
+    """Add what is wrong with some tensors, or that it is so with none."""
+    if not found:
+        report.add(check, "ok", f"no {what}")
+        return
+    names = ", ".join(v.words for v in found[:SEEN]) + (f" and {len(found) - SEEN} more" if found[SEEN:] else "")
+    report.add(check, mark, f"{what}: {names}", found[0].name)
+
+
 def _weights(path: pathlib.Path, report: Report, progress: Progress) -> None:
     """Names, shapes and types of all tensors, then their values."""
     looked: list[_Values] = []
@@ -187,22 +230,16 @@ def _weights(path: pathlib.Path, report: Report, progress: Progress) -> None:
         ("outliers", "note", f"value above {OUTLIER:g} times the root mean square", lambda v: v.outlier > OUTLIER),
     )
     for check, mark, what, wrong in checks:
-        found = [v for v in looked if wrong(v)]
-        names = ", ".join(v.words for v in found[:SEEN]) + (
-            f" and {len(found) - SEEN} more" if found[SEEN:] else ""
-        )
-        if found:
-            report.add(check, mark, f"{what}: {names}", found[0].name)
-        else:
-            report.add(check, "ok", f"no {what}")
+        _finding(report, check, mark, what, [v for v in looked if wrong(v)])
 
 
 def _tensors(path: pathlib.Path) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield name, stored type and values of a checkpoint's tensors; of a quantized folder the float ones."""
-    if read_record(path) is not None:
-        for name, tensor in load(path).state_dict().items():
-            if tensor.is_floating_point():
-                yield name, str(tensor.dtype).removeprefix("torch."), tensor
+    """Yield name, stored type and values of a checkpoint's tensors, dequantized."""
+    if (record := read_record(path)) is not None:
+        for name, weight in open_base(path).weights.items():
+            tensor = weight.fetch()
+            kind = record.scheme.name if tensor.dim() > 1 else str(tensor.dtype).removeprefix("torch.")
+            yield name, kind, tensor
         return
     checkpoint = open_checkpoint(path)
     for name, stored in checkpoint.tensors.items():

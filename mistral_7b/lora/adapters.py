@@ -221,7 +221,7 @@ def own_weights(model: Mistral7B, adapter: Adapter) -> dict[str, Tensor]:
 
     PEFT saves embedding and output with any adapter of one of them.
     """
-    held = model.state_dict()
+    held = model.state_dict() if adapter.weights else {}
     return {
         name: own
         for name, own in adapter.weights.items()

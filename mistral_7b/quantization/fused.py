@@ -7,7 +7,7 @@ Quantized models use them: with fast products, the unfused operations between th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,12 @@ class FusedBlock(TransformerBlock):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_description": None}  # pointers are not valid in a copy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._description = (
+            None  # `.to()` and the like replace the data of a parameter, which stays the same object
+        )
+        return super()._apply(fn, recurse)
 
 
 class FusedLayers(Layers):

@@ -14,10 +14,10 @@ from ..kernels.frozen import frozen_product
 from ..kernels.gpu import weight_only
 from ..kernels.gpu.weight_only import RowMajor
 from ..surgery import replace_linears
-from .linear import BlockLinear
+from .linear import BlockLinear, Stored
 
 
-class GpuBlockLinear(nn.Module):
+class GpuBlockLinear(Stored):
     """y = x W^T with W in a block format, row-major, for x of any floating type."""
 
     def __init__(self, weight: RowMajor) -> None:
@@ -65,7 +65,7 @@ class GpuBlockLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.kind}"
 
 
-class Fp8Linear(nn.Module):
+class Fp8Linear(Stored):
     """y = x W^T with both quantized to e4m3: w with a scale per output, x with a scale per row."""
 
     def __init__(self, q: Tensor, scale: Tensor) -> None:

@@ -7,6 +7,8 @@ tiles of kernels/block_formats.py, on disk and in memory, so that a file only ne
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,18 @@ from ..kernels.linear import block_linear, block_weights
 from .rounding import Blocks, round_blocks
 
 
-class Compressed(nn.Module):
+class Stored(nn.Module):
+    """Weights in a storage format. `.to()`, `.half()` and the like may move them, and never change their types."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def moved(t: Tensor) -> Tensor:
+            new = fn(t)
+            return new if new.dtype == t.dtype else t.to(new.device)
+
+        return super()._apply(moved, recurse)
+
+
+class Compressed(Stored):
     """A Linear whose compressed weight the kernels use directly."""
 
     in_features: int
@@ -87,7 +100,7 @@ class BlockLinear(Compressed):
         return f"{self.in_features}, {self.out_features}, {self.kind}"
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(Stored):
     """An embedding with int8 rows and a scale per 32 values; rows are dequantized after the lookup."""
 
     def __init__(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
@@ -109,6 +122,10 @@ class Int8Embedding(nn.Module):
         codes = (blocks.q[:, : weight.shape[1]] ^ 128).view(torch.int8).contiguous()
         out.load_state_dict({"codes": codes, "scale": blocks.d[..., 0].contiguous()}, assign=True)
         return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (...) -> (..., D)
         return self._dequantized(self.codes[tokens], self.scale[tokens]).to(self.dtype)
@@ -173,10 +190,43 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.deterministic = deterministic
-        weight = weight.detach()
+        self._pack(weight.detach())
+
+    def _pack(self, weight: Tensor) -> None:
+        """Hold a weight (N, K): packed if oneDNN packs its type on its device."""
         self.packs = uses(Backend.ONEDNN, PACKED_LINEAR, weight)
         self.dtype = weight.dtype
         self.packed = _packed(weight) if self.packs else weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to()`, `.half()` and the like: the weight is packed again if its type or device changes."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
+        if (probe.dtype, probe.device) != (self.dtype, self.packed.device):
+            self._pack(fn(self.dense()))
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a packed tensor has no storage that could be copied."""
+        return {**self.__dict__, "packed": self.dense()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack(self.packed)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.dense()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        strict, missing, _, errors = args[-4:]
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is None:
+            missing.extend([f"{prefix}weight"] if strict else [])
+        elif tuple(weight.shape) != (self.out_features, self.in_features):
+            errors.append(
+                f"{prefix}weight is {tuple(weight.shape)}, not ({self.out_features}, {self.in_features})"
+            )
+        else:
+            self._pack(weight.detach().to(self.packed.device, self.dtype, copy=True))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
         return frozen_product(x, self._rows, lambda grad: grad @ self.dense())

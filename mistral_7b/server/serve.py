@@ -73,6 +73,11 @@ def _raise_file_limit(n: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def _not_cancelled(record: logging.LogRecord) -> bool:
+    """A filter that drops the tracebacks of cancelled tasks."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 class Server(uvicorn.Server):
     """A uvicorn server that drains before it exits."""
 
@@ -129,6 +134,12 @@ class Server(uvicorn.Server):
                 yield
             finally:
                 signal.signal(signal.SIGHUP, previous)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close. At a forced exit the responses are cancelled, which is meant and no error to log."""
+        if self.force_exit:
+            logging.getLogger("uvicorn.error").addFilter(_not_cancelled)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal: the first starts draining, the second exits immediately."""

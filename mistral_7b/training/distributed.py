@@ -169,7 +169,10 @@ class RankWeights(Weights):
             return {**json.loads((Path(found) / RUN).read_text(encoding="utf-8")), "folder": found}
         if ranks.first(path.exists):
             raise TrainingError(
-                "is the state of a run in one process", field="out", place=path, hint="resume without torchrun"
+                "is the state of a run in one process",
+                field="out",
+                place=path,
+                hint="resume without torchrun, or give another --out to start again",
             )
         return None
 

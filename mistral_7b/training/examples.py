@@ -27,7 +27,8 @@ from ..text.tokenizer import Tokenizer
 from .encoding import Encoded, Encoder, Item, Pair, Prompt, Thumb
 from .forms import Chat, Form, Judged, Preference, Sample, form_of
 
-SHOWN = 20  # bad lines that an error lists
+SHOWN = 20  # reasons for bad lines that an error lists, with their files
+NUMBERS = 5  # lines that it lists for each
 HEAVIEST = 1000  # weight of a file: with more the others are never seen
 HEAD = 4096  # bytes in which a file's first character is looked for
 
@@ -264,14 +265,25 @@ def _json(text: str) -> Any:
 
 
 def _bad_lines(bad: Sequence[BadLine]) -> TrainingError:
-    shown = "".join(f"\n  {line}" for line in bad[:SHOWN])
-    rest = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    groups: dict[tuple[str, str], list[str]] = {}  # numbers of lines, by file and reason
+    for place, reason in bad:
+        path, _, number = place.rpartition(":")
+        groups.setdefault((path, reason), []).append(number)
+    shown = "".join(f"\n  {path}:{_listed(n)}: {reason}" for (path, reason), n in list(groups.items())[:SHOWN])
+    left = sum(map(len, list(groups.values())[SHOWN:]))
+    rest = f"\n  and {left:,} lines more" if left else ""
     count = "1 line" if len(bad) == 1 else f"{len(bad):,} lines"
     return TrainingError(
         f"{count} of the data cannot be used:{shown}{rest}\n",
         field="data",
         hint="correct them, or leave them out with --skip-bad (skip_bad=True)",
     )
+
+
+def _listed(numbers: Sequence[str]) -> str:
+    """Numbers of lines: "3", "3, 7 and 12", "3, 7, 12, 20, 31 and 40 more"."""
+    *first, last = numbers if len(numbers) <= NUMBERS else [*numbers[:NUMBERS], f"{len(numbers) - NUMBERS:,} more"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _check_trained(report: Sequence[Source], method: str, tokenizer: Tokenizer) -> None:

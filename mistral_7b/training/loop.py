@@ -110,6 +110,7 @@ class Loop:
         """Load the state in `path`, if there is one; TrainingError if it is of another run."""
         if (state := self.weights.read(path, device)) is None:
             return False
+        path = Path(state.get("folder", path))  # a folder, of a run that torchrun started
         self.args.check_same_run(json.loads(state["args"]), path)
         if state.get("data", self.data) != self.data:
             raise TrainingError(

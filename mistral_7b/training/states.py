@@ -45,7 +45,7 @@ def read_state(path: Path, device: torch.device | str) -> dict[str, Any] | None:
             "is the state of a run that torchrun started",
             field="out",
             place=shards[-1],
-            hint="resume with torchrun --nproc-per-node N, of which N may be 1",
+            hint="resume with torchrun --nproc-per-node N (N may be 1), or give another --out to start again",
         )
     return None
 

@@ -20,7 +20,7 @@ from mistral_7b.engine.llm import RequestsFailedError
 from mistral_7b.engine.resume import job_of
 from mistral_7b.engine.speculation import Speculation
 from mistral_7b.engine.watching import PositionRecorder, Steering
-from mistral_7b.errors import EngineError, GenerationError, InterpretError
+from mistral_7b.errors import EngineError, InterpretError
 from mistral_7b.generate import generate
 from mistral_7b.lora.files import Adapter, Factors
 from mistral_7b.model import Mistral7B
@@ -214,14 +214,17 @@ def test_a_watcher_that_fails_ends_its_own_request(monkeypatch: pytest.MonkeyPat
     llm.engine.check()
 
 
-def test_steering_without_bounds_ends_its_own_request() -> None:
-    """Finite, and yet too much for bfloat16."""
-    wanted, huge = results(llm_of("int8").generate(PROMPTS, PARAMS)), torch.full((40,), 3.4e38)
-    llm = llm_of("int8")
+@pytest.mark.parametrize("value", [3.4e38, 1e25])
+def test_steering_without_bounds_ends_its_own_request(value: float) -> None:
+    """Finite, and yet too much for bfloat16, or for a norm's sum of squares."""
+    wanted, huge = results(llm_of("int8").generate(PROMPTS, PARAMS)), torch.full((40,), value)
+    llm, steer = llm_of("int8"), [Steering(0, VECTOR), Steering(0, huge)]
     with pytest.raises(RequestsFailedError) as caught:
-        llm.generate(PROMPTS, PARAMS, asked=[PLAIN, RequestOptions(steer=Steering(0, huge)), PLAIN, PLAIN])
+        llm.generate(PROMPTS, PARAMS, asked=[PLAIN, RequestOptions(steer=steer), PLAIN, PLAIN])
     outputs = caught.value.outputs
-    assert [type(o.error) for o in outputs] == [type(None), GenerationError, type(None), type(None)]
+    assert [type(o.error) for o in outputs] == [type(None), InterpretError, type(None), type(None)]
+    assert isinstance(outputs[1].error, InterpretError)
+    assert outputs[1].error.field == "steer[1].vector"
     assert [r for i, r in enumerate(results(outputs)) if i != 1] == [r for i, r in enumerate(wanted) if i != 1]
 
 

@@ -24,7 +24,7 @@ from mistral_7b import Mistral7B, ModelArgs
 from mistral_7b.bench.quality import engines
 from mistral_7b.checkpoint import convert, quantize
 from mistral_7b.checkpoint.hub import DEMO
-from mistral_7b.errors import CheckpointError, EvaluationError
+from mistral_7b.errors import BenchmarkError, CheckpointError, EvaluationError
 from mistral_7b.evaluation import compare
 from mistral_7b.evaluation.comparison.engine import Ran
 from mistral_7b.evaluation.comparison.figures import Figures
@@ -295,6 +295,17 @@ def test_an_adapter_of_another_model_is_refused(base: pathlib.Path, tmp_path: pa
     save_adapter(Adapter({"layers.0.attention.wq": factors}), tmp_path / "narrow", narrow)
     with refused(CheckpointError):
         compare(base, f"{base}+{tmp_path / 'narrow'}", TOKENS)
+
+
+def test_transformers_runs_converted_files_of_other_formats(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("transformers")
+    wanted = engines.ran("transformers", base, TOKENS, "").logits
+    for name, to in (("base.gguf", "gguf"), ("mistral", "mistral")):
+        convert(base, tmp_path / name, to)
+        assert torch.equal(engines.ran("transformers", tmp_path / name, TOKENS, "").logits, wanted)
+    quantize(base, tmp_path / "int8", "int8", TOKENS, "ids")
+    with refused(BenchmarkError, place=tmp_path / "int8"):
+        engines.ran("transformers", tmp_path / "int8", TOKENS, "")
 
 
 def test_the_figures_are_those_of_the_definitions() -> None:

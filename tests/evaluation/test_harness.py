@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import random
 import subprocess
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from refusals import refused
+from tokenizer_files import byte_fallback_folder
 
 pytest.importorskip("lm_eval")
 
 from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.cli import main
 from mistral_7b.errors import EvaluationError
+from mistral_7b.evaluation import harness
 from mistral_7b.evaluation.harness import HarnessModel, run_tasks
 
 DEMO = Tokenizer.from_pretrained("demo")
@@ -100,35 +103,25 @@ def test_a_rolling_text_is_one_pass_with_a_window() -> None:
     assert -found == pytest.approx(wanted, rel=1e-5)
 
 
-def test_lm_evals_client_over_http_has_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`local-completions` against the server, with a tokenizer that gives it our ids."""
+def test_lm_evals_client_over_http_has_the_same_numbers(tmp_path: pathlib.Path) -> None:
+    """The command of docs/evaluation.md, with a folder whose tokenizer.json gives the server's ids."""
     sys.path.append(str(pathlib.Path(__file__).parents[1] / "server"))
-    import lm_eval.models.openai_completions as client
     from serving import serving
 
-    class Words:
-        bos_token_id, eos_token_id, eos_token, chat_template = DEMO.bos_id, DEMO.eos_id, "</s>", None
-
+    folder = byte_fallback_folder(tmp_path / "words", added=[], add_bos_token=True)
+    out, include = tmp_path / "out", pathlib.Path(harness.__file__).with_name("tasks")
     with serving(trained=Mistral7B.from_pretrained("demo", quantization="int8"), tokenizer=DEMO) as server:
-        remote = _client(client, server, monkeypatch, Words())
-        over_http = run_tasks(remote, ("mini_python",))
-    assert answers(over_http)["mini_python"] == answers(results(8))["mini_python"]
-
-
-def _client(client: Any, server: Any, monkeypatch: pytest.MonkeyPatch, words: Any) -> Any:
-    import transformers
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: words)
-    monkeypatch.setattr(
-        "lm_eval.models.api_models.configure_pad_token", lambda tokenizer: tokenizer, raising=False
-    )
-    monkeypatch.setattr("lm_eval.models.utils.configure_pad_token", lambda tokenizer: tokenizer, raising=False)
-    made = client.LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model=server.state.model_name, tokenizer="none",
-        tokenizer_backend="huggingface", batch_size=4, max_length=2048,
-    )  # fmt: skip
-    monkeypatch.setattr(made, "tok_encode", lambda text, **kwargs: DEMO.encode(text))
-    return made
+        model_args = f"base_url={server.url}/v1/completions,model={server.state.model_name},tokenizer={folder}"
+        subprocess.run(
+            [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--tasks", "mini_python",
+             "--include_path", include, "--model_args", f"{model_args},add_bos_token=True", "--output_path", out,
+             "--log_samples"],
+            check=True, timeout=240, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    (file,) = out.rglob("samples_mini_python_*.jsonl")
+    rows = sorted(map(json.loads, file.read_text(encoding="utf-8").splitlines()), key=lambda row: row["doc_id"])
+    found = [[(float(score), greedy == "True") for ((score, greedy),) in row["resps"]] for row in rows]
+    assert found == [[tuple(choice) for (choice,) in row] for row in answers(results(8))["mini_python"]]
 
 
 def test_what_cannot_be_run_is_refused(tmp_path: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ from mistral_7b.checkpoint import convert, quantize
 from mistral_7b.cli import main
 from mistral_7b.errors import Mistral7BError
 from mistral_7b.evaluation import verify, verify_model
+from mistral_7b.lora.files import Adapter, Factors, save_adapter
 
 DATA = MistralTokenizer._data_path()
 V1_TEMPLATE = (
@@ -98,6 +99,60 @@ def test_a_quantized_folder_with_a_broken_scale(folder: pathlib.Path, tmp_path: 
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, file)
     assert bad(tmp_path / "int8") == {"finite values"}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_folders(folder: pathlib.Path, tmp_path: pathlib.Path, scheme: str, calibrated: bool) -> None:
+    ids, out = torch.arange(1, 33)[None], tmp_path / scheme
+    quantize(folder, out, scheme, ids, "ids", calibration_tokens=ids if calibrated else None)
+    report = verify_model(out)
+    assert report.ok, report
+    assert scheme in next(f.text for f in report.findings if f.check == "tensors")
+    file = out / "quantized.safetensors"
+    sound = load_file(file)
+    wq = "layers.0.attention.wq"
+    for check, changed in {
+        "zeros": {f"{wq}.d": sound[f"{wq}.d"] * 0},
+        "finite values": {f"{wq}.d": sound[f"{wq}.d"] * float("inf")},
+        "tensors": {f"{wq}.codes": sound[f"{wq}.codes"][:-1]},
+    }.items():
+        save_file(sound | changed, file)
+        assert bad(out) == {check}
+    save_file({name: t for name, t in sound.items() if name != f"{wq}.d"}, file)
+    assert bad(out) == {"tensors"}
+    file.write_bytes(file.read_bytes()[:-100])
+    assert bad(out) == {"tensors"}
+
+
+def test_codes_of_zeros_are_found(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    quantize(folder, tmp_path / "int4", "int4", torch.tensor([[1, 5, 6, 7]]), "ids")
+    file = tmp_path / "int4" / "quantized.safetensors"
+    tensors = load_file(file)
+    tensors["layers.0.attention.wq.codes"].zero_()
+    save_file(tensors, file)
+    assert bad(tmp_path / "int4") == {"zeros"}
+
+
+def test_an_adapter(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = tiny_args(vocab_size=32768)
+    factors = Factors(torch.ones(2, args.n_heads * args.head_dim), torch.ones(args.dim, 2), 1.0)
+
+    def failed(name: str, own: Factors, layer: int = 0) -> set[str]:
+        adapter = Adapter({f"layers.{layer}.attention.wo": own}, base_model="tiny")
+        save_adapter(adapter, tmp_path / name, args)
+        found = verify_model(folder, adapter=tmp_path / name)
+        return {finding.check for finding in found.findings if finding.mark == "bad"}
+
+    assert failed("sound", factors) == set()
+    assert failed("broken", factors._replace(b=factors.b * float("nan"))) == {"adapter's values"}
+    assert failed("zero", factors._replace(b=factors.b * 0)) == {"adapter's effect"}
+    assert failed("narrow", factors._replace(a=factors.a[:, 2:])) == {"adapter"}
+    assert failed("deep", factors, layer=7) == {"adapter"}
+    assert main(["verify", str(folder), "--adapter", str(tmp_path / "deep"), "--json"]) == 1
+    assert "of another model, tiny" in capsys.readouterr().out
+    assert main(["verify", str(folder), "--adapter", str(folder)]) == 1
+    assert main(["verify", str(folder), "--adapter", str(tmp_path / "nowhere")]) == 2
 
 
 def test_a_tokenizer_of_another_model(tmp_path: pathlib.Path) -> None:

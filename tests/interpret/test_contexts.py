@@ -249,6 +249,23 @@ def test_steering_adds_the_vector_where_it_is_told(model: Mistral7B) -> None:
         close(tape["residual", 0], wanted)
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 7e4), (torch.bfloat16, 1e25), (torch.float32, 1e25)])
+def test_a_steering_vector_that_overflows_is_named(dtype: torch.dtype, value: float) -> None:
+    small = tiny_model(TINY, dtype)
+    with refused(InterpretError, field="vector"), small.steer(0, torch.full((40,), value)):
+        small(tokens_of((1, 9)))
+
+
+def test_an_overflow_after_a_later_layer_is_the_steering_vectors_too() -> None:
+    small = tiny_model(TINY, torch.float16)
+    with (
+        refused(InterpretError, field="vector"),
+        small.patch({("ffn_out", 1): 6e4}),
+        small.steer(0, torch.full((40,), 3e4)),
+    ):
+        small(tokens_of((1, 9)))
+
+
 def test_gradients_reach_what_is_recorded(model: Mistral7B) -> None:
     tokens, start = tokens_of((1, 12)), torch.zeros(40, dtype=torch.float64, requires_grad=True)
     with model.steer(0, start), model.record("residual", "attention") as tape:

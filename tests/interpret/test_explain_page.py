@@ -113,3 +113,14 @@ def test_the_lens_shows_the_whole_cell_it_speaks_of(browser: Any, tmp_path: Path
     assert page.locator(".cell[tabindex='0']").get_attribute("data-p") == page.locator(".cell").last.get_attribute(
         "data-p"
     )
+
+
+@pytest.mark.parametrize("what", ["attention", "probabilities", "lens", "attribution", "cache", "time"])
+def test_no_cell_of_a_table_is_cut_off(browser: Any, folder: Path, what: str) -> None:  # noqa: F811
+    page = opened(browser, folder / f"{what}.html", viewport={"width": 420, "height": 900}, bypass_csp=True)
+    for summary in page.locator("summary").all():
+        summary.click()
+    page.wait_for_function("[...document.querySelectorAll('details')].every(d => d.querySelector('tbody tr'))")
+    cut = ".filter(c => c.scrollWidth > c.clientWidth + 1).map(c => c.innerText)"
+    assert page.evaluate(f"[...document.querySelectorAll('td, th')]{cut}") == []
+    page.context.close()

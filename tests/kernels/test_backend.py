@@ -198,6 +198,8 @@ ALLOWED = {
     "cli/inputs.py": ({"available", "device", "library"}, "resolves the device `auto`; compiles before timing"),
     "checkpoint/starter.py": ({"available"}, "whether pip is installed"),
     "cli/eval_harness.py": ({"available"}, "whether lm-eval is installed"),
+    "evaluation/task_names.py": ({"available"}, "where lm-eval is installed"),
+    "bench/quality/engines.py": ({"available"}, "whether transformers is installed"),
     "course/checks/ex02_rotary.py": ({"dtype"}, "recognizes a learner's mistake"),
     "distributed/ranks.py": ({"available", "cuda"}, "the library of the ranks' sums, and each rank's device"),
     "evaluation/comparison/plot.py": ({"available"}, "whether matplotlib is installed"),

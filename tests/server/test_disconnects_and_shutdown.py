@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import http.client
 import json
+import logging
+import signal
 import socket
 import threading
 
@@ -220,3 +222,18 @@ def test_a_server_leaves_frozen_what_the_process_has_frozen():
     with serving():
         pass
     assert gc.get_freeze_count() > 0.9 * before  # some are freed meanwhile
+
+
+def test_a_second_ctrl_c_logs_no_traceback_of_the_streams_it_cuts(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("uvicorn.error")
+    try:
+        with serving() as server:
+            connection = stream(server)
+            connection.getresponse().readline()
+            for _ in range(2):
+                server.server.handle_exit(signal.SIGINT, None)
+            server.thread.join(10)
+            connection.close()
+        assert [record for record in caplog.records if record.exc_info] == []
+    finally:
+        log.filters.clear()

@@ -75,6 +75,7 @@ def test_wrong_fields_are_named(ready: Serving, monkeypatch: pytest.MonkeyPatch)
         ({"steer": [{"layer": 9, "vector": [1.0] * 40}]}, 400, "steer[0].layer"),
         ({"steer": [{"layer": 0, "vector": ["a"]}]}, 400, "steer.0.vector.0"),
         ({"steer": [{"layer": 0, "vector": [1e308] * 40, "scale": 1e308}]}, 400, "steer[0].vector"),
+        ({"steer": [{"layer": 0, "vector": [1e25] * 40}]}, 400, "steer[0].vector"),
     ):
         got, answer = ready.post("/v1/completions", {**BODY, **own}, ADMIN)
         assert (got, answer["error"]["param"]) == (status, param), answer

@@ -223,9 +223,9 @@ def test_bad_preferences_thumbs_and_prompts(tmp_path: Path, method: str, row: An
 def test_reasons_say_where_and_why(tmp_path: Path) -> None:
     rows = [BAD[name] for name in ("no JSON", "misspelt", "empty", "long", "weight", "thumb")]
     with pytest.raises(TrainingError) as caught:
-        read(tmp_path, CHAT, *rows, {"text": "a"}, *[{"text": "b"}] * SHOWN)
+        read(tmp_path, CHAT, *rows, {"text": "a"})
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith(f"{7 + SHOWN} lines of the data cannot be used")
+    assert lines[0].startswith("7 lines of the data cannot be used")
     place = tmp_path / "a.jsonl"
     reasons = [
         "is not JSON: Expecting value (column 15)", "'messages'?", "messages[1], of role 'assistant', is empty",
@@ -235,8 +235,20 @@ def test_reasons_say_where_and_why(tmp_path: Path) -> None:
     for n, reason in enumerate(reasons):
         assert lines[n + 1].startswith(f"  {place}:{n + 2}: ")
         assert reason in lines[n + 1]
-    assert lines[SHOWN + 1] == "  and 7 more"
     assert "--skip-bad" in lines[-1]
+
+
+@pytest.mark.wording
+def test_lines_with_one_reason_are_listed_together(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError) as caught:
+        read(tmp_path, CHAT, *[{"text": "b"}] * 9, BAD["empty"], {"text": "b"})
+    lines = str(caught.value).splitlines()
+    place = tmp_path / "a.jsonl"
+    assert lines[1].startswith(f"  {place}:2, 3, 4, 5, 6 and 5 more: is of the form text")
+    assert lines[2].startswith(f"  {place}:11: messages[1]")
+    with pytest.raises(TrainingError) as caught:
+        read(tmp_path, CHAT, *[{**CHAT, f"no{n}": 1, "messages": [{"role": f"r{n}"}]} for n in range(SHOWN + 3)])
+    assert str(caught.value).splitlines()[SHOWN + 1] == "  and 3 lines more"
 
 
 @pytest.mark.parametrize("weight", ["1e9", "0", "-1", "inf", "nan", "x"])

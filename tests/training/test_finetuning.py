@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,3 +286,11 @@ def test_what_was_forgotten_is_the_kl_from_the_model_before() -> None:
     wanted = (before.exp() * (before - now)).sum(-1).mean()
     assert forgetting.kl() == pytest.approx(float(wanted), rel=1e-4)
     assert len(forgetting.tokens) == 256
+
+
+def test_another_run_in_a_folder_of_torchrun_is_named_with_that_folder(tmp_path: Path) -> None:
+    args = FinetuneArgs(data=("x.jsonl",), out=str(tmp_path))
+    saved = {"args": json.dumps({**args.as_json(), "method": "dpo"}), "folder": str(tmp_path / "shards-000002")}
+    run: Any = SimpleNamespace(weights=SimpleNamespace(read=lambda path, device: saved), args=args, data={})
+    with refused(TrainingError, field="method", place=tmp_path / "shards-000002"):
+        Loop.resume(run, tmp_path / "state.pt", "cpu")

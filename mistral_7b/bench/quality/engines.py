@@ -5,6 +5,7 @@ R rows · T tokens · V vocabulary
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 import tempfile
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ... import machine
-from ...checkpoint import convert
+from ...checkpoint import convert, read_record
 from ...checkpoint.gguf.file import is_gguf
+from ...checkpoint.reading import CONFIGS
 from ...errors import BenchmarkError, first_line
 from ...evaluation.comparison.engine import Ran
 from ..jobs import LLAMA
@@ -26,8 +28,9 @@ from ..run import SPARE, call, need
 def ran(engine: str, path: pathlib.Path, tokens: Tensor, python: str) -> Ran:
     """Run "transformers" or "llama.cpp" over tokens (R, T), each row on its own.
 
-    Only transformers gives hidden states. llama.cpp runs under the Python `python`; files of other formats are
-    converted to GGUF for it. Raises BenchmarkError if the engine is missing or cannot open the files.
+    Only transformers gives hidden states. llama.cpp runs under the Python `python`. Files of other formats are
+    converted for the engine in a temporary folder, dequantized. Raises BenchmarkError if the engine is missing or
+    cannot open the files.
     """
     return Ran(_llama(path, tokens, python)) if engine == LLAMA else _transformers(path, tokens)
 
@@ -51,12 +54,25 @@ def _llama(path: pathlib.Path, tokens: Tensor, python: str) -> Tensor:
 
 @torch.inference_mode()
 def _transformers(path: pathlib.Path, tokens: Tensor) -> Ran:
-    try:
-        import transformers
-    except ImportError as error:
-        raise BenchmarkError("transformers is not installed", hint="pip install transformers") from error
-    if not path.is_dir():
-        raise BenchmarkError("transformers opens a folder of Hugging Face's format", place=path)
+    if importlib.util.find_spec("transformers") is None:
+        raise BenchmarkError("transformers is not installed", hint="pip install transformers")
+    with tempfile.TemporaryDirectory(prefix="mistral-7b-compare-") as place:
+        if read_record(path) is not None:
+            raise BenchmarkError(
+                "transformers cannot open a folder of `mistral-7b quantize`",
+                place=path,
+                hint="name the model that it was made from, or compare the folder with that model here",
+            )
+        if not (path.is_dir() and (path / CONFIGS["huggingface"]).is_file()):
+            convert(path, pathlib.Path(place) / "model", "huggingface")  # GGUF, or Mistral's format
+            path = pathlib.Path(place) / "model"
+        return _states(path, tokens)
+
+
+def _states(path: pathlib.Path, tokens: Tensor) -> Ran:
+    """Logits and hidden states of transformers for a folder of its own format."""
+    import transformers
+
     size, free = 2 * sum(f.stat().st_size for f in path.glob("*.safetensors")) + SPARE, machine.memory()[1]
     if free and size > free:
         raise BenchmarkError(

@@ -199,6 +199,11 @@ inline Floats floats(const float* p) {
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+inline Ints ints(const int32_t* p) {
+    Ints v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 // The float16 numbers at p.
 inline Floats halves(const uint16_t* p) {
 #if defined(__AVX512F__)

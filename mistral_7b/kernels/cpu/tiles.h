@@ -55,12 +55,12 @@ struct Digit {
 
 // Splits scales into digits, the highest first.
 template <int KIND, int64_t P>
-void split(I16 s, Digit (&digits)[P]) {
+void split(Ints s, Digit (&digits)[P]) {
     using U16 = uint32_t __attribute__((vector_size(64)));
     constexpr Format f = format_of(KIND);
     constexpr int least = f.zero ? 3 : 0;
     for (int64_t p = P - 1; p >= 0; p--) {
-        const I16 digit = p ? ((s + least) & 7) - least : s, size = digit < 0 ? -digit : digit;
+        const Ints digit = p ? ((s + least) & 7) - least : s, size = digit < 0 ? -digit : digit;
         const U16 offset = (reinterpret_cast<U16>(digit * f.zero) & 255) * 0x01010101u;
         const B64 sign = reinterpret_cast<B64>(digit < 0);
         digits[p] = {reinterpret_cast<W32>(size | size << 16), sign, sign + reinterpret_cast<B64>(offset)};
@@ -196,19 +196,19 @@ void add_chunk(const Rows& r, Span rows, const uint8_t* record, const uint16_t* 
     constexpr int64_t D = (1 + f.minimum) * TILE_N, BLOCKS = CHUNK / f.block;
     const int64_t blocks = BLOCKS == 1 ? 1 : inputs / f.block, first = k / f.block, groups = inputs / f.group;
     const GroupScales<KIND> scales(record + groups * f.group * TILE_N * (f.low + f.high) / 8, groups);  // if there are any
-    F16 scale[BLOCKS], minimum[BLOCKS];
+    Floats scale[BLOCKS], minimum[BLOCKS];
     for (int64_t b = 0; b < blocks; b++) {
         scale[b] = halves(d + (first + b) * D);
-        minimum[b] = f.minimum ? halves(d + (first + b) * D + TILE_N) : F16{};
+        minimum[b] = f.minimum ? halves(d + (first + b) * D + TILE_N) : Floats{};
     }
     for (int64_t m = rows.begin; m < rows.end; m++, y += stride, sums += TILE_N) {
-        F16 sum = load(y);
+        Floats sum = floats(y);
         for (int64_t b = 0; b < blocks; b++) {
-            I16 total{};
-            for (int64_t p = 0; p < planes(f); p++) total = total * 8 + load(sums + (b + p) * 16 * TILE_N);
+            Ints total{};
+            for (int64_t p = 0; p < planes(f); p++) total = total * 8 + ints(sums + (b + p) * 16 * TILE_N);
             add_block<KIND, 1>(r, m, first + b, total, scale[b], minimum[b], scales, sum);
         }
-        store(y, sum);
+        std::memcpy(y, &sum, sizeof sum);
     }
 }
 

@@ -14,14 +14,24 @@ from pydantic import AliasChoices, Field, field_validator
 
 from ...sampling.params import SamplingParams, StructuredOutputs
 from ..http.errors import HttpError
-from ..openai.body import INT64, Part, only, sampling_params
+from ..openai.body import INT64, Part, not_served, only, sampling_params
 from ..openai.protocol import MOST_MESSAGES, MOST_PROMPTS, MOST_STOPS, Stop, ToolDefinition
 
 DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}  # Ollama's
 LATEST = ":latest"  # the tag that Ollama adds to names without one
 
 
-class Options(Part):
+_ELSEWHERE = not_served("POST /v1/completions and /v1/chat/completions take it, with an admin key")
+
+
+class _Unwatched(Part):
+    """Refuses this server's own fields: ignored, they would cost an answer without what was asked for."""
+
+    record: Annotated[None, _ELSEWHERE] = None
+    steer: Annotated[None, _ELSEWHERE] = None
+
+
+class Options(_Unwatched):
     """Options of the sampler."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -41,7 +51,7 @@ class Options(Part):
         return [value] if isinstance(value, str) else value
 
 
-class _Named(Part):
+class _Named(_Unwatched):
     model: str
 
     @field_validator("model")

@@ -50,7 +50,8 @@ def check_recording(state: State, request: Request) -> None:
     tokens = len(request.ids) + request.completions[0].max_tokens
     size = request.watching.recording.nbytes(tokens, model.args, model.norm.weight.dtype)
     if size > MOST_BYTES:
-        what, hint = f"up to {size} bytes would be recorded; the limit is {MOST_BYTES}", "record fewer layers"
+        what = f"up to {size} bytes would be recorded of {tokens} tokens; the limit is {MOST_BYTES}"
+        hint = "record fewer layers, or set max_tokens"
         raise HttpError(422, what, field="record", code="too_large", hint=hint)
 
 

@@ -37,32 +37,36 @@ inline int64_t place(int64_t row, int64_t n, int64_t i) {
     return row / T * (T * n) + i * T + row % T;
 }
 
-// sums += the products of R rows with a group of a part of a tile. x: the first row's codes of the group.
-template <int KIND, int R>
-inline void dot_group(Sums (&sums)[R], const uint8_t* low_lines, const uint8_t* high_line, const int8_t* x, int64_t Kp) {
+// sums += the products of R rows with a group of P parts of a tile. x: the first row's codes of the group.
+template <int KIND, int R, int P>
+inline void dot_group(Sums (&sums)[P][R], const uint8_t* low_lines, const uint8_t* high_line, const int8_t* x, int64_t Kp) {
     constexpr Format f = format_of(KIND);
     constexpr int QUADS = f.group / 4, most = most_pairs(f.low + f.high);
-    Sums s[R];  // local, to stay in registers
-    for (int i = 0; i < R; i++) s[i] = sums[i];
-    Line plane{};
-    if (f.high) plane = load(high_line);
-    Pairs pairs[R];
+    Sums s[P][R];  // local, to stay in registers
+    Pairs pairs[P][R];
+    Line plane[P]{}, a[P], b[P];
+    for (int p = 0; p < P; p++) {
+        for (int i = 0; i < R; i++) s[p][i] = sums[p][i];
+        if (f.high) plane[p] = load(high_line + p * 4 * LANES);
+    }
 #pragma GCC unroll 4
     for (int k = 0; k < QUADS; k += 2) {
-        Line a, b;
-        unpack<KIND>(low_lines, plane, k, a, b);
+        for (int p = 0; p < P; p++) unpack<KIND>(low_lines + p * 4 * LANES, plane[p], k, a[p], b[p]);
         for (int i = 0; i < R; i++) {
             const int8_t *at = x + 4 * place<R>(i, Kp / 4, k), *next = x + 4 * place<R>(i, Kp / 4, k + 1);
-            if constexpr (f.low == 8 || f.table) {
-                s[i] = dot8(dot8(s[i], a, at), b, next);
-            } else {
-                if (k % most == 0) pairs[i] = begin(s[i]);
-                pairs[i] = dot4(dot4(pairs[i], a, at), b, next);
-                if ((k + 2) % most == 0 || k + 2 == QUADS) s[i] = end(s[i], pairs[i]);
+            for (int p = 0; p < P; p++) {
+                if constexpr (f.low == 8 || f.table) {
+                    s[p][i] = dot8(dot8(s[p][i], a[p], at), b[p], next);
+                } else {
+                    if (k % most == 0) pairs[p][i] = begin(s[p][i]);
+                    pairs[p][i] = dot4(dot4(pairs[p][i], a[p], at), b[p], next);
+                    if ((k + 2) % most == 0 || k + 2 == QUADS) s[p][i] = end(s[p][i], pairs[p][i]);
+                }
             }
         }
     }
-    for (int i = 0; i < R; i++) sums[i] = s[i];
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < R; i++) sums[p][i] = s[p][i];
 }
 
 // The integer scales of a part of a tile and a block, four groups a line.
@@ -71,6 +75,7 @@ struct GroupScales {
     static constexpr Format f = format_of(KIND);
     static constexpr bool six_bits = f.scales == SIX_BITS;
     Line s[six_bits || !f.scales ? 2 : f.scales]{}, t[2]{};
+    GroupScales() = default;
     GroupScales(const uint8_t* lines, int64_t groups) {
         if constexpr (six_bits) {
             const Line first = load(lines), second = load(lines + LINE);
@@ -117,33 +122,39 @@ __attribute__((always_inline)) inline void inlined_record(const Rows& r, int64_t
     constexpr int32_t offset = (f.low == 8 || f.table) ? f.zero - 128 + SUBTRACT : f.zero;
     const int64_t G = r.Kp / r.group, in_group = f.group / r.group;
     constexpr int64_t T = R == 1 ? 1 : TOGETHER;
+    constexpr int P = PARTS_OF_TILE == 2 ? 2 : 1;  // parts that share each load of x
     const int8_t* x = r.q + b * f.block * T;
     const int32_t* sum = r.sum + b * (f.block / r.group) * T;
     const uint8_t* ahead = codes + AHEAD;  // prefetched group by group: a whole record at once would fill the queue of loads
     for (int64_t i = 0; i < scale_lines(f, GROUPS); i++, ahead += LINE) __builtin_prefetch(ahead);
-    for (int part = 0; part < PARTS_OF_TILE; part++, codes += 4 * LANES, d += LANES) {
-        const GroupScales<KIND> scales(codes + groups * (LOW + HIGH), groups);
-        Ints total[R] = {};
+    for (int part = 0; part < PARTS_OF_TILE; part += P, codes += P * 4 * LANES, d += P * LANES) {
+        GroupScales<KIND> scales[P];
+        for (int p = 0; p < P; p++) scales[p] = {codes + groups * (LOW + HIGH) + p * 4 * LANES, groups};
+        Ints total[P][R] = {};
         for (int64_t g = 0; g < (GROUPS == 1 ? 1 : groups); g++) {
             if (part == 0)
                 for (int64_t i = 0; i < LOW + HIGH; i += LINE, ahead += LINE) __builtin_prefetch(ahead);
-            Sums s[R];
+            Sums s[P][R];
             for (int i = 0; i < R; i++) {
                 int32_t from = 0;
                 if constexpr (offset != 0)
                     for (int64_t j = 0; j < in_group; j++) from -= offset * sum[place<R>(i, G, g * in_group + j)];
-                s[i] = start(from);
+                for (int p = 0; p < P; p++) s[p][i] = start(from);
             }
-            dot_group<KIND, R>(s, codes + g * LOW, codes + groups * LOW + g * HIGH, x + g * f.group * T, r.Kp);
-            if constexpr (f.scales != 0) {
-                const Ints scale = scales.of(g);
-                for (int i = 0; i < R; i++) total[i] += words(s[i]) * scale;
-            } else {
-                for (int i = 0; i < R; i++) total[i] = words(s[i]);
+            dot_group<KIND, R, P>(s, codes + g * LOW, codes + groups * LOW + g * HIGH, x + g * f.group * T, r.Kp);
+            for (int p = 0; p < P; p++) {
+                if constexpr (f.scales != 0) {
+                    const Ints scale = scales[p].of(g);
+                    for (int i = 0; i < R; i++) total[p][i] += words(s[p][i]) * scale;
+                } else {
+                    for (int i = 0; i < R; i++) total[p][i] = words(s[p][i]);
+                }
             }
         }
-        const Floats scale = halves(d), minimum = f.minimum ? halves(d + TILE_N) : Floats{};
-        for (int i = 0; i < R; i++) add_block<KIND, R>(r, i, b, total[i], scale, minimum, scales, y[part][i]);
+        for (int p = 0; p < P; p++) {
+            const Floats scale = halves(d + p * LANES), minimum = f.minimum ? halves(d + p * LANES + TILE_N) : Floats{};
+            for (int i = 0; i < R; i++) add_block<KIND, R>(r, i, b, total[p][i], scale, minimum, scales[p], y[part + p][i]);
+        }
     }
 }
 

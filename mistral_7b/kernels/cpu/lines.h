@@ -79,14 +79,20 @@ inline __m256i add_quads(__m256i s, __m256i pairs) {  // pairs: int16
 // the sign of w8, |x| <= 127, the sum is at most 32512: exact. With codes up to 255 instead of |w8|, it could saturate.
 inline Sums dot8(Sums s, Line v, const int8_t* x) {
     const __m256i w = _mm256_xor_si256(v, _mm256_set1_epi8(-128));
-    return add_quads(s, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(quad_of(x), w)));
+    s = add_quads(s, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(quad_of(x), w)));
+    asm("" : "+x"(s));
+    return s;
 }
 // Two products of a code and x are added in int16, and so are those of more lines, as long as no sum can exceed it:
 // 2 * 15 * 127 * 8 = 30480.
 using Pairs = __m256i;  // 16 int16
 constexpr int most_pairs(int bits) { return 128 >> bits; }
 inline Pairs begin(Sums) { return _mm256_setzero_si256(); }
-inline Pairs dot4(Pairs p, Line v, const int8_t* x) { return _mm256_add_epi16(p, _mm256_maddubs_epi16(v, quad_of(x))); }
+inline Pairs dot4(Pairs p, Line v, const int8_t* x) {
+    p = _mm256_add_epi16(p, _mm256_maddubs_epi16(v, quad_of(x)));
+    asm("" : "+x"(p));  // adds now: GCC would keep the products of many lines, in memory, to add them in pairs
+    return p;
+}
 inline Sums end(Sums s, Pairs p) { return add_quads(s, p); }
 
 #elif defined(__ARM_FEATURE_DOTPROD)

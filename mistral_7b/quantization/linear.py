@@ -141,7 +141,8 @@ class Int8Embedding(Stored):
         return f"{self.num_embeddings}, {self.embedding_dim}, int8"
 
 
-ROWS = {torch.bfloat16: 32, torch.float32: 16}  # of a block whose order of sums others must have
+# Rows of a block whose order of sums others must have.
+ROWS = {torch.bfloat16: 32, torch.float32: 16, torch.float16: 16, torch.float64: 16}
 BLOCKS = ((2, 4, 8, 16, 32), (64, 128), (256, 512))  # their rows; those of a tuple are checked together
 PATTERN = 61  # outputs with weights of their own in the check; the others repeat them
 
@@ -159,15 +160,21 @@ def _product(x: Tensor, weight: Tensor, packs: bool) -> Tensor:
 
 @functools.cache
 def equal_blocks(
-    dtype: torch.dtype, n: int, inputs: int, packs: bool, sizes: tuple[int, ...], threads: int
+    dtype: torch.dtype,
+    device: torch.device,
+    packs: bool,
+    n: int,
+    inputs: int,
+    sizes: tuple[int, ...],
+    threads: int,
 ) -> frozenset[int]:
     """Those of the sizes of blocks with the bits of blocks of ROWS rows, in products with weights (n, inputs).
 
     Measured with random numbers: the order of a sum, which decides, is a matter of shapes and threads alone.
     """
     draw, rows = torch.Generator().manual_seed(0), ROWS[dtype]
-    x = torch.randn(max(sizes), inputs, generator=draw).to(dtype)
-    weight = torch.randn(PATTERN, inputs, generator=draw).to(dtype).repeat(-(-n // PATTERN), 1)[:n]
+    x = torch.randn(max(sizes), inputs, generator=draw).to(device, dtype)
+    weight = torch.randn(PATTERN, inputs, generator=draw).to(device, dtype).repeat(-(-n // PATTERN), 1)[:n]
     weight = _packed(weight) if packs else weight
     wanted = torch.cat([_product(block, weight, packs) for block in x.split(rows)])
 
@@ -257,8 +264,8 @@ class PackedLinear(nn.Module):
         return [*sizes, next(size for size in small if size >= rows)] if rows else sizes
 
     def _equal(self, sizes: tuple[int, ...]) -> frozenset[int]:
-        threads = torch.get_num_threads()
-        return equal_blocks(self.dtype, self.out_features, self.in_features, self.packs, sizes, threads)
+        kind = self.dtype, self.packed.device, self.packs
+        return equal_blocks(*kind, self.out_features, self.in_features, sizes, torch.get_num_threads())
 
     def _product(self, x: Tensor) -> Tensor:
         return _product(x, self.packed, self.packs)

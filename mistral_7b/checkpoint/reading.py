@@ -141,7 +141,8 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
         model.set_submodule("tok_embeddings", embedding.to(device))
         checkpoint.tensors[EMBEDDING].release()
     # The norms, and the embedding unless it is quantized
-    left = [name for name in model.state_dict() if name in checkpoint.tensors and name not in made]
+    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    left = [name for name, _ in held if name in checkpoint.tensors and name not in made]
     weights = {name: checkpoint.read(name, dtype, device) for name in left}
     model.load_state_dict(weights, strict=False, assign=True)
     fuse(model)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ class Watching:
     def see(self, point: str, layer: int | None, x: Tensor, positions: Tensor) -> Tensor:
         try:
             for i, w in enumerate(self.watchers):  # the steering ones first, as in the request
-                with _named(f"steer[{i}]"):
+                with nullcontext() if w is self.recording else _named(f"steer[{i}]"):
                     x = w.see(point, layer, x, positions) if w.wants(point, layer) else x
         except Exception as e:
             self.error = e

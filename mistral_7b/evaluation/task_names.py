@@ -6,6 +6,7 @@ A name that no file contains is no task. One that a file contains may be one: lm
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ..errors import EvaluationError
 
 TASKS = pathlib.Path(__file__).with_name("tasks")  # small tasks with their data, which need no network
-DATA = (".pyc", ".md", ".json", ".jsonl", ".jpg", ".csv", ".tsv", ".txt")  # files that define no task
+DEFINING = (".yaml", ".yml", "_yaml", ".py")  # ends of the names of files that may define a task
 NAMED = re.compile(rb"""^\W*(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([\w.:-]+)""", re.MULTILINE)
 
 
@@ -56,8 +57,9 @@ def check_names(tasks: Sequence[str], include: str | pathlib.Path | None = None)
 def _texts(folder: pathlib.Path) -> Iterator[bytes]:
     for place, _, names in os.walk(folder):
         for name in names:
-            if not name.endswith(DATA):
-                with open(os.path.join(place, name), "rb") as file:
+            path = os.path.join(place, name)
+            if name.endswith(DEFINING) and os.path.isfile(path):
+                with contextlib.suppress(OSError), open(path, "rb") as file:  # lm-eval's index tells
                     yield file.read()
 
 

@@ -221,11 +221,16 @@ def own_weights(model: Mistral7B, adapter: Adapter) -> dict[str, Tensor]:
 
     PEFT saves embedding and output with any adapter of one of them.
     """
-    held = model.state_dict() if adapter.weights else {}
+    modules = dict(model.named_modules())
+
+    def held(name: str) -> Tensor | None:
+        module, _, weight = name.rpartition(".")
+        return modules[module].state_dict().get(weight) if module in modules else None
+
     return {
         name: own
         for name, own in adapter.weights.items()
-        if (base := held.get(name)) is None or base.shape != own.shape or not torch.equal(base, own.to(base))
+        if (base := held(name)) is None or base.shape != own.shape or not torch.equal(base, own.to(base))
     }
 
 

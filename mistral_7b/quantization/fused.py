@@ -109,9 +109,8 @@ class FusedBlock(TransformerBlock):
         return {**self.__dict__, "_description": None}  # pointers are not valid in a copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._description = (
-            None  # `.to()` and the like replace the data of a parameter, which stays the same object
-        )
+        # `.to()` and the like replace the data of a parameter, which stays the same object.
+        self._description = None
         return super()._apply(fn, recurse)
 
 

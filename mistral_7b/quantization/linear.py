@@ -172,9 +172,10 @@ def equal_blocks(
 
     Measured with random numbers: the order of a sum, which decides, is a matter of shapes and threads alone.
     """
-    draw, rows = torch.Generator().manual_seed(0), ROWS[dtype]
-    x = torch.randn(max(sizes), inputs, generator=draw).to(device, dtype)
-    weight = torch.randn(PATTERN, inputs, generator=draw).to(device, dtype).repeat(-(-n // PATTERN), 1)[:n]
+    draw, rows = torch.Generator("cpu").manual_seed(0), ROWS[dtype]
+    x = torch.randn(max(sizes), inputs, generator=draw, device="cpu").to(device, dtype)
+    weight = torch.randn(PATTERN, inputs, generator=draw, device="cpu").to(device, dtype)
+    weight = weight.repeat(-(-n // PATTERN), 1)[:n]
     weight = _packed(weight) if packs else weight
     wanted = torch.cat([_product(block, weight, packs) for block in x.split(rows)])
 
@@ -224,8 +225,10 @@ class PackedLinear(nn.Module):
         destination[f"{prefix}weight"] = self.dense()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        strict, missing, _, errors = args[-4:]
+        strict, missing, unexpected, errors = args[-4:]
         weight = state_dict.get(f"{prefix}weight")
+        if strict:
+            unexpected.extend(name for name in state_dict if name.startswith(prefix) and name != f"{prefix}weight")
         if weight is None:
             missing.extend([f"{prefix}weight"] if strict else [])
         elif tuple(weight.shape) != (self.out_features, self.in_features):
@@ -258,7 +261,7 @@ class PackedLinear(nn.Module):
         small = sorted(self._equal(BLOCKS[0]))
         sizes = []
         while rows > small[-1]:
-            known = (size for sizes in reversed(BLOCKS) if sizes[0] <= rows for size in self._equal(sizes))
+            known = (size for some in reversed(BLOCKS) if some[0] <= rows for size in self._equal(some))
             sizes.append(max(size for size in known if size <= rows))
             rows -= sizes[-1]
         return [*sizes, next(size for size in small if size >= rows)] if rows else sizes

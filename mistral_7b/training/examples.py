@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from .forms import Chat, Form, Judged, Preference, Sample, form_of
 
 SHOWN = 20  # reasons for bad lines that an error lists, with their files
 NUMBERS = 5  # lines that it lists for each
+NUMBERED = re.compile(r"(.*:|.*: item )(\d+)", re.DOTALL)  # the place of a line, or of an item of a list
 HEAVIEST = 1000  # weight of a file: with more the others are never seen
 HEAD = 4096  # bytes in which a file's first character is looked for
 
@@ -267,9 +269,10 @@ def _json(text: str) -> Any:
 def _bad_lines(bad: Sequence[BadLine]) -> TrainingError:
     groups: dict[tuple[str, str], list[str]] = {}  # numbers of lines, by file and reason
     for place, reason in bad:
-        path, _, number = place.rpartition(":")
-        groups.setdefault((path, reason), []).append(number)
-    shown = "".join(f"\n  {path}:{_listed(n)}: {reason}" for (path, reason), n in list(groups.items())[:SHOWN])
+        numbered = NUMBERED.fullmatch(place)
+        where, number = numbered.groups() if numbered else (place, "")
+        groups.setdefault((where, reason), []).append(number)
+    shown = "".join(f"\n  {where}{_listed(n)}: {reason}" for (where, reason), n in list(groups.items())[:SHOWN])
     left = sum(map(len, list(groups.values())[SHOWN:]))
     rest = f"\n  and {left:,} lines more" if left else ""
     count = "1 line" if len(bad) == 1 else f"{len(bad):,} lines"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -19,6 +20,8 @@ INSTALLED = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reas
 def test_names_of_the_package_and_of_a_folder_are_found(tmp_path: pathlib.Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "_own_yaml").write_text("\"task\": 'own_task'\ntag:\n  - own_tag\n")
+    (tmp_path / "lost.yaml").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.yaml")
     check_names([path.stem for path in TASKS.glob("*.yaml")])
     check_names(["own_task", "own_tag", "mini_text", str(TASKS / "mini_text.yaml")], tmp_path)
     with refused(EvaluationError, field="--tasks") as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def test_the_entry_includes_every_source() -> None:
     for i, name in enumerate(order):
         included = re.findall(r'#include "(.+)"', compiler.SOURCE.with_name(name).read_text())
         assert set(included) <= set(order[:i]), name
+
+
+@pytest.mark.skipif(machine.architecture() != "x86", reason="the CPUs are x86")
+@pytest.mark.parametrize("cpu", ["skylake-avx512", "haswell", "ivybridge", "bdver2", "x86-64"])
+def test_the_sources_compile_for_cpus_with_a_part_of_the_instructions(cpu: str) -> None:
+    """AVX-512 without VNNI, AVX2, F16C without AVX2, FMA without AVX2, none of them."""
+    cxx = compiler.compiler()
+    if cxx is None:
+        pytest.skip("there is no C++ compiler")
+    command = [cxx, *compiler.FLAGS, f"-march={cpu}", "-fsyntax-only", str(compiler.SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_fingerprint_depends_on_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,8 +70,17 @@ def test_the_state_of_packed_weights_is_the_plain_models() -> None:
     assert isinstance(linear, PackedLinear)
     with pytest.raises(RuntimeError, match="Missing key"):
         linear.load_state_dict({})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        linear.load_state_dict({"weight": linear.dense(), "bias": torch.ones(2)})
     with pytest.raises(RuntimeError, match="weight is"):
         linear.load_state_dict({"weight": torch.ones(2, 2)})
+
+
+def test_opening_packed_weights_unpacks_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    monkeypatch.setattr(PackedLinear, "dense", lambda self: pytest.fail("a weight is unpacked"))
+    model = Mistral7B.from_pretrained(tmp_path, quantization="bf16")
+    assert isinstance(model.layers[0].attention.wq, PackedLinear)
 
 
 def test_weights_for_a_gpu_keep_their_types() -> None:

@@ -246,6 +246,11 @@ def test_lines_with_one_reason_are_listed_together(tmp_path: Path) -> None:
     place = tmp_path / "a.jsonl"
     assert lines[1].startswith(f"  {place}:2, 3, 4, 5, 6 and 5 more: is of the form text")
     assert lines[2].startswith(f"  {place}:11: messages[1]")
+    listed = tmp_path / "list.json"
+    listed.write_text(json.dumps([CHAT, *[{"text": "b"}] * 3]))
+    with pytest.raises(TrainingError) as caught:
+        read_data([str(listed)], V3, "lora", 256)
+    assert str(caught.value).splitlines()[1].startswith(f"  {listed}: item 2, 3 and 4: is of the form text")
     with pytest.raises(TrainingError) as caught:
         read(tmp_path, CHAT, *[{**CHAT, f"no{n}": 1, "messages": [{"role": f"r{n}"}]} for n in range(SHOWN + 3)])
     assert str(caught.value).splitlines()[SHOWN + 1] == "  and 3 lines more"

@@ -121,7 +121,7 @@ void attend(const Attend& a, const Plan& plan) {
     std::atomic<int64_t> next_item{0};
     parallel(a.threads, [&](int, int) {
         static thread_local Scratch<float> workspace_scratch;
-        // In floats: k, v and line are bfloat16 (or k, v float), q and p too.
+        // In floats: k, v, line, q and p are bfloat16, or k, v and line floats.
         const int64_t block = KEYS * D32, sizes[] = {block, block, block, plan.rows * D32 / 2, plan.head * KEYS / 2, plan.head * KEYS, plan.rows * D32, plan.rows, plan.rows * 16, KEYS, KEYS};
         int64_t all_sizes = 0;
         for (int64_t size : sizes) all_sizes += (size + 15) / 16 * 16;

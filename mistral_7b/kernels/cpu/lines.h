@@ -80,7 +80,7 @@ inline __m256i add_quads(__m256i s, __m256i pairs) {  // pairs: int16
 inline Sums dot8(Sums s, Line v, const int8_t* x) {
     const __m256i w = _mm256_xor_si256(v, _mm256_set1_epi8(-128));
     s = add_quads(s, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(quad_of(x), w)));
-    asm("" : "+x"(s));
+    asm("" : "+x"(s));  // as in dot4
     return s;
 }
 // Two products of a code and x are added in int16, and so are those of more lines, as long as no sum can exceed it:
@@ -212,11 +212,11 @@ inline Ints ints(const int32_t* p) {
 }
 // The float16 numbers at p.
 inline Floats halves(const uint16_t* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
     return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__ARM_FEATURE_DOTPROD)
     return reinterpret_cast<Floats>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
     return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
     Floats v;

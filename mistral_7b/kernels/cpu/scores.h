@@ -16,8 +16,9 @@ namespace {
 
 struct Workspace {  // of one thread
     int64_t D32;
-    uint16_t *k, *v, *q, *p, *line;  // AMX layouts: k (D/2, 64, 2), v (32, D, 2), q (rows, D), p (rows, 64)
-    float *kf, *vf;                  // without AMX: k (D, 64), v (64, D)
+    uint16_t *k, *v, *q, *p;  // AMX: k (D/2, 64, 2), v (32, D, 2); q (rows, D), p (rows, 64)
+    uint16_t* line;           // rows as they are stored: keys and values (2, 64, D), or float keys (64, D)
+    float *kf, *vf;           // without AMX: k (D, 64), v (64, D)
     float *s, *o, *max, *sum, *k_scale, *v_scale;
 };
 

@@ -125,7 +125,7 @@ inline float reduce_max(FloatRegister v) {
 inline FloatRegister fmadd(FloatRegister a, FloatRegister b, FloatRegister c) {
 #if defined(__AVX512F__)
     return reinterpret_cast<FloatRegister>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
-#elif defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__)
     return reinterpret_cast<FloatRegister>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
     for (int i = 0; i < REGISTER / 4; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -178,8 +178,12 @@ inline FloatRegister load_register(const uint16_t* p) { return floats_of_bits(Me
 
 // Numbers of a and b in turn, of their lower or upper halves.
 template <int FROM, size_t... I>
-inline FloatRegister interleave(FloatRegister a, FloatRegister b, std::index_sequence<I...>) {
+inline FloatRegister zipped(FloatRegister a, FloatRegister b, std::index_sequence<I...>) {
+#if defined(__clang__)
     return __builtin_shufflevector(a, b, (FROM + int(I) / 2 + int(I) % 2 * (REGISTER / 4))...);
+#else  // GCC before 12 has no other
+    return __builtin_shuffle(a, b, IntRegister{(FROM + int(I) / 2 + int(I) % 2 * (REGISTER / 4))...});
+#endif
 }
 // Transposes a square. Each step rotates the bits of an element's address, which is its row, then its column, by one.
 inline void transpose(FloatRegister (&square)[REGISTER / 4]) {
@@ -188,8 +192,8 @@ inline void transpose(FloatRegister (&square)[REGISTER / 4]) {
     for (int step = 1; step < N; step *= 2) {
         FloatRegister next[N];
         for (int i = 0; i < N / 2; i++) {
-            next[2 * i] = interleave<0>(square[i], square[i + N / 2], all);
-            next[2 * i + 1] = interleave<N / 2>(square[i], square[i + N / 2], all);
+            next[2 * i] = zipped<0>(square[i], square[i + N / 2], all);
+            next[2 * i + 1] = zipped<N / 2>(square[i], square[i + N / 2], all);
         }
         for (int i = 0; i < N; i++) square[i] = next[i];
     }

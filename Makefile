@@ -29,8 +29,8 @@ chat: $(STAMP)  ## chat with the starter model on the terminal
 serve: $(STAMP)  ## serve the starter model over HTTP, with a chat page
 	@model=$(MODEL); $(BIN)/mistral-7b serve $$model
 
-test: $(STAMP)  ## run the whole test suite, four files at a time
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 4 --dist loadfile
+test: $(STAMP)  ## run the whole test suite, two files at a time
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What a change of the core most likely breaks: seconds for each file.
 CORE := tests/test_attention.py tests/test_cache.py tests/test_equivalence.py tests/test_example_loop.py \

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import gc
 import os
@@ -28,14 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Workers of xdist take the files as they come: those of a folder share servers and imports."""
-    config.option.loadscopereorder = False
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])  # what takes long does not begin when the other workers end
     if config.getoption("--reworded"):
         for item in items:
             if item.get_closest_marker("wording"):

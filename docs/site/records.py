@@ -2,7 +2,7 @@
 
 A paragraph of docs/measurements.md that is a link to a record, with a comment below it, becomes the table:
 
-    [2026-11-30-7b-avx512.json](../experiments/results/2026-11-30-7b-avx512.json)
+    [2026-11-30-7b-int4-avx512.json](../experiments/results/2026-11-30-7b-int4-avx512.json)
     <!-- rows: what=decode
     columns: engine, scheme, tokens_per_s, first_token.p50 -->
 

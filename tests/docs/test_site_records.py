@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import records
@@ -57,27 +56,23 @@ def test_readmes_table_has_the_figures_of_the_records() -> None:
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- peers -->\n")[1].split("\n\n")[0]
     order = ("int4", "Q4_0", "Q4_K_M", "int8", "Q8_0")
 
-    def figures(
-        name: str, what: str, schemes: tuple[str, ...], field: str = "tokens_per_s", unit: float = 1.0
-    ) -> list[str]:
+    def figures(name: str, what: str, field: str = "tokens_per_s", unit: float = 1.0) -> list[str]:
         rows = {row["scheme"]: row for row in records.read(name) if row["what"] == what}
-        return [f"{rows[scheme][field] / unit:.2f}" for scheme in schemes]
+        return [f"{rows[scheme][field] / unit:.2f}" for scheme in order if scheme in rows]
 
-    int4, int8 = ("2026-11-30-7b-int4-avx512.json", order[:3]), ("2026-11-30-7b-avx512.json", order[3:])
-    prefill = "2026-11-30-7b-prefill-avx512.json"
-
-    def decode(*of: Any) -> list[str]:
-        return [cell for name, schemes in (int4, int8) for cell in figures(name, "decode", schemes, *of)]
-
+    decode, both, avx2 = (
+        f"2026-11-30-7b-{of}.json" for of in ("decode-avx512", "in-one-run-avx512", "8-layers-avx2")
+    )
     wanted = [
-        decode(), figures(prefill, "prefill", order), figures(prefill, "batch16", order),
-        figures("2026-11-29-7b-avx2.json", "decode", order), decode("peak_rss_bytes", 1e9),
+        figures(decode, "decode"), figures(both, "prefill"), figures(both, "batch16"),
+        *(figures(avx2, what) for what in ("decode", "prefill", "batch16")),
+        figures(decode, "decode", "peak_rss_bytes", 1e9),
     ]  # fmt: skip
     shown = [[cell.strip() for cell in row.strip("|").split("|")][1:] for row in section.splitlines()[2:]]
     assert shown == wanted
     decoded, prefilled = ([float(cell) for cell in row] for row in wanted[:2])
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    long = [float(cell) for cell in figures("2026-11-30-7b-int4-context-512-avx512.json", "decode", order[:3])]
+    long = [float(cell) for cell in figures("2026-11-30-7b-int4-context-512-avx512.json", "decode")]
     assert f"int4 decodes {long[0] / long[2]:.2f} to {decoded[0] / decoded[2]:.2f} times" in text
     assert f"int8 {decoded[3] / decoded[4]:.2f} times as fast as its Q8_0" in text
     assert f"prefill is {prefilled[0] / prefilled[2]:.1f} to {prefilled[3] / prefilled[4]:.1f} times" in text

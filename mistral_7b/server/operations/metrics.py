@@ -101,8 +101,9 @@ class Metrics:
     def first_token(self, request: Request, seconds: float) -> None:
         self._first.observe(seconds)
 
-    def inter_token(self, seconds: float) -> None:
-        self._inter.observe(seconds)
+    def inter_token(self, seconds: float, tokens: int) -> None:
+        for _ in range(tokens):  # a piece of a busy server has many
+            self._inter.observe(seconds)
 
     def ended(self, request: Request, reason: str, seconds: float) -> None:
         self._finished.labels(reason if reason in REASONS else "error").inc()

@@ -12,10 +12,7 @@ their time divided by ours.
 
 from __future__ import annotations
 
-import datetime
 import gc
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,14 +21,14 @@ from typing import Any
 
 import torch
 import tyro
-from commits import commit_of
+from commits import finish
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 
 from mistral_7b import Mistral7B, Tokenizer
 from mistral_7b.checkpoint import convert
 from mistral_7b.checkpoint.hub import resolve
 from mistral_7b.evaluation.harness import HarnessModel, find_tasks, run_tasks
-from mistral_7b.machine import cpu_name, version
+from mistral_7b.machine import version
 
 TOLERANCE = 1e-3  # of a continuation's or text's log-likelihood: float32, sums of up to hundreds of tokens
 FOLDER = Path(__file__).with_name("eval_tasks")
@@ -101,14 +98,10 @@ def main(
         "results": {task: {name: {key: value for key, value in each.items() if isinstance(value, float)}
                            for name, each in own.items()} for task, own in results.items()},
         "seconds_best": best, "seconds": total, "ratio": round(total["lm_eval_hf"] / total["ours"], 2),
-        "threads": torch.get_num_threads(), "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval")},
-        "date": datetime.date.today().isoformat(), "commit": commit_of(),
-        "command": "python " + " ".join(sys.argv),
     }  # fmt: skip
-    print(json.dumps(record, indent=1))
-    if json_file is not None:
-        json_file.write_text(json.dumps(record, indent=1) + "\n")
+    finish(record, json_file)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ endings: 12 contexts of 113 tokens, with four ends of 30 each. letters: 12 quest
 
 from __future__ import annotations
 
-import datetime
-import json
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import torch
 import tyro
-from commits import commit_of
+from commits import finish
 
 from mistral_7b import Mistral7B
 from mistral_7b.checkpoint import convert
@@ -29,7 +26,7 @@ from mistral_7b.checkpoint.hub import resolve
 from mistral_7b.engine.config import EngineConfig
 from mistral_7b.engine.llm import open_engine
 from mistral_7b.evaluation.scoring import STEP, USUAL, score
-from mistral_7b.machine import cpu_name, version
+from mistral_7b.machine import version
 
 BATCH = 8
 SIZES = (1, EngineConfig.page_size)
@@ -84,13 +81,9 @@ def main(json_file: Path | None = None, rounds: int = 3) -> None:
         "what": "seconds to score, by tokens of a KV page", "model": "starter", "rounds": rounds,
         "seconds_best": {kind: {task: {str(size): round(min(each), 3) for size, each in own.items()}
                                 for task, own in by_task.items()} for kind, by_task in seconds.items()},
-        "threads": torch.get_num_threads(), "cpu": cpu_name(), "torch": version("torch"),
-        "date": datetime.date.today().isoformat(), "commit": commit_of(),
-        "command": "python " + " ".join(sys.argv),
+        "threads": torch.get_num_threads(), "torch": version("torch"),
     }  # fmt: skip
-    print(json.dumps(record, indent=1))
-    if json_file is not None:
-        json_file.write_text(json.dumps(record, indent=1) + "\n")
+    finish(record, json_file)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,8 @@ the cache.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import json
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from typing import Any
 import torch
 import tyro
 from calibration import documents
-from commits import commit_of
+from commits import finish
 from torch import Tensor
 
 from mistral_7b import Mistral7B, Tokenizer
@@ -122,19 +119,14 @@ def main(
             other, base = name.split(" from ")
             comparison.add(found[base], found[other], row[1:])
     sizes = [token_bytes(model.rolling_cache(1, 1, kv_dtype=kv_dtype)) for kv_dtype in (None, torch.int8)]
-    cpu = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name"))
     record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(), "commit": commit_of(),
-        "command": "python " + " ".join(sys.argv), "cpu": cpu.split(":")[1].strip(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         **source, "window": model.args.sliding_window, "chunk": chunk,
         "bytes_a_token": dict(zip((own, "int8"), sizes, strict=True)),
         "distances": {name: Distance.of(c).to_dict() for name, c in comparisons.items()},
     }  # fmt: skip
-    print(json.dumps(record, indent=1))
-    if json_file is not None:
-        json_file.write_text(json.dumps(record, indent=1) + "\n")
+    finish(record, json_file)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ..kernels.backend import weight_layout
 from ..model import Mistral7B, ModelArgs
 from ..quantization.fused import fuse
 from ..quantization.gpu import to_gpu
-from ..quantization.linear import Int8Embedding
+from ..quantization.linear import Int8Embedding, unpacked_tensors
 from ..quantization.schemes import Scheme
 from ..surgery import replace_linears
 from . import config, hub, huggingface, mistral, others, packed, packing, quantized
@@ -141,8 +141,7 @@ def _quantize(checkpoint: Checkpoint, scheme: Scheme, dtype: torch.dtype, device
         model.set_submodule("tok_embeddings", embedding.to(device))
         checkpoint.tensors[EMBEDDING].release()
     # The norms, and the embedding unless it is quantized
-    held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    left = [name for name, _ in held if name in checkpoint.tensors and name not in made]
+    left = [name for name in unpacked_tensors(model) if name in checkpoint.tensors and name not in made]
     weights = {name: checkpoint.read(name, dtype, device) for name in left}
     model.load_state_dict(weights, strict=False, assign=True)
     fuse(model)

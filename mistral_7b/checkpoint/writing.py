@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import check_room, partial_name, raise_write_error, remove_left_over, size_in_bytes
 from ..model import Mistral7B, ModelArgs
-from ..quantization.linear import PackedLinear
+from ..quantization.linear import PackedLinear, unpacked_tensors
 from ..quantization.schemes import scheme_of
 from . import hub, huggingface, mistral
 from .gguf import reading as gguf
@@ -94,10 +93,7 @@ def save(
             field="format",
             hint="save it as 'quantized'",
         )
-    held = itertools.chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
-    state = {name: value.detach() for name, value in held}  # not `state_dict`, which unpacks all at once
+    state = unpacked_tensors(model)
     packed = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     plain = dict(expected(model.args))
     for name, value in state.items():

@@ -7,6 +7,7 @@ tiles of kernels/block_formats.py, on disk and in memory, so that a file only ne
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -275,3 +276,11 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, packed {str(self.dtype).removeprefix('torch.')}"
+
+
+def unpacked_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, without packed weights, which `state_dict` would unpack all at once."""
+    held = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    return {name: value.detach() for name, value in held}
